@@ -1,0 +1,233 @@
+"""Weights on disk: headers, strict streaming loads, atomic saves.
+
+A file is first only looked at: `read_header` lists names, shapes, dtypes and offsets without reading one tensor, for
+safetensors and for zip pickles (.pth) alike. `load_into` then streams tensor after tensor into a model built on the
+meta device, converting on the way, so that host memory holds the weights once.
+"""
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message names the file or flag, the value, and what would be right."""
+
+
+def cli(main):
+    """Run a script's `main`; a BadInput becomes one line on stderr and exit code 1."""
+    try:
+        main()
+    except BadInput as e:
+        sys.exit(f"error: {e}")
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: `nbytes` bytes at `offset` hold `shape` elements of `dtype`, contiguous unless `stride` is given."""
+    file: Path
+    dtype: torch.dtype
+    shape: tuple
+    offset: int
+    stride: tuple | None = None
+
+    @property
+    def numel(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.numel * self.dtype.itemsize
+
+    def read(self):
+        """Read this tensor, and nothing else, from its file."""
+        flat = torch.empty(self.numel, dtype=self.dtype)
+        if self.nbytes:
+            with open(self.file, "rb", buffering=0) as f:
+                f.seek(self.offset)
+                view = memoryview(flat.view(torch.uint8).numpy())
+                while view:  # one read() returns at most 2 GiB
+                    n = f.readinto(view)
+                    if not n:
+                        raise BadInput(f"{self.file}: ended while reading a tensor of shape {self.shape}; the file is truncated")
+                    view = view[n:]
+        return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
+
+
+def read_header(path):
+    """List a weight file without reading its tensors.
+
+    Returns ({name: Entry}, metadata). Raises BadInput, in one line, for a file that is truncated, is not what its
+    first bytes should be, or is a pickle holding anything but tensors.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            head = f.read(8)
+            if head[:2] == b"PK":
+                return _pickle_header(path), {}
+            if head[:1] == b"\x80":
+                raise BadInput(f"{path}: an old-style pickle; save it again with torch.save (zip format) or as .safetensors")
+            n = int.from_bytes(head, "little")
+            if len(head) < 8 or head.lstrip()[:1] in (b"<", b"{") or not 2 <= n <= 1 << 30:
+                raise BadInput(f"{path}: not a weight file, it begins with {head[:8]!r}"
+                               + (" (a web page or text saved under this name?)" if head.lstrip()[:1] in (b"<", b"{") else ""))
+            if size < 8 + n:
+                raise BadInput(f"{path}: truncated, its header alone needs {8 + n:,} bytes and the file has {size:,}")
+            header = json.loads(f.read(n))
+            metadata = header.pop("__metadata__", {})
+            entries = {name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
+                       for name, v in header.items()}
+            end = max((8 + n + v["data_offsets"][1] for v in header.values()), default=8 + n)
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"{path}: not a safetensors header ({type(e).__name__}: {e})") from None
+    if size < end:
+        raise BadInput(f"{path}: truncated, its header promises {end:,} bytes and the file has {size:,}")
+    return entries, metadata
+
+
+def _pickle_header(path):
+    # In fake mode torch.load builds no storage, only notes where in the file each one lies.
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(e))
+        raise BadInput(f"{path}: this pickle holds code or objects ({found.group(1) if found else 'not plain tensors'}), "
+                       "only tensors are accepted") from None
+    except (RuntimeError, OSError, EOFError) as e:
+        raise BadInput(f"{path}: not a readable torch file ({str(e).splitlines()[0]})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
+    return {name: Entry(path, t.dtype, tuple(t.shape), t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize,
+                        None if t.is_contiguous() else t.stride()) for name, t in state.items()}
+
+
+def weight_files(path, stem="diffusion_pytorch_model"):
+    """The files that hold one model: `path` itself if it is a file; else, in the folder, every shard its index names, or
+    the unsharded safetensors. Raises BadInput naming what is missing."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder")
+    index = path / f"{stem}.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise BadInput(f"{index}: not a weight index (expected JSON with a weight_map)") from None
+        missing = [s for s in shards if not (path / s).is_file()]
+        if missing:
+            raise BadInput(f"{path}: missing {', '.join(missing)} of {len(shards)} files named by {index.name}")
+        return [path / s for s in shards]
+    single = path / f"{stem}.safetensors"
+    if single.is_file():
+        return [single]
+    raise BadInput(f"{path}: holds neither {index.name} nor {single.name}; give a model folder or one .safetensors file")
+
+
+def find(path, pattern, what):
+    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such file or folder")
+    found = sorted(f for f in path.glob(pattern + ".*") if f.suffix in (".pth", ".safetensors"))
+    if len(found) != 1:
+        raise BadInput(f"{path}: should hold {what}, " + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none"))
+    return found[0]
+
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+def clean_key(key):
+    """The official name of a tensor: without the prefixes of ComfyUI's files and torch.compile's `_orig_mod.`"""
+    key = key.replace("_orig_mod.", "")
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def read_headers(files):
+    """One dictionary {official name: Entry} over several files of a model."""
+    entries = {}
+    for file in files:
+        for name, entry in read_header(file)[0].items():
+            entries[clean_key(name)] = entry
+    return entries
+
+
+def load_into(model, entries, device, dtype, fp32=lambda name: False):
+    """Stream `entries` into `model`, which was built on the meta device.
+
+    Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
+    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode.
+    """
+    want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    problems = {
+        "missing": [n for n in want if n not in entries],
+        "unexpected": [n for n in entries if n not in want],
+        "mis-shaped": [f"{n} is {entries[n].shape}, should be {want[n]}" for n in want
+                       if n in entries and entries[n].shape != want[n]]}
+    if any(problems.values()):
+        where = next(iter(entries.values())).file if entries else "an empty file"
+        raise BadInput(f"{where}: keys do not fit: " + "; ".join(
+            f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
+    for name in sorted(want, key=lambda n: (str(entries[n].file), entries[n].offset)):
+        tensor = entries[name].read().to(device, torch.float32 if fp32(name) else dtype).contiguous()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    return model.eval()
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name beside `path`, renamed to it when the block ends well, removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    os.close(fd)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def save(path, tensors, metadata=None):
+    """Write tensors as safetensors, atomically. Metadata values become strings."""
+    with atomic(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
+                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+
+
+def load(path):
+    """Read every tensor of one small safetensors file: ({name: tensor}, metadata)."""
+    entries, metadata = read_header(path)
+    return {name: e.read() for name, e in entries.items()}, metadata

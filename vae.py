@@ -1,0 +1,280 @@
+"""The two causal video VAEs of Wan 2.2: 2.1 (16 channels, stride 4x8x8) and 2.2 (48 channels, stride 4x16x16).
+
+B batch, C channels, T frames = 4k+1, T' latent frames = k+1, H W pixels, h w latent pixels.
+Both stream through time: the encoder takes 1 frame, then 4 at a time; the decoder takes 1 latent frame at a time.
+What a layer must remember of the chunk before lies in `past`, a dictionary owned by the call, keyed by layer.
+Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import BadInput, find, load_into, read_headers
+
+# Per-channel mean and std of the raw latents, by number of channels.
+LATENT_STATS = {
+    16: ([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+         [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+          3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
+    48: ([-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+          0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+          -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+         [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+          0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744])}
+
+
+class CausalConv3d(nn.Conv3d):
+    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk."""
+
+    def __init__(self, cin, cout, kernel, pad=0):
+        super().__init__(cin, cout, kernel, padding=(0, pad, pad))
+
+    def forward(self, x, past):
+        if self.kernel_size[0] == 1:
+            return super().forward(x)
+        before = past[self] if self in past else x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+        x = torch.cat([before, x], 2)
+        past[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """x / ||x||_channels * sqrt(C) * gamma, over axis 1."""
+
+    def __init__(self, dim, ndim=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * self.gamma)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.residual = nn.Sequential(  # the Identity stands where the official code has dropout, and keeps the numbering
+            RMSNorm(cin), nn.SiLU(), CausalConv3d(cin, cout, 3, 1),
+            RMSNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, 3, 1))
+        self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else None
+
+    def forward(self, x, past):
+        y = x
+        for layer in self.residual:
+            y = layer(y, past) if isinstance(layer, CausalConv3d) else layer(y)
+        return y + (x if self.shortcut is None else self.shortcut(x, past))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention within each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, past):
+        B, C, T, H, W = x.shape
+        y = self.norm(x.transpose(1, 2).flatten(0, 1))                             # (BT,C,H,W)
+        q, k, v = self.to_qkv(y).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)  # 3 x (BT,1,HW,C)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.proj(y[:, 0].transpose(1, 2).reshape(B * T, C, H, W))
+        return x + y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Resample(nn.Module):
+    """Halve or double H and W, and with `time` also T."""
+
+    def __init__(self, cin, cout, up, time):
+        super().__init__()
+        self.up = up
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact") if up else nn.ZeroPad2d((0, 1, 0, 1)),
+            nn.Conv2d(cin, cout, 3, padding=1) if up else nn.Conv2d(cin, cout, 3, stride=2))
+        self.time_conv = None
+        if time:
+            self.time_conv = CausalConv3d(cin, cin * 2, (3, 1, 1)) if up else nn.Conv3d(cin, cin, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x, past):
+        if self.up and self.time_conv is not None:
+            if self in past:
+                x = self.time_conv(x, past).unflatten(1, (2, -1))  # (B,2,C,T,H,W): the two halves interleave in time
+                x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            past[self] = True  # the first latent frame stays one frame, and the second does not see it
+        B, T = x.shape[0], x.shape[2]
+        x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T)).transpose(1, 2)
+        if not self.up and self.time_conv is not None:
+            last = x[:, :, -1:].clone()
+            if self in past:
+                x = self.time_conv(torch.cat([past[self], x], 2))
+            past[self] = last
+        return x
+
+
+def avg_down(x, cout, time):
+    """2.2's shortcut around a downsampling stage: space (and time) to channels, then the mean over groups of channels.
+    `time` and space factors are given as (ft, fs); T is zero-padded in front to a multiple of ft."""
+    ft, fs = time
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T // ft, ft, H // fs, fs, W // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(B, cout, -1, T // ft, H // fs, W // fs).mean(2)
+
+
+def dup_up(x, cout, time, first):
+    """2.2's shortcut around an upsampling stage: repeat channels, then channels to space (and time); the first chunk
+    drops its first ft-1 frames."""
+    ft, fs = time
+    x = x.repeat_interleave(cout * ft * fs * fs // x.shape[1], 1)
+    x = x.unflatten(1, (cout, ft, fs, fs)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B,C,T,ft,H,fs,W,fs)
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return x[:, :, ft - 1:] if first else x
+
+
+class Stage(nn.Module):
+    """One resolution of VAE 2.2: residual blocks, a resampling, and a parameter-free shortcut around both."""
+
+    def __init__(self, cin, cout, blocks, up, resample, time):
+        super().__init__()
+        layers = [ResidualBlock(cin if i == 0 else cout, cout) for i in range(blocks)]
+        if resample:
+            layers.append(Resample(cout, cout, up, time))
+        self.up, self.resample, self.cout = up, resample, cout
+        self.factors = (2 if time else 1, 2 if resample else 1)
+        setattr(self, "upsamples" if up else "downsamples", nn.Sequential(*layers))
+
+    def forward(self, x, past):
+        y = x
+        for layer in self.upsamples if self.up else self.downsamples:
+            y = layer(y, past)
+        if not self.up:
+            return y + avg_down(x, self.cout, self.factors)
+        if not self.resample:
+            return y
+        first, past[self] = self not in past, True
+        return y + dup_up(x, self.cout, self.factors, first)
+
+
+class Coder(nn.Module):
+    """Encoder or decoder. `dims` are the widths from the input of the first stage to the output of the last."""
+
+    def __init__(self, v22, up, cin, cout, dims, blocks):
+        super().__init__()
+        self.conv1 = CausalConv3d(cin, dims[0], 3, 1)
+        stages = []
+        for i, (a, b) in enumerate(zip(dims, dims[1:])):
+            last = i == len(dims) - 2
+            time = not last and (i < 2 if up else i > 0)
+            if v22:
+                stages.append(Stage(a, b, blocks, up, not last, time))
+                continue
+            if up and i > 0:
+                a //= 2  # 2.1 halves the width while upsampling
+            stages += [ResidualBlock(a if j == 0 else b, b) for j in range(blocks)]
+            if not last:
+                stages.append(Resample(b, b // 2 if up else b, up, time))
+        setattr(self, "upsamples" if up else "downsamples", nn.Sequential(*stages))
+        mid = dims[0] if up else dims[-1]
+        self.middle = nn.Sequential(ResidualBlock(mid, mid), AttentionBlock(mid), ResidualBlock(mid, mid))
+        self.head = nn.Sequential(RMSNorm(dims[-1]), nn.SiLU(), CausalConv3d(dims[-1], cout, 3, 1))
+        self.up = up
+
+    def forward(self, x, past):
+        x = self.conv1(x, past)
+        for layer in (*self.middle, *self.upsamples) if self.up else (*self.downsamples, *self.middle):
+            x = layer(x, past)
+        return self.head[2](self.head[1](self.head[0](x)), past)
+
+
+class VAE(nn.Module):
+    """v22: the 2.2 layout (2x2 patches, stages with shortcuts); dim, dec_dim: widths; mult: width factors per stage."""
+
+    def __init__(self, v22, dim, dec_dim, z_dim, mult=(1, 2, 4, 4)):
+        super().__init__()
+        self.patch = 2 if v22 else 1
+        self.z_dim, self.stride = z_dim, (4, 16, 16) if v22 else (4, 8, 8)
+        pixels = 3 * self.patch ** 2
+        self.encoder = Coder(v22, False, pixels, 2 * z_dim, [dim] + [dim * m for m in mult], 2)
+        self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = CausalConv3d(z_dim, z_dim, 1)
+        self.decoder = Coder(v22, True, z_dim, pixels, [dec_dim * m for m in (mult[-1], *mult[::-1])], 3)
+
+    def _stats(self, like):
+        return [torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1) for s in LATENT_STATS[self.z_dim]]
+
+    def moment_chunks(self, video):
+        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time."""
+        past, p = {}, self.patch
+        for i in range(0, video.shape[2], 4):
+            x = video[:, :, max(i - 3, 0):i + 1]
+            if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
+                x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+            yield self.conv1(self.encoder(x, past), past)
+
+    def frame_chunks(self, z):
+        """Raw latents (B,z,T',h,w) -> yields unclamped pixels, (B,3,1,H,W) then (B,3,4,H,W) for every further frame."""
+        past, p = {}, self.patch
+        for i in range(z.shape[2]):
+            x = self.decoder(self.conv2(z[:, :, i:i + 1], past), past)
+            if p > 1:  # b (c r q) f h w -> b c f (h q) (w r)
+                x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+            yield x
+
+    @torch.no_grad()
+    def encode(self, video):
+        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per channel."""
+        B, _, T, H, W = video.shape
+        st, sh, sw = self.stride
+        if T % st != 1 or H % sh or W % sw:
+            raise BadInput(f"video of {T} frames, {W}x{H} px: frames must be {st}k+1, width a multiple of {sw}, height of {sh}")
+        mean, std = self._stats(video)
+        z = torch.empty(B, self.z_dim, 1 + T // st, H // sh, W // sw, device=video.device)
+        for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype))):
+            z[:, :, i:i + 1] = (moments[:, :self.z_dim].float() - mean) / std
+        return z
+
+    @torch.no_grad()
+    def decode(self, z):
+        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'."""
+        mean, std = self._stats(z)
+        B, _, T, h, w = z.shape
+        st, sh, sw = self.stride
+        video = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
+        at = 0
+        for x in self.frame_chunks((z.float() * std + mean).to(self.conv2.weight.dtype)):
+            torch.clamp(x.float(), -1, 1, out=video[:, :, at:at + x.shape[2]])
+            at += x.shape[2]
+        return video
+
+
+def channels_last(model):
+    """Lay the weights of every convolution out channels-last, which its outputs then follow: twice as fast on CPU."""
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)):
+            m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d if m.weight.dim() == 5 else torch.channels_last)
+    return model
+
+
+def load_vae(path, device="cpu", dtype=torch.float32):
+    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it.
+    The kind and every width are read from the tensors' shapes."""
+    entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
+
+    def width(name, axis=0):
+        if name not in entries:
+            raise BadInput(f"{path}: not a Wan VAE, it has no {name}")
+        return entries[name].shape[axis]
+
+    v22 = width("encoder.conv1.weight", 1) == 12
+    dim, dec_dim, z_dim = width("encoder.conv1.weight"), width("decoder.head.2.weight", 1), width("conv2.weight")
+    if z_dim not in LATENT_STATS:
+        raise BadInput(f"{path}: {z_dim} latent channels; statistics are known for {sorted(LATENT_STATS)}")
+    first_block = "encoder.downsamples.{}.downsamples.0.residual.2.weight" if v22 else "encoder.downsamples.{}.residual.2.weight"
+    mult = [width(first_block.format(i if v22 else 3 * i)) // dim for i in range(4)]
+    with torch.device("meta"):
+        model = VAE(v22, dim, dec_dim, z_dim, mult)
+    return channels_last(load_into(model, entries, device, dtype))
