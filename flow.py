@@ -1,0 +1,136 @@
+"""Flow matching: what training draws, and the solvers that sample.
+
+x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
+"""
+import numpy as np
+import torch
+
+from checkpoint import BadInput
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+def shift_t(t, shift):
+    """Move t towards noise (shift > 1): shift t / (1 + (shift-1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_t(t, shift):
+    return t / (shift - (shift - 1) * t)
+
+
+def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
+    """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
+
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the base
+    distribution that lands in it, so no draw is rejected and the density inside is unchanged.
+    """
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
+    if distribution == "logit-normal":
+        a, b = torch.special.ndtr(torch.logit(edges))
+        base = torch.sigmoid(torch.special.ndtri((a + (b - a) * u).clamp(1e-9, 1 - 1e-9)))
+    elif distribution == "uniform":
+        base = edges[0] + (edges[1] - edges[0]) * u
+    else:
+        raise BadInput(f"--t_distribution {distribution}: uniform or logit-normal")
+    return shift_t(base, shift).float()
+
+
+def add_noise(x0, eps, t):
+    """x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
+    t = t.view(len(x0), 1, -1, 1, 1)
+    return (1 - t) * x0 + t * eps, eps - x0
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+class Solver:
+    """Steps a latent from noise to clean. `timesteps` are what the DiT is given (integers, truncated, as in the official code);
+    the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0. Call `step(v, x)` once per timestep, in order."""
+    start = 1.0
+
+    def __init__(self, steps, shift):
+        if steps < 1:
+            raise BadInput(f"--steps {steps}: at least 1")
+        s = np.linspace(self.start, 0, steps + 1)[:-1]
+        s = shift * s / (1 + (shift - 1) * s)
+        self.timesteps = torch.from_numpy((s * 1000).astype(np.int64))
+        self.sigmas = torch.from_numpy(np.append(s, 0).astype(np.float32))
+        # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their result
+        self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
+        self.i = 0
+
+    @property
+    def sigma(self):
+        return self.sigmas[self.i]
+
+
+class Euler(Solver):
+    def step(self, v, x):
+        x = x + (self.sigmas[self.i + 1] - self.sigma) * v
+        self.i += 1
+        return x
+
+
+class DPMpp(Solver):
+    """DPM-Solver++(2M), midpoint; first and last step of first order (Lu et al., 2022)."""
+
+    def step(self, v, x):
+        i, (lambda0, lambda1) = self.i, self.lambdas[self.i:self.i + 2]
+        x0 = x - self.sigma * v
+        h = lambda1 - lambda0
+        step = (1 - self.sigmas[i + 1]) * (torch.exp(-h) - 1)
+        y = self.sigmas[i + 1] / self.sigma * x - step * x0
+        if 0 < i < len(self.timesteps) - 1:
+            r = (lambda0 - self.lambdas[i - 1]) / h  # infinite when the sigma before was 1: no correction then
+            y = y - 0.5 * step * ((1 / r) * (x0 - self.previous))
+        self.previous, self.i = x0, i + 1
+        return y
+
+
+class UniPC(Solver):
+    """UniPC of order 2, B(h) = e^h - 1, predicting x0; lower order at both ends (Zhao et al., 2023)."""
+    start = float(np.float32(0.999))  # the official grid starts from the fp32 number
+
+    def _update(self, i, x, x0, order, final=None):
+        """From sigma i to i+1. With `final`, the prediction x0 at i+1, this is the corrector; without it, the predictor."""
+        h = self.lambdas[i] - self.lambdas[i + 1]  # -h of the paper
+        phi = torch.expm1(h)
+        difference, r = [], []
+        if order == 2:
+            r = [(self.lambdas[i - 1] - self.lambdas[i]) / -h]
+            difference = [(self.history[-2] - x0) / r[0]]
+        if final is None:
+            rho = [0.5] * len(difference)
+        else:
+            difference.append(final - x0)
+            rho = [0.5]
+            if order == 2:  # solve [[1, 1], [r, 1]] rho = b
+                b1 = phi / h - 1
+                b2 = (b1 / h - 0.5) * 2 / phi
+                rho = torch.linalg.solve(torch.tensor([[1.0, 1.0], [r[0], 1.0]]), torch.stack([b1 / phi, b2]))
+        alpha = 1 - self.sigmas[i + 1]
+        y = self.sigmas[i + 1] / self.sigmas[i] * x - alpha * phi * x0
+        if difference:
+            y = y - alpha * phi * sum(c * d for c, d in zip(rho, difference))
+        return y
+
+    def step(self, v, x):
+        i = self.i
+        x0 = x - self.sigma * v
+        if i:
+            x = self._update(i - 1, self.last, self.history[-1], self.order, x0)
+        self.history = [*(self.history[-1:] if i else []), x0]
+        self.order = min(2, len(self.timesteps) - i, i + 1)
+        self.last = x
+        self.i += 1
+        return self._update(i, x, x0, self.order)
+
+
+SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler}
+
+
+def solver(name, steps, shift):
+    """A fresh solver: "unipc", "dpm++" or "euler"."""
+    if name not in SOLVERS:
+        raise BadInput(f"--solver {name}: one of {', '.join(SOLVERS)}")
+    return SOLVERS[name](steps, shift)

@@ -1,0 +1,154 @@
+"""UMT5, the text encoder of Wan 2.2, and its sentencepiece tokenizer.
+
+B prompts, L tokens (at most 512, the end token included), D width, N heads, d head width.
+Unlike T5, every layer has its own table of relative positions. Attention is not scaled by 1/sqrt(d).
+Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept (Hugging Face's gate.0 = wi_0, fc1 = wi_1, fc2 = wo).
+"""
+import html
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import BadInput, find, load_into, read_headers
+
+PAD, EOS, UNK = 0, 1, 2
+
+
+class Tokenizer:
+    """sentencepiece ids, then the end token; cut to `length` with the end token kept."""
+
+    def __init__(self, file, length=512):
+        import sentencepiece
+        if not Path(file).is_file():
+            raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
+        self.pieces, self.length = sentencepiece.SentencePieceProcessor(model_file=str(file)), length
+
+    @staticmethod
+    def clean(text):
+        import ftfy
+        return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+    def __call__(self, texts):
+        """list of str -> ids (B,L) int64 padded to the longest, lens (B,)."""
+        rows = [self.pieces.encode(self.clean(t))[:self.length - 1] + [EOS] for t in texts]
+        lens = torch.tensor([len(r) for r in rows])
+        ids = torch.full((len(rows), int(lens.max())), PAD)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+        return ids, lens
+
+
+class Norm(nn.Module):
+    """RMSNorm as T5 has it: statistics in fp32, no centring."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(self.weight.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, inner, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x, bias):
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(x.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, inner, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(dim, inner, bias=False)
+        self.fc2 = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class RelativePosition(nn.Module):
+    """A learned logit per head for each of `buckets` distances: exact up to 7, logarithmic up to 128, apart by sign."""
+
+    def __init__(self, buckets, heads):
+        super().__init__()
+        self.embedding = nn.Embedding(buckets, heads)
+
+    def forward(self, L):
+        at = torch.arange(L, device=self.embedding.weight.device)
+        offset = at[None] - at[:, None]                                                   # key minus query
+        half = self.embedding.num_embeddings // 2
+        exact, distance = half // 2, offset.abs()
+        far = exact + (torch.log(distance.float() / exact) / math.log(128 / exact) * (half - exact)).long()
+        bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1)) + half * (offset > 0)
+        return self.embedding(bucket).permute(2, 0, 1)                                    # (N,L,L)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, inner, ffn, heads, buckets):
+        super().__init__()
+        self.norm1, self.norm2 = Norm(dim), Norm(dim)
+        self.attn = Attention(dim, inner, heads)
+        self.ffn = FeedForward(dim, ffn)
+        self.pos_embedding = RelativePosition(buckets, heads)
+
+    def forward(self, x, mask):
+        """x (B,L,D), mask (B,1,1,L) additive."""
+        bias = self.pos_embedding(x.shape[1]) + mask
+        x = x + self.attn(self.norm1(x), bias)
+        return x + self.ffn(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, vocab, dim, inner, ffn, heads, layers, buckets=32):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(Block(dim, inner, ffn, heads, buckets) for _ in range(layers))
+        self.norm = Norm(dim)
+        self.tokenizer = None
+
+    def forward(self, ids, lens):
+        """ids (B,L), lens (B,) -> embeddings (B,L,D), zero from each prompt's length on."""
+        real = torch.arange(ids.shape[1], device=ids.device) < lens[:, None].to(ids.device)
+        x = self.token_embedding(ids)
+        mask = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, torch.finfo(x.dtype).min)[:, None, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x) * real[..., None]
+
+    def encode(self, texts):
+        """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the weights."""
+        ids, lens = self.tokenizer(texts)
+        device = self.token_embedding.weight.device
+        return self(ids.to(device), lens.to(device)), lens.to(device)
+
+
+def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
+    """Load the encoder of a checkpoint folder, with its tokenizer from google/umt5-xxl/spiece.model.
+    `weights`: another file of the same tensors (an updated text encoder) to use instead of the folder's own."""
+    file = find(weights or ckpt_dir, "models_t5*", "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")
+    entries = read_headers([file])
+
+    def shape(name):
+        if name not in entries:
+            raise BadInput(f"{file}: not a UMT5 encoder, it has no {name}")
+        return entries[name].shape
+
+    (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
+    layers = 1 + max(int(n.split(".")[1]) for n in entries if n.startswith("blocks."))
+    with torch.device("meta"):
+        model = TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, layers, buckets)
+    model = load_into(model, entries, device, dtype)
+    model.tokenizer = Tokenizer(Path(ckpt_dir) / "google" / "umt5-xxl" / "spiece.model")
+    return model

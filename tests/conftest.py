@@ -1,0 +1,30 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """{"ti2v", "t2v", "i2v"}: folders of tiny random checkpoints in the official layout."""
+    import tiny
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {kind: tiny.checkpoint(root / kind, kind) for kind in ("ti2v", "t2v", "i2v")}
+
+
+@pytest.fixture
+def report(request, capsys):
+    """report(name, value, limit): print the error as a share of its tolerance, and hold it to that tolerance."""
+    def check(name, value, limit):
+        with capsys.disabled():
+            print(f"\n    {request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}", end="")
+        assert value <= limit, f"{name}: {value:.3e} > {limit:.0e}"
+    return check

@@ -1,0 +1,78 @@
+"""Both VAEs against diffusers' AutoencoderKLWan on equal weights, fp32 on CPU."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from checkpoint import BadInput
+from vae import VAE
+
+
+def normalised(peer, moments):
+    mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
+    return (moments - mean) / std
+
+
+@pytest.mark.parametrize("v22", [False, True])
+@pytest.mark.parametrize("T", [1, 5, 9, 17])
+def test_equals_diffusers(v22, T, report):
+    model = tiny.vae(v22)
+    peer = tiny.diffusers_vae(model)
+    video = torch.rand(2, 3, T, 32, 64) * 2 - 1
+    want = normalised(peer, torch.cat([peer.encode(v[None]).latent_dist.mode() for v in video]))
+    got = model.encode(video)
+    report("encode", tiny.error(got, want), 2e-5)
+    z = torch.randn(want.shape) * 0.5
+    mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
+    want = torch.cat([peer.decode(u[None] * std + mean).sample for u in z]).clamp(-1, 1)
+    assert (want.abs() < 1).float().mean() > 0.5, "nearly everything is clamped: the comparison would be empty"
+    report("decode", tiny.error(model.decode(z), want), 2e-5)
+
+
+@pytest.mark.parametrize("args, params, tensors", [((False, 96, 96, 16), 126_892_531, 194), ((True, 160, 256, 48), 704_688_668, 196)])
+def test_full_size_counts(args, params, tensors):
+    with torch.device("meta"):
+        state = VAE(*args).state_dict()
+    assert (sum(t.numel() for t in state.values()), len(state)) == (params, tensors)
+
+
+def test_gradients_reach_the_first_layer_through_the_stream():
+    model = tiny.vae(True).requires_grad_(True)
+    video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    z = torch.cat([m[:, :48] for m in model.moment_chunks(video)], 2)
+    torch.cat(list(model.frame_chunks(z)), 2)[:, :, -1].square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.conv1.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 32, 32), (1, 3, 5, 40, 32), (1, 3, 5, 32, 24)])
+def test_sizes_that_do_not_fit_are_named(shape):
+    with pytest.raises(BadInput, match=rf"{shape[2]} frames, {shape[4]}x{shape[3]} px.*multiple"):
+        tiny.vae(True).encode(torch.zeros(shape))
+
+
+MEMORY = """
+import sys, torch; sys.path[:0] = {paths!r}
+import tiny
+from resource import RUSAGE_SELF, getrusage
+torch.set_num_threads(1)
+model = tiny.vae(True)
+z = torch.randn(1, 48, {frames}, 12, 12)
+model.decode(z[:, :, :2])
+before = int(open('/proc/self/statm').read().split()[1]) * 4096
+video = model.decode(z)
+print(getrusage(RUSAGE_SELF).ru_maxrss * 1024 - before - video.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_decode_memory_does_not_grow_with_frames(report):
+    """Peak memory beyond the result: 81 frames against 17, each in its own process."""
+    here = Path(__file__).parent
+    peaks = {}
+    for frames in (5, 21):
+        code = MEMORY.format(paths=[str(here), str(here.parent)], frames=frames)
+        peaks[frames] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    report("peak of 81 frames over 17", peaks[21] / peaks[5], 1.1)

@@ -1,0 +1,288 @@
+"""The Wan 2.2 DiT: one model for TI2V-5B, T2V-A14B and I2V-A14B, with the official tensor names.
+
+B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
+L video tokens = T' H' W'             D width           N heads              d = D/N head width
+S text tokens      F rows of t: 1 for the whole clip, or T', one per latent frame
+
+Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run in
+the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention.
+Source: official wan/modules/model.py. The time MLP runs on the F rows only, never on every token.
+"""
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import BadInput, load_into, read_headers, weight_files
+
+
+def sinusoid(t, dim):
+    """t (...,) in 0..1000 -> (..., dim) fp32, cosines then sines; computed in fp64."""
+    frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def rope_table(grid, d, device):
+    """cos and sin (L, d/2), fp32, for a (T',H',W') grid: d/2 complex pairs split over time, height and width, each axis with
+    its own frequencies (base 10000)."""
+    half = d // 2
+    widths = (half - 2 * (half // 3), half // 3, half // 3)
+    angles = []
+    for axis, (n, width) in enumerate(zip(grid, widths)):
+        if n > 1024:
+            raise BadInput(f"a {'x'.join(map(str, grid))} token grid: Wan's positions end at 1024 per axis")
+        frequency = torch.pow(10000, -torch.arange(width, dtype=torch.float64, device=device) / width)
+        angle = torch.arange(n, device=device).double()[:, None] * frequency
+        shape = [1, 1, 1, width]
+        shape[axis] = n
+        angles.append(angle.view(shape).expand(*grid, width))
+    angle = torch.cat(angles, -1).flatten(0, 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, rope):
+    """Rotate adjacent pairs of x (B,L,N,d) by the angles whose cos and sin (L,d/2) are given."""
+    cos, sin = (r[:, None] for r in rope)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def modulate(x, shift, scale, eps):
+    """LayerNorm(x) * (1 + scale) + shift; x (B,L,D), rows shift and scale (B,F,D) each serve L/F tokens."""
+    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gate(x, y, row):
+    """x + row * y, with row (B,F,D) serving L/F tokens each."""
+    return x + (y.float().unflatten(1, (row.shape[1], -1)) * row[:, :, None]).flatten(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Over the whole width (all heads together), in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def attend(self, q, k, v, bias=None):
+        """q (B,L,N,d), k and v (B,S,N,d), bias (B,1,1,S) added to the logits -> (B,L,D)."""
+        q, k, v = (u.to(v.dtype).transpose(1, 2) for u in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(v.dtype))
+        return self.o(x.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    def forward(self, x, rope):
+        x = x.to(self.q.weight.dtype)
+        heads = (self.heads, -1)
+        q = rotate(self.norm_q(self.q(x)).unflatten(2, heads), rope)
+        k = rotate(self.norm_k(self.k(x)).unflatten(2, heads), rope)
+        return self.attend(q, k, self.v(x).unflatten(2, heads))
+
+
+class CrossAttention(Attention):
+    def keys_values(self, context):
+        """Embedded text (B,S,D) -> k, v (B,S,N,d)."""
+        heads = (self.heads, -1)
+        v = self.v(context).unflatten(2, heads)
+        return self.norm_k(self.k(context)).to(v.dtype).unflatten(2, heads), v
+
+    def forward(self, x, keys_values, bias):
+        q = self.norm_q(self.q(x.to(self.q.weight.dtype))).unflatten(2, (self.heads, -1))
+        return self.attend(q, *keys_values, bias)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.eps = c.eps
+        self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)
+        self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, rows, rope, context, bias, keys_values=None):
+        """x (B,L,D) fp32, rows (B,F,6,D) fp32, context (B,S,D), or its k and v -> (B,L,D) fp32."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (rows + self.modulation).unbind(2)
+        x = gate(x, self.self_attn(modulate(x, shift1, scale1, self.eps), rope), gate1)
+        keys_values = keys_values or self.cross_attn.keys_values(context)
+        x = x + self.cross_attn(self.norm3(x), keys_values, bias)
+        y = modulate(x, shift2, scale2, self.eps)
+        return gate(x, self.ffn(y.to(self.ffn[0].weight.dtype)), gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, dim, out, eps):
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+
+    def forward(self, x, time):
+        shift, scale = (time[:, :, None] + self.modulation).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+@dataclass
+class WanConfig:
+    """The fields of the official config.json, and what it leaves out (text_dim, patch_size)."""
+    model_type: str
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    freq_dim: int = 256
+    text_len: int = 512
+    text_dim: int = 4096
+    patch_size: tuple = (1, 2, 2)
+    eps: float = 1e-6
+
+
+_A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
+             size=(1280, 720))
+VARIANTS = {  # what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise)
+    "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, vae="2.2",
+                    fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None, guidance=(5.0, 5.0)),
+    "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
+    "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+}
+
+
+def full_config(variant):
+    """The WanConfig of one of VARIANTS."""
+    row = VARIANTS[variant]
+    return WanConfig(**{f.name: row[f.name] for f in fields(WanConfig) if f.name in row})
+
+
+class Text(NamedTuple):
+    """A prompt made ready for the blocks: embedded tokens (B,S,D), logit bias (B,1,1,S) or None, and per block its k and v."""
+    context: torch.Tensor
+    bias: torch.Tensor
+    keys_values: tuple
+
+
+class Wan(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
+        self.checkpointing = False  # recompute each block's activations in the backward pass
+
+    def embed_text(self, context, lens=None, cache=False):
+        """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and values too.
+
+        The official model pads each prompt with zeros to text_len and masks nothing, so all padding keys are the one vector
+        text_embedding(0). Here that is one key whose logit carries the logarithm of how many it stands for: exact.
+        """
+        B, S, _ = context.shape
+        lens = torch.full((B,), S, device=context.device) if lens is None else lens.to(context.device)
+        if S > self.config.text_len or int(lens.max()) > S:
+            raise BadInput(f"text of {max(S, int(lens.max()))} tokens in a batch {S} wide; the model takes {self.config.text_len}")
+        context = F.pad(context.to(self.text_embedding[0].weight.dtype), (0, 0, 0, 1))
+        at = torch.arange(S + 1, device=context.device)
+        context = context * (at < lens[:, None])[..., None]
+        padding = (self.config.text_len - lens).float().log()[:, None]  # -inf where there is none
+        bias = torch.where(at == S, padding, torch.where(at < lens[:, None], 0.0, -torch.inf))[:, None, None]
+        context = self.text_embedding(context)
+        kv = tuple(b.cross_attn.keys_values(context) for b in self.blocks) if cache else (None,) * len(self.blocks)
+        return Text(context, bias, kv)
+
+    def forward(self, x, t, context, context_lens=None):
+        """Velocity of the flow at x.
+
+        x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
+        context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them -> (B,out_dim,T',h,w) fp32.
+        """
+        c, (B, C, T, h, w) = self.config, x.shape
+        pt, ph, pw = c.patch_size
+        if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
+            raise BadInput(f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
+                           f"of {ph}, {pw}, and t (B,) or (B,T')")
+        text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
+        grid = (T // pt, h // ph, w // pw)
+        x = x.reshape(B, C, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        embed = self.patch_embedding
+        x = F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()    # (B,L,D)
+        time = self.time_embedding(sinusoid(t.view(B, -1), c.freq_dim))                         # (B,F,D)
+        rows = self.time_projection(time).unflatten(2, (6, -1))                                 # (B,F,6,D)
+        rope = rope_table(grid, c.dim // c.num_heads, x.device)                                 # 2 x (L,d/2)
+        for block, kv in zip(self.blocks, text.keys_values):
+            args = (x, rows, rope, text.context, text.bias, kv)
+            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)                                                                # (B,L,D)
+        x = self.head(x, time)                                                                  # (B,L,pt*ph*pw*out)
+        x = x.view(B, *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)             # (B,out,T',pt,H',ph,W',pw)
+        return x.reshape(B, c.out_dim, T, h, w)
+
+
+def keep_fp32(name):
+    """Tensors that stay fp32 whatever the model's dtype."""
+    return "norm" in name or "modulation" in name or name.startswith(("time_", "head."))
+
+
+def read_config(path, entries):
+    """WanConfig of a model folder (its config.json, checked against the weights by the strict load) or of one file alone."""
+    def shape(name):
+        if name not in entries:
+            raise BadInput(f"{path}: not a Wan DiT, it has no {name}")
+        return entries[name].shape
+
+    path = Path(path)
+    dim, in_dim, *patch = shape("patch_embedding.weight")
+    text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
+    layers = 1 + max(int(n.split(".")[1]) for n in entries if n.startswith("blocks."))
+    out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    kind = "i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v"
+    config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
+    if file.exists():
+        try:
+            given = json.loads(file.read_text())
+        except ValueError as e:
+            raise BadInput(f"{file}: not JSON ({e})") from None
+        if given.get("dim", dim) == dim:
+            config = WanConfig(**{f.name: given.get(f.name, getattr(config, f.name)) for f in fields(WanConfig)
+                                  if f.name not in ("text_dim", "patch_size")}, text_dim=text_dim, patch_size=tuple(patch))
+    elif dim % 128:
+        raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
+    return config
+
+
+def load_wan(path, device="cpu", dtype=torch.bfloat16):
+    """Load one DiT: `path` is a model folder (config.json and safetensors; of A14B the high_noise_model or low_noise_model
+    folder) or a single .safetensors file. Frozen, in eval mode. Raises BadInput naming what does not fit."""
+    if (Path(path) / "high_noise_model").is_dir():
+        raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
+    entries = read_headers(weight_files(path))
+    with torch.device("meta"):
+        model = Wan(read_config(path, entries))
+    return load_into(model, entries, device, dtype, keep_fp32)
