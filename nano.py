@@ -15,6 +15,7 @@ import random
 import re
 import time
 import zlib
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -22,7 +23,11 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic, cli, save
+from flow import add_noise, draw_t
+from sample import denoise, load, write_grid, write_mp4
+from t5 import TextEncoder, Tokenizer
 from vae import LATENT_STATS, VAE, channels_last
+from wan import Wan, WanConfig
 
 # ---- the world ---------------------------------------------------------------------------------------------------
 SIZE, FRAMES, FPS, RADIUS, STEP = 64, 9, 8, 13, 4  # px, frames, frames/s, px, px per frame
@@ -69,20 +74,26 @@ def render(shape, color, background, center, size=SIZE):
     return background + (color - background) * cover
 
 
-def path(motion, rng):
-    """Centres (9,2) of a motion through the middle of the frame, with a small jitter across it (both ways when still)."""
+def courses(motion):
+    """Every path of a motion, 9 centres (x, y) each: through the middle of the frame, jittered by -4, 0 or 4 px across it (both
+    ways when still)."""
     dx, dy = MOTIONS[motion]
-    jx, jy = (0 if dx else rng.choice((-4, 0, 4))), (0 if dy else rng.choice((-4, 0, 4)))
-    return [(SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2)) for t in range(FRAMES)]
+    return [[(SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2)) for t in range(FRAMES)]
+            for jx in ((0,) if dx else (-4, 0, 4)) for jy in ((0,) if dy else (-4, 0, 4))]
+
+
+def paint(attributes, centers):
+    """Clips (B,3,9,64,64) in [-1,1] of a list of {"color", "shape", "motion", "background"} along the given centres."""
+    palette = COLORS | UNDRAWN
+    return render(torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
+                  torch.tensor([palette[a["color"]] for a in attributes]),
+                  torch.tensor([BACKGROUNDS[a["background"]] for a in attributes]), torch.tensor(centers))
 
 
 def draw(attributes, seed):
-    """Clips (B,3,9,64,64) in [-1,1] of a list of {"color", "shape", "motion", "background"}; the seed decides the jitter."""
-    rng, palette = random.Random(seed), COLORS | UNDRAWN
-    return render(torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
-                  torch.tensor([palette[a["color"]] for a in attributes]),
-                  torch.tensor([BACKGROUNDS[a["background"]] for a in attributes]),
-                  torch.tensor([path(a["motion"], rng) for a in attributes]))
+    """`paint` with paths drawn by the seed."""
+    rng = random.Random(seed)
+    return paint(attributes, [rng.choice(courses(a["motion"])) for a in attributes])
 
 
 def say(a, rng, words=(), form=None):
@@ -182,15 +193,14 @@ def wilson(right, n):
     return (mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
 
 
-def score(clips, wanted):
-    """Grade clips (B,3,T,H,W) against a list of {"color", "shape", "motion"} (those given): (share right per attribute, graded)."""
-    graded = [grade(c) for c in clips]
+def shares(graded, wanted):
+    """Share right per attribute, over the rows of `wanted` that ask for it."""
     accuracy = {}
     for kind in ATTRIBUTES:
         pairs = [(g[kind], w[kind]) for g, w in zip(graded, wanted) if kind in w]
         if pairs:
             accuracy[kind] = sum(a == b for a, b in pairs) / len(pairs)
-    return accuracy, graded
+    return accuracy
 
 
 # ---- training the checkpoint ---------------------------------------------------------------------------------------
@@ -238,7 +248,7 @@ def vae_batch(rng, n, frames, size):
             while math.dist(color := [rng.randrange(256) for _ in range(3)], ground) < 60:
                 pass
         at = rng.randrange(FRAMES - frames + 1)
-        course = path(rng.choice(list(MOTIONS)), rng)[at:at + frames]
+        course = rng.choice(courses(rng.choice(list(MOTIONS))))[at:at + frames]
         x, y = (min(max(int(c - size / 2) + rng.randint(-RADIUS, RADIUS), 0), SIZE - size) for c in course[frames // 2])
         shapes.append(rng.randrange(len(SHAPES)))
         colors.append(color)
@@ -301,7 +311,71 @@ def fold_stats(vae, clips):
     vae.conv2.bias -= vae.conv2.weight.flatten(1) @ shift
 
 
+def every_clip():
+    """All clips of the trained triples: ([attributes], (N,3,9,64,64))."""
+    attributes, centers = [], []
+    for color, shape, motion in TRIPLES:
+        if (color, shape, motion) not in UNSEEN:
+            for background in BACKGROUNDS:
+                for course in courses(motion):
+                    attributes.append({"color": color, "shape": shape, "motion": motion, "background": background})
+                    centers.append(course)
+    return attributes, paint(attributes, centers)
+
+
+def train_tokenizer(file):
+    """A sentencepiece model of the world's captions, with T5's special ids; every letter is in it, so new words can be spelled."""
+    import io
+    import sentencepiece
+    rng, model = random.Random(0), io.BytesIO()
+    lines = [training_caption(sample_attributes(rng), rng) for _ in range(4000)] + ["abcdefghijklmnopqrstuvwxyz", " ".join("abcdefghijklmnopqrstuvwxyz")] * 40
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in lines if line]), model_writer=model, vocab_size=256, model_type="unigram", pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(file) as tmp:
+        tmp.write_bytes(model.getvalue())
+
+
+def train_dit(out, seed, vae, tokenizer, steps):
+    """The DiT and the text encoder together, from nothing, on cached latents of every clip."""
+    torch.manual_seed(seed)
+    model, encoder = Wan(DIT), TextEncoder(tokenizer.pieces.get_piece_size(), DIT.text_dim, 128, 256, 2, 2)
+    for m in [*model.modules(), *encoder.modules()]:
+        if isinstance(m, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                torch.nn.init.zeros_(m.bias)
+    torch.nn.init.normal_(encoder.token_embedding.weight, std=0.3)
+    for block in encoder.blocks:
+        torch.nn.init.zeros_(block.pos_embedding.embedding.weight)
+    torch.nn.init.zeros_(model.head.head.weight)
+    model.train()
+    attributes, clips = every_clip()
+    latents = torch.cat([vae.encode(c) for c in clips.split(32)])
+
+    def loss_at(step):
+        rng = random.Random(f"{seed} dit {step}")
+        chosen = [rng.randrange(len(attributes)) for _ in range(16)]
+        ids, lens = tokenizer([training_caption(attributes[i], rng) for i in chosen])
+        x0 = latents[chosen].repeat(2, 1, 1, 1, 1)
+        g = torch.Generator().manual_seed(rng.getrandbits(62))
+        t = draw_t(32, 1.5, "uniform", generator=g)
+        xt, target = add_noise(x0, torch.randn(x0.shape, generator=g), t)
+        text = encoder(ids, lens)
+        return F.mse_loss(model(xt, 1000 * t, text.repeat(2, 1, 1), lens.repeat(2)), target)
+
+    run_stage(out, "dit", steps, [*model.parameters(), *encoder.parameters()], 1.5e-3, loss_at, ema=0.999)
+    return model.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
+
+
+DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
+SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
+TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distribution="uniform")
+
+
 def train(args):
+    """Train everything and write it to --out in the official layout of TI2V-5B."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(out, args.seed)
@@ -309,18 +383,155 @@ def train(args):
     attributes = [sample_attributes(rng) for _ in range(200)]
     clips = draw(attributes, 1)
     again = torch.cat([vae.decode(vae.encode(c)) for c in clips.split(20)])
-    accuracy, graded = score(again, attributes)
-    print("reconstructions", accuracy, "iou", sum(g["iou"] for g in graded) / 200,
-          "psnr", -10 * math.log10(F.mse_loss(again, clips).item() / 4))
-    torch.save(vae.state_dict(), out / "vae.pt")
+    graded = [grade(c) for c in again]
+    print(f"reconstructions: {shares(graded, attributes)}, iou {sum(g['iou'] for g in graded) / 200:.3f}, "
+          f"psnr {-10 * math.log10(F.mse_loss(again, clips).item() / 4):.1f} dB", flush=True)
+
+    spiece = out / "google" / "umt5-xxl" / "spiece.model"
+    train_tokenizer(spiece)
+    model, encoder = train_dit(out, args.seed, vae, Tokenizer(spiece), args.steps)
+    half = lambda m, dtype: {k: v.to(dtype).contiguous() for k, v in m.state_dict().items()}
+    save(out / "diffusion_pytorch_model.safetensors", half(model, torch.float16))
+    for name, state in (("Wan2.2_VAE.pth", half(vae, torch.float16)), ("models_t5_umt5-xxl-enc-bf16.pth", half(encoder, torch.bfloat16))):
+        with atomic(out / name) as tmp:
+            torch.save(state, tmp)
+    config = {k: v for k, v in asdict(DIT).items() if k not in ("text_dim", "patch_size")}
+    with atomic(out / "config.json") as tmp:
+        tmp.write_text(json.dumps({"_class_name": "WanModel", **config, "sample": SAMPLE, "train": TRAIN}, indent=1) + "\n")
+    print(f"written to {out}; look at it with: python nano.py eval --ckpt {out}")
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+def write_clips(args):
+    """mp4 + txt files and attributes.jsonl."""
+    words = parse_words(args.words)
+    out, rng = Path(args.out), random.Random(f"clips {args.seed}")
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(args.n):
+        if words and i % 2:  # every second clip shows what one of the new words means
+            kind, meaning = NEW_WORDS[word := words[i // 2 % len(words)]]
+            pool = [t for t in product(COLORS | ({"orange": 0} if meaning == "orange" else {}), SHAPES, MOTIONS)
+                    if t not in UNSEEN and t[ATTRIBUTES.index(kind)] == meaning]
+            a, spoken = sample_attributes(rng, pool), [word]
+        else:
+            a, spoken = sample_attributes(rng), []
+        caption = say(a, rng, spoken)
+        name = f"clip_{i:04d}"
+        write_mp4(out / f"{name}.mp4", draw([a], rng.random())[0], FPS)
+        (out / f"{name}.txt").write_text(caption + "\n")
+        lines.append(json.dumps({"file": f"{name}.mp4", "caption": caption, **a}))
+    (out / "attributes.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{args.n} clips in {out}")
+
+
+def parse_words(text):
+    words = text.split(",") if text else []
+    unknown = [w for w in words if w not in NEW_WORDS]
+    if unknown:
+        raise BadInput(f"--words {','.join(unknown)}: the nano world defines {', '.join(NEW_WORDS)}; for others give eval --prompts FILE")
+    return words
+
+
+def read_prompts(file):
+    """Lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}; only the attributes given are graded."""
+    known = {"color": COLORS | UNDRAWN, "shape": SHAPES, "motion": MOTIONS}
+    rows = []
+    try:
+        for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+            if line.strip():
+                row = json.loads(line)
+                for kind in ATTRIBUTES:
+                    if kind in row and row[kind] not in known[kind]:
+                        raise BadInput(f"{file}, line {i + 1}: {kind} {row[kind]!r} is none of {', '.join(known[kind])}")
+                row["prompt"]
+                rows.append(row)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f'{file}: not lines of {{"prompt": ..., "color": ...}} ({type(e).__name__}: {e})') from None
+    if not rows:
+        raise BadInput(f"{file}: holds no prompts")
+    return rows
+
+
+def listen(models, rows, seed=0, batch=50, **given):
+    """Sample every row's prompt (row i from seed + i) and grade it: (graded, clips)."""
+    clips = []
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        z = denoise(models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given)
+        clips.append(models.part("vae").decode(z))
+    clips = torch.cat(clips)
+    return [grade(c) for c in clips], clips
+
+
+def table(name, rows, accuracy, graded):
+    iou = sum(g["iou"] for g in graded) / len(graded)
+    print(f"{name} (n = {len(rows)}, iou {iou:.3f})")
+    for kind, share in accuracy.items():
+        n = sum(kind in r for r in rows)
+        low, high = wilson(round(share * n), n)
+        print(f"  {kind:8} {share:.3f}   95 % [{low:.3f}, {high:.3f}]")
+
+
+def evaluate(args):
+    """The listening score of a checkpoint, by attribute."""
+    models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
+    given = {} if args.guidance is None else {"guidance": (args.guidance,)}
+    words = parse_words(args.words)
+    if args.prompts:
+        suites = {"prompts": read_prompts(args.prompts)[:args.n]}
+    elif words:
+        suites = {"new words": prompts(args.n, args.seed, words=words)}
+    else:
+        suites = {"seen triples": prompts(args.n, args.seed), "unseen triples": prompts(args.n, args.seed, unseen=True)}
+    result, first = {}, None
+    for name, rows in suites.items():
+        asked = [{NEW_WORDS[r["word"]][0]: r[NEW_WORDS[r["word"]][0]]} for r in rows] if words else rows
+        graded, clips = listen(models, rows, args.seed, **given)
+        accuracy = shares(graded, asked)
+        table(name, asked, accuracy, graded)
+        result[name] = {"n": len(rows), "accuracy": accuracy, "iou": sum(g["iou"] for g in graded) / len(graded)}
+        first = first or (rows, clips)
+    if args.json:
+        top = next(iter(result.values()))
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps({"n": top["n"], "accuracy": top["accuracy"], "suites": result}, indent=1) + "\n")
+    if args.grid:
+        write_grid(args.grid, list(first[1][:24]), [r["prompt"] for r in first[0]], columns=3)
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("command")
-    p.add_argument("--out", default="out/nano")
-    p.add_argument("--seed", type=int, default=0)
-    train(p.parse_args())
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("train", help="train nano/ from nothing (about an hour on two cores)")
+    c.add_argument("--out", default="out/nano", help="where to write; an unfinished run there is continued")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--steps", type=int, default=10000, help="of the DiT")
+    c.set_defaults(run=train)
+    c = commands.add_parser("clips", help="write captioned clips")
+    c.add_argument("--out", default="out/clips")
+    c.add_argument("--n", type=int, default=100)
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--words", help=f"new words to use in every second caption, of {','.join(NEW_WORDS)}")
+    c.set_defaults(run=write_clips)
+    c = commands.add_parser("eval", help="grade how a checkpoint listens")
+    c.add_argument("--ckpt", default="nano")
+    c.add_argument("--lora", action="append", default=[])
+    c.add_argument("--text_encoder")
+    c.add_argument("--prompts", help="a JSONL of prompts and attributes, instead of the built-in held-out ones")
+    c.add_argument("--words", help="ask for these new words instead")
+    c.add_argument("--n", type=int, default=200)
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--guidance", type=float)
+    c.add_argument("--json")
+    c.add_argument("--grid", help="write a contact sheet PNG of the first 24")
+    c.set_defaults(run=evaluate)
+    args = p.parse_args()
+    if getattr(args, "n", 1) < 1:
+        raise BadInput(f"--n {args.n}: at least 1")
+    args.run(args)
 
 
 if __name__ == "__main__":

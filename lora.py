@@ -1,0 +1,154 @@
+"""LoRA: W + (alpha/rank) B A on chosen linears of a built model; inject, merge, save, load, convert. Hu et al., 2021.
+
+A target is the tail of a module's name within a block: self_attn.{q,k,v,o}, cross_attn.{q,k,v,o}, ffn.0, ffn.2.
+Files are written so that ComfyUI, lightx2v and diffusers all read them alike: keys `diffusion_model.NAME.lora_A.weight` and
+`.lora_B.weight`, alpha/rank folded into B, no alpha key. Read are those, kohya's and PEFT's names.
+"""
+import json
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import BadInput, load, save
+
+TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "qkvo") + ("ffn.0", "ffn.2")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear with its own name and weight, plus scale * B A x. A and B are fp32 whatever the base is."""
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.weight, self.bias = base.in_features, base.out_features, base.weight, base.bias
+        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        return super().forward(x) + F.linear(low, (self.scale * self.lora_B).to(x.dtype))
+
+
+def parse_blocks(text, total):
+    """"20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
+    if not text:
+        return list(range(total))
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise BadInput(f"--blocks {text}: give block numbers such as 20-29 or 0,3,5-7")
+    found = set()
+    for part in text.split(","):
+        a, _, b = part.partition("-")
+        found |= set(range(int(a), int(b or a) + 1))
+    if not found or max(found) >= total:
+        raise BadInput(f"--blocks {text}: this model has blocks 0 to {total - 1}")
+    return sorted(found)
+
+
+def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None):
+    """Put a LoRA on every target of the given blocks (default all) and freeze everything else, in place.
+
+    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. Returns the trainable parameters, A and B in turn, fp32.
+    B starts at zero, so the model's output does not change.
+    """
+    unknown = [t for t in targets if t not in TARGETS]
+    if unknown or not targets:
+        raise BadInput(f"--targets {','.join(targets)}: choose from {', '.join(TARGETS)}")
+    if rank < 1:
+        raise BadInput(f"--rank {rank}: at least 1")
+    model.requires_grad_(False)
+    params = []
+    for i in range(len(model.blocks)) if blocks is None else blocks:
+        for target in targets:
+            owner, _, leaf = target.rpartition(".")
+            owner = model.blocks[i].get_submodule(owner)
+            layer = LoRALinear(getattr(owner, leaf), rank, alpha, dropout)
+            setattr(owner, leaf, layer)
+            params += [layer.lora_A, layer.lora_B]
+    return params
+
+
+def layers(model):
+    """{module name: LoRALinear} of an injected model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def save_lora(path, model, **metadata):
+    """Write the adapter of an injected model (see the top of this file). Rank, targets and blocks join the metadata."""
+    found = layers(model)
+    tensors, parts = {}, [re.match(r"blocks\.(\d+)\.(.+)", name).groups() for name in found]
+    for name, m in found.items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = m.lora_A
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = m.lora_B * m.scale
+    first = next(iter(found.values()))
+    save(path, tensors, {"rank": len(first.lora_A), "alpha": first.scale * len(first.lora_A), "alpha_folded": True,
+                         "targets": ",".join(sorted({t for _, t in parts})),
+                         "blocks": ",".join(map(str, sorted({int(i) for i, _ in parts}))), **metadata})
+
+
+PEFT_NAMES = [("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_q", ".q"), (".to_k", ".k"), (".to_v", ".v"), (".to_out.0", ".o"),
+              ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2")]
+KINDS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
+
+
+def official_name(key):
+    """A LoRA file's key -> (official module name, "A" | "B" | "alpha"), or None if it is no LoRA key of this model family."""
+    m = re.fullmatch(r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?", key)
+    if not m:
+        return None
+    name, kind = m.groups()
+    if name.startswith("lora_unet_"):  # kohya writes dots as underscores
+        m = re.fullmatch(r"blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo02])", name.removeprefix("lora_unet_"))
+        name = "blocks.{}.{}.{}".format(*m.groups()) if m else name
+    else:
+        for prefix in ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer."):
+            name = name.removeprefix(prefix)
+        for a, b in PEFT_NAMES:
+            name = name.replace(a, b)
+    m = re.fullmatch(r"blocks\.\d+\.(.+)", name)
+    return (name, KINDS[kind]) if m and m.group(1) in TARGETS else None
+
+
+def read_lora(path):
+    """A LoRA file in any of the known layouts -> ({module name: (A, B)}, metadata), alpha folded into B, fp32.
+    Raises BadInput for keys it does not know: a file is never half loaded."""
+    tensors, metadata = load(path)
+    found, unknown = {}, []
+    for key, tensor in tensors.items():
+        place = official_name(key)
+        if place is None:
+            unknown.append(key)
+        else:
+            found.setdefault(place[0], {})[place[1]] = tensor.float()
+    broken = [n for n, p in found.items() if not {"A", "B"} <= set(p) or p["A"].shape[0] != p["B"].shape[1]]
+    if unknown or broken or not found:
+        raise BadInput(f"{path}: not a LoRA for Wan's blocks: {len(unknown)} unknown keys {unknown[:3]}, "
+                       f"{len(broken)} modules without a matching pair {broken[:3]}, {len(found)} usable")
+    folded = str(metadata.get("alpha_folded", "")).lower() == "true"
+    config = json.loads(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else {}
+    result = {}
+    for name, p in found.items():
+        rank = len(p["A"])
+        alpha = p["alpha"].item() if "alpha" in p else rank if folded else \
+            next((v for k, v in config.items() if k.endswith("lora_alpha")), rank)
+        result[name] = (p["A"], p["B"] * (alpha / rank))
+    return result, metadata
+
+
+@torch.no_grad()
+def merge(model, path, weight=1.0):
+    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype.
+    Raises BadInput, before anything is changed, if a module is missing or has another shape."""
+    pairs, _ = read_lora(path)
+    modules = dict(model.named_modules())
+    bad = [f"{n} ({tuple(b.shape[:1])}x{tuple(a.shape[1:])} for {tuple(modules[n].weight.shape) if n in modules else 'no such module'})"
+           for n, (a, b) in pairs.items() if n not in modules or modules[n].weight.shape != (b.shape[0], a.shape[1])]
+    if bad:
+        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
+    for name, (a, b) in pairs.items():
+        w = modules[name].weight
+        w.copy_(w.float() + weight * (b.to(w.device) @ a.to(w.device)))

@@ -1,0 +1,413 @@
+"""Videos from prompts and images.
+
+    python sample.py --ckpt DIR --prompt "a red square moves left"
+    python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE --device cuda
+    python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors --lora adapter_model_low.safetensors
+
+With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
+"""
+import argparse
+import json
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import flow
+from checkpoint import BadInput, atomic, cli, find, read_header, save, weight_files
+from lora import merge, read_lora
+from t5 import load_t5
+from vae import load_vae
+from wan import VARIANTS, load_wan
+
+NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+            "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HERE = Path(__file__).parent
+
+
+def checkpoint_dir(name):
+    """`nano` means the checkpoint in the repository."""
+    return HERE / "nano" if str(name) == "nano" and not Path(name).is_dir() else Path(name)
+
+
+def settings(ckpt_dir):
+    """What a checkpoint recommends: its VARIANTS row, under what the "sample" entry of its config.json says."""
+    ckpt_dir = Path(ckpt_dir)
+    experts = (ckpt_dir / "high_noise_model").is_dir()
+    file = (ckpt_dir / "high_noise_model" if experts else ckpt_dir) / "config.json"
+    if not file.exists():
+        raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
+    try:
+        config = json.loads(file.read_text())
+        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
+    except (ValueError, KeyError, StopIteration):
+        raise BadInput(f"{file}: model_type should be one of {', '.join(r['model_type'] for r in VARIANTS.values())}") from None
+    return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": experts, **config.get("sample", {})}
+
+
+def free_memory(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return math.inf
+
+
+class Models:
+    """The parts of one checkpoint: "text", "vae", and "dit", or "high" and "low". Each is loaded when first asked for. When
+    memory is short, and always between the two experts, the others make room: from the accelerator to the host, from the host
+    (device "cpu") to nothing, to be read again when needed."""
+
+    def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None):
+        self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
+        self.settings = settings(self.dir)
+        self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
+        self.loras = [self._lora(spec) for spec in loras]
+        self.parts, self.texts = {}, {}
+
+    def _lora(self, spec):
+        """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
+        fields, weight, expert = spec.split(":"), 1.0, None
+        if len(fields) > 1 and fields[-1] in ("high", "low"):
+            expert = fields.pop()
+        if len(fields) > 1:
+            try:
+                weight = float(fields[-1])
+                fields.pop()
+            except ValueError:
+                pass
+        file = ":".join(fields)
+        expert = expert or read_lora(file)[1].get("expert")
+        if expert in ("high", "low") and expert not in self.experts:
+            raise BadInput(f"--lora {spec}: made for the {expert}-noise expert of an A14B, and {self.dir} has a single model")
+        return file, weight, expert if expert in ("high", "low") else None
+
+    def folder(self, expert):
+        return self.dir if expert == "dit" else self.dir / f"{expert}_noise_model"
+
+    def files(self, part):
+        if part == "text":
+            return [find(self.text_encoder or self.dir, "models_t5*", "the text encoder")]
+        return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
+
+    def part(self, name):
+        model = self.parts.get(name)
+        if model is None or next(model.parameters()).device.type != self.device.type:
+            size = 4 if name == "vae" else self.dtype.itemsize
+            need = size * sum(e.numel for f in self.files(name) for e in read_header(f)[0].values())
+            spare = (8 if self.device.type == "cuda" else 1) << 30  # for activations
+            for other in list(self.parts):
+                if other != name and (free_memory(self.device) < need + spare or {other, name} == {"high", "low"}):
+                    self.release(other)
+            model = self.parts[name] = self._load(name) if model is None else model.to(self.device)
+        return model
+
+    def release(self, name):
+        model = self.parts[name]
+        size = sum(p.nbytes for p in model.parameters())
+        if self.device.type == "cpu":
+            if free_memory("cpu") < size:
+                del self.parts[name]
+        elif free_memory("cpu") > size + (1 << 30):
+            model.to("cpu")
+        else:
+            del self.parts[name]
+
+    def _load(self, name):
+        if name == "text":
+            return load_t5(self.dir, self.device, self.dtype, self.text_encoder)
+        if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder
+            return load_vae(self.dir, self.device, torch.float32)
+        model = load_wan(self.folder(name), self.device, self.dtype)
+        for file, weight, expert in self.loras:
+            if expert in (None, name):
+                merge(model, file, weight)
+        return model
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """list of str -> (embeddings (B,S,D), lens (B,)). Prompts already seen do not need the encoder again."""
+        for p in dict.fromkeys(prompts):
+            if p not in self.texts:  # one at a time: to the last bit, a prompt's embedding owes nothing to its neighbours
+                self.texts[p] = self.part("text").encode([p])[0][0]
+        rows = [self.texts[p] for p in prompts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows], device=self.device)
+
+
+def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None):
+    """A checkpoint folder (or "nano") ready for `generate`.
+
+    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. Weights are read
+    when first needed; a LoRA that cannot be read raises BadInput here."""
+    return Models(ckpt_dir, device, dtype, lora, text_encoder)
+
+
+# ---- conditioning ------------------------------------------------------------------------------------------------
+def best_size(width, height, area, step):
+    """TI2V: the size nearest an image's aspect with sides multiples of `step` and no more than `area` px (official best_output_size)."""
+    ratio = width / height
+    ow = (area * ratio) ** 0.5
+    oh = area / ow
+    w1 = int(ow // step * step)
+    h2 = int(oh // step * step)
+    if not w1 or not h2:
+        raise BadInput(f"--size of {area} px is too small for an image of {width}x{height}: a side would be under {step}")
+    h1, w2 = int(area / w1 // step * step), int(area / h2 // step * step)
+    off = [max(ratio / (w / h), (w / h) / ratio) for w, h in ((w1, h1), (w2, h2))]
+    return (w1, h1) if off[0] < off[1] else (w2, h2)
+
+
+def open_image(image):
+    from PIL import Image, UnidentifiedImageError
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        return Image.open(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as e:
+        raise BadInput(f"--image {image}: {e}") from None
+
+
+def to_tensor(image):
+    """PIL image -> (3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+
+
+def check_size(size, frames, stride, patch=2):
+    """Refuse what does not fit, naming the nearest that does."""
+    near = lambda v, m: max(m, round(v / m) * m)
+    sw, sh = stride[2] * patch, stride[1] * patch
+    if size[0] % sw or size[1] % sh or min(size) < 1:
+        raise BadInput(f"--size {size[0]}x{size[1]}: width must be a multiple of {sw} and height of {sh}; "
+                       f"nearest {near(size[0], sw)}x{near(size[1], sh)}")
+    if frames % 4 != 1 or frames < 1:
+        raise BadInput(f"--frames {frames}: must be 4k+1; nearest {max(1, round((frames - 1) / 4) * 4 + 1)}")
+
+
+def condition_on_image(models, image, size, frames):
+    """Image conditioning as the official pipelines do it. Returns (size, first, y): TI2V's clean first latent frame (1,48,1,h,w)
+    or None, and I2V's 20 extra channels (1,20,T',h,w) or None."""
+    from PIL import Image
+    s, image, area = models.settings, open_image(image), size[0] * size[1]
+    if s["model_type"] == "ti2v":
+        w, h = best_size(*image.size, area, 32)
+        scale = max(w / image.width, h / image.height)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+        x, y = (image.width - w) // 2, (image.height - h) // 2
+        pixels = to_tensor(image.crop((x, y, x + w, y + h)))[None, :, None]
+        return (w, h), models.part("vae").encode(pixels.to(models.device)), None
+    aspect = image.height / image.width
+    h, w = (8 * round(np.sqrt(a) // 8 // 2 * 2) for a in (area * aspect, area / aspect))
+    if not h or not w:
+        raise BadInput(f"--size of {area} px is too small for an image of {image.width}x{image.height}: a side would be under 16")
+    pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
+    video = torch.cat([pixels, torch.zeros(1, 3, frames - 1, h, w)], 2)
+    z = models.part("vae").encode(video.to(models.device))
+    mask = torch.zeros(1, 4, *z.shape[2:], device=z.device)
+    mask[:, :, 0] = 1
+    return (w, h), None, torch.cat([mask, z], 1)
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+def resolve(models, **given):
+    """The checkpoint's recommended settings with what was given (not None) over them, checked."""
+    s = dict(models.settings, **{k: v for k, v in given.items() if v is not None})
+    s["guidance"] = tuple(np.broadcast_to(s["guidance"], 2).tolist())
+    stride = (4, 16, 16) if s["vae"] == "2.2" else (4, 8, 8)
+    check_size(s["size"], s["frames"], stride)
+    return s, stride
+
+
+@torch.no_grad()
+def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None,
+            negative=None, progress=True):
+    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched with.
+    Arguments as in `generate`."""
+    given = dict(size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative)
+    s, (st, sh, sw) = resolve(models, **given)
+    if image is None and s["model_type"] == "i2v":
+        raise BadInput(f"{models.dir}: an image-to-video model, --image is needed")
+    if image is not None and s["model_type"] == "t2v":
+        raise BadInput(f"--image {image}: {models.dir} is a text-to-video model and takes none")
+    guided = any(g != 1 for g in s["guidance"])
+    context = models.encode_prompts([*prompts, *([s["negative"]] if guided else [])])  # the encoder is done before the DiT comes
+    first = y = None
+    width, height = s["size"]
+    if image is not None:
+        (width, height), first, y = condition_on_image(models, image, s["size"], s["frames"])
+    B, channels = len(prompts), 48 if s["vae"] == "2.2" else 16
+    shape = (channels, 1 + (s["frames"] - 1) // st, height // sh, width // sw)
+    x = torch.stack([torch.randn(shape, generator=torch.Generator(models.device).manual_seed(seed), device=models.device) for seed in seeds])
+    if first is not None:
+        x[:, :, :1] = first
+
+    method, expert, texts = flow.solver(s["solver"], s["steps"], s["shift"]), None, None
+    for t in tqdm(method.timesteps.tolist(), disable=not progress, unit="step"):
+        noisy = s["boundary"] is None or t >= s["boundary"] * 1000
+        wanted = models.experts[0 if noisy else -1]
+        if wanted != expert:
+            expert, model = wanted, models.part(wanted)
+            emb, lens = context
+            texts = [model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)]
+            if guided:
+                texts.append(model.embed_text(emb[B:, :lens[B]].expand(B, -1, -1), lens[B:].expand(B), cache=True))
+        g = s["guidance"][1 if noisy and len(models.experts) == 2 else 0]
+        rows = torch.full((B,), float(t), device=models.device)
+        if first is not None:  # the clean first frame is at t = 0
+            rows = rows[:, None].repeat(1, shape[1])
+            rows[:, 0] = 0
+        inputs = x if y is None else torch.cat([x, y.expand(B, -1, -1, -1, -1)], 1)
+        v = model(inputs, rows, texts[0])
+        if g != 1:
+            uncond = model(inputs, rows, texts[1])
+            v = uncond + g * (v - uncond)
+        x = method.step(v, x)
+        if first is not None:
+            x[:, :, :1] = first
+    return x
+
+
+def generate(models, prompt, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None, seed=0,
+             negative=None, progress=True):
+    """One video. Whatever is None comes from the checkpoint's recommended settings.
+
+    models: from `load`. prompt: str. image: file or PIL image to start from (then `size` gives the area and the image the aspect).
+    size: (width, height) px. frames: 4k+1. shift: of the sigma grid. guidance: scale, or (low-noise, high-noise) scales; 1 means
+    without. solver: "unipc", "dpm++" or "euler". Returns (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
+    """
+    latents = denoise(models, [prompt], [seed], image, size, frames, steps, shift, guidance, solver, negative, progress)
+    return models.part("vae").decode(latents)[0], latents[0]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+def to_uint8(video):
+    """(3,T,H,W) in [-1,1] -> (T,H,W,3) uint8."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def write_mp4(path, video, fps, comment=""):
+    """H.264, yuv420p, crf 10. `comment` is stored in the file's metadata. Written under a temporary name, then renamed."""
+    import av
+    with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
+        if comment:
+            file.metadata["comment"] = comment
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = video.shape[3], video.shape[2], "yuv420p"
+        for frame in to_uint8(video):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
+    """A contact sheet PNG: each video as `shown` frames in a row (first to last) under its label, `columns` videos side by side."""
+    from PIL import Image, ImageDraw
+    strips = []
+    for video in videos:
+        frames = to_uint8(video)[np.linspace(0, video.shape[1] - 1, shown).round().astype(int)]
+        strip = Image.fromarray(np.concatenate(list(frames), 1))
+        factor = scale or max(1, round(384 / strip.width))
+        strips.append(strip.resize((strip.width * factor, strip.height * factor), Image.NEAREST))
+    w, h = strips[0].width + 8, strips[0].height + 22
+    sheet = Image.new("RGB", (w * columns, h * -(-len(strips) // columns)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (strip, label) in enumerate(zip(strips, labels)):
+        x, y = i % columns * w + 4, i // columns * h
+        sheet.paste(strip, (x, y + 18))
+        pen.text((x, y + 2), label if len(label) * 6 < w else label[:w // 6 - 3] + "...", fill="black")
+    with atomic(path) as tmp:
+        sheet.save(tmp, format="PNG")
+
+
+def parse_size(text):
+    try:
+        w, h = (int(v) for v in text.lower().split("x"))
+        return w, h
+    except ValueError:
+        raise BadInput(f"--size {text}: give WIDTHxHEIGHT, such as 1280x704") from None
+
+
+def parse_guidance(text):
+    try:
+        values = tuple(float(v) for v in text.split(","))
+        assert len(values) in (1, 2)
+        return values
+    except (ValueError, AssertionError):
+        raise BadInput(f"--guidance {text}: give one number, or LOW,HIGH") from None
+
+
+def pick_device(name):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"--device {name}: no CUDA device is available; use cpu")
+    return name
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="nano", help="checkpoint folder (default: the one in the repository)")
+    p.add_argument("--prompt")
+    p.add_argument("--prompts", help="a text file, one prompt per line")
+    p.add_argument("--image", help="start from this image")
+    p.add_argument("--size", help="WxH px; with --image the area")
+    p.add_argument("--frames", type=int, help="4k+1")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--shift", type=float)
+    p.add_argument("--guidance", help="G or LOW,HIGH")
+    p.add_argument("--solver", choices=list(flow.SOLVERS))
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--negative", help="negative prompt (default: the checkpoint's)")
+    p.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+    p.add_argument("--text_encoder", help="an updated text encoder's file")
+    p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument("--out", default="out/sample.mp4")
+    p.add_argument("--save_latents", help="also write the final latents to this .safetensors file")
+    p.add_argument("--grid", help="also write a contact sheet of all results to this .png file")
+    args = p.parse_args()
+
+    prompts = [args.prompt] if args.prompt is not None else []
+    if args.prompts:
+        try:
+            prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"--prompts {args.prompts}: {e}") from None
+    prompts = prompts or ["a red square moves left"]
+    device = pick_device(args.device)
+    dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder)
+    given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
+                 guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
+    s, _ = resolve(models, **given)
+    used = {k: s[k] for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
+    used |= {"ckpt": str(args.ckpt), "seed": args.seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
+    print(json.dumps(used, ensure_ascii=False))
+
+    out = Path(args.out)
+    name = lambda path, i: path if len(prompts) == 1 else path.with_stem(f"{path.stem}_{i:03d}")
+    if any(g != 1 for g in s["guidance"]):
+        models.encode_prompts([*prompts, s["negative"]])
+    latents = []
+    for i, prompt in enumerate(prompts):
+        latents.append(denoise(models, [prompt], [args.seed], args.image, **given))
+        if args.save_latents:
+            save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
+    videos = []
+    for i, (prompt, z) in enumerate(zip(prompts, latents)):
+        videos.append(models.part("vae").decode(z)[0].cpu())
+        write_mp4(name(out, i), videos[-1], s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
+        print(name(out, i))
+        if not args.grid:
+            videos.clear()
+    if args.grid:
+        write_grid(args.grid, videos, prompts)
+        print(args.grid)
+
+
+if __name__ == "__main__":
+    cli(main)

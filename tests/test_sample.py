@@ -1,0 +1,183 @@
+"""sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers' parts, fp32 on CPU."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tiny
+from checkpoint import BadInput, load as load_tensors
+from sample import NEGATIVE, best_size, check_size, generate, load, write_mp4
+from test_flow import peer as peer_solver
+from test_wan import padded, per_token
+
+SCRIPT = Path(__file__).parent.parent / "sample.py"
+
+
+def image():
+    y, x = np.mgrid[:90, :150]
+    return Image.fromarray(np.stack([x * 1.7, y * 2.8, (x + y) % 256], -1).astype(np.uint8))
+
+
+def reference(folder, kind, prompt, frames, size, steps, shift, guidance, solver, seed, picture=None):
+    """The official pipelines written out with peers: models, solver and encoder are diffusers' and transformers'."""
+    from vae import LATENT_STATS
+    models = {"high": tiny.dit(kind, 10), "low": tiny.dit(kind, 11)} if kind != "ti2v" else {"high": tiny.dit(kind)}
+    models = {k: tiny.diffusers_dit(m) for k, m in models.items()}
+    vae = tiny.diffusers_vae(tiny.vae(kind == "ti2v"))
+    stride = 16 if kind == "ti2v" else 8
+    mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in LATENT_STATS[48 if kind == "ti2v" else 16])
+    from t5 import Tokenizer
+    tokenizer, encoder = Tokenizer(folder / "google/umt5-xxl/spiece.model"), tiny.transformers_t5(tiny.text_encoder())
+
+    def text(p):
+        ids, lens = tokenizer([p])
+        return padded(encoder(ids).last_hidden_state, lens.tolist())
+
+    cond, null = text(prompt), text(NEGATIVE)
+    z = y = None
+    w, h = size
+    if kind == "ti2v" and picture:
+        w, h = 96, 64
+        scale = max(w / picture.width, h / picture.height)
+        p = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+        a, b = (p.width - w) // 2, (p.height - h) // 2
+        pixels = torch.from_numpy(np.array(p.crop((a, b, a + w, b + h)))).permute(2, 0, 1).float() / 255 * 2 - 1
+        z = (vae.encode(pixels[None, :, None]).latent_dist.mode() - mean) / std
+    elif kind == "i2v":
+        ratio, area = picture.height / picture.width, w * h
+        h = round(np.sqrt(area * ratio) // 8 // 2 * 2) * 8
+        w = round(np.sqrt(area / ratio) // 8 // 2 * 2) * 8
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 * 2 - 1
+        video = torch.zeros(1, 3, frames, h, w)
+        video[:, :, 0] = F.interpolate(pixels[None], size=(h, w), mode="bicubic")[0]
+        mask = torch.zeros(1, 4, 1 + frames // 4, h // 8, w // 8)
+        mask[:, :, 0] = 1
+        y = torch.cat([mask, (vae.encode(video).latent_dist.mode() - mean) / std], 1)
+    shape = (48 if kind == "ti2v" else 16, 1 + frames // 4, h // stride, w // stride)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None]
+    if z is not None:
+        x[:, :, :1] = z
+    s = peer_solver(solver, steps, shift)
+    boundary = {"ti2v": 0, "t2v": 875, "i2v": 900}[kind]
+    for t in s.timesteps:
+        high = t >= boundary
+        model, g = models["high" if high else "low"], guidance[1 if high else 0]
+        time = t.float()[None]
+        if z is not None:
+            rows = torch.full((1, shape[1]), float(t))
+            rows[:, 0] = 0
+            time = per_token(rows, (shape[1], shape[2] // 2, shape[3] // 2))
+        inputs = x if y is None else torch.cat([x, y], 1)
+        c, u = (model(inputs, time, e, return_dict=False)[0] for e in (cond, null))
+        x = s.step(u + g * (c - u), t, x, return_dict=False)[0]
+        if z is not None:
+            x[:, :, :1] = z
+    return x[0], vae.decode(x * std + mean).sample[0].clamp(-1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("kind, picture", [("ti2v", False), ("ti2v", True), ("t2v", False), ("i2v", True)])
+def test_equals_a_plain_loop_of_peers(checkpoints, kind, picture, solver, report):
+    folder, picture = checkpoints[kind], image() if picture else None
+    shift, guidance = {"ti2v": (5, (5.0, 5.0)), "t2v": (12, (3.0, 4.0)), "i2v": (5, (3.5, 3.5))}[kind]
+    size = (96, 64) if kind == "ti2v" else (64, 48)
+    want, want_video = reference(folder, kind, "a naïve cat runs", 9, size, 6, shift, guidance, solver, 7, picture)
+    models = load(folder)
+    video, latents = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False)
+    report("latents", tiny.error(latents, want), 2e-5)
+    report("video", (video - want_video).abs().max().item(), 1e-4)
+    again = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False)[1]
+    other = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=8, progress=False)[1]
+    assert torch.equal(latents, again) and not torch.equal(latents, other)
+
+
+def test_command_line_end_to_end(checkpoints, tmp_path):
+    """mp4 with its settings inside, latents, contact sheet, many prompts in one load."""
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog runs\n")
+    run = subprocess.run([sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--prompts", tmp_path / "prompts.txt", "--size", "64x32", "--frames", "5",
+                          "--steps", "2", "--guidance", "3", "--seed", "5", "--device", "cpu", "--dtype", "fp32", "--out", tmp_path / "v.mp4",
+                          "--save_latents", tmp_path / "z.safetensors", "--grid", tmp_path / "g.png"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    import av
+    with av.open(str(tmp_path / "v_001.mp4")) as f:
+        stream = f.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in f.decode(stream)]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p" and stream.average_rate == 24
+        assert (len(frames), frames[0].shape) == (5, (32, 64, 3))
+        told = json.loads(f.metadata["comment"])
+    assert (told["prompt"], told["seed"], told["steps"], told["guidance"]) == ("a dog runs", 5, 2, [3.0, 3.0])
+    z = load_tensors(tmp_path / "z_001.safetensors")[0]["latents"]
+    _, latents = generate(load(checkpoints["ti2v"]), "a dog runs", size=(64, 32), frames=5, steps=2, guidance=3.0, seed=5, progress=False)
+    assert z.dtype == torch.float32 and z.shape == (48, 2, 2, 4)
+    assert torch.equal(z, latents)
+    assert Image.open(tmp_path / "g.png").size[1] > 2 * 32
+
+
+def test_mp4_holds_the_pixels(tmp_path):
+    """Crf 10 keeps smooth pictures within a few grey levels."""
+    import av
+    from sample import to_uint8
+    ramp = torch.linspace(-0.8, 0.8, 64)
+    video = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
+    write_mp4(tmp_path / "v.mp4", video, 16)
+    with av.open(str(tmp_path / "v.mp4")) as f:
+        back = np.stack([frame.to_ndarray(format="rgb24") for frame in f.decode(video=0)])
+    assert np.abs(back.astype(int) - to_uint8(video)).mean() < 2
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("size, frames, message", [
+    ((100, 64), 9, "nearest 96x64"), ((96, 64), 8, "nearest 9"), ((96, 64), 0, "nearest 1"), ((0, 64), 9, "nearest 32x64")])
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(checkpoints, size, frames, message):
+    with pytest.raises(BadInput, match=message):
+        generate(load(checkpoints["ti2v"]), "a", size=size, frames=frames, steps=1)
+
+
+def test_image_needed_or_not_taken(checkpoints):
+    with pytest.raises(BadInput, match="--image is needed"):
+        generate(load(checkpoints["i2v"]), "a", size=(64, 48), frames=5, steps=1)
+    with pytest.raises(BadInput, match="takes none"):
+        generate(load(checkpoints["t2v"]), "a", image=image(), size=(64, 48), frames=5, steps=1)
+
+
+@pytest.mark.parametrize("w, h, want", [(1280, 704, (1280, 704)), (1280, 720, (1248, 704)), (720, 1280, (704, 1248)), (1000, 1000, (960, 928)), (3000, 1000, (1632, 544))])
+def test_size_from_an_images_aspect(w, h, want):
+    ow, oh = best_size(w, h, 704 * 1280, 32)
+    assert ow % 32 == oh % 32 == 0 and ow * oh <= 704 * 1280
+    assert (ow, oh) == want
+
+
+def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report):
+    models = load(checkpoints["ti2v"])
+    seen = []
+    encode = models.encode_prompts
+    monkeypatch.setattr(models, "encode_prompts", lambda p: seen.extend(p) or encode(p))
+    one = generate(models, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0, progress=False)[1]
+    assert seen == ["a cat"]
+    near = generate(models, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0 + 1e-7, progress=False)[1]
+    report("against the guided formula", tiny.error(one, near), 1e-5)
+
+
+def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
+    from sample import denoise
+    models = load(checkpoints["t2v"])
+    both = denoise(models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False)
+    alone = denoise(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
+    report("relative error", tiny.error(both[1:], alone), 2e-5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "64by32"], "WIDTHxHEIGHT"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--ckpt", "nowhere"], "nowhere"), (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"), (["--image", "nowhere.png"], "nowhere.png")])
+def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
+    command = [sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu", *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr
+    assert "Traceback" not in run.stderr
