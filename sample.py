@@ -207,11 +207,7 @@ def condition_on_image(models, image, size, frames):
     if not h or not w:
         raise BadInput(f"--size of {area} px is too small for an image of {image.width}x{image.height}: a side would be under 16")
     pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
-    video = torch.cat([pixels, torch.zeros(1, 3, frames - 1, h, w)], 2)
-    z = models.part("vae").encode(video.to(models.device))
-    mask = torch.zeros(1, 4, *z.shape[2:], device=z.device)
-    mask[:, :, 0] = 1
-    return (w, h), None, torch.cat([mask, z], 1)
+    return (w, h), None, models.part("vae").condition(pixels.to(models.device), frames)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -237,6 +237,14 @@ class VAE(nn.Module):
             z[:, :, i:i + 1] = (moments[:, :self.z_dim].float() - mean) / std
         return z
 
+    def condition(self, image, frames):
+        """I2V-A14B's 20 extra input channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and
+        the encoding of the image followed by frames-1 grey frames."""
+        z = self.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)))
+        mask = torch.zeros_like(z[:, :4])
+        mask[:, :, 0] = 1
+        return torch.cat([mask, z], 1)
+
     @torch.no_grad()
     def decode(self, z):
         """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'."""

@@ -1,0 +1,257 @@
+"""A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
+
+Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Media are resized and
+centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate and cut to 4k+1 frames.
+Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever used.
+"""
+import hashlib
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import BadInput, save
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+
+
+@dataclass
+class Item:
+    """One file to train on: width, height px of its bucket, frames 4k+1 of them at fps (1 for an image)."""
+    path: Path
+    captions: list
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+    @property
+    def bucket(self):
+        return self.width, self.height, self.frames
+
+
+class Skip(Exception):
+    """Why a file cannot be trained on."""
+
+
+def buckets(area, multiple):
+    """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, aspects from 1:4 to 4:1."""
+    found = set()
+    for w in range(multiple, int(2 * area ** 0.5) + multiple, multiple):
+        h = max(multiple, round(area / w / multiple) * multiple)
+        if w * h <= area * 1.1 and 0.25 <= w / h <= 4:
+            found.add((w, h))
+    return sorted(found) or [(multiple, multiple)]
+
+
+def nearest_bucket(width, height, area, multiple):
+    return min(buckets(area, multiple), key=lambda b: (abs(math.log(b[0] / b[1] * height / width)), -b[0] * b[1]))
+
+
+def open_clip(path):
+    import av
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError, ValueError) as e:
+        raise Skip(f"cannot be opened ({e})") from None
+    if not container.streams.video:
+        container.close()
+        raise Skip("has no video stream")
+    return container
+
+
+def decode(path, limit=None):
+    """Yield (seconds, PIL image) for each frame of a clip, until `limit` seconds have passed. Raises Skip where decoding fails."""
+    import av
+    with open_clip(path) as container:
+        start = None
+        try:
+            for frame in container.decode(video=0):
+                start = frame.time if start is None else start
+                if limit is not None and frame.time - start > limit:
+                    return
+                yield frame.time - start, frame.to_image()
+        except (av.FFmpegError, ValueError, TypeError) as e:
+            raise Skip(f"cannot be decoded ({e})") from None
+
+
+def probe(path):
+    """(width, height, seconds or None, fps or None) of a media file, by decoding it once. Raises Skip."""
+    if path.stat().st_size == 0:
+        raise Skip("is empty")
+    if path.suffix.lower() in IMAGES:
+        from PIL import Image
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return *image.size, None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise Skip(f"cannot be read ({e})") from None
+    times, size = [], None
+    for at, frame in decode(path):
+        times.append(at)
+        size = frame.size
+    if not times:
+        raise Skip("has no frames")
+    return *size, times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0)
+
+
+def read_captions(path):
+    file = path.with_suffix(".txt")
+    try:
+        captions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise Skip(f"its caption {file.name} is not UTF-8") from None
+    except OSError:
+        raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
+    if not captions:
+        raise Skip(f"its caption {file.name} is empty")
+    return captions
+
+
+def scan(folder, area, multiple, frames, fps):
+    """Look through a folder, recursively: ([Item], [(path, reason)] of what is skipped). area px, frames at most per clip.
+    Raises BadInput, with the reasons, where nothing is left."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"--data {folder}: no such folder")
+    items, skipped = [], []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGES | CLIPS or path.name.startswith("."):
+            continue
+        try:
+            if not path.is_file():
+                raise Skip("is not a file")
+            captions = read_captions(path)
+            width, height, seconds = probe(path)
+            length = 1
+            if seconds is not None:
+                available = int(seconds * fps + 1e-3)
+                length = min(frames, (available - 1) // 4 * 4 + 1)
+                if available < 5 <= frames:
+                    raise Skip(f"too short: {available} frames at {fps:g} fps, at least 5 are needed")
+            items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), length, fps))
+        except Skip as e:
+            skipped.append((path, str(e)))
+        except OSError as e:
+            skipped.append((path, e.strerror or str(e)))
+    if not items:
+        raise BadInput(f"--data {folder}: nothing to train on; " + ("; ".join(f"{p.name} {why}" for p, why in skipped[:20]) or
+                       f"no {', '.join(sorted(IMAGES | CLIPS))} in it"))
+    return items, skipped
+
+
+def report(items, skipped):
+    """What will be trained on and what will not, as text."""
+    counts = {}
+    for item in items:
+        counts[item.bucket] = counts.get(item.bucket, 0) + 1
+    lines = [f"data: {len(items)} files, {len(skipped)} skipped"]
+    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
+    return "\n".join(lines + [f"  skipped {path}: {why}" for path, why in skipped])
+
+
+def pixels(item):
+    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped."""
+    from PIL import Image
+    if item.path.suffix.lower() in IMAGES:
+        with Image.open(item.path) as image:
+            images = [image.convert("RGB")]
+    else:
+        wanted, images, last = [k / item.fps for k in range(item.frames)], [], None
+        for at, frame in decode(item.path, limit=wanted[-1] + 1):
+            while last is not None and len(images) < item.frames and abs(at - wanted[len(images)]) > abs(last[0] - wanted[len(images)]):
+                images.append(last[1])  # the frame before was the nearer one
+            last = at, frame
+        images += [last[1]] * (item.frames - len(images))
+    scale = max(item.width / images[0].width, item.height / images[0].height)
+    w, h = round(images[0].width * scale), round(images[0].height * scale)
+    x, y = (w - item.width) // 2, (h - item.height) // 2
+    out = torch.empty(3, item.frames, item.height, item.width)
+    for i, image in enumerate(images):
+        if image.size != (w, h):
+            image = image.resize((w, h), Image.LANCZOS)
+        image = image.crop((x, y, x + item.width, y + item.height))
+        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(item.height, item.width, 3)
+        out[:, i] = raw.permute(2, 0, 1).float() / 127.5 - 1
+    return out
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+def digest(path):
+    """A hash of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()
+
+
+def entry(cache, **parts):
+    """The cache file for something decided by `parts`."""
+    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
+    return Path(cache) / f"{name}.safetensors"
+
+
+def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
+    """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is missing.
+
+    Each file holds `latents` (C,T',h,w) fp32, and with `image_condition` (I2V) `y` (20,T',h,w), the conditioning on its first frame.
+    """
+    weights = digest(vae_file)
+    files = [entry(cache, media=digest(i.path), size=i.bucket, fps=i.fps, vae=weights, dtype="fp32", y=image_condition) for i in items]
+    missing = [(i, f) for i, f in zip(items, files) if not f.exists()]
+    vae = load_vae() if missing else None
+    for item, file in tqdm(missing, desc="latents", unit="file", disable=not missing):
+        video = pixels(item)[None].to(next(vae.parameters()).device)
+        tensors = {"latents": vae.encode(video)[0]}
+        if image_condition:
+            tensors["y"] = vae.condition(video[:, :, :1], item.frames)[0]
+        save(file, tensors, {"source": item.path.name})
+    return files
+
+
+def cache_texts(captions, cache, encoder_file, load_encoder, dtype):
+    """Make sure every caption's embedding is cached; returns {caption: file}. `load_encoder()` is called only if one is missing.
+    Each file holds `embedding` (S,D) in the encoder's dtype."""
+    weights = digest(encoder_file)
+    files = {c: entry(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
+    missing = [c for c, f in files.items() if not f.exists()]
+    encoder = load_encoder() if missing else None
+    for caption in tqdm(missing, desc="texts", unit="caption", disable=not missing):
+        with torch.no_grad():
+            save(files[caption], {"embedding": encoder.encode([caption])[0][0]})
+    return files
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+class Batches:
+    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders make smaller
+    batches, so that every file is seen once an epoch. `at(step)` needs no history: a resumed run just goes on."""
+
+    def __init__(self, items, batch, seed):
+        self.seed, self.batch = seed, batch
+        self.groups = {}
+        for i, item in enumerate(items):
+            self.groups.setdefault(item.bucket, []).append(i)
+        self.per_epoch = sum(-(-len(g) // batch) for g in self.groups.values())
+        self._epoch = None
+
+    def at(self, step):
+        """Indices of the items of a step (0-based)."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            rng, batches = random.Random(f"{self.seed} epoch {epoch}"), []
+            for _, group in sorted(self.groups.items()):
+                order = rng.sample(group, len(group))
+                batches += [order[i:i + self.batch] for i in range(0, len(order), self.batch)]
+            rng.shuffle(batches)
+            self._epoch, self._batches = epoch, batches
+        return self._batches[position]
+
+
+def collate(embeddings):
+    """list of (S,D) -> (B,S,D) zero-padded, lens (B,)."""
+    return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), torch.tensor([len(e) for e in embeddings])
