@@ -54,9 +54,9 @@ class Entry:
     def nbytes(self):
         return self.numel * self.dtype.itemsize
 
-    def read(self):
-        """Read this tensor, and nothing else, from its file."""
-        flat = torch.empty(self.numel, dtype=self.dtype)
+    def read(self, scratch=None):
+        """Read this tensor, and nothing else, from its file; into the bytes of `scratch` where given."""
+        flat = torch.empty(self.numel, dtype=self.dtype) if scratch is None else scratch[:self.nbytes].view(self.dtype)
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
                 f.seek(self.offset)
@@ -79,17 +79,18 @@ def read_header(path):
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
-            head = f.read(8)
+            head = f.read(9)
             if head[:2] == b"PK":
                 return _pickle_header(path), {}
-            if head[:1] == b"\x80":
-                raise BadInput(f"{path}: an old-style pickle; save it again with torch.save (zip format) or as .safetensors")
-            n = int.from_bytes(head, "little")
-            if len(head) < 8 or head.lstrip()[:1] in (b"<", b"{") or not 2 <= n <= 1 << 30:
-                raise BadInput(f"{path}: not a weight file, it begins with {head[:8]!r}"
-                               + (" (a web page or text saved under this name?)" if head.lstrip()[:1] in (b"<", b"{") else ""))
+            n = int.from_bytes(head[:8], "little")
+            if head[8:] != b"{" or n > 1 << 30:
+                if head[:1] == b"\x80":
+                    raise BadInput(f"{path}: an old-style pickle; save it again with torch.save (zip format) or as .safetensors")
+                web = head.lstrip()[:1] in (b"<", b"{")
+                raise BadInput(f"{path}: not a weight file, it begins with {head!r}" + (" (a web page or text under this name?)" if web else ""))
             if size < 8 + n:
                 raise BadInput(f"{path}: truncated, its header alone needs {8 + n:,} bytes and the file has {size:,}")
+            f.seek(8)
             header = json.loads(f.read(n))
             metadata = header.pop("__metadata__", {})
             entries = {name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
@@ -178,7 +179,9 @@ def read_headers(files):
     entries = {}
     for file in files:
         for name, entry in read_header(file)[0].items():
-            entries[clean_key(name)] = entry
+            if (name := clean_key(name)) in entries:
+                raise BadInput(f"{file}: {name} stands in {entries[name].file.name} too")
+            entries[name] = entry
     return entries
 
 
@@ -198,8 +201,12 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False):
         where = next(iter(entries.values())).file if entries else "an empty file"
         raise BadInput(f"{where}: keys do not fit: " + "; ".join(
             f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
+    # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in the heap.
+    scratch = torch.empty(max(e.nbytes for e in entries.values()), dtype=torch.uint8)
     for name in sorted(want, key=lambda n: (str(entries[n].file), entries[n].offset)):
-        tensor = entries[name].read().to(device, torch.float32 if fp32(name) else dtype).contiguous()
+        goal = torch.float32 if fp32(name) else dtype
+        stays = entries[name].dtype == goal and torch.device(device).type == "cpu"
+        tensor = entries[name].read(None if stays else scratch).to(device, goal).contiguous()
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     return model.eval()

@@ -145,7 +145,7 @@ def merge(model, path, weight=1.0):
     Raises BadInput, before anything is changed, if a module is missing or has another shape."""
     pairs, _ = read_lora(path)
     modules = dict(model.named_modules())
-    bad = [f"{n} ({tuple(b.shape[:1])}x{tuple(a.shape[1:])} for {tuple(modules[n].weight.shape) if n in modules else 'no such module'})"
+    bad = [f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, modules[n].weight.shape)) if n in modules else 'no such module'})"
            for n, (a, b) in pairs.items() if n not in modules or modules[n].weight.shape != (b.shape[0], a.shape[1])]
     if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")

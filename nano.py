@@ -292,7 +292,7 @@ def train_vae(out, seed):
             z = torch.cat([m[:, :48] for m in vae.moment_chunks(x)], 2)
         return reconstruction(z, x)
 
-    run_stage(out, "vae_decoder", 1800, decoder, 2e-3, decoder_loss, ema=0.995)
+    run_stage(out, "vae_decoder", 4000, decoder, 2e-3, decoder_loss, ema=0.995)
     fold_stats(vae, vae_batch(random.Random(f"{seed} stats"), 256, 9, 64))
     return vae.eval().requires_grad_(False)
 
@@ -508,7 +508,7 @@ def main():
     c = commands.add_parser("train", help="train nano/ from nothing (about an hour on two cores)")
     c.add_argument("--out", default="out/nano", help="where to write; an unfinished run there is continued")
     c.add_argument("--seed", type=int, default=0)
-    c.add_argument("--steps", type=int, default=10000, help="of the DiT")
+    c.add_argument("--steps", type=int, default=14000, help="of the DiT")
     c.set_defaults(run=train)
     c = commands.add_parser("clips", help="write captioned clips")
     c.add_argument("--out", default="out/clips")

@@ -1,0 +1,186 @@
+"""Every layout that weights come in, and every way in which a file can be wrong."""
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from checkpoint import BadInput, atomic, read_header, save
+from t5 import load_t5
+from vae import load_vae
+from wan import load_wan
+
+ROOT = Path(__file__).parent.parent
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sharded_folder(checkpoints):
+    assert same(load_wan(checkpoints["ti2v"], dtype=torch.float32), tiny.dit("ti2v"))
+
+
+def test_unsharded_folder(tmp_path):
+    model = tiny.dit("t2v")
+    tiny.write_dit(tmp_path, model)
+    for f in tmp_path.glob("*.safetensors*"):
+        f.unlink()
+    save_file(model.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    assert same(load_wan(tmp_path, dtype=torch.float32), model)
+
+
+@pytest.mark.parametrize("rename", ["{}", "model.diffusion_model.{}", "diffusion_model.{}", "_orig_mod.{}", "model.diffusion_model._orig_mod.{}"])
+def test_one_file_alone_with_any_prefix(tmp_path, rename):
+    """Without a config.json the head width is 128, as in every released size."""
+    model = tiny.dit("i2v", dim=256, heads=2, layers=2)
+    save_file({rename.format(k): v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    loaded = load_wan(tmp_path / "model.safetensors", dtype=torch.float32)
+    assert same(loaded, model) and loaded.config == model.config
+
+
+def test_compile_leftovers_inside_keys(tmp_path):
+    model = tiny.dit("t2v", dim=128, heads=1)
+    save_file({k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in model.state_dict().items()}, tmp_path / "m.safetensors")
+    assert same(load_wan(tmp_path / "m.safetensors", dtype=torch.float32), model)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_encoder_and_vae_in_both_formats(tmp_path, checkpoints, suffix):
+    for f in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.2_VAE.pth"):
+        state = torch.load(checkpoints["ti2v"] / f, weights_only=True)
+        if suffix == ".pth":
+            torch.save(state, tmp_path / f)
+        else:
+            save_file({k: v.contiguous() for k, v in state.items()}, (tmp_path / f).with_suffix(suffix))
+    shutil.copytree(checkpoints["ti2v"] / "google", tmp_path / "google")
+    assert same(load_vae(tmp_path), tiny.vae(True))
+    assert same(load_t5(tmp_path, dtype=torch.float32), tiny.text_encoder())
+
+
+@pytest.mark.parametrize("v22, mult", [(False, (1, 3, 3, 5)), (True, (1, 2, 2, 6))])
+def test_widths_come_from_the_shapes(tmp_path, v22, mult):
+    from vae import VAE
+    odd = tiny.randomize(VAE(v22, 6, 10 if v22 else 6, 48 if v22 else 16, mult), 0)
+    torch.save(odd.state_dict(), tmp_path / "a_VAE.pth")
+    assert same(load_vae(tmp_path), odd)
+
+
+def test_pickles_are_read_tensor_by_tensor(tmp_path):
+    """Offsets, shapes, dtypes and strides from a .pth header give back what torch.save wrote."""
+    state = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 6).t(), "d": torch.randn(10, 2)[3:5]}
+    torch.save(state, tmp_path / "x.pth")
+    entries, _ = read_header(tmp_path / "x.pth")
+    assert all(torch.equal(entries[k].read(), v) and entries[k].dtype == v.dtype for k, v in state.items())
+
+
+def test_dtype_and_what_stays_fp32(checkpoints):
+    state = load_wan(checkpoints["ti2v"]).state_dict()
+    assert state["blocks.0.self_attn.q.weight"].dtype == state["text_embedding.0.weight"].dtype == torch.bfloat16
+    for name in ("blocks.0.modulation", "blocks.0.norm3.weight", "blocks.0.self_attn.norm_q.weight", "time_embedding.0.weight",
+                 "time_projection.1.weight", "head.head.weight", "head.modulation"):
+        assert state[name].dtype == torch.float32, name
+
+
+def test_missing_unexpected_and_misshapen_keys_are_all_listed(tmp_path):
+    state = tiny.dit("t2v").state_dict()
+    del state["blocks.1.norm3.bias"]
+    state["blocks.0.extra"] = torch.zeros(1)
+    state["head.head.bias"] = torch.zeros(3)
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 48, "num_heads": 2}))
+    with pytest.raises(BadInput) as e:
+        load_wan(tmp_path)
+    for part in ("1 missing (blocks.1.norm3.bias)", "1 unexpected (blocks.0.extra)", "head.head.bias is (3,), should be (64,)"):
+        assert part in str(e.value)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def break_checkpoint(folder, how):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "truncated header":
+        shard.write_bytes(shard.read_bytes()[:50])
+    elif how == "empty":
+        shard.write_bytes(b"")
+    elif how == "wrong shape":
+        state = load_file(shard)
+        save_file({**state, "blocks.0.norm3.weight" if "blocks.0.norm3.weight" in state else next(iter(state)): torch.zeros(3)}, shard)
+    elif how == "missing shard":
+        shard.unlink()
+    elif how == "pickle with code":
+        torch.save({"w": Code()}, folder / "Wan2.2_VAE.pth")
+    elif how == "old pickle":
+        (folder / "Wan2.2_VAE.pth").write_bytes(pickle.dumps({"w": 1}))
+    elif how == "html":
+        shard.write_text("<!DOCTYPE html><html><body>404</body></html>")
+    elif how == "truncated pickle":
+        f = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+        f.write_bytes(f.read_bytes()[:1000])
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "bad index":
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+
+
+@pytest.mark.parametrize("how, message", [
+    ("truncated", "truncated"), ("truncated header", "truncated"), ("empty", "not a weight file"), ("wrong shape", "should be"),
+    ("missing shard", "missing diffusion_pytorch_model-00001-of-00002"), ("pickle with code", "only tensors are accepted"),
+    ("old pickle", "old-style pickle"), ("html", "a web page"), ("truncated pickle", "not a readable torch file"), ("no config", "config.json is missing"),
+    ("bad index", "not a weight index")])
+def test_a_broken_checkpoint_is_one_clear_line(checkpoints, tmp_path, how, message):
+    folder = tmp_path / "c"
+    shutil.copytree(checkpoints["ti2v"], folder)
+    break_checkpoint(folder, how)
+    run = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", folder, "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu",
+                          "--out", tmp_path / "v.mp4"], capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("error: ") and message in last and str(folder) in last, run.stderr
+    assert "Traceback" not in run.stderr and "this must never run" not in run.stdout
+
+
+LOAD = r"""
+import re, sys, torch; sys.path.insert(0, {root!r})
+from wan import load_wan
+model = load_wan({path!r}, dtype=torch.{dtype})
+print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def gigabyte(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gigabyte")
+    tiny.write_dit(folder, tiny.dit("t2v", dim=1024, heads=8, layers=21), 3)
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 1e9
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_hardly_more_than_the_weights(gigabyte, dtype, report):
+    run = subprocess.run([sys.executable, "-c", LOAD.format(root=str(ROOT), path=str(gigabyte), dtype=dtype)], capture_output=True, text=True, check=True)
+    peak, weights = map(int, run.stdout.split())
+    report("peak memory over weights x 1.2 + 300 MB", peak / (weights * 1.2 + 300e6), 1.0)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"step": 1})
+    with pytest.raises(RuntimeError, match="power cut"):
+        with atomic(tmp_path / "a.safetensors") as tmp:
+            tmp.write_text("half")
+            raise RuntimeError("power cut")
+    assert load_file(tmp_path / "a.safetensors")["x"].sum() == 2
+    assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
