@@ -81,7 +81,7 @@ def decode(path, limit=None):
 
 
 def probe(path):
-    """(width, height, seconds or None, fps or None) of a media file, by decoding it once. Raises Skip."""
+    """(width, height, times of its frames in seconds, or None for an image) of a media file, by decoding it once. Raises Skip."""
     if path.stat().st_size == 0:
         raise Skip("is empty")
     if path.suffix.lower() in IMAGES:
@@ -98,7 +98,7 @@ def probe(path):
         size = frame.size
     if not times:
         raise Skip("has no frames")
-    return *size, times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0)
+    return *size, times
 
 
 def read_captions(path):
@@ -128,13 +128,13 @@ def scan(folder, area, multiple, frames, fps):
             if not path.is_file():
                 raise Skip("is not a file")
             captions = read_captions(path)
-            width, height, seconds = probe(path)
+            width, height, times = probe(path)
             length = 1
-            if seconds is not None:
-                available = int(seconds * fps + 1e-3)
+            if times is not None:
+                available = int(times[-1] * fps + 1e-3) + 1
                 length = min(frames, (available - 1) // 4 * 4 + 1)
-                if available < 5 <= frames:
-                    raise Skip(f"too short: {available} frames at {fps:g} fps, at least 5 are needed")
+                if min(available, len(times)) < 5 <= frames:
+                    raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
             items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), length, fps))
         except Skip as e:
             skipped.append((path, str(e)))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import data
 from checkpoint import BadInput, atomic, cli, load
@@ -158,6 +159,7 @@ def main():
     kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
     log = open(log_file, "w")  # what a killed run logged after its last state will be logged again
     log.writelines(line + "\n" for line in kept)
+    board = SummaryWriter(out / "tensorboard", purge_step=start)
     name = "adapter_model.safetensors" if expert == "dit" else f"adapter_model_{expert}.safetensors"
     peak = next((f for k, f in PEAK_FLOPS.items() if args.device.startswith("cuda") and k in torch.cuda.get_device_name()), None)
 
@@ -198,8 +200,11 @@ def main():
         print("  ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v}" for k, v in line.items()), flush=True)
         log.write(json.dumps(line) + "\n")
         log.flush()
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
+            board.add_scalar(key, line[key], step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_all(step + 1)
+    board.close()
     print(out / name)
 
 

@@ -1,0 +1,170 @@
+"""From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import tiny
+from checkpoint import BadInput, load
+from sample import write_mp4
+
+ROOT = Path(__file__).parent.parent
+
+
+def clip(path, frames=9, w=64, h=48, fps=8, caption="a cat runs"):
+    """A clip whose frame k has brightness k/frames, with its caption."""
+    level = torch.linspace(-0.9, 0.9, frames)
+    write_mp4(path, level[None, :, None, None].expand(3, frames, h, w), fps)
+    path.with_suffix(".txt").write_text(caption + "\n")
+
+
+def photo(path, w=90, h=60, caption="a photo"):
+    x = np.tile(np.linspace(0, 255, w, dtype=np.uint8)[None, :, None], (h, 1, 3))
+    Image.fromarray(x).save(path)
+    path.with_suffix(".txt").write_text(caption + "\n")
+
+
+def scan(folder, area=64 * 48, multiple=16, frames=9, fps=8):
+    return data.scan(folder, area, multiple, frames, fps)
+
+
+def test_images_and_clips_land_in_buckets(tmp_path):
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "deep" / "b.mp4", w=48, h=64) if (tmp_path / "deep").mkdir() is None else None
+    photo(tmp_path / "c.png")
+    items, skipped = scan(tmp_path)
+    assert not skipped
+    assert {i.path.name: i.bucket for i in items} == {"a.mp4": (64, 48, 9), "b.mp4": (48, 64, 9), "c.png": (64, 48, 1)}
+
+
+@pytest.mark.parametrize("frames, fps, want", [(9, 8, 9), (12, 8, 9), (30, 8, 9), (7, 8, 5), (9, 16, 5), (20, 16, 9), (5, 4, 9)])
+def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
+    """Item frames at 8 fps, and each the source frame nearest in time."""
+    clip(tmp_path / "a.mp4", frames, fps=fps)
+    (item,), _ = scan(tmp_path)
+    assert item.frames == want
+    got = data.pixels(item).mean((0, 2, 3))
+    source = torch.linspace(-0.9, 0.9, frames)
+    nearest = [min(int(k * fps / 8 + 0.5), frames - 1) for k in range(want)]
+    either = [min(abs(g - source[i]), abs(g - source[max(i - 1, 0)]) if (k * fps / 8) % 1 == 0.5 else 9) for k, (g, i) in enumerate(zip(got, nearest))]
+    assert max(either) < 0.02
+
+
+def test_pixels_are_resized_and_cropped_from_the_middle(tmp_path):
+    photo(tmp_path / "a.png", w=160, h=48)
+    (item,), _ = scan(tmp_path, area=96 * 96, multiple=48)
+    x = data.pixels(item)
+    assert x.shape == (3, 1, 48, 144) and x.min() >= -1 and x.max() <= 1
+    middle = x[0, 0, 0, 71:73].mean()
+    assert abs(middle) < 0.02 and x[0, 0, 0, 0] > -1 + 0.05
+
+
+def test_unusable_files_are_named_with_their_reason(tmp_path):
+    clip(tmp_path / "good.mp4")
+    clip(tmp_path / "short.mp4", frames=4)
+    clip(tmp_path / "silent.mp4", caption="")
+    clip(tmp_path / "alone.mp4")
+    (tmp_path / "alone.txt").unlink()
+    clip(tmp_path / "cut.mp4", frames=60, w=320, h=240)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:200])
+    for name in ("empty.mp4", "empty2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    (tmp_path / "page.mp4").write_text("<html>")
+    (tmp_path / "page.txt").write_text("x")
+    (tmp_path / "latin.png").write_bytes(b"")
+    photo(tmp_path / "latin.png")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "folder.mp4").mkdir()
+    items, skipped = scan(tmp_path)
+    assert [i.path.name for i in items] == ["good.mp4"]
+    why = {p.name: reason for p, reason in skipped}
+    assert "too short: 4 frames, 4 at 8 fps" in why["short.mp4"] and "caption silent.txt is empty" in why["silent.mp4"] and "alone.txt is missing" in why["alone.mp4"]
+    assert why["empty.mp4"] == why["empty2.jpg"] == "is empty" and "cannot be opened" in why["page.mp4"] and "cannot be opened" in why["cut.mp4"]
+    assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
+    assert all(p.name in data.report(items, skipped) for p, _ in skipped)
+
+
+def test_nothing_left_says_so(tmp_path):
+    clip(tmp_path / "short.mp4", frames=3)
+    with pytest.raises(BadInput, match="nothing to train on; short.mp4 too short: 3 frames"):
+        scan(tmp_path)
+    with pytest.raises(BadInput, match="no such folder"):
+        scan(tmp_path / "nowhere")
+
+
+def test_cached_latents_equal_a_direct_encode(tmp_path):
+    clip(tmp_path / "a.mp4", w=64, h=64)
+    photo(tmp_path / "b.png")
+    items, _ = scan(tmp_path, area=64 * 64, multiple=16)
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    files = data.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae, image_condition=True)
+    for item, file in zip(items, files):
+        got, want = load(file)[0], vae.encode(data.pixels(item)[None])[0]
+        assert torch.equal(got["latents"], want)
+        first = torch.zeros(3, *data.pixels(item).shape[1:])
+        first[:, 0] = data.pixels(item)[:, 0]
+        assert torch.equal(got["y"][4:], vae.encode(first[None])[0]) and got["y"][:4, 0].min() == 1 and got["y"][:4, 1:].abs().sum() == 0
+
+
+def test_only_what_changed_is_computed_again(tmp_path):
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "b.mp4", frames=13)
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    calls = []
+
+    def cached(**kwargs):
+        calls.clear()
+        loader = lambda: calls.append("loaded") or vae
+        return data.cache_latents(scan(tmp_path, **kwargs)[0], tmp_path / "cache", tmp_path / "VAE.pth", loader)
+
+    first = cached()
+    assert calls == ["loaded"] and cached() == first and not calls
+    clip(tmp_path / "b.mp4", frames=17)                          # another file under the same name
+    second = cached()
+    assert calls and second[0] == first[0] and second[1] != first[1]
+    assert not set(cached(area=32 * 32)) & set(second)           # another resolution
+    torch.save(tiny.vae(False, seed=8).state_dict(), tmp_path / "VAE.pth")
+    assert not set(cached()) & set(second)                       # another VAE
+
+
+def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
+    from t5 import load_t5
+    encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
+    file = checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth"
+    files = data.cache_texts(["a cat", "", "a cat"], tmp_path, file, lambda: encoder, torch.float32)
+    assert list(files) == ["a cat", ""]
+    assert torch.equal(load(files["a cat"])[0]["embedding"], encoder.encode(["a cat"])[0][0])
+
+    def never():
+        raise AssertionError("everything is cached already")
+
+    assert data.cache_texts(["", "a cat"], tmp_path, file, never, torch.float32) == {"": files[""], "a cat": files["a cat"]}
+    assert data.cache_texts(["a cat"], tmp_path, file, lambda: encoder, torch.bfloat16)["a cat"] != files["a cat"]
+
+
+def items_of(sizes):
+    return [data.Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
+
+
+def test_every_file_is_seen_once_an_epoch_in_a_new_order():
+    items = items_of({16: 7, 32: 4, 48: 1})
+    batches = data.Batches(items, 3, seed=1)
+    assert batches.per_epoch == 3 + 2 + 1
+    epochs = [[batches.at(e * 6 + i) for i in range(6)] for e in range(3)]
+    for epoch in epochs:
+        assert Counter(i for b in epoch for i in b) == Counter(range(12))
+        assert all(len({items[i].bucket for i in b}) == 1 for b in epoch)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = data.Batches(items, 3, seed=1)
+    assert again.at(13) == epochs[2][1] and data.Batches(items, 3, seed=2).at(13) != epochs[2][1]

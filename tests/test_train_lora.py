@@ -1,0 +1,116 @@
+"""train_lora.py from the command line: every model type, resuming, and what it refuses."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load
+from lora import read_lora
+from test_data import clip, photo
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    clip(folder / "a.mp4", 9, 64, 64, caption="a red square\na square that is red")
+    clip(folder / "b.mp4", 13, 64, 64, caption="a dog runs")
+    photo(folder / "c.png", 64, 64)
+    return folder
+
+
+def train(ckpt, media, out, *flags, check=True):
+    run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", ckpt, "--data", media, "--out", out, "--cache", out.parent / "cache",
+                          "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--rank", "4", "--device", "cpu", "--dtype", "fp32",
+                          *map(str, flags)], capture_output=True, text=True)
+    assert not check or run.returncode == 0, run.stderr
+    return run
+
+
+@pytest.mark.parametrize("kind, flags, name", [("ti2v", [], "adapter_model"), ("t2v", ["--expert", "high"], "adapter_model_high"),
+                                               ("i2v", ["--expert", "low", "--checkpointing"], "adapter_model_low")])
+def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind, flags, name):
+    from PIL import Image
+    from sample import generate, load as load_models
+    run = train(checkpoints[kind], media, tmp_path / "out", *flags)
+    assert "data: 3 files, 0 skipped" in run.stdout
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
+    pairs, meta = read_lora(tmp_path / "out" / f"{name}.safetensors")
+    assert len(pairs) == 6 and all(b.abs().max() > 0 for _, b in pairs.values())
+    assert meta["expert"] == (flags[1] if flags else "dit") and meta["step"] == "6"
+    image = Image.open(media / "c.png") if kind == "i2v" else None
+    settings = dict(image=image, size=(32, 32) if kind != "ti2v" else (64, 64), frames=5, steps=4, progress=False)
+    plain = generate(load_models(checkpoints[kind]), "a dog", **settings)[1]
+    adapted = generate(load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors")]), "a dog", **settings)[1]
+    assert not torch.equal(plain, adapted)
+    none = generate(load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors:0")]), "a dog", **settings)[1]
+    assert torch.equal(plain, none)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
+    train(checkpoints["ti2v"], media, tmp_path / "whole", "--dropout", 0.2)
+    process = subprocess.Popen([sys.executable, "-c", KILL, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", media, "--out", tmp_path / "cut",
+                                "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--rank", "4",
+                                "--device", "cpu", "--dtype", "fp32", "--dropout", "0.2", "--save_every", "2"], stdout=subprocess.DEVNULL)
+    assert process.wait() == -9
+    train(checkpoints["ti2v"], media, tmp_path / "cut", "--dropout", 0.2, "--save_every", 2, "--resume")
+    a, b = (load(tmp_path / d / "adapter_model.safetensors")[0] for d in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+KILL = """
+import os, signal, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train_lora
+real, calls = train_lora.draw_t, []
+def killing(*a):
+    calls.append(1)
+    if len(calls) == 4:  # in the middle of step 4, when step 2 is what was saved
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a)
+train_lora.draw_t = killing
+train_lora.main()
+"""
+
+
+def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
+    code = ("import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train_lora as m; real = m.draw_t\n"
+            "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; m.main()")
+    for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
+        run = subprocess.run([sys.executable, "-c", code, ROOT / "train_lora.py", "--ckpt", checkpoints["t2v"], "--expert", expert, "--data", media, "--out",
+                              tmp_path / expert, "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "12"],
+                             capture_output=True, text=True, check=True)
+        drawn = [float(v) for line in run.stdout.splitlines() if line.startswith("T ") for v in line.split()[1:]]
+        assert len(drawn) == 24 and low <= min(drawn) and max(drawn) <= high
+
+
+@pytest.mark.parametrize("kind, flags, message", [
+    ("ti2v", ["--targets", "self_attn.q"], "--allow_self_attn"), ("ti2v", ["--targets", "cross_attn.x"], "--targets"), ("ti2v", ["--blocks", "1-7"], "0 to 2"),
+    ("t2v", [], "choose high or low"), ("ti2v", ["--expert", "high"], "single model"), ("ti2v", ["--frames", "8"], "nearest 9"),
+    ("ti2v", ["--rank", "0"], "--rank 0"), ("ti2v", ["--steps", "0"], "--steps 0")])
+def test_what_it_refuses(checkpoints, media, tmp_path, kind, flags, message):
+    run = train(checkpoints[kind], media, tmp_path / "out", *flags, check=False)
+    assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_no_usable_data_exits_with_the_reasons(checkpoints, tmp_path):
+    (tmp_path / "d").mkdir()
+    clip(tmp_path / "d" / "tiny.mp4", 3)
+    run = train(checkpoints["ti2v"], tmp_path / "d", tmp_path / "out", check=False)
+    assert run.returncode == 1 and "nothing to train on; tiny.mp4 too short" in run.stderr
+
+
+def test_a_finished_run_is_not_overwritten(checkpoints, media, tmp_path):
+    train(checkpoints["ti2v"], media, tmp_path / "out")
+    run = train(checkpoints["ti2v"], media, tmp_path / "out", check=False)
+    assert run.returncode == 1 and "--resume" in run.stderr
