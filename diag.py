@@ -75,7 +75,7 @@ def inspect_file(path):
         part, meta = read_header(file)
         entries |= {clean_key(k): e for k, e in part.items()}
         metadata |= meta
-    if any((official_name(k) or " ")[1] == "A" for k in entries):
+    if any((official_name(k) or ("", ""))[1] == "A" for k in entries):
         return inspect_lora(entries, metadata)
     if "patch_embedding.weight" in entries:
         return inspect_dit(path, entries)

@@ -181,3 +181,54 @@ def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def small(models, **kwargs):
+    return generate(models, "a cat runs", size=(32, 32), frames=5, steps=4, progress=False, **kwargs)[1]
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "t2v"])
+def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch, kind):
+    """With no room to spare, one part at a time is in memory."""
+    import sample
+    plenty = small(load(checkpoints[kind]))
+    held = []
+    monkeypatch.setattr(sample, "free_memory", lambda device: 0)
+    real = sample.Models._load
+    monkeypatch.setattr(sample.Models, "_load", lambda self, name: held.append((name, sorted(self.parts))) or real(self, name))
+    models = load(checkpoints[kind])
+    assert torch.equal(small(models), plenty)
+    assert held == [(name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])]
+    assert list(models.parts) == ["vae"]
+
+
+def test_an_updated_text_encoder(checkpoints, tmp_path):
+    file = tmp_path / "text_encoder.safetensors"
+    from safetensors.torch import save_file
+    save_file(tiny.text_encoder().state_dict(), file)
+    plain = small(load(checkpoints["ti2v"]))
+    assert torch.equal(small(load(checkpoints["ti2v"], text_encoder=file)), plain)
+    save_file(tiny.text_encoder(seed=77).state_dict(), file)
+    assert not torch.equal(small(load(checkpoints["ti2v"], text_encoder=file)), plain)
+
+
+def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
+    """Merged LoRAs change exactly the expert they are for: by the file's metadata, or by :high and :low."""
+    from lora import inject, merge, save_lora
+    from wan import load_wan
+    for name, seed in (("a", 1), ("b", 2)):
+        model = tiny.dit("t2v")
+        torch.manual_seed(seed)
+        for p in inject(model, rank=2)[1::2]:
+            p.data.normal_(0, 0.2)
+        save_lora(tmp_path / f"{name}.safetensors", model, **({"expert": "low"} if name == "a" else {}))
+    a, b = (str(tmp_path / f"{n}.safetensors") for n in "ab")
+    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", b])
+    for expert, applied in (("high", [(b, -1.5), (b, 1.0)]), ("low", [(a, 0.5), (b, 1.0)])):
+        want = load_wan(checkpoints["t2v"] / f"{expert}_noise_model", dtype=torch.float32)
+        for file, weight in applied:
+            merge(want, file, weight)
+        got = models.part(expert)
+        assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters()))
+    with pytest.raises(BadInput, match="single model"):
+        load(checkpoints["ti2v"], lora=[a])

@@ -1,0 +1,127 @@
+"""The nano world, its grader, and the committed checkpoint."""
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nano
+from checkpoint import BadInput
+
+ROOT = Path(__file__).parent.parent
+FILES = ("config.json", "diffusion_pytorch_model.safetensors", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")
+
+
+def attributes(n, seed=0):
+    rng = random.Random(seed)
+    return [nano.sample_attributes(rng, list(nano.product(nano.COLORS | nano.UNDRAWN, nano.SHAPES, nano.MOTIONS))) for _ in range(n)]
+
+
+def test_grader_reads_real_clips():
+    wanted = attributes(300)
+    graded = [nano.grade(c) for c in nano.draw(wanted, 1)]
+    accuracy = nano.shares(graded, wanted)
+    assert min(accuracy.values()) >= 0.99 and all(g["background"] == w["background"] for g, w in zip(graded, wanted))
+    assert sum(g["iou"] for g in graded) / 300 > 0.97
+
+
+def test_grader_is_not_fooled():
+    """Noise, an empty picture, and a clip against the wrong caption earn nothing."""
+    empty = nano.grade(torch.full((3, 9, 64, 64), -0.84))
+    assert empty["color"] is empty["shape"] is empty["motion"] is None
+    wanted = attributes(200, 1)
+    graded = [nano.grade(c) for c in nano.draw(wanted, 2)]
+    shuffled = wanted[1:] + wanted[:1]
+    assert all(share < 0.45 for share in nano.shares(graded, shuffled).values())
+    flipped = [nano.grade(c.flip(1)) for c in nano.draw(wanted, 2)]  # backwards in time: only motion changes
+    back = {"left": "right", "right": "left", "up": "down", "down": "up", "still": "still"}
+    assert [back[g["motion"]] for g in graded] == [f["motion"] for f in flipped]
+
+
+def test_compositions_and_captions_are_held_out():
+    assert len(nano.UNSEEN) == 20 and len(nano.TRIPLES) == 140
+    wanted, _ = nano.every_clip()
+    assert not {(a["color"], a["shape"], a["motion"]) for a in wanted} & nano.UNSEEN
+    rng = random.Random(0)
+    read = {nano.training_caption(a, rng) for a in wanted for _ in range(10)}
+    asked = {p["prompt"] for p in nano.prompts(300, 0) + nano.prompts(300, 0, unseen=True)}
+    assert not read & asked
+    assert not any(re.search(rf"\b{w}\b", c) for w in nano.NEW_WORDS for c in read)
+
+
+def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
+    from data import Item, pixels
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / name, "--n", "12", "--seed", "4", "--words", "crimson,box"], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "attributes.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(line) for line in (tmp_path / "b" / "attributes.jsonl").read_text().splitlines()] and len(rows) == 12
+    assert {r["caption"].count("crimson") + r["caption"].count("box") for r in rows[1::2]} == {1}
+    for r in rows:
+        assert (tmp_path / "a" / r["file"]).with_suffix(".txt").read_text().strip() == r["caption"]
+        g = nano.grade(pixels(Item(tmp_path / "a" / r["file"], [], 64, 64, 9, nano.FPS)))
+        assert all(g[k] == r[k] for k in nano.ATTRIBUTES)
+
+
+def test_wilson_interval():
+    low, high = nano.wilson(95, 100)
+    assert abs(low - 0.8882) < 1e-3 and abs(high - 0.9785) < 1e-3
+
+
+def test_prompts_file_errors(tmp_path):
+    f = tmp_path / "p.jsonl"
+    for text, message in (("{", "not lines of"), ('{"color": "red"}', "not lines of"), ('{"prompt": "a", "color": "pink"}', "line 1: color 'pink'"), ("\n", "no prompts")):
+        f.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            nano.read_prompts(f)
+
+
+def test_folding_the_statistics_changes_only_the_scale():
+    """Latents get the full-size VAE's mean and deviation per channel; what is decoded stays the same."""
+    import tiny
+    vae = tiny.vae(True)
+    clips = torch.rand(4, 3, 5, 32, 32) * 2 - 1
+    raw = torch.cat([m[:, :48] for m in vae.moment_chunks(clips)], 2)
+    before = torch.cat(list(vae.frame_chunks(raw)), 2)
+    nano.fold_stats(vae, clips)
+    z = vae.encode(clips)
+    assert z.mean((0, 2, 3, 4)).abs().max() < 1e-4 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 1e-4
+    after = vae.decode(z)
+    assert (after - before.clamp(-1, 1)).abs().max() < 1e-4
+
+
+def test_the_committed_checkpoint_is_small_and_in_the_official_layout():
+    sizes = [(ROOT / "nano" / f).stat().st_size for f in FILES]
+    assert sum(f.stat().st_size for f in (ROOT / "nano").rglob("*") if f.is_file()) < 12e6 and all(sizes)
+
+
+def test_the_committed_checkpoint_listens(tmp_path):
+    """40 held-out prompts: enough to notice a broken model; `python nano.py eval` gives the figures."""
+    subprocess.run([sys.executable, ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json"], check=True, capture_output=True)
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["n"] == 40
+    for suite in told["suites"].values():
+        assert min(suite["accuracy"].values()) >= 0.85, told
+
+
+def test_any_prompts_are_graded_by_what_is_given(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red square moves left", "color": "red"}\n{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n')
+    subprocess.run([sys.executable, ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json"], check=True, capture_output=True)
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["n"] == 2 and set(told["accuracy"]) == {"color", "motion"}
+
+
+def test_the_nano_vae_serves_diffusers_too(report):
+    """The committed VAE decodes the same in the peer: it is an ordinary Wan 2.2 VAE."""
+    import tiny
+    from vae import load_vae
+    vae = load_vae(ROOT / "nano")
+    peer = tiny.diffusers_vae(vae)
+    clip = nano.draw(attributes(1), 0)
+    mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
+    want = (peer.encode(clip).latent_dist.mode() - mean) / std
+    report("encode", tiny.error(vae.encode(clip), want), 2e-5)
+    report("decode", tiny.error(vae.decode(want), peer.decode(want * std + mean).sample.clamp(-1, 1)), 2e-5)
