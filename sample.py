@@ -37,7 +37,7 @@ def checkpoint_dir(name):
 
 
 def settings(ckpt_dir):
-    """What a checkpoint recommends: its VARIANTS row, under what the "sample" entry of its config.json says."""
+    """What a checkpoint recommends: its VARIANTS row, under what the "sample" entry of its config.json says; for training, "train"."""
     ckpt_dir = Path(ckpt_dir)
     experts = (ckpt_dir / "high_noise_model").is_dir()
     file = (ckpt_dir / "high_noise_model" if experts else ckpt_dir) / "config.json"
@@ -48,7 +48,8 @@ def settings(ckpt_dir):
         variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
     except (ValueError, KeyError, StopIteration):
         raise BadInput(f"{file}: model_type should be one of {', '.join(r['model_type'] for r in VARIANTS.values())}") from None
-    return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": experts, **config.get("sample", {})}
+    return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": experts,
+            "train": config.get("train", {}), **config.get("sample", {})}
 
 
 def free_memory(device):

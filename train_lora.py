@@ -71,7 +71,7 @@ def arguments():
 
 def resolve(args, s):
     """Fill in what the checkpoint recommends and check what was given."""
-    recommended = s.get("train", {})
+    recommended = s["train"]
     args.resolution = args.resolution or recommended.get("resolution") or "{}x{}".format(*s["size"])
     args.frames = args.frames or recommended.get("frames") or s["frames"]
     args.shift = args.shift or recommended.get("shift") or s["shift"]
