@@ -9,9 +9,13 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,20 +56,24 @@ class Entry:
 
     @property
     def nbytes(self):
-        return self.numel * self.dtype.itemsize
+        """Bytes from the first element to the last."""
+        if self.stride is None or not self.numel:
+            return self.numel * self.dtype.itemsize
+        return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))) * self.dtype.itemsize
 
     def read(self, scratch=None):
         """Read this tensor, and nothing else, from its file; into the bytes of `scratch` where given."""
-        flat = torch.empty(self.numel, dtype=self.dtype) if scratch is None else scratch[:self.nbytes].view(self.dtype)
+        flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[:self.nbytes]
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
                 f.seek(self.offset)
-                view = memoryview(flat.view(torch.uint8).numpy())
+                view = memoryview(flat.numpy())
                 while view:  # one read() returns at most 2 GiB
                     n = f.readinto(view)
                     if not n:
                         raise BadInput(f"{self.file}: ended while reading a tensor of shape {self.shape}; the file is truncated")
                     view = view[n:]
+        flat = flat.view(self.dtype)
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
 
 
@@ -95,6 +103,9 @@ def read_header(path):
             metadata = header.pop("__metadata__", {})
             entries = {name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
                        for name, v in header.items()}
+            wrong = [name for name, v in header.items() if v["data_offsets"][1] - v["data_offsets"][0] != entries[name].nbytes]
+            if wrong:
+                raise BadInput(f"{path}: the header's offsets do not fit the shape of {wrong[0]}")
             end = max((8 + n + v["data_offsets"][1] for v in header.values()), default=8 + n)
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
@@ -185,6 +196,11 @@ def read_headers(files):
     return entries
 
 
+def count_blocks(entries):
+    """1 + the highest N of the tensors named blocks.N."""
+    return 1 + max((int(n.split(".")[1]) for n in entries if re.match(r"blocks\.\d+\.", n)), default=-1)
+
+
 def load_into(model, entries, device, dtype, fp32=lambda name: False):
     """Stream `entries` into `model`, which was built on the meta device.
 
@@ -238,3 +254,61 @@ def load(path):
     """Read every tensor of one small safetensors file: ({name: tensor}, metadata)."""
     entries, metadata = read_header(path)
     return {name: e.read() for name, e in entries.items()}, metadata
+
+
+class Run:
+    """A training run's folder: OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt.
+
+    A checkpoint is written under a temporary name and renamed, so the newest one is always whole; the last `keep` stay. After Ctrl-C
+    or SIGTERM `stop` is True: the loop saves and leaves. Raises BadInput where OUT holds a run and `resume` is not asked for.
+    """
+
+    def __init__(self, out, flags, resume, keep=2):
+        self.out, self.keep, self.stop = Path(out), keep, False
+        self.states = self.out / "checkpoints"
+        if any(self._saved()) and not resume:
+            raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
+        self.states.mkdir(parents=True, exist_ok=True)
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        told = {"flags": flags, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+                "commit": commit.stdout.strip() or None, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with atomic(self.out / "flags.json") as tmp:
+            tmp.write_text(json.dumps(told, indent=1) + "\n")
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._asked_to_stop)
+
+    def _asked_to_stop(self, *_):
+        if self.stop:  # asked twice
+            sys.exit(130)
+        print("stopping after this step; the state is saved, go on with --resume", flush=True)
+        self.stop = True
+
+    def _saved(self):
+        return sorted(self.states.glob("step_*.pt"), key=lambda f: int(f.stem[5:]))
+
+    def restore(self):
+        """The newest state, or None; what was logged after it is dropped, since it will be logged again."""
+        from torch.utils.tensorboard import SummaryWriter
+        saved = self._saved()
+        state = torch.load(saved[-1], weights_only=True) if saved else None
+        start, log = state["step"] if state else 0, self.out / "log.jsonl"
+        kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= start] if start else []
+        with atomic(log) as tmp:
+            tmp.write_text("".join(kept))
+        self.log_file = open(log, "a", buffering=1)
+        self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
+        return state
+
+    def log(self, step, **values):
+        """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
+        print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+        self.log_file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, step)
+
+    def save(self, step, state):
+        with atomic(self.states / f"step_{step:06d}.pt") as tmp:
+            torch.save({"step": step, **state}, tmp)
+        for old in self._saved()[:-self.keep]:
+            old.unlink()

@@ -7,6 +7,7 @@ Files are written so that ComfyUI, lightx2v and diffusers all read them alike: k
 import json
 import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -124,19 +125,36 @@ def read_lora(path):
             unknown.append(key)
         else:
             found.setdefault(place[0], {})[place[1]] = tensor.float()
-    broken = [n for n, p in found.items() if not {"A", "B"} <= set(p) or p["A"].shape[0] != p["B"].shape[1]]
+    fits = lambda p: {"A", "B"} <= set(p) and p["A"].dim() == p["B"].dim() == 2 and 0 < len(p["A"]) == p["B"].shape[1]
+    broken = [n for n, p in found.items() if not fits(p) or p.get("alpha", torch.zeros(1)).numel() != 1]
     if unknown or broken or not found:
         raise BadInput(f"{path}: not a LoRA for Wan's blocks: {len(unknown)} unknown keys {unknown[:3]}, "
                        f"{len(broken)} modules without a matching pair {broken[:3]}, {len(found)} usable")
-    folded = str(metadata.get("alpha_folded", "")).lower() == "true"
-    config = json.loads(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else {}
+    default = _default_alpha(Path(path), metadata, any(k.startswith("base_model.") for k in tensors))
     result = {}
     for name, p in found.items():
         rank = len(p["A"])
-        alpha = p["alpha"].item() if "alpha" in p else rank if folded else \
-            next((v for k, v in config.items() if k.endswith("lora_alpha")), rank)
+        alpha = p["alpha"].item() if "alpha" in p else rank if default is None else default
         result[name] = (p["A"], p["B"] * (alpha / rank))
     return result, metadata
+
+
+def _default_alpha(path, metadata, peft):
+    """The alpha of a file without alpha keys, or None for the rank (a scale of 1): diffusers keeps it in the file's metadata,
+    PEFT in adapter_config.json beside the file."""
+    config, source = {}, path
+    try:
+        if "lora_adapter_metadata" in metadata:
+            config = json.loads(metadata["lora_adapter_metadata"])
+        elif peft:
+            source = path.with_name("adapter_config.json")
+            config = json.loads(source.read_text())
+    except (ValueError, OSError) as e:
+        raise BadInput(f"{source}: should hold the alpha of {path.name} ({e})") from None
+    config = {k.rpartition(".")[2]: v for k, v in config.items()}
+    if config.get("use_rslora") or config.get("use_dora") or config.get("alpha_pattern") or config.get("rank_pattern"):
+        raise BadInput(f"{path}: uses a PEFT variant (rslora, dora, or alpha and rank patterns) that is not read here")
+    return config.get("lora_alpha")
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic, cli, save
 from flow import add_noise, draw_t
-from sample import denoise, load, write_grid, write_mp4
+from sample import decode, denoise, load, write_grid, write_mp4
 from t5 import TextEncoder, Tokenizer
 from vae import LATENT_STATS, VAE, channels_last
 from wan import Wan, WanConfig
@@ -461,7 +461,7 @@ def listen(models, rows, seed=0, batch=50, **given):
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         z = denoise(models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given)
-        clips.append(models.part("vae").decode(z))
+        clips.append(decode(models, z))
     clips = torch.cat(clips)
     return [grade(c) for c in clips], clips
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,32 +47,33 @@ def settings(ckpt_dir):
     try:
         config = json.loads(file.read_text())
         variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
-    except (ValueError, KeyError, StopIteration):
+    except (ValueError, KeyError, TypeError, StopIteration):
         raise BadInput(f"{file}: model_type should be one of {', '.join(r['model_type'] for r in VARIANTS.values())}") from None
     return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": experts,
             "train": config.get("train", {}), **config.get("sample", {})}
 
 
 def free_memory(device):
+    """Bytes that can still be taken on a device, or on the host ("cpu")."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+        return 1024 * next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return math.inf
 
 
 class Models:
     """The parts of one checkpoint: "text", "vae", and "dit", or "high" and "low". Each is loaded when first asked for. When
-    memory is short, and always between the two experts, the others make room: from the accelerator to the host, from the host
-    (device "cpu") to nothing, to be read again when needed."""
+    memory is short, and on an accelerator always between the two experts, the others make room: from the accelerator to the host,
+    from the host (device "cpu") to nothing, to be read again when needed."""
 
     def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None):
         self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
         self.loras = [self._lora(spec) for spec in loras]
-        self.parts, self.texts = {}, {}
+        self.parts, self.texts, self.conditions = {}, {}, {}
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
@@ -84,6 +86,8 @@ class Models:
                 fields.pop()
             except ValueError:
                 pass
+            if not math.isfinite(weight):
+                raise BadInput(f"--lora {spec}: a weight of {weight}")
         file = ":".join(fields)
         expert = expert or read_lora(file)[1].get("expert")
         if expert in ("high", "low") and expert not in self.experts:
@@ -98,28 +102,26 @@ class Models:
             return [find(self.text_encoder or self.dir, "models_t5*", "the text encoder")]
         return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
 
-    def part(self, name):
-        model = self.parts.get(name)
-        if model is None or next(model.parameters()).device.type != self.device.type:
-            size = 4 if name == "vae" else self.dtype.itemsize
-            need = size * sum(e.numel for f in self.files(name) for e in read_header(f)[0].values())
-            spare = (8 if self.device.type == "cuda" else 1) << 30  # for activations
-            for other in list(self.parts):
-                if other != name and (free_memory(self.device) < need + spare or {other, name} == {"high", "low"}):
-                    self.release(other)
-            model = self.parts[name] = self._load(name) if model is None else model.to(self.device)
-        return model
+    def part(self, name, activations=1 << 30):
+        """A part on the device, ready to run with this many bytes of activations. Hold no reference to another one meanwhile."""
+        model, cuda = self.parts.get(name), self.device.type == "cuda"
+        size = 4 if name == "vae" else self.dtype.itemsize
+        resident = model is not None and next(model.parameters()).device.type == self.device.type
+        need = activations + (0 if resident else size * sum(e.numel for f in self.files(name) for e in read_header(f)[0].values()))
+        for other in [o for o in self.parts if o != name]:
+            if free_memory(self.device) < need or cuda and {other, name} == {"high", "low"}:
+                self.release(other)
+        if not resident:
+            self.parts[name] = self._load(name) if model is None else model.to(self.device)
+        return self.parts[name]
 
     def release(self, name):
-        model = self.parts[name]
-        size = sum(p.nbytes for p in model.parameters())
-        if self.device.type == "cpu":
-            if free_memory("cpu") < size:
-                del self.parts[name]
-        elif free_memory("cpu") > size + (1 << 30):
-            model.to("cpu")
-        else:
-            del self.parts[name]
+        """Give a part's memory back: to the host while there is room, else drop it."""
+        model = self.parts.pop(name)
+        if self.device.type == "cuda":
+            if free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
+                self.parts[name] = model.to("cpu")
+            torch.cuda.empty_cache()
 
     def _load(self, name):
         if name == "text":
@@ -171,7 +173,7 @@ def open_image(image):
         return image.convert("RGB")
     try:
         return Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as e:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
         raise BadInput(f"--image {image}: {e}") from None
 
 
@@ -191,34 +193,58 @@ def check_size(size, frames, stride, patch=2):
         raise BadInput(f"--frames {frames}: must be 4k+1; nearest {max(1, round((frames - 1) / 4) * 4 + 1)}")
 
 
-def condition_on_image(models, image, size, frames):
-    """Image conditioning as the official pipelines do it. Returns (size, first, y): TI2V's clean first latent frame (1,48,1,h,w)
-    or None, and I2V's 20 extra channels (1,20,T',h,w) or None."""
-    from PIL import Image
-    s, image, area = models.settings, open_image(image), size[0] * size[1]
+def video_size(s, size, image):
+    """(width, height) of the video: `size`, or with an image its area in the image's aspect, as the official pipelines have it."""
+    if image is None:
+        return size
+    area = size[0] * size[1]
     if s["model_type"] == "ti2v":
-        w, h = best_size(*image.size, area, 32)
-        scale = max(w / image.width, h / image.height)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
-        x, y = (image.width - w) // 2, (image.height - h) // 2
-        pixels = to_tensor(image.crop((x, y, x + w, y + h)))[None, :, None]
-        return (w, h), models.part("vae").encode(pixels.to(models.device)), None
+        return best_size(*image.size, area, 32)
     aspect = image.height / image.width
     h, w = (8 * round(np.sqrt(a) // 8 // 2 * 2) for a in (area * aspect, area / aspect))
     if not h or not w:
         raise BadInput(f"--size of {area} px is too small for an image of {image.width}x{image.height}: a side would be under 16")
+    return w, h
+
+
+def condition_on_image(vae, s, image, size, frames):
+    """Image conditioning as the official pipelines do it: (first, y), TI2V's clean first latent frame (1,48,1,h,w) or None, and
+    I2V's 20 extra channels (1,20,T',h,w) or None."""
+    from PIL import Image
+    (w, h), device = size, next(vae.parameters()).device
+    if s["model_type"] == "ti2v":
+        scale = max(w / image.width, h / image.height)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+        x, y = (image.width - w) // 2, (image.height - h) // 2
+        return vae.encode(to_tensor(image.crop((x, y, x + w, y + h)))[None, :, None].to(device)), None
     pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
-    return (w, h), None, models.part("vae").condition(pixels.to(models.device), frames)
+    return None, vae.condition(pixels.to(device), frames)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
-def resolve(models, **given):
-    """The checkpoint's recommended settings with what was given (not None) over them, checked."""
+# Bytes of activations at work, from the shapes of the largest layers: the VAE per pixel of a frame, the DiT per token and channel.
+VAE_BYTES, DIT_BYTES = 18_000, 30
+
+
+def resolve(models, image=None, **given):
+    """The checkpoint's recommended settings with what was given (not None) over them, checked. Adds the opened image, the size in
+    pixels that it leads to, and the latents' shape (C,T',h,w)."""
     s = dict(models.settings, **{k: v for k, v in given.items() if v is not None})
     s["guidance"] = tuple(np.broadcast_to(s["guidance"], 2).tolist())
-    stride = (4, 16, 16) if s["vae"] == "2.2" else (4, 8, 8)
-    check_size(s["size"], s["frames"], stride)
-    return s, stride
+    if not all(map(math.isfinite, s["guidance"])) or not 0 < s["shift"] < math.inf:
+        raise BadInput(f"--guidance {s['guidance']}, --shift {s['shift']}: guidance must be finite and the shift positive")
+    st, sh, sw = (4, 16, 16) if s["vae"] == "2.2" else (4, 8, 8)
+    check_size(s["size"], s["frames"], (st, sh, sw))
+    if image is None and s["model_type"] == "i2v":
+        raise BadInput(f"{models.dir}: an image-to-video model, --image is needed")
+    if image is not None and s["model_type"] == "t2v":
+        raise BadInput(f"--image {image}: {models.dir} is a text-to-video model and takes none")
+    s["image"] = None if image is None else open_image(image)
+    s["pixels"] = width, height = video_size(s, s["size"], s["image"])
+    s["shape"] = (48 if s["vae"] == "2.2" else 16, 1 + (s["frames"] - 1) // st, height // sh, width // sw)
+    s["method"] = flow.solver(s["solver"], s["steps"], s["shift"])
+    s["guided"] = any(g != 1 for g in s["guidance"])
+    return s
 
 
 @torch.no_grad()
@@ -226,36 +252,34 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
             negative=None, progress=True):
     """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched with.
     Arguments as in `generate`."""
-    given = dict(size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative)
-    s, (st, sh, sw) = resolve(models, **given)
-    if image is None and s["model_type"] == "i2v":
-        raise BadInput(f"{models.dir}: an image-to-video model, --image is needed")
-    if image is not None and s["model_type"] == "t2v":
-        raise BadInput(f"--image {image}: {models.dir} is a text-to-video model and takes none")
-    guided = any(g != 1 for g in s["guidance"])
-    context = models.encode_prompts([*prompts, *([s["negative"]] if guided else [])])  # the encoder is done before the DiT comes
+    s = resolve(models, image, size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative)
+    B, shape, device = len(prompts), s["shape"], models.device
+    emb, lens = models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])  # the encoder is done before the DiT comes
     first = y = None
-    width, height = s["size"]
     if image is not None:
-        (width, height), first, y = condition_on_image(models, image, s["size"], s["frames"])
-    B, channels = len(prompts), 48 if s["vae"] == "2.2" else 16
-    shape = (channels, 1 + (s["frames"] - 1) // st, height // sh, width // sw)
-    x = torch.stack([torch.randn(shape, generator=torch.Generator(models.device).manual_seed(seed), device=models.device) for seed in seeds])
+        key = (id(image) if s["image"] is image else str(image), s["pixels"], s["frames"])
+        if key not in models.conditions:
+            vae = models.part("vae", VAE_BYTES * math.prod(s["pixels"]))
+            models.conditions = {key: condition_on_image(vae, s, s["image"], s["pixels"], s["frames"])}
+            vae = None
+        first, y = models.conditions[key]
+    x = torch.stack([torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device) for seed in seeds])
     if first is not None:
         x[:, :, :1] = first
 
-    method, expert, texts = flow.solver(s["solver"], s["steps"], s["shift"]), None, None
+    method, expert = s["method"], None
     for t in tqdm(method.timesteps.tolist(), disable=not progress, unit="step"):
         noisy = s["boundary"] is None or t >= s["boundary"] * 1000
         wanted = models.experts[0 if noisy else -1]
         if wanted != expert:
-            expert, model = wanted, models.part(wanted)
-            emb, lens = context
+            model = texts = None  # the other expert, and its keys and values, go before this one comes
+            tokens = B * math.prod(shape[1:]) // 4
+            expert, model = wanted, models.part(wanted, DIT_BYTES * tokens * 5120)
             texts = [model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)]
-            if guided:
+            if s["guided"]:
                 texts.append(model.embed_text(emb[B:, :lens[B]].expand(B, -1, -1), lens[B:].expand(B), cache=True))
         g = s["guidance"][1 if noisy and len(models.experts) == 2 else 0]
-        rows = torch.full((B,), float(t), device=models.device)
+        rows = torch.full((B,), float(t), device=device)
         if first is not None:  # the clean first frame is at t = 0
             rows = rows[:, None].repeat(1, shape[1])
             rows[:, 0] = 0
@@ -267,7 +291,15 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
         x = method.step(v, x)
         if first is not None:
             x[:, :, :1] = first
+    if not x.isfinite().all():
+        raise BadInput(f"{models.dir}: the latents are not finite; with these settings, or this dtype, the model overflows")
     return x
+
+
+def decode(models, latents):
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]."""
+    pixels = math.prod(latents.shape[3:]) * (256 if models.settings["vae"] == "2.2" else 64)
+    return models.part("vae", VAE_BYTES * pixels).decode(latents)
 
 
 def generate(models, prompt, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None, seed=0,
@@ -279,7 +311,7 @@ def generate(models, prompt, image=None, size=None, frames=None, steps=None, shi
     without. solver: "unipc", "dpm++" or "euler". Returns (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
     """
     latents = denoise(models, [prompt], [seed], image, size, frames, steps, shift, guidance, solver, negative, progress)
-    return models.part("vae").decode(latents)[0], latents[0]
+    return decode(models, latents)[0], latents[0]
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -340,8 +372,9 @@ def parse_guidance(text):
 
 def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {name}: no CUDA device is available; use cpu")
+    count = torch.cuda.device_count()
+    if name not in ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]:
+        raise BadInput(f"--device {name}: use cpu" + (f", cuda or cuda:0 to cuda:{count - 1}" if count else "; no CUDA device is available"))
     return name
 
 
@@ -357,8 +390,8 @@ def main():
     p.add_argument("--shift", type=float)
     p.add_argument("--guidance", help="G or LOW,HIGH")
     p.add_argument("--solver", choices=list(flow.SOLVERS))
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--negative", help="negative prompt (default: the checkpoint's)")
+    p.add_argument("--seed", type=int, default=0, help="-1: at random")
+    p.add_argument("--negative", help="negative prompt (default: the checkpoint's; \"\" is an empty one)")
     p.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
     p.add_argument("--text_encoder", help="an updated text encoder's file")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
@@ -374,35 +407,42 @@ def main():
             prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"--prompts {args.prompts}: {e}") from None
+        if not prompts:
+            raise BadInput(f"--prompts {args.prompts}: holds no prompts")
     prompts = prompts or ["a red square moves left"]
+    if not -1 <= args.seed < 2 ** 63:
+        raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
+    seed = args.seed if args.seed >= 0 else random.randrange(2 ** 31)
     device = pick_device(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder)
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
                  guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
-    s, _ = resolve(models, **given)
-    used = {k: s[k] for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
-    used |= {"ckpt": str(args.ckpt), "seed": args.seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
+    s = resolve(models, args.image, **given)
+    for flag in ("out", "save_latents", "grid"):
+        path = getattr(args, flag)
+        if path and (Path(path).is_dir() or not os.access(next(d for d in Path(path).absolute().parents if d.exists()), os.W_OK)):
+            raise BadInput(f"--{flag} {path}: a file is to be written there, and it is a folder or may not be written")
+    used = {k: s[k] for k in ("variant", "size", "pixels", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
+    used |= {"ckpt": str(args.ckpt), "seed": seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
     print(json.dumps(used, ensure_ascii=False))
 
     out = Path(args.out)
     name = lambda path, i: path if len(prompts) == 1 else path.with_stem(f"{path.stem}_{i:03d}")
-    if any(g != 1 for g in s["guidance"]):
-        models.encode_prompts([*prompts, s["negative"]])
+    models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])
     latents = []
     for i, prompt in enumerate(prompts):
-        latents.append(denoise(models, [prompt], [args.seed], args.image, **given))
+        latents.append(denoise(models, [prompt], [seed], args.image, **given))
         if args.save_latents:
             save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
-    videos = []
+    shown = []
     for i, (prompt, z) in enumerate(zip(prompts, latents)):
-        videos.append(models.part("vae").decode(z)[0].cpu())
-        write_mp4(name(out, i), videos[-1], s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
+        video = decode(models, z)[0].cpu()
+        write_mp4(name(out, i), video, s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
         print(name(out, i))
-        if not args.grid:
-            videos.clear()
+        shown.append(video[:, [0, video.shape[1] // 2, -1]])
     if args.grid:
-        write_grid(args.grid, videos, prompts)
+        write_grid(args.grid, shown, prompts)
         print(args.grid)
 
 

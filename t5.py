@@ -5,6 +5,7 @@ Unlike T5, every layer has its own table of relative positions. Attention is not
 Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept (Hugging Face's gate.0 = wi_0, fc1 = wi_1, fc2 = wo).
 """
 import html
+import json
 import math
 import re
 from pathlib import Path
@@ -13,28 +14,56 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import BadInput, find, load_into, read_headers
+from checkpoint import BadInput, count_blocks, find, load_into, read_headers
 
 PAD, EOS, UNK = 0, 1, 2
 
 
 class Tokenizer:
-    """sentencepiece ids, then the end token; cut to `length` with the end token kept."""
+    """Ids as transformers' T5 tokenizer gives them over the same spiece.model: sentencepiece ids, with the special tokens that a
+    prompt may spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with the end token kept."""
 
     def __init__(self, file, length=512):
         import sentencepiece
-        if not Path(file).is_file():
+        file = Path(file)
+        if not file.is_file():
             raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
-        self.pieces, self.length = sentencepiece.SentencePieceProcessor(model_file=str(file)), length
+        try:
+            self.pieces, self.length = sentencepiece.SentencePieceProcessor(model_file=str(file)), length
+        except RuntimeError as e:
+            raise BadInput(f"{file}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
+        self.special, self.bytes = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}, False
+        if (file.parent / "tokenizer.json").exists():  # what the official pipelines read
+            told = json.loads((file.parent / "tokenizer.json").read_text(encoding="utf-8"))
+            self.special |= {t["content"]: t["id"] for t in told.get("added_tokens", [])}
+            self.bytes = bool(told.get("model", {}).get("byte_fallback"))
+        self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
 
     @staticmethod
     def clean(text):
         import ftfy
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
+    def ids(self, text):
+        """Ids of one cleaned text, without the end token."""
+        found = []
+        for part in filter(None, self.split.split(text)):
+            found += [self.special[part]] if part in self.special else self._pieces(part)
+        return found
+
+    def _pieces(self, text):
+        found = []
+        for i in self.pieces.encode(text):
+            if self.pieces.is_byte(i) and not self.bytes:  # transformers has no byte fallback: one unknown for each run
+                if found[-1:] == [UNK]:
+                    continue
+                i = UNK
+            found.append(i)
+        return found
+
     def __call__(self, texts):
         """list of str -> ids (B,L) int64 padded to the longest, lens (B,)."""
-        rows = [self.pieces.encode(self.clean(t))[:self.length - 1] + [EOS] for t in texts]
+        rows = [self.ids(self.clean(t))[:self.length - 1] + [EOS] for t in texts]
         lens = torch.tensor([len(r) for r in rows])
         ids = torch.full((len(rows), int(lens.max())), PAD)
         for i, row in enumerate(rows):
@@ -146,7 +175,7 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
         return entries[name].shape
 
     (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
-    layers = 1 + max(int(n.split(".")[1]) for n in entries if n.startswith("blocks."))
+    layers = count_blocks(entries)
     with torch.device("meta"):
         model = TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, layers, buckets)
     model = load_into(model, entries, device, dtype)

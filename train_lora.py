@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 import data
-from checkpoint import BadInput, atomic, cli, load
+from checkpoint import BadInput, Run, cli, load
 from flow import add_noise, draw_t
 from lora import inject, parse_blocks, save_lora
 from optim import adamw, lr_at
@@ -114,14 +113,8 @@ def main():
     resolve(args, s)
     dtype = models.dtype = DTYPES[args.dtype]
     models.device = torch.device(args.device)
-    out = Path(args.out)
-    state_file = out / "state.pt"
-    if state_file.exists() and not args.resume:
-        raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(vars(args)))
-    with atomic(out / "flags.json") as tmp:
-        tmp.write_text(json.dumps(vars(args), indent=1) + "\n")
+    run = Run(args.out, vars(args), args.resume)
 
     # data
     folder = Path(args.data) if args.data else nano_data(Path("out/nano_data"))
@@ -146,27 +139,20 @@ def main():
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     opt = adamw(params, args.lr, args.weight_decay)
     batches = data.Batches(items, args.batch, args.seed)
-    start = 0
-    if args.resume and state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    start, state = 0, run.restore()
+    if state:
         start = state["step"]
         for p, q in zip(params, state["params"], strict=True):
             p.data.copy_(q)
         opt.load_state_dict(state["opt"])
         torch.set_rng_state(state["rng"])
         print(f"resumed at step {start}")
-    log_file = out / "log.jsonl"
-    kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
-    log = open(log_file, "w")  # what a killed run logged after its last state will be logged again
-    log.writelines(line + "\n" for line in kept)
-    board = SummaryWriter(out / "tensorboard", purge_step=start)
-    name = "adapter_model.safetensors" if expert == "dit" else f"adapter_model_{expert}.safetensors"
+    result = run.out / ("adapter_model.safetensors" if expert == "dit" else f"adapter_model_{expert}.safetensors")
     peak = next((f for k, f in PEAK_FLOPS.items() if args.device.startswith("cuda") and k in torch.cuda.get_device_name()), None)
 
     def save_all(step):
-        save_lora(out / name, model, variant=s["variant"], step=step, expert=expert)
-        with atomic(state_file) as tmp:
-            torch.save({"step": step, "params": [p.data for p in params], "opt": opt.state_dict(), "rng": torch.get_rng_state()}, tmp)
+        save_lora(result, model, variant=s["variant"], step=step, expert=expert)
+        run.save(step, {"params": [p.data for p in params], "opt": opt.state_dict(), "rng": torch.get_rng_state()})
 
     for step in range(start, args.steps):
         began = time.time()
@@ -193,19 +179,16 @@ def main():
         seconds = time.time() - began
         tokens = x0[:, 0].numel() // patch ** 2
         memory = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        line = {"step": step + 1, "loss": round(loss.item(), 5), "lr": group["lr"], "grad_norm": round(norm.item(), 4),
-                "ms": round(1000 * seconds), "tokens_per_s": round(tokens / seconds), "peak_gb": round(memory / 1e9, 2)}
+        line = {"loss": loss.item(), "lr": group["lr"], "grad_norm": norm.item(), "ms": round(1000 * seconds),
+                "tokens_per_s": round(tokens / seconds), "peak_gb": round(memory / 1e9, 2)}
         if peak:
             line["mfu"] = round(2 * forward_flops(model, x0, context.shape[1]) / seconds / peak, 3)
-        print("  ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v}" for k, v in line.items()), flush=True)
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            board.add_scalar(key, line[key], step + 1)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        run.log(step + 1, **line)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or run.stop:
             save_all(step + 1)
-    board.close()
-    print(out / name)
+        if run.stop:
+            return
+    print(result)
 
 
 if __name__ == "__main__":

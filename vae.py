@@ -285,4 +285,5 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     mult = [width(first_block.format(i if v22 else 3 * i)) // dim for i in range(4)]
     with torch.device("meta"):
         model = VAE(v22, dim, dec_dim, z_dim, mult)
-    return channels_last(load_into(model, entries, device, dtype))
+    model = load_into(model, entries, device, dtype)
+    return channels_last(model) if torch.device(device).type == "cpu" else model

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import BadInput, load_into, read_headers, weight_files
+from checkpoint import BadInput, count_blocks, load_into, read_headers, weight_files
 
 
 def sinusoid(t, dim):
@@ -84,18 +84,17 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def attend(self, q, k, v, bias=None):
-        """q (B,L,N,d), k and v (B,S,N,d), bias (B,1,1,S) added to the logits -> (B,L,D)."""
-        q, k, v = (u.to(v.dtype).transpose(1, 2) for u in (q, k, v))
+        """q (B,L,N,d), k and v (B,S,N,d) of one dtype, bias (B,1,1,S) added to the logits -> (B,L,D)."""
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(v.dtype))
         return self.o(x.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(Attention):
     def forward(self, x, rope):
-        x = x.to(self.q.weight.dtype)
         heads = (self.heads, -1)
-        q = rotate(self.norm_q(self.q(x)).unflatten(2, heads), rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(2, heads), rope)
+        q = rotate(self.norm_q(self.q(x)).unflatten(2, heads), rope).to(x.dtype)
+        k = rotate(self.norm_k(self.k(x)).unflatten(2, heads), rope).to(x.dtype)
         return self.attend(q, k, self.v(x).unflatten(2, heads))
 
 
@@ -107,7 +106,7 @@ class CrossAttention(Attention):
         return self.norm_k(self.k(context)).to(v.dtype).unflatten(2, heads), v
 
     def forward(self, x, keys_values, bias):
-        q = self.norm_q(self.q(x.to(self.q.weight.dtype))).unflatten(2, (self.heads, -1))
+        q = self.norm_q(self.q(x)).to(x.dtype).unflatten(2, (self.heads, -1))
         return self.attend(q, *keys_values, bias)
 
 
@@ -124,11 +123,10 @@ class Block(nn.Module):
     def forward(self, x, rows, rope, context, bias, keys_values=None):
         """x (B,L,D) fp32, rows (B,F,6,D) fp32, context (B,S,D), or its k and v -> (B,L,D) fp32."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows + self.modulation).unbind(2)
-        x = gate(x, self.self_attn(modulate(x, shift1, scale1, self.eps), rope), gate1)
-        keys_values = keys_values or self.cross_attn.keys_values(context)
-        x = x + self.cross_attn(self.norm3(x), keys_values, bias)
-        y = modulate(x, shift2, scale2, self.eps)
-        return gate(x, self.ffn(y.to(self.ffn[0].weight.dtype)), gate2)
+        dtype = context.dtype  # cast at once, so that no fp32 copy outlives its use
+        x = gate(x, self.self_attn(modulate(x, shift1, scale1, self.eps).to(dtype), rope), gate1)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values or self.cross_attn.keys_values(context), bias)
+        return gate(x, self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype)), gate2)
 
 
 class Head(nn.Module):
@@ -198,18 +196,20 @@ class Wan(nn.Module):
     def embed_text(self, context, lens=None, cache=False):
         """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and values too.
 
-        The official model pads each prompt with zeros to text_len and masks nothing, so all padding keys are the one vector
-        text_embedding(0). Here that is one key whose logit carries the logarithm of how many it stands for: exact.
+        The official model pads each prompt with zeros to text_len and masks nothing, so all n = text_len - len padding keys are the
+        one vector text_embedding(0). Here two keys stand for them, their logits raised by log(n1) and log(n2), n1 + n2 = n: exact.
+        Two, because bf16 attention rounds log(n) enough to miscount by 1.5 %; log(n1) is a bf16 number, and n2 the small rest.
         """
         B, S, _ = context.shape
         lens = torch.full((B,), S, device=context.device) if lens is None else lens.to(context.device)
         if S > self.config.text_len or int(lens.max()) > S:
             raise BadInput(f"text of {max(S, int(lens.max()))} tokens in a batch {S} wide; the model takes {self.config.text_len}")
-        context = F.pad(context.to(self.text_embedding[0].weight.dtype), (0, 0, 0, 1))
-        at = torch.arange(S + 1, device=context.device)
-        context = context * (at < lens[:, None])[..., None]
-        padding = (self.config.text_len - lens).float().log()[:, None]  # -inf where there is none
-        bias = torch.where(at == S, padding, torch.where(at < lens[:, None], 0.0, -torch.inf))[:, None, None]
+        real = torch.arange(S, device=context.device) < lens[:, None]
+        context = F.pad(context.to(self.text_embedding[0].weight.dtype) * real[..., None], (0, 0, 0, 2))
+        n = (self.config.text_len - lens).float()
+        most = (n.log() - 0.04).bfloat16().float()  # bf16 numbers of this size are at most 0.032 apart
+        bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]  # -inf where there is no padding
+        bias = torch.cat(bias, 1)[:, None, None]
         context = self.text_embedding(context)
         kv = tuple(b.cross_attn.keys_values(context) for b in self.blocks) if cache else (None,) * len(self.blocks)
         return Text(context, bias, kv)
@@ -259,21 +259,25 @@ def read_config(path, entries):
     path = Path(path)
     dim, in_dim, *patch = shape("patch_embedding.weight")
     text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
-    layers = 1 + max(int(n.split(".")[1]) for n in entries if n.startswith("blocks."))
+    layers = count_blocks(entries)
     out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
     file = (path if path.is_dir() else path.parent) / "config.json"
     kind = "i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v"
     config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
-    if file.exists():
-        try:
-            given = json.loads(file.read_text())
-        except ValueError as e:
-            raise BadInput(f"{file}: not JSON ({e})") from None
-        if given.get("dim", dim) == dim:
-            config = WanConfig(**{f.name: given.get(f.name, getattr(config, f.name)) for f in fields(WanConfig)
-                                  if f.name not in ("text_dim", "patch_size")}, text_dim=text_dim, patch_size=tuple(patch))
-    elif dim % 128:
-        raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
+    if not file.exists():
+        if dim % 128:
+            raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
+        return config
+    try:
+        given = json.loads(file.read_text())
+        config = WanConfig(**{f.name: given.get(f.name, getattr(config, f.name)) for f in fields(WanConfig)
+                              if f.name not in ("text_dim", "patch_size")}, text_dim=text_dim, patch_size=tuple(patch))
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    found = {"dim": dim, "ffn_dim": ffn_dim, "num_layers": layers, "in_dim": in_dim, "out_dim": out_dim, "freq_dim": freq_dim}
+    wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
+    if wrong or dim % config.num_heads or dim // config.num_heads % 2:
+        raise BadInput(f"{file}: does not fit {path}: " + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly"))
     return config
 
 

@@ -75,7 +75,8 @@ def test_widths_come_from_the_shapes(tmp_path, v22, mult):
 
 def test_pickles_are_read_tensor_by_tensor(tmp_path):
     """Offsets, shapes, dtypes and strides from a .pth header give back what torch.save wrote."""
-    state = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 6).t(), "d": torch.randn(10, 2)[3:5]}
+    state = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 6).t(), "d": torch.randn(10, 2)[3:5],
+             "e": torch.randn(6, 5)[:, :3], "f": torch.randn(8, 2)[1::2]}
     torch.save(state, tmp_path / "x.pth")
     entries, _ = read_header(tmp_path / "x.pth")
     assert all(torch.equal(entries[k].read(), v) and entries[k].dtype == v.dtype for k, v in state.items())
@@ -131,6 +132,13 @@ def break_checkpoint(folder, how):
         f.write_bytes(f.read_bytes()[:1000])
     elif how == "no config":
         (folder / "config.json").unlink()
+    elif how == "other config":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dim": 64}))
+    elif how == "list config":
+        (folder / "config.json").write_text("[]")
+    elif how == "bad tokenizer":
+        (folder / "google" / "umt5-xxl" / "spiece.model").write_text("<html>")
     elif how == "bad index":
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
 
@@ -139,7 +147,8 @@ def break_checkpoint(folder, how):
     ("truncated", "truncated"), ("truncated header", "truncated"), ("empty", "not a weight file"), ("wrong shape", "should be"),
     ("missing shard", "missing diffusion_pytorch_model-00001-of-00002"), ("pickle with code", "only tensors are accepted"),
     ("old pickle", "old-style pickle"), ("html", "a web page"), ("truncated pickle", "not a readable torch file"), ("no config", "config.json is missing"),
-    ("bad index", "not a weight index")])
+    ("bad index", "not a weight index"), ("other config", "dim is 64, the weights have 48"), ("list config", "model_type should be"),
+    ("bad tokenizer", "not a sentencepiece model")])
 def test_a_broken_checkpoint_is_one_clear_line(checkpoints, tmp_path, how, message):
     folder = tmp_path / "c"
     shutil.copytree(checkpoints["ti2v"], folder)

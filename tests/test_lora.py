@@ -99,6 +99,19 @@ def test_other_layouts_read_alike(tmp_path, convert):
         assert torch.equal(a, theirs[name][0]) and torch.allclose(b, theirs[name][1], rtol=1e-6)
 
 
+def test_peft_keeps_alpha_in_a_file_beside(tmp_path):
+    import json
+    save_lora(tmp_path / "a.safetensors", trained())
+    state = load_file(tmp_path / "a.safetensors")
+    (tmp_path / "p").mkdir()
+    save_file({k.replace("diffusion_model.", "base_model.model."): v for k, v in state.items()}, tmp_path / "p" / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="adapter_config.json"):
+        read_lora(tmp_path / "p" / "adapter_model.safetensors")
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32, "r": 4}))
+    ours, theirs = read_lora(tmp_path / "a.safetensors")[0], read_lora(tmp_path / "p" / "adapter_model.safetensors")[0]
+    assert all(torch.equal(theirs[n][1], 8 * ours[n][1]) for n in ours)
+
+
 def test_the_written_file(tmp_path):
     save_lora(tmp_path / "a.safetensors", trained(blocks=[1, 2]), variant="ti2v-5B", step=7)
     state = load_file(tmp_path / "a.safetensors")

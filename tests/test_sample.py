@@ -174,7 +174,8 @@ def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--size", "64by32"], "WIDTHxHEIGHT"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--size", "64by32"], "WIDTHxHEIGHT"), (["--shift", "0"], "--shift 0"), (["--guidance", "nan"], "finite"), (["--device", "mps"], "--device mps"),
+    (["--seed", "99999999999999999999"], "--seed"), (["--out", "/"], "--out /"), (["--steps", "0"], "--steps 0"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--ckpt", "nowhere"], "nowhere"), (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"), (["--image", "nowhere.png"], "nowhere.png")])
 def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
     command = [sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu", *flags]
@@ -189,13 +190,22 @@ def small(models, **kwargs):
 
 @pytest.mark.parametrize("kind", ["ti2v", "t2v"])
 def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch, kind):
-    """With no room to spare, one part at a time is in memory."""
+    """With no room to spare, one part at a time is in memory: when one is loaded, no other is alive."""
+    import gc
+    import weakref
     import sample
     plenty = small(load(checkpoints[kind]))
-    held = []
+    held, alive = [], weakref.WeakValueDictionary()
     monkeypatch.setattr(sample, "free_memory", lambda device: 0)
     real = sample.Models._load
-    monkeypatch.setattr(sample.Models, "_load", lambda self, name: held.append((name, sorted(self.parts))) or real(self, name))
+
+    def watched(self, name):
+        gc.collect()
+        held.append((name, sorted(alive)))
+        alive[name] = model = real(self, name)
+        return model
+
+    monkeypatch.setattr(sample.Models, "_load", watched)
     models = load(checkpoints[kind])
     assert torch.equal(small(models), plenty)
     assert held == [(name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])]

@@ -57,14 +57,16 @@ def test_gradient_through_the_dit_reaches_the_encoder():
 def strings():
     rng = random.Random(0)
     words = ["cat", "Square", "moves", "naïve", "café", "一只猫", "在草地上", "奔跑", "色调艳丽，", "🐱", "👩‍🚀", "&amp;", "&lt;b&gt;", "&amp;amp;", "\t", "\n\n",
-             "\u00a0", "\u3000", "ﬁne", "ﾊﾛｰ", "½", "é", "Ω", "don't", "—", "“quoted”", "100%", "_", "<", ">", "#", "...", "a" * 40, "Привет", "مرحبا", "x²"]
-    made = ["", " ", "a", "🐱", "a red square moves left", "word " * 600, "一" * 600, " leading and trailing  ", "schÃ¶n", "&nbsp;"]
+             "\u00a0", "\u3000", "ﬁne", "ﾊﾛｰ", "½", "é", "Ω", "don't", "—", "“quoted”", "100%", "_", "<", ">", "#", "...", "</s>", "<pad>", "a" * 40, "Привет", "مرحبا", "x²"]
+    made = ["", " ", "a", "🐱", "a red square moves left", "word " * 600, "一" * 600, " leading and trailing  ", "schÃ¶n", "&nbsp;", "a </s> cat", "<pad>", "x<unk>y </s></s>",
+            "&lt;/s&gt; end", "<extra_id_0>"]
     return made + [rng.choice(["", " "]).join(rng.choice(words) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 30))) for _ in range(520)]
 
 
-def test_tokens_equal_transformers(tmp_path):
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_tokens_equal_transformers(tmp_path, byte_fallback):
     from transformers import T5Tokenizer
-    (tmp_path / "spiece.model").write_bytes(tiny.spiece())
+    (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback))
     ours = Tokenizer(tmp_path / "spiece.model")
     peer = T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
     texts = strings()

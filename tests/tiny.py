@@ -44,13 +44,13 @@ def vae(v22, seed=1):
     return channels_last(randomize(VAE(v22, 8, 12 if v22 else 8, 48 if v22 else 16), seed))
 
 
-def spiece():
+def spiece(byte_fallback=False):
     """A sentencepiece model with T5's special ids, as bytes."""
     import sentencepiece
     lines = ["a red square moves left", "the quick brown fox jumps over the lazy dog 0123456789", "一只猫在草地上奔跑", "naïve café, 50% & more!",
              "色调艳丽，过曝，静态，细节模糊不清，字幕", "ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"()-"] * 5
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, vocab_size=180, pad_id=0, eos_id=1,
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, vocab_size=440 if byte_fallback else 180, byte_fallback=byte_fallback, pad_id=0, eos_id=1,
                                              unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     return out.getvalue()
 
