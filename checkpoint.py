@@ -29,16 +29,19 @@ class BadInput(ValueError):
 
 
 def cli(main):
-    """Run a script's `main`; a BadInput becomes one line on stderr and exit code 1."""
+    """Run a script's `main`; a BadInput, or a file that cannot be read or written, becomes one line on stderr and exit code 1."""
     try:
         main()
     except BadInput as e:
         sys.exit(f"error: {e}")
+    except OSError as e:
+        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32,
+          "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def read_header(path):
                 raise BadInput(f"{path}: truncated, its header alone needs {8 + n:,} bytes and the file has {size:,}")
             f.seek(8)
             header = json.loads(f.read(n))
-            metadata = header.pop("__metadata__", {})
+            metadata = header.pop("__metadata__", None) or {}
             entries = {name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
                        for name, v in header.items()}
             wrong = [name for name, v in header.items() if v["data_offsets"][1] - v["data_offsets"][0] != entries[name].nbytes]
@@ -131,7 +134,8 @@ def _pickle_header(path):
         raise BadInput(f"{path}: not a readable torch file ({str(e).splitlines()[0]})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    plain = lambda k, v: isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
+    if not isinstance(state, dict) or not all(plain(k, v) for k, v in state.items()):
         raise BadInput(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
     return {name: Entry(path, t.dtype, tuple(t.shape), t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize,
                         None if t.is_contiguous() else t.stride()) for name, t in state.items()}
@@ -269,13 +273,12 @@ class Run:
         if any(self._saved()) and not resume:
             raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
         self.states.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-        told = {"flags": flags, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                "commit": commit.stdout.strip() or None, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with atomic(self.out / "flags.json") as tmp:
-            tmp.write_text(json.dumps(told, indent=1) + "\n")
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._asked_to_stop)
+        try:
+            commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            commit = None
+        self.told = {"flags": flags, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+                     "commit": commit or None, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
     def _asked_to_stop(self, *_):
         if self.stop:  # asked twice
@@ -284,19 +287,32 @@ class Run:
         self.stop = True
 
     def _saved(self):
-        return sorted(self.states.glob("step_*.pt"), key=lambda f: int(f.stem[5:]))
+        return sorted(self.states.glob("step_" + "[0-9]" * 6 + ".pt"))
 
-    def restore(self):
-        """The newest state, or None; what was logged after it is dropped, since it will be logged again."""
+    def restore(self, same):
+        """The newest state, or None. `same` is what must not have changed since it was saved; BadInput lists what has.
+
+        What was logged after the state is dropped, since it will be logged again. From here on Ctrl-C and SIGTERM set `stop`.
+        """
         from torch.utils.tensorboard import SummaryWriter
         saved = self._saved()
-        state = torch.load(saved[-1], weights_only=True) if saved else None
-        start, log = state["step"] if state else 0, self.out / "log.jsonl"
-        kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= start] if start else []
+        state = torch.load(saved[-1], weights_only=True, map_location="cpu") if saved else None
+        self.same = json.loads(json.dumps(same))
+        changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in self.same.items() if state and state["same"].get(k) != v]
+        if changed:
+            raise BadInput(f"--resume: {saved[-1]} is of another run: " + "; ".join(changed))
+        with atomic(self.out / "flags.json") as tmp:
+            tmp.write_text(json.dumps(self.told, indent=1) + "\n")
+        start, log, kept = state["step"] if state else 0, self.out / "log.jsonl", []
+        for line in log.read_text().splitlines() if start and log.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                kept += [line + "\n"] if json.loads(line)["step"] <= start else []
         with atomic(log) as tmp:
             tmp.write_text("".join(kept))
         self.log_file = open(log, "a", buffering=1)
         self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._asked_to_stop)
         return state
 
     def log(self, step, **values):
@@ -309,6 +325,6 @@ class Run:
 
     def save(self, step, state):
         with atomic(self.states / f"step_{step:06d}.pt") as tmp:
-            torch.save({"step": step, **state}, tmp)
+            torch.save({"step": step, "same": self.same, **state}, tmp)
         for old in self._saved()[:-self.keep]:
             old.unlink()

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -53,31 +54,38 @@ def nearest_bucket(width, height, area, multiple):
     return min(buckets(area, multiple), key=lambda b: (abs(math.log(b[0] / b[1] * height / width)), -b[0] * b[1]))
 
 
-def open_clip(path):
+def frames(path, images=True):
+    """Yield (seconds since the first frame, PIL image or frame) of a clip, upright. Raises Skip where it cannot be decoded."""
     import av
     try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as e:
-        raise Skip(f"cannot be opened ({e})") from None
-    if not container.streams.video:
-        container.close()
-        raise Skip("has no video stream")
-    return container
-
-
-def decode(path, limit=None):
-    """Yield (seconds, PIL image) for each frame of a clip, until `limit` seconds have passed. Raises Skip where decoding fails."""
-    import av
-    with open_clip(path) as container:
-        start = None
-        try:
-            for frame in container.decode(video=0):
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise Skip("has no video stream")
+            stream, start = container.streams.video[0], None
+            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
+            for frame in container.decode(stream):
                 start = frame.time if start is None else start
-                if limit is not None and frame.time - start > limit:
-                    return
-                yield frame.time - start, frame.to_image()
-        except (av.FFmpegError, ValueError, TypeError) as e:
-            raise Skip(f"cannot be decoded ({e})") from None
+                yield frame.time - start, frame.to_image().rotate(frame.rotation, expand=True) if images else frame
+    except (av.FFmpegError, OSError, ValueError, TypeError) as e:
+        raise Skip(f"cannot be decoded ({e})") from None
+
+
+def open_photo(path):
+    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = image.convert("I").point(lambda v: v / 257).convert("L")
+            if image.mode == "F":
+                raise Skip("holds floating-point pixels, whose range is unknown")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise Skip(f"cannot be read ({e})") from None
 
 
 def probe(path):
@@ -85,17 +93,11 @@ def probe(path):
     if path.stat().st_size == 0:
         raise Skip("is empty")
     if path.suffix.lower() in IMAGES:
-        from PIL import Image
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return *image.size, None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise Skip(f"cannot be read ({e})") from None
+        return *open_photo(path).size, None
     times, size = [], None
-    for at, frame in decode(path):
+    for at, frame in frames(path, images=False):
         times.append(at)
-        size = frame.size
+        size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     if not times:
         raise Skip("has no frames")
     return *size, times
@@ -104,7 +106,7 @@ def probe(path):
 def read_captions(path):
     file = path.with_suffix(".txt")
     try:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise Skip(f"its caption {file.name} is not UTF-8") from None
     except OSError:
@@ -114,8 +116,8 @@ def read_captions(path):
     return captions
 
 
-def scan(folder, area, multiple, frames, fps):
-    """Look through a folder, recursively: ([Item], [(path, reason)] of what is skipped). area px, frames at most per clip.
+def scan(folder, area, multiple, most, fps):
+    """Look through a folder, recursively: ([Item], [(path, reason)] of what is skipped). area px, `most` frames per clip.
     Raises BadInput, with the reasons, where nothing is left."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -129,11 +131,13 @@ def scan(folder, area, multiple, frames, fps):
                 raise Skip("is not a file")
             captions = read_captions(path)
             width, height, times = probe(path)
+            if not 1 / 6 <= width / height <= 6:
+                raise Skip(f"{width}x{height} is too long and thin; buckets go from 1:4 to 4:1")
             length = 1
             if times is not None:
-                available = int(times[-1] * fps + 1e-3) + 1
-                length = min(frames, (available - 1) // 4 * 4 + 1)
-                if min(available, len(times)) < 5 <= frames:
+                available = int(max(times) * fps + 1e-3) + 1
+                length = min(most, (available - 1) // 4 * 4 + 1)
+                if min(available, len(times)) < 5 <= most:
                     raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
             items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), length, fps))
         except Skip as e:
@@ -157,29 +161,28 @@ def report(items, skipped):
 
 
 def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped."""
+    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to k/fps."""
     from PIL import Image
+
+    def fit(image):
+        scale = max(item.width / image.width, item.height / image.height)
+        w, h = round(image.width * scale), round(image.height * scale)
+        x, y = (w - item.width) // 2, (h - item.height) // 2
+        image = image if image.size == (w, h) else image.resize((w, h), Image.LANCZOS)
+        return np.array(image.crop((x, y, x + item.width, y + item.height)))
+
     if item.path.suffix.lower() in IMAGES:
-        with Image.open(item.path) as image:
-            images = [image.convert("RGB")]
+        chosen = [fit(open_photo(item.path))]
     else:
-        wanted, images, last = [k / item.fps for k in range(item.frames)], [], None
-        for at, frame in decode(item.path, limit=wanted[-1] + 1):
-            while last is not None and len(images) < item.frames and abs(at - wanted[len(images)]) > abs(last[0] - wanted[len(images)]):
-                images.append(last[1])  # the frame before was the nearer one
-            last = at, frame
-        images += [last[1]] * (item.frames - len(images))
-    scale = max(item.width / images[0].width, item.height / images[0].height)
-    w, h = round(images[0].width * scale), round(images[0].height * scale)
-    x, y = (w - item.width) // 2, (h - item.height) // 2
-    out = torch.empty(3, item.frames, item.height, item.width)
-    for i, image in enumerate(images):
-        if image.size != (w, h):
-            image = image.resize((w, h), Image.LANCZOS)
-        image = image.crop((x, y, x + item.width, y + item.height))
-        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(item.height, item.width, 3)
-        out[:, i] = raw.permute(2, 0, 1).float() / 127.5 - 1
-    return out
+        wanted, chosen, last = [k / item.fps for k in range(item.frames)], [], None
+        for at, image in frames(item.path):
+            while last is not None and len(chosen) < item.frames and abs(at - wanted[len(chosen)]) > abs(last[0] - wanted[len(chosen)]):
+                chosen.append(fit(last[1]))  # the frame before was the nearer one
+            if len(chosen) == item.frames:
+                break
+            last = at, image
+        chosen += [fit(last[1])] * (item.frames - len(chosen))
+    return torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------
@@ -209,14 +212,14 @@ def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
         tensors = {"latents": vae.encode(video)[0]}
         if image_condition:
             tensors["y"] = vae.condition(video[:, :, :1], item.frames)[0]
-        save(file, tensors, {"source": item.path.name})
+        save(file, tensors)
     return files
 
 
-def cache_texts(captions, cache, encoder_file, load_encoder, dtype):
+def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
     """Make sure every caption's embedding is cached; returns {caption: file}. `load_encoder()` is called only if one is missing.
-    Each file holds `embedding` (S,D) in the encoder's dtype."""
-    weights = digest(encoder_file)
+    `encoder_files`: its weights and its tokenizer. Each cache file holds `embedding` (S,D) in the encoder's dtype."""
+    weights = [digest(f) for f in encoder_files]
     files = {c: entry(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
     missing = [c for c, f in files.items() if not f.exists()]
     encoder = load_encoder() if missing else None

@@ -44,7 +44,7 @@ def parse_blocks(text, total):
     found = set()
     for part in text.split(","):
         a, _, b = part.partition("-")
-        found |= set(range(int(a), int(b or a) + 1))
+        found |= set(range(int(a), min(int(b or a), total) + 1))
     if not found or max(found) >= total:
         raise BadInput(f"--blocks {text}: this model has blocks 0 to {total - 1}")
     return sorted(found)

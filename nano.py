@@ -129,22 +129,31 @@ def training_caption(a, rng):
 
 
 def prompts(n, seed, unseen=False, words=()):
-    """n held-out prompts with their attributes; `unseen`: from the triples never trained; `words`: each prompt has one of these."""
-    rng, found = random.Random(f"prompts {seed} {unseen}"), []
-    pool = [t for t in TRIPLES if (t in UNSEEN) == unseen]
-    if words:
-        pool = [t for t in product(COLORS | UNDRAWN, SHAPES, MOTIONS) if t not in UNSEEN]
-    while len(found) < n:
-        word = [words[len(found) % len(words)]] if words else []
-        kind, meaning = NEW_WORDS[word[0]] if word else (None, None)
-        fits = [t for t in pool if word and t[ATTRIBUTES.index(kind)] == meaning or not word]
-        if word:  # the rest of the prompt is made of old words
-            fits = [t for t in fits if t[0] not in UNDRAWN or kind == "color"]
-        a = sample_attributes(rng, fits)
-        caption = say(a, rng, word)
-        if word or held_out(caption):
-            found.append({"prompt": caption, **a, **({"word": word[0]} if word else {})})
-    return found
+    """n different prompts with their attributes, none of which was trained on.
+
+    Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`, captions that use
+    one of these new words each, in turn, held out from what `clips` writes. Raises BadInput where there are not n different ones.
+    """
+    rng, found = random.Random(f"prompts {seed} {unseen}"), {}
+    for attempt in range(200 * n):
+        if len(found) == n:
+            break
+        word = words[len(found) % len(words)] if words else None
+        a = sample_attributes(rng, fitting(word) if word else sorted(UNSEEN) if unseen else None)
+        caption = say(a, rng, [word] if word else [])
+        if unseen or held_out(caption):
+            found[caption] = {"prompt": caption, **a, **({"word": word} if word else {})}
+    if len(found) < n:
+        raise BadInput(f"--n {n}: there are only about {len(found)} such prompts")
+    return list(found.values())
+
+
+def fitting(word):
+    """The trained triples that a new word can describe; for a colour never drawn, any trained shape and motion in it."""
+    kind, meaning = NEW_WORDS[word]
+    if meaning in UNDRAWN:
+        return [(meaning, shape, motion) for shape in SHAPES for motion in MOTIONS]
+    return [t for t in TRIPLES if t not in UNSEEN and t[ATTRIBUTES.index(kind)] == meaning]
 
 
 # ---- the grader --------------------------------------------------------------------------------------------------
@@ -155,14 +164,15 @@ def nearest(rgb, palette):
 def grade(clip):
     """What a clip (3,T,64,64) in [-1,1] shows, from its pixels alone: color, shape, motion, background, and iou, the overlap
     (0..1, soft, mean over frames) with the best-fitting shape template. All but background are None where nothing is drawn."""
-    x = (clip.float() + 1) * 127.5
+    x = (clip.float().nan_to_num() + 1) * 127.5
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
     ground = border.median(1).values
     distance = (x - ground[:, None, None, None]).norm(dim=0)                        # (T,H,W)
     background = nearest(ground, BACKGROUNDS)
     core = distance > 0.75 * distance.flatten().quantile(0.98)
-    if distance.flatten().quantile(0.98) < 25:
-        return {"color": None, "shape": None, "motion": None, "background": background, "iou": 0.0}
+    nothing = {"color": None, "shape": None, "motion": None, "background": background, "iou": 0.0}
+    if not distance.flatten().quantile(0.98) >= 25:
+        return nothing
     rgb = x[:, core].median(1).values
     axis = (rgb - ground)[:, None, None, None]
     mask = (((x - ground[:, None, None, None]) * axis).sum(0) / (axis * axis).sum()).clamp(0, 1)
@@ -176,6 +186,8 @@ def grade(clip):
         unit = template(index, full, center[:, None])[:, 0].flatten(1).sum(1)
         shape = template(index, full * (mask.flatten(1).sum(1) / unit).sqrt(), center[:, None])[:, 0]
         scores.append((torch.minimum(shape, mask).flatten(1).sum(1) / torch.maximum(shape, mask).flatten(1).sum(1)).mean().item())
+    if max(scores) < 0.5:  # not one solid shape
+        return nothing
     dx, dy = (center[-3:].mean(0) - center[:3].mean(0)).tolist()
     far = STEP * (len(area) - 3) / 2
     motion = "still" if max(abs(dx), abs(dy)) < far else \
@@ -406,17 +418,15 @@ def write_clips(args):
     """mp4 + txt files and attributes.jsonl."""
     words = parse_words(args.words)
     out, rng = Path(args.out), random.Random(f"clips {args.seed}")
+    if any(out.glob("clip_*")):
+        raise BadInput(f"--out {out}: holds clips already; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(args.n):
-        if words and i % 2:  # every second clip shows what one of the new words means
-            kind, meaning = NEW_WORDS[word := words[i // 2 % len(words)]]
-            pool = [t for t in product(COLORS | ({"orange": 0} if meaning == "orange" else {}), SHAPES, MOTIONS)
-                    if t not in UNSEEN and t[ATTRIBUTES.index(kind)] == meaning]
-            a, spoken = sample_attributes(rng, pool), [word]
-        else:
-            a, spoken = sample_attributes(rng), []
-        caption = say(a, rng, spoken)
+        word = words[i // 2 % len(words)] if words and i % 2 else None  # every second clip shows what a new word means
+        a = sample_attributes(rng, fitting(word) if word else None)
+        while held_out(caption := say(a, rng, [word] if word else [])):
+            pass
         name = f"clip_{i:04d}"
         write_mp4(out / f"{name}.mp4", draw([a], rng.random())[0], FPS)
         (out / f"{name}.txt").write_text(caption + "\n")
@@ -444,7 +454,8 @@ def read_prompts(file):
                 for kind in ATTRIBUTES:
                     if kind in row and row[kind] not in known[kind]:
                         raise BadInput(f"{file}, line {i + 1}: {kind} {row[kind]!r} is none of {', '.join(known[kind])}")
-                row["prompt"]
+                if not isinstance(row["prompt"], str):
+                    raise BadInput(f"{file}, line {i + 1}: the prompt is not text")
                 rows.append(row)
     except (OSError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, BadInput):
@@ -478,14 +489,18 @@ def table(name, rows, accuracy, graded):
 def evaluate(args):
     """The listening score of a checkpoint, by attribute."""
     models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
+    if (tuple(models.settings["size"]), models.settings["frames"]) != ((SIZE, SIZE), FRAMES):
+        raise BadInput(f"--ckpt {args.ckpt}: the grader reads the nano world's clips only, {SIZE}x{SIZE} and {FRAMES} frames")
     given = {} if args.guidance is None else {"guidance": (args.guidance,)}
     words = parse_words(args.words)
     if args.prompts:
+        if words:
+            raise BadInput("--words with --prompts: give one of them")
         suites = {"prompts": read_prompts(args.prompts)[:args.n]}
     elif words:
-        suites = {"new words": prompts(args.n, args.seed, words=words)}
+        suites = {"new words": prompts(args.n or 40 * len(words), args.seed, words=words)}
     else:
-        suites = {"seen triples": prompts(args.n, args.seed), "unseen triples": prompts(args.n, args.seed, unseen=True)}
+        suites = {"seen triples": prompts(args.n or 200, args.seed), "unseen triples": prompts(args.n or 200, args.seed, unseen=True)}
     result, first = {}, None
     for name, rows in suites.items():
         asked = [{NEW_WORDS[r["word"]][0]: r[NEW_WORDS[r["word"]][0]]} for r in rows] if words else rows
@@ -522,14 +537,14 @@ def main():
     c.add_argument("--text_encoder")
     c.add_argument("--prompts", help="a JSONL of prompts and attributes, instead of the built-in held-out ones")
     c.add_argument("--words", help="ask for these new words instead")
-    c.add_argument("--n", type=int, default=200)
+    c.add_argument("--n", type=int, help="prompts of each suite (default: 200, 40 per new word, or the whole file)")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--guidance", type=float)
     c.add_argument("--json")
     c.add_argument("--grid", help="write a contact sheet PNG of the first 24")
     c.set_defaults(run=evaluate)
     args = p.parse_args()
-    if getattr(args, "n", 1) < 1:
+    if getattr(args, "n", None) is not None and args.n < 1:
         raise BadInput(f"--n {args.n}: at least 1")
     args.run(args)
 

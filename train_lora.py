@@ -9,6 +9,7 @@ gradient, so none of their activations are kept. The result, OUT/adapter_model.s
 """
 import argparse
 import json
+import math
 import random
 import resource
 import subprocess
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint import BadInput, Run, cli, load
+from checkpoint import BadInput, Run, cli, load, read_headers, weight_files
 from flow import add_noise, draw_t
-from lora import inject, parse_blocks, save_lora
+from lora import TARGETS, inject, parse_blocks, save_lora
 from optim import adamw, lr_at
-from sample import DTYPES, HERE, Models, checkpoint_dir, check_size, parse_size, pick_device
+from sample import DTYPES, HERE, Models, check_size, parse_size, pick_device
+from wan import read_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 
@@ -68,27 +70,31 @@ def arguments():
     return p.parse_args()
 
 
-def resolve(args, s):
+def resolve(args, s, layers):
     """Fill in what the checkpoint recommends and check what was given."""
     recommended = s["train"]
-    args.resolution = args.resolution or recommended.get("resolution") or "{}x{}".format(*s["size"])
-    args.frames = args.frames or recommended.get("frames") or s["frames"]
-    args.shift = args.shift or recommended.get("shift") or s["shift"]
-    args.t_distribution = args.t_distribution or recommended.get("t_distribution", "logit-normal")
+    for name, other in (("resolution", "{}x{}".format(*s["size"])), ("frames", s["frames"]), ("shift", s["shift"]), ("t_distribution", "logit-normal")):
+        if getattr(args, name) is None:
+            setattr(args, name, recommended.get(name, other))
     args.alpha = args.alpha if args.alpha is not None else args.rank
-    args.device = pick_device(args.device)
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     check_size((32, 32), args.frames, (4, 16, 16))
-    for flag in ("steps", "batch", "save_every"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: at least 1")
-    if "self_attn" in args.targets and not args.allow_self_attn:
-        raise BadInput(f"--targets {args.targets}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
+    side = 32 if s["vae"] == "2.2" else 16
+    if min(parse_size(args.resolution)) < side:
+        raise BadInput(f"--resolution {args.resolution}: each side at least {side}")
+    for flag, low, high in (("steps", 1, None), ("batch", 1, None), ("save_every", 1, None), ("rank", 1, None), ("alpha", 1e-9, None), ("lr", 0, None),
+                            ("weight_decay", 0, None), ("warmup", 0, None), ("grad_clip", 1e-9, None), ("shift", 1e-9, None), ("caption_dropout", 0, 1),
+                            ("dropout", 0, 0.999), ("seed", 0, 2 ** 63 - 1)):
+        value = getattr(args, flag)
+        if not low <= value <= (math.inf if high is None else high):
+            raise BadInput(f"--{flag} {value}: must be {'positive' if low == 1e-9 else f'at least {low}'}" + (f" and at most {high}" if high else ""))
+    args.targets = args.targets.split(",")
+    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
+        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
+    if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
+        raise BadInput(f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
                        "not how it listens); add --allow_self_attn to do it all the same")
-    if s["experts"] and not args.expert:
-        raise BadInput("--expert: this checkpoint has two experts; choose high or low")
-    if args.expert and not s["experts"]:
-        raise BadInput(f"--expert {args.expert}: {args.ckpt} has a single model")
+    args.blocks = parse_blocks(args.blocks, layers)
 
 
 def nano_data(folder):
@@ -108,11 +114,16 @@ def forward_flops(model, latents, text):
 
 def main():
     args = arguments()
-    models = Models(args.ckpt, args.device if args.device else pick_device(None), torch.float32, text_encoder=args.text_encoder)
-    s = models.settings
-    resolve(args, s)
+    args.device = pick_device(args.device)
+    models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
+    s, expert = models.settings, args.expert or models.experts[0]
+    if s["experts"] and not args.expert:
+        raise BadInput("--expert: this checkpoint has two experts; choose high or low")
+    if args.expert and not s["experts"]:
+        raise BadInput(f"--expert {args.expert}: {args.ckpt} has a single model")
+    base = weight_files(models.folder(expert))
+    resolve(args, s, read_config(models.folder(expert), read_headers(base)).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]
-    models.device = torch.device(args.device)
     print(json.dumps(vars(args)))
     run = Run(args.out, vars(args), args.resume)
 
@@ -125,34 +136,37 @@ def main():
     cache = Path(args.cache or folder / "cache")
     latents = data.cache_latents(items, cache, models.files("vae")[0], lambda: models.part("vae"), s["model_type"] == "i2v")
     captions = ["", *(c for item in items for c in item.captions)]
-    texts = data.cache_texts(captions, cache, models.files("text")[0], lambda: models.part("text"), dtype)
-    texts = {c: load(f)[0]["embedding"].to(args.device) for c, f in texts.items()}
+    texts = data.cache_texts(captions, cache, [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"], lambda: models.part("text"), dtype)
     models.parts.clear()  # the encoder and the VAE are not needed any more
 
     # model and adapter
-    expert = args.expert or "dit"
     model = models.part(expert).train()
     model.checkpointing = args.checkpointing
     low, high = (0.0, 1.0) if not args.expert else (s["boundary"], 1.0) if expert == "high" else (0.0, s["boundary"])
     torch.manual_seed(args.seed)
-    params = inject(model, args.targets.split(","), args.rank, args.alpha, args.dropout, parse_blocks(args.blocks, len(model.blocks)))
+    params = inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks)
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     opt = adamw(params, args.lr, args.weight_decay)
     batches = data.Batches(items, args.batch, args.seed)
-    start, state = 0, run.restore()
+    same = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "device", "save_every", "resume", "data", "ckpt", "text_encoder", "checkpointing")}
+    same |= {"samples": [f.name for f in latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
+    start, state = 0, run.restore(same)
     if state:
         start = state["step"]
         for p, q in zip(params, state["params"], strict=True):
             p.data.copy_(q)
         opt.load_state_dict(state["opt"])
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         print(f"resumed at step {start}")
     result = run.out / ("adapter_model.safetensors" if expert == "dit" else f"adapter_model_{expert}.safetensors")
     peak = next((f for k, f in PEAK_FLOPS.items() if args.device.startswith("cuda") and k in torch.cuda.get_device_name()), None)
 
     def save_all(step):
         save_lora(result, model, variant=s["variant"], step=step, expert=expert)
-        run.save(step, {"params": [p.data for p in params], "opt": opt.state_dict(), "rng": torch.get_rng_state()})
+        run.save(step, {"params": [p.data for p in params], "opt": opt.state_dict(), "rng": torch.get_rng_state(),
+                        "cuda_rng": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else []})
 
     for step in range(start, args.steps):
         began = time.time()
@@ -162,7 +176,7 @@ def main():
         entries = [load(latents[i])[0] for i in chosen]
         x0 = torch.stack([e["latents"] for e in entries])
         said = ["" if rng.random() < args.caption_dropout else rng.choice(items[i].captions) for i in chosen]
-        context, lens = data.collate([texts[c] for c in said])
+        context, lens = data.collate([load(texts[c])[0]["embedding"] for c in said])
         t = draw_t(len(x0), args.shift, args.t_distribution, low, high, g)
         xt, target = (u.to(args.device) for u in add_noise(x0, torch.randn(x0.shape, generator=g), t))
         if "y" in entries[0]:  # I2V: the conditioning channels stand behind the noise
@@ -170,7 +184,7 @@ def main():
 
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
-        loss = F.mse_loss(model(xt, 1000 * t.to(args.device), context, lens.to(args.device)), target)
+        loss = F.mse_loss(model(xt, 1000 * t.to(args.device), context.to(args.device), lens.to(args.device)), target)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)

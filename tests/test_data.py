@@ -32,8 +32,8 @@ def photo(path, w=90, h=60, caption="a photo"):
     path.with_suffix(".txt").write_text(caption + "\n")
 
 
-def scan(folder, area=64 * 48, multiple=16, frames=9, fps=8):
-    return data.scan(folder, area, multiple, frames, fps)
+def scan(folder, area=64 * 48, multiple=16, most=9, fps=8):
+    return data.scan(folder, area, multiple, most, fps)
 
 
 def test_images_and_clips_land_in_buckets(tmp_path):
@@ -88,9 +88,48 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
     assert [i.path.name for i in items] == ["good.mp4"]
     why = {p.name: reason for p, reason in skipped}
     assert "too short: 4 frames, 4 at 8 fps" in why["short.mp4"] and "caption silent.txt is empty" in why["silent.mp4"] and "alone.txt is missing" in why["alone.mp4"]
-    assert why["empty.mp4"] == why["empty2.jpg"] == "is empty" and "cannot be opened" in why["page.mp4"] and "cannot be opened" in why["cut.mp4"]
+    assert why["empty.mp4"] == why["empty2.jpg"] == "is empty" and "cannot be decoded" in why["page.mp4"] and "cannot be decoded" in why["cut.mp4"]
     assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
     assert all(p.name in data.report(items, skipped) for p, _ in skipped)
+
+
+def test_photographs_are_read_upright_and_whole(tmp_path):
+    """EXIF rotation, 16-bit depth and transparency."""
+    def level(name):
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+        return data.open_photo(tmp_path / name)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 48)).save(tmp_path / "turned.jpg", exif=exif)
+    assert level("turned.jpg").size == (48, 96)
+    deep = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(64, 0)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert abs(np.array(level("deep.png")).astype(float)[0, :, 0] - np.linspace(0, 255, 64)).max() <= 1
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.array(level("clear.png")).min() == 255
+
+
+def test_rotated_and_damaged_clips(tmp_path):
+    import av
+    clip(tmp_path / "a.mp4", 20, 64, 48)
+    raw = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = raw.find(b"tkhd") + 44  # the track's matrix: a quarter turn
+    raw[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
+    (tmp_path / "a.mp4").write_bytes(raw)
+    (item,), _ = scan(tmp_path, area=64 * 64)
+    with av.open(str(tmp_path / "a.mp4")) as f:
+        assert next(f.decode(video=0)).rotation % 180 == 90
+    assert item.height > item.width and data.pixels(item).shape[2:] == (item.height, item.width)
+    noisy = torch.rand(3, 20, 64, 64) * 2 - 1
+    write_mp4(tmp_path / "b.mp4", noisy, 8)
+    (tmp_path / "b.txt").write_text("x")
+    raw = bytearray((tmp_path / "b.mp4").read_bytes())
+    middle = len(raw) // 2
+    raw[middle:middle + 3000] = np.random.default_rng(0).bytes(3000)
+    (tmp_path / "b.mp4").write_bytes(raw)
+    _, skipped = scan(tmp_path)
+    assert [(p.name, why[:17]) for p, why in skipped] == [("b.mp4", "cannot be decoded")]
 
 
 def test_nothing_left_says_so(tmp_path):
@@ -134,6 +173,8 @@ def test_only_what_changed_is_computed_again(tmp_path):
     second = cached()
     assert calls and second[0] == first[0] and second[1] != first[1]
     assert not set(cached(area=32 * 32)) & set(second)           # another resolution
+    assert not set(cached(fps=4)) & set(second)                  # another frame rate
+    assert cached(most=5)[0] != second[0]                        # another length
     torch.save(tiny.vae(False, seed=8).state_dict(), tmp_path / "VAE.pth")
     assert not set(cached()) & set(second)                       # another VAE
 
@@ -141,7 +182,7 @@ def test_only_what_changed_is_computed_again(tmp_path):
 def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
     from t5 import load_t5
     encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
-    file = checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth"
+    file = [checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", checkpoints["ti2v"] / "google" / "umt5-xxl" / "spiece.model"]
     files = data.cache_texts(["a cat", "", "a cat"], tmp_path, file, lambda: encoder, torch.float32)
     assert list(files) == ["a cat", ""]
     assert torch.equal(load(files["a cat"])[0]["embedding"], encoder.encode(["a cat"])[0][0])
@@ -151,6 +192,8 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
 
     assert data.cache_texts(["", "a cat"], tmp_path, file, never, torch.float32) == {"": files[""], "a cat": files["a cat"]}
     assert data.cache_texts(["a cat"], tmp_path, file, lambda: encoder, torch.bfloat16)["a cat"] != files["a cat"]
+    other = [file[1], file[0]]  # other weights, another tokenizer
+    assert data.cache_texts(["a cat"], tmp_path, other, lambda: encoder, torch.float32)["a cat"] != files["a cat"]
 
 
 def items_of(sizes):

@@ -32,7 +32,8 @@ def test_grader_reads_real_clips():
 def test_grader_is_not_fooled():
     """Noise, an empty picture, and a clip against the wrong caption earn nothing."""
     empty = nano.grade(torch.full((3, 9, 64, 64), -0.84))
-    assert empty["color"] is empty["shape"] is empty["motion"] is None
+    noise, nothing = nano.grade(torch.rand(3, 9, 64, 64) * 2 - 1), nano.grade(torch.full((3, 9, 64, 64), torch.nan))
+    assert all(g[kind] is None for g in (empty, noise, nothing) for kind in nano.ATTRIBUTES)
     wanted = attributes(200, 1)
     graded = [nano.grade(c) for c in nano.draw(wanted, 2)]
     shuffled = wanted[1:] + wanted[:1]
@@ -48,8 +49,8 @@ def test_compositions_and_captions_are_held_out():
     assert not {(a["color"], a["shape"], a["motion"]) for a in wanted} & nano.UNSEEN
     rng = random.Random(0)
     read = {nano.training_caption(a, rng) for a in wanted for _ in range(10)}
-    asked = {p["prompt"] for p in nano.prompts(300, 0) + nano.prompts(300, 0, unseen=True)}
-    assert not read & asked
+    for suite in (nano.prompts(200, 0), nano.prompts(200, 0, unseen=True)):
+        assert len({p["prompt"] for p in suite}) == 200 and not read & {p["prompt"] for p in suite}
     assert not any(re.search(rf"\b{w}\b", c) for w in nano.NEW_WORDS for c in read)
 
 
@@ -60,6 +61,7 @@ def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a" / "attributes.jsonl").read_text().splitlines()]
     assert rows == [json.loads(line) for line in (tmp_path / "b" / "attributes.jsonl").read_text().splitlines()] and len(rows) == 12
     assert {r["caption"].count("crimson") + r["caption"].count("box") for r in rows[1::2]} == {1}
+    assert not {r["caption"] for r in rows} & {p["prompt"] for p in nano.prompts(30, 0, words=["crimson", "box"])}
     for r in rows:
         assert (tmp_path / "a" / r["file"]).with_suffix(".txt").read_text().strip() == r["caption"]
         g = nano.grade(pixels(Item(tmp_path / "a" / r["file"], [], 64, 64, 9, nano.FPS)))

@@ -96,6 +96,8 @@ def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
 @pytest.mark.parametrize("kind, flags, message", [
     ("ti2v", ["--targets", "self_attn.q"], "--allow_self_attn"), ("ti2v", ["--targets", "cross_attn.x"], "--targets"), ("ti2v", ["--blocks", "1-7"], "0 to 2"),
     ("t2v", [], "choose high or low"), ("ti2v", ["--expert", "high"], "single model"), ("ti2v", ["--frames", "8"], "nearest 9"),
+    ("ti2v", ["--caption_dropout", "5"], "at most 1"), ("ti2v", ["--alpha", "0"], "--alpha 0"), ("ti2v", ["--lr", "nan"], "--lr nan"),
+    ("ti2v", ["--shift", "-2"], "--shift -2"), ("ti2v", ["--resolution", "8x8"], "at least 32"), ("ti2v", ["--targets", "ffn.0,ffn.0"], "each once"),
     ("ti2v", ["--rank", "0"], "--rank 0"), ("ti2v", ["--steps", "0"], "--steps 0")])
 def test_what_it_refuses(checkpoints, media, tmp_path, kind, flags, message):
     run = train(checkpoints[kind], media, tmp_path / "out", *flags, check=False)
@@ -114,3 +116,59 @@ def test_a_finished_run_is_not_overwritten(checkpoints, media, tmp_path):
     train(checkpoints["ti2v"], media, tmp_path / "out")
     run = train(checkpoints["ti2v"], media, tmp_path / "out", check=False)
     assert run.returncode == 1 and "--resume" in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "i2v"])
+def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind):
+    """From what reaches the DiT alone: x is the cached latent at the time given as 1000 t, the loss is that of the velocity, the text is
+    one of the item's own captions or, at the asked rate, the empty one, and I2V's conditioning stands behind the noise."""
+    import train_lora
+    from data import pixels, scan
+    from t5 import load_t5
+    from vae import load_vae
+    from wan import Wan
+    seen, real = [], Wan.forward
+
+    def spy(self, x, t, context, lens):
+        out = real(self, x, t, context, lens)
+        seen.append((x.detach(), t, context, lens, out.detach()))
+        return out
+
+    monkeypatch.setattr(Wan, "forward", spy)
+    flags = ["--ckpt", checkpoints[kind], "--data", media, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9",
+             "--steps", "40", "--batch", "1", "--rank", "2", "--device", "cpu", "--caption_dropout", "0.3", "--warmup", "5", "--lr", "1e-3",
+             *(["--expert", "high"] if kind == "i2v" else [])]
+    monkeypatch.setattr("sys.argv", ["train_lora.py", *map(str, flags)])
+    train_lora.main()
+    items, _ = scan(media, 64 * 64, 32 if kind == "ti2v" else 16, 9, 24 if kind == "ti2v" else 16)
+    vae, encoder = load_vae(checkpoints[kind]), load_t5(checkpoints[kind], dtype=torch.float32)
+    clean = [vae.encode(pixels(i)[None]) for i in items]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    empty, noises, items_seen = 0, [], []
+    for (x, t, context, lens, out), line in zip(seen, lines, strict=True):
+        assert t.dtype == torch.float32 and (875 <= t <= 1000 if kind == "i2v" else 0 < t < 1000)
+        z, s = x[:, :vae.z_dim], t / 1000
+
+        def fit(i):  # the noise, if item i is what was noised
+            return None if clean[i].shape != z.shape else (z - (1 - s) * clean[i]) / s
+
+        losses = {i: ((out - (fit(i) - clean[i])) ** 2).mean().item() for i in range(3) if fit(i) is not None}
+        item = min(losses, key=lambda i: abs(losses[i] - line["loss"]))
+        assert abs(losses[item] - line["loss"]) < 1e-4 * line["loss"]
+        items_seen.append(item)
+        noises.append(fit(item).std().item())
+        texts = {c: encoder.encode([c])[0] for c in ["", *items[item].captions]}
+        said = [c for c, e in texts.items() if e.shape[1] == lens[0] and torch.equal(e, context)]
+        assert len(said) == 1
+        empty += said == [""]
+        if kind == "i2v":
+            assert torch.equal(x[:, 16:], vae.condition(pixels(items[item])[None][:, :, :1], items[item].frames))
+    assert set(items_seen) == {0, 1, 2} and 4 <= empty <= 22 and all(0.9 < n < 1.1 for n in noises[:5])
+    assert abs(lines[0]["lr"] - 2e-4) < 1e-9 and abs(lines[5]["lr"] - 1e-3) < 1e-9 and lines[-1]["lr"] < 1.1e-4
+
+
+@pytest.mark.parametrize("flags, message", [(["--rank", 8], "rank was 4, is 8"), (["--seed", 5], "seed was 0, is 5"), (["--blocks", "1-2"], "blocks was")])
+def test_resuming_another_run_is_refused(checkpoints, media, tmp_path, flags, message):
+    train(checkpoints["ti2v"], media, tmp_path / "out")
+    run = train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", *flags, check=False)
+    assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1], run.stderr
