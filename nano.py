@@ -106,9 +106,9 @@ def say(a, rng, words=(), form=None):
     return re.sub(r"\ba (?=[aeiou])", "an ", (form or rng.choice(TEMPLATES)).format(**value))
 
 
-def held_out(caption):
-    """One caption in ten, by its checksum, is kept out of training."""
-    return zlib.crc32(caption.encode()) % 10 == 0
+def held_out(caption, word=None):
+    """One caption in ten, by its checksum, is kept out of training; of those with a new word, of which there are fewer, every second."""
+    return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
 
 
 def sample_attributes(rng, triples=None):
@@ -141,7 +141,7 @@ def prompts(n, seed, unseen=False, words=()):
         word = words[len(found) % len(words)] if words else None
         a = sample_attributes(rng, fitting(word) if word else sorted(UNSEEN) if unseen else None)
         caption = say(a, rng, [word] if word else [])
-        if unseen or held_out(caption):
+        if unseen or held_out(caption, word):
             found[caption] = {"prompt": caption, **a, **({"word": word} if word else {})}
     if len(found) < n:
         raise BadInput(f"--n {n}: there are only about {len(found)} such prompts")
@@ -424,9 +424,10 @@ def write_clips(args):
     lines = []
     for i in range(args.n):
         word = words[i // 2 % len(words)] if words and i % 2 else None  # every second clip shows what a new word means
-        a = sample_attributes(rng, fitting(word) if word else None)
-        while held_out(caption := say(a, rng, [word] if word else [])):
-            pass
+        caption = None
+        while caption is None or held_out(caption, word):
+            a = sample_attributes(rng, fitting(word) if word else None)
+            caption = say(a, rng, [word] if word else [])
         name = f"clip_{i:04d}"
         write_mp4(out / f"{name}.mp4", draw([a], rng.random())[0], FPS)
         (out / f"{name}.txt").write_text(caption + "\n")

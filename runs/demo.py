@@ -14,9 +14,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import nano
+from checkpoint import cli
 from sample import load, write_grid, write_mp4
 
-WORDS = ("crimson", "box")
+WORDS = ("crimson", "box", "sinks")
 OUT = ROOT / "out" / "demo"
 
 
@@ -35,7 +36,7 @@ def listen(name, lora):
         graded, clips = nano.listen(models, rows)
         scores[suite] = nano.shares(graded, asked)
         nano.table(f"{name}: {suite}", asked, scores[suite], graded)
-        for i in range(4):
+        for i in range(3):
             write_mp4(OUT / name / f"{suite.split()[-1]}_{i}.mp4".replace("'", ""), clips[i], nano.FPS, json.dumps({"prompt": rows[i]["prompt"]}))
             shown.append((rows[i]["prompt"], clips[i]))
     return scores, shown
@@ -58,12 +59,13 @@ def plot(log, file):
 
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
-    run(ROOT / "nano.py", "clips", "--out", OUT / "clips", "--n", 96, "--seed", 7, "--words", ",".join(WORDS))
+    run(ROOT / "nano.py", "clips", "--out", OUT / "clips", "--n", 144, "--seed", 7, "--words", ",".join(WORDS))
     before, first = listen("before", [])
-    run(ROOT / "train_lora.py", "--ckpt", "nano", "--data", OUT / "clips", "--out", OUT / "lora", "--steps", 200, "--batch", 16, "--rank", 8, "--lr", 2e-3)
+    run(ROOT / "train_lora.py", "--ckpt", "nano", "--data", OUT / "clips", "--out", OUT / "lora", "--steps", 1000, "--batch", 16, "--rank", 16, "--lr", 8e-3,
+        "--save_every", 500)
     after, second = listen("after", [str(OUT / "lora" / "adapter_model.safetensors")])
     pairs = [pair for couple in zip(first, second) for pair in couple]
-    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))], columns=4)
+    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))], columns=4, scale=1)
     plot(OUT / "lora" / "log.jsonl", OUT / "loss.png")
     print("\nlistening, before -> after")
     for suite in before:
@@ -74,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

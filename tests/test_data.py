@@ -125,8 +125,8 @@ def test_rotated_and_damaged_clips(tmp_path):
     write_mp4(tmp_path / "b.mp4", noisy, 8)
     (tmp_path / "b.txt").write_text("x")
     raw = bytearray((tmp_path / "b.mp4").read_bytes())
-    middle = len(raw) // 2
-    raw[middle:middle + 3000] = np.random.default_rng(0).bytes(3000)
+    for i in range(len(raw) // 4, len(raw) // 2, 50):
+        raw[i] ^= 0xFF
     (tmp_path / "b.mp4").write_bytes(raw)
     _, skipped = scan(tmp_path)
     assert [(p.name, why[:17]) for p, why in skipped] == [("b.mp4", "cannot be decoded")]
