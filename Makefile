@@ -14,6 +14,7 @@ test: $(VENV)/ready-tests
 
 # torch first and by itself, so that nothing else chooses its build
 $(VENV)/ready: requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements.txt
@@ -25,4 +26,4 @@ $(VENV)/ready-tests: $(VENV)/ready requirements-tests.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) build *.egg-info

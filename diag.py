@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from checkpoint import BadInput, atomic, cli, clean_key, find, read_header, weight_files
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, read_header, weight_files
+from data import CLIPS
 from lora import TARGETS, official_name
 from wan import VARIANTS, read_config
 
 BUDGETS = {"cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"), "cross_attn.{q,k,v,o}": TARGETS[4:8],
            "self_attn and cross_attn": TARGETS[:8], "self_attn, cross_attn and ffn": TARGETS}
 RANKS = (4, 8, 16, 32, 64)
+EXPERTS = ("high_noise_model", "low_noise_model")
 
 
 def totals(entries):
@@ -77,17 +79,15 @@ def inspect_file(path):
         metadata |= meta
     if any((official_name(k) or ("", ""))[1] == "A" for k in entries):
         return inspect_lora(entries, metadata)
-    if "patch_embedding.weight" in entries:
+    if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= set(entries):
         return inspect_dit(path, entries)
-    if "token_embedding.weight" in entries:
+    if {"token_embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.0.pos_embedding.embedding.weight"} <= set(entries):
         vocab, width = entries["token_embedding.weight"].shape
-        layers = len({k.split(".")[1] for k in entries if k.startswith("blocks.")})
-        position = entries.get("blocks.0.pos_embedding.embedding.weight")
-        heads = position.shape[1] if position else None
+        layers, heads = count_blocks(entries), entries["blocks.0.pos_embedding.embedding.weight"].shape[1]
         return {"kind": "text_encoder", "vocabulary": vocab, "width": width, "layers": layers, "heads": heads,
                 "ffn": entries["blocks.0.ffn.fc1.weight"].shape[0], **totals(entries),
                 "summary": f"a UMT5 encoder of {layers} layers, width {width}, {vocab:,} pieces; each layer has its own position table"}
-    if "encoder.conv1.weight" in entries and "conv2.weight" in entries:
+    if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= set(entries):
         v22 = entries["encoder.conv1.weight"].shape[1] == 12
         z = entries["conv2.weight"].shape[0]
         return {"kind": "vae", "variant": "2.2" if v22 else "2.1", "z_channels": z, "encoder_width": entries["encoder.conv1.weight"].shape[0],
@@ -102,7 +102,7 @@ def inspect_video(path):
         with av.open(str(path)) as f:
             v = f.streams.video[0]
             comment = f.metadata.get("comment", "")
-            info = {"width": v.width, "height": v.height, "frames": v.frames, "fps": float(v.average_rate or 0), "codec": v.codec_context.name,
+            info = {"width": v.width, "height": v.height, "frames": v.frames or None, "fps": float(v.average_rate or 0), "codec": v.codec_context.name,
                     "bytes": path.stat().st_size}
     except (av.FFmpegError, IndexError, OSError) as e:
         raise BadInput(f"{path}: not a readable video ({e})") from None
@@ -110,7 +110,8 @@ def inspect_video(path):
         told = json.loads(comment)
     except ValueError:
         told = {}
-    text = f"{info['frames']} frames of {info['width']}x{info['height']} at {info['fps']:g} fps" + (
+    told = told if isinstance(told, dict) else {}
+    text = f"{info['frames'] or 'an unknown number of'} frames of {info['width']}x{info['height']} at {info['fps']:g} fps" + (
         f", made from the prompt {told['prompt']!r} with seed {told.get('seed')}" if "prompt" in told else ", without generation settings")
     return {"kind": "video", **info, "settings": told, "summary": text}
 
@@ -119,22 +120,24 @@ def inspect(path):
     """Everything at a path: a list of dictionaries, one per model, LoRA or video. Reads headers, never a tensor."""
     path = Path(path)
     if path.is_file():
-        one = inspect_video(path) if path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm") else inspect_file(path)
+        one = inspect_video(path) if path.suffix.lower() in CLIPS else inspect_file(path)
         return [{"path": str(path), **one}]
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
-    experts = [d for d in ("high_noise_model", "low_noise_model") if (path / d).is_dir()]
+    experts = [d for d in EXPERTS if (path / d).is_dir()]
+    missing = [d for d in EXPERTS if experts and d not in experts]
     found = []
     for folder in [path / d for d in experts] or ([path] if any(path.glob("diffusion_pytorch_model*")) else []):
         one = inspect_file(folder)
-        single = "" if not experts else f"; one of {len(experts)} experts found ({', '.join(experts)})"
-        found.append({"path": str(folder), "experts": experts, **one, "summary": ("single-tower, " if not experts else "") + one["summary"] + single})
-    for pattern in ("models_t5*", "*VAE*"):
-        if any(path.glob(pattern + ".pth")) or any(path.glob(pattern + ".safetensors")):
-            file = find(path, pattern, "one such file")
-            found.append({"path": str(file), **inspect_file(file)})
+        which = f"; experts found: {', '.join(experts)}" if experts else ""
+        which += f"; {missing[0]} is missing" if missing else ""
+        found.append({"path": str(folder), "experts": experts, **one, "summary": ("" if experts else "single-tower, ") + one["summary"] + which})
+    files = [f for pattern in ("models_t5*", "*VAE*") for f in sorted(path.glob(pattern)) if f.suffix in (".pth", ".safetensors")]
+    if not found and not files:
+        files = sorted(path.glob("*.safetensors"))
+    found += [{"path": str(f), **inspect_file(f)} for f in files]
     if not found:
-        raise BadInput(f"{path}: holds no weights known here (diffusion_pytorch_model*, high_noise_model, models_t5*, *VAE*)")
+        raise BadInput(f"{path}: holds no weights known here (diffusion_pytorch_model*, high_noise_model, models_t5*, *VAE*, *.safetensors)")
     return found
 
 
@@ -161,12 +164,20 @@ def main():
     c.add_argument("paths", nargs="+")
     c.add_argument("--json", help="also write what was found to this file")
     args = p.parse_args()
-    found = [one for path in args.paths for one in inspect(path)]
+    found, failed = [], []
+    for path in args.paths:
+        try:
+            found += inspect(path)
+        except BadInput as e:
+            failed.append(str(e))
+            found.append({"path": path, "kind": "unreadable", "summary": str(e)})
     for one in found:
         show(one)
     if args.json:
         with atomic(args.json) as tmp:
             tmp.write_text(json.dumps({"models": found}, indent=1, ensure_ascii=False) + "\n")
+    if failed:
+        raise BadInput(f"{len(failed)} of {len(args.paths)} paths cannot be inspected: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

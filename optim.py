@@ -9,6 +9,7 @@ import torch
 
 BLOCK = 256   # parameters that share a scale
 OCTAVES = 16  # of dynamic range below a block's largest value, in both moments
+CHUNK = 1024  # blocks worked on at a time: the fp32 temporaries stay in the cache, and small
 
 
 def adamw(params, lr, weight_decay=0.01):
@@ -52,31 +53,44 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _new(self, p):
         blocks = -(-p.numel() // BLOCK)
-        like = dict(device=p.device)
-        return {"step": 0, "compensation": torch.zeros_like(p), "sign_m": torch.zeros(blocks, BLOCK, dtype=torch.int8, **like),
-                "code_v": torch.zeros(blocks, BLOCK, dtype=torch.uint8, **like), "scale_m": torch.zeros(blocks, 1, **like),
-                "scale_v": torch.zeros(blocks, 1, **like)}
+        zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=p.device)
+        return {"step": 0, "compensation": torch.zeros_like(p), "code_m": zeros(blocks, BLOCK, dtype=torch.int8),
+                "code_v": zeros(blocks, BLOCK, dtype=torch.uint8), "scale_m": zeros(blocks, 1, dtype=torch.float32),
+                "scale_v": zeros(blocks, 1, dtype=torch.float32)}
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            b1, b2 = group["betas"]
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                s = self.state[p] = self.state[p] or self._new(p)
-                s["step"] += 1
-                pad = s["code_v"].numel() - p.numel()
-                g = torch.nn.functional.pad(p.grad.flatten().float(), (0, pad)).view(-1, BLOCK)
-                noise = torch.rand_like(g)
-                m = dequantize(s["sign_m"].abs(), s["scale_m"], 127) * s["sign_m"].sign()
-                m = b1 * m + (1 - b1) * g
-                v = b2 * dequantize(s["code_v"], s["scale_v"], 255) + (1 - b2) * g * g
-                code, s["scale_m"] = quantize(m.abs(), 127, noise)
-                s["sign_m"] = code.to(torch.int8) * m.sign().to(torch.int8)
-                s["code_v"], s["scale_v"] = quantize(v, 255, 1 - noise)
-                update = m / (1 - b1 ** s["step"]) / ((v / (1 - b2 ** s["step"])).sqrt() + group["eps"])
-                update = update.flatten()[:p.numel()].view_as(p)
-                exact = (p.float() - s["compensation"].float()) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
-                p.copy_(exact)
-                s["compensation"].copy_(p.float() - exact)
+                if p.grad is not None:
+                    s = self.state[p] = self.state[p] or self._new(p)
+                    s["step"] += 1
+                    for at in range(0, len(s["code_m"]), CHUNK):
+                        self._update(group, s, p.view(-1), p.grad.view(-1), slice(at, at + CHUNK))
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, s in state["state"].items():  # torch casts a state to its parameter's dtype; codes and scales have their own
+            self.state[params[i]] = {k: v.to(params[i].device, copy=True) if torch.is_tensor(v) else v for k, v in s.items()}
+
+    def _update(self, group, s, weight, grad, rows):
+        """One step for the blocks `rows` of a parameter."""
+        b1, b2 = group["betas"]
+        here = slice(rows.start * BLOCK, rows.stop * BLOCK)
+        weight, comp, grad = weight[here], s["compensation"].view(-1)[here], grad[here].float()
+        code_m, code_v, scale_m, scale_v = (s[k][rows] for k in ("code_m", "code_v", "scale_m", "scale_v"))
+        g = torch.nn.functional.pad(grad, (0, code_m.numel() - len(grad))).view(-1, BLOCK)
+        m = torch.lerp(g, dequantize(code_m.abs(), scale_m, 127) * code_m.sign(), b1)
+        v = torch.lerp(g * g, dequantize(code_v, scale_v, 255), b2)
+        noise = torch.rand_like(g)
+        code, scale = quantize(m.abs(), 127, noise)
+        code_m.copy_(code.to(torch.int8) * m.sign().to(torch.int8))
+        scale_m.copy_(scale)
+        code, scale = quantize(v, 255, 1 - noise)
+        code_v.copy_(code)
+        scale_v.copy_(scale)
+        update = m / (1 - b1 ** s["step"]) / ((v / (1 - b2 ** s["step"])).sqrt() + group["eps"])
+        exact = (weight.float() - comp.float()) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.view(-1)[:len(grad)]
+        weight.copy_(exact)
+        comp.copy_(weight.float() - exact)

@@ -72,6 +72,8 @@ class Models:
         self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
+        for expert in self.experts:
+            weight_files(self.folder(expert))  # a missing one is better missed now than after half the steps
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions = {}, {}, {}
 

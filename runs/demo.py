@@ -36,7 +36,7 @@ def listen(name, lora):
         graded, clips = nano.listen(models, rows)
         scores[suite] = nano.shares(graded, asked)
         nano.table(f"{name}: {suite}", asked, scores[suite], graded)
-        for i in range(3):
+        for i in range(2):
             write_mp4(OUT / name / f"{suite.split()[-1]}_{i}.mp4".replace("'", ""), clips[i], nano.FPS, json.dumps({"prompt": rows[i]["prompt"]}))
             shown.append((rows[i]["prompt"], clips[i]))
     return scores, shown
@@ -65,7 +65,7 @@ def main():
         "--save_every", 500)
     after, second = listen("after", [str(OUT / "lora" / "adapter_model.safetensors")])
     pairs = [pair for couple in zip(first, second) for pair in couple]
-    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))], columns=4, scale=1)
+    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))], columns=4, scale=2)
     plot(OUT / "lora" / "log.jsonl", OUT / "loss.png")
     print("\nlistening, before -> after")
     for suite in before:

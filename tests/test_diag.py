@@ -115,6 +115,26 @@ def test_what_cannot_be_inspected(tmp_path):
         inspect(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="holds no weights"):
         inspect(tmp_path)
+    write_mp4(tmp_path / "n.mp4", torch.zeros(3, 1, 32, 32), 8, "null")
+    assert inspect(tmp_path / "n.mp4")[0]["settings"] == {}
     (tmp_path / "v.mp4").write_text("<html>")
     with pytest.raises(BadInput, match="not a readable video"):
         inspect(tmp_path / "v.mp4")
+
+
+def test_one_bad_path_does_not_hide_the_others(checkpoints, tmp_path):
+    (tmp_path / "page.safetensors").write_text("<html>")
+    run = subprocess.run([sys.executable, ROOT / "diag.py", "inspect", tmp_path / "page.safetensors", checkpoints["ti2v"], "--json", tmp_path / "f.json"],
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and "1 of 2 paths" in run.stderr and "Traceback" not in run.stderr
+    assert [m["kind"] for m in json.loads((tmp_path / "f.json").read_text())["models"]] == ["unreadable", "dit", "text_encoder", "vae"]
+
+
+def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
+    import shutil
+    shutil.copytree(checkpoints["t2v"], tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "low_noise_model")
+    assert "low_noise_model is missing" in inspect(tmp_path / "c")[0]["summary"]
+    (tmp_path / "out").mkdir()
+    save_lora(tmp_path / "out" / "adapter_model.safetensors", trained())
+    assert [m["kind"] for m in inspect(tmp_path / "out")] == ["lora"]

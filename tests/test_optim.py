@@ -50,7 +50,7 @@ def test_weight_decay_alone_shrinks_the_weights_as_the_formula_says(report):
     report("relative error", ((exact / start)[start != 0] / (1 - 1e-4) ** 1000 - 1).abs().max().item(), 5e-3)
 
 
-def regression(kind, steps=300):
+def regression(kind, steps=150):
     """A 10M-parameter linear regression in minibatches; the loss of the exact weights at the end."""
     d = 3200
     g = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def regression(kind, steps=300):
     opt = AdamW8bit([w], lr=1.0) if kind == "8bit" else torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.999))
     for step in range(steps):
         for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, 4e-4, 10, "cosine")
+            group["lr"] = lr_at(step, steps, 1e-3, 10, "cosine")
         x = torch.randn(64, d, generator=torch.Generator().manual_seed(step))
         error = x @ (w.float() - truth).detach()
         w.grad = (x.t() @ error / 64).to(w.dtype)
