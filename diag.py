@@ -1,6 +1,8 @@
 """Account for models and changes.
 
-    python diag.py inspect PATH... [--json FILE]     what is in checkpoint folders, weight files, LoRA files and mp4s; reads headers only
+    python diag.py inspect PATH... [--json FILE]          what is in checkpoint folders, weight files, LoRA files and mp4s; headers only
+    python diag.py delta LORA --ckpt DIR                  how far a LoRA moves each weight: ||dW||/||W||, spectral norm, effective rank
+    python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE      and write a copy held to that
 """
 import argparse
 import json
@@ -9,9 +11,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, read_header, weight_files
+import torch
+
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, read_header, read_headers, save, weight_files
 from data import CLIPS
-from lora import TARGETS, official_name
+from lora import TARGETS, official_name, read_lora
+from sample import checkpoint_dir
 from wan import VARIANTS, read_config
 
 BUDGETS = {"cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"), "cross_attn.{q,k,v,o}": TARGETS[4:8],
@@ -157,13 +162,77 @@ def show(one):
             print(f"  {r['targets']:30} {r['rank']:5} {r['matrices']:9} {r['parameters']:12,} {r['mib_bf16']:11.2f}")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("inspect")
-    c.add_argument("paths", nargs="+")
-    c.add_argument("--json", help="also write what was found to this file")
-    args = p.parse_args()
+# ---- delta -------------------------------------------------------------------------------------------------------
+def factor_norms(a, b):
+    """Of dW = B A, from its factors A (r,in) and B (out,r) alone: Frobenius norm, spectral norm, and effective rank, the exponential
+    of the entropy of its normalised singular values (Roy and Vetterli, 2007). The singular values are those of the r x r matrix
+    R_B R_A^T of the two QR decompositions."""
+    values = torch.linalg.svdvals(torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().t()).R.t())
+    share = values / values.sum().clamp(min=1e-300)
+    entropy = -(share * share.clamp(min=1e-300).log()).sum()
+    return values.norm().item(), values[0].item(), entropy.exp().item() if values[0] > 0 else 0.0
+
+
+def delta(lora, ckpt):
+    """How far a LoRA file moves each weight of a DiT: a row {"name", "kind", "block", "norm", "base", "ratio", "spectral", "rank"} per
+    matrix, where ratio is ||dW||_F / ||W||_F. One matrix of the base is read at a time; dW is never formed."""
+    pairs, _ = read_lora(lora)
+    entries = read_headers(weight_files(ckpt))
+    rows = []
+    for name, (a, b) in pairs.items():
+        w = entries.get(f"{name}.weight")
+        if w is None or w.shape != (len(b), a.shape[1]):
+            raise BadInput(f"{lora}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})")
+        base = w.read().float().norm().item()
+        norm, spectral, rank = factor_norms(a, b)
+        _, block, kind = name.split(".", 2)
+        rows.append({"name": name, "kind": kind, "block": int(block), "norm": norm, "base": base, "ratio": norm / base, "spectral": spectral, "rank": rank})
+    return sorted(rows, key=lambda r: (r["block"], r["kind"]))
+
+
+def together(rows):
+    """||dW|| / ||W|| of several matrices taken as one."""
+    return math.hypot(*(r["norm"] for r in rows)) / math.hypot(*(r["base"] for r in rows))
+
+
+def show_delta(rows):
+    kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
+    print("||dW||/||W|| in percent" + "".join(f"{k:>14}" for k in kinds) + f"{'together':>14}")
+    for block in blocks:
+        here = {r["kind"]: r["ratio"] for r in rows if r["block"] == block}
+        print(f"  block {block:<15}" + "".join(f"{100 * here[k]:14.3f}" if k in here else " " * 14 for k in kinds)
+              + f"{100 * together([r for r in rows if r['block'] == block]):14.3f}")
+    print(f"  {'together':<21}" + "".join(f"{100 * together([r for r in rows if r['kind'] == k]):14.3f}" for k in kinds) + f"{100 * together(rows):14.3f}")
+    top = max(rows, key=lambda r: r["ratio"])
+    print(f"  largest: {top['name']} {100 * top['ratio']:.3f} %; spectral norm up to {max(r['spectral'] for r in rows):.4g}; "
+          f"effective rank {min(r['rank'] for r in rows):.1f} to {max(r['rank'] for r in rows):.1f}")
+
+
+def cap_lora(lora, rows, cap, out):
+    """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it. Returns how many were."""
+    pairs, metadata = read_lora(lora)
+    scale = {r["name"]: min(1.0, cap / r["ratio"]) if r["ratio"] else 1.0 for r in rows}
+    tensors = {}
+    for name, (a, b) in pairs.items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = a
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale[name]
+    save(out, tensors, {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {"alpha_folded": True, "delta_cap": cap})
+    return sum(s < 1 for s in scale.values())
+
+
+def run_delta(args):
+    if (args.cap is None) != (args.out is None) or args.cap is not None and not args.cap > 0:
+        raise BadInput(f"--cap {args.cap}, --out {args.out}: give both, with a cap above 0")
+    rows = delta(args.lora, checkpoint_dir(args.ckpt))
+    show_delta(rows)
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps({"rows": rows, "together": together(rows)}, indent=1) + "\n")
+    if args.out:
+        print(f"{cap_lora(args.lora, rows, args.cap, args.out)} of {len(rows)} matrices scaled down to {args.cap}: {args.out}")
+
+
+def run_inspect(args):
     found, failed = [], []
     for path in args.paths:
         try:
@@ -178,6 +247,24 @@ def main():
             tmp.write_text(json.dumps({"models": found}, indent=1, ensure_ascii=False) + "\n")
     if failed:
         raise BadInput(f"{len(failed)} of {len(args.paths)} paths cannot be inspected: {'; '.join(failed)}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("inspect")
+    c.add_argument("paths", nargs="+")
+    c.add_argument("--json", help="also write what was found to this file")
+    c.set_defaults(run=run_inspect)
+    c = commands.add_parser("delta")
+    c.add_argument("lora")
+    c.add_argument("--ckpt", default="nano", help="the DiT: a model folder (of A14B one expert's) or file")
+    c.add_argument("--cap", type=float, help="write a copy in which no matrix moves by more than this share of its norm")
+    c.add_argument("--out", help="where to write that copy")
+    c.add_argument("--json", help="also write every row to this file")
+    c.set_defaults(run=run_delta)
+    args = p.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -138,3 +138,46 @@ def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
     (tmp_path / "out").mkdir()
     save_lora(tmp_path / "out" / "adapter_model.safetensors", trained())
     assert [m["kind"] for m in inspect(tmp_path / "out")] == ["lora"]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
+    from diag import delta, together
+    from lora import merge
+    from wan import load_wan
+    save_lora(tmp_path / "a.safetensors", trained(TARGETS, rank=rank))
+    rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
+    base, moved = (load_wan(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
+    merge(moved, tmp_path / "a.safetensors")
+    base, moved = dict(base.named_parameters()), dict(moved.named_parameters())
+    assert len(rows) == 30
+    worst, every = 0, []
+    for r in rows:
+        w = base[r["name"] + ".weight"].double()
+        d = moved[r["name"] + ".weight"].double() - w
+        s = torch.linalg.svdvals(d)[:rank]
+        p = s / s.sum()
+        for got, want in ((r["norm"], d.norm()), (r["base"], w.norm()), (r["ratio"], d.norm() / w.norm()), (r["spectral"], s[0]), (r["rank"], (-(p * p.log()).sum()).exp())):
+            worst = max(worst, abs(got / want.item() - 1))
+        every.append((d.flatten(), w.flatten()))
+    report("relative error", worst, 1e-5)
+    d, w = (torch.cat(u).norm().item() for u in zip(*every))
+    report("of all together", abs(together(rows) / (d / w) - 1), 1e-5)
+
+
+def test_a_capped_lora_stays_under_its_cap(tmp_path, checkpoints):
+    from diag import cap_lora, delta
+    save_lora(tmp_path / "a.safetensors", trained())
+    rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
+    cap = sorted(r["ratio"] for r in rows)[2]
+    assert cap_lora(tmp_path / "a.safetensors", rows, cap, tmp_path / "b.safetensors") == 3
+    after = delta(tmp_path / "b.safetensors", checkpoints["ti2v"])
+    for old, new in zip(rows, after):
+        assert abs(new["ratio"] / min(old["ratio"], cap) - 1) < 1e-5
+
+
+def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
+    from diag import delta
+    save_lora(tmp_path / "a.safetensors", trained())
+    with pytest.raises(BadInput, match="does not fit"):
+        delta(tmp_path / "a.safetensors", ROOT / "nano")

@@ -54,6 +54,13 @@ def test_gradient_through_the_dit_reaches_the_encoder():
     assert all(p.grad is None for p in dit.parameters())
 
 
+def test_full_size_counts():
+    from t5 import TextEncoder
+    with torch.device("meta"):
+        state = TextEncoder(256384, 4096, 4096, 10240, 64, 24).state_dict()
+    assert (sum(t.numel() for t in state.values()), len(state)) == (5_680_910_336, 242)
+
+
 def strings():
     rng = random.Random(0)
     words = ["cat", "Square", "moves", "naïve", "café", "一只猫", "在草地上", "奔跑", "色调艳丽，", "🐱", "👩‍🚀", "&amp;", "&lt;b&gt;", "&amp;amp;", "\t", "\n\n",
