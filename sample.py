@@ -22,7 +22,7 @@ from tqdm import tqdm
 import flow
 from checkpoint import BadInput, atomic, cli, find, read_header, save, weight_files
 from lora import merge, read_lora
-from t5 import load_t5
+from t5 import encoder_files, load_t5
 from vae import load_vae
 from wan import VARIANTS, load_wan
 
@@ -101,7 +101,7 @@ class Models:
 
     def files(self, part):
         if part == "text":
-            return [find(self.text_encoder or self.dir, "models_t5*", "the text encoder")]
+            return encoder_files(self.dir, self.text_encoder)
         return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
 
     def part(self, name, activations=1 << 30):

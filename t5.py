@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import BadInput, count_blocks, find, load_into, read_headers
+from checkpoint import BadInput, count_blocks, find, load_into, read_header, read_headers
 
 PAD, EOS, UNK = 0, 1, 2
 
@@ -159,19 +159,33 @@ class TextEncoder(nn.Module):
     def encode(self, texts):
         """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the weights."""
         ids, lens = self.tokenizer(texts)
-        device = self.token_embedding.weight.device
+        device = self.norm.weight.device
         return self(ids.to(device), lens.to(device)), lens.to(device)
+
+
+def encoder_files(ckpt_dir, weights=None):
+    """The files that an encoder comes from, the folder's own first: one, or two where `weights` is a delta that needs it."""
+    if weights is not None and read_header(weights)[1].get("delta") != "True":
+        return [Path(weights)]
+    own = find(ckpt_dir, "models_t5*", "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")
+    return [own] if weights is None else [own, Path(weights)]
 
 
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer from google/umt5-xxl/spiece.model.
-    `weights`: another file of the same tensors (an updated text encoder) to use instead of the folder's own."""
-    file = find(weights or ckpt_dir, "models_t5*", "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")
-    entries = read_headers([file])
+    `weights`: a file of train_te.py to use: the whole encoder, or a delta, whose tensors and embedding rows replace the folder's."""
+    files = encoder_files(ckpt_dir, weights)
+    entries = read_headers(files[:1])
+    delta = read_headers(files[1:])
+    rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
+    stray = [k for k in delta if k not in entries]
+    if stray:
+        raise BadInput(f"{weights}: not a delta of {files[0]}, which has no {stray[0]}")
+    entries |= delta
 
     def shape(name):
         if name not in entries:
-            raise BadInput(f"{file}: not a UMT5 encoder, it has no {name}")
+            raise BadInput(f"{files[0]}: not a UMT5 encoder, it has no {name}")
         return entries[name].shape
 
     (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
@@ -179,5 +193,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     with torch.device("meta"):
         model = TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, layers, buckets)
     model = load_into(model, entries, device, dtype)
+    if rows:
+        table = model.token_embedding.weight
+        table[ids.read().to(device)] = rows.read().to(table)
     model.tokenizer = Tokenizer(Path(ckpt_dir) / "google" / "umt5-xxl" / "spiece.model")
     return model

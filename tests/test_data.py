@@ -1,8 +1,4 @@
 """From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
-import json
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 

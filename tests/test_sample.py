@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from checkpoint import BadInput, load as load_tensors
-from sample import NEGATIVE, best_size, check_size, generate, load, write_mp4
+from sample import NEGATIVE, best_size, generate, load, write_mp4
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 

@@ -1,6 +1,5 @@
 """train_lora.py from the command line: every model type, resuming, and what it refuses."""
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path

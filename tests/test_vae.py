@@ -1,4 +1,5 @@
 """Both VAEs against diffusers' AutoencoderKLWan on equal weights, fp32 on CPU."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,7 @@ import tiny
 held = lambda what: int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 torch.set_num_threads(1)
 model = tiny.vae(True)
-z = torch.randn(1, 48, {frames}, 12, 12)
-model.decode(z[:, :, :2])
+z = torch.randn(1, 48, {frames}, 16, 16)
 before = held("VmRSS")
 video = model.decode(z)
 print(held("VmHWM") - before - video.nbytes)
@@ -74,5 +74,7 @@ def test_decode_memory_does_not_grow_with_frames(report):
     peaks = {}
     for frames in (5, 21):
         code = MEMORY.format(paths=[str(here), str(here.parent)], frames=frames)
-        peaks[frames] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        # glibc would otherwise keep freed blocks in its heap, which is not the decoder's doing
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        peaks[frames] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
     report("peak of 81 frames over 17", peaks[21] / peaks[5], 1.1)
