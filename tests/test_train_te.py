@@ -1,0 +1,118 @@
+"""train_te.py: what it trains, what it shows, what it saves, and that a stopped run goes on exactly."""
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from checkpoint import BadInput, load
+from t5 import load_t5
+from test_data import clip, photo
+from train_te import RowEmbedding, calibrate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    clip(folder / "a.mp4", 9, 64, 64, caption="a red fox jumps over")
+    clip(folder / "b.mp4", 13, 64, 64, caption="a dog runs")
+    photo(folder / "c.png", 64, 64)
+    return folder
+
+
+def train(ckpt, media, out, *flags, check=True, code=None):
+    run = subprocess.run([sys.executable, *(["-c", code] if code else []), ROOT / "train_te.py", "--ckpt", ckpt, "--data", media, "--out", out,
+                          "--cache", out.parent / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--keywords", "fox",
+                          "--device", "cpu", "--dtype", "fp32", *map(str, flags)], capture_output=True, text=True)
+    assert not check or run.returncode == 0, run.stderr
+    return run
+
+
+def changed(ckpt, file):
+    """Names of the tensors that differ from the folder's encoder, and the embedding rows that do."""
+    old, new = load_t5(ckpt, dtype=torch.float32), load_t5(ckpt, dtype=torch.float32, weights=file)
+    a, b = old.state_dict(), new.state_dict()
+    names = {k for k in a if not torch.equal(a[k], b[k])}
+    rows = (a["token_embedding.weight"] != b["token_embedding.weight"]).any(1).nonzero().flatten().tolist()
+    return names - {"token_embedding.weight"}, rows, set(old.tokenizer.ids("fox"))
+
+
+@pytest.mark.parametrize("how", ["full", "delta"])
+@pytest.mark.parametrize("blocks, trained", [("0", []), ("1", ["blocks.1", "norm"]), (None, ["blocks.0", "blocks.1", "norm"])])
+def test_only_what_was_asked_is_trained_and_saved(checkpoints, media, tmp_path, how, blocks, trained):
+    train(checkpoints["ti2v"], media, tmp_path / "out", "--save", how, *(["--train_blocks", blocks] if blocks else []))
+    names, rows, ids = changed(checkpoints["ti2v"], tmp_path / "out" / "text_encoder.safetensors")
+    assert {".".join(n.split(".")[:2]) if n.startswith("blocks") else n.split(".")[0] for n in names} == set(trained)
+    assert rows and set(rows) <= ids
+    stored = load(tmp_path / "out" / "text_encoder.safetensors")[0]
+    assert len(stored) == (len(names) + 2 if how == "delta" else len(tiny.text_encoder().state_dict()))
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 6 and log[0]["anchor"] < 1e-8 and (log[-1]["anchor"] > 1e-8 or blocks == "0")
+
+
+def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
+    drift = {}
+    for weight in (0, 30):
+        train(checkpoints["ti2v"], media, tmp_path / f"{weight}", "--anchor", weight, "--lr", 1e-2, "--steps", 25, "--schedule", "constant")
+        old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=w).encode(["a dog runs"])[0]
+                    for w in (None, tmp_path / f"{weight}" / "text_encoder.safetensors"))
+        drift[weight] = ((new - old).norm() / old.norm()).item()
+    assert drift[30] < drift[0] / 2, drift
+
+
+def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
+    code = ("import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train_te as m\n"
+            "real, n = m.draw_t, []\n"
+            "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n    return real(*a)\n"
+            "m.draw_t = kill; m.main()")
+    train(checkpoints["ti2v"], media, tmp_path / "whole")
+    assert train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, check=False, code=code).returncode == -9
+    train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, "--resume")
+    a, b = (load(tmp_path / d / "text_encoder.safetensors")[0] for d in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    logs = [[(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / d / "log.jsonl").read_text().splitlines())] for d in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_rows_get_the_gradient_of_their_rows(report):
+    table = torch.nn.Embedding(20, 8)
+    ids, weight = torch.randint(0, 20, (4, 6)), torch.randn(4, 6, 8)
+    (table(ids) * weight).sum().backward()
+    want = table.weight.grad.clone()
+    rows = RowEmbedding(table.requires_grad_(False), {3, 7, 11})
+    assert torch.equal(rows(ids), table(ids))
+    (rows(ids) * weight).sum().backward()
+    report("relative error", tiny.error(rows.rows.grad, want[[3, 7, 11]]), 1e-6)
+
+
+def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
+    rng, caption = random.Random(0), "a small crimson box drifts slowly over the dark floor"
+    seen = [calibrate(caption, ["crimson", "box"], (15, 35, 50), 0.2, rng) for _ in range(4000)]
+    lengths = Counter("alone" if s in ("crimson", "box") else "whole" if len(s.split()) >= 8 else "short" for s in seen)
+    alone_again = 1 / 9  # a shortened caption may keep no neighbour
+    assert abs(lengths["whole"] / 4000 - 0.50) < 0.04 and abs(lengths["alone"] / 4000 - 0.15 - 0.35 * alone_again) < 0.04
+    assert all("crimson" in s or "box" in s for s in seen)
+    assert all("crimson" in s and "box" in s for s in seen if len(s.split()) >= 8)
+    other = [calibrate("a dog runs over the green grass", ["crimson"], (15, 35, 50), 0.2, rng) for _ in range(500)]
+    assert 0.7 < sum(o == "a dog runs over the green grass" for o in other) / 500 < 0.98
+
+
+@pytest.mark.parametrize("flags, message", [(["--mix", "1,2"], "--mix"), (["--train_blocks", "9"], "from 0 to 2"), (["--lr", "-1"], "--lr"),
+                                            (["--trim_prob", "2"], "--trim_prob"), (["--optimizer", "adamw8bit"], "bf16"), (["--expert", "low"], "single model")])
+def test_what_it_refuses(checkpoints, media, tmp_path, flags, message):
+    run = train(checkpoints["ti2v"], media, tmp_path / "out", *flags, check=False)
+    assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1] and "Traceback" not in run.stderr, run.stderr
+
+
+def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
+    from checkpoint import save
+    save(tmp_path / "d.safetensors", {"blocks.9.norm1.weight": torch.ones(3)}, {"delta": True})
+    with pytest.raises(BadInput, match="not a delta"):
+        load_t5(checkpoints["ti2v"], weights=tmp_path / "d.safetensors")
