@@ -148,7 +148,7 @@ def main():
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     opt = adamw(params, args.lr, args.weight_decay)
     batches = data.Batches(items, args.batch, args.seed)
-    same = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "device", "save_every", "resume", "data", "ckpt", "text_encoder", "checkpointing")}
+    same = {k: v for k, v in vars(args).items() if k not in ("steps", "out", "cache", "device", "save_every", "resume", "data", "ckpt", "text_encoder", "checkpointing")}
     same |= {"samples": [f.name for f in latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
     start, state = 0, run.restore(same)
     if state:

@@ -169,7 +169,7 @@ def main():
     opt = (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay)
     print(f"{sum(p.numel() for p in params):,} parameters: {top} of {layers} blocks, {len(ids)} embedding rows; {len(anchors)} prompts anchored")
     batches = data.Batches(items, args.batch, args.seed)
-    same = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "device", "save_every", "resume", "data", "ckpt", "text_encoder", "save")}
+    same = {k: v for k, v in vars(args).items() if k not in ("steps", "out", "cache", "device", "save_every", "resume", "data", "ckpt", "text_encoder", "save")}
     start, state = 0, run.restore(same | {"samples": [f.name for f in latents]})
     if state:
         start = state["step"]

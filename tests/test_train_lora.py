@@ -111,10 +111,11 @@ def test_no_usable_data_exits_with_the_reasons(checkpoints, tmp_path):
     assert run.returncode == 1 and "nothing to train on; tiny.mp4 too short" in run.stderr
 
 
-def test_a_finished_run_is_not_overwritten(checkpoints, media, tmp_path):
+def test_a_finished_run_is_not_overwritten_but_may_go_on(checkpoints, media, tmp_path):
     train(checkpoints["ti2v"], media, tmp_path / "out")
     run = train(checkpoints["ti2v"], media, tmp_path / "out", check=False)
     assert run.returncode == 1 and "--resume" in run.stderr
+    assert "step 8 " in train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", "--steps", 8).stdout
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
