@@ -359,6 +359,8 @@ def train_dit(out, seed, vae, tokenizer, steps):
             if m.bias is not None:
                 torch.nn.init.zeros_(m.bias)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=0.3)
+    for m in (*model.blocks, model.head):
+        torch.nn.init.normal_(m.modulation, std=DIT.dim ** -0.5)
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.pos_embedding.embedding.weight)
     torch.nn.init.zeros_(model.head.head.weight)

@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, rows, rope, context, bias, keys_values=None):
         """x (B,L,D) fp32, rows (B,F,6,D) fp32, context (B,S,D), or its k and v -> (B,L,D) fp32."""
@@ -134,7 +134,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, out)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x, time):
         shift, scale = (time[:, :, None] + self.modulation).unbind(2)
