@@ -70,24 +70,33 @@ def arguments():
     return p.parse_args()
 
 
-def resolve(args, s, layers):
-    """Fill in what the checkpoint recommends and check what was given."""
-    recommended = s["train"]
+def fill_in(args, s):
+    """The data and time settings that were not given: the checkpoint's recommended ones."""
     for name, other in (("resolution", "{}x{}".format(*s["size"])), ("frames", s["frames"]), ("shift", s["shift"]), ("t_distribution", "logit-normal")):
         if getattr(args, name) is None:
-            setattr(args, name, recommended.get(name, other))
-    args.alpha = args.alpha if args.alpha is not None else args.rank
+            setattr(args, name, s["train"].get(name, other))
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+
+
+def check_ranges(args, **more):
+    """Refuse numbers out of range, (lowest, highest) per flag: those of every trainer, and `more`."""
     check_size((32, 32), args.frames, (4, 16, 16))
+    some, positive, count = (0, math.inf), (1e-9, math.inf), (1, math.inf)
+    for flag, (low, high) in {"steps": count, "batch": count, "save_every": count, "lr": some, "warmup": some, "grad_clip": positive,
+                              "shift": positive, "caption_dropout": (0, 1), "seed": (0, 2 ** 63 - 1), **more}.items():
+        value = getattr(args, flag)
+        if not low <= value <= high or value == math.inf:
+            raise BadInput(f"--{flag} {value}: must be {'positive' if low == 1e-9 else f'at least {low}'}" + (f" and at most {high}" if high < math.inf else ""))
+
+
+def resolve(args, s, layers):
+    """Fill in what the checkpoint recommends and check what was given."""
+    fill_in(args, s)
+    args.alpha = args.alpha if args.alpha is not None else args.rank
     side = 32 if s["vae"] == "2.2" else 16
     if min(parse_size(args.resolution)) < side:
         raise BadInput(f"--resolution {args.resolution}: each side at least {side}")
-    for flag, low, high in (("steps", 1, None), ("batch", 1, None), ("save_every", 1, None), ("rank", 1, None), ("alpha", 1e-9, None), ("lr", 0, None),
-                            ("weight_decay", 0, None), ("warmup", 0, None), ("grad_clip", 1e-9, None), ("shift", 1e-9, None), ("caption_dropout", 0, 1),
-                            ("dropout", 0, 0.999), ("seed", 0, 2 ** 63 - 1)):
-        value = getattr(args, flag)
-        if not low <= value <= (math.inf if high is None else high):
-            raise BadInput(f"--{flag} {value}: must be {'positive' if low == 1e-9 else f'at least {low}'}" + (f" and at most {high}" if high else ""))
+    check_ranges(args, weight_decay=(0, math.inf), rank=(1, math.inf), alpha=(1e-9, math.inf), dropout=(0, 0.999))
     args.targets = args.targets.split(",")
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")

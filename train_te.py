@@ -23,8 +23,8 @@ import data
 from checkpoint import BadInput, Run, cli, load, save
 from flow import add_noise, draw_t
 from optim import AdamW8bit, adamw, lr_at
-from sample import DTYPES, Models, check_size, parse_size, pick_device
-from train_lora import nano_data
+from sample import DTYPES, Models, parse_size, pick_device
+from train_lora import check_ranges, fill_in, nano_data
 
 
 def arguments():
@@ -108,14 +108,12 @@ def calibrate(caption, keywords, mix, trim_prob, rng):
 def main():
     args = arguments()
     args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    models = Models(args.ckpt, args.device, DTYPES[args.dtype], text_encoder=args.text_encoder)
+    models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
     s = models.settings
     if s["experts"] and not args.expert or args.expert and not s["experts"]:
         raise BadInput(f"--expert {args.expert}: {args.ckpt} has " + ("two experts; choose high or low" if s["experts"] else "a single model"))
-    for name, other in (("resolution", "{}x{}".format(*s["size"])), ("frames", s["frames"]), ("shift", s["shift"]), ("t_distribution", "logit-normal")):
-        if getattr(args, name) is None:
-            setattr(args, name, s["train"].get(name, other))
+    fill_in(args, s)
+    models.dtype = DTYPES[args.dtype]
     if args.data is None and args.keywords is None:
         args.keywords = "crimson,box,sinks"
     keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
@@ -128,11 +126,7 @@ def main():
         raise BadInput(f"--mix {args.mix}: three shares such as 15,35,50")
     if args.optimizer == "adamw8bit" and args.dtype != "bf16":
         raise BadInput(f"--optimizer adamw8bit --dtype {args.dtype}: its compensated weights are bf16")
-    for flag, low in (("steps", 1), ("batch", 1), ("save_every", 1), ("lr", 0), ("keyword_lr", 0), ("anchor", 0), ("weight_decay", 0), ("warmup", 0),
-                      ("grad_clip", 1e-9), ("shift", 1e-9), ("trim_prob", 0), ("caption_dropout", 0), ("seed", 0)):
-        if not low <= getattr(args, flag) < math.inf or flag in ("trim_prob", "caption_dropout") and getattr(args, flag) > 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: out of range")
-    check_size((32, 32), args.frames, (4, 16, 16))
+    check_ranges(args, weight_decay=(0, math.inf), keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
     print(json.dumps(vars(args)))
     run = Run(args.out, vars(args), args.resume)
 
