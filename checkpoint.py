@@ -317,7 +317,8 @@ class Run:
 
     def log(self, step, **values):
         """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
-        print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+        shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
+        print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
         self.log_file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             if isinstance(value, (int, float)):

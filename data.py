@@ -1,8 +1,8 @@
 """A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
 
-Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Media are resized and
-centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate and cut to 4k+1 frames.
-Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever used.
+Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or one JSONL lists paths
+and captions. Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
+and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever used.
 """
 import hashlib
 import json
@@ -15,21 +15,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import BadInput, save
+from checkpoint import BadInput, atomic, save
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+MODES = {"first": "from its beginning", "middle": "around its middle", "uniform": "spread evenly over its whole length",
+         "several": "one after the other, as many as it holds"}  # which frames of a clip
 
 
 @dataclass
 class Item:
-    """One file to train on: width, height px of its bucket, frames 4k+1 of them at fps (1 for an image)."""
+    """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and height in px."""
     path: Path
     captions: list
     width: int
     height: int
     frames: int
     fps: float
+    start: float = 0.0
+    digest: str = ""
 
     @property
     def bucket(self):
@@ -89,18 +93,35 @@ def open_photo(path):
 
 
 def probe(path):
-    """(width, height, times of its frames in seconds, or None for an image) of a media file, by decoding it once. Raises Skip."""
-    if path.stat().st_size == 0:
-        raise Skip("is empty")
+    """[width, height, times of its frames in seconds, or None for an image] of a media file, by decoding it once. Raises Skip."""
     if path.suffix.lower() in IMAGES:
-        return *open_photo(path).size, None
+        return [*open_photo(path).size, None]
     times, size = [], None
     for at, frame in frames(path, images=False):
         times.append(at)
         size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     if not times:
         raise Skip("has no frames")
-    return *size, times
+    return [*size, times]
+
+
+def remembered_probe(path, digest, cache):
+    """`probe`, kept in the cache by the file's digest: a clip is decoded once, not at every start."""
+    if cache is None:
+        return probe(path)
+    file = entry(cache, ".json", probe=digest, kind=path.suffix.lower())
+    if file.exists():
+        found = json.loads(file.read_text())
+    else:
+        try:
+            found = probe(path)
+        except Skip as e:
+            found = str(e)
+        with atomic(file) as tmp:
+            tmp.write_text(json.dumps(found))
+    if isinstance(found, str):
+        raise Skip(found)
+    return found
 
 
 def read_captions(path):
@@ -116,36 +137,71 @@ def read_captions(path):
     return captions
 
 
-def scan(folder, area, multiple, most, fps):
-    """Look through a folder, recursively: ([Item], [(path, reason)] of what is skipped). area px, `most` frames per clip.
-    Raises BadInput, with the reasons, where nothing is left."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"--data {folder}: no such folder")
+def listed(file):
+    """[(path, captions or why there are none)] of a JSONL: lines {"path": ..., "caption": text or list of texts}, paths relative to it."""
+    rows = []
+    try:
+        for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines()):
+            if line.strip():
+                row = json.loads(line)
+                path, told = row.get("path", row.get("file")), row.get("caption")
+                captions = [c.strip() for c in ([told] if isinstance(told, str) else told or []) if c.strip()]
+                rows.append((file.parent / path, captions or Skip(f"has no caption on line {i + 1} of {file.name}")))
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        where = f", line {i + 1}" if isinstance(e, (AttributeError, TypeError, json.JSONDecodeError)) else ""
+        raise BadInput(f'--data {file}{where}: not lines of {{"path": ..., "caption": ...}} ({e})') from None
+    return rows
+
+
+def windows(times, most, fps, mode):
+    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`. Raises Skip where it is too short."""
+    length = max(times)
+    available = int(length * fps + 1e-3) + 1  # frames at the model's rate
+    n = min(most, (available - 1) // 4 * 4 + 1)
+    if min(available, len(times)) < 5 <= most:
+        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
+    if mode == "uniform" and n > 1:
+        return [(0.0, n, (n - 1) / length)]
+    if mode == "several":
+        return [(k * n / fps, n, fps) for k in range(available // n)]
+    return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
+
+
+def scan(source, area, multiple, most, fps, mode="first", cache=None):
+    """Look through a folder, recursively, or a JSONL: ([Item], [(path, reason)] of what is skipped).
+
+    area px, `most` frames per sample at fps, mode: one of MODES. Raises BadInput, with the reasons, where nothing is left."""
+    source = Path(source)
+    if source.is_dir():
+        found = [(p, None) for p in sorted(source.rglob("*")) if p.suffix.lower() in IMAGES | CLIPS and not p.name.startswith(".")]
+    elif source.is_file():
+        found = listed(source)
+    else:
+        raise BadInput(f"--data {source}: no such folder or JSONL file")
     items, skipped = [], []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGES | CLIPS or path.name.startswith("."):
-            continue
+    for path, captions in found:
         try:
             if not path.is_file():
-                raise Skip("is not a file")
-            captions = read_captions(path)
-            width, height, times = probe(path)
+                raise Skip("is not a file" if path.exists() or path.is_symlink() else "does not exist")
+            if path.suffix.lower() not in IMAGES | CLIPS:
+                raise Skip(f"is none of {', '.join(sorted(IMAGES | CLIPS))}")
+            captions = read_captions(path) if captions is None else captions
+            if isinstance(captions, Skip):
+                raise captions
+            if path.stat().st_size == 0:
+                raise Skip("is empty")
+            name = digest(path)
+            width, height, times = remembered_probe(path, name, cache)
             if not 1 / 6 <= width / height <= 6:
                 raise Skip(f"{width}x{height} is too long and thin; buckets go from 1:4 to 4:1")
-            length = 1
-            if times is not None:
-                available = int(max(times) * fps + 1e-3) + 1
-                length = min(most, (available - 1) // 4 * 4 + 1)
-                if min(available, len(times)) < 5 <= most:
-                    raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
-            items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), length, fps))
+            for start, n, rate in [(0.0, 1, fps)] if times is None else windows(times, most, fps, mode):
+                items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), n, rate, start, name))
         except Skip as e:
             skipped.append((path, str(e)))
         except OSError as e:
             skipped.append((path, e.strerror or str(e)))
     if not items:
-        raise BadInput(f"--data {folder}: nothing to train on; " + ("; ".join(f"{p.name} {why}" for p, why in skipped[:20]) or
+        raise BadInput(f"--data {source}: nothing to train on; " + ("; ".join(f"{p.name} {why}" for p, why in skipped[:20]) or
                        f"no {', '.join(sorted(IMAGES | CLIPS))} in it"))
     return items, skipped
 
@@ -155,13 +211,14 @@ def report(items, skipped):
     counts = {}
     for item in items:
         counts[item.bucket] = counts.get(item.bucket, 0) + 1
-    lines = [f"data: {len(items)} files, {len(skipped)} skipped"]
+    files = len({i.path for i in items})
+    lines = [f"data: {files} files" + f" in {len(items)} samples" * (len(items) > files) + f", {len(skipped)} skipped"]
     lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
     return "\n".join(lines + [f"  skipped {path}: {why}" for path, why in skipped])
 
 
 def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to k/fps."""
+    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to start + k/fps."""
     from PIL import Image
 
     def fit(image):
@@ -174,7 +231,7 @@ def pixels(item):
     if item.path.suffix.lower() in IMAGES:
         chosen = [fit(open_photo(item.path))]
     else:
-        wanted, chosen, last = [k / item.fps for k in range(item.frames)], [], None
+        wanted, chosen, last = [item.start + k / item.fps for k in range(item.frames)], [], None
         for at, image in frames(item.path):
             while last is not None and len(chosen) < item.frames and abs(at - wanted[len(chosen)]) > abs(last[0] - wanted[len(chosen)]):
                 chosen.append(fit(last[1]))  # the frame before was the nearer one
@@ -192,22 +249,35 @@ def digest(path):
         return hashlib.file_digest(f, "blake2b").hexdigest()
 
 
-def entry(cache, **parts):
+def entry(cache, suffix=".safetensors", **parts):
     """The cache file for something decided by `parts`."""
-    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
-    return Path(cache) / f"{name}.safetensors"
+    return Path(cache) / (hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest() + suffix)
+
+
+def latent_bytes(items, vae22, image_condition=False):
+    """Bytes that the latents of some items take in the cache, at 4 a number."""
+    side, channels = (16, 48) if vae22 else (8, 16)
+    return sum(4 * (channels + 20 * image_condition) * (1 + (i.frames - 1) // 4) * (i.width // side) * (i.height // side) for i in items)
+
+
+def latent_files(items, cache, vae_file, image_condition=False):
+    """The cache files of some items' latents."""
+    weights = digest(vae_file)
+    return [entry(cache, media=i.digest, size=i.bucket, start=i.start, fps=i.fps, vae=weights, dtype="fp32", y=image_condition) for i in items]
 
 
 def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
     """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is missing.
 
     Each file holds `latents` (C,T',h,w) fp32, and with `image_condition` (I2V) `y` (20,T',h,w), the conditioning on its first frame.
+    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile is left out.
     """
-    weights = digest(vae_file)
-    files = [entry(cache, media=digest(i.path), size=i.bucket, fps=i.fps, vae=weights, dtype="fp32", y=image_condition) for i in items]
+    files = latent_files(items, cache, vae_file, image_condition)
     missing = [(i, f) for i, f in zip(items, files) if not f.exists()]
     vae = load_vae() if missing else None
-    for item, file in tqdm(missing, desc="latents", unit="file", disable=not missing):
+    for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
+        if file.exists():
+            continue
         video = pixels(item)[None].to(next(vae.parameters()).device)
         tensors = {"latents": vae.encode(video)[0]}
         if image_condition:
@@ -224,8 +294,9 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
     missing = [c for c, f in files.items() if not f.exists()]
     encoder = load_encoder() if missing else None
     for caption in tqdm(missing, desc="texts", unit="caption", disable=not missing):
-        with torch.no_grad():
-            save(files[caption], {"embedding": encoder.encode([caption])[0][0]})
+        if not files[caption].exists():
+            with torch.no_grad():
+                save(files[caption], {"embedding": encoder.encode([caption])[0][0]})
     return files
 
 

@@ -36,6 +36,12 @@ def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=N
     return shift_t(base, shift).float()
 
 
+def quantiles_t(n, shift, low=0.0, high=1.0):
+    """n fixed times (n,) fp32 in [low, high): the middles of n equal shares of the uniform distribution, shifted."""
+    a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
+    return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
+
+
 def add_noise(x0, eps, t):
     """x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
     t = t.view(len(x0), 1, -1, 1, 1)

@@ -78,15 +78,58 @@ def layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def adapter(model):
+    """{module name: (A, B)}, the trainable parameters of an injected model."""
+    return {name: (m.lora_A, m.lora_B) for name, m in layers(model).items()}
+
+
+def attach(model, pairs):
+    """Let an injected model use these parameters instead of its own."""
+    for name, m in layers(model).items():
+        m.lora_A, m.lora_B = pairs[name]
+
+
+@torch.no_grad()
+def start_from(pairs, path, scale):
+    """Fill an adapter with a LoRA file's weights. Raises BadInput unless modules and rank are the same."""
+    given, _ = read_lora(path)
+    shape = lambda p: {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in p.items()}
+    want, have = shape(pairs), shape(given)
+    if want != have:
+        odd = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
+        raise BadInput(f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as {odd[0]}: "
+                       f"A and B are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}")
+    for name, (a, b) in pairs.items():
+        a.copy_(given[name][0])
+        b.copy_(given[name][1] / scale)
+
+
+@torch.no_grad()
+def hold_to(pairs, scale, base, cap):
+    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, base[name] (). Through the r x r
+    products B^T B and A A^T; dW is never formed. Returns how many there were."""
+    held = torch.zeros(())
+    for name, (a, b) in pairs.items():
+        norm = scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
+        factor = (cap * base[name] / norm.clamp(min=1e-30)).clamp(max=1)
+        b.mul_(factor)
+        held += (factor < 1).cpu()
+    return int(held)
+
+
 def save_lora(path, model, **metadata):
-    """Write the adapter of an injected model (see the top of this file). Rank, targets and blocks join the metadata."""
-    found = layers(model)
-    tensors, parts = {}, [re.match(r"blocks\.(\d+)\.(.+)", name).groups() for name in found]
-    for name, m in found.items():
-        tensors[f"diffusion_model.{name}.lora_A.weight"] = m.lora_A
-        tensors[f"diffusion_model.{name}.lora_B.weight"] = m.lora_B * m.scale
-    first = next(iter(found.values()))
-    save(path, tensors, {"rank": len(first.lora_A), "alpha": first.scale * len(first.lora_A), "alpha_folded": True,
+    """Write the adapter of an injected model."""
+    write_lora(path, adapter(model), next(iter(layers(model).values())).scale, **metadata)
+
+
+def write_lora(path, pairs, scale=1.0, **metadata):
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file). Rank, targets and blocks join the metadata."""
+    tensors, parts = {}, [re.match(r"blocks\.(\d+)\.(.+)", name).groups() for name in pairs]
+    for name, (a, b) in pairs.items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = a
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
+    rank = len(next(iter(pairs.values()))[0])
+    save(path, tensors, {"rank": rank, "alpha": scale * rank, "alpha_folded": True,
                          "targets": ",".join(sorted({t for _, t in parts})),
                          "blocks": ",".join(map(str, sorted({int(i) for i, _ in parts}))), **metadata})
 

@@ -1,11 +1,15 @@
-"""Optimizers and the learning rate.
+"""Optimizers, the learning rate, moving averages, and which steps are not taken.
 
 AdamW8bit holds 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, two 8-bit moments 2 (and two
 fp32 scales per 256 parameters).
 """
+import contextlib
 import math
+import statistics
 
 import torch
+
+from checkpoint import BadInput
 
 BLOCK = 256   # parameters that share a scale
 OCTAVES = 16  # of dynamic range below a block's largest value, in both moments
@@ -94,3 +98,63 @@ class AdamW8bit(torch.optim.Optimizer):
         exact = (weight.float() - comp.float()) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.view(-1)[:len(grad)]
         weight.copy_(exact)
         comp.copy_(weight.float() - exact)
+
+
+class EMA:
+    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to the one asked for."""
+
+    def __init__(self, params, decay):
+        self.params, self.decay, self.step = params, decay, 0
+        self.average = [p.detach().float().clone() for p in params]
+
+    @torch.no_grad()
+    def update(self):
+        self.step += 1
+        decay = min(self.decay, self.step / (self.step + 10))
+        torch._foreach_lerp_(self.average, [p.detach().float() for p in self.params], 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The average stands in the parameters' place until the block ends."""
+        kept = [p.data for p in self.params]
+        for p, a in zip(self.params, self.average):
+            p.data = a.to(p.dtype)
+        try:
+            yield
+        finally:
+            for p, k in zip(self.params, kept):
+                p.data = k
+
+    def state_dict(self):
+        return {"step": self.step, "average": self.average}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+        for a, b in zip(self.average, state["average"], strict=True):
+            a.copy_(b)
+
+
+class Guard:
+    """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is more than `explosion`
+    times the median of the last 100 that were taken (once 20 were). Counts the skipped ones in a row."""
+
+    def __init__(self, explosion):
+        self.explosion, self.norms, self.bad = explosion, [], 0
+
+    def trips(self, loss, norm):
+        """Why this step must be skipped, or None."""
+        why = None
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
+        elif len(self.norms) >= 20 and norm > self.explosion * statistics.median(self.norms):
+            why = f"the gradient's norm is {norm:.4g}, {norm / statistics.median(self.norms):.0f} times the recent median"
+        if why is None:
+            self.norms = [*self.norms[-99:], norm]
+        self.bad = 0 if why is None else self.bad + 1
+        return why
+
+    def check(self, args, why, out):
+        """Raises BadInput after --most_bad skipped steps in a row."""
+        if self.bad >= args.most_bad:
+            raise BadInput(f"{self.bad} steps in a row skipped, the last because {why}; the weights from before them are saved in {out}. "
+                           f"A lower --lr than {args.lr:g} may help, or a lower --grad_clip")

@@ -76,6 +76,7 @@ class Models:
             weight_files(self.folder(expert))  # a missing one is better missed now than after half the steps
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions = {}, {}, {}
+        self.prepare = lambda name, model: model  # what else is done to a DiT after loading
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
@@ -134,7 +135,7 @@ class Models:
         for file, weight, expert in self.loras:
             if expert in (None, name):
                 merge(model, file, weight)
-        return model
+        return self.prepare(name, model)
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -355,6 +356,17 @@ def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
         sheet.save(tmp, format="PNG")
 
 
+def read_prompts(file, flag="--prompts"):
+    """The lines of a text file that are not empty."""
+    try:
+        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{flag} {file}: {e}") from None
+    if not prompts:
+        raise BadInput(f"{flag} {file}: holds no prompts")
+    return prompts
+
+
 def parse_size(text):
     try:
         w, h = (int(v) for v in text.lower().split("x"))
@@ -404,13 +416,7 @@ def main():
     args = p.parse_args()
 
     prompts = [args.prompt] if args.prompt is not None else []
-    if args.prompts:
-        try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"--prompts {args.prompts}: {e}") from None
-        if not prompts:
-            raise BadInput(f"--prompts {args.prompts}: holds no prompts")
+    prompts += read_prompts(args.prompts) if args.prompts else []
     prompts = prompts or ["a red square moves left"]
     if not -1 <= args.seed < 2 ** 63:
         raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")

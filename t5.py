@@ -171,6 +171,20 @@ def encoder_files(ckpt_dir, weights=None):
     return [own] if weights is None else [own, Path(weights)]
 
 
+XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner width, ffn, heads, layers
+
+
+def build_t5(entries, path):
+    """The encoder whose tensors' headers these are."""
+    def shape(name):
+        if name not in entries:
+            raise BadInput(f"{path}: not a UMT5 encoder, it has no {name}")
+        return entries[name].shape
+
+    (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
+    return TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, count_blocks(entries), buckets)
+
+
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer from google/umt5-xxl/spiece.model.
     `weights`: a file of train_te.py to use: the whole encoder, or a delta, whose tensors and embedding rows replace the folder's."""
@@ -183,15 +197,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
         raise BadInput(f"{weights}: not a delta of {files[0]}, which has no {stray[0]}")
     entries |= delta
 
-    def shape(name):
-        if name not in entries:
-            raise BadInput(f"{files[0]}: not a UMT5 encoder, it has no {name}")
-        return entries[name].shape
-
-    (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
-    layers = count_blocks(entries)
     with torch.device("meta"):
-        model = TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, layers, buckets)
+        model = build_t5(entries, files[0])
     model = load_into(model, entries, device, dtype)
     if rows:
         table = model.token_embedding.weight

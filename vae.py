@@ -267,11 +267,11 @@ def channels_last(model):
     return model
 
 
-def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it.
-    The kind and every width are read from the tensors' shapes."""
-    entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
+FULL = {"2.1": (False, 96, 96, 16), "2.2": (True, 160, 256, 48)}  # the released sizes: v22, dim, dec_dim, z_dim
 
+
+def build_vae(entries, path):
+    """The VAE whose tensors' headers these are; the kind and every width are read from their shapes."""
     def width(name, axis=0):
         if name not in entries:
             raise BadInput(f"{path}: not a Wan VAE, it has no {name}")
@@ -283,7 +283,13 @@ def load_vae(path, device="cpu", dtype=torch.float32):
         raise BadInput(f"{path}: {z_dim} latent channels; statistics are known for {sorted(LATENT_STATS)}")
     first_block = "encoder.downsamples.{}.downsamples.0.residual.2.weight" if v22 else "encoder.downsamples.{}.residual.2.weight"
     mult = [width(first_block.format(i if v22 else 3 * i)) // dim for i in range(4)]
+    return VAE(v22, dim, dec_dim, z_dim, mult)
+
+
+def load_vae(path, device="cpu", dtype=torch.float32):
+    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it."""
+    entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
     with torch.device("meta"):
-        model = VAE(v22, dim, dec_dim, z_dim, mult)
+        model = build_vae(entries, path)
     model = load_into(model, entries, device, dtype)
     return channels_last(model) if torch.device(device).type == "cpu" else model

@@ -201,9 +201,10 @@ class Wan(nn.Module):
         Two, because bf16 attention rounds log(n) enough to miscount by 1.5 %; log(n1) is a bf16 number, and n2 the small rest.
         """
         B, S, _ = context.shape
+        longest = S if lens is None else int(lens.max())
         lens = torch.full((B,), S, device=context.device) if lens is None else lens.to(context.device)
-        if S > self.config.text_len or int(lens.max()) > S:
-            raise BadInput(f"text of {max(S, int(lens.max()))} tokens in a batch {S} wide; the model takes {self.config.text_len}")
+        if S > self.config.text_len or longest > S:
+            raise BadInput(f"text of {max(S, longest)} tokens in a batch {S} wide; the model takes {self.config.text_len}")
         real = torch.arange(S, device=context.device) < lens[:, None]
         context = F.pad(context.to(self.text_embedding[0].weight.dtype) * real[..., None], (0, 0, 0, 2))
         n = (self.config.text_len - lens).float()

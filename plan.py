@@ -1,0 +1,228 @@
+"""What a run will need, before it starts: peak memory and bytes on disk.
+
+The models are built as fake tensors, which have shapes but no memory, and really run: a step forward, backward and through the
+optimizer, an encode, a decode. Every tensor made on the way is counted from its birth to its death. What PyTorch's operators use
+inside themselves, and an allocator's waste, are not seen.
+"""
+import contextlib
+import importlib
+import resource
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from checkpoint import read_headers, weight_files
+from optim import EMA, AdamW8bit, adamw
+from sample import DTYPES, free_memory, parse_size
+from t5 import XXL, TextEncoder, build_t5
+from train import experts, noised
+from vae import FULL, VAE, build_vae, channels_last
+from wan import Wan, full_config, keep_fp32, read_config
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
+CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
+
+
+def used(device):
+    """Peak bytes so far: allocated on a GPU, or this process's resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM")
+
+
+def resident(field="VmRSS"):
+    """This process's resident memory now, or at its peak (VmHWM), in bytes."""
+    try:
+        return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside: `now` those alive, `peak` the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return out
+
+    def _gone(self, nbytes):
+        self.now -= nbytes
+
+
+def traced(f):
+    """Peak bytes of what f() makes, its result included."""
+    with Tracker() as tracker:
+        f()
+    return tracker.peak
+
+
+def nbytes(model):
+    return sum(p.nbytes for p in model.parameters())
+
+
+def builders(models):
+    """{part: function that builds it} of a checkpoint, from its headers."""
+    def dit(name):
+        entries = read_headers(weight_files(models.folder(name)))
+        return Wan(read_config(models.folder(name), entries))
+
+    found = {name: lambda name=name: dit(name) for name in models.experts}
+    found["text"] = lambda: build_t5(read_headers(models.files("text")[:1]), models.dir)
+    found["vae"] = lambda: build_vae(read_headers(models.files("vae")), models.dir)
+    return found
+
+
+def full_builders(s):
+    """The same of a released size, of which no file is needed. s: the settings of a variant."""
+    dits = {name: lambda: Wan(full_config(s["variant"])) for name in (("high", "low") if s["experts"] else ("dit",))}
+    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[s["vae"]])}
+
+
+def build(build, part, dtype):
+    """A part in the dtypes that its loader gives it, on the fake CPU."""
+    model = build[part]().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if part == "vae" or part != "text" and keep_fp32(name) else dtype)
+    return channels_last(model) if part == "vae" else model
+
+
+class Plan:
+    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, and `disk` {what: bytes}."""
+
+    def __init__(self, device, phases, disk):
+        self.cuda = torch.device(device).type == "cuda"
+        self.device, self.phases, self.disk = device, phases, disk
+        for name in ("av", "ftfy", "PIL.Image", "torch.utils.tensorboard"):  # what runs import, of which a process's memory is full
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        self.process = CUDA_CONTEXT if self.cuda else resident()
+
+    @property
+    def peak(self):
+        return self.process + max(sum(p.values()) for p in self.phases.values())
+
+    def __str__(self):
+        gb = lambda n: f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+        lines = [f"plan: peak memory {gb(self.peak)} on {self.device}, {gb(self.process)} of it the process itself"]
+        lines += [f"  {name}: {gb(sum(parts.values()))} (" + ", ".join(f"{k} {gb(v)}" for k, v in parts.items()) + ")" for name, parts in self.phases.items()]
+        return "\n".join(lines + ["  on disk: " + ", ".join(f"{k} {gb(v)}" for k, v in self.disk.items())])
+
+    def compare(self, device):
+        """After the run: what it used beside what was planned."""
+        planned = self.peak - self.process * self.cuda  # a GPU's context is not among its allocated bytes
+        return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / used(device) - 1):+.0f} %)"
+
+
+def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text):
+    """Bytes beyond weights of denoising a batch (guided), and of decoding it."""
+    dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype)
+    x = torch.empty(batch, dit.config.in_dim, *shape[1:])
+    emb = torch.empty(batch, text, dit.config.text_dim, dtype=dtype)
+
+    @torch.no_grad()
+    def step():
+        texts = [dit.embed_text(emb, cache=True) for _ in range(2)]
+        state = [torch.empty_like(x[:, :shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
+        return [dit(x, torch.empty(batch, shape[1]), t) for t in texts], state
+
+    # a decode beyond its first three latent frames only adds to the finished video
+    short = torch.empty(batch, shape[0], min(3, shape[1]), *shape[2:])
+    more = 4 * 3 * batch * pixels[0] * pixels[1] * (frames - (1 + 4 * (short.shape[2] - 1)))
+    return nbytes(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short)) + more
+
+
+def sampling(s, parts, device, dtype, batch=1, text=64):
+    """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`."""
+    with FakeTensorMode():
+        dit, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text)
+        encoder = nbytes(build(parts, "text", dtype))
+    experts, video = len(parts) - 2, 3 * s["frames"] * s["pixels"][0] * s["pixels"][1] * batch
+    together = encoder + experts * dit + vae
+    apart = torch.device(device).type == "cuda" or together + max(step, decode) > free_memory(device)
+    phases = {"encode prompts": {"encoder": encoder}, "denoise": {"DiT": dit if apart else together, "activations": step},
+              "decode": {"VAE": vae if apart else together, "activations and video": decode}}
+    return Plan(device, phases, {"mp4, at most about": video // 20})
+
+
+def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=True, previews=False):
+    """Plan of a training run.
+
+    args, s: resolved flags and settings. parts: from `builders`. adapt(dit, encoder) makes what is to be trained trainable and returns the
+    parameters; where it changes the encoder, that is run too. bucket (width, height, frames): the largest. text: tokens of a long caption.
+    cache: bytes of latents and of texts. encode: whether latents are still to be computed.
+    """
+    dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
+    w, h, frames = bucket or (*parse_size(args.resolution), args.frames)
+    side = 16 if s["vae"] == "2.2" else 8
+    turns = len(experts(args, s))
+    phases = {}
+    with FakeTensorMode():
+        dit, encoder, vae = (build(parts, name, dtype) for name in (next(iter(parts)), "text", "vae"))
+        shape = (vae.z_dim, 1 + (frames - 1) // 4, h // side, w // side)
+        if encode:
+            short = min(frames, 9)
+            video = torch.empty(1, 3, short, h, w)
+            phases["cache latents"] = {"VAE": nbytes(vae), "activations and video": traced(lambda: vae.encode(video)) + 4 * 3 * h * w * (2 * frames - short)}
+        weights = {"DiT": nbytes(dit) * (1 if cuda else turns), "encoder": nbytes(encoder)}
+        groups = adapt(dit, encoder)
+        params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+        trains_encoder = any(p.requires_grad for p in encoder.parameters())
+        if not trains_encoder:
+            phases["cache texts"] = {"encoder": weights.pop("encoder")}
+        dit.checkpointing = args.checkpointing
+        t = torch.empty((args.batch, shape[1]) if args.i2v_prob and shape[1] > 1 else args.batch)
+        entry = {"latents": torch.empty(shape)} | ({"y": torch.empty(20, *shape[1:])} if dit.config.in_dim > shape[0] else {})
+        lens = torch.full((args.batch,), text)
+
+        def embed():
+            if trains_encoder:
+                return encoder(torch.zeros(args.batch, text, dtype=torch.long), lens)
+            return torch.empty(args.batch, text, dit.config.text_dim, dtype=dtype)
+
+        with Tracker() as tracker:
+            opt = (AdamW8bit if getattr(args, "optimizer", "adamw") == "adamw8bit" else adamw)(groups, args.lr)
+            ema = EMA(params, args.ema) if args.ema else None
+            for _ in range(2):
+                loss = noised([entry] * args.batch, [], t, None).loss(dit, embed(), None)
+                if getattr(args, "anchor", 0):
+                    loss = loss + (embed() - torch.empty(args.batch, text, dit.config.text_dim)).square().sum()
+                opt.zero_grad(set_to_none=True)
+                loss.backward()
+                opt.step()
+                if ema:
+                    ema.update()
+                del loss
+        states, trained = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v)), sum(p.nbytes for p in params)
+        states += sum(a.nbytes for a in ema.average) if ema else 0
+        adapters = 1 if trains_encoder else turns  # an A14B's two adapters and their states are all kept
+        phases["training"] = weights | {"trained": adapters * trained, "states and activations": tracker.peak + (adapters - 1) * states}
+        if previews:
+            of = (shape[0], 1 + (s["frames"] - 1) // 4, s["size"][1] // side, s["size"][0] // side)
+            _, vae_bytes, step, decode = sampling_phase(parts, s, dtype, of, s["size"], s["frames"], 1, text)
+            phases["previews"] = weights | {"trained and states": adapters * (trained + states), "VAE": vae_bytes, "activations": max(step, decode)}
+    result = nbytes(encoder) if trains_encoder and args.save == "full" else adapters * trained
+    return Plan(args.device, phases, {"cache": sum(cache), "result": result, "states": 3 * adapters * (trained + states)})
+
+
+def mfu(dit, x, text, seconds, device):
+    """Share of the GPU's peak that a training step of this batch reached, counting 4 FLOPs per multiply-add and weight (a forward pass and
+    the gradient by the activations); None where the peak is not known. x (B,C,T',h,w), text: tokens."""
+    peak = next((f for k, f in PEAK_FLOPS.items() if k in torch.cuda.get_device_name(device)), None) if torch.device(device).type == "cuda" else None
+    c, tokens = dit.config, x.shape[2] * x.shape[3] * x.shape[4] // 4
+    linear = c.num_layers * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+    flops = 4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
+    return peak and flops / seconds / peak
