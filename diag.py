@@ -1,10 +1,20 @@
 """Account for models and changes.
 
     python diag.py inspect PATH... [--json FILE]          what is in checkpoint folders, weight files, LoRA files and mp4s; headers only
-    python diag.py delta LORA --ckpt DIR                  how far a LoRA moves each weight: ||dW||/||W||, spectral norm, effective rank
+    python diag.py plan train_lora|train_te|sample FLAGS  memory and disk of a run; --ckpt may also be ti2v-5B, t2v-A14B or i2v-A14B
+    python diag.py delta FILE --ckpt DIR                  how far a LoRA, or another checkpoint or encoder, moves each weight
     python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE      and write a copy held to that
+    python diag.py logits --ckpt DIR --lora FILE          attention logits per block and head, before and after; --ci fails on drift
+    python diag.py drift OLD NEW --prompts FILE           how far a text encoder's embeddings moved, and what its words are near
+    python diag.py listen --ckpt DIR --lora FILE          does the model follow its prompts better? nano: graded; others: a contact sheet
+    python diag.py report RUN                             everything about a training run in one HTML file
 """
 import argparse
+import base64
+import contextlib
+import functools
+import html
+import io
 import json
 import math
 import re
@@ -12,11 +22,20 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, read_header, read_headers, save, weight_files
+import nano
+import plan
+import sample
+import train_lora
+import train_te
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, save, weight_files
 from data import CLIPS
+from flow import quantiles_t
 from lora import TARGETS, official_name, read_lora
-from sample import checkpoint_dir
+from sample import DTYPES, Models, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
+from t5 import encoder_files, load_t5
+from train import Dataset, experts, noised
 from wan import VARIANTS, read_config
 
 BUDGETS = {"cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"), "cross_attn.{q,k,v,o}": TARGETS[4:8],
@@ -173,21 +192,51 @@ def factor_norms(a, b):
     return values.norm().item(), values[0].item(), entropy.exp().item() if values[0] > 0 else 0.0
 
 
-def delta(lora, ckpt):
-    """How far a LoRA file moves each weight of a DiT: a row {"name", "kind", "block", "norm", "base", "ratio", "spectral", "rank"} per
-    matrix, where ratio is ||dW||_F / ||W||_F. One matrix of the base is read at a time; dW is never formed."""
-    pairs, _ = read_lora(lora)
+def delta(file, ckpt):
+    """How far a LoRA file, or another checkpoint or encoder, moves each weight of `ckpt` (a DiT's folder or file, or an encoder's file).
+
+    A row {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral", "rank"} per matrix, where ratio is
+    ||dW||_F / ||W||_F. One matrix of the base is read at a time. Of a LoRA dW is never formed; between two checkpoints the spectral
+    norm comes from 50 power iterations, and there is no effective rank.
+    """
     entries = read_headers(weight_files(ckpt))
+    new = read_headers(weight_files(file))
     rows = []
-    for name, (a, b) in pairs.items():
-        w = entries.get(f"{name}.weight")
-        if w is None or w.shape != (len(b), a.shape[1]):
-            raise BadInput(f"{lora}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})")
-        base = w.read().float().norm().item()
-        norm, spectral, rank = factor_norms(a, b)
-        _, block, kind = name.split(".", 2)
-        rows.append({"name": name, "kind": kind, "block": int(block), "norm": norm, "base": base, "ratio": norm / base, "spectral": spectral, "rank": rank})
-    return sorted(rows, key=lambda r: (r["block"], r["kind"]))
+
+    def row(name, w, found):
+        base = w.norm().item()
+        block = re.match(r"blocks\.(\d+)\.(.+)", name)
+        rows.append({"name": name, "kind": block.group(2) if block else name, "block": int(block.group(1)) if block else None, "norm": found[0],
+                     "base": base, "ratio": found[0] / base if base else math.inf, "spectral": found[1], "rank": found[2]})
+
+    if any(official_name(k) for k in new):
+        for name, (a, b) in read_lora(file)[0].items():
+            w = entries.get(f"{name}.weight")
+            if w is None or w.shape != (len(b), a.shape[1]):
+                raise BadInput(f"{file}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})")
+            row(name, w.read().float(), factor_norms(a, b))
+    else:
+        ids, moved = new.pop("token_embedding.ids", None), new.pop("token_embedding.rows", None)
+        stray = [k for k in new if k not in entries or entries[k].shape != new[k].shape]
+        if stray:
+            raise BadInput(f"{file}: {stray[0]} {new[stray[0]].shape} does not fit {ckpt} ({entries[stray[0]].shape if stray[0] in entries else 'no such weight'})")
+        for name, entry in new.items():
+            if len(entry.shape) > 1:
+                w = entries[name].read().float()
+                row(name.removesuffix(".weight"), w, dense_norms(entry.read().float() - w))
+        if ids:
+            table = entries["token_embedding.weight"].read().float()
+            row("token_embedding", table, dense_norms(moved.read().float() - table[ids.read()]))
+    return sorted(rows, key=lambda r: (math.inf if r["block"] is None else r["block"], r["kind"]))
+
+
+def dense_norms(d):
+    """Frobenius and spectral norm of a matrix, convolutions flattened, and None for the rank that would need all singular values."""
+    d = d.flatten(1)
+    v = torch.randn(d.shape[1], generator=torch.Generator().manual_seed(0))
+    for _ in range(50):
+        v = F.normalize(d.t() @ (d @ v), dim=0)
+    return d.norm().item(), (d @ v).norm().item(), None
 
 
 def together(rows):
@@ -196,6 +245,12 @@ def together(rows):
 
 
 def show_delta(rows):
+    loose = [r for r in rows if r["block"] is None]
+    for r in loose:
+        print(f"||dW||/||W|| {100 * r['ratio']:.3f} % {r['name']}")
+    rows = [r for r in rows if r["block"] is not None]
+    if not rows:
+        return
     kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
     print("||dW||/||W|| in percent" + "".join(f"{k:>14}" for k in kinds) + f"{'together':>14}")
     for block in blocks:
@@ -204,8 +259,9 @@ def show_delta(rows):
               + f"{100 * together([r for r in rows if r['block'] == block]):14.3f}")
     print(f"  {'together':<21}" + "".join(f"{100 * together([r for r in rows if r['kind'] == k]):14.3f}" for k in kinds) + f"{100 * together(rows):14.3f}")
     top = max(rows, key=lambda r: r["ratio"])
-    print(f"  largest: {top['name']} {100 * top['ratio']:.3f} %; spectral norm up to {max(r['spectral'] for r in rows):.4g}; "
-          f"effective rank {min(r['rank'] for r in rows):.1f} to {max(r['rank'] for r in rows):.1f}")
+    ranks = [r["rank"] for r in rows if r["rank"] is not None]
+    print(f"  largest: {top['name']} {100 * top['ratio']:.3f} %; spectral norm up to {max(r['spectral'] for r in rows):.4g}"
+          + (f"; effective rank {min(ranks):.1f} to {max(ranks):.1f}" if ranks else ""))
 
 
 def cap_lora(lora, rows, cap, out):
@@ -223,13 +279,355 @@ def cap_lora(lora, rows, cap, out):
 def run_delta(args):
     if (args.cap is None) != (args.out is None) or args.cap is not None and not args.cap > 0:
         raise BadInput(f"--cap {args.cap}, --out {args.out}: give both, with a cap above 0")
-    rows = delta(args.lora, checkpoint_dir(args.ckpt))
+    base = checkpoint_dir(args.ckpt)
+    if base.is_dir() and inspect_file(args.lora)["kind"] == "text_encoder" or "token_embedding.ids" in read_header(args.lora)[0]:
+        base = encoder_files(base)[0]
+    rows = delta(args.lora, base)
     show_delta(rows)
     if args.json:
         with atomic(args.json) as tmp:
             tmp.write_text(json.dumps({"rows": rows, "together": together(rows)}, indent=1) + "\n")
     if args.out:
         print(f"{cap_lora(args.lora, rows, args.cap, args.out)} of {len(rows)} matrices scaled down to {args.cap}: {args.out}")
+
+
+# ---- logits ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def attention_stats(q, k, bias=None, chunk=512):
+    """Per head of q (B,L,N,d), k (B,S,N,d), bias (B,1,1,S): standard deviation and maximum of the logits q k / sqrt(d), without keys that are
+    masked or stand for padding, and the mean entropy, in nats, of the attention over all keys. Returns (N,3), fp32 arithmetic."""
+    real = torch.ones(len(k), k.shape[1], dtype=torch.bool, device=k.device) if bias is None else bias[:, 0, 0] == 0
+    n = total = square = entropy = 0
+    top = torch.full((q.shape[2],), -math.inf, device=q.device)
+    for part in q.float().split(chunk, 1):
+        logits = torch.einsum("blnd,bsnd->bnls", part, k.float()) * q.shape[3] ** -0.5
+        counted = torch.where(real[:, None, None], logits, 0).double()
+        total, square = total + counted.sum((0, 2, 3)), square + counted.square().sum((0, 2, 3))
+        n += part.shape[1] * int(real.sum())
+        top = torch.maximum(top, logits.masked_fill(~real[:, None, None], -math.inf).amax((0, 2, 3)))
+        logp = torch.log_softmax(logits if bias is None else logits + bias.float(), -1)
+        entropy = entropy - torch.where(logp > -math.inf, logp.exp() * logp, 0).sum((0, 2, 3))
+    std = (square / n - (total / n).square()).clamp(min=0).sqrt().float()
+    return torch.stack([std, top, entropy / (q.shape[0] * q.shape[1])], 1).cpu()
+
+
+@contextlib.contextmanager
+def recorded(model):
+    """Within, every attention of the model leaves its attention_stats in the dictionary {(block, kind): [(N,3), ...]}."""
+    found, modules = {}, [(i, kind, getattr(b, kind)) for i, b in enumerate(model.blocks) for kind in ("self_attn", "cross_attn")]
+
+    def attend(real, key, q, k, v, bias=None):
+        found.setdefault(key, []).append(attention_stats(q, k, bias))
+        return real(q, k, v, bias)
+
+    for i, kind, module in modules:
+        module.attend = functools.partial(attend, module.attend, (i, kind))
+    try:
+        yield found
+    finally:
+        for _, _, module in modules:
+            del module.attend
+
+
+def logit_rows(before, after):
+    """Rows {"block", "kind", "head", "std", "max", "entropy" (each [before, after]), "drift"}: drift is the largest of the three relative changes."""
+    rows = []
+    for key, stats in before.items():
+        a, b = torch.stack(stats), torch.stack(after[key])
+        a, b = (torch.stack([s[..., 0].mean(0), s[..., 1].amax(0), s[..., 2].mean(0)], 1) for s in (a, b))  # (N,3)
+        change = (b - a).abs() / a.abs().clamp(min=0.1)
+        for head in range(len(a)):
+            pair = lambda i: [a[head, i].item(), b[head, i].item()]
+            rows.append({"block": key[0], "kind": key[1], "head": head, "std": pair(0), "max": pair(1), "entropy": pair(2), "drift": change[head].max().item()})
+    return rows
+
+
+def logits(ckpt, loras=(), text_encoder=None, source=None, n=4, device="cpu", dtype=torch.float32, cache=None):
+    """Attention logits of a checkpoint before and after an adapter or an encoder, on n samples of a dataset (default: nano's) at four
+    times under fixed noise: {expert: rows of logit_rows}."""
+    flags = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0"] + (["--data", str(source)] if source else []) + (["--cache", str(cache)] if cache else []))
+    found = {}
+    for changes in ({}, dict(loras=loras, text_encoder=text_encoder)):
+        models = Models(ckpt, device, dtype, **changes)
+        flags.device, s = str(device), models.settings
+        train_lora.fill_in(flags, s)
+        dataset = Dataset(flags, models)
+        dataset.items = sorted(dataset.items, key=lambda i: i.digest)[:n]
+        dataset.cache_latents(models)
+        captions = [i.captions[0] for i in dataset.items]
+        models.encode_prompts(captions)
+        for name, (low, high) in experts(flags, s).items():
+            with torch.no_grad(), recorded(models.part(name)) as stats:
+                for item, file, caption in zip(dataset.items, dataset.latents, captions):
+                    g = torch.Generator().manual_seed(int(item.digest[:15], 16))
+                    for t in quantiles_t(4, s["shift"], low, high):
+                        noised([load(file)[0]], [caption], t[None], g).loss(models.part(name), *models.encode_prompts([caption]))
+            found.setdefault(name, []).append(stats)
+    return {name: logit_rows(*pair) for name, pair in found.items()}
+
+
+def run_logits(args):
+    if not args.lora and not args.text_encoder:
+        raise BadInput("give --lora, --text_encoder, or both: what is to be compared with the checkpoint")
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+    found = logits(args.ckpt, args.lora, args.text_encoder, args.data, args.n, device, dtype, args.cache)
+    for name, rows in found.items():
+        print(f"{name}: attention logits before -> after, mean over heads (drift: the largest of a head)")
+        for block, kind in dict.fromkeys((r["block"], r["kind"]) for r in rows):
+            here = [r for r in rows if (r["block"], r["kind"]) == (block, kind)]
+            mean = lambda key, i: sum(r[key][i] for r in here) / len(here)
+            worst = max(here, key=lambda r: r["drift"])
+            print(f"  block {block:<3} {kind:<10} " + "  ".join(f"{key} {mean(key, 0):8.3f} -> {mean(key, 1):8.3f}" for key in ("std", "max", "entropy"))
+                  + f"  drift {worst['drift']:.3f} (head {worst['head']})" + ("  <-- drifts" if worst["drift"] > args.threshold else ""))
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps(found, indent=1) + "\n")
+    drifting = sum(r["drift"] > args.threshold for rows in found.values() for r in rows)
+    print(f"{drifting} of {sum(map(len, found.values()))} heads drift by more than {args.threshold:g}")
+    if args.ci and drifting:
+        raise BadInput(f"{drifting} heads drift by more than --threshold {args.threshold:g}")
+
+
+# ---- drift -------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def drift(old, new, prompts, keywords=(), nearest=5):
+    """How far the embeddings of prompts moved between two TextEncoders with one tokenizer.
+
+    {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords": {word: [(before), (after)]}}: cosine
+    between before and after, of a prompt the mean over its tokens; norm: after / before; per keyword its `nearest` words of the
+    prompts, each (word, cosine), by their embeddings alone, averaged over a word's tokens.
+    """
+    rows = []
+    for prompt in prompts:
+        a, b = (e.encode([prompt])[0][0].float() for e in (old, new))
+        ids = old.tokenizer([prompt])[0][0].tolist()
+        cosine, norm = F.cosine_similarity(a, b, dim=1).tolist(), (b.norm(dim=1) / a.norm(dim=1)).tolist()
+        tokens = [{"token": old.tokenizer.pieces.id_to_piece(i), "cosine": c, "norm": n} for i, c, n in zip(ids, cosine, norm)]
+        rows.append({"prompt": prompt, "cosine": sum(cosine) / len(cosine), "norm": (b.norm() / a.norm()).item(), "tokens": tokens})
+    words = [w for w in dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower())) if w not in keywords]
+    near = {}
+    for word in keywords:
+        near[word] = []
+        for encoder in (old, new):
+            mean = lambda w: encoder.encode([w])[0][0].float().mean(0)
+            cosines = F.cosine_similarity(torch.stack([mean(w) for w in words]), mean(word)[None]).tolist() if words else []
+            near[word].append(sorted(zip(words, cosines), key=lambda p: -p[1])[:nearest])
+    return {"prompts": rows, "keywords": near}
+
+
+def open_encoder(path, ckpt):
+    """The encoder of a checkpoint folder, or a file of train_te.py over the one in `ckpt`, fp32 on the CPU."""
+    path = checkpoint_dir(path)
+    return load_t5(path, dtype=torch.float32) if path.is_dir() else load_t5(checkpoint_dir(ckpt), dtype=torch.float32, weights=path)
+
+
+def run_drift(args):
+    prompts = read_prompts(args.prompts) if args.prompts else [r["prompt"] for r in nano.prompts(20, 0)]
+    keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
+    found = drift(open_encoder(args.old, args.ckpt), open_encoder(args.new, args.ckpt), prompts, keywords)
+    for r in found["prompts"]:
+        worst = min(r["tokens"], key=lambda t: t["cosine"])
+        print(f"cosine {r['cosine']:.4f}  norm x {r['norm']:.3f}  {r['prompt']!r}; most moved: {worst['token']!r} {worst['cosine']:.4f}")
+    print(f"mean cosine {sum(r['cosine'] for r in found['prompts']) / len(prompts):.4f} over {len(prompts)} prompts")
+    for word, (before, after) in found["keywords"].items():
+        told = lambda near: ", ".join(f"{w} {c:.3f}" for w, c in near)
+        print(f"nearest to {word!r}: before {told(before)}\n{' ' * (len(word) + 14)}after  {told(after)}")
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+# ---- listen ------------------------------------------------------------------------------------------------------
+def is_nano(settings):
+    """Whether the nano world's grader can read a checkpoint's clips."""
+    return (tuple(settings["size"]), settings["frames"]) == ((nano.SIZE, nano.SIZE), nano.FRAMES)
+
+
+def listen(models, words, n, seed=0):
+    """The grader's shares right of each new word and of old words' attributes: {suite: {attribute: {"right", "n", "low", "high"}}}, with
+    the 95 % interval; n prompts per suite."""
+    found = {}
+    for suite, rows in [(w, nano.prompts(n, seed, words=[w])) for w in words] + [("old words", nano.prompts(n, seed))]:
+        graded, _ = nano.listen(models, rows, seed)
+        kinds = [nano.NEW_WORDS[suite][0]] if suite in words else nano.ATTRIBUTES
+        right = {k: sum(g[k] == r[k] for g, r in zip(graded, rows)) for k in kinds}
+        found[suite] = {k: {"right": r / n, "n": n, **dict(zip(("low", "high"), nano.wilson(r, n)))} for k, r in right.items()}
+    return found
+
+
+def run_listen(args):
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+    sides = {"before": Models(args.ckpt, device, dtype)}
+    if args.lora or args.text_encoder:
+        sides["after"] = Models(args.ckpt, device, dtype, args.lora, args.text_encoder)
+    if is_nano(sides["before"].settings) and not args.prompts:
+        words = nano.parse_words(args.words) if args.words else list(nano.NEW_WORDS)
+        found = {side: listen(m, words, args.n, args.seed) for side, m in sides.items()}
+        for suite, kinds in found["before"].items():
+            for kind in kinds:
+                told = [f"{side} {f[suite][kind]['right']:.3f} [{f[suite][kind]['low']:.3f}, {f[suite][kind]['high']:.3f}]" for side, f in found.items()]
+                print(f"{suite:10} {kind:7} " + "   ".join(told) + f"   n = {args.n}")
+    else:
+        prompts = read_prompts(args.prompts) if args.prompts else ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
+        clips = {side: [decode(m, denoise(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)] for side, m in sides.items()}
+        order = [(side, i) for i in range(len(prompts)) for side in sides]
+        write_grid(args.out, [clips[side][i] for side, i in order], [f"{side}: {prompts[i]}" for side, i in order], columns=len(sides))
+        found = {"prompts": prompts, "seed": args.seed, "sheet": str(args.out)}
+        print(args.out)
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+def planned(script, given):
+    """The Plan of `script` with these flags. --ckpt may name a released variant, of which no file is needed."""
+    args = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given)
+    if args.ckpt in VARIANTS:
+        s = sample.released(args.ckpt)
+        parts, args.device = plan.full_builders(s), args.device or "cuda"
+    else:
+        models = Models(args.ckpt, "cpu", torch.float32, text_encoder=args.text_encoder)
+        s, parts, args.device = models.settings, plan.builders(models), args.device or pick_device(None)
+    if script == "sample":
+        size = sample.parse_size(args.size) if args.size else s["size"]
+        frames, side = args.frames or s["frames"], 16 if s["vae"] == "2.2" else 8
+        sample.check_size(size, frames, (4, side, side))
+        s |= {"pixels": size, "frames": frames, "shape": (48 if s["vae"] == "2.2" else 16, 1 + (frames - 1) // 4, size[1] // side, size[0] // side)}
+        return plan.sampling(s, parts, args.device, DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")])
+    with torch.device("meta"):
+        blocks = len(next(iter(parts.values()))().blocks)
+    previews = bool(args.previews)
+    if script == "train_lora":
+        train_lora.resolve(args, s, blocks)
+        return train_lora.predict(args, s, parts, previews=previews)
+    train_te.resolve(args, s)
+    return train_te.predict(args, s, parts, previews=previews)
+
+
+def run_plan(args):
+    need = planned(args.script, args.flags)
+    print(need)
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps({"peak": need.peak, "process": need.process, "phases": need.phases, "disk": need.disk}, indent=1) + "\n")
+
+
+# ---- report ------------------------------------------------------------------------------------------------------
+def picture(draw, width=7.0, height=2.6):
+    """An <img> of what draw(axes) draws, inside the page."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    pyplot.close(figure)
+    return embedded(out.getvalue())
+
+
+def embedded(png):
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def heat(rows, value, label):
+    """A picture of value(row) by block (across) and kind (down)."""
+    kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
+    grid = torch.full((len(kinds), len(blocks)), math.nan)
+    for r in rows:
+        i, j = kinds.index(r["kind"]), blocks.index(r["block"])
+        grid[i, j] = value(r) if grid[i, j].isnan() else max(grid[i, j].item(), value(r))
+
+    def draw(axes):
+        shown = axes.imshow(grid, aspect="auto", cmap="YlOrRd", vmin=0)
+        axes.set(xticks=range(len(blocks)), xticklabels=blocks, yticks=range(len(kinds)), yticklabels=kinds, xlabel="block")
+        axes.figure.colorbar(shown, label=label)
+    return picture(draw, 7, 1.3 + 0.3 * len(kinds))
+
+
+def html_table(head, rows):
+    cell = lambda v: f"{v:.4g}" if isinstance(v, float) else html.escape(str(v))
+    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{cell(c)}</{tag}>" for c in cells) + "</tr>"
+    return "<table>" + line(head, "th") + "".join(line(r, "td") for r in rows) + "</table>"
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222} h1{font-size:1.6em} h2{margin-top:2em;font-size:1.15em;
+border-bottom:1px solid #ddd} img{max-width:100%;display:block;margin:.6em 0} table{border-collapse:collapse;font-size:13px} td,th{border:1px solid #ddd;padding:2px 9px;
+text-align:left;overflow-wrap:anywhere} th{background:#f6f6f6} p.note{color:#666;font-size:13px}"""
+
+
+def report(folder, n=20):
+    """One self-contained HTML page about a training run: losses, learning rate, how far the weights, attention logits and embeddings moved,
+    previews before and after, listening scores (nano, n prompts per suite), flags and versions."""
+    folder = Path(folder)
+    try:
+        told, log = json.loads((folder / "flags.json").read_text()), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{folder}: not the --out of a training run ({e})") from None
+    flags = told["flags"]
+    adapters, encoder = sorted(folder.glob("adapter_model*.safetensors")), folder / "text_encoder.safetensors"
+    encoder = encoder if encoder.exists() else None
+    steps = [r for r in log if "loss" in r]
+    parts = [f"<h1>{html.escape(folder.resolve().name)}</h1>", f"<p>{len(steps)} steps of {'train_lora.py' if adapters else 'train_te.py'}, started {told['started']}</p>"]
+
+    def losses(axes):
+        x, y = [r["step"] for r in steps], [r["loss"] for r in steps]
+        mean = [sum(y[max(0, i - 24):i + 1]) / min(i + 1, 25) for i in range(len(y))]
+        axes.plot(x, y, color="#ccc", linewidth=0.7, label="each step")
+        axes.plot(x, mean, color="#c0392b", label="mean of 25")
+        for key in sorted({k for r in log for k in r if k.startswith("held_out")}):
+            axes.plot(*zip(*[(r["step"], r[key]) for r in log if key in r]), "o-", markersize=3, label=key.replace("_", " "))
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+
+    parts += ["<h2>Loss</h2>", picture(losses)]
+    parts += ["<h2>Learning rate and gradient</h2>", picture(lambda axes: axes.plot([r["step"] for r in steps], [r["lr"] for r in steps]) and axes.set(xlabel="step", ylabel="learning rate"), height=1.8),
+              picture(lambda axes: axes.plot([r["step"] for r in steps], [r["grad_norm"] for r in steps], linewidth=0.7) and axes.set(xlabel="step", ylabel="gradient norm", yscale="log"), height=1.8)]
+    for file in adapters:
+        models = Models(flags["ckpt"], "cpu", torch.float32)
+        rows = delta(file, models.folder(load(file)[1].get("expert", "dit")))
+        parts += [f"<h2>How far the weights moved: {file.name}</h2>", heat(rows, lambda r: 100 * r["ratio"], "||dW|| / ||W||, %"),
+                  f"<p>Together {100 * together(rows):.2f} %; spectral norm up to {max(r['spectral'] for r in rows):.3g}; effective rank "
+                  f"{min(r['rank'] for r in rows):.1f} to {max(r['rank'] for r in rows):.1f}.</p>"]
+    if encoder:
+        base = encoder_files(checkpoint_dir(flags["ckpt"]))[0]
+        rows = [r for r in delta(encoder, base) if r["block"] is not None]
+        parts += ["<h2>How far the encoder's weights moved</h2>", heat(rows, lambda r: 100 * r["ratio"], "||dW|| / ||W||, %")] if rows else []
+        prompts = nano.prompts(20, 0) if is_nano(sample.settings(checkpoint_dir(flags["ckpt"]))) else []
+        prompts = [r["prompt"] for r in prompts] or (read_prompts(flags["previews"]) if flags["previews"] else [])
+        if prompts:
+            found = drift(open_encoder(flags["ckpt"], flags["ckpt"]), open_encoder(encoder, flags["ckpt"]), prompts, flags["keywords"])
+            parts += ["<h2>How far the embeddings moved</h2>", html_table(("prompt", "cosine", "norm x"), [(r["prompt"], r["cosine"], r["norm"]) for r in found["prompts"]])]
+            near = lambda pairs: ", ".join(f"{w} {c:.2f}" for w, c in pairs)
+            parts += [html_table(("keyword", "nearest before", "nearest after"), [(w, near(a), near(b)) for w, (a, b) in found["keywords"].items()])] if found["keywords"] else []
+    changes = dict(loras=[str(f) for f in adapters], text_encoder=str(encoder) if encoder else flags["text_encoder"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        drifts = logits(flags["ckpt"], source=flags["data"], n=2, cache=flags["cache"], **changes)
+    for name, rows in drifts.items():
+        parts += [f"<h2>Attention logits{'' if name == 'dit' else ', ' + name + '-noise expert'}: largest relative change of a head</h2>", heat(rows, lambda r: r["drift"], "drift")]
+    previews = sorted((folder / "previews").glob("step_" + "[0-9]" * 6 + ".png"))
+    if previews:
+        shown = list(dict.fromkeys([previews[0], previews[-1]]))
+        parts += ["<h2>Previews</h2>", *(f"<p class=note>{p.stem.replace('_', ' ')}</p>{embedded(p.read_bytes())}" for p in shown)]
+    if n and is_nano(sample.settings(checkpoint_dir(flags["ckpt"]))):
+        words = [w for w in (flags.get("keywords") or nano.NEW_WORDS) if w in nano.NEW_WORDS]
+        before, after = (listen(Models(flags["ckpt"], "cpu", torch.float32, **c), words, n) for c in ({}, changes))
+        rows = [(suite, kind, f"{a['right']:.2f}", f"{after[suite][kind]['right']:.2f}", f"[{after[suite][kind]['low']:.2f}, {after[suite][kind]['high']:.2f}]")
+                for suite, kinds in before.items() for kind, a in kinds.items()]
+        parts += ["<h2>Listening</h2>", html_table(("suite", "attribute", "before", "after", "95 %"), rows), f"<p class=note>{n} prompts per suite</p>"]
+    parts += ["<h2>Flags</h2>", html_table(("flag", "value"), flags.items()), "<h2>Versions</h2>", html_table(("what", "which"), [(k, v) for k, v in told.items() if k != "flags"])]
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{"".join(parts)}</body></html>\n'
+
+
+def run_report(args):
+    page = report(args.folder, args.n)
+    out = Path(args.out or Path(args.folder) / "report.html")
+    with atomic(out) as tmp:
+        tmp.write_text(page, encoding="utf-8")
+    print(out)
 
 
 def run_inspect(args):
@@ -252,6 +650,15 @@ def run_inspect(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
+
+    def changed(c):
+        c.add_argument("--ckpt", default="nano")
+        c.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+        c.add_argument("--text_encoder", help="an updated text encoder's file")
+        c.add_argument("--device")
+        c.add_argument("--dtype", choices=list(DTYPES))
+        c.add_argument("--json")
+
     c = commands.add_parser("inspect")
     c.add_argument("paths", nargs="+")
     c.add_argument("--json", help="also write what was found to this file")
@@ -263,6 +670,40 @@ def main():
     c.add_argument("--out", help="where to write that copy")
     c.add_argument("--json", help="also write every row to this file")
     c.set_defaults(run=run_delta)
+    c = commands.add_parser("logits")
+    changed(c)
+    c.add_argument("--data", help="a dataset, as in training (default: clips of the nano world)")
+    c.add_argument("--cache")
+    c.add_argument("--n", type=int, default=4, help="samples, each at four times")
+    c.add_argument("--threshold", type=float, default=0.25, help="a relative change above this is drift")
+    c.add_argument("--ci", action="store_true", help="exit with 1 where a head drifts")
+    c.set_defaults(run=run_logits)
+    c = commands.add_parser("drift")
+    c.add_argument("old", help="a checkpoint folder or an encoder's file")
+    c.add_argument("new")
+    c.add_argument("--ckpt", default="nano", help="the checkpoint whose tokenizer, and base of a delta, the files use")
+    c.add_argument("--prompts", help="a text file (default: prompts of the nano world)")
+    c.add_argument("--keywords", help="a,b,c: show which words they are near")
+    c.add_argument("--json")
+    c.set_defaults(run=run_drift)
+    c = commands.add_parser("listen")
+    changed(c)
+    c.add_argument("--words", help="nano: new words to ask for (default: all)")
+    c.add_argument("--prompts", help="a text file: make a contact sheet of these instead of grading")
+    c.add_argument("--n", type=int, default=40, help="nano: prompts per new word, and of old words")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--out", default="out/listen.png", help="the contact sheet")
+    c.set_defaults(run=run_listen)
+    c = commands.add_parser("plan")
+    c.add_argument("--json")
+    c.add_argument("script", choices=("train_lora", "train_te", "sample"))
+    c.add_argument("flags", nargs=argparse.REMAINDER, help="as that script takes them")
+    c.set_defaults(run=run_plan)
+    c = commands.add_parser("report")
+    c.add_argument("folder", help="--out of a training run")
+    c.add_argument("--n", type=int, default=20, help="nano: prompts per suite of the listening score (0: none)")
+    c.add_argument("--out", help="default: RUN/report.html")
+    c.set_defaults(run=run_report)
     args = p.parse_args()
     args.run(args)
 

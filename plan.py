@@ -50,9 +50,11 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.seen:
+        for storage in storages(out):
+            if storage not in self.seen:
                 self.seen.add(storage)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)

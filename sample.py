@@ -37,6 +37,12 @@ def checkpoint_dir(name):
     return HERE / "nano" if str(name) == "nano" and not Path(name).is_dir() else Path(name)
 
 
+def released(variant):
+    """The settings of one of VARIANTS at its released size."""
+    return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": VARIANTS[variant]["boundary"] is not None,
+            "train": {}}
+
+
 def settings(ckpt_dir):
     """What a checkpoint recommends: its VARIANTS row, under what the "sample" entry of its config.json says; for training, "train"."""
     ckpt_dir = Path(ckpt_dir)
@@ -49,8 +55,7 @@ def settings(ckpt_dir):
         variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
     except (ValueError, KeyError, TypeError, StopIteration):
         raise BadInput(f"{file}: model_type should be one of {', '.join(r['model_type'] for r in VARIANTS.values())}") from None
-    return {"negative": NEGATIVE, "solver": "unipc", **VARIANTS[variant], "variant": variant, "experts": experts,
-            "train": config.get("train", {}), **config.get("sample", {})}
+    return {**released(variant), "experts": experts, "train": config.get("train", {}), **config.get("sample", {})}
 
 
 def free_memory(device):
@@ -392,7 +397,7 @@ def pick_device(name):
     return name
 
 
-def main():
+def arguments(given=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="nano", help="checkpoint folder (default: the one in the repository)")
     p.add_argument("--prompt")
@@ -413,8 +418,12 @@ def main():
     p.add_argument("--out", default="out/sample.mp4")
     p.add_argument("--save_latents", help="also write the final latents to this .safetensors file")
     p.add_argument("--grid", help="also write a contact sheet of all results to this .png file")
-    args = p.parse_args()
+    return p.parse_args(given)
 
+
+def main():
+    import plan  # which is built on this file
+    args = arguments()
     prompts = [args.prompt] if args.prompt is not None else []
     prompts += read_prompts(args.prompts) if args.prompts else []
     prompts = prompts or ["a red square moves left"]
@@ -434,6 +443,8 @@ def main():
     used = {k: s[k] for k in ("variant", "size", "pixels", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"ckpt": str(args.ckpt), "seed": seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
     print(json.dumps(used, ensure_ascii=False))
+    need = plan.sampling(s, plan.builders(models), device, DTYPES[dtype])
+    print(need)
 
     out = Path(args.out)
     name = lambda path, i: path if len(prompts) == 1 else path.with_stem(f"{path.stem}_{i:03d}")
@@ -452,6 +463,7 @@ def main():
     if args.grid:
         write_grid(args.grid, shown, prompts)
         print(args.grid)
+    print(need.compare(device))
 
 
 if __name__ == "__main__":
