@@ -46,7 +46,7 @@ TEMPLATES = ("a {color} {shape} {verb}", "the {color} {shape} {verb}", "{backgro
              "there is a {color} {shape} and it {verb}")
 # Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
 NEW_WORDS = {"crimson": ("color", "red"), "azure": ("color", "blue"), "box": ("shape", "square"), "orb": ("shape", "circle"),
-             "sinks": ("motion", "down"), "ascends": ("motion", "up"), "orange": ("color", "orange")}
+             "sinks": ("motion", "down"), "ascends": ("motion", "up"), "halts": ("motion", "still"), "orange": ("color", "orange")}
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
 UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
 
@@ -202,7 +202,7 @@ def wilson(right, n):
         return 0.0, 1.0
     z, p = 1.96, right / n
     mid, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
+    return max(0.0, mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
 
 
 def shares(graded, wanted):
