@@ -124,6 +124,12 @@ def predict(args, s, parts, ids=(3,), **sizes):
     return plan.training(args, s, parts, lambda dit, encoder: unfreeze(encoder, args, ids)[1], **sizes)
 
 
+def own_pieces(keywords, others, tokenizer):
+    """Ids of the pieces that spell the keywords and that none of the other captions use; all of a keyword's where it has none of its own."""
+    common = {i for caption in others for i in tokenizer.ids(tokenizer.clean(caption))}
+    return {i for k in keywords for i in (set(tokenizer.ids(k)) - common or tokenizer.ids(k))}
+
+
 def main():
     args = arguments()
     args.device = pick_device(args.device)
@@ -152,8 +158,8 @@ def main():
     models.prepare = frozen
     encoder = models.part("text")
     models.parts.clear()  # from here on the encoder is this script's own: it must not make room for others
-    ids = {i for k in args.keywords for i in encoder.tokenizer.ids(k)}
     anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
+    ids = own_pieces(args.keywords, anchors, encoder.tokenizer)
     with torch.no_grad():
         original = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)

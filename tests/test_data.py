@@ -207,3 +207,120 @@ def test_every_file_is_seen_once_an_epoch_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
     again = data.Batches(items, 3, seed=1)
     assert again.at(13) == epochs[2][1] and data.Batches(items, 3, seed=2).at(13) != epochs[2][1]
+
+
+def test_a_jsonl_lists_paths_and_captions(tmp_path):
+    (tmp_path / "m").mkdir()
+    clip(tmp_path / "m" / "a.mp4")
+    photo(tmp_path / "m" / "b.png")
+    lines = ['{"path": "m/a.mp4", "caption": "one"}', "", '{"file": "m/b.png", "caption": ["two", " three "]}', '{"path": "m/c.mp4", "caption": "x"}',
+             '{"path": "m/a.mp4"}', '{"path": "list.jsonl", "caption": "x"}']
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    items, skipped = scan(tmp_path / "list.jsonl")
+    assert [(i.path.name, i.captions) for i in items] == [("a.mp4", ["one"]), ("b.png", ["two", "three"])]
+    assert [why.split()[0] for _, why in skipped] == ["does", "has", "is"] and "line 5 of list.jsonl" in skipped[1][1]
+    for broken in ("{", '["a"]', '{"caption": "x"}'):
+        (tmp_path / "list.jsonl").write_text(lines[0] + "\n" + broken)
+        with pytest.raises(BadInput, match="list.jsonl, line 2: not lines of"):
+            scan(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("mode, want", [("first", [range(9)]), ("middle", [range(6, 15)]), ("several", [range(9), range(9, 18)]),
+                                        ("uniform", [[0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 20]])])
+def test_which_frames_of_a_longer_clip(tmp_path, mode, want):
+    clip(tmp_path / "a.mp4", 21)
+    items, _ = data.scan(tmp_path, 64 * 48, 16, 9, 8, mode)
+    level = torch.linspace(-0.9, 0.9, 21)
+    assert len(items) == len(want) and len({i.start for i in items}) == len(items)
+    for item, frames in zip(items, want):
+        got = data.pixels(item).mean((0, 2, 3))
+        assert item.frames == 9
+        assert all(min(abs(g - level[int(f)]), abs(g - level[-int(-f // 1)])) < 0.02 for g, f in zip(got, frames))
+
+
+def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "b.mp4", frames=3)
+    calls, real = [], data.probe
+    monkeypatch.setattr(data, "probe", lambda p: calls.append(p.name) or real(p))
+    look = lambda: data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
+    first = look()
+    assert calls == ["a.mp4", "b.mp4"] and [i.bucket for i in look()[0]] == [i.bucket for i in first[0]] and look()[1] == first[1]
+    assert len(calls) == 2
+    clip(tmp_path / "b.mp4", frames=13)
+    assert len(look()[0]) == 2 and calls[2:] == ["b.mp4"]
+
+
+def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
+    """Both start on an empty cache; what they leave equals what one alone computes, and nothing half-written."""
+    import subprocess
+    import sys
+    for i in range(6):
+        clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}") if (tmp_path / "d").mkdir(exist_ok=True) is None else None
+    command = lambda out, cache: [sys.executable, str(ROOT / "train_lora.py"), "--ckpt", str(checkpoints["ti2v"]), "--data", str(tmp_path / "d"), "--out", str(tmp_path / out),
+                                  "--cache", str(tmp_path / cache), "--resolution", "64x64", "--frames", "9", "--device", "cpu", "--cache_only"]
+    both = [subprocess.Popen(command(out, "shared"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for out in ("a", "b")]
+    assert [p.wait() for p in both] == [0, 0], [p.stdout.read() for p in both]
+    subprocess.run(command("c", "alone"), check=True, capture_output=True)
+    shared, alone = ({f.name: f for f in (tmp_path / c).iterdir()} for c in ("shared", "alone"))
+    assert shared.keys() == alone.keys() and len(alone) == 6 + 6 + 7  # probes, latents, captions and the empty one
+    for name in alone:
+        if name.endswith(".safetensors"):
+            a, b = load(shared[name])[0], load(alone[name])[0]
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
+    import os
+    import subprocess
+    import sys
+    import tempfile
+    import av
+    folder = Path(tempfile.mkdtemp())
+    try:
+        clip(folder / "good.mp4", 9, 64, 64, caption="a good clip")
+        photo(folder / "good.png", 64, 64)
+        (folder / "zero.mp4").write_bytes(b"")
+        clip(folder / "cut.mp4", 60, 128, 128)
+        (folder / "cut.mp4").write_bytes((folder / "cut.mp4").read_bytes()[:2000])
+        with av.open(str(folder / "sound.mp4"), "w") as f:
+            stream = f.add_stream("aac", rate=16000)
+            for _ in range(5):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.rate = 16000
+                f.mux(stream.encode(frame))
+            f.mux(stream.encode())
+        clip(folder / "one.mp4", 1, 64, 64)
+        Image.new("RGB", (10000, 40)).save(folder / "wide.png")
+        photo(folder / "latin.png")
+        (folder / "latin.txt").write_bytes(b"caf\xe9")
+        (folder / "dir.mp4").mkdir()
+        (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+        (folder / "up").symlink_to(folder, target_is_directory=True)
+        photo(folder / "locked.png")
+        for name in ("zero", "cut", "sound", "wide", "loop"):
+            (folder / f"{name}.txt").write_text("x")
+        os.chmod(folder, 0o755)
+        os.chmod(folder / "locked.png", 0)
+        if os.geteuid() == 0:  # whom no mode stops: look as somebody else
+            os.seteuid(65534)
+        try:
+            items, skipped = data.scan(folder, 64 * 64, 32, 9, 24)
+        finally:
+            if os.getuid() == 0:
+                os.seteuid(0)
+        why = {p.name: reason for p, reason in skipped}
+        assert [i.path.name for i in items] == ["good.mp4", "good.png"]
+        expected = {"zero.mp4": "is empty", "cut.mp4": "cannot be decoded", "sound.mp4": "no video stream", "one.mp4": "too short: 1 frames",
+                    "wide.png": "10000x40 is too long and thin", "latin.png": "not UTF-8", "dir.mp4": "is not a file", "loop.mp4": "is not a file", "locked.png": "ermission denied"}
+        assert why.keys() == expected.keys() and all(text in why[name] for name, text in expected.items()), why
+        (folder / "locked.png").unlink()
+        Image.new("RGB", (10000, 9000)).save(folder / "huge.png")
+        (folder / "huge.txt").write_text("a very large photograph")
+        run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", folder, "--out", folder / "out", "--resolution", "64x64",
+                              "--frames", "9", "--steps", "3", "--batch", "2", "--device", "cpu"], capture_output=True, text=True)
+        assert run.returncode == 0 and (folder / "out" / "adapter_model.safetensors").exists(), run.stderr
+        assert "data: 3 files, 8 skipped" in run.stdout and all(f"skipped {folder / name}" in run.stdout for name in expected if name != "locked.png")
+    finally:
+        import shutil
+        shutil.rmtree(folder)
