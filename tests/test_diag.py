@@ -1,6 +1,9 @@
 """diag.py inspect: tiny checkpoints, LoRA files, videos, and full-size headers."""
 import json
+import math
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -131,7 +134,6 @@ def test_one_bad_path_does_not_hide_the_others(checkpoints, tmp_path):
 
 
 def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
-    import shutil
     shutil.copytree(checkpoints["t2v"], tmp_path / "c")
     shutil.rmtree(tmp_path / "c" / "low_noise_model")
     assert "low_noise_model is missing" in inspect(tmp_path / "c")[0]["summary"]
@@ -181,3 +183,139 @@ def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
     save_lora(tmp_path / "a.safetensors", trained())
     with pytest.raises(BadInput, match="does not fit"):
         delta(tmp_path / "a.safetensors", ROOT / "nano")
+
+
+def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, report):
+    from checkpoint import save
+    from diag import delta, run_delta
+    from t5 import load_t5
+    from types import SimpleNamespace
+    model, encoder = tiny.dit("ti2v"), load_t5(checkpoints["ti2v"], dtype=torch.float32)
+    w = model.blocks[1].ffn[0].weight
+    d = torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 0.01
+    base = w.clone()
+    w += d
+    (tmp_path / "moved").mkdir()
+    save(tmp_path / "moved" / "diffusion_pytorch_model.safetensors", model.state_dict())
+    rows = {r["name"]: r for r in delta(tmp_path / "moved", checkpoints["ti2v"])}
+    r = rows.pop("blocks.1.ffn.0")
+    d = (base + d) - base
+    for got, want in ((r["norm"], d.norm()), (r["ratio"], d.norm() / base.norm())):
+        report("relative error", abs(got / want.item() - 1), 1e-5)
+    report("spectral norm by power iteration", abs(r["spectral"] / torch.linalg.matrix_norm(d, 2).item() - 1), 2e-2)
+    assert (r["block"], r["kind"]) == (1, "ffn.0") and len(rows) > 30 and all(o["ratio"] == 0 for o in rows.values())
+
+    table, ids = encoder.token_embedding.weight, torch.tensor([5, 9])
+    moved = table[ids] * 1.5
+    save(tmp_path / "te.safetensors", {"token_embedding.rows": moved, "token_embedding.ids": ids}, {"delta": True})
+    (r,) = delta(tmp_path / "te.safetensors", checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth")
+    report("of two rows", abs(r["ratio"] / (0.5 * table[ids].norm() / table.norm()).item() - 1), 1e-5)
+    run_delta(SimpleNamespace(lora=tmp_path / "te.safetensors", ckpt=checkpoints["ti2v"], cap=None, out=None, json=tmp_path / "d.json"))
+    assert len(json.loads((tmp_path / "d.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_stats_equal_brute_force(masked, report):
+    """Against the softmax of one query and head at a time, in float64."""
+    from diag import attention_stats
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 11, 3, 8, generator=g), torch.randn(2, 7, 3, 8, generator=g)
+    bias = torch.zeros(2, 1, 1, 7)
+    if masked:
+        bias[0, ..., 5:], bias[1, ..., 4] = -torch.inf, -torch.inf
+        bias[:, ..., 3] = 5.0  # a key that stands for many
+    got = attention_stats(q, k, bias if masked else None, chunk=4)
+    for head in range(3):
+        seen, entropy = [], []
+        for b in range(2):
+            for i in range(11):
+                logits = (k[b, :, head].double() @ q[b, i, head].double()) / 8 ** 0.5
+                seen += [x for x, c in zip(logits.tolist(), bias[b, 0, 0].tolist()) if c == 0]
+                p = torch.softmax(logits + bias[b, 0, 0].double(), 0)
+                entropy.append(-sum(x * math.log(x) for x in p.tolist() if x))
+        want = (statistics.pstdev(seen), max(seen), statistics.mean(entropy))
+        report("relative error", max(abs(a / b - 1) for a, b in zip(got[head].tolist(), want)), 1e-5)
+
+
+def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoints):
+    from diag import logits
+    from test_data import clip
+    clip(tmp_path / "d" / "a.mp4", 24, 64, 64) if (tmp_path / "d").mkdir() is None else None
+    save_lora(tmp_path / "k.safetensors", trained(["cross_attn.k"], blocks=[1]))
+    seen = logits(checkpoints["ti2v"], [str(tmp_path / "k.safetensors")], source=tmp_path / "d", n=1)["dit"]
+    moved = {(r["block"], r["kind"]) for r in seen if r["drift"] > 1e-5}
+    assert len(seen) == 3 * 2 * 2 and (1, "cross_attn") in moved and (2, "self_attn") in moved
+    assert not {(0, "self_attn"), (0, "cross_attn"), (1, "self_attn")} & moved
+    run = lambda *flags: subprocess.run([sys.executable, ROOT / "diag.py", "logits", "--ckpt", checkpoints["ti2v"], "--lora", tmp_path / "k.safetensors", "--data", tmp_path / "d",
+                                         "--n", "1", "--ci", "--device", "cpu", *flags], capture_output=True, text=True)
+    worst = max(r["drift"] for r in seen)
+    assert run("--threshold", str(worst * 1.01)).returncode == 0
+    drifted = run("--threshold", str(worst * 0.99), "--json", tmp_path / "l.json")
+    assert drifted.returncode == 1 and "drift by more than --threshold" in drifted.stderr and "<-- drifts" in drifted.stdout
+    assert json.loads((tmp_path / "l.json").read_text())["dit"] == seen
+
+
+def test_drift_of_an_encoder(tmp_path, checkpoints, report):
+    from diag import drift
+    from t5 import load_t5
+    old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
+    still = drift(old, new, ["a red square", "a dog"], ["fox"])
+    assert all(abs(t["cosine"] - 1) < 1e-6 and t["norm"] == 1 for r in still["prompts"] for t in r["tokens"])
+    new.token_embedding.weight[new.tokenizer.ids("fox")] = 1.5 * new.token_embedding.weight[new.tokenizer.ids("dog")].mean(0)
+    found = drift(old, new, ["a red fox", "a dog"], ["fox"])
+    a, b = (e.encode(["a red fox"])[0][0] for e in (old, new))
+    want = [(x @ y / x.norm() / y.norm()).item() for x, y in zip(a, b)]
+    report("cosine", max(abs(t["cosine"] - w) for t, w in zip(found["prompts"][0]["tokens"], want)), 1e-6)
+    report("norm", max(abs(t["norm"] - (y.norm() / x.norm()).item()) for t, x, y in zip(found["prompts"][0]["tokens"], a, b)), 1e-6)
+    assert found["prompts"][0]["cosine"] < 0.999 and len(found["prompts"][0]["tokens"]) == len(a)
+    before, after = found["keywords"]["fox"]
+    mean = lambda e, w: e.encode([w])[0][0].mean(0)
+    cosine = torch.nn.functional.cosine_similarity
+    assert {w for w, _ in after} == {"a", "red", "dog"} and after[0][1] >= after[1][1] and dict(before) != dict(after)
+    report("neighbour", abs(dict(after)["dog"] - cosine(mean(new, "dog"), mean(new, "fox"), dim=0).item()), 1e-6)
+
+
+def test_listen_grades_new_words_apart_from_old(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "diag.py", "listen", "--ckpt", "nano", "--words", "crimson,ascends", "--n", "10", "--json", tmp_path / "l.json", "--device", "cpu"],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (found,) = json.loads((tmp_path / "l.json").read_text()).values()
+    assert {s: list(k) for s, k in found.items()} == {"crimson": ["color"], "ascends": ["motion"], "old words": ["color", "shape", "motion"]}
+    assert all(v["low"] <= v["right"] <= v["high"] and v["n"] == 10 for k in found.values() for v in k.values())
+    assert found["crimson"]["color"]["right"] <= 0.3 and all(v["right"] >= 0.8 for v in found["old words"].values())
+
+
+def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints):
+    from PIL import Image
+    save_lora(tmp_path / "k.safetensors", trained())
+    (tmp_path / "p.txt").write_text("a fox\na dog\n")
+    shutil.copytree(checkpoints["ti2v"], tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"sample": {"size": [64, 32], "frames": 5, "steps": 2}}))
+    run = subprocess.run([sys.executable, ROOT / "diag.py", "listen", "--ckpt", tmp_path / "d", "--lora", tmp_path / "k.safetensors", "--prompts", tmp_path / "p.txt",
+                          "--out", tmp_path / "sheet.png", "--device", "cpu"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    sheet = Image.open(tmp_path / "sheet.png")
+    left, right = sheet.crop((0, 20, sheet.width // 2, sheet.height)), sheet.crop((sheet.width // 2, 20, sheet.width, sheet.height))
+    assert len(set(sheet.getdata())) > 50 and left.tobytes() != right.tobytes()
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_te"])
+def test_a_report_is_one_file_that_holds_everything(tmp_path, script):
+    (tmp_path / "p.txt").write_text("a crimson box sinks\na red circle moves left\n")
+    subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"], check=True, capture_output=True)
+    run = [sys.executable, ROOT / f"{script}.py", "--data", tmp_path / "clips", "--out", tmp_path / "run", "--steps", "4", "--batch", "4", "--device", "cpu", "--previews", tmp_path / "p.txt",
+           "--eval_every", "2", *(["--keywords", "crimson"] if script == "train_te" else [])]
+    subprocess.run(run, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "diag.py", "report", tmp_path / "run", "--n", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    for wanted in ("<h2>Loss", "<h2>Learning rate", "<h2>How far the", "<h2>Attention logits", "<h2>Previews", "<h2>Listening", "<h2>Flags", "<h2>Versions",
+                   "step 000000", "step 000004", "crimson", torch.__version__, *(["nearest after"] if script == "train_te" else ["adapter_model.safetensors"])):
+        assert wanted in page, wanted
+    assert page.count("data:image/png;base64,") >= 7 and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_report_of_nothing(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "diag.py", "report", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 1 and "not the --out of a training run" in run.stderr
