@@ -91,7 +91,7 @@ def read_header(path):
         size = path.stat().st_size
         with open(path, "rb") as f:
             head = f.read(9)
-            if head[:2] == b"PK":
+            if head[:4] == b"PK\x03\x04":  # a zip; the first two bytes alone may be a header's length
                 return _pickle_header(path), {}
             n = int.from_bytes(head[:8], "little")
             if head[8:] != b"{" or n > 1 << 30:

@@ -193,3 +193,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise RuntimeError("power cut")
     assert load_file(tmp_path / "a.safetensors")["x"].sum() == 2
     assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_header_whose_length_spells_a_zip(tmp_path):
+    """A safetensors header of 19280 bytes begins with b"PK", as a zip does."""
+    from safetensors.torch import save_file
+    tensors, metadata = {"a": torch.arange(3.0)}, {"pad": ""}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    size = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
+    for extra in range(19280 - size - 16, 19280 - size + 1):
+        save_file(tensors, tmp_path / "a.safetensors", {"pad": "x" * extra})
+        if (tmp_path / "a.safetensors").read_bytes()[:2] == b"PK":
+            break
+    assert (tmp_path / "a.safetensors").read_bytes()[:2] == b"PK"
+    assert torch.equal(read_header(tmp_path / "a.safetensors")[0]["a"].read(), tensors["a"])
