@@ -5,6 +5,7 @@ safetensors and for zip pickles (.pth) alike. `load_into` then streams tensor af
 meta device, converting on the way, so that host memory holds the weights once.
 """
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -30,6 +31,9 @@ class BadInput(ValueError):
 
 def cli(main):
     """Run a script's `main`; a BadInput, or a file that cannot be read or written, becomes one line on stderr and exit code 1."""
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc keeps freed memory in holes up to 32 MB wide: a training step on a 1 GB model took 0.9 GB of activations for 0.37
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks above 1 MB go back at once
     try:
         main()
     except BadInput as e:

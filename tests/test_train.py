@@ -377,6 +377,11 @@ def clips(tmp_path_factory):
 
 @pytest.mark.parametrize("script, size, flags", PLANS)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(clips, tmp_path, medium, script, size, flags, report):
+    if size == "medium":  # four clips are enough
+        (tmp_path / "clips").mkdir()
+        for f in sorted(clips.glob("clip_000[0-3].*")):
+            (tmp_path / "clips" / f.name).symlink_to(f)
+        clips = tmp_path / "clips"
     run = subprocess.run([sys.executable, ROOT / f"{script}.py", "--ckpt", "nano" if size == "nano" else medium, "--data", clips, "--out", tmp_path / "out", "--resolution",
                           "64x64" if size == "nano" else "256x256", "--frames", "9", "--steps", "3", "--device", "cpu", "--held_out", "0", *map(str, flags)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
