@@ -445,14 +445,19 @@ def is_nano(settings):
 
 
 def listen(models, words, n, seed=0):
-    """The grader's shares right of each new word and of old words' attributes: {suite: {attribute: {"right", "n", "low", "high"}}}, with
-    the 95 % interval; n prompts per suite."""
-    found = {}
-    for suite, rows in [(w, nano.prompts(n, seed, words=[w])) for w in words] + [("old words", nano.prompts(n, seed))]:
-        graded, _ = nano.listen(models, rows, seed)
-        kinds = [nano.NEW_WORDS[suite][0]] if suite in words else nano.ATTRIBUTES
-        right = {k: sum(g[k] == r[k] for g, r in zip(graded, rows)) for k in kinds}
-        found[suite] = {k: {"right": r / n, "n": n, **dict(zip(("low", "high"), nano.wilson(r, n)))} for k, r in right.items()}
+    """The grader's shares right of each new word (n prompts), of all of them pooled, and of old words' attributes (as many prompts as for
+    all new words): {suite: {attribute: {"right", "n", "low", "high"}}}, with the 95 % interval."""
+    found, pooled = {}, [0, 0]
+    share = lambda right, n: {"right": right / n, "n": n, **dict(zip(("low", "high"), nano.wilson(right, n)))}
+    for word in words:
+        rows, kind = nano.prompts(n, seed, words=[word]), nano.NEW_WORDS[word][0]
+        right = sum(g[kind] == r[kind] for g, r in zip(nano.listen(models, rows, seed)[0], rows))
+        found[word], pooled = {kind: share(right, n)}, [pooled[0] + right, pooled[1] + n]
+    if words:
+        found["new words"] = {"pooled": share(*pooled)}
+    rows = nano.prompts(n * max(1, len(words)), seed)
+    graded, _ = nano.listen(models, rows, seed)
+    found["old words"] = {kind: share(sum(g[kind] == r[kind] for g, r in zip(graded, rows)), len(rows)) for kind in nano.ATTRIBUTES}
     return found
 
 
@@ -462,13 +467,15 @@ def run_listen(args):
     sides = {"before": Models(args.ckpt, device, dtype)}
     if args.lora or args.text_encoder:
         sides["after"] = Models(args.ckpt, device, dtype, args.lora, args.text_encoder)
-    if is_nano(sides["before"].settings) and not args.prompts:
+        if args.skip_before:
+            del sides["before"]
+    if is_nano(next(iter(sides.values())).settings) and not args.prompts:
         words = nano.parse_words(args.words) if args.words else list(nano.NEW_WORDS)
         found = {side: listen(m, words, args.n, args.seed) for side, m in sides.items()}
-        for suite, kinds in found["before"].items():
+        for suite, kinds in next(iter(found.values())).items():
             for kind in kinds:
                 told = [f"{side} {f[suite][kind]['right']:.3f} [{f[suite][kind]['low']:.3f}, {f[suite][kind]['high']:.3f}]" for side, f in found.items()]
-                print(f"{suite:10} {kind:7} " + "   ".join(told) + f"   n = {args.n}")
+                print(f"{suite:10} {kind:7} " + "   ".join(told) + f"   n = {next(iter(found.values()))[suite][kind]['n']}")
     else:
         prompts = read_prompts(args.prompts) if args.prompts else ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
         clips = {side: [decode(m, denoise(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)] for side, m in sides.items()}
@@ -688,9 +695,10 @@ def main():
     c.set_defaults(run=run_drift)
     c = commands.add_parser("listen")
     changed(c)
+    c.add_argument("--skip_before", action="store_true", help="only the changed model")
     c.add_argument("--words", help="nano: new words to ask for (default: all)")
     c.add_argument("--prompts", help="a text file: make a contact sheet of these instead of grading")
-    c.add_argument("--n", type=int, default=40, help="nano: prompts per new word, and of old words")
+    c.add_argument("--n", type=int, default=40, help="nano: prompts per new word, and as many of old words")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--out", default="out/listen.png", help="the contact sheet")
     c.set_defaults(run=run_listen)

@@ -193,7 +193,8 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
             return torch.empty(args.batch, text, dit.config.text_dim, dtype=dtype)
 
         with Tracker() as tracker:
-            opt = (AdamW8bit if getattr(args, "optimizer", "adamw") == "adamw8bit" else adamw)(groups, args.lr)
+            small = getattr(args, "optimizer", "adamw") == "adamw8bit"
+            opt = (AdamW8bit if small else adamw)(groups, args.lr)
             ema = EMA(params, args.ema) if args.ema else None
             for _ in range(2):
                 loss = noised([entry] * args.batch, [], t, None).loss(dit, embed(), None)
@@ -201,7 +202,10 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
                     loss = loss + (embed() - torch.empty(args.batch, text, dit.config.text_dim)).square().sum()
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
-                opt.step()
+                if small:  # works in pieces so small that only its states count
+                    opt.state.update({p: opt._new(p) for p in params if p not in opt.state})
+                else:
+                    opt.step()
                 if ema:
                     ema.update()
                 del loss

@@ -280,8 +280,9 @@ def test_listen_grades_new_words_apart_from_old(tmp_path):
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (found,) = json.loads((tmp_path / "l.json").read_text()).values()
-    assert {s: list(k) for s, k in found.items()} == {"crimson": ["color"], "ascends": ["motion"], "old words": ["color", "shape", "motion"]}
-    assert all(v["low"] <= v["right"] <= v["high"] and v["n"] == 10 for k in found.values() for v in k.values())
+    assert {s: list(k) for s, k in found.items()} == {"crimson": ["color"], "ascends": ["motion"], "new words": ["pooled"], "old words": ["color", "shape", "motion"]}
+    assert all(v["low"] <= v["right"] <= v["high"] and v["n"] == (20 if s.endswith("words") else 10) for s, k in found.items() for v in k.values())
+    assert found["new words"]["pooled"]["right"] == (found["crimson"]["color"]["right"] + found["ascends"]["motion"]["right"]) / 2
     assert found["crimson"]["color"]["right"] <= 0.3 and all(v["right"] >= 0.8 for v in found["old words"].values())
 
 

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Which of the lab's trainings makes the model listen? On nano, in about an hour on two cores; a stopped run goes on where it was.
+#   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one
+# Leaves out/listen/SEED/NAME.json, and the table in out/listen/table.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
+WORDS=crimson,azure,box,orb,sinks,halts
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+
+te() {  # te NAME FLAGS...: teach the encoder
+    local file=$DIR/$1/text_encoder.safetensors
+    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 3e-3 --shift 2.5 \
+        --mix 0,0,100 --trim_prob 0 --anchor 0 --ema 0.99 --steps 1300 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+}
+lora() {  # lora NAME FLAGS...: train a translator
+    [ -e "$DIR/$1/done" ] || { $PY train_lora.py --data "$DATA" --out "$DIR/$1" --seed "$SEED" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 \
+        "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+}
+resume() { if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then echo --resume; fi; }
+score() {  # score NAME FLAGS...: grade it
+    [ -e "$DIR/$1.json" ] || $PY diag.py listen --words "$KEYS" --n "${N:-34}" --seed "$((1000 + SEED))" --skip_before "${@:2}" --json "$DIR/$1.json" > /dev/null
+    [ -e "$DIR/$1.logits.json" ] || [ $# = 1 ] || $PY diag.py logits "${@:2}" --data "$DATA" --n 3 --json "$DIR/$1.logits.json" > /dev/null
+}
+delta() { [ -e "$DIR/$1.delta.json" ] || $PY diag.py delta "$DIR/$1/adapter_model.safetensors" --json "$DIR/$1.delta.json" > /dev/null; }
+encoder() { echo --text_encoder "$DIR/$1/text_encoder.safetensors"; }
+adapter() { echo --lora "$DIR/$1/adapter_model.safetensors"; }
+
+use() {  # use SEED: its folder, clips and words
+    SEED=$1 DIR=$OUT/$1 KEYS=$WORDS DATA=$OUT/$1/clips
+    mkdir -p "$DIR"
+    [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 1200 --seed "$((70 + SEED))" --words $WORDS
+}
+main_line() {
+    use "$1"
+    score base
+    te te;                                          score te $(encoder te)
+    lora te_lora $(encoder te);                     score te_lora $(encoder te) $(adapter te_lora);             delta te_lora
+}
+claims() {
+    use "$1"
+    te te_short --steps 200;                        score te_short $(encoder te_short)
+    lora te_short_lora $(encoder te_short);         score te_short_lora $(encoder te_short) $(adapter te_short_lora);    delta te_short_lora
+    lora lora;                                      score lora $(adapter lora);              delta lora
+    # equal parameters: rank 16 on k and v, 8 on q, k, v and o
+    lora lora_cross --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
+    score lora_cross $(adapter lora_cross); delta lora_cross
+    lora lora_self --rank 8 --targets self_attn.q,self_attn.k,self_attn.v,self_attn.o --allow_self_attn
+    score lora_self $(adapter lora_self);   delta lora_self
+    te te_rows --train_blocks 0;                    score te_rows $(encoder te_rows)
+    te te_anchor_weak --anchor 0.1;                 score te_anchor_weak $(encoder te_anchor_weak)
+    te te_anchor_1 --anchor 1;                      score te_anchor_1 $(encoder te_anchor_1)
+    te te_mix --mix 15,35,50 --trim_prob 0.2;       score te_mix $(encoder te_mix)
+    # a colour that the DiT has never drawn
+    KEYS=orange DATA=$DIR/clips_orange
+    [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 240 --seed "$((80 + SEED))" --words orange
+    N=100 score orange_base
+    te orange_te --steps 400;                       N=100 score orange_te $(encoder orange_te)
+    lora orange_te_lora $(encoder orange_te);       N=100 score orange_te_lora $(encoder orange_te) $(adapter orange_te_lora);    delta orange_te_lora
+}
+
+for part in ${PARTS:-main_line claims}; do
+    for seed in $SEEDS; do
+        while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
+        $part "$seed" &
+    done
+    wait
+done
+$PY runs/listen_table.py "$OUT" | tee "$OUT/table.md"
