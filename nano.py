@@ -363,7 +363,6 @@ def train_dit(out, seed, vae, tokenizer, steps):
         torch.nn.init.normal_(m.modulation, std=DIT.dim ** -0.5)
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.pos_embedding.embedding.weight)
-        block.attn.q.weight.data.mul_((block.attn.q.out_features // block.attn.heads) ** -0.5)  # the logits are not scaled later
     torch.nn.init.zeros_(model.head.head.weight)
     model.train()
     attributes, clips = every_clip()

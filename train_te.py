@@ -31,14 +31,14 @@ def arguments(given=None):
     g = p.add_argument_group("encoder")
     g.add_argument("--train_blocks", type=int, help="only the top N blocks (default: all; 0: none)")
     g.add_argument("--keywords", help="a,b,c: also train the embedding rows of these words (default on nano's own data: its new words)")
-    g.add_argument("--keyword_lr", type=float, help="of the keywords' rows (default: 15 x lr)")
-    g.add_argument("--anchor", type=float, default=1.0, help="weight of the penalty on moving prompts without keywords")
+    g.add_argument("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
+    g.add_argument("--anchor", type=float, default=0.01, help="weight of the penalty on moving prompts without keywords")
     g.add_argument("--save", choices=("full", "delta"), default="full", help="delta: only the tensors and rows that were trained")
     g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit needs --dtype bf16")
     g.add_argument("--mix", default="15,35,50", help="percent of captions with a keyword shown as the keyword alone, shortened, whole")
     g.add_argument("--trim_prob", type=float, default=0.2, help="chance that a whole caption loses a few words, never a keyword")
     g.add_argument("--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn")
-    flags(p, out="out/te", steps=250, batch=16, lr=3e-4, weight_decay=0.0)
+    flags(p, out="out/te", steps=600, batch=32, lr=3e-3, weight_decay=0.0)
     return p.parse_args(given)
 
 
@@ -50,7 +50,7 @@ def resolve(args, s):
     if args.data is None and args.keywords is None:
         args.keywords = "crimson,box,sinks"
     args.keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
-    args.keyword_lr = 15 * args.lr if args.keyword_lr is None else args.keyword_lr
+    args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     try:
         mix = [float(v) for v in args.mix.split(",")]
     except ValueError:

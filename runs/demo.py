@@ -46,7 +46,7 @@ def plot(log, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    loss = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    loss = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
     window = 15
     mean = [sum(loss[max(0, i - window + 1):i + 1]) / min(i + 1, window) for i in range(len(loss))]
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")

@@ -1,7 +1,6 @@
 """What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, and a plan that holds."""
 import json
 import math
-import random
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from checkpoint import BadInput, load
+from checkpoint import load
 from optim import EMA, Guard
 from test_data import clip, photo
 
@@ -153,10 +152,8 @@ def test_what_is_saved_with_ema_is_the_average(checkpoints, media, tmp_path, scr
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
 def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path, monkeypatch, script, report):
     """The gradient of a step of three batches of two is that of the mean loss over their six samples."""
-    from data import Batches
     import importlib
     import train as shared
-    import optim
     module = importlib.import_module(script)
     seen = {}
     real_step, real_clip = shared.Dataset.step, torch.nn.utils.clip_grad_norm_
