@@ -342,11 +342,11 @@ def logit_rows(before, after):
     return rows
 
 
-def logits(ckpt, loras=(), text_encoder=None, source=None, n=4, device="cpu", dtype=torch.float32, cache=None):
-    """Attention logits of a checkpoint before and after an adapter or an encoder, on n samples of a dataset (default: nano's) at four
-    times under fixed noise: {expert: rows of logit_rows}."""
-    flags = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0"] + (["--data", str(source)] if source else []) + (["--cache", str(cache)] if cache else []))
-    found = {}
+def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, **where):
+    """Attention logits of a checkpoint before and after an adapter or an encoder, on n samples of a dataset at four times under fixed
+    noise: {expert: rows of logit_rows}. where: data, cache, resolution, frames, as the trainers take them."""
+    given = [word for name, value in where.items() if value is not None for word in (f"--{name}", str(value))]
+    flags, found = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0", *given]), {}
     for changes in ({}, dict(loras=loras, text_encoder=text_encoder)):
         models = Models(ckpt, device, dtype, **changes)
         flags.device, s = str(device), models.settings
@@ -371,7 +371,7 @@ def run_logits(args):
         raise BadInput("give --lora, --text_encoder, or both: what is to be compared with the checkpoint")
     device = pick_device(args.device)
     dtype = DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
-    found = logits(args.ckpt, args.lora, args.text_encoder, args.data, args.n, device, dtype, args.cache)
+    found = logits(args.ckpt, args.lora, args.text_encoder, args.n, device, dtype, data=args.data, cache=args.cache, resolution=args.resolution, frames=args.frames)
     for name, rows in found.items():
         print(f"{name}: attention logits before -> after, mean over heads (drift: the largest of a head)")
         for block, kind in dict.fromkeys((r["block"], r["kind"]) for r in rows):
@@ -612,7 +612,7 @@ def report(folder, n=20):
             parts += [html_table(("keyword", "nearest before", "nearest after"), [(w, near(a), near(b)) for w, (a, b) in found["keywords"].items()])] if found["keywords"] else []
     changes = dict(loras=[str(f) for f in adapters], text_encoder=str(encoder) if encoder else flags["text_encoder"])
     with contextlib.redirect_stdout(io.StringIO()):
-        drifts = logits(flags["ckpt"], source=flags["data"], n=2, cache=flags["cache"], **changes)
+        drifts = logits(flags["ckpt"], n=2, **{k: flags[k] for k in ("data", "cache", "resolution", "frames")}, **changes)
     for name, rows in drifts.items():
         parts += [f"<h2>Attention logits{'' if name == 'dit' else ', ' + name + '-noise expert'}: largest relative change of a head</h2>", heat(rows, lambda r: r["drift"], "drift")]
     previews = sorted((folder / "previews").glob("step_" + "[0-9]" * 6 + ".png"))
@@ -681,6 +681,8 @@ def main():
     changed(c)
     c.add_argument("--data", help="a dataset, as in training (default: clips of the nano world)")
     c.add_argument("--cache")
+    c.add_argument("--resolution", help="WxH px (default: the checkpoint's)")
+    c.add_argument("--frames", type=int)
     c.add_argument("--n", type=int, default=4, help="samples, each at four times")
     c.add_argument("--threshold", type=float, default=0.25, help="a relative change above this is drift")
     c.add_argument("--ci", action="store_true", help="exit with 1 where a head drifts")
