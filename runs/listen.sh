@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
-WORDS=crimson,azure,box,orb,sinks,halts
+WORDS=crimson,azure,box,wedge,retreats,advances  # the base shows none of them by luck, as it does orb, sinks and ascends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 
 te() {  # te NAME FLAGS...: teach the encoder
