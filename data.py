@@ -4,6 +4,7 @@ Captions lie beside the media as NAME.txt, one per line; where there are several
 and captions. Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
 and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever used.
 """
+import functools
 import hashlib
 import json
 import math
@@ -244,7 +245,13 @@ def pixels(item):
 
 # ---- the cache ---------------------------------------------------------------------------------------------------
 def digest(path):
-    """A hash of a file's bytes."""
+    """A hash of a file's bytes, computed once for each state of the file."""
+    stat = Path(path).stat()
+    return _digest(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _digest(path, *_):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "blake2b").hexdigest()
 

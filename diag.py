@@ -31,11 +31,10 @@ import train_lora
 import train_te
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, save, weight_files
 from data import CLIPS
-from flow import quantiles_t
 from lora import TARGETS, official_name, read_lora
 from sample import DTYPES, Models, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
 from t5 import encoder_files, load_t5
-from train import Dataset, experts, noised
+from train import Dataset, experts, fixed
 from wan import VARIANTS, read_config
 
 BUDGETS = {"cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"), "cross_attn.{q,k,v,o}": TARGETS[4:8],
@@ -354,14 +353,11 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
         dataset = Dataset(flags, models)
         dataset.items = sorted(dataset.items, key=lambda i: i.digest)[:n]
         dataset.cache_latents(models)
-        captions = [i.captions[0] for i in dataset.items]
-        models.encode_prompts(captions)
+        models.encode_prompts([i.captions[0] for i in dataset.items])
         for name, (low, high) in experts(flags, s).items():
             with torch.no_grad(), recorded(models.part(name)) as stats:
-                for item, file, caption in zip(dataset.items, dataset.latents, captions):
-                    g = torch.Generator().manual_seed(int(item.digest[:15], 16))
-                    for t in quantiles_t(4, s["shift"], low, high):
-                        noised([load(file)[0]], [caption], t[None], g).loss(models.part(name), *models.encode_prompts([caption]))
+                for _, batch in fixed(dataset.items, dataset.latents, s["shift"], low, high):
+                    batch.loss(models.part(name), *models.encode_prompts(batch.captions))
             found.setdefault(name, []).append(stats)
     return {name: logit_rows(*pair) for name, pair in found.items()}
 
@@ -439,11 +435,6 @@ def run_drift(args):
 
 
 # ---- listen ------------------------------------------------------------------------------------------------------
-def is_nano(settings):
-    """Whether the nano world's grader can read a checkpoint's clips."""
-    return (tuple(settings["size"]), settings["frames"]) == ((nano.SIZE, nano.SIZE), nano.FRAMES)
-
-
 def listen(models, words, n, seed=0):
     """The grader's shares right of each new word (n prompts), of all of them pooled, and of old words' attributes (as many prompts as for
     all new words): {suite: {attribute: {"right", "n", "low", "high"}}}, with the 95 % interval."""
@@ -469,7 +460,7 @@ def run_listen(args):
         sides["after"] = Models(args.ckpt, device, dtype, args.lora, args.text_encoder)
         if args.skip_before:
             del sides["before"]
-    if is_nano(next(iter(sides.values())).settings) and not args.prompts:
+    if nano.gradable(next(iter(sides.values())).settings) and not args.prompts:
         words = nano.parse_words(args.words) if args.words else list(nano.NEW_WORDS)
         found = {side: listen(m, words, args.n, args.seed) for side, m in sides.items()}
         for suite, kinds in next(iter(found.values())).items():
@@ -603,7 +594,7 @@ def report(folder, n=20):
         base = encoder_files(checkpoint_dir(flags["ckpt"]))[0]
         rows = [r for r in delta(encoder, base) if r["block"] is not None]
         parts += ["<h2>How far the encoder's weights moved</h2>", heat(rows, lambda r: 100 * r["ratio"], "||dW|| / ||W||, %")] if rows else []
-        prompts = nano.prompts(20, 0) if is_nano(sample.settings(checkpoint_dir(flags["ckpt"]))) else []
+        prompts = nano.prompts(20, 0) if nano.gradable(sample.settings(checkpoint_dir(flags["ckpt"]))) else []
         prompts = [r["prompt"] for r in prompts] or (read_prompts(flags["previews"]) if flags["previews"] else [])
         if prompts:
             found = drift(open_encoder(flags["ckpt"], flags["ckpt"]), open_encoder(encoder, flags["ckpt"]), prompts, flags["keywords"])
@@ -619,7 +610,7 @@ def report(folder, n=20):
     if previews:
         shown = list(dict.fromkeys([previews[0], previews[-1]]))
         parts += ["<h2>Previews</h2>", *(f"<p class=note>{p.stem.replace('_', ' ')}</p>{embedded(p.read_bytes())}" for p in shown)]
-    if n and is_nano(sample.settings(checkpoint_dir(flags["ckpt"]))):
+    if n and nano.gradable(sample.settings(checkpoint_dir(flags["ckpt"]))):
         words = [w for w in (flags.get("keywords") or nano.NEW_WORDS) if w in nano.NEW_WORDS]
         before, after = (listen(Models(flags["ckpt"], "cpu", torch.float32, **c), words, n) for c in ({}, changes))
         rows = [(suite, kind, f"{a['right']:.2f}", f"{after[suite][kind]['right']:.2f}", f"[{after[suite][kind]['low']:.2f}, {after[suite][kind]['high']:.2f}]")

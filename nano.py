@@ -197,6 +197,11 @@ def grade(clip):
             "background": background, "iou": max(scores)}
 
 
+def gradable(settings):
+    """Whether a checkpoint's clips, by its settings, are of the size that the grader reads."""
+    return (tuple(settings["size"]), settings["frames"]) == ((SIZE, SIZE), FRAMES)
+
+
 def wilson(right, n):
     """95 % interval of a proportion (Wilson, 1927)."""
     if not n:
@@ -493,7 +498,7 @@ def table(name, rows, accuracy, graded):
 def evaluate(args):
     """The listening score of a checkpoint, by attribute."""
     models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
-    if (tuple(models.settings["size"]), models.settings["frames"]) != ((SIZE, SIZE), FRAMES):
+    if not gradable(models.settings):
         raise BadInput(f"--ckpt {args.ckpt}: the grader reads the nano world's clips only, {SIZE}x{SIZE} and {FRAMES} frames")
     given = {} if args.guidance is None else {"guidance": (args.guidance,)}
     words = parse_words(args.words)

@@ -141,6 +141,14 @@ def noised(entries, captions, t, generator):
     return Batch(x, t, target, counted, captions)
 
 
+def fixed(items, files, shift, low, high):
+    """(0..3, Batch of one) for each sample at four fixed times, under a noise that its file decides, with its first caption."""
+    for item, file in zip(items, files):
+        g = torch.Generator().manual_seed(int(item.digest[:15], 16))
+        for i, t in enumerate(quantiles_t(4, shift, low, high)):
+            yield i, noised([load(file)[0]], item.captions[:1], t[None], g)
+
+
 class Dataset:
     """The samples of a run, cached, and what each step sees of them. `items` are trained on, `held` are not."""
 
@@ -191,16 +199,16 @@ class Dataset:
             yield noised([load(self.latents[j])[0] for j in indices], captions, t, g), len(indices) / sum(map(len, chosen))
 
     @torch.no_grad()
-    def held_out(self, model, embed, shift, low, high):
-        """Losses (list of 4) of the held-out samples at four fixed times, each under its own fixed noise and first caption: comparable
+    def held_out(self, models, turns, embed):
+        """{name: value} to log for each expert: `held_out`, the mean loss of the held-out samples, and `by_t`, that at each of four times. Comparable
         between runs on the same data, whatever their seeds. embed(captions) -> context (B,S,D), lens (B,)."""
-        total = torch.zeros(4)
-        for item, file in zip(self.held, self.held_latents):
-            g = torch.Generator().manual_seed(int(item.digest[:15], 16))
-            for i, t in enumerate(quantiles_t(4, shift, low, high)):
-                batch = noised([load(file)[0]], item.captions[:1], t[None], g)
+        told = {}
+        for name, (low, high) in turns.items():
+            model, total, tail = models.part(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
+            for i, batch in fixed(self.held, self.held_latents, models.settings["shift"], low, high):
                 total[i] += batch.loss(model, *embed(batch.captions)).item() / len(self.held)
-        return total.tolist()
+            told |= {f"held_out{tail}": sum(total) / 4, f"by_t{tail}": total}
+        return told
 
 
 def state_of(params, opt, guard, ema, device):
@@ -239,6 +247,8 @@ class Previews:
     def write(self, step):
         """Sample with the models as they are now."""
         clips = []
+        for model in self.models.parts.values():
+            model.eval()
         for i, prompt in enumerate(self.prompts):
             z = denoise(self.models, [prompt], [self.seed + i], progress=False)
             clips.append(decode(self.models, z)[0].cpu())

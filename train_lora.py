@@ -115,6 +115,7 @@ def main():
     torch.manual_seed(args.seed)
     opt, guard = adamw(params, args.lr, args.weight_decay), Guard(args.explosion)
     ema = EMA(params, args.ema) if args.ema else None
+    averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
     same |= {"samples": [f.name for f in dataset.latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
     start, state = 0, run.restore(same)
@@ -126,7 +127,7 @@ def main():
         return context.to(args.device), lens.to(args.device)
 
     def save_all(step):
-        with ema.in_place() if ema else contextlib.nullcontext():
+        with averaged():
             for name in turns:
                 if ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
                     hold_to(adapters[name], scale, norms[name], args.delta_cap)
@@ -137,13 +138,10 @@ def main():
     def watch(step, last):
         """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
         told = {}
-        with ema.in_place() if ema else contextlib.nullcontext():
-            for name in turns if dataset.held and (step % args.eval_every == 0 or last) else ():
-                losses = dataset.held_out(models.part(name).eval(), embed, s["shift"], *turns[name])
-                told |= {f"held_out{'' if name == 'dit' else '_' + name}": sum(losses) / 4, f"by_t{'' if name == 'dit' else '_' + name}": losses}
+        with averaged():
+            if dataset.held and (step % args.eval_every == 0 or last):
+                told = dataset.held_out(models, turns, embed)
             if previews.prompts and (step % args.preview_every == 0 or last):
-                for model in models.parts.values():
-                    model.eval()
                 previews.write(step)
         return told
 

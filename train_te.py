@@ -170,13 +170,14 @@ def main():
     torch.manual_seed(args.seed)
     opt, guard = (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay), Guard(args.explosion)
     ema = EMA(params, args.ema) if args.ema else None
+    averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
     start, state = 0, run.restore(same | {"samples": [f.name for f in dataset.latents]})
     if state:
         start = restore(state, params, opt, guard, ema, args.device)
 
     def save_all(step):
-        with ema.in_place() if ema else contextlib.nullcontext():
+        with averaged():
             tensors = dict(trained) if args.save == "delta" else {
                 k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items() if not k.endswith("token_embedding.rows")}
             if ids and args.save == "delta":
@@ -190,10 +191,9 @@ def main():
     def watch(step, last):
         """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
         told = {}
-        with ema.in_place() if ema else contextlib.nullcontext():
-            for name in turns if dataset.held and (step % args.eval_every == 0 or last) else ():
-                losses = dataset.held_out(models.part(name), encoder.encode, s["shift"], *turns[name])
-                told |= {f"held_out{'' if name == 'dit' else '_' + name}": sum(losses) / 4, f"by_t{'' if name == 'dit' else '_' + name}": losses}
+        with averaged():
+            if dataset.held and (step % args.eval_every == 0 or last):
+                told = dataset.held_out(models, turns, encoder.encode)
             if previews.prompts and (step % args.preview_every == 0 or last):
                 previews.embed(encoder)
                 previews.write(step)

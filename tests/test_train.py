@@ -292,8 +292,9 @@ def test_held_out_losses_compare_runs(checkpoints, media, tmp_path):
 def test_cached_text_is_refused_with_the_reason(checkpoints, media, tmp_path):
     run = train("train_te", checkpoints["ti2v"], media, tmp_path / "out", "--cache_text", check=False)
     assert run.returncode == 1 and "bypasses the encoder" in run.stderr
-    train("train_te", checkpoints["ti2v"], media, tmp_path / "out")
-    assert not any("embedding" in load(f)[0] for f in (tmp_path / "out").rglob("*.safetensors") if f.parent.name == "cache")
+    train("train_te", checkpoints["ti2v"], media, tmp_path / "out", "--cache", tmp_path / "cache")
+    kinds = {next(iter(load(f)[0])) for f in (tmp_path / "cache").glob("*.safetensors")}
+    assert kinds == {"latents"}
 
 
 def test_cache_only_fills_the_cache_and_leaves(checkpoints, media, tmp_path):
