@@ -53,7 +53,7 @@ while True:
         {"train_lora": train_lora, "train_te": train_te}[script].main()
         os._exit(0)
     if lives < int(kills):
-        time.sleep(rng.uniform(0.2, 4))
+        time.sleep(rng.uniform(0.2, 3))
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     lives += 1
