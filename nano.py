@@ -342,14 +342,16 @@ def every_clip():
 
 
 def train_tokenizer(file):
-    """A sentencepiece model of the world's captions, with T5's special ids; every letter is in it, so new words can be spelled."""
+    """A sentencepiece model of the world's captions, with T5's special ids. As UMT5's has a piece for most words, this has one for each of
+    the new words, which the base then never reads; every letter is in it, so that others can be spelled."""
     import io
     import sentencepiece
     rng, model = random.Random(0), io.BytesIO()
     lines = [training_caption(sample_attributes(rng), rng) for _ in range(4000)] + ["abcdefghijklmnopqrstuvwxyz", " ".join("abcdefghijklmnopqrstuvwxyz")] * 40
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for line in lines if line]), model_writer=model, vocab_size=256, model_type="unigram", pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+        unk_id=2, bos_id=-1, character_coverage=1.0, user_defined_symbols=["\u2581" + word for word in NEW_WORDS], hard_vocab_limit=False,
+        minloglevel=2)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as tmp:
         tmp.write_bytes(model.getvalue())
