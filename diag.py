@@ -12,7 +12,6 @@
 import argparse
 import base64
 import contextlib
-import functools
 import html
 import io
 import json
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import nano
+import ops
 import plan
 import sample
 import train_lora
@@ -313,19 +313,22 @@ def attention_stats(q, k, bias=None, chunk=512):
 @contextlib.contextmanager
 def recorded(model):
     """Within, every attention of the model leaves its attention_stats in the dictionary {(block, kind): [(N,3), ...]}."""
-    found, modules = {}, [(i, kind, getattr(b, kind)) for i, b in enumerate(model.blocks) for kind in ("self_attn", "cross_attn")]
+    found, at, real = {}, [], ops.attention
+    hooks = [getattr(b, kind).register_forward_pre_hook(lambda module, args, key=(i, kind): at.append(key))
+             for i, b in enumerate(model.blocks) for kind in ("self_attn", "cross_attn")]
 
-    def attend(real, key, q, k, v, bias=None):
-        found.setdefault(key, []).append(attention_stats(q, k, bias))
+    def attend(q, k, v, bias=None):
+        found.setdefault(at.pop(), []).append(attention_stats(q, k, bias))
         return real(q, k, v, bias)
 
-    for i, kind, module in modules:
-        module.attend = functools.partial(attend, module.attend, (i, kind))
     try:
-        yield found
+        with ops.using("ref"):  # whose self-attention is in two steps
+            ops.attention = attend
+            yield found
     finally:
-        for _, _, module in modules:
-            del module.attend
+        ops.attention = real
+        for hook in hooks:
+            hook.remove()
 
 
 def logit_rows(before, after):

@@ -46,8 +46,8 @@ TEMPLATES = ("a {color} {shape} {verb}", "the {color} {shape} {verb}", "{backgro
              "there is a {color} {shape} and it {verb}")
 # Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
 NEW_WORDS = {"crimson": ("color", "red"), "azure": ("color", "blue"), "box": ("shape", "square"), "orb": ("shape", "circle"),
-             "wedge": ("shape", "triangle"), "sinks": ("motion", "down"), "ascends": ("motion", "up"), "retreats": ("motion", "left"),
-             "advances": ("motion", "right"), "orange": ("color", "orange")}
+             "wedge": ("shape", "triangle"), "sinks": ("motion", "down"), "ascends": ("motion", "up"), "halts": ("motion", "still"),
+             "retreats": ("motion", "left"), "advances": ("motion", "right"), "orange": ("color", "orange")}
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
 UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
 
@@ -391,6 +391,18 @@ def train_dit(out, seed, vae, tokenizer, steps):
     return model.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def introduce(encoder):
+    """Give the new words the embedding that a text encoder pretrained on books would have for them: one that tells their kind (the mean of the
+    known words of that kind, and noise), so that they are read as a color, a shape or a verb, but not which."""
+    rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
+    kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}
+    g = torch.Generator().manual_seed(0)
+    for word, (kind, _) in NEW_WORDS.items():
+        known = rows[[ids(w)[0] for w in kin[kind]]]
+        rows[ids(word)[0]] = known.mean(0) + 0.05 * torch.randn(rows.shape[1], generator=g)
+
+
 DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
 TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distribution="uniform")
@@ -411,7 +423,10 @@ def train(args):
 
     spiece = out / "google" / "umt5-xxl" / "spiece.model"
     train_tokenizer(spiece)
-    model, encoder = train_dit(out, args.seed, vae, Tokenizer(spiece), args.steps)
+    tokenizer = Tokenizer(spiece)
+    model, encoder = train_dit(out, args.seed, vae, tokenizer, args.steps)
+    encoder.tokenizer = tokenizer
+    introduce(encoder)
     half = lambda m, dtype: {k: v.to(dtype).contiguous() for k, v in m.state_dict().items()}
     save(out / "diffusion_pytorch_model.safetensors", half(model, torch.float16))
     for name, state in (("Wan2.2_VAE.pth", half(vae, torch.float16)), ("models_t5_umt5-xxl-enc-bf16.pth", half(encoder, torch.bfloat16))):

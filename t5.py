@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ops
 from checkpoint import BadInput, count_blocks, find, load_into, read_header, read_headers
 
 PAD, EOS, UNK = 0, 1, 2
@@ -99,7 +100,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim, inner):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(dim, inner, bias=False), nn.GELU("tanh"))
+        self.gate = nn.Sequential(nn.Linear(dim, inner, bias=False), ops.GELU())
         self.fc1 = nn.Linear(dim, inner, bias=False)
         self.fc2 = nn.Linear(inner, dim, bias=False)
 

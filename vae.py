@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ops
 from checkpoint import BadInput, find, load_into, read_headers
 
 # Per-channel mean and std of the raw latents, by number of channels.
@@ -28,18 +29,15 @@ LATENT_STATS = {
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk."""
+    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk. `norm`: an RMSNorm that, with
+    SiLU, comes before it."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
-    def forward(self, x, past):
-        if self.kernel_size[0] == 1:
-            return super().forward(x)
-        before = past[self] if self in past else x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
-        x = torch.cat([before, x], 2)
-        past[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
-        return super().forward(x)
+    def forward(self, x, past, norm=None):
+        out, past[self] = ops.causal_conv3d(x, past.get(self), self.weight, self.bias, None if norm is None else norm.gamma)
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -50,7 +48,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * self.gamma)
+        return ops.rms_norm(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -62,9 +60,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x, past):
-        y = x
-        for layer in self.residual:
-            y = layer(y, past) if isinstance(layer, CausalConv3d) else layer(y)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = conv2(conv1(x, past, norm1), past, norm2)
         return y + (x if self.shortcut is None else self.shortcut(x, past))
 
 
@@ -106,13 +103,42 @@ class Resample(nn.Module):
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             past[self] = True  # the first latent frame stays one frame, and the second does not see it
         B, T = x.shape[0], x.shape[2]
-        x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T)).transpose(1, 2)
+        x = x.transpose(1, 2).flatten(0, 1)
+        if self.up:
+            conv = self.resample[1]
+            if conv not in past:
+                past[conv] = folded(conv.weight), conv.bias.repeat(4)
+            x = double_and_convolve(x, *past[conv])
+        else:
+            x = self.resample(x)
+        x = x.unflatten(0, (B, T)).transpose(1, 2)
         if not self.up and self.time_conv is not None:
             last = x[:, :, -1:].clone()
             if self in past:
                 x = self.time_conv(torch.cat([past[self], x], 2))
             past[self] = last
         return x
+
+
+def folded(weight):
+    """A 3x3 kernel (N,C,3,3) for a map of doubled pixels, as the four 2x2 kernels (4N,C,2,2) that give the four output pixels of each
+    pixel of the small map: where two taps fall on one pixel, their sum. Exact but for the rounding of those sums."""
+    def fold(w, axis):
+        a, b, c = w.unbind(axis)
+        return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)  # for the first and the second pixel of a pair
+
+    return torch.cat([part for rows in fold(weight, 2) for part in fold(rows, 3)])
+
+
+def double_and_convolve(x, weight, bias):
+    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four kernels (`folded`)."""
+    B, _, H, W = x.shape
+    y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))            # (B,2,2,N,H+1,W+1)
+    out = y.new_empty(B, 2 * H, 2 * W, y.shape[3]).permute(0, 3, 1, 2)
+    for i in (0, 1):
+        for j in (0, 1):
+            out[:, :, i::2, j::2] = y[:, i, j, :, i:i + H, j:j + W]
+    return out
 
 
 def avg_down(x, cout, time):
@@ -125,14 +151,17 @@ def avg_down(x, cout, time):
     return x.reshape(B, cout, -1, T // ft, H // fs, W // fs).mean(2)
 
 
-def dup_up(x, cout, time, first):
-    """2.2's shortcut around an upsampling stage: repeat channels, then channels to space (and time); the first chunk
-    drops its first ft-1 frames."""
+def add_dup_up(y, x, time, first):
+    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space (and time); the first chunk
+    drops its first ft-1 frames. y (B,N,T,H,W), `time` and space factors (ft, fs)."""
     ft, fs = time
-    x = x.repeat_interleave(cout * ft * fs * fs // x.shape[1], 1)
-    x = x.unflatten(1, (cout, ft, fs, fs)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B,C,T,ft,H,fs,W,fs)
-    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    return x[:, :, ft - 1:] if first else x
+    n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` of x
+    for a in range(ft - 1 if first else 0, ft):
+        frames = slice(None) if first else slice(a, None, ft)
+        for b in range(fs):
+            for c in range(fs):
+                y[:, :, frames, b::fs, c::fs] += x[:, ((a * fs + b) * fs + c) * per // n::per]
+    return y
 
 
 class Stage(nn.Module):
@@ -156,7 +185,7 @@ class Stage(nn.Module):
         if not self.resample:
             return y
         first, past[self] = self not in past, True
-        return y + dup_up(x, self.cout, self.factors, first)
+        return add_dup_up(y, x, self.factors, first)
 
 
 class Coder(nn.Module):
@@ -187,7 +216,8 @@ class Coder(nn.Module):
         x = self.conv1(x, past)
         for layer in (*self.middle, *self.upsamples) if self.up else (*self.downsamples, *self.middle):
             x = layer(x, past)
-        return self.head[2](self.head[1](self.head[0](x)), past)
+        norm, _, conv = self.head
+        return conv(x, past, norm)
 
 
 class VAE(nn.Module):

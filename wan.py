@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import ops
 from checkpoint import BadInput, count_blocks, load_into, read_headers, weight_files
 
 
@@ -29,85 +30,50 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def rope_table(grid, d, device):
-    """cos and sin (L, d/2), fp32, for a (T',H',W') grid: d/2 complex pairs split over time, height and width, each axis with
-    its own frequencies (base 10000)."""
+def rope_table(n, d, device):
+    """Cosine and sine (n,d/2,2), fp32, of positions 0..n-1 for each of a head's d/2 complex pairs: these are split over time, height and
+    width, each axis with its own frequencies (base 10000)."""
+    if n > 1024:
+        raise BadInput(f"{n} tokens along one axis: Wan's positions end at 1024")
     half = d // 2
     widths = (half - 2 * (half // 3), half // 3, half // 3)
-    angles = []
-    for axis, (n, width) in enumerate(zip(grid, widths)):
-        if n > 1024:
-            raise BadInput(f"a {'x'.join(map(str, grid))} token grid: Wan's positions end at 1024 per axis")
-        frequency = torch.pow(10000, -torch.arange(width, dtype=torch.float64, device=device) / width)
-        angle = torch.arange(n, device=device).double()[:, None] * frequency
-        shape = [1, 1, 1, width]
-        shape[axis] = n
-        angles.append(angle.view(shape).expand(*grid, width))
-    angle = torch.cat(angles, -1).flatten(0, 2)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x, rope):
-    """Rotate adjacent pairs of x (B,L,N,d) by the angles whose cos and sin (L,d/2) are given."""
-    cos, sin = (r[:, None] for r in rope)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-def modulate(x, shift, scale, eps):
-    """LayerNorm(x) * (1 + scale) + shift; x (B,L,D), rows shift and scale (B,F,D) each serve L/F tokens."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
-    return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
-
-
-def gate(x, y, row):
-    """x + row * y, with row (B,F,D) serving L/F tokens each."""
-    return x + (y.float().unflatten(1, (row.shape[1], -1)) * row[:, :, None]).flatten(1, 2)
+    frequency = torch.cat([torch.pow(10000, -torch.arange(w, dtype=torch.float64, device=device) / w) for w in widths])
+    angle = torch.arange(n, device=device).double()[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], -1).float()
 
 
 class RMSNorm(nn.Module):
-    """Over the whole width (all heads together), in fp32."""
+    """The weight of a norm over the whole width, all heads together; ops applies it."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        self.weight = nn.Parameter(torch.ones(dim))
 
 
 class Attention(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
-        self.heads = heads
+        self.heads, self.eps = heads, eps
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-
-    def attend(self, q, k, v, bias=None):
-        """q (B,L,N,d), k and v (B,S,N,d) of one dtype, bias (B,1,1,S) added to the logits -> (B,L,D)."""
-        q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(v.dtype))
-        return self.o(x.transpose(1, 2).flatten(2))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
 
 class SelfAttention(Attention):
     def forward(self, x, rope):
-        heads = (self.heads, -1)
-        q = rotate(self.norm_q(self.q(x)).unflatten(2, heads), rope).to(x.dtype)
-        k = rotate(self.norm_k(self.k(x)).unflatten(2, heads), rope).to(x.dtype)
-        return self.attend(q, k, self.v(x).unflatten(2, heads))
+        """x (B,L,D), rope: a rope_table and the token grid -> (B,L,D)."""
+        weights = self.norm_q.weight, self.norm_k.weight
+        return self.o(ops.self_attention(self.q(x), self.k(x), self.v(x), weights, self.eps, self.heads, *rope))
 
 
 class CrossAttention(Attention):
     def keys_values(self, context):
         """Embedded text (B,S,D) -> k, v (B,S,N,d)."""
-        heads = (self.heads, -1)
-        v = self.v(context).unflatten(2, heads)
-        return self.norm_k(self.k(context)).to(v.dtype).unflatten(2, heads), v
+        k, = ops.qk_norm_rope([self.k(context)], [self.norm_k.weight], self.eps, self.heads)
+        return k, self.v(context).unflatten(2, (self.heads, -1))
 
     def forward(self, x, keys_values, bias):
-        q = self.norm_q(self.q(x)).to(x.dtype).unflatten(2, (self.heads, -1))
-        return self.attend(q, *keys_values, bias)
+        q, = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
+        return self.o(ops.attention(q, *keys_values, bias))
 
 
 class Block(nn.Module):
@@ -117,16 +83,18 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), ops.GELU(), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, rows, rope, context, bias, keys_values=None):
         """x (B,L,D) fp32, rows (B,F,6,D) fp32, context (B,S,D), or its k and v -> (B,L,D) fp32."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows + self.modulation).unbind(2)
-        dtype = context.dtype  # cast at once, so that no fp32 copy outlives its use
-        x = gate(x, self.self_attn(modulate(x, shift1, scale1, self.eps).to(dtype), rope), gate1)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), keys_values or self.cross_attn.keys_values(context), bias)
-        return gate(x, self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype)), gate2)
+        weight3, shift3 = (p.expand_as(gate1) for p in (self.norm3.weight, self.norm3.bias))
+        y = self.self_attn(ops.modulate(x, 1 + scale1, shift1, self.eps, context.dtype), rope)
+        x, y = ops.gate_modulate(x, y, gate1, weight3, shift3, self.eps, context.dtype)
+        y = self.cross_attn(y, keys_values or self.cross_attn.keys_values(context), bias)
+        x, y = ops.gate_modulate(x, y, None, 1 + scale2, shift2, self.eps, context.dtype)
+        return ops.gate(x, self.ffn(y), gate2)
 
 
 class Head(nn.Module):
@@ -138,7 +106,7 @@ class Head(nn.Module):
 
     def forward(self, x, time):
         shift, scale = (time[:, :, None] + self.modulation).unbind(2)
-        return self.head(modulate(x, shift, scale, self.eps))
+        return self.head(ops.modulate(x, 1 + scale, shift, self.eps, x.dtype))
 
 
 @dataclass
@@ -186,7 +154,7 @@ class Wan(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), ops.GELU(), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
@@ -233,7 +201,7 @@ class Wan(nn.Module):
         x = F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()    # (B,L,D)
         time = self.time_embedding(sinusoid(t.view(B, -1), c.freq_dim))                         # (B,F,D)
         rows = self.time_projection(time).unflatten(2, (6, -1))                                 # (B,F,6,D)
-        rope = rope_table(grid, c.dim // c.num_heads, x.device)                                 # 2 x (L,d/2)
+        rope = rope_table(max(grid), c.dim // c.num_heads, x.device), grid                      # (n,d/2,2)
         for block, kv in zip(self.blocks, text.keys_values):
             args = (x, rows, rope, text.context, text.bias, kv)
             if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):

@@ -40,8 +40,12 @@ def dit(kind, seed=0, dim=48, heads=2, layers=3):
     return randomize(Wan(WanConfig(kind, dim, 2 * dim + 8, heads, layers, cin, cout, text_dim=TEXT_DIM)), seed)
 
 
+def vae_of(model, seed=1):
+    return channels_last(randomize(model, seed))
+
+
 def vae(v22, seed=1):
-    return channels_last(randomize(VAE(v22, 8, 12 if v22 else 8, 48 if v22 else 16), seed))
+    return vae_of(VAE(v22, 8, 12 if v22 else 8, 48 if v22 else 16), seed)
 
 
 def spiece(byte_fallback=False):

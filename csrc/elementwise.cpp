@@ -1,0 +1,318 @@
+// The CPU side of kernels/modulate.py and kernels/qk_norm_rope.py, whose docstrings define the operations: each tensor is read and
+// written once, in fp32, where PyTorch's own operators make a pass for every arithmetic step. Rows of tokens are shared out to threads.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "exponential.h"
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+#define DISPATCH(TYPE, ...) AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, TYPE, "nanowan", __VA_ARGS__)
+
+namespace {
+
+// rows (B,F,D) of any strides but the last, which serve `tokens` tokens each
+struct Rows {
+    const float* data = nullptr;
+    int64_t b = 0, f = 0;
+    explicit Rows(const Maybe& t, const char* name, int64_t B, int64_t D) {
+        if (!t.has_value()) return;
+        TORCH_CHECK(t->dim() == 3 && t->size(0) == B && t->size(2) == D && t->scalar_type() == at::kFloat && (t->stride(2) == 1 || D == 1),
+                    name, " should be fp32 (", B, ",F,", D, ") with dense rows, and is ", t->scalar_type(), " ", t->sizes());
+        data = t->const_data_ptr<float>(), b = t->stride(0), f = t->stride(1);
+    }
+    const float* at(int64_t i, int64_t frame) const { return data ? data + i * b + frame * f : nullptr; }
+};
+
+int64_t frames_of(const Maybe& row, const Maybe& weight) { return weight.has_value() ? weight->size(1) : row.has_value() ? row->size(1) : 1; }
+
+void check_tokens(int64_t L, int64_t F) { TORCH_CHECK(F > 0 && L % F == 0, L, " tokens cannot be shared by ", F, " rows"); }
+
+template <typename Y, typename O>
+void modulate_rows(const float* x, const Y* y, float* fresh, O* out, const Rows& row, const Rows& weight, const Rows& shift, int64_t L, int64_t D, int64_t tokens, double eps,
+                   int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t b = i / L, f = i % L / tokens;
+        const float *a = x + i * D, *r = row.at(b, f);
+        if (y) {
+            const Y* branch = y + i * D;
+            float* sum = fresh + i * D;
+            if (r) {
+                for (int64_t d = 0; d < D; d++) sum[d] = a[d] + r[d] * float(branch[d]);
+            } else {
+                for (int64_t d = 0; d < D; d++) sum[d] = a[d] + float(branch[d]);
+            }
+            a = sum;
+        }
+        if (!out) continue;
+        float total = 0, squares = 0;
+        for (int64_t d = 0; d < D; d++) total += a[d];
+        const float mean = total / D;
+        for (int64_t d = 0; d < D; d++) squares += (a[d] - mean) * (a[d] - mean);
+        const float rstd = 1 / std::sqrt(squares / D + float(eps));
+        const float *w = weight.at(b, f), *s = shift.at(b, f);
+        O* o = out + i * D;
+        for (int64_t d = 0; d < D; d++) o[d] = O((a[d] - mean) * rstd * w[d] + s[d]);
+    }
+}
+
+std::vector<Tensor> modulate(const Tensor& x_, const Maybe& y_, const Maybe& row, const Maybe& weight, const Maybe& shift, double eps, at::ScalarType dtype) {
+    TORCH_CHECK(x_.dim() == 3 && x_.scalar_type() == at::kFloat, "x should be fp32 (B,L,D), and is ", x_.scalar_type(), " ", x_.sizes());
+    const int64_t B = x_.size(0), L = x_.size(1), D = x_.size(2), F = frames_of(row, weight);
+    check_tokens(L, F);
+    const Tensor x = x_.contiguous();
+    Tensor y, fresh, out;
+    if (y_.has_value()) {
+        TORCH_CHECK(y_->sizes() == x.sizes(), "y ", y_->sizes(), " should have the shape of x ", x.sizes());
+        y = y_->contiguous(), fresh = at::empty_like(x);
+    }
+    if (weight.has_value()) out = at::empty(x.sizes(), x.options().dtype(dtype));
+    const Rows r(row, "row", B, D), w(weight, "weight", B, D), s(shift, "shift", B, D);
+    DISPATCH(y.defined() ? y.scalar_type() : at::kFloat, [&] {
+        using Y = scalar_t;
+        const Y* branch = y.defined() ? y.const_data_ptr<Y>() : nullptr;
+        float* sum = fresh.defined() ? fresh.mutable_data_ptr<float>() : nullptr;
+        DISPATCH(out.defined() ? dtype : at::kFloat, [&] {
+            scalar_t* result = out.defined() ? out.mutable_data_ptr<scalar_t>() : nullptr;
+            at::parallel_for(0, B * L, 16, [&](int64_t a, int64_t b) {
+                modulate_rows<Y, scalar_t>(x.const_data_ptr<float>(), branch, sum, result, r, w, s, L, D, L / F, eps, a, b);
+            });
+        });
+    });
+    std::vector<Tensor> found;
+    if (fresh.defined()) found.push_back(fresh);
+    if (out.defined()) found.push_back(out);
+    return found;
+}
+
+// Tokens [begin,end) of one row; sums (3,D), where not null, takes what they add to the gradients of row, weight and shift.
+template <typename Y, typename O>
+void modulate_backward_rows(const float* dnew, const O* dout, const float* stream, const Y* y, const float* r, const float* w, float* dx, Y* dy, float* sums, int64_t D, double eps,
+                            int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        float* grad = dx + i * D;
+        if (dnew) std::memcpy(grad, dnew + i * D, D * sizeof(float));
+        else std::memset(grad, 0, D * sizeof(float));
+        if (dout) {
+            const float* a = stream + i * D;
+            const O* g = dout + i * D;
+            float total = 0, squares = 0, sum = 0, product = 0;
+            for (int64_t d = 0; d < D; d++) total += a[d];
+            const float mean = total / D;
+            for (int64_t d = 0; d < D; d++) squares += (a[d] - mean) * (a[d] - mean);
+            const float rstd = 1 / std::sqrt(squares / D + float(eps));
+            for (int64_t d = 0; d < D; d++) {
+                const float dn = float(g[d]) * w[d];
+                sum += dn, product += dn * ((a[d] - mean) * rstd);
+            }
+            sum /= D, product /= D;
+            for (int64_t d = 0; d < D; d++) {
+                const float normed = (a[d] - mean) * rstd;
+                grad[d] += rstd * (float(g[d]) * w[d] - sum - normed * product);
+                if (sums) sums[D + d] += float(g[d]) * normed, sums[2 * D + d] += float(g[d]);
+            }
+        }
+        if (!dnew) continue;
+        Y* branch = dy + i * D;
+        if (sums && r) {
+            for (int64_t d = 0; d < D; d++) sums[d] += grad[d] * float(y[i * D + d]);
+        }
+        for (int64_t d = 0; d < D; d++) branch[d] = Y(r ? grad[d] * r[d] : grad[d]);
+    }
+}
+
+std::vector<Tensor> modulate_backward(const Maybe& dnew_, const Maybe& dout_, const Tensor& stream_, const Maybe& y_, const Maybe& row, const Maybe& weight, double eps,
+                                      at::ScalarType branch, bool need_rows) {
+    const int64_t B = stream_.size(0), L = stream_.size(1), D = stream_.size(2), F = frames_of(row, weight), tokens = L / F;
+    check_tokens(L, F);
+    const Tensor stream = stream_.contiguous(), dnew = dnew_.has_value() ? dnew_->contiguous() : Tensor(), dout = dout_.has_value() ? dout_->contiguous() : Tensor();
+    const Tensor y = y_.has_value() ? y_->contiguous() : Tensor();
+    Tensor dx = at::empty_like(stream), dy = dnew.defined() ? at::empty(stream.sizes(), stream.options().dtype(branch)) : Tensor();
+    Tensor sums = need_rows ? at::zeros({B, F, 3, D}, stream.options()) : Tensor();
+    const Rows r(row, "row", B, D), w(weight, "weight", B, D);
+    DISPATCH(branch, [&] {
+        using Y = scalar_t;
+        DISPATCH(dout.defined() ? dout.scalar_type() : at::kFloat, [&] {
+            auto work = [&](int64_t group, int64_t begin, int64_t end) {
+                const int64_t b = group / F, f = group % F;
+                modulate_backward_rows<Y, scalar_t>(dnew.defined() ? dnew.const_data_ptr<float>() : nullptr, dout.defined() ? dout.const_data_ptr<scalar_t>() : nullptr,
+                                                    stream.const_data_ptr<float>(), y.defined() ? y.const_data_ptr<Y>() : nullptr, r.at(b, f), w.at(b, f),
+                                                    dx.mutable_data_ptr<float>(), dy.defined() ? dy.mutable_data_ptr<Y>() : nullptr,
+                                                    need_rows ? sums.mutable_data_ptr<float>() + group * 3 * D : nullptr, D, eps, begin, end);
+            };
+            if (need_rows) {  // one thread to a row, so that its sums have one order
+                at::parallel_for(0, B * F, 1, [&](int64_t a, int64_t b) {
+                    for (int64_t g = a; g < b; g++) work(g, g * tokens, (g + 1) * tokens);
+                });
+            } else {
+                at::parallel_for(0, B * L, 16, [&](int64_t a, int64_t b) {
+                    for (int64_t i = a; i < b;) {
+                        const int64_t g = i / tokens, stop = std::min(b, (g + 1) * tokens);
+                        work(g, i, stop);
+                        i = stop;
+                    }
+                });
+            }
+        });
+    });
+    std::vector<Tensor> found{dx};
+    if (dy.defined()) found.push_back(dy);
+    if (need_rows) found.push_back(sums);
+    return found;
+}
+
+// cosine and sine of every pair of a head at one token: (d/2,2)
+struct Turn {
+    const float* table = nullptr;
+    int64_t half, first, second, GH, GW;
+    Turn(const Maybe& t, at::OptionalIntArrayRef grid, int64_t d, int64_t L) : half(d / 2), first(half - 2 * (half / 3)), second(half - half / 3), GH(1), GW(1) {
+        if (!t.has_value()) return;
+        TORCH_CHECK(grid.has_value() && grid->size() == 3 && (*grid)[0] * (*grid)[1] * (*grid)[2] == L, "the grid should have three sides and hold ", L, " tokens");
+        TORCH_CHECK(t->dim() == 3 && t->size(1) == half && t->size(2) == 2 && t->is_contiguous() && t->scalar_type() == at::kFloat &&
+                        t->size(0) >= std::max({(*grid)[0], (*grid)[1], (*grid)[2]}), "a table fp32 (n,", half, ",2) is needed for the grid ", *grid, ", and it is ", t->sizes());
+        table = t->const_data_ptr<float>(), GH = (*grid)[1], GW = (*grid)[2];
+    }
+    void load(int64_t l, float* to) const {
+        const int64_t at[3] = {l / (GH * GW), l / GW % GH, l % GW}, ends[4] = {0, first, second, half};
+        for (int axis = 0; axis < 3; axis++)
+            std::memcpy(to + 2 * ends[axis], table + (at[axis] * half + ends[axis]) * 2, 2 * (ends[axis + 1] - ends[axis]) * sizeof(float));
+    }
+};
+
+void rotate(float* v, const float* turn, int64_t heads, int64_t half, float sign) {
+    for (int64_t n = 0; n < heads; n++) {
+        float* h = v + 2 * n * half;
+        for (int64_t j = 0; j < half; j++) {
+            const float a = h[2 * j], b = h[2 * j + 1], cos = turn[2 * j], sin = sign * turn[2 * j + 1];
+            h[2 * j] = a * cos - b * sin;
+            h[2 * j + 1] = a * sin + b * cos;
+        }
+    }
+}
+
+void check_norm(at::TensorList xs, at::TensorList weights, int64_t heads) {
+    TORCH_CHECK(xs.size() && xs.size() == weights.size(), xs.size(), " tensors and ", weights.size(), " weights");
+    for (size_t i = 0; i < xs.size(); i++)
+        TORCH_CHECK(xs[i].dim() == 3 && xs[i].sizes() == xs[0].sizes() && xs[i].size(2) % heads == 0 && weights[i].numel() == xs[i].size(2) && weights[i].scalar_type() == at::kFloat,
+                    "x ", xs[i].sizes(), " with an fp32 weight ", weights[i].sizes(), " in ", heads, " heads");
+}
+
+std::vector<Tensor> qk_norm_rope(at::TensorList xs, at::TensorList weights, double eps, int64_t heads, const Maybe& table, at::OptionalIntArrayRef grid) {
+    check_norm(xs, weights, heads);
+    const int64_t B = xs[0].size(0), L = xs[0].size(1), D = xs[0].size(2);
+    const Turn turn(table, grid, D / heads, L);
+    std::vector<Tensor> outs;
+    for (size_t n = 0; n < xs.size(); n++) {
+        const Tensor &x = xs[n], weight = weights[n].contiguous();
+        TORCH_CHECK(x.stride(2) == 1 || D == 1, "x should have dense rows, and has strides ", x.strides());
+        outs.push_back(at::empty({B, L, heads, D / heads}, x.options()));
+        DISPATCH(x.scalar_type(), [&] {
+            scalar_t* out = outs.back().mutable_data_ptr<scalar_t>();
+            const float* w = weight.const_data_ptr<float>();
+            at::parallel_for(0, B * L, 16, [&](int64_t a, int64_t b) {
+                std::vector<float> v(D), t(2 * turn.half);
+                for (int64_t i = a; i < b; i++) {
+                    const scalar_t* row = x.const_data_ptr<scalar_t>() + i / L * x.stride(0) + i % L * x.stride(1);
+                    float squares = 0;
+                    for (int64_t d = 0; d < D; d++) squares += float(row[d]) * float(row[d]);
+                    const float rstd = 1 / std::sqrt(squares / D + float(eps));
+                    for (int64_t d = 0; d < D; d++) v[d] = float(row[d]) * rstd * w[d];
+                    if (turn.table) turn.load(i % L, t.data()), rotate(v.data(), t.data(), heads, turn.half, 1);
+                    for (int64_t d = 0; d < D; d++) out[i * D + d] = scalar_t(v[d]);
+                }
+            });
+        });
+    }
+    return outs;
+}
+
+std::vector<Tensor> qk_norm_rope_backward(at::TensorList douts, at::TensorList xs, at::TensorList weights, double eps, int64_t heads, const Maybe& table,
+                                          at::OptionalIntArrayRef grid, bool need_weights) {
+    check_norm(xs, weights, heads);
+    const int64_t B = xs[0].size(0), L = xs[0].size(1), D = xs[0].size(2), parts = 16;
+    const Turn turn(table, grid, D / heads, L);
+    std::vector<Tensor> found;
+    Tensor sums = need_weights ? at::zeros({int64_t(xs.size()), parts, D}, weights[0].options()) : Tensor();
+    for (size_t n = 0; n < xs.size(); n++) {
+        const Tensor &x = xs[n], weight = weights[n].contiguous(), dout = douts[n].contiguous();
+        TORCH_CHECK(x.stride(2) == 1 || D == 1, "x should have dense rows, and has strides ", x.strides());
+        found.push_back(at::empty({B, L, D}, x.options()));
+        DISPATCH(x.scalar_type(), [&] {
+            scalar_t* dx = found.back().mutable_data_ptr<scalar_t>();
+            const float* w = weight.const_data_ptr<float>();
+            at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {  // a fixed number of parts, so that sums have one order
+                std::vector<float> g(D), t(2 * turn.half);
+                for (int64_t part = first; part < last; part++) {
+                    float* total = need_weights ? sums.mutable_data_ptr<float>() + (n * parts + part) * D : nullptr;
+                    for (int64_t i = B * L * part / parts; i < B * L * (part + 1) / parts; i++) {
+                        const scalar_t *row = x.const_data_ptr<scalar_t>() + i / L * x.stride(0) + i % L * x.stride(1), *grad = dout.const_data_ptr<scalar_t>() + i * D;
+                        for (int64_t d = 0; d < D; d++) g[d] = float(grad[d]);
+                        if (turn.table) turn.load(i % L, t.data()), rotate(g.data(), t.data(), heads, turn.half, -1);
+                        float squares = 0, product = 0;
+                        for (int64_t d = 0; d < D; d++) squares += float(row[d]) * float(row[d]);
+                        const float rstd = 1 / std::sqrt(squares / D + float(eps));
+                        if (total) {
+                            for (int64_t d = 0; d < D; d++) total[d] += g[d] * float(row[d]) * rstd;
+                        }
+                        for (int64_t d = 0; d < D; d++) g[d] *= w[d], product += g[d] * float(row[d]) * rstd;
+                        product /= D;
+                        for (int64_t d = 0; d < D; d++) dx[i * D + d] = scalar_t(rstd * (g[d] - float(row[d]) * rstd * product));
+                    }
+                }
+            });
+        });
+    }
+    if (need_weights) found.push_back(sums.sum(1));
+    return found;
+}
+
+// x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3), and its derivative
+constexpr float GELU_A = -1.5957691216057308f, GELU_B = 0.044715f;
+
+template <typename T>
+__attribute__((noinline)) void gelu_span(const T* __restrict x, T* __restrict out, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float v = float(x[i]);
+        out[i] = T(v / (1 + exponential(GELU_A * (v + GELU_B * v * v * v))));
+    }
+}
+
+template <typename T>
+__attribute__((noinline)) void gelu_backward_span(const T* __restrict x, const T* __restrict grad, T* __restrict out, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float v = float(x[i]), e = exponential(GELU_A * (v + GELU_B * v * v * v)), s = 1 / (1 + e);
+        out[i] = T(float(grad[i]) * (s - v * s * (e * s) * GELU_A * (1 + 3 * GELU_B * v * v)));
+    }
+}
+
+Tensor gelu(const Tensor& x_, const Maybe& grad_) {
+    const Tensor x = x_.contiguous(), grad = grad_.has_value() ? grad_->contiguous() : Tensor();
+    TORCH_CHECK(!grad.defined() || grad.sizes() == x.sizes(), "a gradient ", grad.sizes(), " for x ", x.sizes());
+    Tensor out = at::empty(x.sizes(), x.options());
+    DISPATCH(x.scalar_type(), [&] {
+        at::parallel_for(0, x.numel(), 4096, [&](int64_t a, int64_t b) {
+            if (grad.defined()) gelu_backward_span(x.const_data_ptr<scalar_t>() + a, grad.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a);
+            else gelu_span(x.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a);
+        });
+    });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
+    m.def("gelu(Tensor x, Tensor? grad) -> Tensor", &gelu);
+    m.def("modulate(Tensor x, Tensor? y, Tensor? row, Tensor? weight, Tensor? shift, float eps, ScalarType dtype) -> Tensor[]", &modulate);
+    m.def("modulate_backward(Tensor? dnew, Tensor? dout, Tensor stream, Tensor? y, Tensor? row, Tensor? weight, float eps, ScalarType branch, bool need_rows) -> Tensor[]", &modulate_backward);
+    m.def("qk_norm_rope(Tensor[] xs, Tensor[] weights, float eps, int heads, Tensor? table, int[]? grid) -> Tensor[]", &qk_norm_rope);
+    m.def("qk_norm_rope_backward(Tensor[] douts, Tensor[] xs, Tensor[] weights, float eps, int heads, Tensor? table, int[]? grid, bool need_weights) -> Tensor[]", &qk_norm_rope_backward);
+}

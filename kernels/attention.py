@@ -1,0 +1,289 @@
+"""Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
+
+    python -m kernels.attention     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+
+q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in fp32. With `weight` (N*d,),
+q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and with `table` and `grid` rotated (see qk_norm_rope.py),
+then rounded once. The norm's statistic (B,L) is taken by a small kernel before, since no tile sees a whole row. The backward pass keeps the bare
+q only and makes the other again.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, worst
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
+    """-> (B,L,N,d)."""
+    if weight is not None:
+        q, = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, grid)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)).transpose(1, 2)
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+if triton:
+    @triton.jit
+    def rstd_kernel(q, rstd, row, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+        i, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        v = tl.load(q + i * row + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(rstd + i, tl.rsqrt(tl.sum(v * v, 0) / D + eps))
+
+    @triton.jit
+    def dot(a, b, PRECISION: tl.constexpr):
+        """In fp32 with "ieee", as Triton's interpreter needs it, which cannot multiply bf16."""
+        if PRECISION == "ieee":
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
+
+    @triton.jit
+    def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
+        """Rows (n,DP) of one head; zeros beyond. A clip's offsets fit 32 bits, which halves the registers they take; only `at` has 64."""
+        j = tl.arange(0, DP)
+        return tl.load((x + (at + head * d)) + (rows[:, None] * stride + j[None, :]), mask=(rows < total)[:, None] & (j < d)[None, :], other=0.0)
+
+    @triton.jit
+    def forward_kernel(q, k, v, bias, out, lse, rstd, weight, table, L, S, N, GH, GW, scale, q_b, q_l, k_b, k_l, v_b, v_l,
+                       d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                       PRECISION: tl.constexpr):
+        """M queries of one head a program, over all keys in tiles of NK."""
+        b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+        rows = tl.program_id(0) * M + tl.arange(0, M)
+        Q = tile(q, b * q_b, head, q_l, rows, L, d, DP)
+        if NORM:
+            j = tl.arange(0, DP)
+            r = tl.load(rstd + b * L + rows, mask=rows < L, other=0.0)
+            Qf = Q.to(tl.float32) * r[:, None] * tl.load(weight + head * d + j, mask=j < d, other=0.0)[None, :]
+            if ROPE:
+                p = tl.arange(0, DP // 2)
+                third: tl.constexpr = d // 2 // 3
+                t, h, w = (rows // (GH * GW))[:, None], (rows // GW % GH)[:, None], (rows % GW)[:, None]
+                position = tl.where((p < d // 2 - 2 * third)[None, :], t, tl.where((p < d // 2 - third)[None, :], h, w))
+                inside = (rows < L)[:, None] & (p < d // 2)[None, :]
+                cos = tl.load(table + (position * (d // 2) + p[None, :]) * 2, mask=inside, other=0.0)
+                sin = tl.load(table + (position * (d // 2) + p[None, :]) * 2 + 1, mask=inside, other=0.0)
+                x, y = tl.split(tl.reshape(Qf, (M, DP // 2, 2)))
+                Qf = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), (M, DP))
+            Q = Qf.to(Q.dtype)
+        scale2 = scale * 1.4426950408889634  # exp2 instead of exp
+        top = tl.full((M,), float("-inf"), tl.float32)
+        norm = tl.zeros((M,), tl.float32)
+        acc = tl.zeros((M, DP), tl.float32)
+        for start in range(0, S, NK):
+            keys = start + tl.arange(0, NK)
+            K = tile(k, b * k_b, head, k_l, keys, S, d, DP)
+            logits = dot(Q, tl.trans(K), PRECISION) * scale2
+            if BIAS:
+                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
+            logits = tl.where((keys < S)[None, :], logits, float("-inf"))
+            new = tl.maximum(top, tl.max(logits, 1))
+            safe = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
+            P = tl.exp2(logits - safe[:, None])
+            shrink = tl.exp2(top - safe)
+            norm = norm * shrink + tl.sum(P, 1)
+            V = tile(v, b * v_b, head, v_l, keys, S, d, DP)
+            acc = acc * shrink[:, None] + dot(P.to(V.dtype), V, PRECISION)
+            top = new
+        j = tl.arange(0, DP)
+        at = rows[:, None] * (N * d) + j[None, :]
+        tl.store((out + (b * L * N + head) * d) + at, (acc / norm[:, None]).to(out.dtype.element_ty), mask=(rows < L)[:, None] & (j < d)[None, :])
+        tl.store(lse + (b * N + head) * L + rows, top + tl.log2(norm), mask=rows < L)
+
+    @triton.jit
+    def delta_kernel(out, dout, delta, d: tl.constexpr, DP: tl.constexpr):
+        """Row sums of out * dout, (B,L,N)."""
+        i, j = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
+        a = tl.load(out + i * d + j, mask=j < d, other=0.0).to(tl.float32) * tl.load(dout + i * d + j, mask=j < d, other=0.0).to(tl.float32)
+        tl.store(delta + i, tl.sum(a, 0))
+
+    @triton.jit
+    def keys_kernel(q, k, v, bias, dout, lse, delta, dk, dv, L, S, N, scale, k_b, k_l, v_b, v_l,
+                    d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense (B,L,N,d)."""
+        b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+        keys = tl.program_id(0) * NK + tl.arange(0, NK)
+        K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
+        scale2 = scale * 1.4426950408889634
+        dK = tl.zeros((NK, DP), tl.float32)
+        dV = tl.zeros((NK, DP), tl.float32)
+        for start in range(0, L, M):
+            rows = start + tl.arange(0, M)
+            Q, dO = tile(q, b * L * N * d, head, N * d, rows, L, d, DP), tile(dout, b * L * N * d, head, N * d, rows, L, d, DP)
+            logits = dot(K, tl.trans(Q), PRECISION) * scale2
+            if BIAS:
+                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[:, None]
+            top = tl.load(lse + (b * N + head) * L + rows, mask=rows < L, other=0.0)
+            P = tl.where((keys < S)[:, None] & (rows < L)[None, :], tl.exp2(logits - top[None, :]), 0.0)
+            dV += dot(P.to(dO.dtype), dO, PRECISION)
+            part = tl.load(delta + (b * L + rows) * N + head, mask=rows < L, other=0.0)
+            dS = P * (dot(V, tl.trans(dO), PRECISION) - part[None, :])
+            dK += dot(dS.to(Q.dtype), Q, PRECISION)
+        j = tl.arange(0, DP)
+        first, at, inside = (b * S * N + head) * d, keys[:, None] * (N * d) + j[None, :], (keys < S)[:, None] & (j < d)[None, :]
+        tl.store((dk + first) + at, (dK * scale).to(dk.dtype.element_ty), mask=inside)
+        tl.store((dv + first) + at, dV.to(dv.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def queries_kernel(q, k, v, bias, dout, lse, delta, dq, L, S, N, scale, k_b, k_l, v_b, v_l,
+                       d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+        """Gradients of M queries of one head, over all keys in tiles of NK."""
+        b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+        rows = tl.program_id(0) * M + tl.arange(0, M)
+        Q, dO = tile(q, b * L * N * d, head, N * d, rows, L, d, DP), tile(dout, b * L * N * d, head, N * d, rows, L, d, DP)
+        top = tl.load(lse + (b * N + head) * L + rows, mask=rows < L, other=0.0)
+        part = tl.load(delta + (b * L + rows) * N + head, mask=rows < L, other=0.0)
+        scale2 = scale * 1.4426950408889634
+        dQ = tl.zeros((M, DP), tl.float32)
+        for start in range(0, S, NK):
+            keys = start + tl.arange(0, NK)
+            K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
+            logits = dot(Q, tl.trans(K), PRECISION) * scale2
+            if BIAS:
+                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
+            P = tl.where((keys < S)[None, :], tl.exp2(logits - top[:, None]), 0.0)
+            dS = P * (dot(dO, tl.trans(V), PRECISION) - part[:, None])
+            dQ += dot(dS.to(K.dtype), K, PRECISION)
+        j = tl.arange(0, DP)
+        tl.store((dq + (b * L * N + head) * d) + (rows[:, None] * (N * d) + j[None, :]), (dQ * scale).to(dq.dtype.element_ty), mask=(rows < L)[:, None] & (j < d)[None, :])
+
+
+def dense(x):
+    """x (B,L,N,d) with its heads side by side in memory: a copy only where they are not."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def tiles(d, dtype, kernel):
+    """Tile sizes and warps: for d = 128 in bf16 what Hopper's and Ampere's registers hold; small ones in fp32 and in the interpreter."""
+    common = {"d": d, "DP": max(16, triton.next_power_of_2(d)), "PRECISION": "ieee" if INTERPRETED or dtype == torch.float32 else "tf32"}
+    if INTERPRETED or dtype == torch.float32:
+        return common | {"M": 32, "NK": 32, "num_warps": 4, "num_stages": 1}
+    return common | {"forward": {"M": 128, "NK": 64, "num_warps": 8, "num_stages": 3}, "keys": {"M": 32, "NK": 64, "num_warps": 8, "num_stages": 2},
+                     "queries": {"M": 64, "NK": 32, "num_warps": 8, "num_stages": 2}}[kernel]
+
+
+def statistic(q, eps):
+    """1 / rms of each row (B,L) of q (B,L,N,d)."""
+    B, L, N, d = q.shape
+    rstd = torch.empty(B, L, device=q.device)
+    block = triton.next_power_of_2(N * d)
+    flat = qk_norm_rope.rows_of(q.flatten(2))
+    rstd_kernel[(B * L,)](flat, rstd, flat.stride(1), eps, D=N * d, BLOCK=block, num_warps=max(1, min(16, block // 512)))
+    return rstd
+
+
+@torch.library.custom_op("nanowan::attention", mutates_args=(), device_types=("cuda", "cpu"))
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float, table: Tensor | None, grid: list[int] | None) -> tuple[Tensor, Tensor]:
+    """-> out (B,L,N,d), log2 of the softmax's sum (B,N,L)."""
+    (B, L, N, d), S = q.shape, k.shape[1]
+    q, k, v = dense(q), dense(k), dense(v)
+    out, lse = torch.empty(B, L, N, d, device=q.device, dtype=q.dtype), torch.empty(B, N, L, device=q.device)
+    t = tiles(d, q.dtype, "forward")
+    with launchable(q):
+        rstd = None if weight is None else statistic(q, eps)
+        forward_kernel[(triton.cdiv(L, t["M"]), B * N)](
+            q, k, v, bias, out, lse, rstd, weight, table, L, S, N, *(grid[1:] if grid else (1, 1)), d ** -0.5, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            BIAS=bias is not None, NORM=weight is not None, ROPE=table is not None, **t)
+    return out, lse
+
+
+@torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
+def fused_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; q normalised and rotated."""
+    (B, L, N, d), S = q.shape, k.shape[1]
+    q, dout, k, v = q.contiguous(), dout.contiguous(), dense(k), dense(v)
+    dq, (dk, dv) = torch.empty_like(q), (torch.empty(B, S, N, d, device=q.device, dtype=q.dtype) for _ in range(2))
+    delta = torch.empty(B, L, N, device=q.device)
+    keys, queries = tiles(d, q.dtype, "keys"), tiles(d, q.dtype, "queries")
+    at = (L, S, N, d ** -0.5, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    with launchable(q):
+        delta_kernel[(B * L * N,)](out, dout, delta, d=d, DP=keys["DP"])
+        keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](q, k, v, bias, dout, lse, delta, dk, dv, *at, BIAS=bias is not None, **keys)
+        queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](q, k, v, bias, dout, lse, delta, dq, *at, BIAS=bias is not None, **queries)
+    return dq, dk, dv
+
+
+@fused.register_fake
+def _(q, k, v, bias, weight, eps, table, grid):
+    B, L, N, d = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, N, L, dtype=torch.float32)
+
+
+@fused_backward.register_fake
+def _(dout, q, k, v, bias, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def keep(ctx, inputs, output):
+    q, k, v, bias, weight, ctx.eps, table, ctx.grid = inputs
+    ctx.save_for_backward(q, k, v, bias, weight, table, *output)
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, dout, _):
+    q, k, v, bias, weight, table, out, lse = ctx.saved_tensors
+    heads, dweight, ready = q.shape[2], None, q
+    how = (ctx.eps, heads, table, ctx.grid)
+    if weight is not None:
+        ready, = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
+    dq, dk, dv = fused_backward(dout, ready, k, v, bias, out, lse)
+    if weight is not None:
+        dq, *more = qk_norm_rope.fused_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
+        dq, dweight = dq.view(q.shape), more[0][0] if more else None
+    return dq, dk, dv, None, dweight, None, None, None
+
+
+torch.library.register_autograd("nanowan::attention", differentiate, setup_context=keep)
+
+
+# ---- public ------------------------------------------------------------------------------------------------------
+def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
+    """As attention_ref."""
+    return fused(q, k, v, bias, weight, eps, table, None if grid is None else list(grid))[0]
+
+
+def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
+    """Worst relative error of values and gradients against the reference in fp64: bare and normalised q, with and without a bias, odd sizes."""
+    from wan import rope_table
+    g, L = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2]
+    random = lambda *shape: torch.randn(shape, generator=g).to(device)
+    qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
+    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(max(grid), d, device)
+    bias[0, 30:] = -torch.inf
+    ends, found = random(3, B, L, N, d), []
+    for op, kind in ((attention, None), (attention_ref, torch.float64)):
+        a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
+        q, k, v = a.unbind(2)
+        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), grid), op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
+        sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
+        found.append([*h, a.grad, c.grad, w.grad])
+    return worst(*found)
+
+
+def main():
+    from wan import rope_table
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
+        results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
+    if device == "cuda":
+        for grid, N in (((31, 22, 40), 24), ((21, 30, 52), 40)):
+            L = grid[0] * grid[1] * grid[2]
+            q, k, v = torch.randn(1, L, 3, N, 128, device=device, dtype=torch.bfloat16).unbind(2)
+            weight, table = torch.ones(N * 128, device=device), rope_table(max(grid), 128, device)
+            with torch.no_grad():
+                times = {"fused": milliseconds(lambda: attention(q, k, v, None, weight, 1e-6, table, grid), 10),
+                         "prologue and PyTorch's": milliseconds(lambda: attention_ref(qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], 1e-6, N, table, grid)[0], k, v), 10)}
+            results[f"{L}x{N}"] = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
+            print(f"attention, {L} tokens, {N} heads: " + ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results[f"{L}x{N}"].items()), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()

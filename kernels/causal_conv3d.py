@@ -1,0 +1,87 @@
+"""The VAE's causal convolution over the two frames before a chunk and the chunk, with the RMS norm and SiLU before it: csrc/causal_conv3d.
+
+    python -m kernels.causal_conv3d     check against the reference, then time it
+
+x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k) of 3x3x3, 3x1x1 or
+1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,H,W) and what the next chunk's `past` is (None with kt = 1).
+"""
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from kernels import BUILT, milliseconds, report, worst
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def rms_norm(x, gamma):
+    """x / |x| over the channels, times sqrt(C) gamma."""
+    return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * gamma)
+
+
+def causal_conv3d_ref(x, past, weight, bias=None, gamma=None):
+    if gamma is not None:
+        x = F.silu(rms_norm(x, gamma.view(-1, 1, 1, 1)))
+    pad = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    if weight.shape[2] == 1:
+        return F.conv3d(x, weight, bias, padding=pad), None
+    x = torch.cat([x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) if past is None else past, x], 2)
+    return F.conv3d(x, weight, bias, padding=pad), x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+
+
+# ---- public ------------------------------------------------------------------------------------------------------
+def causal_conv3d(x, past, weight, bias=None, gamma=None):
+    """As causal_conv3d_ref; without gradients."""
+    out, past = torch.ops.nanowan_csrc.causal_conv3d(x, past, weight, bias, None if gamma is None else gamma.flatten())
+    return out, past if weight.shape[2] > 1 else None
+
+
+def check(device, dtype):
+    """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias and norm, and of streaming."""
+    g, found = torch.Generator().manual_seed(0), ([], [])
+    random = lambda *shape: torch.randn(shape, generator=g)
+    for C, N, kernel in ((16, 24, (3, 3, 3)), (17, 5, (3, 3, 3)), (48, 96, (3, 1, 1)), (33, 12, (1, 1, 1)), (130, 64, (3, 3, 3))):
+        for normed in (False, True):
+            x, w, b, gamma = random(2, C, 5, 7, 9), random(N, C, *kernel) * (C * 27) ** -0.5, random(N), 1 + 0.1 * random(C)
+            tensors = [t.to(dtype).to(device) for t in (x, w, b, gamma)]
+            for op, kind, out in ((causal_conv3d, dtype, found[0]), (causal_conv3d_ref, torch.float64, found[1])):
+                x, w, b, gamma = (t.to(kind) for t in tensors)
+                x = x.transpose(3, 4)[..., 1:]  # strided
+                whole, last = op(x, None, w, b, gamma if normed else None)
+                first, past = op(x[:, :, :1], None, w, None, gamma if normed else None)
+                second, past = op(x[:, :, 1:3], past, w, b, gamma if normed else None)
+                out += [whole, first, second, *([] if last is None else [last, past])]
+    return worst(*found)
+
+
+def main():
+    device, results = "cuda" if torch.cuda.is_available() and torch.ops.nanowan_csrc.has_cuda() else "cpu", {}
+    for dtype, limit in ((torch.float32, 3e-6 if device == "cpu" else 2e-3), (torch.bfloat16, 2e-2)):  # on a GPU fp32 is multiplied in TF32
+        results[f"check {dtype}"] = report(f"causal_conv3d on {device}, {dtype}", check(device, dtype), limit)
+    sizes = ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160)) if device == "cuda" else ((128, 4, 64, 64), (512, 1, 8, 8))
+    for C, T, H, W in sizes:
+        like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        x, w, b, gamma = torch.randn(1, C, T, H, W, **like).contiguous(memory_format=torch.channels_last_3d), torch.randn(C, C, 3, 3, 3, **like).contiguous(memory_format=torch.channels_last_3d), torch.zeros(C, **like), torch.ones(C, **like)
+        past, seconds = torch.randn(1, C, 2, H, W, **like).contiguous(memory_format=torch.channels_last_3d), {}
+        with torch.no_grad():
+            for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref)):
+                if device == "cuda":
+                    seconds[name] = milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000
+                    continue
+                times = []
+                for _ in range(7):
+                    began = time.perf_counter()
+                    op(x, past, w, b, gamma)
+                    times.append(time.perf_counter() - began)
+                seconds[name] = median(times)
+        flops = 2 * 27 * C * C * T * H * W
+        results[f"{C}x{T}x{H}x{W}"] = {name: {"ms": 1000 * s, "tflops": flops / s / 1e12} for name, s in seconds.items()}
+        print(f"causal_conv3d {C} channels, {T}x{H}x{W}: " + ", ".join(f"{name} {1000 * s:.2f} ms ({flops / s / 1e12:.2f} TFLOP/s)" for name, s in seconds.items()), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    if not BUILT:
+        raise SystemExit("the C++ extension is not built")
+    main()

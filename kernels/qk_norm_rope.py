@@ -1,0 +1,227 @@
+"""RMSNorm over the whole width, with weight, then the 3-axis rotation of every head, for q and k in one launch.
+
+    python -m kernels.qk_norm_rope      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+
+xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes from `table`
+(P,d/2,2), cosine and sine of position p for each of the d/2 pairs of a head, and `grid` (T',H',W'): pair j of token (t,h,w) turns by
+position t, h or w as j lies in the first d/2 - 2*(d/2//3) pairs, the next d/2//3, or the last. No (L,d/2) table is ever read from memory.
+Floor in bytes per element of xs: twice its size; each is read and written once.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import launchable, register, report, worst
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def angles(table, grid):
+    """The table (P,d/2,2) for every token of a grid: (L,d/2,2)."""
+    half = table.shape[1]
+    widths = (half - 2 * (half // 3), half // 3, half // 3)
+    parts = []
+    for axis, (n, part) in enumerate(zip(grid, table.split(widths, 1))):
+        shape = [1, 1, 1, *part.shape[1:]]
+        shape[axis] = n
+        parts.append(part[:n].view(shape).expand(*grid, *part.shape[1:]))
+    return torch.cat(parts, -2).flatten(0, 2)
+
+
+def rotate(x, table, grid):
+    """Rotate the pairs (2j,2j+1) of x (B,L,N,d)."""
+    cos, sin = angles(table, grid)[:, None].unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def qk_norm_rope_ref(xs, weights, eps, heads, table=None, grid=None):
+    """-> [(B,L,N,d) of xs' dtype]; without a table, normed only."""
+    found = []
+    for x, weight in zip(xs, weights):
+        y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(2, (heads, -1))
+        found.append((y if table is None else rotate(y, table, grid)).to(x.dtype))
+    return found
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+if triton:
+    @triton.jit
+    def turn(a, b, table, l, GH, GW, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
+        """Rotate the pairs (a,b) of one token, or with `back` the other way. a, b: (PAIRS,), all heads in turn."""
+        p = tl.arange(0, PAIRS) % HALF
+        third: tl.constexpr = HALF // 3
+        position = tl.where(p < HALF - 2 * third, l // (GH * GW), tl.where(p < HALF - third, l // GW % GH, l % GW))
+        cos = tl.load(table + (position * HALF + p) * 2, mask=inside, other=0.0)
+        sin = tl.load(table + (position * HALF + p) * 2 + 1, mask=inside, other=0.0)
+        if back:
+            sin = -sin
+        return a * cos - b * sin, a * sin + b * cos
+
+    @triton.jit
+    def forward_kernel(x0, x1, w0, w1, out0, out1, table, L, GH, GW, eps, row0, row1,
+                       D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+        """One token of q (axis 1 = 0) or k a program, as its even and its odd columns."""
+        i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        x, w, out, row = x0, w0, out0, row0
+        if which == 1:
+            x, w, out, row = x1, w1, out1, row1
+        d = tl.arange(0, 2 * PAIRS)
+        v = tl.load(x + i * row + d, mask=d < D, other=0.0).to(tl.float32)
+        v *= tl.rsqrt(tl.sum(v * v, 0) / D + eps)
+        v *= tl.load(w + d, mask=d < D, other=0.0)
+        if ROPE:
+            a, b = tl.split(tl.reshape(v, (PAIRS, 2)))
+            a, b = turn(a, b, table, (i % L).to(tl.int32), GH, GW, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, False)
+            v = tl.reshape(tl.join(a, b), (2 * PAIRS,))
+        tl.store(out + i * D + d, v.to(out.dtype.element_ty), mask=d < D)
+
+    @triton.jit
+    def backward_kernel(dout0, dout1, x0, x1, w0, w1, dx0, dx1, dw, table, rows, L, chunk, GH, GW, eps, row0, row1,
+                        D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr, WEIGHTS: tl.constexpr):
+        """`chunk` tokens of q or k a program; with WEIGHTS their share of the weight's gradient goes to dw (2,chunks,D)."""
+        c, which = tl.program_id(0), tl.program_id(1)
+        x, w, dout, dx, row = x0, w0, dout0, dx0, row0
+        if which == 1:
+            x, w, dout, dx, row = x1, w1, dout1, dx1, row1
+        d = tl.arange(0, 2 * PAIRS)
+        inside = d < D
+        weight = tl.load(w + d, mask=inside, other=0.0)
+        if WEIGHTS:
+            total = tl.zeros((2 * PAIRS,), tl.float32)
+        for j in range(0, min(chunk, rows - c * chunk)):
+            i = c.to(tl.int64) * chunk + j
+            v = tl.load(x + i * row + d, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(dout + i * D + d, mask=inside, other=0.0).to(tl.float32)
+            if ROPE:
+                a, b = tl.split(tl.reshape(g, (PAIRS, 2)))
+                a, b = turn(a, b, table, (i % L).to(tl.int32), GH, GW, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, True)
+                g = tl.reshape(tl.join(a, b), (2 * PAIRS,))
+            rstd = tl.rsqrt(tl.sum(v * v, 0) / D + eps)
+            v *= rstd
+            if WEIGHTS:
+                total += g * v
+            g *= weight
+            tl.store(dx + i * D + d, (rstd * (g - v * (tl.sum(g * v, 0) / D))).to(dx.dtype.element_ty), mask=inside)
+        if WEIGHTS:
+            tl.store(dw + (which * tl.num_programs(0) + c).to(tl.int64) * D + d, total, mask=inside)
+
+
+def tuned(D):
+    pairs = triton.next_power_of_2(D) // 2
+    return {"PAIRS": pairs, "num_warps": max(1, min(16, pairs // 256))}
+
+
+def rows_of(x):
+    """x (B,L,D), its rows evenly spaced and dense in themselves: a copy only where they are not."""
+    return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
+def triton_forward(xs, weights, eps, heads, table, grid):
+    B, L, D = xs[0].shape
+    xs = [rows_of(x) for x in xs]
+    outs = [torch.empty(B, L, heads, D // heads, device=x.device, dtype=x.dtype) for x in xs]
+    with launchable(xs[0]):
+        forward_kernel[(B * L, len(xs))](xs[0], xs[-1], weights[0], weights[-1], outs[0], outs[-1], table, L, *(grid[1:] if grid else (1, 1)), eps, xs[0].stride(1), xs[-1].stride(1),
+                                         D=D, HALF=D // heads // 2, ROPE=table is not None, **tuned(D))
+    return outs
+
+
+def triton_backward(douts, xs, weights, eps, heads, table, grid, need_weights):
+    B, L, D = xs[0].shape
+    xs, chunk = [rows_of(x) for x in xs], -(-B * L // 1024) if need_weights else 8
+    chunks = -(-B * L // chunk)
+    dxs = [torch.empty(B, L, D, device=x.device, dtype=x.dtype) for x in xs]
+    dw = torch.empty(len(xs), chunks, D, device=xs[0].device) if need_weights else None
+    with launchable(xs[0]):
+        backward_kernel[(chunks, len(xs))](douts[0], douts[-1], xs[0], xs[-1], weights[0], weights[-1], dxs[0], dxs[-1], dw, table, B * L, L, chunk, *(grid[1:] if grid else (1, 1)), eps,
+                                           xs[0].stride(1), xs[-1].stride(1), D=D, HALF=D // heads // 2, ROPE=table is not None, WEIGHTS=need_weights, **tuned(D))
+    return dxs + ([dw.sum(1)] if need_weights else [])
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------------
+@torch.library.custom_op("nanowan::qk_norm_rope", mutates_args=(), device_types=())
+def fused(xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None) -> list[Tensor]:
+    """As qk_norm_rope_ref."""
+
+
+@torch.library.custom_op("nanowan::qk_norm_rope_backward", mutates_args=(), device_types=())
+def fused_backward(douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None,
+                   need_weights: bool) -> list[Tensor]:
+    """Gradients of xs, and with need_weights those of the weights (1 or 2,D)."""
+
+
+register(fused, triton_forward, "qk_norm_rope")
+register(fused_backward, triton_backward, "qk_norm_rope_backward")
+
+
+@fused.register_fake
+def _(xs, weights, eps, heads, table, grid):
+    return [x.new_empty(*x.shape[:2], heads, x.shape[2] // heads) for x in xs]
+
+
+@fused_backward.register_fake
+def _(douts, xs, weights, eps, heads, table, grid, need_weights):
+    return [x.new_empty(x.shape) for x in xs] + ([weights[0].new_empty(len(xs), xs[0].shape[2])] if need_weights else [])
+
+
+def keep(ctx, inputs, output):
+    xs, weights, ctx.eps, ctx.heads, table, ctx.grid = inputs
+    ctx.need_weights = any(w.requires_grad for w in weights)
+    ctx.save_for_backward(*xs, *weights, table)
+
+
+def differentiate(ctx, douts):
+    *both, table = ctx.saved_tensors
+    xs, weights = both[:len(both) // 2], both[len(both) // 2:]
+    found = fused_backward([g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, ctx.grid, ctx.need_weights)
+    return list(found[:len(xs)]), list(found[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
+
+
+torch.library.register_autograd("nanowan::qk_norm_rope", differentiate, setup_context=keep)
+
+
+# ---- public ------------------------------------------------------------------------------------------------------
+def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
+    """As qk_norm_rope_ref."""
+    return fused(xs, weights, eps, heads, table, None if grid is None else list(grid))
+
+
+def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
+    """Worst relative error of values and gradients against the reference in fp64, with and without rotation, on strided inputs."""
+    from wan import rope_table
+    g, L, D = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2], heads * d
+    random = lambda *shape: torch.randn(shape, generator=g).to(device)
+    x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(max(grid), d, device)
+    ends, found = random(3, B, L, heads, d), []
+    for op, kind in ((qk_norm_rope, None), (qk_norm_rope_ref, torch.float64)):
+        a, u = x.detach().to(kind or dtype).requires_grad_(), w.detach().to(kind or w.dtype).requires_grad_()
+        q, k, _ = a.chunk(3, -1)
+        h = [*op([q, k], list(u), 1e-6, heads, table.to(u.dtype), grid), *op([k], [u[1]], 1e-6, heads)]
+        sum((v.to(u.dtype) * e.to(u.dtype)).sum() for v, e in zip(h, ends)).backward()
+        found.append([*h, a.grad, u.grad])
+    return worst(*found)
+
+
+def main():
+    from wan import rope_table
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
+        results[f"check {dtype}"] = report(f"qk_norm_rope, {dtype}", check(device, dtype), limit)
+    if device == "cuda":
+        for grid, heads in (((31, 22, 40), 24), ((21, 30, 52), 40)):
+            L, D = grid[0] * grid[1] * grid[2], heads * 128
+            q, k, v = torch.randn(1, L, 3 * D, device=device, dtype=torch.bfloat16).chunk(3, -1)
+            w, table = list(torch.ones(2, D, device=device)), rope_table(max(grid), 128, device)
+            results[f"{L}x{D}"] = report(f"qk_norm_rope {L}x{D}", check(device, torch.bfloat16), 8e-3, lambda: qk_norm_rope([q, k], w, 1e-6, heads, table, grid), 8 * L * D,
+                                         lambda: qk_norm_rope_ref([q, k], w, 1e-6, heads, table, grid))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Picks the implementation of every hot operation, once, at import, and says which.
+
+NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py and below
+           =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
+           =cuda     Triton, and csrc's CUDA convolution for the VAE
+           =cpp      csrc's C++, on a CPU
+           =auto     what is there and pays: on a GPU Triton, on a CPU C++ where it was built, else the reference
+An explicit choice that cannot be had raises ImportError with the reason. Models call these functions unconditionally.
+"""
+import contextlib
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import attention as attention_kernel
+from kernels import causal_conv3d as conv_kernel
+from kernels import gelu as gelu_kernel
+from kernels import modulate as modulate_kernel
+from kernels import qk_norm_rope as norm_kernel
+
+CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
+
+
+def available():
+    """{choice: None, or why it cannot be had}."""
+    gpu = torch.cuda.is_available()
+    triton = "triton is not installed" if modulate_kernel.triton is None else None if gpu or kernels.INTERPRETED else "no CUDA device, and TRITON_INTERPRET is not 1"
+    cpp = None if kernels.BUILT else f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
+    cuda = "no CUDA device" if not gpu else cpp or (None if torch.ops.nanowan_csrc.has_cuda() else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)")
+    return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
+
+
+def resolve(choice):
+    """{device type: implementation} for one of CHOICES. Raises ImportError where an explicit one cannot be had."""
+    if choice not in CHOICES:
+        raise ImportError(f"NANOWAN_OPS={choice}: choose from {', '.join(CHOICES)}")
+    why = available()
+    if why[choice]:
+        raise ImportError(f"NANOWAN_OPS={choice}: {why[choice]}")
+    if choice == "auto":
+        return {"cpu": "ref" if why["cpp"] else "cpp", "cuda": "cuda" if not why["cuda"] else "ref" if why["triton"] else "triton"}
+    return {"cpu": choice if choice == "cpp" or choice == "triton" and kernels.INTERPRETED else "ref", "cuda": choice if choice in ("triton", "cuda") else "ref"}
+
+
+CHOSEN = resolve(os.environ.get("NANOWAN_OPS", "auto"))
+
+
+def fast(x):
+    """Whether x's device has more than the reference."""
+    return CHOSEN.get(x.device.type, "ref") != "ref"
+
+
+@contextlib.contextmanager
+def using(choice):
+    """Another choice for a while: for tests and benchmarks."""
+    global CHOSEN
+    before, CHOSEN = CHOSEN, resolve(choice)
+    try:
+        yield
+    finally:
+        CHOSEN = before
+
+
+def modulate(x, weight, shift, eps, dtype):
+    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, rows (B,F,D) fp32."""
+    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype)
+
+
+def gate(x, y, row=None):
+    """x + row * y, the residual stream x in fp32."""
+    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, row)
+
+
+def gate_modulate(x, y, row, weight, shift, eps, dtype):
+    """(x + row * y, and its `modulate`)."""
+    return (modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref)(x, y, row, weight, shift, eps, dtype)
+
+
+def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
+    """RMSNorm each of xs (B,L,D), split it into heads and rotate them: [(B,L,N,d)]."""
+    return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(xs, weights, eps, heads, table, grid)
+
+
+def gelu(x):
+    """GELU by its tanh formula."""
+    return gelu_kernel.gelu(x) if x.device.type == "cpu" and CHOSEN["cpu"] == "cpp" else gelu_kernel.gelu_ref(x)
+
+
+class GELU(torch.nn.Module):
+    def forward(self, x):
+        return gelu(x)
+
+
+def attention(q, k, v, bias=None):
+    """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d)."""
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+PICKED = {}  # (device, shape, dtype) -> whether the fused kernel is faster than PyTorch's attention
+
+
+def self_attention(q, k, v, weights, eps, heads, table, grid):
+    """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated -> (B,L,D)."""
+    if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
+        k, = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
+        q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
+        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, grid).flatten(2)
+    q, k = qk_norm_rope([q, k], weights, eps, heads, table, grid)
+    return attention(q, k, v.unflatten(2, (heads, -1)))
+
+
+def fused_is_faster(q, heads):
+    """Whether q's attention is faster in our kernel, which norms and rotates q as it loads it, or in PyTorch's after that is done. Timed once for
+    each shape, on a GPU; printed."""
+    if not q.is_cuda:
+        return True  # Triton's interpreter: nothing to time, and the kernel is what is to be tested
+    key = (q.device, q.shape, q.dtype, heads)
+    if key not in PICKED:
+        u, w = torch.randn_like(q), [torch.ones(q.shape[2], device=q.device)]
+        split = u.unflatten(2, (heads, -1))
+        with torch.no_grad():
+            ours = kernels.milliseconds(lambda: attention_kernel.attention(split, split, split, None, w[0]), 3)
+            theirs = kernels.milliseconds(lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3)
+        PICKED[key] = ours < theirs
+        print(f"ops: attention of {tuple(q.shape)} in {q.dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
+              f"({ours:.2f} ms fused, {theirs:.2f} ms apart)", file=sys.stderr, flush=True)
+    return PICKED[key]
+
+
+def causal_conv3d(x, past, weight, bias, gamma=None):
+    """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma, RMS norm and SiLU come first.
+    Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients are wanted, the reference is used."""
+    ours = CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    return (conv_kernel.causal_conv3d if ours else conv_kernel.causal_conv3d_ref)(x, past, weight, bias, gamma)
+
+
+def rms_norm(x, gamma):
+    """x / |x| over the channels (axis 1), times sqrt(C) gamma."""
+    return conv_kernel.rms_norm(x, gamma)

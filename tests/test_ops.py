@@ -1,0 +1,137 @@
+"""The fused operations against their definitions: C++ here, Triton through its interpreter; and compiled for GPUs that need not be here."""
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import ops
+import tiny
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ("modulate", "qk_norm_rope", "attention")
+SIZES = {"modulate": [dict(B=2, F=3, tokens=5, D=192), dict(B=1, F=1, tokens=7, D=48), dict(B=3, F=2, tokens=1, D=130)],
+         "qk_norm_rope": [dict(B=2, grid=(3, 2, 5), heads=3, d=28), dict(B=1, grid=(1, 1, 1), heads=1, d=128), dict(B=2, grid=(2, 7, 3), heads=2, d=64)],
+         "attention": [dict(B=2, grid=(3, 5, 3), N=2, d=32, S=37), dict(B=1, grid=(1, 3, 1), N=3, d=24, S=1), dict(B=1, grid=(2, 4, 6), N=1, d=128, S=70)]}
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # bf16: a few of its half-ulps, 2e-3 each
+
+
+def python(code, **env):
+    """What a fresh Python prints."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_the_extension_is_built():
+    """`make` builds it wherever there is a compiler; the tests below would be empty without."""
+    assert kernels.BUILT and ops.CHOSEN["cpu"] == "cpp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["modulate", "qk_norm_rope", "gelu"])
+def test_cpp_equals_the_reference(name, dtype, report):
+    """Values and gradients, odd sizes, strided inputs."""
+    module = importlib.import_module(f"kernels.{name}")
+    for i, size in enumerate(SIZES.get(name, [{}])):
+        report(f"size {i}, {dtype}", module.check(*(["cpu"] if size else []), dtype, **size), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_triton_equals_the_reference(name, report):
+    """The same of the Triton kernels, in its interpreter; a second run gives the same bits."""
+    out = python(f"import torch, kernels.{name} as k, kernels\n"
+                 f"assert kernels.INTERPRETED\n"
+                 f"for dtype in (torch.float32, torch.bfloat16):\n    for size in {SIZES[name]!r}:\n"
+                 f"        a, b = k.check('cpu', dtype, **size), k.check('cpu', dtype, **size)\n        assert a == b\n        print(dtype, a)", TRITON_INTERPRET="1")
+    lines = out.split("\n")[:-1]
+    assert len(lines) == 6
+    for i, line in enumerate(lines):
+        dtype, error = line.split()
+        report(f"size {i % 3}, {dtype}", float(error), LIMITS[getattr(torch, dtype.removeprefix("torch."))])
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "gelu"])
+def test_torch_checks_the_operator(name):
+    """Schema, fake tensors and autograd registration, by PyTorch's own opcheck."""
+    calls = {"modulate": lambda k: (torch.randn(2, 6, 8).requires_grad_(), torch.randn(2, 6, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), 1e-6, torch.float32),
+             "qk_norm_rope": lambda k: ([torch.randn(2, 6, 8).requires_grad_(), torch.randn(2, 6, 8)], [torch.ones(8), torch.ones(8)], 1e-6, 2, torch.randn(3, 2, 2), [1, 2, 3]),
+             "gelu": lambda k: (torch.randn(5, 7).requires_grad_(),)}
+    if name == "attention":  # has no CPU kernel of its own: in the interpreter
+        python("import torch, kernels.attention as k\n"
+               "q, k_, v = torch.randn(3, 1, 4, 2, 16).unbind(0)\n"
+               "torch.library.opcheck(k.fused, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))", TRITON_INTERPRET="1")
+        return
+    torch.library.opcheck(importlib.import_module(f"kernels.{name}").fused, calls[name](None))
+
+
+@pytest.mark.parametrize("choice", ["cpp", "triton"])
+def test_a_model_with_fast_operations_equals_the_reference(choice, report):
+    """Outputs and an input's gradient of a whole DiT, fp32, with t per latent frame."""
+    code = ("import torch, tiny, ops\n"
+            "model, g = tiny.dit('ti2v', dim=64, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
+            "x, t, c = torch.randn(2, 48, 3, 4, 6, generator=g), torch.rand(2, 3, generator=g) * 1000, torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
+            "found = []\n"
+            f"for choice in ('ref', {choice!r}):\n"
+            "    with ops.using(choice):\n"
+            "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        y.square().sum().backward()\n        found.append((y.detach(), a.grad))\n"
+            "print(max(tiny.error(b, a) for a, b in zip(*found)))")
+    report("relative error", float(python(code, TRITON_INTERPRET="1" if choice == "triton" else "0")), 3e-6)
+
+
+@pytest.mark.parametrize("choice, why", [("cuda", "no CUDA device"), ("triton", "TRITON_INTERPRET"), ("fast", "choose from auto")])
+def test_a_choice_that_cannot_be_had_says_why(choice, why):
+    if torch.cuda.is_available() and choice != "fast":
+        pytest.skip("there is a GPU")
+    run = subprocess.run([sys.executable, "-c", "import ops"], cwd=ROOT, env=os.environ | {"NANOWAN_OPS": choice}, capture_output=True, text=True)
+    assert run.returncode and why in run.stderr.splitlines()[-1], run.stderr[-500:]
+
+
+COMPILE = """
+import sys, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+half, full = "*bf16", "*fp32"
+def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, **const):
+    kinds = lambda n: "constexpr" if n in const else types.get(n, "fp32" if n in ("eps", "scale") else "i32")
+    source = ASTSource(fn, {n: kinds(n) for n in fn.arg_names}, constexprs=const)
+    for arch in (80, 90):
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages or stages})
+        open(f"{sys.argv[1]}/{name}_{arch}.cubin", "wb").write(done.asm["cubin"])
+import torch
+for D in (3072, 5120):
+    pointers = dict.fromkeys("x row weight shift new dnew dx sums".split(), full) | dict.fromkeys(("y", "out", "dout", "dy"), half)
+    build(f"modulate_{D}", M.forward_kernel, types=pointers, D=D, GATED=True, ROW=True, NORMED=True, **M.tuned(D))
+    build(f"modulate_backward_{D}", M.backward_kernel, types=pointers, D=D, GATED=True, ROW=True, NORMED=True, ROWS=False, y=None, sums=None, **M.tuned(D))
+    pointers = dict.fromkeys("x0 x1 out0 out1 dout0 dout1 dx0 dx1".split(), half) | dict.fromkeys("w0 w1 table dw".split(), full) | {"row0": "i32", "row1": "i32"}
+    build(f"norm_{D}", Q.forward_kernel, types=pointers, D=D, HALF=64, ROPE=True, **Q.tuned(D))
+    build(f"norm_backward_{D}", Q.backward_kernel, types=pointers, D=D, HALF=64, ROPE=True, WEIGHTS=False, dw=None, **Q.tuned(D))
+pointers = dict.fromkeys("q k v out dout dk dv dq".split(), half) | dict.fromkeys("bias lse rstd weight table delta".split(), full)
+build("attention", A.forward_kernel, types=pointers, BIAS=False, NORM=True, ROPE=True, bias=None, **A.tiles(128, torch.bfloat16, "forward"))
+build("attention_keys", A.keys_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "keys"))
+build("attention_queries", A.queries_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "queries"))
+"""
+
+
+def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
+    """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; needs no GPU. Registers must hold everything; only
+    the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside."""
+    tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    (tmp_path / "compile.py").write_text(COMPILE)
+    run = subprocess.run([sys.executable, tmp_path / "compile.py", tmp_path], cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    cubins = sorted(tmp_path.glob("*.cubin"))
+    assert len(cubins) == 22
+    spilled = {}
+    for file in cubins:
+        usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+        stack, local = (int(re.search(rf"{w}:(\d+)", usage).group(1)) for w in ("STACK", "LOCAL"))
+        if local or stack > (256 if file.stem in ("attention_80", "attention_90") else 0):
+            spilled[file.stem] = (stack, local)
+    assert not spilled
