@@ -3,6 +3,7 @@
 // the two frames before the chunk, from the chunk, or as zeros beyond the border: nothing is padded or concatenated. Tiles come by cp.async, one
 // ahead of the multiplication. No torch headers: `nvcc -c` compiles this anywhere.
 #include <cuda_bf16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <mma.h>
 
@@ -26,13 +27,6 @@ struct Kind<float> {
     static constexpr int DEPTH = 16, STEP = 8, PAD = 4;
     using Fragment = wmma::precision::tf32;
 };
-
-// 16 bytes from global to shared memory, or zeros
-__device__ inline void fetch(void* to, const void* from, bool real) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(real ? 16 : 0));
-}
-__device__ inline void fetched() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;\n" ::: "memory"); }
 
 template <typename T>
 __device__ inline T from_float(float v);
@@ -77,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, con
             const T* frame = t >= 0 ? x + (b * s.T + t) * s.H * s.W * s.C : past + (b * 2 + t + 2) * s.H * s.W * s.C;
             const bool real = p < pixels && w >= 0 && w < s.W && h >= 0 && h < s.H && (t >= 0 || past) && c + piece < s.C;
             const T* from = real ? frame + (int64_t(h) * s.W + w) * s.C + c + piece : x;
-            if constexpr (WIDE) fetch(&tiles.rows[to][row][piece], from, real);
+            if constexpr (WIDE) __pipeline_memcpy_async(&tiles.rows[to][row][piece], from, 16, real ? 0 : 16);
             else tiles.rows[to][row][piece] = real ? *from : from_float<T>(0);
         }
 #pragma unroll
@@ -85,7 +79,7 @@ __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, con
             const int d = i / N, n = i % N;
             const bool real = c + d < s.C && column + n < s.N;
             const T* from = real ? taps + (int64_t(tap) * s.C + c + d) * s.N + column + n : taps;
-            if constexpr (WIDE) fetch(&tiles.taps[to][d][n], from, real);
+            if constexpr (WIDE) __pipeline_memcpy_async(&tiles.taps[to][d][n], from, 16, real ? 0 : 16);
             else tiles.taps[to][d][n] = real ? *from : from_float<T>(0);
         }
     };
@@ -100,7 +94,8 @@ __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, con
     load(0, 0);
     for (int step = 0; step < steps; step++) {
         const int now = step % 2;
-        fetched();
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
         __syncthreads();  // this tile is whole, and nobody still reads the other
         if (step + 1 < steps) load(step + 1, 1 - now);
 #pragma unroll
@@ -167,7 +162,7 @@ int nanowan_causal_conv3d(const void* x, const void* past, const void* taps, con
 
 int nanowan_norm_silu(const void* x, const float* gamma, void* out, int64_t C, int64_t pixels, bool half, cudaStream_t stream) {
     const unsigned blocks = unsigned((pixels + WARPS - 1) / WARPS);
-    if (half) norm_silu<<<blocks, THREADS, 0, stream>>>(static_cast<const __nv_bfloat16*>(x), gamma, static_cast<__nv_bfloat16*>(out), C, pixels);
-    else norm_silu<<<blocks, THREADS, 0, stream>>>(static_cast<const float*>(x), gamma, static_cast<float*>(out), C, pixels);
+    if (half) norm_silu<__nv_bfloat16><<<blocks, THREADS, 0, stream>>>(static_cast<const __nv_bfloat16*>(x), gamma, static_cast<__nv_bfloat16*>(out), C, pixels);
+    else norm_silu<float><<<blocks, THREADS, 0, stream>>>(static_cast<const float*>(x), gamma, static_cast<float*>(out), C, pixels);
     return int(cudaGetLastError());
 }

@@ -1,0 +1,130 @@
+// Just enough of CUDA in C++ threads to run csrc/causal_conv3d.cu without a GPU: a thread is a thread, blocks come one after another, a barrier is a
+// barrier. A warp's matrix fragments live in its first lane. Slow, and without any of the hardware's timing: it checks arithmetic and indices.
+#pragma once
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(n)
+#define __syncthreads() emulation::block->arrive_and_wait()
+#define __syncwarp() emulation::warps[threadIdx.x / 32]->arrive_and_wait()
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+typedef struct CUstream_st* cudaStream_t;
+inline thread_local dim3 threadIdx;
+inline dim3 blockIdx;
+
+namespace emulation {
+using Barrier = std::barrier<>;
+inline std::unique_ptr<Barrier> block;
+inline std::vector<std::unique_ptr<Barrier>> warps;
+inline float lanes[1024];
+
+template <typename Kernel>
+auto launch(Kernel kernel, dim3 grid, unsigned threads) {
+    return [=](auto... arguments) {
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = dim3(x, y);
+                block = std::make_unique<Barrier>(threads);
+                warps.clear();
+                for (unsigned w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<Barrier>(32));
+                std::vector<std::thread> all;
+                for (unsigned t = 0; t < threads; t++)
+                    all.emplace_back([=] {
+                        threadIdx = dim3(t);
+                        kernel(arguments...);
+                    });
+                for (auto& t : all) t.join();
+            }
+    };
+}
+}  // namespace emulation
+
+inline int cudaGetLastError() { return 0; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    emulation::lanes[threadIdx.x] = value;
+    __syncwarp();
+    const float other = emulation::lanes[threadIdx.x ^ mask];
+    __syncwarp();
+    return other;
+}
+
+// copies done when they are started: what must hold is the order of barriers
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
+    if (zeros) std::memset(to, 0, size);
+    else std::memcpy(to, from, size);
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(int) {}
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+    const uint32_t bits = uint32_t(v.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline __nv_bfloat16 __float2bfloat16(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+namespace nvcuda::wmma {
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+enum layout_t { mem_row_major };
+namespace precision {
+struct tf32 {};
+}
+inline float value(float v) { return v; }
+inline float value(__nv_bfloat16 v) { return __bfloat162float(v); }
+inline bool first() { return threadIdx.x % 32 == 0; }
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+    static constexpr int ROWS = std::is_same_v<Use, matrix_b> ? K : M, COLUMNS = std::is_same_v<Use, matrix_a> ? K : N;
+    float v[ROWS][COLUMNS];
+};
+template <typename F>
+void fill_fragment(F& f, float v) {
+    for (auto& row : f.v)
+        for (float& e : row) e = v;
+}
+template <typename F, typename T>
+void load_matrix_sync(F& f, const T* from, int stride) {
+    if (!first()) return;
+    for (int i = 0; i < F::ROWS; i++)
+        for (int j = 0; j < F::COLUMNS; j++) f.v[i][j] = value(from[i * stride + j]);
+}
+template <typename F>
+void store_matrix_sync(float* to, const F& f, int stride, layout_t) {
+    if (!first()) return;
+    for (int i = 0; i < F::ROWS; i++)
+        for (int j = 0; j < F::COLUMNS; j++) to[i * stride + j] = f.v[i][j];
+}
+template <typename C, typename A, typename B>
+void mma_sync(C& d, const A& a, const B& b, const C&) {
+    if (!first()) return;
+    for (int i = 0; i < A::ROWS; i++)
+        for (int k = 0; k < A::COLUMNS; k++)
+            for (int j = 0; j < B::COLUMNS; j++) d.v[i][j] += a.v[i][k] * b.v[k][j];
+}
+}  // namespace nvcuda::wmma
