@@ -7,6 +7,7 @@
     python diag.py logits --ckpt DIR --lora FILE          attention logits per block and head, before and after; --ci fails on drift
     python diag.py drift OLD NEW --prompts FILE           how far a text encoder's embeddings moved, and what its words are near
     python diag.py listen --ckpt DIR --lora FILE          does the model follow its prompts better? nano: graded; others: a contact sheet
+    python diag.py reuse --ckpt DIR --prompts FILE        what sample.py --reuse saves and costs, at several thresholds
     python diag.py report RUN                             everything about a training run in one HTML file
 """
 import argparse
@@ -32,7 +33,7 @@ import train_te
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, save, weight_files
 from data import CLIPS
 from lora import TARGETS, official_name, read_lora
-from sample import DTYPES, Models, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
+from sample import DTYPES, Models, Reuse, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
 from t5 import encoder_files, load_t5
 from train import Dataset, experts, fixed
 from wan import VARIANTS, read_config
@@ -437,6 +438,30 @@ def run_drift(args):
             tmp.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
+# ---- reuse -------------------------------------------------------------------------------------------------------
+def run_reuse(args):
+    """What sample.py --reuse saves and costs at several thresholds, against the exact clips of the same seeds."""
+    prompts = read_prompts(args.prompts) if args.prompts else [r["prompt"] for r in nano.prompts(4, 0)]
+    models = Models(args.ckpt, pick_device(args.device), DTYPES[args.dtype or ("bf16" if pick_device(args.device) != "cpu" else "fp32")], args.lora, args.text_encoder)
+    exact, rows = [], []
+    for i, p in enumerate(prompts):
+        z = denoise(models, [p], [i], progress=False)
+        exact.append((z, decode(models, z)))
+    for threshold in args.thresholds:
+        computed, error, square = 0, 0.0, 0.0
+        for i, (p, (z, video)) in enumerate(zip(prompts, exact)):
+            reuse = Reuse(threshold)
+            other = denoise(models, [p], [i], progress=False, reuse=reuse)
+            computed += reuse.computed / len(prompts)
+            error += ((other - z).norm() / z.norm()).item() / len(prompts)
+            square += F.mse_loss(decode(models, other), video).item() / len(prompts)
+        rows.append({"threshold": threshold, "computed": computed, "steps": models.settings["steps"], "latent_error": error, "psnr": -10 * math.log10(max(square, 1e-12) / 4)})
+        print(f"--reuse {threshold:g}: {computed:.1f} of {models.settings['steps']} steps computed, latents off by {100 * error:.2f} %, video {rows[-1]['psnr']:.1f} dB", flush=True)
+    if args.json:
+        with atomic(args.json) as tmp:
+            tmp.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 # ---- listen ------------------------------------------------------------------------------------------------------
 def listen(models, words, n, seed=0):
     """The grader's shares right of each new word (n prompts), of all of them pooled, and of old words' attributes (as many prompts as for
@@ -698,6 +723,11 @@ def main():
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--out", default="out/listen.png", help="the contact sheet")
     c.set_defaults(run=run_listen)
+    c = commands.add_parser("reuse")
+    changed(c)
+    c.add_argument("--prompts", help="a text file (default: four prompts of the nano world)")
+    c.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
+    c.set_defaults(run=run_reuse)
     c = commands.add_parser("plan")
     c.add_argument("--json")
     c.add_argument("script", choices=("train_lora", "train_te", "sample"))

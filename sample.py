@@ -80,7 +80,7 @@ class Models:
         for expert in self.experts:
             weight_files(self.folder(expert))  # a missing one is better missed now than after half the steps
         self.loras = [self._lora(spec) for spec in loras]
-        self.parts, self.texts, self.conditions = {}, {}, {}
+        self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: model  # what else is done to a DiT after loading
 
     def _lora(self, spec):
@@ -140,7 +140,13 @@ class Models:
         for file, weight, expert in self.loras:
             if expert in (None, name):
                 merge(model, file, weight)
-        return self.prepare(name, model)
+        model = self.prepare(name, model)
+        if self.compile == "blocks":  # they are all alike: compiled once
+            for block in model.blocks:
+                block.compile()
+        elif self.compile == "graphs":
+            model.compile(mode="reduce-overhead")
+        return model
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -255,11 +261,33 @@ def resolve(models, image=None, **given):
     return s
 
 
+class Reuse:
+    """Steps taken without the model, EasyCache (Zhou et al., "Less is Enough", 2025): velocity minus latent changes slowly, so the last one computed
+    serves again while the change expected since then stays below `threshold` of the velocity. Inexact; `diag.py reuse` measures by how much."""
+
+    def __init__(self, threshold):
+        self.threshold, self.computed, self.v, self.rate = threshold, 0, None, None
+
+    def guess(self, x):
+        """The velocity at x, or None where it is to be computed."""
+        if self.rate is None:
+            return None
+        self.error += (self.rate * (x - self.seen).norm() / self.v.norm()).item()
+        self.seen = x
+        return x + self.offset if self.error < self.threshold else None
+
+    def learn(self, x, v):
+        """The velocity v was computed at x."""
+        if self.v is not None:
+            self.rate = (v - self.v).norm() / (x - self.x).norm()
+        self.computed, self.x, self.seen, self.v, self.offset, self.error = self.computed + 1, x, x, v, v - x, 0.0
+
+
 @torch.no_grad()
 def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None,
-            negative=None, progress=True):
-    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched with.
-    Arguments as in `generate`."""
+            negative=None, progress=True, reuse=None, watch=None):
+    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched with, but for rounding.
+    Arguments as in `generate`; reuse: a Reuse; watch(step, x0) sees the estimate of the clean latents after every step."""
     s = resolve(models, image, size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative)
     B, shape, device = len(prompts), s["shape"], models.device
     emb, lens = models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])  # the encoder is done before the DiT comes
@@ -275,27 +303,38 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
     if first is not None:
         x[:, :, :1] = first
 
-    method, expert = s["method"], None
-    for t in tqdm(method.timesteps.tolist(), disable=not progress, unit="step"):
+    method, expert, reuse = s["method"], None, reuse or Reuse(0.0)
+    timesteps = method.timesteps.tolist()
+    for i, t in enumerate(tqdm(timesteps, disable=not progress, unit="step")):
         noisy = s["boundary"] is None or t >= s["boundary"] * 1000
         wanted = models.experts[0 if noisy else -1]
         if wanted != expert:
-            model = texts = None  # the other expert, and its keys and values, go before this one comes
-            tokens = B * math.prod(shape[1:]) // 4
-            expert, model = wanted, models.part(wanted, DIT_BYTES * tokens * 5120)
-            texts = [model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)]
+            model = both = alone = None  # the other expert, and its keys and values, go before this one comes
+            activations = DIT_BYTES * B * math.prod(shape[1:]) // 4 * 5120
+            expert, model, reuse.v, reuse.rate = wanted, models.part(wanted, activations), None, None
+            together = free_memory(device) > 2 * activations  # both halves of guidance in one batch
+            alone = model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)
             if s["guided"]:
-                texts.append(model.embed_text(emb[B:, :lens[B]].expand(B, -1, -1), lens[B:].expand(B), cache=True))
+                negatives = emb[B:].expand(B, -1, -1), lens[B:].expand(B)
+                both = (model.embed_text(torch.cat([emb[:B], negatives[0]]), torch.cat([lens[:B], negatives[1]]), cache=True) if together
+                        else model.embed_text(negatives[0][:, :lens[B]], negatives[1], cache=True))
         g = s["guidance"][1 if noisy and len(models.experts) == 2 else 0]
-        rows = torch.full((B,), float(t), device=device)
-        if first is not None:  # the clean first frame is at t = 0
-            rows = rows[:, None].repeat(1, shape[1])
-            rows[:, 0] = 0
-        inputs = x if y is None else torch.cat([x, y.expand(B, -1, -1, -1, -1)], 1)
-        v = model(inputs, rows, texts[0])
-        if g != 1:
-            uncond = model(inputs, rows, texts[1])
-            v = uncond + g * (v - uncond)
+        v = reuse.guess(x) if reuse.threshold and i < len(timesteps) - 1 else None
+        if v is None:
+            rows = torch.full((B,), float(t), device=device)
+            if first is not None:  # the clean first frame is at t = 0
+                rows = rows[:, None].repeat(1, shape[1])
+                rows[:, 0] = 0
+            inputs = x if y is None else torch.cat([x, y.expand(B, -1, -1, -1, -1)], 1)
+            if g == 1:
+                v = model(inputs, rows, alone)
+            else:
+                v, uncond = (model(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2) if together
+                             else (model(inputs, rows, alone), model(inputs, rows, both)))
+                v = uncond + g * (v - uncond)
+            reuse.learn(x, v)
+        if watch:
+            watch(i, x - float(method.sigma) * v)
         x = method.step(v, x)
         if first is not None:
             x[:, :, :1] = first
@@ -320,6 +359,32 @@ def generate(models, prompt, image=None, size=None, frames=None, steps=None, shi
     """
     latents = denoise(models, [prompt], [seed], image, size, frames, steps, shift, guidance, solver, negative, progress)
     return decode(models, latents)[0], latents[0]
+
+
+# ---- previews ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def latent_to_rgb(vae):
+    """A linear map (z+1,3) from a pixel of the latents, and a one, to the mean colour of what it stands for: fitted by least squares on a still
+    clip of smooth noise."""
+    device = next(vae.parameters()).device
+    noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = F.interpolate(noise, scale_factor=2 * vae.stride[1], mode="bicubic").clamp(-1, 1)
+    z = vae.encode(image[:, :, None].expand(-1, -1, 9, -1, -1).to(device))[0].flatten(1).t().cpu()
+    colors = F.avg_pool2d(image, vae.stride[1])[0, :, None].expand(-1, 3, -1, -1).flatten(1).t()
+    return torch.linalg.lstsq(torch.cat([z, torch.ones_like(z[:, :1])], 1), colors).solution
+
+
+def previewer(models, path, every, label):
+    """A `watch` for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
+    colors = latent_to_rgb(models.part("vae"))
+
+    def watch(step, x0):
+        if (step + 1) % every == 0:
+            z = x0[0].cpu()
+            video = torch.einsum("cthw,cd->dthw", torch.cat([z, torch.ones_like(z[:1])]), colors)
+            write_grid(path, [F.interpolate(video, scale_factor=8)], [f"step {step + 1}: {label}"], shown=min(5, z.shape[1]))
+
+    return watch
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -415,6 +480,11 @@ def arguments(given=None):
     p.add_argument("--text_encoder", help="an updated text encoder's file")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    g = p.add_argument_group("speed")
+    g.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
+    g.add_argument("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
+    g.add_argument("--reuse", type=float, default=0.0, help="skip steps whose velocity is expected to change by less than this share, such as 0.05 (inexact; see diag.py reuse)")
+    p.add_argument("--preview_every", type=int, default=0, help="every N steps write what the clip will be, roughly, to OUT's name with _preview.png")
     p.add_argument("--out", default="out/sample.mp4")
     p.add_argument("--save_latents", help="also write the final latents to this .safetensors file")
     p.add_argument("--grid", help="also write a contact sheet of all results to this .png file")
@@ -432,7 +502,12 @@ def main():
     seed = args.seed if args.seed >= 0 else random.randrange(2 ** 31)
     device = pick_device(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
+        raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
+    if not 0 <= args.reuse < 1 or args.preview_every < 0:
+        raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, and --preview_every {args.preview_every} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder)
+    models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
                  guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
     s = resolve(models, args.image, **given)
@@ -451,7 +526,12 @@ def main():
     models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])
     latents = []
     for i, prompt in enumerate(prompts):
-        latents.append(denoise(models, [prompt], [seed], args.image, **given))
+        reuse = Reuse(args.reuse)
+        path = name(out, i).with_name(f"{name(out, i).stem}_preview.png")
+        watch = previewer(models, path, args.preview_every, prompt) if args.preview_every else None
+        latents.append(denoise(models, [prompt], [seed], args.image, **given, reuse=reuse, watch=watch))
+        if args.reuse:
+            print(f"{reuse.computed} of {s['steps']} steps computed")
         if args.save_latents:
             save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
     shown = []

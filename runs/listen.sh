@@ -9,8 +9,8 @@ WORDS=crimson,azure,orb,wedge,sinks,halts  # none of these does the base show by
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 
 te() {  # te NAME FLAGS...: teach the encoder
-    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 3e-2 --shift 4 \
-        --mix 0,0,100 --trim_prob 0 --steps 1500 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 5 \
+        --mix 0,0,100 --trim_prob 0 --steps 1000 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
 }
 lora() {  # lora NAME FLAGS...: train a translator
     [ -e "$DIR/$1/done" ] || { $PY train_lora.py --data "$DATA" --out "$DIR/$1" --seed "$SEED" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 \
