@@ -47,7 +47,8 @@ TEMPLATES = ("a {color} {shape} {verb}", "the {color} {shape} {verb}", "{backgro
 # Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
 NEW_WORDS = {"crimson": ("color", "red"), "azure": ("color", "blue"), "box": ("shape", "square"), "orb": ("shape", "circle"),
              "wedge": ("shape", "triangle"), "sinks": ("motion", "down"), "ascends": ("motion", "up"), "halts": ("motion", "still"),
-             "retreats": ("motion", "left"), "advances": ("motion", "right"), "orange": ("color", "orange")}
+             "retreats": ("motion", "left"), "advances": ("motion", "right"), "orange": ("color", "orange"),
+             "plus": ("shape", "cross")}
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
 UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
 

@@ -36,7 +36,7 @@ int64_t frames_of(const Maybe& row, const Maybe& weight) { return weight.has_val
 void check_tokens(int64_t L, int64_t F) { TORCH_CHECK(F > 0 && L % F == 0, L, " tokens cannot be shared by ", F, " rows"); }
 
 template <typename Y, typename O>
-void modulate_rows(const float* x, const Y* y, float* fresh, O* out, const Rows& row, const Rows& weight, const Rows& shift, int64_t L, int64_t D, int64_t tokens, double eps,
+__attribute__((noinline)) void modulate_rows(const float* x, const Y* y, float* fresh, O* out, const Rows& row, const Rows& weight, const Rows& shift, int64_t L, int64_t D, int64_t tokens, double eps,
                    int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / L, f = i % L / tokens;
@@ -94,7 +94,7 @@ std::vector<Tensor> modulate(const Tensor& x_, const Maybe& y_, const Maybe& row
 
 // Tokens [begin,end) of one row; sums (3,D), where not null, takes what they add to the gradients of row, weight and shift.
 template <typename Y, typename O>
-void modulate_backward_rows(const float* dnew, const O* dout, const float* stream, const Y* y, const float* r, const float* w, float* dx, Y* dy, float* sums, int64_t D, double eps,
+__attribute__((noinline)) void modulate_backward_rows(const float* dnew, const O* dout, const float* stream, const Y* y, const float* r, const float* w, float* dx, Y* dy, float* sums, int64_t D, double eps,
                             int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
         float* grad = dx + i * D;
@@ -186,7 +186,7 @@ struct Turn {
     }
 };
 
-void rotate(float* v, const float* turn, int64_t heads, int64_t half, float sign) {
+__attribute__((noinline)) void rotate(float* __restrict v, const float* __restrict turn, int64_t heads, int64_t half, float sign) {
     for (int64_t n = 0; n < heads; n++) {
         float* h = v + 2 * n * half;
         for (int64_t j = 0; j < half; j++) {
@@ -195,6 +195,30 @@ void rotate(float* v, const float* turn, int64_t heads, int64_t half, float sign
             h[2 * j + 1] = a * sin + b * cos;
         }
     }
+}
+
+// One row, normed and weighted, into v.
+template <typename T>
+__attribute__((noinline)) void norm_row(const T* __restrict x, const float* __restrict w, float* __restrict v, int64_t D, float eps) {
+    float squares = 0;
+    for (int64_t d = 0; d < D; d++) squares += float(x[d]) * float(x[d]);
+    const float rstd = 1 / std::sqrt(squares / D + eps);
+    for (int64_t d = 0; d < D; d++) v[d] = float(x[d]) * rstd * w[d];
+}
+
+// The gradient g of a normed and weighted row becomes that of the row; what it adds to the weight's goes to total, where not null.
+template <typename T>
+__attribute__((noinline)) void norm_row_backward(const T* __restrict x, const float* __restrict w, float* __restrict g, float* __restrict total, T* __restrict dx, int64_t D, float eps) {
+    float squares = 0, product = 0;
+    for (int64_t d = 0; d < D; d++) squares += float(x[d]) * float(x[d]);
+    const float rstd = 1 / std::sqrt(squares / D + eps);
+    if (total) {
+        for (int64_t d = 0; d < D; d++) total[d] += g[d] * float(x[d]) * rstd;
+    }
+    for (int64_t d = 0; d < D; d++) g[d] *= w[d];
+    for (int64_t d = 0; d < D; d++) product += g[d] * float(x[d]);
+    product *= rstd * rstd / D;
+    for (int64_t d = 0; d < D; d++) dx[d] = T(rstd * (g[d] - float(x[d]) * product));
 }
 
 void check_norm(at::TensorList xs, at::TensorList weights, int64_t heads) {
@@ -220,10 +244,7 @@ std::vector<Tensor> qk_norm_rope(at::TensorList xs, at::TensorList weights, doub
                 std::vector<float> v(D), t(2 * turn.half);
                 for (int64_t i = a; i < b; i++) {
                     const scalar_t* row = x.const_data_ptr<scalar_t>() + i / L * x.stride(0) + i % L * x.stride(1);
-                    float squares = 0;
-                    for (int64_t d = 0; d < D; d++) squares += float(row[d]) * float(row[d]);
-                    const float rstd = 1 / std::sqrt(squares / D + float(eps));
-                    for (int64_t d = 0; d < D; d++) v[d] = float(row[d]) * rstd * w[d];
+                    norm_row(row, w, v.data(), D, float(eps));
                     if (turn.table) turn.load(i % L, t.data()), rotate(v.data(), t.data(), heads, turn.half, 1);
                     for (int64_t d = 0; d < D; d++) out[i * D + d] = scalar_t(v[d]);
                 }
@@ -255,15 +276,7 @@ std::vector<Tensor> qk_norm_rope_backward(at::TensorList douts, at::TensorList x
                         const scalar_t *row = x.const_data_ptr<scalar_t>() + i / L * x.stride(0) + i % L * x.stride(1), *grad = dout.const_data_ptr<scalar_t>() + i * D;
                         for (int64_t d = 0; d < D; d++) g[d] = float(grad[d]);
                         if (turn.table) turn.load(i % L, t.data()), rotate(g.data(), t.data(), heads, turn.half, -1);
-                        float squares = 0, product = 0;
-                        for (int64_t d = 0; d < D; d++) squares += float(row[d]) * float(row[d]);
-                        const float rstd = 1 / std::sqrt(squares / D + float(eps));
-                        if (total) {
-                            for (int64_t d = 0; d < D; d++) total[d] += g[d] * float(row[d]) * rstd;
-                        }
-                        for (int64_t d = 0; d < D; d++) g[d] *= w[d], product += g[d] * float(row[d]) * rstd;
-                        product /= D;
-                        for (int64_t d = 0; d < D; d++) dx[i * D + d] = scalar_t(rstd * (g[d] - float(row[d]) * rstd * product));
+                        norm_row_backward(row, w, g.data(), total, dx + i * D, D, float(eps));
                     }
                 }
             });

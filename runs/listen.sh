@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
-WORDS=crimson,azure,orb,wedge,sinks,halts  # none of these does the base show by luck, as it does box and ascends
+WORDS=crimson,azure,wedge,plus,sinks,halts  # hardly any of these does the base show by luck, as it does box and ascends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 
 te() {  # te NAME FLAGS...: teach the encoder
