@@ -14,7 +14,6 @@ import functools
 import importlib.metadata
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,9 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tests"))  # the peers' weights are filled there
 
-import flow
 import lora
 import ops
+import plan
 import tiny
 from t5 import TextEncoder
 from vae import VAE
@@ -62,11 +61,11 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Forward and backward of a translator (k and v of cross-attention, rank 16)."""
+    """Forward and backward of a translator (k and v of cross-attention, rank 16); `blocks` limits ours, the peer has one everywhere."""
     from peft import LoraConfig
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
-    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=[f"blocks.{i}.{m}" for i in blocks for m in TARGETS]))
+    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
     model.checkpointing = checkpointing
     if checkpointing:
         peer.enable_gradient_checkpointing()
@@ -152,7 +151,7 @@ def loading():
 
 
 WORKS = {"dit": (dit_forward, "DiT forward, width 768, 480 tokens"), "lora": (lora_step, "LoRA step, the same model"),
-         "lora_upper": (functools.partial(lora_step, blocks=(4, 5)), "LoRA step, upper third of the blocks"),
+         "lora_upper": (functools.partial(lora_step, blocks=(4, 5)), "LoRA step, upper third of our blocks (the peer: all of its)"),
          "lora_ckpt": (functools.partial(lora_step, checkpointing=True), "LoRA step with checkpointing"),
          "vae_decode": (vae_decode, "VAE 2.2 decode, 9 frames of 128x128"), "vae_encode": (vae_encode, "VAE 2.2 encode, the same"),
          "text": (text_encoder, "text encoder, four short prompts"), "sample": (sample_video, "guided 10-step sample, end to end"),
@@ -252,6 +251,106 @@ def plot(path, curves):
     plt.savefig(path, dpi=110)
 
 
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+LINEAR, ATTENTION = 750e12, 650e12  # bf16 FLOP/s that an H100 reaches in practice on large products and in flash attention
+GPU_SIZES = [("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"), ("t2v-A14B", (21, 60, 104), "832x480, 81 frames"), ("ti2v-5B", (1, 44, 80), "1280x704, one image")]
+
+
+def measured(contenders, rounds):
+    """{name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory above the weights."""
+    found, rest = {}, torch.cuda.memory_allocated()
+    for name, run in contenders.items():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        found[name] = {"gb": (torch.cuda.max_memory_allocated() - rest) / 1e9}
+    for name, seconds in interleaved(contenders, rounds, torch.cuda.synchronize).items():
+        found[name] |= {"ms": 1000 * median(seconds), "all_ms": [1000 * s for s in seconds]}
+    print("  " + ", ".join(f"{k} {v['ms']:.1f} ms ({v['gb']:.2f} GB)" for k, v in found.items()), flush=True)
+    return found
+
+
+def gpu_dit(variant, grid, label, layers=4, rounds=3):
+    """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from their number."""
+    from wan import full_config
+    c = full_config(variant)
+    total, c.num_layers = c.num_layers, layers
+    with torch.device("cuda"):
+        model = Wan(c)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        x, t, context = torch.randn(1, c.in_dim, *grid), torch.tensor([500.0]), torch.randn(1, 40, c.text_dim)
+    from wan import keep_fp32
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if keep_fp32(name) else torch.bfloat16)
+    model.eval().requires_grad_(False)
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    text = model.embed_text(context, cache=True)
+    run = torch.no_grad()(lambda: model(x, t, text))
+    contenders = with_reference({"ours": run})
+    if importlib.util.find_spec("diffusers"):
+        peer = tiny.diffusers_dit(model.cpu(), cls_dtype=torch.bfloat16).cuda()
+        model.cuda()
+        padded = F.pad(context, (0, 0, 0, 472)).bfloat16()
+        contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
+    print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
+    found = {"forward": measured(contenders, rounds)}
+    linear = 2 * layers * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+    attention = 4 * layers * tokens * (tokens + 42) * c.dim
+    bound = linear / LINEAR + attention / ATTENTION
+    found |= {"tokens": tokens, "layers": layers, "of": total, "bound_ms": 1000 * bound, "over_bound": found["forward"]["ours"]["ms"] / (1000 * bound)}
+    print(f"  practical bound {1000 * bound:.1f} ms: {found['over_bound']:.2f} of it; a guided step of all {total} blocks about {2 * total / layers * found['forward']['ours']['ms'] / 1000:.2f} s")
+    del contenders
+    lora.inject(model, rank=16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.checkpointing = True
+
+    def step():
+        model(x, t, context).square().mean().backward()
+        for p in trained:
+            p.grad = None
+
+    print("  LoRA step with checkpointing")
+    found["lora_step"] = measured(with_reference({"ours": step}), rounds)
+    return found
+
+
+def gpu_vae(rounds=1):
+    """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode 17."""
+    from vae import FULL, channels_last
+    with torch.device("cuda"):
+        model = channels_last(VAE(*FULL["2.2"]).eval().requires_grad_(False)).bfloat16()
+        z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
+    contenders = with_reference({"ours": lambda: model.decode(z)})
+    if importlib.util.find_spec("diffusers"):
+        peer = tiny.diffusers_vae(model.cpu().float()).bfloat16().cuda()
+        model.cuda()
+        contenders["diffusers"] = torch.no_grad()(lambda: peer.decode(z.bfloat16()).sample)
+    print("VAE 2.2 decode, 1280x704, 121 frames")
+    found = {"decode": measured(contenders, rounds)}
+    print("VAE 2.2 encode, 1280x704, 17 frames")
+    return found | {"encode": measured(with_reference({"ours": lambda: model.encode(video)}), rounds)}
+
+
+def on_gpu(seconds=500):
+    """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
+    from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
+    began, found = time.time(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
+    jobs = [(m.__name__, m.main) for m in (modulate, qk_norm_rope, attention)] + [("kernels.causal_conv3d", causal_conv3d.main)] * torch.ops.nanowan_csrc.has_cuda()
+    jobs += [(f"{v} {label}", functools.partial(gpu_dit, v, grid, label)) for v, grid, label in GPU_SIZES] + [("vae", gpu_vae)]
+    for name, job in jobs:
+        if time.time() - began > seconds:
+            found[name] = "left out: no time"
+            print(f"{name}: left out, no time")
+            continue
+        try:
+            found[name] = job()
+        except (RuntimeError, AssertionError) as e:  # one failure must not cost the other figures
+            found[name] = f"failed: {type(e).__name__}: {str(e)[:500]}"
+            print(f"{name}: {found[name]}")
+        torch.cuda.empty_cache()
+    return found
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)} (default: all)")
@@ -265,14 +364,19 @@ def main():
     torch.manual_seed(0)
     if args.memory_of:
         contenders, _ = WORKS[args.works[0]][0]()
-        before = reset_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = plan.resident()
         contenders[args.memory_of]()
-        print(peak_rss() - before)
+        print(plan.resident("VmHWM") - before)
         return
     about = machine()
     print(json.dumps(about))
-    result = on_cpu(args.works or WORKS, args.rounds)
-    if args.json:
+    if args.gpu and not torch.cuda.is_available():
+        p.error("--gpu: there is no CUDA device")
+    result = on_gpu() if args.gpu else on_cpu(args.works or WORKS, args.rounds)
+    if args.json and args.gpu:
+        Path(args.json).write_text(json.dumps(about | result, indent=1) + "\n")
+    elif args.json:
         result["growth"] = growth()
         plot(f"{args.json}.png", result["growth"])
         Path(args.json).write_text(json.dumps(about | result, indent=1) + "\n")

@@ -27,7 +27,7 @@ CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
 def available():
     """{choice: None, or why it cannot be had}."""
     gpu = torch.cuda.is_available()
-    triton = "triton is not installed" if modulate_kernel.triton is None else None if gpu or kernels.INTERPRETED else "no CUDA device, and TRITON_INTERPRET is not 1"
+    triton = "no CUDA device, and TRITON_INTERPRET is not 1" if not gpu and not kernels.INTERPRETED else "triton is not installed" if kernels.triton is None else None
     cpp = None if kernels.BUILT else f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
     cuda = "no CUDA device" if not gpu else cpp or (None if torch.ops.nanowan_csrc.has_cuda() else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)")
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}

@@ -5,6 +5,8 @@ Both stream through time: the encoder takes 1 frame, then 4 at a time; the decod
 What a layer must remember of the chunk before lies in `past`, a dictionary owned by the call, keyed by layer.
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -213,11 +215,38 @@ class Coder(nn.Module):
         self.up = up
 
     def forward(self, x, past):
+        if self.up:
+            return self.leave(self.enter(x, past), past)
         x = self.conv1(x, past)
-        for layer in (*self.middle, *self.upsamples) if self.up else (*self.downsamples, *self.middle):
+        for layer in (*self.downsamples, *self.middle):
             x = layer(x, past)
+        return self.finish(x, past)
+
+    def enter(self, x, past):
+        """A decoder's first part, on the small map, whose attention sees a whole frame."""
+        x = self.conv1(x, past)
+        for layer in self.middle:
+            x = layer(x, past)
+        return x
+
+    def leave(self, x, past):
+        """A decoder's second part, where every pixel depends only on those `reach` around it."""
+        for layer in self.upsamples:
+            x = layer(x, past)
+        return self.finish(x, past)
+
+    def finish(self, x, past):
         norm, _, conv = self.head
         return conv(x, past, norm)
+
+    def reach(self):
+        """How many latent pixels away a decoder's `leave` looks: 3x3 convolutions, each at its scale."""
+        far, scale = 0.0, 1
+        for m in self.upsamples.modules():
+            if isinstance(m, Resample):
+                scale *= 2
+            far += (isinstance(m, Resample) or isinstance(m, CausalConv3d) and m.kernel_size[1] == 3) / scale
+        return math.ceil(far + 1 / scale)
 
 
 class VAE(nn.Module):
@@ -245,14 +274,18 @@ class VAE(nn.Module):
                 x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
             yield self.conv1(self.encoder(x, past), past)
 
+    def pixels(self, x):
+        """What the decoder's head gives -> unclamped pixels (B,3,T,H,W)."""
+        p = self.patch
+        if p > 1:  # b (c r q) f h w -> b c f (h q) (w r)
+            x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+        return x
+
     def frame_chunks(self, z):
         """Raw latents (B,z,T',h,w) -> yields unclamped pixels, (B,3,1,H,W) then (B,3,4,H,W) for every further frame."""
-        past, p = {}, self.patch
+        past = {}
         for i in range(z.shape[2]):
-            x = self.decoder(self.conv2(z[:, :, i:i + 1], past), past)
-            if p > 1:  # b (c r q) f h w -> b c f (h q) (w r)
-                x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
-            yield x
+            yield self.pixels(self.decoder(self.conv2(z[:, :, i:i + 1], past), past))
 
     @torch.no_grad()
     def encode(self, video):
@@ -276,17 +309,60 @@ class VAE(nn.Module):
         return torch.cat([mask, z], 1)
 
     @torch.no_grad()
-    def decode(self, z):
-        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'."""
+    def decode(self, z, tile=0):
+        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'.
+
+        tile: decode the frame in windows of so many latent pixels a side, which takes memory for one of them. They overlap by as many pixels as
+        a result depends on, which is exact; where `tile` is less than that, by half a tile, and are blended, which is not.
+        """
         mean, std = self._stats(z)
         B, _, T, h, w = z.shape
         st, sh, sw = self.stride
+        z = (z.float() * std + mean).to(self.conv2.weight.dtype)
         video = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
+        if tile and (tile < h or tile < w):
+            return self._decode_tiles(z, video, tile).clamp_(-1, 1)
         at = 0
-        for x in self.frame_chunks((z.float() * std + mean).to(self.conv2.weight.dtype)):
+        for x in self.frame_chunks(z):
             torch.clamp(x.float(), -1, 1, out=video[:, :, at:at + x.shape[2]])
             at += x.shape[2]
         return video
+
+    def overlap(self, tile):
+        """(latent pixels by which tiles overlap on each side, whether that is exact)."""
+        reach = self.decoder.reach()
+        return (reach, True) if tile >= reach else (max(1, tile // 2), False)
+
+    def _decode_tiles(self, z, video, tile):
+        (h, w), (_, sh, sw), past = z.shape[3:], self.stride, {}
+        maps = [self.decoder.enter(self.conv2(z[:, :, i:i + 1], past), past) for i in range(z.shape[2])]
+        overlap, exact = self.overlap(tile)
+
+        def ramp(a, b, n, scale):
+            """Weights of the pixels of tile [a,b) and its overlaps along a side of n."""
+            if exact:
+                at = torch.arange(max(0, a - overlap) * scale, min(n, b + overlap) * scale)
+                return ((at >= a * scale) & (at < b * scale)).float()
+            at = torch.arange(max(0, a - overlap) * scale, min(n, b + overlap) * scale) + 0.5
+            rise = ((at - (a - overlap) * scale) / (2 * overlap * scale)).clamp(0, 1) if a else torch.ones_like(at)
+            fall = (((b + overlap) * scale - at) / (2 * overlap * scale)).clamp(0, 1) if b < n else torch.ones_like(at)
+            return torch.minimum(rise, fall)
+
+        video.zero_()
+        total = torch.zeros(video.shape[3:], device=video.device)
+        for a in range(0, h, tile):
+            for c in range(0, w, tile):
+                b, d = min(a + tile, h), min(c + tile, w)
+                weight = (ramp(a, b, h, sh)[:, None] * ramp(c, d, w, sw)).to(video.device)
+                rows, columns = slice(max(0, a - overlap), min(h, b + overlap)), slice(max(0, c - overlap), min(w, d + overlap))
+                window = (slice(rows.start * sh, rows.stop * sh), slice(columns.start * sw, columns.stop * sw))
+                total[window] += weight
+                past, at = {}, 0
+                for x in maps:
+                    x = self.pixels(self.decoder.leave(x[..., rows, columns], past))
+                    video[:, :, at:at + x.shape[2], *window] += x.float() * weight
+                    at += x.shape[2]
+        return video.div_(total)
 
 
 def channels_last(model):

@@ -10,6 +10,10 @@ import statistics
 
 import torch
 
+triton = None
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # else there is nothing to launch, and importing it takes a second
+    with contextlib.suppress(ImportError):
+        import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import nanowan_csrc  # noqa: F401  registers torch.ops.nanowan_csrc

@@ -11,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, worst
+from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, triton, worst
 
-try:
-    import triton
+if triton:
     import triton.language as tl
-except ImportError:
-    triton = None
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------

@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, worst
+from kernels import launchable, register, report, triton, worst
 
-try:
-    import triton
+if triton:
     import triton.language as tl
-except ImportError:
-    triton = None
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------

@@ -78,3 +78,29 @@ def test_decode_memory_does_not_grow_with_frames(report):
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         peaks[frames] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
     report("peak of 81 frames over 17", peaks[21] / peaks[5], 1.1)
+
+
+@pytest.mark.parametrize("v22", [False, True])
+def test_tiles_are_exact_where_they_overlap_enough(v22, report):
+    """Windows of 14 latent pixels, whose overlap is all that a result depends on; a window of 3 is blended, and not equal."""
+    model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 15, 30) * 0.5  # fp64, into fp32 pixels
+    whole = model.decode(z)
+    assert model.overlap(14) == (model.decoder.reach(), True) and not model.overlap(3)[1]
+    report("tile 14", tiny.error(model.decode(z, tile=14), whole), 2e-7)
+    rough = tiny.error(model.decode(z, tile=3), whole)
+    assert rough > 1e-3
+
+
+def test_a_shorter_overlap_is_not_exact(monkeypatch):
+    """The reach is needed: four pixels less leave a difference."""
+    model, z = tiny.vae(False).double(), torch.randn(1, 16, 1, 15, 30) * 0.5
+    monkeypatch.setattr(model, "overlap", lambda tile: (model.decoder.reach() - 4, True))
+    assert tiny.error(model.decode(z, tile=14), model.decode(z)) > 4e-7
+
+
+def test_doubling_and_convolving_on_the_small_map(report):
+    """Four 2x2 convolutions equal nearest x2 and a 3x3 convolution."""
+    from vae import double_and_convolve, folded
+    x, w, b = torch.randn(2, 5, 6, 7, dtype=torch.double), torch.randn(3, 5, 3, 3, dtype=torch.double), torch.randn(3, dtype=torch.double)
+    want = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), w, b, padding=1)
+    report("fp64", tiny.error(double_and_convolve(x, folded(w), b.repeat(4)), want), 1e-14)
