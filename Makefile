@@ -1,10 +1,11 @@
 # make demo: teach nano a word it never saw, and measure it.   make test: the whole suite.   Both set everything up first.
+# make gpu: build the CUDA parts, test and time them.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
@@ -12,8 +13,14 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-tests
 	$(PY) -m pytest -q tests
 
+# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
+gpu:
+	NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	-$(PYTHON) -m pytest -q -m gpu tests
+	$(PYTHON) bench.py --gpu --json bench/gpu.json
+
 # torch first and by itself, so that nothing else chooses its build
-$(VENV)/ready: requirements.txt setup.py
+$(VENV)/ready: requirements.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -26,4 +33,4 @@ $(VENV)/ready-tests: $(VENV)/ready requirements-tests.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info *.so

@@ -12,7 +12,9 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -32,8 +34,8 @@ import ops
 import plan
 import tiny
 from t5 import TextEncoder
-from vae import VAE
-from wan import Wan, WanConfig
+from vae import FULL, VAE, channels_last
+from wan import Wan, WanConfig, full_config, keep_fp32, load_wan
 
 GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
 TARGETS = ["attn2.to_k", "attn2.to_v"]
@@ -141,7 +143,6 @@ def sample_video():
 def loading():
     """A checkpoint of 1 GB into memory, in fp32."""
     from diffusers import WanTransformer3DModel
-    from wan import load_wan
     ours, theirs = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
     model = tiny.randomize(Wan(WanConfig("ti2v", 1536, 6144, 12, 5, 48, 48, text_dim=512)), 0)
     tiny.write_dit(ours, model, shards=2)
@@ -271,7 +272,6 @@ def measured(contenders, rounds):
 
 def gpu_dit(variant, grid, label, layers=4, rounds=3):
     """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from their number."""
-    from wan import full_config
     c = full_config(variant)
     total, c.num_layers = c.num_layers, layers
     with torch.device("cuda"):
@@ -279,17 +279,14 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
         x, t, context = torch.randn(1, c.in_dim, *grid), torch.tensor([500.0]), torch.randn(1, 40, c.text_dim)
-    from wan import keep_fp32
+    peer = tiny.diffusers_dit(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if keep_fp32(name) else torch.bfloat16)
     model.eval().requires_grad_(False)
-    tokens = grid[0] * grid[1] * grid[2] // 4
+    tokens = math.prod(grid) // 4
     text = model.embed_text(context, cache=True)
-    run = torch.no_grad()(lambda: model(x, t, text))
-    contenders = with_reference({"ours": run})
-    if importlib.util.find_spec("diffusers"):
-        peer = tiny.diffusers_dit(model.cpu(), cls_dtype=torch.bfloat16).cuda()
-        model.cuda()
+    contenders = with_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
+    if peer is not None:
         padded = F.pad(context, (0, 0, 0, 472)).bfloat16()
         contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
     print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
@@ -299,7 +296,7 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
     bound = linear / LINEAR + attention / ATTENTION
     found |= {"tokens": tokens, "layers": layers, "of": total, "bound_ms": 1000 * bound, "over_bound": found["forward"]["ours"]["ms"] / (1000 * bound)}
     print(f"  practical bound {1000 * bound:.1f} ms: {found['over_bound']:.2f} of it; a guided step of all {total} blocks about {2 * total / layers * found['forward']['ours']['ms'] / 1000:.2f} s")
-    del contenders
+    contenders = peer = None
     lora.inject(model, rank=16)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.checkpointing = True
@@ -316,14 +313,13 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
 
 def gpu_vae(rounds=1):
     """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode 17."""
-    from vae import FULL, channels_last
     with torch.device("cuda"):
-        model = channels_last(VAE(*FULL["2.2"]).eval().requires_grad_(False)).bfloat16()
+        model = VAE(*FULL["2.2"]).eval().requires_grad_(False)
         z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
+    peer = tiny.diffusers_vae(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
+    model = channels_last(model).bfloat16()
     contenders = with_reference({"ours": lambda: model.decode(z)})
-    if importlib.util.find_spec("diffusers"):
-        peer = tiny.diffusers_vae(model.cpu().float()).bfloat16().cuda()
-        model.cuda()
+    if peer is not None:
         contenders["diffusers"] = torch.no_grad()(lambda: peer.decode(z.bfloat16()).sample)
     print("VAE 2.2 decode, 1280x704, 121 frames")
     found = {"decode": measured(contenders, rounds)}

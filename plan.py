@@ -91,11 +91,12 @@ def full_builders(s):
     return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[s["vae"]])}
 
 
-def build(build, part, dtype):
-    """A part in the dtypes that its loader gives it, on the fake CPU."""
+def build(build, part, dtype, cuda=False):
+    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in `dtype`."""
     model = build[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
-        p.data = p.data.to(torch.float32 if part == "vae" or part != "text" and keep_fp32(name) else dtype)
+        full = part == "vae" and not (cuda and name.startswith(("decoder.", "conv2."))) or part not in ("vae", "text") and keep_fp32(name)
+        p.data = p.data.to(torch.float32 if full else dtype)
     return channels_last(model) if part == "vae" else model
 
 
@@ -126,17 +127,17 @@ class Plan:
         return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / used(device) - 1):+.0f} %)"
 
 
-def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text):
-    """Bytes beyond weights of denoising a batch (guided), and of decoding it."""
-    dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype)
+def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda):
+    """Bytes of the DiT and the VAE, and beyond weights of denoising a batch (guided), and of decoding it."""
+    dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype, cuda)
     x = torch.empty(batch, dit.config.in_dim, *shape[1:])
     emb = torch.empty(batch, text, dit.config.text_dim, dtype=dtype)
 
     @torch.no_grad()
     def step():
-        texts = [dit.embed_text(emb, cache=True) for _ in range(2)]
+        texts = dit.embed_text(emb, cache=True), dit.embed_text(torch.cat([emb, emb]), cache=True)
         state = [torch.empty_like(x[:, :shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
-        return [dit(x, torch.empty(batch, shape[1]), t) for t in texts], state
+        return dit(torch.cat([x, x]), torch.empty(2 * batch, shape[1]), texts[1]), state
 
     # a decode beyond its first three latent frames only adds to the finished video
     short = torch.empty(batch, shape[0], min(3, shape[1]), *shape[2:])
@@ -147,7 +148,7 @@ def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text):
 def sampling(s, parts, device, dtype, batch=1, text=64):
     """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`."""
     with FakeTensorMode():
-        dit, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text)
+        dit, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda")
         encoder = nbytes(build(parts, "text", dtype))
     experts, video = len(parts) - 2, 3 * s["frames"] * s["pixels"][0] * s["pixels"][1] * batch
     together = encoder + experts * dit + vae
@@ -215,7 +216,7 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
         phases["training"] = weights | {"trained": adapters * trained, "states and activations": tracker.peak + (adapters - 1) * states}
         if previews:
             of = (shape[0], 1 + (s["frames"] - 1) // 4, s["size"][1] // side, s["size"][0] // side)
-            _, vae_bytes, step, decode = sampling_phase(parts, s, dtype, of, s["size"], s["frames"], 1, text)
+            _, vae_bytes, step, decode = sampling_phase(parts, s, dtype, of, s["size"], s["frames"], 1, text, cuda)
             phases["previews"] = weights | {"trained and states": adapters * (trained + states), "VAE": vae_bytes, "activations": max(step, decode)}
     result = nbytes(encoder) if trains_encoder and args.save == "full" else adapters * trained
     return Plan(args.device, phases, {"cache": sum(cache), "result": result, "states": 3 * adapters * (trained + states)})

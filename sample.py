@@ -134,8 +134,9 @@ class Models:
     def _load(self, name):
         if name == "text":
             return load_t5(self.dir, self.device, self.dtype, self.text_encoder)
-        if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder
-            return load_vae(self.dir, self.device, torch.float32)
+        if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder; to the decoder it does none, and halves its memory
+            vae = load_vae(self.dir, self.device, torch.float32)
+            return vae.decode_in(self.dtype) if self.device.type == "cuda" else vae
         model = load_wan(self.folder(name), self.device, self.dtype)
         for file, weight, expert in self.loras:
             if expert in (None, name):
@@ -343,10 +344,10 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
     return x
 
 
-def decode(models, latents):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]."""
+def decode(models, latents, tile=0):
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in VAE.decode."""
     pixels = math.prod(latents.shape[3:]) * (256 if models.settings["vae"] == "2.2" else 64)
-    return models.part("vae", VAE_BYTES * pixels).decode(latents)
+    return models.part("vae", VAE_BYTES * pixels).decode(latents, tile)
 
 
 def generate(models, prompt, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None, seed=0,
@@ -484,6 +485,7 @@ def arguments(given=None):
     g.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
     g.add_argument("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
     g.add_argument("--reuse", type=float, default=0.0, help="skip steps whose velocity is expected to change by less than this share, such as 0.05 (inexact; see diag.py reuse)")
+    g.add_argument("--vae_tile", type=int, default=0, help="decode in windows of N latent pixels a side, for less memory; exact from about 13")
     p.add_argument("--preview_every", type=int, default=0, help="every N steps write what the clip will be, roughly, to OUT's name with _preview.png")
     p.add_argument("--out", default="out/sample.mp4")
     p.add_argument("--save_latents", help="also write the final latents to this .safetensors file")
@@ -504,8 +506,8 @@ def main():
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
-    if not 0 <= args.reuse < 1 or args.preview_every < 0:
-        raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, and --preview_every {args.preview_every} 0 or more")
+    if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
+        raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder)
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
@@ -536,7 +538,11 @@ def main():
             save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
     shown = []
     for i, (prompt, z) in enumerate(zip(prompts, latents)):
-        video = decode(models, z)[0].cpu()
+        video = decode(models, z, args.vae_tile)[0].cpu()
+        if args.vae_tile and not i:
+            overlap, exact = models.part("vae").overlap(args.vae_tile)
+            off = "exact" if exact else f"blended; the first frame differs by at most {(decode(models, z[:, :, :1])[0].cpu() - video[:, :1]).abs().max():.3f} of 2"
+            print(f"tiles of {args.vae_tile} latent pixels overlap by {overlap} on each side: {off}")
         write_mp4(name(out, i), video, s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
         print(name(out, i))
         shown.append(video[:, [0, video.shape[1] // 2, -1]])

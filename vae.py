@@ -262,6 +262,12 @@ class VAE(nn.Module):
         self.conv2 = CausalConv3d(z_dim, z_dim, 1)
         self.decoder = Coder(v22, True, z_dim, pixels, [dec_dim * m for m in (mult[-1], *mult[::-1])], 3)
 
+    def decode_in(self, dtype):
+        """Let the decoder compute in another dtype than the encoder. Returns the model."""
+        self.conv2.to(dtype)
+        self.decoder.to(dtype)
+        return self
+
     def _stats(self, like):
         return [torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1) for s in LATENT_STATS[self.z_dim]]
 
@@ -366,7 +372,7 @@ class VAE(nn.Module):
 
 
 def channels_last(model):
-    """Lay the weights of every convolution out channels-last, which its outputs then follow: twice as fast on CPU."""
+    """Lay the weights of every convolution out channels-last, which its outputs then follow: what oneDNN, cuDNN and csrc are fast in."""
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Conv3d)):
             m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d if m.weight.dim() == 5 else torch.channels_last)
@@ -397,5 +403,4 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
     with torch.device("meta"):
         model = build_vae(entries, path)
-    model = load_into(model, entries, device, dtype)
-    return channels_last(model) if torch.device(device).type == "cpu" else model
+    return channels_last(load_into(model, entries, device, dtype))

@@ -4,6 +4,7 @@ On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that
 themselves run on the CPU, slowly, which is how the tests check them.
 """
 import contextlib
+import importlib
 import math
 import os
 import statistics
@@ -13,7 +14,7 @@ import torch
 triton = None
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # else there is nothing to launch, and importing it takes a second
     with contextlib.suppress(ImportError):
-        import triton
+        triton = importlib.import_module("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import nanowan_csrc  # noqa: F401  registers torch.ops.nanowan_csrc

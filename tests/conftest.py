@@ -28,3 +28,13 @@ def report(request, capsys):
             print(f"\n    {request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}", end="")
         assert value <= limit, f"{name}: {value:.3e} > {limit:.0e}"
     return check
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("gpu")])
+        items[:] = [i for i in items if not i.get_closest_marker("gpu")]

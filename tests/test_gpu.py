@@ -1,0 +1,87 @@
+"""What only a GPU can show. Deselected where there is none; `make gpu` runs these and bench.py --gpu."""
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import ops
+import tiny
+from sample import generate, load
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["modulate", "qk_norm_rope"])
+def test_triton_equals_the_reference(name, dtype, limit, report):
+    report(f"{dtype}", importlib.import_module(f"kernels.{name}").check("cuda", dtype), limit)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("size", [dict(), dict(B=1, grid=(5, 9, 13), N=3, d=128, S=512), dict(B=2, grid=(1, 7, 11), N=2, d=128, S=33)])
+def test_attention_equals_the_reference(size, dtype, limit, report):
+    report(f"{dtype}", importlib.import_module("kernels.attention").check("cuda", dtype, **size), limit)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])  # fp32 in TF32
+def test_convolution_equals_the_reference(dtype, limit, report):
+    assert kernels.BUILT and torch.ops.nanowan_csrc.has_cuda()
+    report(f"{dtype}", importlib.import_module("kernels.causal_conv3d").check("cuda", dtype), limit)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_dit_with_fast_operations(dtype, limit, report):
+    """Values and the gradient by the text of a DiT with heads of 128, against the reference operations on the same GPU."""
+    model, found = tiny.dit("ti2v", dim=256, heads=2).cuda(), []
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if importlib.import_module("wan").keep_fp32(name) else dtype)
+    x, t, c = torch.randn(2, 48, 3, 6, 10, device="cuda"), torch.rand(2, 3, device="cuda") * 1000, torch.randn(2, 40, tiny.TEXT_DIM, device="cuda")
+    for choice in ("ref", "auto"):
+        with ops.using(choice):
+            text = c.clone().requires_grad_()
+            y = model(x, t, text, torch.tensor([40, 7]))
+            y.square().sum().backward()
+            found.append((y.detach(), text.grad))
+    for name, a, b in zip(("output", "gradient"), found[1], found[0]):
+        report(name, tiny.error(a, b), limit)
+
+
+def test_vae_on_the_gpu_equals_the_cpu(report):
+    model, z, video = tiny.vae(True), torch.randn(1, 48, 3, 4, 6) * 0.5, torch.rand(1, 3, 9, 64, 96) * 2 - 1
+    want, encoded = model.decode(z), model.encode(video)
+    model.cuda()
+    report("encode, TF32", tiny.error(model.encode(video.cuda()).cpu(), encoded), 1e-2)
+    report("decode in bf16", tiny.error(model.decode_in(torch.bfloat16).decode(z.cuda()).cpu(), want), 5e-2)
+
+
+def test_nano_draws_the_same_clip_in_fp32(report):
+    """From the CPU's noise, so only rounding differs."""
+    import sample
+    at = [load("nano", device, torch.float32) for device in ("cpu", "cuda")]
+    noise = torch.randn(48, 3, 4, 4)
+    found = []
+    for m in at:
+        real, sample.torch.randn = torch.randn, lambda shape, generator=None, device=None: noise.to(device)
+        try:
+            found.append(generate(m, "a red square moves left", progress=False)[1].cpu())
+        finally:
+            sample.torch.randn = real
+    report("latents", tiny.error(found[1], found[0]), 1e-2)
+
+
+@pytest.mark.parametrize("flags", [["sample.py", "--compile"], ["sample.py", "--cuda_graphs"], ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
+                                   ["train_lora.py", "--steps", "4", "--checkpointing"], ["train_te.py", "--steps", "4", "--optimizer", "adamw8bit"]])
+def test_scripts_run_in_bf16(flags, tmp_path):
+    """They finish and stay near the memory they planned."""
+    pytest.importorskip("av")
+    pytest.importorskip("ftfy")
+    out = ["--out", tmp_path / ("s.mp4" if flags[0] == "sample.py" else "run")]
+    run = subprocess.run([sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    print(json.dumps(run.stdout.splitlines()[-2:]))
