@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which of the lab's trainings makes the model listen? On nano, in about an hour on two cores; a stopped run goes on where it was.
+# Which of the lab's trainings makes the model listen? On nano, in about an hour and a half on two cores; a stopped run goes on where it was.
 #   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one
 # Leaves out/listen/SEED/NAME.json, and the table in out/listen/table.md.
 set -euo pipefail
@@ -9,8 +9,8 @@ WORDS=crimson,azure,wedge,plus,sinks,halts  # hardly any of these does the base 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 
 te() {  # te NAME FLAGS...: teach the encoder
-    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 5 \
-        --mix 0,0,100 --trim_prob 0 --steps 1000 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 3 \
+        --mix 0,0,100 --trim_prob 0 --steps 1500 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
 }
 lora() {  # lora NAME FLAGS...: train a translator
     [ -e "$DIR/$1/done" ] || { $PY train_lora.py --data "$DATA" --out "$DIR/$1" --seed "$SEED" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 \
@@ -47,7 +47,7 @@ claims() {
     lora lora_self --rank 8 --targets self_attn.q,self_attn.k,self_attn.v,self_attn.o --allow_self_attn
     score lora_self $(adapter lora_self);   delta lora_self
     te te_rows --train_blocks 0;                    score te_rows $(encoder te_rows)
-    te te_anchor_weak --anchor 0.1;                 score te_anchor_weak $(encoder te_anchor_weak)
+    te te_anchor_0 --anchor 0;                      score te_anchor_0 $(encoder te_anchor_0)
     te te_anchor_1 --anchor 1;                      score te_anchor_1 $(encoder te_anchor_1)
     te te_mix --mix 15,35,50 --trim_prob 0.2;       score te_mix $(encoder te_mix)
     # a colour that the DiT has never drawn

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-NAMES = {"base": "base", "te": "encoder, 1300 steps, no anchor", "te_lora": "the same + k/v translator", "te_short": "encoder, 200 steps", "te_short_lora": "the same + k/v translator",
-         "te_anchor_weak": "encoder, anchor 0.1", "te_anchor_1": "encoder, anchor 1", "te_mix": "encoder, captions mixed 15/35/50", "te_rows": "embedding rows only",
+NAMES = {"base": "base", "te": "encoder, 1500 steps, anchor 0.01", "te_lora": "the same + k/v translator", "te_short": "encoder, 200 steps", "te_short_lora": "the same + k/v translator",
+         "te_anchor_0": "encoder, no anchor", "te_anchor_1": "encoder, anchor 1", "te_mix": "encoder, captions mixed 15/35/50", "te_rows": "embedding rows only",
          "lora": "k/v LoRA alone", "lora_cross": "q/k/v/o of cross-attention, equal parameters", "lora_self": "q/k/v/o of self-attention, equal parameters",
          "orange_base": "orange: base", "orange_te": "orange: encoder, 400 steps", "orange_te_lora": "orange: the same + k/v translator"}
 
