@@ -108,7 +108,7 @@ def experts(args, s):
 def nano_data(folder):
     """Clips of the nano world for a run without --data."""
     if not (folder / "attributes.jsonl").exists():
-        subprocess.run([sys.executable, HERE / "nano.py", "clips", "--out", folder, "--n", "60", "--words", "crimson,box,sinks"], check=True)
+        subprocess.run([sys.executable, HERE / "nano.py", "clips", "--out", folder, "--n", "60", "--words", "crimson,wedge,halts"], check=True)
     return folder
 
 

@@ -48,7 +48,7 @@ def resolve(args, s):
         raise BadInput("--cache_text: a cached embedding bypasses the encoder that is to learn; it would train nothing")
     fill_in(args, s)
     if args.data is None and args.keywords is None:
-        args.keywords = "crimson,box,sinks"
+        args.keywords = "crimson,wedge,halts"
     args.keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     try:

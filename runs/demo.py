@@ -17,7 +17,7 @@ import nano
 from checkpoint import cli
 from sample import load, write_grid, write_mp4
 
-WORDS = ("crimson", "box", "sinks")
+WORDS = ("crimson", "wedge", "halts")
 OUT = ROOT / "out" / "demo"
 
 
