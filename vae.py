@@ -190,6 +190,22 @@ class Stage(nn.Module):
         return add_dup_up(y, x, self.factors, first)
 
 
+REPEATS = "repeats"  # in `past`: what each layer was last given and gave, for a video that stands still
+
+
+def repeated(layer, x, past):
+    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, what it gave then."""
+    last_x, out, settled = past[REPEATS].get(layer, (None, None, False))
+    same = last_x is not None and torch.equal(last_x, x)
+    if same and settled:
+        return out
+    before = {m: past[m] for m in layer.modules() if m in past}
+    out = layer(x, past)
+    settled = same and all(a is past[m] or torch.is_tensor(a) and torch.equal(a, past[m]) for m, a in before.items())
+    past[REPEATS][layer] = x, out, settled
+    return out
+
+
 class Coder(nn.Module):
     """Encoder or decoder. `dims` are the widths from the input of the first stage to the output of the last."""
 
@@ -219,7 +235,7 @@ class Coder(nn.Module):
             return self.leave(self.enter(x, past), past)
         x = self.conv1(x, past)
         for layer in (*self.downsamples, *self.middle):
-            x = layer(x, past)
+            x = repeated(layer, x, past) if REPEATS in past else layer(x, past)
         return self.finish(x, past)
 
     def enter(self, x, past):
@@ -271,9 +287,10 @@ class VAE(nn.Module):
     def _stats(self, like):
         return [torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1) for s in LATENT_STATS[self.z_dim]]
 
-    def moment_chunks(self, video):
-        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time."""
-        past, p = {}, self.patch
+    def moment_chunks(self, video, still=False):
+        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time. still: most of the video
+        repeats; layers whose part of it has settled are not computed again, which is exact, and takes the memory of what they last gave."""
+        past, p = {REPEATS: {}} if still else {}, self.patch
         for i in range(0, video.shape[2], 4):
             x = video[:, :, max(i - 3, 0):i + 1]
             if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
@@ -294,22 +311,22 @@ class VAE(nn.Module):
             yield self.pixels(self.decoder(self.conv2(z[:, :, i:i + 1], past), past))
 
     @torch.no_grad()
-    def encode(self, video):
-        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per channel."""
+    def encode(self, video, still=False):
+        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per channel. still: as in moment_chunks."""
         B, _, T, H, W = video.shape
         st, sh, sw = self.stride
         if T % st != 1 or H % sh or W % sw:
             raise BadInput(f"video of {T} frames, {W}x{H} px: frames must be {st}k+1, width a multiple of {sw}, height of {sh}")
         mean, std = self._stats(video)
         z = torch.empty(B, self.z_dim, 1 + T // st, H // sh, W // sw, device=video.device)
-        for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype))):
+        for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype), still)):
             z[:, :, i:i + 1] = (moments[:, :self.z_dim].float() - mean) / std
         return z
 
     def condition(self, image, frames):
         """I2V-A14B's 20 extra input channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and
         the encoding of the image followed by frames-1 grey frames."""
-        z = self.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)))
+        z = self.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)), still=True)
         mask = torch.zeros_like(z[:, :4])
         mask[:, :, 0] = 1
         return torch.cat([mask, z], 1)

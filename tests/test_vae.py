@@ -104,3 +104,17 @@ def test_doubling_and_convolving_on_the_small_map(report):
     x, w, b = torch.randn(2, 5, 6, 7, dtype=torch.double), torch.randn(3, 5, 3, 3, dtype=torch.double), torch.randn(3, dtype=torch.double)
     want = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), w, b, padding=1)
     report("fp64", tiny.error(double_and_convolve(x, folded(w), b.repeat(4)), want), 1e-14)
+
+
+def test_grey_frames_are_not_encoded_twice():
+    """I2V's image and 80 grey frames: bit for bit the plain encoding. The layers at full size, where most of the work is, settle within a few of the 21
+    chunks; those behind them, which remember two of their own frames each, later."""
+    model, video = tiny.vae(False), torch.zeros(1, 3, 81, 16, 24)
+    video[:, :, 0] = torch.rand(3, 16, 24) * 2 - 1
+    calls, plain = [0] * len(model.encoder.downsamples), model.encode(video)
+    for i, m in enumerate(model.encoder.downsamples):
+        m.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    assert torch.equal(model.condition(video[:, :, :1], 81)[:, 4:], plain)
+    assert max(calls[:3]) <= 6 and max(calls[:6]) <= 9 and sum(calls) < 0.75 * 21 * len(calls), calls
+    moving = torch.rand(1, 3, 13, 16, 24) * 2 - 1
+    assert torch.equal(model.encode(moving, still=True), model.encode(moving))
