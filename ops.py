@@ -1,4 +1,4 @@
-"""Picks the implementation of every hot operation, once, at import, and says which.
+"""Picks the implementation of every hot operation, once, at import; scripts print which (`chosen`).
 
 NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py and below
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
@@ -51,6 +51,12 @@ CHOSEN = resolve(os.environ.get("NANOWAN_OPS", "auto"))
 def fast(x):
     """Whether x's device has more than the reference."""
     return CHOSEN.get(x.device.type, "ref") != "ref"
+
+
+def chosen(device):
+    """What a device's operations are, for a run's first lines and its record."""
+    kind = torch.device(device).type
+    return {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[CHOSEN.get(kind, "ref")] + f" operations on {kind}"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flow
+import ops
 from checkpoint import BadInput, atomic, cli, find, read_header, save, weight_files
 from lora import merge, read_lora
 from t5 import encoder_files, load_t5
@@ -519,7 +520,7 @@ def main():
             raise BadInput(f"--{flag} {path}: a file is to be written there, and it is a folder or may not be written")
     used = {k: s[k] for k in ("variant", "size", "pixels", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"ckpt": str(args.ckpt), "seed": seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
-    print(json.dumps(used, ensure_ascii=False))
+    print(json.dumps(used, ensure_ascii=False), ops.chosen(device), sep="\n")
     need = plan.sampling(s, plan.builders(models), device, DTYPES[dtype])
     print(need)
 

@@ -16,6 +16,7 @@ import time
 import torch
 
 import data
+import ops
 import plan
 from checkpoint import BadInput, Run, cli, load, read_headers, weight_files
 from lora import TARGETS, adapter, attach, hold_to, inject, layers, parse_blocks, start_from, write_lora
@@ -68,11 +69,12 @@ def main():
     resolve(args, s, read_config(models.folder(models.experts[0]), read_headers(weight_files(models.folder(models.experts[0])))).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
-    print(json.dumps(vars(args)))
+    print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume)
 
     # data: latents and texts cached
     dataset, previews = Dataset(args, models), Previews(args, models)
+    run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=True))
     print(need)

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 import data
+import ops
 import plan
 from checkpoint import BadInput, Run, cli, save
 from optim import EMA, AdamW8bit, Guard, adamw, lr_at
@@ -138,11 +139,12 @@ def main():
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
-    print(json.dumps(vars(args)))
+    print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume)
 
     # data: latents cached, text never
     dataset, previews = Dataset(args, models), Previews(args, models)
+    run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=False))
     print(need)

@@ -83,17 +83,17 @@ def test_decode_memory_does_not_grow_with_frames(report):
 @pytest.mark.parametrize("v22", [False, True])
 def test_tiles_are_exact_where_they_overlap_enough(v22, report):
     """Windows of 14 latent pixels, whose overlap is all that a result depends on; a window of 3 is blended, and not equal."""
-    model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 15, 30) * 0.5  # fp64, into fp32 pixels
+    model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 3, 28) * 0.5  # fp64, into fp32 pixels
     whole = model.decode(z)
     assert model.overlap(14) == (model.decoder.reach(), True) and not model.overlap(3)[1]
     report("tile 14", tiny.error(model.decode(z, tile=14), whole), 2e-7)
-    rough = tiny.error(model.decode(z, tile=3), whole)
-    assert rough > 1e-3
+    narrow = z[:, :, :1, :, :7]
+    assert tiny.error(model.decode(narrow, tile=3), model.decode(narrow)) > 1e-3
 
 
 def test_a_shorter_overlap_is_not_exact(monkeypatch):
     """The reach is needed: four pixels less leave a difference."""
-    model, z = tiny.vae(False).double(), torch.randn(1, 16, 1, 15, 30) * 0.5
+    model, z = tiny.vae(False).double(), torch.randn(1, 16, 1, 3, 28) * 0.5
     monkeypatch.setattr(model, "overlap", lambda tile: (model.decoder.reach() - 4, True))
     assert tiny.error(model.decode(z, tile=14), model.decode(z)) > 4e-7
 
