@@ -1,6 +1,6 @@
 """LayerNorm with per-frame rows, alone or fused with the gated residual before it.
 
-    python kernels/modulate.py      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+    python -m kernels.modulate      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
 
 x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype, and rows (B,F,D) fp32 of any stride serve L/F
 tokens each. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each tensor is touched once.

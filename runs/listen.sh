@@ -50,7 +50,9 @@ claims() {
     te te_anchor_0 --anchor 0;                      score te_anchor_0 $(encoder te_anchor_0)
     te te_anchor_1 --anchor 1;                      score te_anchor_1 $(encoder te_anchor_1)
     te te_mix --mix 15,35,50 --trim_prob 0.2;       score te_mix $(encoder te_mix)
-    # a colour that the DiT has never drawn
+}
+orange() {  # a colour that the DiT has never drawn
+    use "$1"
     KEYS=orange DATA=$DIR/clips_orange
     [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 240 --seed "$((80 + SEED))" --words orange
     N=100 score orange_base
@@ -58,7 +60,7 @@ claims() {
     lora orange_te_lora $(encoder orange_te);       N=100 score orange_te_lora $(encoder orange_te) $(adapter orange_te_lora);    delta orange_te_lora
 }
 
-for part in ${PARTS:-main_line claims}; do
+for part in ${PARTS:-main_line claims orange}; do
     for seed in $SEEDS; do
         while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
         $part "$seed" &
