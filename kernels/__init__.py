@@ -4,10 +4,12 @@ On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that
 themselves run on the CPU, slowly, which is how the tests check them.
 """
 import contextlib
+import functools
 import importlib
 import math
 import os
 import statistics
+import time
 
 import torch
 
@@ -42,7 +44,14 @@ def worst(got, want):
 
 
 def milliseconds(run, repeats=20):
-    """Median GPU time of a call, with the L2 cache flushed before each."""
+    """Median time of a call: on a GPU where there is one, with its L2 cache flushed before each, else on the CPU."""
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - began))
+        return statistics.median(times)
     flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
     for _ in range(3):
         run()
@@ -58,6 +67,7 @@ def milliseconds(run, repeats=20):
     return statistics.median(times)
 
 
+@functools.cache
 def bandwidth(gigabytes=1):
     """Bytes per second of the GPU's memory, from a copy."""
     a = torch.empty(gigabytes << 28, device="cuda")
@@ -65,13 +75,15 @@ def bandwidth(gigabytes=1):
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) * 1000
 
 
-def report(name, error, limit, run=None, floor_bytes=0, reference=None):
-    """Print an op's error beside its limit, and on a GPU its time beside its bandwidth floor and its reference's. Returns what was measured."""
-    line, told = f"{name}: error {error:.1e} (limit {limit:.0e})", {"error": error, "limit": limit}
-    assert error <= limit, line
-    if run is not None and torch.cuda.is_available():
-        ms, floor = milliseconds(run), 1000 * floor_bytes / bandwidth()
-        told |= {"ms": ms, "floor_ms": floor, "ref_ms": milliseconds(reference) if reference else None}
-        line += f", {ms:.3f} ms, {floor / ms:.0%} of its bandwidth floor" + (f", reference {told['ref_ms']:.3f} ms" if reference else "")
-    print(line, flush=True)
+def report(name, error, limit):
+    """Print an op's error beside its limit, and hold it to that. Returns what was measured."""
+    print(f"{name}: error {error:.1e} (limit {limit:.0e})", flush=True)
+    assert error <= limit, f"{name}: error {error:.1e} > {limit:.0e}"
+    return {"error": error, "limit": limit}
+
+
+def timed(name, run, reference, floor_bytes):
+    """Print an op's GPU time beside its bandwidth floor and its reference's time. Returns what was measured."""
+    told = {"ms": milliseconds(run), "floor_ms": 1000 * floor_bytes / bandwidth(), "ref_ms": milliseconds(reference)}
+    print(f"{name}: {told['ms']:.3f} ms, {told['floor_ms'] / told['ms']:.0%} of its bandwidth floor, reference {told['ref_ms']:.3f} ms", flush=True)
     return told

@@ -5,9 +5,6 @@
 x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k) of 3x3x3, 3x1x1 or
 1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,H,W) and what the next chunk's `past` is (None with kt = 1).
 """
-import time
-from statistics import median
-
 import torch
 import torch.nn.functional as F
 
@@ -63,18 +60,9 @@ def main():
     for C, T, H, W in sizes:
         like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
         x, w, b, gamma = torch.randn(1, C, T, H, W, **like).contiguous(memory_format=torch.channels_last_3d), torch.randn(C, C, 3, 3, 3, **like).contiguous(memory_format=torch.channels_last_3d), torch.zeros(C, **like), torch.ones(C, **like)
-        past, seconds = torch.randn(1, C, 2, H, W, **like).contiguous(memory_format=torch.channels_last_3d), {}
+        past = torch.randn(1, C, 2, H, W, **like).contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad():
-            for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref)):
-                if device == "cuda":
-                    seconds[name] = milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000
-                    continue
-                times = []
-                for _ in range(7):
-                    began = time.perf_counter()
-                    op(x, past, w, b, gamma)
-                    times.append(time.perf_counter() - began)
-                seconds[name] = median(times)
+            seconds = {name: milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000 for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref))}
         flops = 2 * 27 * C * C * T * H * W
         results[f"{C}x{T}x{H}x{W}"] = {name: {"ms": 1000 * s, "tflops": flops / s / 1e12} for name, s in seconds.items()}
         print(f"causal_conv3d {C} channels, {T}x{H}x{W}: " + ", ".join(f"{name} {1000 * s:.2f} ms ({flops / s / 1e12:.2f} TFLOP/s)" for name, s in seconds.items()), flush=True)

@@ -4,14 +4,11 @@
 
 x (...) of any float dtype; the arithmetic is fp32. Floor: one read and one write of x.
 """
-import time
-from statistics import median
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import report, worst
+from kernels import milliseconds, report, worst
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
@@ -62,14 +59,10 @@ def check(dtype):
 
 def main():
     results = {f"check {dtype}": report(f"gelu, {dtype}", check(dtype), limit) for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3))}
-    x, times = torch.randn(480, 3072), {gelu: [], gelu_ref: []}
-    for _ in range(20):
-        for op, found in times.items():
-            began = time.perf_counter()
-            op(x)
-            found.append(1000 * (time.perf_counter() - began))
-    results["480x3072"] = {"ms": median(times[gelu]), "ref_ms": median(times[gelu_ref])}
-    print(f"gelu 480x3072: {median(times[gelu]):.2f} ms, reference {median(times[gelu_ref]):.2f} ms")
+    x = torch.randn(480, 3072)
+    ours, ref = (milliseconds(lambda: op(x)) for op in (gelu, gelu_ref))
+    results["480x3072"] = {"ms": ours, "ref_ms": ref}
+    print(f"gelu 480x3072: {ours:.2f} ms, reference {ref:.2f} ms")
     return results
 
 

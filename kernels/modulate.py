@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, triton, worst
+from kernels import launchable, register, report, timed, triton, worst
 
 if triton:
     import triton.language as tl
@@ -230,11 +230,9 @@ def main():
         for B, L, D in ((1, 27280, 3072), (1, 32760, 5120)):
             x, y = torch.randn(B, L, D, device=device), torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
             row, weight, shift = torch.randn(3, B, 1, D, device=device)
-            results[f"modulate {L}x{D}"] = report(f"modulate {L}x{D}", check(device, torch.bfloat16), 8e-3, lambda: modulate(x, weight, shift, 1e-6, torch.bfloat16), 6 * x.numel(),
-                                                   lambda: modulate_ref(x, weight, shift, 1e-6, torch.bfloat16))
-            results[f"gate_modulate {L}x{D}"] = report(f"gate_modulate {L}x{D}", check(device, torch.bfloat16), 8e-3,
-                                                        lambda: gate_modulate(x, y, row, weight, shift, 1e-6, torch.bfloat16), 12 * x.numel(),
-                                                        lambda: gate_modulate_ref(x, y, row, weight, shift, 1e-6, torch.bfloat16))
+            given = weight, shift, 1e-6, torch.bfloat16
+            results[f"modulate {L}x{D}"] = timed(f"modulate {L}x{D}", lambda: modulate(x, *given), lambda: modulate_ref(x, *given), 6 * x.numel())
+            results[f"gate_modulate {L}x{D}"] = timed(f"gate_modulate {L}x{D}", lambda: gate_modulate(x, y, row, *given), lambda: gate_modulate_ref(x, y, row, *given), 12 * x.numel())
     return results
 
 

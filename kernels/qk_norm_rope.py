@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, triton, worst
+from kernels import launchable, register, report, timed, triton, worst
 
 if triton:
     import triton.language as tl
@@ -215,8 +215,8 @@ def main():
             L, D = grid[0] * grid[1] * grid[2], heads * 128
             q, k, v = torch.randn(1, L, 3 * D, device=device, dtype=torch.bfloat16).chunk(3, -1)
             w, table = list(torch.ones(2, D, device=device)), rope_table(max(grid), 128, device)
-            results[f"{L}x{D}"] = report(f"qk_norm_rope {L}x{D}", check(device, torch.bfloat16), 8e-3, lambda: qk_norm_rope([q, k], w, 1e-6, heads, table, grid), 8 * L * D,
-                                         lambda: qk_norm_rope_ref([q, k], w, 1e-6, heads, table, grid))
+            given = w, 1e-6, heads, table, grid
+            results[f"{L}x{D}"] = timed(f"qk_norm_rope {L}x{D}", lambda: qk_norm_rope([q, k], *given), lambda: qk_norm_rope_ref([q, k], *given), 8 * L * D)
     return results
 
 

@@ -1,6 +1,5 @@
 """What only a GPU can show. Deselected where there is none; `make gpu` runs these and bench.py --gpu."""
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +77,10 @@ def test_nano_draws_the_same_clip_in_fp32(report):
 @pytest.mark.parametrize("flags", [["sample.py", "--compile"], ["sample.py", "--cuda_graphs"], ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
                                    ["train_lora.py", "--steps", "4", "--checkpointing"], ["train_te.py", "--steps", "4", "--optimizer", "adamw8bit"]])
 def test_scripts_run_in_bf16(flags, tmp_path):
-    """They finish and stay near the memory they planned."""
+    """They finish, and say what memory they planned and used."""
     pytest.importorskip("av")
     pytest.importorskip("ftfy")
     out = ["--out", tmp_path / ("s.mp4" if flags[0] == "sample.py" else "run")]
     run = subprocess.run([sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
-    print(json.dumps(run.stdout.splitlines()[-2:]))
+    assert "planned" in run.stdout

@@ -278,6 +278,7 @@ def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
 def test_compiled_blocks_give_the_same(checkpoints, report):
     models, compiled = load(checkpoints["ti2v"]), load(checkpoints["ti2v"])
     compiled.compile = "blocks"
+    assert all(b._compiled_call_impl is not None for b in compiled.part("dit").blocks)
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
     report("latents", tiny.error(denoise(compiled, ["a cat"], [1], **given), denoise(models, ["a cat"], [1], **given)), 2e-5)
 
