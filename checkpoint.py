@@ -166,7 +166,12 @@ def weight_files(path, stem="diffusion_pytorch_model"):
     single = path / f"{stem}.safetensors"
     if single.is_file():
         return [single]
-    raise BadInput(f"{path}: holds neither {index.name} nor {single.name}; give a model folder or one .safetensors file")
+    # such as one of ComfyUI's files, put in the place of the official shards
+    others = sorted(f for f in path.glob("*.safetensors") if "VAE" not in f.name and not f.name.startswith("models_t5"))
+    if len(others) == 1:
+        return others
+    raise BadInput(f"{path}: holds neither {index.name} nor {single.name}" + (f", but {len(others)} other .safetensors files" if others else "")
+                   + "; give a model folder or one .safetensors file")
 
 
 def find(path, pattern, what):
@@ -209,11 +214,22 @@ def count_blocks(entries):
     return 1 + max((int(n.split(".")[1]) for n in entries if re.match(r"blocks\.\d+\.", n)), default=-1)
 
 
-def load_into(model, entries, device, dtype, fp32=lambda name: False):
+def put(owner, leaf, tensor):
+    """Give a module its weight `leaf`, frozen; where parallel.py has sharded that, only this rank's part of it."""
+    old = getattr(owner, leaf)
+    if hasattr(old, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        old.to_local().copy_(distribute_tensor(tensor, old.device_mesh, old.placements, src_data_rank=None).to_local())
+    else:
+        setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=lambda model: None):
     """Stream `entries` into `model`, which was built on the meta device.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
-    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode.
+    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode. prepare(model) may change the still empty model
+    (adapters, fp8, shards); what it takes out is not read.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = {
@@ -225,14 +241,18 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False):
         where = next(iter(entries.values())).file if entries else "an empty file"
         raise BadInput(f"{where}: keys do not fit: " + "; ".join(
             f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
+    prepare(model)
+    left = [name for name in want if name in dict(model.named_parameters())]
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in the heap.
     scratch = torch.empty(max(e.nbytes for e in entries.values()), dtype=torch.uint8)
-    for name in sorted(want, key=lambda n: (str(entries[n].file), entries[n].offset)):
-        goal = torch.float32 if fp32(name) else dtype
-        stays = entries[name].dtype == goal and torch.device(device).type == "cpu"
-        tensor = entries[name].read(None if stays else scratch).to(device, goal).contiguous()
+    for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
+        if leaf == "weight" and hasattr(owner, "quantize"):  # fp8.Fp8Linear
+            owner.quantize(entries[name].read(scratch).to(device))
+            continue
+        stays = entries[name].dtype == goal and torch.device(device).type == "cpu"
+        put(owner, leaf, entries[name].read(None if stays else scratch).to(device, goal).contiguous())
     return model.eval()
 
 

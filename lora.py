@@ -19,16 +19,19 @@ TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear with its own name and weight, plus scale * B A x. A and B are fp32 whatever the base is."""
+    """A frozen linear, of whatever class, with its own name and weight, plus scale * B A x. A and B are fp32 whatever the weight is."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.bias = base.in_features, base.out_features, base.weight, base.bias
-        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    @staticmethod
+    def over(linear, rank, alpha, dropout=0.0, device=None):
+        """Turn a linear into this, in place."""
+        own = type(linear)
+        if not isinstance(linear, LoRALinear):
+            linear.__class__ = LoRALinear if own is nn.Linear else type(f"LoRA{own.__name__}", (LoRALinear, own), {})
+        linear.scale, linear.dropout = alpha / rank, nn.Dropout(dropout)
+        device = device or linear.weight.device
+        linear.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
@@ -50,10 +53,11 @@ def parse_blocks(text, total):
     return sorted(found)
 
 
-def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None):
+def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None, device=None):
     """Put a LoRA on every target of the given blocks (default all) and freeze everything else, in place.
 
-    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. Returns the trainable parameters, A and B in turn, fp32.
+    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. device: of the adapters, where that is not the weights' (a model still
+    empty). Returns the trainable parameters, A and B in turn, fp32.
     B starts at zero, so the model's output does not change.
     """
     unknown = [t for t in targets if t not in TARGETS]
@@ -65,10 +69,8 @@ def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, d
     params = []
     for i in range(len(model.blocks)) if blocks is None else blocks:
         for target in targets:
-            owner, _, leaf = target.rpartition(".")
-            owner = model.blocks[i].get_submodule(owner)
-            layer = LoRALinear(getattr(owner, leaf), rank, alpha, dropout)
-            setattr(owner, leaf, layer)
+            layer = model.blocks[i].get_submodule(target)
+            LoRALinear.over(layer, rank, alpha, dropout, device)
             params += [layer.lora_A, layer.lora_B]
     return params
 
@@ -102,6 +104,12 @@ def start_from(pairs, path, scale):
     for name, (a, b) in pairs.items():
         a.copy_(given[name][0])
         b.copy_(given[name][1] / scale)
+
+
+@torch.no_grad()
+def norms(model):
+    """{module name: Frobenius norm () of its frozen weight} of an injected model."""
+    return {name: m.norm if hasattr(m, "norm") else m.weight.float().norm() for name, m in layers(model).items()}
 
 
 @torch.no_grad()
@@ -202,7 +210,7 @@ def _default_alpha(path, metadata, peft):
 
 @torch.no_grad()
 def merge(model, path, weight=1.0):
-    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype.
+    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype. Beside 8-bit weights it stays.
     Raises BadInput, before anything is changed, if a module is missing or has another shape."""
     pairs, _ = read_lora(path)
     modules = dict(model.named_modules())
@@ -212,4 +220,17 @@ def merge(model, path, weight=1.0):
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
     for name, (a, b) in pairs.items():
         w = modules[name].weight
-        w.copy_(w.float() + weight * (b.to(w.device) @ a.to(w.device)))
+        if w.dtype.itemsize == 1:
+            _beside(modules[name], a, weight * b)
+        else:
+            w.copy_(w.float() + weight * (b.to(w.device) @ a.to(w.device)))
+
+
+def _beside(linear, a, b):
+    """Let B A stay beside a linear: added to an 8-bit weight, most of it would be rounded away. A further one makes the rank larger."""
+    if isinstance(linear, LoRALinear):
+        a, b = torch.cat([linear.lora_A.data, a.to(linear.lora_A)]), torch.cat([linear.scale * linear.lora_B.data, b.to(linear.lora_B)], 1)
+    LoRALinear.over(linear, len(a), len(a))
+    linear.requires_grad_(False)
+    linear.lora_A.copy_(a)
+    linear.lora_B.copy_(b)

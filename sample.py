@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flow
+import fp8
 import ops
-from checkpoint import BadInput, atomic, cli, find, read_header, save, weight_files
+from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, save, weight_files
 from lora import merge, read_lora
+from offload import Stream
 from t5 import encoder_files, load_t5
 from vae import load_vae
 from wan import VARIANTS, load_wan
@@ -72,17 +74,19 @@ def free_memory(device):
 class Models:
     """The parts of one checkpoint: "text", "vae", and "dit", or "high" and "low". Each is loaded when first asked for. When
     memory is short, and on an accelerator always between the two experts, the others make room: from the accelerator to the host,
-    from the host (device "cpu") to nothing, to be read again when needed."""
+    from the host (device "cpu") to nothing, to be read again when needed. fp8: hold the DiT's blocks in 8 bits (fp8.py); stream: so many of
+    the DiT's blocks stay on the host (offload.py)."""
 
-    def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None):
+    def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None, fp8=False, stream=0):
         self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
+        self.fp8, self.stream, self.streams = fp8, stream, {}
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
         for expert in self.experts:
             weight_files(self.folder(expert))  # a missing one is better missed now than after half the steps
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
-        self.prepare = lambda name, model: model  # what else is done to a DiT after loading
+        self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
@@ -116,20 +120,35 @@ class Models:
         model, cuda = self.parts.get(name), self.device.type == "cuda"
         size = 4 if name == "vae" else self.dtype.itemsize
         resident = model is not None and next(model.parameters()).device.type == self.device.type
-        need = activations + (0 if resident else size * sum(e.numel for f in self.files(name) for e in read_header(f)[0].values()))
+        need = activations + (0 if resident else size * self._elements(name))
         for other in [o for o in self.parts if o != name]:
             if free_memory(self.device) < need or cuda and {other, name} == {"high", "low"}:
                 self.release(other)
         if not resident:
-            self.parts[name] = self._load(name) if model is None else model.to(self.device)
+            self.parts[name] = self._load(name) if model is None else self._move(name, model, self.device)
         return self.parts[name]
+
+    def _elements(self, name):
+        """How many numbers a part has on the device."""
+        sizes = {n: e.numel for f in self.files(name) for n, e in read_header(f)[0].items()}
+        blocks = {} if name in ("text", "vae") else {n: v for n, v in sizes.items() if ".blocks." in f".{n}"}
+        return sum(sizes.values()) - round(sum(blocks.values()) * min(1, self.stream / max(1, count_blocks(blocks))))
+
+    def _move(self, name, model, device):
+        """A part to another device; of a streamed DiT, what is not streamed."""
+        if name not in self.streams:
+            return model.to(device)
+        self.streams[name].to(device)
+        return model
 
     def release(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         model = self.parts.pop(name)
         if self.device.type == "cuda":
             if free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
-                self.parts[name] = model.to("cpu")
+                self.parts[name] = self._move(name, model, "cpu")
+            else:
+                self.streams.pop(name, None)
             torch.cuda.empty_cache()
 
     def _load(self, name):
@@ -138,11 +157,14 @@ class Models:
         if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder; to the decoder it does none, and halves its memory
             vae = load_vae(self.dir, self.device, torch.float32)
             return vae.decode_in(self.dtype) if self.device.type == "cuda" else vae
-        model = load_wan(self.folder(name), self.device, self.dtype)
+        model = load_wan(self.folder(name), "cpu" if self.stream else self.device, self.dtype, self.fp8, lambda model: self.prepare(name, model))
         for file, weight, expert in self.loras:
             if expert in (None, name):
                 merge(model, file, weight)
-        model = self.prepare(name, model)
+        if error := fp8.report(model):
+            print(f"{self.folder(name)}: {error}")
+        if self.stream:
+            self.streams[name] = Stream(model, self.stream, self.device)
         if self.compile == "blocks":  # they are all alike: compiled once
             for block in model.blocks:
                 block.compile()
@@ -160,12 +182,12 @@ class Models:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows], device=self.device)
 
 
-def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None):
+def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, fp8=False, stream=0):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. Weights are read
-    when first needed; a LoRA that cannot be read raises BadInput here."""
-    return Models(ckpt_dir, device, dtype, lora, text_encoder)
+    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. fp8: the DiT's blocks in 8 bits.
+    stream: how many of them stay on the host. Weights are read when first needed; a LoRA that cannot be read raises BadInput here."""
+    return Models(ckpt_dir, device, dtype, lora, text_encoder, fp8, stream)
 
 
 # ---- conditioning ------------------------------------------------------------------------------------------------
@@ -482,7 +504,9 @@ def arguments(given=None):
     p.add_argument("--text_encoder", help="an updated text encoder's file")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    g = p.add_argument_group("speed")
+    g = p.add_argument_group("speed and memory")
+    g.add_argument("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    g.add_argument("--stream_blocks", type=int, default=0, help="keep N of the DiT's blocks in host memory, on the device only while they run")
     g.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
     g.add_argument("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
     g.add_argument("--reuse", type=float, default=0.0, help="skip steps whose velocity is expected to change by less than this share, such as 0.05 (inexact; see diag.py reuse)")
@@ -507,9 +531,11 @@ def main():
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
+    if args.stream_blocks < 0 or args.stream_blocks and (args.compile or args.cuda_graphs):
+        raise BadInput(f"--stream_blocks {args.stream_blocks}: 0 or more, and not with --compile or --cuda_graphs, which need every weight in its place")
     if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
         raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
-    models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder)
+    models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
                  guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
@@ -550,6 +576,8 @@ def main():
     if args.grid:
         write_grid(args.grid, shown, prompts)
         print(args.grid)
+    for stream in models.streams.values():
+        print(stream.report())
     print(need.compare(device))
 
 

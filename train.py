@@ -20,7 +20,7 @@ from sample import DTYPES, HERE, check_size, decode, denoise, parse_size, read_p
 
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 FREE = ("steps", "out", "cache", "cache_only", "device", "save_every", "eval_every", "previews", "preview_every", "resume", "data", "ckpt",
-        "text_encoder", "init_lora", "checkpointing", "most_bad", "save", "cache_text")
+        "text_encoder", "init_lora", "checkpointing", "most_bad", "save", "cache_text", "stream_blocks")
 
 
 def flags(p, **defaults):

@@ -19,7 +19,8 @@ import data
 import ops
 import plan
 from checkpoint import BadInput, Run, cli, load, read_headers, weight_files
-from lora import TARGETS, adapter, attach, hold_to, inject, layers, parse_blocks, start_from, write_lora
+from lora import TARGETS, adapter, attach, hold_to, inject, parse_blocks, start_from, write_lora
+from lora import norms as lora_norms
 from optim import EMA, Guard, adamw, lr_at
 from sample import DTYPES, Models, pick_device
 from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, state_of
@@ -37,6 +38,9 @@ def arguments(given=None):
     g.add_argument("--dropout", type=float, default=0.0)
     g.add_argument("--init_lora", action="append", default=[], help="start from this LoRA; for A14B one per expert, known by its metadata")
     g.add_argument("--delta_cap", type=float, help="no matrix moves further than this share of its norm, ||dW||/||W||")
+    g = p.add_argument_group("base")
+    g.add_argument("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    g.add_argument("--stream_blocks", type=int, default=0, help="keep N of the DiT's blocks in host memory, on the device only while they run")
     flags(p, out="out/lora", steps=200, batch=8, lr=1e-3, weight_decay=0.01)
     return p.parse_args(given)
 
@@ -45,7 +49,7 @@ def resolve(args, s, blocks):
     """Fill in what the checkpoint recommends and check what was given."""
     fill_in(args, s)
     args.alpha = args.alpha if args.alpha is not None else args.rank
-    check_ranges(args, rank=(1,), alpha=(1e-9,), dropout=(0, 0.999), **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}))
+    check_ranges(args, stream_blocks=(0, blocks), rank=(1,), alpha=(1e-9,), dropout=(0, 0.999), **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}))
     args.targets = args.targets.split(",")
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
@@ -63,7 +67,7 @@ def predict(args, s, parts, **sizes):
 def main():
     args = arguments()
     args.device = pick_device(args.device)
-    models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
+    models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
     s = models.settings
     base = [f for name in models.experts for f in models.files(name)]
     resolve(args, s, read_config(models.folder(models.experts[0]), read_headers(weight_files(models.folder(models.experts[0])))).num_layers)
@@ -94,17 +98,16 @@ def main():
         if name in turns:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed + (name == "low"))
-                inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks)
+                inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks, models.device)
             if name not in adapters:
                 adapters[name] = adapter(model)
-                norms[name] = {n: m.weight.float().norm() for n, m in layers(model).items()}
             attach(model, adapters[name])
         model.checkpointing = args.checkpointing
-        return model.eval()
 
     models.prepare = adapt
     for name in turns:
-        models.part(name)
+        model = models.part(name)
+        norms[name] = lora_norms(model) if args.delta_cap else {}
     given = {} if not args.init_lora else {load(f)[1].get("expert", "dit"): f for f in args.init_lora}
     if set(given) - set(turns):
         raise BadInput(f"--init_lora {','.join(args.init_lora)}: made for {', '.join(given)}, trained are {', '.join(turns)}")
@@ -185,6 +188,8 @@ def main():
         guard.check(args, why, run.out)
         if run.stop:
             return
+    for stream in models.streams.values():
+        print(stream.report())
     print(f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors"))))
 
 

@@ -155,7 +155,6 @@ def main():
     # models: the encoder learns, the DiT is frozen
     def frozen(name, model):
         model.checkpointing = args.checkpointing
-        return model
 
     models.prepare = frozen
     encoder = models.part("text")

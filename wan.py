@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ops
 from checkpoint import BadInput, count_blocks, load_into, read_headers, weight_files
+from fp8 import convert, take_scales
 
 
 def sinusoid(t, dim):
@@ -160,6 +161,7 @@ class Wan(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
         self.checkpointing = False  # recompute each block's activations in the backward pass
+        self.keeps_text = True  # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py, parallel.py)
 
     def embed_text(self, context, lens=None, cache=False):
         """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and values too.
@@ -180,7 +182,7 @@ class Wan(nn.Module):
         bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]  # -inf where there is no padding
         bias = torch.cat(bias, 1)[:, None, None]
         context = self.text_embedding(context)
-        kv = tuple(b.cross_attn.keys_values(context) for b in self.blocks) if cache else (None,) * len(self.blocks)
+        kv = tuple(b.cross_attn.keys_values(context) for b in self.blocks) if cache and self.keeps_text else (None,) * len(self.blocks)
         return Text(context, bias, kv)
 
     def forward(self, x, t, context, context_lens=None):
@@ -189,28 +191,43 @@ class Wan(nn.Module):
         x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
         context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them -> (B,out_dim,T',h,w) fp32.
         """
-        c, (B, C, T, h, w) = self.config, x.shape
-        pt, ph, pw = c.patch_size
+        c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
         if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
             raise BadInput(f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
                            f"of {ph}, {pw}, and t (B,) or (B,T')")
-        text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
         grid = (T // pt, h // ph, w // pw)
-        x = x.reshape(B, C, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        conditions = self.conditions(t, context, context_lens, grid)
+        return self.leave(self.run(self.enter(x), *conditions), conditions[0], grid)
+
+    def enter(self, x):
+        """x (B,C,T',h,w) -> its tokens (B,L,D) fp32."""
+        (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
+        x = x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         embed = self.patch_embedding
-        x = F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()    # (B,L,D)
-        time = self.time_embedding(sinusoid(t.view(B, -1), c.freq_dim))                         # (B,F,D)
-        rows = self.time_projection(time).unflatten(2, (6, -1))                                 # (B,F,6,D)
-        rope = rope_table(max(grid), c.dim // c.num_heads, x.device), grid                      # (n,d/2,2)
+        return F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()
+
+    def conditions(self, t, context, context_lens, grid):
+        """What every block is given beside the tokens: the time (B,F,D), its rows (B,F,6,D), the rotation, the Text."""
+        text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
+        time = self.time_embedding(sinusoid(t.view(len(t), -1), self.config.freq_dim))
+        rope = rope_table(max(grid), self.config.dim // self.config.num_heads, t.device), grid  # (n,d/2,2)
+        return time, self.time_projection(time).unflatten(2, (6, -1)), rope, text
+
+    def run(self, x, time, rows, rope, text):
+        """The blocks. x (B,L,D) -> (B,L,D)."""
         for block, kv in zip(self.blocks, text.keys_values):
             args = (x, rows, rope, text.context, text.bias, kv)
             if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(*args)                                                                # (B,L,D)
-        x = self.head(x, time)                                                                  # (B,L,pt*ph*pw*out)
-        x = x.view(B, *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)             # (B,out,T',pt,H',ph,W',pw)
-        return x.reshape(B, c.out_dim, T, h, w)
+                x = block(*args)
+        return x
+
+    def leave(self, x, time, grid):
+        """The last tokens (B,L,D) -> velocity (B,out_dim,T',h,w) fp32."""
+        c, (pt, ph, pw) = self.config, self.config.patch_size
+        x = self.head(x, time).view(len(x), *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,out,T',pt,H',ph,W',pw)
+        return x.reshape(len(x), c.out_dim, grid[0] * pt, grid[1] * ph, grid[2] * pw)
 
 
 def keep_fp32(name):
@@ -250,12 +267,20 @@ def read_config(path, entries):
     return config
 
 
-def load_wan(path, device="cpu", dtype=torch.bfloat16):
+def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
     """Load one DiT: `path` is a model folder (config.json and safetensors; of A14B the high_noise_model or low_noise_model
-    folder) or a single .safetensors file. Frozen, in eval mode. Raises BadInput naming what does not fit."""
+    folder) or a single .safetensors file. Frozen, in eval mode. fp8: hold the blocks' linears in 8 bits; ComfyUI's fp8_scaled files always
+    are. prepare(model) may change the model while it is still empty. Raises BadInput naming what does not fit."""
     if (Path(path) / "high_noise_model").is_dir():
         raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
     entries = read_headers(weight_files(path))
+    scales = take_scales(entries)
     with torch.device("meta"):
         model = Wan(read_config(path, entries))
-    return load_into(model, entries, device, dtype, keep_fp32)
+
+    def prepared(model):
+        if fp8 or scales:
+            convert(model, scales)
+        prepare(model)
+
+    return load_into(model, entries, device, dtype, keep_fp32, prepared)

@@ -20,6 +20,17 @@ def checkpoints(tmp_path_factory):
     return {kind: tiny.checkpoint(root / kind, kind) for kind in ("ti2v", "t2v", "i2v")}
 
 
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder of two captioned clips and a photo, 64 px wide."""
+    from test_data import clip, photo
+    folder = tmp_path_factory.mktemp("media")
+    clip(folder / "a.mp4", 9, 64, 64, caption="a red square\na square that is red")
+    clip(folder / "b.mp4", 13, 64, 64, caption="a dog runs")
+    photo(folder / "c.png", 64, 64)
+    return folder
+
+
 @pytest.fixture
 def report(request, capsys):
     """report(name, value, limit): print the error as a share of its tolerance, and hold it to that tolerance."""

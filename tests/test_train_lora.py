@@ -9,18 +9,9 @@ import torch
 
 from checkpoint import load
 from lora import read_lora
-from test_data import clip, photo
+from test_data import clip
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("media")
-    clip(folder / "a.mp4", 9, 64, 64, caption="a red square\na square that is red")
-    clip(folder / "b.mp4", 13, 64, 64, caption="a dog runs")
-    photo(folder / "c.png", 64, 64)
-    return folder
 
 
 def train(ckpt, media, out, *flags, check=True):

@@ -1,0 +1,115 @@
+"""Frozen linears in 8 bits."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fp8
+import lora
+import tiny
+from checkpoint import BadInput
+from wan import Wan, full_config, load_wan
+
+X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
+off = lambda a, b: ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8")
+    tiny.write_dit(folder, tiny.dit("ti2v", dim=256))
+    return folder
+
+
+def test_weights_and_their_reported_error(folder):
+    eight, whole = load_wan(folder, dtype=torch.float32, fp8=True), load_wan(folder, dtype=torch.float32)
+    told = fp8.report(eight)
+    for kind in lora.TARGETS:
+        pairs = [(b.get_submodule(kind), w.get_submodule(kind).weight) for b, w in zip(eight.blocks, whole.blocks)]
+        for m, w in pairs:
+            step = m.weight.float().abs().clamp(min=2.0 ** -6) * 2.0 ** -4 * m.scales  # half the distance of e4m3's numbers, with 3 bits
+            assert m.weight.dtype == torch.float8_e4m3fn and ((fp8.dense(m.weight, m.scales, torch.float32) - w).abs() <= 1.001 * step).all()
+        error = sum((fp8.dense(m.weight, m.scales, torch.float32) - w).square().sum() for m, w in pairs) / sum(w.square().sum() for _, w in pairs)
+        assert f"{kind} {100 * error.sqrt():.2f} %" in told
+    assert off(eight(X, T, CONTEXT), whole(X, T, CONTEXT)) < 5e-2
+
+
+def test_a_block_of_5b(tmp_path, report):
+    config = full_config("ti2v-5B")
+    config.num_layers = 1
+    tiny.write_dit(tmp_path, tiny.randomize(Wan(config), 0).bfloat16())
+    x, t, context = torch.randn(1, 48, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 20, 4096)
+    eight, sixteen = load_wan(tmp_path, fp8=True), load_wan(tmp_path)
+    size = lambda m: sum(p.nbytes for p in [*m.blocks.parameters(), *m.blocks.buffers()])
+    with torch.no_grad():
+        report("8 bits against 16, relative error", off(eight(x, t, context), sixteen(x, t, context)), 5e-2)
+    assert size(eight) <= 0.55 * size(sixteen)
+
+
+def test_gradients_pass_through_and_adapters_stay_whole(folder):
+    eight = load_wan(folder, dtype=torch.float32, fp8=True)
+    dense = load_wan(folder, dtype=torch.float32)
+    for m, d in zip(eight.modules(), dense.modules()):
+        if isinstance(m, fp8.Fp8Linear):
+            d.weight.data = fp8.dense(m.weight, m.scales, torch.float32)
+    found = []
+    for model in (eight, dense):
+        torch.manual_seed(0)
+        params = lora.inject(model, rank=4)
+        for p in params:
+            torch.nn.init.normal_(p, std=0.1)
+        y = model(X, T, CONTEXT)
+        y.square().mean().backward()
+        found.append([y, *(p.grad for p in params)])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+def test_loras_stay_beside(folder, tmp_path, report):
+    for i in range(2):
+        model = tiny.dit("ti2v", dim=256)
+        torch.manual_seed(i)
+        for p in lora.inject(model, rank=4 + i, blocks=[i, 2]):
+            torch.nn.init.normal_(p, std=0.05)
+        lora.save_lora(tmp_path / f"{i}.safetensors", model)
+    eight, dense = load_wan(folder, dtype=torch.float32, fp8=True), load_wan(folder, dtype=torch.float32)
+    for m, d in zip(eight.modules(), dense.modules()):
+        if isinstance(m, fp8.Fp8Linear):
+            d.weight.data = fp8.dense(m.weight, m.scales, torch.float32)
+    before = eight(X, T, CONTEXT)
+    for model in (eight, dense):
+        lora.merge(model, tmp_path / "0.safetensors", 0.7)
+        lora.merge(model, tmp_path / "1.safetensors")
+    assert off(before, dense(X, T, CONTEXT)) > 1e-2
+    report("beside against merged", off(eight(X, T, CONTEXT), dense(X, T, CONTEXT)), 2e-6)
+
+
+@pytest.mark.parametrize("names,shape", [((".scale_weight", ".scale_input"), ()), ((".weight_scale", ".input_scale"), (1,)), ((".weight_scale", ".comfy_quant"), None)])
+def test_comfyui_files(folder, tmp_path, names, shape):
+    """fp8_scaled files of both kinds, a scale per tensor or per channel."""
+    tensors, want = {"scaled_fp8": torch.empty(2, dtype=fp8.E4M3)}, load_wan(folder, dtype=torch.float32)
+    for name, w in want.state_dict().items():
+        if name.startswith("blocks.1.") and name.endswith((".q.weight", "ffn.2.weight")):
+            scale = w.abs().amax(1, keepdim=True) / 448 if shape is None else (w.abs().max() / 448).reshape(shape)
+            tensors[name] = (w / scale).to(fp8.E4M3)
+            base = name.removesuffix(".weight")
+            tensors[base + names[0]] = scale
+            tensors[base + names[1]] = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8) if "quant" in names[1] else torch.ones(())
+            want.get_submodule(base).weight.data = tensors[name].float() * scale
+        else:
+            tensors[name] = w.clone()
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file({f"model.diffusion_model.{k}" if k != "scaled_fp8" else k: v for k, v in tensors.items()}, tmp_path / "model_fp8_scaled.safetensors")
+    got = load_wan(tmp_path, dtype=torch.float32)
+    assert sum(isinstance(m, fp8.Fp8Linear) for m in got.modules()) == 3
+    assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT))
+
+
+def test_an_8_bit_linear_outside_the_blocks_is_refused(folder, tmp_path):
+    tensors = {k: v.clone() for k, v in load_wan(folder, dtype=torch.float32).state_dict().items()}
+    tensors |= {"head.head.weight": tensors["head.head.weight"].to(fp8.E4M3), "head.head.scale_weight": torch.ones(())}
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(BadInput, match="head.head is in 8 bits"):
+        load_wan(tmp_path)

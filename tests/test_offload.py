@@ -1,0 +1,97 @@
+"""Streaming: the same bits as resident weights, and exactly the copies that the ring needs."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora
+import tiny
+from checkpoint import BadInput
+from offload import ALIGNED, Stream, spread
+from sample import denoise, load
+
+ROOT = Path(__file__).parent.parent
+X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
+
+
+def model(streamed=0, blocks=None):
+    dit = tiny.dit("ti2v", layers=6)
+    torch.manual_seed(0)
+    params = lora.inject(dit, rank=4, blocks=blocks)
+    for p in params:
+        torch.nn.init.normal_(p, std=0.1)
+    return dit, params, Stream(dit, streamed, "cpu") if streamed else None
+
+
+@pytest.mark.parametrize("streamed,blocks", [(6, None), (6, [4, 5]), (4, None), (3, [2]), (2, None), (1, None)])
+def test_the_same_bits_as_resident(streamed, blocks):
+    (a, pa, _), (b, pb, _) = model(0, blocks), model(streamed, blocks)
+    for _ in range(2):
+        ya, yb = a(X, T, CONTEXT), b(X, T, CONTEXT)
+        assert torch.equal(ya, yb)
+        ya.square().mean().backward()
+        yb.square().mean().backward()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(pa, pb, strict=True))
+    with torch.no_grad():
+        assert all(torch.equal(a(X, T, CONTEXT), b(X, T, CONTEXT)) for _ in range(2))
+    assert all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_order_and_count_of_copies():
+    dit, _, stream = model(6)
+    for _ in range(2):
+        dit(X, T, CONTEXT).square().mean().backward()
+    step = [3, 2, 1, 0]  # downwards; 4 and 5 were here at the turn, and 0 and 1 are for the next pass
+    assert stream.copies == [0, 1, 2, 3, 4, 5, *step, 2, 3, 4, 5, *step]
+    assert stream.bytes == len(stream.copies) * stream.ring_bytes() // 2
+
+
+def test_copies_while_sampling():
+    dit, _, stream = model(4)
+    assert stream.numbers == spread(4, 6) == [1, 2, 4, 5]
+    with torch.no_grad():
+        for _ in range(2):
+            dit(X, T, CONTEXT)
+    assert stream.copies == [1, 2, 4, 5, 1, 2, 4, 5, 1]  # the first of the next pass is on its way
+
+
+def test_blocks_below_the_first_adapter_are_not_fetched_backwards():
+    dit, _, stream = model(6, [4, 5])
+    for _ in range(2):
+        dit(X, T, CONTEXT).square().mean().backward()
+    assert stream.copies == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
+
+
+def test_memory_on_the_device():
+    """Two blocks' buffers, and each tensor of a streamed block lies in one of them, or in its host buffer."""
+    dit, _, stream = model(6)
+    dit(X, T, CONTEXT)
+    block = max(sum(-(-p.nbytes // ALIGNED) * ALIGNED for p in b.parameters() if not p.requires_grad) for b in dit.blocks)
+    assert stream.ring_bytes() == 2 * block
+    homes = {r.untyped_storage().data_ptr() for r in stream.ring} | {f.host.untyped_storage().data_ptr() for f in stream.flats.values()}
+    assert {p.untyped_storage().data_ptr() for b in dit.blocks for p in b.parameters() if not p.requires_grad} <= homes
+
+
+@pytest.mark.parametrize("fp8", (False, True))
+def test_sampling_with_streamed_blocks(checkpoints, fp8):
+    given = dict(size=(64, 64), frames=5, steps=2, progress=False)
+    want = denoise(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
+    assert torch.equal(denoise(load(checkpoints["ti2v"], fp8=fp8, stream=2), ["a red square"], [0], **given), want)
+
+
+def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
+    from checkpoint import load as read
+    found = []
+    for flags in ([], ["--stream_blocks", "3"]):
+        out = tmp_path / f"run{len(flags)}"
+        subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", media, "--out", out, "--cache", tmp_path / "cache", "--resolution", "64x64",
+                        "--frames", "9", "--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu", *flags], check=True, capture_output=True)
+        found.append(read(out / "adapter_model.safetensors")[0])
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_too_many_blocks():
+    with pytest.raises(BadInput, match="--stream_blocks 7: this model has 6"):
+        Stream(tiny.dit("ti2v", layers=6), 7, "cpu")
