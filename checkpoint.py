@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,13 +289,15 @@ class Run:
     """A training run's folder: OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt.
 
     A checkpoint is written under a temporary name and renamed, so the newest one is always whole; the last `keep` stay. After Ctrl-C
-    or SIGTERM `stop` is True: the loop saves and leaves. Raises BadInput where OUT holds a run and `resume` is not asked for.
+    or SIGTERM `stop` is True: the loop saves and leaves. Of several ranks, only the `main` one writes. Raises BadInput where OUT holds a run
+    and `resume` is not asked for, unless this same job wrote it, before torchrun started its processes anew.
     """
 
-    def __init__(self, out, flags, resume, keep=2):
-        self.out, self.keep, self.stop = Path(out), keep, False
+    def __init__(self, out, flags, resume, main=True, keep=2):
+        self.out, self.keep, self.stop, self.main = Path(out), keep, False, main
         self.states = self.out / "checkpoints"
-        if any(self._saved()) and not resume:
+        job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.environ['MASTER_PORT']}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if any(self._saved()) and not resume and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job):
             raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
         self.states.mkdir(parents=True, exist_ok=True)
         try:
@@ -302,7 +305,7 @@ class Run:
         except OSError:  # no git here
             commit = None
         self.told = {"flags": flags, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                     "commit": commit or None, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+                     "commit": commit or None, "job": job, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
     def _asked_to_stop(self, *_):
         if self.stop:  # asked twice
@@ -318,13 +321,17 @@ class Run:
 
         What was logged after the state is dropped, since it will be logged again. From here on Ctrl-C and SIGTERM set `stop`.
         """
-        from torch.utils.tensorboard import SummaryWriter
         saved = self._saved()
         state = torch.load(saved[-1], weights_only=True, map_location="cpu") if saved else None
         self.same = json.loads(json.dumps(same))
         changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in self.same.items() if state and state["same"].get(k) != v]
         if changed:
             raise BadInput(f"--resume: {saved[-1]} is of another run: " + "; ".join(changed))
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._asked_to_stop)
+        if not self.main:
+            return state
+        from torch.utils.tensorboard import SummaryWriter
         with atomic(self.out / "flags.json") as tmp:
             tmp.write_text(json.dumps(self.told, indent=1) + "\n")
         start, log, kept = state["step"] if state else 0, self.out / "log.jsonl", []
@@ -335,12 +342,12 @@ class Run:
             tmp.write_text("".join(kept))
         self.log_file = open(log, "a", buffering=1)
         self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._asked_to_stop)
         return state
 
     def log(self, step, **values):
         """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
+        if not self.main:
+            return
         shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
         print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
         self.log_file.write(json.dumps({"step": step, **values}) + "\n")
@@ -348,8 +355,16 @@ class Run:
             if isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, step)
 
-    def save(self, step, state):
-        with atomic(self.states / f"step_{step:06d}.pt") as tmp:
-            torch.save({"step": step, "same": self.same, **state}, tmp)
-        for old in self._saved()[:-self.keep]:
-            old.unlink()
+    def save(self, step, state, shards={}):
+        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them count last."""
+        file = self.states / f"step_{step:06d}.pt"
+        folder = file.with_suffix(".shards")
+        if shards:
+            import torch.distributed.checkpoint as dcp
+            dcp.save(shards, checkpoint_id=folder)
+        if self.main:
+            with atomic(file) as tmp:
+                torch.save({"step": step, "same": self.same, "shards": str(folder) if shards else None, **state}, tmp)
+            for old in self._saved()[:-self.keep]:
+                old.unlink()
+                shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)

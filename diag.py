@@ -33,6 +33,7 @@ import train_te
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, save, weight_files
 from data import CLIPS
 from lora import TARGETS, official_name, read_lora
+from parallel import World
 from sample import DTYPES, Models, Reuse, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
 from t5 import encoder_files, load_t5
 from train import Dataset, experts, fixed
@@ -354,7 +355,7 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
         models = Models(ckpt, device, dtype, **changes)
         flags.device, s = str(device), models.settings
         train_lora.fill_in(flags, s)
-        dataset = Dataset(flags, models)
+        dataset = Dataset(flags, models, World(device))
         dataset.items = sorted(dataset.items, key=lambda i: i.digest)[:n]
         dataset.cache_latents(models)
         models.encode_prompts([i.captions[0] for i in dataset.items])

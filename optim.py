@@ -116,14 +116,14 @@ class EMA:
     @contextlib.contextmanager
     def in_place(self):
         """The average stands in the parameters' place until the block ends."""
-        kept = [p.data for p in self.params]
+        kept = [p.data.clone() for p in self.params]
         for p, a in zip(self.params, self.average):
-            p.data = a.to(p.dtype)
+            p.data.copy_(a)
         try:
             yield
         finally:
             for p, k in zip(self.params, kept):
-                p.data = k
+                p.data.copy_(k)
 
     def state_dict(self):
         return {"step": self.step, "average": self.average}

@@ -198,7 +198,7 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
             opt = (AdamW8bit if small else adamw)(groups, args.lr)
             ema = EMA(params, args.ema) if args.ema else None
             for _ in range(2):
-                loss = noised([entry] * args.batch, [], t, None).loss(dit, embed(), None)
+                loss = noised([entry] * args.batch, [], t, torch.empty(args.batch, *shape), None if t.dim() == 1 else t[:, None, :, None, None]).loss(dit, embed(), None)
                 if getattr(args, "anchor", 0):
                     loss = loss + (embed() - torch.empty(args.batch, text, dit.config.text_dim)).square().sum()
                 opt.zero_grad(set_to_none=True)

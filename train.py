@@ -16,11 +16,12 @@ import torch.nn.functional as F
 import data
 from checkpoint import BadInput, load, read_headers
 from flow import add_noise, draw_t, quantiles_t
+from parallel import as_sharded, sharded
 from sample import DTYPES, HERE, check_size, decode, denoise, parse_size, read_prompts, write_grid, write_mp4
 
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 FREE = ("steps", "out", "cache", "cache_only", "device", "save_every", "eval_every", "previews", "preview_every", "resume", "data", "ckpt",
-        "text_encoder", "init_lora", "checkpointing", "most_bad", "save", "cache_text", "stream_blocks")
+        "text_encoder", "init_lora", "checkpointing", "most_bad", "save", "cache_text", "stream_blocks", "fsdp", "ulysses_size", "pipeline_stages")
 
 
 def flags(p, **defaults):
@@ -59,6 +60,10 @@ def flags(p, **defaults):
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device")
     g.add_argument("--dtype", choices=list(DTYPES))
+    g = p.add_argument_group("several GPUs, under torchrun (parallel.py); --batch is per rank that sees its own samples")
+    g.add_argument("--fsdp", action="store_true", help="shard the weights over the ranks")
+    g.add_argument("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip")
+    g.add_argument("--pipeline_stages", type=int, default=1, help="ranks that share the blocks")
     g = p.add_argument_group("watching")
     g.add_argument("--save_every", type=int, default=100)
     g.add_argument("--eval_every", type=int, default=100, help="steps between held-out losses")
@@ -114,7 +119,7 @@ def nano_data(folder):
 
 class Batch(NamedTuple):
     """B noised samples: x (B,C,T',h,w), I2V's conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target (B,C',T',h,w);
-    counted (B,1,T',1,1) 1 where the loss counts, or None where it does everywhere; captions."""
+    counted (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is given, or None where all count; captions."""
     x: torch.Tensor
     t: torch.Tensor
     target: torch.Tensor
@@ -127,15 +132,12 @@ class Batch(NamedTuple):
         v, target = model(self.x.to(device), 1000 * self.t.to(device), context, lens), self.target.to(device)
         if self.counted is None:
             return F.mse_loss(v, target)
-        error = (v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True) * self.counted.to(device)
-        return error.sum() / self.counted.sum().to(device)
+        return ((v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True) * self.counted.to(device)).mean()
 
 
-def noised(entries, captions, t, generator):
-    """A Batch of cached samples at times t, (B,) or, where some have a latent frame that is given, (B,T') with 0 for that frame."""
-    x0 = torch.stack([e["latents"] for e in entries])
-    counted = None if t.dim() == 1 else (t > 0).float()[:, None, :, None, None]
-    x, target = add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+def noised(entries, captions, t, noise, counted=None):
+    """A Batch of cached samples under noise (B,C,T',h,w) at times t, (B,) or, where some have a latent frame that is given, (B,T') with 0 for that frame."""
+    x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
         x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
     return Batch(x, t, target, counted, captions)
@@ -145,16 +147,17 @@ def fixed(items, files, shift, low, high):
     """(0..3, Batch of one) for each sample at four fixed times, under a noise that its file decides, with its first caption."""
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
+        entry = load(file)[0]
         for i, t in enumerate(quantiles_t(4, shift, low, high)):
-            yield i, noised([load(file)[0]], item.captions[:1], t[None], g)
+            yield i, noised([entry], item.captions[:1], t[None], torch.randn(1, *entry["latents"].shape, generator=g))
 
 
 class Dataset:
     """The samples of a run, cached, and what each step sees of them. `items` are trained on, `held` are not."""
 
-    def __init__(self, args, models):
+    def __init__(self, args, models, world):
         """Scan and report; nothing is computed yet."""
-        s, self.args = models.settings, args
+        s, self.args, self.world = models.settings, args, world
         source = Path(args.data) if args.data else nano_data(Path("out/nano_data"))
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         self.vae_file, self.i2v, self.vae22 = models.files("vae")[0], s["model_type"] == "i2v", s["vae"] == "2.2"
@@ -164,7 +167,7 @@ class Dataset:
         kept = set(files[:min(16, int(args.held_out * len(files)))])
         self.held, self.items = ([i for i in items if (i.digest in kept) == out] for out in (True, False))
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
-        self.batches = data.Batches(self.items, args.batch, args.seed)
+        self.batches = data.Batches(self.items, args.batch * world.datas, args.seed)
         width = read_headers(models.files("text")[:1])["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
         self.bytes = {"latents": data.latent_bytes(items, self.vae22, self.i2v),
@@ -179,24 +182,34 @@ class Dataset:
                 "encode": not all(f.exists() for f in data.latent_files(self.items + self.held, self.cache, self.vae_file, self.i2v))}
 
     def cache_latents(self, models):
-        """Fill the cache of latents; the VAE leaves memory afterwards."""
-        found = data.cache_latents(self.items + self.held, self.cache, self.vae_file, lambda: models.part("vae"), self.i2v)
+        """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
+        items = self.items + self.held
+        data.cache_latents(items[self.world.rank::self.world.size], self.cache, self.vae_file, lambda: models.part("vae"), self.i2v)
         models.parts.pop("vae", None)
+        self.world.barrier()
+        found = data.latent_files(items, self.cache, self.vae_file, self.i2v)
         self.latents, self.held_latents = found[:len(self.items)], found[len(self.items):]
 
     def step(self, step, low, high, say):
-        """The Batches of a step, one per accumulation, and each one's share of the step's samples. say(captions, rng) -> what is shown."""
+        """This rank's Batches of a step, one per accumulation, and each one's share of the step's samples. say(captions, rng) -> what is shown.
+        All that is drawn is drawn for the global batch, of which a rank takes its samples."""
         args, chosen = self.args, [self.batches.at(step * self.args.accumulate + i) for i in range(self.args.accumulate)]
         for i, indices in enumerate(chosen):
             rng = random.Random(f"{args.seed} step {step} {i}")
             g = torch.Generator().manual_seed(rng.getrandbits(62))
             captions = ["" if rng.random() < args.caption_dropout else say(self.items[j].captions, rng) for j in indices]
             given = torch.tensor([rng.random() < args.i2v_prob and self.items[j].frames > 1 for j in indices])
-            t = draw_t(len(indices), args.shift, args.t_distribution, low, high, g)
+            t, counted = draw_t(len(indices), args.shift, args.t_distribution, low, high, g), None
             if given.any():  # their first latent frame is clean
                 t = t[:, None].repeat(1, 1 + (self.items[indices[0]].frames - 1) // 4)
                 t[given, 0] = 0
-            yield noised([load(self.latents[j])[0] for j in indices], captions, t, g), len(indices) / sum(map(len, chosen))
+                counted = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
+            mine, share = self.world.share(len(indices))
+            entries = [load(self.latents[indices[j]])[0] for j in mine]
+            noise = [torch.randn(entries[0]["latents"].shape, generator=g) for _ in indices]
+            of = lambda values: torch.stack([values[j] for j in mine])
+            yield (noised(entries, [captions[j] for j in mine], of(t), of(noise), counted if counted is None else of(counted)),
+                   share * len(indices) / sum(map(len, chosen)))
 
     @torch.no_grad()
     def held_out(self, models, turns, embed):
@@ -211,23 +224,47 @@ class Dataset:
         return told
 
 
-def state_of(params, opt, guard, ema, device):
-    """All that a run needs to go on exactly, but for its step: the data's position follows from that."""
-    return {"params": [p.data for p in params], "opt": opt.state_dict(), "norms": guard.norms, "ema": ema and ema.state_dict(),
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if device.startswith("cuda") else []}
+def state_of(params, opt, guard, ema):
+    """All that a run needs to go on exactly, but for its step: what is drawn follows from that."""
+    opt = opt.state_dict()
+    return {"params": [p.data for p in params], "opt": {**opt, "state": {i: {**s} for i, s in opt["state"].items()}}, "norms": guard.norms,
+            "ema": ema and {**ema.state_dict(), "average": [*ema.average]}}
 
 
-def restore(state, params, opt, guard, ema, device):
-    """Put a saved state back; returns its step."""
+def places(state, params):
+    """Where a state holds something in the shape of a parameter: (container, key, that parameter)."""
+    fits = lambda v, p: isinstance(v, str) or torch.is_tensor(v) and v.shape == p.shape
+    moments = [(s, k, params[i]) for i, s in state["opt"]["state"].items() for k, v in s.items() if fits(v, params[i])]
+    lists = [state["params"], *([state["ema"]["average"]] if state["ema"] else [])]
+    return [(values, i, p) for values in lists for i, p in enumerate(params)] + moments
+
+
+def save_state(run, step, params, opt, guard, ema):
+    """Write a run's state; every rank calls this. What is sharded goes into a folder beside it, from all ranks at once."""
+    state, shards = state_of(params, opt, guard, ema), {}
+    for n, (values, key, _) in enumerate(places(state, params)):
+        if sharded(values[key]):
+            shards[f"{n}"], values[key] = values[key], f"{n}"
+    run.save(step, state, shards)
+
+
+def restore(state, params, opt, guard, ema):
+    """Put a saved state back, from any number of ranks on any number; returns its step."""
+    found = [(values, key, p) for values, key, p in places(state, params) if isinstance(values[key], str)]
+    if found:
+        import torch.distributed.checkpoint as dcp
+        read = {values[key]: torch.empty_like(p, requires_grad=False) for values, key, p in found}
+        dcp.load(read, storage_reader=dcp.FileSystemReader(state["shards"]), no_dist=not torch.distributed.is_initialized())
+        for values, key, _ in found:
+            values[key] = read[values[key]]
+    for values, key, p in places(state, params):
+        values[key] = as_sharded(values[key], p)
     for p, q in zip(params, state["params"], strict=True):
         p.data.copy_(q)
     opt.load_state_dict(state["opt"])
     guard.norms = state["norms"]
     if ema:
         ema.load_state_dict(state["ema"])
-    torch.set_rng_state(state["rng"])
-    if device.startswith("cuda"):
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     print(f"resumed at step {state['step']}")
     return state["step"]
 
@@ -235,9 +272,9 @@ def restore(state, params, opt, guard, ema, device):
 class Previews:
     """Clips of fixed prompts from fixed seeds: OUT/previews/step_NNNNNN.png, and an mp4 of each."""
 
-    def __init__(self, args, models):
+    def __init__(self, args, models, main):
         self.prompts = read_prompts(args.previews, "--previews") if args.previews else []
-        self.models, self.out, self.seed = models, Path(args.out) / "previews", args.seed
+        self.main, self.models, self.out, self.seed = main, models, Path(args.out) / "previews", args.seed
 
     def embed(self, encoder):
         """Embed the prompts with this encoder; all clips from now on are made from that."""
@@ -251,8 +288,9 @@ class Previews:
             model.eval()
         for i, prompt in enumerate(self.prompts):
             z = denoise(self.models, [prompt], [self.seed + i], progress=False)
-            clips.append(decode(self.models, z)[0].cpu())
-            write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], self.models.settings["fps"], prompt)
+            if self.main:
+                clips.append(decode(self.models, z)[0].cpu())
+                write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], self.models.settings["fps"], prompt)
         if clips:
             self.models.release("vae")
             write_grid(self.out / f"step_{step:06d}.png", clips, self.prompts)

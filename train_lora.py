@@ -22,8 +22,9 @@ from checkpoint import BadInput, Run, cli, load, read_headers, weight_files
 from lora import TARGETS, adapter, attach, hold_to, inject, parse_blocks, start_from, write_lora
 from lora import norms as lora_norms
 from optim import EMA, Guard, adamw, lr_at
+from parallel import World, clip
 from sample import DTYPES, Models, pick_device
-from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, state_of
+from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
 from wan import read_config
 
 
@@ -66,7 +67,8 @@ def predict(args, s, parts, **sizes):
 
 def main():
     args = arguments()
-    args.device = pick_device(args.device)
+    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
+    args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
     s = models.settings
     base = [f for name in models.experts for f in models.files(name)]
@@ -74,16 +76,18 @@ def main():
     dtype = models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume)
+    run = Run(args.out, vars(args), args.resume, world.main)
 
     # data: latents and texts cached
-    dataset, previews = Dataset(args, models), Previews(args, models)
+    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=True))
     print(need)
     dataset.cache_latents(models)
     encoder = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]
+    data.cache_texts(dataset.captions[world.rank::world.size], dataset.cache, encoder, lambda: models.part("text"), dtype)
+    world.barrier()
     texts = data.cache_texts(dataset.captions, dataset.cache, encoder, lambda: models.part("text"), dtype)
     if args.cache_only:
         return
@@ -103,11 +107,12 @@ def main():
                 adapters[name] = adapter(model)
             attach(model, adapters[name])
         model.checkpointing = args.checkpointing
+        world.parallelize(model)
 
     models.prepare = adapt
     for name in turns:
         model = models.part(name)
-        norms[name] = lora_norms(model) if args.delta_cap else {}
+        norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
     given = {} if not args.init_lora else {load(f)[1].get("expert", "dit"): f for f in args.init_lora}
     if set(given) - set(turns):
         raise BadInput(f"--init_lora {','.join(args.init_lora)}: made for {', '.join(given)}, trained are {', '.join(turns)}")
@@ -117,15 +122,14 @@ def main():
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
 
     # optimizer and state
-    torch.manual_seed(args.seed)
     opt, guard = adamw(params, args.lr, args.weight_decay), Guard(args.explosion)
     ema = EMA(params, args.ema) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
-    same |= {"samples": [f.name for f in dataset.latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
+    same |= {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
     start, state = 0, run.restore(same)
     if state:
-        start = restore(state, params, opt, guard, ema, args.device)
+        start = restore(state, params, opt, guard, ema)
 
     def embed(captions):
         context, lens = data.collate([load(texts[c])[0]["embedding"] for c in captions])
@@ -133,12 +137,12 @@ def main():
 
     def save_all(step):
         with averaged():
-            for name in turns:
+            for name in turns if world.main else ():
                 if ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
                     hold_to(adapters[name], scale, norms[name], args.delta_cap)
                 file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
                 write_lora(file, adapters[name], scale, variant=s["variant"], step=step, expert=name)
-        run.save(step, state_of(params, opt, guard, ema, args.device))
+        save_state(run, step, params, opt, guard, ema)
 
     def watch(step, last):
         """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
@@ -155,16 +159,17 @@ def main():
         run.log(0, **told)
     for step in range(start, args.steps):
         began, total, tokens = time.time(), 0.0, 0
+        world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
         model = models.part(name).train()
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
-            loss = batch.loss(model, *embed(batch.captions)) * share
-            loss.backward()
-            total, tokens = total + loss.item(), tokens + batch.x[:, 0].numel() // 4
+            total += world.backward(model, batch, *embed(batch.captions), share)
+            tokens += batch.x[:, 0].numel() // 4 * (share > 0)
+        total, tokens, stop = world.sum(params, total, tokens * world.datas / world.size, run.stop)
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip).item()
+        norm = clip(params, args.grad_clip)
         line = {"loss": total, "lr": group["lr"], "grad_norm": norm}
         if why := guard.trips(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
@@ -183,14 +188,15 @@ def main():
             line["mfu"] = round(mfu, 3)
         last = step + 1 == args.steps
         run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or run.stop or guard.bad >= args.most_bad:
+        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
             save_all(step + 1)
         guard.check(args, why, run.out)
-        if run.stop:
-            return
+        if stop:
+            return world.close()
     for stream in models.streams.values():
         print(stream.report())
     print(f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors"))))
+    world.close()
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ import ops
 import plan
 from checkpoint import BadInput, Run, cli, save
 from optim import EMA, AdamW8bit, Guard, adamw, lr_at
+from parallel import World, clip, full
 from sample import DTYPES, Models, pick_device
-from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, state_of
+from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
 
 
 def arguments(given=None):
@@ -108,15 +109,20 @@ def unfreeze(encoder, args, ids):
     top = layers if args.train_blocks is None else args.train_blocks
     if not 0 <= top <= layers or not top and not ids:
         raise BadInput(f"--train_blocks {args.train_blocks}: from 0 to {layers}, and with 0 --keywords are needed")
-    trained = {f"blocks.{i}.{n}": p for i in range(layers - top, layers) for n, p in encoder.blocks[i].named_parameters()}
-    if top:
-        trained["norm.weight"] = encoder.norm.weight
-    for p in trained.values():
-        p.requires_grad_(True)
-    groups = [{"params": list(trained.values()), "scale": 1.0}] if trained else []
+    for part in [*encoder.blocks[layers - top:], encoder.norm] if top else []:
+        part.requires_grad_(True)
     if ids:
         encoder.token_embedding = RowEmbedding(encoder.token_embedding, ids)
-        groups.append({"params": [encoder.token_embedding.rows], "scale": args.keyword_lr / args.lr if args.lr else 0.0})
+    return trainable(encoder, args)
+
+
+def trainable(encoder, args):
+    """What `unfreeze` returns, of an encoder that it has changed."""
+    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+    rows = trained.pop("token_embedding.rows", None)
+    groups = [{"params": list(trained.values()), "scale": 1.0}] if trained else []
+    if rows is not None:
+        groups.append({"params": [rows], "scale": args.keyword_lr / args.lr if args.lr else 0.0})
     return trained, groups
 
 
@@ -133,17 +139,18 @@ def own_pieces(keywords, others, tokenizer):
 
 def main():
     args = arguments()
-    args.device = pick_device(args.device)
+    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
+    args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
     s = models.settings
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume)
+    run = Run(args.out, vars(args), args.resume, world.main)
 
     # data: latents cached, text never
-    dataset, previews = Dataset(args, models), Previews(args, models)
+    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=False))
@@ -155,6 +162,7 @@ def main():
     # models: the encoder learns, the DiT is frozen
     def frozen(name, model):
         model.checkpointing = args.checkpointing
+        world.parallelize(model)
 
     models.prepare = frozen
     encoder = models.part("text")
@@ -164,30 +172,35 @@ def main():
     with torch.no_grad():
         original = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)
+    if world.fsdp:
+        for part in [*encoder.blocks, encoder]:
+            world.shard(part)
+        trained, groups = trainable(encoder, args)
     params = [p for g in groups for p in g["params"]]
     print(f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; {len(anchors)} prompts anchored")
 
     # optimizer and state
-    torch.manual_seed(args.seed)
     opt, guard = (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay), Guard(args.explosion)
     ema = EMA(params, args.ema) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
-    start, state = 0, run.restore(same | {"samples": [f.name for f in dataset.latents]})
+    start, state = 0, run.restore(same | {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents]})
     if state:
-        start = restore(state, params, opt, guard, ema, args.device)
+        start = restore(state, params, opt, guard, ema)
 
     def save_all(step):
         with averaged():
-            tensors = dict(trained) if args.save == "delta" else {
-                k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items() if not k.endswith("token_embedding.rows")}
+            everything = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items() if not k.endswith("token_embedding.rows")}
+            tensors = {k: full(v) for k, v in (trained if args.save == "delta" else everything).items()}
+            rows = full(encoder.token_embedding.rows.detach()) if ids else None
             if ids and args.save == "delta":
-                tensors |= {"token_embedding.rows": encoder.token_embedding.rows, "token_embedding.ids": encoder.token_embedding.ids}
+                tensors |= {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids}
             elif ids:
                 tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
-                tensors["token_embedding.weight"][encoder.token_embedding.ids] = encoder.token_embedding.rows.detach()
-            save(run.out / "text_encoder.safetensors", tensors, {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"})
-        run.save(step, state_of(params, opt, guard, ema, args.device))
+                tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
+            if world.main:
+                save(run.out / "text_encoder.safetensors", tensors, {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"})
+        save_state(run, step, params, opt, guard, ema)
 
     def watch(step, last):
         """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
@@ -205,23 +218,25 @@ def main():
         run.log(0, **told)
     for step in range(start, args.steps):
         began, total, moved = time.time(), 0.0, 0.0
+        world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
         dit = models.part(name)
         opt.zero_grad(set_to_none=True)
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng)):
-            loss = batch.loss(dit, *encoder.encode(batch.captions)) * share
-            loss.backward()
-            total += loss.item()
+            total += world.backward(dit, batch, *encoder.encode(batch.captions), share)
         if args.anchor:
-            prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch)
-            now, _ = encoder.encode(prompts)
-            before = data.collate([original[p] for p in prompts])[0].to(now)
-            held = (now.float() - before.float()).square().sum() / before.float().square().sum()
+            prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.datas)
+            mine, share = world.share(len(prompts))
+            now, _ = encoder.encode([prompts[i] for i in mine])
+            before = data.collate([original[prompts[i]] for i in mine])[0].to(now)
+            whole = sum(original[p].float().square().sum() for p in prompts).to(now) * (world.size // world.datas)
+            held = (now.float() - before.float()).square().sum() / whole * (share > 0)
             (args.anchor * held).backward()
             moved = held.item()
+        total, moved, stop = world.sum(params, total, moved, run.stop)
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule) * group["scale"]
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip).item()
+        norm = clip(params, args.grad_clip)
         line = {"loss": total, "anchor": moved, "lr": opt.param_groups[0]["lr"], "grad_norm": norm}
         if why := guard.trips(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
@@ -235,12 +250,13 @@ def main():
         line |= {"ms": round(1000 * (time.time() - began)), "peak_gb": round(plan.used(args.device) / 1e9, 2)}
         last = step + 1 == args.steps
         run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or run.stop or guard.bad >= args.most_bad:
+        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
             save_all(step + 1)
         guard.check(args, why, run.out)
-        if run.stop:
-            return
+        if stop:
+            return world.close()
     print(f"{need.compare(args.device)}\n{run.out / 'text_encoder.safetensors'}")
+    world.close()
 
 
 if __name__ == "__main__":
