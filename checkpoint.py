@@ -35,12 +35,18 @@ def cli(main):
     with contextlib.suppress(OSError, AttributeError):
         # glibc keeps freed memory in holes up to 32 MB wide: a training step on a 1 GB model took 0.9 GB of activations for 0.37
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks above 1 MB go back at once
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
-    except BadInput as e:
-        sys.exit(f"error: {e}")
-    except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
+    except (BadInput, OSError) as e:
+        if rank:  # what all ranks have to say, the first one says, and torchrun ends the others meanwhile
+            time.sleep(3)
+        sys.exit(f"error: {f'rank {rank}: ' * (rank > 0)}" + (f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)))
+    except RuntimeError as e:
+        if "RANK" not in os.environ or not any(sign in str(e) for sign in ("closed by peer", "reset by peer", "NCCL", "Broken pipe")):
+            raise
+        time.sleep(3)  # the rank that failed first has the word
+        sys.exit(f"error: rank {rank}: another rank has ended; the last saved state stands, go on with --resume")
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -296,8 +302,8 @@ class Run:
     def __init__(self, out, flags, resume, main=True, keep=2):
         self.out, self.keep, self.stop, self.main = Path(out), keep, False, main
         self.states = self.out / "checkpoints"
-        job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.environ['MASTER_PORT']}" if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if any(self._saved()) and not resume and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job):
+        job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if main and any(self._saved()) and not resume and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job):
             raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
         self.states.mkdir(parents=True, exist_ok=True)
         try:

@@ -28,14 +28,14 @@ PATIENCE = datetime.timedelta(hours=4)  # ranks wait for each other's share of t
 
 class World:
     """This process's place among `size` ranks: `rank`, whether it is the `main` one, its `device`, and its number `data` among the `datas` that
-    see different samples. sent: bytes that this rank has given to collectives and neighbours, by kind."""
+    see different samples. `team`: how many ranks share a clip while sampling; one of them `writes`. sent: bytes that this rank has given to collectives and neighbours, by kind."""
 
     def __init__(self, device, fsdp=False, ulysses=1, stages=1, guidance=False):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.fsdp, self.ulysses, self.stages, self.halves = fsdp, ulysses, stages, 2 if guidance else 1
         self.main, self.device, self.sent, self.pipelines = self.rank == 0, device, {}, {}
         self.data, self.datas, self.stage, self.place, self.half, self.scheduling = 0, 1, 0, 0, 0, False
-        together = ulysses * stages * self.halves
+        together, self.team, self.writes = ulysses * stages * self.halves, ulysses * self.halves, True
         if min(ulysses, stages) < 1 or self.size % together:
             raise BadInput(f"--ulysses_size {ulysses}, --pipeline_stages {stages}{', --guidance_parallel' * guidance}: {self.size} processes do not divide by {together}; "
                            f"start torchrun with --nproc_per_node {together} or a multiple")
@@ -52,6 +52,9 @@ class World:
         self.datas = self.size // together
         self.mesh = dist.init_device_mesh(kind, (self.datas, self.halves, stages, ulysses), mesh_dim_names=("data", "half", "stage", "sequence"))
         self.data, self.half, self.stage, self.place = self.mesh.get_coordinate()
+        self.writes = self.half == self.place == 0
+        if self.team > 1:
+            self.share_tiles = self.half * ulysses + self.place, self.team, self._add_up
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # every line is said once
 
@@ -129,6 +132,19 @@ class World:
         parts = [None] * self.stages
         dist.all_gather_object(parts, found, self.mesh["stage"].get_group())
         return {k: v for part in parts for k, v in part.items()}
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+    def exchange_halves(self, v):
+        """This rank's half of guidance -> (with the prompt, without)."""
+        parts = [torch.empty_like(v) for _ in range(2)]
+        dist.all_gather(parts, v.contiguous(), self.mesh["half"].get_group())
+        self.count("halves", v.nbytes)
+        return parts
+
+    def _add_up(self, t):
+        dist.all_reduce(t, group=self.mesh["half", "sequence"]._flatten("team").get_group())
+        self.count("pixels", t.nbytes)
+        return t
 
     # ---- Ulysses: tokens ------------------------------------------------------------------------------------------
     def _share_tokens(self, model):

@@ -25,6 +25,7 @@ import ops
 from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, save, weight_files
 from lora import merge, read_lora
 from offload import Stream
+from parallel import World
 from t5 import encoder_files, load_t5
 from vae import load_vae
 from wan import VARIANTS, load_wan
@@ -87,6 +88,7 @@ class Models:
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
+        self.world = None  # the ranks that share a clip (parallel.World), if there are several
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
@@ -336,7 +338,8 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
             model = both = alone = None  # the other expert, and its keys and values, go before this one comes
             activations = DIT_BYTES * B * math.prod(shape[1:]) // 4 * 5120
             expert, model, reuse.v, reuse.rate = wanted, models.part(wanted, activations), None, None
-            together = free_memory(device) > 2 * activations  # both halves of guidance in one batch
+            apart = models.world and models.world.halves == 2
+            together = not apart and free_memory(device) > 2 * activations  # both halves of guidance in one batch
             alone = model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)
             if s["guided"]:
                 negatives = emb[B:].expand(B, -1, -1), lens[B:].expand(B)
@@ -353,7 +356,8 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
             if g == 1:
                 v = model(inputs, rows, alone)
             else:
-                v, uncond = (model(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2) if together
+                v, uncond = (models.world.exchange_halves(model(inputs, rows, both if models.world.half else alone)) if apart
+                             else model(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2) if together
                              else (model(inputs, rows, alone), model(inputs, rows, both)))
                 v = uncond + g * (v - uncond)
             reuse.learn(x, v)
@@ -370,7 +374,13 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
 def decode(models, latents, tile=0):
     """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in VAE.decode."""
     pixels = math.prod(latents.shape[3:]) * (256 if models.settings["vae"] == "2.2" else 64)
-    return models.part("vae", VAE_BYTES * pixels).decode(latents, tile)
+    vae = models.part("vae", VAE_BYTES * pixels)
+    if models.world is None or models.world.team == 1:
+        return vae.decode(latents, tile)
+    (h, w), team = latents.shape[3:], models.world.team
+    tiles = lambda side: -(-h // side) * -(-w // side)
+    tile = tile or next(side for side in range(vae.decoder.reach(), max(h, w, vae.decoder.reach()) + 1) if tiles(side) <= team or side >= max(h, w))
+    return vae.decode(latents, tile, models.world.share_tiles)
 
 
 def generate(models, prompt, image=None, size=None, frames=None, steps=None, shift=None, guidance=None, solver=None, seed=0,
@@ -511,6 +521,9 @@ def arguments(given=None):
     g.add_argument("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
     g.add_argument("--reuse", type=float, default=0.0, help="skip steps whose velocity is expected to change by less than this share, such as 0.05 (inexact; see diag.py reuse)")
     g.add_argument("--vae_tile", type=int, default=0, help="decode in windows of N latent pixels a side, for less memory; exact from about 13")
+    g = p.add_argument_group("several GPUs, under torchrun (parallel.py); ranks beyond those that share a clip take other prompts")
+    g.add_argument("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip")
+    g.add_argument("--guidance_parallel", action="store_true", help="the two halves of guidance on different ranks")
     p.add_argument("--preview_every", type=int, default=0, help="every N steps write what the clip will be, roughly, to OUT's name with _preview.png")
     p.add_argument("--out", default="out/sample.mp4")
     p.add_argument("--save_latents", help="also write the final latents to this .safetensors file")
@@ -527,7 +540,8 @@ def main():
     if not -1 <= args.seed < 2 ** 63:
         raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
     seed = args.seed if args.seed >= 0 else random.randrange(2 ** 31)
-    device = pick_device(args.device)
+    world = World(pick_device(args.device), ulysses=args.ulysses_size, guidance=args.guidance_parallel)
+    device = world.device
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
@@ -536,6 +550,7 @@ def main():
     if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
         raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
+    models.world, models.prepare = world, lambda name, model: world.parallelize(model)
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
                  guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
@@ -552,33 +567,38 @@ def main():
 
     out = Path(args.out)
     name = lambda path, i: path if len(prompts) == 1 else path.with_stem(f"{path.stem}_{i:03d}")
-    models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])
+    mine = list(enumerate(prompts))[world.data::world.datas]
+    models.encode_prompts([*(p for _, p in mine), *([s["negative"]] if s["guided"] else [])])
     latents = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in mine:
         reuse = Reuse(args.reuse)
         path = name(out, i).with_name(f"{name(out, i).stem}_preview.png")
-        watch = previewer(models, path, args.preview_every, prompt) if args.preview_every else None
+        watch = previewer(models, path, args.preview_every, prompt) if args.preview_every and world.writes else None
         latents.append(denoise(models, [prompt], [seed], args.image, **given, reuse=reuse, watch=watch))
         if args.reuse:
             print(f"{reuse.computed} of {s['steps']} steps computed")
-        if args.save_latents:
+        if args.save_latents and world.writes:
             save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
     shown = []
-    for i, (prompt, z) in enumerate(zip(prompts, latents)):
+    for (i, prompt), z in zip(mine, latents):
         video = decode(models, z, args.vae_tile)[0].cpu()
-        if args.vae_tile and not i:
+        if not world.writes:
+            continue
+        if args.vae_tile and not i and world.team == 1:
             overlap, exact = models.part("vae").overlap(args.vae_tile)
             off = "exact" if exact else f"blended; the first frame differs by at most {(decode(models, z[:, :, :1])[0].cpu() - video[:, :1]).abs().max():.3f} of 2"
             print(f"tiles of {args.vae_tile} latent pixels overlap by {overlap} on each side: {off}")
         write_mp4(name(out, i), video, s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
         print(name(out, i))
         shown.append(video[:, [0, video.shape[1] // 2, -1]])
-    if args.grid:
-        write_grid(args.grid, shown, prompts)
-        print(args.grid)
+    if args.grid and world.writes:
+        sheet = Path(args.grid).with_stem(f"{Path(args.grid).stem}_{world.data}") if world.datas > 1 else args.grid
+        write_grid(sheet, shown, [p for _, p in mine])
+        print(sheet)
     for stream in models.streams.values():
         print(stream.report())
     print(need.compare(device))
+    world.close()
 
 
 if __name__ == "__main__":

@@ -332,11 +332,13 @@ class VAE(nn.Module):
         return torch.cat([mask, z], 1)
 
     @torch.no_grad()
-    def decode(self, z, tile=0):
+    def decode(self, z, tile=0, share=None):
         """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'.
 
         tile: decode the frame in windows of so many latent pixels a side, which takes memory for one of them. They overlap by as many pixels as
         a result depends on, which is exact; where `tile` is less than that, by half a tile, and are blended, which is not.
+        share: of several ranks that hold z, (this one's number, how many there are, a function that adds a tensor up over them): each decodes
+        some of the windows.
         """
         mean, std = self._stats(z)
         B, _, T, h, w = z.shape
@@ -344,7 +346,7 @@ class VAE(nn.Module):
         z = (z.float() * std + mean).to(self.conv2.weight.dtype)
         video = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
         if tile and (tile < h or tile < w):
-            return self._decode_tiles(z, video, tile).clamp_(-1, 1)
+            return self._decode_tiles(z, video, tile, *(share or (0, 1, lambda t: t))).clamp_(-1, 1)
         at = 0
         for x in self.frame_chunks(z):
             torch.clamp(x.float(), -1, 1, out=video[:, :, at:at + x.shape[2]])
@@ -356,7 +358,7 @@ class VAE(nn.Module):
         reach = self.decoder.reach()
         return (reach, True) if tile >= reach else (max(1, tile // 2), False)
 
-    def _decode_tiles(self, z, video, tile):
+    def _decode_tiles(self, z, video, tile, rank, ranks, add_up):
         (h, w), (_, sh, sw), past = z.shape[3:], self.stride, {}
         maps = [self.decoder.enter(self.conv2(z[:, :, i:i + 1], past), past) for i in range(z.shape[2])]
         overlap, exact = self.overlap(tile)
@@ -373,19 +375,18 @@ class VAE(nn.Module):
 
         video.zero_()
         total = torch.zeros(video.shape[3:], device=video.device)
-        for a in range(0, h, tile):
-            for c in range(0, w, tile):
-                b, d = min(a + tile, h), min(c + tile, w)
-                weight = (ramp(a, b, h, sh)[:, None] * ramp(c, d, w, sw)).to(video.device)
-                rows, columns = slice(max(0, a - overlap), min(h, b + overlap)), slice(max(0, c - overlap), min(w, d + overlap))
-                window = (slice(rows.start * sh, rows.stop * sh), slice(columns.start * sw, columns.stop * sw))
-                total[window] += weight
-                past, at = {}, 0
-                for x in maps:
-                    x = self.pixels(self.decoder.leave(x[..., rows, columns], past))
-                    video[:, :, at:at + x.shape[2], *window] += x.float() * weight
-                    at += x.shape[2]
-        return video.div_(total)
+        for a, c in [(a, c) for a in range(0, h, tile) for c in range(0, w, tile)][rank::ranks]:
+            b, d = min(a + tile, h), min(c + tile, w)
+            weight = (ramp(a, b, h, sh)[:, None] * ramp(c, d, w, sw)).to(video.device)
+            rows, columns = slice(max(0, a - overlap), min(h, b + overlap)), slice(max(0, c - overlap), min(w, d + overlap))
+            window = (slice(rows.start * sh, rows.stop * sh), slice(columns.start * sw, columns.stop * sw))
+            total[window] += weight
+            past, at = {}, 0
+            for x in maps:
+                x = self.pixels(self.decoder.leave(x[..., rows, columns], past))
+                video[:, :, at:at + x.shape[2], *window] += x.float() * weight
+                at += x.shape[2]
+        return add_up(video).div_(add_up(total))
 
 
 def channels_last(model):

@@ -1,0 +1,98 @@
+"""Runs jobs one after another in the processes that torchrun starts, or in one without torchrun: `ranks.py JOBS.json`.
+
+A job: {"script", "argv", "sgd": use plain SGD (Adam's first steps are the gradient's sign, which rounding decides where it is nearly zero),
+"broken": which part to break on purpose, "dump": where the full states go that were saved and restored}. Writes OUT/sent.json: bytes sent by rank 0.
+"""
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch
+
+import parallel
+import train
+
+WORLDS = []
+
+
+def whole(state):
+    return {f"{i}": parallel.full(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
+
+
+def run(job):
+    module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
+    kept = {"adamw": getattr(module, "adamw", None), "save_state": getattr(module, "save_state", None), "restore": getattr(module, "restore", None)}
+    if job.get("sgd"):
+        module.adamw = lambda params, lr, weight_decay=0.0: torch.optim.SGD(params, lr)
+    if job.get("dump"):
+        def save_state(r, step, params, opt, guard, ema):
+            kept["save_state"](r, step, params, opt, guard, ema)
+            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
+            if main:
+                torch.save(found, f"{job['dump']}_saved_{step}.pt")
+
+        def restore(state, params, opt, guard, ema):
+            step = kept["restore"](state, params, opt, guard, ema)
+            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
+            if main:
+                torch.save(found, f"{job['dump']}_restored_{step}.pt")
+            return step
+
+        module.save_state, module.restore = save_state, restore
+    if job.get("broken"):
+        BREAK[job["broken"]]()
+    sys.argv = [job["script"], *job["argv"]]
+    module.main()
+    for name, value in kept.items():
+        setattr(module, name, value)
+    if main and "--out" in job["argv"] and job["script"] != "sample":
+        Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
+
+
+def no_sum():
+    parallel.World.sum = lambda self, params, *numbers: numbers
+
+
+def no_positions():
+    place = parallel.World._attend
+
+    def attend(self, *args):
+        kept, self.place = self.place, 0
+        try:
+            return place(self, *args)
+        finally:
+            self.place = kept
+
+    parallel.World._attend = attend
+
+
+def mean_gradients():
+    from torch.distributed.fsdp import FSDPModule
+    FSDPModule.set_gradient_divide_factor = FSDPModule.set_force_sum_reduction_for_comms = lambda self, value: None
+
+
+def equal_weights():
+    right = parallel.weighted
+    parallel.weighted = lambda v, target: right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
+
+
+BREAK = {"no_sum": no_sum, "no_positions": no_positions, "mean_gradients": mean_gradients, "equal_weights": equal_weights}
+
+
+if __name__ == "__main__":
+    init = parallel.World.__init__
+
+    def remember(self, *args, **kwargs):
+        sys.stdout = sys.__stdout__
+        init(self, *args, **kwargs)
+        WORLDS.append(self)
+
+    parallel.World.__init__ = remember
+    start, parallel.dist.destroy_process_group = parallel.dist.init_process_group, lambda: None  # one group serves all jobs
+    parallel.dist.init_process_group = lambda *args, **kwargs: parallel.dist.is_initialized() or start(*args, **kwargs)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)

@@ -1,0 +1,242 @@
+"""Several ranks on one machine, over gloo: what they learn and make equals one process with the same global batch."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load
+from t5 import load_t5
+
+ROOT = Path(__file__).parent.parent
+RESULT = {"train_lora": "adapter_model.safetensors", "train_te": "text_encoder.safetensors"}
+
+
+def torchrun(n, *command, **options):
+    env = dict(os.environ, OMP_NUM_THREADS="1", NANOWAN_OPS=os.environ.get("NANOWAN_OPS", "auto"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(random.Random().randint(20000, 29000))] if n > 1 else [sys.executable]
+    return [*start, *options.pop("flags", ()), *map(str, command)], dict(cwd=ROOT, env=env, **options)
+
+
+def training(script, media, folder, name, *flags, batch, steps=5, **more):
+    return {"script": script, "sgd": True, **more, "argv": [
+        *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
+        *"--schedule constant --warmup 0 --device cpu --lr 3".split(), *(["--keywords", "fox"] if script == "train_te" else ["--rank", "4"]), *flags]}
+
+
+def sampling(folder, name, *flags):
+    return {"script": "sample", "argv": [*f"--prompt fox --size 96x64 --frames 9 --steps 3 --device cpu --out {folder}/{name}.mp4 --save_latents {folder}/{name}.safetensors".split(), *flags]}
+
+
+JOBS = {  # number of processes: {name: job}; every training sees a global batch of 4, of which there are 2 clips and 1 photo
+    1: {"lora": ("train_lora", 4), "te": ("train_te", 4), "video": ()},
+    2: {"lora_data": ("train_lora", 2), "lora_fsdp": ("train_lora", 2, "--fsdp"), "lora_ulysses": ("train_lora", 4, "--ulysses_size", "2"),
+        "lora_pipeline": ("train_lora", 4, "--pipeline_stages", "2"), "lora_checkpointing": ("train_lora", 4, "--pipeline_stages", "2", "--checkpointing"),
+        "te_data": ("train_te", 2), "te_fsdp": ("train_te", 2, "--fsdp"), "te_ulysses": ("train_te", 4, "--ulysses_size", "2"), "te_pipeline": ("train_te", 4, "--pipeline_stages", "2"),
+        "video_ulysses": ("--ulysses_size", "2"), "video_guidance": ("--guidance_parallel",)},
+    4: {"lora_data4": ("train_lora", 1), "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"), "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
+        "lora_pipelines": ("train_lora", 2, "--pipeline_stages", "2"), "te_fsdp_ulysses": ("train_te", 2, "--fsdp", "--ulysses_size", "2"),
+        "lora_fp8": ("train_lora", 1, "--fsdp", "--base_dtype", "fp8"), "video4": ("--ulysses_size", "4"), "video_both": ("--ulysses_size", "2", "--guidance_parallel")},
+}
+
+
+def job(media, folder, name, what):
+    if name.startswith("video"):
+        return sampling(folder, name, *what)
+    script, batch, *flags = what
+    return training(script, media, folder, name, *flags, batch=batch)
+
+
+def run_jobs(n, folder, jobs):
+    (folder / f"jobs{n}.json").write_text(json.dumps(jobs))
+    command, options = torchrun(n, ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(media, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    for n, jobs in JOBS.items():
+        run_jobs(n, folder, [job(media, folder, name, what) for name, what in jobs.items()])
+    return folder
+
+
+def log(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def difference(a, b, script):
+    """Worst relative difference of losses and gradient norms, and of the resulting tensors."""
+    pairs = [(x[k], y[k]) for x, y in zip(log(a), log(b), strict=True) for k in ("loss", "grad_norm")]
+    x, y = (load(d / RESULT[script])[0] for d in (a, b))
+    assert x.keys() == y.keys()
+    return max(abs(u - v) / abs(u) for u, v in pairs), max(((x[k].float() - y[k].float()).norm() / x[k].float().norm().clamp(min=1e-9)).item() for k in x)
+
+
+@pytest.mark.parametrize("name", [name for n in (2, 4) for name in JOBS[n] if not name.startswith("video") and "fp8" not in name])
+def test_training_equals_one_process(runs, report, name):
+    script = "train_lora" if name.startswith("lora") else "train_te"
+    losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
+    report("losses and gradients", losses, 1e-5)
+    report("weights", weights, 1e-5)
+
+
+def test_something_was_learned(runs):
+    """Else nothing above could fail."""
+    for name in ("lora", "te"):
+        losses = [line["grad_norm"] for line in log(runs / name)]
+        assert len(losses) == 5 and min(losses) > 1e-4
+    before, after = load_t5(ROOT / "nano", dtype=torch.float32).state_dict(), load(runs / "te" / RESULT["train_te"])[0]
+    name = "blocks.0.attn.v.weight"
+    assert (after[name] - before[name]).norm() > 1e-2 * after[name].norm()
+    assert min(t.norm() for k, t in load(runs / "lora" / RESULT["train_lora"])[0].items() if "lora_B" in k) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for n in (2, 4) for name in JOBS[n] if name.startswith("video")])
+def test_sampling_equals_one_process(runs, report, name):
+    a, b = (load(runs / f"{n}.safetensors")[0]["latents"] for n in ("video", name))
+    report("latents", ((a - b).norm() / a.norm()).item(), 1e-5)
+    assert (runs / f"{name}.mp4").stat().st_size > 500
+
+
+def test_fp8_and_shards(media, runs, report):
+    """8-bit weights, sharded over four, against 8-bit weights in one process."""
+    folder = runs / "fp8"
+    folder.mkdir()
+    run_jobs(1, folder, [training("train_lora", media, folder, "lora", "--base_dtype", "fp8", batch=4)])
+    report("losses", difference(folder / "lora", runs / "lora_fp8", "train_lora")[0], 1e-5)
+
+
+@pytest.mark.parametrize("broken,n,what", [("no_sum", 2, ("train_lora", 2)), ("no_positions", 2, ("train_lora", 4, "--ulysses_size", "2")),
+                                           ("mean_gradients", 2, ("train_te", 2, "--fsdp")), ("equal_weights", 2, ("train_lora", 4, "--pipeline_stages", "2"))])
+def test_broken_on_purpose(media, runs, tmp_path, broken, n, what):
+    run_jobs(n, tmp_path, [{**job(media, tmp_path, "run", what), "broken": broken}])
+    assert max(difference(runs / ("lora" if what[0] == "train_lora" else "te"), tmp_path / "run", what[0])) > 1e-3
+
+
+def test_bytes_sent(runs):
+    """Counted in the runs, against what the algorithms must send."""
+    sent = lambda name: json.loads((runs / name / "sent.json").read_text())
+    adapter = sum(t.nbytes for t in load(runs / "lora" / RESULT["train_lora"])[0].values())
+    assert sent("lora_data") == {"gradients": 5 * adapter} and sent("lora") == {}
+    assert sent("lora_pipeline")["gradients"] == 5 * adapter and sent("lora_ulysses")["tokens"] > 0
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script,flags", [("train_te", ["--fsdp"]), ("train_lora", ["--fsdp"])])
+def test_save_on_4_resume_on_1_and_2(media, tmp_path, report, script, flags):
+    cut = lambda name, steps, batch, *flags: training(script, media, tmp_path, name, "--lr", "1e-3", "--ema", "0.9", *flags, batch=batch, steps=steps, sgd=False, dump=str(tmp_path / name))
+    run_jobs(4, tmp_path, [cut("whole", 5, 1, *flags), cut("a", 3, 1, *flags)])
+    subprocess.run(["cp", "-r", tmp_path / "a", tmp_path / "b"], check=True)
+    text = tmp_path / "b" / "checkpoints"
+    if script == "train_te":
+        assert (text / "step_000003.shards").is_dir()
+        state = torch.load(text / "step_000003.pt", weights_only=True)  # the copy's shards lie beside it
+        torch.save({**state, "shards": str(text / "step_000003.shards")}, text / "step_000003.pt")
+    run_jobs(1, tmp_path, [cut("a", 5, 4, "--resume")])
+    run_jobs(2, tmp_path, [cut("b", 5, 2, "--resume", *flags)])
+    saved = torch.load(tmp_path / "a_saved_3.pt")
+    for name in "ab":
+        restored = torch.load(tmp_path / f"{name}_restored_3.pt")
+        assert saved.keys() == restored.keys() and len(saved) > 10 and all(torch.equal(saved[k], restored[k]) for k in saved)
+        losses = [abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(log(tmp_path / "whole"), log(tmp_path / name), strict=True)]
+        report(f"losses after resuming ({name})", max(losses), 1e-6)
+
+
+# ---- failures ----------------------------------------------------------------------------------------------------
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import {script} as script
+right = script.World.sum
+def summed(self, *args):
+    summed.calls += 1
+    if int(os.environ["RANK"]) == {rank} and summed.calls == {step} and {when}:
+        {how}
+    return right(self, *args)
+summed.calls = 0
+script.World.sum = summed
+sys.argv[0] = {script!r}
+script.cli(script.main)
+"""
+
+
+def dying(tmp_path, how, step, rank=1, script="train_lora", when="True"):
+    file = tmp_path / f"dies_{random.Random().getrandbits(40)}.py"
+    file.write_text(DIES.format(root=str(ROOT), script=script, rank=rank, step=step, how=how, when=when))
+    return file
+
+
+def argv(media, tmp_path, name, *flags, steps=8):
+    return training("train_lora", media, tmp_path, name, "--lr", "1e-3", "--save_every", "1", *flags, batch=2, steps=steps)["argv"]
+
+
+def test_ten_kills_of_a_rank(media, tmp_path):
+    script = [ROOT / "train_lora.py"]
+    run = lambda command, name, *flags, **more: subprocess.run(*(lambda c, o: (c,))(*torchrun(2, *command, *argv(media, tmp_path, name, *flags, steps=24), **more)), cwd=ROOT,
+                                                               env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120)
+    assert run(script, "whole").returncode == 0
+    rng = random.Random(0)
+    for kill in range(10):
+        began = time.time()
+        done = run([dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", rng.randint(1, 3), rank=rng.randint(0, 1))], "cut", *["--resume"] * (kill > 0))
+        assert done.returncode and time.time() - began < 60
+        assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+        assert done.stderr.count("another rank has ended") <= 1 and done.stderr.count("Traceback") <= 1  # torchrun's own
+    assert run(script, "cut", "--resume").returncode == 0
+    a, b = (load(tmp_path / n / RESULT["train_lora"])[0] for n in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
+
+
+def test_restarts_resume(media, tmp_path):
+    file = dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 4, when="os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
+    command, options = torchrun(2, file, *argv(media, tmp_path, "run"), flags=["--max-restarts", "1"])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed at step 3" in done.stdout and [line["step"] for line in log(tmp_path / "run")] == list(range(1, 9))
+    command, options = torchrun(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode and done.stderr.count("holds a run already") == 1
+
+
+def test_an_error_is_shown_once(media, tmp_path):
+    began = time.time()
+    command, options = torchrun(2, dying(tmp_path, "raise script.BadInput('clip 7 is gone')", 2), *argv(media, tmp_path, "run"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode and time.time() - began < 60 and done.stderr.count("error: rank 1: clip 7 is gone") == 1
+
+
+def test_sigterm_saves_and_leaves(media, tmp_path):
+    command, options = torchrun(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", "1000", steps=100000))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    for line in process.stdout:
+        if line.startswith("step 3 "):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    process.wait(60)
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
+    assert len(saved) == 1 and int(re.search(r"\d+", saved[0].name)[0]) == log(tmp_path / "run")[-1]["step"] >= 3
+
+
+@pytest.mark.parametrize("flags,why", [(["--ulysses_size", "2"], "start torchrun with --nproc_per_node 2"), (["--pipeline_stages", "0"], "--pipeline_stages 0")])
+def test_flags_that_need_torchrun(media, tmp_path, flags, why):
+    done = subprocess.run([sys.executable, ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags)], capture_output=True, text=True)
+    assert done.returncode == 1 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_models_import_no_distributed():
+    code = "import sys; import wan, vae, t5, lora; sys.exit('parallel' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    for file in ("wan.py", "vae.py", "t5.py", "lora.py"):
+        assert "distributed" not in (ROOT / file).read_text()
