@@ -48,7 +48,9 @@ class World:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
         kind = torch.device(device).type
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's still holds the addresses of ranks that it has restarted
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank, world_size=size)
         self.datas = self.size // together
         self.mesh = dist.init_device_mesh(kind, (self.datas, self.halves, stages, ulysses), mesh_dim_names=("data", "half", "stage", "sequence"))
         self.data, self.half, self.stage, self.place = self.mesh.get_coordinate()
