@@ -37,7 +37,7 @@ from parallel import World
 from sample import DTYPES, Models, Reuse, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
 from t5 import encoder_files, load_t5
 from train import Dataset, experts, fixed
-from wan import VARIANTS, read_config
+from wan import VARIANTS, full_config, read_config
 
 BUDGETS = {"cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"), "cross_attn.{q,k,v,o}": TARGETS[4:8],
            "self_attn and cross_attn": TARGETS[:8], "self_attn, cross_attn and ffn": TARGETS}
@@ -509,8 +509,8 @@ def run_listen(args):
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
-def planned(script, given):
-    """The Plan of `script` with these flags. --ckpt may name a released variant, of which no file is needed."""
+def planned(script, given, ranks=1):
+    """The Plan of `script` with these flags on so many ranks. --ckpt may name a released variant, of which no file is needed."""
     args = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given)
     if args.ckpt in VARIANTS:
         s = sample.released(args.ckpt)
@@ -523,23 +523,80 @@ def planned(script, given):
         frames, side = args.frames or s["frames"], 16 if s["vae"] == "2.2" else 8
         sample.check_size(size, frames, (4, side, side))
         s |= {"pixels": size, "frames": frames, "shape": (48 if s["vae"] == "2.2" else 16, 1 + (frames - 1) // 4, size[1] // side, size[0] // side)}
-        return plan.sampling(s, parts, args.device, DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")])
+        dtype = DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")]
+        return plan.sampling(s, parts, args.device, dtype, layout=plan.Layout.of(args, ranks))
     with torch.device("meta"):
         blocks = len(next(iter(parts.values()))().blocks)
     previews = bool(args.previews)
     if script == "train_lora":
         train_lora.resolve(args, s, blocks)
-        return train_lora.predict(args, s, parts, previews=previews)
+        return train_lora.predict(args, s, parts, previews=previews, ranks=ranks)
     train_te.resolve(args, s)
-    return train_te.predict(args, s, parts, previews=previews)
+    return train_te.predict(args, s, parts, previews=previews, ranks=ranks)
+
+
+def ways(script, ranks, blocks):
+    """Flags to try in turn, those first that cost the least time."""
+    fp8, check, stream = ["--base_dtype", "fp8"], ["--checkpointing"], ["--stream_blocks", str(blocks)]
+    shards = [["--fsdp"]] if ranks > 1 else []
+    if script == "sample":
+        fast = ["--guidance_parallel", "--ulysses_size", str(ranks // 2)] if ranks > 1 else []
+        return [fast + more for more in ([], fp8, stream, fp8 + stream)]
+    split = [["--fsdp", "--ulysses_size", str(u)] for u in (2, 4, 8) if u <= ranks and not ranks % u]
+    if script == "train_te":
+        small = ["--optimizer", "adamw8bit", "--dtype", "bf16"]
+        return [[], check, *(check + f for f in shards), *(check + f for f in split), check + small]
+    return [[], check, *(check + f for f in shards), check + fp8, *(check + fp8 + f for f in shards), *(check + f for f in split), check + fp8 + stream]
+
+
+def propose(script, given, gpus):
+    """The first of `ways` that fits on GPUs given as COUNTxGB, with one sample per rank where --batch is not given: (flags, Plan), or BadInput."""
+    found = re.fullmatch(r"(\d+)x(\d+)", gpus)
+    if not found or not int(found[1]):
+        raise BadInput(f"--gpus {gpus}: COUNTxGB, such as 8x80")
+    ranks, limit = int(found[1]), int(found[2]) * 1e9
+    given = given + (["--batch", "1"] if script != "sample" and "--batch" not in given else [])
+    ckpt = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given).ckpt
+    blocks = full_config(ckpt).num_layers if ckpt in VARIANTS else count_blocks(read_headers(weight_files(Models(ckpt, "cpu", torch.float32).files("dit")[0])))
+    least = None
+    for flags in ways(script, ranks, blocks):
+        need = planned(script, [*given, "--device", "cuda", *flags], ranks)
+        if need.peak <= limit:
+            return given + flags, need
+        least = min(least or need.peak, need.peak)
+    raise BadInput(f"--gpus {gpus}: {script}.py needs at least {least / 1e9:.1f} GB on each; a smaller --resolution, fewer --frames or a smaller --batch take less")
+
+
+def run_scale(args):
+    """Seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy."""
+    if args.ckpt not in VARIANTS:
+        raise BadInput(f"--ckpt {args.ckpt}: one of {', '.join(VARIANTS)}")
+    c, s = full_config(args.ckpt), sample.released(args.ckpt)
+    size, frames = sample.parse_size(args.size) if args.size else s["size"], args.frames or s["frames"]
+    side = 32 if s["vae"] == "2.2" else 16
+    grid = 1 + (frames - 1) // 4, size[1] // side, size[0] // side
+    adapter = c.num_layers * 2 * 16 * 2 * c.dim * 4
+    print(f"{args.ckpt}, {size[0]}x{size[1]}x{frames}: seconds per sample, if a GPU sustains {args.tflops:g} TFLOP/s, sends {args.inside:g} GB/s within a machine of "
+          f"{args.per_machine} and {args.between:g} GB/s beyond; in brackets, GB of weights on each")
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        found = plan.step_times(c, grid, ranks, adapter, args.tflops * 1e12, args.inside * 1e9, args.between * 1e9, args.per_machine)
+        best = min(found, key=lambda k: found[k][0])
+        fits = {k: v for k, v in found.items() if v[1] <= 0.6 * args.gb * 1e9}  # the rest is for activations
+        print(f"{ranks:3} GPUs  " + "  ".join(f"{k} {v[0]:.2f} ({v[1] / 1e9:.1f})" for k, v in found.items()) + f"; fastest: {best}"
+              + (f", and with {args.gb} GB: {min(fits, key=lambda k: fits[k][0])}" if fits and min(fits, key=lambda k: fits[k][0]) != best else f"; none has weights that fit {args.gb} GB" if not fits else ""))
 
 
 def run_plan(args):
-    need = planned(args.script, args.flags)
+    if args.gpus:
+        flags, need = propose(args.script, args.flags, args.gpus)
+        count = args.gpus.split("x")[0]
+        print(f"{'python' if count == '1' else f'torchrun --nproc_per_node={count}'} {args.script}.py {' '.join(flags)}")
+    else:
+        need = planned(args.script, args.flags)
     print(need)
     if args.json:
         with atomic(args.json) as tmp:
-            tmp.write_text(json.dumps({"peak": need.peak, "process": need.process, "phases": need.phases, "disk": need.disk}, indent=1) + "\n")
+            tmp.write_text(json.dumps({"peak": need.peak, "process": need.process, "phases": need.phases, "disk": need.disk, "host": need.host}, indent=1) + "\n")
 
 
 # ---- report ------------------------------------------------------------------------------------------------------
@@ -731,9 +788,20 @@ def main():
     c.set_defaults(run=run_reuse)
     c = commands.add_parser("plan")
     c.add_argument("--json")
+    c.add_argument("--gpus", help="COUNTxGB, such as 8x80: propose flags that fit, per rank")
     c.add_argument("script", choices=("train_lora", "train_te", "sample"))
     c.add_argument("flags", nargs=argparse.REMAINDER, help="as that script takes them")
     c.set_defaults(run=run_plan)
+    c = commands.add_parser("scale")
+    c.add_argument("--ckpt", default="ti2v-5B", help="a released variant")
+    c.add_argument("--size", help="WxH px")
+    c.add_argument("--frames", type=int)
+    c.add_argument("--tflops", type=float, default=400, help="that a GPU sustains in training")
+    c.add_argument("--inside", type=float, default=200, help="GB/s that a GPU sends within its machine")
+    c.add_argument("--between", type=float, default=25, help="GB/s that a GPU sends to another machine")
+    c.add_argument("--per_machine", type=int, default=8, help="GPUs of a machine")
+    c.add_argument("--gb", type=int, default=80, help="memory of a GPU")
+    c.set_defaults(run=run_scale)
     c = commands.add_parser("report")
     c.add_argument("folder", help="--out of a training run")
     c.add_argument("--n", type=int, default=20, help="nano: prompts per suite of the listening score (0: none)")

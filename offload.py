@@ -2,8 +2,8 @@
 
 A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a stream of its own, started a block ahead: upwards in the
 forward pass, downwards in the backward pass, where checkpointing runs each block again before its gradient. The two blocks that are on the
-device where the direction turns serve both ways. Nothing is copied back, since nothing streamed is trained. On a CPU the same ring works
-without streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+device where the direction turns serve both ways. Nothing is copied back, since nothing streamed is trained. What checkpointing keeps of
+each block, its input, waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
 import time
 
@@ -57,6 +57,13 @@ class Stream:
         self.copier = torch.cuda.Stream(self.device) if self.cuda else None
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         model.checkpointing, model.keeps_text = True, False
+        run = model.run
+
+        def kept_on_host(*args):
+            with torch.autograd.graph.save_on_cpu(pin_memory=self.cuda):
+                return run(*args)
+
+        model.run = kept_on_host
         for i in self.numbers:
             model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i, args[0].requires_grad))
         self.to(device)

@@ -117,6 +117,7 @@ class World:
         if self.fsdp:
             for block in model.blocks:
                 self.shard(block, {p for p in block.parameters() if p.requires_grad})
+            self.shard(model, {p for p in model.parameters() if not sharded(p)})  # nothing more; but blocks under one root are gathered ahead
             model.keeps_text = False
 
     def shard(self, module, whole=frozenset()):
@@ -166,20 +167,15 @@ class World:
 
         model.leave = left
 
-    def _cut(self, grid):
-        """(axis of the token grid that is shared: rows 1 or columns 2, the one with less filling; its length per rank)."""
-        axis = min((1, 2), key=lambda a: -(-grid[a] // self.ulysses) * self.ulysses / grid[a])
-        return axis, -(-grid[axis] // self.ulysses)
-
     def _strip(self, x, grid):
         """x (B,L,D) -> this rank's tokens (B,L',D)."""
-        axis, n = self._cut(grid)
+        axis, n = cut(grid, self.ulysses)
         x = filled(x.unflatten(1, grid), axis + 1, n * self.ulysses)
         return x.narrow(axis + 1, n * self.place, n).flatten(1, 3)
 
     def _join(self, x, grid, group):
         """This rank's tokens (B,L',D) -> all (B,L,D), on every rank."""
-        axis, n = self._cut(grid)
+        axis, n = cut(grid, self.ulysses)
         part = [*grid]
         part[axis] = n
         self.count("tokens", x.nbytes * (self.ulysses - 1))
@@ -189,7 +185,7 @@ class World:
     def _attend(self, attn, x, rope, group):
         """SelfAttention.forward on this rank's tokens."""
         (table, grid), U, heads = rope, self.ulysses, attn.heads
-        axis, n = self._cut(grid)
+        axis, n = cut(grid, self.ulysses)
         part = [*grid]
         part[axis] = n
         half = table.shape[1]
@@ -209,8 +205,12 @@ class World:
     def _exchange(self, x, group):
         """Slice i of x (U,...) goes to rank i of the group; slice i of the result came from it."""
         from torch.distributed._functional_collectives import all_to_all_single_autograd
-        self.count("tokens", x.nbytes * (self.ulysses - 1) // self.ulysses)
-        return all_to_all_single_autograd(x.contiguous(), None, None, group)
+        nbytes = x.nbytes * (self.ulysses - 1) // self.ulysses
+        self.count("tokens", nbytes)
+        y = all_to_all_single_autograd(x.contiguous(), None, None, group)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: self.count("tokens", nbytes))  # it goes the same way back
+        return y
 
     # ---- pipeline: blocks -----------------------------------------------------------------------------------------
     def _split_blocks(self, model):
@@ -301,6 +301,12 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return grads[ctx.place], None, None, None
+
+
+def cut(grid, ranks):
+    """Which axis of a token grid (T',H',W') is shared by ranks: (rows 1 or columns 2, the one with less filling; its length per rank)."""
+    axis = min((1, 2), key=lambda a: -(-grid[a] // ranks) * ranks / grid[a])
+    return axis, -(-grid[axis] // ranks)
 
 
 def filled(x, axis, n):

@@ -6,15 +6,20 @@ inside themselves, and an allocator's waste, are not seen.
 """
 import contextlib
 import importlib
+import math
 import resource
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fp8
 from checkpoint import read_headers, weight_files
+from offload import spread
+from parallel import cut
 from optim import EMA, AdamW8bit, adamw
 from sample import DTYPES, free_memory, parse_size
 from t5 import XXL, TextEncoder, build_t5
@@ -74,7 +79,46 @@ def traced(f):
 
 
 def nbytes(model):
-    return sum(p.nbytes for p in model.parameters())
+    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
+class Layout(NamedTuple):
+    """How a DiT lies on devices: in 8 bits, `stream` blocks on the host, sharded over `shards` ranks, tokens over `sequence`, blocks over `stages`."""
+    fp8: bool = False
+    stream: int = 0
+    shards: int = 1
+    sequence: int = 1
+    stages: int = 1
+
+    @classmethod
+    def of(cls, args, ranks):
+        """That of a script's flags on so many ranks."""
+        stages = getattr(args, "pipeline_stages", 1)
+        return cls(getattr(args, "base_dtype", None) == "fp8", getattr(args, "stream_blocks", 0), ranks if getattr(args, "fsdp", False) else 1, args.ulysses_size, stages)
+
+    def weights(self, dit):
+        """(bytes of a DiT on a device, of it on the host); what is not in blocks is everywhere."""
+        blocks = [nbytes(b) for b in dit.blocks]
+        rest, own = nbytes(dit) - sum(blocks), blocks[:-(-len(blocks) // self.stages)]
+        if self.stream:
+            away = sum(blocks[i] for i in spread(self.stream, len(blocks)))
+            return rest + sum(blocks) - away + 2 * max(blocks), away
+        if self.shards > 1:  # the block at work and the next one are whole
+            return rest + sum(own) // self.shards + 2 * max(blocks), 0
+        return rest + sum(own), 0
+
+    def grid(self, grid):
+        """Of a token grid (T',H',W'), one rank's part and its padding."""
+        axis, n = cut(grid, self.sequence)
+        return (*grid[:axis], n, *grid[axis + 1:])
+
+    def shape(self, shape):
+        """The same of latents (C,T',h,w)."""
+        t, h, w = self.grid((shape[1], shape[2] // 2, shape[3] // 2))
+        return (shape[0], t, 2 * h, 2 * w)
+
+
+ONE = Layout()
 
 
 def builders(models):
@@ -101,11 +145,13 @@ def build(build, part, dtype, cuda=False):
 
 
 class Plan:
-    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, and `disk` {what: bytes}."""
+    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, `disk` {what: bytes}, and `host`, the same of what a GPU's
+    rank keeps in host memory."""
 
-    def __init__(self, device, phases, disk):
+    def __init__(self, device, phases, disk, host={}):
         self.cuda = torch.device(device).type == "cuda"
         self.device, self.phases, self.disk = device, phases, disk
+        self.host = {k: v for k, v in host.items() if v and self.cuda}
         for name in ("av", "ftfy", "PIL.Image", "torch.utils.tensorboard"):  # what runs import, of which a process's memory is full
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
@@ -119,6 +165,8 @@ class Plan:
         gb = lambda n: f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
         lines = [f"plan: peak memory {gb(self.peak)} on {self.device}, {gb(self.process)} of it the process itself"]
         lines += [f"  {name}: {gb(sum(parts.values()))} (" + ", ".join(f"{k} {gb(v)}" for k, v in parts.items()) + ")" for name, parts in self.phases.items()]
+        if self.host:
+            lines.append("  in host memory: " + ", ".join(f"{k} {gb(v)}" for k, v in self.host.items()))
         return "\n".join(lines + ["  on disk: " + ", ".join(f"{k} {gb(v)}" for k, v in self.disk.items())])
 
     def compare(self, device):
@@ -127,48 +175,54 @@ class Plan:
         return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / used(device) - 1):+.0f} %)"
 
 
-def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda):
-    """Bytes of the DiT and the VAE, and beyond weights of denoising a batch (guided), and of decoding it."""
+def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, layout=ONE):
+    """Bytes of the DiT on the device and the host, of the VAE, and beyond weights of denoising a batch (guided), and of decoding it."""
     dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype, cuda)
-    x = torch.empty(batch, dit.config.in_dim, *shape[1:])
+    if layout.fp8:
+        fp8.convert(dit, {})
+    dit.keeps_text = layout == ONE or layout == ONE._replace(fp8=True)
+    local = layout.shape(shape)
+    x = torch.empty(batch, dit.config.in_dim, *local[1:])
     emb = torch.empty(batch, text, dit.config.text_dim, dtype=dtype)
 
     @torch.no_grad()
     def step():
         texts = dit.embed_text(emb, cache=True), dit.embed_text(torch.cat([emb, emb]), cache=True)
         state = [torch.empty_like(x[:, :shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
-        return dit(torch.cat([x, x]), torch.empty(2 * batch, shape[1]), texts[1]), state
+        return dit(torch.cat([x, x]), torch.empty(2 * batch, local[1]), texts[1]), state
 
     # a decode beyond its first three latent frames only adds to the finished video
     short = torch.empty(batch, shape[0], min(3, shape[1]), *shape[2:])
     more = 4 * 3 * batch * pixels[0] * pixels[1] * (frames - (1 + 4 * (short.shape[2] - 1)))
-    return nbytes(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short)) + more
+    return *layout.weights(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short)) + more
 
 
-def sampling(s, parts, device, dtype, batch=1, text=64):
+def sampling(s, parts, device, dtype, batch=1, text=64, layout=ONE):
     """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`."""
     with FakeTensorMode():
-        dit, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda")
+        dit, host, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda", layout)
         encoder = nbytes(build(parts, "text", dtype))
+    if torch.device(device).type != "cuda":
+        dit += host
     experts, video = len(parts) - 2, 3 * s["frames"] * s["pixels"][0] * s["pixels"][1] * batch
     together = encoder + experts * dit + vae
     apart = torch.device(device).type == "cuda" or together + max(step, decode) > free_memory(device)
     phases = {"encode prompts": {"encoder": encoder}, "denoise": {"DiT": dit if apart else together, "activations": step},
               "decode": {"VAE": vae if apart else together, "activations and video": decode}}
-    return Plan(device, phases, {"mp4, at most about": video // 20})
+    return Plan(device, phases, {"mp4, at most about": video // 20}, {"streamed blocks": host, "the other expert": (dit + host) * (experts - 1), "encoder": encoder})
 
 
-def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=True, previews=False):
-    """Plan of a training run.
+def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=True, previews=False, ranks=1):
+    """Plan of a training run, per rank.
 
     args, s: resolved flags and settings. parts: from `builders`. adapt(dit, encoder) makes what is to be trained trainable and returns the
     parameters; where it changes the encoder, that is run too. bucket (width, height, frames): the largest. text: tokens of a long caption.
-    cache: bytes of latents and of texts. encode: whether latents are still to be computed.
+    cache: bytes of latents and of texts. encode: whether latents are still to be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     w, h, frames = bucket or (*parse_size(args.resolution), args.frames)
     side = 16 if s["vae"] == "2.2" else 8
-    turns = len(experts(args, s))
+    turns, layout = len(experts(args, s)), Layout.of(args, ranks)
     phases = {}
     with FakeTensorMode():
         dit, encoder, vae = (build(parts, name, dtype) for name in (next(iter(parts)), "text", "vae"))
@@ -177,13 +231,21 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
             short = min(frames, 9)
             video = torch.empty(1, 3, short, h, w)
             phases["cache latents"] = {"VAE": nbytes(vae), "activations and video": traced(lambda: vae.encode(video)) + 4 * 3 * h * w * (2 * frames - short)}
-        weights = {"DiT": nbytes(dit) * (1 if cuda else turns), "encoder": nbytes(encoder)}
+        if layout.fp8:
+            fp8.convert(dit, {})
+        here, host = layout.weights(dit)
+        weights = {"DiT": here if cuda else (here + host) * turns, "encoder": nbytes(encoder)}
         groups = adapt(dit, encoder)
         params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         trains_encoder = any(p.requires_grad for p in encoder.parameters())
         if not trains_encoder:
             phases["cache texts"] = {"encoder": weights.pop("encoder")}
-        dit.checkpointing = args.checkpointing
+        dit.checkpointing, whole = args.checkpointing, args.batch
+        if layout.stages > 1:  # the first stage has as many samples under way as there are stages
+            dit.blocks, args.batch = dit.blocks[-(-len(dit.blocks) // layout.stages) * -1:], min(layout.stages, args.batch)
+        if trains_encoder and layout.shards > 1:
+            weights["encoder"] = nbytes(encoder) // layout.shards + nbytes(encoder.token_embedding) + 2 * max(map(nbytes, encoder.blocks))
+        shape = layout.shape(shape)
         t = torch.empty((args.batch, shape[1]) if args.i2v_prob and shape[1] > 1 else args.batch)
         entry = {"latents": torch.empty(shape)} | ({"y": torch.empty(20, *shape[1:])} if dit.config.in_dim > shape[0] else {})
         lens = torch.full((args.batch,), text)
@@ -213,13 +275,25 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
         states, trained = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v)), sum(p.nbytes for p in params)
         states += sum(a.nbytes for a in ema.average) if ema else 0
         adapters = 1 if trains_encoder else turns  # an A14B's two adapters and their states are all kept
-        phases["training"] = weights | {"trained": adapters * trained, "states and activations": tracker.peak + (adapters - 1) * states}
+        beyond = tracker.peak + (adapters - 1) * states
+        if trains_encoder and layout.shards > 1:
+            beyond -= (trained + states) * (layout.shards - 1) // layout.shards  # gradients and states are sharded too
+            states //= layout.shards
+            trained //= layout.shards
+        inputs = 0
+        if layout.stream:  # the inputs of checkpointed blocks wait on the host, but for that of the block at work and the next
+            learn = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
+            inputs = 4 * args.batch * math.prod(shape[1:]) // 4 * dit.config.dim * max(0, len(learn) - learn.index(True) - 2)
+            beyond -= inputs * cuda
+        args.batch = whole
+        phases["training"] = weights | {"trained": adapters * trained, "states and activations": beyond}
         if previews:
             of = (shape[0], 1 + (s["frames"] - 1) // 4, s["size"][1] // side, s["size"][0] // side)
-            _, vae_bytes, step, decode = sampling_phase(parts, s, dtype, of, s["size"], s["frames"], 1, text, cuda)
+            _, _, vae_bytes, step, decode = sampling_phase(parts, s, dtype, of, s["size"], s["frames"], 1, text, cuda, layout)
             phases["previews"] = weights | {"trained and states": adapters * (trained + states), "VAE": vae_bytes, "activations": max(step, decode)}
     result = nbytes(encoder) if trains_encoder and args.save == "full" else adapters * trained
-    return Plan(args.device, phases, {"cache": sum(cache), "result": result, "states": 3 * adapters * (trained + states)})
+    kept = {"streamed blocks": host, "their inputs": inputs, "the other expert": (here + host) * (turns - 1)}
+    return Plan(args.device, phases, {"cache": sum(cache), "result": result, "states": 3 * adapters * (trained + states)}, kept)
 
 
 def mfu(dit, x, text, seconds, device):
@@ -230,3 +304,54 @@ def mfu(dit, x, text, seconds, device):
     linear = c.num_layers * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
     flops = 4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
     return peak and flops / seconds / peak
+
+
+# ---- time on many GPUs -------------------------------------------------------------------------------------------
+def linear_flops(c, tokens, text):
+    """FLOPs of a forward pass of one sample: (in blocks' linears, in attention)."""
+    linear = tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim ** 2
+    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
+
+
+def sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
+    """Bytes that one rank gives away in a training step of a k/v translator on every block, by kind, as parallel.World counts them.
+
+    grid: tokens (T',H',W') of a clip; batch: samples of a rank; adapter: bytes of the adapters; itemsize: of a weight. The first block's
+    self-attention needs no gradient. "weights": each block's shards are gathered on the way up and once more on the way down.
+    """
+    found, local = {"gradients": adapter}, math.prod(layout.grid(grid))
+    if layout.sequence > 1:
+        given = batch * local * (layout.sequence - 1)
+        passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1
+        found["tokens"] = given * (4 * c.dim * itemsize // layout.sequence * passes + 4 * c.out_dim * math.prod(c.patch_size))
+    if layout.stages > 1:
+        found["tokens"] = 4 * max(batch, layout.stages) * math.prod(grid) * c.dim
+    if layout.shards > 1:
+        block = 4 * c.dim ** 2 * 2 + 2 * c.dim * c.ffn_dim
+        found["weights"] = 2 * c.num_layers * block * itemsize // layout.shards * (layout.shards - 1)
+    return found
+
+
+def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
+    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
+
+    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU. Weights are gathered while
+    blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass, the forward pass again, and the gradient by activations.
+    """
+    tokens = math.prod(grid)
+    compute, weights = 3 * sum(linear_flops(c, tokens, text)) / rate, 2 * c.num_layers * (8 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+    link = lambda n: inside if n <= per_machine else between
+    ring = 2 * (ranks - 1) / ranks * adapter / link(ranks)
+    found = {"data parallel": ((compute + ring) / ranks, weights)}
+    if ranks > 1:
+        gathered = sent(c, Layout(shards=ranks), grid, 1, adapter)["weights"] / link(ranks)
+        found["--fsdp"] = (max(compute, gathered) + ring) / ranks, weights // ranks
+        group = max(u for u in (1, 2, 4, 8) if ranks % u == 0 and c.num_heads % u == 0 and u <= per_machine)
+        tokens_sent = sent(c, Layout(sequence=group), grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
+        filling = math.prod(Layout(sequence=group).grid(grid)) * group / tokens
+        found[f"--ulysses_size {group}"] = (compute / group * filling + tokens_sent + ring) / (ranks // group), weights
+        stages = min(ranks, per_machine)
+        micro = 2 * stages
+        handed = 2 * 4 * tokens * c.dim / link(stages)
+        found[f"--pipeline_stages {stages}"] = ((micro + stages - 1) * (compute / stages + handed) + ring) / micro / (ranks // stages), weights // stages
+    return found

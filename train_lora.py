@@ -50,6 +50,7 @@ def resolve(args, s, blocks):
     """Fill in what the checkpoint recommends and check what was given."""
     fill_in(args, s)
     args.alpha = args.alpha if args.alpha is not None else args.rank
+    args.checkpointing = args.checkpointing or args.stream_blocks > 0  # a streamed block is run again, while it is here, for its gradient
     check_ranges(args, stream_blocks=(0, blocks), rank=(1,), alpha=(1e-9,), dropout=(0, 0.999), **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}))
     args.targets = args.targets.split(",")
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
@@ -82,7 +83,7 @@ def main():
     dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=True))
+    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=True))
     print(need)
     dataset.cache_latents(models)
     encoder = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]

@@ -153,7 +153,7 @@ def main():
     dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), **dataset.sizes(texts=False))
+    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=False))
     print(need)
     dataset.cache_latents(models)
     if args.cache_only:

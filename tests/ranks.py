@@ -91,7 +91,15 @@ if __name__ == "__main__":
         init(self, *args, **kwargs)
         WORLDS.append(self)
 
+    name = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(parallel.dist, n))  # what fully_shard calls; the first is newer
+    gather = getattr(parallel.dist, name)
+
+    def gathered(output, input, *args, **kwargs):
+        WORLDS[-1].count("weights", input.nbytes * (parallel.dist.get_world_size(kwargs.get("group")) - 1))
+        return gather(output, input, *args, **kwargs)
+
     parallel.World.__init__ = remember
+    setattr(parallel.dist, name, gathered)
     start, parallel.dist.destroy_process_group = parallel.dist.init_process_group, lambda: None  # one group serves all jobs
     parallel.dist.init_process_group = lambda *args, **kwargs: parallel.dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
