@@ -23,19 +23,19 @@ from wan import VARIANTS, Wan, full_config
 ROOT = Path(__file__).parent.parent
 
 
-def write_header(file, tensors):
+def write_header(file, tensors, kind="F32"):
     """A safetensors file of the right size in which only the header was ever written (the rest is a hole)."""
-    header, at = {}, 0
+    header, at, size = {}, 0, {"F32": 4, "BF16": 2}[kind]
     for name, t in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + t.numel() * 4]}
-        at += t.numel() * 4
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [at, at + t.numel() * size]}
+        at += t.numel() * size
     raw = json.dumps(header).encode()
     with open(file, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         f.truncate(8 + len(raw) + at)
 
 
-def full_size(folder, variant, shards=3):
+def full_size(folder, variant, shards=3, kind="F32"):
     with torch.device("meta"):
         state = list(Wan(full_config(variant)).state_dict().items())
     row = VARIANTS[variant]
@@ -46,7 +46,7 @@ def full_size(folder, variant, shards=3):
         weight_map = {}
         for i in range(shards):
             name = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
-            write_header(folder / sub / name, dict(state[i::shards]))
+            write_header(folder / sub / name, dict(state[i::shards]), kind)
             weight_map |= {k: name for k, _ in state[i::shards]}
         (folder / sub / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder

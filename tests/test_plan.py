@@ -10,9 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny
-from diag import planned
+from checkpoint import BadInput
+from diag import planned, propose
 from lora import inject
-from plan import Tracker
+from plan import Tracker, linear_flops, step_times
+from test_diag import full_size
 from wan import Wan, full_config, keep_fp32
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +80,73 @@ def test_the_command(tmp_path):
     assert told["peak"] == told["process"] + max(sum(p.values()) for p in told["phases"].values())
     bad = subprocess.run([sys.executable, ROOT / "diag.py", "plan", "train_lora", "--frames", "8"], capture_output=True, text=True)
     assert bad.returncode == 1 and "nearest 9" in bad.stderr
+
+
+FULL_SIZE = """
+import resource, sys
+import torch
+sys.path.insert(0, {root!r})
+from plan import Layout, build
+from wan import Wan, full_config, load_wan
+with torch.device("meta"):
+    plain = build({{"dit": lambda: Wan(full_config({variant!r}))}}, "dit", torch.bfloat16)
+for fp8 in (False, True):
+    model = load_wan({folder!r}, "meta", torch.bfloat16, True) if fp8 else plain
+    for layout in (Layout(), Layout(stream=len(model.blocks)), Layout(stream=10), Layout(shards=8), Layout(stages=8)):
+        print(*layout.weights(model))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("variant", ["ti2v-5B"])
+def test_released_sizes_load_without_being_allocated(variant, tmp_path):
+    """A sparse file of the full size, through the loader, into 8 bits, and what of it lies where: in a process of less than 2 GB."""
+    config = full_config(variant)
+    with torch.device("meta"):
+        model = Wan(config)
+    full_size(tmp_path, variant, kind="BF16")
+    code = FULL_SIZE.format(root=str(ROOT), variant=variant, folder=str(tmp_path / ("high_noise_model" if variant == "t2v-A14B" else ".")))
+    *told, peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert int(peak) < 2e9
+    linears = config.num_layers * (8 * config.dim ** 2 + 2 * config.dim * config.ffn_dim)
+    scales = 4 * config.num_layers * (9 * config.dim + config.ffn_dim)
+    whole = sum(p.numel() * (4 if keep_fp32(n) else 2) for n, p in model.named_parameters())
+    layers = config.num_layers
+    for size, lines in ((whole, told[:5]), (whole - linears + scales, told[5:])):
+        (plain, none), (ring, away), (some, ten), (shard, _), (stage, _) = (map(int, line.split()) for line in lines)
+        block = away // layers
+        assert plain == size and none == 0 and away + ring == size + 2 * block and ten == 10 * block and some == size - 8 * block
+        rest = size - away
+        assert shard == rest + away // 8 + 2 * block and stage == rest + -(-layers // 8) * block
+
+
+@pytest.mark.parametrize("gpus,script,flags,want", [
+    ("1x24", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
+    ("1x24", "train_lora", ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"], ["--checkpointing"])])
+def test_proposals_fit(gpus, script, flags, want):
+    found, need = propose(script, flags, gpus)
+    assert set(want) <= set(found) and need.peak <= int(gpus.split("x")[1]) * 1e9
+    plain = [*flags, "--batch", "1"] if script != "sample" else flags
+    assert planned(script, [*plain, "--device", "cuda"]).peak > int(gpus.split("x")[1]) * 1e9
+
+
+def test_what_cannot_fit_is_said():
+    with pytest.raises(BadInput, match="needs at least"):
+        propose("sample", ["--ckpt", "t2v-A14B"], "1x8")
+    with pytest.raises(BadInput, match="COUNTxGB"):
+        propose("sample", [], "eight")
+
+
+def test_step_times():
+    """One GPU is the FLOPs over the rate; what is sent costs; weights shrink by the ranks that share them."""
+    config = full_config("ti2v-5B")
+    given = dict(c=config, grid=(31, 22, 40), adapter=4 * 16 * 2 * 3072 * 60, rate=4e14, inside=2e11, between=25e9)
+    one = step_times(ranks=1, **given)["data parallel"]
+    flops = linear_flops(config, 31 * 22 * 40, 64)
+    assert one[0] == 3 * sum(flops) / 4e14 and one[1] > 9e9
+    assert abs(flops[0] / 237e12 - 1) < 0.15 and abs(flops[1] / 274e12 - 1) < 0.05  # as published for 1280x704x121
+    eight = step_times(ranks=8, **given)
+    assert one[0] / 8 < eight["data parallel"][0] < one[0] / 7.9 < eight["--ulysses_size 8"][0] < eight["--pipeline_stages 8"][0]
+    assert eight["--fsdp"][1] == eight["--pipeline_stages 8"][1] == one[1] // 8
+    slow = step_times(ranks=16, **(given | {"between": 1e8}))
+    assert slow["--fsdp"][0] > slow["--ulysses_size 8"][0]  # weights cross the slow link, or adapters only
