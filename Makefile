@@ -1,17 +1,20 @@
-# make demo: teach nano a word it never saw, and measure it.   make test: the whole suite.   Both set everything up first.
+# make demo: teach nano a word it never saw, and measure it.   make test: the suite. make test-slow: what is slow in it, longer.   Both set everything up first.
 # make gpu: build the CUDA parts, test and time them.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 
-.PHONY: demo test gpu clean
+.PHONY: demo test test-slow gpu clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
 test: $(VENV)/ready-tests
 	$(PY) -m pytest -q tests
+
+test-slow: $(VENV)/ready-tests
+	$(PY) -m pytest -q --slow tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:

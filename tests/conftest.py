@@ -43,9 +43,16 @@ def report(request, capsys):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: the same as a faster test, longer; make test-slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="only the tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("gpu")])
-        items[:] = [i for i in items if not i.get_closest_marker("gpu")]
+    def wanted(item):
+        return bool(item.get_closest_marker("slow")) == config.getoption("--slow") and (torch.cuda.is_available() or not item.get_closest_marker("gpu"))
+
+    config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
+    items[:] = [i for i in items if wanted(i)]

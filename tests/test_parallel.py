@@ -22,10 +22,15 @@ ROOT = Path(__file__).parent.parent
 RESULT = {"train_lora": "adapter_model.safetensors", "train_te": "text_encoder.safetensors"}
 
 
-def torchrun(n, *command, **options):
-    env = dict(os.environ, OMP_NUM_THREADS="1", NANOWAN_OPS=os.environ.get("NANOWAN_OPS", "auto"))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(random.Random().randint(20000, 29000))] if n > 1 else [sys.executable]
-    return [*start, *options.pop("flags", ()), *map(str, command)], dict(cwd=ROOT, env=env, **options)
+def torchrun(n, *command, flags=()):
+    """(command line, what subprocess needs) to run a script on n ranks; n = 1 is without torchrun."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(random.Random().randint(20000, 29000)), *flags] if n > 1 else [sys.executable]
+    return [*start, *map(str, command)], dict(cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True)
+
+
+def finished(n, *command, timeout=240, **given):
+    line, options = torchrun(n, *command, **given)
+    return subprocess.run(line, capture_output=True, timeout=timeout, **options)
 
 
 def training(script, media, folder, name, *flags, batch, steps=5, **more):
@@ -59,10 +64,8 @@ def job(media, folder, name, what):
 
 def run_jobs(n, folder, jobs):
     (folder / f"jobs{n}.json").write_text(json.dumps(jobs))
-    command, options = torchrun(n, ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    done = finished(n, ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json")
     assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +197,19 @@ def argv(media, tmp_path, name, *flags, steps=8):
     return training("train_lora", media, tmp_path, name, "--lr", "1e-3", "--save_every", "1", *flags, batch=2, steps=steps)["argv"]
 
 
-def test_ten_kills_of_a_rank(media, tmp_path):
-    script = [ROOT / "train_lora.py"]
-    run = lambda command, name, *flags, **more: subprocess.run(*(lambda c, o: (c,))(*torchrun(2, *command, *argv(media, tmp_path, name, *flags, steps=24), **more)), cwd=ROOT,
-                                                               env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120)
-    assert run(script, "whole").returncode == 0
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_of_a_rank(media, tmp_path, kills):
+    script, steps = ROOT / "train_lora.py", 3 * kills
+    assert finished(2, script, *argv(media, tmp_path, "whole", steps=steps)).returncode == 0
     rng = random.Random(0)
-    for kill in range(10):
+    for kill in range(kills):
         began = time.time()
-        done = run([dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", rng.randint(1, 3), rank=rng.randint(0, 1))], "cut", *["--resume"] * (kill > 0))
+        killed = dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", rng.randint(1, 2), rank=rng.randint(0, 1))
+        done = finished(2, killed, *argv(media, tmp_path, "cut", *["--resume"] * (kill > 0), steps=steps))
         assert done.returncode and time.time() - began < 60
         assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
         assert done.stderr.count("another rank has ended") <= 1 and done.stderr.count("Traceback") <= 1  # torchrun's own
-    assert run(script, "cut", "--resume").returncode == 0
+    assert finished(2, script, *argv(media, tmp_path, "cut", "--resume", steps=steps)).returncode == 0
     a, b = (load(tmp_path / n / RESULT["train_lora"])[0] for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
@@ -214,25 +217,22 @@ def test_ten_kills_of_a_rank(media, tmp_path):
 
 def test_restarts_resume(media, tmp_path):
     file = dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 4, when="os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
-    command, options = torchrun(2, file, *argv(media, tmp_path, "run"), flags=["--max-restarts", "1"])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    done = finished(2, file, *argv(media, tmp_path, "run"), flags=["--max-restarts", "1"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at step 3" in done.stdout and [line["step"] for line in log(tmp_path / "run")] == list(range(1, 9))
-    command, options = torchrun(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    done = finished(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run"))
     assert done.returncode and done.stderr.count("holds a run already") == 1
 
 
 def test_an_error_is_shown_once(media, tmp_path):
     began = time.time()
-    command, options = torchrun(2, dying(tmp_path, "raise script.BadInput('clip 7 is gone')", 2), *argv(media, tmp_path, "run"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    done = finished(2, dying(tmp_path, "raise script.BadInput('clip 7 is gone')", 2), *argv(media, tmp_path, "run"))
     assert done.returncode and time.time() - began < 60 and done.stderr.count("error: rank 1: clip 7 is gone") == 1
 
 
 def test_sigterm_saves_and_leaves(media, tmp_path):
     command, options = torchrun(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", "1000", steps=100000))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     for line in process.stdout:
         if line.startswith("step 3 "):
             process.send_signal(signal.SIGTERM)
