@@ -28,7 +28,8 @@ PATIENCE = datetime.timedelta(hours=4)  # ranks wait for each other's share of t
 
 class World:
     """This process's place among `size` ranks: `rank`, whether it is the `main` one, its `device`, and its number `data` among the `datas` that
-    see different samples. `team`: how many ranks share a clip while sampling; one of them `writes`. sent: bytes that this rank has given to collectives and neighbours, by kind."""
+    see different samples. `team`: how many ranks share a clip while sampling; one of them `writes`. `sent`: bytes that this rank has given to
+    collectives and neighbours, by kind."""
 
     def __init__(self, device, fsdp=False, ulysses=1, stages=1, guidance=False):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -71,9 +72,9 @@ class World:
     def count(self, kind, nbytes):
         self.sent[kind] = self.sent.get(kind, 0) + int(nbytes)
 
-    def seed(self, *what):
-        """Seed torch's generator from these values and the samples that this rank sees."""
-        torch.manual_seed(random.Random(" ".join(map(str, [*what, self.data]))).getrandbits(62))
+    def seed(self, *what, same=False):
+        """Seed torch's generator from these values, and unless it is to be the `same` on all ranks, from which samples this one sees."""
+        torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.data]))).getrandbits(62))
 
     # ---- data and gradients --------------------------------------------------------------------------------------
     def share(self, n):
@@ -120,10 +121,12 @@ class World:
             self.shard(model, {p for p in model.parameters() if not sharded(p)})  # nothing more; but blocks under one root are gathered ahead
             model.keeps_text = False
 
-    def shard(self, module, whole=frozenset()):
-        """Shard a module's parameters over the ranks that see all samples and tokens together, but for those in `whole`; gradients are summed."""
-        from torch.distributed.fsdp import fully_shard
-        fully_shard(module, mesh=self.mesh["data", "sequence"]._flatten("shard"), ignored_params=set(whole) or None)
+    def shard(self, module, whole=frozenset(), dtype=None):
+        """Shard a module's parameters over the ranks that see all samples and tokens together, but for those in `whole`; gradients are summed, in fp32.
+        dtype: what is computed in, if that is not the weights' own."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        fully_shard(module, mesh=self.mesh["data", "sequence"]._flatten("shard"), ignored_params=set(whole) or None, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         module._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)

@@ -277,9 +277,9 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
         adapters = 1 if trains_encoder else turns  # an A14B's two adapters and their states are all kept
         beyond = tracker.peak + (adapters - 1) * states
         if trains_encoder and layout.shards > 1:
-            beyond -= (trained + states) * (layout.shards - 1) // layout.shards  # gradients and states are sharded too
-            states //= layout.shards
-            trained //= layout.shards
+            beyond -= trained + states  # gradients and states are sharded too, and fp32 like the weights
+            trained, states = (n * 4 // dtype.itemsize // layout.shards for n in (trained, states))
+            beyond += trained + states
         inputs = 0
         if layout.stream:  # the inputs of checkpointed blocks wait on the host, but for that of the block at work and the next
             learn = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]

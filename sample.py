@@ -545,8 +545,8 @@ def main():
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
-    if args.stream_blocks < 0 or args.stream_blocks and (args.compile or args.cuda_graphs):
-        raise BadInput(f"--stream_blocks {args.stream_blocks}: 0 or more, and not with --compile or --cuda_graphs, which need every weight in its place")
+    if args.stream_blocks < 0 or (args.stream_blocks or args.ulysses_size > 1) and (args.compile or args.cuda_graphs):
+        raise BadInput(f"--stream_blocks {args.stream_blocks}, --ulysses_size {args.ulysses_size}: 0 or more, and not with --compile or --cuda_graphs")
     if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
         raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)

@@ -52,6 +52,8 @@ def resolve(args, s, blocks):
     args.alpha = args.alpha if args.alpha is not None else args.rank
     args.checkpointing = args.checkpointing or args.stream_blocks > 0  # a streamed block is run again, while it is here, for its gradient
     check_ranges(args, stream_blocks=(0, blocks), rank=(1,), alpha=(1e-9,), dropout=(0, 0.999), **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}))
+    if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
+        raise BadInput(f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank only a part of the blocks")
     args.targets = args.targets.split(",")
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")

@@ -60,8 +60,8 @@ def resolve(args, s):
     if len(mix) != 3 or min(mix) < 0 or not 0 < sum(mix) < math.inf:
         raise BadInput(f"--mix {args.mix}: three shares such as 15,35,50")
     args.mix = mix
-    if args.optimizer == "adamw8bit" and args.dtype != "bf16":
-        raise BadInput(f"--optimizer adamw8bit --dtype {args.dtype}: its compensated weights are bf16")
+    if args.optimizer == "adamw8bit" and (args.dtype != "bf16" or args.fsdp):
+        raise BadInput(f"--optimizer adamw8bit --dtype {args.dtype}{' --fsdp' * args.fsdp}: its compensated weights are bf16, and whole on each rank")
     check_ranges(args, keyword_lr=(0,), anchor=(0,), trim_prob=(0, 1))
 
 
@@ -173,8 +173,10 @@ def main():
         original = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)
     if world.fsdp:
+        for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
+            p.data = p.data.float() if p.requires_grad else p.data
         for part in [*encoder.blocks, encoder]:
-            world.shard(part)
+            world.shard(part, dtype=models.dtype)
         trained, groups = trainable(encoder, args)
     params = [p for g in groups for p in g["params"]]
     print(f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; {len(anchors)} prompts anchored")
@@ -191,8 +193,8 @@ def main():
     def save_all(step):
         with averaged():
             everything = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items() if not k.endswith("token_embedding.rows")}
-            tensors = {k: full(v) for k, v in (trained if args.save == "delta" else everything).items()}
-            rows = full(encoder.token_embedding.rows.detach()) if ids else None
+            tensors = {k: full(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()}
+            rows = full(encoder.token_embedding.rows.detach()).to(models.dtype) if ids else None
             if ids and args.save == "delta":
                 tensors |= {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids}
             elif ids:
@@ -242,6 +244,7 @@ def main():
             print(f"step {step + 1} skipped: {why}", flush=True)
             line["skipped"] = guard.bad
         else:
+            world.seed(args.seed, step, "optimizer", same=True)
             opt.step()
             if ema:
                 ema.update()
