@@ -132,8 +132,9 @@ class World:
         module._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
 
     def together(self, found):
-        """The union of the ranks' dictionaries."""
-        if self.alone or self.stages == 1:
+        """The union of the ranks' dictionaries of tensors, made whole."""
+        found = {k: full(v) for k, v in found.items()}
+        if self.stages == 1:
             return found
         parts = [None] * self.stages
         dist.all_gather_object(parts, found, self.mesh["stage"].get_group())
