@@ -169,7 +169,7 @@ def main():
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
             total += world.backward(model, batch, *embed(batch.captions), share)
             tokens += batch.x[:, 0].numel() // 4 * (share > 0)
-        total, tokens, stop = world.sum(params, total, tokens * world.datas / world.size, run.stop)
+        total, tokens, stop = world.sum([p for pair in adapters[name].values() for p in pair], total, tokens * world.datas / world.size, run.stop)
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
         norm = clip(params, args.grad_clip)

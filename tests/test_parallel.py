@@ -114,6 +114,16 @@ def test_sampling_equals_one_process(runs, report, name):
     assert (runs / f"{name}.mp4").stat().st_size > 500
 
 
+def test_both_experts(checkpoints, media, tmp_path, report):
+    """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on every rank."""
+    flags = ["--ckpt", str(checkpoints["t2v"]), "--stretch", "1", "--lr", "1e-3", "--resolution", "64x64"]
+    run_jobs(1, tmp_path, [training("train_lora", media, tmp_path, "one", *flags, batch=2, sgd=False)])
+    run_jobs(2, tmp_path, [training("train_lora", media, tmp_path, "two", *flags, batch=1, sgd=False)])
+    for expert in ("high", "low"):
+        a, b = (load(tmp_path / name / f"adapter_model_{expert}.safetensors")[0] for name in ("one", "two"))
+        report(expert, max(((a[k] - b[k]).norm() / a[k].norm()).item() for k in a), 1e-5)
+
+
 def test_fp8_and_shards(media, runs, report):
     """8-bit weights, sharded over four, against 8-bit weights in one process."""
     folder = runs / "fp8"
