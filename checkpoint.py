@@ -235,7 +235,7 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     """Stream `entries` into `model`, which was built on the meta device.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
-    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode. prepare(model) may change the still empty model
+    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is read. prepare(model) may change the still empty model
     (adapters, fp8, shards); what it takes out is not read.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -255,11 +255,12 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
         owner, _, leaf = name.rpartition(".")
         owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
+        stays = entries[name].dtype == goal and torch.device(device).type == "cpu" and not hasattr(owner, "quantize")
+        tensor = torch.empty(want[name], dtype=entries[name].dtype) if str(device) == "meta" else entries[name].read(None if stays else scratch)
         if leaf == "weight" and hasattr(owner, "quantize"):  # fp8.Fp8Linear
-            owner.quantize(entries[name].read(scratch).to(device))
-            continue
-        stays = entries[name].dtype == goal and torch.device(device).type == "cpu"
-        put(owner, leaf, entries[name].read(None if stays else scratch).to(device, goal).contiguous())
+            owner.quantize(tensor.to(device))
+        else:
+            put(owner, leaf, tensor.to(device, goal).contiguous())
     return model.eval()
 
 

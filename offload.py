@@ -19,41 +19,87 @@ def spread(count, total):
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
 
+def frozen(module):
+    """[(dictionary, key)] of a module's frozen parameters and its buffers."""
+    return [(values, k) for m in module.modules() for values in (m._parameters, m._buffers) for k, t in values.items() if t is not None and not t.requires_grad]
+
+
+def layout(tensors):
+    """([(first byte, bytes, dtype, shape)] of tensors in one buffer, its size)."""
+    places, end = [], 0
+    for t in tensors:
+        places.append((end, t.nbytes, t.dtype, t.shape))
+        end += -(-t.nbytes // ALIGNED) * ALIGNED
+    return places, end
+
+
+def views(flat, places):
+    return [flat[at:at + n].view(dtype).view(shape) for at, n, dtype, shape in places]
+
+
+def pin(flat):
+    """Lock a buffer in memory, for copies to a GPU; PyTorch's own pinned memory comes in powers of two."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0))
+
+
+def share(model, file, first, barrier, cuda):
+    """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank fills it, the others, whose
+    model is empty, take theirs from it. Returns the buffer. Without a name once all have it, the file ends with the last of them."""
+    order = [entry for block in model.blocks for entry in frozen(block)]
+    order += [entry for entry in frozen(model) if not any(entry[0] is values and entry[1] == k for values, k in order)]
+    places, end = layout([values[k] for values, k in order])
+    if first:
+        file.unlink(missing_ok=True)  # of a job that was killed
+        flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
+    barrier()
+    if not first:
+        flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
+    for (values, k), view in zip(order, views(flat, places)):
+        if first:
+            view.copy_(values[k])
+        values[k] = torch.nn.Parameter(view, requires_grad=False) if isinstance(values[k], torch.nn.Parameter) else view
+    barrier()
+    if first:
+        file.unlink()
+    if cuda:
+        pin(flat)
+    return flat
+
+
 class Flat:
-    """The frozen tensors of a block in one flat buffer (bytes) on the host."""
+    """The frozen tensors of a block in one flat buffer (bytes) on the host; without a copy where they lie so already, in a shared one."""
 
-    def __init__(self, block, pin):
-        self.tensors = [p for p in block.parameters() if not p.requires_grad] + list(block.buffers())
-        self.places, end = [], 0
-        for t in self.tensors:
-            self.places.append((end, t.nbytes, t.dtype, t.shape))
-            end += -(-t.nbytes // ALIGNED) * ALIGNED
+    def __init__(self, block, cuda, shared=None):
+        self.tensors = [values[k] for values, k in frozen(block)]
+        self.places, end = layout(self.tensors)
+        if shared is not None:
+            at = self.tensors[0].data_ptr() - shared.data_ptr()
+            self.host = shared[at:at + end]
+            return
         self.host = torch.empty(end, dtype=torch.uint8)
-        if pin:  # PyTorch's own pinned memory comes in powers of two
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), end, 0))
-        for t, view in zip(self.tensors, self.views(self.host)):
+        if cuda:
+            pin(self.host)
+        for t, view in zip(self.tensors, views(self.host, self.places)):
             t.data = view.copy_(t.data)
-
-    def views(self, flat):
-        return [flat[at:at + n].view(dtype).view(shape) for at, n, dtype, shape in self.places]
 
     def place(self, flat):
         """Let the block compute with the tensors in this copy of the buffer."""
-        for t, view in zip(self.tensors, self.views(flat)):
+        for t, view in zip(self.tensors, views(flat, self.places)):
             t.data = view
 
 
 class Stream:
     """Streams `count` blocks of a frozen model (its adapters apart), which comes from the host. `copies`: block numbers in the order of their
-    copies; `bytes` copied; `waited()`: seconds that computing waited for them. Switches the model's checkpointing on."""
+    copies; `bytes` copied; `waited()`: seconds that computing waited for them. Switches the model's checkpointing on. shared: the buffer that
+    `share` has put the model into."""
 
-    def __init__(self, model, count, device):
+    def __init__(self, model, count, device, shared=None):
         self.model, self.device = model, torch.device(device)
         if count > len(model.blocks):
             raise BadInput(f"--stream_blocks {count}: this model has {len(model.blocks)} blocks")
         self.numbers = spread(count, len(model.blocks))
         self.cuda = self.device.type == "cuda"
-        self.flats = {i: Flat(model.blocks[i], self.cuda) for i in self.numbers}
+        self.flats = {i: Flat(model.blocks[i], self.cuda, shared) for i in self.numbers}
         self.copier = torch.cuda.Stream(self.device) if self.cuda else None
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         model.checkpointing, model.keeps_text = True, False

@@ -14,6 +14,8 @@ import datetime
 import os
 import random
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -68,6 +70,13 @@ class World:
     def barrier(self):
         if not self.alone:
             dist.all_reduce(torch.zeros(1))
+
+    def machine(self):
+        """How ranks of this machine share one host copy of whole weights, as sample.Models wants it; None for one rank, or where each has a part."""
+        if self.alone or self.fsdp or self.stages > 1 or int(os.environ["LOCAL_WORLD_SIZE"]) == 1:
+            return None
+        folder = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
+        return os.environ["LOCAL_RANK"] == "0", self.barrier, lambda part: folder / f"nanowan-{os.getuid()}-{os.environ['MASTER_PORT']}-{part}"
 
     def count(self, kind, nbytes):
         self.sent[kind] = self.sent.get(kind, 0) + int(nbytes)
@@ -132,10 +141,14 @@ class World:
         module._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
 
     def together(self, found):
-        """The union of the ranks' dictionaries of tensors, made whole."""
-        found = {k: full(v) for k, v in found.items()}
-        if self.stages == 1:
+        """The same dictionary of tensors, whole, on every rank: the first one's, or that of all stages of a pipeline."""
+        found = {k: full(v).to("cpu") for k, v in found.items()}
+        if self.alone:
             return found
+        if self.stages == 1:
+            told = [found]
+            dist.broadcast_object_list(told, 0)
+            return told[0]
         parts = [None] * self.stages
         dist.all_gather_object(parts, found, self.mesh["stage"].get_group())
         return {k: v for part in parts for k, v in part.items()}

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import flow
 import fp8
+import offload
 import ops
 from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, save, weight_files
 from lora import merge, read_lora
-from offload import Stream
 from parallel import World
 from t5 import encoder_files, load_t5
 from vae import load_vae
@@ -80,7 +80,7 @@ class Models:
 
     def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None, fp8=False, stream=0):
         self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
-        self.fp8, self.stream, self.streams = fp8, stream, {}
+        self.fp8, self.stream, self.streams, self.homes = fp8, stream, {}, {}
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
         for expert in self.experts:
@@ -89,6 +89,7 @@ class Models:
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
         self.world = None  # the ranks that share a clip (parallel.World), if there are several
+        self.machine, self.shared = None, {}  # the ranks of a machine, if they share host copies: (whether this is the first, barrier, file of a part)
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
@@ -137,17 +138,22 @@ class Models:
         return sum(sizes.values()) - round(sum(blocks.values()) * min(1, self.stream / max(1, count_blocks(blocks))))
 
     def _move(self, name, model, device):
-        """A part to another device; of a streamed DiT, what is not streamed."""
-        if name not in self.streams:
-            return model.to(device)
-        self.streams[name].to(device)
+        """A part to another device; of a streamed DiT, what is not streamed. A shared host copy is only returned to, since nothing in it changes."""
+        if name in self.streams:
+            self.streams[name].to(device)
+        elif name in self.shared and torch.device(device).type == "cpu":
+            for t, host in self.homes[name]:
+                t.data = host
+        else:
+            self.homes[name] = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if name in self.shared and not t.requires_grad]
+            model.to(device)
         return model
 
     def release(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         model = self.parts.pop(name)
         if self.device.type == "cuda":
-            if free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
+            if name in self.shared or free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
                 self.parts[name] = self._move(name, model, "cpu")
             else:
                 self.streams.pop(name, None)
@@ -159,14 +165,21 @@ class Models:
         if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder; to the decoder it does none, and halves its memory
             vae = load_vae(self.dir, self.device, torch.float32)
             return vae.decode_in(self.dtype) if self.device.type == "cuda" else vae
-        model = load_wan(self.folder(name), "cpu" if self.stream else self.device, self.dtype, self.fp8, lambda model: self.prepare(name, model))
+        first, barrier, file = self.machine or (True, None, None)
+        share = self.machine and (self.stream or self.device.type == "cuda" and len(self.experts) > 1)
+        where = self.device if not (self.stream or share) else "cpu" if first else "meta"
+        model = load_wan(self.folder(name), where, self.dtype, self.fp8, lambda model: self.prepare(name, model))
         for file, weight, expert in self.loras:
             if expert in (None, name):
                 merge(model, file, weight)
-        if error := fp8.report(model):
+        if first and (error := fp8.report(model)):
             print(f"{self.folder(name)}: {error}")
+        if share:
+            self.shared[name] = offload.share(model, file(name), first, barrier, self.device.type == "cuda")
         if self.stream:
-            self.streams[name] = Stream(model, self.stream, self.device)
+            self.streams[name] = offload.Stream(model, self.stream, self.device, self.shared.get(name))
+        elif share:
+            model = self._move(name, model, self.device)
         if self.compile == "blocks":  # they are all alike: compiled once
             for block in model.blocks:
                 block.compile()
@@ -542,6 +555,8 @@ def main():
     seed = args.seed if args.seed >= 0 else random.randrange(2 ** 31)
     world = World(pick_device(args.device), ulysses=args.ulysses_size, guidance=args.guidance_parallel)
     device = world.device
+    if len(prompts) < world.datas:
+        raise BadInput(f"{len(prompts)} prompts for {world.datas} groups of ranks: fewer processes, or --ulysses_size and --guidance_parallel, which share a prompt")
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
@@ -550,7 +565,7 @@ def main():
     if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
         raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
-    models.world, models.prepare = world, lambda name, model: world.parallelize(model)
+    models.world, models.machine, models.prepare = world, world.machine(), lambda name, model: world.parallelize(model)
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
                  guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)

@@ -73,7 +73,7 @@ def main():
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
-    s = models.settings
+    s, models.machine = models.settings, world.machine()
     base = [f for name in models.experts for f in models.files(name)]
     resolve(args, s, read_config(models.folder(models.experts[0]), read_headers(weight_files(models.folder(models.experts[0])))).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]

@@ -142,7 +142,7 @@ def main():
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
-    s = models.settings
+    s, models.machine = models.settings, world.machine()
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)

@@ -1,6 +1,7 @@
 """Streaming: the same bits as resident weights, and exactly the copies that the ring needs."""
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import lora
 import tiny
 from checkpoint import BadInput
-from offload import ALIGNED, Stream, spread
+from offload import ALIGNED, Stream, share, spread
 from sample import denoise, load
+from wan import load_wan
 
 ROOT = Path(__file__).parent.parent
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
@@ -95,3 +97,27 @@ def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
 def test_too_many_blocks():
     with pytest.raises(BadInput, match="--stream_blocks 7: this model has 6"):
         Stream(tiny.dit("ti2v", layers=6), 7, "cpu")
+
+
+@pytest.mark.parametrize("fp8", (False, True))
+def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
+    """Two ranks, here threads: the first reads the weights, both have them, and they are the same memory."""
+    meeting, models, buffers = threading.Barrier(2), {}, {}
+
+    def rank(first):
+        models[first] = load_wan(checkpoints["ti2v"], "cpu" if first else "meta", torch.float32, fp8)
+        buffers[first] = share(models[first], tmp_path / "shared", first, meeting.wait, False)
+        stream = Stream(models[first], 2, "cpu", buffers[first])
+        assert all(f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr() for f in stream.flats.values())
+
+    ranks = [threading.Thread(target=rank, args=(first,)) for first in (True, False)]
+    for t in ranks:
+        t.start()
+    for t in ranks:
+        t.join()
+    whole = load_wan(checkpoints["ti2v"], dtype=torch.float32, fp8=fp8)
+    with torch.no_grad():
+        want, (a, b) = whole(X, T, CONTEXT), (models[first](X, T, CONTEXT) for first in (True, False))
+        assert torch.equal(a, want) and torch.equal(b, want) and not (tmp_path / "shared").exists()
+        buffers[True].fill_(1)
+        assert (buffers[False] == 1).all()
