@@ -281,7 +281,7 @@ class World:
 
 
 def weighted(v, target):
-    """Batch.error of a velocity v (1,C,T',h,w); the target's last channel is the loss's weight."""
+    """Batch.loss of a velocity v (1,C,T',h,w); the target's last channel is the loss's weight."""
     return ((v - target[:, :-1]).square() * target[:, -1:]).mean()
 
 

@@ -151,6 +151,8 @@ class Models:
 
     def release(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
+        if name in self.shared and self.device.type == "cpu":
+            return  # it is the other ranks' too
         model = self.parts.pop(name)
         if self.device.type == "cuda":
             if name in self.shared or free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
@@ -165,7 +167,7 @@ class Models:
         if name == "vae":  # fp32 is the official precision, and bf16 does harm to the encoder; to the decoder it does none, and halves its memory
             vae = load_vae(self.dir, self.device, torch.float32)
             return vae.decode_in(self.dtype) if self.device.type == "cuda" else vae
-        first, barrier, file = self.machine or (True, None, None)
+        first, barrier, place = self.machine or (True, None, None)
         share = self.machine and (self.stream or self.device.type == "cuda" and len(self.experts) > 1)
         where = self.device if not (self.stream or share) else "cpu" if first else "meta"
         model = load_wan(self.folder(name), where, self.dtype, self.fp8, lambda model: self.prepare(name, model))
@@ -175,7 +177,7 @@ class Models:
         if first and (error := fp8.report(model)):
             print(f"{self.folder(name)}: {error}")
         if share:
-            self.shared[name] = offload.share(model, file(name), first, barrier, self.device.type == "cuda")
+            self.shared[name] = offload.share(model, place(name), first, barrier, self.device.type == "cuda")
         if self.stream:
             self.streams[name] = offload.Stream(model, self.stream, self.device, self.shared.get(name))
         elif share:

@@ -125,6 +125,19 @@ def test_both_experts(checkpoints, media, tmp_path, report):
         report(expert, max(((a[k] - b[k]).norm() / a[k].norm()).item() for k in a), 1e-5)
 
 
+def test_loras_and_a_shared_host_copy(runs, tmp_path, report):
+    """The second rank, which reads no weights, has the first one's merged ones; in 8 bits, it holds the adapter beside them."""
+    flags = ["--lora", f"{runs / 'lora' / RESULT['train_lora']}:100", "--stream_blocks", "3"]
+    cases = {"merged": flags, "beside": [*flags, "--base_dtype", "fp8"]}
+    run_jobs(1, tmp_path, [sampling(tmp_path, f"{name}1", *flags) for name, flags in cases.items()])
+    run_jobs(2, tmp_path, [sampling(tmp_path, f"{name}2", *flags, "--ulysses_size", "2") for name, flags in cases.items()])
+    plain = load(runs / "video.safetensors")[0]["latents"]
+    for name in cases:
+        a, b = (load(tmp_path / f"{name}{n}.safetensors")[0]["latents"] for n in (1, 2))
+        report(name, ((a - b).norm() / a.norm()).item(), 1e-5)
+        assert (a - plain).norm() > 1e-2 * a.norm()
+
+
 def test_fp8_and_shards(media, runs, report):
     """8-bit weights, sharded over four, against 8-bit weights in one process."""
     folder = runs / "fp8"
