@@ -330,6 +330,8 @@ class Run:
         """
         saved = self._saved()
         state = torch.load(saved[-1], weights_only=True, map_location="cpu") if saved else None
+        if state and state["shards"]:
+            state["shards"] = saved[-1].with_suffix(".shards")
         self.same = json.loads(json.dumps(same))
         changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in self.same.items() if state and state["same"].get(k) != v]
         if changed:
@@ -371,7 +373,7 @@ class Run:
             dcp.save(shards, checkpoint_id=folder)
         if self.main:
             with atomic(file) as tmp:
-                torch.save({"step": step, "same": self.same, "shards": str(folder) if shards else None, **state}, tmp)
+                torch.save({"step": step, "same": self.same, "shards": bool(shards), **state}, tmp)
             for old in self._saved()[:-self.keep]:
                 old.unlink()
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)

@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import parallel
 import train
@@ -43,44 +45,31 @@ def run(job):
             return step
 
         module.save_state, module.restore = save_state, restore
-    if job.get("broken"):
-        BREAK[job["broken"]]()
+    where, what = BREAK.get(job.get("broken"), (parallel, {"weighted": parallel.weighted}))
     sys.argv = [job["script"], *job["argv"]]
-    module.main()
+    with mock.patch.multiple(where, **what):
+        module.main()
     for name, value in kept.items():
         setattr(module, name, value)
     if main and "--out" in job["argv"] and job["script"] != "sample":
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 
 
-def no_sum():
-    parallel.World.sum = lambda self, params, *numbers: numbers
+def first_place(self, *args, right=parallel.World._attend):
+    kept, self.place = self.place, 0
+    try:
+        return right(self, *args)
+    finally:
+        self.place = kept
 
 
-def no_positions():
-    place = parallel.World._attend
-
-    def attend(self, *args):
-        kept, self.place = self.place, 0
-        try:
-            return place(self, *args)
-        finally:
-            self.place = kept
-
-    parallel.World._attend = attend
+def equal_weights(v, target, right=parallel.weighted):
+    return right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
 
 
-def mean_gradients():
-    from torch.distributed.fsdp import FSDPModule
-    FSDPModule.set_gradient_divide_factor = FSDPModule.set_force_sum_reduction_for_comms = lambda self, value: None
-
-
-def equal_weights():
-    right = parallel.weighted
-    parallel.weighted = lambda v, target: right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
-
-
-BREAK = {"no_sum": no_sum, "no_positions": no_positions, "mean_gradients": mean_gradients, "equal_weights": equal_weights}
+BREAK = {"no_sum": (parallel.World, {"sum": lambda self, params, *numbers: numbers}), "no_positions": (parallel.World, {"_attend": first_place}),
+         "mean_gradients": (FSDPModule, dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None)),
+         "equal_weights": (parallel, {"weighted": equal_weights})}
 
 
 if __name__ == "__main__":

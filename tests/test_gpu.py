@@ -84,3 +84,37 @@ def test_scripts_run_in_bf16(flags, tmp_path):
     run = subprocess.run([sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "planned" in run.stdout
+
+
+def test_8_bit_products(report):
+    """The GPU's own fp8 matrix product, where it has one, against the weight made dense; and the gradient."""
+    import fp8
+    linear = torch.nn.Linear(512, 1024, dtype=torch.bfloat16, device="cuda")
+    eight = fp8.Fp8Linear(linear)
+    eight.quantize(linear.weight.data)
+    x = torch.randn(3, 40, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    want = torch.nn.functional.linear(x, fp8.dense(eight.weight, eight.scales, x.dtype), linear.bias)
+    gradient, = torch.autograd.grad(want.square().sum(), x)
+    y = eight(x)
+    report("product", tiny.error(y, want), 5e-2)
+    report("gradient", tiny.error(torch.autograd.grad(y.square().sum(), x)[0], gradient), 5e-2)
+
+
+def test_streaming_equals_resident_weights():
+    """The same bits, with copies on their own stream; the device holds two blocks of twelve."""
+    import lora
+    from offload import Stream
+    x, t, context = torch.randn(1, 48, 3, 16, 16, device="cuda"), torch.tensor([500.0], device="cuda"), torch.randn(1, 7, tiny.TEXT_DIM, device="cuda")
+    found = []
+    for streamed in (0, 12):
+        torch.manual_seed(0)
+        model = tiny.dit("ti2v", dim=512, heads=4, layers=12)
+        params = lora.inject(model, rank=4, device="cuda")
+        stream = Stream(model, streamed, "cuda") if streamed else model.cuda()
+        for _ in range(3):
+            y = model(x, t, context)
+            grads = torch.autograd.grad(y.square().mean(), params)
+        with torch.no_grad():
+            found.append([y, *grads, model(x, t, context)])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and stream.waited() >= 0
+    assert stream.ring_bytes() < 0.2 * sum(f.host.numel() for f in stream.flats.values())

@@ -146,11 +146,13 @@ def test_fp8_and_shards(media, runs, report):
     report("losses", difference(folder / "lora", runs / "lora_fp8", "train_lora")[0], 1e-5)
 
 
-@pytest.mark.parametrize("broken,n,what", [("no_sum", 2, ("train_lora", 2)), ("no_positions", 2, ("train_lora", 4, "--ulysses_size", "2")),
-                                           ("mean_gradients", 2, ("train_te", 2, "--fsdp")), ("equal_weights", 2, ("train_lora", 4, "--pipeline_stages", "2"))])
-def test_broken_on_purpose(media, runs, tmp_path, broken, n, what):
-    run_jobs(n, tmp_path, [{**job(media, tmp_path, "run", what), "broken": broken}])
-    assert max(difference(runs / ("lora" if what[0] == "train_lora" else "te"), tmp_path / "run", what[0])) > 1e-3
+def test_broken_on_purpose(media, runs, tmp_path):
+    """Each of the equalities above is lost when what it stands on is taken away."""
+    cases = {"no_sum": ("train_lora", 2), "no_positions": ("train_lora", 4, "--ulysses_size", "2"), "mean_gradients": ("train_te", 2, "--fsdp"),
+             "equal_weights": ("train_lora", 4, "--pipeline_stages", "2")}
+    run_jobs(2, tmp_path, [{**job(media, tmp_path, name, what), "broken": name} for name, what in cases.items()])
+    for name, (script, *_) in cases.items():
+        assert max(difference(runs / ("lora" if script == "train_lora" else "te"), tmp_path / name, script)) > 1e-3
 
 
 def test_bytes_sent(media, tmp_path, report):
@@ -173,24 +175,26 @@ def test_bytes_sent(media, tmp_path, report):
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script,flags", [("train_te", ["--fsdp"]), ("train_lora", ["--fsdp"])])
-def test_save_on_4_resume_on_1_and_2(media, tmp_path, report, script, flags):
-    cut = lambda name, steps, batch, *flags: training(script, media, tmp_path, name, "--lr", "1e-3", "--ema", "0.9", *flags, batch=batch, steps=steps, sgd=False, dump=str(tmp_path / name))
-    run_jobs(4, tmp_path, [cut("whole", 5, 1, *flags), cut("a", 3, 1, *flags)])
-    subprocess.run(["cp", "-r", tmp_path / "a", tmp_path / "b"], check=True)
-    text = tmp_path / "b" / "checkpoints"
-    if script == "train_te":
-        assert (text / "step_000003.shards").is_dir()
-        state = torch.load(text / "step_000003.pt", weights_only=True)  # the copy's shards lie beside it
-        torch.save({**state, "shards": str(text / "step_000003.shards")}, text / "step_000003.pt")
-    run_jobs(1, tmp_path, [cut("a", 5, 4, "--resume")])
-    run_jobs(2, tmp_path, [cut("b", 5, 2, "--resume", *flags)])
-    saved = torch.load(tmp_path / "a_saved_3.pt")
-    for name in "ab":
-        restored = torch.load(tmp_path / f"{name}_restored_3.pt")
-        assert saved.keys() == restored.keys() and len(saved) > 10 and all(torch.equal(saved[k], restored[k]) for k in saved)
-        losses = [abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(log(tmp_path / "whole"), log(tmp_path / name), strict=True)]
-        report(f"losses after resuming ({name})", max(losses), 1e-6)
+def test_save_on_4_resume_on_1_and_2(media, tmp_path, report):
+    """States to the bit, and the same losses from there on: the encoder's shards, and adapters, with averages."""
+    def cut(script, name, steps, batch, *flags):
+        name = f"{script}_{name}"
+        return training(script, media, tmp_path, name, "--lr", "1e-3", "--ema", "0.9", *flags, batch=batch, steps=steps, sgd=False, dump=str(tmp_path / name))
+
+    both = ("train_te", "train_lora")
+    run_jobs(4, tmp_path, [cut(script, name, steps, 1, "--fsdp") for script in both for name, steps in (("whole", 5), ("a", 3))])
+    for script in both:
+        subprocess.run(["cp", "-r", tmp_path / f"{script}_a", tmp_path / f"{script}_b"], check=True)
+    assert (tmp_path / "train_te_b" / "checkpoints" / "step_000003.shards").is_dir()
+    run_jobs(1, tmp_path, [cut(script, "a", 5, 4, "--resume") for script in both])
+    run_jobs(2, tmp_path, [cut(script, "b", 5, 2, "--resume", "--fsdp") for script in both])
+    for script in both:
+        saved = torch.load(tmp_path / f"{script}_a_saved_3.pt")
+        for name in "ab":
+            restored = torch.load(tmp_path / f"{script}_{name}_restored_3.pt")
+            assert saved.keys() == restored.keys() and len(saved) > 10 and all(torch.equal(saved[k], restored[k]) for k in saved)
+            losses = [abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(log(tmp_path / f"{script}_whole"), log(tmp_path / f"{script}_{name}"), strict=True)]
+            report(f"losses after resuming ({script}, {name})", max(losses), 1e-6)
 
 
 # ---- failures ----------------------------------------------------------------------------------------------------
