@@ -255,9 +255,10 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
         owner, _, leaf = name.rpartition(".")
         owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
-        stays = entries[name].dtype == goal and torch.device(device).type == "cpu" and not hasattr(owner, "quantize")
-        tensor = torch.empty(want[name], dtype=entries[name].dtype) if str(device) == "meta" else entries[name].read(None if stays else scratch)
-        if leaf == "weight" and hasattr(owner, "quantize"):  # fp8.Fp8Linear
+        quantized = leaf == "weight" and hasattr(owner, "quantize")  # fp8.Fp8Linear
+        stays = entries[name].dtype == goal and torch.device(device).type == "cpu" and not quantized
+        tensor = torch.empty(want[name], dtype=entries[name].dtype, device="meta") if str(device) == "meta" else entries[name].read(None if stays else scratch)
+        if quantized:
             owner.quantize(tensor.to(device))
         else:
             put(owner, leaf, tensor.to(device, goal).contiguous())

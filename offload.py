@@ -3,7 +3,8 @@
 A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a stream of its own, started a block ahead: upwards in the
 forward pass, downwards in the backward pass, where checkpointing runs each block again before its gradient. The two blocks that are on the
 device where the direction turns serve both ways. Nothing is copied back, since nothing streamed is trained. What checkpointing keeps of
-each block, its input, waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+each block, its input, waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without
+streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
 import time
 

@@ -242,7 +242,8 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
             phases["cache texts"] = {"encoder": weights.pop("encoder")}
         dit.checkpointing, whole = args.checkpointing, args.batch
         if layout.stages > 1:  # the first stage has as many samples under way as there are stages
-            dit.blocks, args.batch = dit.blocks[-(-len(dit.blocks) // layout.stages) * -1:], min(layout.stages, args.batch)
+            own = -(-len(dit.blocks) // layout.stages)
+            dit.blocks, args.batch = dit.blocks[-own:], min(layout.stages, args.batch)
         if trains_encoder and layout.shards > 1:
             weights["encoder"] = nbytes(encoder) // layout.shards + nbytes(encoder.token_embedding) + 2 * max(map(nbytes, encoder.blocks))
         shape = layout.shape(shape)

@@ -16,7 +16,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import parallel
+import sample
 import train
+from checkpoint import save
 
 WORLDS = []
 
@@ -25,7 +27,21 @@ def whole(state):
     return {f"{i}": parallel.full(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
 
 
+def library(out, **ranks):
+    """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
+    models, world = sample.load("nano"), parallel.World("cpu", **ranks)
+    models.world, models.prepare = world, lambda name, model: world.parallelize(model)
+    latents = sample.denoise(models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False)
+    z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
+    found = {"latents": latents, "video": sample.decode(models, z)}
+    assert ("tokens" in world.sent) == (world.ulysses > 1) and ("pixels" in world.sent) == (world.team > 1)  # they did work together
+    if world.main:
+        save(out, found)
+
+
 def run(job):
+    if job["script"] == "library":
+        return library(*job["argv"], **job["ranks"])
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
     kept = {"adamw": getattr(module, "adamw", None), "save_state": getattr(module, "save_state", None), "restore": getattr(module, "restore", None)}
     if job.get("sgd"):

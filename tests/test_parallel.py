@@ -115,6 +115,17 @@ def test_sampling_equals_one_process(runs, report, name):
     assert (runs / f"{name}.mp4").stat().st_size > 500
 
 
+def test_the_library_on_ranks(tmp_path, report):
+    """Two prompts in a batch, whose tokens divide by no number of ranks, and a decode of which each rank does some windows."""
+    cases = {1: [("one", {})], 2: [("ulysses", {"ulysses": 2}), ("guidance", {"guidance": True})], 4: [("both", {"ulysses": 2, "guidance": True}), ("four", {"ulysses": 4})]}
+    for n, jobs in cases.items():
+        run_jobs(n, tmp_path, [{"script": "library", "argv": [str(tmp_path / f"{name}.safetensors")], "ranks": ranks} for name, ranks in jobs])
+    want = load(tmp_path / "one.safetensors")[0]
+    for name in ("ulysses", "guidance", "both", "four"):
+        for what, t in load(tmp_path / f"{name}.safetensors")[0].items():
+            report(f"{name}, {what}", ((t - want[what]).norm() / want[what].norm()).item(), 1e-5)
+
+
 def test_both_experts(checkpoints, media, tmp_path, report):
     """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on every rank."""
     flags = ["--ckpt", str(checkpoints["t2v"]), "--stretch", "1", "--lr", "1e-3", "--resolution", "64x64"]
