@@ -235,8 +235,8 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     """Stream `entries` into `model`, which was built on the meta device.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
-    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is read. prepare(model) may change the still empty model
-    (adapters, fp8, shards); what it takes out is not read.
+    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is read.
+    prepare(model) may change the still empty model (adapters, fp8, shards); what it takes out is not read.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = {
@@ -249,7 +249,7 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
         raise BadInput(f"{where}: keys do not fit: " + "; ".join(
             f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
     prepare(model)
-    left = [name for name in want if name in dict(model.named_parameters())]
+    left = want.keys() & dict(model.named_parameters()).keys()
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in the heap.
     scratch = torch.empty(max(e.nbytes for e in entries.values()), dtype=torch.uint8)
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):

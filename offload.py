@@ -133,7 +133,7 @@ class Stream:
 
     def _fetch(self, i):
         """Copy block i over the one of the two blocks on the device that is not computing, unless it is there."""
-        if i is None or i in self.held:
+        if i in self.held:
             return
         slot = next(s for s in (0, 1) if self.held[s] is None or self.held[s] != self.current)
         if self.held[slot] is not None:
