@@ -85,6 +85,13 @@ class World:
         """Seed torch's generator from these values, and unless it is to be the `same` on all ranks, from which samples this one sees."""
         torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.data]))).getrandbits(62))
 
+    def first(self, f):
+        """What f() is on the first rank, on every rank: so that all see the same files, which are read once."""
+        told = [f() if self.main else None]
+        if not self.alone:
+            dist.broadcast_object_list(told, 0)
+        return told[0]
+
     # ---- data and gradients --------------------------------------------------------------------------------------
     def share(self, n):
         """Which of a global batch's n samples are this rank's, and their share of them. A rank for which there are none computes the first for
@@ -143,12 +150,8 @@ class World:
     def together(self, found):
         """The same dictionary of tensors, whole, on every rank: the first one's, or that of all stages of a pipeline."""
         found = {k: full(v).to("cpu") for k, v in found.items()}
-        if self.alone:
-            return found
         if self.stages == 1:
-            told = [found]
-            dist.broadcast_object_list(told, 0)
-            return told[0]
+            return self.first(lambda: found)
         parts = [None] * self.stages
         dist.all_gather_object(parts, found, self.mesh["stage"].get_group())
         return {k: v for part in parts for k, v in part.items()}

@@ -158,11 +158,11 @@ class Dataset:
     def __init__(self, args, models, world):
         """Scan and report; nothing is computed yet."""
         s, self.args, self.world = models.settings, args, world
-        source = Path(args.data) if args.data else nano_data(Path("out/nano_data"))
+        source = Path(args.data) if args.data else world.first(lambda: nano_data(Path("out/nano_data")))
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         self.vae_file, self.i2v, self.vae22 = models.files("vae")[0], s["model_type"] == "i2v", s["vae"] == "2.2"
         area = math.prod(parse_size(args.resolution))
-        items, skipped = data.scan(source, area, 32 if self.vae22 else 16, args.frames, s["fps"], args.clip_mode, self.cache)
+        items, skipped = world.first(lambda: data.scan(source, area, 32 if self.vae22 else 16, args.frames, s["fps"], args.clip_mode, self.cache))
         files = sorted({i.digest for i in items})
         kept = set(files[:min(16, int(args.held_out * len(files)))])
         self.held, self.items = ([i for i in items if (i.digest in kept) == out] for out in (True, False))

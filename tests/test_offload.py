@@ -1,4 +1,5 @@
 """Streaming: the same bits as resident weights, and exactly the copies that the ring needs."""
+import os
 import subprocess
 import sys
 import threading
@@ -74,6 +75,49 @@ def test_memory_on_the_device():
     assert stream.ring_bytes() == 2 * block
     homes = {r.untyped_storage().data_ptr() for r in stream.ring} | {f.host.untyped_storage().data_ptr() for f in stream.flats.values()}
     assert {p.untyped_storage().data_ptr() for b in dit.blocks for p in b.parameters() if not p.requires_grad} <= homes
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import lora, tiny
+from offload import Stream, share
+from plan import Layout, nbytes, resident, traced
+
+def build(**size):
+    dit = tiny.dit("ti2v", **size)
+    lora.inject(dit, rank=4)
+    return dit
+
+def step(dit, tokens):
+    dit(torch.ones(1, 48, 6, *tokens), torch.ones(1), torch.ones(1, 7, tiny.TEXT_DIM)).square().mean().backward()
+
+step(build(), (4, 4))  # what PyTorch itself takes
+with FakeTensorMode():
+    dit = build(dim=768, heads=6, layers=12)
+    dit.checkpointing = True
+    planned = [Layout(stream=12).weights(dit)[0], traced(lambda: step(dit, (16, 16)))]
+    whole = nbytes(dit)
+before = resident("RssAnon")
+dit = build(dim=768, heads=6, layers=12)
+dit.zero_grad(set_to_none=True)
+Stream(dit, 12, "cpu", share(dit, Path({file!r}), True, lambda: None, False))
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+step(dit, (16, 16))
+print(*planned, whole, resident("VmHWM") - resident("RssShmem") - resident("RssFile") - before)
+"""
+
+
+def test_resident_memory_is_that_of_the_plan(tmp_path, report):
+    """The host's buffer is a file, which Linux counts apart: what else a process holds stands for the device. Ring, other weights, activations."""
+    code = RESIDENT.format(root=str(ROOT), tests=str(ROOT / "tests"), file=str(tmp_path / "host"))
+    weights, activations, whole, peak = map(int, subprocess.run([sys.executable, "-c", code], env=dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(1 << 20)), capture_output=True, text=True, check=True).stdout.split())
+    assert weights + activations < whole / 2 and activations > 20e6
+    report(f"{peak / 1e6:.0f} MB beyond {weights / 1e6:.0f} of weights and {activations / 1e6:.0f} of activations", peak / (weights + activations) - 1, 0.05)
+    assert peak > 0.8 * (weights + activations)
 
 
 @pytest.mark.parametrize("fp8", (False, True))
