@@ -26,7 +26,7 @@ class LoRALinear(nn.Linear):
         """Turn a linear into this, in place."""
         own = type(linear)
         if not isinstance(linear, LoRALinear):
-            linear.__class__ = LoRALinear if own is nn.Linear else type(f"LoRA{own.__name__}", (LoRALinear, own), {})
+            linear.__class__ = type(f"LoRA{own.__name__}", (LoRALinear, own), {})
         linear.scale, linear.dropout = alpha / rank, nn.Dropout(dropout)
         device = device or linear.weight.device
         linear.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))

@@ -18,6 +18,7 @@ import kernels
 from kernels import attention as attention_kernel
 from kernels import causal_conv3d as conv_kernel
 from kernels import gelu as gelu_kernel
+from kernels import linear as linear_kernel
 from kernels import modulate as modulate_kernel
 from kernels import qk_norm_rope as norm_kernel
 
@@ -56,7 +57,8 @@ def fast(x):
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
-    return {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[CHOSEN.get(kind, "ref")] + f" operations on {kind}"
+    return {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[CHOSEN.get(kind, "ref")] + f" operations on {kind}" + (
+        ", large fp32 products on AMX tiles" if CHOSEN.get(kind) == "cpp" and torch.ops.nanowan_csrc.has_tiles() else "")
 
 
 @contextlib.contextmanager
@@ -88,6 +90,16 @@ def gate_modulate(x, y, row, weight, shift, eps, dtype):
 def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
     """RMSNorm each of xs (B,L,D), split it into heads and rotate them: [(B,L,N,d)]."""
     return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(xs, weights, eps, heads, table, grid)
+
+
+def linear(x, weight, bias):
+    """x W^T + b; x (...,K), weight (N,K)."""
+    return (linear_kernel.linear if CHOSEN["cpu"] == "cpp" and linear_kernel.pays(x, weight) else linear_kernel.linear_ref)(x, weight, bias)
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 def gelu(x):

@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads, self.eps = heads, eps
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (ops.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
 
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), ops.GELU(), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = nn.Sequential(ops.Linear(c.dim, c.ffn_dim), ops.GELU(), ops.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, rows, rope, context, bias, keys_values=None):
