@@ -67,32 +67,30 @@ void split_left(const float* x, int64_t M, int64_t K, int64_t m, int64_t k, int6
         }
 }
 
-// The right matrix's rows k to k + depth and 16 columns from n: it is w (K,N), or its transpose where w is (N,K)
-void split_right(const float* w, int64_t K, int64_t N, bool transposed, int64_t k, int64_t depth, int64_t n, char* tiles) {
-    for (const int64_t end = k + depth; k < end; k += STEP, tiles += PARTS * TILE) {
-        __m512i rows[PARTS][EDGE];
-        for (int64_t r = 0; r < EDGE; r++) {
-            __m512i found[PARTS] = {}, next[PARTS] = {};
-            if (transposed) {
-                if (n + r < N) split_row(w + (n + r) * K + k, K - k, found);
-            } else {
-                if (k + 2 * r < K) split(load(w + (k + 2 * r) * N + n, N - n), found);
-                if (k + 2 * r + 1 < K) split(load(w + (k + 2 * r + 1) * N + n, N - n), next);
-                for (int p = 0; p < PARTS; p++) found[p] = _mm512_or_si512(_mm512_srli_epi32(found[p], 16), next[p]);
-            }
-            for (int p = 0; p < PARTS; p++) rows[p][r] = found[p];
+// 32 rows from row k, and 16 columns from column n, of the right matrix, which is w (K,N), or its transpose where w is (N,K)
+void split_right(const float* w, int64_t K, int64_t N, bool transposed, int64_t k, int64_t n, char* tiles) {
+    __m512i rows[PARTS][EDGE];
+    for (int64_t r = 0; r < EDGE; r++) {
+        __m512i found[PARTS] = {}, next[PARTS] = {};
+        if (transposed) {
+            if (n + r < N) split_row(w + (n + r) * K + k, K - k, found);
+        } else {
+            if (k + 2 * r < K) split(load(w + (k + 2 * r) * N + n, N - n), found);
+            if (k + 2 * r + 1 < K) split(load(w + (k + 2 * r + 1) * N + n, N - n), next);
+            for (int p = 0; p < PARTS; p++) found[p] = _mm512_or_si512(_mm512_srli_epi32(found[p], 16), _mm512_and_si512(next[p], _mm512_set1_epi32(int(0xffff0000))));
         }
-        for (int p = 0; p < PARTS; p++) {
-            if (transposed) transpose(rows[p]);
-            for (int64_t r = 0; r < EDGE; r++) _mm512_store_si512(tiles + p * TILE + r * 64, rows[p][r]);
-        }
+        for (int p = 0; p < PARTS; p++) rows[p][r] = found[p];
+    }
+    for (int p = 0; p < PARTS; p++) {
+        if (transposed) transpose(rows[p]);
+        for (int64_t r = 0; r < EDGE; r++) _mm512_store_si512(tiles + p * TILE + r * 64, rows[p][r]);
     }
 }
 
 // Registers 0 to 3 are c, 4 and 5 a part of the left matrix, 6 and 7 one of the right
 #define LEFT(p) _tile_loadd(4, a + (p) * TILE, 64); _tile_loadd(5, a + apart + (p) * TILE, 64);
-#define RIGHT(p) _tile_loadd(6, b + (p) * TILE, 64); _tile_loadd(7, b + apart + (p) * TILE, 64);
-#define MULTIPLY _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+#define RIGHT(p) _tile_loadd(6, b + (p) * TILE, 64); _tile_dpbf16ps(0, 4, 6);  _tile_dpbf16ps(2, 5, 6); _tile_loadd(7, b + apart + (p) * TILE, 64);
+#define MULTIPLY _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
 
 // c (32,32), begun with `start`, plus two row blocks times two column blocks, which lie so many bytes apart; strides in bytes
 void multiply(const char* a, const char* b, int64_t apart, int64_t steps, const float* start, int64_t start_stride, float* c, int64_t stride) {
@@ -155,7 +153,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                 _tile_loadconfig(&tiles);
                 for (; panel < end; panel++) {
                     const int64_t n0 = panel * wide, n1 = std::min(n0 + wide, blocks(N, STEP) * STEP);
-                    for (int64_t n = n0; n < n1; n += EDGE) split_right(w, K, N, transposed, k, depth, n, right + (n - n0) / EDGE * column);
+                    for (int64_t i = 0, across = (n1 - n0) / EDGE; i < steps * across; i++) {  // along the rows of w
+                        const int64_t s = transposed ? i % steps : i / across, j = transposed ? i / steps : i % across;
+                        split_right(w, K, N, transposed, k + s * STEP, n0 + j * EDGE, right + j * column + s * PARTS * TILE);
+                    }
                     for (int64_t m = m0; m < m1; m += STEP)
                         for (int64_t n = n0; n < n1; n += STEP) {
                             const char *a = left + (m - m0) / EDGE * column, *b = right + (n - n0) / EDGE * column;
