@@ -92,14 +92,11 @@ def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
     return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(xs, weights, eps, heads, table, grid)
 
 
-def linear(x, weight, bias):
-    """x W^T + b; x (...,K), weight (N,K)."""
-    return (linear_kernel.linear if CHOSEN["cpu"] == "cpp" and linear_kernel.pays(x, weight) else linear_kernel.linear_ref)(x, weight, bias)
-
-
 class Linear(torch.nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, activated=False):
+        """x W^T + b, of the GELU of x if `activated`."""
+        ours = fast(x) and (activated or linear_kernel.tiled(x, self.weight))
+        return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
 
 def gelu(x):

@@ -77,6 +77,12 @@ class CrossAttention(Attention):
         return self.o(ops.attention(q, *keys_values, bias))
 
 
+class FeedForward(nn.Sequential):
+    def forward(self, x):
+        up, gelu, down = self
+        return down(up(x), activated=True) if type(down) is ops.Linear else down(gelu(up(x)))
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -84,7 +90,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
-        self.ffn = nn.Sequential(ops.Linear(c.dim, c.ffn_dim), ops.GELU(), ops.Linear(c.ffn_dim, c.dim))
+        self.ffn = FeedForward(ops.Linear(c.dim, c.ffn_dim), ops.GELU(), ops.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, rows, rope, context, bias, keys_values=None):

@@ -14,7 +14,7 @@
 #include <optional>
 #include <tuple>
 
-#include "exponential.h"
+#include "activations.h"
 #ifdef NANOWAN_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "exponential.h"
+#include "activations.h"
 
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -286,46 +286,45 @@ std::vector<Tensor> qk_norm_rope_backward(at::TensorList douts, at::TensorList x
     return found;
 }
 
-// x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3), and its derivative
-constexpr float GELU_A = -1.5957691216057308f, GELU_B = 0.044715f;
-
 template <typename T>
 __attribute__((noinline)) void gelu_span(const T* __restrict x, T* __restrict out, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        const float v = float(x[i]);
-        out[i] = T(v / (1 + exponential(GELU_A * (v + GELU_B * v * v * v))));
-    }
+    for (int64_t i = 0; i < n; i++) out[i] = T(gelu(float(x[i])));
 }
 
 template <typename T>
-__attribute__((noinline)) void gelu_backward_span(const T* __restrict x, const T* __restrict grad, T* __restrict out, int64_t n) {
+__attribute__((noinline)) void gelu_backward_span(const T* __restrict x, T* __restrict grad, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        const float v = float(x[i]), e = exponential(GELU_A * (v + GELU_B * v * v * v)), s = 1 / (1 + e);
-        out[i] = T(float(grad[i]) * (s - v * s * (e * s) * GELU_A * (1 + 3 * GELU_B * v * v)));
-    }
+    for (int64_t i = 0; i < n; i++) grad[i] = T(float(grad[i]) * gelu_slope(float(x[i])));
 }
 
-Tensor gelu(const Tensor& x_, const Maybe& grad_) {
-    const Tensor x = x_.contiguous(), grad = grad_.has_value() ? grad_->contiguous() : Tensor();
-    TORCH_CHECK(!grad.defined() || grad.sizes() == x.sizes(), "a gradient ", grad.sizes(), " for x ", x.sizes());
+Tensor gelu_forward(const Tensor& x_) {
+    const Tensor x = x_.contiguous();
     Tensor out = at::empty(x.sizes(), x.options());
     DISPATCH(x.scalar_type(), [&] {
-        at::parallel_for(0, x.numel(), 4096, [&](int64_t a, int64_t b) {
-            if (grad.defined()) gelu_backward_span(x.const_data_ptr<scalar_t>() + a, grad.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a);
-            else gelu_span(x.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a);
-        });
+        at::parallel_for(0, x.numel(), 4096, [&](int64_t a, int64_t b) { gelu_span(x.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a); });
     });
     return out;
+}
+
+// grad, which is overwritten, times the derivative at x
+void gelu_backward(const Tensor& x_, Tensor grad) {
+    const Tensor x = x_.contiguous();
+    TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && grad.is_contiguous(), "a gradient ", grad.sizes(), " for x ", x.sizes());
+    DISPATCH(x.scalar_type(), [&] {
+        at::parallel_for(0, x.numel(), 4096, [&](int64_t a, int64_t b) { gelu_backward_span(x.const_data_ptr<scalar_t>() + a, grad.mutable_data_ptr<scalar_t>() + a, b - a); });
+    });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
-    m.def("gelu(Tensor x, Tensor? grad) -> Tensor", &gelu);
+    m.def("gelu(Tensor x) -> Tensor", &gelu_forward);
+    m.def("gelu_backward_(Tensor x, Tensor(a!) grad) -> ()");
     m.def("modulate(Tensor x, Tensor? y, Tensor? row, Tensor? weight, Tensor? shift, float eps, ScalarType dtype) -> Tensor[]", &modulate);
     m.def("modulate_backward(Tensor? dnew, Tensor? dout, Tensor stream, Tensor? y, Tensor? row, Tensor? weight, float eps, ScalarType branch, bool need_rows) -> Tensor[]", &modulate_backward);
     m.def("qk_norm_rope(Tensor[] xs, Tensor[] weights, float eps, int heads, Tensor? table, int[]? grid) -> Tensor[]", &qk_norm_rope);
     m.def("qk_norm_rope_backward(Tensor[] douts, Tensor[] xs, Tensor[] weights, float eps, int heads, Tensor? table, int[]? grid, bool need_weights) -> Tensor[]", &qk_norm_rope_backward);
 }
+TORCH_LIBRARY_IMPL(nanowan_csrc, CPU, m) { m.impl("gelu_backward_", &gelu_backward); }
+TORCH_LIBRARY_IMPL(nanowan_csrc, Meta, m) { m.impl("gelu_backward_", [](const Tensor&, Tensor) {}); }

@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "activations.h"
+
 using at::Tensor;
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -57,14 +59,22 @@ inline void transpose(__m512i* v) {
     for (int j = 0; j < 8; j++) v[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88), v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
 }
 
-// 16 rows from row m of the left matrix x (M,K), in steps of 32 from k to k + depth -> the tiles of all parts of each step
-void split_left(const float* x, int64_t M, int64_t K, int64_t m, int64_t k, int64_t depth, char* tiles) {
-    for (const int64_t end = k + depth; k < end; k += STEP, tiles += PARTS * TILE)
-        for (int64_t r = 0; r < EDGE; r++) {
-            __m512i rows[PARTS] = {};
-            if (m + r < M) split_row(x + (m + r) * K + k, K - k, rows);
-            for (int p = 0; p < PARTS; p++) _mm512_store_si512(tiles + p * TILE + r * 64, rows[p]);
+// 16 rows from row m of the left matrix x (M,K), or of its GELU, in steps of 32 from k to k + depth -> the tiles of all parts of each step
+void split_left(const float* x, int64_t M, int64_t K, bool activated, int64_t m, int64_t k, int64_t depth, char* tiles) {
+    float values[DEPTH];
+    for (int64_t r = 0; r < EDGE; r++) {
+        const float* row = x + (m + r) * K + k;
+        if (activated && m + r < M) {
+#pragma omp simd
+            for (int64_t i = 0; i < depth; i++) values[i] = gelu(row[i]);
+            row = values;
         }
+        for (int64_t s = 0; s < depth; s += STEP) {
+            __m512i parts[PARTS] = {};
+            if (m + r < M) split_row(row + s, depth - s, parts);
+            for (int p = 0; p < PARTS; p++) _mm512_store_si512(tiles + (s / STEP * PARTS + p) * TILE + r * 64, parts[p]);
+        }
+    }
 }
 
 // 32 rows from row k, and 16 columns from column n, of the right matrix, which is w (K,N), or its transpose where w is (N,K)
@@ -89,8 +99,9 @@ void split_right(const float* w, int64_t K, int64_t N, bool transposed, int64_t 
 
 // Registers 0 to 3 are c, 4 and 5 a part of the left matrix, 6 and 7 one of the right
 #define LEFT(p) _tile_loadd(4, a + (p) * TILE, 64); _tile_loadd(5, a + apart + (p) * TILE, 64);
-#define RIGHT(p) _tile_loadd(6, b + (p) * TILE, 64); _tile_dpbf16ps(0, 4, 6);  _tile_dpbf16ps(2, 5, 6); _tile_loadd(7, b + apart + (p) * TILE, 64);
-#define MULTIPLY _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
+#define FIRST _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
+#define SECOND _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
+#define RIGHT(p) _tile_loadd(6, b + (p) * TILE, 64); FIRST _tile_loadd(7, b + apart + (p) * TILE, 64); SECOND
 
 // c (32,32), begun with `start`, plus two row blocks times two column blocks, which lie so many bytes apart; strides in bytes
 void multiply(const char* a, const char* b, int64_t apart, int64_t steps, const float* start, int64_t start_stride, float* c, int64_t stride) {
@@ -100,12 +111,9 @@ void multiply(const char* a, const char* b, int64_t apart, int64_t steps, const 
     _tile_loadd(2, lower, start_stride);
     _tile_loadd(3, lower + 16, start_stride);
     for (int64_t s = 0; s < steps; s++, a += PARTS * TILE, b += PARTS * TILE) {
-        LEFT(0) RIGHT(2) MULTIPLY
-        RIGHT(1) MULTIPLY
-        RIGHT(0) MULTIPLY
-        LEFT(1) MULTIPLY
-        RIGHT(1) MULTIPLY
-        LEFT(2) RIGHT(0) MULTIPLY
+        LEFT(0) RIGHT(2) RIGHT(1) RIGHT(0)
+        LEFT(1) FIRST SECOND RIGHT(1)
+        LEFT(2) RIGHT(0)
     }
     float* under = reinterpret_cast<float*>(reinterpret_cast<char*>(c) + 16 * stride);
     _tile_stored(0, c, stride);
@@ -122,7 +130,7 @@ char* scratch(std::vector<char>& kept, int64_t bytes) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed, bool activated) {
     const int64_t K = x.size(-1), N = weight.size(transposed ? 0 : 1), M = x.numel() / K, threads = at::get_num_threads();
     TORCH_CHECK(allowed(), "this CPU, or its system, has no AMX tiles");
     TORCH_CHECK(weight.dim() == 2 && weight.size(transposed ? 1 : 0) == K && weight.is_contiguous() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
@@ -143,7 +151,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
         for (int64_t k = 0; k < K; k += DEPTH) {
             const int64_t m1 = std::min(m0 + HEIGHT, M), depth = std::min(DEPTH, K - k), steps = blocks(depth, STEP);
             at::parallel_for(0, 2 * blocks(m1 - m0, STEP), 1, [&](int64_t i, int64_t end) {
-                for (; i < end; i++) split_left(from, M, K, m0 + i * EDGE, k, depth, left + i * column);
+                for (; i < end; i++) split_left(from, M, K, activated, m0 + i * EDGE, k, depth, left + i * column);
             });
             at::parallel_for(0, blocks(N, wide), 1, [&](int64_t panel, int64_t end) {
                 static thread_local std::vector<char> kept;
@@ -179,11 +187,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 #else
 namespace {
 bool allowed() { return false; }
-Tensor linear(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool) { TORCH_CHECK(false, "the extension was built for a CPU without AMX tiles"); }
+Tensor linear(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool, bool) { TORCH_CHECK(false, "the extension was built for a CPU without AMX tiles"); }
 }  // namespace
 #endif
 
+namespace {
+Tensor on_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&, bool transposed, bool) {
+    auto shape = x.sym_sizes().vec();
+    shape.back() = weight.sym_size(transposed ? 0 : 1);
+    return at::empty_symint(shape, x.options());
+}
+}  // namespace
+
 TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
     m.def("has_tiles() -> bool", &allowed);
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor", &linear);
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool transposed, bool activated) -> Tensor");
 }
+TORCH_LIBRARY_IMPL(nanowan_csrc, CPU, m) { m.impl("linear", &linear); }
+TORCH_LIBRARY_IMPL(nanowan_csrc, Meta, m) { m.impl("linear", &on_meta); }

@@ -1,9 +1,10 @@
+// The functions behind activations, in forms that compilers vectorise.
 #pragma once
 #include <bit>
 #include <cmath>
 #include <cstdint>
 
-// e^x to 2 ulp in steps that compilers vectorise (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). Held between e^-60 and e^60, beyond which GELU and
+// e^x to 2 ulp (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). Held between e^-60 and e^60, beyond which GELU and
 // SiLU are x or 0 to fp32, so that no order in which a compiler multiplies can overflow.
 inline float exponential(float x) {
     x = x < -60.0f ? -60.0f : x > 60.0f ? 60.0f : x;
@@ -12,4 +13,14 @@ inline float exponential(float x) {
     p = std::fma(std::fma(p, r, 8.3334519073e-3f), r, 4.1665795894e-2f);
     p = std::fma(std::fma(p, r, 1.6666665459e-1f), r, 5.0000001201e-1f);
     return std::fma(p * r, r, r + 1) * std::bit_cast<float>((int32_t(n) + 127) << 23);
+}
+
+// GELU by its tanh formula, x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3), and its derivative
+constexpr float GELU_A = -1.5957691216057308f, GELU_B = 0.044715f;
+
+inline float gelu(float x) { return x / (1 + exponential(GELU_A * (x + GELU_B * x * x * x))); }
+
+inline float gelu_slope(float x) {
+    const float e = exponential(GELU_A * (x + GELU_B * x * x * x)), s = 1 / (1 + e);
+    return s - x * s * (e * s) * GELU_A * (1 + 3 * GELU_B * x * x);
 }
