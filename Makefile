@@ -11,10 +11,10 @@ demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
 test: $(VENV)/ready-tests
-	$(PY) -m pytest -q tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-slow: $(VENV)/ready-tests
-	$(PY) -m pytest -q --slow tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile --slow tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:

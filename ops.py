@@ -117,6 +117,30 @@ def attention(q, k, v, bias=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
+class NormedAttention(torch.autograd.Function):
+    """On a CPU, PyTorch's attention of q and k normed and rotated; what is kept are the bare ones, which the backward pass norms once more."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, wq, wk, *how):
+        normed, v = norm_kernel.qk_norm_rope([q, k], [wq, wk], *how), v.unflatten(2, (how[1], -1))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(u.transpose(1, 2) for u in (*normed, v)))
+        ctx.how = how
+        ctx.save_for_backward(q, k, v, wq, wk, out, lse)
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, wq, wk, out, lse = ctx.saved_tensors
+        with torch.enable_grad():
+            bare = [t.detach().requires_grad_(needed) for t, needed in zip((q, k, wq, wk), (True, True, *ctx.needs_input_grad[3:5]))]
+            normed = norm_kernel.qk_norm_rope(bare[:2], bare[2:], *ctx.how)
+        given = [u.detach().transpose(1, 2) for u in (grad.reshape(v.shape), *normed, v)]
+        *dnormed, dv = (g.transpose(1, 2) for g in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False))
+        found = iter(torch.autograd.grad(normed, [t for t in bare if t.requires_grad], dnormed))
+        dq, dk, dwq, dwk = (next(found) if t.requires_grad else None for t in bare)
+        return dq, dk, dv.flatten(2), dwq, dwk, *[None] * len(ctx.how)
+
+
 PICKED = {}  # (device, shape, dtype) -> whether the fused kernel is faster than PyTorch's attention
 
 
@@ -126,6 +150,8 @@ def self_attention(q, k, v, weights, eps, heads, table, grid):
         k, = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
         q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
         return attention_kernel.attention(q, k, v, None, weights[0], eps, table, grid).flatten(2)
+    if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
+        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, grid)
     q, k = qk_norm_rope([q, k], weights, eps, heads, table, grid)
     return attention(q, k, v.unflatten(2, (heads, -1)))
 

@@ -32,13 +32,18 @@ def media(tmp_path_factory):
 
 
 @pytest.fixture
-def report(request, capsys):
-    """report(name, value, limit): print the error as a share of its tolerance, and hold it to that tolerance."""
+def report(request):
+    """report(name, value, limit): list the error as a share of its tolerance after all tests, and hold it to that tolerance."""
     def check(name, value, limit):
-        with capsys.disabled():
-            print(f"\n    {request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}", end="")
+        request.node.user_properties.append(("error", f"{request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}"))
         assert value <= limit, f"{name}: {value:.3e} > {limit:.0e}"
     return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, []) if r.when == "call"]
+    for line in (text for r in reports for key, text in r.user_properties if key == "error"):
+        terminalreporter.write_line(line)
 
 
 def pytest_configure(config):

@@ -88,16 +88,16 @@ def test_products_on_tiles(report):
 
 @pytest.mark.parametrize("choice, dim", [("cpp", 512), ("triton", 64)])
 def test_a_model_with_fast_operations_equals_the_reference(choice, dim, report):
-    """Outputs and an input's gradient of a whole DiT, fp32, with t per latent frame."""
+    """Outputs and gradients of an input and a whole block's weights, fp32, with t per latent frame."""
     code = ("import torch, tiny, ops\n"
             f"model, g = tiny.dit('ti2v', dim={dim}, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
             "x, t, c = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000, torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
-            "found = []\n"
+            "found, trained = [], list(model.blocks[1].requires_grad_(True).parameters())\n"
             f"for choice in ('ref', {choice!r}):\n"
             "    with ops.using(choice):\n"
-            "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        y.square().sum().backward()\n        found.append((y.detach(), a.grad))\n"
+            "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
             "print(max(tiny.error(b, a) for a, b in zip(*found)))")
-    report("relative error", float(python(code, TRITON_INTERPRET="1" if choice == "triton" else "0")), 3e-6)
+    report("relative error", float(python(code, TRITON_INTERPRET="1" if choice == "triton" else "0")), 5e-6)
 
 
 @pytest.mark.parametrize("choice, why", [("cuda", "no CUDA device"), ("triton", "TRITON_INTERPRET"), ("fast", "choose from auto")])
