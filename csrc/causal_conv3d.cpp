@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> on_cuda(const Tensor& x_, const Maybe& past_, const T
     const int64_t B = x.size(0), C = x.size(1), T = x.size(2), H = x.size(3), W = x.size(4), N = w.size(0), kt = w.size(2), k = w.size(3);
     const bool half = x.scalar_type() == at::kBFloat16;
     TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bf16 or fp32; x is ", x.scalar_type());
-    const Tensor taps = w.permute({2, 3, 4, 1, 0}).contiguous(), bias = bias_.has_value() ? bias_->to(at::kFloat).contiguous() : Tensor();
+    const Tensor taps = w.contiguous(LAST), bias = bias_.has_value() ? bias_->to(at::kFloat).contiguous() : Tensor();
     Tensor normed = x;
     auto stream = at::cuda::getCurrentCUDAStream().stream();
     if (gamma_.has_value()) {

@@ -40,24 +40,23 @@ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); 
 template <typename T>
 struct Tiles {
     static constexpr int DEPTH = Kind<T>::DEPTH, PAD = Kind<T>::PAD;
-    T rows[2][M][DEPTH + PAD], taps[2][DEPTH][N + PAD];
+    T rows[2][M][DEPTH + PAD], taps[2][N][DEPTH + PAD];
 };
 
-// WIDE: C and N are multiples of 16 bytes, so that tiles come in pieces of that
+// WIDE: C is a multiple of 16 bytes, so that tiles come in pieces of that
 template <typename T, bool WIDE>
 __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, const T* __restrict__ past, const T* __restrict__ taps, const float* __restrict__ bias, T* __restrict__ out,
                                                     CausalConv s) {
     using K = Kind<T>;
     constexpr int DEPTH = K::DEPTH, PIECE = WIDE ? 16 / sizeof(T) : 1;
-    __shared__ __align__(16) Tiles<T> tiles;
-    __shared__ float staged[WARPS][16][20];
+    __shared__ __align__(32) Tiles<T> tiles;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, pad = int(s.k) / 2;
     const int64_t pixels = s.B * s.T * s.H * s.W, first = int64_t(blockIdx.x) * M;
     const int column = blockIdx.y * N, depths = (int(s.C) + DEPTH - 1) / DEPTH, steps = int(s.kt * s.k * s.k) * depths;
 
     // every thread fetches pieces of the same rows at every step: their pixels are worked out once
     constexpr int ROW_PIECES = DEPTH / PIECE, ROW_STRIDE = THREADS / ROW_PIECES, MINE = M / ROW_STRIDE;
-    static_assert(THREADS % ROW_PIECES == 0 && M % ROW_STRIDE == 0, "rows must be shared out evenly");
+    static_assert(THREADS % ROW_PIECES == 0 && M % ROW_STRIDE == 0 && N % ROW_STRIDE == 0, "rows must be shared out evenly");
     const int piece = thread % ROW_PIECES * PIECE;
 
     auto load = [&](int step, int to) {
@@ -75,12 +74,11 @@ __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, con
             else tiles.rows[to][row][piece] = real ? *from : from_float<T>(0);
         }
 #pragma unroll
-        for (int i = thread * PIECE; i < DEPTH * N; i += THREADS * PIECE) {
-            const int d = i / N, n = i % N;
-            const bool real = c + d < s.C && column + n < s.N;
-            const T* from = real ? taps + (int64_t(tap) * s.C + c + d) * s.N + column + n : taps;
-            if constexpr (WIDE) __pipeline_memcpy_async(&tiles.taps[to][d][n], from, 16, real ? 0 : 16);
-            else tiles.taps[to][d][n] = real ? *from : from_float<T>(0);
+        for (int n = thread / ROW_PIECES; n < N; n += ROW_STRIDE) {
+            const bool real = c + piece < s.C && column + n < s.N;
+            const T* from = real ? taps + ((column + n) * s.kt * s.k * s.k + tap) * s.C + c + piece : taps;
+            if constexpr (WIDE) __pipeline_memcpy_async(&tiles.taps[to][n][piece], from, 16, real ? 0 : 16);
+            else tiles.taps[to][n][piece] = real ? *from : from_float<T>(0);
         }
     };
 
@@ -105,14 +103,16 @@ __global__ void __launch_bounds__(THREADS) convolve(const T* __restrict__ x, con
             for (int i = 0; i < 2; i++) wmma::load_matrix_sync(a[i], &tiles.rows[now][top + 16 * i][d], DEPTH + K::PAD);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                wmma::fragment<wmma::matrix_b, 16, 16, K::STEP, typename K::Fragment, wmma::row_major> b;
-                wmma::load_matrix_sync(b, &tiles.taps[now][d][left + 16 * j], N + K::PAD);
+                wmma::fragment<wmma::matrix_b, 16, 16, K::STEP, typename K::Fragment, wmma::col_major> b;
+                wmma::load_matrix_sync(b, &tiles.taps[now][left + 16 * j][d], DEPTH + K::PAD);
 #pragma unroll
                 for (int i = 0; i < 2; i++) wmma::mma_sync(sums[i][j], a[i], b, sums[i][j]);
             }
         }
     }
 
+    __syncthreads();
+    float(*staged)[16][20] = reinterpret_cast<float(*)[16][20]>(&tiles);  // the tiles have been read; what a warp stages lies in their place
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(THREADS) norm_silu(const T* __restrict__ x, co
 template <typename T>
 int launch(const void* x, const void* past, const void* taps, const float* bias, void* out, const CausalConv& s, cudaStream_t stream) {
     const dim3 grid(unsigned((s.B * s.T * s.H * s.W + M - 1) / M), unsigned((s.N + N - 1) / N));
-    const auto kernel = (s.C * sizeof(T)) % 16 || (s.N * sizeof(T)) % 16 ? convolve<T, false> : convolve<T, true>;
+    const auto kernel = (s.C * sizeof(T)) % 16 ? convolve<T, false> : convolve<T, true>;
     kernel<<<grid, THREADS, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(past), static_cast<const T*>(taps), bias, static_cast<T*>(out), s);
     return int(cudaGetLastError());
 }

@@ -1,7 +1,7 @@
 #pragma once
 #include <cstdint>
 
-// A causal convolution of x (B,T,H,W,C) after past (B,2,H,W,C), channels last in memory, with taps (kt,k,k,C,N) -> (B,T,H,W,N).
+// A causal convolution of x (B,T,H,W,C) after past (B,2,H,W,C), channels last in memory, with taps (N,kt,k,k,C) -> (B,T,H,W,N).
 struct CausalConv {
     int64_t B, C, T, H, W, N, kt, k;
 };

@@ -72,9 +72,9 @@ def test_cuda_source_computes_the_convolution(emulated, C, N, kt, k, past, dtype
     x, w, bias = torch.randn(2, C, 3, 5, 6), torch.randn(N, C, kt, k, k) * (C * kt * k * k) ** -0.5, torch.randn(N)
     before = torch.randn(2, C, 2, 5, 6) if past else None
     x, w, before = (None if t is None else t.to(dtype).contiguous(memory_format=torch.channels_last_3d) for t in (x, w, before))
-    taps, out = w.permute(2, 3, 4, 1, 0).contiguous(), torch.full((2, N, 3, 5, 6), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    out = torch.full((2, N, 3, 5, 6), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
     at = lambda t: ctypes.c_void_p(None if t is None else t.data_ptr())
-    assert emulated.nanowan_causal_conv3d(at(x), at(before), at(taps), at(bias), at(out), Shape(2, C, 3, 5, 6, N, kt, k), ctypes.c_bool(dtype == torch.bfloat16), None) == 0
+    assert emulated.nanowan_causal_conv3d(at(x), at(before), at(w), at(bias), at(out), Shape(2, C, 3, 5, 6, N, kt, k), ctypes.c_bool(dtype == torch.bfloat16), None) == 0
     want = conv.causal_conv3d_ref(x.double(), None if before is None else before.double(), w.double(), bias.double())[0]
     report("relative error", tiny.error(out.double(), want), limit)
 

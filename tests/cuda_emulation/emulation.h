@@ -90,6 +90,7 @@ struct matrix_a {};
 struct matrix_b {};
 struct accumulator {};
 struct row_major {};
+struct col_major {};
 enum layout_t { mem_row_major };
 namespace precision {
 struct tf32 {};
@@ -100,6 +101,7 @@ inline bool first() { return threadIdx.x % 32 == 0; }
 
 template <typename Use, int M, int N, int K, typename T, typename Layout = void>
 struct fragment {
+    static constexpr bool TURNED = std::is_same_v<Layout, col_major>;
     static constexpr int ROWS = std::is_same_v<Use, matrix_b> ? K : M, COLUMNS = std::is_same_v<Use, matrix_a> ? K : N;
     float v[ROWS][COLUMNS];
 };
@@ -112,7 +114,7 @@ template <typename F, typename T>
 void load_matrix_sync(F& f, const T* from, int stride) {
     if (!first()) return;
     for (int i = 0; i < F::ROWS; i++)
-        for (int j = 0; j < F::COLUMNS; j++) f.v[i][j] = value(from[i * stride + j]);
+        for (int j = 0; j < F::COLUMNS; j++) f.v[i][j] = value(from[F::TURNED ? j * stride + i : i * stride + j]);
 }
 template <typename F>
 void store_matrix_sync(float* to, const F& f, int stride, layout_t) {
