@@ -524,7 +524,7 @@ def planned(script, given, ranks=1):
         sample.check_size(size, frames, (4, side, side))
         s |= {"pixels": size, "frames": frames, "shape": (48 if s["vae"] == "2.2" else 16, 1 + (frames - 1) // 4, size[1] // side, size[0] // side)}
         dtype = DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")]
-        return plan.sampling(s, parts, args.device, dtype, layout=plan.Layout.of(args, ranks))
+        return plan.sampling(s, parts, args.device, dtype, layout=plan.Layout.of(args, ranks), tile=args.vae_tile)
     with torch.device("meta"):
         blocks = len(next(iter(parts.values()))().blocks)
     previews = bool(args.previews)

@@ -175,7 +175,7 @@ class Plan:
         return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / used(device) - 1):+.0f} %)"
 
 
-def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, layout=ONE):
+def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, layout=ONE, tile=0):
     """Bytes of the DiT on the device and the host, of the VAE, and beyond weights of denoising a batch (guided), and of decoding it."""
     dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype, cuda)
     if layout.fp8:
@@ -191,16 +191,17 @@ def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, la
         state = [torch.empty_like(x[:, :shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
         return dit(torch.cat([x, x]), torch.empty(2 * batch, local[1]), texts[1]), state
 
-    # a decode beyond its first three latent frames only adds to the finished video
-    short = torch.empty(batch, shape[0], min(3, shape[1]), *shape[2:])
-    more = 4 * 3 * batch * pixels[0] * pixels[1] * (frames - (1 + 4 * (short.shape[2] - 1)))
-    return *layout.weights(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short)) + more
+    # a decode beyond its first three latent frames, and tiles beyond three a side, only add to the finished video
+    t, h, w = min(3, shape[1]), *(min(n, 3 * tile or n) for n in shape[2:])
+    short, scale = torch.empty(batch, shape[0], t, h, w), pixels[0] // shape[3]
+    more = 4 * 3 * batch * (pixels[0] * pixels[1] * frames - scale ** 2 * h * w * (1 + 4 * (t - 1)))
+    return *layout.weights(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short, tile)) + more
 
 
-def sampling(s, parts, device, dtype, batch=1, text=64, layout=ONE):
-    """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`."""
+def sampling(s, parts, device, dtype, batch=1, text=64, layout=ONE, tile=0):
+    """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`; tile: --vae_tile."""
     with FakeTensorMode():
-        dit, host, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda", layout)
+        dit, host, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda", layout, tile)
         encoder = nbytes(build(parts, "text", dtype))
     if torch.device(device).type != "cuda":
         dit += host

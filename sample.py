@@ -579,7 +579,7 @@ def main():
     used = {k: s[k] for k in ("variant", "size", "pixels", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"ckpt": str(args.ckpt), "seed": seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
     print(json.dumps(used, ensure_ascii=False), ops.chosen(device), sep="\n")
-    need = plan.sampling(s, plan.builders(models), device, DTYPES[dtype], layout=plan.Layout.of(args, world.size))
+    need = plan.sampling(s, plan.builders(models), device, DTYPES[dtype], layout=plan.Layout.of(args, world.size), tile=args.vae_tile)
     print(need)
 
     out = Path(args.out)

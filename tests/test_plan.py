@@ -13,7 +13,8 @@ import tiny
 from checkpoint import BadInput
 from diag import planned, propose
 from lora import inject
-from plan import Tracker, linear_flops, step_times
+from plan import Tracker, build, builders, linear_flops, step_times, traced
+from sample import Models
 from test_diag import full_size
 from wan import Wan, full_config, keep_fp32
 
@@ -71,6 +72,16 @@ def test_released_sizes_are_planned_without_files(variant):
     assert abs(plain.disk["states"] / (3 * 3 * plain.phases["training"]["trained"]) - 1) < 1e-3  # three copies of weights and two moments
     sampled = planned("sample", ["--ckpt", variant, "--size", "256x256", "--frames", "9"])
     assert sampled.phases["denoise"]["DiT"] == want and sampled.peak > want
+
+
+def test_a_tiled_decode(report):
+    """Planned from nine of its tiles: what all of them take, and less than one piece."""
+    flags = ["--ckpt", "nano", "--size", "320x320", "--frames", "5"]
+    whole, tiled = (planned("sample", [*flags, *more]).phases["decode"]["activations and video"] for more in ([], ["--vae_tile", "4"]))
+    with FakeTensorMode():
+        vae = build(builders(Models(ROOT / "nano", "cpu", torch.float32)), "vae", torch.float32)
+        report("decode", abs(tiled / traced(lambda: vae.decode(torch.empty(1, 48, 2, 20, 20), 4)) - 1), 0.05)
+    assert tiled < 0.7 * whole
 
 
 def test_the_command(tmp_path):
