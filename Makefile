@@ -10,11 +10,12 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
+# two workers of one thread each
 test: $(VENV)/ready-tests
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-slow: $(VENV)/ready-tests
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile --slow tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --slow tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:

@@ -62,10 +62,10 @@ def chosen(device):
 
 
 @contextlib.contextmanager
-def using(choice):
-    """Another choice for a while: for tests and benchmarks."""
+def using(choice, pretend=False):
+    """Another choice for a while: for tests and benchmarks. pretend: on fake CPU tensors, what a GPU would run."""
     global CHOSEN
-    before, CHOSEN = CHOSEN, resolve(choice)
+    before, CHOSEN = CHOSEN, {"cpu": choice} if pretend else resolve(choice)
     try:
         yield
     finally:
@@ -160,7 +160,7 @@ def fused_is_faster(q, heads):
     """Whether q's attention is faster in our kernel, which norms and rotates q as it loads it, or in PyTorch's after that is done. Timed once for
     each shape, on a GPU; printed."""
     if not q.is_cuda:
-        return True  # Triton's interpreter: nothing to time, and the kernel is what is to be tested
+        return kernels.INTERPRETED  # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention takes more
     key = (q.device, q.shape, q.dtype, heads)
     if key not in PICKED:
         u, w = torch.randn_like(q), [torch.ones(q.shape[2], device=q.device)]

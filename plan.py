@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fp8
+import kernels
+import ops
 from checkpoint import read_headers, weight_files
 from offload import spread
 from parallel import cut
@@ -144,6 +146,13 @@ def build(build, part, dtype, cuda=False):
     return channels_last(model) if part == "vae" else model
 
 
+@contextlib.contextmanager
+def pretending(cuda):
+    """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
+    with FakeTensorMode(), ops.using("cuda" if kernels.BUILT else "triton", pretend=True) if cuda else contextlib.nullcontext():
+        yield
+
+
 class Plan:
     """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, `disk` {what: bytes}, and `host`, the same of what a GPU's
     rank keeps in host memory."""
@@ -200,14 +209,15 @@ def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, la
 
 def sampling(s, parts, device, dtype, batch=1, text=64, layout=ONE, tile=0):
     """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`; tile: --vae_tile."""
-    with FakeTensorMode():
-        dit, host, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, torch.device(device).type == "cuda", layout, tile)
+    cuda = torch.device(device).type == "cuda"
+    with pretending(cuda):
+        dit, host, vae, step, decode = sampling_phase(parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, cuda, layout, tile)
         encoder = nbytes(build(parts, "text", dtype))
-    if torch.device(device).type != "cuda":
+    if not cuda:
         dit += host
     experts, video = len(parts) - 2, 3 * s["frames"] * s["pixels"][0] * s["pixels"][1] * batch
     together = encoder + experts * dit + vae
-    apart = torch.device(device).type == "cuda" or together + max(step, decode) > free_memory(device)
+    apart = cuda or together + max(step, decode) > free_memory(device)
     phases = {"encode prompts": {"encoder": encoder}, "denoise": {"DiT": dit if apart else together, "activations": step},
               "decode": {"VAE": vae if apart else together, "activations and video": decode}}
     return Plan(device, phases, {"mp4, at most about": video // 20}, {"streamed blocks": host, "the other expert": (dit + host) * (experts - 1), "encoder": encoder})
@@ -225,7 +235,7 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
     side = 16 if s["vae"] == "2.2" else 8
     turns, layout = len(experts(args, s)), Layout.of(args, ranks)
     phases = {}
-    with FakeTensorMode():
+    with pretending(cuda):
         dit, encoder, vae = (build(parts, name, dtype) for name in (next(iter(parts)), "text", "vae"))
         shape = (vae.z_dim, 1 + (frames - 1) // 4, h // side, w // side)
         if encode:
