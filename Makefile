@@ -10,12 +10,11 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
-# two workers of one thread each
 test: $(VENV)/ready-tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q tests
 
 test-slow: $(VENV)/ready-tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --slow tests
+	$(PY) -m pytest -q --slow tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:

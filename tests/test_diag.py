@@ -301,7 +301,7 @@ def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints):
     assert len(set(sheet.tobytes())) > 50 and left.tobytes() != right.tobytes()
 
 
-@pytest.mark.parametrize("script", ["train_lora", "train_te"])
+@pytest.mark.parametrize("script", ["train_lora", pytest.param("train_te", marks=pytest.mark.slow)])
 def test_a_report_is_one_file_that_holds_everything(tmp_path, script):
     (tmp_path / "p.txt").write_text("a crimson box sinks\na red circle moves left\n")
     subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"], check=True, capture_output=True)

@@ -21,18 +21,9 @@ SIZES = {"modulate": [dict(B=2, F=3, tokens=5, D=192), dict(B=1, F=1, tokens=7, 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # bf16: a few of its half-ulps, 2e-3 each
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """Two, whatever the other tests run on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def python(code, **env):
     """What a fresh Python prints."""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "2"} | env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 

@@ -57,7 +57,7 @@ def test_fake_tensors_take_what_real_ones_do(checkpointing):
     assert abs(peaks[0] - peaks[1]) <= 4 * len(params) and peaks[1] > 100_000
 
 
-@pytest.mark.parametrize("variant", ["ti2v-5B", "t2v-A14B", "i2v-A14B"])
+@pytest.mark.parametrize("variant", ["ti2v-5B", "t2v-A14B", pytest.param("i2v-A14B", marks=pytest.mark.slow)])
 def test_released_sizes_are_planned_without_files(variant):
     flags = ["--ckpt", variant, "--resolution", "256x256", "--frames", "9", "--batch", "1"]
     with torch.device("meta"):
