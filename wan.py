@@ -80,7 +80,9 @@ class CrossAttention(Attention):
 class FeedForward(nn.Sequential):
     def forward(self, x):
         up, gelu, down = self
-        return down(up(x), activated=True) if type(down) is ops.Linear else down(gelu(up(x)))
+        if torch.is_grad_enabled() and type(down) is ops.Linear:
+            return down(up(x), activated=True)  # keeps less for the backward pass
+        return down(gelu(up(x)))  # without one, up's output is gone once gelu has read it
 
 
 class Block(nn.Module):
