@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
+# test files side by side, each on one thread
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow gpu clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
 test: $(VENV)/ready-tests
-	$(PY) -m pytest -q tests
+	$(PYTEST) tests
 
 test-slow: $(VENV)/ready-tests
-	$(PY) -m pytest -q --slow tests
+	$(PYTEST) --slow tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:

@@ -12,6 +12,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """Once on one thread, once on three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{"ti2v", "t2v", "i2v"}: folders of tiny random checkpoints in the official layout."""

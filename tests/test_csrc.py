@@ -16,7 +16,7 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
-def test_cpu_equals_the_reference(dtype, limit, report):
+def test_cpu_equals_the_reference(dtype, limit, report, threads):
     report(f"{dtype}", conv.check("cpu", dtype), limit)
 
 

@@ -35,7 +35,7 @@ def test_the_extension_is_built():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["modulate", "qk_norm_rope", "gelu", "linear"])
-def test_cpp_equals_the_reference(name, dtype, report):
+def test_cpp_equals_the_reference(name, dtype, report, threads):
     """Values and gradients, odd sizes, strided inputs."""
     module = importlib.import_module(f"kernels.{name}")
     for i, size in enumerate(SIZES.get(name, [{}])):
@@ -70,7 +70,7 @@ def test_torch_checks_the_operator(name):
     torch.library.opcheck(importlib.import_module(f"kernels.{name}").fused, calls[name](None))
 
 
-def test_products_on_tiles(report):
+def test_products_on_tiles(report, threads):
     """Where the CPU has them, they are as near to fp64 as PyTorch's in fp32; elsewhere nothing asks for them."""
     x, weight, bias = torch.randn(80, 520), torch.randn(512, 520), torch.randn(512)
     tiles = torch.ops.nanowan_csrc.linear
