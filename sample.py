@@ -334,7 +334,7 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
     emb, lens = models.encode_prompts([*prompts, *([s["negative"]] if s["guided"] else [])])  # the encoder is done before the DiT comes
     first = y = None
     if image is not None:
-        key = (id(image) if s["image"] is image else str(image), s["pixels"], s["frames"])
+        key = (s["image"].size, s["image"].tobytes(), s["pixels"], s["frames"])
         if key not in models.conditions:
             vae = models.part("vae", VAE_BYTES * math.prod(s["pixels"]))
             models.conditions = {key: condition_on_image(vae, s, s["image"], s["pixels"], s["frames"])}

@@ -147,6 +147,16 @@ def test_image_needed_or_not_taken(checkpoints):
         generate(load(checkpoints["t2v"]), "a", image=image(), size=(64, 48), frames=5, steps=1)
 
 
+def test_another_picture_is_encoded_anew(checkpoints):
+    """Also one in the place of the last one."""
+    models, picture = load(checkpoints["ti2v"]), image()
+    first = lambda: generate(models, "a", image=picture, size=(96, 64), frames=1, steps=1, guidance=1.0, progress=False)[1]
+    before = first()
+    assert torch.equal(before, first())
+    picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
+    assert not torch.equal(before, first())
+
+
 @pytest.mark.parametrize("w, h, want", [(1280, 704, (1280, 704)), (1280, 720, (1248, 704)), (720, 1280, (704, 1248)), (1000, 1000, (960, 928)), (3000, 1000, (1632, 544))])
 def test_size_from_an_images_aspect(w, h, want):
     ow, oh = best_size(w, h, 704 * 1280, 32)
