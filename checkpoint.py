@@ -6,6 +6,7 @@ meta device, converting on the way, so that host memory holds the weights once.
 """
 import contextlib
 import ctypes
+import fnmatch
 import json
 import math
 import os
@@ -174,7 +175,7 @@ def weight_files(path, stem="diffusion_pytorch_model"):
     if single.is_file():
         return [single]
     # such as one of ComfyUI's files, put in the place of the official shards
-    others = sorted(f for f in path.glob("*.safetensors") if "VAE" not in f.name and not f.name.startswith("models_t5"))
+    others = sorted(f for f in path.glob("*.safetensors") if "vae" not in f.name.lower() and not f.name.startswith("models_t5"))
     if len(others) == 1:
         return others
     raise BadInput(f"{path}: holds neither {index.name} nor {single.name}" + (f", but {len(others)} other .safetensors files" if others else "")
@@ -182,13 +183,13 @@ def weight_files(path, stem="diffusion_pytorch_model"):
 
 
 def find(path, pattern, what):
-    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`."""
+    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`, in capitals or not."""
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
-    found = sorted(f for f in path.glob(pattern + ".*") if f.suffix in (".pth", ".safetensors"))
+    found = sorted(f for f in path.iterdir() if fnmatch.fnmatchcase(f.name.lower(), f"{pattern.lower()}.*") and f.suffix in (".pth", ".safetensors"))
     if len(found) != 1:
         raise BadInput(f"{path}: should hold {what}, " + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none"))
     return found[0]
@@ -248,6 +249,8 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
         where = next(iter(entries.values())).file if entries else "an empty file"
         raise BadInput(f"{where}: keys do not fit: " + "; ".join(
             f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
+    for name, p in model.named_parameters():  # what prepare() makes of them, such as shards, has the right dtype
+        p.data = p.data.to(torch.float32 if fp32(name) else dtype)
     prepare(model)
     left = want.keys() & dict(model.named_parameters()).keys()
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in the heap.

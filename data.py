@@ -114,21 +114,19 @@ def remembered_probe(path, digest, cache):
     if file.exists():
         found = json.loads(file.read_text())
     else:
+        found = probe(path)
         try:
-            found = probe(path)
-        except Skip as e:
-            found = str(e)
-        with atomic(file) as tmp:
-            tmp.write_text(json.dumps(found))
-    if isinstance(found, str):
-        raise Skip(found)
+            with atomic(file) as tmp:
+                tmp.write_text(json.dumps(found))
+        except OSError as e:  # not the clip's fault
+            raise BadInput(f"--cache {cache}: cannot be written ({e.strerror})") from None
     return found
 
 
 def read_captions(path):
     file = path.with_suffix(".txt")
     try:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise Skip(f"its caption {file.name} is not UTF-8") from None
     except OSError:
@@ -142,7 +140,7 @@ def listed(file):
     """[(path, captions or why there are none)] of a JSONL: lines {"path": ..., "caption": text or list of texts}, paths relative to it."""
     rows = []
     try:
-        for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines()):
+        for i, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n")):
             if line.strip():
                 row = json.loads(line)
                 path, told = row.get("path", row.get("file")), row.get("caption")
@@ -157,7 +155,7 @@ def listed(file):
 def windows(times, most, fps, mode):
     """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`. Raises Skip where it is too short."""
     length = max(times)
-    available = int(length * fps + 1e-3) + 1  # frames at the model's rate
+    available = int(length * fps + 0.05) + 1  # frames at the model's rate; Matroska rounds times to milliseconds
     n = min(most, (available - 1) // 4 * 4 + 1)
     if min(available, len(times)) < 5 <= most:
         raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")

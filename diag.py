@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import fp8
 import nano
 import ops
 import plan
@@ -201,6 +202,8 @@ def delta(file, ckpt):
     norm comes from 50 power iterations, and there is no effective rank.
     """
     entries = read_headers(weight_files(ckpt))
+    scales = fp8.take_scales(entries)
+    read = lambda name: entries[f"{name}.weight"].read().float() * (scales[name].read().float().reshape(-1, 1) if name in scales else 1)
     new = read_headers(weight_files(file))
     rows = []
 
@@ -215,7 +218,7 @@ def delta(file, ckpt):
             w = entries.get(f"{name}.weight")
             if w is None or w.shape != (len(b), a.shape[1]):
                 raise BadInput(f"{file}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})")
-            row(name, w.read().float(), factor_norms(a, b))
+            row(name, read(name), factor_norms(a, b))
     else:
         ids, moved = new.pop("token_embedding.ids", None), new.pop("token_embedding.rows", None)
         stray = [k for k in new if k not in entries or entries[k].shape != new[k].shape]
@@ -544,8 +547,7 @@ def ways(script, ranks, blocks):
         return [fast + more for more in ([], fp8, stream, fp8 + stream)]
     split = [["--fsdp", "--ulysses_size", str(u)] for u in (2, 4, 8) if u <= ranks and not ranks % u]
     if script == "train_te":
-        small = ["--optimizer", "adamw8bit", "--dtype", "bf16"]
-        return [[], check, *(check + f for f in shards), *(check + f for f in split), check + small]
+        return [[], check, *(check + f for f in shards), *(check + f for f in split)]
     return [[], check, *(check + f for f in shards), check + fp8, *(check + fp8 + f for f in shards), *(check + f for f in split), check + fp8 + stream]
 
 

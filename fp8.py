@@ -53,7 +53,7 @@ class Product(torch.autograd.Function):
 
 class Fp8Linear(nn.Linear):
     """A frozen linear whose weight (out,in) is e4m3, with `scales` (out,1) fp32. `norm` and `error` are the Frobenius norms of the weight that it
-    was made from and of the difference; given scales, 8-bit weights are taken over unchanged."""
+    was made from and of the difference; given scales, 8-bit weights are taken over unchanged, and their error is not known."""
 
     def __init__(self, linear, given=None):
         nn.Module.__init__(self)
@@ -71,7 +71,7 @@ class Fp8Linear(nn.Linear):
             if weight.dtype != E4M3 or scale.numel() not in (1, self.out_features):
                 raise BadInput(f"{self.given.file}: a weight {tuple(weight.shape)} in {weight.dtype} with {scale.numel()} scales; expected e4m3, and 1 or {self.out_features}")
             self.scales = scale.reshape(-1, 1).expand(self.out_features, 1).contiguous()
-            self.norm, self.error = dense(eight, self.scales, torch.float32).norm(), torch.zeros(())
+            self.norm = dense(eight, self.scales, torch.float32).norm()
         put(self, "weight", eight)
 
     def forward(self, x):

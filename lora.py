@@ -208,16 +208,20 @@ def _default_alpha(path, metadata, peft):
     return config.get("lora_alpha")
 
 
+def check_fit(path, pairs, shapes):
+    """Raises BadInput unless every pair of a LoRA file has a weight of its shape. shapes: {module name: (out, in)}."""
+    bad = [f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, shapes[n])) if n in shapes else 'no such module'})"
+           for n, (a, b) in pairs.items() if shapes.get(n) != (b.shape[0], a.shape[1])]
+    if bad:
+        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
+
+
 @torch.no_grad()
 def merge(model, path, weight=1.0):
     """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype. Beside 8-bit weights it stays.
     Raises BadInput, before anything is changed, if a module is missing or has another shape."""
-    pairs, _ = read_lora(path)
-    modules = dict(model.named_modules())
-    bad = [f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, modules[n].weight.shape)) if n in modules else 'no such module'})"
-           for n, (a, b) in pairs.items() if n not in modules or modules[n].weight.shape != (b.shape[0], a.shape[1])]
-    if bad:
-        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
+    pairs, modules = read_lora(path)[0], dict(model.named_modules())
+    check_fit(path, pairs, {name: m.weight.shape for name, m in modules.items() if name in pairs})
     for name, (a, b) in pairs.items():
         w = modules[name].weight
         if w.dtype.itemsize == 1:

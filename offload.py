@@ -6,6 +6,7 @@ device where the direction turns serve both ways. Nothing is copied back, since 
 each block, its input, waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without
 streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
+import os
 import time
 
 import torch
@@ -43,6 +44,10 @@ def pin(flat):
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0))
 
 
+def unpin(flat):
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
+
+
 def share(model, file, first, barrier, cuda):
     """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank fills it, the others, whose
     model is empty, take theirs from it. Returns the buffer. Without a name once all have it, the file ends with the last of them."""
@@ -51,6 +56,11 @@ def share(model, file, first, barrier, cuda):
     places, end = layout([values[k] for values, k in order])
     if first:
         file.unlink(missing_ok=True)  # of a job that was killed
+        try:
+            with open(file, "wb") as f:
+                os.posix_fallocate(f.fileno(), 0, end)  # else writing to it would end the process, where room is short
+        except OSError as e:
+            raise BadInput(f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its limit (docker: --shm-size)") from None
         flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
     barrier()
     if not first:
@@ -116,16 +126,21 @@ class Stream:
         self.to(device)
 
     def to(self, device):
-        """All that is not streamed to a device, with a ring there if that is where the model runs; else the ring is given up."""
+        """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else the ring is given up."""
         streamed = {id(t) for flat in self.flats.values() for t in flat.tensors}
         for t in [*self.model.parameters(), *self.model.buffers()]:
-            if id(t) not in streamed:
+            if id(t) not in streamed and not t.requires_grad:
                 t.data = t.data.to(device)
         for flat in self.flats.values():
             flat.place(flat.host)
         here = torch.device(device).type == self.device.type
         self.ring = [torch.empty(self.ring_bytes() // 2, dtype=torch.uint8, device=device) for _ in range(2)] if here else None
         self.held, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
+
+    def close(self):
+        """Unlock the host's copies, before they are given up."""
+        for flat in self.flats.values() if self.cuda else ():
+            unpin(flat.host)
 
     def ring_bytes(self):
         """Bytes of the two buffers on the device."""

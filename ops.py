@@ -141,7 +141,7 @@ class NormedAttention(torch.autograd.Function):
         return dq, dk, dv.flatten(2), dwq, dwk, *[None] * len(ctx.how)
 
 
-PICKED = {}  # (device, shape, dtype) -> whether the fused kernel is faster than PyTorch's attention
+PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is faster than PyTorch's attention
 
 
 def self_attention(q, k, v, weights, eps, heads, table, grid):
@@ -161,15 +161,20 @@ def fused_is_faster(q, heads):
     each shape, on a GPU; printed."""
     if not q.is_cuda:
         return kernels.INTERPRETED  # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention takes more
-    key = (q.device, q.shape, q.dtype, heads)
+    return timed(q.device, tuple(q.shape), q.dtype, heads)
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs this while it traces, and leaves it out
+def timed(device, shape, dtype, heads):
+    key = (device, shape, dtype, heads)
     if key not in PICKED:
-        u, w = torch.randn_like(q), [torch.ones(q.shape[2], device=q.device)]
+        u, w = torch.randn(shape, dtype=dtype, device=device), [torch.ones(shape[2], device=device)]
         split = u.unflatten(2, (heads, -1))
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device(device):
             ours = kernels.milliseconds(lambda: attention_kernel.attention(split, split, split, None, w[0]), 3)
             theirs = kernels.milliseconds(lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3)
         PICKED[key] = ours < theirs
-        print(f"ops: attention of {tuple(q.shape)} in {q.dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
+        print(f"ops: attention of {shape} in {dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
               f"({ours:.2f} ms fused, {theirs:.2f} ms apart)", file=sys.stderr, flush=True)
     return PICKED[key]
 

@@ -69,8 +69,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 if p.grad is not None:
                     s = self.state[p] = self.state[p] or self._new(p)
                     s["step"] += 1
-                    for at in range(0, len(s["code_m"]), CHUNK):
-                        self._update(group, s, p.view(-1), p.grad.view(-1), slice(at, at + CHUNK))
+                    chunk = CHUNK * (64 if p.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
+                    for at in range(0, len(s["code_m"]), chunk):
+                        self._update(group, s, p.view(-1), p.grad.view(-1), slice(at, at + chunk))
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
@@ -101,17 +102,19 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 class EMA:
-    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to the one asked for."""
+    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to the one asked for. What has no
+    gradient, an expert's adapter in the other one's turns, keeps its average."""
 
     def __init__(self, params, decay):
-        self.params, self.decay, self.step = params, decay, 0
+        self.params, self.decay, self.steps = params, decay, [0] * len(params)
         self.average = [p.detach().float().clone() for p in params]
 
     @torch.no_grad()
     def update(self):
-        self.step += 1
-        decay = min(self.decay, self.step / (self.step + 10))
-        torch._foreach_lerp_(self.average, [p.detach().float() for p in self.params], 1 - decay)
+        for i, (average, p) in enumerate(zip(self.average, self.params)):
+            if p.grad is not None:
+                self.steps[i] += 1
+                average.lerp_(p.detach().float(), 1 - min(self.decay, self.steps[i] / (self.steps[i] + 10)))
 
     @contextlib.contextmanager
     def in_place(self):
@@ -126,10 +129,10 @@ class EMA:
                 p.data.copy_(k)
 
     def state_dict(self):
-        return {"step": self.step, "average": self.average}
+        return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state):
-        self.step = state["step"]
+        self.steps = list(state["steps"])
         for a, b in zip(self.average, state["average"], strict=True):
             a.copy_(b)
 

@@ -85,6 +85,14 @@ class World:
         """Seed torch's generator from these values, and unless it is to be the `same` on all ranks, from which samples this one sees."""
         torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.data]))).getrandbits(62))
 
+    def agree(self, yes, dim=None):
+        """Whether all ranks say yes, or all along one dimension of the mesh: what each finds by itself, such as its free memory, may differ."""
+        if self.alone:
+            return yes
+        told = torch.tensor(float(yes), device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MIN, group=self.mesh[dim].get_group() if dim else None)
+        return bool(told)
+
     def first(self, f):
         """What f() is on the first rank, on every rank: so that all see the same files, which are read once."""
         told = [f() if self.main else None]

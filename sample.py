@@ -7,6 +7,7 @@
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -20,11 +21,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flow
-import fp8
 import offload
 import ops
-from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, save, weight_files
-from lora import merge, read_lora
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, find, read_header, read_headers, save, weight_files
+from data import Skip, open_photo
+from fp8 import report as fp8_report
+from fp8 import take_scales
+from lora import check_fit, merge, read_lora
 from parallel import World
 from t5 import encoder_files, load_t5
 from vae import load_vae
@@ -80,15 +83,17 @@ class Models:
 
     def __init__(self, ckpt_dir, device, dtype, loras=(), text_encoder=None, fp8=False, stream=0):
         self.dir, self.device, self.dtype, self.text_encoder = checkpoint_dir(ckpt_dir), torch.device(device), dtype, text_encoder
-        self.fp8, self.stream, self.streams, self.homes = fp8, stream, {}, {}
+        self.stream, self.streams, self.homes = stream, {}, {}
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
-        for expert in self.experts:
-            weight_files(self.folder(expert))  # a missing one is better missed now than after half the steps
+        headers = {expert: read_headers(weight_files(self.folder(expert))) for expert in self.experts}  # what is wrong is better known now than after half the steps
+        self.fp8 = any([fp8, *map(take_scales, headers.values())])
+        self.shapes = {expert: {n.removesuffix(".weight"): e.shape for n, e in entries.items()} for expert, entries in headers.items()}
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
         self.world = None  # the ranks that share a clip (parallel.World), if there are several
+        self.agree = lambda yes: yes  # whether all ranks that run a DiT together say so
         self.machine, self.shared = None, {}  # the ranks of a machine, if they share host copies: (whether this is the first, barrier, file of a part)
 
     def _lora(self, spec):
@@ -105,10 +110,14 @@ class Models:
             if not math.isfinite(weight):
                 raise BadInput(f"--lora {spec}: a weight of {weight}")
         file = ":".join(fields)
-        expert = expert or read_lora(file)[1].get("expert")
+        pairs, metadata = read_lora(file)
+        expert = expert or metadata.get("expert")
         if expert in ("high", "low") and expert not in self.experts:
             raise BadInput(f"--lora {spec}: made for the {expert}-noise expert of an A14B, and {self.dir} has a single model")
-        return file, weight, expert if expert in ("high", "low") else None
+        expert = expert if expert in ("high", "low") else None
+        for name in [expert] if expert else self.experts:
+            check_fit(file, pairs, self.shapes[name])
+        return file, weight, expert
 
     def folder(self, expert):
         return self.dir if expert == "dit" else self.dir / f"{expert}_noise_model"
@@ -121,24 +130,27 @@ class Models:
     def part(self, name, activations=1 << 30):
         """A part on the device, ready to run with this many bytes of activations. Hold no reference to another one meanwhile."""
         model, cuda = self.parts.get(name), self.device.type == "cuda"
-        size = 4 if name == "vae" else self.dtype.itemsize
-        resident = model is not None and next(model.parameters()).device.type == self.device.type
-        need = activations + (0 if resident else size * self._elements(name))
-        for other in [o for o in self.parts if o != name]:
+        here = [part for part, m in self.parts.items() if next(m.parameters()).device.type == self.device.type]
+        resident = name in here
+        need = activations + (0 if resident else self._bytes(name))
+        for other in here:
+            if other == name:
+                continue
             if free_memory(self.device) < need or cuda and {other, name} == {"high", "low"}:
                 self.release(other)
         if not resident:
             self.parts[name] = self._load(name) if model is None else self._move(name, model, self.device)
         return self.parts[name]
 
-    def _elements(self, name):
-        """How many numbers a part has on the device."""
-        sizes = {n: e.numel for f in self.files(name) for n, e in read_header(f)[0].items()}
-        blocks = {} if name in ("text", "vae") else {n: v for n, v in sizes.items() if ".blocks." in f".{n}"}
-        return sum(sizes.values()) - round(sum(blocks.values()) * min(1, self.stream / max(1, count_blocks(blocks))))
+    def _bytes(self, name):
+        """What a part takes on the device."""
+        sizes = {clean_key(n): e.numel for f in self.files(name) for n, e in read_header(f)[0].items()}
+        blocks = {} if name in ("text", "vae") else {n: v for n, v in sizes.items() if n.startswith("blocks.")}
+        each, block = 4 if name == "vae" else self.dtype.itemsize, sum(blocks.values())
+        return each * (sum(sizes.values()) - block) + round((1 if self.fp8 else each) * block * (1 - min(1, self.stream / max(1, count_blocks(blocks)))))
 
     def _move(self, name, model, device):
-        """A part to another device; of a streamed DiT, what is not streamed. A shared host copy is only returned to, since nothing in it changes."""
+        """A part, but for what is trained, to another device; of a streamed DiT, what is not streamed. A shared host copy is only returned to, since nothing in it changes."""
         if name in self.streams:
             self.streams[name].to(device)
         elif name in self.shared and torch.device(device).type == "cpu":
@@ -146,19 +158,24 @@ class Models:
                 t.data = host
         else:
             self.homes[name] = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if name in self.shared and not t.requires_grad]
+            trained = [(t, t.data) for t in model.parameters() if t.requires_grad]
             model.to(device)
+            for t, data in trained:  # adapters stay where their optimizer's states are
+                t.data = data
         return model
 
     def release(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         if name in self.shared and self.device.type == "cpu":
             return  # it is the other ranks' too
-        model = self.parts.pop(name)
-        if self.device.type == "cuda":
-            if name in self.shared or free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30):
-                self.parts[name] = self._move(name, model, "cpu")
-            else:
-                self.streams.pop(name, None)
+        model, cuda = self.parts.pop(name), self.device.type == "cuda"
+        if cuda and (name in self.shared or free_memory("cpu") > sum(p.nbytes for p in model.parameters()) + (1 << 30)):
+            self.parts[name] = self._move(name, model, "cpu")
+        elif name in self.streams:
+            self.streams.pop(name).close()
+            del model
+            gc.collect()  # a streamed model and its Stream know each other
+        if cuda:
             torch.cuda.empty_cache()
 
     def _load(self, name):
@@ -174,7 +191,7 @@ class Models:
         for file, weight, expert in self.loras:
             if expert in (None, name):
                 merge(model, file, weight)
-        if first and (error := fp8.report(model)):
+        if first and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
         if share:
             self.shared[name] = offload.share(model, place(name), first, barrier, self.device.type == "cuda")
@@ -223,12 +240,13 @@ def best_size(width, height, area, step):
 
 
 def open_image(image):
-    from PIL import Image, UnidentifiedImageError
+    """A PIL image, or a file as the training data are opened (upright, transparency on white), as RGB."""
+    from PIL import Image
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
-        return Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+        return open_photo(image)
+    except Skip as e:
         raise BadInput(f"--image {image}: {e}") from None
 
 
@@ -350,11 +368,12 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
         noisy = s["boundary"] is None or t >= s["boundary"] * 1000
         wanted = models.experts[0 if noisy else -1]
         if wanted != expert:
-            model = both = alone = None  # the other expert, and its keys and values, go before this one comes
+            model = run = both = alone = None  # the other expert, and its keys and values, go before this one comes
             activations = DIT_BYTES * B * math.prod(shape[1:]) // 4 * 5120
             expert, model, reuse.v, reuse.rate = wanted, models.part(wanted, activations), None, None
+            run = (lambda *args: model(*args).clone()) if models.compile == "graphs" else model  # a graph's next replay overwrites what it gave
             apart = models.world and models.world.halves == 2
-            together = not apart and free_memory(device) > 2 * activations  # both halves of guidance in one batch
+            together = models.agree(not apart and free_memory(device) > 2 * activations)  # both halves of guidance in one batch
             alone = model.embed_text(emb[:B, :lens[:B].max()], lens[:B], cache=True)
             if s["guided"]:
                 negatives = emb[B:].expand(B, -1, -1), lens[B:].expand(B)
@@ -369,15 +388,18 @@ def denoise(models, prompts, seeds, image=None, size=None, frames=None, steps=No
                 rows[:, 0] = 0
             inputs = x if y is None else torch.cat([x, y.expand(B, -1, -1, -1, -1)], 1)
             if g == 1:
-                v = model(inputs, rows, alone)
+                v = run(inputs, rows, alone)
             else:
-                v, uncond = (models.world.exchange_halves(model(inputs, rows, both if models.world.half else alone)) if apart
-                             else model(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2) if together
-                             else (model(inputs, rows, alone), model(inputs, rows, both)))
+                v, uncond = (models.world.exchange_halves(run(inputs, rows, both if models.world.half else alone)) if apart
+                             else run(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2) if together
+                             else (run(inputs, rows, alone), run(inputs, rows, both)))
                 v = uncond + g * (v - uncond)
             reuse.learn(x, v)
         if watch:
-            watch(i, x - float(method.sigma) * v)
+            x0 = x - float(method.sigma) * v
+            if first is not None:
+                x0[:, :, :1] = first
+            watch(i, x0)
         x = method.step(v, x)
         if first is not None:
             x[:, :, :1] = first
@@ -554,9 +576,9 @@ def main():
     prompts = prompts or ["a red square moves left"]
     if not -1 <= args.seed < 2 ** 63:
         raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
-    seed = args.seed if args.seed >= 0 else random.randrange(2 ** 31)
     world = World(pick_device(args.device), ulysses=args.ulysses_size, guidance=args.guidance_parallel)
     device = world.device
+    seed = args.seed if args.seed >= 0 else world.first(lambda: random.randrange(2 ** 31))
     if len(prompts) < world.datas:
         raise BadInput(f"{len(prompts)} prompts for {world.datas} groups of ranks: fewer processes, or --ulysses_size and --guidance_parallel, which share a prompt")
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
@@ -567,17 +589,25 @@ def main():
     if not 0 <= args.reuse < 1 or args.preview_every < 0 or args.vae_tile < 0:
         raise BadInput(f"--reuse {args.reuse} must be from 0 to below 1, --preview_every {args.preview_every} and --vae_tile {args.vae_tile} 0 or more")
     models = load(args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
+    args.base_dtype = "fp8" if models.fp8 else None
     models.world, models.machine, models.prepare = world, world.machine(), lambda name, model: world.parallelize(model)
+    models.agree = lambda yes: world.agree(yes, "sequence")
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
-    given = dict(size=args.size and parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
-                 guidance=args.guidance and parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
+    given = dict(size=None if args.size is None else parse_size(args.size), frames=args.frames, steps=args.steps, shift=args.shift,
+                 guidance=None if args.guidance is None else parse_guidance(args.guidance), solver=args.solver, negative=args.negative)
     s = resolve(models, args.image, **given)
-    for flag in ("out", "save_latents", "grid"):
+    for flag, kind in (("out", ".mp4"), ("save_latents", ".safetensors"), ("grid", ".png")):
         path = getattr(args, flag)
-        if path and (Path(path).is_dir() or not os.access(next(d for d in Path(path).absolute().parents if d.exists()), os.W_OK)):
+        if path is None:
+            continue
+        parent = next((d for d in Path(path).absolute().parents if d.exists()), Path("/"))
+        if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
             raise BadInput(f"--{flag} {path}: a file is to be written there, and it is a folder or may not be written")
+        if Path(path).suffix != kind:
+            raise BadInput(f"--{flag} {path}: should end in {kind}")
     used = {k: s[k] for k in ("variant", "size", "pixels", "frames", "fps", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"ckpt": str(args.ckpt), "seed": seed, "dtype": dtype, "image": args.image, "lora": args.lora, "text_encoder": args.text_encoder}
+    used |= {k: getattr(args, k) for k in ("base_dtype", "reuse", "vae_tile") if getattr(args, k)}  # what is not exact
     print(json.dumps(used, ensure_ascii=False), ops.chosen(device), sep="\n")
     need = plan.sampling(s, plan.builders(models), device, DTYPES[dtype], layout=plan.Layout.of(args, world.size), tile=args.vae_tile)
     print(need)

@@ -27,9 +27,10 @@ def extension():
     if not cuda:
         print(f"nanowan: the C++ extension without CUDA ({lack or 'NANOWAN_CUDA=0'})")
     sources = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cpp"))
-    flags = {"cxx": ["-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-finite-math-only"] + (["-DNANOWAN_CUDA"] if cuda else [])}
+    flags = {"cxx": ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-finite-math-only"] + (["-DNANOWAN_CUDA"] if cuda else [])}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        # a .cu needs a name that no .cpp has: their object files lie side by side
         kernels = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cu"))
         return [CUDAExtension("nanowan_csrc", sources + kernels, extra_compile_args=flags | {"nvcc": ["-O3"]})], {"build_ext": BuildExtension}
     return [CppExtension("nanowan_csrc", sources, extra_compile_args=flags)], {"build_ext": BuildExtension}

@@ -85,6 +85,8 @@ def fill_in(args, s):
         args.expert = args.expert or "both"
     if args.i2v_prob and s["model_type"] != "ti2v":
         raise BadInput(f"--i2v_prob {args.i2v_prob}: only TI2V is trained both ways; {args.ckpt} is {s['model_type'].upper()}")
+    if args.previews and s["model_type"] == "i2v":
+        raise BadInput(f"--previews {args.previews}: prompts alone; {args.ckpt} is an image-to-video model")
     side = 32 if s["vae"] == "2.2" else 16
     if min(parse_size(args.resolution)) < side:
         raise BadInput(f"--resolution {args.resolution}: each side at least {side}")
@@ -217,6 +219,7 @@ class Dataset:
         between runs on the same data, whatever their seeds. embed(captions) -> context (B,S,D), lens (B,)."""
         told = {}
         for name, (low, high) in turns.items():
+            model = None  # so that the other expert can make room
             model, total, tail = models.part(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
             for i, batch in fixed(self.held, self.held_latents, models.settings["shift"], low, high):
                 total[i] += batch.loss(model, *embed(batch.captions)).item() / len(self.held)

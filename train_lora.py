@@ -37,7 +37,7 @@ def arguments(given=None):
     g.add_argument("--rank", type=int, default=16)
     g.add_argument("--alpha", type=float, help="default: the rank")
     g.add_argument("--dropout", type=float, default=0.0)
-    g.add_argument("--init_lora", action="append", default=[], help="start from this LoRA; for A14B one per expert, known by its metadata")
+    g.add_argument("--init_lora", action="append", default=[], help="FILE[:high|low]: start from this LoRA; for A14B one per expert, which the file's metadata may name")
     g.add_argument("--delta_cap", type=float, help="no matrix moves further than this share of its norm, ||dW||/||W||")
     g = p.add_argument_group("base")
     g.add_argument("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
@@ -68,12 +68,24 @@ def predict(args, s, parts, **sizes):
     return plan.training(args, s, parts, lambda dit, encoder: inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks), **sizes)
 
 
+def starts(specs, turns):
+    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one that is trained."""
+    found = {}
+    for spec in specs:
+        file, _, expert = spec.rpartition(":") if spec.endswith((":high", ":low")) else (spec, "", None)
+        expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
+        if expert not in turns or expert in found:
+            raise BadInput(f"--init_lora {spec}: for {expert or 'which expert?'}; trained are {', '.join(turns)}, and each starts from one file, FILE:high or FILE:low")
+        found[expert] = file
+    return found
+
+
 def main():
     args = arguments()
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
-    s, models.machine = models.settings, world.machine()
+    s, models.machine, models.agree, args.base_dtype = models.settings, world.machine(), world.agree, "fp8" if models.fp8 else None
     base = [f for name in models.experts for f in models.files(name)]
     resolve(args, s, read_config(models.folder(models.experts[0]), read_headers(weight_files(models.folder(models.experts[0])))).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]
@@ -114,12 +126,10 @@ def main():
 
     models.prepare = adapt
     for name in turns:
+        model = None  # so that the other expert can make room
         model = models.part(name)
         norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
-    given = {} if not args.init_lora else {load(f)[1].get("expert", "dit"): f for f in args.init_lora}
-    if set(given) - set(turns):
-        raise BadInput(f"--init_lora {','.join(args.init_lora)}: made for {', '.join(given)}, trained are {', '.join(turns)}")
-    for name, file in given.items():
+    for name, file in starts(args.init_lora, turns).items():
         start_from(adapters[name], file, scale)
     params = [p for name in turns for pair in adapters[name].values() for p in pair]
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
@@ -164,6 +174,7 @@ def main():
         began, total, tokens = time.time(), 0.0, 0
         world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
+        model = None
         model = models.part(name).train()
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):

@@ -36,7 +36,7 @@ def arguments(given=None):
     g.add_argument("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
     g.add_argument("--anchor", type=float, default=0.01, help="weight of the penalty on moving prompts without keywords")
     g.add_argument("--save", choices=("full", "delta"), default="full", help="delta: only the tensors and rows that were trained")
-    g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit needs --dtype bf16")
+    g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), help="default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; else adamw")
     g.add_argument("--mix", default="15,35,50", help="percent of captions with a keyword shown as the keyword alone, shortened, whole")
     g.add_argument("--trim_prob", type=float, default=0.2, help="chance that a whole caption loses a few words, never a keyword")
     g.add_argument("--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn")
@@ -60,8 +60,12 @@ def resolve(args, s):
     if len(mix) != 3 or min(mix) < 0 or not 0 < sum(mix) < math.inf:
         raise BadInput(f"--mix {args.mix}: three shares such as 15,35,50")
     args.mix = mix
-    if args.optimizer == "adamw8bit" and (args.dtype != "bf16" or args.fsdp):
-        raise BadInput(f"--optimizer adamw8bit --dtype {args.dtype}{' --fsdp' * args.fsdp}: its compensated weights are bf16, and whole on each rank")
+    compensated = args.dtype == "bf16" and not args.fsdp  # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
+    args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
+    if (args.optimizer == "adamw8bit") != compensated:
+        raise BadInput(f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32 or --fsdp")
+    if args.save == "delta" and args.text_encoder:
+        raise BadInput(f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder and would lose this one's changes; use --save full")
     check_ranges(args, keyword_lr=(0,), anchor=(0,), trim_prob=(0, 1))
 
 
@@ -80,8 +84,15 @@ class RowEmbedding(nn.Module):
         return torch.where((slot >= 0)[..., None], self.rows[slot.clamp(min=0)], self.table(ids))
 
 
+def spans(caption, keyword):
+    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count, unless the script puts no spaces
+    between words, or glues endings to them (from Thai on in Unicode: Chinese, Japanese, Korean)."""
+    before, after = ("" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)")))
+    return [m.span() for m in re.finditer(before + re.escape(keyword) + after, caption, re.IGNORECASE)]
+
+
 def has_keyword(caption, keywords):
-    return any(re.search(rf"(?<!\w){re.escape(k)}(?!\w)", caption, re.IGNORECASE) for k in keywords)
+    return any(spans(caption, k) for k in keywords)
 
 
 def calibrate(caption, keywords, mix, trim_prob, rng):
@@ -91,13 +102,14 @@ def calibrate(caption, keywords, mix, trim_prob, rng):
     u = rng.random() * sum(mix)
     if found and u < mix[0]:
         return rng.choice(found)
-    words = caption.split()
-    keep = [has_keyword(w, found) for w in words]
-    if found and u < mix[0] + mix[1] and any(keep):
-        at = rng.choice([i for i, k in enumerate(keep) if k])
-        return " ".join(words[max(0, at - rng.randint(0, 2)):at + 1 + rng.randint(0, 2)])
+    matches = list(re.finditer(r"\S+", caption))
+    words = [m.group() for m in matches]
+    places = [[i for i, m in enumerate(matches) if m.start() < end and m.end() > begin] for k in found for begin, end in spans(caption, k)]
+    if found and u < mix[0] + mix[1]:
+        at = rng.choice(sorted(places))
+        return " ".join(words[max(0, at[0] - rng.randint(0, 2)):at[-1] + 1 + rng.randint(0, 2)])
     if rng.random() < trim_prob:
-        spare = [i for i, k in enumerate(keep) if not k]
+        spare = [i for i in range(len(words)) if not any(i in place for place in places)]
         gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(words) // 5))))
         return " ".join(w for i, w in enumerate(words) if i not in gone)
     return caption
@@ -120,9 +132,9 @@ def trainable(encoder, args):
     """What `unfreeze` returns, of an encoder that it has changed."""
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     rows = trained.pop("token_embedding.rows", None)
-    groups = [{"params": list(trained.values()), "scale": 1.0}] if trained else []
+    groups = [{"params": list(trained.values()), "peak": args.lr}] if trained else []
     if rows is not None:
-        groups.append({"params": [rows], "scale": args.keyword_lr / args.lr if args.lr else 0.0})
+        groups.append({"params": [rows], "peak": args.keyword_lr})
     return trained, groups
 
 
@@ -131,10 +143,12 @@ def predict(args, s, parts, ids=(3,), **sizes):
     return plan.training(args, s, parts, lambda dit, encoder: unfreeze(encoder, args, ids)[1], **sizes)
 
 
-def own_pieces(keywords, others, tokenizer):
-    """Ids of the pieces that spell the keywords and that none of the other captions use; all of a keyword's where it has none of its own."""
-    common = {i for caption in others for i in tokenizer.ids(tokenizer.clean(caption))}
-    return {i for k in keywords for i in (set(tokenizer.ids(k)) - common or tokenizer.ids(k))}
+def own_pieces(keywords, captions, tokenizer):
+    """Ids of the pieces that spell the keywords, as they are given and as captions write them, and that no caption without a keyword uses; all of a
+    spelling's where it has none of its own."""
+    common = {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
+    spelled = {*keywords, *(c[begin:end] for c in captions for k in keywords for begin, end in spans(c, k))}
+    return {i for word in spelled for i in (set(tokenizer.ids(word)) - common or tokenizer.ids(word))}
 
 
 def main():
@@ -142,7 +156,7 @@ def main():
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
-    s, models.machine = models.settings, world.machine()
+    s, models.machine, models.agree, args.base_dtype = models.settings, world.machine(), world.agree, "fp8" if models.fp8 else None
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
@@ -168,7 +182,7 @@ def main():
     encoder = models.part("text")
     models.parts.clear()  # from here on the encoder is this script's own: it must not make room for others
     anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
-    ids = own_pieces(args.keywords, anchors, encoder.tokenizer)
+    ids = own_pieces(args.keywords, dataset.captions, encoder.tokenizer)
     with torch.no_grad():
         original = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)
@@ -186,7 +200,9 @@ def main():
     ema = EMA(params, args.ema) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
-    start, state = 0, run.restore(same | {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents]})
+    same |= {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents], "captions": data.entry("", "", captions=sorted(dataset.captions)).name, "rows": sorted(ids),
+             "base": [f.stat().st_size for name in models.experts for f in models.files(name)], "encoder": world.first(lambda: [data.digest(f) for f in models.files("text")])}
+    start, state = 0, run.restore(same)
     if state:
         start = restore(state, params, opt, guard, ema)
 
@@ -222,6 +238,7 @@ def main():
         began, total, moved = time.time(), 0.0, 0.0
         world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
+        dit = None  # so that the other expert can make room
         dit = models.part(name)
         opt.zero_grad(set_to_none=True)
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng)):
@@ -237,7 +254,7 @@ def main():
             moved = held.item()
         total, moved, stop = world.sum(params, total, moved, run.stop)
         for group in opt.param_groups:
-            group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule) * group["scale"]
+            group["lr"] = lr_at(step, args.steps, group["peak"], args.warmup, args.schedule)
         norm = clip(params, args.grad_clip)
         line = {"loss": total, "anchor": moved, "lr": opt.param_groups[0]["lr"], "grad_norm": norm}
         if why := guard.trips(total, norm):

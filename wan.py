@@ -184,7 +184,7 @@ class Wan(nn.Module):
         if S > self.config.text_len or longest > S:
             raise BadInput(f"text of {max(S, longest)} tokens in a batch {S} wide; the model takes {self.config.text_len}")
         real = torch.arange(S, device=context.device) < lens[:, None]
-        context = F.pad(context.to(self.text_embedding[0].weight.dtype) * real[..., None], (0, 0, 0, 2))
+        context = F.pad(context.to(self.text_embedding[0].weight.dtype).masked_fill(~real[..., None], 0), (0, 0, 0, 2))
         n = (self.config.text_len - lens).float()
         most = (n.log() - 0.04).bfloat16().float()  # bf16 numbers of this size are at most 0.032 apart
         bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]  # -inf where there is no padding
@@ -284,7 +284,7 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda
     entries = read_headers(weight_files(path))
     scales = take_scales(entries)
     with torch.device("meta"):
-        model = Wan(read_config(path, entries))
+        model = Wan(read_config(path, entries)).requires_grad_(False)
 
     def prepared(model):
         if fp8 or scales:

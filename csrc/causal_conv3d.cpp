@@ -4,7 +4,7 @@
 // 1x1x1, padded with zeros in space; with gamma (C) x is first RMS-normed over its channels, x / max(|x|, 1e-12) * sqrt(C) * gamma, and put through
 // SiLU. out (B,N,T,H,W), and the two frames that stand before the next chunk (none with kt = 1). fp32 or bf16; what is fast is channels-last.
 //
-// On a CPU the frames before and the normed chunk are written once into one buffer, which oneDNN convolves; on a GPU causal_conv3d.cu reads both
+// On a CPU the frames before and the normed chunk are written once into one buffer, which oneDNN convolves; on a GPU causal_conv3d_kernel.cu reads both
 // where they are.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -16,7 +16,7 @@
 
 #include "activations.h"
 #ifdef NANOWAN_CUDA
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/cuda/CUDAGuard.h>
 #include "causal_conv3d.h"
 #endif
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> on_cuda(const Tensor& x_, const Maybe& past_, const T
     TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bf16 or fp32; x is ", x.scalar_type());
     const Tensor taps = w.contiguous(LAST), bias = bias_.has_value() ? bias_->to(at::kFloat).contiguous() : Tensor();
     Tensor normed = x;
-    auto stream = at::cuda::getCurrentCUDAStream().stream();
+    auto stream = c10::cuda::getCurrentCUDAStream().stream();
     if (gamma_.has_value()) {
         const Tensor gamma = gamma_->to(at::kFloat).contiguous();
         normed = at::empty_like(x);
@@ -116,10 +116,11 @@ std::tuple<Tensor, Tensor> on_cuda(const Tensor& x_, const Maybe& past_, const T
     TORCH_CHECK(!nanowan_causal_conv3d(normed.const_data_ptr(), past.defined() ? past.const_data_ptr() : nullptr, taps.const_data_ptr(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
                                        out.mutable_data_ptr(), shape, half, stream), "causal_conv3d: launch failed on x ", x.sizes(), ", weight ", w.sizes());
     if (kt == 1) return {out, at::empty({0}, x.options())};
-    Tensor next = at::zeros({B, C, 2, H, W}, x.options().memory_format(LAST));
+    Tensor next = at::empty({B, C, 2, H, W}, x.options(), LAST);
     if (T > 1) next.copy_(normed.narrow(2, T - 2, 2));
     else {
         if (past.defined()) next.narrow(2, 0, 1).copy_(past.narrow(2, 1, 1));
+        else next.narrow(2, 0, 1).zero_();
         next.narrow(2, 1, 1).copy_(normed);
     }
     return {out, next};

@@ -22,10 +22,10 @@ namespace {
 struct Rows {
     const float* data = nullptr;
     int64_t b = 0, f = 0;
-    explicit Rows(const Maybe& t, const char* name, int64_t B, int64_t D) {
+    explicit Rows(const Maybe& t, const char* name, int64_t B, int64_t F, int64_t D) {
         if (!t.has_value()) return;
-        TORCH_CHECK(t->dim() == 3 && t->size(0) == B && t->size(2) == D && t->scalar_type() == at::kFloat && (t->stride(2) == 1 || D == 1),
-                    name, " should be fp32 (", B, ",F,", D, ") with dense rows, and is ", t->scalar_type(), " ", t->sizes());
+        TORCH_CHECK(t->dim() == 3 && t->size(0) == B && t->size(1) == F && t->size(2) == D && t->scalar_type() == at::kFloat && (t->stride(2) == 1 || D == 1),
+                    name, " should be fp32 (", B, ",", F, ",", D, ") with dense rows, and is ", t->scalar_type(), " ", t->sizes());
         data = t->const_data_ptr<float>(), b = t->stride(0), f = t->stride(1);
     }
     const float* at(int64_t i, int64_t frame) const { return data ? data + i * b + frame * f : nullptr; }
@@ -74,7 +74,7 @@ std::vector<Tensor> modulate(const Tensor& x_, const Maybe& y_, const Maybe& row
         y = y_->contiguous(), fresh = at::empty_like(x);
     }
     if (weight.has_value()) out = at::empty(x.sizes(), x.options().dtype(dtype));
-    const Rows r(row, "row", B, D), w(weight, "weight", B, D), s(shift, "shift", B, D);
+    const Rows r(row, "row", B, F, D), w(weight, "weight", B, F, D), s(shift, "shift", B, F, D);
     DISPATCH(y.defined() ? y.scalar_type() : at::kFloat, [&] {
         using Y = scalar_t;
         const Y* branch = y.defined() ? y.const_data_ptr<Y>() : nullptr;
@@ -136,7 +136,7 @@ std::vector<Tensor> modulate_backward(const Maybe& dnew_, const Maybe& dout_, co
     const Tensor y = y_.has_value() ? y_->contiguous() : Tensor();
     Tensor dx = at::empty_like(stream), dy = dnew.defined() ? at::empty(stream.sizes(), stream.options().dtype(branch)) : Tensor();
     Tensor sums = need_rows ? at::zeros({B, F, 3, D}, stream.options()) : Tensor();
-    const Rows r(row, "row", B, D), w(weight, "weight", B, D);
+    const Rows r(row, "row", B, F, D), w(weight, "weight", B, F, D);
     DISPATCH(branch, [&] {
         using Y = scalar_t;
         DISPATCH(dout.defined() ? dout.scalar_type() : at::kFloat, [&] {

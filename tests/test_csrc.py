@@ -41,10 +41,26 @@ def test_wrong_sizes_are_named(change, said):
 def test_cuda_compiles_without_spills(arch, tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not here")
-    run = subprocess.run(["nvcc", "-c", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", CSRC / "causal_conv3d.cu", "-o", tmp_path / "out.o"], capture_output=True, text=True)
+    run = subprocess.run(["nvcc", "-c", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", CSRC / "causal_conv3d_kernel.cu", "-o", tmp_path / "out.o"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     assert len(used) == 6 and all(u == ("0", "0", "0") for u in used), run.stderr
+
+
+def test_cuda_is_built_from_sources_that_compile(tmp_path):
+    """The C++ that launches the kernels, against PyTorch's CUDA headers; and no two sources have the same name, for their object files lie side by side."""
+    names = [f.stem for f in CSRC.iterdir() if f.suffix in (".cpp", ".cu")]
+    assert len(set(names)) == len(names)
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not here")
+    from torch.utils.cpp_extension import include_paths
+    macros = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # which a torch without CUDA lacks
+    macros.parent.mkdir(parents=True)
+    macros.write_text("#pragma once\n")
+    toolkit = re.search(r"TOP=(\S+)", subprocess.run(["nvcc", "--dryrun", "-c", CSRC / "causal_conv3d_kernel.cu"], capture_output=True, text=True).stderr).group(1)
+    run = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-DNANOWAN_CUDA", *(f"-I{p}" for p in [*include_paths(), f"{toolkit}/include", tmp_path]), CSRC / "causal_conv3d.cpp"],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +69,7 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     for header in ("cuda_bf16.h", "cuda_pipeline_primitives.h", "cuda_runtime.h", "mma.h"):
         (folder / header).write_text('#include "emulation.h"\n')
-    source, launches = re.subn(r"(\w+(?:<[^<>]*>)?)<<<([^,]+), ([^,]+), 0, stream>>>", r"emulation::launch(\1, \2, \3)", (CSRC / "causal_conv3d.cu").read_text())
+    source, launches = re.subn(r"(\w+(?:<[^<>]*>)?)<<<([^,]+), ([^,]+), 0, stream>>>", r"emulation::launch(\1, \2, \3)", (CSRC / "causal_conv3d_kernel.cu").read_text())
     assert launches == 3
     (folder / "conv.cpp").write_text(source)
     subprocess.run(["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-D__CUDACC__", f"-I{folder}", f"-I{EMULATION}", f"-I{CSRC}", folder / "conv.cpp", "-o", folder / "conv.so"],
