@@ -219,10 +219,10 @@ class Dataset:
         between runs on the same data, whatever their seeds. embed(captions) -> context (B,S,D), lens (B,)."""
         told = {}
         for name, (low, high) in turns.items():
-            model = None  # so that the other expert can make room
             model, total, tail = models.part(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
             for i, batch in fixed(self.held, self.held_latents, models.settings["shift"], low, high):
                 total[i] += batch.loss(model, *embed(batch.captions)).item() / len(self.held)
+            model = None  # so that it can make room for the other expert
             told |= {f"held_out{tail}": sum(total) / 4, f"by_t{tail}": total}
         return told
 

@@ -75,7 +75,7 @@ def starts(specs, turns):
         file, _, expert = spec.rpartition(":") if spec.endswith((":high", ":low")) else (spec, "", None)
         expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
         if expert not in turns or expert in found:
-            raise BadInput(f"--init_lora {spec}: for {expert or 'which expert?'}; trained are {', '.join(turns)}, and each starts from one file, FILE:high or FILE:low")
+            raise BadInput(f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low")
         found[expert] = file
     return found
 
@@ -126,9 +126,9 @@ def main():
 
     models.prepare = adapt
     for name in turns:
-        model = None  # so that the other expert can make room
         model = models.part(name)
         norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
+        model = None  # so that it can make room for the other expert
     for name, file in starts(args.init_lora, turns).items():
         start_from(adapters[name], file, scale)
     params = [p for name in turns for pair in adapters[name].values() for p in pair]
@@ -174,7 +174,6 @@ def main():
         began, total, tokens = time.time(), 0.0, 0
         world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
-        model = None
         model = models.part(name).train()
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
@@ -200,6 +199,7 @@ def main():
         line |= {"ms": round(1000 * seconds), "tokens_per_s": round(tokens / seconds), "peak_gb": round(plan.used(args.device) / 1e9, 2)}
         if mfu := plan.mfu(model, batch.x, dataset.tokens, seconds / args.accumulate, args.device):
             line["mfu"] = round(mfu, 3)
+        model = None  # the other expert may be next
         last = step + 1 == args.steps
         run.log(step + 1, **line, **watch(step + 1, last))
         if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:

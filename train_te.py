@@ -238,11 +238,11 @@ def main():
         began, total, moved = time.time(), 0.0, 0.0
         world.seed(args.seed, step)
         name = list(turns)[step // args.stretch % len(turns)]
-        dit = None  # so that the other expert can make room
         dit = models.part(name)
         opt.zero_grad(set_to_none=True)
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng)):
             total += world.backward(dit, batch, *encoder.encode(batch.captions), share)
+        dit = None  # so that it can make room for the other expert
         if args.anchor:
             prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.datas)
             mine, share = world.share(len(prompts))

@@ -30,7 +30,8 @@ def whole(state):
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
     models, world = sample.load("nano"), parallel.World("cpu", **ranks)
-    models.world, models.prepare = world, lambda name, model: world.parallelize(model)
+    models.world, models.prepare, models.agree = world, lambda name, model: world.parallelize(model), lambda yes: world.agree(yes, "sequence")
+    sample.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
     latents = sample.denoise(models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False)
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
     found = {"latents": latents, "video": sample.decode(models, z)}

@@ -60,6 +60,7 @@ def test_encoder_and_vae_in_both_formats(tmp_path, checkpoints, suffix):
             torch.save(state, tmp_path / f)
         else:
             save_file({k: v.contiguous() for k, v in state.items()}, (tmp_path / f).with_suffix(suffix))
+    (tmp_path / f"Wan2.2_VAE{suffix}").rename(tmp_path / f"wan2.2_vae{suffix}")  # ComfyUI's name
     shutil.copytree(checkpoints["ti2v"] / "google", tmp_path / "google")
     assert same(load_vae(tmp_path), tiny.vae(True))
     assert same(load_t5(tmp_path, dtype=torch.float32), tiny.text_encoder())

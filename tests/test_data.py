@@ -54,6 +54,30 @@ def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
     assert max(either) < 0.02
 
 
+def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
+    """80/24 s is stored as 3.333 s there."""
+    import av
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for k in range(33):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 7 * k, np.uint8), format="rgb24")))
+        file.mux(stream.encode())
+    (tmp_path / "a.txt").write_text("a cat\u2028runs\r\na dog\n", newline="")
+    (item,), _ = scan(tmp_path, most=81, fps=24)
+    assert item.frames == 33 and item.captions == ["a cat\u2028runs", "a dog"]
+
+
+def test_a_failure_is_not_remembered_and_the_caches_is_not_the_clips(tmp_path, monkeypatch):
+    clip(tmp_path / "a.mp4")
+    with monkeypatch.context() as broken, pytest.raises(BadInput, match="no decoder"):
+        broken.setattr(data, "probe", lambda path: (_ for _ in ()).throw(data.Skip("no decoder")))
+        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
+    assert len(data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")[0]) == 1
+    with pytest.raises(BadInput, match="--cache"):
+        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "a.txt")
+
+
 def test_pixels_are_resized_and_cropped_from_the_middle(tmp_path):
     photo(tmp_path / "a.png", w=160, h=48)
     (item,), _ = scan(tmp_path, area=96 * 96, multiple=48)

@@ -9,6 +9,7 @@ import fp8
 import lora
 import tiny
 from checkpoint import BadInput
+from diag import delta
 from wan import Wan, full_config, load_wan
 
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
@@ -103,7 +104,12 @@ def test_comfyui_files(folder, tmp_path, names, shape):
     save_file({f"model.diffusion_model.{k}" if k != "scaled_fp8" else k: v for k, v in tensors.items()}, tmp_path / "model_fp8_scaled.safetensors")
     got = load_wan(tmp_path, dtype=torch.float32)
     assert sum(isinstance(m, fp8.Fp8Linear) for m in got.modules()) == 3
-    assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT))
+    assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT)) and fp8.report(got) is None
+    lora.save_lora(tmp_path / "lora" / "l.safetensors", (model := tiny.dit("ti2v", dim=256), [p.data.normal_() for p in lora.inject(model, ("cross_attn.q",), rank=2)])[0])
+    save_file(want.state_dict(), tmp_path / "lora" / "dense.safetensors")
+    (tmp_path / "lora" / "config.json").write_text((folder / "config.json").read_text())
+    eight, dense = ([r["ratio"] for r in delta(tmp_path / "lora" / "l.safetensors", base)] for base in (tmp_path, tmp_path / "lora" / "dense.safetensors"))
+    assert eight == dense
 
 
 def test_an_8_bit_linear_outside_the_blocks_is_refused(folder, tmp_path):

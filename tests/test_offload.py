@@ -1,8 +1,10 @@
 """Streaming: the same bits as resident weights, and exactly the copies that the ring needs."""
+import errno
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,22 @@ def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
 def test_too_many_blocks():
     with pytest.raises(BadInput, match="--stream_blocks 7: this model has 6"):
         Stream(tiny.dit("ti2v", layers=6), 7, "cpu")
+
+
+def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BadInput, match="shared memory are needed .No space left"):
+        share(tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, False)
+
+
+def test_a_released_stream_is_gone(checkpoints):
+    models = load(checkpoints["ti2v"], stream=2)
+    kept = weakref.ref(models.part("dit"))
+    models.release("dit")
+    assert kept() is None and not models.streams
 
 
 @pytest.mark.parametrize("fp8", (False, True))

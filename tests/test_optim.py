@@ -4,7 +4,18 @@ import math
 import pytest
 import torch
 
-from optim import AdamW8bit, dequantize, lr_at, quantize
+from optim import EMA, AdamW8bit, dequantize, lr_at, quantize
+
+
+def test_an_average_rests_while_its_parameter_has_no_gradient():
+    a, b = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    ema = EMA([a, b], 0.5)
+    for step in range(20):
+        a.grad, b.grad = (torch.ones(3), None) if step < 10 else (None, torch.ones(3))
+        with torch.no_grad():
+            (a if step < 10 else b).add_(1)
+        ema.update()
+    assert torch.equal(ema.average[0], ema.average[1]) and 8 < ema.average[0][0] < 10 and ema.steps == [10, 10]
 
 
 def test_learning_rate():

@@ -36,7 +36,7 @@ def finished(n, *command, timeout=240, **given):
 def training(script, media, folder, name, *flags, batch, steps=5, **more):
     return {"script": script, "sgd": True, **more, "argv": [
         *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
-        *"--schedule constant --warmup 0 --device cpu".split(), *("--lr 0.3 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(), *flags]}
+        *"--schedule constant --warmup 0 --device cpu".split(), *("--lr 0.2 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(), *flags]}
 
 
 def sampling(folder, name, *flags):
@@ -47,7 +47,7 @@ JOBS = {  # number of processes: {name: job}; every training sees a global batch
     1: {"lora": ("train_lora", 4), "te": ("train_te", 4), "video": ()},
     2: {"lora_data": ("train_lora", 2), "lora_fsdp": ("train_lora", 2, "--fsdp"), "lora_ulysses": ("train_lora", 4, "--ulysses_size", "2"),
         "lora_pipeline": ("train_lora", 4, "--pipeline_stages", "2"), "lora_checkpointing": ("train_lora", 4, "--pipeline_stages", "2", "--checkpointing"),
-        "lora_stream": ("train_lora", 2, "--stream_blocks", "3"),
+        "lora_stream": ("train_lora", 2, "--stream_blocks", "3"), "lora_bf16": ("train_lora", 2, "--fsdp", "--dtype", "bf16"),
         "te_data": ("train_te", 2), "te_fsdp": ("train_te", 2, "--fsdp"), "te_ulysses": ("train_te", 4, "--ulysses_size", "2"), "te_pipeline": ("train_te", 4, "--pipeline_stages", "2"),
         "video_ulysses": ("--ulysses_size", "2"), "video_stream": ("--ulysses_size", "2", "--stream_blocks", "3"), "video_guidance": ("--guidance_parallel",)},
     4: {"lora_data4": ("train_lora", 1), "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"), "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
@@ -89,12 +89,33 @@ def difference(a, b, script):
     return max(abs(u - v) / abs(u) for u, v in pairs), max(((x[k].float() - y[k].float()).norm() / x[k].float().norm().clamp(min=1e-9)).item() for k in x)
 
 
-@pytest.mark.parametrize("name", [name for n in (2, 4) for name in JOBS[n] if not name.startswith("video") and "fp8" not in name])
+@pytest.mark.parametrize("name", [name for n in (2, 4) for name in JOBS[n] if not name.startswith("video") and "fp8" not in name and "bf16" not in name])
 def test_training_equals_one_process(runs, report, name):
     script = "train_lora" if name.startswith("lora") else "train_te"
     losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
     report("losses and gradients", losses, 1e-5)
     report("weights", weights, 1e-5)
+
+
+def test_shards_in_bf16(runs, report):
+    report("losses and gradients", difference(runs / "lora", runs / "lora_bf16", "train_lora")[0], 5e-2)
+
+
+def test_the_frozen_dit_is_sharded_in_both(runs):
+    """train_te gathers the DiT's blocks as train_lora does, and the encoder's besides."""
+    lora, te = (json.loads((runs / f"{name}_fsdp" / "sent.json").read_text())["weights"] for name in ("lora", "te"))
+    encoder = sum(5 * 2 * e.nbytes // 2 for f in weight_files(ROOT / "nano" / "models_t5_umt5-xxl-enc-bf16.pth") for e in read_headers([f]).values())
+    assert te > lora + 0.8 * encoder
+
+
+def test_a_seed_at_random_is_one_for_all(tmp_path):
+    line = [ROOT / "sample.py", *sampling(tmp_path, "two", "--guidance_parallel", "--seed", "-1")["argv"]]
+    done = finished(2, *line)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seed = json.loads(next(text for text in done.stdout.splitlines() if text.startswith("{")))["seed"]
+    assert finished(1, ROOT / "sample.py", *sampling(tmp_path, "one", "--seed", str(seed))["argv"]).returncode == 0
+    a, b = (load(tmp_path / f"{name}.safetensors")[0]["latents"] for name in ("one", "two"))
+    assert (a - b).norm() < 1e-5 * a.norm()
 
 
 def test_something_was_learned(runs):
@@ -104,7 +125,7 @@ def test_something_was_learned(runs):
         assert len(losses) == 5 and min(losses) > 1e-4
     before, after = load_t5(ROOT / "nano", dtype=torch.float32).state_dict(), load(runs / "te" / RESULT["train_te"])[0]
     change = {k: (after[k] - before[k]).norm() / after[k].norm() for k in after}
-    assert change["blocks.0.attn.v.weight"] > 3e-3 and change["blocks.0.attn.q.weight"] > 1e-2
+    assert change["blocks.0.attn.v.weight"] > 1e-3 and change["blocks.0.attn.q.weight"] > 5e-3
     rows = (after["token_embedding.weight"] - before["token_embedding.weight"]).norm(dim=1)
     assert 0 < (rows > 0).sum() < 10 and rows.max() > 1e-2  # those of the keyword
     assert min(t.norm() for k, t in load(runs / "lora" / RESULT["train_lora"])[0].items() if "lora_B" in k) > 1e-3

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from checkpoint import BadInput, load as load_tensors
-from sample import NEGATIVE, Reuse, best_size, denoise, generate, latent_to_rgb, load, previewer, write_mp4
+from sample import NEGATIVE, Reuse, best_size, denoise, generate, latent_to_rgb, load, open_image, previewer, write_mp4
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
@@ -117,7 +117,7 @@ def test_command_line_end_to_end(checkpoints, tmp_path):
     _, latents = generate(load(checkpoints["ti2v"]), "a dog runs", size=(64, 32), frames=5, steps=2, guidance=3.0, seed=5, progress=False)
     assert z.dtype == torch.float32 and z.shape == (48, 2, 2, 4)
     assert torch.equal(z, latents)
-    assert Image.open(tmp_path / "g.png").size[1] > 2 * 32
+    assert Image.open(tmp_path / "g.png").size[1] > 2 * 32 and "reuse" not in told
 
 
 def test_mp4_holds_the_pixels(tmp_path):
@@ -148,13 +148,24 @@ def test_image_needed_or_not_taken(checkpoints):
 
 
 def test_another_picture_is_encoded_anew(checkpoints):
-    """Also one in the place of the last one."""
+    """Also one in the place of the last one; the estimates on the way begin with it."""
     models, picture = load(checkpoints["ti2v"]), image()
     first = lambda: generate(models, "a", image=picture, size=(96, 64), frames=1, steps=1, guidance=1.0, progress=False)[1]
     before = first()
     assert torch.equal(before, first())
     picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
-    assert not torch.equal(before, first())
+    assert not torch.equal(before, after := first())
+    seen = []
+    denoise(models, ["a"], [0], image=picture, size=(96, 64), frames=5, steps=2, guidance=1.0, progress=False, watch=lambda step, x0: seen.append(x0[0]))
+    assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
+
+
+def test_a_photo_is_upright(tmp_path):
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (20, 40)
 
 
 @pytest.mark.parametrize("w, h, want", [(1280, 704, (1280, 704)), (1280, 720, (1248, 704)), (720, 1280, (704, 1248)), (1000, 1000, (960, 928)), (3000, 1000, (1632, 544))])
@@ -185,7 +196,7 @@ def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
 
 @pytest.mark.parametrize("flags, message", [
     (["--size", "64by32"], "WIDTHxHEIGHT"), (["--shift", "0"], "--shift 0"), (["--guidance", "nan"], "finite"), (["--device", "mps"], "--device mps"),
-    (["--seed", "99999999999999999999"], "--seed"), (["--out", "/"], "--out /"), (["--steps", "0"], "--steps 0"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--seed", "99999999999999999999"], "--seed"), (["--out", "/"], "--out /"), (["--out", "clip.gif"], ".mp4"), (["--out", f"{__file__}/clip.mp4"], "may not be written"), (["--size", ""], "WIDTHxHEIGHT"), (["--steps", "0"], "--steps 0"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--ckpt", "nowhere"], "nowhere"), (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"), (["--image", "nowhere.png"], "nowhere.png")])
 def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
     command = [sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu", *flags]
@@ -252,6 +263,45 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
         assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters()))
     with pytest.raises(BadInput, match="single model"):
         load(checkpoints["ti2v"], lora=[a])
+    with pytest.raises(BadInput, match="nowhere"):  # at once, not when that expert comes
+        load(checkpoints["t2v"], lora=["nowhere.safetensors:low"])
+    save_lora(tmp_path / "wide.safetensors", (wide := tiny.dit("t2v", dim=96), inject(wide, rank=2))[0])
+    for spec in ("wide.safetensors", "wide.safetensors:low"):
+        with pytest.raises(BadInput, match="does not fit"):
+            load(checkpoints["t2v"], lora=[str(tmp_path / spec)])
+
+
+def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
+    """While its expert makes room for the other one."""
+    from lora import inject
+    models = load(checkpoints["t2v"])
+    models.prepare = lambda name, model: inject(model, rank=2, device="cpu")
+    model = models.part("high")
+    before = {p: p.data_ptr() for p in model.parameters()}
+
+    def to(device):  # as to another device: new memory for every parameter
+        for p in model.parameters():
+            p.data = p.data.clone()
+
+    model.to = to
+    models._move("high", model, "elsewhere")
+    assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(p.requires_grad for p in before)
+
+
+def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
+    """Whatever its files' prefixes are, with blocks on the host and in 8 bits."""
+    from safetensors.torch import save_file
+    from wan import load_wan
+    for file in checkpoints["ti2v"].iterdir():
+        if "diffusion_pytorch_model" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    dit = load_wan(checkpoints["ti2v"], dtype=torch.float32)
+    save_file({f"model.diffusion_model.{k}": v for k, v in dit.state_dict().items()}, tmp_path / "one.safetensors")
+    size = lambda m: sum(p.nbytes for p in m.parameters())
+    blocks = size(dit.blocks) * 3 // len(dit.blocks) // 3
+    for folder in (tmp_path, checkpoints["ti2v"]):
+        assert load(folder)._bytes("dit") == size(dit) and load(folder, stream=1)._bytes("dit") == size(dit) - blocks
+        assert load(folder, fp8=True)._bytes("dit") == size(dit) - size(dit.blocks) * 3 // 4
 
 
 def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):

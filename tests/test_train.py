@@ -133,6 +133,7 @@ def test_the_moving_average():
     ema, want = EMA([p], 0.9), 0.0
     for i in range(1, 30):
         p.data.fill_(float(i))
+        p.grad = torch.ones(3)
         ema.update()
         want += (i - want) * (1 - min(0.9, i / (i + 10)))
     with ema.in_place():
@@ -267,6 +268,30 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
         assert run.returncode == 1 and "--init_lora" in run.stderr and message in run.stderr, run.stderr
     run = train("train_lora", checkpoints["t2v"], media, tmp_path / "d", "--rank", 4, "--init_lora", file, check=False)
     assert run.returncode == 1 and "made for dit" in run.stderr
+
+
+def test_which_expert_starts_from_a_file(tmp_path):
+    from checkpoint import BadInput, save
+    from train_lora import starts
+    foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
+    save(foreign, {"x": torch.zeros(1)})
+    save(low, {"x": torch.zeros(1)}, {"expert": "low"})
+    assert starts([f"{foreign}:high", low], {"high": 0, "low": 0}) == {"high": foreign, "low": low}
+    assert starts([foreign], {"high": 0}) == {"high": foreign} and starts([], {"dit": 0}) == {}
+    for specs, turns in (([foreign], ("high", "low")), ([low, f"{foreign}:low"], ("high", "low")), ([low], ("high",))):
+        with pytest.raises(BadInput, match="--init_lora"):
+            starts(specs, dict.fromkeys(turns))
+
+
+def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path):
+    code = ("import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import sample, importlib\n"
+            "sample.free_memory, real, alive = lambda device: 0, sample.Models._load, weakref.WeakValueDictionary()\n"
+            "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n    model = real(self, name)\n"
+            "    if name in ('high', 'low'):\n        alive[name] = model\n    print('LOADED', name)\n    return model\n"
+            "sample.Models._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()")
+    for script in ("train_lora", "train_te"):
+        run = train(script, checkpoints["t2v"], media, tmp_path / script, "--stretch", 1, "--held_out", 0.3, "--eval_every", 2, code=code)
+        assert run.stdout.count("LOADED high") > 2 and run.stdout.count("LOADED low") > 2
 
 
 def test_a_delta_cap_holds_at_every_step(checkpoints, media, tmp_path):

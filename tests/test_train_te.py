@@ -12,7 +12,7 @@ import torch
 import tiny
 from checkpoint import BadInput, load
 from t5 import load_t5
-from train_te import RowEmbedding, calibrate
+from train_te import RowEmbedding, arguments, calibrate, has_keyword, own_pieces, resolve, trainable
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,8 +94,57 @@ def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
     assert 0.7 < sum(o == "a dog runs over the green grass" for o in other) / 500 < 0.98
 
 
-@pytest.mark.parametrize("flags, message", [(["--mix", "1,2"], "--mix"), (["--train_blocks", "9"], "from 0 to 2"), (["--lr", "-1"], "--lr"),
-                                            (["--trim_prob", "2"], "--trim_prob"), (["--optimizer", "adamw8bit"], "bf16"), (["--expert", "low"], "single model")])
+def test_keywords_in_any_script_and_of_several_words():
+    assert has_keyword("A Crimson box", ["crimson"]) and not has_keyword("crimsons", ["crimson"]) and not has_keyword("un-box it", ["x"])
+    assert has_keyword("一只熊猫在森林里走路", ["熊猫"]) and has_keyword("강아지가 뛴다", ["강아지"])
+    rng, caption = random.Random(0), "one very old red panda climbs up the tall tree"
+    seen = {calibrate(caption, ["red panda"], (0, 50, 50), 1.0, rng) for _ in range(500)}
+    assert all("red panda" in s for s in seen) and "red panda" in seen and len(seen) > 20
+
+
+def test_rows_of_every_spelling(checkpoints):
+    tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
+    one, both = (own_pieces(["dog"], captions, tokenizer) for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"]))
+    assert one == set(tokenizer.ids("dog")) - set(tokenizer.ids("a cat")) and both > one
+
+
+def test_rows_learn_at_their_own_rate(checkpoints):
+    encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
+    encoder.token_embedding = RowEmbedding(encoder.token_embedding, {3})
+    args = arguments(["--lr", "0", "--keyword_lr", "0.1"])
+    encoder.norm.requires_grad_(True)
+    assert [g["peak"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("flags, optimizer", [([], "adamw8bit"), (["--dtype", "fp32"], "adamw"), (["--fsdp"], "adamw"), (["--optimizer", "adamw"], None), (["--fsdp", "--optimizer", "adamw8bit"], None)])
+def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
+    """Plain AdamW's steps of 1e-5 are lost in bf16, unless what is trained is kept in fp32."""
+    import sample
+    args = arguments(["--device", "cuda", "--data", "x", "--ckpt", "ti2v-5B", *flags])
+    if optimizer:
+        resolve(args, sample.released("ti2v-5B"))
+        assert args.optimizer == optimizer
+    else:
+        with pytest.raises(BadInput, match="--optimizer"):
+            resolve(args, sample.released("ti2v-5B"))
+
+
+def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
+    import shutil
+    shutil.copytree(media, tmp_path / "media")
+    run = lambda *flags, **how: train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "out", *flags, **how)
+    first = tmp_path / "first.safetensors"
+    train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "one")
+    (tmp_path / "one" / "text_encoder.safetensors").rename(first)
+    run("--text_encoder", first, "--steps", 2)
+    (tmp_path / "media" / "b.txt").write_text("a dog walks\n")
+    for flags, changed in ((["--text_encoder", first], "captions"), ([], "encoder")):
+        found = run(*flags, "--resume", check=False)
+        assert found.returncode == 1 and f"{changed} was" in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("flags, message", [(["--save", "delta", "--text_encoder", "x.safetensors"], "--save full"), (["--mix", "1,2"], "--mix"), (["--train_blocks", "9"], "from 0 to 2"), (["--lr", "-1"], "--lr"),
+                                            (["--trim_prob", "2"], "--trim_prob"), (["--optimizer", "adamw8bit"], "adamw for fp32"), (["--expert", "low"], "single model")])
 def test_what_it_refuses(checkpoints, media, tmp_path, flags, message):
     run = train(checkpoints["ti2v"], media, tmp_path / "out", *flags, check=False)
     assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1] and "Traceback" not in run.stderr, run.stderr

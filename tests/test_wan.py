@@ -97,7 +97,7 @@ def test_what_lies_beyond_a_prompts_length_does_not_matter():
     x, t, context = inputs("t2v")
     with torch.no_grad():
         a = model(x, t, context, torch.tensor([40, 7]))
-        context[1, 7:] = 9.0
+        context[1, 7:], context[1, 8:] = 9.0, torch.inf
         assert torch.equal(a, model(x, t, context, torch.tensor([40, 7])))
 
 
