@@ -69,7 +69,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 if p.grad is not None:
                     s = self.state[p] = self.state[p] or self._new(p)
                     s["step"] += 1
-                    chunk = CHUNK * (64 if p.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
+                    chunk = CHUNK * (16 if p.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
                     for at in range(0, len(s["code_m"]), chunk):
                         self._update(group, s, p.view(-1), p.grad.view(-1), slice(at, at + chunk))
 
