@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import tempfile
 import time
 import zlib
 from dataclasses import asdict
@@ -443,11 +444,12 @@ def train(args):
 def write_clips(args):
     """mp4 + txt files and attributes.jsonl."""
     words = parse_words(args.words)
-    out, rng = Path(args.out), random.Random(f"clips {args.seed}")
-    if any(out.glob("clip_*")):
-        raise BadInput(f"--out {out}: holds clips already; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    whole, rng, lines = Path(args.out), random.Random(f"clips {args.seed}"), []
+    if whole.exists() and any(whole.iterdir()):
+        raise BadInput(f"--out {whole}: holds something already; choose another folder")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(tempfile.mkdtemp(dir=whole.parent, prefix=".tmp-"))  # so that a folder of clips holds all of them
+    out.chmod(0o755)
     for i in range(args.n):
         word = words[i // 2 % len(words)] if words and i % 2 else None  # every second clip shows what a new word means
         caption = None
@@ -459,7 +461,8 @@ def write_clips(args):
         (out / f"{name}.txt").write_text(caption + "\n")
         lines.append(json.dumps({"file": f"{name}.mp4", "caption": caption, **a}))
     (out / "attributes.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{args.n} clips in {out}")
+    out.replace(whole)
+    print(f"{args.n} clips in {whole}")
 
 
 def parse_words(text):

@@ -74,7 +74,7 @@ def test_nano_draws_the_same_clip_in_fp32(report):
     report("latents", tiny.error(found[1], found[0]), 1e-2)
 
 
-@pytest.mark.parametrize("flags", [["sample.py", "--compile"], ["sample.py", "--cuda_graphs"], ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
+@pytest.mark.parametrize("flags", [["sample.py", "--compile"], ["sample.py", "--cuda_graphs"], ["sample.py", "--cuda_graphs", "--guidance", "1"], ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
                                    ["train_lora.py", "--steps", "4", "--checkpointing"], ["train_te.py", "--steps", "4", "--optimizer", "adamw8bit"]])
 def test_scripts_run_in_bf16(flags, tmp_path):
     """They finish, and say what memory they planned and used."""
@@ -84,6 +84,14 @@ def test_scripts_run_in_bf16(flags, tmp_path):
     run = subprocess.run([sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "planned" in run.stdout
+
+
+def test_an_expert_comes_back_to_its_moments_and_averages(checkpoints, media, tmp_path):
+    """An A14B's experts leave the GPU for each other; their adapters, and all that is kept about them, stay."""
+    for flags in (["--steps", "3"], ["--steps", "6", "--resume"]):
+        run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["t2v"], "--data", media, "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--resolution", "64x64",
+                              "--frames", "9", "--batch", "2", "--stretch", "1", "--ema", "0.5", "--device", "cuda", *flags], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_8_bit_products(report):
