@@ -25,8 +25,7 @@ import offload
 import ops
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, find, read_header, read_headers, save, weight_files
 from data import Skip, open_photo
-from fp8 import report as fp8_report
-from fp8 import take_scales
+from fp8 import report as fp8_report, take_scales
 from lora import check_fit, merge, read_lora
 from parallel import World
 from t5 import encoder_files, load_t5
@@ -86,7 +85,8 @@ class Models:
         self.stream, self.streams, self.homes = stream, {}, {}
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
-        headers = {expert: read_headers(weight_files(self.folder(expert))) for expert in self.experts}  # what is wrong is better known now than after half the steps
+        # what is wrong with an expert's files, or with a LoRA, is better known now than after half the steps
+        headers = {expert: read_headers(weight_files(self.folder(expert))) for expert in self.experts}
         self.fp8 = any([fp8, *map(take_scales, headers.values())])
         self.shapes = {expert: {n.removesuffix(".weight"): e.shape for n, e in entries.items()} for expert, entries in headers.items()}
         self.loras = [self._lora(spec) for spec in loras]
@@ -133,9 +133,7 @@ class Models:
         here = [part for part, m in self.parts.items() if next(m.parameters()).device.type == self.device.type]
         resident = name in here
         need = activations + (0 if resident else self._bytes(name))
-        for other in here:
-            if other == name:
-                continue
+        for other in [part for part in here if part != name]:
             if free_memory(self.device) < need or cuda and {other, name} == {"high", "low"}:
                 self.release(other)
         if not resident:
@@ -150,7 +148,8 @@ class Models:
         return each * (sum(sizes.values()) - block) + round((1 if self.fp8 else each) * block * (1 - min(1, self.stream / max(1, count_blocks(blocks)))))
 
     def _move(self, name, model, device):
-        """A part, but for what is trained, to another device; of a streamed DiT, what is not streamed. A shared host copy is only returned to, since nothing in it changes."""
+        """A part, but for what is trained, to another device; of a streamed DiT, what is not streamed. A shared host copy is only returned to, since
+        nothing in it changes."""
         if name in self.streams:
             self.streams[name].to(device)
         elif name in self.shared and torch.device(device).type == "cpu":
@@ -470,7 +469,8 @@ def write_mp4(path, video, fps, comment=""):
     with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
         if comment:
             file.metadata["comment"] = comment
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10"})
+        # without x264's macroblock tree, which on small frames does not give the same bits each time
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10", "x264-params": "mbtree=0"})
         stream.width, stream.height, stream.pix_fmt = video.shape[3], video.shape[2], "yuv420p"
         for frame in to_uint8(video):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

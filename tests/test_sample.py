@@ -120,6 +120,18 @@ def test_command_line_end_to_end(checkpoints, tmp_path):
     assert Image.open(tmp_path / "g.png").size[1] > 2 * 32 and "reuse" not in told
 
 
+def test_a_clip_written_again_is_the_same_file(tmp_path):
+    """What is trained on, cached and held out goes by these bytes."""
+    import random
+    import nano
+    rng = random.Random(0)
+    for _ in range(60):
+        video = nano.draw([nano.sample_attributes(rng)], rng.random())[0]
+        for name in "ab":
+            write_mp4(tmp_path / f"{name}.mp4", video, 8)
+        assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
 def test_mp4_holds_the_pixels(tmp_path):
     """Crf 10 keeps smooth pictures within a few grey levels."""
     import av
