@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 import fp8
 import lora
+import sample
 import tiny
 from checkpoint import BadInput
 from diag import delta
@@ -105,6 +106,7 @@ def test_comfyui_files(folder, tmp_path, names, shape):
     got = load_wan(tmp_path, dtype=torch.float32)
     assert sum(isinstance(m, fp8.Fp8Linear) for m in got.modules()) == 3
     assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT)) and fp8.report(got) is None
+    assert sample.load(tmp_path).fp8 and not sample.load(folder).fp8  # and is planned as such
     lora.save_lora(tmp_path / "lora" / "l.safetensors", (model := tiny.dit("ti2v", dim=256), [p.data.normal_() for p in lora.inject(model, ("cross_attn.q",), rank=2)])[0])
     save_file(want.state_dict(), tmp_path / "lora" / "dense.safetensors")
     (tmp_path / "lora" / "config.json").write_text((folder / "config.json").read_text())
