@@ -559,7 +559,7 @@ def propose(script, given, gpus):
     ranks, limit = int(found[1]), int(found[2]) * 1e9  # a card's GB are 2^30: the 7 % between are for CUDA itself and for holes
     given = given + (["--batch", "1"] if script != "sample" and "--batch" not in given else [])
     ckpt = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given).ckpt
-    blocks = full_config(ckpt).num_layers if ckpt in VARIANTS else count_blocks(read_headers(weight_files(Models(ckpt, "cpu", torch.float32).files("dit")[0])))
+    blocks = full_config(ckpt).num_layers if ckpt in VARIANTS else count_blocks(next(iter(Models(ckpt, "cpu", torch.float32).headers.values())))
     least = None
     for flags in ways(script, ranks, blocks):
         need = planned(script, [*given, "--device", "cuda", *flags], ranks)

@@ -208,6 +208,12 @@ def _default_alpha(path, metadata, peft):
     return config.get("lora_alpha")
 
 
+def named_expert(spec):
+    """FILE:high or FILE:low -> (FILE, that expert); anything else -> (itself, None)."""
+    file, _, expert = spec.rpartition(":")
+    return (file, expert) if file and expert in ("high", "low") else (spec, None)
+
+
 def check_fit(path, pairs, shapes):
     """Raises BadInput unless every pair of a LoRA file has a weight of its shape. shapes: {module name: (out, in)}."""
     bad = [f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, shapes[n])) if n in shapes else 'no such module'})"

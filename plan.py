@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import fp8
 import kernels
 import ops
-from checkpoint import read_headers, weight_files
+from checkpoint import read_headers
 from offload import spread
 from parallel import cut
 from optim import EMA, AdamW8bit, adamw
@@ -125,9 +125,8 @@ ONE = Layout()
 
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    headers = {name: read_headers(weight_files(models.folder(name))) for name in models.experts}
     text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
-    found = {name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries)) for name, entries in headers.items()}
+    found = {name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries)) for name, entries in models.headers.items()}
     return found | {"text": lambda: build_t5(text, models.dir), "vae": lambda: build_vae(vae, models.dir)}
 
 

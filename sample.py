@@ -23,10 +23,10 @@ from tqdm import tqdm
 import flow
 import offload
 import ops
-from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, find, read_header, read_headers, save, weight_files
+from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, read_headers, save, weight_files
 from data import Skip, open_photo
 from fp8 import report as fp8_report, take_scales
-from lora import check_fit, merge, read_lora
+from lora import check_fit, merge, named_expert, read_lora
 from parallel import World
 from t5 import encoder_files, load_t5
 from vae import load_vae
@@ -86,9 +86,8 @@ class Models:
         self.settings = settings(self.dir)
         self.experts = ("high", "low") if self.settings["experts"] else ("dit",)
         # what is wrong with an expert's files, or with a LoRA, is better known now than after half the steps
-        headers = {expert: read_headers(weight_files(self.folder(expert))) for expert in self.experts}
-        self.fp8 = any([fp8, *map(take_scales, headers.values())])
-        self.shapes = {expert: {n.removesuffix(".weight"): e.shape for n, e in entries.items()} for expert, entries in headers.items()}
+        self.headers = {expert: read_headers(weight_files(self.folder(expert))) for expert in self.experts}
+        self.fp8 = any([fp8, *map(take_scales, self.headers.values())])
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
@@ -98,9 +97,8 @@ class Models:
 
     def _lora(self, spec):
         """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the flag does not."""
-        fields, weight, expert = spec.split(":"), 1.0, None
-        if len(fields) > 1 and fields[-1] in ("high", "low"):
-            expert = fields.pop()
+        file, expert = named_expert(spec)
+        fields, weight = file.split(":"), 1.0
         if len(fields) > 1:
             try:
                 weight = float(fields[-1])
@@ -116,7 +114,7 @@ class Models:
             raise BadInput(f"--lora {spec}: made for the {expert}-noise expert of an A14B, and {self.dir} has a single model")
         expert = expert if expert in ("high", "low") else None
         for name in [expert] if expert else self.experts:
-            check_fit(file, pairs, self.shapes[name])
+            check_fit(file, pairs, {n.removesuffix(".weight"): e.shape for n, e in self.headers[name].items()})
         return file, weight, expert
 
     def folder(self, expert):
@@ -142,8 +140,9 @@ class Models:
 
     def _bytes(self, name):
         """What a part takes on the device."""
-        sizes = {clean_key(n): e.numel for f in self.files(name) for n, e in read_header(f)[0].items()}
-        blocks = {} if name in ("text", "vae") else {n: v for n, v in sizes.items() if n.startswith("blocks.")}
+        entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
+        sizes = {n: e.numel for n, e in entries.items()}
+        blocks = {n: v for n, v in sizes.items() if name in self.headers and n.startswith("blocks.")}
         each, block = 4 if name == "vae" else self.dtype.itemsize, sum(blocks.values())
         return each * (sum(sizes.values()) - block) + round((1 if self.fp8 else each) * block * (1 - min(1, self.stream / max(1, count_blocks(blocks)))))
 

@@ -18,8 +18,8 @@ import torch
 import data
 import ops
 import plan
-from checkpoint import BadInput, Run, cli, load, read_headers, weight_files
-from lora import TARGETS, adapter, attach, hold_to, inject, parse_blocks, start_from, write_lora
+from checkpoint import BadInput, Run, cli, load
+from lora import TARGETS, adapter, attach, hold_to, inject, named_expert, parse_blocks, start_from, write_lora
 from lora import norms as lora_norms
 from optim import EMA, Guard, adamw, lr_at
 from parallel import World, clip
@@ -72,7 +72,7 @@ def starts(specs, turns):
     """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one that is trained."""
     found = {}
     for spec in specs:
-        file, _, expert = spec.rpartition(":") if spec.endswith((":high", ":low")) else (spec, "", None)
+        file, expert = named_expert(spec)
         expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
         if expert not in turns or expert in found:
             raise BadInput(f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low")
@@ -87,7 +87,7 @@ def main():
     models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
     s, models.machine, models.agree, args.base_dtype = models.settings, world.machine(), world.agree, "fp8" if models.fp8 else None
     base = [f for name in models.experts for f in models.files(name)]
-    resolve(args, s, read_config(models.folder(models.experts[0]), read_headers(weight_files(models.folder(models.experts[0])))).num_layers)
+    resolve(args, s, read_config(models.folder(models.experts[0]), models.headers[models.experts[0]]).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")

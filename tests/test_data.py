@@ -1,6 +1,7 @@
 """From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
 def test_a_failure_is_not_remembered_and_the_caches_is_not_the_clips(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     with monkeypatch.context() as broken, pytest.raises(BadInput, match="no decoder"):
-        broken.setattr(data, "probe", lambda path: (_ for _ in ()).throw(data.Skip("no decoder")))
+        broken.setattr(data, "probe", mock.Mock(side_effect=data.Skip("no decoder")))
         data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
     assert len(data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")[0]) == 1
     with pytest.raises(BadInput, match="--cache"):
