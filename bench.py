@@ -3,11 +3,14 @@
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works
     python bench.py --gpu               full-size blocks and kernels on a GPU, random weights
-    python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png shows cost against size
+    python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png
+    shows cost against size
 
-Contenders of a work get equal weights and inputs and take turns; what is printed are medians, and ours / peer. "ref" is nanoWan
-with every op as its plain PyTorch definition. Peak memory is that of a fresh process, above what it holds before the work.
+Contenders of a work get equal weights and inputs and take turns; what is printed are medians, and ours / peer. "ref" is
+nanoWan with every op as its plain PyTorch definition. Peak memory is that of a fresh process, above what it holds
+before the work.
 """
+
 import argparse
 import ctypes
 import datetime
@@ -31,10 +34,11 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tests"))  # the peers' weights are filled there
 
+import tiny
+
 import lora
 import ops
 import plan
-import tiny
 from t5 import TextEncoder
 from vae import FULL, VAE, channels_last
 from wan import Wan, WanConfig, full_config, keep_fp32, load_wan
@@ -45,7 +49,7 @@ TARGETS = ["attn2.to_k", "attn2.to_v"]
 
 def dit_flops(c, tokens, text, batch=1):
     """Multiplications and additions of a forward pass with its text's keys and values given."""
-    linear = tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
 
 
@@ -65,8 +69,11 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Forward and backward of a translator (k and v of cross-attention, rank 16); `blocks` limits ours, the peer has one everywhere."""
+    """Forward and backward of a translator (k and v of cross-attention, rank 16); `blocks` limits ours, the peer has
+    one everywhere.
+    """
     from peft import LoraConfig
+
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
     peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
@@ -80,11 +87,14 @@ def lora_step(blocks=range(6), checkpointing=False):
             F.mse_loss(run(), target).backward()
             for p in parameters:
                 p.grad = None
+
         return go
 
     trained = lambda m: [p for p in m.parameters() if p.requires_grad]
-    return {"ours": step(lambda: model(x, t, context), trained(model)),
-            "diffusers": step(lambda: peer.train()(x, t, padded, return_dict=False)[0], trained(peer))}, None
+    return {
+        "ours": step(lambda: model(x, t, context), trained(model)),
+        "diffusers": step(lambda: peer.train()(x, t, padded, return_dict=False)[0], trained(peer)),
+    }, None
 
 
 @functools.cache
@@ -96,13 +106,19 @@ def vae():
 def vae_decode():
     model, peer = vae()
     z = torch.randn(1, 48, 3, 8, 8) * 0.5
-    return {"ours": torch.no_grad()(lambda: model.decode(z)), "diffusers": torch.no_grad()(lambda: peer.decode(z).sample)}, None
+    return {
+        "ours": torch.no_grad()(lambda: model.decode(z)),
+        "diffusers": torch.no_grad()(lambda: peer.decode(z).sample),
+    }, None
 
 
 def vae_encode():
     model, peer = vae()
     video = torch.rand(1, 3, 9, 128, 128) * 2 - 1
-    return {"ours": torch.no_grad()(lambda: model.encode(video)), "diffusers": torch.no_grad()(lambda: peer.encode(video).latent_dist.mode())}, None
+    return {
+        "ours": torch.no_grad()(lambda: model.encode(video)),
+        "diffusers": torch.no_grad()(lambda: peer.encode(video).latent_dist.mode()),
+    }, None
 
 
 def text_encoder():
@@ -111,16 +127,25 @@ def text_encoder():
     peer, ids = tiny.transformers_t5(model), torch.randint(3, 1000, (4, 20))
     padded, mask = F.pad(ids, (0, 492)), F.pad(torch.ones_like(ids), (0, 492))
     lens = torch.full((4,), 20)
-    return {"ours": torch.no_grad()(lambda: model(ids, lens)), "transformers": torch.no_grad()(lambda: peer(padded, attention_mask=mask).last_hidden_state)}, None
+    return {
+        "ours": torch.no_grad()(lambda: model(ids, lens)),
+        "transformers": torch.no_grad()(lambda: peer(padded, attention_mask=mask).last_hidden_state),
+    }, None
 
 
 def sample_video():
     """Ten guided UniPC steps of a small TI2V, 9 frames of 128x128, from prompt to pixels, weights loaded before."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
-    from sample import generate, load
     from transformers import T5TokenizerFast
+
+    from sample import generate, load
+
     folder = Path(tempfile.mkdtemp())
-    models = {"dit": tiny.randomize(Wan(WanConfig("ti2v", 512, 2048, 4, 6, 48, 48, text_dim=tiny.TEXT_DIM)), 0), "text": tiny.text_encoder(), "vae": tiny.vae_of(VAE(True, 16, 24, 48))}
+    models = {
+        "dit": tiny.randomize(Wan(WanConfig("ti2v", 512, 2048, 4, 6, 48, 48, text_dim=tiny.TEXT_DIM)), 0),
+        "text": tiny.text_encoder(),
+        "vae": tiny.vae_of(VAE(True, 16, 24, 48)),
+    }
     tiny.write_dit(folder, models["dit"], shards=1)
     torch.save(models["vae"].state_dict(), folder / "Wan2.2_VAE.pth")
     torch.save(models["text"].state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -129,36 +154,77 @@ def sample_video():
     spiece.write_bytes(tiny.spiece())
     ours = load(folder)
     ours.part("text"), ours.part("dit"), ours.part("vae")
-    pipe = WanPipeline(T5TokenizerFast(vocab_file=str(spiece), extra_ids=0), tiny.transformers_t5(models["text"]), tiny.diffusers_vae(models["vae"]),
-                       UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0),
-                       tiny.diffusers_dit(models["dit"]), expand_timesteps=True)
+    pipe = WanPipeline(
+        T5TokenizerFast(vocab_file=str(spiece), extra_ids=0),
+        tiny.transformers_t5(models["text"]),
+        tiny.diffusers_vae(models["vae"]),
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
+        ),
+        tiny.diffusers_dit(models["dit"]),
+        expand_timesteps=True,
+    )
     pipe.set_progress_bar_config(disable=True)
-    said = dict(prompt="a red square moves left", height=128, width=128, num_frames=9, num_inference_steps=10, guidance_scale=5.0, output_type="pt", max_sequence_length=512)
+    said = dict(
+        prompt="a red square moves left",
+        height=128,
+        width=128,
+        num_frames=9,
+        num_inference_steps=10,
+        guidance_scale=5.0,
+        output_type="pt",
+        max_sequence_length=512,
+    )
 
     def go():
         ours.texts.clear()
-        return generate(ours, said["prompt"], size=(128, 128), frames=9, steps=10, shift=5.0, guidance=5.0, negative="", progress=False)
+        return generate(
+            ours,
+            said["prompt"],
+            size=(128, 128),
+            frames=9,
+            steps=10,
+            shift=5.0,
+            guidance=5.0,
+            negative="",
+            progress=False,
+        )
 
-    return {"ours": go, "diffusers": lambda: pipe(negative_prompt="", generator=torch.Generator().manual_seed(0), **said).frames}, None
+    return {
+        "ours": go,
+        "diffusers": lambda: pipe(negative_prompt="", generator=torch.Generator().manual_seed(0), **said).frames,
+    }, None
 
 
 def loading():
     """A checkpoint of 1 GB into memory, in fp32."""
     from diffusers import WanTransformer3DModel
+
     ours, theirs = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
     model = tiny.randomize(Wan(WanConfig("ti2v", 1536, 6144, 12, 5, 48, 48, text_dim=512)), 0)
     tiny.write_dit(ours, model, shards=2)
     tiny.diffusers_dit(model).save_pretrained(theirs)
     del model
-    return {"ours": lambda: load_wan(ours, dtype=torch.float32), "diffusers": lambda: WanTransformer3DModel.from_pretrained(theirs)}, None
+    return {
+        "ours": lambda: load_wan(ours, dtype=torch.float32),
+        "diffusers": lambda: WanTransformer3DModel.from_pretrained(theirs),
+    }, None
 
 
-WORKS = {"dit": (dit_forward, "DiT forward, width 768, 480 tokens"), "lora": (lora_step, "LoRA step, the same model"),
-         "lora_upper": (functools.partial(lora_step, blocks=(4, 5)), "LoRA step, upper third of our blocks (the peer: all of its)"),
-         "lora_ckpt": (functools.partial(lora_step, checkpointing=True), "LoRA step with checkpointing"),
-         "vae_decode": (vae_decode, "VAE 2.2 decode, 9 frames of 128x128"), "vae_encode": (vae_encode, "VAE 2.2 encode, the same"),
-         "text": (text_encoder, "text encoder, four short prompts"), "sample": (sample_video, "guided 10-step sample, end to end"),
-         "load": (loading, "load a 1 GB DiT")}
+WORKS = {
+    "dit": (dit_forward, "DiT forward, width 768, 480 tokens"),
+    "lora": (lora_step, "LoRA step, the same model"),
+    "lora_upper": (
+        functools.partial(lora_step, blocks=(4, 5)),
+        "LoRA step, upper third of our blocks (the peer: all of its)",
+    ),
+    "lora_ckpt": (functools.partial(lora_step, checkpointing=True), "LoRA step with checkpointing"),
+    "vae_decode": (vae_decode, "VAE 2.2 decode, 9 frames of 128x128"),
+    "vae_encode": (vae_encode, "VAE 2.2 encode, the same"),
+    "text": (text_encoder, "text encoder, four short prompts"),
+    "sample": (sample_video, "guided 10-step sample, end to end"),
+    "load": (loading, "load a 1 GB DiT"),
+}
 
 
 def interleaved(contenders, rounds, synchronize=lambda: None):
@@ -167,7 +233,7 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
         run()
     seconds = {name: [] for name in contenders}
     for i in range(rounds):
-        for name, run in list(contenders.items())[::-1 if i % 2 else 1]:
+        for name, run in list(contenders.items())[:: -1 if i % 2 else 1]:
             synchronize()
             began = time.perf_counter()
             run()
@@ -183,30 +249,58 @@ def matmul_peak():
 
 
 def peak_memory(work, name):
-    """Bytes that one contender's work takes above what the process held before, in a process of its own, where glibc keeps no freed memory."""
-    out = subprocess.run([sys.executable, __file__, work, "--memory_of", name], env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True, check=True)
+    """Bytes that one contender's work takes above what the process held before, in a process of its own, where glibc
+    keeps no freed memory.
+    """
+    out = subprocess.run(
+        [sys.executable, __file__, work, "--memory_of", name],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return int(out.stdout.splitlines()[-1])
 
 
 def with_reference(contenders):
     """The contenders, and ours with every op as its plain definition."""
+
     def ref():
         with ops.using("ref"):
             return contenders["ours"]()
+
     return {"ours": contenders["ours"], "ref": ref, **{k: v for k, v in contenders.items() if k != "ours"}}
 
 
 def machine():
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers", "peft") if importlib.util.find_spec(p)}
-    return {"cpu": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions, "date": datetime.date.today().isoformat(), "commit": commit}
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    versions = {
+        p: importlib.metadata.version(p)
+        for p in ("torch", "diffusers", "transformers", "peft")
+        if importlib.util.find_spec(p)
+    }
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
 
 
 def on_cpu(names, rounds):
     """Measure these works and print a row for each as it is done."""
     found, peak = {}, matmul_peak()
-    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| work | ours, ms | ref, ms | peer, ms | ours / peer | spread | memory, ours / peer |\n|---|---|---|---|---|---|---|")
+    print(
+        f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| work | ours, ms | ref, ms | peer, ms | ours / peer | spread | memory, ours / peer |\n|---|---|---|---|---|---|---|"
+    )
     for key in names:
         make, label = WORKS[key]
         contenders, flops = make()
@@ -215,22 +309,40 @@ def on_cpu(names, rounds):
         ratios = sorted(a / b for a, b in zip(seconds["ours"], seconds[peer]))
         mid = {name: median(s) for name, s in seconds.items()}
         memory = {name: peak_memory(key, name) for name in ("ours", peer)}
-        found[key] = {"work": label, "peer": peer, "seconds": seconds, "ratio": mid["ours"] / mid[peer], "memory": memory, "flops": flops}
+        found[key] = {
+            "work": label,
+            "peer": peer,
+            "seconds": seconds,
+            "ratio": mid["ours"] / mid[peer],
+            "memory": memory,
+            "flops": flops,
+        }
         done = f" ({flops / mid['ours'] / 1e9:.0f} GFLOP/s)" if flops else ""
-        print(f"| {label}{done} | {1000 * mid['ours']:.0f} | {1000 * mid['ref']:.0f} | {1000 * mid[peer]:.0f} ({peer}) | {found[key]['ratio']:.2f} | "
-              f"{ratios[0]:.2f} to {ratios[-1]:.2f} | {memory['ours'] / 1e6:.0f} / {memory[peer] / 1e6:.0f} MB |", flush=True)
+        print(
+            f"| {label}{done} | {1000 * mid['ours']:.0f} | {1000 * mid['ref']:.0f} | {1000 * mid[peer]:.0f} ({peer}) | {found[key]['ratio']:.2f} | "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f} | {memory['ours'] / 1e6:.0f} / {memory[peer] / 1e6:.0f} MB |",
+            flush=True,
+        )
     return {"matmul_peak": peak, "works": found}
 
 
 @torch.no_grad()
 def growth():
-    """Cost against tokens and frames beside what the FLOP count says: {"dit": [(tokens, seconds, flops)], "decode": [(frames, seconds)]}."""
+    """Cost against tokens and frames beside what the FLOP count says: {"dit": [(tokens, seconds, flops)], "decode":
+    [(frames, seconds)]}.
+    """
     model, _, _, t, context, _ = dit()
     decoder, curves = vae()[0], {"dit": [], "decode": []}
     for frames in (1, 2, 4, 6, 8):
         x = torch.randn(1, 48, frames, *GRID[1:])
         tokens = 160 * frames
-        curves["dit"].append((tokens, median(interleaved({"": lambda: model(x, t, context)}, 3)[""]), dit_flops(model.config, tokens, 42)))
+        curves["dit"].append(
+            (
+                tokens,
+                median(interleaved({"": lambda: model(x, t, context)}, 3)[""]),
+                dit_flops(model.config, tokens, 42),
+            )
+        )
     for latent in (1, 2, 3, 5):
         z = torch.randn(1, 48, latent, 4, 4)
         curves["decode"].append((4 * latent - 3, median(interleaved({"": lambda: decoder.decode(z)}, 3)[""])))
@@ -239,8 +351,10 @@ def growth():
 
 def plot(path, curves):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     tokens, seconds, flops = zip(*curves["dit"])
     rate = flops[-1] / seconds[-1]
@@ -255,8 +369,15 @@ def plot(path, curves):
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
-LINEAR, ATTENTION = 750e12, 650e12  # bf16 FLOP/s that an H100 reaches in practice on large products and in flash attention
-GPU_SIZES = [("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"), ("t2v-A14B", (21, 60, 104), "832x480, 81 frames"), ("ti2v-5B", (1, 44, 80), "1280x704, one image")]
+LINEAR, ATTENTION = (
+    750e12,
+    650e12,
+)  # bf16 FLOP/s that an H100 reaches in practice on large products and in flash attention
+GPU_SIZES = [
+    ("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"),
+    ("t2v-A14B", (21, 60, 104), "832x480, 81 frames"),
+    ("ti2v-5B", (1, 44, 80), "1280x704, one image"),
+]
 
 
 def measured(contenders, rounds):
@@ -273,7 +394,9 @@ def measured(contenders, rounds):
 
 
 def gpu_dit(variant, grid, label, layers=4, rounds=3):
-    """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from their number."""
+    """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from
+    their number.
+    """
     c = full_config(variant)
     total, c.num_layers = c.num_layers, layers
     with torch.device("cuda"):
@@ -293,11 +416,19 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
         contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
     print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
     found = {"forward": measured(contenders, rounds)}
-    linear = 2 * layers * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+    linear = 2 * layers * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     attention = 4 * layers * tokens * (tokens + 42) * c.dim
     bound = linear / LINEAR + attention / ATTENTION
-    found |= {"tokens": tokens, "layers": layers, "of": total, "bound_ms": 1000 * bound, "over_bound": found["forward"]["ours"]["ms"] / (1000 * bound)}
-    print(f"  practical bound {1000 * bound:.1f} ms: {found['over_bound']:.2f} of it; a guided step of all {total} blocks about {2 * total / layers * found['forward']['ours']['ms'] / 1000:.2f} s")
+    found |= {
+        "tokens": tokens,
+        "layers": layers,
+        "of": total,
+        "bound_ms": 1000 * bound,
+        "over_bound": found["forward"]["ours"]["ms"] / (1000 * bound),
+    }
+    print(
+        f"  practical bound {1000 * bound:.1f} ms: {found['over_bound']:.2f} of it; a guided step of all {total} blocks about {2 * total / layers * found['forward']['ours']['ms'] / 1000:.2f} s"
+    )
     contenders = peer = None
     lora.inject(model, rank=16)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -332,9 +463,14 @@ def gpu_vae(rounds=1):
 def on_gpu(seconds=500):
     """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
     from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
+
     began, found = time.time(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
-    jobs = [(m.__name__, m.main) for m in (modulate, qk_norm_rope, attention)] + [("kernels.causal_conv3d", causal_conv3d.main)] * torch.ops.nanowan_csrc.has_cuda()
-    jobs += [(f"{v} {label}", functools.partial(gpu_dit, v, grid, label)) for v, grid, label in GPU_SIZES] + [("vae", gpu_vae)]
+    jobs = [(m.__name__, m.main) for m in (modulate, qk_norm_rope, attention)] + [
+        ("kernels.causal_conv3d", causal_conv3d.main)
+    ] * torch.ops.nanowan_csrc.has_cuda()
+    jobs += [(f"{v} {label}", functools.partial(gpu_dit, v, grid, label)) for v, grid, label in GPU_SIZES] + [
+        ("vae", gpu_vae)
+    ]
     for name, job in jobs:
         if time.time() - began > seconds:
             found[name] = "left out: no time"

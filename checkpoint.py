@@ -4,6 +4,7 @@ A file is first only looked at: `read_header` lists names, shapes, dtypes and of
 safetensors and for zip pickles (.pth) alike. `load_into` then streams tensor after tensor into a model built on the
 meta device, converting on the way, so that host memory holds the weights once.
 """
+
 import contextlib
 import ctypes
 import fnmatch
@@ -32,9 +33,12 @@ class BadInput(ValueError):
 
 
 def cli(main):
-    """Run a script's `main`; a BadInput, or a file that cannot be read or written, becomes one line on stderr and exit code 1."""
+    """Run a script's `main`; a BadInput, or a file that cannot be read or written, becomes one line on stderr and exit
+    code 1.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        # glibc keeps freed memory in holes up to 32 MB wide: a training step on a 1 GB model took 0.9 GB of activations for 0.37
+        # glibc keeps freed memory in holes up to 32 MB wide: a training step on a 1 GB model took 0.9 GB of activations
+        # for 0.37
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks above 1 MB go back at once
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -42,23 +46,45 @@ def cli(main):
     except (BadInput, OSError) as e:
         if rank:  # what all ranks have to say, the first one says, and torchrun ends the others meanwhile
             time.sleep(3)
-        sys.exit(f"error: {f'rank {rank}: ' * (rank > 0)}" + (f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)))
+        sys.exit(
+            f"error: {f'rank {rank}: ' * (rank > 0)}"
+            + (f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e))
+        )
     except RuntimeError as e:
-        if "RANK" not in os.environ or not any(sign in str(e) for sign in ("closed by peer", "reset by peer", "NCCL", "Broken pipe")):
+        if "RANK" not in os.environ or not any(
+            sign in str(e) for sign in ("closed by peer", "reset by peer", "NCCL", "Broken pipe")
+        ):
             raise
         time.sleep(3)  # the rank that failed first has the word
         sys.exit(f"error: rank {rank}: another rank has ended; the last saved state stands, go on with --resume")
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32,
-          "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: `nbytes` bytes at `offset` hold `shape` elements of `dtype`, contiguous unless `stride` is given."""
+    """One tensor in a file: `nbytes` bytes at `offset` hold `shape` elements of `dtype`, contiguous unless `stride` is
+    given.
+    """
+
     file: Path
     dtype: torch.dtype
     shape: tuple
@@ -78,7 +104,7 @@ class Entry:
 
     def read(self, scratch=None):
         """Read this tensor, and nothing else, from its file; into the bytes of `scratch` where given."""
-        flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[:self.nbytes]
+        flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
                 f.seek(self.offset)
@@ -86,7 +112,9 @@ class Entry:
                 while view:  # one read() returns at most 2 GiB
                     n = f.readinto(view)
                     if not n:
-                        raise BadInput(f"{self.file}: ended while reading a tensor of shape {self.shape}; the file is truncated")
+                        raise BadInput(
+                            f"{self.file}: ended while reading a tensor of shape {self.shape}; the file is truncated"
+                        )
                     view = view[n:]
         flat = flat.view(self.dtype)
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
@@ -108,17 +136,28 @@ def read_header(path):
             n = int.from_bytes(head[:8], "little")
             if head[8:] != b"{" or n > 1 << 30:
                 if head[:1] == b"\x80":
-                    raise BadInput(f"{path}: an old-style pickle; save it again with torch.save (zip format) or as .safetensors")
+                    raise BadInput(
+                        f"{path}: an old-style pickle; save it again with torch.save (zip format) or as .safetensors"
+                    )
                 web = head.lstrip()[:1] in (b"<", b"{")
-                raise BadInput(f"{path}: not a weight file, it begins with {head!r}" + (" (a web page or text under this name?)" if web else ""))
+                raise BadInput(
+                    f"{path}: not a weight file, it begins with {head!r}"
+                    + (" (a web page or text under this name?)" if web else "")
+                )
             if size < 8 + n:
                 raise BadInput(f"{path}: truncated, its header alone needs {8 + n:,} bytes and the file has {size:,}")
             f.seek(8)
             header = json.loads(f.read(n))
             metadata = header.pop("__metadata__", None) or {}
-            entries = {name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
-                       for name, v in header.items()}
-            wrong = [name for name, v in header.items() if v["data_offsets"][1] - v["data_offsets"][0] != entries[name].nbytes]
+            entries = {
+                name: Entry(path, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + n + v["data_offsets"][0])
+                for name, v in header.items()
+            }
+            wrong = [
+                name
+                for name, v in header.items()
+                if v["data_offsets"][1] - v["data_offsets"][0] != entries[name].nbytes
+            ]
             if wrong:
                 raise BadInput(f"{path}: the header's offsets do not fit the shape of {wrong[0]}")
             end = max((8 + n + v["data_offsets"][1] for v in header.values()), default=8 + n)
@@ -140,8 +179,10 @@ def _pickle_header(path):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(e))
-        raise BadInput(f"{path}: this pickle holds code or objects ({found.group(1) if found else 'not plain tensors'}), "
-                       "only tensors are accepted") from None
+        raise BadInput(
+            f"{path}: this pickle holds code or objects ({found.group(1) if found else 'not plain tensors'}), "
+            "only tensors are accepted"
+        ) from None
     except (RuntimeError, OSError, EOFError) as e:
         raise BadInput(f"{path}: not a readable torch file ({str(e).splitlines()[0]})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -149,13 +190,22 @@ def _pickle_header(path):
     plain = lambda k, v: isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
     if not isinstance(state, dict) or not all(plain(k, v) for k, v in state.items()):
         raise BadInput(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
-    return {name: Entry(path, t.dtype, tuple(t.shape), t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize,
-                        None if t.is_contiguous() else t.stride()) for name, t in state.items()}
+    return {
+        name: Entry(
+            path,
+            t.dtype,
+            tuple(t.shape),
+            t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.itemsize,
+            None if t.is_contiguous() else t.stride(),
+        )
+        for name, t in state.items()
+    }
 
 
 def weight_files(path, stem="diffusion_pytorch_model"):
-    """The files that hold one model: `path` itself if it is a file; else, in the folder, every shard its index names, or
-    the unsharded safetensors. Raises BadInput naming what is missing."""
+    """The files that hold one model: `path` itself if it is a file; else, in the folder, every shard its index names,
+    or the unsharded safetensors. Raises BadInput naming what is missing.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
@@ -175,23 +225,37 @@ def weight_files(path, stem="diffusion_pytorch_model"):
     if single.is_file():
         return [single]
     # such as one of ComfyUI's files, put in the place of the official shards
-    others = sorted(f for f in path.glob("*.safetensors") if "vae" not in f.name.lower() and not f.name.startswith("models_t5"))
+    others = sorted(
+        f for f in path.glob("*.safetensors") if "vae" not in f.name.lower() and not f.name.startswith("models_t5")
+    )
     if len(others) == 1:
         return others
-    raise BadInput(f"{path}: holds neither {index.name} nor {single.name}" + (f", but {len(others)} other .safetensors files" if others else "")
-                   + "; give a model folder or one .safetensors file")
+    raise BadInput(
+        f"{path}: holds neither {index.name} nor {single.name}"
+        + (f", but {len(others)} other .safetensors files" if others else "")
+        + "; give a model folder or one .safetensors file"
+    )
 
 
 def find(path, pattern, what):
-    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`, in capitals or not."""
+    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`, in
+    capitals or not.
+    """
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
-    found = sorted(f for f in path.iterdir() if fnmatch.fnmatchcase(f.name.lower(), f"{pattern.lower()}.*") and f.suffix in (".pth", ".safetensors"))
+    found = sorted(
+        f
+        for f in path.iterdir()
+        if fnmatch.fnmatchcase(f.name.lower(), f"{pattern.lower()}.*") and f.suffix in (".pth", ".safetensors")
+    )
     if len(found) != 1:
-        raise BadInput(f"{path}: should hold {what}, " + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none"))
+        raise BadInput(
+            f"{path}: should hold {what}, "
+            + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none")
+        )
     return found[0]
 
 
@@ -227,6 +291,7 @@ def put(owner, leaf, tensor):
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor
+
         old.to_local().copy_(distribute_tensor(tensor, old.device_mesh, old.placements, src_data_rank=None).to_local())
     else:
         setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
@@ -236,31 +301,46 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     """Stream `entries` into `model`, which was built on the meta device.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
-    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is read.
-    prepare(model) may change the still empty model (adapters, fp8, shards); what it takes out is not read.
+    unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is
+    read. prepare(model) may change the still empty model (adapters, fp8, shards); what it takes out is not read.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = {
         "missing": [n for n in want if n not in entries],
         "unexpected": [n for n in entries if n not in want],
-        "mis-shaped": [f"{n} is {entries[n].shape}, should be {want[n]}" for n in want
-                       if n in entries and entries[n].shape != want[n]]}
+        "mis-shaped": [
+            f"{n} is {entries[n].shape}, should be {want[n]}"
+            for n in want
+            if n in entries and entries[n].shape != want[n]
+        ],
+    }
     if any(problems.values()):
         where = next(iter(entries.values())).file if entries else "an empty file"
-        raise BadInput(f"{where}: keys do not fit: " + "; ".join(
-            f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})" for kind, v in problems.items() if v))
+        raise BadInput(
+            f"{where}: keys do not fit: "
+            + "; ".join(
+                f"{len(v)} {kind} ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})"
+                for kind, v in problems.items()
+                if v
+            )
+        )
     for name, p in model.named_parameters():  # what prepare() makes of them, such as shards, has the right dtype
         p.data = p.data.to(torch.float32 if fp32(name) else dtype)
     prepare(model)
     left = want.keys() & dict(model.named_parameters()).keys()
-    # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in the heap.
+    # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
+    # the heap.
     scratch = torch.empty(max(e.nbytes for e in entries.values()), dtype=torch.uint8)
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
         owner, _, leaf = name.rpartition(".")
         owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
         quantized = leaf == "weight" and hasattr(owner, "quantize")  # fp8.Fp8Linear
         stays = entries[name].dtype == goal and torch.device(device).type == "cpu" and not quantized
-        tensor = torch.empty(want[name], dtype=entries[name].dtype, device="meta") if str(device) == "meta" else entries[name].read(None if stays else scratch)
+        tensor = (
+            torch.empty(want[name], dtype=entries[name].dtype, device="meta")
+            if str(device) == "meta"
+            else entries[name].read(None if stays else scratch)
+        )
         if quantized:
             owner.quantize(tensor.to(device))
         else:
@@ -286,8 +366,11 @@ def atomic(path):
 def save(path, tensors, metadata=None):
     """Write tensors as safetensors, atomically. Metadata values become strings."""
     with atomic(path) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp,
-                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            tmp,
+            metadata={k: str(v) for k, v in (metadata or {}).items()},
+        )
 
 
 def load(path):
@@ -297,26 +380,42 @@ def load(path):
 
 
 class Run:
-    """A training run's folder: OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt.
+    """A training run's folder: OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
+    checkpoints/step_N.pt.
 
-    A checkpoint is written under a temporary name and renamed, so the newest one is always whole; the last `keep` stay. After Ctrl-C
-    or SIGTERM `stop` is True: the loop saves and leaves. Of several ranks, only the `main` one writes. Raises BadInput where OUT holds a run
-    and `resume` is not asked for, unless this same job wrote it, before torchrun started its processes anew.
+    A checkpoint is written under a temporary name and renamed, so the newest one is always whole; the last `keep` stay.
+    After Ctrl-C or SIGTERM `stop` is True: the loop saves and leaves. Of several ranks, only the `main` one writes.
+    Raises BadInput where OUT holds a run and `resume` is not asked for, unless this same job wrote it, before torchrun
+    started its processes anew.
     """
 
     def __init__(self, out, flags, resume, main=True, keep=2):
         self.out, self.keep, self.stop, self.main = Path(out), keep, False, main
         self.states = self.out / "checkpoints"
         job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if main and any(self._saved()) and not resume and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job):
+        if (
+            main
+            and any(self._saved())
+            and not resume
+            and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job)
+        ):
             raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
         self.states.mkdir(parents=True, exist_ok=True)
         try:
-            commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+            commit = subprocess.run(
+                ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
         except OSError:  # no git here
             commit = None
-        self.told = {"flags": flags, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                     "commit": commit or None, "job": job, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.told = {
+            "flags": flags,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "commit": commit or None,
+            "job": job,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
 
     def _asked_to_stop(self, *_):
         if self.stop:  # asked twice
@@ -330,14 +429,19 @@ class Run:
     def restore(self, same):
         """The newest state, or None. `same` is what must not have changed since it was saved; BadInput lists what has.
 
-        What was logged after the state is dropped, since it will be logged again. From here on Ctrl-C and SIGTERM set `stop`.
+        What was logged after the state is dropped, since it will be logged again. From here on Ctrl-C and SIGTERM set
+        `stop`.
         """
         saved = self._saved()
         state = torch.load(saved[-1], weights_only=True, map_location="cpu") if saved else None
         if state and state["shards"]:
             state["shards"] = saved[-1].with_suffix(".shards")
         self.same = json.loads(json.dumps(same))
-        changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in self.same.items() if state and state["same"].get(k) != v]
+        changed = [
+            f"{k} was {state['same'].get(k)}, is {v}"
+            for k, v in self.same.items()
+            if state and state["same"].get(k) != v
+        ]
         if changed:
             raise BadInput(f"--resume: {saved[-1]} is of another run: " + "; ".join(changed))
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -345,6 +449,7 @@ class Run:
         if not self.main:
             return state
         from torch.utils.tensorboard import SummaryWriter
+
         with atomic(self.out / "flags.json") as tmp:
             tmp.write_text(json.dumps(self.told, indent=1) + "\n")
         start, log, kept = state["step"] if state else 0, self.out / "log.jsonl", []
@@ -361,7 +466,9 @@ class Run:
         """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
         if not self.main:
             return
-        shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
+        shown = lambda v: (
+            f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
+        )
         print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
         self.log_file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
@@ -369,15 +476,18 @@ class Run:
                 self.board.add_scalar(key, value, step)
 
     def save(self, step, state, shards={}):
-        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them count last."""
+        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them
+        count last.
+        """
         file = self.states / f"step_{step:06d}.pt"
         folder = file.with_suffix(".shards")
         if shards:
             import torch.distributed.checkpoint as dcp
+
             dcp.save(shards, checkpoint_id=folder)
         if self.main:
             with atomic(file) as tmp:
                 torch.save({"step": step, "same": self.same, "shards": bool(shards), **state}, tmp)
-            for old in self._saved()[:-self.keep]:
+            for old in self._saved()[: -self.keep]:
                 old.unlink()
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)

@@ -1,9 +1,11 @@
 """A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
 
-Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or one JSONL lists paths
-and captions. Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
-and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever used.
+Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or one JSONL
+lists paths and captions. Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to
+the model's frame rate and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their
+contents, so nothing stale is ever used.
 """
+
 import functools
 import hashlib
 import json
@@ -20,13 +22,20 @@ from checkpoint import BadInput, atomic, save
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-MODES = {"first": "from its beginning", "middle": "around its middle", "uniform": "spread evenly over its whole length",
-         "several": "one after the other, as many as it holds"}  # which frames of a clip
+MODES = {
+    "first": "from its beginning",
+    "middle": "around its middle",
+    "uniform": "spread evenly over its whole length",
+    "several": "one after the other, as many as it holds",
+}  # which frames of a clip
 
 
 @dataclass
 class Item:
-    """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and height in px."""
+    """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
+    height in px.
+    """
+
     path: Path
     captions: list
     width: int
@@ -48,7 +57,7 @@ class Skip(Exception):
 def buckets(area, multiple):
     """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, aspects from 1:4 to 4:1."""
     found = set()
-    for w in range(multiple, int(2 * area ** 0.5) + multiple, multiple):
+    for w in range(multiple, int(2 * area**0.5) + multiple, multiple):
         h = max(multiple, round(area / w / multiple) * multiple)
         if w * h <= area * 1.1 and 0.25 <= w / h <= 4:
             found.add((w, h))
@@ -60,8 +69,11 @@ def nearest_bucket(width, height, area, multiple):
 
 
 def frames(path, images=True):
-    """Yield (seconds since the first frame, PIL image or frame) of a clip, upright. Raises Skip where it cannot be decoded."""
+    """Yield (seconds since the first frame, PIL image or frame) of a clip, upright. Raises Skip where it cannot be
+    decoded.
+    """
     import av
+
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -78,6 +90,7 @@ def frames(path, images=True):
 def open_photo(path):
     """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
     from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -94,7 +107,9 @@ def open_photo(path):
 
 
 def probe(path):
-    """[width, height, times of its frames in seconds, or None for an image] of a media file, by decoding it once. Raises Skip."""
+    """[width, height, times of its frames in seconds, or None for an image] of a media file, by decoding it once.
+    Raises Skip.
+    """
     if path.suffix.lower() in IMAGES:
         return [*open_photo(path).size, None]
     times, size = [], None
@@ -137,7 +152,9 @@ def read_captions(path):
 
 
 def listed(file):
-    """[(path, captions or why there are none)] of a JSONL: lines {"path": ..., "caption": text or list of texts}, paths relative to it."""
+    """[(path, captions or why there are none)] of a JSONL: lines {"path": ..., "caption": text or list of texts}, paths
+    relative to it.
+    """
     rows = []
     try:
         for i, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n")):
@@ -153,7 +170,9 @@ def listed(file):
 
 
 def windows(times, most, fps, mode):
-    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`. Raises Skip where it is too short."""
+    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`. Raises Skip where it is
+    too short.
+    """
     length = max(times)
     available = int(length * fps + 0.05) + 1  # frames at the model's rate; Matroska rounds times to milliseconds
     n = min(most, (available - 1) // 4 * 4 + 1)
@@ -169,10 +188,15 @@ def windows(times, most, fps, mode):
 def scan(source, area, multiple, most, fps, mode="first", cache=None):
     """Look through a folder, recursively, or a JSONL: ([Item], [(path, reason)] of what is skipped).
 
-    area px, `most` frames per sample at fps, mode: one of MODES. Raises BadInput, with the reasons, where nothing is left."""
+    area px, `most` frames per sample at fps, mode: one of MODES. Raises BadInput, with the reasons, where nothing is
+    left."""
     source = Path(source)
     if source.is_dir():
-        found = [(p, None) for p in sorted(source.rglob("*")) if p.suffix.lower() in IMAGES | CLIPS and not p.name.startswith(".")]
+        found = [
+            (p, None)
+            for p in sorted(source.rglob("*"))
+            if p.suffix.lower() in IMAGES | CLIPS and not p.name.startswith(".")
+        ]
     elif source.is_file():
         found = listed(source)
     else:
@@ -200,8 +224,13 @@ def scan(source, area, multiple, most, fps, mode="first", cache=None):
         except OSError as e:
             skipped.append((path, e.strerror or str(e)))
     if not items:
-        raise BadInput(f"--data {source}: nothing to train on; " + ("; ".join(f"{p.name} {why}" for p, why in skipped[:20]) or
-                       f"no {', '.join(sorted(IMAGES | CLIPS))} in it"))
+        raise BadInput(
+            f"--data {source}: nothing to train on; "
+            + (
+                "; ".join(f"{p.name} {why}" for p, why in skipped[:20])
+                or f"no {', '.join(sorted(IMAGES | CLIPS))} in it"
+            )
+        )
     return items, skipped
 
 
@@ -217,7 +246,9 @@ def report(items, skipped):
 
 
 def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to start + k/fps."""
+    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to
+    start + k/fps.
+    """
     from PIL import Image
 
     def fit(image):
@@ -232,7 +263,11 @@ def pixels(item):
     else:
         wanted, chosen, last = [item.start + k / item.fps for k in range(item.frames)], [], None
         for at, image in frames(item.path):
-            while last is not None and len(chosen) < item.frames and abs(at - wanted[len(chosen)]) > abs(last[0] - wanted[len(chosen)]):
+            while (
+                last is not None
+                and len(chosen) < item.frames
+                and abs(at - wanted[len(chosen)]) > abs(last[0] - wanted[len(chosen)])
+            ):
                 chosen.append(fit(last[1]))  # the frame before was the nearer one
             if len(chosen) == item.frames:
                 break
@@ -256,26 +291,38 @@ def _digest(path, *_):
 
 def entry(cache, suffix=".safetensors", **parts):
     """The cache file for something decided by `parts`."""
-    return Path(cache) / (hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest() + suffix)
+    return Path(cache) / (
+        hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest() + suffix
+    )
 
 
 def latent_bytes(items, vae22, image_condition=False):
     """Bytes that the latents of some items take in the cache, at 4 a number."""
     side, channels = (16, 48) if vae22 else (8, 16)
-    return sum(4 * (channels + 20 * image_condition) * (1 + (i.frames - 1) // 4) * (i.width // side) * (i.height // side) for i in items)
+    return sum(
+        4 * (channels + 20 * image_condition) * (1 + (i.frames - 1) // 4) * (i.width // side) * (i.height // side)
+        for i in items
+    )
 
 
 def latent_files(items, cache, vae_file, image_condition=False):
     """The cache files of some items' latents."""
     weights = digest(vae_file)
-    return [entry(cache, media=i.digest, size=i.bucket, start=i.start, fps=i.fps, vae=weights, dtype="fp32", y=image_condition) for i in items]
+    return [
+        entry(
+            cache, media=i.digest, size=i.bucket, start=i.start, fps=i.fps, vae=weights, dtype="fp32", y=image_condition
+        )
+        for i in items
+    ]
 
 
 def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
-    """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is missing.
+    """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is
+    missing.
 
-    Each file holds `latents` (C,T',h,w) fp32, and with `image_condition` (I2V) `y` (20,T',h,w), the conditioning on its first frame.
-    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile is left out.
+    Each file holds `latents` (C,T',h,w) fp32, and with `image_condition` (I2V) `y` (20,T',h,w), the conditioning on its
+    first frame. Several processes may do this at once: a file appears whole or not at all, and what another one has
+    done meanwhile is left out.
     """
     files = latent_files(items, cache, vae_file, image_condition)
     missing = [(i, f) for i, f in zip(items, files) if not f.exists()]
@@ -292,8 +339,10 @@ def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
 
 
 def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
-    """Make sure every caption's embedding is cached; returns {caption: file}. `load_encoder()` is called only if one is missing.
-    `encoder_files`: its weights and its tokenizer. Each cache file holds `embedding` (S,D) in the encoder's dtype."""
+    """Make sure every caption's embedding is cached; returns {caption: file}. `load_encoder()` is called only if one is
+    missing. `encoder_files`: its weights and its tokenizer. Each cache file holds `embedding` (S,D) in the encoder's
+    dtype.
+    """
     weights = [digest(f) for f in encoder_files]
     files = {c: entry(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
     missing = [c for c, f in files.items() if not f.exists()]
@@ -307,8 +356,10 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
 
 # ---- batches -----------------------------------------------------------------------------------------------------
 class Batches:
-    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders make smaller
-    batches, so that every file is seen once an epoch. `at(step)` needs no history: a resumed run just goes on."""
+    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders
+    make smaller batches, so that every file is seen once an epoch. `at(step)` needs no history: a resumed run just goes
+    on.
+    """
 
     def __init__(self, items, batch, seed):
         self.seed, self.batch = seed, batch
@@ -325,7 +376,7 @@ class Batches:
             rng, batches = random.Random(f"{self.seed} epoch {epoch}"), []
             for _, group in sorted(self.groups.items()):
                 order = rng.sample(group, len(group))
-                batches += [order[i:i + self.batch] for i in range(0, len(order), self.batch)]
+                batches += [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
             rng.shuffle(batches)
             self._epoch, self._batches = epoch, batches
         return self._batches[position]

@@ -2,6 +2,7 @@
 
 x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
 """
+
 import numpy as np
 import torch
 
@@ -21,8 +22,8 @@ def unshift_t(t, shift):
 def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the base
-    distribution that lands in it, so no draw is rejected and the density inside is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the
+    base distribution that lands in it, so no draw is rejected and the density inside is unchanged.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -50,8 +51,11 @@ def add_noise(x0, eps, t):
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """Steps a latent from noise to clean. `timesteps` are what the DiT is given (integers, truncated, as in the official code);
-    the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0. Call `step(v, x)` once per timestep, in order."""
+    """Steps a latent from noise to clean. `timesteps` are what the DiT is given (integers, truncated, as in the
+    official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0. Call `step(v, x)` once per
+    timestep, in order.
+    """
+
     start = 1.0
 
     def __init__(self, steps, shift):
@@ -61,7 +65,8 @@ class Solver:
         s = shift * s / (1 + (shift - 1) * s)
         self.timesteps = torch.from_numpy((s * 1000).astype(np.int64))
         self.sigmas = torch.from_numpy(np.append(s, 0).astype(np.float32))
-        # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their result
+        # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their
+        # result
         self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
         self.i = 0
 
@@ -81,7 +86,7 @@ class DPMpp(Solver):
     """DPM-Solver++(2M), midpoint; first and last step of first order (Lu et al., 2022)."""
 
     def step(self, v, x):
-        i, (lambda0, lambda1) = self.i, self.lambdas[self.i:self.i + 2]
+        i, (lambda0, lambda1) = self.i, self.lambdas[self.i : self.i + 2]
         x0 = x - self.sigma * v
         h = lambda1 - lambda0
         step = (1 - self.sigmas[i + 1]) * (torch.exp(-h) - 1)
@@ -95,10 +100,13 @@ class DPMpp(Solver):
 
 class UniPC(Solver):
     """UniPC of order 2, B(h) = e^h - 1, predicting x0; lower order at both ends (Zhao et al., 2023)."""
+
     start = float(np.float32(0.999))  # the official grid starts from the fp32 number
 
     def _update(self, i, x, x0, order, final=None):
-        """From sigma i to i+1. With `final`, the prediction x0 at i+1, this is the corrector; without it, the predictor."""
+        """From sigma i to i+1. With `final`, the prediction x0 at i+1, this is the corrector; without it, the
+        predictor.
+        """
         h = self.lambdas[i] - self.lambdas[i + 1]  # -h of the paper
         phi = torch.expm1(h)
         difference, r = [], []

@@ -1,9 +1,11 @@
 """Frozen linears in 8 bits: e4m3 weights, a scale per output channel, half of bf16's memory.
 
-Made from bf16 or fp32 weights while they load (`convert` the empty model first), or read from ComfyUI's fp8_scaled files as they are.
-A product is the GPU's own fp8 one where there is that (Ada, Hopper and newer; x is then rounded to e4m3 too, with a scale per token), and
-elsewhere the weight, made dense for the moment. Adapters are added in their own precision. The format: Micikevicius et al., 2022.
+Made from bf16 or fp32 weights while they load (`convert` the empty model first), or read from ComfyUI's fp8_scaled
+files as they are. A product is the GPU's own fp8 one where there is that (Ada, Hopper and newer; x is then rounded to
+e4m3 too, with a scale per token), and elsewhere the weight, made dense for the moment. Adapters are added in their own
+precision. The format: Micikevicius et al., 2022.
 """
+
 import math
 
 import torch
@@ -30,7 +32,12 @@ def dense(weight, scale, dtype):
 
 def fp8_products(x, weight):
     """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 9) and not any(n % 16 for n in weight.shape)
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+        and not any(n % 16 for n in weight.shape)
+    )
 
 
 class Product(torch.autograd.Function):
@@ -42,7 +49,15 @@ class Product(torch.autograd.Function):
         if not fp8_products(x, weight):
             return F.linear(x, dense(weight, scale, x.dtype), bias)
         rows, by_row = rounded(x.flatten(0, -2))
-        y = torch._scaled_mm(rows, weight.t(), scale_a=by_row, scale_b=scale.t().contiguous(), bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            rows,
+            weight.t(),
+            scale_a=by_row,
+            scale_b=scale.t().contiguous(),
+            bias=bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -52,12 +67,19 @@ class Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear whose weight (out,in) is e4m3, with `scales` (out,1) fp32. `norm` and `error` are the Frobenius norms of the weight that it
-    was made from and of the difference; given scales, 8-bit weights are taken over unchanged, and their error is not known."""
+    """A frozen linear whose weight (out,in) is e4m3, with `scales` (out,1) fp32. `norm` and `error` are the Frobenius
+    norms of the weight that it was made from and of the difference; given scales, 8-bit weights are taken over
+    unchanged, and their error is not known.
+    """
 
     def __init__(self, linear, given=None):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias, self.given = linear.in_features, linear.out_features, linear.bias, given
+        self.in_features, self.out_features, self.bias, self.given = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+            given,
+        )
         self.weight = nn.Parameter(linear.weight.to(E4M3), requires_grad=False)
         self.register_buffer("scales", torch.empty(self.out_features, 1, device=linear.weight.device), persistent=False)
 
@@ -65,11 +87,15 @@ class Fp8Linear(nn.Linear):
         """Take over a weight that was read."""
         if self.given is None:
             eight, self.scales = rounded(weight)
-            self.norm, self.error = (t.float().norm() for t in (weight, weight.float() - dense(eight, self.scales, torch.float32)))
+            self.norm, self.error = (
+                t.float().norm() for t in (weight, weight.float() - dense(eight, self.scales, torch.float32))
+            )
         else:
             eight, scale = weight.clone(), self.given.read().float().to(weight.device)
             if weight.dtype != E4M3 or scale.numel() not in (1, self.out_features):
-                raise BadInput(f"{self.given.file}: a weight {tuple(weight.shape)} in {weight.dtype} with {scale.numel()} scales; expected e4m3, and 1 or {self.out_features}")
+                raise BadInput(
+                    f"{self.given.file}: a weight {tuple(weight.shape)} in {weight.dtype} with {scale.numel()} scales; expected e4m3, and 1 or {self.out_features}"
+                )
             self.scales = scale.reshape(-1, 1).expand(self.out_features, 1).contiguous()
             self.norm = dense(eight, self.scales, torch.float32).norm()
         put(self, "weight", eight)
@@ -87,8 +113,9 @@ def take_scales(entries):
 
 
 def convert(model, scales):
-    """Give an empty DiT linears in 8 bits in all of its blocks; with `scales`, in those places only that have one. Linears outside of blocks stay
-    dense, so BadInput where one of them has a scale."""
+    """Give an empty DiT linears in 8 bits in all of its blocks; with `scales`, in those places only that have one.
+    Linears outside of blocks stay dense, so BadInput where one of them has a scale.
+    """
     stray = [name for name in scales if not name.startswith("blocks.")]
     if stray:
         raise BadInput(f"{scales[stray[0]].file}: {stray[0]} is in 8 bits; only the linears of blocks can be")
@@ -99,11 +126,19 @@ def convert(model, scales):
 
 
 def report(model):
-    """The error of 8-bit weights, per kind: the norm of the difference over that of the weights, of all blocks together. None without any."""
+    """The error of 8-bit weights, per kind: the norm of the difference over that of the weights, of all blocks
+    together. None without any.
+    """
     kinds = {}
     for name, m in model.named_modules():
         if hasattr(m, "error"):
             kinds.setdefault(name.split(".", 2)[2], []).append(m)
     together = lambda values: math.hypot(*(v.item() for v in values))
-    errors = {kind: together(m.error for m in ms) / max(together(m.norm for m in ms), 1e-30) for kind, ms in kinds.items()}
-    return "fp8 weights, relative error: " + ", ".join(f"{kind} {100 * e:.2f} %" for kind, e in errors.items()) if errors else None
+    errors = {
+        kind: together(m.error for m in ms) / max(together(m.norm for m in ms), 1e-30) for kind, ms in kinds.items()
+    }
+    return (
+        "fp8 weights, relative error: " + ", ".join(f"{kind} {100 * e:.2f} %" for kind, e in errors.items())
+        if errors
+        else None
+    )

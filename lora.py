@@ -1,9 +1,10 @@
 """LoRA: W + (alpha/rank) B A on chosen linears of a built model; inject, merge, save, load, convert. Hu et al., 2021.
 
 A target is the tail of a module's name within a block: self_attn.{q,k,v,o}, cross_attn.{q,k,v,o}, ffn.0, ffn.2.
-Files are written so that ComfyUI, lightx2v and diffusers all read them alike: keys `diffusion_model.NAME.lora_A.weight` and
-`.lora_B.weight`, alpha/rank folded into B, no alpha key. Read are those, kohya's and PEFT's names.
+Files are written so that ComfyUI, lightx2v and diffusers all read them alike: keys `diffusion_model.NAME.lora_A.weight`
+and `.lora_B.weight`, alpha/rank folded into B, no alpha key. Read are those, kohya's and PEFT's names.
 """
+
 import json
 import math
 import re
@@ -19,7 +20,9 @@ TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear, of whatever class, with its own name and weight, plus scale * B A x. A and B are fp32 whatever the weight is."""
+    """A frozen linear, of whatever class, with its own name and weight, plus scale * B A x. A and B are fp32 whatever
+    the weight is.
+    """
 
     @staticmethod
     def over(linear, rank, alpha, dropout=0.0, device=None):
@@ -39,7 +42,7 @@ class LoRALinear(nn.Linear):
 
 
 def parse_blocks(text, total):
-    """"20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
+    """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
     if not text:
         return list(range(total))
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
@@ -56,9 +59,9 @@ def parse_blocks(text, total):
 def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None, device=None):
     """Put a LoRA on every target of the given blocks (default all) and freeze everything else, in place.
 
-    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. device: of the adapters, where that is not the weights' (a model still
-    empty). Returns the trainable parameters, A and B in turn, fp32.
-    B starts at zero, so the model's output does not change.
+    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. device: of the adapters, where that is not the
+    weights' (a model still empty). Returns the trainable parameters, A and B in turn, fp32. B starts at zero, so the
+    model's output does not change.
     """
     unknown = [t for t in targets if t not in TARGETS]
     if unknown or not targets:
@@ -99,8 +102,10 @@ def start_from(pairs, path, scale):
     want, have = shape(pairs), shape(given)
     if want != have:
         odd = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
-        raise BadInput(f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as {odd[0]}: "
-                       f"A and B are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}")
+        raise BadInput(
+            f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as {odd[0]}: "
+            f"A and B are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}"
+        )
     for name, (a, b) in pairs.items():
         a.copy_(given[name][0])
         b.copy_(given[name][1] / scale)
@@ -114,8 +119,9 @@ def norms(model):
 
 @torch.no_grad()
 def hold_to(pairs, scale, base, cap):
-    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, base[name] (). Through the r x r
-    products B^T B and A A^T; dW is never formed. Returns how many there were."""
+    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, base[name] ().
+    Through the r x r products B^T B and A A^T; dW is never formed. Returns how many there were.
+    """
     held = torch.zeros(())
     for name, (a, b) in pairs.items():
         norm = scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
@@ -131,24 +137,45 @@ def save_lora(path, model, **metadata):
 
 
 def write_lora(path, pairs, scale=1.0, **metadata):
-    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file). Rank, targets and blocks join the metadata."""
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file). Rank, targets and
+    blocks join the metadata.
+    """
     tensors, parts = {}, [re.match(r"blocks\.(\d+)\.(.+)", name).groups() for name in pairs]
     for name, (a, b) in pairs.items():
         tensors[f"diffusion_model.{name}.lora_A.weight"] = a
         tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
     rank = len(next(iter(pairs.values()))[0])
-    save(path, tensors, {"rank": rank, "alpha": scale * rank, "alpha_folded": True,
-                         "targets": ",".join(sorted({t for _, t in parts})),
-                         "blocks": ",".join(map(str, sorted({int(i) for i, _ in parts}))), **metadata})
+    save(
+        path,
+        tensors,
+        {
+            "rank": rank,
+            "alpha": scale * rank,
+            "alpha_folded": True,
+            "targets": ",".join(sorted({t for _, t in parts})),
+            "blocks": ",".join(map(str, sorted({int(i) for i, _ in parts}))),
+            **metadata,
+        },
+    )
 
 
-PEFT_NAMES = [("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_q", ".q"), (".to_k", ".k"), (".to_v", ".v"), (".to_out.0", ".o"),
-              ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2")]
+PEFT_NAMES = [
+    ("attn1.", "self_attn."),
+    ("attn2.", "cross_attn."),
+    (".to_q", ".q"),
+    (".to_k", ".k"),
+    (".to_v", ".v"),
+    (".to_out.0", ".o"),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+]
 KINDS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
 
 
 def official_name(key):
-    """A LoRA file's key -> (official module name, "A" | "B" | "alpha"), or None if it is no LoRA key of this model family."""
+    """A LoRA file's key -> (official module name, "A" | "B" | "alpha"), or None if it is no LoRA key of this model
+    family.
+    """
     m = re.fullmatch(r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?", key)
     if not m:
         return None
@@ -179,8 +206,10 @@ def read_lora(path):
     fits = lambda p: {"A", "B"} <= set(p) and p["A"].dim() == p["B"].dim() == 2 and 0 < len(p["A"]) == p["B"].shape[1]
     broken = [n for n, p in found.items() if not fits(p) or p.get("alpha", torch.zeros(1)).numel() != 1]
     if unknown or broken or not found:
-        raise BadInput(f"{path}: not a LoRA for Wan's blocks: {len(unknown)} unknown keys {unknown[:3]}, "
-                       f"{len(broken)} modules without a matching pair {broken[:3]}, {len(found)} usable")
+        raise BadInput(
+            f"{path}: not a LoRA for Wan's blocks: {len(unknown)} unknown keys {unknown[:3]}, "
+            f"{len(broken)} modules without a matching pair {broken[:3]}, {len(found)} usable"
+        )
     default = _default_alpha(Path(path), metadata, any(k.startswith("base_model.") for k in tensors))
     result = {}
     for name, p in found.items():
@@ -191,8 +220,9 @@ def read_lora(path):
 
 
 def _default_alpha(path, metadata, peft):
-    """The alpha of a file without alpha keys, or None for the rank (a scale of 1): diffusers keeps it in the file's metadata,
-    PEFT in adapter_config.json beside the file."""
+    """The alpha of a file without alpha keys, or None for the rank (a scale of 1): diffusers keeps it in the file's
+    metadata, PEFT in adapter_config.json beside the file.
+    """
     config, source = {}, path
     try:
         if "lora_adapter_metadata" in metadata:
@@ -216,16 +246,21 @@ def named_expert(spec):
 
 def check_fit(path, pairs, shapes):
     """Raises BadInput unless every pair of a LoRA file has a weight of its shape. shapes: {module name: (out, in)}."""
-    bad = [f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, shapes[n])) if n in shapes else 'no such module'})"
-           for n, (a, b) in pairs.items() if shapes.get(n) != (b.shape[0], a.shape[1])]
+    bad = [
+        f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, shapes[n])) if n in shapes else 'no such module'})"
+        for n, (a, b) in pairs.items()
+        if shapes.get(n) != (b.shape[0], a.shape[1])
+    ]
     if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
 
 
 @torch.no_grad()
 def merge(model, path, weight=1.0):
-    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype. Beside 8-bit weights it stays.
-    Raises BadInput, before anything is changed, if a module is missing or has another shape."""
+    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype.
+    Beside 8-bit weights it stays. Raises BadInput, before anything is changed, if a module is missing or has another
+    shape.
+    """
     pairs, modules = read_lora(path)[0], dict(model.named_modules())
     check_fit(path, pairs, {name: m.weight.shape for name, m in modules.items() if name in pairs})
     for name, (a, b) in pairs.items():
@@ -237,9 +272,14 @@ def merge(model, path, weight=1.0):
 
 
 def _beside(linear, a, b):
-    """Let B A stay beside a linear: added to an 8-bit weight, most of it would be rounded away. A further one makes the rank larger."""
+    """Let B A stay beside a linear: added to an 8-bit weight, most of it would be rounded away. A further one makes the
+    rank larger.
+    """
     if isinstance(linear, LoRALinear):
-        a, b = torch.cat([linear.lora_A.data, a.to(linear.lora_A)]), torch.cat([linear.scale * linear.lora_B.data, b.to(linear.lora_B)], 1)
+        a, b = (
+            torch.cat([linear.lora_A.data, a.to(linear.lora_A)]),
+            torch.cat([linear.scale * linear.lora_B.data, b.to(linear.lora_B)], 1),
+        )
     LoRALinear.over(linear, len(a), len(a))
     linear.requires_grad_(False)
     linear.lora_A.copy_(a)

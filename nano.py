@@ -8,6 +8,7 @@ A clip is 64x64 px, 9 frames: one shape with a colour and a motion before a plai
 is a whole Wan 2.2 TI2V in the official layout, small enough for two CPU cores, that really follows its captions; so
 each step of the research loop (teach a word, train a translator, measure) runs here as it does at full size.
 """
+
 import argparse
 import json
 import math
@@ -32,40 +33,72 @@ from wan import Wan, WanConfig
 
 # ---- the world ---------------------------------------------------------------------------------------------------
 SIZE, FRAMES, FPS, RADIUS, STEP = 64, 9, 8, 13, 4  # px, frames, frames/s, px, px per frame
-COLORS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 240), "yellow": (240, 225, 40),
-          "purple": (160, 60, 210), "cyan": (50, 215, 225), "white": (248, 248, 248)}
+COLORS = {
+    "red": (230, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 240),
+    "yellow": (240, 225, 40),
+    "purple": (160, 60, 210),
+    "cyan": (50, 215, 225),
+    "white": (248, 248, 248),
+}
 UNDRAWN = {"orange": (245, 135, 30)}  # known to the grader and to `clips`, never seen by the base DiT
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 BACKGROUNDS = {"dark": (20, 20, 24), "grey": (128, 128, 128)}
 ATTRIBUTES = ("color", "shape", "motion")
-VERBS = {"left": ("moves left", "slides left", "drifts to the left"), "right": ("moves right", "slides right", "drifts to the right"),
-         "up": ("moves up", "rises", "climbs"), "down": ("moves down", "falls", "drops"),
-         "still": ("stays still", "rests", "does not move")}
-TEMPLATES = ("a {color} {shape} {verb}", "the {color} {shape} {verb}", "{background} background, a {color} {shape} {verb}",
-             "a {color} {shape} {verb} on a {background} background", "a {shape} that is {color} {verb}",
-             "there is a {color} {shape} and it {verb}")
+VERBS = {
+    "left": ("moves left", "slides left", "drifts to the left"),
+    "right": ("moves right", "slides right", "drifts to the right"),
+    "up": ("moves up", "rises", "climbs"),
+    "down": ("moves down", "falls", "drops"),
+    "still": ("stays still", "rests", "does not move"),
+}
+TEMPLATES = (
+    "a {color} {shape} {verb}",
+    "the {color} {shape} {verb}",
+    "{background} background, a {color} {shape} {verb}",
+    "a {color} {shape} {verb} on a {background} background",
+    "a {shape} that is {color} {verb}",
+    "there is a {color} {shape} and it {verb}",
+)
 # Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
-NEW_WORDS = {"crimson": ("color", "red"), "azure": ("color", "blue"), "box": ("shape", "square"), "orb": ("shape", "circle"),
-             "wedge": ("shape", "triangle"), "sinks": ("motion", "down"), "ascends": ("motion", "up"), "halts": ("motion", "still"),
-             "retreats": ("motion", "left"), "advances": ("motion", "right"), "orange": ("color", "orange"),
-             "plus": ("shape", "cross")}
+NEW_WORDS = {
+    "crimson": ("color", "red"),
+    "azure": ("color", "blue"),
+    "box": ("shape", "square"),
+    "orb": ("shape", "circle"),
+    "wedge": ("shape", "triangle"),
+    "sinks": ("motion", "down"),
+    "ascends": ("motion", "up"),
+    "halts": ("motion", "still"),
+    "retreats": ("motion", "left"),
+    "advances": ("motion", "right"),
+    "orange": ("color", "orange"),
+    "plus": ("shape", "cross"),
+}
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
 UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
 
 
 def template(shape, radius, center, size=SIZE):
-    """Anti-aliased coverage in [0,1] of shapes. shape (B,) index into SHAPES, radius (B,), center (B,T,2) as x,y px -> (B,T,size,size)."""
+    """Anti-aliased coverage in [0,1] of shapes. shape (B,) index into SHAPES, radius (B,), center (B,T,2) as x,y px ->
+    (B,T,size,size).
+    """
     grid = torch.arange(size) + 0.5
     x = grid[None, None, None, :] - center[..., 0, None, None]
     y = grid[None, None, :, None] - center[..., 1, None, None]
     r = radius.view(-1, 1, 1, 1).float()
     box = lambda a, b: torch.maximum(x.abs() - a, y.abs() - b)
-    distance = torch.stack([  # signed, in px, negative inside
-        (x * x + y * y).sqrt() - r,
-        box(0.89 * r, 0.89 * r),
-        torch.maximum(y - 0.6 * r, x.abs() * 0.866 - y * 0.5 - 0.6 * r),
-        torch.minimum(box(1.08 * r, 0.38 * r), box(0.38 * r, 1.08 * r))], 1)
+    distance = torch.stack(
+        [  # signed, in px, negative inside
+            (x * x + y * y).sqrt() - r,
+            box(0.89 * r, 0.89 * r),
+            torch.maximum(y - 0.6 * r, x.abs() * 0.866 - y * 0.5 - 0.6 * r),
+            torch.minimum(box(1.08 * r, 0.38 * r), box(0.38 * r, 1.08 * r)),
+        ],
+        1,
+    )
     distance = distance[torch.arange(len(shape)), shape]
     return (0.5 - distance).clamp(0, 1)
 
@@ -78,19 +111,29 @@ def render(shape, color, background, center, size=SIZE):
 
 
 def courses(motion):
-    """Every path of a motion, 9 centres (x, y) each: through the middle of the frame, jittered by -4, 0 or 4 px across it (both
-    ways when still)."""
+    """Every path of a motion, 9 centres (x, y) each: through the middle of the frame, jittered by -4, 0 or 4 px across
+    it (both ways when still).
+    """
     dx, dy = MOTIONS[motion]
-    return [[(SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2)) for t in range(FRAMES)]
-            for jx in ((0,) if dx else (-4, 0, 4)) for jy in ((0,) if dy else (-4, 0, 4))]
+    return [
+        [
+            (SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2))
+            for t in range(FRAMES)
+        ]
+        for jx in ((0,) if dx else (-4, 0, 4))
+        for jy in ((0,) if dy else (-4, 0, 4))
+    ]
 
 
 def paint(attributes, centers):
     """Clips (B,3,9,64,64) in [-1,1] of a list of {"color", "shape", "motion", "background"} along the given centres."""
     palette = COLORS | UNDRAWN
-    return render(torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
-                  torch.tensor([palette[a["color"]] for a in attributes]),
-                  torch.tensor([BACKGROUNDS[a["background"]] for a in attributes]), torch.tensor(centers))
+    return render(
+        torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
+        torch.tensor([palette[a["color"]] for a in attributes]),
+        torch.tensor([BACKGROUNDS[a["background"]] for a in attributes]),
+        torch.tensor(centers),
+    )
 
 
 def draw(attributes, seed):
@@ -101,7 +144,12 @@ def draw(attributes, seed):
 
 def say(a, rng, words=(), form=None):
     """A caption of attributes `a`. `words` are new words to use wherever they fit."""
-    value = {"color": a["color"], "shape": a["shape"], "verb": rng.choice(VERBS[a["motion"]]), "background": a["background"]}
+    value = {
+        "color": a["color"],
+        "shape": a["shape"],
+        "verb": rng.choice(VERBS[a["motion"]]),
+        "background": a["background"],
+    }
     for word in words:
         kind, meaning = NEW_WORDS[word]
         if a[kind] == meaning:
@@ -110,7 +158,9 @@ def say(a, rng, words=(), form=None):
 
 
 def held_out(caption, word=None):
-    """One caption in ten, by its checksum, is kept out of training; of those with a new word, of which there are fewer, every second."""
+    """One caption in ten, by its checksum, is kept out of training; of those with a new word, of which there are fewer,
+    every second.
+    """
     return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
 
 
@@ -134,8 +184,9 @@ def training_caption(a, rng):
 def prompts(n, seed, unseen=False, words=()):
     """n different prompts with their attributes, none of which was trained on.
 
-    Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`, captions that use
-    one of these new words each, in turn, held out from what `clips` writes. Raises BadInput where there are not n different ones.
+    Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`,
+    captions that use one of these new words each, in turn, held out from what `clips` writes. Raises BadInput where
+    there are not n different ones.
     """
     rng, found = random.Random(f"prompts {seed} {unseen}"), {}
     for attempt in range(200 * n):
@@ -165,12 +216,14 @@ def nearest(rgb, palette):
 
 
 def grade(clip):
-    """What a clip (3,T,64,64) in [-1,1] shows, from its pixels alone: color, shape, motion, background, and iou, the overlap
-    (0..1, soft, mean over frames) with the best-fitting shape template. All but background are None where nothing is drawn."""
+    """What a clip (3,T,64,64) in [-1,1] shows, from its pixels alone: color, shape, motion, background, and iou, the
+    overlap (0..1, soft, mean over frames) with the best-fitting shape template. All but background are None where
+    nothing is drawn.
+    """
     x = (clip.float().nan_to_num() + 1) * 127.5
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
     ground = border.median(1).values
-    distance = (x - ground[:, None, None, None]).norm(dim=0)                        # (T,H,W)
+    distance = (x - ground[:, None, None, None]).norm(dim=0)  # (T,H,W)
     background = nearest(ground, BACKGROUNDS)
     core = distance > 0.75 * distance.flatten().quantile(0.98)
     nothing = {"color": None, "shape": None, "motion": None, "background": background, "iou": 0.0}
@@ -180,23 +233,37 @@ def grade(clip):
     axis = (rgb - ground)[:, None, None, None]
     mask = (((x - ground[:, None, None, None]) * axis).sum(0) / (axis * axis).sum()).clamp(0, 1)
     solid = (mask > 0.5).float()
-    area = solid.flatten(1).sum(1).clamp(min=1)                                     # (T,)
+    area = solid.flatten(1).sum(1).clamp(min=1)  # (T,)
     grid = torch.arange(clip.shape[-1]) + 0.5
-    center = torch.stack([(solid * grid).flatten(1).sum(1), (solid * grid[:, None]).flatten(1).sum(1)], 1) / area[:, None]
+    center = (
+        torch.stack([(solid * grid).flatten(1).sum(1), (solid * grid[:, None]).flatten(1).sum(1)], 1) / area[:, None]
+    )
     scores = []
     for i in range(len(SHAPES)):
         index, full = torch.full((len(area),), i), torch.full((len(area),), float(RADIUS))
         unit = template(index, full, center[:, None])[:, 0].flatten(1).sum(1)
         shape = template(index, full * (mask.flatten(1).sum(1) / unit).sqrt(), center[:, None])[:, 0]
-        scores.append((torch.minimum(shape, mask).flatten(1).sum(1) / torch.maximum(shape, mask).flatten(1).sum(1)).mean().item())
+        scores.append(
+            (torch.minimum(shape, mask).flatten(1).sum(1) / torch.maximum(shape, mask).flatten(1).sum(1)).mean().item()
+        )
     if max(scores) < 0.5:  # not one solid shape
         return nothing
     dx, dy = (center[-3:].mean(0) - center[:3].mean(0)).tolist()
     far = STEP * (len(area) - 3) / 2
-    motion = "still" if max(abs(dx), abs(dy)) < far else \
-        ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("up" if dy < 0 else "down")
-    return {"color": nearest(rgb, COLORS | UNDRAWN), "shape": SHAPES[scores.index(max(scores))], "motion": motion,
-            "background": background, "iou": max(scores)}
+    motion = (
+        "still"
+        if max(abs(dx), abs(dy)) < far
+        else ("left" if dx < 0 else "right")
+        if abs(dx) > abs(dy)
+        else ("up" if dy < 0 else "down")
+    )
+    return {
+        "color": nearest(rgb, COLORS | UNDRAWN),
+        "shape": SHAPES[scores.index(max(scores))],
+        "motion": motion,
+        "background": background,
+        "iou": max(scores),
+    }
 
 
 def gradable(settings):
@@ -225,9 +292,11 @@ def shares(graded, wanted):
 
 # ---- training the checkpoint ---------------------------------------------------------------------------------------
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """One stage of training: AdamW, gradient norm clipped to 1, 100 steps of warm-up, linear decay over the last `decay` of the
-    steps, and the parameters' moving average put in place at the end (`ema` per step). `loss_at(step)` draws by the step alone,
-    so a killed run goes on from its last state (out/state_NAME.pt) as if it had not been killed."""
+    """One stage of training: AdamW, gradient norm clipped to 1, 100 steps of warm-up, linear decay over the last
+    `decay` of the steps, and the parameters' moving average put in place at the end (`ema` per step). `loss_at(step)`
+    draws by the step alone, so a killed run goes on from its last state (out/state_NAME.pt) as if it had not been
+    killed.
+    """
     params = list(params)
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     average, start = [p.detach().clone() for p in params], 0
@@ -250,10 +319,16 @@ def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(ema, step / (step + 10)))
         losses.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"{name} {step + 1}/{steps} loss {sum(losses) / len(losses):.4f} {1000 * (time.time() - began) / len(losses):.0f} ms/step", flush=True)
+            print(
+                f"{name} {step + 1}/{steps} loss {sum(losses) / len(losses):.4f} {1000 * (time.time() - began) / len(losses):.0f} ms/step",
+                flush=True,
+            )
             losses, began = [], time.time()
             with atomic(state) as tmp:
-                torch.save({"step": step + 1, "average": average, "opt": opt.state_dict(), "params": [p.data for p in params]}, tmp)
+                torch.save(
+                    {"step": step + 1, "average": average, "opt": opt.state_dict(), "params": [p.data for p in params]},
+                    tmp,
+                )
     for p, m in zip(params, average):
         p.data.copy_(m)
 
@@ -268,7 +343,7 @@ def vae_batch(rng, n, frames, size):
             while math.dist(color := [rng.randrange(256) for _ in range(3)], ground) < 60:
                 pass
         at = rng.randrange(FRAMES - frames + 1)
-        course = rng.choice(courses(rng.choice(list(MOTIONS))))[at:at + frames]
+        course = rng.choice(courses(rng.choice(list(MOTIONS))))[at : at + frames]
         x, y = (min(max(int(c - size / 2) + rng.randint(-RADIUS, RADIUS), 0), SIZE - size) for c in course[frames // 2])
         shapes.append(rng.randrange(len(SHAPES)))
         colors.append(color)
@@ -278,7 +353,9 @@ def vae_batch(rng, n, frames, size):
 
 
 def train_vae(out, seed):
-    """Images, then 5-frame windows, then whole clips; then the decoder alone. Returns the VAE with its latent statistics folded in."""
+    """Images, then 5-frame windows, then whole clips; then the decoder alone. Returns the VAE with its latent
+    statistics folded in.
+    """
     torch.manual_seed(seed)
     vae = channels_last(VAE(True, 8, 12, 48))
     with torch.no_grad():  # a posterior of standard deviation 0.05 to begin with: a wider one drowns the mean
@@ -290,7 +367,7 @@ def train_vae(out, seed):
     def reconstruction(z, x):
         error = torch.cat(list(vae.frame_chunks(z)), 2) - x
         weight = 1 + 3 * ((x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.02)  # the shape and its edge
-        return (weight * (error ** 2 + 0.1 * error.abs())).mean()
+        return (weight * (error**2 + 0.1 * error.abs())).mean()
 
     def joint(stage, n, frames, size):
         def loss_at(step):
@@ -298,8 +375,9 @@ def train_vae(out, seed):
             x = vae_batch(rng, n, frames, size)
             mean, logvar = torch.cat(list(vae.moment_chunks(x)), 2).chunk(2, 1)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
-            kl = (mean ** 2 + logvar.exp() - logvar - 1).mean() / 2
+            kl = (mean**2 + logvar.exp() - logvar - 1).mean() / 2
             return reconstruction(mean + noise * (logvar / 2).exp(), x) + 1e-5 * kl
+
         return loss_at
 
     run_stage(out, "vae_images", 1500, encoder + decoder, 3e-3, joint("images", 64, 1, 32), ema=0.99)
@@ -319,8 +397,9 @@ def train_vae(out, seed):
 
 @torch.no_grad()
 def fold_stats(vae, clips):
-    """Scale the latents, inside the two 1x1x1 convolutions, so that each channel has the mean and standard deviation that the
-    full-size VAE's has: then the constants in vae.py serve this VAE too."""
+    """Scale the latents, inside the two 1x1x1 convolutions, so that each channel has the mean and standard deviation
+    that the full-size VAE's has: then the constants in vae.py serve this VAE too.
+    """
     z = torch.cat([torch.cat([m[:, :48] for m in vae.moment_chunks(c)], 2) for c in clips.split(16)])
     mean, std = (torch.tensor(s) for s in LATENT_STATS[48])
     scale = std / z.std((0, 2, 3, 4))
@@ -344,16 +423,33 @@ def every_clip():
 
 
 def train_tokenizer(file):
-    """A sentencepiece model of the world's captions, with T5's special ids. As UMT5's has a piece for most words, this has one for each of
-    the new words, which the base then never reads; every letter is in it, so that others can be spelled."""
+    """A sentencepiece model of the world's captions, with T5's special ids. As UMT5's has a piece for most words, this
+    has one for each of the new words, which the base then never reads; every letter is in it, so that others can be
+    spelled.
+    """
     import io
+
     import sentencepiece
+
     rng, model = random.Random(0), io.BytesIO()
-    lines = [training_caption(sample_attributes(rng), rng) for _ in range(4000)] + ["abcdefghijklmnopqrstuvwxyz", " ".join("abcdefghijklmnopqrstuvwxyz")] * 40
+    lines = [training_caption(sample_attributes(rng), rng) for _ in range(4000)] + [
+        "abcdefghijklmnopqrstuvwxyz",
+        " ".join("abcdefghijklmnopqrstuvwxyz"),
+    ] * 40
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for line in lines if line]), model_writer=model, vocab_size=256, model_type="unigram", pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, character_coverage=1.0, user_defined_symbols=["\u2581" + word for word in NEW_WORDS], hard_vocab_limit=False,
-        minloglevel=2)
+        sentence_iterator=iter([line for line in lines if line]),
+        model_writer=model,
+        vocab_size=256,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=1.0,
+        user_defined_symbols=["\u2581" + word for word in NEW_WORDS],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as tmp:
         tmp.write_bytes(model.getvalue())
@@ -370,7 +466,7 @@ def train_dit(out, seed, vae, tokenizer, steps):
                 torch.nn.init.zeros_(m.bias)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=0.3)
     for m in (*model.blocks, model.head):
-        torch.nn.init.normal_(m.modulation, std=DIT.dim ** -0.5)
+        torch.nn.init.normal_(m.modulation, std=DIT.dim**-0.5)
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.pos_embedding.embedding.weight)
     torch.nn.init.zeros_(model.head.head.weight)
@@ -395,8 +491,10 @@ def train_dit(out, seed, vae, tokenizer, steps):
 
 @torch.no_grad()
 def introduce(encoder):
-    """Give the new words the embedding that a text encoder pretrained on books would have for them: one that tells their kind (the mean of the
-    known words of that kind, and noise), so that they are read as a color, a shape or a verb, but not which."""
+    """Give the new words the embedding that a text encoder pretrained on books would have for them: one that tells
+    their kind (the mean of the known words of that kind, and noise), so that they are read as a color, a shape or a
+    verb, but not which.
+    """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
     kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}
     g = torch.Generator().manual_seed(0)
@@ -420,8 +518,11 @@ def train(args):
     clips = draw(attributes, 1)
     again = torch.cat([vae.decode(vae.encode(c)) for c in clips.split(20)])
     graded = [grade(c) for c in again]
-    print(f"reconstructions: {shares(graded, attributes)}, iou {sum(g['iou'] for g in graded) / 200:.3f}, "
-          f"psnr {-10 * math.log10(F.mse_loss(again, clips).item() / 4):.1f} dB", flush=True)
+    print(
+        f"reconstructions: {shares(graded, attributes)}, iou {sum(g['iou'] for g in graded) / 200:.3f}, "
+        f"psnr {-10 * math.log10(F.mse_loss(again, clips).item() / 4):.1f} dB",
+        flush=True,
+    )
 
     spiece = out / "google" / "umt5-xxl" / "spiece.model"
     train_tokenizer(spiece)
@@ -431,12 +532,17 @@ def train(args):
     introduce(encoder)
     half = lambda m, dtype: {k: v.to(dtype).contiguous() for k, v in m.state_dict().items()}
     save(out / "diffusion_pytorch_model.safetensors", half(model, torch.float16))
-    for name, state in (("Wan2.2_VAE.pth", half(vae, torch.float16)), ("models_t5_umt5-xxl-enc-bf16.pth", half(encoder, torch.bfloat16))):
+    for name, state in (
+        ("Wan2.2_VAE.pth", half(vae, torch.float16)),
+        ("models_t5_umt5-xxl-enc-bf16.pth", half(encoder, torch.bfloat16)),
+    ):
         with atomic(out / name) as tmp:
             torch.save(state, tmp)
     config = {k: v for k, v in asdict(DIT).items() if k not in ("text_dim", "patch_size")}
     with atomic(out / "config.json") as tmp:
-        tmp.write_text(json.dumps({"_class_name": "WanModel", **config, "sample": SAMPLE, "train": TRAIN}, indent=1) + "\n")
+        tmp.write_text(
+            json.dumps({"_class_name": "WanModel", **config, "sample": SAMPLE, "train": TRAIN}, indent=1) + "\n"
+        )
     print(f"written to {out}; look at it with: python nano.py eval --ckpt {out}")
 
 
@@ -469,7 +575,9 @@ def parse_words(text):
     words = text.split(",") if text else []
     unknown = [w for w in words if w not in NEW_WORDS]
     if unknown:
-        raise BadInput(f"--words {','.join(unknown)}: the nano world defines {', '.join(NEW_WORDS)}; for others give eval --prompts FILE")
+        raise BadInput(
+            f"--words {','.join(unknown)}: the nano world defines {', '.join(NEW_WORDS)}; for others give eval --prompts FILE"
+        )
     return words
 
 
@@ -483,7 +591,9 @@ def read_prompts(file):
                 row = json.loads(line)
                 for kind in ATTRIBUTES:
                     if kind in row and row[kind] not in known[kind]:
-                        raise BadInput(f"{file}, line {i + 1}: {kind} {row[kind]!r} is none of {', '.join(known[kind])}")
+                        raise BadInput(
+                            f"{file}, line {i + 1}: {kind} {row[kind]!r} is none of {', '.join(known[kind])}"
+                        )
                 if not isinstance(row["prompt"], str):
                     raise BadInput(f"{file}, line {i + 1}: the prompt is not text")
                 rows.append(row)
@@ -500,8 +610,10 @@ def listen(models, rows, seed=0, batch=50, **given):
     """Sample every row's prompt (row i from seed + i) and grade it: (graded, clips)."""
     clips = []
     for i in range(0, len(rows), batch):
-        part = rows[i:i + batch]
-        z = denoise(models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given)
+        part = rows[i : i + batch]
+        z = denoise(
+            models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given
+        )
         clips.append(decode(models, z))
     clips = torch.cat(clips)
     return [grade(c) for c in clips], clips
@@ -520,17 +632,22 @@ def evaluate(args):
     """The listening score of a checkpoint, by attribute."""
     models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
     if not gradable(models.settings):
-        raise BadInput(f"--ckpt {args.ckpt}: the grader reads the nano world's clips only, {SIZE}x{SIZE} and {FRAMES} frames")
+        raise BadInput(
+            f"--ckpt {args.ckpt}: the grader reads the nano world's clips only, {SIZE}x{SIZE} and {FRAMES} frames"
+        )
     given = {} if args.guidance is None else {"guidance": (args.guidance,)}
     words = parse_words(args.words)
     if args.prompts:
         if words:
             raise BadInput("--words with --prompts: give one of them")
-        suites = {"prompts": read_prompts(args.prompts)[:args.n]}
+        suites = {"prompts": read_prompts(args.prompts)[: args.n]}
     elif words:
         suites = {"new words": prompts(args.n or 40 * len(words), args.seed, words=words)}
     else:
-        suites = {"seen triples": prompts(args.n or 200, args.seed), "unseen triples": prompts(args.n or 200, args.seed, unseen=True)}
+        suites = {
+            "seen triples": prompts(args.n or 200, args.seed),
+            "unseen triples": prompts(args.n or 200, args.seed, unseen=True),
+        }
     result, first = {}, None
     for name, rows in suites.items():
         asked = [{NEW_WORDS[r["word"]][0]: r[NEW_WORDS[r["word"]][0]]} for r in rows] if words else rows

@@ -1,11 +1,14 @@
-"""Streaming frozen blocks: their weights stay in host memory and come to the device two at a time, each while the one before it runs.
+"""Streaming frozen blocks: their weights stay in host memory and come to the device two at a time, each while the one
+before it runs.
 
-A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a stream of its own, started a block ahead: upwards in the
-forward pass, downwards in the backward pass, where checkpointing runs each block again before its gradient. The two blocks that are on the
-device where the direction turns serve both ways. Nothing is copied back, since nothing streamed is trained. What checkpointing keeps of
-each block, its input, waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without
-streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a stream of its own, started a block
+ahead: upwards in the forward pass, downwards in the backward pass, where checkpointing runs each block again before its
+gradient. The two blocks that are on the device where the direction turns serve both ways. Nothing is copied back, since
+nothing streamed is trained. What checkpointing keeps of each block, its input, waits on the host as well: of a long
+clip that is more than the weights. On a CPU the same ring works without streams. Used by --stream_blocks N of sample.py
+and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
+
 import os
 import time
 
@@ -23,7 +26,13 @@ def spread(count, total):
 
 def frozen(module):
     """[(dictionary, key)] of a module's frozen parameters and its buffers."""
-    return [(values, k) for m in module.modules() for values in (m._parameters, m._buffers) for k, t in values.items() if t is not None and not t.requires_grad]
+    return [
+        (values, k)
+        for m in module.modules()
+        for values in (m._parameters, m._buffers)
+        for k, t in values.items()
+        if t is not None and not t.requires_grad
+    ]
 
 
 def layout(tensors):
@@ -36,7 +45,7 @@ def layout(tensors):
 
 
 def views(flat, places):
-    return [flat[at:at + n].view(dtype).view(shape) for at, n, dtype, shape in places]
+    return [flat[at : at + n].view(dtype).view(shape) for at, n, dtype, shape in places]
 
 
 def pin(flat):
@@ -49,8 +58,10 @@ def unpin(flat):
 
 
 def share(model, file, first, barrier, cuda):
-    """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank fills it, the others, whose
-    model is empty, take theirs from it. Returns the buffer. Without a name once all have it, the file ends with the last of them."""
+    """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank
+    fills it, the others, whose model is empty, take theirs from it. Returns the buffer. Without a name once all have
+    it, the file ends with the last of them.
+    """
     order = [entry for block in model.blocks for entry in frozen(block)]
     order += [entry for entry in frozen(model) if not any(entry[0] is values and entry[1] == k for values, k in order)]
     places, end = layout([values[k] for values, k in order])
@@ -60,7 +71,9 @@ def share(model, file, first, barrier, cuda):
             with open(file, "wb") as f:
                 os.posix_fallocate(f.fileno(), 0, end)  # else writing to it would end the process, where room is short
         except OSError as e:
-            raise BadInput(f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its limit (docker: --shm-size)") from None
+            raise BadInput(
+                f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its limit (docker: --shm-size)"
+            ) from None
         flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
     barrier()
     if not first:
@@ -78,14 +91,16 @@ def share(model, file, first, barrier, cuda):
 
 
 class Flat:
-    """The frozen tensors of a block in one flat buffer (bytes) on the host; without a copy where they lie so already, in a shared one."""
+    """The frozen tensors of a block in one flat buffer (bytes) on the host; without a copy where they lie so already,
+    in a shared one.
+    """
 
     def __init__(self, block, cuda, shared=None):
         self.tensors = [values[k] for values, k in frozen(block)]
         self.places, end = layout(self.tensors)
         if shared is not None:
             at = self.tensors[0].data_ptr() - shared.data_ptr()
-            self.host = shared[at:at + end]
+            self.host = shared[at : at + end]
             return
         self.host = torch.empty(end, dtype=torch.uint8)
         if cuda:
@@ -100,9 +115,10 @@ class Flat:
 
 
 class Stream:
-    """Streams `count` blocks of a frozen model (its adapters apart), which comes from the host. `copies`: block numbers in the order of their
-    copies; `bytes` copied; `waited()`: seconds that computing waited for them. Switches the model's checkpointing on. shared: the buffer that
-    `share` has put the model into."""
+    """Streams `count` blocks of a frozen model (its adapters apart), which comes from the host. `copies`: block numbers
+    in the order of their copies; `bytes` copied; `waited()`: seconds that computing waited for them. Switches the
+    model's checkpointing on. shared: the buffer that `share` has put the model into.
+    """
 
     def __init__(self, model, count, device, shared=None):
         self.model, self.device = model, torch.device(device)
@@ -126,7 +142,9 @@ class Stream:
         self.to(device)
 
     def to(self, device):
-        """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else the ring is given up."""
+        """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else
+        the ring is given up.
+        """
         streamed = {id(t) for flat in self.flats.values() for t in flat.tensors}
         for t in [*self.model.parameters(), *self.model.buffers()]:
             if id(t) not in streamed and not t.requires_grad:
@@ -134,7 +152,9 @@ class Stream:
         for flat in self.flats.values():
             flat.place(flat.host)
         here = torch.device(device).type == self.device.type
-        self.ring = [torch.empty(self.ring_bytes() // 2, dtype=torch.uint8, device=device) for _ in range(2)] if here else None
+        self.ring = (
+            [torch.empty(self.ring_bytes() // 2, dtype=torch.uint8, device=device) for _ in range(2)] if here else None
+        )
         self.held, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
 
     def close(self):
@@ -154,7 +174,7 @@ class Stream:
         if self.held[slot] is not None:
             self.flats[self.held[slot]].place(self.flats[self.held[slot]].host)
         flat, began = self.flats[i], time.perf_counter()
-        goal = self.ring[slot][:flat.host.numel()]
+        goal = self.ring[slot][: flat.host.numel()]
         if self.cuda:
             self.copier.wait_stream(torch.cuda.current_stream(self.device))  # its last block has computed
             with torch.cuda.stream(self.copier):
@@ -175,7 +195,9 @@ class Stream:
         backward = torch._C._current_graph_task_id() != -1
         if not backward and i == first:
             self.lowest = None
-        records = torch.is_grad_enabled() and (needs_grad or any(p.requires_grad for p in self.model.blocks[i].parameters()))
+        records = torch.is_grad_enabled() and (
+            needs_grad or any(p.requires_grad for p in self.model.blocks[i].parameters())
+        )
         if not backward and records and self.lowest is None:
             self.lowest = i
         self._fetch(i)

@@ -7,6 +7,7 @@ NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py and below
            =auto     what is there and pays: on a GPU Triton, on a CPU C++ where it was built, else the reference
 An explicit choice that cannot be had raises ImportError with the reason. Models call these functions unconditionally.
 """
+
 import contextlib
 import os
 import sys
@@ -28,9 +29,24 @@ CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
 def available():
     """{choice: None, or why it cannot be had}."""
     gpu = torch.cuda.is_available()
-    triton = "no CUDA device, and TRITON_INTERPRET is not 1" if not gpu and not kernels.INTERPRETED else "triton is not installed" if kernels.triton is None else None
+    triton = (
+        "no CUDA device, and TRITON_INTERPRET is not 1"
+        if not gpu and not kernels.INTERPRETED
+        else "triton is not installed"
+        if kernels.triton is None
+        else None
+    )
     cpp = None if kernels.BUILT else f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
-    cuda = "no CUDA device" if not gpu else cpp or (None if torch.ops.nanowan_csrc.has_cuda() else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)")
+    cuda = (
+        "no CUDA device"
+        if not gpu
+        else cpp
+        or (
+            None
+            if torch.ops.nanowan_csrc.has_cuda()
+            else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
+        )
+    )
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
 
 
@@ -42,8 +58,14 @@ def resolve(choice):
     if why[choice]:
         raise ImportError(f"NANOWAN_OPS={choice}: {why[choice]}")
     if choice == "auto":
-        return {"cpu": "ref" if why["cpp"] else "cpp", "cuda": "cuda" if not why["cuda"] else "ref" if why["triton"] else "triton"}
-    return {"cpu": choice if choice == "cpp" or choice == "triton" and kernels.INTERPRETED else "ref", "cuda": choice if choice in ("triton", "cuda") else "ref"}
+        return {
+            "cpu": "ref" if why["cpp"] else "cpp",
+            "cuda": "cuda" if not why["cuda"] else "ref" if why["triton"] else "triton",
+        }
+    return {
+        "cpu": choice if choice == "cpp" or choice == "triton" and kernels.INTERPRETED else "ref",
+        "cuda": choice if choice in ("triton", "cuda") else "ref",
+    }
 
 
 CHOSEN = resolve(os.environ.get("NANOWAN_OPS", "auto"))
@@ -57,8 +79,17 @@ def fast(x):
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
-    return {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[CHOSEN.get(kind, "ref")] + f" operations on {kind}" + (
-        ", large fp32 products on AMX tiles" if CHOSEN.get(kind) == "cpp" and torch.ops.nanowan_csrc.has_tiles() else "")
+    return (
+        {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[
+            CHOSEN.get(kind, "ref")
+        ]
+        + f" operations on {kind}"
+        + (
+            ", large fp32 products on AMX tiles"
+            if CHOSEN.get(kind) == "cpp" and torch.ops.nanowan_csrc.has_tiles()
+            else ""
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -84,12 +115,16 @@ def gate(x, y, row=None):
 
 def gate_modulate(x, y, row, weight, shift, eps, dtype):
     """(x + row * y, and its `modulate`)."""
-    return (modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref)(x, y, row, weight, shift, eps, dtype)
+    return (modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref)(
+        x, y, row, weight, shift, eps, dtype
+    )
 
 
 def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
     """RMSNorm each of xs (B,L,D), split it into heads and rotate them: [(B,L,N,d)]."""
-    return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(xs, weights, eps, heads, table, grid)
+    return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(
+        xs, weights, eps, heads, table, grid
+    )
 
 
 class Linear(torch.nn.Linear):
@@ -118,12 +153,16 @@ def attention(q, k, v, bias=None):
 
 
 class NormedAttention(torch.autograd.Function):
-    """On a CPU, PyTorch's attention of q and k normed and rotated; what is kept are the bare ones, which the backward pass norms once more."""
+    """On a CPU, PyTorch's attention of q and k normed and rotated; what is kept are the bare ones, which the backward
+    pass norms once more.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, wq, wk, *how):
         normed, v = norm_kernel.qk_norm_rope([q, k], [wq, wk], *how), v.unflatten(2, (how[1], -1))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(u.transpose(1, 2) for u in (*normed, v)))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(u.transpose(1, 2) for u in (*normed, v))
+        )
         ctx.how = how
         ctx.save_for_backward(q, k, v, wq, wk, out, lse)
         return out.transpose(1, 2).flatten(2)
@@ -132,10 +171,16 @@ class NormedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, wq, wk, out, lse = ctx.saved_tensors
         with torch.enable_grad():
-            bare = [t.detach().requires_grad_(needed) for t, needed in zip((q, k, wq, wk), (True, True, *ctx.needs_input_grad[3:5]))]
+            bare = [
+                t.detach().requires_grad_(needed)
+                for t, needed in zip((q, k, wq, wk), (True, True, *ctx.needs_input_grad[3:5]))
+            ]
             normed = norm_kernel.qk_norm_rope(bare[:2], bare[2:], *ctx.how)
         given = [u.detach().transpose(1, 2) for u in (grad.reshape(v.shape), *normed, v)]
-        *dnormed, dv = (g.transpose(1, 2) for g in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False))
+        *dnormed, dv = (
+            g.transpose(1, 2)
+            for g in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False)
+        )
         found = iter(torch.autograd.grad(normed, [t for t in bare if t.requires_grad], dnormed))
         dq, dk, dwq, dwk = (next(found) if t.requires_grad else None for t in bare)
         return dq, dk, dv.flatten(2), dwq, dwk, *[None] * len(ctx.how)
@@ -145,9 +190,11 @@ PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is fast
 
 
 def self_attention(q, k, v, weights, eps, heads, table, grid):
-    """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated -> (B,L,D)."""
+    """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
+    (B,L,D).
+    """
     if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
-        k, = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
+        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
         q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
         return attention_kernel.attention(q, k, v, None, weights[0], eps, table, grid).flatten(2)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
@@ -157,10 +204,13 @@ def self_attention(q, k, v, weights, eps, heads, table, grid):
 
 
 def fused_is_faster(q, heads):
-    """Whether q's attention is faster in our kernel, which norms and rotates q as it loads it, or in PyTorch's after that is done. Timed once for
-    each shape, on a GPU; printed."""
+    """Whether q's attention is faster in our kernel, which norms and rotates q as it loads it, or in PyTorch's after
+    that is done. Timed once for each shape, on a GPU; printed.
+    """
     if not q.is_cuda:
-        return kernels.INTERPRETED  # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention takes more
+        # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention
+        # takes more
+        return kernels.INTERPRETED
     return timed(q.device, tuple(q.shape), q.dtype, heads)
 
 
@@ -172,17 +222,27 @@ def timed(device, shape, dtype, heads):
         split = u.unflatten(2, (heads, -1))
         with torch.no_grad(), torch.cuda.device(device):
             ours = kernels.milliseconds(lambda: attention_kernel.attention(split, split, split, None, w[0]), 3)
-            theirs = kernels.milliseconds(lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3)
+            theirs = kernels.milliseconds(
+                lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3
+            )
         PICKED[key] = ours < theirs
-        print(f"ops: attention of {shape} in {dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
-              f"({ours:.2f} ms fused, {theirs:.2f} ms apart)", file=sys.stderr, flush=True)
+        print(
+            f"ops: attention of {shape} in {dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
+            f"({ours:.2f} ms fused, {theirs:.2f} ms apart)",
+            file=sys.stderr,
+            flush=True,
+        )
     return PICKED[key]
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None):
-    """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma, RMS norm and SiLU come first.
-    Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients are wanted, the reference is used."""
-    ours = CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma,
+    RMS norm and SiLU come first. Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients
+    are wanted, the reference is used.
+    """
+    ours = CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    )
     return (conv_kernel.causal_conv3d if ours else conv_kernel.causal_conv3d_ref)(x, past, weight, bias, gamma)
 
 

@@ -1,8 +1,9 @@
 """Optimizers, the learning rate, moving averages, and which steps are not taken.
 
-AdamW8bit holds 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, two 8-bit moments 2 (and two
-fp32 scales per 256 parameters).
+AdamW8bit holds 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, two 8-bit moments 2
+(and two fp32 scales per 256 parameters).
 """
+
 import contextlib
 import math
 import statistics
@@ -11,7 +12,7 @@ import torch
 
 from checkpoint import BadInput
 
-BLOCK = 256   # parameters that share a scale
+BLOCK = 256  # parameters that share a scale
 OCTAVES = 16  # of dynamic range below a block's largest value, in both moments
 CHUNK = 1024  # blocks worked on at a time: the fp32 temporaries stay in the cache, and small
 
@@ -32,9 +33,11 @@ def lr_at(step, steps, lr, warmup, schedule):
 
 
 def quantize(x, levels, noise):
-    """Magnitudes (n, BLOCK) fp32 >= 0 -> (codes 0..levels uint8, scale (n, 1)): logarithmic below each block's maximum, 0 for zero.
+    """Magnitudes (n, BLOCK) fp32 >= 0 -> (codes 0..levels uint8, scale (n, 1)): logarithmic below each block's maximum,
+    0 for zero.
 
-    Rounded up or down at random, in proportion, so that a moment whose change per step is far below a code's width still moves.
+    Rounded up or down at random, in proportion, so that a moment whose change per step is far below a code's width
+    still moves.
     """
     scale = x.amax(1, keepdim=True)
     code = levels + (levels - 1) / OCTAVES * torch.log2(x / scale.clamp(min=1e-38))
@@ -48,8 +51,8 @@ def dequantize(code, scale, levels):
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with blockwise 8-bit moments and Kahan-compensated bf16 weights, in plain torch.
 
-    The weight proper is weight - compensation, to 16 bits of mantissa; decay and update act on that sum, in fp32. Parameters must be
-    bf16. 8-bit moments: Dettmers et al., 2022; compensation: Kahan, 1965, and Zamirai et al., 2020.
+    The weight proper is weight - compensation, to 16 bits of mantissa; decay and update act on that sum, in fp32.
+    Parameters must be bf16. 8-bit moments: Dettmers et al., 2022; compensation: Kahan, 1965, and Zamirai et al., 2020.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01):
@@ -58,9 +61,14 @@ class AdamW8bit(torch.optim.Optimizer):
     def _new(self, p):
         blocks = -(-p.numel() // BLOCK)
         zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=p.device)
-        return {"step": 0, "compensation": torch.zeros_like(p), "code_m": zeros(blocks, BLOCK, dtype=torch.int8),
-                "code_v": zeros(blocks, BLOCK, dtype=torch.uint8), "scale_m": zeros(blocks, 1, dtype=torch.float32),
-                "scale_v": zeros(blocks, 1, dtype=torch.float32)}
+        return {
+            "step": 0,
+            "compensation": torch.zeros_like(p),
+            "code_m": zeros(blocks, BLOCK, dtype=torch.int8),
+            "code_v": zeros(blocks, BLOCK, dtype=torch.uint8),
+            "scale_m": zeros(blocks, 1, dtype=torch.float32),
+            "scale_v": zeros(blocks, 1, dtype=torch.float32),
+        }
 
     @torch.no_grad()
     def step(self):
@@ -69,15 +77,21 @@ class AdamW8bit(torch.optim.Optimizer):
                 if p.grad is not None:
                     s = self.state[p] = self.state[p] or self._new(p)
                     s["step"] += 1
-                    chunk = CHUNK * (16 if p.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
+                    chunk = CHUNK * (
+                        16 if p.is_cuda else 1
+                    )  # a GPU has no such cache, and starts some 80 kernels for each
                     for at in range(0, len(s["code_m"]), chunk):
                         self._update(group, s, p.view(-1), p.grad.view(-1), slice(at, at + chunk))
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, s in state["state"].items():  # torch casts a state to its parameter's dtype; codes and scales have their own
-            self.state[params[i]] = {k: v.to(params[i].device, copy=True) if torch.is_tensor(v) else v for k, v in s.items()}
+        for i, s in state[
+            "state"
+        ].items():  # torch casts a state to its parameter's dtype; codes and scales have their own
+            self.state[params[i]] = {
+                k: v.to(params[i].device, copy=True) if torch.is_tensor(v) else v for k, v in s.items()
+            }
 
     def _update(self, group, s, weight, grad, rows):
         """One step for the blocks `rows` of a parameter."""
@@ -96,14 +110,17 @@ class AdamW8bit(torch.optim.Optimizer):
         code_v.copy_(code)
         scale_v.copy_(scale)
         update = m / (1 - b1 ** s["step"]) / ((v / (1 - b2 ** s["step"])).sqrt() + group["eps"])
-        exact = (weight.float() - comp.float()) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.view(-1)[:len(grad)]
+        exact = (weight.float() - comp.float()) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.view(
+            -1
+        )[: len(grad)]
         weight.copy_(exact)
         comp.copy_(weight.float() - exact)
 
 
 class EMA:
-    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to the one asked for. What has no
-    gradient, an expert's adapter in the other one's turns, keeps its average."""
+    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to
+    the one asked for. What has no gradient, an expert's adapter in the other one's turns, keeps its average.
+    """
 
     def __init__(self, params, decay):
         self.params, self.decay, self.steps = params, decay, [0] * len(params)
@@ -138,8 +155,10 @@ class EMA:
 
 
 class Guard:
-    """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is more than `explosion`
-    times the median of the last 100 that were taken (once 20 were). Counts the skipped ones in a row."""
+    """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is
+    more than `explosion` times the median of the last 100 that were taken (once 20 were). Counts the skipped ones in a
+    row.
+    """
 
     def __init__(self, explosion):
         self.explosion, self.norms, self.bad = explosion, [], 0
@@ -150,7 +169,9 @@ class Guard:
         if not math.isfinite(loss) or not math.isfinite(norm):
             why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
         elif len(self.norms) >= 20 and norm > self.explosion * statistics.median(self.norms):
-            why = f"the gradient's norm is {norm:.4g}, {norm / statistics.median(self.norms):.0f} times the recent median"
+            why = (
+                f"the gradient's norm is {norm:.4g}, {norm / statistics.median(self.norms):.0f} times the recent median"
+            )
         if why is None:
             self.norms = [*self.norms[-99:], norm]
         self.bad = 0 if why is None else self.bad + 1
@@ -159,5 +180,7 @@ class Guard:
     def check(self, args, why, out):
         """Raises BadInput after --most_bad skipped steps in a row."""
         if self.bad >= args.most_bad:
-            raise BadInput(f"{self.bad} steps in a row skipped, the last because {why}; the weights from before them are saved in {out}. "
-                           f"A lower --lr than {args.lr:g} may help, or a lower --grad_clip")
+            raise BadInput(
+                f"{self.bad} steps in a row skipped, the last because {why}; the weights from before them are saved in {out}. "
+                f"A lower --lr than {args.lr:g} may help, or a lower --grad_clip"
+            )

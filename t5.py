@@ -2,8 +2,10 @@
 
 B prompts, L tokens (at most 512, the end token included), D width, N heads, d head width.
 Unlike T5, every layer has its own table of relative positions. Attention is not scaled by 1/sqrt(d).
-Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept (Hugging Face's gate.0 = wi_0, fc1 = wi_1, fc2 = wo).
+Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept (Hugging Face's gate.0 = wi_0, fc1 =
+wi_1, fc2 = wo).
 """
+
 import html
 import json
 import math
@@ -21,11 +23,14 @@ PAD, EOS, UNK = 0, 1, 2
 
 
 class Tokenizer:
-    """Ids as transformers' T5 tokenizer gives them over the same spiece.model: sentencepiece ids, with the special tokens that a
-    prompt may spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with the end token kept."""
+    """Ids as transformers' T5 tokenizer gives them over the same spiece.model: sentencepiece ids, with the special
+    tokens that a prompt may spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with
+    the end token kept.
+    """
 
     def __init__(self, file, length=512):
         import sentencepiece
+
         file = Path(file)
         if not file.is_file():
             raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
@@ -43,6 +48,7 @@ class Tokenizer:
     @staticmethod
     def clean(text):
         import ftfy
+
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
     def ids(self, text):
@@ -64,11 +70,11 @@ class Tokenizer:
 
     def __call__(self, texts):
         """list of str -> ids (B,L) int64 padded to the longest, lens (B,)."""
-        rows = [self.ids(self.clean(t))[:self.length - 1] + [EOS] for t in texts]
+        rows = [self.ids(self.clean(t))[: self.length - 1] + [EOS] for t in texts]
         lens = torch.tensor([len(r) for r in rows])
         ids = torch.full((len(rows), int(lens.max())), PAD)
         for i, row in enumerate(rows):
-            ids[i, :len(row)] = torch.tensor(row)
+            ids[i, : len(row)] = torch.tensor(row)
         return ids, lens
 
 
@@ -117,12 +123,12 @@ class RelativePosition(nn.Module):
 
     def forward(self, L):
         at = torch.arange(L, device=self.embedding.weight.device)
-        offset = at[None] - at[:, None]                                                   # key minus query
+        offset = at[None] - at[:, None]  # key minus query
         half = self.embedding.num_embeddings // 2
         exact, distance = half // 2, offset.abs()
         far = exact + (torch.log(distance.float() / exact) / math.log(128 / exact) * (half - exact)).long()
         bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1)) + half * (offset > 0)
-        return self.embedding(bucket).permute(2, 0, 1)                                    # (N,L,L)
+        return self.embedding(bucket).permute(2, 0, 1)  # (N,L,L)
 
 
 class Block(nn.Module):
@@ -158,14 +164,18 @@ class TextEncoder(nn.Module):
         return self.norm(x) * real[..., None]
 
     def encode(self, texts):
-        """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the weights."""
+        """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the
+        weights.
+        """
         ids, lens = self.tokenizer(texts)
         device = self.norm.weight.device
         return self(ids.to(device), lens.to(device)), lens.to(device)
 
 
 def encoder_files(ckpt_dir, weights=None):
-    """The files that an encoder comes from, the folder's own first: one, or two where `weights` is a delta that needs it."""
+    """The files that an encoder comes from, the folder's own first: one, or two where `weights` is a delta that needs
+    it.
+    """
     if weights is not None and read_header(weights)[1].get("delta") != "True":
         return [Path(weights)]
     own = find(ckpt_dir, "models_t5*", "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")
@@ -177,18 +187,28 @@ XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner 
 
 def build_t5(entries, path):
     """The encoder whose tensors' headers these are."""
+
     def shape(name):
         if name not in entries:
             raise BadInput(f"{path}: not a UMT5 encoder, it has no {name}")
         return entries[name].shape
 
     (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
-    return TextEncoder(vocab, dim, shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0], heads, count_blocks(entries), buckets)
+    return TextEncoder(
+        vocab,
+        dim,
+        shape("blocks.0.attn.q.weight")[0],
+        shape("blocks.0.ffn.fc1.weight")[0],
+        heads,
+        count_blocks(entries),
+        buckets,
+    )
 
 
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer from google/umt5-xxl/spiece.model.
-    `weights`: a file of train_te.py to use: the whole encoder, or a delta, whose tensors and embedding rows replace the folder's."""
+    `weights`: a file of train_te.py to use: the whole encoder, or a delta, whose tensors and embedding rows replace the
+    folder's."""
     files = encoder_files(ckpt_dir, weights)
     entries = read_headers(files[:1])
     delta = read_headers(files[1:])

@@ -4,10 +4,11 @@
     python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
     python train_lora.py                                   on nano and clips it draws itself
 
-The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one then need no
-gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B: adapter_model_high and _low), is
-read by ComfyUI, lightx2v and diffusers.
+The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one then
+need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B:
+adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers.
 """
+
 import argparse
 import contextlib
 import json
@@ -37,11 +38,23 @@ def arguments(given=None):
     g.add_argument("--rank", type=int, default=16)
     g.add_argument("--alpha", type=float, help="default: the rank")
     g.add_argument("--dropout", type=float, default=0.0)
-    g.add_argument("--init_lora", action="append", default=[], help="FILE[:high|low]: start from this LoRA; for A14B one per expert, which the file's metadata may name")
+    g.add_argument(
+        "--init_lora",
+        action="append",
+        default=[],
+        help="FILE[:high|low]: start from this LoRA; for A14B one per expert, which the file's metadata may name",
+    )
     g.add_argument("--delta_cap", type=float, help="no matrix moves further than this share of its norm, ||dW||/||W||")
     g = p.add_argument_group("base")
-    g.add_argument("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    g.add_argument("--stream_blocks", type=int, default=0, help="keep N of the DiT's blocks in host memory, on the device only while they run")
+    g.add_argument(
+        "--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)"
+    )
+    g.add_argument(
+        "--stream_blocks",
+        type=int,
+        default=0,
+        help="keep N of the DiT's blocks in host memory, on the device only while they run",
+    )
     flags(p, out="out/lora", steps=200, batch=8, lr=1e-3, weight_decay=0.01)
     return p.parse_args(given)
 
@@ -50,32 +63,55 @@ def resolve(args, s, blocks):
     """Fill in what the checkpoint recommends and check what was given."""
     fill_in(args, s)
     args.alpha = args.alpha if args.alpha is not None else args.rank
-    args.checkpointing = args.checkpointing or args.stream_blocks > 0  # a streamed block is run again, while it is here, for its gradient
-    check_ranges(args, stream_blocks=(0, blocks), rank=(1,), alpha=(1e-9,), dropout=(0, 0.999), **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}))
+    args.checkpointing = (
+        args.checkpointing or args.stream_blocks > 0
+    )  # a streamed block is run again, while it is here, for its gradient
+    check_ranges(
+        args,
+        stream_blocks=(0, blocks),
+        rank=(1,),
+        alpha=(1e-9,),
+        dropout=(0, 0.999),
+        **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}),
+    )
     if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
-        raise BadInput(f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank only a part of the blocks")
+        raise BadInput(
+            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank only a part of the blocks"
+        )
     args.targets = args.targets.split(",")
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
     if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
-        raise BadInput(f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
-                       "not how it listens); add --allow_self_attn to do it all the same")
+        raise BadInput(
+            f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
+            "not how it listens); add --allow_self_attn to do it all the same"
+        )
     args.blocks = parse_blocks(args.blocks, blocks)
 
 
 def predict(args, s, parts, **sizes):
     """The Plan of a run."""
-    return plan.training(args, s, parts, lambda dit, encoder: inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks), **sizes)
+    return plan.training(
+        args,
+        s,
+        parts,
+        lambda dit, encoder: inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks),
+        **sizes,
+    )
 
 
 def starts(specs, turns):
-    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one that is trained."""
+    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one that is
+    trained.
+    """
     found = {}
     for spec in specs:
         file, expert = named_expert(spec)
         expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
         if expert not in turns or expert in found:
-            raise BadInput(f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low")
+            raise BadInput(
+                f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low"
+            )
         found[expert] = file
     return found
 
@@ -84,8 +120,15 @@ def main():
     args = arguments()
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
-    models = Models(args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks)
-    s, models.machine, models.agree, args.base_dtype = models.settings, world.machine(), world.agree, "fp8" if models.fp8 else None
+    models = Models(
+        args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks
+    )
+    s, models.machine, models.agree, args.base_dtype = (
+        models.settings,
+        world.machine(),
+        world.agree,
+        "fp8" if models.fp8 else None,
+    )
     base = [f for name in models.experts for f in models.files(name)]
     resolve(args, s, read_config(models.folder(models.experts[0]), models.headers[models.experts[0]]).num_layers)
     dtype = models.dtype = DTYPES[args.dtype]
@@ -97,11 +140,15 @@ def main():
     dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=True))
+    need = predict(
+        args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=True)
+    )
     print(need)
     dataset.cache_latents(models)
     encoder = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]
-    data.cache_texts(dataset.captions[world.rank::world.size], dataset.cache, encoder, lambda: models.part("text"), dtype)
+    data.cache_texts(
+        dataset.captions[world.rank :: world.size], dataset.cache, encoder, lambda: models.part("text"), dtype
+    )
     world.barrier()
     texts = data.cache_texts(dataset.captions, dataset.cache, encoder, lambda: models.part("text"), dtype)
     if args.cache_only:
@@ -139,7 +186,12 @@ def main():
     ema = EMA(params, args.ema) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
-    same |= {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents], "captions": sorted(f.name for f in texts.values()), "base": [str(f.stat().st_size) for f in base]}
+    same |= {
+        "batch": args.batch * world.datas,
+        "samples": [f.name for f in dataset.latents],
+        "captions": sorted(f.name for f in texts.values()),
+        "base": [str(f.stat().st_size) for f in base],
+    }
     start, state = 0, run.restore(same)
     if state:
         start = restore(state, params, opt, guard, ema)
@@ -179,7 +231,9 @@ def main():
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
             total += world.backward(model, batch, *embed(batch.captions), share)
             tokens += batch.x[:, 0].numel() // 4 * (share > 0)
-        total, tokens, stop = world.sum([p for pair in adapters[name].values() for p in pair], total, tokens * world.datas / world.size, run.stop)
+        total, tokens, stop = world.sum(
+            [p for pair in adapters[name].values() for p in pair], total, tokens * world.datas / world.size, run.stop
+        )
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
         norm = clip(params, args.grad_clip)
@@ -196,7 +250,11 @@ def main():
         seconds = time.time() - began
         if len(turns) > 1:
             line["expert"] = name
-        line |= {"ms": round(1000 * seconds), "tokens_per_s": round(tokens / seconds), "peak_gb": round(plan.used(args.device) / 1e9, 2)}
+        line |= {
+            "ms": round(1000 * seconds),
+            "tokens_per_s": round(tokens / seconds),
+            "peak_gb": round(plan.used(args.device) / 1e9, 2),
+        }
         if mfu := plan.mfu(model, batch.x, dataset.tokens, seconds / args.accumulate, args.device):
             line["mfu"] = round(mfu, 3)
         model = None  # the other expert may be next
@@ -209,7 +267,9 @@ def main():
             return world.close()
     for stream in models.streams.values():
         print(stream.report())
-    print(f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors"))))
+    print(
+        f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors")))
+    )
     world.close()
 
 

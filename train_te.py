@@ -1,12 +1,14 @@
-"""Fine-tune the text encoder through the frozen DiT: teach it words, and keep it compatible with what the DiT understands.
+"""Fine-tune the text encoder through the frozen DiT: teach it words, and keep it compatible with what the DiT
+understands.
 
     python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
     python train_te.py                                  on nano and clips it draws itself
 
-The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. An anchor keeps the embeddings
-of prompts without keywords where they were. Text is never cached: a cached embedding bypasses the encoder that is to learn.
-The result, OUT/text_encoder.safetensors, is used by every script's --text_encoder.
+The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. An anchor keeps
+the embeddings of prompts without keywords where they were. Text is never cached: a cached embedding bypasses the
+encoder that is to learn. The result, OUT/text_encoder.safetensors, is used by every script's --text_encoder.
 """
+
 import argparse
 import contextlib
 import json
@@ -32,14 +34,33 @@ def arguments(given=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("encoder")
     g.add_argument("--train_blocks", type=int, help="only the top N blocks (default: all; 0: none)")
-    g.add_argument("--keywords", help="a,b,c: also train the embedding rows of these words (default on nano's own data: its new words)")
+    g.add_argument(
+        "--keywords",
+        help="a,b,c: also train the embedding rows of these words (default on nano's own data: its new words)",
+    )
     g.add_argument("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
-    g.add_argument("--anchor", type=float, default=0.01, help="weight of the penalty on moving prompts without keywords")
-    g.add_argument("--save", choices=("full", "delta"), default="full", help="delta: only the tensors and rows that were trained")
-    g.add_argument("--optimizer", choices=("adamw", "adamw8bit"), help="default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; else adamw")
-    g.add_argument("--mix", default="15,35,50", help="percent of captions with a keyword shown as the keyword alone, shortened, whole")
-    g.add_argument("--trim_prob", type=float, default=0.2, help="chance that a whole caption loses a few words, never a keyword")
-    g.add_argument("--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn")
+    g.add_argument(
+        "--anchor", type=float, default=0.01, help="weight of the penalty on moving prompts without keywords"
+    )
+    g.add_argument(
+        "--save", choices=("full", "delta"), default="full", help="delta: only the tensors and rows that were trained"
+    )
+    g.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw8bit"),
+        help="default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; else adamw",
+    )
+    g.add_argument(
+        "--mix",
+        default="15,35,50",
+        help="percent of captions with a keyword shown as the keyword alone, shortened, whole",
+    )
+    g.add_argument(
+        "--trim_prob", type=float, default=0.2, help="chance that a whole caption loses a few words, never a keyword"
+    )
+    g.add_argument(
+        "--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn"
+    )
     flags(p, out="out/te", steps=600, batch=32, lr=3e-3, weight_decay=0.0)
     return p.parse_args(given)
 
@@ -60,12 +81,18 @@ def resolve(args, s):
     if len(mix) != 3 or min(mix) < 0 or not 0 < sum(mix) < math.inf:
         raise BadInput(f"--mix {args.mix}: three shares such as 15,35,50")
     args.mix = mix
-    compensated = args.dtype == "bf16" and not args.fsdp  # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
+    compensated = (
+        args.dtype == "bf16" and not args.fsdp
+    )  # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
     args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
     if (args.optimizer == "adamw8bit") != compensated:
-        raise BadInput(f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32 or --fsdp")
+        raise BadInput(
+            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32 or --fsdp"
+        )
     if args.save == "delta" and args.text_encoder:
-        raise BadInput(f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder and would lose this one's changes; use --save full")
+        raise BadInput(
+            f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder and would lose this one's changes; use --save full"
+        )
     check_ranges(args, keyword_lr=(0,), anchor=(0,), trim_prob=(0, 1))
 
 
@@ -85,9 +112,13 @@ class RowEmbedding(nn.Module):
 
 
 def spans(caption, keyword):
-    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count, unless the script puts no spaces
-    between words, or glues endings to them (from Thai on in Unicode: Chinese, Japanese, Korean)."""
-    before, after = ("" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)")))
+    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count,
+    unless the script puts no spaces between words, or glues endings to them (from Thai on in Unicode: Chinese,
+    Japanese, Korean).
+    """
+    before, after = (
+        "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
+    )
     return [m.span() for m in re.finditer(before + re.escape(keyword) + after, caption, re.IGNORECASE)]
 
 
@@ -96,18 +127,23 @@ def has_keyword(caption, keywords):
 
 
 def calibrate(caption, keywords, mix, trim_prob, rng):
-    """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the shares `mix`;
-    a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword."""
+    """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
+    shares `mix`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
+    """
     found = [k for k in keywords if has_keyword(caption, [k])]
     u = rng.random() * sum(mix)
     if found and u < mix[0]:
         return rng.choice(found)
     matches = list(re.finditer(r"\S+", caption))
     words = [m.group() for m in matches]
-    places = [[i for i, m in enumerate(matches) if m.start() < end and m.end() > begin] for k in found for begin, end in spans(caption, k)]
+    places = [
+        [i for i, m in enumerate(matches) if m.start() < end and m.end() > begin]
+        for k in found
+        for begin, end in spans(caption, k)
+    ]
     if found and u < mix[0] + mix[1]:
         at = rng.choice(sorted(places))
-        return " ".join(words[max(0, at[0] - rng.randint(0, 2)):at[-1] + 1 + rng.randint(0, 2)])
+        return " ".join(words[max(0, at[0] - rng.randint(0, 2)) : at[-1] + 1 + rng.randint(0, 2)])
     if rng.random() < trim_prob:
         spare = [i for i in range(len(words)) if not any(i in place for place in places)]
         gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(words) // 5))))
@@ -116,12 +152,14 @@ def calibrate(caption, keywords, mix, trim_prob, rng):
 
 
 def unfreeze(encoder, args, ids):
-    """Make the encoder's top blocks and the embedding rows `ids` trainable: ({name: parameter} outside the rows, optimizer groups)."""
+    """Make the encoder's top blocks and the embedding rows `ids` trainable: ({name: parameter} outside the rows,
+    optimizer groups).
+    """
     layers = len(encoder.blocks)
     top = layers if args.train_blocks is None else args.train_blocks
     if not 0 <= top <= layers or not top and not ids:
         raise BadInput(f"--train_blocks {args.train_blocks}: from 0 to {layers}, and with 0 --keywords are needed")
-    for part in [*encoder.blocks[layers - top:], encoder.norm] if top else []:
+    for part in [*encoder.blocks[layers - top :], encoder.norm] if top else []:
         part.requires_grad_(True)
     if ids:
         encoder.token_embedding = RowEmbedding(encoder.token_embedding, ids)
@@ -144,8 +182,9 @@ def predict(args, s, parts, ids=(3,), **sizes):
 
 
 def own_pieces(keywords, captions, tokenizer):
-    """Ids of the pieces that spell the keywords, as they are given and as captions write them, and that no caption without a keyword uses; all of a
-    spelling's where it has none of its own."""
+    """Ids of the pieces that spell the keywords, as they are given and as captions write them, and that no caption
+    without a keyword uses; all of a spelling's where it has none of its own.
+    """
     common = {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
     spelled = {*keywords, *(c[begin:end] for c in captions for k in keywords for begin, end in spans(c, k))}
     return {i for word in spelled for i in (set(tokenizer.ids(word)) - common or tokenizer.ids(word))}
@@ -156,7 +195,12 @@ def main():
     world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
-    s, models.machine, models.agree, args.base_dtype = models.settings, world.machine(), world.agree, "fp8" if models.fp8 else None
+    s, models.machine, models.agree, args.base_dtype = (
+        models.settings,
+        world.machine(),
+        world.agree,
+        "fp8" if models.fp8 else None,
+    )
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
@@ -167,7 +211,9 @@ def main():
     dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=False))
+    need = predict(
+        args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=False)
+    )
     print(need)
     dataset.cache_latents(models)
     if args.cache_only:
@@ -193,23 +239,40 @@ def main():
             world.shard(part, dtype=models.dtype)
         trained, groups = trainable(encoder, args)
     params = [p for g in groups for p in g["params"]]
-    print(f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; {len(anchors)} prompts anchored")
+    print(
+        f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; {len(anchors)} prompts anchored"
+    )
 
     # optimizer and state
-    opt, guard = (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay), Guard(args.explosion)
+    opt, guard = (
+        (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay),
+        Guard(args.explosion),
+    )
     ema = EMA(params, args.ema) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
-    same |= {"batch": args.batch * world.datas, "samples": [f.name for f in dataset.latents], "captions": data.entry("", "", captions=sorted(dataset.captions)).name, "rows": sorted(ids),
-             "base": [f.stat().st_size for name in models.experts for f in models.files(name)], "encoder": world.first(lambda: [data.digest(f) for f in models.files("text")])}
+    same |= {
+        "batch": args.batch * world.datas,
+        "samples": [f.name for f in dataset.latents],
+        "captions": data.entry("", "", captions=sorted(dataset.captions)).name,
+        "rows": sorted(ids),
+        "base": [f.stat().st_size for name in models.experts for f in models.files(name)],
+        "encoder": world.first(lambda: [data.digest(f) for f in models.files("text")]),
+    }
     start, state = 0, run.restore(same)
     if state:
         start = restore(state, params, opt, guard, ema)
 
     def save_all(step):
         with averaged():
-            everything = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items() if not k.endswith("token_embedding.rows")}
-            tensors = {k: full(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()}
+            everything = {
+                k.replace("token_embedding.table.", "token_embedding."): v
+                for k, v in encoder.state_dict().items()
+                if not k.endswith("token_embedding.rows")
+            }
+            tensors = {
+                k: full(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()
+            }
             rows = full(encoder.token_embedding.rows.detach()).to(models.dtype) if ids else None
             if ids and args.save == "delta":
                 tensors |= {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids}
@@ -217,7 +280,11 @@ def main():
                 tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
                 tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
             if world.main:
-                save(run.out / "text_encoder.safetensors", tensors, {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"})
+                save(
+                    run.out / "text_encoder.safetensors",
+                    tensors,
+                    {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"},
+                )
         save_state(run, step, params, opt, guard, ema)
 
     def watch(step, last):
@@ -240,7 +307,11 @@ def main():
         name = list(turns)[step // args.stretch % len(turns)]
         dit = models.part(name)
         opt.zero_grad(set_to_none=True)
-        for batch, share in dataset.step(step, *turns[name], lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng)):
+        for batch, share in dataset.step(
+            step,
+            *turns[name],
+            lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng),
+        ):
             total += world.backward(dit, batch, *encoder.encode(batch.captions), share)
         dit = None  # so that it can make room for the other expert
         if args.anchor:

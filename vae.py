@@ -5,6 +5,7 @@ Both stream through time: the encoder takes 1 frame, then 4 at a time; the decod
 What a layer must remember of the chunk before lies in `past`, a dictionary owned by the call, keyed by layer.
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
+
 import math
 
 import torch
@@ -16,29 +17,161 @@ from checkpoint import BadInput, find, load_into, read_headers
 
 # Per-channel mean and std of the raw latents, by number of channels.
 LATENT_STATS = {
-    16: ([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-         [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-          3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
-    48: ([-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-          0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-          -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
-         [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-          0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744])}
+    16: (
+        [
+            -0.7571,
+            -0.7089,
+            -0.9113,
+            0.1075,
+            -0.1745,
+            0.9653,
+            -0.1517,
+            1.5508,
+            0.4134,
+            -0.0715,
+            0.5517,
+            -0.3632,
+            -0.1922,
+            -0.9497,
+            0.2503,
+            -0.2921,
+        ],
+        [
+            2.8184,
+            1.4541,
+            2.3275,
+            2.6558,
+            1.2196,
+            1.7708,
+            2.6052,
+            2.0743,
+            3.2687,
+            2.1526,
+            2.8652,
+            1.5579,
+            1.6382,
+            1.1253,
+            2.8251,
+            1.9160,
+        ],
+    ),
+    48: (
+        [
+            -0.2289,
+            -0.0052,
+            -0.1323,
+            -0.2339,
+            -0.2799,
+            0.0174,
+            0.1838,
+            0.1557,
+            -0.1382,
+            0.0542,
+            0.2813,
+            0.0891,
+            0.1570,
+            -0.0098,
+            0.0375,
+            -0.1825,
+            -0.2246,
+            -0.1207,
+            -0.0698,
+            0.5109,
+            0.2665,
+            -0.2108,
+            -0.2158,
+            0.2502,
+            -0.2055,
+            -0.0322,
+            0.1109,
+            0.1567,
+            -0.0729,
+            0.0899,
+            -0.2799,
+            -0.1230,
+            -0.0313,
+            -0.1649,
+            0.0117,
+            0.0723,
+            -0.2839,
+            -0.2083,
+            -0.0520,
+            0.3748,
+            0.0152,
+            0.1957,
+            0.1433,
+            -0.2944,
+            0.3573,
+            -0.0548,
+            -0.1681,
+            -0.0667,
+        ],
+        [
+            0.4765,
+            1.0364,
+            0.4514,
+            1.1677,
+            0.5313,
+            0.4990,
+            0.4818,
+            0.5013,
+            0.8158,
+            1.0344,
+            0.5894,
+            1.0901,
+            0.6885,
+            0.6165,
+            0.8454,
+            0.4978,
+            0.5759,
+            0.3523,
+            0.7135,
+            0.6804,
+            0.5833,
+            1.4146,
+            0.8986,
+            0.5659,
+            0.7069,
+            0.5338,
+            0.4889,
+            0.4917,
+            0.4069,
+            0.4999,
+            0.6866,
+            0.4093,
+            0.5709,
+            0.6065,
+            0.6415,
+            0.4944,
+            0.5726,
+            1.2042,
+            0.5458,
+            1.6887,
+            0.3971,
+            1.0600,
+            0.3943,
+            0.5537,
+            0.5444,
+            0.4089,
+            0.7468,
+            0.7744,
+        ],
+    ),
+}
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk. `norm`: an RMSNorm that, with
-    SiLU, comes before it."""
+    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk.
+    `norm`: an RMSNorm that, with SiLU, comes before it.
+    """
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
     def forward(self, x, past, norm=None):
-        out, past[self] = ops.causal_conv3d(x, past.get(self), self.weight, self.bias, None if norm is None else norm.gamma)
+        out, past[self] = ops.causal_conv3d(
+            x, past.get(self), self.weight, self.bias, None if norm is None else norm.gamma
+        )
         return out
 
 
@@ -56,9 +189,17 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = nn.Sequential(  # the Identity stands where the official code has dropout, and keeps the numbering
-            RMSNorm(cin), nn.SiLU(), CausalConv3d(cin, cout, 3, 1),
-            RMSNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, 3, 1))
+        self.residual = (
+            nn.Sequential(  # the Identity stands where the official code has dropout, and keeps the numbering
+                RMSNorm(cin),
+                nn.SiLU(),
+                CausalConv3d(cin, cout, 3, 1),
+                RMSNorm(cout),
+                nn.SiLU(),
+                nn.Identity(),
+                CausalConv3d(cout, cout, 3, 1),
+            )
+        )
         self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x, past):
@@ -78,7 +219,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x, past):
         B, C, T, H, W = x.shape
-        y = self.norm(x.transpose(1, 2).flatten(0, 1))                             # (BT,C,H,W)
+        y = self.norm(x.transpose(1, 2).flatten(0, 1))  # (BT,C,H,W)
         q, k, v = self.to_qkv(y).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)  # 3 x (BT,1,HW,C)
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.proj(y[:, 0].transpose(1, 2).reshape(B * T, C, H, W))
@@ -93,10 +234,13 @@ class Resample(nn.Module):
         self.up = up
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=2, mode="nearest-exact") if up else nn.ZeroPad2d((0, 1, 0, 1)),
-            nn.Conv2d(cin, cout, 3, padding=1) if up else nn.Conv2d(cin, cout, 3, stride=2))
+            nn.Conv2d(cin, cout, 3, padding=1) if up else nn.Conv2d(cin, cout, 3, stride=2),
+        )
         self.time_conv = None
         if time:
-            self.time_conv = CausalConv3d(cin, cin * 2, (3, 1, 1)) if up else nn.Conv3d(cin, cin, (3, 1, 1), stride=(2, 1, 1))
+            self.time_conv = (
+                CausalConv3d(cin, cin * 2, (3, 1, 1)) if up else nn.Conv3d(cin, cin, (3, 1, 1), stride=(2, 1, 1))
+            )
 
     def forward(self, x, past):
         if self.up and self.time_conv is not None:
@@ -123,23 +267,30 @@ class Resample(nn.Module):
 
 
 def folded(weight):
-    """A 3x3 kernel (N,C,3,3) for a map of doubled pixels, as the four 2x2 kernels (4N,C,2,2) that give the four output pixels of each
-    pixel of the small map: where two taps fall on one pixel, their sum. Exact but for the rounding of those sums."""
+    """A 3x3 kernel (N,C,3,3) for a map of doubled pixels, as the four 2x2 kernels (4N,C,2,2) that give the four output
+    pixels of each pixel of the small map: where two taps fall on one pixel, their sum. Exact but for the rounding of
+    those sums.
+    """
+
     def fold(w, axis):
         a, b, c = w.unbind(axis)
-        return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)  # for the first and the second pixel of a pair
+        return torch.stack([a, b + c], axis), torch.stack(
+            [a + b, c], axis
+        )  # for the first and the second pixel of a pair
 
     return torch.cat([part for rows in fold(weight, 2) for part in fold(rows, 3)])
 
 
 def double_and_convolve(x, weight, bias):
-    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four kernels (`folded`)."""
+    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four
+    kernels (`folded`).
+    """
     B, _, H, W = x.shape
-    y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))            # (B,2,2,N,H+1,W+1)
+    y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
     out = y.new_empty(B, 2 * H, 2 * W, y.shape[3]).permute(0, 3, 1, 2)
     for i in (0, 1):
         for j in (0, 1):
-            out[:, :, i::2, j::2] = y[:, i, j, :, i:i + H, j:j + W]
+            out[:, :, i::2, j::2] = y[:, i, j, :, i : i + H, j : j + W]
     return out
 
 
@@ -154,15 +305,16 @@ def avg_down(x, cout, time):
 
 
 def add_dup_up(y, x, time, first):
-    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space (and time); the first chunk
-    drops its first ft-1 frames. y (B,N,T,H,W), `time` and space factors (ft, fs)."""
+    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space (and
+    time); the first chunk drops its first ft-1 frames. y (B,N,T,H,W), `time` and space factors (ft, fs).
+    """
     ft, fs = time
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` of x
     for a in range(ft - 1 if first else 0, ft):
         frames = slice(None) if first else slice(a, None, ft)
         for b in range(fs):
             for c in range(fs):
-                y[:, :, frames, b::fs, c::fs] += x[:, ((a * fs + b) * fs + c) * per // n::per]
+                y[:, :, frames, b::fs, c::fs] += x[:, ((a * fs + b) * fs + c) * per // n :: per]
     return y
 
 
@@ -194,7 +346,9 @@ REPEATS = "repeats"  # in `past`: what each layer was last given and gave, for a
 
 
 def repeated(layer, x, past):
-    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, what it gave then."""
+    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, what it
+    gave then.
+    """
     last_x, out, settled = past[REPEATS].get(layer, (None, None, False))
     same = last_x is not None and torch.equal(last_x, x)
     if same and settled:
@@ -272,7 +426,7 @@ class VAE(nn.Module):
         super().__init__()
         self.patch = 2 if v22 else 1
         self.z_dim, self.stride = z_dim, (4, 16, 16) if v22 else (4, 8, 8)
-        pixels = 3 * self.patch ** 2
+        pixels = 3 * self.patch**2
         self.encoder = Coder(v22, False, pixels, 2 * z_dim, [dim] + [dim * m for m in mult], 2)
         self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = CausalConv3d(z_dim, z_dim, 1)
@@ -285,14 +439,19 @@ class VAE(nn.Module):
         return self
 
     def _stats(self, like):
-        return [torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1) for s in LATENT_STATS[self.z_dim]]
+        return [
+            torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+            for s in LATENT_STATS[self.z_dim]
+        ]
 
     def moment_chunks(self, video, still=False):
-        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time. still: most of the video
-        repeats; layers whose part of it has settled are not computed again, which is exact, and takes the memory of what they last gave."""
+        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time. still:
+        most of the video repeats; layers whose part of it has settled are not computed again, which is exact, and takes
+        the memory of what they last gave.
+        """
         past, p = {REPEATS: {}} if still else {}, self.patch
         for i in range(0, video.shape[2], 4):
-            x = video[:, :, max(i - 3, 0):i + 1]
+            x = video[:, :, max(i - 3, 0) : i + 1]
             if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
                 x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
             yield self.conv1(self.encoder(x, past), past)
@@ -308,24 +467,29 @@ class VAE(nn.Module):
         """Raw latents (B,z,T',h,w) -> yields unclamped pixels, (B,3,1,H,W) then (B,3,4,H,W) for every further frame."""
         past = {}
         for i in range(z.shape[2]):
-            yield self.pixels(self.decoder(self.conv2(z[:, :, i:i + 1], past), past))
+            yield self.pixels(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
 
     @torch.no_grad()
     def encode(self, video, still=False):
-        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per channel. still: as in moment_chunks."""
+        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per
+        channel. still: as in moment_chunks.
+        """
         B, _, T, H, W = video.shape
         st, sh, sw = self.stride
         if T % st != 1 or H % sh or W % sw:
-            raise BadInput(f"video of {T} frames, {W}x{H} px: frames must be {st}k+1, width a multiple of {sw}, height of {sh}")
+            raise BadInput(
+                f"video of {T} frames, {W}x{H} px: frames must be {st}k+1, width a multiple of {sw}, height of {sh}"
+            )
         mean, std = self._stats(video)
         z = torch.empty(B, self.z_dim, 1 + T // st, H // sh, W // sw, device=video.device)
         for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype), still)):
-            z[:, :, i:i + 1] = (moments[:, :self.z_dim].float() - mean) / std
+            z[:, :, i : i + 1] = (moments[:, : self.z_dim].float() - mean) / std
         return z
 
     def condition(self, image, frames):
-        """I2V-A14B's 20 extra input channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and
-        the encoding of the image followed by frames-1 grey frames."""
+        """I2V-A14B's 20 extra input channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent
+        frame 0, and the encoding of the image followed by frames-1 grey frames.
+        """
         z = self.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)), still=True)
         mask = torch.zeros_like(z[:, :4])
         mask[:, :, 0] = 1
@@ -333,12 +497,13 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z, tile=0, share=None):
-        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow with T'.
+        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow
+        with T'.
 
-        tile: decode the frame in windows of so many latent pixels a side, which takes memory for one of them. They overlap by as many pixels as
-        a result depends on, which is exact; where `tile` is less than that, by half a tile, and are blended, which is not.
-        share: of several ranks that hold z, (this one's number, how many there are, a function that adds a tensor up over them): each decodes
-        some of the windows.
+        tile: decode the frame in windows of so many latent pixels a side, which takes memory for one of them. They
+        overlap by as many pixels as a result depends on, which is exact; where `tile` is less than that, by half a
+        tile, and are blended, which is not. share: of several ranks that hold z, (this one's number, how many there
+        are, a function that adds a tensor up over them): each decodes some of the windows.
         """
         mean, std = self._stats(z)
         B, _, T, h, w = z.shape
@@ -349,7 +514,7 @@ class VAE(nn.Module):
             return self._decode_tiles(z, video, tile, *(share or (0, 1, lambda t: t))).clamp_(-1, 1)
         at = 0
         for x in self.frame_chunks(z):
-            torch.clamp(x.float(), -1, 1, out=video[:, :, at:at + x.shape[2]])
+            torch.clamp(x.float(), -1, 1, out=video[:, :, at : at + x.shape[2]])
             at += x.shape[2]
         return video
 
@@ -360,7 +525,7 @@ class VAE(nn.Module):
 
     def _decode_tiles(self, z, video, tile, rank, ranks, add_up):
         (h, w), (_, sh, sw), past = z.shape[3:], self.stride, {}
-        maps = [self.decoder.enter(self.conv2(z[:, :, i:i + 1], past), past) for i in range(z.shape[2])]
+        maps = [self.decoder.enter(self.conv2(z[:, :, i : i + 1], past), past) for i in range(z.shape[2])]
         overlap, exact = self.overlap(tile)
 
         def ramp(a, b, n, scale):
@@ -378,22 +543,29 @@ class VAE(nn.Module):
         for a, c in [(a, c) for a in range(0, h, tile) for c in range(0, w, tile)][rank::ranks]:
             b, d = min(a + tile, h), min(c + tile, w)
             weight = (ramp(a, b, h, sh)[:, None] * ramp(c, d, w, sw)).to(video.device)
-            rows, columns = slice(max(0, a - overlap), min(h, b + overlap)), slice(max(0, c - overlap), min(w, d + overlap))
+            rows, columns = (
+                slice(max(0, a - overlap), min(h, b + overlap)),
+                slice(max(0, c - overlap), min(w, d + overlap)),
+            )
             window = (slice(rows.start * sh, rows.stop * sh), slice(columns.start * sw, columns.stop * sw))
             total[window] += weight
             past, at = {}, 0
             for x in maps:
                 x = self.pixels(self.decoder.leave(x[..., rows, columns], past))
-                video[:, :, at:at + x.shape[2], *window] += x.float() * weight
+                video[:, :, at : at + x.shape[2], *window] += x.float() * weight
                 at += x.shape[2]
         return add_up(video).div_(add_up(total))
 
 
 def channels_last(model):
-    """Lay the weights of every convolution out channels-last, which its outputs then follow: what oneDNN, cuDNN and csrc are fast in."""
+    """Lay the weights of every convolution out channels-last, which its outputs then follow: what oneDNN, cuDNN and
+    csrc are fast in.
+    """
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Conv3d)):
-            m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d if m.weight.dim() == 5 else torch.channels_last)
+            m.weight.data = m.weight.data.to(
+                memory_format=torch.channels_last_3d if m.weight.dim() == 5 else torch.channels_last
+            )
     return model
 
 
@@ -402,6 +574,7 @@ FULL = {"2.1": (False, 96, 96, 16), "2.2": (True, 160, 256, 48)}  # the released
 
 def build_vae(entries, path):
     """The VAE whose tensors' headers these are; the kind and every width are read from their shapes."""
+
     def width(name, axis=0):
         if name not in entries:
             raise BadInput(f"{path}: not a Wan VAE, it has no {name}")
@@ -411,7 +584,9 @@ def build_vae(entries, path):
     dim, dec_dim, z_dim = width("encoder.conv1.weight"), width("decoder.head.2.weight", 1), width("conv2.weight")
     if z_dim not in LATENT_STATS:
         raise BadInput(f"{path}: {z_dim} latent channels; statistics are known for {sorted(LATENT_STATS)}")
-    first_block = "encoder.downsamples.{}.downsamples.0.residual.2.weight" if v22 else "encoder.downsamples.{}.residual.2.weight"
+    first_block = (
+        "encoder.downsamples.{}.downsamples.0.residual.2.weight" if v22 else "encoder.downsamples.{}.residual.2.weight"
+    )
     mult = [width(first_block.format(i if v22 else 3 * i)) // dim for i in range(4)]
     return VAE(v22, dim, dec_dim, z_dim, mult)
 

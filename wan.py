@@ -4,10 +4,11 @@ B batch            C channels in      T' h w latent frames, height, width    H' 
 L video tokens = T' H' W'             D width           N heads              d = D/N head width
 S text tokens      F rows of t: 1 for the whole clip, or T', one per latent frame
 
-Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run in
-the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention.
-Source: official wan/modules/model.py. The time MLP runs on the F rows only, never on every token.
+Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run
+in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention. Source:
+official wan/modules/model.py. The time MLP runs on the F rows only, never on every token.
 """
+
 import json
 import math
 from dataclasses import dataclass, fields
@@ -32,8 +33,9 @@ def sinusoid(t, dim):
 
 
 def rope_table(n, d, device):
-    """Cosine and sine (n,d/2,2), fp32, of positions 0..n-1 for each of a head's d/2 complex pairs: these are split over time, height and
-    width, each axis with its own frequencies (base 10000)."""
+    """Cosine and sine (n,d/2,2), fp32, of positions 0..n-1 for each of a head's d/2 complex pairs: these are split over
+    time, height and width, each axis with its own frequencies (base 10000).
+    """
     if n > 1024:
         raise BadInput(f"{n} tokens along one axis: Wan's positions end at 1024")
     half = d // 2
@@ -69,11 +71,11 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     def keys_values(self, context):
         """Embedded text (B,S,D) -> k, v (B,S,N,d)."""
-        k, = ops.qk_norm_rope([self.k(context)], [self.norm_k.weight], self.eps, self.heads)
+        (k,) = ops.qk_norm_rope([self.k(context)], [self.norm_k.weight], self.eps, self.heads)
         return k, self.v(context).unflatten(2, (self.heads, -1))
 
     def forward(self, x, keys_values, bias):
-        q, = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
+        (q,) = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
         return self.o(ops.attention(q, *keys_values, bias))
 
 
@@ -121,6 +123,7 @@ class Head(nn.Module):
 @dataclass
 class WanConfig:
     """The fields of the official config.json, and what it leaves out (text_dim, patch_size)."""
+
     model_type: str
     dim: int
     ffn_dim: int
@@ -135,11 +138,37 @@ class WanConfig:
     eps: float = 1e-6
 
 
-_A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
-             size=(1280, 720))
-VARIANTS = {  # what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise)
-    "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, vae="2.2",
-                    fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None, guidance=(5.0, 5.0)),
+_A14B = dict(
+    dim=5120,
+    ffn_dim=13824,
+    num_heads=40,
+    num_layers=40,
+    out_dim=16,
+    vae="2.1",
+    fps=16,
+    frames=81,
+    steps=40,
+    size=(1280, 720),
+)
+# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise)
+VARIANTS = {
+    "ti2v-5B": dict(
+        model_type="ti2v",
+        dim=3072,
+        ffn_dim=14336,
+        num_heads=24,
+        num_layers=30,
+        in_dim=48,
+        out_dim=48,
+        vae="2.2",
+        fps=24,
+        frames=121,
+        steps=50,
+        size=(1280, 704),
+        shift=5.0,
+        boundary=None,
+        guidance=(5.0, 5.0),
+    ),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
 }
@@ -152,7 +181,10 @@ def full_config(variant):
 
 
 class Text(NamedTuple):
-    """A prompt made ready for the blocks: embedded tokens (B,S,D), logit bias (B,1,1,S) or None, and per block its k and v."""
+    """A prompt made ready for the blocks: embedded tokens (B,S,D), logit bias (B,1,1,S) or None, and per block its k
+    and v.
+    """
+
     context: torch.Tensor
     bias: torch.Tensor
     keys_values: tuple
@@ -169,28 +201,42 @@ class Wan(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
         self.checkpointing = False  # recompute each block's activations in the backward pass
-        self.keeps_text = True  # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py, parallel.py)
+        # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py,
+        # parallel.py)
+        self.keeps_text = True
 
     def embed_text(self, context, lens=None, cache=False):
-        """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and values too.
+        """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and
+        values too.
 
-        The official model pads each prompt with zeros to text_len and masks nothing, so all n = text_len - len padding keys are the
-        one vector text_embedding(0). Here two keys stand for them, their logits raised by log(n1) and log(n2), n1 + n2 = n: exact.
-        Two, because bf16 attention rounds log(n) enough to miscount by 1.5 %; log(n1) is a bf16 number, and n2 the small rest.
+        The official model pads each prompt with zeros to text_len and masks nothing, so all n = text_len - len padding
+        keys are the one vector text_embedding(0). Here two keys stand for them, their logits raised by log(n1) and
+        log(n2), n1 + n2 = n: exact. Two, because bf16 attention rounds log(n) enough to miscount by 1.5 %; log(n1) is a
+        bf16 number, and n2 the small rest.
         """
         B, S, _ = context.shape
         longest = S if lens is None else int(lens.max())
         lens = torch.full((B,), S, device=context.device) if lens is None else lens.to(context.device)
         if S > self.config.text_len or longest > S:
-            raise BadInput(f"text of {max(S, longest)} tokens in a batch {S} wide; the model takes {self.config.text_len}")
+            raise BadInput(
+                f"text of {max(S, longest)} tokens in a batch {S} wide; the model takes {self.config.text_len}"
+            )
         real = torch.arange(S, device=context.device) < lens[:, None]
         context = F.pad(context.to(self.text_embedding[0].weight.dtype).masked_fill(~real[..., None], 0), (0, 0, 0, 2))
         n = (self.config.text_len - lens).float()
         most = (n.log() - 0.04).bfloat16().float()  # bf16 numbers of this size are at most 0.032 apart
-        bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]  # -inf where there is no padding
+        bias = [
+            torch.where(real, 0.0, -torch.inf),
+            most[:, None],
+            (n - most.exp()).log()[:, None],
+        ]  # -inf where there is no padding
         bias = torch.cat(bias, 1)[:, None, None]
         context = self.text_embedding(context)
-        kv = tuple(b.cross_attn.keys_values(context) for b in self.blocks) if cache and self.keeps_text else (None,) * len(self.blocks)
+        kv = (
+            tuple(b.cross_attn.keys_values(context) for b in self.blocks)
+            if cache and self.keeps_text
+            else (None,) * len(self.blocks)
+        )
         return Text(context, bias, kv)
 
     def forward(self, x, t, context, context_lens=None):
@@ -201,8 +247,10 @@ class Wan(nn.Module):
         """
         c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
         if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
-            raise BadInput(f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
-                           f"of {ph}, {pw}, and t (B,) or (B,T')")
+            raise BadInput(
+                f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
+                f"of {ph}, {pw}, and t (B,) or (B,T')"
+            )
         grid = (T // pt, h // ph, w // pw)
         conditions = self.conditions(t, context, context_lens, grid)
         return self.leave(self.run(self.enter(x), *conditions), conditions[0], grid)
@@ -210,7 +258,12 @@ class Wan(nn.Module):
     def enter(self, x):
         """x (B,C,T',h,w) -> its tokens (B,L,D) fp32."""
         (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
-        x = x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        x = (
+            x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw)
+            .permute(0, 2, 4, 6, 1, 3, 5, 7)
+            .flatten(4)
+            .flatten(1, 3)
+        )
         embed = self.patch_embedding
         return F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()
 
@@ -225,7 +278,11 @@ class Wan(nn.Module):
         """The blocks. x (B,L,D) -> (B,L,D)."""
         for block, kv in zip(self.blocks, text.keys_values):
             args = (x, rows, rope, text.context, text.bias, kv)
-            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+            if (
+                self.checkpointing
+                and torch.is_grad_enabled()
+                and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+            ):
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
@@ -234,7 +291,9 @@ class Wan(nn.Module):
     def leave(self, x, time, grid):
         """The last tokens (B,L,D) -> velocity (B,out_dim,T',h,w) fp32."""
         c, (pt, ph, pw) = self.config, self.config.patch_size
-        x = self.head(x, time).view(len(x), *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,out,T',pt,H',ph,W',pw)
+        x = (
+            self.head(x, time).view(len(x), *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        )  # (B,out,T',pt,H',ph,W',pw)
         return x.reshape(len(x), c.out_dim, grid[0] * pt, grid[1] * ph, grid[2] * pw)
 
 
@@ -244,7 +303,10 @@ def keep_fp32(name):
 
 
 def read_config(path, entries):
-    """WanConfig of a model folder (its config.json, checked against the weights by the strict load) or of one file alone."""
+    """WanConfig of a model folder (its config.json, checked against the weights by the strict load) or of one file
+    alone.
+    """
+
     def shape(name):
         if name not in entries:
             raise BadInput(f"{path}: not a Wan DiT, it has no {name}")
@@ -264,21 +326,40 @@ def read_config(path, entries):
         return config
     try:
         given = json.loads(file.read_text())
-        config = WanConfig(**{f.name: given.get(f.name, getattr(config, f.name)) for f in fields(WanConfig)
-                              if f.name not in ("text_dim", "patch_size")}, text_dim=text_dim, patch_size=tuple(patch))
+        config = WanConfig(
+            **{
+                f.name: given.get(f.name, getattr(config, f.name))
+                for f in fields(WanConfig)
+                if f.name not in ("text_dim", "patch_size")
+            },
+            text_dim=text_dim,
+            patch_size=tuple(patch),
+        )
     except (ValueError, AttributeError) as e:
         raise BadInput(f"{file}: not a model configuration ({e})") from None
-    found = {"dim": dim, "ffn_dim": ffn_dim, "num_layers": layers, "in_dim": in_dim, "out_dim": out_dim, "freq_dim": freq_dim}
+    found = {
+        "dim": dim,
+        "ffn_dim": ffn_dim,
+        "num_layers": layers,
+        "in_dim": in_dim,
+        "out_dim": out_dim,
+        "freq_dim": freq_dim,
+    }
     wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
-        raise BadInput(f"{file}: does not fit {path}: " + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly"))
+        raise BadInput(
+            f"{file}: does not fit {path}: "
+            + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
+        )
     return config
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
-    """Load one DiT: `path` is a model folder (config.json and safetensors; of A14B the high_noise_model or low_noise_model
-    folder) or a single .safetensors file. Frozen, in eval mode. fp8: hold the blocks' linears in 8 bits; ComfyUI's fp8_scaled files always
-    are. prepare(model) may change the model while it is still empty. Raises BadInput naming what does not fit."""
+    """Load one DiT: `path` is a model folder (config.json and safetensors; of A14B the high_noise_model or
+    low_noise_model folder) or a single .safetensors file. Frozen, in eval mode. fp8: hold the blocks' linears in 8
+    bits; ComfyUI's fp8_scaled files always are. prepare(model) may change the model while it is still empty. Raises
+    BadInput naming what does not fit.
+    """
     if (Path(path) / "high_noise_model").is_dir():
         raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
     entries = read_headers(weight_files(path))

@@ -1,8 +1,9 @@
 """One fused op per file, each with its reference, Triton kernels, autograd and a check-and-time main.
 
-On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that is built. With TRITON_INTERPRET=1 the Triton kernels
-themselves run on the CPU, slowly, which is how the tests check them.
+On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that is built. With TRITON_INTERPRET=1 the
+Triton kernels themselves run on the CPU, slowly, which is how the tests check them.
 """
+
 import contextlib
 import functools
 import importlib
@@ -14,12 +15,15 @@ import time
 import torch
 
 triton = None
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # else there is nothing to launch, and importing it takes a second
+if (
+    torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
+):  # else there is nothing to launch, and importing it takes a second
     with contextlib.suppress(ImportError):
         triton = importlib.import_module("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import nanowan_csrc  # noqa: F401  registers torch.ops.nanowan_csrc
+
     BUILT = True
 except ImportError:
     BUILT = False
@@ -37,9 +41,14 @@ def register(op, triton_forward, cpp_name):
 
 
 def worst(got, want):
-    """Largest difference between two trees of tensors, as a share of the largest value in each tensor; infinite if anything is not finite."""
+    """Largest difference between two trees of tensors, as a share of the largest value in each tensor; infinite if
+    anything is not finite.
+    """
     got, want = (torch.utils._pytree.tree_leaves(t) for t in (got, want))
-    errors = [((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30)).item() for a, b in zip(got, want, strict=True)]
+    errors = [
+        ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(got, want, strict=True)
+    ]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
@@ -85,5 +94,8 @@ def report(name, error, limit):
 def timed(name, run, reference, floor_bytes):
     """Print an op's GPU time beside its bandwidth floor and its reference's time. Returns what was measured."""
     told = {"ms": milliseconds(run), "floor_ms": 1000 * floor_bytes / bandwidth(), "ref_ms": milliseconds(reference)}
-    print(f"{name}: {told['ms']:.3f} ms, {told['floor_ms'] / told['ms']:.0%} of its bandwidth floor, reference {told['ref_ms']:.3f} ms", flush=True)
+    print(
+        f"{name}: {told['ms']:.3f} ms, {told['floor_ms'] / told['ms']:.0%} of its bandwidth floor, reference {told['ref_ms']:.3f} ms",
+        flush=True,
+    )
     return told

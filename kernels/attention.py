@@ -1,12 +1,14 @@
 """Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
 
-    python -m kernels.attention     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+    python -m kernels.attention     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
+    only)
 
-q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in fp32. With `weight` (N*d,),
-q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and with `table` and `grid` rotated (see qk_norm_rope.py),
-then rounded once. The norm's statistic (B,L) is taken by a small kernel before, since no tile sees a whole row. The backward pass keeps the bare
-q only and makes the other again.
+q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in
+fp32. With `weight` (N*d,), q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and
+with `table` and `grid` rotated (see qk_norm_rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
+kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,13 +23,16 @@ if triton:
 def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
     """-> (B,L,N,d)."""
     if weight is not None:
-        q, = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, grid)
+        (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, grid)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)
+    ).transpose(1, 2)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 if triton:
+
     @triton.jit
     def rstd_kernel(q, rstd, row, eps, D: tl.constexpr, BLOCK: tl.constexpr):
         i, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -43,14 +48,48 @@ if triton:
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Rows (n,DP) of one head; zeros beyond. A clip's offsets fit 32 bits, which halves the registers they take; only `at` has 64."""
+        """Rows (n,DP) of one head; zeros beyond. A clip's offsets fit 32 bits, which halves the registers they take;
+        only `at` has 64.
+        """
         j = tl.arange(0, DP)
-        return tl.load((x + (at + head * d)) + (rows[:, None] * stride + j[None, :]), mask=(rows < total)[:, None] & (j < d)[None, :], other=0.0)
+        return tl.load(
+            (x + (at + head * d)) + (rows[:, None] * stride + j[None, :]),
+            mask=(rows < total)[:, None] & (j < d)[None, :],
+            other=0.0,
+        )
 
     @triton.jit
-    def forward_kernel(q, k, v, bias, out, lse, rstd, weight, table, L, S, N, GH, GW, scale, q_b, q_l, k_b, k_l, v_b, v_l,
-                       d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-                       PRECISION: tl.constexpr):
+    def forward_kernel(
+        q,
+        k,
+        v,
+        bias,
+        out,
+        lse,
+        rstd,
+        weight,
+        table,
+        L,
+        S,
+        N,
+        GH,
+        GW,
+        scale,
+        q_b,
+        q_l,
+        k_b,
+        k_l,
+        v_b,
+        v_l,
+        d: tl.constexpr,
+        DP: tl.constexpr,
+        M: tl.constexpr,
+        NK: tl.constexpr,
+        BIAS: tl.constexpr,
+        NORM: tl.constexpr,
+        ROPE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
         """M queries of one head a program, over all keys in tiles of NK."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
@@ -91,19 +130,48 @@ if triton:
             top = new
         j = tl.arange(0, DP)
         at = rows[:, None] * (N * d) + j[None, :]
-        tl.store((out + (b * L * N + head) * d) + at, (acc / norm[:, None]).to(out.dtype.element_ty), mask=(rows < L)[:, None] & (j < d)[None, :])
+        tl.store(
+            (out + (b * L * N + head) * d) + at,
+            (acc / norm[:, None]).to(out.dtype.element_ty),
+            mask=(rows < L)[:, None] & (j < d)[None, :],
+        )
         tl.store(lse + (b * N + head) * L + rows, top + tl.log2(norm), mask=rows < L)
 
     @triton.jit
     def delta_kernel(out, dout, delta, d: tl.constexpr, DP: tl.constexpr):
         """Row sums of out * dout, (B,L,N)."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
-        a = tl.load(out + i * d + j, mask=j < d, other=0.0).to(tl.float32) * tl.load(dout + i * d + j, mask=j < d, other=0.0).to(tl.float32)
+        a = tl.load(out + i * d + j, mask=j < d, other=0.0).to(tl.float32) * tl.load(
+            dout + i * d + j, mask=j < d, other=0.0
+        ).to(tl.float32)
         tl.store(delta + i, tl.sum(a, 0))
 
     @triton.jit
-    def keys_kernel(q, k, v, bias, dout, lse, delta, dk, dv, L, S, N, scale, k_b, k_l, v_b, v_l,
-                    d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    def keys_kernel(
+        q,
+        k,
+        v,
+        bias,
+        dout,
+        lse,
+        delta,
+        dk,
+        dv,
+        L,
+        S,
+        N,
+        scale,
+        k_b,
+        k_l,
+        v_b,
+        v_l,
+        d: tl.constexpr,
+        DP: tl.constexpr,
+        M: tl.constexpr,
+        NK: tl.constexpr,
+        BIAS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
         """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense (B,L,N,d)."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
@@ -113,7 +181,10 @@ if triton:
         dV = tl.zeros((NK, DP), tl.float32)
         for start in range(0, L, M):
             rows = start + tl.arange(0, M)
-            Q, dO = tile(q, b * L * N * d, head, N * d, rows, L, d, DP), tile(dout, b * L * N * d, head, N * d, rows, L, d, DP)
+            Q, dO = (
+                tile(q, b * L * N * d, head, N * d, rows, L, d, DP),
+                tile(dout, b * L * N * d, head, N * d, rows, L, d, DP),
+            )
             logits = dot(K, tl.trans(Q), PRECISION) * scale2
             if BIAS:
                 logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[:, None]
@@ -124,17 +195,46 @@ if triton:
             dS = P * (dot(V, tl.trans(dO), PRECISION) - part[None, :])
             dK += dot(dS.to(Q.dtype), Q, PRECISION)
         j = tl.arange(0, DP)
-        first, at, inside = (b * S * N + head) * d, keys[:, None] * (N * d) + j[None, :], (keys < S)[:, None] & (j < d)[None, :]
+        first, at, inside = (
+            (b * S * N + head) * d,
+            keys[:, None] * (N * d) + j[None, :],
+            (keys < S)[:, None] & (j < d)[None, :],
+        )
         tl.store((dk + first) + at, (dK * scale).to(dk.dtype.element_ty), mask=inside)
         tl.store((dv + first) + at, dV.to(dv.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def queries_kernel(q, k, v, bias, dout, lse, delta, dq, L, S, N, scale, k_b, k_l, v_b, v_l,
-                       d: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, NK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    def queries_kernel(
+        q,
+        k,
+        v,
+        bias,
+        dout,
+        lse,
+        delta,
+        dq,
+        L,
+        S,
+        N,
+        scale,
+        k_b,
+        k_l,
+        v_b,
+        v_l,
+        d: tl.constexpr,
+        DP: tl.constexpr,
+        M: tl.constexpr,
+        NK: tl.constexpr,
+        BIAS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
         """Gradients of M queries of one head, over all keys in tiles of NK."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
-        Q, dO = tile(q, b * L * N * d, head, N * d, rows, L, d, DP), tile(dout, b * L * N * d, head, N * d, rows, L, d, DP)
+        Q, dO = (
+            tile(q, b * L * N * d, head, N * d, rows, L, d, DP),
+            tile(dout, b * L * N * d, head, N * d, rows, L, d, DP),
+        )
         top = tl.load(lse + (b * N + head) * L + rows, mask=rows < L, other=0.0)
         part = tl.load(delta + (b * L + rows) * N + head, mask=rows < L, other=0.0)
         scale2 = scale * 1.4426950408889634
@@ -149,7 +249,11 @@ if triton:
             dS = P * (dot(dO, tl.trans(V), PRECISION) - part[:, None])
             dQ += dot(dS.to(K.dtype), K, PRECISION)
         j = tl.arange(0, DP)
-        tl.store((dq + (b * L * N + head) * d) + (rows[:, None] * (N * d) + j[None, :]), (dQ * scale).to(dq.dtype.element_ty), mask=(rows < L)[:, None] & (j < d)[None, :])
+        tl.store(
+            (dq + (b * L * N + head) * d) + (rows[:, None] * (N * d) + j[None, :]),
+            (dQ * scale).to(dq.dtype.element_ty),
+            mask=(rows < L)[:, None] & (j < d)[None, :],
+        )
 
 
 def dense(x):
@@ -158,12 +262,24 @@ def dense(x):
 
 
 def tiles(d, dtype, kernel):
-    """Tile sizes and warps: for d = 128 in bf16 what Hopper's and Ampere's registers hold; small ones in fp32 and in the interpreter."""
-    common = {"d": d, "DP": max(16, triton.next_power_of_2(d)), "PRECISION": "ieee" if INTERPRETED or dtype == torch.float32 else "tf32"}
+    """Tile sizes and warps: for d = 128 in bf16 what Hopper's and Ampere's registers hold; small ones in fp32 and in
+    the interpreter.
+    """
+    common = {
+        "d": d,
+        "DP": max(16, triton.next_power_of_2(d)),
+        "PRECISION": "ieee" if INTERPRETED or dtype == torch.float32 else "tf32",
+    }
     if INTERPRETED or dtype == torch.float32:
         return common | {"M": 32, "NK": 32, "num_warps": 4, "num_stages": 1}
-    return common | {"forward": {"M": 128, "NK": 64, "num_warps": 8, "num_stages": 3}, "keys": {"M": 32, "NK": 64, "num_warps": 8, "num_stages": 2},
-                     "queries": {"M": 64, "NK": 32, "num_warps": 8, "num_stages": 2}}[kernel]
+    return (
+        common
+        | {
+            "forward": {"M": 128, "NK": 64, "num_warps": 8, "num_stages": 3},
+            "keys": {"M": 32, "NK": 64, "num_warps": 8, "num_stages": 2},
+            "queries": {"M": 64, "NK": 32, "num_warps": 8, "num_stages": 2},
+        }[kernel]
+    )
 
 
 def statistic(q, eps):
@@ -172,12 +288,23 @@ def statistic(q, eps):
     rstd = torch.empty(B, L, device=q.device)
     block = triton.next_power_of_2(N * d)
     flat = qk_norm_rope.rows_of(q.flatten(2))
-    rstd_kernel[(B * L,)](flat, rstd, flat.stride(1), eps, D=N * d, BLOCK=block, num_warps=max(1, min(16, block // 512)))
+    rstd_kernel[(B * L,)](
+        flat, rstd, flat.stride(1), eps, D=N * d, BLOCK=block, num_warps=max(1, min(16, block // 512))
+    )
     return rstd
 
 
 @torch.library.custom_op("nanowan::attention", mutates_args=(), device_types=("cuda", "cpu"))
-def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float, table: Tensor | None, grid: list[int] | None) -> tuple[Tensor, Tensor]:
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    table: Tensor | None,
+    grid: list[int] | None,
+) -> tuple[Tensor, Tensor]:
     """-> out (B,L,N,d), log2 of the softmax's sum (B,N,L)."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, k, v = dense(q), dense(k), dense(v)
@@ -186,24 +313,53 @@ def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor |
     with launchable(q):
         rstd = None if weight is None else statistic(q, eps)
         forward_kernel[(triton.cdiv(L, t["M"]), B * N)](
-            q, k, v, bias, out, lse, rstd, weight, table, L, S, N, *(grid[1:] if grid else (1, 1)), d ** -0.5, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            BIAS=bias is not None, NORM=weight is not None, ROPE=table is not None, **t)
+            q,
+            k,
+            v,
+            bias,
+            out,
+            lse,
+            rstd,
+            weight,
+            table,
+            L,
+            S,
+            N,
+            *(grid[1:] if grid else (1, 1)),
+            d**-0.5,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            BIAS=bias is not None,
+            NORM=weight is not None,
+            ROPE=table is not None,
+            **t,
+        )
     return out, lse
 
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
-def fused_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fused_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; q normalised and rotated."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, dout, k, v = q.contiguous(), dout.contiguous(), dense(k), dense(v)
     dq, (dk, dv) = torch.empty_like(q), (torch.empty(B, S, N, d, device=q.device, dtype=q.dtype) for _ in range(2))
     delta = torch.empty(B, L, N, device=q.device)
     keys, queries = tiles(d, q.dtype, "keys"), tiles(d, q.dtype, "queries")
-    at = (L, S, N, d ** -0.5, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    at = (L, S, N, d**-0.5, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     with launchable(q):
         delta_kernel[(B * L * N,)](out, dout, delta, d=d, DP=keys["DP"])
-        keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](q, k, v, bias, dout, lse, delta, dk, dv, *at, BIAS=bias is not None, **keys)
-        queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](q, k, v, bias, dout, lse, delta, dq, *at, BIAS=bias is not None, **queries)
+        keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](
+            q, k, v, bias, dout, lse, delta, dk, dv, *at, BIAS=bias is not None, **keys
+        )
+        queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](
+            q, k, v, bias, dout, lse, delta, dq, *at, BIAS=bias is not None, **queries
+        )
     return dq, dk, dv
 
 
@@ -229,7 +385,7 @@ def differentiate(ctx, dout, _):
     heads, dweight, ready = q.shape[2], None, q
     how = (ctx.eps, heads, table, ctx.grid)
     if weight is not None:
-        ready, = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
+        (ready,) = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
     dq, dk, dv = fused_backward(dout, ready, k, v, bias, out, lse)
     if weight is not None:
         dq, *more = qk_norm_rope.fused_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
@@ -247,8 +403,11 @@ def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
 
 
 def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Worst relative error of values and gradients against the reference in fp64: bare and normalised q, with and without a bias, odd sizes."""
+    """Worst relative error of values and gradients against the reference in fp64: bare and normalised q, with and
+    without a bias, odd sizes.
+    """
     from wan import rope_table
+
     g, L = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2]
     random = lambda *shape: torch.randn(shape, generator=g).to(device)
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
@@ -266,6 +425,7 @@ def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
 
 def main():
     from wan import rope_table
+
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
         results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
@@ -275,10 +435,25 @@ def main():
             q, k, v = torch.randn(1, L, 3, N, 128, device=device, dtype=torch.bfloat16).unbind(2)
             weight, table = torch.ones(N * 128, device=device), rope_table(max(grid), 128, device)
             with torch.no_grad():
-                times = {"fused": milliseconds(lambda: attention(q, k, v, None, weight, 1e-6, table, grid), 10),
-                         "prologue and PyTorch's": milliseconds(lambda: attention_ref(qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], 1e-6, N, table, grid)[0], k, v), 10)}
-            results[f"{L}x{N}"] = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
-            print(f"attention, {L} tokens, {N} heads: " + ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results[f"{L}x{N}"].items()), flush=True)
+                times = {
+                    "fused": milliseconds(lambda: attention(q, k, v, None, weight, 1e-6, table, grid), 10),
+                    "prologue and PyTorch's": milliseconds(
+                        lambda: attention_ref(
+                            qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], 1e-6, N, table, grid)[0], k, v
+                        ),
+                        10,
+                    ),
+                }
+            results[f"{L}x{N}"] = {
+                name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()
+            }
+            print(
+                f"attention, {L} tokens, {N} heads: "
+                + ", ".join(
+                    f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results[f"{L}x{N}"].items()
+                ),
+                flush=True,
+            )
     return results
 
 

@@ -1,10 +1,13 @@
-"""The VAE's causal convolution over the two frames before a chunk and the chunk, with the RMS norm and SiLU before it: csrc/causal_conv3d.
+"""The VAE's causal convolution over the two frames before a chunk and the chunk, with the RMS norm and SiLU before it:
+csrc/causal_conv3d.
 
     python -m kernels.causal_conv3d     check against the reference, then time it
 
-x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k) of 3x3x3, 3x1x1 or
-1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,H,W) and what the next chunk's `past` is (None with kt = 1).
+x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k)
+of 3x3x3, 3x1x1 or 1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,H,W) and what the next chunk's `past` is
+(None with kt = 1).
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -35,12 +38,25 @@ def causal_conv3d(x, past, weight, bias=None, gamma=None):
 
 
 def check(device, dtype):
-    """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias and norm, and of streaming."""
+    """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias
+    and norm, and of streaming.
+    """
     g, found = torch.Generator().manual_seed(0), ([], [])
     random = lambda *shape: torch.randn(shape, generator=g)
-    for C, N, kernel in ((16, 24, (3, 3, 3)), (17, 5, (3, 3, 3)), (48, 96, (3, 1, 1)), (33, 12, (1, 1, 1)), (130, 64, (3, 3, 3))):
+    for C, N, kernel in (
+        (16, 24, (3, 3, 3)),
+        (17, 5, (3, 3, 3)),
+        (48, 96, (3, 1, 1)),
+        (33, 12, (1, 1, 1)),
+        (130, 64, (3, 3, 3)),
+    ):
         for normed in (False, True):
-            x, w, b, gamma = random(2, C, 5, 7, 9), random(N, C, *kernel) * (C * 27) ** -0.5, random(N), 1 + 0.1 * random(C)
+            x, w, b, gamma = (
+                random(2, C, 5, 7, 9),
+                random(N, C, *kernel) * (C * 27) ** -0.5,
+                random(N),
+                1 + 0.1 * random(C),
+            )
             tensors = [t.to(dtype).to(device) for t in (x, w, b, gamma)]
             for op, kind, out in ((causal_conv3d, dtype, found[0]), (causal_conv3d_ref, torch.float64, found[1])):
                 x, w, b, gamma = (t.to(kind) for t in tensors)
@@ -54,18 +70,39 @@ def check(device, dtype):
 
 def main():
     device, results = "cuda" if torch.cuda.is_available() and torch.ops.nanowan_csrc.has_cuda() else "cpu", {}
-    for dtype, limit in ((torch.float32, 3e-6 if device == "cpu" else 2e-3), (torch.bfloat16, 2e-2)):  # on a GPU fp32 is multiplied in TF32
+    for dtype, limit in (
+        (torch.float32, 3e-6 if device == "cpu" else 2e-3),
+        (torch.bfloat16, 2e-2),
+    ):  # on a GPU fp32 is multiplied in TF32
         results[f"check {dtype}"] = report(f"causal_conv3d on {device}, {dtype}", check(device, dtype), limit)
-    sizes = ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160)) if device == "cuda" else ((128, 4, 64, 64), (512, 1, 8, 8))
+    sizes = (
+        ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160))
+        if device == "cuda"
+        else ((128, 4, 64, 64), (512, 1, 8, 8))
+    )
     for C, T, H, W in sizes:
         like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-        x, w, b, gamma = torch.randn(1, C, T, H, W, **like).contiguous(memory_format=torch.channels_last_3d), torch.randn(C, C, 3, 3, 3, **like).contiguous(memory_format=torch.channels_last_3d), torch.zeros(C, **like), torch.ones(C, **like)
+        x, w, b, gamma = (
+            torch.randn(1, C, T, H, W, **like).contiguous(memory_format=torch.channels_last_3d),
+            torch.randn(C, C, 3, 3, 3, **like).contiguous(memory_format=torch.channels_last_3d),
+            torch.zeros(C, **like),
+            torch.ones(C, **like),
+        )
         past = torch.randn(1, C, 2, H, W, **like).contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad():
-            seconds = {name: milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000 for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref))}
+            seconds = {
+                name: milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000
+                for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref))
+            }
         flops = 2 * 27 * C * C * T * H * W
-        results[f"{C}x{T}x{H}x{W}"] = {name: {"ms": 1000 * s, "tflops": flops / s / 1e12} for name, s in seconds.items()}
-        print(f"causal_conv3d {C} channels, {T}x{H}x{W}: " + ", ".join(f"{name} {1000 * s:.2f} ms ({flops / s / 1e12:.2f} TFLOP/s)" for name, s in seconds.items()), flush=True)
+        results[f"{C}x{T}x{H}x{W}"] = {
+            name: {"ms": 1000 * s, "tflops": flops / s / 1e12} for name, s in seconds.items()
+        }
+        print(
+            f"causal_conv3d {C} channels, {T}x{H}x{W}: "
+            + ", ".join(f"{name} {1000 * s:.2f} ms ({flops / s / 1e12:.2f} TFLOP/s)" for name, s in seconds.items()),
+            flush=True,
+        )
     return results
 
 

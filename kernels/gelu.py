@@ -4,6 +4,7 @@
 
 x (...) of any float dtype; the arithmetic is fp32. Floor: one read and one write of x.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +38,11 @@ def _(x, grad):
     return x.new_empty(x.shape)
 
 
-torch.library.register_autograd("nanowan::gelu", lambda ctx, grad: fused_backward(*ctx.saved_tensors, grad), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+torch.library.register_autograd(
+    "nanowan::gelu",
+    lambda ctx, grad: fused_backward(*ctx.saved_tensors, grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
@@ -66,7 +71,10 @@ def check(dtype):
 
 
 def main():
-    results = {f"check {dtype}": report(f"gelu, {dtype}", check(dtype), limit) for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3))}
+    results = {
+        f"check {dtype}": report(f"gelu, {dtype}", check(dtype), limit)
+        for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3))
+    }
     x = torch.randn(480, 3072)
     ours, ref = (milliseconds(lambda: op(x)) for op in (gelu, gelu_ref))
     results["480x3072"] = {"ms": ours, "ref_ms": ref}

@@ -2,10 +2,12 @@
 
     python -m kernels.linear      check against the reference, then time it
 
-x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place: of a DiT's feed-forward that is a third of
-its memory. Large fp32 products go to AMX tiles where a CPU has them (csrc/linear.cpp): six products of bf16 parts, as exact as fp32's own and faster.
-The idea: Henry, Tang and Heinecke, Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations, 2019.
+x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place: of a DiT's
+feed-forward that is a third of its memory. Large fp32 products go to AMX tiles where a CPU has them (csrc/linear.cpp):
+six products of bf16 parts, as exact as fp32's own and faster. The idea: Henry, Tang and Heinecke, Leveraging the
+bfloat16 artificial intelligence datatype for higher-precision computations, 2019.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +38,11 @@ class Linear(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight), dx, dw = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.nanowan_csrc.linear(grad, weight, None, False, False) if tiled(grad, weight) else grad @ weight
+            dx = (
+                torch.ops.nanowan_csrc.linear(grad, weight, None, False, False)
+                if tiled(grad, weight)
+                else grad @ weight
+            )
             dx = gelu_backward_(x, dx) if ctx.activated else dx
         if ctx.needs_input_grad[1]:
             dw = grad.flatten(0, -2).t() @ (activate(x) if ctx.activated else x).flatten(0, -2)
@@ -46,8 +52,15 @@ class Linear(torch.autograd.Function):
 # ---- public ------------------------------------------------------------------------------------------------------
 def tiled(x, weight):
     """Whether tiles are there, and pay: for fewer numbers, splitting the weight costs more than they gain."""
-    return (BUILT and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and min(weight.shape) >= 512
-            and x.numel() >= 64 * x.shape[-1] and weight.is_contiguous() and torch.ops.nanowan_csrc.has_tiles())
+    return (
+        BUILT
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and min(weight.shape) >= 512
+        and x.numel() >= 64 * x.shape[-1]
+        and weight.is_contiguous()
+        and torch.ops.nanowan_csrc.has_tiles()
+    )
 
 
 def linear(x, weight, bias=None, activated=False):
@@ -56,11 +69,15 @@ def linear(x, weight, bias=None, activated=False):
 
 
 def check(dtype):
-    """Worst relative error of value and gradients against the reference in fp64, with and without GELU, on strided inputs that tiles take and that they do not."""
+    """Worst relative error of value and gradients against the reference in fp64, with and without GELU, on strided
+    inputs that tiles take and that they do not.
+    """
     g, found = torch.Generator().manual_seed(0), ([], [])
     random = lambda *shape: torch.randn(shape, generator=g)
     for M, K, N in ((7, 24, 40), (100, 530, 520)):
-        x, w, b, dy = (t.to(dtype) for t in (random(K, 2 * M).t()[::2], random(N, K) * K ** -0.5, random(N), random(M, N)))
+        x, w, b, dy = (
+            t.to(dtype) for t in (random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N))
+        )
         for activated in (False, True):
             for (op, kind), out in zip(((linear, dtype), (linear_ref, torch.float64)), found):
                 inputs = [t.detach().to(kind).requires_grad_() for t in (x, w, b)]
@@ -76,8 +93,16 @@ def check_tiles():
     """(Worst relative error of the tiles' products against fp64, that of PyTorch's), over sizes that fill no tile."""
     g, found, tiles = torch.Generator().manual_seed(0), ([], [], []), torch.ops.nanowan_csrc.linear
     random = lambda *shape: torch.randn(shape, generator=g)
-    for M, K, N in ((1, 1, 1), (5, 7, 9), (33, 40, 17), (64, 1030, 70), (31, 513, 300), (1100, 530, 40), (480, 768, 768)):
-        x, w, b, dy = random(K, 2 * M).t()[::2], random(N, K) * K ** -0.5, random(N), random(M, N)
+    for M, K, N in (
+        (1, 1, 1),
+        (5, 7, 9),
+        (33, 40, 17),
+        (64, 1030, 70),
+        (31, 513, 300),
+        (1100, 530, 40),
+        (480, 768, 768),
+    ):
+        x, w, b, dy = random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N)
         found[0].extend([tiles(x, w, b, True, False), tiles(x, w, None, True, True), tiles(dy, w, None, False, False)])
         for kind, out in ((torch.float64, found[1]), (torch.float32, found[2])):
             u, v, c, d = (t.to(kind) for t in (x, w, b, dy))
@@ -86,17 +111,27 @@ def check_tiles():
 
 
 def main():
-    results = {f"check {dtype}": report(f"linear, {dtype}", check(dtype), limit) for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2))}
+    results = {
+        f"check {dtype}": report(f"linear, {dtype}", check(dtype), limit)
+        for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2))
+    }
     if not BUILT or not torch.ops.nanowan_csrc.has_tiles():
         return results
     ours, theirs = check_tiles()
     results["check tiles"] = report(f"tiles, of PyTorch's {theirs:.1e}", ours, 2e-6)
     for M, K, N in ((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768)):
         x, w, b, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)
-        runs = (lambda: linear(x, w, b), lambda: torch.ops.nanowan_csrc.linear(dy, w, None, False, False), lambda: linear_ref(x, w, b), lambda: dy @ w)
+        runs = (
+            lambda: linear(x, w, b),
+            lambda: torch.ops.nanowan_csrc.linear(dy, w, None, False, False),
+            lambda: linear_ref(x, w, b),
+            lambda: dy @ w,
+        )
         rates = [2 * M * K * N / 1e6 / milliseconds(run) for run in runs]
         results[f"{M}x{K}x{N}"] = dict(zip(("gflops", "backward_gflops", "ref_gflops", "ref_backward_gflops"), rates))
-        print(f"linear {M}x{K}x{N}: forward {rates[0]:.0f} GFLOP/s (PyTorch {rates[2]:.0f}), backward {rates[1]:.0f} ({rates[3]:.0f})")
+        print(
+            f"linear {M}x{K}x{N}: forward {rates[0]:.0f} GFLOP/s (PyTorch {rates[2]:.0f}), backward {rates[1]:.0f} ({rates[3]:.0f})"
+        )
     return results
 
 

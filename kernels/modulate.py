@@ -1,10 +1,13 @@
 """LayerNorm with per-frame rows, alone or fused with the gated residual before it.
 
-    python -m kernels.modulate      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+    python -m kernels.modulate      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
+    only)
 
-x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype, and rows (B,F,D) fp32 of any stride serve L/F
-tokens each. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each tensor is touched once.
+x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype, and rows (B,F,D) fp32 of any
+stride serve L/F tokens each. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each
+tensor is touched once.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +27,9 @@ def modulate_ref(x, weight, shift, eps, dtype):
 
 def gate_ref(x, y, row=None):
     """x + row * y; without a row, x + y."""
-    return x + y if row is None else x + (y.to(x.dtype).unflatten(1, (row.shape[1], -1)) * row[:, :, None]).flatten(1, 2)
+    return (
+        x + y if row is None else x + (y.to(x.dtype).unflatten(1, (row.shape[1], -1)) * row[:, :, None]).flatten(1, 2)
+    )
 
 
 def gate_modulate_ref(x, y, row, weight, shift, eps, dtype):
@@ -35,9 +40,31 @@ def gate_modulate_ref(x, y, row, weight, shift, eps, dtype):
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 if triton:
+
     @triton.jit
-    def forward_kernel(x, y, row, weight, shift, new, out, L, tokens, eps, row_b, row_f, weight_b, weight_f, shift_b, shift_f,
-                       D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, NORMED: tl.constexpr):
+    def forward_kernel(
+        x,
+        y,
+        row,
+        weight,
+        shift,
+        new,
+        out,
+        L,
+        tokens,
+        eps,
+        row_b,
+        row_f,
+        weight_b,
+        weight_f,
+        shift_b,
+        shift_f,
+        D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        GATED: tl.constexpr,
+        ROW: tl.constexpr,
+        NORMED: tl.constexpr,
+    ):
         """One token a program: the gated sum if GATED (with a row if ROW), its norm and modulation if NORMED."""
         i = tl.program_id(0).to(tl.int64)
         b, f = i // L, i % L // tokens
@@ -59,9 +86,34 @@ if triton:
             tl.store(out + i * D + d, (centred * rstd * w + s).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def backward_kernel(dnew, dout, new, y, row, weight, dx, dy, sums, tokens, chunk, frames, eps, row_b, row_f, weight_b, weight_f,
-                        D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, NORMED: tl.constexpr, ROWS: tl.constexpr):
-        """One program walks `chunk` tokens of one row; with ROWS it sums the gradients of row, weight and shift on the way into sums (B*F,chunks,3,D)."""
+    def backward_kernel(
+        dnew,
+        dout,
+        new,
+        y,
+        row,
+        weight,
+        dx,
+        dy,
+        sums,
+        tokens,
+        chunk,
+        frames,
+        eps,
+        row_b,
+        row_f,
+        weight_b,
+        weight_f,
+        D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        GATED: tl.constexpr,
+        ROW: tl.constexpr,
+        NORMED: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """One program walks `chunk` tokens of one row; with ROWS it sums the gradients of row, weight and shift on the
+        way into sums (B*F,chunks,3,D).
+        """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // frames, g % frames
         d = tl.arange(0, BLOCK)
@@ -120,8 +172,26 @@ def triton_forward(x, y, row, weight, shift, eps, dtype):
     new = None if y is None else torch.empty(B, L, D, device=x.device)
     out = None if weight is None else torch.empty(B, L, D, device=x.device, dtype=dtype)
     with launchable(x):
-        forward_kernel[(B * L,)](x.contiguous(), None if y is None else y.contiguous(), row, weight, shift, new, out, L, L // (1 if rows is None else rows.shape[1]), eps,
-                                 *strides(row), *strides(weight), *strides(shift), D=D, GATED=y is not None, ROW=row is not None, NORMED=weight is not None, **tuned(D))
+        forward_kernel[(B * L,)](
+            x.contiguous(),
+            None if y is None else y.contiguous(),
+            row,
+            weight,
+            shift,
+            new,
+            out,
+            L,
+            L // (1 if rows is None else rows.shape[1]),
+            eps,
+            *strides(row),
+            *strides(weight),
+            *strides(shift),
+            D=D,
+            GATED=y is not None,
+            ROW=row is not None,
+            NORMED=weight is not None,
+            **tuned(D),
+        )
     return [t for t in (new, out) if t is not None]
 
 
@@ -130,28 +200,70 @@ def triton_backward(dnew, dout, new, y, row, weight, eps, branch, need_rows):
     gated, rows = dnew is not None, row if weight is None else weight
     frames = 1 if rows is None else rows.shape[1]
     tokens = L // frames
-    chunk = -(-tokens * B * frames // 1024) if need_rows else 8  # where rows are wanted, about a thousand programs, so that few sums are left to add up
+    chunk = (
+        -(-tokens * B * frames // 1024) if need_rows else 8
+    )  # where rows are wanted, about a thousand programs, so that few sums are left to add up
     chunks = -(-tokens // chunk)
     dx = torch.empty(B, L, D, device=new.device)
     dy = torch.empty(B, L, D, device=new.device, dtype=branch) if gated else None
     sums = torch.empty(B * frames, chunks, 3, D, device=new.device) if need_rows else None
     with launchable(new):
-        backward_kernel[(B * frames, chunks)](dnew, dout, new.contiguous(), None if y is None else y.contiguous(), row, weight, dx, dy, sums, tokens, chunk, frames, eps, *strides(row), *strides(weight),
-                                              D=D, GATED=gated, ROW=row is not None, NORMED=weight is not None, ROWS=need_rows, **tuned(D))
+        backward_kernel[(B * frames, chunks)](
+            dnew,
+            dout,
+            new.contiguous(),
+            None if y is None else y.contiguous(),
+            row,
+            weight,
+            dx,
+            dy,
+            sums,
+            tokens,
+            chunk,
+            frames,
+            eps,
+            *strides(row),
+            *strides(weight),
+            D=D,
+            GATED=gated,
+            ROW=row is not None,
+            NORMED=weight is not None,
+            ROWS=need_rows,
+            **tuned(D),
+        )
     found = [dx, dy] if gated else [dx]
     return found + [sums.sum(1).view(B, frames, 3, D)] if need_rows else found
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::modulate", mutates_args=(), device_types=())
-def fused(x: Tensor, y: Tensor | None, row: Tensor | None, weight: Tensor | None, shift: Tensor | None, eps: float, dtype: torch.dtype) -> list[Tensor]:
+def fused(
+    x: Tensor,
+    y: Tensor | None,
+    row: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """[the gated sum, where y is given] + [its norm and modulation, where weight is]."""
 
 
 @torch.library.custom_op("nanowan::modulate_backward", mutates_args=(), device_types=())
-def fused_backward(dnew: Tensor | None, dout: Tensor | None, new: Tensor, y: Tensor | None, row: Tensor | None, weight: Tensor | None, eps: float,
-                   branch: torch.dtype, need_rows: bool) -> list[Tensor]:
-    """Gradients [x] + [y, where dnew is given] + [row, weight and shift (B,F,3,D), where need_rows]. new: the stream that was normed; branch: y's dtype."""
+def fused_backward(
+    dnew: Tensor | None,
+    dout: Tensor | None,
+    new: Tensor,
+    y: Tensor | None,
+    row: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    branch: torch.dtype,
+    need_rows: bool,
+) -> list[Tensor]:
+    """Gradients [x] + [y, where dnew is given] + [row, weight and shift (B,F,3,D), where need_rows]. new: the stream
+    that was normed; branch: y's dtype.
+    """
 
 
 register(fused, triton_forward, "modulate")
@@ -160,7 +272,9 @@ register(fused_backward, triton_backward, "modulate_backward")
 
 @fused.register_fake
 def _(x, y, row, weight, shift, eps, dtype):
-    return ([torch.empty_like(x, memory_format=torch.contiguous_format)] if y is not None else []) + ([torch.empty(x.shape, dtype=dtype, device=x.device)] if weight is not None else [])
+    return ([torch.empty_like(x, memory_format=torch.contiguous_format)] if y is not None else []) + (
+        [torch.empty(x.shape, dtype=dtype, device=x.device)] if weight is not None else []
+    )
 
 
 @fused_backward.register_fake
@@ -180,7 +294,17 @@ def keep(ctx, inputs, output):
 def differentiate(ctx, grads):
     new, y, row, weight = ctx.saved_tensors
     grads = [g.contiguous() for g in grads]
-    found = fused_backward(grads[0] if ctx.gated else None, grads[-1] if ctx.normed else None, new, y, row, weight, ctx.eps, ctx.branch, ctx.need_rows)
+    found = fused_backward(
+        grads[0] if ctx.gated else None,
+        grads[-1] if ctx.normed else None,
+        new,
+        y,
+        row,
+        weight,
+        ctx.eps,
+        ctx.branch,
+        ctx.need_rows,
+    )
     dx, dy = found[0], found[1] if ctx.gated else None
     drow, dweight, dshift = found[-1].unbind(2) if ctx.need_rows else (None,) * 3
     return dx, dy, drow if row is not None else None, *((dweight, dshift) if ctx.normed else (None, None)), None, None
@@ -211,11 +335,22 @@ def check(device, dtype, B=2, F=3, tokens=5, D=192):
     random = lambda *shape: torch.randn(shape, generator=g).to(device)
     x, y, rows = random(B, F * tokens, D), random(B, F * tokens, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
     ends, found = [random(B, F * tokens, D) for _ in range(2)], []
-    for ops, kind in (((modulate, gate, gate_modulate), torch.float32), ((modulate_ref, gate_ref, gate_modulate_ref), torch.float64)):
-        a, b, r = (u.detach().to(v).requires_grad_() for u, v in ((x, kind), (y, dtype if kind == torch.float32 else kind), (rows, kind)))
+    for ops, kind in (
+        ((modulate, gate, gate_modulate), torch.float32),
+        ((modulate_ref, gate_ref, gate_modulate_ref), torch.float64),
+    ):
+        a, b, r = (
+            u.detach().to(v).requires_grad_()
+            for u, v in ((x, kind), (y, dtype if kind == torch.float32 else kind), (rows, kind))
+        )
         weight, shift, row = r.unbind(2)
         out = dtype if kind == torch.float32 else kind
-        h = [ops[0](a, weight, shift, 1e-6, out), ops[1](a, b, row), ops[1](a, b), *ops[2](a, b, row, weight, shift, 1e-6, out)]
+        h = [
+            ops[0](a, weight, shift, 1e-6, out),
+            ops[1](a, b, row),
+            ops[1](a, b),
+            *ops[2](a, b, row, weight, shift, 1e-6, out),
+        ]
         (sum((u.to(kind) * ends[i % 2].to(kind)).sum() for i, u in enumerate(h))).backward()
         found.append([*h, a.grad, b.grad, r.grad])
     return worst(*found)
@@ -231,8 +366,15 @@ def main():
             x, y = torch.randn(B, L, D, device=device), torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
             row, weight, shift = torch.randn(3, B, 1, D, device=device)
             given = weight, shift, 1e-6, torch.bfloat16
-            results[f"modulate {L}x{D}"] = timed(f"modulate {L}x{D}", lambda: modulate(x, *given), lambda: modulate_ref(x, *given), 6 * x.numel())
-            results[f"gate_modulate {L}x{D}"] = timed(f"gate_modulate {L}x{D}", lambda: gate_modulate(x, y, row, *given), lambda: gate_modulate_ref(x, y, row, *given), 12 * x.numel())
+            results[f"modulate {L}x{D}"] = timed(
+                f"modulate {L}x{D}", lambda: modulate(x, *given), lambda: modulate_ref(x, *given), 6 * x.numel()
+            )
+            results[f"gate_modulate {L}x{D}"] = timed(
+                f"gate_modulate {L}x{D}",
+                lambda: gate_modulate(x, y, row, *given),
+                lambda: gate_modulate_ref(x, y, row, *given),
+                12 * x.numel(),
+            )
     return results
 
 

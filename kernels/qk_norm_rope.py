@@ -1,12 +1,15 @@
 """RMSNorm over the whole width, with weight, then the 3-axis rotation of every head, for q and k in one launch.
 
-    python -m kernels.qk_norm_rope      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check only)
+    python -m kernels.qk_norm_rope      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
+    only)
 
-xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes from `table`
-(P,d/2,2), cosine and sine of position p for each of the d/2 pairs of a head, and `grid` (T',H',W'): pair j of token (t,h,w) turns by
-position t, h or w as j lies in the first d/2 - 2*(d/2//3) pairs, the next d/2//3, or the last. No (L,d/2) table is ever read from memory.
-Floor in bytes per element of xs: twice its size; each is read and written once.
+xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes
+from `table` (P,d/2,2), cosine and sine of position p for each of the d/2 pairs of a head, and `grid` (T',H',W'): pair j
+of token (t,h,w) turns by position t, h or w as j lies in the first d/2 - 2*(d/2//3) pairs, the next d/2//3, or the
+last. No (L,d/2) table is ever read from memory. Floor in bytes per element of xs: twice its size; each is read and
+written once.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,13 +44,16 @@ def qk_norm_rope_ref(xs, weights, eps, heads, table=None, grid=None):
     """-> [(B,L,N,d) of xs' dtype]; without a table, normed only."""
     found = []
     for x, weight in zip(xs, weights):
-        y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(2, (heads, -1))
+        y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(
+            2, (heads, -1)
+        )
         found.append((y if table is None else rotate(y, table, grid)).to(x.dtype))
     return found
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 if triton:
+
     @triton.jit
     def turn(a, b, table, l, GH, GW, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
         """Rotate the pairs (a,b) of one token, or with `back` the other way. a, b: (PAIRS,), all heads in turn."""
@@ -61,8 +67,25 @@ if triton:
         return a * cos - b * sin, a * sin + b * cos
 
     @triton.jit
-    def forward_kernel(x0, x1, w0, w1, out0, out1, table, L, GH, GW, eps, row0, row1,
-                       D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+    def forward_kernel(
+        x0,
+        x1,
+        w0,
+        w1,
+        out0,
+        out1,
+        table,
+        L,
+        GH,
+        GW,
+        eps,
+        row0,
+        row1,
+        D: tl.constexpr,
+        HALF: tl.constexpr,
+        PAIRS: tl.constexpr,
+        ROPE: tl.constexpr,
+    ):
         """One token of q (axis 1 = 0) or k a program, as its even and its odd columns."""
         i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
         x, w, out, row = x0, w0, out0, row0
@@ -79,9 +102,34 @@ if triton:
         tl.store(out + i * D + d, v.to(out.dtype.element_ty), mask=d < D)
 
     @triton.jit
-    def backward_kernel(dout0, dout1, x0, x1, w0, w1, dx0, dx1, dw, table, rows, L, chunk, GH, GW, eps, row0, row1,
-                        D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr, WEIGHTS: tl.constexpr):
-        """`chunk` tokens of q or k a program; with WEIGHTS their share of the weight's gradient goes to dw (2,chunks,D)."""
+    def backward_kernel(
+        dout0,
+        dout1,
+        x0,
+        x1,
+        w0,
+        w1,
+        dx0,
+        dx1,
+        dw,
+        table,
+        rows,
+        L,
+        chunk,
+        GH,
+        GW,
+        eps,
+        row0,
+        row1,
+        D: tl.constexpr,
+        HALF: tl.constexpr,
+        PAIRS: tl.constexpr,
+        ROPE: tl.constexpr,
+        WEIGHTS: tl.constexpr,
+    ):
+        """`chunk` tokens of q or k a program; with WEIGHTS their share of the weight's gradient goes to dw
+        (2,chunks,D).
+        """
         c, which = tl.program_id(0), tl.program_id(1)
         x, w, dout, dx, row = x0, w0, dout0, dx0, row0
         if which == 1:
@@ -124,8 +172,24 @@ def triton_forward(xs, weights, eps, heads, table, grid):
     xs = [rows_of(x) for x in xs]
     outs = [torch.empty(B, L, heads, D // heads, device=x.device, dtype=x.dtype) for x in xs]
     with launchable(xs[0]):
-        forward_kernel[(B * L, len(xs))](xs[0], xs[-1], weights[0], weights[-1], outs[0], outs[-1], table, L, *(grid[1:] if grid else (1, 1)), eps, xs[0].stride(1), xs[-1].stride(1),
-                                         D=D, HALF=D // heads // 2, ROPE=table is not None, **tuned(D))
+        forward_kernel[(B * L, len(xs))](
+            xs[0],
+            xs[-1],
+            weights[0],
+            weights[-1],
+            outs[0],
+            outs[-1],
+            table,
+            L,
+            *(grid[1:] if grid else (1, 1)),
+            eps,
+            xs[0].stride(1),
+            xs[-1].stride(1),
+            D=D,
+            HALF=D // heads // 2,
+            ROPE=table is not None,
+            **tuned(D),
+        )
     return outs
 
 
@@ -136,20 +200,52 @@ def triton_backward(douts, xs, weights, eps, heads, table, grid, need_weights):
     dxs = [torch.empty(B, L, D, device=x.device, dtype=x.dtype) for x in xs]
     dw = torch.empty(len(xs), chunks, D, device=xs[0].device) if need_weights else None
     with launchable(xs[0]):
-        backward_kernel[(chunks, len(xs))](douts[0], douts[-1], xs[0], xs[-1], weights[0], weights[-1], dxs[0], dxs[-1], dw, table, B * L, L, chunk, *(grid[1:] if grid else (1, 1)), eps,
-                                           xs[0].stride(1), xs[-1].stride(1), D=D, HALF=D // heads // 2, ROPE=table is not None, WEIGHTS=need_weights, **tuned(D))
+        backward_kernel[(chunks, len(xs))](
+            douts[0],
+            douts[-1],
+            xs[0],
+            xs[-1],
+            weights[0],
+            weights[-1],
+            dxs[0],
+            dxs[-1],
+            dw,
+            table,
+            B * L,
+            L,
+            chunk,
+            *(grid[1:] if grid else (1, 1)),
+            eps,
+            xs[0].stride(1),
+            xs[-1].stride(1),
+            D=D,
+            HALF=D // heads // 2,
+            ROPE=table is not None,
+            WEIGHTS=need_weights,
+            **tuned(D),
+        )
     return dxs + ([dw.sum(1)] if need_weights else [])
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::qk_norm_rope", mutates_args=(), device_types=())
-def fused(xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None) -> list[Tensor]:
+def fused(
+    xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None
+) -> list[Tensor]:
     """As qk_norm_rope_ref."""
 
 
 @torch.library.custom_op("nanowan::qk_norm_rope_backward", mutates_args=(), device_types=())
-def fused_backward(douts: list[Tensor], xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None,
-                   need_weights: bool) -> list[Tensor]:
+def fused_backward(
+    douts: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    heads: int,
+    table: Tensor | None,
+    grid: list[int] | None,
+    need_weights: bool,
+) -> list[Tensor]:
     """Gradients of xs, and with need_weights those of the weights (1 or 2,D)."""
 
 
@@ -164,7 +260,9 @@ def _(xs, weights, eps, heads, table, grid):
 
 @fused_backward.register_fake
 def _(douts, xs, weights, eps, heads, table, grid, need_weights):
-    return [x.new_empty(x.shape) for x in xs] + ([weights[0].new_empty(len(xs), xs[0].shape[2])] if need_weights else [])
+    return [x.new_empty(x.shape) for x in xs] + (
+        [weights[0].new_empty(len(xs), xs[0].shape[2])] if need_weights else []
+    )
 
 
 def keep(ctx, inputs, output):
@@ -175,9 +273,11 @@ def keep(ctx, inputs, output):
 
 def differentiate(ctx, douts):
     *both, table = ctx.saved_tensors
-    xs, weights = both[:len(both) // 2], both[len(both) // 2:]
-    found = fused_backward([g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, ctx.grid, ctx.need_weights)
-    return list(found[:len(xs)]), list(found[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
+    xs, weights = both[: len(both) // 2], both[len(both) // 2 :]
+    found = fused_backward(
+        [g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, ctx.grid, ctx.need_weights
+    )
+    return list(found[: len(xs)]), list(found[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
 
 
 torch.library.register_autograd("nanowan::qk_norm_rope", differentiate, setup_context=keep)
@@ -190,8 +290,11 @@ def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
 
 
 def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
-    """Worst relative error of values and gradients against the reference in fp64, with and without rotation, on strided inputs."""
+    """Worst relative error of values and gradients against the reference in fp64, with and without rotation, on strided
+    inputs.
+    """
     from wan import rope_table
+
     g, L, D = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2], heads * d
     random = lambda *shape: torch.randn(shape, generator=g).to(device)
     x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(max(grid), d, device)
@@ -207,6 +310,7 @@ def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
 
 def main():
     from wan import rope_table
+
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         results[f"check {dtype}"] = report(f"qk_norm_rope, {dtype}", check(device, dtype), limit)
@@ -216,7 +320,12 @@ def main():
             q, k, v = torch.randn(1, L, 3 * D, device=device, dtype=torch.bfloat16).chunk(3, -1)
             w, table = list(torch.ones(2, D, device=device)), rope_table(max(grid), 128, device)
             given = w, 1e-6, heads, table, grid
-            results[f"{L}x{D}"] = timed(f"qk_norm_rope {L}x{D}", lambda: qk_norm_rope([q, k], *given), lambda: qk_norm_rope_ref([q, k], *given), 8 * L * D)
+            results[f"{L}x{D}"] = timed(
+                f"qk_norm_rope {L}x{D}",
+                lambda: qk_norm_rope([q, k], *given),
+                lambda: qk_norm_rope_ref([q, k], *given),
+                8 * L * D,
+            )
     return results
 
 

@@ -1,8 +1,10 @@
-"""The main job on nano, in a few minutes on two CPU cores: clips with captions -> a LoRA translator -> does the model listen better?
+"""The main job on nano, in a few minutes on two CPU cores: clips with captions -> a LoRA translator -> does the model
+listen better?
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
 Leaves mp4s, a before/after contact sheet and a plot of the loss in out/demo.
 """
+
 import json
 import shutil
 import subprocess
@@ -29,7 +31,9 @@ def run(*command):
 def listen(name, lora):
     """Grade the checkpoint, and write the first clips of each suite."""
     models, scores, shown = load("nano", "cpu", torch.float32, lora), {}, []
-    suites = {f"the new word {w!r}": nano.prompts(40, 1, words=[w]) for w in WORDS} | {"old words": nano.prompts(100, 1)}
+    suites = {f"the new word {w!r}": nano.prompts(40, 1, words=[w]) for w in WORDS} | {
+        "old words": nano.prompts(100, 1)
+    }
     for suite, rows in suites.items():
         word = rows[0].get("word")
         asked = [{nano.NEW_WORDS[word][0]: r[nano.NEW_WORDS[word][0]]} for r in rows] if word else rows
@@ -37,18 +41,25 @@ def listen(name, lora):
         scores[suite] = nano.shares(graded, asked)
         nano.table(f"{name}: {suite}", asked, scores[suite], graded)
         for i in range(2):
-            write_mp4(OUT / name / f"{suite.split()[-1]}_{i}.mp4".replace("'", ""), clips[i], nano.FPS, json.dumps({"prompt": rows[i]["prompt"]}))
+            write_mp4(
+                OUT / name / f"{suite.split()[-1]}_{i}.mp4".replace("'", ""),
+                clips[i],
+                nano.FPS,
+                json.dumps({"prompt": rows[i]["prompt"]}),
+            )
             shown.append((rows[i]["prompt"], clips[i]))
     return scores, shown
 
 
 def plot(log, file):
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     loss = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
     window = 15
-    mean = [sum(loss[max(0, i - window + 1):i + 1]) / min(i + 1, window) for i in range(len(loss))]
+    mean = [sum(loss[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     axes.plot(loss, color="#bbbbbb", linewidth=0.8, label="each step")
     axes.plot(mean, color="#c0392b", label=f"mean of {window}")
@@ -61,15 +72,41 @@ def main():
     shutil.rmtree(OUT, ignore_errors=True)
     run(ROOT / "nano.py", "clips", "--out", OUT / "clips", "--n", 144, "--seed", 7, "--words", ",".join(WORDS))
     before, first = listen("before", [])
-    run(ROOT / "train_lora.py", "--ckpt", "nano", "--data", OUT / "clips", "--out", OUT / "lora", "--steps", 1000, "--batch", 16, "--rank", 16, "--lr", 8e-3,
-        "--save_every", 500)
+    run(
+        ROOT / "train_lora.py",
+        "--ckpt",
+        "nano",
+        "--data",
+        OUT / "clips",
+        "--out",
+        OUT / "lora",
+        "--steps",
+        1000,
+        "--batch",
+        16,
+        "--rank",
+        16,
+        "--lr",
+        8e-3,
+        "--save_every",
+        500,
+    )
     after, second = listen("after", [str(OUT / "lora" / "adapter_model.safetensors")])
     pairs = [pair for couple in zip(first, second) for pair in couple]
-    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))], columns=4, scale=2)
+    write_grid(
+        OUT / "before_after.png",
+        [clip for _, clip in pairs],
+        [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))],
+        columns=4,
+        scale=2,
+    )
     plot(OUT / "lora" / "log.jsonl", OUT / "loss.png")
     print("\nlistening, before -> after")
     for suite in before:
-        print(f"  {suite:24} " + ", ".join(f"{kind} {before[suite][kind]:.2f} -> {after[suite][kind]:.2f}" for kind in before[suite]))
+        print(
+            f"  {suite:24} "
+            + ", ".join(f"{kind} {before[suite][kind]:.2f} -> {after[suite][kind]:.2f}" for kind in before[suite])
+        )
     print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, before/, after/, clips/")
     with open(OUT / "scores.json", "w") as f:
         json.dump({"before": before, "after": after}, f, indent=1)

@@ -1,32 +1,54 @@
 """The table of runs/listen.sh: means over the seeds, from OUT/SEED/*.json."""
+
 import json
 import sys
 from pathlib import Path
 from statistics import mean
 
-NAMES = {"base": "base", "te": "encoder, 1500 steps, anchor 0.01", "te_lora": "the same + k/v translator", "te_short": "encoder, 200 steps", "te_short_lora": "the same + k/v translator",
-         "te_anchor_0": "encoder, no anchor", "te_anchor_1": "encoder, anchor 1", "te_mix": "encoder, captions mixed 15/35/50", "te_rows": "embedding rows only",
-         "lora": "k/v LoRA alone", "lora_cross": "q/k/v/o of cross-attention, equal parameters", "lora_self": "q/k/v/o of self-attention, equal parameters",
-         "orange_base": "orange: base", "orange_te": "orange: encoder, 400 steps", "orange_te_lora": "orange: the same + k/v translator"}
+NAMES = {
+    "base": "base",
+    "te": "encoder, 1500 steps, anchor 0.01",
+    "te_lora": "the same + k/v translator",
+    "te_short": "encoder, 200 steps",
+    "te_short_lora": "the same + k/v translator",
+    "te_anchor_0": "encoder, no anchor",
+    "te_anchor_1": "encoder, anchor 1",
+    "te_mix": "encoder, captions mixed 15/35/50",
+    "te_rows": "embedding rows only",
+    "lora": "k/v LoRA alone",
+    "lora_cross": "q/k/v/o of cross-attention, equal parameters",
+    "lora_self": "q/k/v/o of self-attention, equal parameters",
+    "orange_base": "orange: base",
+    "orange_te": "orange: encoder, 400 steps",
+    "orange_te_lora": "orange: the same + k/v translator",
+}
 
 
 def main():
     seeds = sorted(d for d in Path(sys.argv[1]).iterdir() if d.is_dir())
-    print("| trained | new words, pooled (each seed) | worst word | old words: colour, shape, motion | logit drift | dW/W |\n|---|---|---|---|---|---|")
+    print(
+        "| trained | new words, pooled (each seed) | worst word | old words: colour, shape, motion | logit drift | dW/W |\n|---|---|---|---|---|---|"
+    )
     for name, label in NAMES.items():
-        read = lambda end: [json.loads((d / f"{name}{end}").read_text()) for d in seeds if (d / f"{name}{end}").exists()]
+        read = lambda end: [
+            json.loads((d / f"{name}{end}").read_text()) for d in seeds if (d / f"{name}{end}").exists()
+        ]
         scores = read(".json")
         if not scores:
             continue
         sides = [next(iter(s.values())) for s in scores]
         pooled = [s["new words"]["pooled"]["right"] for s in sides]
-        words = {w: mean(next(iter(s[w].values()))["right"] for s in sides) for w in sides[0] if not w.endswith("words")}
+        words = {
+            w: mean(next(iter(s[w].values()))["right"] for s in sides) for w in sides[0] if not w.endswith("words")
+        }
         worst = min(words, key=words.get)
         old = ", ".join(f"{mean(s['old words'][k]['right'] for s in sides):.3f}" for k in ("color", "shape", "motion"))
         drift = [max(r["drift"] for rows in s.values() for r in rows) for s in read(".logits.json")]
         moved = [s["together"] for s in read(".delta.json")]
-        print(f"| {label} | {mean(pooled):.3f} ({', '.join(f'{p:.2f}' for p in pooled)}) | {worst} {words[worst]:.2f} | {old} | {f'{mean(drift):.2f}' if drift else ''} | "
-              f"{f'{100 * mean(moved):.0f} %' if moved else ''} |")
+        print(
+            f"| {label} | {mean(pooled):.3f} ({', '.join(f'{p:.2f}' for p in pooled)}) | {worst} {words[worst]:.2f} | {old} | {f'{mean(drift):.2f}' if drift else ''} | "
+            f"{f'{100 * mean(moved):.0f} %' if moved else ''} |"
+        )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def threads(request):
 def checkpoints(tmp_path_factory):
     """{"ti2v", "t2v", "i2v"}: folders of tiny random checkpoints in the official layout."""
     import tiny
+
     root = tmp_path_factory.mktemp("checkpoints")
     return {kind: tiny.checkpoint(root / kind, kind) for kind in ("ti2v", "t2v", "i2v")}
 
@@ -33,6 +34,7 @@ def checkpoints(tmp_path_factory):
 def media(tmp_path_factory):
     """A folder of two captioned clips and a photo, 64 px wide."""
     from test_data import clip, photo
+
     folder = tmp_path_factory.mktemp("media")
     clip(folder / "a.mp4", 9, 64, 64, caption="a red square\na square that is red")
     clip(folder / "b.mp4", 13, 64, 64, caption="a dog runs")
@@ -42,15 +44,23 @@ def media(tmp_path_factory):
 
 @pytest.fixture
 def report(request):
-    """report(name, value, limit): list the error as a share of its tolerance after all tests, and hold it to that tolerance."""
+    """report(name, value, limit): list the error as a share of its tolerance after all tests, and hold it to that
+    tolerance.
+    """
+
     def check(name, value, limit):
-        request.node.user_properties.append(("error", f"{request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}"))
+        request.node.user_properties.append(
+            ("error", f"{request.node.name}: {name} {value:.1e} = {value / limit:.0%} of {limit:.0e}")
+        )
         assert value <= limit, f"{name}: {value:.3e} > {limit:.0e}"
+
     return check
 
 
 def pytest_terminal_summary(terminalreporter):
-    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, []) if r.when == "call"]
+    reports = [
+        r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, []) if r.when == "call"
+    ]
     for line in (text for r in reports for key, text in r.user_properties if key == "error"):
         terminalreporter.write_line(line)
 
@@ -66,7 +76,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
-        return bool(item.get_closest_marker("slow")) == config.getoption("--slow") and (torch.cuda.is_available() or not item.get_closest_marker("gpu"))
+        return bool(item.get_closest_marker("slow")) == config.getoption("--slow") and (
+            torch.cuda.is_available() or not item.get_closest_marker("gpu")
+        )
 
     config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
     items[:] = [i for i in items if wanted(i)]

@@ -1,8 +1,10 @@
 """Runs jobs one after another in the processes that torchrun starts, or in one without torchrun: `ranks.py JOBS.json`.
 
-A job: {"script", "argv", "sgd": use plain SGD (Adam's first steps are the gradient's sign, which rounding decides where it is nearly zero),
-"broken": which part to break on purpose, "dump": where the full states go that were saved and restored}. Writes OUT/sent.json: bytes sent by rank 0.
+A job: {"script", "argv", "sgd": use plain SGD (Adam's first steps are the gradient's sign, which rounding decides where
+it is nearly zero), "broken": which part to break on purpose, "dump": where the full states go that were saved and
+restored}. Writes OUT/sent.json: bytes sent by rank 0.
 """
+
 import importlib
 import json
 import os
@@ -30,12 +32,20 @@ def whole(state):
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
     models, world = sample.load("nano"), parallel.World("cpu", **ranks)
-    models.world, models.prepare, models.agree = world, lambda name, model: world.parallelize(model), lambda yes: world.agree(yes, "sequence")
+    models.world, models.prepare, models.agree = (
+        world,
+        lambda name, model: world.parallelize(model),
+        lambda yes: world.agree(yes, "sequence"),
+    )
     sample.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False)
+    latents = sample.denoise(
+        models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
+    )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
     found = {"latents": latents, "video": sample.decode(models, z)}
-    assert ("tokens" in world.sent) == (world.ulysses > 1) and ("pixels" in world.sent) == (world.team > 1)  # they did work together
+    assert ("tokens" in world.sent) == (world.ulysses > 1) and ("pixels" in world.sent) == (
+        world.team > 1
+    )  # they did work together
     if world.main:
         save(out, found)
 
@@ -44,10 +54,15 @@ def run(job):
     if job["script"] == "library":
         return library(*job["argv"], **job["ranks"])
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
-    kept = {"adamw": getattr(module, "adamw", None), "save_state": getattr(module, "save_state", None), "restore": getattr(module, "restore", None)}
+    kept = {
+        "adamw": getattr(module, "adamw", None),
+        "save_state": getattr(module, "save_state", None),
+        "restore": getattr(module, "restore", None),
+    }
     if job.get("sgd"):
         module.adamw = lambda params, lr, weight_decay=0.0: torch.optim.SGD(params, lr)
     if job.get("dump"):
+
         def save_state(r, step, params, opt, guard, ema):
             kept["save_state"](r, step, params, opt, guard, ema)
             found = whole(train.places(train.state_of(params, opt, guard, ema), params))
@@ -84,9 +99,15 @@ def equal_weights(v, target, right=parallel.weighted):
     return right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
 
 
-BREAK = {"no_sum": (parallel.World, {"sum": lambda self, params, *numbers: numbers}), "no_positions": (parallel.World, {"_attend": first_place}),
-         "mean_gradients": (FSDPModule, dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None)),
-         "equal_weights": (parallel, {"weighted": equal_weights})}
+BREAK = {
+    "no_sum": (parallel.World, {"sum": lambda self, params, *numbers: numbers}),
+    "no_positions": (parallel.World, {"_attend": first_place}),
+    "mean_gradients": (
+        FSDPModule,
+        dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None),
+    ),
+    "equal_weights": (parallel, {"weighted": equal_weights}),
+}
 
 
 if __name__ == "__main__":
@@ -97,7 +118,9 @@ if __name__ == "__main__":
         init(self, *args, **kwargs)
         WORLDS.append(self)
 
-    name = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(parallel.dist, n))  # what fully_shard calls; the first is newer
+    name = next(
+        n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(parallel.dist, n)
+    )  # what fully_shard calls; the first is newer
     gather = getattr(parallel.dist, name)
 
     def gathered(output, input, *args, **kwargs):
@@ -106,7 +129,10 @@ if __name__ == "__main__":
 
     parallel.World.__init__ = remember
     setattr(parallel.dist, name, gathered)
-    start, parallel.dist.destroy_process_group = parallel.dist.init_process_group, lambda: None  # one group serves all jobs
+    start, parallel.dist.destroy_process_group = (
+        parallel.dist.init_process_group,
+        lambda: None,
+    )  # one group serves all jobs
     parallel.dist.init_process_group = lambda *args, **kwargs: parallel.dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)

@@ -1,4 +1,5 @@
 """Every layout that weights come in, and every way in which a file can be wrong."""
+
 import json
 import pickle
 import shutil
@@ -7,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from checkpoint import BadInput, atomic, read_header, save
 from t5 import load_t5
 from vae import load_vae
@@ -37,7 +38,10 @@ def test_unsharded_folder(tmp_path):
     assert same(load_wan(tmp_path, dtype=torch.float32), model)
 
 
-@pytest.mark.parametrize("rename", ["{}", "model.diffusion_model.{}", "diffusion_model.{}", "_orig_mod.{}", "model.diffusion_model._orig_mod.{}"])
+@pytest.mark.parametrize(
+    "rename",
+    ["{}", "model.diffusion_model.{}", "diffusion_model.{}", "_orig_mod.{}", "model.diffusion_model._orig_mod.{}"],
+)
 def test_one_file_alone_with_any_prefix(tmp_path, rename):
     """Without a config.json the head width is 128, as in every released size."""
     model = tiny.dit("i2v", dim=256, heads=2, layers=2)
@@ -48,7 +52,10 @@ def test_one_file_alone_with_any_prefix(tmp_path, rename):
 
 def test_compile_leftovers_inside_keys(tmp_path):
     model = tiny.dit("t2v", dim=128, heads=1)
-    save_file({k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in model.state_dict().items()}, tmp_path / "m.safetensors")
+    save_file(
+        {k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in model.state_dict().items()},
+        tmp_path / "m.safetensors",
+    )
     assert same(load_wan(tmp_path / "m.safetensors", dtype=torch.float32), model)
 
 
@@ -69,6 +76,7 @@ def test_encoder_and_vae_in_both_formats(tmp_path, checkpoints, suffix):
 @pytest.mark.parametrize("v22, mult", [(False, (1, 3, 3, 5)), (True, (1, 2, 2, 6))])
 def test_widths_come_from_the_shapes(tmp_path, v22, mult):
     from vae import VAE
+
     odd = tiny.randomize(VAE(v22, 6, 10 if v22 else 6, 48 if v22 else 16, mult), 0)
     torch.save(odd.state_dict(), tmp_path / "a_VAE.pth")
     assert same(load_vae(tmp_path), odd)
@@ -76,8 +84,14 @@ def test_widths_come_from_the_shapes(tmp_path, v22, mult):
 
 def test_pickles_are_read_tensor_by_tensor(tmp_path):
     """Offsets, shapes, dtypes and strides from a .pth header give back what torch.save wrote."""
-    state = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 6).t(), "d": torch.randn(10, 2)[3:5],
-             "e": torch.randn(6, 5)[:, :3], "f": torch.randn(8, 2)[1::2]}
+    state = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.randn(4, 6).t(),
+        "d": torch.randn(10, 2)[3:5],
+        "e": torch.randn(6, 5)[:, :3],
+        "f": torch.randn(8, 2)[1::2],
+    }
     torch.save(state, tmp_path / "x.pth")
     entries, _ = read_header(tmp_path / "x.pth")
     assert all(torch.equal(entries[k].read(), v) and entries[k].dtype == v.dtype for k, v in state.items())
@@ -86,8 +100,15 @@ def test_pickles_are_read_tensor_by_tensor(tmp_path):
 def test_dtype_and_what_stays_fp32(checkpoints):
     state = load_wan(checkpoints["ti2v"]).state_dict()
     assert state["blocks.0.self_attn.q.weight"].dtype == state["text_embedding.0.weight"].dtype == torch.bfloat16
-    for name in ("blocks.0.modulation", "blocks.0.norm3.weight", "blocks.0.self_attn.norm_q.weight", "time_embedding.0.weight",
-                 "time_projection.1.weight", "head.head.weight", "head.modulation"):
+    for name in (
+        "blocks.0.modulation",
+        "blocks.0.norm3.weight",
+        "blocks.0.self_attn.norm_q.weight",
+        "time_embedding.0.weight",
+        "time_projection.1.weight",
+        "head.head.weight",
+        "head.modulation",
+    ):
         assert state[name].dtype == torch.float32, name
 
 
@@ -100,7 +121,11 @@ def test_missing_unexpected_and_misshapen_keys_are_all_listed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 48, "num_heads": 2}))
     with pytest.raises(BadInput) as e:
         load_wan(tmp_path)
-    for part in ("1 missing (blocks.1.norm3.bias)", "1 unexpected (blocks.0.extra)", "head.head.bias is (3,), should be (64,)"):
+    for part in (
+        "1 missing (blocks.1.norm3.bias)",
+        "1 unexpected (blocks.0.extra)",
+        "head.head.bias is (3,), should be (64,)",
+    ):
         assert part in str(e.value)
 
 
@@ -119,7 +144,13 @@ def break_checkpoint(folder, how):
         shard.write_bytes(b"")
     elif how == "wrong shape":
         state = load_file(shard)
-        save_file({**state, "blocks.0.norm3.weight" if "blocks.0.norm3.weight" in state else next(iter(state)): torch.zeros(3)}, shard)
+        save_file(
+            {
+                **state,
+                "blocks.0.norm3.weight" if "blocks.0.norm3.weight" in state else next(iter(state)): torch.zeros(3),
+            },
+            shard,
+        )
     elif how == "missing shard":
         shard.unlink()
     elif how == "pickle with code":
@@ -144,18 +175,49 @@ def break_checkpoint(folder, how):
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
 
 
-@pytest.mark.parametrize("how, message", [
-    ("truncated", "truncated"), ("truncated header", "truncated"), ("empty", "not a weight file"), ("wrong shape", "should be"),
-    ("missing shard", "missing diffusion_pytorch_model-00001-of-00002"), ("pickle with code", "only tensors are accepted"),
-    ("old pickle", "old-style pickle"), ("html", "a web page"), ("truncated pickle", "not a readable torch file"), ("no config", "config.json is missing"),
-    ("bad index", "not a weight index"), ("other config", "dim is 64, the weights have 48"), ("list config", "model_type should be"),
-    ("bad tokenizer", "not a sentencepiece model")])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "truncated"),
+        ("truncated header", "truncated"),
+        ("empty", "not a weight file"),
+        ("wrong shape", "should be"),
+        ("missing shard", "missing diffusion_pytorch_model-00001-of-00002"),
+        ("pickle with code", "only tensors are accepted"),
+        ("old pickle", "old-style pickle"),
+        ("html", "a web page"),
+        ("truncated pickle", "not a readable torch file"),
+        ("no config", "config.json is missing"),
+        ("bad index", "not a weight index"),
+        ("other config", "dim is 64, the weights have 48"),
+        ("list config", "model_type should be"),
+        ("bad tokenizer", "not a sentencepiece model"),
+    ],
+)
 def test_a_broken_checkpoint_is_one_clear_line(checkpoints, tmp_path, how, message):
     folder = tmp_path / "c"
     shutil.copytree(checkpoints["ti2v"], folder)
     break_checkpoint(folder, how)
-    run = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", folder, "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu",
-                          "--out", tmp_path / "v.mp4"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            "--ckpt",
+            folder,
+            "--size",
+            "32x32",
+            "--frames",
+            "1",
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "v.mp4",
+        ],
+        capture_output=True,
+        text=True,
+    )
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith("error: ") and message in last and str(folder) in last, run.stderr
     assert "Traceback" not in run.stderr and "this must never run" not in run.stdout
@@ -181,7 +243,12 @@ def gigabyte(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_needs_hardly_more_than_the_weights(gigabyte, dtype, report):
-    run = subprocess.run([sys.executable, "-c", LOAD.format(root=str(ROOT), path=str(gigabyte), dtype=dtype)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD.format(root=str(ROOT), path=str(gigabyte), dtype=dtype)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     peak, weights = map(int, run.stdout.split())
     report("peak memory over weights x 1.2 + 300 MB", peak / (weights * 1.2 + 300e6), 1.0)
 
@@ -199,6 +266,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_header_whose_length_spells_a_zip(tmp_path):
     """A safetensors header of 19280 bytes begins with b"PK", as a zip does."""
     from safetensors.torch import save_file
+
     tensors, metadata = {"a": torch.arange(3.0)}, {"pad": ""}
     save_file(tensors, tmp_path / "a.safetensors", metadata)
     size = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")

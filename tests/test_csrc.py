@@ -1,4 +1,7 @@
-"""csrc/causal_conv3d: the CPU path against its definition, inside torch.compile, and the CUDA source compiled and run without a GPU."""
+"""csrc/causal_conv3d: the CPU path against its definition, inside torch.compile, and the CUDA source compiled and run
+without a GPU.
+"""
+
 import ctypes
 import re
 import shutil
@@ -6,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from kernels import causal_conv3d as conv
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -21,16 +24,31 @@ def test_cpu_equals_the_reference(dtype, limit, report, threads):
 
 
 def test_fake_tensors_and_compile():
-    x, past, w, gamma = torch.randn(1, 8, 2, 4, 4), torch.randn(1, 8, 2, 4, 4), torch.randn(6, 8, 3, 3, 3), torch.rand(8)
-    out, last = torch.ops.nanowan_csrc.causal_conv3d(x.to("meta"), past.to("meta"), w.to("meta"), None, gamma.to("meta"))
+    x, past, w, gamma = (
+        torch.randn(1, 8, 2, 4, 4),
+        torch.randn(1, 8, 2, 4, 4),
+        torch.randn(6, 8, 3, 3, 3),
+        torch.rand(8),
+    )
+    out, last = torch.ops.nanowan_csrc.causal_conv3d(
+        x.to("meta"), past.to("meta"), w.to("meta"), None, gamma.to("meta")
+    )
     assert out.shape == (1, 6, 2, 4, 4) and last.shape == past.shape
     compiled = torch.compile(lambda *a: [2 * y for y in conv.causal_conv3d(*a)], backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(x, past, w, None, gamma), conv.causal_conv3d(x, past, w, None, gamma)):
         assert torch.equal(a, 2 * b)
 
 
-@pytest.mark.parametrize("change, said", [(dict(past=torch.zeros(1, 8, 1, 4, 4)), r"past should be two frames.*it is \[1, 8, 1, 4, 4\]"), (dict(w=torch.zeros(6, 7, 3, 3, 3)), "weight \\[6, 7"),
-                                          (dict(w=torch.zeros(6, 8, 5, 5, 5)), "3x3x3"), (dict(gamma=torch.zeros(3)), "8 values and has 3"), (dict(x=torch.zeros(8, 2, 4, 4)), "x is \\[8, 2")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(past=torch.zeros(1, 8, 1, 4, 4)), r"past should be two frames.*it is \[1, 8, 1, 4, 4\]"),
+        (dict(w=torch.zeros(6, 7, 3, 3, 3)), "weight \\[6, 7"),
+        (dict(w=torch.zeros(6, 8, 5, 5, 5)), "3x3x3"),
+        (dict(gamma=torch.zeros(3)), "8 values and has 3"),
+        (dict(x=torch.zeros(8, 2, 4, 4)), "x is \\[8, 2"),
+    ],
+)
 def test_wrong_sizes_are_named(change, said):
     given = dict(x=torch.zeros(1, 8, 2, 4, 4), past=None, w=torch.zeros(6, 8, 3, 3, 3), bias=None, gamma=None) | change
     with pytest.raises(RuntimeError, match=said):
@@ -43,7 +61,22 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="compiles CUDA,
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_cuda_compiles_without_spills(arch, tmp_path):
-    run = subprocess.run(["nvcc", "-c", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", CSRC / "causal_conv3d_kernel.cu", "-o", tmp_path / "out.o"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            "nvcc",
+            "-c",
+            "-std=c++17",
+            "-O3",
+            f"-arch={arch}",
+            "-Xptxas",
+            "-v",
+            CSRC / "causal_conv3d_kernel.cu",
+            "-o",
+            tmp_path / "out.o",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     assert len(used) == 6 and all(u == ("0", "0", "0") for u in used), run.stderr
@@ -59,26 +92,65 @@ def test_no_two_sources_have_one_name():
 def test_what_launches_the_kernels_compiles(tmp_path):
     """Against PyTorch's CUDA headers."""
     from torch.utils.cpp_extension import include_paths
+
     macros = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # which a torch without CUDA lacks
     macros.parent.mkdir(parents=True)
     macros.write_text("#pragma once\n")
-    toolkit = re.search(r"TOP=(\S+)", subprocess.run(["nvcc", "--dryrun", "-c", CSRC / "causal_conv3d_kernel.cu"], capture_output=True, text=True).stderr).group(1)
-    run = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-DNANOWAN_CUDA", *(f"-I{p}" for p in [*include_paths(), f"{toolkit}/include", tmp_path]), CSRC / "causal_conv3d.cpp"],
-                         capture_output=True, text=True)
+    toolkit = re.search(
+        r"TOP=(\S+)",
+        subprocess.run(
+            ["nvcc", "--dryrun", "-c", CSRC / "causal_conv3d_kernel.cu"], capture_output=True, text=True
+        ).stderr,
+    ).group(1)
+    run = subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-fsyntax-only",
+            "-DNANOWAN_CUDA",
+            *(f"-I{p}" for p in [*include_paths(), f"{toolkit}/include", tmp_path]),
+            CSRC / "causal_conv3d.cpp",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The CUDA source as a C++ library: its launches, which are no C++, become calls; everything else is compiled as it is."""
+    """The CUDA source as a C++ library: its launches, which are no C++, become calls; everything else is compiled as it
+    is.
+    """
     folder = tmp_path_factory.mktemp("emulated")
     for header in ("cuda_bf16.h", "cuda_pipeline_primitives.h", "cuda_runtime.h", "mma.h"):
         (folder / header).write_text('#include "emulation.h"\n')
-    source, launches = re.subn(r"(\w+(?:<[^<>]*>)?)<<<([^,]+), ([^,]+), 0, stream>>>", r"emulation::launch(\1, \2, \3)", (CSRC / "causal_conv3d_kernel.cu").read_text())
+    source, launches = re.subn(
+        r"(\w+(?:<[^<>]*>)?)<<<([^,]+), ([^,]+), 0, stream>>>",
+        r"emulation::launch(\1, \2, \3)",
+        (CSRC / "causal_conv3d_kernel.cu").read_text(),
+    )
     assert launches == 3
     (folder / "conv.cpp").write_text(source)
-    subprocess.run(["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-D__CUDACC__", f"-I{folder}", f"-I{EMULATION}", f"-I{CSRC}", folder / "conv.cpp", "-o", folder / "conv.so"],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-D__CUDACC__",
+            f"-I{folder}",
+            f"-I{EMULATION}",
+            f"-I{CSRC}",
+            folder / "conv.cpp",
+            "-o",
+            folder / "conv.so",
+        ],
+        check=True,
+        capture_output=True,
+    )
     return ctypes.CDLL(str(folder / "conv.so"))
 
 
@@ -87,15 +159,34 @@ class Shape(ctypes.Structure):
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("C, N, kt, k, past", [(16, 24, 3, 3, True), (40, 136, 3, 3, False), (12, 3, 3, 3, True), (24, 8, 3, 1, True), (8, 16, 1, 1, False)])
+@pytest.mark.parametrize(
+    "C, N, kt, k, past",
+    [(16, 24, 3, 3, True), (40, 136, 3, 3, False), (12, 3, 3, 3, True), (24, 8, 3, 1, True), (8, 16, 1, 1, False)],
+)
 def test_cuda_source_computes_the_convolution(emulated, C, N, kt, k, past, dtype, limit, report):
-    """Every thread of the kernel run as a CPU thread: borders, frames before the chunk, tails of channels and pixels, both dtypes (fp32 exactly here, TF32 on a GPU)."""
+    """Every thread of the kernel run as a CPU thread: borders, frames before the chunk, tails of channels and pixels,
+    both dtypes (fp32 exactly here, TF32 on a GPU).
+    """
     x, w, bias = torch.randn(2, C, 3, 5, 6), torch.randn(N, C, kt, k, k) * (C * kt * k * k) ** -0.5, torch.randn(N)
     before = torch.randn(2, C, 2, 5, 6) if past else None
-    x, w, before = (None if t is None else t.to(dtype).contiguous(memory_format=torch.channels_last_3d) for t in (x, w, before))
+    x, w, before = (
+        None if t is None else t.to(dtype).contiguous(memory_format=torch.channels_last_3d) for t in (x, w, before)
+    )
     out = torch.full((2, N, 3, 5, 6), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
     at = lambda t: ctypes.c_void_p(None if t is None else t.data_ptr())
-    assert emulated.nanowan_causal_conv3d(at(x), at(before), at(w), at(bias), at(out), Shape(2, C, 3, 5, 6, N, kt, k), ctypes.c_bool(dtype == torch.bfloat16), None) == 0
+    assert (
+        emulated.nanowan_causal_conv3d(
+            at(x),
+            at(before),
+            at(w),
+            at(bias),
+            at(out),
+            Shape(2, C, 3, 5, 6, N, kt, k),
+            ctypes.c_bool(dtype == torch.bfloat16),
+            None,
+        )
+        == 0
+    )
     want = conv.causal_conv3d_ref(x.double(), None if before is None else before.double(), w.double(), bias.double())[0]
     report("relative error", tiny.error(out.double(), want), limit)
 
@@ -104,7 +195,17 @@ def test_cuda_source_computes_the_convolution(emulated, C, N, kt, k, past, dtype
 def test_cuda_source_computes_norm_and_silu(emulated, dtype, limit, report):
     x, gamma = torch.randn(21, 70).to(dtype), 1 + 0.1 * torch.randn(70)
     out = torch.empty_like(x)
-    assert emulated.nanowan_norm_silu(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(gamma.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(70), ctypes.c_int64(21),
-                                      ctypes.c_bool(dtype == torch.bfloat16), None) == 0
+    assert (
+        emulated.nanowan_norm_silu(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(gamma.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(70),
+            ctypes.c_int64(21),
+            ctypes.c_bool(dtype == torch.bfloat16),
+            None,
+        )
+        == 0
+    )
     want = torch.nn.functional.silu(conv.rms_norm(x.double(), gamma.double()))
     report("relative error", tiny.error(out.double(), want), limit)

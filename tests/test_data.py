@@ -1,15 +1,16 @@
 """From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
+
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import data
-import tiny
 from checkpoint import BadInput, load
 from sample import write_mp4
 
@@ -42,7 +43,9 @@ def test_images_and_clips_land_in_buckets(tmp_path):
     assert {i.path.name: i.bucket for i in items} == {"a.mp4": (64, 48, 9), "b.mp4": (48, 64, 9), "c.png": (64, 48, 1)}
 
 
-@pytest.mark.parametrize("frames, fps, want", [(9, 8, 9), (12, 8, 9), (30, 8, 9), (7, 8, 5), (9, 16, 5), (20, 16, 9), (5, 4, 9)])
+@pytest.mark.parametrize(
+    "frames, fps, want", [(9, 8, 9), (12, 8, 9), (30, 8, 9), (7, 8, 5), (9, 16, 5), (20, 16, 9), (5, 4, 9)]
+)
 def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
     """Item frames at 8 fps, and each the source frame nearest in time."""
     clip(tmp_path / "a.mp4", frames, fps=fps)
@@ -51,13 +54,17 @@ def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
     got = data.pixels(item).mean((0, 2, 3))
     source = torch.linspace(-0.9, 0.9, frames)
     nearest = [min(int(k * fps / 8 + 0.5), frames - 1) for k in range(want)]
-    either = [min(abs(g - source[i]), abs(g - source[max(i - 1, 0)]) if (k * fps / 8) % 1 == 0.5 else 9) for k, (g, i) in enumerate(zip(got, nearest))]
+    either = [
+        min(abs(g - source[i]), abs(g - source[max(i - 1, 0)]) if (k * fps / 8) % 1 == 0.5 else 9)
+        for k, (g, i) in enumerate(zip(got, nearest))
+    ]
     assert max(either) < 0.02
 
 
 def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
     """80/24 s is stored as 3.333 s there."""
     import av
+
     with av.open(str(tmp_path / "a.mkv"), "w") as file:
         stream = file.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -108,14 +115,23 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
     items, skipped = scan(tmp_path)
     assert [i.path.name for i in items] == ["good.mp4"]
     why = {p.name: reason for p, reason in skipped}
-    assert "too short: 4 frames, 4 at 8 fps" in why["short.mp4"] and "caption silent.txt is empty" in why["silent.mp4"] and "alone.txt is missing" in why["alone.mp4"]
-    assert why["empty.mp4"] == why["empty2.jpg"] == "is empty" and "cannot be decoded" in why["page.mp4"] and "cannot be decoded" in why["cut.mp4"]
+    assert (
+        "too short: 4 frames, 4 at 8 fps" in why["short.mp4"]
+        and "caption silent.txt is empty" in why["silent.mp4"]
+        and "alone.txt is missing" in why["alone.mp4"]
+    )
+    assert (
+        why["empty.mp4"] == why["empty2.jpg"] == "is empty"
+        and "cannot be decoded" in why["page.mp4"]
+        and "cannot be decoded" in why["cut.mp4"]
+    )
     assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
     assert all(p.name in data.report(items, skipped) for p, _ in skipped)
 
 
 def test_photographs_are_read_upright_and_whole(tmp_path):
     """EXIF rotation, 16-bit depth and transparency."""
+
     def level(name):
         (tmp_path / name).with_suffix(".txt").write_text("x")
         return data.open_photo(tmp_path / name)
@@ -133,10 +149,11 @@ def test_photographs_are_read_upright_and_whole(tmp_path):
 
 def test_rotated_and_damaged_clips(tmp_path):
     import av
+
     clip(tmp_path / "a.mp4", 20, 64, 48)
     raw = bytearray((tmp_path / "a.mp4").read_bytes())
     at = raw.find(b"tkhd") + 44  # the track's matrix: a quarter turn
-    raw[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
+    raw[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
     (tmp_path / "a.mp4").write_bytes(raw)
     (item,), _ = scan(tmp_path, area=64 * 64)
     with av.open(str(tmp_path / "a.mp4")) as f:
@@ -173,7 +190,11 @@ def test_cached_latents_equal_a_direct_encode(tmp_path):
         assert torch.equal(got["latents"], want)
         first = torch.zeros(3, *data.pixels(item).shape[1:])
         first[:, 0] = data.pixels(item)[:, 0]
-        assert torch.equal(got["y"][4:], vae.encode(first[None])[0]) and got["y"][:4, 0].min() == 1 and got["y"][:4, 1:].abs().sum() == 0
+        assert (
+            torch.equal(got["y"][4:], vae.encode(first[None])[0])
+            and got["y"][:4, 0].min() == 1
+            and got["y"][:4, 1:].abs().sum() == 0
+        )
 
 
 def test_only_what_changed_is_computed_again(tmp_path):
@@ -190,20 +211,24 @@ def test_only_what_changed_is_computed_again(tmp_path):
 
     first = cached()
     assert calls == ["loaded"] and cached() == first and not calls
-    clip(tmp_path / "b.mp4", frames=17)                          # another file under the same name
+    clip(tmp_path / "b.mp4", frames=17)  # another file under the same name
     second = cached()
     assert calls and second[0] == first[0] and second[1] != first[1]
-    assert not set(cached(area=32 * 32)) & set(second)           # another resolution
-    assert not set(cached(fps=4)) & set(second)                  # another frame rate
-    assert cached(most=5)[0] != second[0]                        # another length
+    assert not set(cached(area=32 * 32)) & set(second)  # another resolution
+    assert not set(cached(fps=4)) & set(second)  # another frame rate
+    assert cached(most=5)[0] != second[0]  # another length
     torch.save(tiny.vae(False, seed=8).state_dict(), tmp_path / "VAE.pth")
-    assert not set(cached()) & set(second)                       # another VAE
+    assert not set(cached()) & set(second)  # another VAE
 
 
 def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
     from t5 import load_t5
+
     encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
-    file = [checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", checkpoints["ti2v"] / "google" / "umt5-xxl" / "spiece.model"]
+    file = [
+        checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth",
+        checkpoints["ti2v"] / "google" / "umt5-xxl" / "spiece.model",
+    ]
     files = data.cache_texts(["a cat", "", "a cat"], tmp_path, file, lambda: encoder, torch.float32)
     assert list(files) == ["a cat", ""]
     assert torch.equal(load(files["a cat"])[0]["embedding"], encoder.encode(["a cat"])[0][0])
@@ -211,7 +236,10 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
     def never():
         raise AssertionError("everything is cached already")
 
-    assert data.cache_texts(["", "a cat"], tmp_path, file, never, torch.float32) == {"": files[""], "a cat": files["a cat"]}
+    assert data.cache_texts(["", "a cat"], tmp_path, file, never, torch.float32) == {
+        "": files[""],
+        "a cat": files["a cat"],
+    }
     assert data.cache_texts(["a cat"], tmp_path, file, lambda: encoder, torch.bfloat16)["a cat"] != files["a cat"]
     other = [file[1], file[0]]  # other weights, another tokenizer
     assert data.cache_texts(["a cat"], tmp_path, other, lambda: encoder, torch.float32)["a cat"] != files["a cat"]
@@ -238,8 +266,14 @@ def test_a_jsonl_lists_paths_and_captions(tmp_path):
     (tmp_path / "m").mkdir()
     clip(tmp_path / "m" / "a.mp4")
     photo(tmp_path / "m" / "b.png")
-    lines = ['{"path": "m/a.mp4", "caption": "one"}', "", '{"file": "m/b.png", "caption": ["two", " three "]}', '{"path": "m/c.mp4", "caption": "x"}',
-             '{"path": "m/a.mp4"}', '{"path": "list.jsonl", "caption": "x"}']
+    lines = [
+        '{"path": "m/a.mp4", "caption": "one"}',
+        "",
+        '{"file": "m/b.png", "caption": ["two", " three "]}',
+        '{"path": "m/c.mp4", "caption": "x"}',
+        '{"path": "m/a.mp4"}',
+        '{"path": "list.jsonl", "caption": "x"}',
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     items, skipped = scan(tmp_path / "list.jsonl")
     assert [(i.path.name, i.captions) for i in items] == [("a.mp4", ["one"]), ("b.png", ["two", "three"])]
@@ -250,8 +284,15 @@ def test_a_jsonl_lists_paths_and_captions(tmp_path):
             scan(tmp_path / "list.jsonl")
 
 
-@pytest.mark.parametrize("mode, want", [("first", [range(9)]), ("middle", [range(6, 15)]), ("several", [range(9), range(9, 18)]),
-                                        ("uniform", [[0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 20]])])
+@pytest.mark.parametrize(
+    "mode, want",
+    [
+        ("first", [range(9)]),
+        ("middle", [range(6, 15)]),
+        ("several", [range(9), range(9, 18)]),
+        ("uniform", [[0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 20]]),
+    ],
+)
 def test_which_frames_of_a_longer_clip(tmp_path, mode, want):
     clip(tmp_path / "a.mp4", 21)
     items, _ = data.scan(tmp_path, 64 * 48, 16, 9, 8, mode)
@@ -270,7 +311,11 @@ def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "probe", lambda p: calls.append(p.name) or real(p))
     look = lambda: data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
     first = look()
-    assert calls == ["a.mp4", "b.mp4"] and [i.bucket for i in look()[0]] == [i.bucket for i in first[0]] and look()[1] == first[1]
+    assert (
+        calls == ["a.mp4", "b.mp4"]
+        and [i.bucket for i in look()[0]] == [i.bucket for i in first[0]]
+        and look()[1] == first[1]
+    )
     assert len(calls) == 2
     clip(tmp_path / "b.mp4", frames=13)
     assert len(look()[0]) == 2 and calls[2:] == ["b.mp4"]
@@ -280,11 +325,34 @@ def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
     """Both start on an empty cache; what they leave equals what one alone computes, and nothing half-written."""
     import subprocess
     import sys
+
     for i in range(6):
-        clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}") if (tmp_path / "d").mkdir(exist_ok=True) is None else None
-    command = lambda out, cache: [sys.executable, str(ROOT / "train_lora.py"), "--ckpt", str(checkpoints["ti2v"]), "--data", str(tmp_path / "d"), "--out", str(tmp_path / out),
-                                  "--cache", str(tmp_path / cache), "--resolution", "64x64", "--frames", "9", "--device", "cpu", "--cache_only"]
-    both = [subprocess.Popen(command(out, "shared"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for out in ("a", "b")]
+        clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}") if (tmp_path / "d").mkdir(
+            exist_ok=True
+        ) is None else None
+    command = lambda out, cache: [
+        sys.executable,
+        str(ROOT / "train_lora.py"),
+        "--ckpt",
+        str(checkpoints["ti2v"]),
+        "--data",
+        str(tmp_path / "d"),
+        "--out",
+        str(tmp_path / out),
+        "--cache",
+        str(tmp_path / cache),
+        "--resolution",
+        "64x64",
+        "--frames",
+        "9",
+        "--device",
+        "cpu",
+        "--cache_only",
+    ]
+    both = [
+        subprocess.Popen(command(out, "shared"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for out in ("a", "b")
+    ]
     assert [p.wait() for p in both] == [0, 0], [p.stdout.read() for p in both]
     subprocess.run(command("c", "alone"), check=True, capture_output=True)
     shared, alone = ({f.name: f for f in (tmp_path / c).iterdir()} for c in ("shared", "alone"))
@@ -300,7 +368,9 @@ def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
     import subprocess
     import sys
     import tempfile
+
     import av
+
     folder = Path(tempfile.mkdtemp())
     try:
         clip(folder / "good.mp4", 9, 64, 64, caption="a good clip")
@@ -336,16 +406,50 @@ def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
                 os.seteuid(0)
         why = {p.name: reason for p, reason in skipped}
         assert [i.path.name for i in items] == ["good.mp4", "good.png"]
-        expected = {"zero.mp4": "is empty", "cut.mp4": "cannot be decoded", "sound.mp4": "no video stream", "one.mp4": "too short: 1 frames",
-                    "wide.png": "10000x40 is too long and thin", "latin.png": "not UTF-8", "dir.mp4": "is not a file", "loop.mp4": "is not a file", "locked.png": "ermission denied"}
+        expected = {
+            "zero.mp4": "is empty",
+            "cut.mp4": "cannot be decoded",
+            "sound.mp4": "no video stream",
+            "one.mp4": "too short: 1 frames",
+            "wide.png": "10000x40 is too long and thin",
+            "latin.png": "not UTF-8",
+            "dir.mp4": "is not a file",
+            "loop.mp4": "is not a file",
+            "locked.png": "ermission denied",
+        }
         assert why.keys() == expected.keys() and all(text in why[name] for name, text in expected.items()), why
         (folder / "locked.png").unlink()
         Image.new("RGB", (10000, 9000)).save(folder / "huge.png")
         (folder / "huge.txt").write_text("a very large photograph")
-        run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", folder, "--out", folder / "out", "--resolution", "64x64",
-                              "--frames", "9", "--steps", "3", "--batch", "2", "--device", "cpu"], capture_output=True, text=True)
+        run = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "train_lora.py",
+                "--ckpt",
+                checkpoints["ti2v"],
+                "--data",
+                folder,
+                "--out",
+                folder / "out",
+                "--resolution",
+                "64x64",
+                "--frames",
+                "9",
+                "--steps",
+                "3",
+                "--batch",
+                "2",
+                "--device",
+                "cpu",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0 and (folder / "out" / "adapter_model.safetensors").exists(), run.stderr
-        assert "data: 3 files, 8 skipped" in run.stdout and all(f"skipped {folder / name}" in run.stdout for name in expected if name != "locked.png")
+        assert "data: 3 files, 8 skipped" in run.stdout and all(
+            f"skipped {folder / name}" in run.stdout for name in expected if name != "locked.png"
+        )
     finally:
         import shutil
+
         shutil.rmtree(folder)

@@ -1,4 +1,5 @@
 """Solvers against diffusers' on the official grid; training draws against their definitions."""
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from flow import SOLVERS, add_noise, draw_t, shift_t, solver
 
 def peer(name, steps, shift):
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
     if name == "unipc":
         s = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         s.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])

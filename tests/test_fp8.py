@@ -1,14 +1,15 @@
 """Frozen linears in 8 bits."""
+
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
 import fp8
 import lora
 import sample
-import tiny
 from checkpoint import BadInput
 from diag import delta
 from wan import Wan, full_config, load_wan
@@ -30,9 +31,16 @@ def test_weights_and_their_reported_error(folder):
     for kind in lora.TARGETS:
         pairs = [(b.get_submodule(kind), w.get_submodule(kind).weight) for b, w in zip(eight.blocks, whole.blocks)]
         for m, w in pairs:
-            step = m.weight.float().abs().clamp(min=2.0 ** -6) * 2.0 ** -4 * m.scales  # half the distance of e4m3's numbers, with 3 bits
-            assert m.weight.dtype == torch.float8_e4m3fn and ((fp8.dense(m.weight, m.scales, torch.float32) - w).abs() <= 1.001 * step).all()
-        error = sum((fp8.dense(m.weight, m.scales, torch.float32) - w).square().sum() for m, w in pairs) / sum(w.square().sum() for _, w in pairs)
+            step = (
+                m.weight.float().abs().clamp(min=2.0**-6) * 2.0**-4 * m.scales
+            )  # half the distance of e4m3's numbers, with 3 bits
+            assert (
+                m.weight.dtype == torch.float8_e4m3fn
+                and ((fp8.dense(m.weight, m.scales, torch.float32) - w).abs() <= 1.001 * step).all()
+            )
+        error = sum((fp8.dense(m.weight, m.scales, torch.float32) - w).square().sum() for m, w in pairs) / sum(
+            w.square().sum() for _, w in pairs
+        )
         assert f"{kind} {100 * error.sqrt():.2f} %" in told
     assert off(eight(X, T, CONTEXT), whole(X, T, CONTEXT)) < 5e-2
 
@@ -87,7 +95,14 @@ def test_loras_stay_beside(folder, tmp_path, report):
     report("beside against merged", off(eight(X, T, CONTEXT), dense(X, T, CONTEXT)), 2e-6)
 
 
-@pytest.mark.parametrize("names,shape", [((".scale_weight", ".scale_input"), ()), ((".weight_scale", ".input_scale"), (1,)), ((".weight_scale", ".comfy_quant"), None)])
+@pytest.mark.parametrize(
+    "names,shape",
+    [
+        ((".scale_weight", ".scale_input"), ()),
+        ((".weight_scale", ".input_scale"), (1,)),
+        ((".weight_scale", ".comfy_quant"), None),
+    ],
+)
 def test_comfyui_files(folder, tmp_path, names, shape):
     """fp8_scaled files of both kinds, a scale per tensor or per channel."""
     tensors, want = {"scaled_fp8": torch.empty(2, dtype=fp8.E4M3)}, load_wan(folder, dtype=torch.float32)
@@ -97,20 +112,35 @@ def test_comfyui_files(folder, tmp_path, names, shape):
             tensors[name] = (w / scale).to(fp8.E4M3)
             base = name.removesuffix(".weight")
             tensors[base + names[0]] = scale
-            tensors[base + names[1]] = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8) if "quant" in names[1] else torch.ones(())
+            tensors[base + names[1]] = (
+                torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+                if "quant" in names[1]
+                else torch.ones(())
+            )
             want.get_submodule(base).weight.data = tensors[name].float() * scale
         else:
             tensors[name] = w.clone()
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    save_file({f"model.diffusion_model.{k}" if k != "scaled_fp8" else k: v for k, v in tensors.items()}, tmp_path / "model_fp8_scaled.safetensors")
+    save_file(
+        {f"model.diffusion_model.{k}" if k != "scaled_fp8" else k: v for k, v in tensors.items()},
+        tmp_path / "model_fp8_scaled.safetensors",
+    )
     got = load_wan(tmp_path, dtype=torch.float32)
     assert sum(isinstance(m, fp8.Fp8Linear) for m in got.modules()) == 3
     assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT)) and fp8.report(got) is None
     assert sample.load(tmp_path).fp8 and not sample.load(folder).fp8  # and is planned as such
-    lora.save_lora(tmp_path / "lora" / "l.safetensors", (model := tiny.dit("ti2v", dim=256), [p.data.normal_() for p in lora.inject(model, ("cross_attn.q",), rank=2)])[0])
+    lora.save_lora(
+        tmp_path / "lora" / "l.safetensors",
+        (model := tiny.dit("ti2v", dim=256), [p.data.normal_() for p in lora.inject(model, ("cross_attn.q",), rank=2)])[
+            0
+        ],
+    )
     save_file(want.state_dict(), tmp_path / "lora" / "dense.safetensors")
     (tmp_path / "lora" / "config.json").write_text((folder / "config.json").read_text())
-    eight, dense = ([r["ratio"] for r in delta(tmp_path / "lora" / "l.safetensors", base)] for base in (tmp_path, tmp_path / "lora" / "dense.safetensors"))
+    eight, dense = (
+        [r["ratio"] for r in delta(tmp_path / "lora" / "l.safetensors", base)]
+        for base in (tmp_path, tmp_path / "lora" / "dense.safetensors")
+    )
     assert eight == dense
 
 

@@ -1,15 +1,16 @@
 """What only a GPU can show. Deselected where there is none; `make gpu` runs these and bench.py --gpu."""
+
 import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import kernels
 import ops
-import tiny
 from sample import generate, load
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,9 @@ def test_triton_equals_the_reference(name, dtype, limit, report):
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("size", [dict(), dict(B=1, grid=(5, 9, 13), N=3, d=128, S=512), dict(B=2, grid=(1, 7, 11), N=2, d=128, S=33)])
+@pytest.mark.parametrize(
+    "size", [dict(), dict(B=1, grid=(5, 9, 13), N=3, d=128, S=512), dict(B=2, grid=(1, 7, 11), N=2, d=128, S=33)]
+)
 def test_attention_equals_the_reference(size, dtype, limit, report):
     report(f"{dtype}", importlib.import_module("kernels.attention").check("cuda", dtype, **size), limit)
 
@@ -40,7 +43,11 @@ def test_dit_with_fast_operations(dtype, limit, report):
     model, found = tiny.dit("ti2v", dim=256, heads=2).cuda(), []
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if importlib.import_module("wan").keep_fp32(name) else dtype)
-    x, t, c = torch.randn(2, 48, 3, 6, 10, device="cuda"), torch.rand(2, 3, device="cuda") * 1000, torch.randn(2, 40, tiny.TEXT_DIM, device="cuda")
+    x, t, c = (
+        torch.randn(2, 48, 3, 6, 10, device="cuda"),
+        torch.rand(2, 3, device="cuda") * 1000,
+        torch.randn(2, 40, tiny.TEXT_DIM, device="cuda"),
+    )
     for choice in ("ref", "auto"):
         with ops.using(choice):
             text = c.clone().requires_grad_()
@@ -62,6 +69,7 @@ def test_vae_on_the_gpu_equals_the_cpu(report):
 def test_nano_draws_the_same_clip_in_fp32(report):
     """From the CPU's noise, so only rounding differs."""
     import sample
+
     at = [load("nano", device, torch.float32) for device in ("cpu", "cuda")]
     noise = torch.randn(48, 3, 4, 4)
     found = []
@@ -74,14 +82,28 @@ def test_nano_draws_the_same_clip_in_fp32(report):
     report("latents", tiny.error(found[1], found[0]), 1e-2)
 
 
-@pytest.mark.parametrize("flags", [["sample.py", "--compile"], ["sample.py", "--cuda_graphs"], ["sample.py", "--cuda_graphs", "--guidance", "1"], ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
-                                   ["train_lora.py", "--steps", "4", "--checkpointing"], ["train_te.py", "--steps", "4", "--optimizer", "adamw8bit"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["sample.py", "--compile"],
+        ["sample.py", "--cuda_graphs"],
+        ["sample.py", "--cuda_graphs", "--guidance", "1"],
+        ["sample.py", "--reuse", "0.1", "--vae_tile", "2"],
+        ["train_lora.py", "--steps", "4", "--checkpointing"],
+        ["train_te.py", "--steps", "4", "--optimizer", "adamw8bit"],
+    ],
+)
 def test_scripts_run_in_bf16(flags, tmp_path):
     """They finish, and say what memory they planned and used."""
     pytest.importorskip("av")
     pytest.importorskip("ftfy")
     out = ["--out", tmp_path / ("s.mp4" if flags[0] == "sample.py" else "run")]
-    run = subprocess.run([sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, ROOT / flags[0], *flags[1:], "--device", "cuda", "--dtype", "bf16", *out],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "planned" in run.stdout
 
@@ -89,20 +111,48 @@ def test_scripts_run_in_bf16(flags, tmp_path):
 def test_an_expert_comes_back_to_its_moments_and_averages(checkpoints, media, tmp_path):
     """An A14B's experts leave the GPU for each other; their adapters, and all that is kept about them, stay."""
     for flags in (["--steps", "3"], ["--steps", "6", "--resume"]):
-        run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["t2v"], "--data", media, "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--resolution", "64x64",
-                              "--frames", "9", "--batch", "2", "--stretch", "1", "--ema", "0.5", "--device", "cuda", *flags], capture_output=True, text=True)
+        run = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "train_lora.py",
+                "--ckpt",
+                checkpoints["t2v"],
+                "--data",
+                media,
+                "--cache",
+                tmp_path / "cache",
+                "--out",
+                tmp_path / "run",
+                "--resolution",
+                "64x64",
+                "--frames",
+                "9",
+                "--batch",
+                "2",
+                "--stretch",
+                "1",
+                "--ema",
+                "0.5",
+                "--device",
+                "cuda",
+                *flags,
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_8_bit_products(report):
     """The GPU's own fp8 matrix product, where it has one, against the weight made dense; and the gradient."""
     import fp8
+
     linear = torch.nn.Linear(512, 1024, dtype=torch.bfloat16, device="cuda")
     eight = fp8.Fp8Linear(linear)
     eight.quantize(linear.weight.data)
     x = torch.randn(3, 40, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     want = torch.nn.functional.linear(x, fp8.dense(eight.weight, eight.scales, x.dtype), linear.bias)
-    gradient, = torch.autograd.grad(want.square().sum(), x)
+    (gradient,) = torch.autograd.grad(want.square().sum(), x)
     y = eight(x)
     report("product", tiny.error(y, want), 5e-2)
     report("gradient", tiny.error(torch.autograd.grad(y.square().sum(), x)[0], gradient), 5e-2)
@@ -112,7 +162,12 @@ def test_streaming_equals_resident_weights():
     """The same bits, with copies on their own stream; the device holds two blocks of twelve."""
     import lora
     from offload import Stream
-    x, t, context = torch.randn(1, 48, 3, 16, 16, device="cuda"), torch.tensor([500.0], device="cuda"), torch.randn(1, 7, tiny.TEXT_DIM, device="cuda")
+
+    x, t, context = (
+        torch.randn(1, 48, 3, 16, 16, device="cuda"),
+        torch.tensor([500.0], device="cuda"),
+        torch.randn(1, 7, tiny.TEXT_DIM, device="cuda"),
+    )
     found = []
     for streamed in (0, 12):
         torch.manual_seed(0)

@@ -1,12 +1,13 @@
 """LoRA against diffusers and peft; injecting, merging, file layouts, and what training keeps in memory."""
+
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_wan import inputs, padded
 
-import tiny
 from checkpoint import BadInput
 from lora import TARGETS, inject, layers, merge, parse_blocks, read_lora, save_lora
-from test_wan import inputs, padded
 
 
 def trained(targets=("cross_attn.k", "cross_attn.v"), rank=4, alpha=8, blocks=None, kind="ti2v"):
@@ -28,6 +29,7 @@ def run(model, kind="ti2v"):
 @pytest.mark.parametrize("targets", [("cross_attn.k", "cross_attn.v"), TARGETS])
 def test_loads_in_diffusers_and_changes_its_output_as_ours(tmp_path, targets, report):
     from diffusers import WanPipeline
+
     model = trained(targets)
     save_lora(tmp_path / "adapter.safetensors", model, variant="ti2v-5B")
     peer = tiny.diffusers_dit(tiny.dit("ti2v"))
@@ -59,7 +61,9 @@ def test_a_new_adapter_changes_nothing():
     before = run(model)
     params = inject(model, rank=4)
     assert torch.equal(run(model), before)
-    assert len(params) == 2 * 2 * 3 and {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in params}
+    assert len(params) == 2 * 2 * 3 and {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in params
+    }
 
 
 def as_kohya(state):
@@ -75,8 +79,16 @@ def as_kohya(state):
     return out
 
 
-PEFT = [("self_attn.", "attn1."), ("cross_attn.", "attn2."), (".q.lora", ".to_q.lora"), (".k.lora", ".to_k.lora"), (".v.lora", ".to_v.lora"),
-        (".o.lora", ".to_out.0.lora"), ("ffn.0.", "ffn.net.0.proj."), ("ffn.2.", "ffn.net.2.")]
+PEFT = [
+    ("self_attn.", "attn1."),
+    ("cross_attn.", "attn2."),
+    (".q.lora", ".to_q.lora"),
+    (".k.lora", ".to_k.lora"),
+    (".v.lora", ".to_v.lora"),
+    (".o.lora", ".to_out.0.lora"),
+    ("ffn.0.", "ffn.net.0.proj."),
+    ("ffn.2.", "ffn.net.2."),
+]
 
 
 def as_peft(state):
@@ -92,7 +104,10 @@ def as_peft(state):
 @pytest.mark.parametrize("convert", [as_kohya, as_peft])
 def test_other_layouts_read_alike(tmp_path, convert):
     save_lora(tmp_path / "a.safetensors", trained(TARGETS))
-    save_file({k: v.contiguous() for k, v in convert(load_file(tmp_path / "a.safetensors")).items()}, tmp_path / "b.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in convert(load_file(tmp_path / "a.safetensors")).items()},
+        tmp_path / "b.safetensors",
+    )
     ours, theirs = read_lora(tmp_path / "a.safetensors")[0], read_lora(tmp_path / "b.safetensors")[0]
     assert ours.keys() == theirs.keys() and len(ours) == 30
     for name, (a, b) in ours.items():
@@ -101,10 +116,14 @@ def test_other_layouts_read_alike(tmp_path, convert):
 
 def test_peft_keeps_alpha_in_a_file_beside(tmp_path):
     import json
+
     save_lora(tmp_path / "a.safetensors", trained())
     state = load_file(tmp_path / "a.safetensors")
     (tmp_path / "p").mkdir()
-    save_file({k.replace("diffusion_model.", "base_model.model."): v for k, v in state.items()}, tmp_path / "p" / "adapter_model.safetensors")
+    save_file(
+        {k.replace("diffusion_model.", "base_model.model."): v for k, v in state.items()},
+        tmp_path / "p" / "adapter_model.safetensors",
+    )
     with pytest.raises(BadInput, match="adapter_config.json"):
         read_lora(tmp_path / "p" / "adapter_model.safetensors")
     (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32, "r": 4}))
@@ -115,10 +134,19 @@ def test_peft_keeps_alpha_in_a_file_beside(tmp_path):
 def test_the_written_file(tmp_path):
     save_lora(tmp_path / "a.safetensors", trained(blocks=[1, 2]), variant="ti2v-5B", step=7)
     state = load_file(tmp_path / "a.safetensors")
-    assert sorted(state)[:2] == ["diffusion_model.blocks.1.cross_attn.k.lora_A.weight", "diffusion_model.blocks.1.cross_attn.k.lora_B.weight"]
+    assert sorted(state)[:2] == [
+        "diffusion_model.blocks.1.cross_attn.k.lora_A.weight",
+        "diffusion_model.blocks.1.cross_attn.k.lora_B.weight",
+    ]
     meta = read_lora(tmp_path / "a.safetensors")[1]
     assert {k: meta[k] for k in ("rank", "alpha", "targets", "blocks", "step", "variant")} == {
-        "rank": "4", "alpha": "8.0", "targets": "cross_attn.k,cross_attn.v", "blocks": "1,2", "step": "7", "variant": "ti2v-5B"}
+        "rank": "4",
+        "alpha": "8.0",
+        "targets": "cross_attn.k,cross_attn.v",
+        "blocks": "1,2",
+        "step": "7",
+        "variant": "ti2v-5B",
+    }
 
 
 def test_unknown_keys_and_wrong_shapes_load_nothing(tmp_path):
@@ -135,7 +163,10 @@ def test_unknown_keys_and_wrong_shapes_load_nothing(tmp_path):
 
 
 def test_blocks_below_the_first_adapted_one_keep_nothing():
-    """Tensors saved for the backward pass: an adapter on the last block saves as much as that block and the head alone need."""
+    """Tensors saved for the backward pass: an adapter on the last block saves as much as that block and the head alone
+    need.
+    """
+
     def saved(blocks):
         model = trained(blocks=blocks)
         held = set()
@@ -165,7 +196,9 @@ def test_gradients_do_not_depend_on_other_blocks_being_adapted(report):
         torch.manual_seed(1)
         x, t, context = inputs("ti2v")
         model(x, t, context).square().mean().backward()
-        grads.append([p.grad for n, m in layers(model).items() if n.startswith("blocks.2.") for p in (m.lora_A, m.lora_B)])
+        grads.append(
+            [p.grad for n, m in layers(model).items() if n.startswith("blocks.2.") for p in (m.lora_A, m.lora_B)]
+        )
     report("relative error", max(tiny.error(a, b) for a, b in zip(*grads)), 1e-5)
 
 
@@ -180,7 +213,9 @@ def test_bad_block_ranges(text):
         parse_blocks(text, 4)
 
 
-@pytest.mark.parametrize("kwargs, message", [(dict(targets=["cross_attn.z"]), "--targets cross_attn.z"), (dict(rank=0), "--rank 0")])
+@pytest.mark.parametrize(
+    "kwargs, message", [(dict(targets=["cross_attn.z"]), "--targets cross_attn.z"), (dict(rank=0), "--rank 0")]
+)
 def test_bad_adapters(kwargs, message):
     with pytest.raises(BadInput, match=message):
         inject(tiny.dit("t2v"), **kwargs)

@@ -1,4 +1,5 @@
 """The nano world, its grader, and the committed checkpoint."""
+
 import json
 import random
 import re
@@ -13,12 +14,21 @@ import nano
 from checkpoint import BadInput
 
 ROOT = Path(__file__).parent.parent
-FILES = ("config.json", "diffusion_pytorch_model.safetensors", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")
+FILES = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "Wan2.2_VAE.pth",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "google/umt5-xxl/spiece.model",
+)
 
 
 def attributes(n, seed=0):
     rng = random.Random(seed)
-    return [nano.sample_attributes(rng, list(nano.product(nano.COLORS | nano.UNDRAWN, nano.SHAPES, nano.MOTIONS))) for _ in range(n)]
+    return [
+        nano.sample_attributes(rng, list(nano.product(nano.COLORS | nano.UNDRAWN, nano.SHAPES, nano.MOTIONS)))
+        for _ in range(n)
+    ]
 
 
 def test_grader_reads_real_clips():
@@ -56,10 +66,29 @@ def test_compositions_and_captions_are_held_out():
 
 def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
     from data import Item, pixels
+
     for name in ("a", "b"):
-        subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / name, "--n", "12", "--seed", "4", "--words", "crimson,box"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "nano.py",
+                "clips",
+                "--out",
+                tmp_path / name,
+                "--n",
+                "12",
+                "--seed",
+                "4",
+                "--words",
+                "crimson,box",
+            ],
+            check=True,
+        )
     rows = [json.loads(line) for line in (tmp_path / "a" / "attributes.jsonl").read_text().splitlines()]
-    assert rows == [json.loads(line) for line in (tmp_path / "b" / "attributes.jsonl").read_text().splitlines()] and len(rows) == 12
+    assert (
+        rows == [json.loads(line) for line in (tmp_path / "b" / "attributes.jsonl").read_text().splitlines()]
+        and len(rows) == 12
+    )
     assert {r["caption"].count("crimson") + r["caption"].count("box") for r in rows[1::2]} == {1}
     assert not {r["caption"] for r in rows} & {p["prompt"] for p in nano.prompts(30, 0, words=["crimson", "box"])}
     for r in rows:
@@ -75,7 +104,12 @@ def test_wilson_interval():
 
 def test_prompts_file_errors(tmp_path):
     f = tmp_path / "p.jsonl"
-    for text, message in (("{", "not lines of"), ('{"color": "red"}', "not lines of"), ('{"prompt": "a", "color": "pink"}', "line 1: color 'pink'"), ("\n", "no prompts")):
+    for text, message in (
+        ("{", "not lines of"),
+        ('{"color": "red"}', "not lines of"),
+        ('{"prompt": "a", "color": "pink"}', "line 1: color 'pink'"),
+        ("\n", "no prompts"),
+    ):
         f.write_text(text)
         with pytest.raises(BadInput, match=message):
             nano.read_prompts(f)
@@ -84,6 +118,7 @@ def test_prompts_file_errors(tmp_path):
 def test_folding_the_statistics_changes_only_the_scale():
     """Latents get the full-size VAE's mean and deviation per channel; what is decoded stays the same."""
     import tiny
+
     vae = tiny.vae(True)
     clips = torch.rand(4, 3, 5, 32, 32) * 2 - 1
     raw = torch.cat([m[:, :48] for m in vae.moment_chunks(clips)], 2)
@@ -102,7 +137,11 @@ def test_the_committed_checkpoint_is_small_and_in_the_official_layout():
 
 def test_the_committed_checkpoint_listens(tmp_path):
     """40 held-out prompts: enough to notice a broken model; `python nano.py eval` gives the figures."""
-    subprocess.run([sys.executable, ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json"],
+        check=True,
+        capture_output=True,
+    )
     told = json.loads((tmp_path / "e.json").read_text())
     assert told["n"] == 40
     for suite in told["suites"].values():
@@ -110,8 +149,14 @@ def test_the_committed_checkpoint_listens(tmp_path):
 
 
 def test_any_prompts_are_graded_by_what_is_given(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a red square moves left", "color": "red"}\n{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n')
-    subprocess.run([sys.executable, ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json"], check=True, capture_output=True)
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a red square moves left", "color": "red"}\n{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n'
+    )
+    subprocess.run(
+        [sys.executable, ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json"],
+        check=True,
+        capture_output=True,
+    )
     told = json.loads((tmp_path / "e.json").read_text())
     assert told["n"] == 2 and set(told["accuracy"]) == {"color", "motion"}
 
@@ -119,7 +164,9 @@ def test_any_prompts_are_graded_by_what_is_given(tmp_path):
 def test_the_nano_vae_serves_diffusers_too(report):
     """The committed VAE decodes the same in the peer: it is an ordinary Wan 2.2 VAE."""
     import tiny
+
     from vae import load_vae
+
     vae = load_vae(ROOT / "nano")
     peer = tiny.diffusers_vae(vae)
     clip = nano.draw(attributes(1), 0)

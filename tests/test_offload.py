@@ -1,4 +1,5 @@
 """Streaming: the same bits as resident weights, and exactly the copies that the ring needs."""
+
 import errno
 import os
 import subprocess
@@ -8,10 +9,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import lora
-import tiny
 from checkpoint import BadInput
 from offload import ALIGNED, Stream, share, spread
 from sample import denoise, load
@@ -73,9 +74,13 @@ def test_memory_on_the_device():
     """Two blocks' buffers, and each tensor of a streamed block lies in one of them, or in its host buffer."""
     dit, _, stream = model(6)
     dit(X, T, CONTEXT)
-    block = max(sum(-(-p.nbytes // ALIGNED) * ALIGNED for p in b.parameters() if not p.requires_grad) for b in dit.blocks)
+    block = max(
+        sum(-(-p.nbytes // ALIGNED) * ALIGNED for p in b.parameters() if not p.requires_grad) for b in dit.blocks
+    )
     assert stream.ring_bytes() == 2 * block
-    homes = {r.untyped_storage().data_ptr() for r in stream.ring} | {f.host.untyped_storage().data_ptr() for f in stream.flats.values()}
+    homes = {r.untyped_storage().data_ptr() for r in stream.ring} | {
+        f.host.untyped_storage().data_ptr() for f in stream.flats.values()
+    }
     assert {p.untyped_storage().data_ptr() for b in dit.blocks for p in b.parameters() if not p.requires_grad} <= homes
 
 
@@ -114,11 +119,26 @@ print(*planned, whole, resident("VmHWM") - resident("RssShmem") - resident("RssF
 
 
 def test_resident_memory_is_that_of_the_plan(tmp_path, report):
-    """The host's buffer is a file, which Linux counts apart: what else a process holds stands for the device. Ring, other weights, activations."""
+    """The host's buffer is a file, which Linux counts apart: what else a process holds stands for the device. Ring,
+    other weights, activations.
+    """
     code = RESIDENT.format(root=str(ROOT), tests=str(ROOT / "tests"), file=str(tmp_path / "host"))
-    weights, activations, whole, peak = map(int, subprocess.run([sys.executable, "-c", code], env=dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(1 << 20)), capture_output=True, text=True, check=True).stdout.split())
+    weights, activations, whole, peak = map(
+        int,
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(1 << 20)),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split(),
+    )
     assert weights + activations < whole / 2 and activations > 20e6
-    report(f"{peak / 1e6:.0f} MB beyond {weights / 1e6:.0f} of weights and {activations / 1e6:.0f} of activations", peak / (weights + activations) - 1, 0.05)
+    report(
+        f"{peak / 1e6:.0f} MB beyond {weights / 1e6:.0f} of weights and {activations / 1e6:.0f} of activations",
+        peak / (weights + activations) - 1,
+        0.05,
+    )
     assert peak > 0.8 * (weights + activations)
 
 
@@ -131,11 +151,39 @@ def test_sampling_with_streamed_blocks(checkpoints, fp8):
 
 def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
     from checkpoint import load as read
+
     found = []
     for flags in ([], ["--stream_blocks", "3"]):
         out = tmp_path / f"run{len(flags)}"
-        subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", media, "--out", out, "--cache", tmp_path / "cache", "--resolution", "64x64",
-                        "--frames", "9", "--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu", *flags], check=True, capture_output=True)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "train_lora.py",
+                "--ckpt",
+                checkpoints["ti2v"],
+                "--data",
+                media,
+                "--out",
+                out,
+                "--cache",
+                tmp_path / "cache",
+                "--resolution",
+                "64x64",
+                "--frames",
+                "9",
+                "--steps",
+                "4",
+                "--batch",
+                "2",
+                "--rank",
+                "4",
+                "--device",
+                "cpu",
+                *flags,
+            ],
+            check=True,
+            capture_output=True,
+        )
         found.append(read(out / "adapter_model.safetensors")[0])
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
@@ -170,7 +218,10 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
         models[first] = load_wan(checkpoints["ti2v"], "cpu" if first else "meta", torch.float32, fp8)
         buffers[first] = share(models[first], tmp_path / "shared", first, meeting.wait, False)
         stream = Stream(models[first], 2, "cpu", buffers[first])
-        assert all(f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr() for f in stream.flats.values())
+        assert all(
+            f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr()
+            for f in stream.flats.values()
+        )
 
     ranks = [threading.Thread(target=rank, args=(first,)) for first in (True, False)]
     for t in ranks:

@@ -1,4 +1,7 @@
-"""The fused operations against their definitions: C++ here, Triton through its interpreter; and compiled for GPUs that need not be here."""
+"""The fused operations against their definitions: C++ here, Triton through its interpreter; and compiled for GPUs that
+need not be here.
+"""
+
 import importlib
 import os
 import re
@@ -15,15 +18,31 @@ from kernels import linear
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("modulate", "qk_norm_rope", "attention")
-SIZES = {"modulate": [dict(B=2, F=3, tokens=5, D=192), dict(B=1, F=1, tokens=7, D=48), dict(B=3, F=2, tokens=1, D=130)],
-         "qk_norm_rope": [dict(B=2, grid=(3, 2, 5), heads=3, d=28), dict(B=1, grid=(1, 1, 1), heads=1, d=128), dict(B=2, grid=(2, 7, 3), heads=2, d=64)],
-         "attention": [dict(B=2, grid=(3, 5, 3), N=2, d=32, S=37), dict(B=1, grid=(1, 3, 1), N=3, d=24, S=1), dict(B=1, grid=(2, 4, 6), N=1, d=128, S=70)]}
+SIZES = {
+    "modulate": [dict(B=2, F=3, tokens=5, D=192), dict(B=1, F=1, tokens=7, D=48), dict(B=3, F=2, tokens=1, D=130)],
+    "qk_norm_rope": [
+        dict(B=2, grid=(3, 2, 5), heads=3, d=28),
+        dict(B=1, grid=(1, 1, 1), heads=1, d=128),
+        dict(B=2, grid=(2, 7, 3), heads=2, d=64),
+    ],
+    "attention": [
+        dict(B=2, grid=(3, 5, 3), N=2, d=32, S=37),
+        dict(B=1, grid=(1, 3, 1), N=3, d=24, S=1),
+        dict(B=1, grid=(2, 4, 6), N=1, d=128, S=70),
+    ],
+}
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # bf16: a few of its half-ulps, 2e-3 each
 
 
 def python(code, **env):
     """What a fresh Python prints."""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
@@ -45,10 +64,13 @@ def test_cpp_equals_the_reference(name, dtype, report, threads):
 @pytest.mark.parametrize("name", KERNELS)
 def test_triton_equals_the_reference(name, report):
     """The same of the Triton kernels, in its interpreter; a second run gives the same bits."""
-    out = python(f"import torch, kernels.{name} as k, kernels\n"
-                 f"assert kernels.INTERPRETED\n"
-                 f"for dtype in (torch.float32, torch.bfloat16):\n    for size in {SIZES[name]!r}:\n"
-                 f"        a, b = k.check('cpu', dtype, **size), k.check('cpu', dtype, **size)\n        assert a == b\n        print(dtype, a)", TRITON_INTERPRET="1")
+    out = python(
+        f"import torch, kernels.{name} as k, kernels\n"
+        f"assert kernels.INTERPRETED\n"
+        f"for dtype in (torch.float32, torch.bfloat16):\n    for size in {SIZES[name]!r}:\n"
+        f"        a, b = k.check('cpu', dtype, **size), k.check('cpu', dtype, **size)\n        assert a == b\n        print(dtype, a)",
+        TRITON_INTERPRET="1",
+    )
     lines = out.split("\n")[:-1]
     assert len(lines) == 6
     for i, line in enumerate(lines):
@@ -59,13 +81,33 @@ def test_triton_equals_the_reference(name, report):
 @pytest.mark.parametrize("name", [*KERNELS, "gelu"])
 def test_torch_checks_the_operator(name):
     """Schema, fake tensors and autograd registration, by PyTorch's own opcheck."""
-    calls = {"modulate": lambda k: (torch.randn(2, 6, 8).requires_grad_(), torch.randn(2, 6, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), 1e-6, torch.float32),
-             "qk_norm_rope": lambda k: ([torch.randn(2, 6, 8).requires_grad_(), torch.randn(2, 6, 8)], [torch.ones(8), torch.ones(8)], 1e-6, 2, torch.randn(3, 2, 2), [1, 2, 3]),
-             "gelu": lambda k: (torch.randn(5, 7).requires_grad_(),)}
+    calls = {
+        "modulate": lambda k: (
+            torch.randn(2, 6, 8).requires_grad_(),
+            torch.randn(2, 6, 8),
+            torch.randn(2, 3, 8),
+            torch.randn(2, 3, 8),
+            torch.randn(2, 3, 8),
+            1e-6,
+            torch.float32,
+        ),
+        "qk_norm_rope": lambda k: (
+            [torch.randn(2, 6, 8).requires_grad_(), torch.randn(2, 6, 8)],
+            [torch.ones(8), torch.ones(8)],
+            1e-6,
+            2,
+            torch.randn(3, 2, 2),
+            [1, 2, 3],
+        ),
+        "gelu": lambda k: (torch.randn(5, 7).requires_grad_(),),
+    }
     if name == "attention":  # has no CPU kernel of its own: in the interpreter
-        python("import torch, kernels.attention as k\n"
-               "q, k_, v = torch.randn(3, 1, 4, 2, 16).unbind(0)\n"
-               "torch.library.opcheck(k.fused, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))", TRITON_INTERPRET="1")
+        python(
+            "import torch, kernels.attention as k\n"
+            "q, k_, v = torch.randn(3, 1, 4, 2, 16).unbind(0)\n"
+            "torch.library.opcheck(k.fused, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))",
+            TRITON_INTERPRET="1",
+        )
         return
     torch.library.opcheck(importlib.import_module(f"kernels.{name}").fused, calls[name](None))
 
@@ -79,30 +121,47 @@ def test_products_on_tiles(report, threads):
         with pytest.raises(RuntimeError, match="AMX"):
             tiles(x, weight, bias, True, False)
         return
-    assert linear.tiled(x, weight) and not linear.tiled(x[:63], weight) and not linear.tiled(x, weight[:511]) and not linear.tiled(x.bfloat16(), weight.bfloat16())
+    assert (
+        linear.tiled(x, weight)
+        and not linear.tiled(x[:63], weight)
+        and not linear.tiled(x, weight[:511])
+        and not linear.tiled(x.bfloat16(), weight.bfloat16())
+    )
     error, reference = linear.check_tiles()
     report(f"relative error, of PyTorch's {reference:.1e}", error, 2e-6)
-    assert torch.equal(tiles(x, weight, bias, True, False)[:33], tiles(x[:33], weight, bias, True, False))  # a row does not depend on the others
+    assert torch.equal(
+        tiles(x, weight, bias, True, False)[:33], tiles(x[:33], weight, bias, True, False)
+    )  # a row does not depend on the others
     torch.library.opcheck(tiles, (x, weight, bias, True, True))
 
 
 @pytest.mark.parametrize("choice, dim", [("cpp", 512), ("triton", 64)])
 def test_a_model_with_fast_operations_equals_the_reference(choice, dim, report):
     """Outputs and gradients of an input and a whole block's weights, fp32, with t per latent frame."""
-    code = ("import torch, tiny, ops\n"
-            f"model, g = tiny.dit('ti2v', dim={dim}, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
-            "x, t, c = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000, torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
-            "found, trained = [], list(model.blocks[1].requires_grad_(True).parameters())\n"
-            f"for choice in ('ref', {choice!r}):\n"
-            "    with ops.using(choice):\n"
-            "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
-            "print(max(tiny.error(b, a) for a, b in zip(*found)))")
+    code = (
+        "import torch, tiny, ops\n"
+        f"model, g = tiny.dit('ti2v', dim={dim}, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
+        "x, t, c = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000, torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
+        "found, trained = [], list(model.blocks[1].requires_grad_(True).parameters())\n"
+        f"for choice in ('ref', {choice!r}):\n"
+        "    with ops.using(choice):\n"
+        "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
+        "print(max(tiny.error(b, a) for a, b in zip(*found)))"
+    )
     report("relative error", float(python(code, TRITON_INTERPRET="1" if choice == "triton" else "0")), 5e-6)
 
 
-@pytest.mark.parametrize("choice, why", [("cuda", "no CUDA device"), ("triton", "TRITON_INTERPRET"), ("fast", "choose from auto")])
+@pytest.mark.parametrize(
+    "choice, why", [("cuda", "no CUDA device"), ("triton", "TRITON_INTERPRET"), ("fast", "choose from auto")]
+)
 def test_a_choice_that_cannot_be_had_says_why(choice, why):
-    run = subprocess.run([sys.executable, "-c", "import ops"], cwd=ROOT, env=os.environ | {"NANOWAN_OPS": choice, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "import ops"],
+        cwd=ROOT,
+        env=os.environ | {"NANOWAN_OPS": choice, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode and why in run.stderr.splitlines()[-1], run.stderr[-500:]
 
 
@@ -133,12 +192,18 @@ build("attention_queries", A.queries_kernel, types=pointers, BIAS=False, bias=No
 
 
 def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
-    """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; needs no GPU. Registers must hold everything; only
-    the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside."""
+    """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; needs no GPU. Registers must hold everything;
+    only the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside.
+    """
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "compile.py").write_text(COMPILE)
-    run = subprocess.run([sys.executable, tmp_path / "compile.py", tmp_path], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "compile.py", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     cubins = sorted(tmp_path.glob("*.cubin"))
     assert len(cubins) == 22

@@ -1,4 +1,5 @@
 """The learning rate, and 8-bit AdamW with compensated bf16 weights against torch's AdamW in fp32."""
+
 import math
 
 import pytest
@@ -20,7 +21,11 @@ def test_an_average_rests_while_its_parameter_has_no_gradient():
 
 def test_learning_rate():
     assert [lr_at(i, 100, 1.0, 4, "constant") for i in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert lr_at(4, 104, 1.0, 4, "cosine") == 1.0 and math.isclose(lr_at(54, 104, 1.0, 4, "cosine"), 0.55) and lr_at(103, 104, 1.0, 4, "cosine") < 0.101
+    assert (
+        lr_at(4, 104, 1.0, 4, "cosine") == 1.0
+        and math.isclose(lr_at(54, 104, 1.0, 4, "cosine"), 0.55)
+        and lr_at(103, 104, 1.0, 4, "cosine") < 0.101
+    )
 
 
 @pytest.mark.parametrize("levels", [127, 255])
@@ -33,10 +38,10 @@ def test_codes_are_unbiased_and_within_a_step(levels):
         code, scale = quantize(x, levels, torch.rand_like(x))
         y = dequantize(code, scale, levels)
         assert (y[0, :9] == 0).all()
-        reached = x > x.amax(1, keepdim=True) * 2.0 ** -15.9
+        reached = x > x.amax(1, keepdim=True) * 2.0**-15.9
         assert ((y / x - 1).abs()[reached & (x > 0)] <= step * 1.01).all()
         mean += y / 200
-    assert ((mean / x - 1).abs()[x > 0].mean() < 0.02)
+    assert (mean / x - 1).abs()[x > 0].mean() < 0.02
 
 
 def test_bytes_per_parameter():
@@ -49,7 +54,9 @@ def test_bytes_per_parameter():
 
 
 def test_weight_decay_alone_shrinks_the_weights_as_the_formula_says(report):
-    """1000 steps of a factor 1 - 1e-4: each is far below bf16's resolution, so that plain bf16 weights would not move at all."""
+    """1000 steps of a factor 1 - 1e-4: each is far below bf16's resolution, so that plain bf16 weights would not move
+    at all.
+    """
     p = torch.nn.Parameter(torch.randn(10_000).bfloat16())
     start = p.detach().double()
     p.grad = torch.zeros_like(p)
@@ -63,9 +70,9 @@ def test_weight_decay_alone_shrinks_the_weights_as_the_formula_says(report):
 def regression(kind, d, steps=150):
     """A linear regression of d x d parameters in minibatches; the loss of the exact weights at the end."""
     g = torch.Generator().manual_seed(0)
-    truth = torch.randn(d, d, generator=g) / d ** 0.5
+    truth = torch.randn(d, d, generator=g) / d**0.5
     w = torch.nn.Parameter(torch.zeros(d, d, dtype=torch.float32 if kind == "fp32" else torch.bfloat16))
-    w.data.add_(torch.randn(d, d, generator=g) / d ** 0.5)
+    w.data.add_(torch.randn(d, d, generator=g) / d**0.5)
     opt = AdamW8bit([w], lr=1.0) if kind == "8bit" else torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.999))
     for step in range(steps):
         for group in opt.param_groups:
@@ -81,7 +88,9 @@ def regression(kind, d, steps=150):
 def test_regression_ends_where_fp32_does_and_plain_bf16_does_not(d, report):
     fp32, ours, plain = (regression(k, d) for k in ("fp32", "8bit", "bf16"))
     report("8-bit loss over fp32's, beyond 1", ours / fp32 - 1, 0.02)
-    assert plain / fp32 - 1 > 0.02, f"plain bf16 does as well ({plain:.4f} against {fp32:.4f}): the problem shows nothing"
+    assert plain / fp32 - 1 > 0.02, (
+        f"plain bf16 does as well ({plain:.4f} against {fp32:.4f}): the problem shows nothing"
+    )
 
 
 def test_it_resumes_bit_for_bit():
@@ -99,4 +108,5 @@ def test_it_resumes_bit_for_bit():
             p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16()
             opt.step()
         return p.detach()
+
     assert torch.equal(run(False), run(True))

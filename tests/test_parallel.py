@@ -1,4 +1,5 @@
 """Several ranks on one machine, over gloo: what they learn and make equals one process with the same global batch."""
+
 import json
 import os
 import random
@@ -24,7 +25,20 @@ RESULT = {"train_lora": "adapter_model.safetensors", "train_te": "text_encoder.s
 
 def torchrun(n, *command, flags=()):
     """(command line, what subprocess needs) to run a script on n ranks; n = 1 is without torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(random.Random().randint(20000, 29000)), *flags] if n > 1 else [sys.executable]
+    start = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(n),
+            "--master_port",
+            str(random.Random().randint(20000, 29000)),
+            *flags,
+        ]
+        if n > 1
+        else [sys.executable]
+    )
     return [*start, *map(str, command)], dict(cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True)
 
 
@@ -34,25 +48,58 @@ def finished(n, *command, timeout=240, **given):
 
 
 def training(script, media, folder, name, *flags, batch, steps=5, **more):
-    return {"script": script, "sgd": True, **more, "argv": [
-        *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
-        *"--schedule constant --warmup 0 --device cpu".split(), *("--lr 0.2 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(), *flags]}
+    return {
+        "script": script,
+        "sgd": True,
+        **more,
+        "argv": [
+            *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
+            *"--schedule constant --warmup 0 --device cpu".split(),
+            *("--lr 0.2 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(),
+            *flags,
+        ],
+    }
 
 
 def sampling(folder, name, *flags):
-    return {"script": "sample", "argv": [*f"--prompt fox --size 96x64 --frames 9 --steps 3 --device cpu --out {folder}/{name}.mp4 --save_latents {folder}/{name}.safetensors".split(), *flags]}
+    return {
+        "script": "sample",
+        "argv": [
+            *f"--prompt fox --size 96x64 --frames 9 --steps 3 --device cpu --out {folder}/{name}.mp4 --save_latents {folder}/{name}.safetensors".split(),
+            *flags,
+        ],
+    }
 
 
-JOBS = {  # number of processes: {name: job}; every training sees a global batch of 4, of which there are 2 clips and 1 photo
+# number of processes: {name: job}; every training sees a global batch of 4, of which there are 2 clips and 1 photo
+JOBS = {
     1: {"lora": ("train_lora", 4), "te": ("train_te", 4), "video": ()},
-    2: {"lora_data": ("train_lora", 2), "lora_fsdp": ("train_lora", 2, "--fsdp"), "lora_ulysses": ("train_lora", 4, "--ulysses_size", "2"),
-        "lora_pipeline": ("train_lora", 4, "--pipeline_stages", "2"), "lora_checkpointing": ("train_lora", 4, "--pipeline_stages", "2", "--checkpointing"),
-        "lora_stream": ("train_lora", 2, "--stream_blocks", "3"), "lora_bf16": ("train_lora", 2, "--fsdp", "--dtype", "bf16"),
-        "te_data": ("train_te", 2), "te_fsdp": ("train_te", 2, "--fsdp"), "te_ulysses": ("train_te", 4, "--ulysses_size", "2"), "te_pipeline": ("train_te", 4, "--pipeline_stages", "2"),
-        "video_ulysses": ("--ulysses_size", "2"), "video_stream": ("--ulysses_size", "2", "--stream_blocks", "3"), "video_guidance": ("--guidance_parallel",)},
-    4: {"lora_data4": ("train_lora", 1), "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"), "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
-        "lora_pipelines": ("train_lora", 2, "--pipeline_stages", "2"), "te_fsdp_ulysses": ("train_te", 2, "--fsdp", "--ulysses_size", "2"),
-        "lora_fp8": ("train_lora", 1, "--fsdp", "--base_dtype", "fp8"), "video4": ("--ulysses_size", "4"), "video_both": ("--ulysses_size", "2", "--guidance_parallel")},
+    2: {
+        "lora_data": ("train_lora", 2),
+        "lora_fsdp": ("train_lora", 2, "--fsdp"),
+        "lora_ulysses": ("train_lora", 4, "--ulysses_size", "2"),
+        "lora_pipeline": ("train_lora", 4, "--pipeline_stages", "2"),
+        "lora_checkpointing": ("train_lora", 4, "--pipeline_stages", "2", "--checkpointing"),
+        "lora_stream": ("train_lora", 2, "--stream_blocks", "3"),
+        "lora_bf16": ("train_lora", 2, "--fsdp", "--dtype", "bf16"),
+        "te_data": ("train_te", 2),
+        "te_fsdp": ("train_te", 2, "--fsdp"),
+        "te_ulysses": ("train_te", 4, "--ulysses_size", "2"),
+        "te_pipeline": ("train_te", 4, "--pipeline_stages", "2"),
+        "video_ulysses": ("--ulysses_size", "2"),
+        "video_stream": ("--ulysses_size", "2", "--stream_blocks", "3"),
+        "video_guidance": ("--guidance_parallel",),
+    },
+    4: {
+        "lora_data4": ("train_lora", 1),
+        "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"),
+        "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
+        "lora_pipelines": ("train_lora", 2, "--pipeline_stages", "2"),
+        "te_fsdp_ulysses": ("train_te", 2, "--fsdp", "--ulysses_size", "2"),
+        "lora_fp8": ("train_lora", 1, "--fsdp", "--base_dtype", "fp8"),
+        "video4": ("--ulysses_size", "4"),
+        "video_both": ("--ulysses_size", "2", "--guidance_parallel"),
+    },
 }
 
 
@@ -86,10 +133,20 @@ def difference(a, b, script):
     pairs = [(x[k], y[k]) for x, y in zip(log(a), log(b), strict=True) for k in ("loss", "grad_norm")]
     x, y = (load(d / RESULT[script])[0] for d in (a, b))
     assert x.keys() == y.keys()
-    return max(abs(u - v) / abs(u) for u, v in pairs), max(((x[k].float() - y[k].float()).norm() / x[k].float().norm().clamp(min=1e-9)).item() for k in x)
+    return max(abs(u - v) / abs(u) for u, v in pairs), max(
+        ((x[k].float() - y[k].float()).norm() / x[k].float().norm().clamp(min=1e-9)).item() for k in x
+    )
 
 
-@pytest.mark.parametrize("name", [name for n in (2, 4) for name in JOBS[n] if not name.startswith("video") and "fp8" not in name and "bf16" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for n in (2, 4)
+        for name in JOBS[n]
+        if not name.startswith("video") and "fp8" not in name and "bf16" not in name
+    ],
+)
 def test_training_equals_one_process(runs, report, name):
     script = "train_lora" if name.startswith("lora") else "train_te"
     losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
@@ -104,7 +161,11 @@ def test_shards_in_bf16(runs, report):
 def test_the_frozen_dit_is_sharded_in_both(runs):
     """train_te gathers the DiT's blocks as train_lora does, and the encoder's besides."""
     lora, te = (json.loads((runs / f"{name}_fsdp" / "sent.json").read_text())["weights"] for name in ("lora", "te"))
-    encoder = sum(5 * 2 * e.nbytes // 2 for f in weight_files(ROOT / "nano" / "models_t5_umt5-xxl-enc-bf16.pth") for e in read_headers([f]).values())
+    encoder = sum(
+        5 * 2 * e.nbytes // 2
+        for f in weight_files(ROOT / "nano" / "models_t5_umt5-xxl-enc-bf16.pth")
+        for e in read_headers([f]).values()
+    )
     assert te > lora + 0.8 * encoder
 
 
@@ -139,10 +200,23 @@ def test_sampling_equals_one_process(runs, report, name):
 
 
 def test_the_library_on_ranks(tmp_path, report):
-    """Two prompts in a batch, whose tokens divide by no number of ranks, and a decode of which each rank does some windows."""
-    cases = {1: [("one", {})], 2: [("ulysses", {"ulysses": 2}), ("guidance", {"guidance": True})], 4: [("both", {"ulysses": 2, "guidance": True}), ("four", {"ulysses": 4})]}
+    """Two prompts in a batch, whose tokens divide by no number of ranks, and a decode of which each rank does some
+    windows.
+    """
+    cases = {
+        1: [("one", {})],
+        2: [("ulysses", {"ulysses": 2}), ("guidance", {"guidance": True})],
+        4: [("both", {"ulysses": 2, "guidance": True}), ("four", {"ulysses": 4})],
+    }
     for n, jobs in cases.items():
-        run_jobs(n, tmp_path, [{"script": "library", "argv": [str(tmp_path / f"{name}.safetensors")], "ranks": ranks} for name, ranks in jobs])
+        run_jobs(
+            n,
+            tmp_path,
+            [
+                {"script": "library", "argv": [str(tmp_path / f"{name}.safetensors")], "ranks": ranks}
+                for name, ranks in jobs
+            ],
+        )
     want = load(tmp_path / "one.safetensors")[0]
     for name in ("ulysses", "guidance", "both", "four"):
         for what, t in load(tmp_path / f"{name}.safetensors")[0].items():
@@ -150,7 +224,9 @@ def test_the_library_on_ranks(tmp_path, report):
 
 
 def test_both_experts(checkpoints, media, tmp_path, report):
-    """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on every rank."""
+    """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on
+    every rank.
+    """
     flags = ["--ckpt", str(checkpoints["t2v"]), "--stretch", "1", "--lr", "1e-3", "--resolution", "64x64"]
     run_jobs(1, tmp_path, [training("train_lora", media, tmp_path, "one", *flags, batch=2, sgd=False)])
     run_jobs(2, tmp_path, [training("train_lora", media, tmp_path, "two", *flags, batch=1, sgd=False)])
@@ -160,11 +236,15 @@ def test_both_experts(checkpoints, media, tmp_path, report):
 
 
 def test_loras_and_a_shared_host_copy(runs, tmp_path, report):
-    """The second rank, which reads no weights, has the first one's merged ones; in 8 bits, it holds the adapter beside them."""
+    """The second rank, which reads no weights, has the first one's merged ones; in 8 bits, it holds the adapter beside
+    them.
+    """
     flags = ["--lora", f"{runs / 'lora' / RESULT['train_lora']}:100", "--stream_blocks", "3"]
     cases = {"merged": flags, "beside": [*flags, "--base_dtype", "fp8"]}
     run_jobs(1, tmp_path, [sampling(tmp_path, f"{name}1", *flags) for name, flags in cases.items()])
-    run_jobs(2, tmp_path, [sampling(tmp_path, f"{name}2", *flags, "--ulysses_size", "2") for name, flags in cases.items()])
+    run_jobs(
+        2, tmp_path, [sampling(tmp_path, f"{name}2", *flags, "--ulysses_size", "2") for name, flags in cases.items()]
+    )
     plain = load(runs / "video.safetensors")[0]["latents"]
     for name in cases:
         a, b = (load(tmp_path / f"{name}{n}.safetensors")[0]["latents"] for n in (1, 2))
@@ -182,8 +262,12 @@ def test_fp8_and_shards(media, runs, report):
 
 def test_broken_on_purpose(media, runs, tmp_path):
     """Each of the equalities above is lost when what it stands on is taken away."""
-    cases = {"no_sum": ("train_lora", 2), "no_positions": ("train_lora", 4, "--ulysses_size", "2"), "mean_gradients": ("train_te", 2, "--fsdp"),
-             "equal_weights": ("train_lora", 4, "--pipeline_stages", "2")}
+    cases = {
+        "no_sum": ("train_lora", 2),
+        "no_positions": ("train_lora", 4, "--ulysses_size", "2"),
+        "mean_gradients": ("train_te", 2, "--fsdp"),
+        "equal_weights": ("train_lora", 4, "--pipeline_stages", "2"),
+    }
     run_jobs(2, tmp_path, [{**job(media, tmp_path, name, what), "broken": name} for name, what in cases.items()])
     for name, (script, *_) in cases.items():
         assert max(difference(runs / ("lora" if script == "train_lora" else "te"), tmp_path / name, script)) > 1e-3
@@ -195,9 +279,21 @@ def test_bytes_sent(media, tmp_path, report):
     folder.mkdir()
     for end in (".mp4", ".txt"):
         shutil.copy(media / f"a{end}", folder / f"a{end}")
-    cases = {"data": (Layout(), 1, ()), "fsdp": (Layout(shards=2), 1, ("--fsdp",)), "ulysses": (Layout(sequence=2), 2, ("--ulysses_size", "2")),
-             "checkpointing": (Layout(sequence=2), 2, ("--ulysses_size", "2", "--checkpointing")), "pipeline": (Layout(stages=2), 2, ("--pipeline_stages", "2"))}
-    run_jobs(2, tmp_path, [training("train_lora", folder, tmp_path, name, *flags, batch=batch, steps=1) for name, (_, batch, flags) in cases.items()])
+    cases = {
+        "data": (Layout(), 1, ()),
+        "fsdp": (Layout(shards=2), 1, ("--fsdp",)),
+        "ulysses": (Layout(sequence=2), 2, ("--ulysses_size", "2")),
+        "checkpointing": (Layout(sequence=2), 2, ("--ulysses_size", "2", "--checkpointing")),
+        "pipeline": (Layout(stages=2), 2, ("--pipeline_stages", "2")),
+    }
+    run_jobs(
+        2,
+        tmp_path,
+        [
+            training("train_lora", folder, tmp_path, name, *flags, batch=batch, steps=1)
+            for name, (_, batch, flags) in cases.items()
+        ],
+    )
     adapter = sum(t.nbytes for t in load(tmp_path / "data" / RESULT["train_lora"])[0].values())
     config = read_config(ROOT / "nano", read_headers(weight_files(ROOT / "nano")))
     for name, (layout, _, flags) in cases.items():
@@ -205,18 +301,41 @@ def test_bytes_sent(media, tmp_path, report):
         told = sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
         assert counted.keys() == told.keys()
         for kind in told:  # a block has small tensors too: biases, norms, modulation
-            report(f"{name}, {kind}: {counted[kind]:,} bytes", abs(counted[kind] / told[kind] - 1), 0.02 if kind == "weights" else 1e-12)
+            report(
+                f"{name}, {kind}: {counted[kind]:,} bytes",
+                abs(counted[kind] / told[kind] - 1),
+                0.02 if kind == "weights" else 1e-12,
+            )
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 def test_save_on_4_resume_on_1_and_2(media, tmp_path, report):
     """States to the bit, and the same losses from there on: the encoder's shards, and adapters, with averages."""
+
     def cut(script, name, steps, batch, *flags):
         name = f"{script}_{name}"
-        return training(script, media, tmp_path, name, "--lr", "1e-3", "--ema", "0.9", *flags, batch=batch, steps=steps, sgd=False, dump=str(tmp_path / name))
+        return training(
+            script,
+            media,
+            tmp_path,
+            name,
+            "--lr",
+            "1e-3",
+            "--ema",
+            "0.9",
+            *flags,
+            batch=batch,
+            steps=steps,
+            sgd=False,
+            dump=str(tmp_path / name),
+        )
 
     both = ("train_te", "train_lora")
-    run_jobs(4, tmp_path, [cut(script, name, steps, 1, "--fsdp") for script in both for name, steps in (("whole", 5), ("a", 3))])
+    run_jobs(
+        4,
+        tmp_path,
+        [cut(script, name, steps, 1, "--fsdp") for script in both for name, steps in (("whole", 5), ("a", 3))],
+    )
     for script in both:
         subprocess.run(["cp", "-r", tmp_path / f"{script}_a", tmp_path / f"{script}_b"], check=True)
     assert (tmp_path / "train_te_b" / "checkpoints" / "step_000003.shards").is_dir()
@@ -226,8 +345,15 @@ def test_save_on_4_resume_on_1_and_2(media, tmp_path, report):
         saved = torch.load(tmp_path / f"{script}_a_saved_3.pt")
         for name in "ab":
             restored = torch.load(tmp_path / f"{script}_{name}_restored_3.pt")
-            assert saved.keys() == restored.keys() and len(saved) > 10 and all(torch.equal(saved[k], restored[k]) for k in saved)
-            losses = [abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(log(tmp_path / f"{script}_whole"), log(tmp_path / f"{script}_{name}"), strict=True)]
+            assert (
+                saved.keys() == restored.keys()
+                and len(saved) > 10
+                and all(torch.equal(saved[k], restored[k]) for k in saved)
+            )
+            losses = [
+                abs(x["loss"] - y["loss"]) / x["loss"]
+                for x, y in zip(log(tmp_path / f"{script}_whole"), log(tmp_path / f"{script}_{name}"), strict=True)
+            ]
             report(f"losses after resuming ({script}, {name})", max(losses), 1e-6)
 
 
@@ -256,7 +382,9 @@ def dying(tmp_path, how, step, rank=1, script="train_lora", when="True"):
 
 
 def argv(media, tmp_path, name, *flags, steps=8):
-    return training("train_lora", media, tmp_path, name, "--lr", "1e-3", "--save_every", "1", *flags, batch=2, steps=steps)["argv"]
+    return training(
+        "train_lora", media, tmp_path, name, "--lr", "1e-3", "--save_every", "1", *flags, batch=2, steps=steps
+    )["argv"]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -270,7 +398,9 @@ def test_kills_of_a_rank(media, tmp_path, kills):
         done = finished(2, killed, *argv(media, tmp_path, "cut", *["--resume"] * (kill > 0), steps=steps))
         assert done.returncode and time.time() - began < 60
         assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
-        assert done.stderr.count("another rank has ended") <= 1 and done.stderr.count("Traceback") <= 1  # torchrun's own
+        assert (
+            done.stderr.count("another rank has ended") <= 1 and done.stderr.count("Traceback") <= 1
+        )  # torchrun's own
     assert finished(2, script, *argv(media, tmp_path, "cut", "--resume", steps=steps)).returncode == 0
     a, b = (load(tmp_path / n / RESULT["train_lora"])[0] for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -278,7 +408,9 @@ def test_kills_of_a_rank(media, tmp_path, kills):
 
 
 def test_restarts_resume(media, tmp_path):
-    file = dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 4, when="os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'")
+    file = dying(
+        tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 4, when="os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    )
     done = finished(2, file, *argv(media, tmp_path, "run"), flags=["--max-restarts", "1"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at step 3" in done.stdout and [line["step"] for line in log(tmp_path / "run")] == list(range(1, 9))
@@ -289,7 +421,11 @@ def test_restarts_resume(media, tmp_path):
 def test_bad_files_are_left_out_alike(media, tmp_path):
     """Every rank trains on what the first one found; what it did not take is said once."""
     bad = shutil.copytree(media, tmp_path / "data")
-    for name, content in (("broken.mp4", b"no clip"), ("short.png", (media / "c.png").read_bytes()[:40]), ("unnamed.png", b"")):
+    for name, content in (
+        ("broken.mp4", b"no clip"),
+        ("short.png", (media / "c.png").read_bytes()[:40]),
+        ("unnamed.png", b""),
+    ):
         (bad / name).write_bytes(content)
         (bad / name).with_suffix(".txt").write_text("a red square")
     for name, folder in (("good", media), ("bad", bad)):
@@ -306,7 +442,9 @@ def test_an_error_is_shown_once(media, tmp_path):
 
 
 def test_sigterm_saves_and_leaves(media, tmp_path):
-    command, options = torchrun(2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", "1000", steps=100000))
+    command, options = torchrun(
+        2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", "1000", steps=100000)
+    )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     for line in process.stdout:
         if line.startswith("step 3 "):
@@ -318,9 +456,17 @@ def test_sigterm_saves_and_leaves(media, tmp_path):
     assert len(saved) == 1 and int(re.search(r"\d+", saved[0].name)[0]) == log(tmp_path / "run")[-1]["step"] >= 3
 
 
-@pytest.mark.parametrize("flags,why", [(["--ulysses_size", "2"], "start torchrun with --nproc_per_node 2"), (["--pipeline_stages", "0"], "--pipeline_stages 0")])
+@pytest.mark.parametrize(
+    "flags,why",
+    [
+        (["--ulysses_size", "2"], "start torchrun with --nproc_per_node 2"),
+        (["--pipeline_stages", "0"], "--pipeline_stages 0"),
+    ],
+)
 def test_flags_that_need_torchrun(media, tmp_path, flags, why):
-    done = subprocess.run([sys.executable, ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags)], capture_output=True, text=True
+    )
     assert done.returncode == 1 and why in done.stderr and "Traceback" not in done.stderr
 
 

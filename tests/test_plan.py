@@ -1,4 +1,5 @@
 """plan.py: what is counted, and that a plan knows the released sizes. Plans against measured runs are in test_train.py."""
+
 import contextlib
 import json
 import subprocess
@@ -6,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from test_diag import full_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tiny
 from checkpoint import BadInput
 from diag import planned, propose
 from lora import inject
 from plan import Tracker, build, builders, linear_flops, step_times, traced
 from sample import Models
-from test_diag import full_size
 from wan import Wan, full_config, keep_fp32
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +25,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_tracker_counts_births_and_deaths():
     weight = torch.zeros(100, 100)
     with Tracker() as t:
-        view = weight.t()[:50]                       # of what was there before: nothing
+        view = weight.t()[:50]  # of what was there before: nothing
         assert (t.now, t.peak) == (0, 0)
         a = torch.empty(1000)
-        b = a.view(10, 100)                          # another name for a
+        b = a.view(10, 100)  # another name for a
         c = b @ weight
         assert t.now == t.peak == 4000 + 4000
         del a, b
@@ -39,7 +40,9 @@ def test_the_tracker_counts_births_and_deaths():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_take_what_real_ones_do(checkpointing):
-    """The same step on the fake CPU and on the real one: the same peak, but for the optimizer's step counters (4 bytes each)."""
+    """The same step on the fake CPU and on the real one: the same peak, but for the optimizer's step counters (4 bytes
+    each).
+    """
     peaks = []
     for mode in (FakeTensorMode(), contextlib.nullcontext()):
         with mode:
@@ -69,7 +72,9 @@ def test_released_sizes_are_planned_without_files(variant):
     assert plain.phases["training"]["trained"] == both * 4 * 16 * 2 * dim * matrices
     assert small.phases["training"]["states and activations"] < 0.7 * plain.phases["training"]["states and activations"]
     assert abs(plain.phases["cache texts"]["encoder"] - 2 * 5_680_910_336) < 1e6
-    assert abs(plain.disk["states"] / (3 * 3 * plain.phases["training"]["trained"]) - 1) < 1e-3  # three copies of weights and two moments
+    assert (
+        abs(plain.disk["states"] / (3 * 3 * plain.phases["training"]["trained"]) - 1) < 1e-3
+    )  # three copies of weights and two moments
     sampled = planned("sample", ["--ckpt", variant, "--size", "256x256", "--frames", "9"])
     assert sampled.phases["denoise"]["DiT"] == want and sampled.peak > want
 
@@ -77,7 +82,10 @@ def test_released_sizes_are_planned_without_files(variant):
 def test_a_tiled_decode(report):
     """Planned from nine of its tiles: what all of them take, and less than one piece."""
     flags = ["--ckpt", "nano", "--size", "320x320", "--frames", "5"]
-    whole, tiled = (planned("sample", [*flags, *more]).phases["decode"]["activations and video"] for more in ([], ["--vae_tile", "4"]))
+    whole, tiled = (
+        planned("sample", [*flags, *more]).phases["decode"]["activations and video"]
+        for more in ([], ["--vae_tile", "4"])
+    )
     with FakeTensorMode():
         vae = build(builders(Models(ROOT / "nano", "cpu", torch.float32)), "vae", torch.float32)
         report("decode", abs(tiled / traced(lambda: vae.decode(torch.empty(1, 48, 2, 20, 20), 4)) - 1), 0.05)
@@ -85,11 +93,30 @@ def test_a_tiled_decode(report):
 
 
 def test_the_command(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "diag.py", "plan", "--json", tmp_path / "p.json", "train_te", "--ckpt", "nano", "--batch", "4", "--previews", "x"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "diag.py",
+            "plan",
+            "--json",
+            tmp_path / "p.json",
+            "train_te",
+            "--ckpt",
+            "nano",
+            "--batch",
+            "4",
+            "--previews",
+            "x",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0 and "plan: peak memory" in run.stdout and "previews:" in run.stdout, run.stderr
     told = json.loads((tmp_path / "p.json").read_text())
     assert told["peak"] == told["process"] + max(sum(p.values()) for p in told["phases"].values())
-    bad = subprocess.run([sys.executable, ROOT / "diag.py", "plan", "train_lora", "--frames", "8"], capture_output=True, text=True)
+    bad = subprocess.run(
+        [sys.executable, ROOT / "diag.py", "plan", "train_lora", "--frames", "8"], capture_output=True, text=True
+    )
     assert bad.returncode == 1 and "nearest 9" in bad.stderr
 
 
@@ -111,29 +138,45 @@ print(used('cpu'))
 
 @pytest.mark.parametrize("variant", ["ti2v-5B"])
 def test_released_sizes_load_without_being_allocated(variant, tmp_path):
-    """A sparse file of the full size, through the loader, into 8 bits, and what of it lies where: in a process of less than 1 GB."""
+    """A sparse file of the full size, through the loader, into 8 bits, and what of it lies where: in a process of less
+    than 1 GB.
+    """
     config = full_config(variant)
     with torch.device("meta"):
         model = Wan(config)
     full_size(tmp_path, variant, kind="BF16")
-    code = FULL_SIZE.format(root=str(ROOT), variant=variant, folder=str(tmp_path / ("high_noise_model" if variant == "t2v-A14B" else ".")))
-    *told, peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    code = FULL_SIZE.format(
+        root=str(ROOT), variant=variant, folder=str(tmp_path / ("high_noise_model" if variant == "t2v-A14B" else "."))
+    )
+    *told, peak = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert int(peak) < 1e9
-    linears = config.num_layers * (8 * config.dim ** 2 + 2 * config.dim * config.ffn_dim)
+    linears = config.num_layers * (8 * config.dim**2 + 2 * config.dim * config.ffn_dim)
     scales = 4 * config.num_layers * (9 * config.dim + config.ffn_dim)
     whole = sum(p.numel() * (4 if keep_fp32(n) else 2) for n, p in model.named_parameters())
     layers = config.num_layers
     for size, lines in ((whole, told[:5]), (whole - linears + scales, told[5:])):
         (plain, none), (ring, away), (some, ten), (shard, _), (stage, _) = (map(int, line.split()) for line in lines)
         block = away // layers
-        assert plain == size and none == 0 and away + ring == size + 2 * block and ten == 10 * block and some == size - 8 * block
+        assert (
+            plain == size
+            and none == 0
+            and away + ring == size + 2 * block
+            and ten == 10 * block
+            and some == size - 8 * block
+        )
         rest = size - away
         assert shard == rest + away // 8 + 2 * block and stage == rest + -(-layers // 8) * block
 
 
-@pytest.mark.parametrize("gpus,script,flags,want", [
-    ("1x24", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
-    ("1x24", "train_lora", ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"], ["--checkpointing"])])
+@pytest.mark.parametrize(
+    "gpus,script,flags,want",
+    [
+        ("1x24", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
+        ("1x24", "train_lora", ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"], ["--checkpointing"]),
+    ],
+)
 def test_proposals_fit(gpus, script, flags, want):
     found, need = propose(script, flags, gpus)
     assert set(want) <= set(found) and need.peak <= int(gpus.split("x")[1]) * 1e9
@@ -157,7 +200,13 @@ def test_step_times():
     assert one[0] == 3 * sum(flops) / 4e14 and one[1] > 9e9
     assert abs(flops[0] / 237e12 - 1) < 0.15 and abs(flops[1] / 274e12 - 1) < 0.05  # as published for 1280x704x121
     eight = step_times(ranks=8, **given)
-    assert one[0] / 8 < eight["data parallel"][0] < one[0] / 7.9 < eight["--ulysses_size 8"][0] < eight["--pipeline_stages 8"][0]
+    assert (
+        one[0] / 8
+        < eight["data parallel"][0]
+        < one[0] / 7.9
+        < eight["--ulysses_size 8"][0]
+        < eight["--pipeline_stages 8"][0]
+    )
     assert eight["--fsdp"][1] == eight["--pipeline_stages 8"][1] == one[1] // 8
     slow = step_times(ranks=16, **(given | {"between": 1e8}))
     assert slow["--fsdp"][0] > slow["--ulysses_size 8"][0]  # weights cross the slow link, or adapters only

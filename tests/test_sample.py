@@ -1,4 +1,5 @@
 """sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers' parts, fp32 on CPU."""
+
 import json
 import subprocess
 import sys
@@ -6,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-import tiny
-from checkpoint import BadInput, load as load_tensors
-from sample import NEGATIVE, Reuse, best_size, denoise, generate, latent_to_rgb, load, open_image, previewer, write_mp4
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
+
+from checkpoint import BadInput
+from checkpoint import load as load_tensors
+from sample import NEGATIVE, Reuse, best_size, denoise, generate, latent_to_rgb, load, open_image, previewer, write_mp4
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -27,12 +29,14 @@ def image():
 def reference(folder, kind, prompt, frames, size, steps, shift, guidance, solver, seed, picture=None):
     """The official pipelines written out with peers: models, solver and encoder are diffusers' and transformers'."""
     from vae import LATENT_STATS
+
     models = {"high": tiny.dit(kind, 10), "low": tiny.dit(kind, 11)} if kind != "ti2v" else {"high": tiny.dit(kind)}
     models = {k: tiny.diffusers_dit(m) for k, m in models.items()}
     vae = tiny.diffusers_vae(tiny.vae(kind == "ti2v"))
     stride = 16 if kind == "ti2v" else 8
     mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in LATENT_STATS[48 if kind == "ti2v" else 16])
     from t5 import Tokenizer
+
     tokenizer, encoder = Tokenizer(folder / "google/umt5-xxl/spiece.model"), tiny.transformers_t5(tiny.text_encoder())
 
     def text(p):
@@ -90,31 +94,81 @@ def test_equals_a_plain_loop_of_peers(checkpoints, kind, picture, solver, report
     size = (96, 64) if kind == "ti2v" else (64, 48)
     want, want_video = reference(folder, kind, "a naïve cat runs", 9, size, 6, shift, guidance, solver, 7, picture)
     models = load(folder)
-    video, latents = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False)
+    video, latents = generate(
+        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
+    )
     report("latents", tiny.error(latents, want), 2e-5)
     report("video", (video - want_video).abs().max().item(), 1e-4)
-    again = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False)[1]
-    other = generate(models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=8, progress=False)[1]
+    again = generate(
+        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
+    )[1]
+    other = generate(
+        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=8, progress=False
+    )[1]
     assert torch.equal(latents, again) and not torch.equal(latents, other)
 
 
 def test_command_line_end_to_end(checkpoints, tmp_path):
     """mp4 with its settings inside, latents, contact sheet, many prompts in one load."""
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog runs\n")
-    run = subprocess.run([sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--prompts", tmp_path / "prompts.txt", "--size", "64x32", "--frames", "5",
-                          "--steps", "2", "--guidance", "3", "--seed", "5", "--device", "cpu", "--dtype", "fp32", "--out", tmp_path / "v.mp4", "--reuse", "0.01",  # which leaves out none of two steps
-                          "--save_latents", tmp_path / "z.safetensors", "--grid", tmp_path / "g.png"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            SCRIPT,
+            "--ckpt",
+            checkpoints["ti2v"],
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--size",
+            "64x32",
+            "--frames",
+            "5",
+            "--steps",
+            "2",
+            "--guidance",
+            "3",
+            "--seed",
+            "5",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            "--out",
+            tmp_path / "v.mp4",
+            "--reuse",
+            "0.01",  # which leaves out none of two steps
+            "--save_latents",
+            tmp_path / "z.safetensors",
+            "--grid",
+            tmp_path / "g.png",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     import av
+
     with av.open(str(tmp_path / "v_001.mp4")) as f:
         stream = f.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in f.decode(stream)]
-        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p" and stream.average_rate == 24
+        assert (
+            stream.codec_context.name == "h264"
+            and stream.codec_context.pix_fmt == "yuv420p"
+            and stream.average_rate == 24
+        )
         assert (len(frames), frames[0].shape) == (5, (32, 64, 3))
         told = json.loads(f.metadata["comment"])
-    assert (told["prompt"], told["seed"], told["steps"], told["guidance"], told["reuse"]) == ("a dog runs", 5, 2, [3.0, 3.0], 0.01)
+    assert (told["prompt"], told["seed"], told["steps"], told["guidance"], told["reuse"]) == (
+        "a dog runs",
+        5,
+        2,
+        [3.0, 3.0],
+        0.01,
+    )
     z = load_tensors(tmp_path / "z_001.safetensors")[0]["latents"]
-    _, latents = generate(load(checkpoints["ti2v"]), "a dog runs", size=(64, 32), frames=5, steps=2, guidance=3.0, seed=5, progress=False)
+    _, latents = generate(
+        load(checkpoints["ti2v"]), "a dog runs", size=(64, 32), frames=5, steps=2, guidance=3.0, seed=5, progress=False
+    )
     assert z.dtype == torch.float32 and z.shape == (48, 2, 2, 4)
     assert torch.equal(z, latents)
     assert Image.open(tmp_path / "g.png").size[1] > 2 * 32 and "base_dtype" not in told
@@ -123,7 +177,9 @@ def test_command_line_end_to_end(checkpoints, tmp_path):
 def test_a_clip_written_again_is_the_same_file(tmp_path):
     """What is trained on, cached and held out goes by these bytes."""
     import random
+
     import nano
+
     rng = random.Random(0)
     for _ in range(60):
         video = nano.draw([nano.sample_attributes(rng)], rng.random())[0]
@@ -135,7 +191,9 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
 def test_mp4_holds_the_pixels(tmp_path):
     """Crf 10 keeps smooth pictures within a few grey levels."""
     import av
+
     from sample import to_uint8
+
     ramp = torch.linspace(-0.8, 0.8, 64)
     video = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
     write_mp4(tmp_path / "v.mp4", video, 16)
@@ -145,8 +203,15 @@ def test_mp4_holds_the_pixels(tmp_path):
     assert not list(tmp_path.glob(".tmp*"))
 
 
-@pytest.mark.parametrize("size, frames, message", [
-    ((100, 64), 9, "nearest 96x64"), ((96, 64), 8, "nearest 9"), ((96, 64), 0, "nearest 1"), ((0, 64), 9, "nearest 32x64")])
+@pytest.mark.parametrize(
+    "size, frames, message",
+    [
+        ((100, 64), 9, "nearest 96x64"),
+        ((96, 64), 8, "nearest 9"),
+        ((96, 64), 0, "nearest 1"),
+        ((0, 64), 9, "nearest 32x64"),
+    ],
+)
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(checkpoints, size, frames, message):
     with pytest.raises(BadInput, match=message):
         generate(load(checkpoints["ti2v"]), "a", size=size, frames=frames, steps=1)
@@ -162,13 +227,26 @@ def test_image_needed_or_not_taken(checkpoints):
 def test_another_picture_is_encoded_anew(checkpoints):
     """Also one in the place of the last one; the estimates on the way begin with it."""
     models, picture = load(checkpoints["ti2v"]), image()
-    first = lambda: generate(models, "a", image=picture, size=(96, 64), frames=1, steps=1, guidance=1.0, progress=False)[1]
+    first = lambda: generate(
+        models, "a", image=picture, size=(96, 64), frames=1, steps=1, guidance=1.0, progress=False
+    )[1]
     before = first()
     assert torch.equal(before, first())
     picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
     assert not torch.equal(before, after := first())
     seen = []
-    denoise(models, ["a"], [0], image=picture, size=(96, 64), frames=5, steps=2, guidance=1.0, progress=False, watch=lambda step, x0: seen.append(x0[0]))
+    denoise(
+        models,
+        ["a"],
+        [0],
+        image=picture,
+        size=(96, 64),
+        frames=5,
+        steps=2,
+        guidance=1.0,
+        progress=False,
+        watch=lambda step, x0: seen.append(x0[0]),
+    )
     assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
 
 
@@ -180,7 +258,16 @@ def test_a_photo_is_upright(tmp_path):
     assert open_image(tmp_path / "a.jpg").size == (20, 40)
 
 
-@pytest.mark.parametrize("w, h, want", [(1280, 704, (1280, 704)), (1280, 720, (1248, 704)), (720, 1280, (704, 1248)), (1000, 1000, (960, 928)), (3000, 1000, (1632, 544))])
+@pytest.mark.parametrize(
+    "w, h, want",
+    [
+        (1280, 704, (1280, 704)),
+        (1280, 720, (1248, 704)),
+        (720, 1280, (704, 1248)),
+        (1000, 1000, (960, 928)),
+        (3000, 1000, (1632, 544)),
+    ],
+)
 def test_size_from_an_images_aspect(w, h, want):
     ow, oh = best_size(w, h, 704 * 1280, 32)
     assert ow % 32 == oh % 32 == 0 and ow * oh <= 704 * 1280
@@ -200,18 +287,51 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
 
 def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
     from sample import denoise
+
     models = load(checkpoints["t2v"])
-    both = denoise(models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False)
+    both = denoise(
+        models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False
+    )
     alone = denoise(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
     report("relative error", tiny.error(both[1:], alone), 2e-5)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--size", "64by32"], "WIDTHxHEIGHT"), (["--shift", "0"], "--shift 0"), (["--guidance", "nan"], "finite"), (["--device", "mps"], "--device mps"),
-    (["--seed", "99999999999999999999"], "--seed"), (["--out", "/"], "--out /"), (["--out", "clip.gif"], ".mp4"), (["--out", f"{__file__}/clip.mp4"], "may not be written"), (["--size", ""], "WIDTHxHEIGHT"), (["--steps", "0"], "--steps 0"), (["--guidance", "high"], "LOW,HIGH"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--ckpt", "nowhere"], "nowhere"), (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"), (["--image", "nowhere.png"], "nowhere.png")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--size", "64by32"], "WIDTHxHEIGHT"),
+        (["--shift", "0"], "--shift 0"),
+        (["--guidance", "nan"], "finite"),
+        (["--device", "mps"], "--device mps"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--out", "/"], "--out /"),
+        (["--out", "clip.gif"], ".mp4"),
+        (["--out", f"{__file__}/clip.mp4"], "may not be written"),
+        (["--size", ""], "WIDTHxHEIGHT"),
+        (["--steps", "0"], "--steps 0"),
+        (["--guidance", "high"], "LOW,HIGH"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--ckpt", "nowhere"], "nowhere"),
+        (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+    ],
+)
 def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
-    command = [sys.executable, SCRIPT, "--ckpt", checkpoints["ti2v"], "--size", "32x32", "--frames", "1", "--steps", "1", "--device", "cpu", *flags]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--ckpt",
+        checkpoints["ti2v"],
+        "--size",
+        "32x32",
+        "--frames",
+        "1",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        *flags,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr
     assert "Traceback" not in run.stderr
@@ -226,7 +346,9 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
     """With no room to spare, one part at a time is in memory: when one is loaded, no other is alive."""
     import gc
     import weakref
+
     import sample
+
     plenty = small(load(checkpoints[kind]))  # both halves of guidance in one batch, which rounds a little differently
     held, alive = [], weakref.WeakValueDictionary()
     monkeypatch.setattr(sample, "free_memory", lambda device: 0)
@@ -241,13 +363,16 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
     monkeypatch.setattr(sample.Models, "_load", watched)
     models = load(checkpoints[kind])
     assert tiny.error(small(models), plenty) < 2e-6
-    assert held == [(name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])]
+    assert held == [
+        (name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])
+    ]
     assert list(models.parts) == ["vae"]
 
 
 def test_an_updated_text_encoder(checkpoints, tmp_path):
     file = tmp_path / "text_encoder.safetensors"
     from safetensors.torch import save_file
+
     save_file(tiny.text_encoder().state_dict(), file)
     plain = small(load(checkpoints["ti2v"]))
     assert torch.equal(small(load(checkpoints["ti2v"], text_encoder=file)), plain)
@@ -259,6 +384,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
     """Merged LoRAs change exactly the expert they are for: by the file's metadata, or by :high and :low."""
     from lora import inject, merge, save_lora
     from wan import load_wan
+
     for name, seed in (("a", 1), ("b", 2)):
         model = tiny.dit("t2v")
         torch.manual_seed(seed)
@@ -286,6 +412,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
 def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     """While its expert makes room for the other one."""
     from lora import inject
+
     models = load(checkpoints["t2v"])
     models.prepare = lambda name, model: inject(model, rank=2, device="cpu")
     model = models.part("high")
@@ -297,13 +424,17 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
 
     model.to = to
     models._move("high", model, "elsewhere")
-    assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(p.requires_grad for p in before)
+    assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(
+        p.requires_grad for p in before
+    )
 
 
 def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
     """Whatever its files' prefixes are, with blocks on the host and in 8 bits."""
     from safetensors.torch import save_file
+
     from wan import load_wan
+
     for file in checkpoints["ti2v"].iterdir():
         if "diffusion_pytorch_model" not in file.name:
             (tmp_path / file.name).symlink_to(file)
@@ -317,9 +448,16 @@ def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
 
 
 def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
-    """A threshold of nothing changes no bit; a large one skips steps at a bounded error; the first two steps and the last are always computed."""
+    """A threshold of nothing changes no bit; a large one skips steps at a bounded error; the first two steps and the
+    last are always computed.
+    """
     models = load(checkpoints["ti2v"])
-    run = lambda threshold, watch=None: (r := Reuse(threshold), denoise(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False, reuse=r, watch=watch))
+    run = lambda threshold, watch=None: (
+        r := Reuse(threshold),
+        denoise(
+            models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False, reuse=r, watch=watch
+        ),
+    )
     plain = denoise(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
     off, exact = run(0.0)
     assert torch.equal(exact, plain) and off.computed == 8
@@ -334,6 +472,7 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
 def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     """Both halves in one forward pass, or, where memory is short, in two."""
     import sample
+
     models, found = load(checkpoints["ti2v"]), []
     given = dict(size=(64, 32), frames=5, steps=3, guidance=4.0, progress=False)
     sizes = []
@@ -352,22 +491,47 @@ def test_compiled_blocks_give_the_same(checkpoints, report):
     compiled.compile = "blocks"
     assert all(b._compiled_call_impl is not None for b in compiled.part("dit").blocks)
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
-    report("latents", tiny.error(denoise(compiled, ["a cat"], [1], **given), denoise(models, ["a cat"], [1], **given)), 2e-5)
+    report(
+        "latents",
+        tiny.error(denoise(compiled, ["a cat"], [1], **given), denoise(models, ["a cat"], [1], **given)),
+        2e-5,
+    )
 
 
 def test_preview_shows_what_the_clip_will_be(tmp_path):
     """On nano: the linear colours of the finished latents are near the decoded clip's, and the last preview is on disk."""
     models = load("nano")
     colors = latent_to_rgb(models.part("vae"))
-    z = denoise(models, ["a red square moves left"], [0], progress=False, watch=previewer(models, tmp_path / "p.png", 4, "a red square"))
+    z = denoise(
+        models,
+        ["a red square moves left"],
+        [0],
+        progress=False,
+        watch=previewer(models, tmp_path / "p.png", 4, "a red square"),
+    )
     rough = torch.einsum("cthw,cd->dthw", torch.cat([z[0], torch.ones_like(z[0, :1])]), colors)
     video = models.part("vae").decode(z)[0]
     want = F.avg_pool2d(video[:, ::4].transpose(0, 1), 16).transpose(0, 1)
-    assert (rough - want).square().mean().sqrt() < 0.3 and torch.corrcoef(torch.stack([rough.flatten(), want.flatten()]))[0, 1] > 0.5
+    assert (rough - want).square().mean().sqrt() < 0.3 and torch.corrcoef(
+        torch.stack([rough.flatten(), want.flatten()])
+    )[0, 1] > 0.5
     assert Image.open(tmp_path / "p.png").width > 100
 
 
-@pytest.mark.parametrize("flags, said", [(["--cuda_graphs"], "--cuda_graphs"), (["--compile", "--cuda_graphs"], "--cuda_graphs"), (["--reuse", "1.5"], "--reuse 1.5"), (["--preview_every", "-1"], "--preview_every -1")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--cuda_graphs"], "--cuda_graphs"),
+        (["--compile", "--cuda_graphs"], "--cuda_graphs"),
+        (["--reuse", "1.5"], "--reuse 1.5"),
+        (["--preview_every", "-1"], "--preview_every -1"),
+    ],
+)
 def test_wrong_speed_flags_are_named(flags, said):
     run = subprocess.run([sys.executable, SCRIPT, "--device", "cpu", *flags], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("error: ") and said in run.stderr and len(run.stderr.splitlines()) == 1
+    assert (
+        run.returncode == 1
+        and run.stderr.startswith("error: ")
+        and said in run.stderr
+        and len(run.stderr.splitlines()) == 1
+    )

@@ -1,10 +1,11 @@
 """The text encoder against transformers' UMT5EncoderModel, the tokenizer against transformers' T5 tokenizer."""
+
 import random
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from checkpoint import BadInput
 from t5 import Tokenizer, load_t5
 
@@ -56,6 +57,7 @@ def test_gradient_through_the_dit_reaches_the_encoder():
 
 def test_full_size_counts():
     from t5 import TextEncoder
+
     with torch.device("meta"):
         state = TextEncoder(256384, 4096, 4096, 10240, 64, 24).state_dict()
     assert (sum(t.numel() for t in state.values()), len(state)) == (5_680_910_336, 242)
@@ -63,16 +65,73 @@ def test_full_size_counts():
 
 def strings():
     rng = random.Random(0)
-    words = ["cat", "Square", "moves", "naïve", "café", "一只猫", "在草地上", "奔跑", "色调艳丽，", "🐱", "👩‍🚀", "&amp;", "&lt;b&gt;", "&amp;amp;", "\t", "\n\n",
-             "\u00a0", "\u3000", "ﬁne", "ﾊﾛｰ", "½", "é", "Ω", "don't", "—", "“quoted”", "100%", "_", "<", ">", "#", "...", "</s>", "<pad>", "a" * 40, "Привет", "مرحبا", "x²"]
-    made = ["", " ", "a", "🐱", "a red square moves left", "word " * 600, "一" * 600, " leading and trailing  ", "schÃ¶n", "&nbsp;", "a </s> cat", "<pad>", "x<unk>y </s></s>",
-            "&lt;/s&gt; end", "<extra_id_0>"]
-    return made + [rng.choice(["", " "]).join(rng.choice(words) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 30))) for _ in range(520)]
+    words = [
+        "cat",
+        "Square",
+        "moves",
+        "naïve",
+        "café",
+        "一只猫",
+        "在草地上",
+        "奔跑",
+        "色调艳丽，",
+        "🐱",
+        "👩‍🚀",
+        "&amp;",
+        "&lt;b&gt;",
+        "&amp;amp;",
+        "\t",
+        "\n\n",
+        "\u00a0",
+        "\u3000",
+        "ﬁne",
+        "ﾊﾛｰ",
+        "½",
+        "é",
+        "Ω",
+        "don't",
+        "—",
+        "“quoted”",
+        "100%",
+        "_",
+        "<",
+        ">",
+        "#",
+        "...",
+        "</s>",
+        "<pad>",
+        "a" * 40,
+        "Привет",
+        "مرحبا",
+        "x²",
+    ]
+    made = [
+        "",
+        " ",
+        "a",
+        "🐱",
+        "a red square moves left",
+        "word " * 600,
+        "一" * 600,
+        " leading and trailing  ",
+        "schÃ¶n",
+        "&nbsp;",
+        "a </s> cat",
+        "<pad>",
+        "x<unk>y </s></s>",
+        "&lt;/s&gt; end",
+        "<extra_id_0>",
+    ]
+    return made + [
+        rng.choice(["", " "]).join(rng.choice(words) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 30)))
+        for _ in range(520)
+    ]
 
 
 @pytest.mark.parametrize("byte_fallback", [False, True])
 def test_tokens_equal_transformers(tmp_path, byte_fallback):
     from transformers import T5Tokenizer
+
     (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback))
     ours = Tokenizer(tmp_path / "spiece.model")
     peer = T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
@@ -90,11 +149,14 @@ def test_tokens_equal_transformers(tmp_path, byte_fallback):
 def test_a_long_prompt_keeps_its_end_token(tmp_path):
     (tmp_path / "spiece.model").write_bytes(tiny.spiece())
     ids, lens = Tokenizer(tmp_path / "spiece.model")(["word " * 600, "cat"])
-    assert ids.shape[1] == 512 == lens[0] and ids[0, -1] == 1 and ids[1, lens[1] - 1] == 1 and ids[1, lens[1]:].sum() == 0
+    assert (
+        ids.shape[1] == 512 == lens[0] and ids[0, -1] == 1 and ids[1, lens[1] - 1] == 1 and ids[1, lens[1] :].sum() == 0
+    )
 
 
 def test_missing_tokenizer_is_named(checkpoints, tmp_path):
     import shutil
+
     shutil.copytree(checkpoints["ti2v"], tmp_path / "c")
     (tmp_path / "c" / "google" / "umt5-xxl" / "spiece.model").unlink()
     with pytest.raises(BadInput, match="spiece.model: no such file"):

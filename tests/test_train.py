@@ -1,4 +1,5 @@
 """What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, and a plan that holds."""
+
 import json
 import math
 import re
@@ -7,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import tiny
+import torch
+from test_data import clip, photo
+
 from checkpoint import load
 from optim import EMA, Guard
-from test_data import clip, photo
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a red fox jumps over", "a dog runs", "a cat sleeps"]
@@ -28,8 +29,36 @@ def media(tmp_path_factory):
 
 
 def train(script, ckpt, media, out, *flags, check=True, code=None, steps=4):
-    run = subprocess.run([sys.executable, *(["-c", code] if code else []), ROOT / f"{script}.py", "--ckpt", ckpt, "--data", media, "--out", out, "--cache", media.parent / "cache",
-                          "--resolution", "64x64", "--frames", "9", "--steps", str(steps), "--batch", "2", "--device", "cpu", "--dtype", "fp32", *map(str, flags)], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            *(["-c", code] if code else []),
+            ROOT / f"{script}.py",
+            "--ckpt",
+            ckpt,
+            "--data",
+            media,
+            "--out",
+            out,
+            "--cache",
+            media.parent / "cache",
+            "--resolution",
+            "64x64",
+            "--frames",
+            "9",
+            "--steps",
+            str(steps),
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            *map(str, flags),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert not check or run.returncode == 0, run.stderr
     return run
 
@@ -65,18 +94,56 @@ while True:
 """
 
 
-@pytest.mark.parametrize("script, flags", [("train_lora", ["--dropout", "0.1", "--ema", "0.9", "--accumulate", "2"]), ("train_te", ["--keywords", "crimson"])])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_lora", ["--dropout", "0.1", "--ema", "0.9", "--accumulate", "2"]),
+        ("train_te", ["--keywords", "crimson"]),
+    ],
+)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
-    """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit for bit."""
-    subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"], check=True, capture_output=True)
+    """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit
+    for bit.
+    """
+    subprocess.run(
+        [sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"],
+        check=True,
+        capture_output=True,
+    )
     steps, results = 50 * kills, []
     for times in (0, kills):
         out = tmp_path / f"{times}"
-        argv = ["--ckpt", ROOT / "nano", "--data", tmp_path / "clips", "--out", out, "--steps", steps, "--batch", 1, "--save_every", 3, "--eval_every", 50, "--device", "cpu", *flags]
-        steps_run = subprocess.run([sys.executable, "-c", KILLS, *map(str, [ROOT, script, times, *argv])], capture_output=True, text=True)
+        argv = [
+            "--ckpt",
+            ROOT / "nano",
+            "--data",
+            tmp_path / "clips",
+            "--out",
+            out,
+            "--steps",
+            steps,
+            "--batch",
+            1,
+            "--save_every",
+            3,
+            "--eval_every",
+            50,
+            "--device",
+            "cpu",
+            *flags,
+        ]
+        steps_run = subprocess.run(
+            [sys.executable, "-c", KILLS, *map(str, [ROOT, script, times, *argv])], capture_output=True, text=True
+        )
         assert steps_run.returncode == 0, steps_run.stderr
-        results.append((steps_run.stdout, load(next(out.glob("*.safetensors")))[0], [(r["step"], r.get("loss"), r.get("held_out")) for r in logged(out)]))
+        results.append(
+            (
+                steps_run.stdout,
+                load(next(out.glob("*.safetensors")))[0],
+                [(r["step"], r.get("loss"), r.get("held_out")) for r in logged(out)],
+            )
+        )
     assert "after 0 kills" in results[0][0] and f"after {kills} kills" in results[1][0]
     (_, a, log_a), (_, b, log_b) = results
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -101,19 +168,48 @@ cli({script}.main)
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
 def test_a_bad_step_is_skipped(checkpoints, media, tmp_path, script):
     """One step of NaN leaves the weights as they were before it, says so, and the run goes on."""
-    done = train(script, checkpoints["ti2v"], media, tmp_path / "out", steps=6, code=POISON.format(script=script, value="float('nan')", when="step == 3"))
+    done = train(
+        script,
+        checkpoints["ti2v"],
+        media,
+        tmp_path / "out",
+        steps=6,
+        code=POISON.format(script=script, value="float('nan')", when="step == 3"),
+    )
     assert "step 4 skipped: the loss is nan" in done.stdout
     lines = logged(tmp_path / "out")
-    assert [r.get("skipped") for r in lines] == [None, None, None, 1, None, None] and all(math.isfinite(r["loss"]) for i, r in enumerate(lines) if i != 3)
+    assert [r.get("skipped") for r in lines] == [None, None, None, 1, None, None] and all(
+        math.isfinite(r["loss"]) for i, r in enumerate(lines) if i != 3
+    )
     assert all(v.isfinite().all() for v in load(next((tmp_path / "out").glob("*.safetensors")))[0].values())
 
 
-@pytest.mark.parametrize("script, value, why", [("train_lora", "float('inf')", "the loss is inf"), ("train_te", "1e6", "times the recent median")])
+@pytest.mark.parametrize(
+    "script, value, why",
+    [("train_lora", "float('inf')", "the loss is inf"), ("train_te", "1e6", "times the recent median")],
+)
 def test_many_bad_steps_end_the_run_with_the_last_good_state(checkpoints, media, tmp_path, script, value, why):
     good = train(script, checkpoints["ti2v"], media, tmp_path / "good", "--schedule", "constant", steps=25)
     assert good.returncode == 0
-    bad = train(script, checkpoints["ti2v"], media, tmp_path / "bad", "--schedule", "constant", "--most_bad", 3, steps=60, check=False, code=POISON.format(script=script, value=value, when="step >= 25"))
-    assert bad.returncode == 1 and "3 steps in a row skipped" in bad.stderr and why in bad.stderr and "Traceback" not in bad.stderr
+    bad = train(
+        script,
+        checkpoints["ti2v"],
+        media,
+        tmp_path / "bad",
+        "--schedule",
+        "constant",
+        "--most_bad",
+        3,
+        steps=60,
+        check=False,
+        code=POISON.format(script=script, value=value, when="step >= 25"),
+    )
+    assert (
+        bad.returncode == 1
+        and "3 steps in a row skipped" in bad.stderr
+        and why in bad.stderr
+        and "Traceback" not in bad.stderr
+    )
     a, b = (load(next((tmp_path / d).glob("*.safetensors")))[0] for d in ("good", "bad"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.load(tmp_path / "bad" / "checkpoints" / "step_000028.pt", weights_only=True)["step"] == 28
@@ -148,14 +244,18 @@ def test_what_is_saved_with_ema_is_the_average(checkpoints, media, tmp_path, scr
     saved = load(next((tmp_path / "out").glob("*.safetensors")))[0]
     average, now = state["ema"]["average"], state["params"]
     assert not torch.equal(average[1], now[1])
-    assert any(torch.equal(average[1], v) for v in saved.values()) and not any(torch.equal(now[1], v) for v in saved.values())
+    assert any(torch.equal(average[1], v) for v in saved.values()) and not any(
+        torch.equal(now[1], v) for v in saved.values()
+    )
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
 def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path, monkeypatch, script, report):
     """The gradient of a step of three batches of two is that of the mean loss over their six samples."""
     import importlib
+
     import train as shared
+
     module = importlib.import_module(script)
     seen = {}
     real_step, real_clip = shared.Dataset.step, torch.nn.utils.clip_grad_norm_
@@ -176,21 +276,59 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
         return real_clip(params, most)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_norm)
-    sum_of = 7  # four batches are an epoch: six clips and an image, whose batch is dropped here, its bucket being another
+    sum_of = (
+        7  # four batches are an epoch: six clips and an image, whose batch is dropped here, its bucket being another
+    )
     for name, step, n in (("many", keep, 4), ("one", together, 1)):
         monkeypatch.setattr(shared.Dataset, "step", step)
-        monkeypatch.setattr("sys.argv", [script, *map(str, ["--ckpt", checkpoints["ti2v"], "--data", media, "--out", tmp_path / name, "--cache", media.parent / "cache", "--resolution", "64x64", "--frames", 9,
-                                                            "--steps", 1, "--batch", 2, "--accumulate", n, "--device", "cpu", "--lr", 0, "--held_out", 0])])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                script,
+                *map(
+                    str,
+                    [
+                        "--ckpt",
+                        checkpoints["ti2v"],
+                        "--data",
+                        media,
+                        "--out",
+                        tmp_path / name,
+                        "--cache",
+                        media.parent / "cache",
+                        "--resolution",
+                        "64x64",
+                        "--frames",
+                        9,
+                        "--steps",
+                        1,
+                        "--batch",
+                        2,
+                        "--accumulate",
+                        n,
+                        "--device",
+                        "cpu",
+                        "--lr",
+                        0,
+                        "--held_out",
+                        0,
+                    ],
+                ),
+            ],
+        )
         module.main()
     assert len(kept) == 3 and all(len(b.x) == 2 and abs(s - 2 / sum_of) < 1e-9 for (b, s) in kept)
     report("relative error", max(tiny.error(a, b) for a, b in zip(seen[0], seen[1]) if b.abs().max() > 0), 1e-5)
 
 
 def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_path, monkeypatch):
-    """TI2V with --i2v_prob 1: latent frame 0 reaches the DiT as it is, at t = 0, and its error does not change the loss; images are left alone."""
+    """TI2V with --i2v_prob 1: latent frame 0 reaches the DiT as it is, at t = 0, and its error does not change the
+    loss; images are left alone.
+    """
     import train as shared
     import train_lora
     from wan import Wan
+
     seen, real = [], Wan.forward
 
     def spy(self, x, t, context, lens):
@@ -202,8 +340,39 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
     batches, real_step = [], shared.Dataset.step
     monkeypatch.setattr(shared.Dataset, "step", lambda self, *a: (batches.append(b) or b for b in real_step(self, *a)))
     monkeypatch.setattr(Wan, "forward", spy)
-    monkeypatch.setattr("sys.argv", ["train_lora.py", *map(str, ["--ckpt", checkpoints["ti2v"], "--data", media, "--out", tmp_path / "out", "--cache", media.parent / "cache", "--resolution", "64x64", "--frames", 9,
-                                                                 "--steps", 8, "--batch", 2, "--i2v_prob", 1, "--device", "cpu", "--held_out", 0])])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "train_lora.py",
+            *map(
+                str,
+                [
+                    "--ckpt",
+                    checkpoints["ti2v"],
+                    "--data",
+                    media,
+                    "--out",
+                    tmp_path / "out",
+                    "--cache",
+                    media.parent / "cache",
+                    "--resolution",
+                    "64x64",
+                    "--frames",
+                    9,
+                    "--steps",
+                    8,
+                    "--batch",
+                    2,
+                    "--i2v_prob",
+                    1,
+                    "--device",
+                    "cpu",
+                    "--held_out",
+                    0,
+                ],
+            ),
+        ],
+    )
     train_lora.main()
     clean = [load(f)[0]["latents"] for f in (media.parent / "cache").glob("*.safetensors") if "latents" in load(f)[0]]
     clips = 0
@@ -220,10 +389,25 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
 
 
 def test_both_experts_in_one_run(checkpoints, media, tmp_path):
-    """Two adapters, each trained only in its own turns and on its own side of the boundary; they equal those of separate runs' first stretch."""
-    code = ("import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
-            "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()")
-    done = train("train_lora", checkpoints["t2v"], media, tmp_path / "both", "--stretch", 3, "--schedule", "constant", steps=12, code=code)
+    """Two adapters, each trained only in its own turns and on its own side of the boundary; they equal those of
+    separate runs' first stretch.
+    """
+    code = (
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()"
+    )
+    done = train(
+        "train_lora",
+        checkpoints["t2v"],
+        media,
+        tmp_path / "both",
+        "--stretch",
+        3,
+        "--schedule",
+        "constant",
+        steps=12,
+        code=code,
+    )
     drawn = [[float(v) for v in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("T ")]
     names = [r["expert"] for r in logged(tmp_path / "both")]
     assert names == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3 and len(drawn) == 12
@@ -231,21 +415,28 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     adapters = {n: load(tmp_path / "both" / f"adapter_model_{n}.safetensors") for n in ("high", "low")}
     assert [adapters[n][1]["expert"] for n in adapters] == ["high", "low"]
     assert all(any(v.abs().max() > 0 for k, v in a[0].items() if "lora_B" in k) for a in adapters.values())
-    train("train_lora", checkpoints["t2v"], media, tmp_path / "one", "--expert", "high", "--schedule", "constant", steps=3)
+    train(
+        "train_lora", checkpoints["t2v"], media, tmp_path / "one", "--expert", "high", "--schedule", "constant", steps=3
+    )
     train("train_lora", checkpoints["t2v"], media, tmp_path / "two", "--stretch", 3, "--schedule", "constant", steps=3)
     a, b = (load(tmp_path / d / "adapter_model_high.safetensors")[0] for d in ("one", "two"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert all((v == 0).all() for k, v in load(tmp_path / "two" / "adapter_model_low.safetensors")[0].items() if "lora_B" in k)
+    assert all(
+        (v == 0).all() for k, v in load(tmp_path / "two" / "adapter_model_low.safetensors")[0].items() if "lora_B" in k
+    )
 
 
 def test_both_experts_resume_and_draw_previews(checkpoints, media, tmp_path):
     (tmp_path / "p.txt").write_text("a fox\n")
     small = tmp_path / "c"
     import shutil
+
     shutil.copytree(checkpoints["t2v"], small)
     for expert in ("high", "low"):
         file = small / f"{expert}_noise_model" / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"sample": {"size": [64, 32], "frames": 5, "steps": 4}}))
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"sample": {"size": [64, 32], "frames": 5, "steps": 4}})
+        )
     flags = ["--stretch", 2, "--schedule", "constant", "--previews", tmp_path / "p.txt", "--preview_every", 4]
     train("train_lora", small, media, tmp_path / "whole", *flags, steps=8)
     train("train_lora", small, media, tmp_path / "cut", *flags, "--save_every", 3, steps=5)
@@ -260,10 +451,32 @@ def test_both_experts_resume_and_draw_previews(checkpoints, media, tmp_path):
 def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
     train("train_lora", checkpoints["ti2v"], media, tmp_path / "a", "--rank", 4, "--alpha", 8)
     file = tmp_path / "a" / "adapter_model.safetensors"
-    train("train_lora", checkpoints["ti2v"], media, tmp_path / "b", "--rank", 4, "--alpha", 2, "--init_lora", file, "--lr", 0, "--weight_decay", 0)
+    train(
+        "train_lora",
+        checkpoints["ti2v"],
+        media,
+        tmp_path / "b",
+        "--rank",
+        4,
+        "--alpha",
+        2,
+        "--init_lora",
+        file,
+        "--lr",
+        0,
+        "--weight_decay",
+        0,
+    )
     a, b = (load(tmp_path / d / "adapter_model.safetensors")[0] for d in "ab")
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0) for k in a) and max(v.abs().max() for v in a.values()) > 0
-    for flags, message in ((["--rank", 8], "asked for are"), (["--rank", 4, "--targets", "cross_attn.q"], "asked for are none")):
+    assert (
+        a.keys() == b.keys()
+        and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0) for k in a)
+        and max(v.abs().max() for v in a.values()) > 0
+    )
+    for flags, message in (
+        (["--rank", 8], "asked for are"),
+        (["--rank", 4, "--targets", "cross_attn.q"], "asked for are none"),
+    ):
         run = train("train_lora", checkpoints["ti2v"], media, tmp_path / "c", *flags, "--init_lora", file, check=False)
         assert run.returncode == 1 and "--init_lora" in run.stderr and message in run.stderr, run.stderr
     run = train("train_lora", checkpoints["t2v"], media, tmp_path / "d", "--rank", 4, "--init_lora", file, check=False)
@@ -273,6 +486,7 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
 def test_which_expert_starts_from_a_file(tmp_path):
     from checkpoint import BadInput, save
     from train_lora import starts
+
     foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
     save(foreign, {"x": torch.zeros(1)})
     save(low, {"x": torch.zeros(1)}, {"expert": "low"})
@@ -284,32 +498,71 @@ def test_which_expert_starts_from_a_file(tmp_path):
 
 
 def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path):
-    code = ("import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import sample, importlib\n"
-            "sample.free_memory, real, alive = lambda device: 0, sample.Models._load, weakref.WeakValueDictionary()\n"
-            "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n    model = real(self, name)\n"
-            "    if name in ('high', 'low'):\n        alive[name] = model\n    print('LOADED', name)\n    return model\n"
-            "sample.Models._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()")
+    code = (
+        "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import sample, importlib\n"
+        "sample.free_memory, real, alive = lambda device: 0, sample.Models._load, weakref.WeakValueDictionary()\n"
+        "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n    model = real(self, name)\n"
+        "    if name in ('high', 'low'):\n        alive[name] = model\n    print('LOADED', name)\n    return model\n"
+        "sample.Models._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
+    )
     for script in ("train_lora", "train_te"):
-        run = train(script, checkpoints["t2v"], media, tmp_path / script, "--stretch", 1, "--held_out", 0.3, "--eval_every", 2, code=code)
+        run = train(
+            script,
+            checkpoints["t2v"],
+            media,
+            tmp_path / script,
+            "--stretch",
+            1,
+            "--held_out",
+            0.3,
+            "--eval_every",
+            2,
+            code=code,
+        )
         assert run.stdout.count("LOADED high") > 2 and run.stdout.count("LOADED low") > 2
 
 
 def test_a_delta_cap_holds_at_every_step(checkpoints, media, tmp_path):
     from diag import delta
+
     train("train_lora", checkpoints["ti2v"], media, tmp_path / "free", "--lr", 3e-2, "--schedule", "constant", steps=10)
-    train("train_lora", checkpoints["ti2v"], media, tmp_path / "held", "--lr", 3e-2, "--schedule", "constant", "--delta_cap", 0.02, "--ema", 0.5, steps=10)
-    ratios = {d: [r["ratio"] for r in delta(tmp_path / d / "adapter_model.safetensors", checkpoints["ti2v"])] for d in ("free", "held")}
+    train(
+        "train_lora",
+        checkpoints["ti2v"],
+        media,
+        tmp_path / "held",
+        "--lr",
+        3e-2,
+        "--schedule",
+        "constant",
+        "--delta_cap",
+        0.02,
+        "--ema",
+        0.5,
+        steps=10,
+    )
+    ratios = {
+        d: [r["ratio"] for r in delta(tmp_path / d / "adapter_model.safetensors", checkpoints["ti2v"])]
+        for d in ("free", "held")
+    }
     assert max(ratios["free"]) > 0.1 and max(ratios["held"]) <= 0.02 * (1 + 1e-5) and max(ratios["held"]) > 0.015
     assert logged(tmp_path / "held")[-1]["capped"] == 6
 
 
 def test_held_out_losses_compare_runs(checkpoints, media, tmp_path):
-    """Files that are held out are never trained on; before the first step the loss is the same whatever the run's seed, rank or batch."""
+    """Files that are held out are never trained on; before the first step the loss is the same whatever the run's seed,
+    rank or batch.
+    """
     flags = ["--held_out", 0.3, "--eval_every", 2]
     for name, more in (("a", ["--seed", 1]), ("b", ["--seed", 2, "--rank", 2, "--batch", 1, "--shift", 3])):
         train("train_lora", checkpoints["ti2v"], media, tmp_path / name, *flags, *more)
     a, b = (logged(tmp_path / d) for d in "ab")
-    assert a[0]["step"] == 0 and a[0]["held_out"] == b[0]["held_out"] and a[0]["by_t"] == b[0]["by_t"] and len(a[0]["by_t"]) == 4
+    assert (
+        a[0]["step"] == 0
+        and a[0]["held_out"] == b[0]["held_out"]
+        and a[0]["by_t"] == b[0]["by_t"]
+        and len(a[0]["by_t"]) == 4
+    )
     assert [r["step"] for r in a if "held_out" in r] == [0, 2, 4] and a[-1]["held_out"] != a[0]["held_out"]
     told = json.loads((tmp_path / "a" / "flags.json").read_text())
     assert told["data"]["held_out"] == 2 and told["data"]["samples"] == 5
@@ -324,9 +577,16 @@ def test_cached_text_is_refused_with_the_reason(checkpoints, media, tmp_path):
 
 
 def test_cache_only_fills_the_cache_and_leaves(checkpoints, media, tmp_path):
-    run = train("train_lora", checkpoints["ti2v"], media, tmp_path / "out", "--cache_only", "--cache", tmp_path / "cache")
+    run = train(
+        "train_lora", checkpoints["ti2v"], media, tmp_path / "out", "--cache_only", "--cache", tmp_path / "cache"
+    )
     kinds = [next(iter(load(f)[0])) for f in (tmp_path / "cache").glob("*.safetensors")]
-    assert kinds.count("latents") == 7 and kinds.count("embedding") == 5 and "step 1" not in run.stdout and not list((tmp_path / "out").glob("*.safetensors"))
+    assert (
+        kinds.count("latents") == 7
+        and kinds.count("embedding") == 5
+        and "step 1" not in run.stdout
+        and not list((tmp_path / "out").glob("*.safetensors"))
+    )
 
 
 BLOCKS = """
@@ -347,13 +607,21 @@ print(plan.resident("VmHWM") - before)
 
 
 def test_blocks_below_the_first_adapted_one_keep_no_activations():
-    """Measured: the peak of a step that adapts the top 2 of 8 blocks is far below that of all 8, and near a quarter of it."""
-    peak = {b: int(subprocess.run([sys.executable, "-c", BLOCKS, ROOT, b], capture_output=True, text=True, check=True).stdout) for b in ("0,1,2,3,4,5,6,7", "6,7")}
+    """Measured: the peak of a step that adapts the top 2 of 8 blocks is far below that of all 8, and near a quarter of
+    it.
+    """
+    peak = {
+        b: int(
+            subprocess.run([sys.executable, "-c", BLOCKS, ROOT, b], capture_output=True, text=True, check=True).stdout
+        )
+        for b in ("0,1,2,3,4,5,6,7", "6,7")
+    }
     assert peak["6,7"] < 0.45 * peak["0,1,2,3,4,5,6,7"], peak  # a quarter, and what a forward pass holds for a moment
 
 
 def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
     from lora import inject, layers
+
     grads = {}
     for blocks in (None, [1, 2]):
         model = tiny.dit("ti2v")
@@ -361,7 +629,11 @@ def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
         inject(model, rank=2, blocks=blocks)
         for name, m in layers(model).items():
             g = torch.Generator().manual_seed(len(name) + int(name.split(".")[1]))
-            m.lora_A.data, m.lora_B.data = (torch.randn(p.shape, generator=g) * (0.1 if p is m.lora_A else (0.0 if name.startswith("blocks.0") else 0.1)) for p in (m.lora_A, m.lora_B))
+            m.lora_A.data, m.lora_B.data = (
+                torch.randn(p.shape, generator=g)
+                * (0.1 if p is m.lora_A else (0.0 if name.startswith("blocks.0") else 0.1))
+                for p in (m.lora_A, m.lora_B)
+            )
         g = torch.Generator().manual_seed(5)
         x, context = torch.randn(1, 48, 3, 4, 4, generator=g), torch.randn(1, 6, tiny.TEXT_DIM, generator=g)
         model(x, torch.tensor([300.0]), context).square().mean().backward()
@@ -370,17 +642,29 @@ def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
     report("relative error", worst, 1e-6)
 
 
-# Six runs of the nano checkpoint and two of a checkpoint of 1 GB: batch, blocks, checkpointing, optimizer and script differ.
-PLANS = [("train_lora", "nano", ["--batch", 64]), ("train_lora", "nano", ["--batch", 64, "--checkpointing"]), ("train_lora", "nano", ["--batch", 128, "--blocks", "3"]),
-         ("train_lora", "nano", ["--batch", 16, "--targets", "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2", "--rank", 64]),
-         ("train_te", "nano", ["--batch", 64]), ("train_te", "nano", ["--batch", 16, "--dtype", "bf16", "--optimizer", "adamw8bit"]),
-         ("train_lora", "medium", ["--batch", 2]), ("train_te", "medium", ["--batch", 2, "--checkpointing"])]
+# Six runs of the nano checkpoint and two of a checkpoint of 1 GB: batch, blocks, checkpointing, optimizer and script
+# differ.
+PLANS = [
+    ("train_lora", "nano", ["--batch", 64]),
+    ("train_lora", "nano", ["--batch", 64, "--checkpointing"]),
+    ("train_lora", "nano", ["--batch", 128, "--blocks", "3"]),
+    (
+        "train_lora",
+        "nano",
+        ["--batch", 16, "--targets", "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2", "--rank", 64],
+    ),
+    ("train_te", "nano", ["--batch", 64]),
+    ("train_te", "nano", ["--batch", 16, "--dtype", "bf16", "--optimizer", "adamw8bit"]),
+    ("train_lora", "medium", ["--batch", 2]),
+    ("train_te", "medium", ["--batch", 2, "--checkpointing"]),
+]
 
 
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
     """A TI2V checkpoint whose DiT alone takes 1 GB in fp32."""
     from wan import Wan, WanConfig
+
     folder = tmp_path_factory.mktemp("medium")
     tiny.checkpoint(folder, "ti2v")
     for f in folder.glob("diffusion*"):
@@ -395,7 +679,11 @@ def medium(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano") / "clips"
-    subprocess.run([sys.executable, ROOT / "nano.py", "clips", "--out", folder, "--n", "130", "--words", "crimson"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "nano.py", "clips", "--out", folder, "--n", "130", "--words", "crimson"],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -406,8 +694,31 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(clips, tmp_path, med
         for f in sorted(clips.glob("clip_000[0-3].*")):
             (tmp_path / "clips" / f.name).symlink_to(f)
         clips = tmp_path / "clips"
-    run = subprocess.run([sys.executable, ROOT / f"{script}.py", "--ckpt", "nano" if size == "nano" else medium, "--data", clips, "--out", tmp_path / "out", "--resolution",
-                          "64x64" if size == "nano" else "256x256", "--frames", "9", "--steps", "3", "--device", "cpu", "--held_out", "0", *map(str, flags)], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / f"{script}.py",
+            "--ckpt",
+            "nano" if size == "nano" else medium,
+            "--data",
+            clips,
+            "--out",
+            tmp_path / "out",
+            "--resolution",
+            "64x64" if size == "nano" else "256x256",
+            "--frames",
+            "9",
+            "--steps",
+            "3",
+            "--device",
+            "cpu",
+            "--held_out",
+            "0",
+            *map(str, flags),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     used, planned = map(float, re.search(r"peak memory ([\d.]+) GB, planned ([\d.]+) GB", run.stdout).groups())
     assert "plan: peak memory" in run.stdout and (size == "nano" or used > 1)

@@ -1,4 +1,5 @@
 """train_lora.py from the command line: every model type, resuming, and what it refuses."""
+
 import json
 import subprocess
 import sys
@@ -6,27 +7,64 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import clip
 
 from checkpoint import load
 from lora import read_lora
-from test_data import clip
 
 ROOT = Path(__file__).parent.parent
 
 
 def train(ckpt, media, out, *flags, check=True):
-    run = subprocess.run([sys.executable, ROOT / "train_lora.py", "--ckpt", ckpt, "--data", media, "--out", out, "--cache", out.parent / "cache",
-                          "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--rank", "4", "--device", "cpu", "--dtype", "fp32",
-                          *map(str, flags)], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "train_lora.py",
+            "--ckpt",
+            ckpt,
+            "--data",
+            media,
+            "--out",
+            out,
+            "--cache",
+            out.parent / "cache",
+            "--resolution",
+            "64x64",
+            "--frames",
+            "9",
+            "--steps",
+            "6",
+            "--batch",
+            "2",
+            "--rank",
+            "4",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            *map(str, flags),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert not check or run.returncode == 0, run.stderr
     return run
 
 
-@pytest.mark.parametrize("kind, flags, name", [("ti2v", [], "adapter_model"), ("t2v", ["--expert", "high"], "adapter_model_high"),
-                                               ("i2v", ["--expert", "low", "--checkpointing"], "adapter_model_low")])
+@pytest.mark.parametrize(
+    "kind, flags, name",
+    [
+        ("ti2v", [], "adapter_model"),
+        ("t2v", ["--expert", "high"], "adapter_model_high"),
+        ("i2v", ["--expert", "low", "--checkpointing"], "adapter_model_low"),
+    ],
+)
 def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind, flags, name):
     from PIL import Image
-    from sample import generate, load as load_models
+
+    from sample import generate
+    from sample import load as load_models
+
     run = train(checkpoints[kind], media, tmp_path / "out", *flags)
     assert "data: 3 files, 0 skipped" in run.stdout
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -37,22 +75,64 @@ def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind,
     image = Image.open(media / "c.png") if kind == "i2v" else None
     settings = dict(image=image, size=(32, 32) if kind != "ti2v" else (64, 64), frames=5, steps=4, progress=False)
     plain = generate(load_models(checkpoints[kind]), "a dog", **settings)[1]
-    adapted = generate(load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors")]), "a dog", **settings)[1]
+    adapted = generate(
+        load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors")]), "a dog", **settings
+    )[1]
     assert not torch.equal(plain, adapted)
-    none = generate(load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors:0")]), "a dog", **settings)[1]
+    none = generate(
+        load_models(checkpoints[kind], lora=[str(tmp_path / "out" / f"{name}.safetensors:0")]), "a dog", **settings
+    )[1]
     assert torch.equal(plain, none)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     train(checkpoints["ti2v"], media, tmp_path / "whole", "--dropout", 0.2)
-    process = subprocess.Popen([sys.executable, "-c", KILL, ROOT / "train_lora.py", "--ckpt", checkpoints["ti2v"], "--data", media, "--out", tmp_path / "cut",
-                                "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--rank", "4",
-                                "--device", "cpu", "--dtype", "fp32", "--dropout", "0.2", "--save_every", "2"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            KILL,
+            ROOT / "train_lora.py",
+            "--ckpt",
+            checkpoints["ti2v"],
+            "--data",
+            media,
+            "--out",
+            tmp_path / "cut",
+            "--cache",
+            tmp_path / "cache",
+            "--resolution",
+            "64x64",
+            "--frames",
+            "9",
+            "--steps",
+            "6",
+            "--batch",
+            "2",
+            "--rank",
+            "4",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            "--dropout",
+            "0.2",
+            "--save_every",
+            "2",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     assert process.wait() == -9
     train(checkpoints["ti2v"], media, tmp_path / "cut", "--dropout", 0.2, "--save_every", 2, "--resume")
     a, b = (load(tmp_path / d / "adapter_model.safetensors")[0] for d in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
+    losses = [
+        [
+            (json.loads(line)["step"], json.loads(line)["loss"])
+            for line in (tmp_path / d / "log.jsonl").read_text().splitlines()
+        ]
+        for d in ("whole", "cut")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
@@ -73,25 +153,66 @@ train_lora.main()
 
 
 def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
-    code = ("import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
-            "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()")
+    code = (
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()"
+    )
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
-        run = subprocess.run([sys.executable, "-c", code, ROOT / "train_lora.py", "--ckpt", checkpoints["t2v"], "--expert", expert, "--data", media, "--out",
-                              tmp_path / expert, "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "12"],
-                             capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                ROOT / "train_lora.py",
+                "--ckpt",
+                checkpoints["t2v"],
+                "--expert",
+                expert,
+                "--data",
+                media,
+                "--out",
+                tmp_path / expert,
+                "--cache",
+                tmp_path / "cache",
+                "--resolution",
+                "64x64",
+                "--frames",
+                "9",
+                "--steps",
+                "12",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         drawn = [float(v) for line in run.stdout.splitlines() if line.startswith("T ") for v in line.split()[1:]]
         assert len(drawn) == 24 and low <= min(drawn) and max(drawn) <= high
 
 
-@pytest.mark.parametrize("kind, flags, message", [
-    ("ti2v", ["--targets", "self_attn.q"], "--allow_self_attn"), ("ti2v", ["--targets", "cross_attn.x"], "--targets"), ("ti2v", ["--blocks", "1-7"], "0 to 2"),
-    ("t2v", ["--i2v_prob", "0.5"], "only TI2V"), ("ti2v", ["--expert", "high"], "single model"), ("ti2v", ["--frames", "8"], "nearest 9"),
-    ("ti2v", ["--caption_dropout", "5"], "at most 1"), ("ti2v", ["--alpha", "0"], "--alpha 0"), ("ti2v", ["--lr", "nan"], "--lr nan"),
-    ("ti2v", ["--shift", "-2"], "--shift -2"), ("ti2v", ["--resolution", "8x8"], "at least 32"), ("ti2v", ["--targets", "ffn.0,ffn.0"], "each once"),
-    ("ti2v", ["--rank", "0"], "--rank 0"), ("ti2v", ["--steps", "0"], "--steps 0")])
+@pytest.mark.parametrize(
+    "kind, flags, message",
+    [
+        ("ti2v", ["--targets", "self_attn.q"], "--allow_self_attn"),
+        ("ti2v", ["--targets", "cross_attn.x"], "--targets"),
+        ("ti2v", ["--blocks", "1-7"], "0 to 2"),
+        ("t2v", ["--i2v_prob", "0.5"], "only TI2V"),
+        ("ti2v", ["--expert", "high"], "single model"),
+        ("ti2v", ["--frames", "8"], "nearest 9"),
+        ("ti2v", ["--caption_dropout", "5"], "at most 1"),
+        ("ti2v", ["--alpha", "0"], "--alpha 0"),
+        ("ti2v", ["--lr", "nan"], "--lr nan"),
+        ("ti2v", ["--shift", "-2"], "--shift -2"),
+        ("ti2v", ["--resolution", "8x8"], "at least 32"),
+        ("ti2v", ["--targets", "ffn.0,ffn.0"], "each once"),
+        ("ti2v", ["--rank", "0"], "--rank 0"),
+        ("ti2v", ["--steps", "0"], "--steps 0"),
+    ],
+)
 def test_what_it_refuses(checkpoints, media, tmp_path, kind, flags, message):
     run = train(checkpoints[kind], media, tmp_path / "out", *flags, check=False)
-    assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr, run.stderr
+    assert (
+        run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr
+    ), run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -111,13 +232,16 @@ def test_a_finished_run_is_not_overwritten_but_may_go_on(checkpoints, media, tmp
 
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
 def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind):
-    """From what reaches the DiT alone: x is the cached latent at the time given as 1000 t, the loss is that of the velocity, the text is
-    one of the item's own captions or, at the asked rate, the empty one, and I2V's conditioning stands behind the noise."""
+    """From what reaches the DiT alone: x is the cached latent at the time given as 1000 t, the loss is that of the
+    velocity, the text is one of the item's own captions or, at the asked rate, the empty one, and I2V's conditioning
+    stands behind the noise.
+    """
     import train_lora
     from data import pixels, scan
     from t5 import load_t5
     from vae import load_vae
     from wan import Wan
+
     seen, real = [], Wan.forward
 
     def spy(self, x, t, context, lens):
@@ -127,9 +251,35 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
         return out
 
     monkeypatch.setattr(Wan, "forward", spy)
-    flags = ["--ckpt", checkpoints[kind], "--data", media, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--resolution", "64x64", "--frames", "9",
-             "--steps", "40", "--batch", "1", "--rank", "2", "--device", "cpu", "--caption_dropout", "0.3", "--warmup", "5", "--lr", "1e-3",
-             *(["--expert", "high"] if kind == "i2v" else [])]
+    flags = [
+        "--ckpt",
+        checkpoints[kind],
+        "--data",
+        media,
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+        "--resolution",
+        "64x64",
+        "--frames",
+        "9",
+        "--steps",
+        "40",
+        "--batch",
+        "1",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+        "--caption_dropout",
+        "0.3",
+        "--warmup",
+        "5",
+        "--lr",
+        "1e-3",
+        *(["--expert", "high"] if kind == "i2v" else []),
+    ]
     monkeypatch.setattr("sys.argv", ["train_lora.py", *map(str, flags)])
     train_lora.main()
     items, _ = scan(media, 64 * 64, 32 if kind == "ti2v" else 16, 9, 24 if kind == "ti2v" else 16)
@@ -139,7 +289,7 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
     empty, noises, items_seen = 0, [], []
     for (x, t, context, lens, out), line in zip(seen, lines, strict=True):
         assert t.dtype == torch.float32 and (875 <= t <= 1000 if kind == "i2v" else 0 < t < 1000)
-        z, s = x[:, :vae.z_dim], t / 1000
+        z, s = x[:, : vae.z_dim], t / 1000
 
         def fit(i):  # the noise, if item i is what was noised
             return None if clean[i].shape != z.shape else (z - (1 - s) * clean[i]) / s
@@ -161,6 +311,10 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
 
 def test_resuming_another_run_is_refused(checkpoints, media, tmp_path):
     train(checkpoints["ti2v"], media, tmp_path / "out")
-    for flags, message in ((["--rank", 8], "rank was 4, is 8"), (["--seed", 5], "seed was 0, is 5"), (["--blocks", "1-2"], "blocks was")):
+    for flags, message in (
+        (["--rank", 8], "rank was 4, is 8"),
+        (["--seed", 5], "seed was 0, is 5"),
+        (["--blocks", "1-2"], "blocks was"),
+    ):
         run = train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", *flags, check=False)
         assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1], run.stderr

@@ -1,4 +1,5 @@
 """train_te.py: what it trains, what it shows, what it saves, and that a stopped run goes on exactly."""
+
 import json
 import random
 import subprocess
@@ -7,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from checkpoint import BadInput, load
 from t5 import load_t5
 from train_te import RowEmbedding, arguments, calibrate, has_keyword, own_pieces, resolve, trainable
@@ -18,9 +19,38 @@ ROOT = Path(__file__).parent.parent
 
 
 def train(ckpt, media, out, *flags, check=True, code=None):
-    run = subprocess.run([sys.executable, *(["-c", code] if code else []), ROOT / "train_te.py", "--ckpt", ckpt, "--data", media, "--out", out,
-                          "--cache", out.parent / "cache", "--resolution", "64x64", "--frames", "9", "--steps", "6", "--batch", "2", "--keywords", "dog",
-                          "--device", "cpu", "--dtype", "fp32", *map(str, flags)], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            *(["-c", code] if code else []),
+            ROOT / "train_te.py",
+            "--ckpt",
+            ckpt,
+            "--data",
+            media,
+            "--out",
+            out,
+            "--cache",
+            out.parent / "cache",
+            "--resolution",
+            "64x64",
+            "--frames",
+            "9",
+            "--steps",
+            "6",
+            "--batch",
+            "2",
+            "--keywords",
+            "dog",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            *map(str, flags),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert not check or run.returncode == 0, run.stderr
     return run
 
@@ -35,7 +65,9 @@ def changed(ckpt, file):
 
 
 @pytest.mark.parametrize("how", ["full", "delta"])
-@pytest.mark.parametrize("blocks, trained", [("0", []), ("1", ["blocks.1", "norm"]), (None, ["blocks.0", "blocks.1", "norm"])])
+@pytest.mark.parametrize(
+    "blocks, trained", [("0", []), ("1", ["blocks.1", "norm"]), (None, ["blocks.0", "blocks.1", "norm"])]
+)
 def test_only_what_was_asked_is_trained_and_saved(checkpoints, media, tmp_path, how, blocks, trained):
     train(checkpoints["ti2v"], media, tmp_path / "out", "--save", how, *(["--train_blocks", blocks] if blocks else []))
     names, rows, ids = changed(checkpoints["ti2v"], tmp_path / "out" / "text_encoder.safetensors")
@@ -50,24 +82,45 @@ def test_only_what_was_asked_is_trained_and_saved(checkpoints, media, tmp_path, 
 def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
     drift = {}
     for weight in (0, 30):
-        train(checkpoints["ti2v"], media, tmp_path / f"{weight}", "--anchor", weight, "--lr", 1e-2, "--steps", 25, "--schedule", "constant")
-        old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=w).encode(["a dog runs"])[0]
-                    for w in (None, tmp_path / f"{weight}" / "text_encoder.safetensors"))
+        train(
+            checkpoints["ti2v"],
+            media,
+            tmp_path / f"{weight}",
+            "--anchor",
+            weight,
+            "--lr",
+            1e-2,
+            "--steps",
+            25,
+            "--schedule",
+            "constant",
+        )
+        old, new = (
+            load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=w).encode(["a dog runs"])[0]
+            for w in (None, tmp_path / f"{weight}" / "text_encoder.safetensors")
+        )
         drift[weight] = ((new - old).norm() / old.norm()).item()
     assert drift[30] < drift[0] / 2, drift
 
 
 def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
-    code = ("import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_te\n"
-            "real, n = m.draw_t, []\n"
-            "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n    return real(*a)\n"
-            "m.draw_t = kill; train_te.main()")
+    code = (
+        "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_te\n"
+        "real, n = m.draw_t, []\n"
+        "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n    return real(*a)\n"
+        "m.draw_t = kill; train_te.main()"
+    )
     train(checkpoints["ti2v"], media, tmp_path / "whole")
-    assert train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, check=False, code=code).returncode == -9
+    assert (
+        train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, check=False, code=code).returncode == -9
+    )
     train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, "--resume")
     a, b = (load(tmp_path / d / "text_encoder.safetensors")[0] for d in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / d / "log.jsonl").read_text().splitlines())] for d in ("whole", "cut")]
+    logs = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / d / "log.jsonl").read_text().splitlines())]
+        for d in ("whole", "cut")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
@@ -87,7 +140,9 @@ def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
     seen = [calibrate(caption, ["crimson", "box"], (15, 35, 50), 0.2, rng) for _ in range(4000)]
     lengths = Counter("alone" if s in ("crimson", "box") else "whole" if len(s.split()) >= 8 else "short" for s in seen)
     alone_again = 1 / 9  # a shortened caption may keep no neighbour
-    assert abs(lengths["whole"] / 4000 - 0.50) < 0.04 and abs(lengths["alone"] / 4000 - 0.15 - 0.35 * alone_again) < 0.04
+    assert (
+        abs(lengths["whole"] / 4000 - 0.50) < 0.04 and abs(lengths["alone"] / 4000 - 0.15 - 0.35 * alone_again) < 0.04
+    )
     assert all("crimson" in s or "box" in s for s in seen)
     assert all("crimson" in s and "box" in s for s in seen if len(s.split()) >= 8)
     other = [calibrate("a dog runs over the green grass", ["crimson"], (15, 35, 50), 0.2, rng) for _ in range(500)]
@@ -95,7 +150,11 @@ def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
 
 
 def test_keywords_in_any_script_and_of_several_words():
-    assert has_keyword("A Crimson box", ["crimson"]) and not has_keyword("crimsons", ["crimson"]) and not has_keyword("un-box it", ["x"])
+    assert (
+        has_keyword("A Crimson box", ["crimson"])
+        and not has_keyword("crimsons", ["crimson"])
+        and not has_keyword("un-box it", ["x"])
+    )
     assert has_keyword("一只熊猫在森林里走路", ["熊猫"]) and has_keyword("강아지가 뛴다", ["강아지"])
     rng, caption = random.Random(0), "one very old red panda climbs up the tall tree"
     seen = {calibrate(caption, ["red panda"], (0, 50, 50), 1.0, rng) for _ in range(500)}
@@ -104,7 +163,9 @@ def test_keywords_in_any_script_and_of_several_words():
 
 def test_rows_of_every_spelling(checkpoints):
     tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
-    one, both = (own_pieces(["dog"], captions, tokenizer) for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"]))
+    one, both = (
+        own_pieces(["dog"], captions, tokenizer) for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"])
+    )
     assert one == set(tokenizer.ids("dog")) - set(tokenizer.ids("a cat")) and both > one
 
 
@@ -116,10 +177,20 @@ def test_rows_learn_at_their_own_rate(checkpoints):
     assert [g["peak"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
 
 
-@pytest.mark.parametrize("flags, optimizer", [([], "adamw8bit"), (["--dtype", "fp32"], "adamw"), (["--fsdp"], "adamw"), (["--optimizer", "adamw"], None), (["--fsdp", "--optimizer", "adamw8bit"], None)])
+@pytest.mark.parametrize(
+    "flags, optimizer",
+    [
+        ([], "adamw8bit"),
+        (["--dtype", "fp32"], "adamw"),
+        (["--fsdp"], "adamw"),
+        (["--optimizer", "adamw"], None),
+        (["--fsdp", "--optimizer", "adamw8bit"], None),
+    ],
+)
 def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
     """Plain AdamW's steps of 1e-5 are lost in bf16, unless what is trained is kept in fp32."""
     import sample
+
     args = arguments(["--device", "cuda", "--data", "x", "--ckpt", "ti2v-5B", *flags])
     if optimizer:
         resolve(args, sample.released("ti2v-5B"))
@@ -131,6 +202,7 @@ def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
 
 def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
     import shutil
+
     shutil.copytree(media, tmp_path / "media")
     run = lambda *flags, **how: train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "out", *flags, **how)
     first = tmp_path / "first.safetensors"
@@ -143,15 +215,28 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
         assert found.returncode == 1 and f"{changed} was" in found.stderr and "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("flags, message", [(["--save", "delta", "--text_encoder", "x.safetensors"], "--save full"), (["--mix", "1,2"], "--mix"), (["--train_blocks", "9"], "from 0 to 2"), (["--lr", "-1"], "--lr"),
-                                            (["--trim_prob", "2"], "--trim_prob"), (["--optimizer", "adamw8bit"], "adamw for fp32"), (["--expert", "low"], "single model")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--save", "delta", "--text_encoder", "x.safetensors"], "--save full"),
+        (["--mix", "1,2"], "--mix"),
+        (["--train_blocks", "9"], "from 0 to 2"),
+        (["--lr", "-1"], "--lr"),
+        (["--trim_prob", "2"], "--trim_prob"),
+        (["--optimizer", "adamw8bit"], "adamw for fp32"),
+        (["--expert", "low"], "single model"),
+    ],
+)
 def test_what_it_refuses(checkpoints, media, tmp_path, flags, message):
     run = train(checkpoints["ti2v"], media, tmp_path / "out", *flags, check=False)
-    assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1] and "Traceback" not in run.stderr, run.stderr
+    assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1] and "Traceback" not in run.stderr, (
+        run.stderr
+    )
 
 
 def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
     from checkpoint import save
+
     save(tmp_path / "d.safetensors", {"blocks.9.norm1.weight": torch.ones(3)}, {"delta": True})
     with pytest.raises(BadInput, match="not a delta"):
         load_t5(checkpoints["ti2v"], weights=tmp_path / "d.safetensors")

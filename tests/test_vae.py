@@ -1,13 +1,14 @@
 """Both VAEs against diffusers' AutoencoderKLWan on equal weights, fp32 on CPU."""
+
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from checkpoint import BadInput
 from vae import VAE
 
@@ -33,7 +34,9 @@ def test_equals_diffusers(v22, T, report):
     report("decode", tiny.error(model.decode(z), want), 2e-5)
 
 
-@pytest.mark.parametrize("args, params, tensors", [((False, 96, 96, 16), 126_892_531, 194), ((True, 160, 256, 48), 704_688_668, 196)])
+@pytest.mark.parametrize(
+    "args, params, tensors", [((False, 96, 96, 16), 126_892_531, 194), ((True, 160, 256, 48), 704_688_668, 196)]
+)
 def test_full_size_counts(args, params, tensors):
     with torch.device("meta"):
         state = VAE(*args).state_dict()
@@ -76,13 +79,17 @@ def test_decode_memory_does_not_grow_with_frames(report):
         code = MEMORY.format(paths=[str(here), str(here.parent)], frames=frames)
         # glibc would otherwise keep freed blocks in its heap, which is not the decoder's doing
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        peaks[frames] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
+        peaks[frames] = int(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+        )
     report("peak of 81 frames over 17", peaks[21] / peaks[5], 1.1)
 
 
 @pytest.mark.parametrize("v22", [False, True])
 def test_tiles_are_exact_where_they_overlap_enough(v22, report):
-    """Windows of 14 latent pixels, whose overlap is all that a result depends on; a window of 3 is blended, and not equal."""
+    """Windows of 14 latent pixels, whose overlap is all that a result depends on; a window of 3 is blended, and not
+    equal.
+    """
     model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 3, 28) * 0.5  # fp64, into fp32 pixels
     whole = model.decode(z)
     assert model.overlap(14) == (model.decoder.reach(), True) and not model.overlap(3)[1]
@@ -101,14 +108,22 @@ def test_a_shorter_overlap_is_not_exact(monkeypatch):
 def test_doubling_and_convolving_on_the_small_map(report):
     """Four 2x2 convolutions equal nearest x2 and a 3x3 convolution."""
     from vae import double_and_convolve, folded
-    x, w, b = torch.randn(2, 5, 6, 7, dtype=torch.double), torch.randn(3, 5, 3, 3, dtype=torch.double), torch.randn(3, dtype=torch.double)
-    want = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), w, b, padding=1)
+
+    x, w, b = (
+        torch.randn(2, 5, 6, 7, dtype=torch.double),
+        torch.randn(3, 5, 3, 3, dtype=torch.double),
+        torch.randn(3, dtype=torch.double),
+    )
+    want = torch.nn.functional.conv2d(
+        torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), w, b, padding=1
+    )
     report("fp64", tiny.error(double_and_convolve(x, folded(w), b.repeat(4)), want), 1e-14)
 
 
 def test_grey_frames_are_not_encoded_twice():
-    """I2V's image and 80 grey frames: bit for bit the plain encoding. The layers at full size, where most of the work is, settle within a few of the 21
-    chunks; those behind them, which remember two of their own frames each, later."""
+    """I2V's image and 80 grey frames: bit for bit the plain encoding. The layers at full size, where most of the work
+    is, settle within a few of the 21 chunks; those behind them, which remember two of their own frames each, later.
+    """
     model, video = tiny.vae(False), torch.zeros(1, 3, 81, 16, 24)
     video[:, :, 0] = torch.rand(3, 16, 24) * 2 - 1
     calls, plain = [0] * len(model.encoder.downsamples), model.encode(video)

@@ -1,8 +1,9 @@
 """The DiT against diffusers' WanTransformer3DModel on equal weights, fp32 on CPU."""
+
 import pytest
+import tiny
 import torch
 
-import tiny
 from checkpoint import BadInput
 from wan import VARIANTS, Wan, full_config
 
@@ -112,8 +113,10 @@ def test_checkpointing_changes_no_gradient():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("variant, params, tensors", [
-    ("ti2v-5B", 4_999_787_712, 825), ("t2v-A14B", 14_288_491_584, 1095), ("i2v-A14B", 14_288_901_184, 1095)])
+@pytest.mark.parametrize(
+    "variant, params, tensors",
+    [("ti2v-5B", 4_999_787_712, 825), ("t2v-A14B", 14_288_491_584, 1095), ("i2v-A14B", 14_288_901_184, 1095)],
+)
 def test_full_size_counts(variant, params, tensors):
     with torch.device("meta"):
         state = Wan(full_config(variant)).state_dict()
@@ -138,7 +141,9 @@ def test_too_long_text_is_refused():
 def test_bf16_stays_near_fp32(report):
     """bf16 linears and attention, the rest fp32 (the official default mode)."""
     import copy
+
     from wan import keep_fp32
+
     model = tiny.dit("ti2v")
     low = copy.deepcopy(model)
     for name, p in low.named_parameters():

@@ -1,4 +1,5 @@
 """Tiny random checkpoints in the official layout, and the same weights inside the peers (diffusers, transformers)."""
+
 import io
 import json
 import re
@@ -31,7 +32,7 @@ def randomize(model, seed, gain=1.0):
         elif "embedding.weight" in name and "patch" not in name:
             p.data = r
         else:
-            p.data = gain * r * fan ** -0.5
+            p.data = gain * r * fan**-0.5
     return model.eval().requires_grad_(False)
 
 
@@ -51,11 +52,28 @@ def vae(v22, seed=1):
 def spiece(byte_fallback=False):
     """A sentencepiece model with T5's special ids, as bytes."""
     import sentencepiece
-    lines = ["a red square moves left", "the quick brown fox jumps over the lazy dog 0123456789", "一只猫在草地上奔跑", "naïve café, 50% & more!",
-             "色调艳丽，过曝，静态，细节模糊不清，字幕", "ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"()-"] * 5
+
+    lines = [
+        "a red square moves left",
+        "the quick brown fox jumps over the lazy dog 0123456789",
+        "一只猫在草地上奔跑",
+        "naïve café, 50% & more!",
+        "色调艳丽，过曝，静态，细节模糊不清，字幕",
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"()-",
+    ] * 5
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, vocab_size=440 if byte_fallback else 180, byte_fallback=byte_fallback, pad_id=0, eos_id=1,
-                                             unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=440 if byte_fallback else 180,
+        byte_fallback=byte_fallback,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return out.getvalue()
 
 
@@ -70,7 +88,9 @@ def write_dit(folder, model, shards=2):
     """config.json with the official keys, and sharded safetensors with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "_diffusers_version": "0.33.0", **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "WanModel", "_diffusers_version": "0.33.0", **config})
+    )
     state = list(model.state_dict().items())
     names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {}
@@ -78,7 +98,9 @@ def write_dit(folder, model, shards=2):
         part = dict(state[i::shards])
         save_file({k: v.contiguous() for k, v in part.items()}, folder / name)
         weight_map |= dict.fromkeys(part, name)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def checkpoint(folder, kind):
@@ -100,11 +122,21 @@ def checkpoint(folder, kind):
 def diffusers_dit(model):
     from diffusers import WanTransformer3DModel
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
     c = model.config
-    peer = WanTransformer3DModel(num_attention_heads=c.num_heads, attention_head_dim=c.dim // c.num_heads, in_channels=c.in_dim,
-                                 out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
-                                 num_layers=c.num_layers)
-    peer.load_state_dict(convert_wan_transformer_to_diffusers({k: v.clone() for k, v in model.state_dict().items()}), strict=True)
+    peer = WanTransformer3DModel(
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.dim // c.num_heads,
+        in_channels=c.in_dim,
+        out_channels=c.out_dim,
+        text_dim=c.text_dim,
+        freq_dim=c.freq_dim,
+        ffn_dim=c.ffn_dim,
+        num_layers=c.num_layers,
+    )
+    peer.load_state_dict(
+        convert_wan_transformer_to_diffusers({k: v.clone() for k, v in model.state_dict().items()}), strict=True
+    )
     return peer.eval().requires_grad_(False)
 
 
@@ -112,22 +144,40 @@ def diffusers_vae(model):
     """The package converts 2.1's keys only; 2.2's are mapped here."""
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     from vae import LATENT_STATS
+
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
     mean, std = LATENT_STATS[model.z_dim]
     extra = dict(latents_mean=mean, latents_std=std)
     if model.patch == 2:
-        extra |= dict(is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-                      decoder_base_dim=model.decoder.head[2].weight.shape[1])
-        renames = [(r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.1\.", ".mid_block.attentions.0."),
-                   (r"\.middle\.2\.", ".mid_block.resnets.1."), (r"coder\.conv1\.", "coder.conv_in."), (r"\.head\.0\.", ".norm_out."),
-                   (r"\.head\.2\.", ".conv_out."), (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
-                   (r"encoder\.downsamples\.(\d)\.downsamples\.2\.(resample|time)", r"encoder.down_blocks.\1.downsampler.\2"),
-                   (r"decoder\.upsamples\.(\d)\.upsamples\.3\.(resample|time)", r"decoder.up_blocks.\1.upsampler.\2"),
-                   (r"encoder\.downsamples\.(\d)\.downsamples\.", r"encoder.down_blocks.\1.resnets."),
-                   (r"decoder\.upsamples\.(\d)\.upsamples\.", r"decoder.up_blocks.\1.resnets."),
-                   (r"\.residual\.0\.", ".norm1."), (r"\.residual\.2\.", ".conv1."), (r"\.residual\.3\.", ".norm2."),
-                   (r"\.residual\.6\.", ".conv2."), (r"\.shortcut\.", ".conv_shortcut.")]
+        extra |= dict(
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+            decoder_base_dim=model.decoder.head[2].weight.shape[1],
+        )
+        renames = [
+            (r"\.middle\.0\.", ".mid_block.resnets.0."),
+            (r"\.middle\.1\.", ".mid_block.attentions.0."),
+            (r"\.middle\.2\.", ".mid_block.resnets.1."),
+            (r"coder\.conv1\.", "coder.conv_in."),
+            (r"\.head\.0\.", ".norm_out."),
+            (r"\.head\.2\.", ".conv_out."),
+            (r"^conv1\.", "quant_conv."),
+            (r"^conv2\.", "post_quant_conv."),
+            (r"encoder\.downsamples\.(\d)\.downsamples\.2\.(resample|time)", r"encoder.down_blocks.\1.downsampler.\2"),
+            (r"decoder\.upsamples\.(\d)\.upsamples\.3\.(resample|time)", r"decoder.up_blocks.\1.upsampler.\2"),
+            (r"encoder\.downsamples\.(\d)\.downsamples\.", r"encoder.down_blocks.\1.resnets."),
+            (r"decoder\.upsamples\.(\d)\.upsamples\.", r"decoder.up_blocks.\1.resnets."),
+            (r"\.residual\.0\.", ".norm1."),
+            (r"\.residual\.2\.", ".conv1."),
+            (r"\.residual\.3\.", ".norm2."),
+            (r"\.residual\.6\.", ".conv2."),
+            (r"\.shortcut\.", ".conv_shortcut."),
+        ]
         converted = {}
         for key, value in state.items():
             for a, b in renames:
@@ -142,18 +192,32 @@ def diffusers_vae(model):
 
 def transformers_t5(model):
     from transformers import UMT5Config, UMT5EncoderModel
+
     block = model.blocks[0]
     heads = block.attn.heads
-    peer = UMT5EncoderModel(UMT5Config(
-        vocab_size=model.token_embedding.weight.shape[0], d_model=model.norm.weight.shape[0], d_kv=block.attn.q.weight.shape[0] // heads,
-        d_ff=block.ffn.fc1.weight.shape[0], num_heads=heads, num_layers=len(model.blocks), feed_forward_proj="gated-gelu", dropout_rate=0.0))
-    renames = [(r"token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
-               (r"blocks\.(\d+)\.norm1", r"encoder.block.\1.layer.0.layer_norm"), (r"blocks\.(\d+)\.norm2", r"encoder.block.\1.layer.1.layer_norm"),
-               (r"blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-               (r"blocks\.(\d+)\.pos_embedding\.embedding", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
-               (r"blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
-               (r"blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
-               (r"blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo")]
+    peer = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=model.token_embedding.weight.shape[0],
+            d_model=model.norm.weight.shape[0],
+            d_kv=block.attn.q.weight.shape[0] // heads,
+            d_ff=block.ffn.fc1.weight.shape[0],
+            num_heads=heads,
+            num_layers=len(model.blocks),
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+    renames = [
+        (r"token_embedding\.", "shared."),
+        (r"^norm\.", "encoder.final_layer_norm."),
+        (r"blocks\.(\d+)\.norm1", r"encoder.block.\1.layer.0.layer_norm"),
+        (r"blocks\.(\d+)\.norm2", r"encoder.block.\1.layer.1.layer_norm"),
+        (r"blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+        (r"blocks\.(\d+)\.pos_embedding\.embedding", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
+        (r"blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
+        (r"blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
+        (r"blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
+    ]
     state = {}
     for key, value in model.state_dict().items():
         for a, b in renames:
