@@ -23,7 +23,7 @@ import ops
 from checkpoint import read_headers
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from parallel import cut
+from parallel.ulysses import cut
 from sample import DTYPES, free_memory, parse_size
 from t5 import XXL, TextEncoder, build_t5
 from train import experts, noised

@@ -30,7 +30,7 @@ from data import Skip, open_photo
 from fp8 import report as fp8_report
 from fp8 import take_scales
 from lora import check_fit, merge, named_expert, read_lora
-from parallel import World
+from parallel import World, parallelize
 from t5 import encoder_files, load_t5
 from vae import load_vae
 from wan import VARIANTS, load_wan
@@ -116,7 +116,7 @@ class Models:
         self.loras = [self._lora(spec) for spec in loras]
         self.parts, self.texts, self.conditions, self.compile = {}, {}, {}, None
         self.prepare = lambda name, model: None  # what is done to a DiT before its weights are read
-        self.world = None  # the ranks that share a clip (parallel.World), if there are several
+        self.world = World(device, distributed=False)  # the ranks that share a clip
         self.agree = lambda yes: yes  # whether all ranks that run a DiT together say so
         self.machine, self.shared = (
             None,
@@ -471,7 +471,7 @@ def denoise(
             run = (
                 (lambda *args: model(*args).clone()) if models.compile == "graphs" else model
             )  # a graph's next replay overwrites what it gave
-            apart = models.world and models.world.halves == 2
+            apart = models.world.cfg_size == 2
             together = models.agree(
                 not apart and free_memory(device) > 2 * activations
             )  # both halves of guidance in one batch
@@ -497,7 +497,7 @@ def denoise(
                 v = run(inputs, rows, alone)
             else:
                 v, uncond = (
-                    models.world.exchange_halves(run(inputs, rows, both if models.world.half else alone))
+                    models.world.exchange_cfg(run(inputs, rows, both if models.world.cfg_rank else alone))
                     if apart
                     else run(torch.cat([inputs, inputs]), torch.cat([rows, rows]), both).chunk(2)
                     if together
@@ -524,16 +524,16 @@ def decode(models, latents, tile=0):
     """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in VAE.decode."""
     pixels = math.prod(latents.shape[3:]) * (256 if models.settings["vae"] == "2.2" else 64)
     vae = models.part("vae", VAE_BYTES * pixels)
-    if models.world is None or models.world.team == 1:
+    if models.world.clip_group_size == 1:
         return vae.decode(latents, tile)
-    (h, w), team = latents.shape[3:], models.world.team
+    (h, w), team = latents.shape[3:], models.world.clip_group_size
     tiles = lambda side: -(-h // side) * -(-w // side)
     tile = tile or next(
         side
         for side in range(vae.decoder.reach(), max(h, w, vae.decoder.reach()) + 1)
         if tiles(side) <= team or side >= max(h, w)
     )
-    return vae.decode(latents, tile, models.world.share_tiles)
+    return vae.decode(latents, tile, models.world.split_tiles)
 
 
 def generate(
@@ -720,7 +720,7 @@ def arguments(given=None):
         help="decode in windows of N latent pixels a side, for less memory; exact from about 13",
     )
     g = p.add_argument_group(
-        "several GPUs, under torchrun (parallel.py); ranks beyond those that share a clip take other prompts"
+        "several GPUs, under torchrun (parallel/); ranks beyond those that share a clip take other prompts"
     )
     g.add_argument("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip")
     g.add_argument("--guidance_parallel", action="store_true", help="the two halves of guidance on different ranks")
@@ -737,20 +737,25 @@ def arguments(given=None):
 
 
 def main():
-    import plan  # which is built on this file
-
     args = arguments()
     prompts = [args.prompt] if args.prompt is not None else []
     prompts += read_prompts(args.prompts) if args.prompts else []
     prompts = prompts or ["a red square moves left"]
     if not -1 <= args.seed < 2**63:
         raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
-    world = World(pick_device(args.device), ulysses=args.ulysses_size, guidance=args.guidance_parallel)
+    device = pick_device(args.device)
+    with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
+        run(args, prompts, world)
+
+
+def run(args, prompts, world):
+    import plan  # which is built on this file
+
     device = world.device
-    seed = args.seed if args.seed >= 0 else world.first(lambda: random.randrange(2**31))
-    if len(prompts) < world.datas:
+    seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
+    if len(prompts) < world.dp_size:
         raise BadInput(
-            f"{len(prompts)} prompts for {world.datas} groups of ranks: fewer processes, or --ulysses_size and --guidance_parallel, which share a prompt"
+            f"{len(prompts)} prompts for {world.dp_size} groups of ranks: fewer processes, or --ulysses_size and --guidance_parallel, which share a prompt"
         )
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     if args.compile and args.cuda_graphs or args.cuda_graphs and not device.startswith("cuda"):
@@ -767,8 +772,12 @@ def main():
         args.ckpt, device, DTYPES[dtype], args.lora, args.text_encoder, args.base_dtype == "fp8", args.stream_blocks
     )
     args.base_dtype = "fp8" if models.fp8 else None
-    models.world, models.machine, models.prepare = world, world.machine(), lambda name, model: world.parallelize(model)
-    models.agree = lambda yes: world.agree(yes, "sequence")
+    models.world, models.machine, models.prepare = (
+        world,
+        world.host_share(),
+        lambda name, model: parallelize(model, world),
+    )
+    models.agree = lambda yes: world.all_ranks(yes, "sp")
     models.compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     given = dict(
         size=None if args.size is None else parse_size(args.size),
@@ -810,24 +819,24 @@ def main():
 
     out = Path(args.out)
     name = lambda path, i: path if len(prompts) == 1 else path.with_stem(f"{path.stem}_{i:03d}")
-    mine = list(enumerate(prompts))[world.data :: world.datas]
+    mine = list(enumerate(prompts))[world.dp_rank :: world.dp_size]
     models.encode_prompts([*(p for _, p in mine), *([s["negative"]] if s["guided"] else [])])
     latents = []
     for i, prompt in mine:
         reuse = Reuse(args.reuse)
         path = name(out, i).with_name(f"{name(out, i).stem}_preview.png")
-        watch = previewer(models, path, args.preview_every, prompt) if args.preview_every and world.writes else None
+        watch = previewer(models, path, args.preview_every, prompt) if args.preview_every and world.is_writer else None
         latents.append(denoise(models, [prompt], [seed], args.image, **given, reuse=reuse, watch=watch))
         if args.reuse:
             print(f"{reuse.computed} of {s['steps']} steps computed")
-        if args.save_latents and world.writes:
+        if args.save_latents and world.is_writer:
             save(name(Path(args.save_latents), i), {"latents": latents[-1][0]}, {"prompt": prompt})
     shown = []
     for (i, prompt), z in zip(mine, latents):
         video = decode(models, z, args.vae_tile)[0].cpu()
-        if not world.writes:
+        if not world.is_writer:
             continue
-        if args.vae_tile and not i and world.team == 1:
+        if args.vae_tile and not i and world.clip_group_size == 1:
             overlap, exact = models.part("vae").overlap(args.vae_tile)
             off = (
                 "exact"
@@ -838,14 +847,13 @@ def main():
         write_mp4(name(out, i), video, s["fps"], json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
         print(name(out, i))
         shown.append(video[:, [0, video.shape[1] // 2, -1]])
-    if args.grid and world.writes:
-        sheet = Path(args.grid).with_stem(f"{Path(args.grid).stem}_{world.data}") if world.datas > 1 else args.grid
+    if args.grid and world.is_writer:
+        sheet = Path(args.grid).with_stem(f"{Path(args.grid).stem}_{world.dp_rank}") if world.dp_size > 1 else args.grid
         write_grid(sheet, shown, [p for _, p in mine])
         print(sheet)
     for stream in models.streams.values():
         print(stream.report())
     print(need.compare(device))
-    world.close()
 
 
 if __name__ == "__main__":

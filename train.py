@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import data
 from checkpoint import BadInput, load, read_headers
 from flow import add_noise, draw_t, quantiles_t
-from parallel import as_sharded, sharded
+from parallel import is_sharded, shard_like
 from sample import DTYPES, HERE, check_size, decode, denoise, parse_size, read_prompts, write_grid, write_mp4
 
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
@@ -104,9 +104,7 @@ def flags(p, **defaults):
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device")
     g.add_argument("--dtype", choices=list(DTYPES))
-    g = p.add_argument_group(
-        "several GPUs, under torchrun (parallel.py); --batch is per rank that sees its own samples"
-    )
+    g = p.add_argument_group("several GPUs, under torchrun (parallel/); --batch is per rank that sees its own samples")
     g.add_argument("--fsdp", action="store_true", help="shard the weights over the ranks")
     g.add_argument("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip")
     g.add_argument("--pipeline_stages", type=int, default=1, help="ranks that share the blocks")
@@ -199,33 +197,35 @@ def nano_data(folder):
 
 class Batch(NamedTuple):
     """B noised samples: x (B,C,T',h,w), I2V's conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
-    (B,C',T',h,w); counted (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
+    (B,C',T',h,w); loss_mask (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
     given, or None where all count; captions.
     """
 
     x: torch.Tensor
     t: torch.Tensor
     target: torch.Tensor
-    counted: torch.Tensor | None
+    loss_mask: torch.Tensor | None
     captions: list
 
     def loss(self, model, context, lens):
         """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
         device = context.device
         v, target = model(self.x.to(device), 1000 * self.t.to(device), context, lens), self.target.to(device)
-        if self.counted is None:
+        if self.loss_mask is None:
             return F.mse_loss(v, target)
-        return ((v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True) * self.counted.to(device)).mean()
+        return (
+            (v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True) * self.loss_mask.to(device)
+        ).mean()
 
 
-def noised(entries, captions, t, noise, counted=None):
+def noised(entries, captions, t, noise, loss_mask=None):
     """A Batch of cached samples under noise (B,C,T',h,w) at times t, (B,) or, where some have a latent frame that is
     given, (B,T') with 0 for that frame.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
         x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
-    return Batch(x, t, target, counted, captions)
+    return Batch(x, t, target, loss_mask, captions)
 
 
 def fixed(items, files, shift, low, high):
@@ -245,18 +245,18 @@ class Dataset:
     def __init__(self, args, models, world):
         """Scan and report; nothing is computed yet."""
         s, self.args, self.world = models.settings, args, world
-        source = Path(args.data) if args.data else world.first(lambda: nano_data(Path("out/nano_data")))
+        source = Path(args.data) if args.data else world.broadcast_from_rank0(lambda: nano_data(Path("out/nano_data")))
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         self.vae_file, self.i2v, self.vae22 = models.files("vae")[0], s["model_type"] == "i2v", s["vae"] == "2.2"
         area = math.prod(parse_size(args.resolution))
-        items, skipped = world.first(
+        items, skipped = world.broadcast_from_rank0(
             lambda: data.scan(source, area, 32 if self.vae22 else 16, args.frames, s["fps"], args.clip_mode, self.cache)
         )
         files = sorted({i.digest for i in items})
         kept = set(files[: min(16, int(args.held_out * len(files)))])
         self.held, self.items = ([i for i in items if (i.digest in kept) == out] for out in (True, False))
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
-        self.batches = data.Batches(self.items, args.batch * world.datas, args.seed)
+        self.batches = data.Batches(self.items, args.batch * world.dp_size, args.seed)
         width = read_headers(models.files("text")[:1])["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
         self.bytes = {
@@ -304,18 +304,22 @@ class Dataset:
                 "" if rng.random() < args.caption_dropout else say(self.items[j].captions, rng) for j in indices
             ]
             given = torch.tensor([rng.random() < args.i2v_prob and self.items[j].frames > 1 for j in indices])
-            t, counted = draw_t(len(indices), args.shift, args.t_distribution, low, high, g), None
+            t, loss_mask = draw_t(len(indices), args.shift, args.t_distribution, low, high, g), None
             if given.any():  # their first latent frame is clean
                 t = t[:, None].repeat(1, 1 + (self.items[indices[0]].frames - 1) // 4)
                 t[given, 0] = 0
-                counted = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
-            mine, share = self.world.share(len(indices))
+                loss_mask = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
+            mine, share = self.world.local_indices(len(indices))
             entries = [load(self.latents[indices[j]])[0] for j in mine]
             noise = [torch.randn(entries[0]["latents"].shape, generator=g) for _ in indices]
             of = lambda values: torch.stack([values[j] for j in mine])
             yield (
                 noised(
-                    entries, [captions[j] for j in mine], of(t), of(noise), counted if counted is None else of(counted)
+                    entries,
+                    [captions[j] for j in mine],
+                    of(t),
+                    of(noise),
+                    loss_mask if loss_mask is None else of(loss_mask),
                 ),
                 share * len(indices) / sum(map(len, chosen)),
             )
@@ -359,7 +363,7 @@ def save_state(run, step, params, opt, guard, ema):
     """Write a run's state; every rank calls this. What is sharded goes into a folder beside it, from all ranks at once."""
     state, shards = state_of(params, opt, guard, ema), {}
     for n, (values, key, _) in enumerate(places(state, params)):
-        if sharded(values[key]):
+        if is_sharded(values[key]):
             shards[f"{n}"], values[key] = values[key], f"{n}"
     run.save(step, state, shards)
 
@@ -377,7 +381,7 @@ def restore(state, params, opt, guard, ema):
         for values, key, _ in found:
             values[key] = read[values[key]]
     for values, key, p in places(state, params):
-        values[key] = as_sharded(values[key], p)
+        values[key] = shard_like(values[key], p)
     for p, q in zip(params, state["params"], strict=True):
         p.data.copy_(q)
     opt.load_state_dict(state["opt"])

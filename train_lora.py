@@ -23,7 +23,7 @@ from checkpoint import BadInput, Run, cli, load
 from lora import TARGETS, adapter, attach, hold_to, inject, named_expert, parse_blocks, start_from, write_lora
 from lora import norms as lora_norms
 from optim import EMA, Guard, adamw, lr_at
-from parallel import World, clip
+from parallel import World, backward, clip_grad_norm, gather_state, parallelize
 from sample import DTYPES, Models, pick_device
 from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
 from wan import read_config
@@ -118,15 +118,20 @@ def starts(specs, turns):
 
 def main():
     args = arguments()
-    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
+    device = pick_device(args.device)
+    with World(device, args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
+        train(args, world)
+
+
+def train(args, world):
     args.device = world.device
     models = Models(
         args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks
     )
     s, models.machine, models.agree, args.base_dtype = (
         models.settings,
-        world.machine(),
-        world.agree,
+        world.host_share(),
+        world.all_ranks,
         "fp8" if models.fp8 else None,
     )
     base = [f for name in models.experts for f in models.files(name)]
@@ -134,10 +139,10 @@ def main():
     dtype = models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.main)
+    run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data: latents and texts cached
-    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
+    dataset, previews = Dataset(args, models, world), Previews(args, models, world.is_main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(
@@ -169,12 +174,12 @@ def main():
                 adapters[name] = adapter(model)
             attach(model, adapters[name])
         model.checkpointing = args.checkpointing
-        world.parallelize(model)
+        parallelize(model, world)
 
     models.prepare = adapt
     for name in turns:
         model = models.part(name)
-        norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
+        norms[name] = gather_state(world, lora_norms(model)) if args.delta_cap else {}
         model = None  # so that it can make room for the other expert
     for name, file in starts(args.init_lora, turns).items():
         start_from(adapters[name], file, scale)
@@ -187,7 +192,7 @@ def main():
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
     same |= {
-        "batch": args.batch * world.datas,
+        "batch": args.batch * world.dp_size,
         "samples": [f.name for f in dataset.latents],
         "captions": sorted(f.name for f in texts.values()),
         "base": [str(f.stat().st_size) for f in base],
@@ -202,7 +207,7 @@ def main():
 
     def save_all(step):
         with averaged():
-            for name in turns if world.main else ():
+            for name in turns if world.is_main else ():
                 if ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
                     hold_to(adapters[name], scale, norms[name], args.delta_cap)
                 file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
@@ -229,14 +234,14 @@ def main():
         model = models.part(name).train()
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
         for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
-            total += world.backward(model, batch, *embed(batch.captions), share)
+            total += backward(world, model, batch, *embed(batch.captions), share)
             tokens += batch.x[:, 0].numel() // 4 * (share > 0)
-        total, tokens, stop = world.sum(
-            [p for pair in adapters[name].values() for p in pair], total, tokens * world.datas / world.size, run.stop
+        total, tokens, stop = world.all_reduce_grads(
+            [p for pair in adapters[name].values() for p in pair], total, tokens * world.dp_size / world.size, run.stop
         )
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
-        norm = clip(params, args.grad_clip)
+        norm = clip_grad_norm(params, args.grad_clip)
         line = {"loss": total, "lr": group["lr"], "grad_norm": norm}
         if why := guard.trips(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
@@ -264,13 +269,12 @@ def main():
             save_all(step + 1)
         guard.check(args, why, run.out)
         if stop:
-            return world.close()
+            return
     for stream in models.streams.values():
         print(stream.report())
     print(
         f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors")))
     )
-    world.close()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import ops
 import plan
 from checkpoint import BadInput, Run, cli, save
 from optim import EMA, AdamW8bit, Guard, adamw, lr_at
-from parallel import World, clip, full
+from parallel import World, backward, clip_grad_norm, full_tensor, parallelize, shard
 from sample import DTYPES, Models, pick_device
 from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
 
@@ -192,23 +192,28 @@ def own_pieces(keywords, captions, tokenizer):
 
 def main():
     args = arguments()
-    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
+    device = pick_device(args.device)
+    with World(device, args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
+        train(args, world)
+
+
+def train(args, world):
     args.device = world.device
     models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
     s, models.machine, models.agree, args.base_dtype = (
         models.settings,
-        world.machine(),
-        world.agree,
+        world.host_share(),
+        world.all_ranks,
         "fp8" if models.fp8 else None,
     )
     resolve(args, s)
     models.dtype = DTYPES[args.dtype]
     turns = experts(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.main)
+    run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data: latents cached, text never
-    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
+    dataset, previews = Dataset(args, models, world), Previews(args, models, world.is_main)
     run.told["ops"] = ops.chosen(args.device)
     run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
     need = predict(
@@ -222,7 +227,7 @@ def main():
     # models: the encoder learns, the DiT is frozen
     def frozen(name, model):
         model.checkpointing = args.checkpointing
-        world.parallelize(model)
+        parallelize(model, world)
 
     models.prepare = frozen
     encoder = models.part("text")
@@ -236,7 +241,7 @@ def main():
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data
         for part in [*encoder.blocks, encoder]:
-            world.shard(part, dtype=models.dtype)
+            shard(part, world, dtype=models.dtype)
         trained, groups = trainable(encoder, args)
     params = [p for g in groups for p in g["params"]]
     print(
@@ -252,12 +257,12 @@ def main():
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
     same |= {
-        "batch": args.batch * world.datas,
+        "batch": args.batch * world.dp_size,
         "samples": [f.name for f in dataset.latents],
         "captions": data.entry("", "", captions=sorted(dataset.captions)).name,
         "rows": sorted(ids),
         "base": [f.stat().st_size for name in models.experts for f in models.files(name)],
-        "encoder": world.first(lambda: [data.digest(f) for f in models.files("text")]),
+        "encoder": world.broadcast_from_rank0(lambda: [data.digest(f) for f in models.files("text")]),
     }
     start, state = 0, run.restore(same)
     if state:
@@ -271,15 +276,15 @@ def main():
                 if not k.endswith("token_embedding.rows")
             }
             tensors = {
-                k: full(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()
+                k: full_tensor(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()
             }
-            rows = full(encoder.token_embedding.rows.detach()).to(models.dtype) if ids else None
+            rows = full_tensor(encoder.token_embedding.rows.detach()).to(models.dtype) if ids else None
             if ids and args.save == "delta":
                 tensors |= {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids}
             elif ids:
                 tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
                 tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
-            if world.main:
+            if world.is_main:
                 save(
                     run.out / "text_encoder.safetensors",
                     tensors,
@@ -312,21 +317,21 @@ def main():
             *turns[name],
             lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng),
         ):
-            total += world.backward(dit, batch, *encoder.encode(batch.captions), share)
+            total += backward(world, dit, batch, *encoder.encode(batch.captions), share)
         dit = None  # so that it can make room for the other expert
         if args.anchor:
-            prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.datas)
-            mine, share = world.share(len(prompts))
+            prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.dp_size)
+            mine, share = world.local_indices(len(prompts))
             now, _ = encoder.encode([prompts[i] for i in mine])
             before = data.collate([original[prompts[i]] for i in mine])[0].to(now)
-            whole = sum(original[p].float().square().sum() for p in prompts).to(now) * (world.size // world.datas)
+            whole = sum(original[p].float().square().sum() for p in prompts).to(now) * (world.size // world.dp_size)
             held = (now.float() - before.float()).square().sum() / whole * (share > 0)
             (args.anchor * held).backward()
             moved = held.item()
-        total, moved, stop = world.sum(params, total, moved, run.stop)
+        total, moved, stop = world.all_reduce_grads(params, total, moved, run.stop)
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args.steps, group["peak"], args.warmup, args.schedule)
-        norm = clip(params, args.grad_clip)
+        norm = clip_grad_norm(params, args.grad_clip)
         line = {"loss": total, "anchor": moved, "lr": opt.param_groups[0]["lr"], "grad_norm": norm}
         if why := guard.trips(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
@@ -345,9 +350,8 @@ def main():
             save_all(step + 1)
         guard.check(args, why, run.out)
         if stop:
-            return world.close()
+            return
     print(f"{need.compare(args.device)}\n{run.out / 'text_encoder.safetensors'}")
-    world.close()
 
 
 if __name__ == "__main__":
