@@ -310,7 +310,14 @@ def latent_files(items, cache, vae_file, extras):
     weights = digest(vae_file)
     return [
         entry(
-            cache, media=i.digest, size=i.bucket, start=i.start, fps=i.fps, vae=weights, dtype="fp32", y=image_condition
+            cache,
+            media=i.digest,
+            size=i.bucket,
+            start=i.start,
+            fps=i.fps,
+            vae=weights,
+            dtype="fp32",
+            extras=type(extras).__name__,
         )
         for i in items
     ]
