@@ -290,7 +290,7 @@ def count_blocks(entries):
 
 
 def put(owner, leaf, tensor):
-    """Give a module its weight `leaf`, frozen; where parallel.py has sharded that, only this rank's part of it."""
+    """Give a module its weight `leaf`, frozen; where parallel/ has sharded that, only this rank's part of it."""
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor

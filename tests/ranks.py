@@ -15,27 +15,30 @@ from unittest import mock
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 import parallel
 import sample
 import train
 from checkpoint import save
+from parallel import World, ulysses
+from parallel.pipeline import Microbatches
 
 WORLDS = []
 
 
 def whole(state):
-    return {f"{i}": parallel.full(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
+    return {f"{i}": parallel.full_tensor(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
 
 
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
-    models, world = sample.load("nano"), parallel.World("cpu", **ranks)
+    models, world = sample.load("nano"), World("cpu", **ranks)
     models.world, models.prepare, models.agree = (
         world,
-        lambda name, model: world.parallelize(model),
-        lambda yes: world.agree(yes, "sequence"),
+        lambda name, model: parallel.parallelize(model, world),
+        lambda yes: world.all_ranks(yes, "sp"),
     )
     sample.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
     latents = sample.denoise(
@@ -43,10 +46,10 @@ def library(out, **ranks):
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
     found = {"latents": latents, "video": sample.decode(models, z)}
-    assert ("tokens" in world.sent) == (world.ulysses > 1) and ("pixels" in world.sent) == (
-        world.team > 1
+    assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
+        world.clip_group_size > 1
     )  # they did work together
-    if world.main:
+    if world.is_main:
         save(out, found)
 
 
@@ -77,7 +80,7 @@ def run(job):
             return step
 
         module.save_state, module.restore = save_state, restore
-    where, what = BREAK.get(job.get("broken"), (parallel, {"weighted": parallel.weighted}))
+    where, what = BREAK.get(job.get("broken"), (parallel, {"parallelize": parallel.parallelize}))
     sys.argv = [job["script"], *job["argv"]]
     with mock.patch.multiple(where, **what):
         module.main()
@@ -87,52 +90,49 @@ def run(job):
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 
 
-def first_place(self, *args, right=parallel.World._attend):
-    kept, self.place = self.place, 0
+def first_positions(attn, x, rope, world, right=ulysses.ulysses_attention):
+    kept, world.sp_rank = world.sp_rank, 0
     try:
-        return right(self, *args)
+        return right(attn, x, rope, world)
     finally:
-        self.place = kept
+        world.sp_rank = kept
 
 
-def equal_weights(v, target, right=parallel.weighted):
-    return right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
+def equal_weights(self, v, index):
+    i = self.order[index]
+    return (v - self.batch.target[i : i + 1]).square().mean()
 
 
 BREAK = {
-    "no_sum": (parallel.World, {"sum": lambda self, params, *numbers: numbers}),
-    "no_positions": (parallel.World, {"_attend": first_place}),
+    "no_sum": (World, {"all_reduce_grads": lambda self, params, *numbers: numbers}),
+    "no_positions": (ulysses, {"ulysses_attention": first_positions}),
     "mean_gradients": (
         FSDPModule,
         dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None),
     ),
-    "equal_weights": (parallel, {"weighted": equal_weights}),
+    "equal_weights": (Microbatches, {"loss": equal_weights}),
 }
 
 
 if __name__ == "__main__":
-    init = parallel.World.__init__
+    init = World.__init__
 
     def remember(self, *args, **kwargs):
-        sys.stdout = sys.__stdout__
         init(self, *args, **kwargs)
         WORLDS.append(self)
 
     name = next(
-        n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(parallel.dist, n)
+        n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n)
     )  # what fully_shard calls; the first is newer
-    gather = getattr(parallel.dist, name)
+    gather = getattr(dist, name)
 
     def gathered(output, input, *args, **kwargs):
-        WORLDS[-1].count("weights", input.nbytes * (parallel.dist.get_world_size(kwargs.get("group")) - 1))
+        WORLDS[-1].count("weights", input.nbytes * (dist.get_world_size(kwargs.get("group")) - 1))
         return gather(output, input, *args, **kwargs)
 
-    parallel.World.__init__ = remember
-    setattr(parallel.dist, name, gathered)
-    start, parallel.dist.destroy_process_group = (
-        parallel.dist.init_process_group,
-        lambda: None,
-    )  # one group serves all jobs
-    parallel.dist.init_process_group = lambda *args, **kwargs: parallel.dist.is_initialized() or start(*args, **kwargs)
+    World.__init__ = remember
+    setattr(dist, name, gathered)
+    start, dist.destroy_process_group = (dist.init_process_group, lambda: None)  # one group serves all jobs
+    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)

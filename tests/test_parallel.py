@@ -205,8 +205,8 @@ def test_the_library_on_ranks(tmp_path, report):
     """
     cases = {
         1: [("one", {})],
-        2: [("ulysses", {"ulysses": 2}), ("guidance", {"guidance": True})],
-        4: [("both", {"ulysses": 2, "guidance": True}), ("four", {"ulysses": 4})],
+        2: [("ulysses", {"ulysses_size": 2}), ("guidance", {"cfg_parallel": True})],
+        4: [("both", {"ulysses_size": 2, "cfg_parallel": True}), ("four", {"ulysses_size": 4})],
     }
     for n, jobs in cases.items():
         run_jobs(
@@ -362,14 +362,14 @@ DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import {script} as script
-right = script.World.sum
+right = script.World.all_reduce_grads
 def summed(self, *args):
     summed.calls += 1
     if int(os.environ["RANK"]) == {rank} and summed.calls == {step} and {when}:
         {how}
     return right(self, *args)
 summed.calls = 0
-script.World.sum = summed
+script.World.all_reduce_grads = summed
 sys.argv[0] = {script!r}
 script.cli(script.main)
 """

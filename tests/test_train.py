@@ -378,7 +378,7 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
     clips = 0
     for (x, t, out), (batch, _), line in zip(seen, batches, logged(tmp_path / "out"), strict=True):
         if x.shape[2] == 1:
-            assert t.shape == (len(x),) and batch.counted is None
+            assert t.shape == (len(x),) and batch.loss_mask is None
             continue
         clips += 1
         assert t.shape == (len(x), 3) and (t[:, 0] == 0).all() and (t[:, 1:] > 0).all() and (t[:, 1] == t[:, 2]).all()
