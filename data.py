@@ -1,10 +1,10 @@
 """A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
 
-Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or a list names
-files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder. Media
-are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate and cut
-to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is ever
-used.
+Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or a list
+names files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder.
+Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
+and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is
+ever used.
 """
 
 import csv
@@ -16,20 +16,20 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoint import BadInput, atomic, remove_leftovers, save
+from media import Skip, cover, open_photo, read_frames, why
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 # what is not read, but named where it lies, so that nobody believes it was
 OTHER_MEDIA = set(
-    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf .nef "
-    ".ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
+    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
+    ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
 )
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
 MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
@@ -65,10 +65,6 @@ class Item:
     @property
     def bucket(self):
         return self.width, self.height, self.frames
-
-
-class Skip(Exception):
-    """Why a file cannot be trained on."""
 
 
 def is_image(path):
@@ -111,74 +107,7 @@ def clip_windows(times, max_frames, fps, mode):
     return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
 
 
-# ---- pictures and clips ------------------------------------------------------------------------------------------
-class Frame(NamedTuple):
-    """A frame of a clip: seconds since the first one, (width, height) in px at which a player shows it, upright and with
-    square pixels, and its image, upright but as stored (None where it was not asked for).
-    """
-
-    seconds: float
-    size: tuple
-    image: object
-
-
-def why(error):
-    """An exception of a decoder as a few words."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def read_frames(path, images=True):
-    """Yield the Frames of a clip. Raises Skip where it cannot be decoded."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Skip("has no video stream")
-            stream, first = container.streams.video[0], None
-            if stream.codec_context is None:
-                raise Skip("holds video for which there is no decoder here")
-            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise Skip("has frames without a time")
-                first = frame.time if first is None else first
-                turns = round(frame.rotation / 90) % 4
-                size = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1))), frame.height
-                image = frame.to_image().rotate(90 * turns, expand=True) if images else None
-                yield Frame(frame.time - first, size[::-1] if turns % 2 else size, image)
-    except Skip:
-        raise
-    except FileNotFoundError:
-        raise Skip("does not exist any more") from None
-    except Exception as e:  # decoders meet damaged files with errors of every kind
-        raise Skip(f"cannot be decoded ({why(e)})") from None
-
-
-def open_photo(path):
-    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):
-                image = image.convert("I").point(lambda v: v / 257).convert("L")
-            if image.mode == "F":
-                raise Skip("holds floating-point pixels, whose range is unknown")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except Skip:
-        raise
-    except FileNotFoundError:
-        raise Skip("does not exist any more") from None
-    except Exception as e:  # decoders meet damaged files with errors of every kind
-        raise Skip(f"cannot be read ({why(e)})") from None
-
-
+# ---- looking at files --------------------------------------------------------------------------------------------
 def decode_bytes(items):
     """Host memory that decoding the largest of some items takes, beside the frames that are kept of it: as measured on
     photographs of 40 and 108 Mpx and on clips in 4K, where the decoder holds up to 32 frames.
@@ -215,19 +144,6 @@ def cached_probe(path, digest, cache):
     return found
 
 
-def resize_and_crop(image, shown_size, width, height):
-    """(height,width,3) uint8 of an image that is shown at `shown_size`: resized to cover width x height px, and cropped
-    around its centre.
-    """
-    from PIL import Image
-
-    scale = max(width / shown_size[0], height / shown_size[1])
-    w, h = max(width, round(shown_size[0] * scale)), max(height, round(shown_size[1] * scale))
-    x, y = (w - width) // 2, (h - height) // 2
-    image = image if image.size == (w, h) else image.resize((w, h), Image.LANCZOS)
-    return np.array(image.crop((x, y, x + width, y + height)))
-
-
 def nearest_frames(item):
     """The frames (H,W,3) uint8 of a clip that are nearest to start + k/fps, a list of item.frames."""
     wanted = [item.start + k / item.fps for k in range(item.frames)]
@@ -237,21 +153,20 @@ def nearest_frames(item):
             at = wanted[len(chosen)]
             if abs(frame.seconds - at) <= abs(before.seconds - at):
                 break
-            chosen.append(resize_and_crop(before.image, before.size, item.width, item.height))
+            chosen.append(np.array(cover(before.image, item.width, item.height, before.size)))
         if len(chosen) == item.frames:
             break
         before = frame
     if before is None:
         raise Skip("has no frames")
-    last = resize_and_crop(before.image, before.size, item.width, item.height)
+    last = np.array(cover(before.image, item.width, item.height, before.size))
     return chosen + [last] * (item.frames - len(chosen))
 
 
 def pixels(item):
     """(3,T,H,W) in [-1,1] of an item. Raises Skip where its file is not what it was when it was looked at."""
     if is_image(item.path):
-        photo = open_photo(item.path)
-        frames = [resize_and_crop(photo, photo.size, item.width, item.height)]
+        frames = [np.array(cover(open_photo(item.path), item.width, item.height))]
     else:
         frames = nearest_frames(item)
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
@@ -292,14 +207,14 @@ def read_rows(file):
                             raise ValueError(f"{line.strip()[:60]} is not an object")
                         yield number, row
     except (OSError, ValueError, csv.Error) as e:
-        raise BadInput(
-            f'--data {file}, line {number}: not lines of {{"path": ..., "caption": ...}} or a CSV with a header ({why(e)})'
-        ) from None
+        form = 'not lines of {"path": ..., "caption": ...} or a CSV with a header'
+        raise BadInput(f"--data {file}, line {number}: {form} ({why(e)})") from None
 
 
 def read_list(file):
-    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in one
-    of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises BadInput.
+    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in
+    one of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises
+    BadInput.
     """
     entries = []
     for number, row in read_rows(file):
@@ -444,16 +359,7 @@ def cache_file(cache, suffix=".safetensors", **parts):
     return Path(cache) / (name + suffix)
 
 
-def latent_bytes(items, z_dim, stride, extras=None):
-    """Bytes that some items take in the cache, at 4 a number. z_dim, stride (time, height, width): the VAE's."""
-    t, h, w = stride
-    return sum(
-        4 * z_dim * (1 + (i.frames - 1) // t) * (i.height // h) * (i.width // w) + (extras.nbytes(i) if extras else 0)
-        for i in items
-    )
-
-
-def latent_files(items, cache, vae_file, extras=None):
+def latent_files(items, cache, vae_file, conditioning=None):
     """The cache files of some items' latents, whether they exist yet or not."""
     weights = digest(vae_file)
     return [
@@ -465,25 +371,24 @@ def latent_files(items, cache, vae_file, extras=None):
             fps=i.fps,
             vae=weights,
             dtype="fp32",
-            extras=extras and extras.key(i),
+            conditioning=conditioning.cache_key(i) if conditioning else "",
         )
         for i in items
     ]
 
 
-def cache_latents(items, cache, vae_file, load_vae, extras=None):
-    """Cache the latents of every item that is not yet in the cache. `load_vae()` is called only if something is missing.
-    Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: of these,
-    `latent_files` names files that do not exist.
+def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
+    """Cache the latents of every item that is not yet in the cache. `load_vae()` is called only if something is
+    missing. Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
+    `latent_files` names for them does not exist.
 
-    Each file holds `latents` (C,T',h,w) fp32, and what `extras`, a conditioning, adds to them:
-        extras.key(item) -> what decides its tensors, for the file's name: plain values, such as digests of files
-        extras.encode(vae, video (1,3,T,H,W), item) -> {name: tensor}; may raise Skip
-        extras.nbytes(item) -> their bytes
-    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile is
-    left out.
+    Each file holds `latents` (C,T',h,w) fp32, and what `conditioning`, a class of conditions.py, adds to them:
+        conditioning.cache_key(item) -> what decides its tensors, for the file's name: plain values, such as digests
+        conditioning.cached(vae, video (1,3,T,H,W), item) -> {name: tensor}; may raise Skip
+    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile
+    is left out.
     """
-    missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, extras)) if not f.exists()]
+    missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, conditioning)) if not f.exists()]
     vae, failed = load_vae() if missing else None, []
     for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
         if file.exists():
@@ -492,7 +397,10 @@ def cache_latents(items, cache, vae_file, load_vae, extras=None):
             video = pixels(item)[None].to(next(vae.parameters()).device)
             if digest(item.path) != item.digest:
                 raise Skip("has changed since it was looked at")
-            tensors = {"latents": vae.encode(video)[0], **(extras.encode(vae, video, item) if extras else {})}
+            tensors = {
+                "latents": vae.encode(video)[0],
+                **(conditioning.cached(vae, video, item) if conditioning else {}),
+            }
         except Skip as e:
             failed.append((item.path, str(e)))
         else:
@@ -519,8 +427,8 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
 # ---- batches -----------------------------------------------------------------------------------------------------
 class Batches:
     """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders
-    make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says. `at(step)` needs no
-    history: a resumed run just goes on.
+    make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says. `at(step)` needs
+    no history: a resumed run just goes on.
     """
 
     def __init__(self, items, batch, seed):
