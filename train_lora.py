@@ -18,12 +18,13 @@ import torch
 import data
 import ops
 import plan
-from checkpoint import BadInput, Run, cli, load
+from checkpoint import BadInput, cli, load
 from lora import TARGETS, adapter, attach, clamp_weight_norm, inject, named_expert, parse_blocks, start_from, write_lora
 from lora import norms as weight_norms
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import adamw
 from parallel import World, gather_state
+from run import Run
 from train import (
     POSITIVE,
     Dataset,
@@ -165,6 +166,7 @@ def train(args, world):
     sizes = dataset.plan_sizes(texts=True)
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)
+    run.check(resume_fingerprint(args, models, dataset))
     dataset.cache_latents()
     texts = dataset.cache_texts()
     if args.cache_only:

@@ -21,10 +21,11 @@ import torch.nn as nn
 import data
 import ops
 import plan
-from checkpoint import BadInput, Run, cli, save
+from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
+from run import Run
 from train import (
     NANO_WORDS,
     Dataset,
@@ -243,6 +244,7 @@ def train(args, world):
     sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)
+    run.check(resume_fingerprint(args, models, dataset))
     dataset.cache_latents()
     if args.cache_only:
         return
@@ -271,7 +273,7 @@ def train(args, world):
     optimizer = adamw if args.optimizer == "adamw" else AdamW8bit
     state = TrainState(params, optimizer(groups, args.lr, weight_decay=args.weight_decay), args)
     encoder_digest = world.broadcast_from_rank0(lambda: [data.digest(f) for f in models.files("text")])
-    captions = data.entry("", "", captions=sorted(dataset.captions)).name
+    captions = data.cache_file("", "", captions=sorted(dataset.captions)).name
     saved = run.restore(
         resume_fingerprint(args, models, dataset, captions=captions, rows=sorted(ids), encoder=encoder_digest)
     )
