@@ -325,7 +325,7 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
         with Tracker() as tracker:
             small = getattr(args, "optimizer", "adamw") == "adamw8bit"
             opt = (AdamW8bit if small else adamw)(groups, args.lr)
-            ema = EMA(params, args.ema) if args.ema else None
+            ema = EMA(params, args.ema, opt) if args.ema else None
             for _ in range(2):
                 loss = noised(
                     [entry] * args.batch,
@@ -339,7 +339,7 @@ def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=T
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 if small:  # works in pieces so small that only its states count
-                    opt.state.update({p: opt._new(p) for p in params if p not in opt.state})
+                    opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
                 else:
                     opt.step()
                 if ema:

@@ -342,7 +342,7 @@ def state_of(params, opt, guard, ema):
     return {
         "params": [p.data for p in params],
         "opt": {**opt, "state": {i: {**s} for i, s in opt["state"].items()}},
-        "norms": guard.norms,
+        "guard": guard.state_dict(),
         "ema": ema and {**ema.state_dict(), "average": [*ema.average]},
     }
 
@@ -381,7 +381,7 @@ def restore(state, params, opt, guard, ema):
     for p, q in zip(params, state["params"], strict=True):
         p.data.copy_(q)
     opt.load_state_dict(state["opt"])
-    guard.norms = state["norms"]
+    guard.load_state_dict(state["guard"])
     if ema:
         ema.load_state_dict(state["ema"])
     print(f"resumed at step {state['step']}")

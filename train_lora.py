@@ -238,9 +238,9 @@ def main():
             group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
         norm = clip(params, args.grad_clip)
         line = {"loss": total, "lr": group["lr"], "grad_norm": norm}
-        if why := guard.trips(total, norm):
+        if why := guard.should_skip(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
-            line["skipped"] = guard.bad
+            line["skipped"] = guard.skipped
         else:
             opt.step()
             if args.delta_cap:
@@ -260,9 +260,9 @@ def main():
         model = None  # the other expert may be next
         last = step + 1 == args.steps
         run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
+        if (step + 1) % args.save_every == 0 or last or stop or guard.skipped >= args.most_bad:
             save_all(step + 1)
-        guard.check(args, why, run.out)
+        guard.raise_if_stuck(args.most_bad, why, args.lr, run.out)
         if stop:
             return world.close()
     for stream in models.streams.values():

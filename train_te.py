@@ -248,7 +248,7 @@ def main():
         (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay),
         Guard(args.explosion),
     )
-    ema = EMA(params, args.ema) if args.ema else None
+    ema = EMA(params, args.ema, opt) if args.ema else None
     averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
     same = {k: v for k, v in vars(args).items() if k not in FREE}
     same |= {
@@ -328,9 +328,9 @@ def main():
             group["lr"] = lr_at(step, args.steps, group["peak"], args.warmup, args.schedule)
         norm = clip(params, args.grad_clip)
         line = {"loss": total, "anchor": moved, "lr": opt.param_groups[0]["lr"], "grad_norm": norm}
-        if why := guard.trips(total, norm):
+        if why := guard.should_skip(total, norm):
             print(f"step {step + 1} skipped: {why}", flush=True)
-            line["skipped"] = guard.bad
+            line["skipped"] = guard.skipped
         else:
             world.seed(args.seed, step, "optimizer", same=True)
             opt.step()
@@ -341,9 +341,9 @@ def main():
         line |= {"ms": round(1000 * (time.time() - began)), "peak_gb": round(plan.used(args.device) / 1e9, 2)}
         last = step + 1 == args.steps
         run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
+        if (step + 1) % args.save_every == 0 or last or stop or guard.skipped >= args.most_bad:
             save_all(step + 1)
-        guard.check(args, why, run.out)
+        guard.raise_if_stuck(args.most_bad, why, args.lr, run.out)
         if stop:
             return world.close()
     print(f"{need.compare(args.device)}\n{run.out / 'text_encoder.safetensors'}")
