@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import data
 from checkpoint import BadInput, load, read_headers
-from flow import add_noise, draw_t, quantiles_t
+from flow import add_noise, eval_timesteps, sample_timesteps
 from parallel import as_sharded, sharded
 from sample import DTYPES, HERE, check_size, decode, denoise, parse_size, read_prompts, write_grid, write_mp4
 
@@ -235,7 +235,7 @@ def fixed(items, files, shift, low, high):
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
         entry = load(file)[0]
-        for i, t in enumerate(quantiles_t(4, shift, low, high)):
+        for i, t in enumerate(eval_timesteps(4, shift, low, high)):
             yield i, noised([entry], item.captions[:1], t[None], torch.randn(1, *entry["latents"].shape, generator=g))
 
 
@@ -304,7 +304,7 @@ class Dataset:
                 "" if rng.random() < args.caption_dropout else say(self.items[j].captions, rng) for j in indices
             ]
             given = torch.tensor([rng.random() < args.i2v_prob and self.items[j].frames > 1 for j in indices])
-            t, counted = draw_t(len(indices), args.shift, args.t_distribution, low, high, g), None
+            t, counted = sample_timesteps(len(indices), args.shift, args.t_distribution, low, high, g), None
             if given.any():  # their first latent frame is clean
                 t = t[:, None].repeat(1, 1 + (self.items[indices[0]].frames - 1) // 4)
                 t[given, 0] = 0

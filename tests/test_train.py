@@ -370,8 +370,8 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     separate runs' first stretch.
     """
     code = (
-        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()"
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.sample_timesteps\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     done = train(
         "train_lora",
