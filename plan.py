@@ -403,7 +403,7 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
     with Tracker() as tracker:
         eight_bit = getattr(args, "optimizer", "adamw") == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
-        ema = EMA(params, args.ema) if args.ema else None
+        ema = EMA(params, args.ema, opt) if args.ema else None
         for _ in range(2):
             noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
             loss = noisy.loss(dit, embed(), None)
@@ -412,7 +412,7 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
             opt.zero_grad(set_to_none=True)
             loss.backward()
             if eight_bit:  # works in pieces so small that only its states count
-                opt.state.update({p: opt._new(p) for p in params if p not in opt.state})
+                opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
             if ema:

@@ -26,21 +26,9 @@ from sample import decode, denoise, read_prompts
 
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 RESUME_MAY_CHANGE = (
-    *(
-        "steps",
-        "out",
-        "cache",
-        "cache_only",
-        "device",
-        "save_every",
-        "eval_every",
-        "previews",
-        "preview_every",
-        "resume",
-    ),
-    *("data", "ckpt", "text_encoder", "init_lora", "checkpointing", "max_skipped", "save", "cache_text"),
-    *("stream_blocks", "fsdp", "ulysses_size", "pipeline_stages"),
-)
+    "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
+    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages"
+).split()
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
 
 
