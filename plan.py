@@ -27,7 +27,7 @@ from parallel import cut
 from sample import DTYPES, free_memory, parse_size
 from t5 import XXL, TextEncoder, build_t5
 from train import experts, noised
-from vae import FULL, VAE, build_vae, channels_last
+from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import Wan, full_config, keep_fp32, read_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
@@ -146,7 +146,7 @@ def builders(models):
 def full_builders(s):
     """The same of a released size, of which no file is needed. s: the settings of a variant."""
     dits = {name: lambda: Wan(full_config(s["variant"])) for name in (("high", "low") if s["experts"] else ("dit",))}
-    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[s["vae"]])}
+    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(s["vae"], *FULL_WIDTHS[s["vae"]])}
 
 
 def build(build, part, dtype, cuda=False):

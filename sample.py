@@ -530,7 +530,7 @@ def decode(models, latents, tile=0):
     tiles = lambda side: -(-h // side) * -(-w // side)
     tile = tile or next(
         side
-        for side in range(vae.decoder.reach(), max(h, w, vae.decoder.reach()) + 1)
+        for side in range(vae.decoder.receptive_radius(), max(h, w, vae.decoder.receptive_radius()) + 1)
         if tiles(side) <= team or side >= max(h, w)
     )
     return vae.decode(latents, tile, models.world.share_tiles)
@@ -828,7 +828,7 @@ def main():
         if not world.writes:
             continue
         if args.vae_tile and not i and world.team == 1:
-            overlap, exact = models.part("vae").overlap(args.vae_tile)
+            overlap, exact = models.part("vae").tile_overlap(args.vae_tile)
             off = (
                 "exact"
                 if exact
