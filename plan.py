@@ -26,7 +26,7 @@ from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
 from t5 import XXL, TextEncoder, build_t5
-from vae import FULL, VAE, build_vae, channels_last
+from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
@@ -152,7 +152,8 @@ def builders(models):
 def full_builders(s):
     """The same of a released size, of which no file is needed. s: the Settings of a variant."""
     dits = {name: lambda: Wan(full_config(s.variant)) for name in s.expert_names}
-    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[VARIANTS[s.variant]["vae"]])}
+    version = VARIANTS[s.variant]["vae"]
+    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):

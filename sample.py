@@ -198,7 +198,7 @@ def decode(models, latents, tile=0):
     pixels = math.prod(latents.shape[3:]) * math.prod(models.settings.stride[1:])
     vae, split = models.acquire("vae", VAE_BYTES * pixels), models.world.split_tiles
     if split and not tile:
-        tile = smallest_tile(latents.shape[3:], vae.decoder.reach(), split[1])
+        tile = smallest_tile(latents.shape[3:], vae.decoder.receptive_radius(), split[1])
     return vae.decode(latents, tile, split)
 
 
@@ -462,7 +462,7 @@ def run(args, prompts, world):
 
 def tile_report(models, latents, video, tile):
     """How a decode in tiles differs from a whole one: not at all, or by how much in the first frame."""
-    overlap, exact = models.acquire("vae").overlap(tile)
+    overlap, exact = models.acquire("vae").tile_overlap(tile)
     off = "exact"
     if not exact:
         whole = decode(models, latents[:, :, :1])[0].cpu()
