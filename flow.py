@@ -22,7 +22,7 @@ def unshift_t(t, shift):
     return t / (shift - (shift - 1) * t)
 
 
-def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
+def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
     distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the
@@ -40,7 +40,7 @@ def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=N
     return shift_t(base, shift).float()
 
 
-def quantiles_t(n, shift, low=0.0, high=1.0):
+def eval_timesteps(n, shift, low=0.0, high=1.0):
     """n fixed times (n,) fp32 in [low, high): the middles of n equal shares of the uniform distribution, shifted."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()

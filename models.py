@@ -22,7 +22,7 @@ from fp8 import take_scales
 from lora import check_fit, merge, named_expert, read_lora
 from parallel import World, parallelize
 from t5 import encoder_files, load_t5
-from vae import load_vae
+from vae import GEOMETRY, load_vae
 from wan import VARIANTS, load_wan, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,7 +116,8 @@ def released(variant):
     """The Settings of one of wan.VARIANTS at its released size."""
     row = VARIANTS[variant]
     own = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
-    return Settings(variant=variant, is_moe=row["boundary"] is not None, **own)
+    z_dim, stride = GEOMETRY[row["vae"]]
+    return Settings(variant=variant, z_dim=z_dim, stride=stride, is_moe=row["boundary"] is not None, **own)
 
 
 def settings(ckpt_dir):

@@ -58,10 +58,10 @@ class Request:
         return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
-def resolve(models, image=None, **overrides):
-    """A Request: the checkpoint's recommended settings with what is given (not None) over them, checked."""
-    s = models.settings.with_overrides(**overrides)
-    s.conditioning.check(models.dir, image)
+def resolve(settings, ckpt, image=None, **overrides):
+    """A Request: a checkpoint's recommended Settings with what is given (not None) over them, checked."""
+    s = settings.with_overrides(**overrides)
+    s.conditioning.check(ckpt, image)
     flow.solver(s.solver, s.steps, s.shift)
     image = None if image is None else open_image(image)
     return Request(s, image, s.conditioning.video_size(s.size, image))
@@ -153,7 +153,7 @@ def denoise(models, prompts, seeds, image=None, progress=True, step_cache=None, 
     estimate of the clean latents after every model evaluation.
     """
     # prompts and conditions: the encoders are done before the DiT comes
-    request = resolve(models, image, **overrides)
+    request = resolve(models.settings, models.dir, image, **overrides)
     s, B = request.settings, len(prompts)
     embeds, lens = models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
     negative = (embeds[B:].expand(B, -1, -1), lens[B:].expand(B)) if s.guided else None
@@ -371,6 +371,19 @@ def numbered(path, i, count):
     return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")
 
 
+def sampling_overrides(args):
+    """The flags that override a checkpoint's settings, as `resolve` takes them."""
+    return dict(
+        size=None if args.size is None else parse_size(args.size),
+        frames=args.frames,
+        steps=args.steps,
+        shift=args.shift,
+        guidance=None if args.guidance is None else parse_guidance(args.guidance),
+        solver=args.solver,
+        negative=args.negative,
+    )
+
+
 def main():
     args = arguments()
     check_flags(args)
@@ -396,16 +409,8 @@ def run(args, prompts, world):
     models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
 
     # what is asked of them, and what that will need
-    overrides = dict(
-        size=None if args.size is None else parse_size(args.size),
-        frames=args.frames,
-        steps=args.steps,
-        shift=args.shift,
-        guidance=None if args.guidance is None else parse_guidance(args.guidance),
-        solver=args.solver,
-        negative=args.negative,
-    )
-    request = resolve(models, args.image, **overrides)
+    overrides = sampling_overrides(args)
+    request = resolve(models.settings, models.dir, args.image, **overrides)
     s = request.settings
     used = {k: getattr(s, k) for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver")}
     used |= {"pixels": request.pixels, "negative": s.negative, "ckpt": str(args.ckpt), "seed": seed, "dtype": dtype}
@@ -413,7 +418,7 @@ def run(args, prompts, world):
     inexact = {"base_dtype": "fp8" if models.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
     used |= {k: v for k, v in inexact.items() if v}
     print(json.dumps(used, ensure_ascii=False), ops.chosen(world.device), sep="\n")
-    layout = plan.Layout.of(args, world.size, models.fp8)
+    layout = plan.ParallelLayout.of(args, world.size, models.fp8)
     mode = models.guidance_mode(request.tokens) if s.guided else "none"
     need = plan.sampling(
         request, plan.builders(models), world.device, DTYPES[dtype], mode, layout=layout, tile=args.vae_tile

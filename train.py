@@ -220,14 +220,15 @@ def eval_batches(items, files, shift, low, high):
 class Dataset:
     """The samples of a run, cached, and what each step sees of them. `items` are trained on, `val_items` are not."""
 
-    def __init__(self, args, models):
-        """Scan and report; nothing is computed yet."""
+    def __init__(self, args, models, limit=None):
+        """Scan and report; nothing is computed yet. limit: take so many samples only, by their digests."""
         self.args, self.models, self.world, s = args, models, models.world, models.settings
         source = Path(args.data) if args.data else self.world.broadcast_from_rank0(lambda: nano_data(NANO_DATA))
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         area = math.prod(parse_size(args.resolution))
         scan_flags = source, area, s.size_multiple, args.frames, s.fps, args.clip_mode, self.cache
         items, skipped = self.world.broadcast_from_rank0(lambda: data.scan(*scan_flags))
+        items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
         digests = sorted({i.digest for i in items})
         held_out = set(digests[: min(16, int(args.held_out * len(digests)))])
         self.items = [i for i in items if i.digest not in held_out]
@@ -353,7 +354,7 @@ class TrainState:
 
     def __init__(self, params, opt, args):
         self.params, self.opt, self.guard, self.step = params, opt, Guard(args.grad_spike_factor), 0
-        self.ema = EMA(params, args.ema) if args.ema else None
+        self.ema = EMA(params, args.ema, opt) if args.ema else None
         for group in opt.param_groups:
             group.setdefault("peak_lr", group["lr"])
 
@@ -521,7 +522,7 @@ def fit(
         metrics |= {"lr": opt.param_groups[0]["lr"], "grad_norm": grad_norm}
         if reason := guard.should_skip(loss, grad_norm):
             print(f"step {step + 1} skipped: {reason}", flush=True)
-            metrics["skipped"] = guard.skipped_in_a_row
+            metrics["skipped"] = guard.skipped
         else:
             world.seed(args.seed, step, "optimizer", same=True)
             opt.step()
@@ -540,14 +541,10 @@ def fit(
             metrics["mfu"] = round(mfu, 3)
         model = None  # the other expert may be next
         run.log(step + 1, **metrics, **evaluate(step + 1))
-        too_many = guard.skipped_in_a_row >= args.max_skipped
+        too_many = guard.skipped >= args.max_skipped
         if (step + 1) % args.save_every == 0 or last or stop or too_many:
             save(step + 1)
-        if too_many:
-            raise BadInput(
-                f"{guard.skipped_in_a_row} steps in a row skipped, the last because {reason}; the weights from before "
-                f"them are saved in {run.out}. A lower --lr than {args.lr:g} may help, or a lower --grad_clip"
-            )
+        guard.raise_if_stuck(args.max_skipped, reason, args.lr, run.out)
         if stop:
             return False
     return True
