@@ -351,37 +351,37 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_b
     return model.eval()
 
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-def _causes(error):
-    """An exception, what it was raised from, and what ranks reported through torch.distributed.checkpoint."""
+def _system_error(error):
+    """The errno behind an exception, or None: libraries wrap what the system says, and torch's writer of zip files, on
+    another rank, leaves only its own name.
+    """
+    text = str(error)
     while error is not None:
-        yield error
-        for inner, _ in getattr(error, "failures", {}).values():
-            yield from _causes(inner)
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
         error = error.__cause__ or error.__context__
+    return errno.EIO if "inline_container" in text else None
 
 
 @contextlib.contextmanager
 def writing(path):
     """Around a write to `path`: what goes wrong, in whatever form a library raises it, becomes an OSError that names
-    the file and, where that is the reason, its disk.
+    the file and, where that may be the reason, its disk.
     """
     try:
         yield
     except Exception as e:
-        cause = next((c for c in _causes(e) if isinstance(c, OSError) and c.errno), None)
-        if cause is None:
+        number = _system_error(e)
+        if number is None:
             raise
         folder = next(p for p in Path(path).absolute().parents if p.exists())
         disk = next(p for p in (folder, *folder.parents) if p.is_mount() or p == p.parent)
-        why = os.strerror(cause.errno)
-        if cause.errno in DISK_FULL:
-            why += f"; the disk at {disk} has {shutil.disk_usage(folder).free / 1e9:.2f} GB free"
-        elif cause.errno == errno.EFBIG:
-            why += f"; a limit on the size of files, of this process (ulimit -f) or of the disk at {disk}"
-        raise OSError(cause.errno, f"cannot be written ({why})", str(path)) from None
+        reason = os.strerror(number)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            reason += f"; the disk at {disk} has {shutil.disk_usage(folder).free / 1e9:.2f} GB free"
+        elif number == errno.EFBIG:
+            reason += f"; a limit on the size of files, of this process (ulimit -f) or of the disk at {disk}"
+        raise OSError(number, f"cannot be written ({reason})", str(path)) from None
 
 
 TEMPORARY = ".tmp-"  # what the names of unfinished files begin with

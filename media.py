@@ -70,8 +70,10 @@ def open_photo(path):
             if image.mode == "F":
                 raise Skip("holds floating-point pixels, whose range is unknown")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image if image.mode == "RGBA" else image.convert("RGBA")
+                page = Image.new("RGB", image.size, "white")
+                page.paste(image, mask=image.getchannel("A"))
+                return page
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Skip:

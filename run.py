@@ -298,7 +298,10 @@ class Run:
             import torch.distributed.checkpoint as dcp
 
             with writing(folder):
-                dcp.save(shards, checkpoint_id=folder)
+                try:
+                    dcp.save(shards, checkpoint_id=folder)
+                except dcp.CheckpointException as e:  # which is no Exception
+                    raise next(iter(e.failures.values()))[0] from None
         if self.is_main:
             save_pickle(file, {"step": step, "fingerprint": self.fingerprint, "shards": bool(shards), **state})
             for old in self._saved()[: -self.keep]:
