@@ -29,7 +29,8 @@ from checkpoint import BadInput, atomic, cli, count_blocks, find, read_header, r
 from data import Skip, open_photo
 from fp8 import report as fp8_report
 from fp8 import take_scales
-from lora import check_fit, merge, named_expert, read_lora
+from lora import check_fit, merge
+from lora_files import choose_experts, parse_lora_spec, read_lora
 from parallel import World
 from t5 import encoder_files, load_t5
 from vae import load_vae
@@ -124,30 +125,15 @@ class Models:
         )  # the ranks of a machine, if they share host copies: (whether this is the first, barrier, file of a part)
 
     def _lora(self, spec):
-        """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the
-        flag does not.
-        """
-        file, expert = named_expert(spec)
-        fields, weight = file.split(":"), 1.0
-        if len(fields) > 1:
-            try:
-                weight = float(fields[-1])
-                fields.pop()
-            except ValueError:
-                pass
-            if not math.isfinite(weight):
-                raise BadInput(f"--lora {spec}: a weight of {weight}")
-        file = ":".join(fields)
-        pairs, metadata = read_lora(file)
-        expert = expert or metadata.get("expert")
-        if expert in ("high", "low") and expert not in self.experts:
-            raise BadInput(
-                f"--lora {spec}: made for the {expert}-noise expert of an A14B, and {self.dir} has a single model"
-            )
-        expert = expert if expert in ("high", "low") else None
-        for name in [expert] if expert else self.experts:
-            check_fit(file, pairs, {n.removesuffix(".weight"): e.shape for n, e in self.headers[name].items()})
-        return file, weight, expert
+        """FILE[:weight][:high|low|both] -> (file, weight, the DiTs that it is for)."""
+        lora = parse_lora_spec(spec)
+        experts, source = choose_experts(lora, self.experts)
+        for name in experts:
+            shapes = {n: e.shape for n, e in self.headers[name].items()}
+            check_fit(lora.file, read_lora(lora.file, name)[0], shapes)
+        if source:
+            print(f"{lora.file}: for {' and '.join(sorted(experts))} noise ({source})")
+        return lora.file, lora.weight, experts
 
     def folder(self, expert):
         return self.dir if expert == "dit" else self.dir / f"{expert}_noise_model"
@@ -231,9 +217,9 @@ class Models:
         share = self.machine and (self.stream or self.device.type == "cuda" and len(self.experts) > 1)
         where = self.device if not (self.stream or share) else "cpu" if first else "meta"
         model = load_wan(self.folder(name), where, self.dtype, self.fp8, lambda model: self.prepare(name, model))
-        for file, weight, expert in self.loras:
-            if expert in (None, name):
-                merge(model, file, weight)
+        for file, weight, experts in self.loras:
+            if name in experts:
+                merge(model, file, weight, name)
         if first and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
         if share:
@@ -266,7 +252,7 @@ class Models:
 def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, fp8=False, stream=0):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
     DiT's blocks in 8 bits. stream: how many of them stay on the host. Weights are read when first needed; a LoRA that
     cannot be read raises BadInput here."""
     return Models(ckpt_dir, device, dtype, lora, text_encoder, fp8, stream)
@@ -689,7 +675,7 @@ def arguments(given=None):
     p.add_argument("--solver", choices=list(flow.SOLVERS))
     p.add_argument("--seed", type=int, default=0, help="-1: at random")
     p.add_argument("--negative", help='negative prompt (default: the checkpoint\'s; "" is an empty one)')
-    p.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+    p.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
     p.add_argument("--text_encoder", help="an updated text encoder's file")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

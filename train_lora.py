@@ -20,8 +20,20 @@ import data
 import ops
 import plan
 from checkpoint import BadInput, Run, cli, load
-from lora import TARGETS, adapter, attach, hold_to, inject, named_expert, parse_blocks, start_from, write_lora
-from lora import norms as lora_norms
+from lora import (
+    ANIMATE_TARGETS,
+    S2V_TARGETS,
+    TARGETS,
+    adapter,
+    attach,
+    clamp_weight_norm,
+    inject,
+    parse_blocks,
+    start_from,
+    weight_norms,
+    write_lora,
+)
+from lora_files import choose_experts, parse_lora_spec
 from optim import EMA, Guard, adamw, lr_at
 from parallel import World, clip
 from sample import DTYPES, Models, pick_device
@@ -79,8 +91,9 @@ def resolve(args, s, blocks):
             f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank only a part of the blocks"
         )
     args.targets = args.targets.split(",")
-    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
-        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
+    known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
+    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
+        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(known)}, each once")
     if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
         raise BadInput(
             f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
@@ -106,13 +119,11 @@ def starts(specs, turns):
     """
     found = {}
     for spec in specs:
-        file, expert = named_expert(spec)
-        expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
-        if expert not in turns or expert in found:
-            raise BadInput(
-                f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low"
-            )
-        found[expert] = file
+        lora = parse_lora_spec(spec, "--init_lora")
+        for expert in choose_experts(lora, tuple(turns), "--init_lora")[0]:
+            if expert in found:
+                raise BadInput(f"--init_lora {spec}: {found[expert]} is for the same expert; give one file for each")
+            found[expert] = lora.file
     return found
 
 
@@ -174,10 +185,10 @@ def main():
     models.prepare = adapt
     for name in turns:
         model = models.part(name)
-        norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
+        norms[name] = world.together(weight_norms(model)) if args.delta_cap else {}
         model = None  # so that it can make room for the other expert
     for name, file in starts(args.init_lora, turns).items():
-        start_from(adapters[name], file, scale)
+        start_from(adapters[name], file, scale, name)
     params = [p for name in turns for pair in adapters[name].values() for p in pair]
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
 
@@ -204,7 +215,7 @@ def main():
         with averaged():
             for name in turns if world.main else ():
                 if ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
-                    hold_to(adapters[name], scale, norms[name], args.delta_cap)
+                    clamp_weight_norm(adapters[name], scale, norms[name], args.delta_cap)
                 file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
                 write_lora(file, adapters[name], scale, variant=s["variant"], step=step, expert=name)
         save_state(run, step, params, opt, guard, ema)
@@ -244,7 +255,7 @@ def main():
         else:
             opt.step()
             if args.delta_cap:
-                line["capped"] = hold_to(adapters[name], scale, norms[name], args.delta_cap)
+                line["capped"] = clamp_weight_norm(adapters[name], scale, norms[name], args.delta_cap)
             if ema:
                 ema.update()
         seconds = time.time() - began
