@@ -4,7 +4,6 @@ Files are written so that ComfyUI, lightx2v and diffusers all read them alike: k
 and `.lora_B.weight`, alpha/rank folded into B, no alpha key. What is read, and how, is in lora_files.py.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import DTYPES, BadInput, atomic
+from checkpoint import BadInput, save
 from lora_files import IMAGE_BRANCH, read_lora
 
 # What can be trained: the ends of modules' names within a block; in every model, in Animate's, and in S2V's
@@ -256,7 +255,7 @@ def write_lora(path, pairs, scale=1.0, variant=None, title=None, date=None, trai
         metadata["modelspec.date"] = date
     if trained_words:
         metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
-    _save_sorted(path, tensors, metadata)
+    save(path, tensors, metadata)
 
 
 def write_changes(path, changes, metadata, factors):
@@ -264,23 +263,4 @@ def write_changes(path, changes, metadata, factors):
     tensors = {}
     for name, change in changes.items():
         tensors |= change.tensors(name, factors.get(name, 1.0))
-    _save_sorted(path, tensors, metadata)
-
-
-def _save_sorted(path, tensors, metadata):
-    """Write a safetensors file whose bytes depend on nothing but its content: safetensors' own writer puts the
-    metadata in another order each time.
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {k: str(v) for k, v in sorted(metadata.items())}}, 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all stay aligned
-    for name in order:
-        t = tensors[name]
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
-        end += t.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) as tmp, open(tmp, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            f.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    save(path, tensors, metadata)

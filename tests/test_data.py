@@ -12,7 +12,8 @@ from PIL import Image
 
 import data
 from checkpoint import BadInput, load
-from sample import write_mp4
+from conditions import ImageChannels
+from media import write_mp4
 
 ROOT = Path(__file__).parent.parent
 
@@ -184,7 +185,9 @@ def test_cached_latents_equal_a_direct_encode(tmp_path):
     items, _ = scan(tmp_path, area=64 * 64, multiple=16)
     vae = tiny.vae(False)
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
-    files = data.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae, image_condition=True)
+    how = tmp_path / "cache", tmp_path / "VAE.pth"
+    assert data.cache_latents(items, *how, lambda: vae, ImageChannels()) == []
+    files = data.latent_files(items, *how, ImageChannels())
     for item, file in zip(items, files):
         got, want = load(file)[0], vae.encode(data.pixels(item)[None])[0]
         assert torch.equal(got["latents"], want)
@@ -207,7 +210,9 @@ def test_only_what_changed_is_computed_again(tmp_path):
     def cached(**kwargs):
         calls.clear()
         loader = lambda: calls.append("loaded") or vae
-        return data.cache_latents(scan(tmp_path, **kwargs)[0], tmp_path / "cache", tmp_path / "VAE.pth", loader)
+        items, how = scan(tmp_path, **kwargs)[0], (tmp_path / "cache", tmp_path / "VAE.pth")
+        assert not data.cache_latents(items, *how, loader)
+        return data.latent_files(items, *how)
 
     first = cached()
     assert calls == ["loaded"] and cached() == first and not calls
@@ -280,7 +285,7 @@ def test_a_jsonl_lists_paths_and_captions(tmp_path):
     assert [why.split()[0] for _, why in skipped] == ["does", "has", "is"] and "line 5 of list.jsonl" in skipped[1][1]
     for broken in ("{", '["a"]', '{"caption": "x"}'):
         (tmp_path / "list.jsonl").write_text(lines[0] + "\n" + broken)
-        with pytest.raises(BadInput, match="list.jsonl, line 2: not lines of"):
+        with pytest.raises(BadInput, match="list.jsonl, line 2: (not lines of|names no file)"):
             scan(tmp_path / "list.jsonl")
 
 
