@@ -32,7 +32,7 @@ def load(
 ):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
     DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
     Weights are read when first needed; a LoRA that cannot be read raises BadInput here.
     """
@@ -287,7 +287,7 @@ def arguments(argv=None):
     add("--solver", choices=list(flow.SOLVERS), help="default: the checkpoint's")
     add("--seed", type=int, default=0, help="of the noise; -1: at random (default: 0)")
     add("--negative", help='negative prompt (default: the checkpoint\'s; "" is an empty one)')
-    add("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+    add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")

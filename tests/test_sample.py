@@ -394,7 +394,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
             p.data.normal_(0, 0.2)
         save_lora(tmp_path / f"{name}.safetensors", model, **({"expert": "low"} if name == "a" else {}))
     a, b = (str(tmp_path / f"{n}.safetensors") for n in "ab")
-    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", b])
+    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", f"{b}:both"])
     for expert, applied in (("high", [(b, -1.5), (b, 1.0)]), ("low", [(a, 0.5), (b, 1.0)])):
         want = load_wan(checkpoints["t2v"] / f"{expert}_noise_model", dtype=torch.float32)
         for file, weight in applied:
@@ -406,7 +406,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
     with pytest.raises(BadInput, match="nowhere"):  # at once, not when that expert comes
         load(checkpoints["t2v"], lora=["nowhere.safetensors:low"])
     save_lora(tmp_path / "wide.safetensors", (wide := tiny.dit("t2v", dim=96), inject(wide, rank=2))[0])
-    for spec in ("wide.safetensors", "wide.safetensors:low"):
+    for spec in ("wide.safetensors:both", "wide.safetensors:low"):
         with pytest.raises(BadInput, match="does not fit"):
             load(checkpoints["t2v"], lora=[str(tmp_path / spec)])
 

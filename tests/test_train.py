@@ -467,7 +467,7 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
         run = train("train_lora", checkpoints["ti2v"], media, tmp_path / "c", *flags, "--init_lora", file, check=False)
         assert run.returncode == 1 and "--init_lora" in run.stderr and message in run.stderr, run.stderr
     run = train("train_lora", checkpoints["t2v"], media, tmp_path / "d", "--rank", 4, "--init_lora", file, check=False)
-    assert run.returncode == 1 and "made for dit" in run.stderr
+    assert run.returncode == 1 and "for which expert?" in run.stderr
 
 
 def test_which_expert_starts_from_a_file(tmp_path):
@@ -475,8 +475,8 @@ def test_which_expert_starts_from_a_file(tmp_path):
     from train_lora import initial_loras
 
     foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
-    save(foreign, {"x": torch.zeros(1)})
-    save(low, {"x": torch.zeros(1)}, {"expert": "low"})
+    save(foreign, {"blocks.0.ffn.0.diff": torch.zeros(1)})
+    save(low, {"blocks.0.ffn.0.diff": torch.zeros(1)}, {"expert": "low"})
     assert initial_loras([f"{foreign}:high", low], {"high": 0, "low": 0}) == {"high": foreign, "low": low}
     assert initial_loras([foreign], {"high": 0}) == {"high": foreign} and initial_loras([], {"dit": 0}) == {}
     for specs, turns in (([foreign], ("high", "low")), ([low, f"{foreign}:low"], ("high", "low")), ([low], ("high",))):
