@@ -38,17 +38,7 @@ import plan
 import sample
 import train_lora
 import train_te
-from checkpoint import (
-    BadInput,
-    atomic,
-    clean_key,
-    cli,
-    count_blocks,
-    load,
-    read_header,
-    read_headers,
-    weight_files,
-)
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, weight_files
 from data import CLIPS
 from lora import TARGETS, check_fit, write_changes
 from lora_files import describe, read_lora
