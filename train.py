@@ -281,7 +281,7 @@ class Dataset:
     def cache_texts(self):
         """Fill the cache of caption embeddings, each rank a part of it; returns {caption: file}."""
         models, dtype = self.models, DTYPES[self.args.dtype]
-        sources = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]
+        sources = [*models.files("text"), models.tokenizer_file]
         how = self.cache, sources, lambda: models.acquire("text"), dtype
         data.cache_texts(self.captions[self.world.rank :: self.world.size], *how)
         self.world.barrier()
