@@ -25,21 +25,9 @@ from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
-from run import Run
+from run import Run, TrainState, resume_fingerprint
 from t5 import EOS, PAD, UNK, Tokenizer
-from train import (
-    NANO_WORDS,
-    Dataset,
-    Previews,
-    TrainState,
-    add_flags,
-    check_ranges,
-    evaluate,
-    expert_schedule,
-    fit,
-    resolve_flags,
-    resume_fingerprint,
-)
+from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
 def arguments(argv=None):

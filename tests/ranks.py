@@ -24,7 +24,7 @@ import sample
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
-from train import TrainState
+from run import TrainState
 
 WORLDS = []
 
