@@ -222,7 +222,7 @@ def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, la
     dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype, cuda)
     if layout.fp8:
         fp8.convert(dit, {})
-    dit.keeps_text = layout == ONE or layout == ONE._replace(fp8=True)
+    dit.cache_text_kv = layout == ONE or layout == ONE._replace(fp8=True)
     local = layout.shape(shape)
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     emb = torch.empty(batch, text, dit.config.text_dim, dtype=dtype)

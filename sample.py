@@ -237,7 +237,7 @@ class Models:
         if first and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
         if share:
-            self.shared[name] = offload.share(model, place(name), first, barrier, self.device.type == "cuda")
+            self.shared[name] = offload.share_host_copy(model, place(name), first, barrier, self.device.type == "cuda")
         if self.stream:
             self.streams[name] = offload.Stream(model, self.stream, self.device, self.shared.get(name))
         elif share:
