@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import models
 import parallel
 import sample
 import scattered
 import tiny
-import train
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
+from train import TrainState
 
 WORLDS = []
 
@@ -36,18 +37,14 @@ def whole(state):
 
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
-    models, world = sample.load("nano"), World("cpu", **ranks)
-    models.world, models.prepare, models.agree = (
-        world,
-        lambda name, model: parallel.parallelize(model, world),
-        lambda yes: world.all_ranks(yes, "sp"),
-    )
-    sample.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
+    world = World("cpu", **ranks)
+    checkpoint = sample.load("nano", world=world)
+    models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
     latents = sample.denoise(
-        models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
+        checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(models, z)}
+    found = {"latents": latents, "video": sample.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
     )  # they did work together
@@ -78,35 +75,29 @@ def run(job):
     if job["script"] in ("library", "tokens"):
         return {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
-    kept = {
-        "adamw": getattr(module, "adamw", None),
-        "save_state": getattr(module, "save_state", None),
-        "restore": getattr(module, "restore", None),
-    }
+    adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore
     if job.get("sgd"):
         module.adamw = lambda params, lr, weight_decay=0.0: torch.optim.SGD(params, lr)
-    if job.get("dump"):
 
-        def save_state(r, step, params, opt, guard, ema):
-            kept["save_state"](r, step, params, opt, guard, ema)
-            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
-            if main:
-                torch.save(found, f"{job['dump']}_saved_{step}.pt")
+    def dump(state, name):
+        tensors = whole(state.param_slots(state.state_dict()))
+        if main:
+            torch.save(tensors, f"{job['dump']}_{name}.pt")
 
-        def restore(state, params, opt, guard, ema):
-            step = kept["restore"](state, params, opt, guard, ema)
-            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
-            if main:
-                torch.save(found, f"{job['dump']}_restored_{step}.pt")
-            return step
+    def save_and_dump(self, run, step):
+        save_state(self, run, step)
+        dump(self, f"saved_{step}")
 
-        module.save_state, module.restore = save_state, restore
+    def restore_and_dump(self, state):
+        restore(self, state)
+        dump(self, f"restored_{self.step}")
+
+    patches = {"save": save_and_dump, "restore": restore_and_dump} if job.get("dump") else {"save": save_state}
     where, what = BREAK.get(job.get("broken"), (parallel, {"parallelize": parallel.parallelize}))
     sys.argv = [job["script"], *job["argv"]]
-    with mock.patch.multiple(where, **what):
+    with mock.patch.multiple(where, **what), mock.patch.multiple(TrainState, **patches):
         module.main()
-    for name, value in kept.items():
-        setattr(module, name, value)
+    module.adamw = adamw
     if main and "--out" in job["argv"] and job["script"] != "sample":
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load, read_headers, weight_files
-from plan import Layout, sent
+from checkpoint import load, read_headers, save, weight_files
+from plan import ParallelLayout, sent
 from t5 import load_t5
 from wan import read_config
 
@@ -42,11 +42,28 @@ def torchrun(n, *command, flags=()):
 
 
 def finished(n, *command, timeout=600, **given):
+    """The finished process; the timeout only ends what hangs, as ranks do that wait for one that has died."""
     line, options = torchrun(n, *command, **given)
     return subprocess.run(line, capture_output=True, timeout=timeout, **options)
 
 
+def smooth_encoder(folder):
+    """The file of nano's text encoder with q and k at 1/64; made on the first call.
+
+    Nano's own has attention logits of up to 2300 (T5 does not divide by sqrt(d)), where neighbouring fp32 numbers are
+    2e-4 apart. Gradients that were summed over the samples in another order make weights that differ in their last
+    bits; those moved the few probabilities that are neither 0 nor 1, and so the gradients of q and k, by 5e-5 of their
+    size. With logits below 1 rounding stays rounding. The adapters never had this: the DiT normalizes q and k.
+    """
+    file = folder / "encoder.safetensors"
+    if not file.exists():
+        tensors = load_t5(ROOT / "nano", dtype=torch.float32).state_dict()
+        save(file, {k: t / 64 if k.endswith(("attn.q.weight", "attn.k.weight")) else t for k, t in tensors.items()})
+    return file
+
+
 def training(script, media, folder, name, *flags, batch, steps=5, **more):
+    encoder = ["--text_encoder", str(smooth_encoder(folder))] if script == "train_te" else []
     return {
         "script": script,
         "sgd": True,
@@ -54,7 +71,8 @@ def training(script, media, folder, name, *flags, batch, steps=5, **more):
         "argv": [
             *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
             *"--schedule constant --warmup 0 --device cpu".split(),
-            *("--lr 0.2 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(),
+            *("--lr 1 --grad_clip 0.05 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(),
+            *encoder,
             *flags,
         ],
     }
@@ -183,7 +201,7 @@ def test_something_was_learned(runs):
     for name in ("lora", "te"):
         losses = [line["grad_norm"] for line in log(runs / name)]
         assert len(losses) == 5 and min(losses) > 1e-4
-    before, after = load_t5(ROOT / "nano", dtype=torch.float32).state_dict(), load(runs / "te" / RESULT["train_te"])[0]
+    before, after = load(smooth_encoder(runs))[0], load(runs / "te" / RESULT["train_te"])[0]
     change = {k: (after[k] - before[k]).norm() / after[k].norm() for k in after}
     assert change["blocks.0.attn.v.weight"] > 1e-3 and change["blocks.0.attn.q.weight"] > 5e-3
     rows = (after["token_embedding.weight"] - before["token_embedding.weight"]).norm(dim=1)
@@ -237,7 +255,7 @@ def test_both_experts(checkpoints, media, tmp_path, report):
     """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on
     every rank.
     """
-    flags = ["--ckpt", str(checkpoints["t2v"]), "--stretch", "1", "--lr", "1e-3", "--resolution", "64x64"]
+    flags = ["--ckpt", str(checkpoints["t2v"]), "--steps_per_expert", "1", "--lr", "1e-3", "--resolution", "64x64"]
     run_jobs(1, tmp_path, [training("train_lora", media, tmp_path, "one", *flags, batch=2, sgd=False)])
     run_jobs(2, tmp_path, [training("train_lora", media, tmp_path, "two", *flags, batch=1, sgd=False)])
     for expert in ("high", "low"):
@@ -290,11 +308,11 @@ def test_bytes_sent(media, tmp_path, report):
     for end in (".mp4", ".txt"):
         shutil.copy(media / f"a{end}", folder / f"a{end}")
     cases = {
-        "data": (Layout(), 1, ()),
-        "fsdp": (Layout(shards=2), 1, ("--fsdp",)),
-        "ulysses": (Layout(sequence=2), 2, ("--ulysses_size", "2")),
-        "checkpointing": (Layout(sequence=2), 2, ("--ulysses_size", "2", "--checkpointing")),
-        "pipeline": (Layout(stages=2), 2, ("--pipeline_stages", "2")),
+        "data": (ParallelLayout(), 1, ()),
+        "fsdp": (ParallelLayout(fsdp_size=2), 1, ("--fsdp",)),
+        "ulysses": (ParallelLayout(sp_size=2), 2, ("--ulysses_size", "2")),
+        "checkpointing": (ParallelLayout(sp_size=2), 2, ("--ulysses_size", "2", "--checkpointing")),
+        "pipeline": (ParallelLayout(pp_size=2), 2, ("--pipeline_stages", "2")),
     }
     run_jobs(
         2,
