@@ -41,7 +41,7 @@ def torchrun(n, *command, flags=()):
     return [*start, *map(str, command)], dict(cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True)
 
 
-def finished(n, *command, timeout=240, **given):
+def finished(n, *command, timeout=600, **given):
     """The finished process; the timeout only ends what hangs, as ranks do that wait for one that has died."""
     line, options = torchrun(n, *command, **given)
     return subprocess.run(line, capture_output=True, timeout=timeout, **options)
@@ -238,6 +238,17 @@ def test_the_library_on_ranks(tmp_path, report):
     for name in ("ulysses", "guidance", "both", "four"):
         for what, t in load(tmp_path / f"{name}.safetensors")[0].items():
             report(f"{name}, {what}", ((t - want[what]).norm() / want[what].norm()).item(), 1e-5)
+
+
+def test_any_tokens_on_ranks(tmp_path, report):
+    """Ulysses takes whatever tokens a model has: outputs and gradients."""
+    for n in (1, 2, 4):
+        job = {"script": "tokens", "argv": [str(tmp_path / f"{n}.safetensors")], "ranks": {"ulysses_size": n}}
+        run_jobs(n, tmp_path, [job])
+    want = load(tmp_path / "1.safetensors")[0]
+    for n in (2, 4):
+        for what, t in load(tmp_path / f"{n}.safetensors")[0].items():
+            report(f"{n} ranks, {what}", ((t - want[what]).norm() / want[what].norm()).item(), 1e-5)
 
 
 def test_both_experts(checkpoints, media, tmp_path, report):
@@ -466,7 +477,7 @@ def test_sigterm_saves_and_leaves(media, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
-    process.wait(60)
+    process.wait()
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
     assert len(saved) == 1 and int(re.search(r"\d+", saved[0].name)[0]) == log(tmp_path / "run")[-1]["step"] >= 3
 
