@@ -285,8 +285,8 @@ class StreamedPlacement(Placement):
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of
-    the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
     half of the steps.
     """
 

@@ -25,7 +25,7 @@ from flow import make_noisy_batch
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from t5 import XXL, TextEncoder, build_t5
+from t5 import XXL, TextEncoder, build_t5, read_encoder
 from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
 
@@ -141,7 +141,7 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
         name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()

@@ -15,13 +15,14 @@ import torch
 
 import data
 import plan
-from checkpoint import BadInput, load, read_headers
+from checkpoint import BadInput, load
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from media import write_grid, write_mp4
 from models import DTYPES, check_frames, parse_size, pick_dtype
 from optim import lr_at
 from parallel import backward, clip_grad_norm
 from sample import decode, denoise, read_prompts
+from t5 import read_encoder, tokenizer_file
 
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
 
@@ -217,7 +218,7 @@ class Dataset:
         self.val_items = [i for i in items if i.digest in held_out]
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
         self._choose_batches()
-        width = read_headers(models.files("text")[:1])["token_embedding.weight"].shape[1]
+        width = read_encoder(models.files("text")).entries["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
         channels = s.z_dim + s.conditioning.channels
         shapes = [s.latent_shape((i.width, i.height), i.frames) for i in items]
@@ -275,7 +276,7 @@ class Dataset:
     def cache_texts(self):
         """Fill the cache of caption embeddings, each rank a part of it; returns {caption: file}."""
         models, dtype = self.models, DTYPES[self.args.dtype]
-        sources = [*models.files("text"), models.tokenizer_file]
+        sources = [*models.files("text"), *filter(None, [tokenizer_file(models.dir)])]
         how = self.cache, sources, lambda: models.acquire("text"), dtype
         data.cache_texts(self.captions[self.world.rank :: self.world.size], *how)
         self.world.barrier()
