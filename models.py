@@ -326,10 +326,6 @@ class Models:
             return encoder_files(self.dir, self.text_encoder)
         return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
 
-    @property
-    def tokenizer_file(self):
-        return self.dir / "google" / "umt5-xxl" / "spiece.model"
-
     def config(self, expert=None):
         """The WanConfig of a DiT (default: the first expert)."""
         expert = expert or self.settings.expert_names[0]

@@ -318,12 +318,16 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     if rows:
         table = model.token_embedding.weight
         table[ids.read().to(device)] = rows.read().to(table)
+    model.tokenizer = load_tokenizer(ckpt_dir, spiece)
+    return model
+
+
+def load_tokenizer(ckpt_dir, spiece=None):
+    """The Tokenizer of a folder's spiece.model, else the one inside an encoder's file (EncoderFile.spiece)."""
     file = tokenizer_file(ckpt_dir)
     if file is None and spiece is not None:
-        model.tokenizer = Tokenizer(spiece.file, model=spiece.read().numpy().tobytes())
-    else:
-        model.tokenizer = Tokenizer(file or Path(ckpt_dir) / TOKENIZERS[0])
-    return model
+        return Tokenizer(spiece.file, model=spiece.read().numpy().tobytes())
+    return Tokenizer(file or Path(ckpt_dir) / TOKENIZERS[0])
 
 
 def convert_t5(source, out, layout, tokenizer=None):
