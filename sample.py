@@ -69,17 +69,17 @@ def resolve(settings, ckpt, image=None, **overrides):
 
 # ---- denoising ---------------------------------------------------------------------------------------------------
 class GuidedModel:
-    """One expert on B clips under classifier-free guidance (Ho and Salimans, 2022).
+    """One expert on B clips of so many tokens under classifier-free guidance (Ho and Salimans, 2022).
 
     embeds, negative: (embeddings (B,S,D), lens (B,)); negative is None where no step is guided. What a prompt's
     attention needs (Wan.embed_text) is computed here, once.
     """
 
-    def __init__(self, models, expert, request, embeds, negative, conditions):
+    def __init__(self, models, expert, tokens, embeds, negative, conditions):
         batch = len(embeds[1])
-        local_tokens = request.tokens // models.world.sp_size
+        local_tokens = tokens // models.world.sp_size
         self.model = models.acquire(expert, activation_bytes(models.config(expert).dim, local_tokens, batch))
-        self.mode = models.guidance_mode(request.tokens, batch)
+        self.mode = models.guidance_mode(tokens, batch)
         self.world, self.conditions = models.world, conditions
         self.copies_output = models.runtime.compile == "graphs"  # a graph's next replay overwrites what it gave
         self.cond, self.uncond, self.both = self._embed(embeds), None, None
@@ -147,25 +147,16 @@ class EasyCache:
 
 
 @torch.no_grad()
-def denoise(models, prompts, seeds, image=None, progress=True, step_cache=None, callback_on_step_end=None, **overrides):
-    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched
-    with, but for rounding. Arguments as in `generate`; step_cache: an EasyCache; callback_on_step_end(i, x0) sees the
-    estimate of the clean latents after every model evaluation.
+def denoise(models, s, x, embeds, negative, conditions, progress=True, step_cache=None, callback_on_step_end=None):
+    """From noise x (B,C,T',h,w) to latents of the same shape, fp32.
+
+    s: the Settings in force. embeds, negative: as GuidedModel takes them. conditions: of conditions.py. step_cache: an
+    EasyCache. callback_on_step_end(i, x0) sees the estimate of the clean latents after every model evaluation. Raises
+    BadInput where the result is not finite.
     """
-    # prompts and conditions: the encoders are done before the DiT comes
-    request = resolve(models.settings, models.dir, image, **overrides)
-    s, B = request.settings, len(prompts)
-    embeds, lens = models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
-    negative = (embeds[B:].expand(B, -1, -1), lens[B:].expand(B)) if s.guided else None
-    conditions = models.encode_conditions(request.image, request.pixels, s.frames)
-
-    # each clip's noise, from its own seed
-    generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds]
-    x = torch.stack([torch.randn(request.shape, generator=g, device=models.device) for g in generators])
-    x = conditions.put_known(x)
-
     solver, cache = flow.solver(s.solver, s.steps, s.shift), step_cache or EasyCache()
-    timesteps = solver.timesteps.tolist()
+    timesteps, tokens = solver.timesteps.tolist(), math.prod(x.shape[2:]) // 4
+    x = conditions.put_known(x)
     expert = guided = None
     for i, t in enumerate(tqdm(timesteps, disable=not progress, unit="step")):
         # the expert for this time
@@ -173,7 +164,7 @@ def denoise(models, prompts, seeds, image=None, progress=True, step_cache=None, 
         if needed_expert != expert:
             guided = None  # the other expert, and its keys and values, go before this one comes
             expert = needed_expert
-            guided = GuidedModel(models, expert, request, (embeds[:B], lens[:B]), negative, conditions)
+            guided = GuidedModel(models, expert, tokens, embeds, negative, conditions)
             cache.reset()
 
         # its velocity, or what the step cache expects of it
@@ -191,6 +182,36 @@ def denoise(models, prompts, seeds, image=None, progress=True, step_cache=None, 
             f"{models.dir}: the latents are not finite; with these settings, or this dtype, the model overflows"
         )
     return x
+
+
+def encode_prompts(models, s, prompts):
+    """What `denoise` is given of prompts: their (embeddings (B,S,D), lens (B,)), and those of the negative prompt, or
+    None where no step is guided.
+    """
+    embeds, lens = models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
+    B = len(prompts)
+    negative = (embeds[B:].expand(B, -1, -1), lens[B:].expand(B)) if s.guided else None
+    return (embeds[:B], lens[:B]), negative
+
+
+def draw_noise(shape, seed, device):
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+@torch.no_grad()
+def sample_latents(
+    models, prompts, seeds, image=None, progress=True, step_cache=None, callback_on_step_end=None, **overrides
+):
+    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched
+    with, but for rounding. Arguments as in `generate` and `denoise`.
+    """
+    # prompts and conditions: the encoders are done before the DiT comes
+    request = resolve(models.settings, models.dir, image, **overrides)
+    s = request.settings
+    embeds, negative = encode_prompts(models, s, prompts)
+    conditions = models.encode_conditions(request.image, request.pixels, s.frames)
+    x = torch.stack([draw_noise(request.shape, seed, models.device) for seed in seeds])
+    return denoise(models, s, x, embeds, negative, conditions, progress, step_cache, callback_on_step_end)
 
 
 def decode(models, latents, tile=0):
@@ -235,7 +256,7 @@ def generate(
     overrides = dict(
         size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative
     )
-    latents = denoise(models, [prompt], [seed], image, progress, **overrides)
+    latents = sample_latents(models, [prompt], [seed], image, progress, **overrides)
     return decode(models, latents)[0], latents[0]
 
 

@@ -21,7 +21,7 @@ from media import write_grid, write_mp4
 from models import DTYPES, check_frames, parse_size, pick_dtype
 from optim import lr_at
 from parallel import backward, clip_grad_norm
-from sample import decode, denoise, read_prompts
+from sample import decode, read_prompts, sample_latents
 from t5 import read_encoder, tokenizer_file
 
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
@@ -351,7 +351,7 @@ class Previews:
         for model in models.loaded():
             model.eval()
         for i, prompt in enumerate(self.prompts):
-            z = denoise(models, [prompt], [self.seed + i], progress=False)
+            z = sample_latents(models, [prompt], [self.seed + i], progress=False)
             if models.world.is_main:
                 clips.append(decode(models, z)[0].cpu())
                 write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], models.settings.fps, prompt)

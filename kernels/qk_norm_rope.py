@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launchable, register, report, timed, triton, worst
-from kernels.rope import grid_positions, rope_table, rotate, scattered_positions, MAX_POSITIONS
+from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, rotate, scattered_positions
 
 if triton:
     import triton.language as tl

@@ -14,6 +14,8 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import scattered
+import tiny
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -21,8 +23,6 @@ from torch.distributed.fsdp import FSDPModule
 import models
 import parallel
 import sample
-import scattered
-import tiny
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
@@ -40,7 +40,7 @@ def library(out, **ranks):
     world = World("cpu", **ranks)
     checkpoint = sample.load("nano", world=world)
     models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(
+    latents = sample.sample_latents(
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
