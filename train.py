@@ -16,12 +16,13 @@ import torch
 import data
 import plan
 from checkpoint import BadInput, load
+from denoising import decode
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from media import write_grid, write_mp4
 from models import DTYPES, check_frames, parse_size, pick_dtype
 from optim import lr_at
 from parallel import backward, clip_grad_norm
-from sample import decode, read_prompts, sample_latents
+from sample import read_prompts, sample_latents
 from t5 import read_encoder, tokenizer_file
 
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import denoising
 import models
 import parallel
 import sample
@@ -44,7 +45,7 @@ def library(out, **ranks):
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(checkpoint, z)}
+    found = {"latents": latents, "video": denoising.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
     )  # they did work together
