@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 import flow
 from checkpoint import BadInput
+from media import latent_preview, latent_to_rgb, write_grid
 from models import VAE_BYTES, activation_bytes
 
 
@@ -156,3 +157,15 @@ def smallest_tile(size, least, ranks):
     while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):
         side += 1
     return side
+
+
+def preview_writer(models, path, every, label):
+    """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
+    colors = latent_to_rgb(models.acquire("vae"))
+
+    def write(step, x0):
+        if (step + 1) % every == 0:
+            video = latent_preview(x0[0].cpu(), colors)
+            write_grid(path, [video], [f"step {step + 1}: {label}"], shown=min(5, video.shape[1]))
+
+    return write

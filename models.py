@@ -286,8 +286,8 @@ class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
     ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
-    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
-    half of the steps.
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not
+    after half of the steps.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -395,6 +395,8 @@ class Models:
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in self.settings.conditioning.encoders:
+            return Placement(self.settings.conditioning.encoders[name](self.dir, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"

@@ -2,7 +2,8 @@
 
 python sample.py --ckpt DIR --prompt "a red square moves left"
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE --device cuda
-python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors --lora adapter_model_low.safetensors
+python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors \\
+    --lora adapter_model_low.safetensors
 
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+import clips
 import flow
 import ops
 import plan
 from checkpoint import BadInput, cli, save
-from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts
-from media import latent_preview, latent_to_rgb, open_image, write_grid, write_mp4
+from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_writer
+from media import open_image, write_grid, write_mp4
 from models import DTYPES, Models, Runtime, Settings, parse_size, pick_device, pick_dtype
 from parallel import World
 
@@ -32,8 +34,8 @@ def load(
 ):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
-    DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8:
+    the DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
     Weights are read when first needed; a LoRA that cannot be read raises BadInput here.
     """
     runtime = Runtime(device, dtype, fp8, stream_blocks, world=world)
@@ -111,18 +113,6 @@ def generate(
     return decode(models, latents)[0], latents[0]
 
 
-def preview_writer(models, path, every, label):
-    """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
-    colors = latent_to_rgb(models.acquire("vae"))
-
-    def write(step, x0):
-        if (step + 1) % every == 0:
-            video = latent_preview(x0[0].cpu(), colors)
-            write_grid(path, [video], [f"step {step + 1}: {label}"], shown=min(5, video.shape[1]))
-
-    return write
-
-
 # ---- the script --------------------------------------------------------------------------------------------------
 def read_prompts(file, flag="--prompts"):
     """The lines of a text file that are not empty."""
@@ -163,6 +153,26 @@ def arguments(argv=None):
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add = p.add_argument_group("S2V-14B: a picture that speaks (--size is the area)").add_argument
+    add("--audio", help="the sound: any file that has a sound track")
+    add("--pose_video", help="a video whose poses are followed")
+    add("--infer_frames", type=int, help="frames of a clip, a multiple of 4 (default: 80)")
+    add("--num_clip", type=int, help="make only so many clips (default: as many as the sound fills)")
+    add("--start_from_ref", action="store_true", help="begin with the picture itself")
+    add(
+        "--sync_sound", action="store_true", help="begin the sound at 3/16 s, where the lips are; officially it is at 0"
+    )
+    add = p.add_argument_group("Animate-14B: a character that moves as a video does").add_argument
+    add(
+        "--src_root_path",
+        help="the folder that the official preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png",
+    )
+    add(
+        "--replace_flag",
+        action="store_true",
+        help="put the character in the place of the video's person (src_bg, src_mask)",
+    )
+    add("--refert_num", type=int, choices=(1, 5), help="frames that a clip takes over from the one before (default: 1)")
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
@@ -195,6 +205,7 @@ def arguments(argv=None):
     add("--out", default="out/sample.mp4", help="the video; of several prompts NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
+    add("--resume", action="store_true", help="go on with a video of several clips that was stopped")
     add(
         "--preview_every",
         type=int,
@@ -243,6 +254,17 @@ def numbered(path, i, count):
     return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")
 
 
+def clip_inputs(args, conditioning):
+    """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
+    names = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
+    names += ("src_root_path", "replace_flag", "refert_num")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    strange = [name for name in given if name not in conditioning.flags]
+    if strange:
+        raise BadInput(f"--{strange[0]} {given[strange[0]]}: {args.ckpt} takes no such input")
+    return given
+
+
 def sampling_overrides(args):
     """The flags that override a checkpoint's settings, as `resolve` takes them."""
     return dict(
@@ -282,6 +304,11 @@ def run(args, prompts, world):
 
     # what is asked of them, and what that will need
     overrides = sampling_overrides(args)
+    inputs = clip_inputs(args, models.settings.conditioning)
+    if models.settings.conditioning.by_clips:
+        s = models.settings.with_overrides(**overrides)
+        clips.run(args, prompts, models, s, seed, inputs)
+        return
     request = resolve(models.settings, models.dir, args.image, **overrides)
     s = request.settings
     used = {k: getattr(s, k) for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver")}
