@@ -153,7 +153,7 @@ def sample_video():
     spiece.parent.mkdir(parents=True)
     spiece.write_bytes(tiny.spiece())
     ours = load(folder)
-    ours.part("text"), ours.part("dit"), ours.part("vae")
+    ours.acquire("text"), ours.acquire("dit"), ours.acquire("vae")
     pipe = WanPipeline(
         T5TokenizerFast(vocab_file=str(spiece), extra_ids=0),
         tiny.transformers_t5(models["text"]),

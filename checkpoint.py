@@ -287,7 +287,7 @@ def count_blocks(entries):
 
 
 def put(owner, leaf, tensor):
-    """Give a module its weight `leaf`, frozen; where parallel.py has sharded that, only this rank's part of it."""
+    """Give a module its weight `leaf`, frozen; where parallel/ has sharded that, only this rank's part of it."""
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor
@@ -389,12 +389,12 @@ class Run:
     started its processes anew.
     """
 
-    def __init__(self, out, flags, resume, main=True, keep=2):
-        self.out, self.keep, self.stop, self.main = Path(out), keep, False, main
+    def __init__(self, out, flags, resume, is_main=True, keep=2):
+        self.out, self.keep, self.stop, self.is_main = Path(out), keep, False, is_main
         self.states = self.out / "checkpoints"
         job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
         if (
-            main
+            is_main
             and any(self._saved())
             and not resume
             and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job)
@@ -407,7 +407,7 @@ class Run:
             ).stdout.strip()
         except OSError:  # no git here
             commit = None
-        self.told = {
+        self.metadata = {
             "flags": flags,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -446,12 +446,12 @@ class Run:
             raise BadInput(f"--resume: {saved[-1]} is of another run: " + "; ".join(changed))
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._asked_to_stop)
-        if not self.main:
+        if not self.is_main:
             return state
         from torch.utils.tensorboard import SummaryWriter
 
         with atomic(self.out / "flags.json") as tmp:
-            tmp.write_text(json.dumps(self.told, indent=1) + "\n")
+            tmp.write_text(json.dumps(self.metadata, indent=1) + "\n")
         start, log, kept = state["step"] if state else 0, self.out / "log.jsonl", []
         for line in log.read_text().splitlines() if start and log.exists() else []:
             with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
@@ -464,7 +464,7 @@ class Run:
 
     def log(self, step, **values):
         """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
-        if not self.main:
+        if not self.is_main:
             return
         shown = lambda v: (
             f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
@@ -485,7 +485,7 @@ class Run:
             import torch.distributed.checkpoint as dcp
 
             dcp.save(shards, checkpoint_id=folder)
-        if self.main:
+        if self.is_main:
             with atomic(file) as tmp:
                 torch.save({"step": step, "same": self.same, "shards": bool(shards), **state}, tmp)
             for old in self._saved()[: -self.keep]:

@@ -305,7 +305,7 @@ def latent_bytes(items, vae22, image_condition=False):
     )
 
 
-def latent_files(items, cache, vae_file, image_condition=False):
+def latent_files(items, cache, vae_file, extras):
     """The cache files of some items' latents."""
     weights = digest(vae_file)
     return [
@@ -316,7 +316,7 @@ def latent_files(items, cache, vae_file, image_condition=False):
     ]
 
 
-def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
+def cache_latents(items, cache, vae_file, load_vae, extras):
     """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is
     missing.
 
@@ -324,17 +324,14 @@ def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
     first frame. Several processes may do this at once: a file appears whole or not at all, and what another one has
     done meanwhile is left out.
     """
-    files = latent_files(items, cache, vae_file, image_condition)
+    files = latent_files(items, cache, vae_file, extras)
     missing = [(i, f) for i, f in zip(items, files) if not f.exists()]
     vae = load_vae() if missing else None
     for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
         if file.exists():
             continue
         video = pixels(item)[None].to(next(vae.parameters()).device)
-        tensors = {"latents": vae.encode(video)[0]}
-        if image_condition:
-            tensors["y"] = vae.condition(video[:, :, :1], item.frames)[0]
-        save(file, tensors)
+        save(file, {"latents": vae.encode(video)[0], **extras.cached(vae, video)})
     return files
 
 

@@ -3,8 +3,11 @@
 x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoint import BadInput
 
@@ -19,7 +22,7 @@ def unshift_t(t, shift):
     return t / (shift - (shift - 1) * t)
 
 
-def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
+def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
     distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the
@@ -37,7 +40,7 @@ def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=N
     return shift_t(base, shift).float()
 
 
-def quantiles_t(n, shift, low=0.0, high=1.0):
+def eval_timesteps(n, shift, low=0.0, high=1.0):
     """n fixed times (n,) fp32 in [low, high): the middles of n equal shares of the uniform distribution, shifted."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
@@ -47,6 +50,41 @@ def add_noise(x0, eps, t):
     """x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
     t = t.view(len(x0), 1, -1, 1, 1)
     return (1 - t) * x0 + t * eps, eps - x0
+
+
+class Batch(NamedTuple):
+    """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
+    (B,C',T',h,w); loss_mask (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
+    given, or None where all count; captions; inputs: further keyword arguments of the model's forward.
+    """
+
+    x: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    loss_mask: torch.Tensor | None
+    captions: list
+    inputs: dict = {}
+
+    def loss(self, model, context, lens):
+        """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
+        device = context.device
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        v = model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
+        target = self.target.to(device)
+        if self.loss_mask is None:
+            return F.mse_loss(v, target)
+        per_frame = (v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True)
+        return (per_frame * self.loss_mask.to(device)).mean()
+
+
+def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
+    """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not}, under noise (B,C,T',h,w) at times t,
+    (B,) or, where some have a latent frame that is given, (B,T') with 0 for that frame.
+    """
+    x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
+    if "y" in entries[0]:
+        x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
+    return Batch(x, t, target, loss_mask, captions)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def norms(model):
 
 
 @torch.no_grad()
-def hold_to(pairs, scale, base, cap):
+def clamp_weight_norm(pairs, scale, base, cap):
     """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, base[name] ().
     Through the r x r products B^T B and A A^T; dW is never formed. Returns how many there were.
     """

@@ -122,7 +122,7 @@ class EMA:
     the one asked for. What has no gradient, an expert's adapter in the other one's turns, keeps its average.
     """
 
-    def __init__(self, params, decay):
+    def __init__(self, params, decay, optimizer=None):
         self.params, self.decay, self.steps = params, decay, [0] * len(params)
         self.average = [p.detach().float().clone() for p in params]
 
@@ -161,9 +161,9 @@ class Guard:
     """
 
     def __init__(self, explosion):
-        self.explosion, self.norms, self.bad = explosion, [], 0
+        self.explosion, self.norms, self.skipped = explosion, [], 0
 
-    def trips(self, loss, norm):
+    def should_skip(self, loss, norm):
         """Why this step must be skipped, or None."""
         why = None
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -174,13 +174,18 @@ class Guard:
             )
         if why is None:
             self.norms = [*self.norms[-99:], norm]
-        self.bad = 0 if why is None else self.bad + 1
+        self.skipped = 0 if why is None else self.skipped + 1
         return why
 
-    def check(self, args, why, out):
-        """Raises BadInput after --most_bad skipped steps in a row."""
-        if self.bad >= args.most_bad:
+    def state_dict(self):
+        return {"norms": self.norms, "skipped": self.skipped}
+
+    def load_state_dict(self, state):
+        self.norms, self.skipped = list(state["norms"]), state["skipped"]
+
+    def raise_if_stuck(self, max_skipped, reason, lr, out):
+        if self.skipped >= max_skipped:
             raise BadInput(
-                f"{self.bad} steps in a row skipped, the last because {why}; the weights from before them are saved in {out}. "
-                f"A lower --lr than {args.lr:g} may help, or a lower --grad_clip"
+                f"{self.skipped} steps in a row skipped, the last because {reason}; the weights from before them are "
+                f"saved in {out}. A lower --lr than {lr:g} may help, or a lower --grad_clip"
             )

@@ -7,6 +7,7 @@ Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kep
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,15 @@ import torch.nn.functional as F
 import ops
 from checkpoint import BadInput, find, load_into, read_headers
 
+
+class Geometry(NamedTuple):
+    """z_dim: latent channels; stride: pixels of one latent (time, height, width)."""
+
+    z_dim: int
+    stride: tuple
+
+
+GEOMETRY = {"2.1": Geometry(16, (4, 8, 8)), "2.2": Geometry(48, (4, 16, 16))}
 # Per-channel mean and std of the raw latents, by number of channels.
 LATENT_STATS = {
     16: (

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from checkpoint import BadInput, load
-from sample import write_mp4
+from media import write_mp4
 
 ROOT = Path(__file__).parent.parent
 

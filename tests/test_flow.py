@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from checkpoint import BadInput
-from flow import SOLVERS, add_noise, draw_t, shift_t, solver
+from flow import SOLVERS, add_noise, sample_timesteps, shift_t, solver
 
 
 def peer(name, steps, shift):
@@ -72,14 +72,17 @@ def test_unknown_solver_and_no_steps():
 
 @pytest.mark.parametrize("kind, share", [("logit-normal", 0.705), ("uniform", 0.632)])
 def test_share_of_draws_above_the_boundary(kind, share):
-    t = draw_t(200_000, 12.0, kind, generator=torch.Generator().manual_seed(0))
+    t = sample_timesteps(200_000, 12.0, kind, generator=torch.Generator().manual_seed(0))
     assert abs((t >= 0.875).float().mean().item() - share) < 0.004  # 4 standard errors
 
 
 @pytest.mark.parametrize("kind", ["logit-normal", "uniform"])
 def test_a_range_keeps_the_density_inside_it(kind):
     g = torch.Generator().manual_seed(1)
-    everything, inside = draw_t(400_000, 5.0, kind, generator=g), draw_t(200_000, 5.0, kind, 0.6, 0.9, generator=g)
+    everything, inside = (
+        sample_timesteps(400_000, 5.0, kind, generator=g),
+        sample_timesteps(200_000, 5.0, kind, 0.6, 0.9, generator=g),
+    )
     assert inside.min() >= 0.6 and inside.max() <= 0.9
     kept = everything[(everything >= 0.6) & (everything < 0.9)]
     q = torch.linspace(0.05, 0.95, 19)

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import fp8
 import lora
-import sample
 from checkpoint import BadInput
 from diag import delta
+from sample import load
 from wan import Wan, full_config, load_wan
 
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
@@ -128,7 +128,7 @@ def test_comfyui_files(folder, tmp_path, names, shape):
     got = load_wan(tmp_path, dtype=torch.float32)
     assert sum(isinstance(m, fp8.Fp8Linear) for m in got.modules()) == 3
     assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT)) and fp8.report(got) is None
-    assert sample.load(tmp_path).fp8 and not sample.load(folder).fp8  # and is planned as such
+    assert load(tmp_path).fp8 and not load(folder).fp8  # and is planned as such
     lora.save_lora(
         tmp_path / "lora" / "l.safetensors",
         (model := tiny.dit("ti2v", dim=256), [p.data.normal_() for p in lora.inject(model, ("cross_attn.q",), rank=2)])[

@@ -92,7 +92,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 import lora, tiny
 from offload import Stream, share
-from plan import Layout, nbytes, resident, traced
+from plan import ParallelLayout, nbytes, resident, traced
 
 def build(**size):
     dit = tiny.dit("ti2v", **size)
@@ -106,7 +106,7 @@ step(build(), (4, 4))  # what PyTorch itself takes
 with FakeTensorMode():
     dit = build(dim=768, heads=6, layers=12)
     dit.checkpointing = True
-    planned = [Layout(stream=12).weights(dit)[0], traced(lambda: step(dit, (16, 16)))]
+    planned = [ParallelLayout(stream_blocks=12).weights(dit)[0], traced(lambda: step(dit, (16, 16)))]
     whole = nbytes(dit)
 before = resident("RssAnon")
 dit = build(dim=768, heads=6, layers=12)
@@ -146,7 +146,9 @@ def test_resident_memory_is_that_of_the_plan(tmp_path, report):
 def test_sampling_with_streamed_blocks(checkpoints, fp8):
     given = dict(size=(64, 64), frames=5, steps=2, progress=False)
     want = denoise(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
-    assert torch.equal(denoise(load(checkpoints["ti2v"], fp8=fp8, stream=2), ["a red square"], [0], **given), want)
+    assert torch.equal(
+        denoise(load(checkpoints["ti2v"], fp8=fp8, stream_blocks=2), ["a red square"], [0], **given), want
+    )
 
 
 def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
@@ -203,8 +205,8 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 
 
 def test_a_released_stream_is_gone(checkpoints):
-    models = load(checkpoints["ti2v"], stream=2)
-    kept = weakref.ref(models.part("dit"))
+    models = load(checkpoints["ti2v"], stream_blocks=2)
+    kept = weakref.ref(models.acquire("dit"))
     models.release("dit")
     assert kept() is None and not models.streams
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoint import load, read_headers, weight_files
-from plan import Layout, sent
+from plan import ParallelLayout, sent
 from t5 import load_t5
 from wan import read_config
 
@@ -205,8 +205,8 @@ def test_the_library_on_ranks(tmp_path, report):
     """
     cases = {
         1: [("one", {})],
-        2: [("ulysses", {"ulysses": 2}), ("guidance", {"guidance": True})],
-        4: [("both", {"ulysses": 2, "guidance": True}), ("four", {"ulysses": 4})],
+        2: [("ulysses", {"ulysses_size": 2}), ("guidance", {"cfg_parallel": True})],
+        4: [("both", {"ulysses_size": 2, "cfg_parallel": True}), ("four", {"ulysses_size": 4})],
     }
     for n, jobs in cases.items():
         run_jobs(
@@ -227,7 +227,7 @@ def test_both_experts(checkpoints, media, tmp_path, report):
     """An A14B's experts in turns, with AdamW: a step on one must leave the other's adapter, and its moments, alone on
     every rank.
     """
-    flags = ["--ckpt", str(checkpoints["t2v"]), "--stretch", "1", "--lr", "1e-3", "--resolution", "64x64"]
+    flags = ["--ckpt", str(checkpoints["t2v"]), "--steps_per_expert", "1", "--lr", "1e-3", "--resolution", "64x64"]
     run_jobs(1, tmp_path, [training("train_lora", media, tmp_path, "one", *flags, batch=2, sgd=False)])
     run_jobs(2, tmp_path, [training("train_lora", media, tmp_path, "two", *flags, batch=1, sgd=False)])
     for expert in ("high", "low"):
@@ -280,11 +280,11 @@ def test_bytes_sent(media, tmp_path, report):
     for end in (".mp4", ".txt"):
         shutil.copy(media / f"a{end}", folder / f"a{end}")
     cases = {
-        "data": (Layout(), 1, ()),
-        "fsdp": (Layout(shards=2), 1, ("--fsdp",)),
-        "ulysses": (Layout(sequence=2), 2, ("--ulysses_size", "2")),
-        "checkpointing": (Layout(sequence=2), 2, ("--ulysses_size", "2", "--checkpointing")),
-        "pipeline": (Layout(stages=2), 2, ("--pipeline_stages", "2")),
+        "data": (ParallelLayout(), 1, ()),
+        "fsdp": (ParallelLayout(fsdp_size=2), 1, ("--fsdp",)),
+        "ulysses": (ParallelLayout(sp_size=2), 2, ("--ulysses_size", "2")),
+        "checkpointing": (ParallelLayout(sp_size=2), 2, ("--ulysses_size", "2", "--checkpointing")),
+        "pipeline": (ParallelLayout(pp_size=2), 2, ("--pipeline_stages", "2")),
     }
     run_jobs(
         2,
@@ -362,14 +362,14 @@ DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import {script} as script
-right = script.World.sum
+right = script.World.all_reduce_grads
 def summed(self, *args):
     summed.calls += 1
     if int(os.environ["RANK"]) == {rank} and summed.calls == {step} and {when}:
         {how}
     return right(self, *args)
 summed.calls = 0
-script.World.sum = summed
+script.World.all_reduce_grads = summed
 sys.argv[0] = {script!r}
 script.cli(script.main)
 """

@@ -141,21 +141,21 @@ import os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import train, train_lora
-real, calls = train.draw_t, []
+real, calls = train.sample_timesteps, []
 def killing(*a):
     calls.append(1)
     if len(calls) == 4:  # in the middle of step 4, when step 2 is what was saved
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
-train.draw_t = killing
+train.sample_timesteps = killing
 train_lora.main()
 """
 
 
 def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
     code = (
-        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()"
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.sample_timesteps\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
         run = subprocess.run(
