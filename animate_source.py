@@ -120,8 +120,8 @@ def clip_ranges(n, length, overlap):
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
     if length % 4 != 1 or length < 2 * overlap:
         raise BadInput(
-            f"--frames {length}: should be 4k+1, and at least {2 * overlap} with --refert_num {overlap}: so many frames "
-            "are handed on, and as many made"
+            f"--frames {length}: should be 4k+1, and at least {2 * overlap} with --refert_num {overlap}, which is how "
+            "many of them the clip before has made already"
         )
     if n <= overlap:
         raise BadInput(f"src_pose.mp4: {n} frames, should be more than --refert_num {overlap}")
