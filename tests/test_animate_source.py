@@ -1,9 +1,9 @@
 """What Animate is given, against figures of the official WanAnimate.generate.
 
 tests/data/animate_source.safetensors was made by running the official wan/animate.py (commit 42bf4cfa) on a CPU, with
-its bfloat16 replaced by float32 and autocast off, OpenCV 4.11, the frames and the stand-in for the VAE below, a DiT that
-only notes what it is given, 20 frames, clips of 13 and one step. It holds, per mode and --refert_num and per clip, y,
-the pose latents and one pixel of the face crops, and one pixel of the joined videos; then what padding_resize
+its bfloat16 replaced by float32 and autocast off, OpenCV 4.11, the frames and the stand-in for the VAE below, a DiT
+that only notes what it is given, 20 frames, clips of 13 and one step. It holds, per mode and --refert_num and per clip,
+y, the pose latents and one pixel of the face crops, and one pixel of the joined videos; then what padding_resize
 (letterbox), inputs_padding (padding) and get_valid_len give by themselves.
 """
 
