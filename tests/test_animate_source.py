@@ -10,13 +10,13 @@ y, the pose latents and one pixel of the face crops, and one pixel of the joined
 import re
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_animate import frames, write_video
 
 import animate_source
 from animate_source import (
@@ -33,12 +33,6 @@ from checkpoint import BadInput, load
 
 FIGURES = load(Path(__file__).parent / "data" / "animate_source.safetensors")[0]
 H, W, S, N, C = 32, 48, 16, 20, 13  # sides of the video and of the crops, real frames, frames of a clip
-
-
-def frames(n, h, w, kind):
-    """n frames (h,w,3) that differ in every pixel and from those of another kind."""
-    i, y, x, c = np.ogrid[:n, :h, :w, :3]
-    return list(((37 * i + 11 * y + 7 * x + 101 * c + (x * y * kind) % 13 + kind * 17) % 256).astype(np.uint8))
 
 
 class StandIn:
@@ -119,16 +113,6 @@ def test_clips_end_where_the_official_lists_do():
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-def write_video(path, images, rate=25):
-    """Losslessly, RGB as it is."""
-    with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
-        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
-        for image in images:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        file.mux(stream.encode())
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A whole source folder of 7 frames; the reference is a JPEG under the name that preprocessing gives it."""
