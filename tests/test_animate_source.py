@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_animate
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_animate import frames, write_video
 
 import animate_source
+import flow
 from animate_source import (
     Source,
     clip_ranges,
@@ -30,6 +32,11 @@ from animate_source import (
     read_source,
 )
 from checkpoint import BadInput, load
+from clip import load_clip
+from models import NEGATIVE
+from t5 import load_t5
+from vae import load_vae
+from wan import VARIANTS, load_wan
 
 FIGURES = load(Path(__file__).parent / "data" / "animate_source.safetensors")[0]
 H, W, S, N, C = 32, 48, 16, 20, 13  # sides of the video and of the crops, real frames, frames of a clip
@@ -200,3 +207,63 @@ def test_clips_that_cannot_be_are_refused(n, length, overlap, message):
 def test_a_reference_too_narrow_is_refused():
     with pytest.raises(BadInput, match="1x100 px is too narrow for a video of 48x32"):
         animate_source.letterbox(np.zeros((100, 1, 3), np.uint8), W, H)
+
+
+# ---- all parts together ----------------------------------------------------------------------------------------------
+LATENTS = load(Path(__file__).parent / "data" / "animate_latents.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(DiT, VAE, CLIP, text encoder, source folder), all tiny."""
+    folder = tmp_path_factory.mktemp("animate")
+    tiny_animate.checkpoint(folder / "checkpoint")
+    loaded = (f(folder / "checkpoint", dtype=torch.float32) for f in (load_wan, load_vae, load_clip, load_t5))
+    return *loaded, tiny_animate.source_folder(folder / "source")
+
+
+def relight(model):
+    """Merge a LoRA of rank 4 into every linear of the blocks; returns what undoes it."""
+    generator, linears = torch.Generator().manual_seed(30), dict(model.blocks.named_modules(prefix="blocks"))
+    before = {}
+    for name in sorted(name for name, m in linears.items() if isinstance(m, torch.nn.Linear)):
+        weight = linears[name].weight
+        a = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+        b = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+        before[name], weight.data = weight.data, weight + b @ a
+    return lambda: [setattr(linears[name].weight, "data", weight) for name, weight in before.items()]
+
+
+@pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[0] for name in LATENTS}))
+def test_latents_equal_official(name, parts, report):
+    """tests/data/animate_latents.safetensors: what the official WanAnimate.generate made on a CPU in fp32 from
+    tiny_animate's checkpoint and source folder, with the official DiT, CLIP and VAE at these sizes (constants in its
+    code changed to them), in 3 steps from seed 7; "relit": with the weights that `relight` makes.
+    """
+    dit, vae, clip, text, folder = parts
+    mode, overlap, solver, guidance = name.replace("relit", "g1").split(".")
+    undo = relight(dit) if name.endswith("relit") else None
+    overlap, g = int(overlap), float(guidance[1:])
+    src, videos, generator = read_source(folder, mode == "replace", S), [], torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        prompts = [dit.embed_text(*text.encode([p]), cache=True) for p in (VARIANTS["animate-14B"]["prompt"], NEGATIVE)]
+        reference, tokens = encode_reference(vae, clip, src, "cpu")
+        image = dit.embed_image(tokens, cache=True)
+        for i, span in enumerate(clip_ranges(N, C, overlap)):
+            given = encode_clip(vae, src, span, reference, videos[-1][:, :, -overlap:] if videos else None)
+            faces = dit.embed_face(given.face, cache=True), dit.embed_blank_face(1, C, cache=True)
+            x = torch.randn(16, *given.y.shape[2:], generator=generator)[None]
+            method = flow.solver(solver, 3, 5.0)
+            for t in method.timesteps.tolist():
+                inputs, t = torch.cat([x, given.y], 1), torch.tensor([float(t)])
+                v, null = (
+                    dit(inputs, t, prompt, pose=given.pose, face=face, clip=image)
+                    for prompt, face in zip(prompts, faces)
+                )
+                x = method.step(v if g == 1 else null + g * (v - null), x)
+            report(f"latents of clip {i}", tiny.error(x[0, :, 1:], LATENTS[f"{name}.latents_{i}"]), 1e-3)
+            videos.append(vae.decode(x[:, :, 1:]))
+    video = join_clips(videos, overlap, N)[0, :, :, ::8, ::8]
+    report("video", tiny.error(video, LATENTS[f"{name}.video"]), 1e-3)
+    if undo:
+        undo()
