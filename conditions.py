@@ -68,8 +68,12 @@ class TextOnly:
         """Conditions of a clip of `frames` at `size` (width, height) px; image: PIL or None."""
         return Conditions()
 
-    def cached(self, vae, video):
-        """{name: tensor} that training caches beside a clip's latents; video (1,3,T,H,W) in [-1,1]."""
+    def cache_key(self, item):
+        """What decides `cached`, as plain values, for the name of the cache file of a data.Item."""
+        return ""
+
+    def cached(self, vae, video, item):
+        """{name: tensor} that training caches beside an item's latents; video (1,3,T,H,W) in [-1,1]."""
         return {}
 
 
@@ -107,7 +111,10 @@ class ImageChannels(TextOnly):
         pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
         return Conditions(channels=vae.condition(pixels.to(device), frames))
 
-    def cached(self, vae, video):
+    def cache_key(self, item):
+        return "first frame"
+
+    def cached(self, vae, video, item):
         return {"y": vae.condition(video[:, :, :1], video.shape[2])[0]}
 
 

@@ -2,17 +2,90 @@
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic
-from data import Skip, open_photo
+
+
+class Skip(Exception):
+    """Why a file cannot be used."""
+
+
+class Frame(NamedTuple):
+    """A frame of a clip: seconds since the first one, (width, height) in px at which a player shows it, upright and
+    with square pixels, and its image, upright but as stored (None where it was not asked for).
+    """
+
+    seconds: float
+    size: tuple
+    image: object
+
+
+def why(error):
+    """An exception of a decoder as a few words."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_frames(path, images=True):
+    """Yield the Frames of a clip. Raises Skip where it cannot be decoded."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise Skip("has no video stream")
+            stream, first = container.streams.video[0], None
+            if stream.codec_context is None:
+                raise Skip("holds video for which there is no decoder here")
+            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    raise Skip("has frames without a time")
+                first = frame.time if first is None else first
+                turns = round(frame.rotation / 90) % 4
+                size = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1))), frame.height
+                image = frame.to_image().rotate(90 * turns, expand=True) if images else None
+                yield Frame(frame.time - first, size[::-1] if turns % 2 else size, image)
+    except Skip:
+        raise
+    except FileNotFoundError:
+        raise Skip("does not exist any more") from None
+    except Exception as e:  # decoders meet damaged files with errors of every kind
+        raise Skip(f"cannot be decoded ({why(e)})") from None
+
+
+def open_photo(path):
+    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):
+                image = image.convert("I").point(lambda v: v / 257).convert("L")
+            if image.mode == "F":
+                raise Skip("holds floating-point pixels, whose range is unknown")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image if image.mode == "RGBA" else image.convert("RGBA")
+                page = Image.new("RGB", image.size, "white")
+                page.paste(image, mask=image.getchannel("A"))
+                return page
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except Skip:
+        raise
+    except FileNotFoundError:
+        raise Skip("does not exist any more") from None
+    except Exception as e:  # decoders meet damaged files with errors of every kind
+        raise Skip(f"cannot be read ({why(e)})") from None
 
 
 def open_image(image, flag="--image"):
-    """A PIL image, or a file as the training data are opened (upright, transparency on white), as RGB. Raises BadInput."""
+    """A PIL image, or a file as training data are opened (upright, transparency on white), as RGB. Raises BadInput."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -28,14 +101,17 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
-def cover(image, width, height):
-    """A PIL image resized by Lanczos until it covers width x height px, then centre-cropped to that."""
+def cover(image, width, height, size=None):
+    """A PIL image resized by Lanczos until it covers width x height px, then centre-cropped to that. size: (width,
+    height) at which it is shown, where its pixels are not square.
+    """
     from PIL import Image
 
-    scale = max(width / image.width, height / image.height)
-    size = round(image.width * scale), round(image.height * scale)
-    image = image if image.size == size else image.resize(size, Image.LANCZOS)
-    x, y = (image.width - width) // 2, (image.height - height) // 2
+    shown_width, shown_height = size or image.size
+    scale = max(width / shown_width, height / shown_height)
+    w, h = max(width, round(shown_width * scale)), max(height, round(shown_height * scale))
+    x, y = (w - width) // 2, (h - height) // 2
+    image = image if image.size == (w, h) else image.resize((w, h), Image.LANCZOS)
     return image.crop((x, y, x + width, y + height))
 
 
@@ -47,7 +123,7 @@ def to_uint8(video):
 def write_mp4(path, video, fps, comment="", crf=10):
     """Write (3,T,H,W) in [-1,1] as H.264, yuv420p, under a temporary name that is then renamed.
 
-    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 cannot be told from the original.
+    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 cannot be told from the source.
     """
     import av
 

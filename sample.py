@@ -32,7 +32,7 @@ def load(
 ):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
     DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
     Weights are read when first needed; a LoRA that cannot be read raises BadInput here.
     """
@@ -198,7 +198,7 @@ def decode(models, latents, tile=0):
     pixels = math.prod(latents.shape[3:]) * math.prod(models.settings.stride[1:])
     vae, split = models.acquire("vae", VAE_BYTES * pixels), models.world.split_tiles
     if split and not tile:
-        tile = smallest_tile(latents.shape[3:], vae.decoder.reach(), split[1])
+        tile = smallest_tile(latents.shape[3:], vae.decoder.receptive_radius(), split[1])
     return vae.decode(latents, tile, split)
 
 
@@ -287,7 +287,7 @@ def arguments(argv=None):
     add("--solver", choices=list(flow.SOLVERS), help="default: the checkpoint's")
     add("--seed", type=int, default=0, help="of the noise; -1: at random (default: 0)")
     add("--negative", help='negative prompt (default: the checkpoint\'s; "" is an empty one)')
-    add("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+    add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -462,7 +462,7 @@ def run(args, prompts, world):
 
 def tile_report(models, latents, video, tile):
     """How a decode in tiles differs from a whole one: not at all, or by how much in the first frame."""
-    overlap, exact = models.acquire("vae").overlap(tile)
+    overlap, exact = models.acquire("vae").tile_overlap(tile)
     off = "exact"
     if not exact:
         whole = decode(models, latents[:, :, :1])[0].cpu()

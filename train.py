@@ -26,21 +26,9 @@ from sample import decode, denoise, read_prompts
 
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 RESUME_MAY_CHANGE = (
-    *(
-        "steps",
-        "out",
-        "cache",
-        "cache_only",
-        "device",
-        "save_every",
-        "eval_every",
-        "previews",
-        "preview_every",
-        "resume",
-    ),
-    *("data", "ckpt", "text_encoder", "init_lora", "checkpointing", "max_skipped", "save", "cache_text"),
-    *("stream_blocks", "fsdp", "ulysses_size", "pipeline_stages"),
-)
+    "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
+    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages"
+).split()
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
 
 
@@ -63,10 +51,10 @@ def add_flags(p, **defaults):
     add("--cache_only", action="store_true", help="fill the cache and leave")
     add("--resolution", help="WxH px: the area that buckets fill (default: the checkpoint's)")
     add("--frames", type=int, help="4k+1, at most, of each clip (default: the checkpoint's)")
-    modes = "; ".join(f"{k}: {v}" for k, v in data.MODES.items())
+    modes = "; ".join(f"{k}: {v}" for k, v in data.CLIP_MODES.items())
     add(
         "--clip_mode",
-        choices=list(data.MODES),
+        choices=list(data.CLIP_MODES),
         default="first",
         help=f"which frames of a longer clip: {modes} (default: first)",
     )
@@ -234,8 +222,7 @@ class Dataset:
         self.items = [i for i in items if i.digest not in held_out]
         self.val_items = [i for i in items if i.digest in held_out]
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
-        self.batches = data.Batches(self.items, args.batch * self.world.dp_size, args.seed)
-        self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
+        self._choose_batches()
         width = read_headers(models.files("text")[:1])["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
         channels = s.z_dim + s.conditioning.channels
@@ -261,23 +248,40 @@ class Dataset:
         }
 
     def _latent_files(self, items):
-        return data.latent_files(items, self.cache, self.models.files("vae")[0], self._extras())
-
-    def _extras(self):
-        return self.models.settings.conditioning
+        return data.latent_files(items, self.cache, self.models.files("vae")[0], self.models.settings.conditioning)
 
     def cache_latents(self):
         """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
         mine = (self.items + self.val_items)[self.world.rank :: self.world.size]
         vae_file = self.models.files("vae")[0]
-        data.cache_latents(mine, self.cache, vae_file, lambda: self.models.acquire("vae"), self._extras())
+        conditioning = self.models.settings.conditioning
+        failed = data.cache_latents(mine, self.cache, vae_file, lambda: self.models.acquire("vae"), conditioning)
+        for path, reason in failed:
+            print(f"  skipped {path}: {reason}", flush=True)
         self.models.drop("vae")
         self.world.barrier()
+        self._drop_uncached()
+
+    def _drop_uncached(self):
+        """Leave out, on all ranks alike, the samples that could not be encoded."""
+        files = self.files + self.val_files
+        cached = self.world.broadcast_from_rank0(lambda: {f for f in files if f.exists()})
+        if len(cached) == len(set(files)):
+            return
+        self.items = [i for i, f in zip(self.items, self.files) if f in cached]
+        self.val_items = [i for i, f in zip(self.val_items, self.val_files) if f in cached]
+        if not self.items:
+            raise BadInput(f"--data {self.args.data}: nothing is left to train on")
+        self._choose_batches()
+
+    def _choose_batches(self):
+        self.batches = data.Batches(self.items, self.args.batch * self.world.dp_size, self.args.seed)
+        self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def cache_texts(self):
         """Fill the cache of caption embeddings, each rank a part of it; returns {caption: file}."""
         models, dtype = self.models, DTYPES[self.args.dtype]
-        sources = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]
+        sources = [*models.files("text"), models.tokenizer_file]
         how = self.cache, sources, lambda: models.acquire("text"), dtype
         data.cache_texts(self.captions[self.world.rank :: self.world.size], *how)
         self.world.barrier()
@@ -407,7 +411,8 @@ def resume_fingerprint(args, models, dataset, **more):
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     base = [data.digest(f) for name in models.settings.expert_names for f in models.files(name)]
     global_batch = args.batch * models.world.dp_size
-    return flags | {"batch": global_batch, "samples": [f.name for f in dataset.files], "base": base, **more}
+    samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
+    return flags | {"batch": global_batch, "samples": samples, "base": base, **more}
 
 
 # ---- previews ----------------------------------------------------------------------------------------------------

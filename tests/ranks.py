@@ -21,6 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 import models
 import parallel
 import sample
+import scattered
+import tiny
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
@@ -50,9 +52,28 @@ def library(out, **ranks):
         save(out, found)
 
 
+def tokens(out, **ranks):
+    """A model whose tokens are no grid, and one with a time for each latent frame: outputs and gradients. The tokens
+    divide by no number of ranks, and slices begin within a frame.
+    """
+    world, model, frames = World("cpu", **ranks), scattered.model(), tiny.dit("t2v", heads=4)
+    (x, t, context), inputs = scattered.inputs()
+    per_frame = torch.stack([t, t / 2, 0 * t], 1)
+    found = {}
+    for name, dit, t, inputs in (("scattered", model, t, inputs), ("frames", frames, per_frame, {})):
+        parallel.parallelize(dit, world)
+        leaves = [v.clone().requires_grad_() for v in (context, *inputs.values())]
+        y = dit(x, t, leaves[0], **dict(zip(inputs, leaves[1:])))
+        (y * torch.sin(torch.arange(y.numel()).view(y.shape))).sum().backward()
+        world.all_reduce_grads(leaves)
+        found |= {f"{name}_output": y.detach()} | {f"{name}_grad_{i}": v.grad for i, v in enumerate(leaves)}
+    if world.is_main:
+        save(out, found)
+
+
 def run(job):
-    if job["script"] == "library":
-        return library(*job["argv"], **job["ranks"])
+    if job["script"] in ("library", "tokens"):
+        return {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
     adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore
     if job.get("sgd"):
@@ -81,12 +102,10 @@ def run(job):
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 
 
-def first_positions(attn, x, rope, world, right=ulysses.ulysses_attention):
-    kept, world.sp_rank = world.sp_rank, 0
-    try:
-        return right(attn, x, rope, world)
-    finally:
-        world.sp_rank = kept
+def first_positions(self, x, c, right=ulysses.Ulysses.scatter):
+    x, local = right(self, x, c)
+    first = c.tokens.positions[: len(local.tokens.positions)]
+    return x, local._replace(tokens=local.tokens._replace(positions=first))
 
 
 def equal_weights(self, v, index):
@@ -96,7 +115,7 @@ def equal_weights(self, v, index):
 
 BREAK = {
     "no_sum": (World, {"all_reduce_grads": lambda self, params, *numbers: numbers}),
-    "no_positions": (ulysses, {"ulysses_attention": first_positions}),
+    "no_positions": (ulysses.Ulysses, {"scatter": first_positions}),
     "mean_gradients": (
         FSDPModule,
         dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None),
@@ -110,7 +129,8 @@ if __name__ == "__main__":
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        WORLDS.append(self)
+        if kwargs.get("distributed", True):  # else it is what Models has before a script gives it one
+            WORLDS.append(self)
 
     name = next(
         n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n)

@@ -394,7 +394,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
             p.data.normal_(0, 0.2)
         save_lora(tmp_path / f"{name}.safetensors", model, **({"expert": "low"} if name == "a" else {}))
     a, b = (str(tmp_path / f"{n}.safetensors") for n in "ab")
-    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", b])
+    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", f"{b}:both"])
     for expert, applied in (("high", [(b, -1.5), (b, 1.0)]), ("low", [(a, 0.5), (b, 1.0)])):
         want = load_wan(checkpoints["t2v"] / f"{expert}_noise_model", dtype=torch.float32)
         for file, weight in applied:
@@ -406,7 +406,7 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
     with pytest.raises(BadInput, match="nowhere"):  # at once, not when that expert comes
         load(checkpoints["t2v"], lora=["nowhere.safetensors:low"])
     save_lora(tmp_path / "wide.safetensors", (wide := tiny.dit("t2v", dim=96), inject(wide, rank=2))[0])
-    for spec in ("wide.safetensors", "wide.safetensors:low"):
+    for spec in ("wide.safetensors:both", "wide.safetensors:low"):
         with pytest.raises(BadInput, match="does not fit"):
             load(checkpoints["t2v"], lora=[str(tmp_path / spec)])
 
@@ -415,8 +415,8 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     """While its expert makes room for the other one."""
     from lora import inject
 
-    models = load(checkpoints["t2v"])
-    models.prepare = lambda name, model: inject(model, rank=2, device="cpu")
+    runtime = models_module.Runtime(on_model_built=lambda name, model: inject(model, rank=2, device="cpu"))
+    models = models_module.Models(checkpoints["t2v"], runtime)
     model = models.acquire("high")
     before = {p: p.data_ptr() for p in model.parameters()}
 
@@ -425,7 +425,7 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
             p.data = p.data.clone()
 
     model.to = to
-    models._move("high", model, "elsewhere")
+    models.placements["high"].to("elsewhere")
     assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(
         p.requires_grad for p in before
     )
@@ -442,10 +442,14 @@ def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     dit = load_wan(checkpoints["ti2v"], dtype=torch.float32)
     save_file({f"model.diffusion_model.{k}": v for k, v in dit.state_dict().items()}, tmp_path / "one.safetensors")
-    size = lambda m: sum(p.nbytes for p in m.parameters())
+
+    def size(module):
+        return sum(p.nbytes for p in module.parameters())
+
     block = size(dit.blocks) // len(dit.blocks)
     for folder in (tmp_path, checkpoints["ti2v"]):
-        assert load(folder)._bytes("dit") == size(dit) and load(folder, stream=1)._bytes("dit") == size(dit) - block
+        assert load(folder)._bytes("dit") == size(dit)
+        assert load(folder, stream_blocks=1)._bytes("dit") == size(dit) - block
         assert load(folder, fp8=True)._bytes("dit") == size(dit) - size(dit.blocks) * 3 // 4
 
 

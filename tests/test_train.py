@@ -13,7 +13,6 @@ import torch
 from test_data import clip, photo
 
 from checkpoint import load
-from optim import EMA, Guard
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a red fox jumps over", "a dog runs", "a cat sleeps"]
@@ -213,28 +212,6 @@ def test_many_bad_steps_end_the_run_with_the_last_good_state(checkpoints, media,
     a, b = (load(next((tmp_path / d).glob("*.safetensors")))[0] for d in ("good", "bad"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.load(tmp_path / "bad" / "checkpoints" / "step_000028.pt", weights_only=True)["step"] == 28
-
-
-def test_the_guard():
-    guard = Guard(10)
-    assert not any(guard.trips(1.0, 1.0 + 0.1 * (i % 3)) for i in range(25))
-    assert "times the recent median" in guard.trips(1.0, 12.0) and guard.trips(1.0, float("nan")) and guard.bad == 2
-    assert guard.trips(1.0, 9.0) is None and guard.bad == 0
-    early = Guard(10)
-    assert early.trips(1.0, 1e-6) is None and early.trips(1.0, 1.0) is None  # too little seen to judge
-
-
-def test_the_moving_average():
-    p = torch.nn.Parameter(torch.zeros(3))
-    ema, want = EMA([p], 0.9), 0.0
-    for i in range(1, 30):
-        p.data.fill_(float(i))
-        p.grad = torch.ones(3)
-        ema.update()
-        want += (i - want) * (1 - min(0.9, i / (i + 10)))
-    with ema.in_place():
-        assert abs(p[0].item() - want) < 1e-4
-    assert p[0].item() == 29
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
@@ -490,7 +467,7 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
         run = train("train_lora", checkpoints["ti2v"], media, tmp_path / "c", *flags, "--init_lora", file, check=False)
         assert run.returncode == 1 and "--init_lora" in run.stderr and message in run.stderr, run.stderr
     run = train("train_lora", checkpoints["t2v"], media, tmp_path / "d", "--rank", 4, "--init_lora", file, check=False)
-    assert run.returncode == 1 and "made for dit" in run.stderr
+    assert run.returncode == 1 and "for which expert?" in run.stderr
 
 
 def test_which_expert_starts_from_a_file(tmp_path):
@@ -498,8 +475,8 @@ def test_which_expert_starts_from_a_file(tmp_path):
     from train_lora import initial_loras
 
     foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
-    save(foreign, {"x": torch.zeros(1)})
-    save(low, {"x": torch.zeros(1)}, {"expert": "low"})
+    save(foreign, {"blocks.0.ffn.0.diff": torch.zeros(1)})
+    save(low, {"blocks.0.ffn.0.diff": torch.zeros(1)}, {"expert": "low"})
     assert initial_loras([f"{foreign}:high", low], {"high": 0, "low": 0}) == {"high": foreign, "low": low}
     assert initial_loras([foreign], {"high": 0}) == {"high": foreign} and initial_loras([], {"dit": 0}) == {}
     for specs, turns in (([foreign], ("high", "low")), ([low, f"{foreign}:low"], ("high", "low")), ([low], ("high",))):
