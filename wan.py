@@ -193,6 +193,20 @@ VARIANTS = {
     ),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+    "animate-14B": dict(
+        _A14B,
+        model_type="animate",
+        model="animate.WanAnimate",
+        signature="pose_patch_embedding.weight",
+        in_dim=36,
+        fps=30,
+        frames=77,
+        steps=20,
+        shift=5.0,
+        boundary=None,
+        guidance=(1.0, 1.0),
+        prompt="视频中的人在做动作",
+    ),
 }
 
 
@@ -422,7 +436,8 @@ class Wan(nn.Module):
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
 
 
-FP32_PARTS = ("time_", "head.")  # whole parts that stay fp32 whatever the model's dtype
+# whole parts that stay fp32 whatever the model's dtype; of Animate, what runs once per clip, and the norms of img_emb
+FP32_PARTS = ("time_", "head.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name):
