@@ -1,0 +1,317 @@
+"""What Wan2.2-S2V-14B adds to the DiT: a sound, a reference picture, the clip before, and a pose video.
+
+The letters of wan.py, and  A width of a speech feature (1024)    S hidden states of the speech encoder (25)
+F video frames of a clip, 4T'   K audio tokens per latent frame (5)   M reference and motion tokens   n tokens per frame
+
+Behind the noise tokens stand those of the reference picture and, from the second clip on, of the 19 latent frames
+before, packed the coarser the older they are. These are clean: their modulation is that of t = 0. In time the noise
+stands at 0 and up, the reference at 30, motion at negative positions. After some blocks the noise tokens of each latent
+frame attend to that frame's audio tokens. Only the noise and the time change from step to step: embed_audio and
+embed_reference do the rest once per clip.
+Source: official wan/modules/s2v/*, whose tensor names are kept, `casual` included.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import ops
+from checkpoint import BadInput, count_blocks
+from kernels.rope import grid_positions, rope_table
+from wan import CrossAttention, Text, Wan, WanConfig, sinusoid
+
+MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
+REFERENCE_TIME = 30
+NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
+STATES = 25  # hidden states of the speech encoder
+INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released weights, which do not tell them
+# settings of config.json that decide what the tensors mean; there are no published weights with others
+PUBLISHED = dict(
+    enable_adain=True,
+    adain_mode="attn_norm",
+    enable_framepack=True,
+    framepack_drop_mode="padd",
+    enable_motioner=False,
+    enable_tsm=False,
+    add_last_motion=True,
+    zero_timestep=True,
+    trainable_token_pos_emb=False,
+)
+
+
+# ---- sound -> audio tokens -------------------------------------------------------------------------------------
+class CausalConv1d(nn.Module):
+    """A convolution over time that sees each vector and the two before it; before the first one it sees that again."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.conv = nn.Conv1d(cin, cout, 3, stride)
+
+    def forward(self, x):
+        """x (B,T,C) -> (B,T/stride rounded up,C')."""
+        return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
+
+
+def norm_silu(x):
+    return F.silu(F.layer_norm(x, x.shape[-1:], eps=1e-6))
+
+
+class AudioTokenizer(nn.Module):
+    """tokens: how many are computed per latent frame; one learned token joins them."""
+
+    def __init__(self, audio_dim, dim, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.conv1_local = CausalConv1d(audio_dim, tokens * dim // 4, 1)
+        self.conv1_global = CausalConv1d(audio_dim, dim // 4, 1)
+        self.conv2, self.conv3 = CausalConv1d(dim // 4, dim // 2, 2), CausalConv1d(dim // 2, dim, 2)
+        self.final_linear = nn.Linear(dim, dim)
+        self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def downsample(self, x):
+        """(B,T,D/4) -> (B,T/4 rounded up,D); both paths go through these convolutions."""
+        return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
+
+    def forward(self, x):
+        """x (B,T,A) -> per latent frame one vector (B,T',D), and K tokens (B,T',K,D)."""
+        local = self.conv1_local(x).unflatten(2, (self.tokens, -1)).transpose(1, 2)  # (B,K-1,T,D/4)
+        local = self.downsample(local.flatten(0, 1)).unflatten(0, (-1, self.tokens)).transpose(1, 2)  # (B,T',K-1,D)
+        padding = self.padding_tokens.expand(*local.shape[:2], 1, -1)
+        return self.final_linear(self.downsample(self.conv1_global(x))), torch.cat([local, padding], 2)
+
+
+class AudioEncoder(nn.Module):
+    """Runs in fp32, whatever the model's dtype."""
+
+    def __init__(self, audio_dim, dim, tokens):
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((1, STATES, 1, 1), 0.01))
+        self.encoder = AudioTokenizer(audio_dim, dim, tokens)
+
+    def forward(self, features):
+        """Speech features (B,S,A,T), one vector per video frame -> (B,T',D), (B,T',K,D) for T' = T/4 rounded up."""
+        weights = F.silu(self.weights)
+        x = (features.float() * weights).sum(1) / weights.sum(1)  # (B,A,T)
+        return self.encoder(x.transpose(1, 2))
+
+    def encode_clip(self, features):
+        """A clip's F features -> the vector and the tokens of each of its F/4 latent frames. In front stands the first
+        feature, again and again, in place of the past: in every clip, also where the past is known.
+        """
+        first = features[..., :1].expand(-1, -1, -1, MOTION_FRAMES)
+        return [x[:, MOTION_LATENTS:] for x in self(torch.cat([first, features], -1))]
+
+
+class AdaLayerNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+
+class Injection(NamedTuple):
+    """What one injector makes of a clip's sound: keys and values (B*T',K,N,d), and the rows (B,T',D) of its norm."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    weight: torch.Tensor
+    shift: torch.Tensor
+
+
+class AudioInjector(nn.Module):
+    """count: how many blocks are followed by one."""
+
+    def __init__(self, count, dim, heads, eps):
+        super().__init__()
+        self.injector = nn.ModuleList(CrossAttention(dim, heads, eps) for _ in range(count))
+        self.injector_adain_layers = nn.ModuleList(AdaLayerNorm(dim) for _ in range(count))
+
+    def embed(self, vectors, tokens):
+        """vectors (B,T',D), tokens (B,T',K,D) of AudioEncoder -> one Injection for each injector."""
+        injections = []
+        for attention, norm in zip(self.injector, self.injector_adain_layers):
+            dtype = norm.linear.weight.dtype
+            shift, scale = norm.linear(F.silu(vectors).to(dtype)).float().chunk(2, -1)
+            injections.append(Injection(*attention.keys_values(tokens.flatten(0, 1).to(dtype)), 1 + scale, shift))
+        return injections
+
+    def forward(self, i, x, injection):
+        """x (B,T'n,D) fp32, the noise tokens -> x + what they find in the sound of their latent frame."""
+        frames, attention = injection.shift.shape[1], self.injector[i]
+        y = ops.modulate(x, injection.weight, injection.shift, 1e-5, injection.k.dtype)
+        y = attention(y.unflatten(1, (frames, -1)).flatten(0, 1), injection[:2], None)  # (B*T',n,D)
+        return ops.gate(x, y.view_as(x))
+
+
+# ---- reference and motion tokens -------------------------------------------------------------------------------
+def embed_patches(x, conv):
+    """Tokens (B,L,D) fp32 of x (B,C,T,h,w): one for each patch that fits whole; `conv`'s kernel is its stride."""
+    (t, h, w), (T, H, W) = conv.kernel_size, (n // k for n, k in zip(x.shape[2:], conv.kernel_size))
+    x = x[:, :, : T * t, : H * h, : W * w].unflatten(4, (W, w)).unflatten(3, (H, h)).unflatten(2, (T, t))
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B,THW,C*t*h*w)
+    return F.linear(x.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
+
+
+def positions(times, rows, columns, device):
+    """(L,3) of the tokens of a grid whose axes have these coordinates, the columns first to move."""
+    axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
+    return torch.cartesian_prod(*axes).view(-1, 3)
+
+
+def spread(n, size):
+    """n of the coordinates 0..size-1, evenly apart, rounded down."""
+    return [i * (size - 1) // max(n - 1, 1) for i in range(n)]
+
+
+class FramePacker(nn.Module):
+    """The clip before: its latest latent frame in full, the two before that in patches of 2x4x4, and the 16 before
+    those in patches of 4x8x8.
+    """
+
+    def __init__(self, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, (1, 2, 2), (1, 2, 2))
+        self.proj_2x = nn.Conv3d(channels, dim, (2, 4, 4), (2, 4, 4))
+        self.proj_4x = nn.Conv3d(channels, dim, (4, 8, 8), (4, 8, 8))
+
+    def forward(self, motion):
+        """motion (B,C,f,h,w), the latents before the clip: the last 19 are used, zeros stand before fewer -> tokens and
+        their positions (L,3).
+        """
+        (h, w), device = motion.shape[3:], motion.device
+        motion = motion[:, :, -MOTION_LATENTS:]
+        motion = F.pad(motion, (0, 0, 0, 0, MOTION_LATENTS - motion.shape[2], 0))
+        far, middle, latest = motion.split((16, 2, 1), 2)
+        convs = (self.proj, latest), (self.proj_2x, middle), (self.proj_4x, far)
+        tokens = torch.cat([embed_patches(x, conv) for conv, x in convs], 1)
+        H, W = h // 2, w // 2
+        at = [
+            positions([-1], range(H), range(W), device),
+            positions([-3], spread(h // 4, H), spread(w // 4, W), device),
+            positions([-19, -14, -9, -4], spread(h // 8, H), spread(w // 8, W), device),
+        ]
+        return tokens, torch.cat(at)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+@dataclass
+class S2VConfig(WanConfig):
+    """audio_inject_layers: the blocks that an injector stands behind, ascending."""
+
+    audio_dim: int = 1024
+    num_audio_token: int = 4
+    cond_dim: int = 16
+    audio_inject_layers: tuple = INJECT_LAYERS
+
+
+class Audio(NamedTuple):
+    """A clip's sound made ready for the blocks: for each injector its Injection."""
+
+    injections: tuple
+
+
+class Reference(NamedTuple):
+    """The clean tokens (B,M,D) of a reference picture and of the clip before, and their positions (M,3)."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+
+class WanS2V(Wan):
+    config_class = S2VConfig
+
+    @classmethod
+    def read_sizes(cls, shape, entries, given):
+        """The fields of S2VConfig beyond WanConfig's: {field: value}. Raises BadInput for settings that no released
+        weights have, and where the number of injectors does not fit.
+        """
+        wrong = [f"{k} is {given[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if given.get(k, v) != v]
+        if wrong:
+            raise BadInput(f"config.json: not the released S2V model: {'; '.join(wrong)}")
+        names = re.findall(r"^audio_injector\.injector\.(\d+)\.q\.weight$", "\n".join(entries), re.M)
+        count, blocks = len(names), count_blocks(entries)
+        layers = tuple(given.get("audio_inject_layers", INJECT_LAYERS))
+        if len(layers) != count or sorted({*layers}) != [*layers] or not set(layers) <= {*range(blocks)}:
+            raise BadInput(
+                f"audio_inject_layers {list(layers)}: should be {count} of the {blocks} blocks, ascending, as the "
+                "weights have injectors; without a config.json only the released ones are known"
+            )
+        dim = shape("patch_embedding.weight")[0]
+        local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")
+        sizes = dict(audio_dim=audio_dim, num_audio_token=local * 4 // dim, cond_dim=shape("cond_encoder.weight")[1])
+        return dict(sizes, audio_inject_layers=layers)
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.cond_encoder = nn.Conv3d(c.cond_dim, c.dim, c.patch_size, c.patch_size)
+        self.trainable_cond_mask = nn.Embedding(3, c.dim)
+        self.frame_packer = FramePacker(c.in_dim, c.dim)
+        self.casual_audio_encoder = AudioEncoder(c.audio_dim, c.dim, c.num_audio_token)
+        self.audio_injector = AudioInjector(len(c.audio_inject_layers), c.dim, c.num_heads, c.eps)
+
+    def embed_audio(self, audio):
+        """A clip's speech features (B,S,A,F), F a multiple of 4 -> Audio. Guidance's second half has zeros here."""
+        if audio.shape[1:3] != (STATES, self.config.audio_dim) or audio.shape[3] % 4 or not audio.shape[3]:
+            raise BadInput(
+                f"speech features {tuple(audio.shape)}: should be (B,{STATES},{self.config.audio_dim},F), F frames of "
+                "video, a multiple of 4"
+            )
+        return Audio(tuple(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio))))
+
+    def embed_reference(self, ref, motion=None):
+        """The reference picture's latents (B,C,1,h,w) and, but for a first clip, the latents before the clip
+        (B,C,<=19,h,w) -> Reference.
+        """
+        H, W = ref.shape[3] // 2, ref.shape[4] // 2
+        tokens = [embed_patches(ref, self.patch_embedding) + self.mask(REFERENCE)]
+        at = [positions([REFERENCE_TIME], range(H), range(W), ref.device)]
+        if motion is not None:
+            if min(motion.shape[3:]) < 8 or motion.shape[3:] != ref.shape[3:]:
+                raise BadInput(
+                    f"motion latents {tuple(motion.shape)}: should be as high and wide as ref's {tuple(ref.shape)}, "
+                    "and 8 or more"
+                )
+            packed, packed_at = self.frame_packer(motion)
+            tokens, at = [*tokens, packed + self.mask(MOTION)], [*at, packed_at]
+        return Reference(torch.cat(tokens, 1), torch.cat(at))
+
+    def mask(self, row):
+        return self.trainable_cond_mask.weight[row].float()
+
+    def forward(self, x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None):
+        """Velocity of the flow at x, as Wan.forward gives it.
+
+        x (B,C,T',h,w) the noise; t (B,) in 0..1000; ref (B,C,1,h,w) the reference picture's latents, motion
+        (B,C,<=19,h,w) those before the clip or None, or as ref what embed_reference made of both; audio (B,S,A,4T')
+        speech features, or what embed_audio made of them; pose (B,C,T',h,w) latents or None.
+        """
+        B, _, T, h, w = x.shape
+        grid, audio = self.check(x, t), audio if isinstance(audio, Audio) else self.embed_audio(audio)
+        ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
+        tokens = self.enter(x) + self.mask(NOISE) + (
+            self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
+        )
+        n = tokens.shape[1]
+        tokens = torch.cat([tokens, ref.tokens], 1)
+        at = torch.cat([grid_positions(grid, x.device), ref.positions])
+        d = self.config.dim // self.config.num_heads
+        rope = rope_table(int(at.abs().max()) + 1, d, x.device), at
+        text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
+        time = self.time_embedding(sinusoid(torch.stack([t, torch.zeros_like(t)], 1), self.config.freq_dim))
+        rows = self.time_projection(time).unflatten(2, (6, -1))
+        rows = rows[:, (torch.arange(tokens.shape[1]) >= n).long()]
+        tokens = self.run(tokens, time, rows, rope, text, audio)
+        return self.leave(tokens[:, :n], time[:, :1], grid)
+
+    def after_block(self, i, x, audio):
+        """The injector that stands behind block i, if one does: x (B,L,D) -> (B,L,D)."""
+        if i not in self.config.audio_inject_layers:
+            return x
+        injection = audio.injections[self.config.audio_inject_layers.index(i)]
+        n = 96
+        noise = self.audio_injector(self.config.audio_inject_layers.index(i), x[:, :n], injection)
+        return torch.cat([noise, x[:, n:]], 1)
