@@ -9,9 +9,11 @@ in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and roun
 official wan/modules/model.py. The time MLP runs on the F rows only, never on every token.
 """
 
+import importlib
 import json
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,13 +173,42 @@ VARIANTS = {
     ),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+    "animate-14B": dict(
+        _A14B,
+        model_type="animate",
+        model="animate.WanAnimate",
+        signature="pose_patch_embedding.weight",
+        in_dim=36,
+        fps=30,
+        frames=77,
+        steps=20,
+        shift=5.0,
+        boundary=None,
+        guidance=(1.0, 1.0),
+        prompt="视频中的人在做动作",
+    ),
 }
 
 
+def wan_class(model_type):
+    """Wan, or the subclass that the row of this model type names. Its module imports this one, so it is loaded here by
+    name, when it is first asked for.
+    """
+    names = [row["model"] for row in VARIANTS.values() if row["model_type"] == model_type and "model" in row]
+    module, name = (names or ["wan.Wan"])[0].split(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def full_config(variant):
-    """The WanConfig of one of VARIANTS."""
+    """The configuration of one of VARIANTS at its released size."""
     row = VARIANTS[variant]
-    return WanConfig(**{f.name: row[f.name] for f in fields(WanConfig) if f.name in row})
+    config_class = wan_class(row["model_type"]).config_class
+    return config_class(**{f.name: row[f.name] for f in fields(config_class) if f.name in row})
+
+
+def build(variant):
+    """The model of one of VARIANTS at its released size, on the current default device."""
+    return wan_class(VARIANTS[variant]["model_type"])(full_config(variant))
 
 
 class Text(NamedTuple):
@@ -191,6 +222,15 @@ class Text(NamedTuple):
 
 
 class Wan(nn.Module):
+    config_class = WanConfig
+
+    @classmethod
+    def read_sizes(cls, shape, entries):
+        """{field: value} of what config_class has beyond WanConfig, from the tensors' headers; shape(name) is that of
+        one, or BadInput.
+        """
+        return {}
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -245,18 +285,25 @@ class Wan(nn.Module):
         x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
         context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them -> (B,out_dim,T',h,w) fp32.
         """
+        grid = self.check(x, t)
+        conditions = self.conditions(t, context, context_lens, grid)
+        return self.leave(self.run(self.enter(x), *conditions), conditions[0], grid)
+
+    def check(self, x, t):
+        """The token grid of x; BadInput where x or t has a shape that the model does not take."""
         c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
         if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
             raise BadInput(
                 f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
                 f"of {ph}, {pw}, and t (B,) or (B,T')"
             )
-        grid = (T // pt, h // ph, w // pw)
-        conditions = self.conditions(t, context, context_lens, grid)
-        return self.leave(self.run(self.enter(x), *conditions), conditions[0], grid)
+        return T // pt, h // ph, w // pw
 
     def enter(self, x):
         """x (B,C,T',h,w) -> its tokens (B,L,D) fp32."""
+        return self.embed_patches(x, self.patch_embedding)
+
+    def embed_patches(self, x, embed):
         (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
         x = (
             x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw)
@@ -264,7 +311,6 @@ class Wan(nn.Module):
             .flatten(4)
             .flatten(1, 3)
         )
-        embed = self.patch_embedding
         return F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()
 
     def conditions(self, t, context, context_lens, grid):
@@ -274,18 +320,26 @@ class Wan(nn.Module):
         rope = rope_table(max(grid), self.config.dim // self.config.num_heads, t.device), grid  # (n,d/2,2)
         return time, self.time_projection(time).unflatten(2, (6, -1)), rope, text
 
-    def run(self, x, time, rows, rope, text):
+    def after_block(self, i, x):
+        """What a subclass does to the tokens between two blocks."""
+        return x
+
+    def run(self, x, time, rows, rope, text, *extra):
         """The blocks. x (B,L,D) -> (B,L,D)."""
-        for block, kv in zip(self.blocks, text.keys_values):
-            args = (x, rows, rope, text.context, text.bias, kv)
+
+        def layer(i, x, rows, rope, context, bias, kv):
+            return self.after_block(i, self.blocks[i](x, rows, rope, context, bias, kv), *extra)
+
+        for i, (block, kv) in enumerate(zip(self.blocks, text.keys_values)):
+            args = (i, x, rows, rope, text.context, text.bias, kv)
             if (
                 self.checkpointing
                 and torch.is_grad_enabled()
                 and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
             ):
-                x = checkpoint(block, *args, use_reentrant=False)
+                x = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x = block(*args)
+                x = layer(*args)
         return x
 
     def leave(self, x, time, grid):
@@ -297,14 +351,18 @@ class Wan(nn.Module):
         return x.reshape(len(x), c.out_dim, grid[0] * pt, grid[1] * ph, grid[2] * pw)
 
 
+# whole parts that stay fp32 whatever the model's dtype; of Animate, what runs once per clip, and the norms of img_emb
+FP32_PARTS = ("time_", "head.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
+
+
 def keep_fp32(name):
     """Tensors that stay fp32 whatever the model's dtype."""
-    return "norm" in name or "modulation" in name or name.startswith(("time_", "head."))
+    return "norm" in name or "modulation" in name or name.startswith(FP32_PARTS)
 
 
 def read_config(path, entries):
-    """WanConfig of a model folder (its config.json, checked against the weights by the strict load) or of one file
-    alone.
+    """The configuration of a model folder (its config.json, checked against the weights by the strict load) or of one
+    file alone. BadInput where the tensors are of another model.
     """
 
     def shape(name):
@@ -313,17 +371,20 @@ def read_config(path, entries):
         return entries[name].shape
 
     path = Path(path)
+    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
+        raise BadInput(f"{path}: this is Wan-Animate-2, another model; of the two, Wan2.2-Animate-14B can be loaded")
     dim, in_dim, *patch = shape("patch_embedding.weight")
     text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
     layers = count_blocks(entries)
     out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
     file = (path if path.is_dir() else path.parent) / "config.json"
-    kind = "i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v"
+    signed = next((r["model_type"] for r in VARIANTS.values() if r.get("signature") in entries), None)
+    kind = signed or ("i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v")
     config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
     if not file.exists():
         if dim % 128:
             raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
-        return config
+        return of_class(config, shape, entries)
     try:
         given = json.loads(file.read_text())
         config = WanConfig(
@@ -351,7 +412,13 @@ def read_config(path, entries):
             f"{file}: does not fit {path}: "
             + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
         )
-    return config
+    return of_class(replace(config, model_type=signed or config.model_type), shape, entries)
+
+
+def of_class(config, shape, entries):
+    """A WanConfig as its model's class has it, with the further sizes that this reads."""
+    cls = wan_class(config.model_type)
+    return cls.config_class(**vars(config), **cls.read_sizes(shape, entries))
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
@@ -363,9 +430,11 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda
     if (Path(path) / "high_noise_model").is_dir():
         raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
     entries = read_headers(weight_files(path))
+    entries = {name: e for name, e in entries.items() if not name.endswith(".kernel")}  # of Animate's blurs: constants
     scales = take_scales(entries)
+    config = read_config(path, entries)
     with torch.device("meta"):
-        model = Wan(read_config(path, entries)).requires_grad_(False)
+        model = wan_class(config.model_type)(config).requires_grad_(False)
 
     def prepared(model):
         if fp8 or scales:
