@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from kernels.rope import grid_positions, rope_table
 
 import ops
 from checkpoint import BadInput, count_blocks
-from kernels.rope import grid_positions, rope_table
 from wan import CrossAttention, Text, Wan, WanConfig, sinusoid
 
 MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
@@ -224,25 +224,28 @@ class WanS2V(Wan):
     config_class = S2VConfig
 
     @classmethod
-    def read_sizes(cls, shape, entries, given):
-        """The fields of S2VConfig beyond WanConfig's: {field: value}. Raises BadInput for settings that no released
-        weights have, and where the number of injectors does not fit.
+    def read_sizes(cls, shape, entries):
+        """The fields of S2VConfig beyond WanConfig's that the tensors tell: {field: value}."""
+        dim = shape("patch_embedding.weight")[0]
+        local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")
+        return dict(audio_dim=audio_dim, num_audio_token=local * 4 // dim, cond_dim=shape("cond_encoder.weight")[1])
+
+    @classmethod
+    def read_settings(cls, given, entries, path):
+        """Where the injectors stand. Raises BadInput where that does not fit the weights, and for settings that no
+        released weights have.
         """
         wrong = [f"{k} is {given[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if given.get(k, v) != v]
         if wrong:
-            raise BadInput(f"config.json: not the released S2V model: {'; '.join(wrong)}")
-        names = re.findall(r"^audio_injector\.injector\.(\d+)\.q\.weight$", "\n".join(entries), re.M)
-        count, blocks = len(names), count_blocks(entries)
-        layers = tuple(given.get("audio_inject_layers", INJECT_LAYERS))
-        if len(layers) != count or sorted({*layers}) != [*layers] or not set(layers) <= {*range(blocks)}:
+            raise BadInput(f"{path}: not the released S2V model: {'; '.join(wrong)}")
+        layers, blocks = list(given.get("audio_inject_layers", INJECT_LAYERS)), count_blocks(entries)
+        count = sum(re.fullmatch(r"audio_injector\.injector\.\d+\.q\.weight", name) is not None for name in entries)
+        if len(layers) != count or layers != sorted({*layers} & {*range(blocks)}):
             raise BadInput(
-                f"audio_inject_layers {list(layers)}: should be {count} of the {blocks} blocks, ascending, as the "
-                "weights have injectors; without a config.json only the released ones are known"
+                f"{path}: audio_inject_layers {layers} (the released ones, without a config.json): should name {count} "
+                f"of the {blocks} blocks, ascending"
             )
-        dim = shape("patch_embedding.weight")[0]
-        local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")
-        sizes = dict(audio_dim=audio_dim, num_audio_token=local * 4 // dim, cond_dim=shape("cond_encoder.weight")[1])
-        return dict(sizes, audio_inject_layers=layers)
+        return dict(audio_inject_layers=tuple(layers))
 
     def __init__(self, config):
         super().__init__(config)
@@ -292,8 +295,10 @@ class WanS2V(Wan):
         B, _, T, h, w = x.shape
         grid, audio = self.check(x, t), audio if isinstance(audio, Audio) else self.embed_audio(audio)
         ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
-        tokens = self.enter(x) + self.mask(NOISE) + (
-            self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
+        tokens = (
+            self.enter(x)
+            + self.mask(NOISE)
+            + (self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder))
         )
         n = tokens.shape[1]
         tokens = torch.cat([tokens, ref.tokens], 1)

@@ -173,6 +173,20 @@ VARIANTS = {
     ),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+    "s2v-14B": dict(
+        _A14B,
+        model_type="s2v",
+        model="s2v.WanS2V",
+        signature="casual_audio_encoder.encoder.final_linear.weight",
+        in_dim=16,
+        frames=80,  # of one clip; of these, 4 to a latent frame
+        size=(1024, 704),
+        shift=3.0,
+        boundary=None,
+        guidance=(4.5, 4.5),
+        negative="画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走",
+    ),
     "animate-14B": dict(
         _A14B,
         model_type="animate",
@@ -228,6 +242,13 @@ class Wan(nn.Module):
     def read_sizes(cls, shape, entries):
         """{field: value} of what config_class has beyond WanConfig, from the tensors' headers; shape(name) is that of
         one, or BadInput.
+        """
+        return {}
+
+    @classmethod
+    def read_settings(cls, given, entries, path):
+        """{field: value} of what config_class has beyond WanConfig and the tensors do not tell: from config.json's
+        entries `given`, none where there is no such file. Raises BadInput for what the class does not implement.
         """
         return {}
 
@@ -351,8 +372,8 @@ class Wan(nn.Module):
         return x.reshape(len(x), c.out_dim, grid[0] * pt, grid[1] * ph, grid[2] * pw)
 
 
-# whole parts that stay fp32 whatever the model's dtype; of Animate, what runs once per clip, and the norms of img_emb
-FP32_PARTS = ("time_", "head.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
+# whole parts that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
+FP32_PARTS = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name):
@@ -384,7 +405,7 @@ def read_config(path, entries):
     if not file.exists():
         if dim % 128:
             raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
-        return of_class(config, shape, entries)
+        return of_class(config, shape, entries, {}, path)
     try:
         given = json.loads(file.read_text())
         config = WanConfig(
@@ -412,13 +433,14 @@ def read_config(path, entries):
             f"{file}: does not fit {path}: "
             + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
         )
-    return of_class(replace(config, model_type=signed or config.model_type), shape, entries)
+    return of_class(replace(config, model_type=signed or config.model_type), shape, entries, given, file)
 
 
-def of_class(config, shape, entries):
-    """A WanConfig as its model's class has it, with the further sizes that this reads."""
+def of_class(config, shape, entries, given, path):
+    """A WanConfig as its model's class has it, with the further sizes and settings that this reads."""
     cls = wan_class(config.model_type)
-    return cls.config_class(**vars(config), **cls.read_sizes(shape, entries))
+    further = cls.read_sizes(shape, entries) | cls.read_settings(given, entries, path)
+    return cls.config_class(**vars(config), **further)
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
