@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -155,15 +156,15 @@ def embed_patches(x, conv):
     return F.linear(x.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
 
 
-def positions(times, rows, columns, device):
+def positions_of(times, rows, columns, device):
     """(L,3) of the tokens of a grid whose axes have these coordinates, the columns first to move."""
     axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
     return torch.cartesian_prod(*axes).view(-1, 3)
 
 
 def spread(n, size):
-    """n of the coordinates 0..size-1, evenly apart, rounded down."""
-    return [i * (size - 1) // max(n - 1, 1) for i in range(n)]
+    """n of the coordinates 0..size-1, evenly apart, cut off as the official code does it (some are 58.99... there)."""
+    return np.linspace(0, size - 1, n).astype(int).tolist()
 
 
 class FramePacker(nn.Module):
@@ -189,9 +190,9 @@ class FramePacker(nn.Module):
         tokens = torch.cat([embed_patches(x, conv) for conv, x in convs], 1)
         H, W = h // 2, w // 2
         at = [
-            positions([-1], range(H), range(W), device),
-            positions([-3], spread(h // 4, H), spread(w // 4, W), device),
-            positions([-19, -14, -9, -4], spread(h // 8, H), spread(w // 8, W), device),
+            positions_of([-1], range(H), range(W), device),
+            positions_of([-3], spread(h // 4, H), spread(w // 4, W), device),
+            positions_of([-19, -14, -9, -4], spread(h // 8, H), spread(w // 8, W), device),
         ]
         return tokens, torch.cat(at)
 
@@ -214,10 +215,11 @@ class Audio(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The clean tokens (B,M,D) of a reference picture and of the clip before, and their positions (M,3)."""
+    """The clean tokens (B,M,D) of a reference picture and of the clip before, their positions (M,3), and (H',W')."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
+    grid: tuple
 
 
 class WanS2V(Wan):
@@ -271,7 +273,7 @@ class WanS2V(Wan):
         """
         H, W = ref.shape[3] // 2, ref.shape[4] // 2
         tokens = [embed_patches(ref, self.patch_embedding) + self.mask(REFERENCE)]
-        at = [positions([REFERENCE_TIME], range(H), range(W), ref.device)]
+        at = [positions_of([REFERENCE_TIME], range(H), range(W), ref.device)]
         if motion is not None:
             if min(motion.shape[3:]) < 8 or motion.shape[3:] != ref.shape[3:]:
                 raise BadInput(
@@ -280,7 +282,7 @@ class WanS2V(Wan):
                 )
             packed, packed_at = self.frame_packer(motion)
             tokens, at = [*tokens, packed + self.mask(MOTION)], [*at, packed_at]
-        return Reference(torch.cat(tokens, 1), torch.cat(at))
+        return Reference(torch.cat(tokens, 1), torch.cat(at), (H, W))
 
     def mask(self, row):
         return self.trainable_cond_mask.weight[row].float()
@@ -292,31 +294,35 @@ class WanS2V(Wan):
         (B,C,<=19,h,w) those before the clip or None, or as ref what embed_reference made of both; audio (B,S,A,4T')
         speech features, or what embed_audio made of them; pose (B,C,T',h,w) latents or None.
         """
-        B, _, T, h, w = x.shape
-        grid, audio = self.check(x, t), audio if isinstance(audio, Audio) else self.embed_audio(audio)
+        grid = self.check(x, t)
+        audio = audio if isinstance(audio, Audio) else self.embed_audio(audio)
         ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
-        tokens = (
-            self.enter(x)
-            + self.mask(NOISE)
-            + (self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder))
-        )
+        frames, poses = audio.injections[0].shift.shape[1], x.shape if pose is None else pose.shape
+        if t.dim() != 1 or (frames, *ref.grid) != grid or poses != (len(x), self.config.cond_dim, *x.shape[2:]):
+            raise BadInput(
+                f"x {tuple(x.shape)}, t {tuple(t.shape)}, a reference of {2 * ref.grid[0]}x{2 * ref.grid[1]} latents, "
+                f"sound for {frames} latent frames, pose {tuple(poses)}: t should be (B,), the reference as high and "
+                "wide as x, the sound as long, and pose both"
+            )
+        tokens = self.enter(x) + self.mask(NOISE) + self.embed_pose(pose)
         n = tokens.shape[1]
-        tokens = torch.cat([tokens, ref.tokens], 1)
-        at = torch.cat([grid_positions(grid, x.device), ref.positions])
-        d = self.config.dim // self.config.num_heads
-        rope = rope_table(int(at.abs().max()) + 1, d, x.device), at
+        positions = torch.cat([grid_positions(grid, x.device), ref.positions])
+        table = rope_table(max(*grid, REFERENCE_TIME + 1), self.config.dim // self.config.num_heads, x.device)
         text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
-        time = self.time_embedding(sinusoid(torch.stack([t, torch.zeros_like(t)], 1), self.config.freq_dim))
+        time = self.time_embedding(sinusoid(torch.stack([t, torch.zeros_like(t)], 1), self.config.freq_dim))  # (B,2,D)
         rows = self.time_projection(time).unflatten(2, (6, -1))
+        tokens = torch.cat([tokens, ref.tokens], 1)
         rows = rows[:, (torch.arange(tokens.shape[1]) >= n).long()]
-        tokens = self.run(tokens, time, rows, rope, text, audio)
+        tokens = self.run(tokens, time, rows, (table, positions), text, audio, n)
         return self.leave(tokens[:, :n], time[:, :1], grid)
 
-    def after_block(self, i, x, audio):
-        """The injector that stands behind block i, if one does: x (B,L,D) -> (B,L,D)."""
+    def embed_pose(self, pose):
+        """Pose latents -> what is added to the noise tokens; no pose is one of zeros, whose tokens are the bias."""
+        return self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
+
+    def after_block(self, i, x, audio, n):
+        """The injector that stands behind block i, if one does, on the first n of the tokens x (B,L,D)."""
         if i not in self.config.audio_inject_layers:
             return x
-        injection = audio.injections[self.config.audio_inject_layers.index(i)]
-        n = 96
-        noise = self.audio_injector(self.config.audio_inject_layers.index(i), x[:, :n], injection)
-        return torch.cat([noise, x[:, n:]], 1)
+        j = self.config.audio_inject_layers.index(i)
+        return torch.cat([self.audio_injector(j, x[:, :n], audio.injections[j]), x[:, n:]], 1)

@@ -1,57 +1,55 @@
 """WanS2V against figures of the official code, and its gradients against a plain, unfused version.
 
 data/s2v.safetensors holds what Wan-Video/Wan2.2 at 42bf4cfa (wan/modules/s2v/model_s2v.py, with flash attention, which
-needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from `fill`'s weights and `inputs`, motion_frames=[73,19].
+needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's weights and inputs, motion_frames=[73,19].
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
+import tiny_s2v
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from kernels.rope import angles
+from safetensors.torch import load_file, save_file
+from tiny_s2v import AUDIO_DIM, LAYERS, inputs
 
-from s2v import AudioEncoder, AudioInjector, FramePacker, embed_patches, spread
+from checkpoint import BadInput
+from s2v import INJECT_LAYERS, PUBLISHED, WanS2V, spread
+from wan import VARIANTS, build, keep_fp32, load_wan
 
 FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
-DIM, HEADS, LAYERS, AUDIO_DIM, INJECT_LAYERS = 48, 3, 4, 24, (0, 1, 3)
+DIM, HEADS, INJECTED = tiny_s2v.CONFIG.dim, tiny_s2v.CONFIG.num_heads, tiny_s2v.CONFIG.audio_inject_layers
 
 
-def fill(model, seed=7):
-    """Random weights, none of them zero, in the order of their names."""
-    g = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters()):
-        r = torch.randn(p.shape, generator=g)
-        if "norm" in name and name.endswith("weight"):
-            p.data = 1 + 0.1 * r
-        elif name == "casual_audio_encoder.weights":
-            p.data = 0.5 + 0.3 * r
-        elif p.dim() == 1:
-            p.data = 0.1 * r
-        elif "modulation" in name or "mask" in name or "padding" in name:
-            p.data = 0.3 * r
-        else:
-            p.data = r * p[0].numel() ** -0.5
-    return model.eval().requires_grad_(False)
+@pytest.fixture(scope="module")
+def model():
+    return tiny_s2v.dit()
 
 
-def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def without(given, *names):
+    return {k: v for k, v in given.items() if k not in names}
 
-    def randn(*shape):
-        return torch.randn(B, *shape, generator=g)
 
-    return dict(
-        x=randn(16, T, h, w),
-        ref=randn(16, 1, h, w),
-        motion=randn(16, motion_frames, h, w),
-        pose=randn(16, T, h, w),
-        audio=randn(25, AUDIO_DIM, 4 * T),
-        context=randn(9, tiny.TEXT_DIM),
-        t=torch.tensor([871.0, 254.0])[:B],
-        context_lens=torch.tensor([9, 4])[:B],
-    )
+def cases():
+    """{name: what the model is given}, named as the figures. The last three are of no use in sampling."""
+    plain, short = without(inputs(), "pose"), without(inputs(motion_frames=7), "pose")
+    no_latest, no_recent = without(inputs(), "pose"), without(inputs(), "pose")
+    no_latest["motion"][:, :, -1:] = 0  # the official add_last_motion=1
+    no_recent["motion"][:, :, -3:] = 0  # add_last_motion=0
+    return {
+        "full_b2": inputs(B=2),
+        "full": plain,
+        "drop": without(plain, "motion"),
+        "drop_pose": without(inputs(), "motion"),
+        "uncond": plain | {"audio": 0 * plain["audio"]},
+        "odd": without(inputs(h=20, w=12), "pose"),
+        "short_motion": short,
+        "add_1": no_latest,
+        "add_0": no_recent,
+    }
 
 
 # ---- the plain version -----------------------------------------------------------------------------------------
@@ -154,8 +152,8 @@ def plain(weights, x, t, context, context_lens, ref, audio, motion=None, pose=No
         x = x + linear(f"{a}.o", attend(q, k, linear(f"{a}.v", context)))
         y = norm(x) * (1 + m[:, :, 4]) + m[:, :, 3]
         x = x + m[:, :, 5] * linear(f"{b}.ffn.2", F.gelu(linear(f"{b}.ffn.0", y), approximate="tanh"))
-        if i in INJECT_LAYERS:
-            j = INJECT_LAYERS.index(i)
+        if i in INJECTED:
+            j = INJECTED.index(i)
             a = f"audio_injector.injector.{j}"
             shift, scale = linear(f"audio_injector.injector_adain_layers.{j}.linear", F.silu(whole)).chunk(2, -1)
             y = x[:, :L0].unflatten(1, (T, -1))  # (B,T',n,D)
@@ -167,3 +165,217 @@ def plain(weights, x, t, context, context_lens, ref, audio, motion=None, pose=No
     y = linear("head.head", norm(x[:, :L0]) * (1 + scale) + shift)
     y = y.view(B, T, H, V, 1, 2, 2, 16).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return y.reshape(B, 16, T, h, w)
+
+
+# ---- against the official figures --------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", cases())
+def test_equals_official(model, case, report):
+    with torch.no_grad():
+        got = model(**cases()[case])
+    report("relative error", tiny.error(got, FIGURES[case]), 2e-5)
+
+
+def test_the_plain_version_equals_official(model, report):
+    with torch.no_grad():
+        got = plain(dict(model.named_parameters()), **inputs(B=2))
+    report("relative error", tiny.error(got, FIGURES["full_b2"]), 2e-5)
+
+
+def test_audio_encoder_equals_official(model, report):
+    """Alone on 7 frames, and on a clip behind its prefix."""
+    encoder, audio = model.casual_audio_encoder, inputs()["audio"]
+    with torch.no_grad():
+        vectors, tokens = encoder(audio[..., :7])
+        report("global, 7 frames", tiny.error(vectors, FIGURES["cae_7_global"][:, :, 0]), 2e-5)
+        report("local, 7 frames", tiny.error(tokens, FIGURES["cae_7_local"]), 2e-5)
+        vectors, tokens = encoder.encode_clip(audio)
+        report("global, a clip", tiny.error(vectors, FIGURES["cae_global"][:, 19:, 0]), 2e-5)
+        report("local, a clip", tiny.error(tokens, FIGURES["cae_local"][:, 19:]), 2e-5)
+
+
+@pytest.mark.parametrize("case, h, w", [("rope", 16, 8), ("odd_rope", 20, 12)])
+def test_positions_equal_official(model, case, h, w, report):
+    """The whole sequence's angles: noise, reference, motion packed in three ways."""
+    seen = {}
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: seen.update(rope=args[2]))
+    with torch.no_grad():
+        model(**without(inputs(h=h, w=w), "pose"))
+    handle.remove()
+    report("largest difference", (angles(*seen["rope"]) - FIGURES[case]).abs().max().item(), 1.2e-7)
+
+
+def test_tokens_equal_official(model, report):
+    """As the first block is given them, and behind it and its injector, which the second block is given."""
+    seen = []
+    handles = [b.register_forward_pre_hook(lambda block, args: seen.append(args[0])) for b in model.blocks[:2]]
+    with torch.no_grad():
+        model(**cases()["full"])
+    for handle in handles:
+        handle.remove()
+    report("assembled", tiny.error(seen[0], FIGURES["tokens"]), 2e-5)
+    report("after block 0", tiny.error(seen[1], FIGURES["after_block_0"]), 2e-5)
+
+
+# ---- what follows from the design --------------------------------------------------------------------------------
+def test_what_is_prepared_once_per_clip_gives_the_same(model):
+    given = inputs(B=2)
+    with torch.no_grad():
+        want = model(**given)
+        text = model.embed_text(given["context"], given["context_lens"], cache=True)
+        audio, ref = model.embed_audio(given["audio"]), model.embed_reference(given["ref"], given["motion"])
+        got = model(given["x"], given["t"], text, ref=ref, audio=audio, pose=given["pose"])
+    assert torch.equal(got, want)
+
+
+def test_a_latent_frame_hears_no_further_than_its_last_video_frame(model):
+    """Latent frame k hears video frames up to 4k+3."""
+    audio = inputs(T=4)["audio"]
+    later = audio.clone()
+    later[..., 8:] += 1
+    with torch.no_grad():
+        a, b = (model.casual_audio_encoder.encode_clip(x) for x in (audio, later))
+    for before, after in zip(a, b):
+        assert torch.equal(before[:, :2], after[:, :2])
+        assert (before[:, 2] - after[:, 2]).abs().max() > 0.01
+
+
+def test_motion_older_than_19_latent_frames_is_dropped(model):
+    motion = inputs(motion_frames=23)["motion"]
+    with torch.no_grad():
+        a, b = (model.embed_reference(inputs()["ref"], m) for m in (motion, motion[:, :, 4:]))
+    assert torch.equal(a.tokens, b.tokens)
+
+
+def test_coarse_tokens_stand_evenly_apart_and_reach_both_ends():
+    assert spread(5, 10) == [0, 2, 4, 6, 9] and spread(2, 10) == [0, 9] and spread(1, 5) == [0]
+    for size in range(4, 252, 4):  # tokens along sides of 64 px and up: the integer formula
+        for n in (size // 2, size // 4):
+            assert spread(n, size) == [i * (size - 1) // max(n - 1, 1) for i in range(n)], (n, size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_the_plain_versions(model, checkpointing, report):
+    """By text, sound, and every weight that a LoRA can sit on."""
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    targets = [f"{n}.weight" for n in linear if n.startswith(("blocks.", "audio_injector.injector."))]
+    assert len(targets) == LAYERS * 10 + len(INJECTED) * 4
+    weight = torch.sin(torch.arange(FIGURES["full_b2"].numel()).float()).view_as(FIGURES["full_b2"])
+    trained = tiny_s2v.dit()
+    trained.checkpointing = checkpointing
+    for name in targets:
+        trained.get_parameter(name).requires_grad_(True)
+    params = dict(trained.named_parameters())
+    grads = []
+    for run in (trained, lambda **given: plain(params, **given)):
+        given = inputs(B=2)
+        leaves = [given["context"].requires_grad_(True), given["audio"].requires_grad_(True)]
+        leaves += [params[name] for name in targets]
+        grads.append(torch.autograd.grad((run(**given) * weight).sum(), leaves))
+    for name, got, want in zip(["text", "audio", *targets], *grads):
+        if name in ("text", "audio"):
+            report(name, tiny.error(got, want), 1e-4)
+    report("weights, the worst", max(tiny.error(g, w) for g, w in zip(*(g[2:] for g in grads))), 1e-4)
+
+
+def test_bf16_follows_fp32(report):
+    """Within what bf16 keeps of each number, over four blocks; the audio encoder, the time and the norms stay fp32."""
+    low = tiny_s2v.dit()
+    for name, p in low.named_parameters():
+        p.data = p.data if keep_fp32(name) else p.data.bfloat16()
+    with torch.no_grad():
+        report("relative error", tiny.error(low(**cases()["full"]), FIGURES["full"]), 2e-2)
+
+
+# ---- files and bad input -----------------------------------------------------------------------------------------
+def test_full_size_counts_and_names():
+    with torch.device("meta"):
+        model = build("s2v-14B")
+    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert len(state) == 1260 and sum(p.numel() for p in model.parameters()) == 16_295_755_609
+    own = {k: v for k, v in state.items() if not k.startswith(("blocks.", "text_", "time_", "head.", "patch_"))}
+    numel = {k: torch.Size(v).numel() for k, v in own.items()}
+    assert len(own) == 165 and sum(numel.values()) == 2_007_264_025
+    for prefix, n in {
+        "cond_encoder": 332_800,
+        "trainable_cond_mask": 15_360,
+        "frame_packer": 23_936_000,
+        "casual_audio_encoder": 95_051_545,
+        "audio_injector.injector.": 1_258_659_840,
+        "audio_injector.injector_adain_layers.": 629_268_480,
+    }.items():
+        assert sum(v for k, v in numel.items() if k.startswith(prefix)) == n, prefix
+    for name, shape in {
+        "casual_audio_encoder.weights": (1, 25, 1, 1),
+        "casual_audio_encoder.encoder.conv1_local.conv.weight": (5120, 1024, 3),
+        "casual_audio_encoder.encoder.conv3.conv.weight": (5120, 2560, 3),
+        "casual_audio_encoder.encoder.padding_tokens": (1, 1, 1, 5120),
+        "frame_packer.proj_4x.weight": (5120, 16, 4, 8, 8),
+        "audio_injector.injector.11.norm_k.weight": (5120,),
+        "audio_injector.injector_adain_layers.11.linear.weight": (10240, 5120),
+    }.items():
+        assert state[name] == shape, name
+    assert model.config.audio_inject_layers == INJECT_LAYERS == (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+
+
+def test_load_wan_knows_s2v(tmp_path, model):
+    tiny_s2v.write_dit(tmp_path, model)
+    loaded = load_wan(tmp_path, dtype=torch.float32)
+    assert type(loaded) is WanS2V and loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    half = dict(load_wan(tmp_path).named_parameters())
+    assert half["casual_audio_encoder.encoder.conv2.conv.weight"].dtype == torch.float32
+    assert half["audio_injector.injector.0.q.weight"].dtype == torch.bfloat16
+
+
+def test_one_file_without_config_json_stands_for_the_released_layers(tmp_path):
+    """The number of injectors is all that the weights tell: 12 are the released ones."""
+    config = tiny_s2v.CONFIG
+    names = [f"audio_injector.injector.{i}.q.weight" for i in range(12)] + ["blocks.39.modulation"]
+    assert WanS2V.read_settings({}, names, "file") == {"audio_inject_layers": INJECT_LAYERS}
+    with pytest.raises(BadInput, match="should name 3 of the 4 blocks"):
+        WanS2V.read_settings({}, tiny_s2v.dit().state_dict(), "file")
+    # under another name, with ComfyUI's prefix
+    state = {f"model.diffusion_model.{k}": v for k, v in tiny_s2v.dit().state_dict().items()}
+    save_file(state, tmp_path / "s2v.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_heads": config.num_heads, "audio_inject_layers": config.audio_inject_layers})
+    )
+    assert load_wan(tmp_path / "s2v.safetensors", dtype=torch.float32).config == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_no_released_weights_have_are_refused(tmp_path, model, name):
+    value = {True: False, False: True}.get(PUBLISHED[name], "other")
+    tiny_s2v.write_dit(tmp_path, model, **{name: value})
+    with pytest.raises(BadInput, match=f"config.json: not the released S2V model: {name} is {value!r}"):
+        load_wan(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0, 1, 4], [3, 1, 0], [0, 1, 1]])
+def test_layers_that_do_not_fit_are_refused(tmp_path, model, layers):
+    tiny_s2v.write_dit(tmp_path, model, audio_inject_layers=layers)
+    with pytest.raises(BadInput, match="should name 3 of the 4 blocks, ascending"):
+        load_wan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(audio=torch.zeros(1, 25, AUDIO_DIM, 8)), "sound for 2 latent frames"),
+        (dict(audio=torch.zeros(1, 25, AUDIO_DIM, 10)), "a multiple of 4"),
+        (dict(audio=torch.zeros(1, 4, AUDIO_DIM, 12)), "should be .B,25,24,F"),
+        (dict(t=torch.zeros(1, 3)), r"t \(1, 3\)"),
+        (dict(motion=torch.zeros(1, 16, 19, 8, 8)), "as high and wide"),
+        (dict(pose=torch.zeros(1, 16, 2, 16, 8)), r"pose \(1, 16, 2, 16, 8\)"),
+        (dict(x=torch.zeros(1, 16, 3, 18, 8)), "reference of 16x8"),
+    ],
+)
+def test_bad_shapes_are_one_line(model, change, says):
+    with pytest.raises(BadInput, match=says):
+        model(**(inputs() | change))
+
+
+def test_the_variants_row():
+    row = VARIANTS["s2v-14B"]
+    assert row["negative"].startswith("画面模糊，最差质量，画面模糊，") and row["negative"].endswith("倒着走")
+    assert (row["steps"], row["shift"], row["guidance"], row["fps"]) == (40, 3.0, (4.5, 4.5), 16)
