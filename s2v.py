@@ -11,6 +11,7 @@ embed_reference do the rest once per clip.
 Source: official wan/modules/s2v/*, whose tensor names are kept, `casual` included.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from checkpoint import BadInput, count_blocks
 from wan import CrossAttention, Text, Wan, WanConfig, sinusoid
 
 MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
+VIDEO_RATE = 16
 REFERENCE_TIME = 30
 NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
 STATES = 25  # hidden states of the speech encoder
@@ -195,6 +197,86 @@ class FramePacker(nn.Module):
             positions_of([-19, -14, -9, -4], spread(h // 8, H), spread(w // 8, W), device),
         ]
         return tokens, torch.cat(at)
+
+
+# ---- pictures and clips: what is given, in pixels ----------------------------------------------------------------
+def fit_size(width, height, area):
+    """(width, height) px of the video for a reference picture: sides multiples of 64, about the picture's aspect, at
+    most `area` px, and no larger than the picture but for the rounding. Raises BadInput where a side would be under 64
+    (the official code's fallback, from the aspect alone, then gives a side of 0).
+    """
+    pixels, longest = width * height, 1.0
+    shortest = 0.1
+    if pixels > area:
+        longest = math.sqrt(area / pixels)  # without any rounding up
+        b, c = 63 * (height + width), 63**2 - area  # with the most of it; the official formula has 2ac, not 4ac
+        shortest = (math.sqrt(b * b - 2 * pixels * c) - b) / (2 * pixels)
+    for i in range(100):
+        scale = longest - (longest - shortest) * i / 100
+        h, w = (-(-int(side * scale) // 64) * 64 for side in (height, width))
+        if h and w and w * h <= area:
+            return w, h
+    raise BadInput(f"--size of {area} px for a picture of {width}x{height}: a side would be under 64")
+
+
+def scale_to_shorter(width, height, size):
+    """(width, height) of a picture resized until its shorter side is that of `size` (width, height)."""
+    short = min(size)
+    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+
+
+def crop_start(n, size):
+    """Where along a side of n px the `size` px in its middle begin: before its begin, if it is too short."""
+    return round((n - size) / 2) if n >= size else -((size - n) // 2)
+
+
+def fit_picture(image, size):
+    """PIL image -> RGB of `size` (width, height): bilinear, the shorter sides alike, cropped in the middle; black bars
+    where it is too short.
+    """
+    from PIL import Image
+
+    w, h = scale_to_shorter(*image.size, size)
+    image = image if image.size == (w, h) else image.resize((w, h), Image.BILINEAR)
+    left, top = crop_start(w, size[0]), crop_start(h, size[1])
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def fit_pose(frames, size):
+    """Frames (T,3,H,W) in [-1,1] -> of `size` (width, height), as fit_picture does it, but for grey bars."""
+    w, h = scale_to_shorter(frames.shape[3], frames.shape[2], size)
+    if frames.shape[2:] != (h, w):
+        frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False, antialias=True)
+    left, top = crop_start(w, size[0]), crop_start(h, size[1])
+    return F.pad(frames, (-left, left + size[0] - w, -top, top + size[1] - h))
+
+
+def pose_step(fps):
+    """Every how many-th frame of a pose video is taken: its speed is kept only where fps is a multiple of 16."""
+    return max(1, round(fps / VIDEO_RATE))
+
+
+def pose_clip(frames, infer_frames):
+    """What of a pose is encoded for a clip, (1,3,1+F,H,W), whose first latent frame is then dropped: its frames
+    (T,3,H,W), T <= F, black after their end, and the first of them once more in front.
+    """
+    frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, infer_frames - len(frames)), value=-1.0)
+    return torch.cat([frames[:1], frames]).transpose(0, 1)[None]
+
+
+def first_motion(picture, start_from_picture=False):
+    """The 73 frames (1,3,73,H,W) before the first clip of a reference picture (1,3,1,H,W): grey; the last 6 of them are
+    the picture where the clip is to start from it.
+    """
+    motion = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)
+    if start_from_picture:
+        motion[:, :, -6:] = picture
+    return motion
+
+
+def next_motion(last, video):
+    """The last 73 frames of `last` (1,3,73,H,W) and the frames `video` (1,3,T,H,W) made after it."""
+    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """WanS2V against figures of the official code, and its gradients against a plain, unfused version.
 
 data/s2v.safetensors holds what Wan-Video/Wan2.2 at 42bf4cfa (wan/modules/s2v/model_s2v.py, with flash attention, which
-needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's weights and inputs, motion_frames=[73,19].
+needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's weights and inputs, motion_frames=[73,19],
+and under fit_pose_* what torchvision 0.28's Resize and CenterCrop, which it prepares poses with, make of `frames`.
 """
 
 import json
@@ -17,7 +18,19 @@ from safetensors.torch import load_file, save_file
 from tiny_s2v import AUDIO_DIM, LAYERS, inputs
 
 from checkpoint import BadInput
-from s2v import INJECT_LAYERS, PUBLISHED, WanS2V, spread
+from s2v import (
+    INJECT_LAYERS,
+    PUBLISHED,
+    WanS2V,
+    first_motion,
+    fit_picture,
+    fit_pose,
+    fit_size,
+    next_motion,
+    pose_clip,
+    pose_step,
+    spread,
+)
 from wan import VARIANTS, build, keep_fp32, load_wan
 
 FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
@@ -379,3 +392,75 @@ def test_the_variants_row():
     row = VARIANTS["s2v-14B"]
     assert row["negative"].startswith("画面模糊，最差质量，画面模糊，") and row["negative"].endswith("倒着走")
     assert (row["steps"], row["shift"], row["guidance"], row["fps"]) == (40, 3.0, (4.5, 4.5), 16)
+
+
+# ---- pictures and clips ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "picture, area, size",
+    [
+        ((832, 480), 480 * 832, (832, 448)),
+        ((1280, 720), 1024 * 704, (1088, 640)),
+        ((1280, 720), 1280 * 720, (1280, 704)),
+        ((1024, 1024), 1024 * 704, (832, 832)),
+        ((640, 480), 1024 * 704, (640, 512)),
+        ((500, 900), 1024 * 704, (512, 960)),
+        ((4000, 3000), 1024 * 704, (960, 704)),
+        ((190, 120), 1024 * 704, (192, 128)),
+        ((3900, 70), 256 * 256, (1024, 64)),
+        ((30, 20), 1024 * 704, (64, 64)),
+        ((64, 64), 64 * 64, (64, 64)),
+    ],
+)
+def test_size_of_the_video(picture, area, size):
+    """As the official get_size_less_than_area gives it (also seen equal for 20,000 random sizes)."""
+    assert fit_size(*picture, area) == size
+
+
+@pytest.mark.parametrize("picture, area", [((500, 500), 64 * 63), ((11, 603), 6935)])
+def test_sizes_with_a_side_under_64_are_refused(picture, area):
+    with pytest.raises(BadInput, match=f"--size of {area} px for a picture of {picture[0]}x{picture[1]}"):
+        fit_size(*picture, area)
+
+
+def test_a_picture_that_is_too_short_gets_black_bars():
+    from PIL import Image
+
+    pixels = torch.tensor(list(fit_picture(Image.new("RGB", (500, 900), "white"), (512, 960)).tobytes()))
+    rows = pixels.view(960, 512, 3).sum((1, 2))
+    assert (rows[:19] == 0).all() and (rows[940:] == 0).all()  # 900 px become 921
+    assert (rows[19:940] == 512 * 3 * 255).all()
+
+
+def test_a_picture_that_is_too_long_is_cropped_in_the_middle():
+    from PIL import Image
+
+    picture = Image.fromarray(tiny_s2v.picture(200, 101))
+    got = fit_picture(picture, (128, 101))  # 200 x 101, of which 36 px go on each side
+    assert got.tobytes() == picture.crop((36, 0, 164, 101)).tobytes()
+
+
+@pytest.mark.parametrize("name, size", [("fit_pose_smaller", (8, 6)), ("fit_pose_barred", (16, 24))])
+def test_pose_frames_equal_torchvisions(name, size, report):
+    frames = torch.rand(2, 3, 9, 14, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    report("largest difference", (fit_pose(frames, size) - FIGURES[name]).abs().max().item(), 1e-6)
+
+
+def test_pose_speed_and_clips():
+    assert [pose_step(fps) for fps in (8, 16, 23.976, 24, 25, 29.97, 30, 40, 50, 60)] == [1, 1, 1, 2, 2, 2, 2, 2, 3, 4]
+    frames = torch.rand(5, 3, 2, 2)
+    clip = pose_clip(frames, 8)
+    assert clip.shape == (1, 3, 9, 2, 2)
+    assert torch.equal(clip[0, :, 0], frames[0]) and torch.equal(clip[0, :, 1:6], frames.transpose(0, 1))
+    assert (clip[:, :, 6:] == -1).all()
+    assert (pose_clip(frames[:0], 8) == -1).all()
+
+
+def test_motion_is_the_last_73_frames():
+    picture, video = torch.rand(1, 3, 1, 8, 16), torch.rand(1, 3, 77, 8, 16)
+    last = first_motion(picture)
+    assert last.shape == (1, 3, 73, 8, 16) and (last == 0).all()
+    assert torch.equal(next_motion(last, video), video[:, :, 4:])
+    short = next_motion(last, video[:, :, :13])
+    assert (short[:, :, :60] == 0).all() and torch.equal(short[:, :, 60:], video[:, :, :13])
+    start = first_motion(picture, start_from_picture=True)
+    assert (start[:, :, :67] == 0).all() and (start[:, :, 67:] == picture).all()
