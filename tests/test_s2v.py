@@ -3,11 +3,14 @@
 data/s2v.safetensors holds what Wan-Video/Wan2.2 at 42bf4cfa (wan/modules/s2v/model_s2v.py, with flash attention, which
 needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's weights and inputs, motion_frames=[73,19],
 and under fit_pose_* what torchvision 0.28's Resize and CenterCrop, which it prepares poses with, make of `frames`.
+data/s2v_pipelines.safetensors holds the latents and the frames' means of whole runs of its wan/speech2video.py on
+tiny_s2v.checkpoint, in fp32 on a CPU, with tiny_s2v.prompts in place of a text encoder's output.
 """
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import tiny_s2v
@@ -17,6 +20,7 @@ from kernels.rope import angles
 from safetensors.torch import load_file, save_file
 from tiny_s2v import AUDIO_DIM, LAYERS, inputs
 
+import flow
 from checkpoint import BadInput
 from s2v import (
     INJECT_LAYERS,
@@ -31,8 +35,11 @@ from s2v import (
     pose_step,
     spread,
 )
+from vae import load_vae
 from wan import VARIANTS, build, keep_fp32, load_wan
+from wav2vec2 import count_clips, load_wav2vec2, read_audio, to_feature_rate, to_video_rate
 
+PIPELINES = load_file(Path(__file__).parent / "data" / "s2v_pipelines.safetensors")
 FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
 DIM, HEADS, INJECTED = tiny_s2v.CONFIG.dim, tiny_s2v.CONFIG.num_heads, tiny_s2v.CONFIG.audio_inject_layers
 
@@ -464,3 +471,72 @@ def test_motion_is_the_last_73_frames():
     assert (short[:, :, :60] == 0).all() and torch.equal(short[:, :, 60:], video[:, :, :13])
     start = first_motion(picture, start_from_picture=True)
     assert (start[:, :, :67] == 0).all() and (start[:, :, 67:] == picture).all()
+
+
+# ---- whole pipelines -----------------------------------------------------------------------------------------------
+def generate(folder, seconds, picture, area, frames, steps, scale, solver, seed, clips=None, pose=None, start=False):
+    """Latents (C,T',h,w) of each clip and the video (1,3,T,H,W), put together from the parts."""
+    from PIL import Image
+
+    model, vae = load_wan(folder, dtype=torch.float32), load_vae(folder)
+    encoder = load_wav2vec2(folder / "wav2vec2-large-xlsr-53-english")
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(seconds)[None])
+    features = to_feature_rate(encoder.features(read_audio(folder / "sound.wav")))
+    clips = clips or count_clips(features.shape[1], frames)
+    audio = to_video_rate(features, clips * frames)[None]
+
+    image = Image.fromarray(tiny_s2v.picture(*picture))
+    size = fit_size(*image.size, area)
+    pixels = torch.from_numpy(np.array(fit_picture(image, size))).permute(2, 0, 1).float()[None, :, None] / 127.5 - 1
+    ref, last, videos, found = vae.encode(pixels), first_motion(pixels, start), [], []
+    for r in range(clips):
+        motion = vae.encode(last)
+        has_motion = r > 0 or start
+        given = dict(ref=model.embed_reference(ref, motion if has_motion else None))
+        if pose is not None:
+            given["pose"] = vae.encode(pose_clip(fit_pose(pose[r * frames : (r + 1) * frames], size), frames))[:, :, 1:]
+        sound = audio[..., r * frames : (r + 1) * frames]
+        branches = [
+            dict(given, context=text[None], audio=model.embed_audio(gain * sound))
+            for text, gain in zip(tiny_s2v.prompts(), (1, 0))
+        ]
+        x = torch.randn(1, 16, frames // 4, *ref.shape[3:], generator=torch.Generator().manual_seed(seed + r))
+        sampler = flow.solver(solver, steps, 3.0)
+        for t in sampler.timesteps.tolist():
+            cond, uncond = (model(x, torch.tensor([float(t)]), **b) for b in branches)
+            x = sampler.step(uncond + scale * (cond - uncond), x)
+        found.append(x[0])
+        video = vae.decode(torch.cat([motion if has_motion else ref, x], 2))[:, :, -frames:]
+        videos.append(video if has_motion else video[:, :, 3:])
+        last = next_motion(last, videos[-1])
+    return found, torch.cat(videos, 2)
+
+
+RUNS = {
+    "three_clips": (dict(seconds=2.5, picture=(90, 150), area=128 * 64, frames=16, steps=4, scale=4.5, seed=11), 45),
+    "pose": (dict(seconds=2.5, picture=(90, 150), area=128 * 64, frames=16, steps=4, scale=4.5, seed=12, clips=2), 29),
+    "start_from_ref": (
+        dict(seconds=2.5, picture=(90, 150), area=8192, frames=16, steps=4, scale=1, seed=13, clips=2),
+        32,
+    ),
+    "full_clips": (dict(seconds=5.0155, picture=(100, 100), area=64 * 64, frames=80, steps=2, scale=4.5, seed=14), 157),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_pipelines_equal_official(tmp_path, name, report):
+    """Three clips; a pose video of 30 frames a second, with DPM++; from the picture, unguided; two clips of full
+    length, of which the second is all silent, since the sound's features fill the first exactly.
+    """
+    given, length = RUNS[name]
+    if name == "pose":  # of 50 frames, of which every second is taken
+        pictures = [tiny_s2v.picture(100, 140, 0.2 * i) for i in range(0, 50, pose_step(30))]
+        given = dict(given, pose=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1)
+    solver = "dpm++" if name == "pose" else "unipc"
+    folder = tiny_s2v.checkpoint(tmp_path)
+    latents, video = generate(folder, solver=solver, start=name == "start_from_ref", **given)
+    assert len(latents) == sum(key.startswith(f"{name}_latents") for key in PIPELINES) and video.shape[2] == length
+    for r, x in enumerate(latents):
+        report(f"latents of clip {r}", tiny.error(x, PIPELINES[f"{name}_latents_{r}"]), 1e-3)
+    report("mean of each frame", (video[0].mean((0, 2, 3)) - PIPELINES[f"{name}_frame_means"]).abs().max().item(), 1e-3)

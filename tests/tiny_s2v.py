@@ -87,6 +87,12 @@ def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0):
     )
 
 
+def prompts():
+    """Embeddings (L,text_dim) in place of a prompt's and of a negative prompt's."""
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(9, tiny.TEXT_DIM, generator=g), torch.randn(5, tiny.TEXT_DIM, generator=g)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------
 def write_dit(folder, model, **changes):
     """config.json as the released one, with `changes`, and the weights."""
