@@ -103,28 +103,30 @@ def using(choice, pretend=False):
         CHOSEN = before
 
 
-def modulate(x, weight, shift, eps, dtype):
-    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, rows (B,F,D) fp32."""
-    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype)
+def modulate(x, weight, shift, eps, dtype, index=None):
+    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, weight and shift rows (B,F,D) fp32. index (L,) int32:
+    which row serves each token; without one, each serves L/F in order.
+    """
+    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype, index)
 
 
-def gate(x, y, row=None):
-    """x + row * y, the residual stream x in fp32."""
-    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, row)
+def gate(x, y, gate=None, index=None):
+    """x + gate * y, the residual stream x in fp32, y (B,L,D), gate rows (B,F,D) fp32; index as in modulate."""
+    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, gate, index)
 
 
-def gate_modulate(x, y, row, weight, shift, eps, dtype):
-    """(x + row * y, and its `modulate`)."""
-    return (modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref)(
-        x, y, row, weight, shift, eps, dtype
-    )
+def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
+    """(x + gate * y, and its `modulate`); all rows (B,F,D) of the same F."""
+    fused = modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref
+    return fused(x, y, gate, weight, shift, eps, dtype, index)
 
 
-def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
-    """RMSNorm each of xs (B,L,D), split it into heads and rotate them: [(B,L,N,d)]."""
-    return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(
-        xs, weights, eps, heads, table, grid
-    )
+def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
+    """RMSNorm each of xs (B,L,D), split it into heads and, with a rope_table and positions (L,3), rotate them:
+    [(B,L,N,d)].
+    """
+    norm = norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref
+    return norm(xs, weights, eps, heads, table, positions)
 
 
 class Linear(torch.nn.Linear):
@@ -189,17 +191,17 @@ class NormedAttention(torch.autograd.Function):
 PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is faster than PyTorch's attention
 
 
-def self_attention(q, k, v, weights, eps, heads, table, grid):
+def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
     (B,L,D).
     """
     if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
-        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
+        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, positions)
         q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
-        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, grid).flatten(2)
+        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
-        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, grid)
-    q, k = qk_norm_rope([q, k], weights, eps, heads, table, grid)
+        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, positions)
+    q, k = qk_norm_rope([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
 

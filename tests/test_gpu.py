@@ -129,7 +129,7 @@ def test_an_expert_comes_back_to_its_moments_and_averages(checkpoints, media, tm
                 "9",
                 "--batch",
                 "2",
-                "--stretch",
+                "--steps_per_expert",
                 "1",
                 "--ema",
                 "0.5",

@@ -14,7 +14,9 @@ import torch
 
 import kernels
 import ops
-from kernels import linear
+from checkpoint import BadInput
+from kernels import linear, rope
+from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("modulate", "qk_norm_rope", "attention")
@@ -88,6 +90,7 @@ def test_torch_checks_the_operator(name):
             torch.randn(2, 3, 8),
             torch.randn(2, 3, 8),
             torch.randn(2, 3, 8),
+            torch.tensor([2, 0, 0, 1, 2, 1], dtype=torch.int32),
             1e-6,
             torch.float32,
         ),
@@ -97,7 +100,7 @@ def test_torch_checks_the_operator(name):
             1e-6,
             2,
             torch.randn(3, 2, 2),
-            [1, 2, 3],
+            torch.randint(-2, 3, (6, 3), dtype=torch.int32),
         ),
         "gelu": lambda k: (torch.randn(5, 7).requires_grad_(),),
     }
@@ -110,6 +113,52 @@ def test_torch_checks_the_operator(name):
         )
         return
     torch.library.opcheck(importlib.import_module(f"kernels.{name}").fused, calls[name](None))
+
+
+def complex_rotation(x, positions):
+    """x (B,L,N,d) in fp64 turned by exp(i p w) for each pair, p a token's time, height or width: no table, no signs."""
+    pairs = x.shape[3] // 2
+    third = pairs // 3
+    angle = torch.zeros(len(x[0]), pairs, dtype=torch.float64)
+    for axis, (begin, n) in enumerate(((0, pairs - 2 * third), (pairs - 2 * third, third), (pairs - third, third))):
+        for j in range(n):
+            angle[:, begin + j] = positions[:, axis] / 10000 ** (j / n)
+    turned = torch.view_as_complex(x.unflatten(3, (-1, 2)).contiguous()) * torch.exp(1j * angle)[:, None]
+    return torch.view_as_real(turned).flatten(3)
+
+
+@pytest.mark.parametrize("d", [16, 28, 128])
+@pytest.mark.parametrize("kind", ["grid", "shuffled", "repeated", "negative"])
+def test_rotation_equals_complex_numbers(kind, d, report):
+    """The reference in fp64, and C++ in fp32, at the positions of a grid, of a grid in another order, of tokens that
+    stand at the same place, and of tokens before the first frame.
+    """
+    g = torch.Generator().manual_seed(d)
+    positions = rope.grid_positions((4, 3, 5), "cpu")
+    if kind == "shuffled":
+        positions = positions[torch.randperm(60, generator=g)]
+    elif kind == "repeated":
+        positions = positions[torch.randint(60, (60,), generator=g)]
+    elif kind == "negative":
+        positions = positions - torch.tensor([19, 0, 2], dtype=torch.int32)
+    x = torch.randn(2, 60, 3, d, dtype=torch.float64, generator=g)
+    want, ones = complex_rotation(x, positions.double()), [torch.ones(3 * d)]
+    table = rope.rope_table(int(positions.abs().max()) + 1, d, "cpu")
+    report("reference, fp64 from an fp32 table", kernels.worst(rope.rotate(x, table.double(), positions), want), 1e-7)
+    norm = x.flatten(2).square().mean(2).sqrt()[..., None, None]
+    for name, op in (("reference", qk_norm_rope_ref), ("C++", qk_norm_rope)):
+        (got,) = op([x.flatten(2).float()], ones, 0.0, 3, table, positions)
+        report(f"{name}, fp32", kernels.worst(got * norm, want), 1e-6)
+
+
+def test_positions_outside_of_the_table_are_named():
+    x, w, table = [torch.randn(1, 2, 12)], [torch.ones(12)], rope.rope_table(5, 12, "cpu")
+    with pytest.raises(RuntimeError, match="position 5 is outside of a table of 5"):
+        qk_norm_rope(x, w, 1e-6, 1, table, torch.tensor([[0, 4, 1], [0, 0, -5]]))
+    with pytest.raises(RuntimeError, match=r"positions int32 \(2,3\) are needed"):
+        qk_norm_rope(x, w, 1e-6, 1, table, torch.tensor([[0, 4, 1]]))
+    with pytest.raises(BadInput, match="1025 token positions"):
+        rope.rope_table(1025, 12, "cpu")
 
 
 def test_products_on_tiles(report, threads):
@@ -178,13 +227,14 @@ def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, **const):
         open(f"{sys.argv[1]}/{name}_{arch}.cubin", "wb").write(done.asm["cubin"])
 import torch
 for D in (3072, 5120):
-    pointers = dict.fromkeys("x row weight shift new dnew dx sums".split(), full) | dict.fromkeys(("y", "out", "dout", "dy"), half)
-    build(f"modulate_{D}", M.forward_kernel, types=pointers, D=D, GATED=True, ROW=True, NORMED=True, **M.tuned(D))
-    build(f"modulate_backward_{D}", M.backward_kernel, types=pointers, D=D, GATED=True, ROW=True, NORMED=True, ROWS=False, y=None, sums=None, **M.tuned(D))
+    pointers = dict.fromkeys("x gate weight shift new dnew dx sums".split(), full) | dict.fromkeys(("y", "out", "dout", "dy"), half)
+    build(f"modulate_{D}", M.forward_kernel, types=pointers, D=D, ADD=True, GATE=True, NORM=True, INDEX=False, index=None, **M.tuned(D))
+    build(f"modulate_backward_{D}", M.backward_kernel, types=pointers, D=D, ADD=True, GATE=True, NORM=True, INDEX=False, SUMS=False, index=None, y=None, sums=None, **M.tuned(D))
     pointers = dict.fromkeys("x0 x1 out0 out1 dout0 dout1 dx0 dx1".split(), half) | dict.fromkeys("w0 w1 table dw".split(), full) | {"row0": "i32", "row1": "i32"}
+    pointers |= {"positions": "*i32"}
     build(f"norm_{D}", Q.forward_kernel, types=pointers, D=D, HALF=64, ROPE=True, **Q.tuned(D))
     build(f"norm_backward_{D}", Q.backward_kernel, types=pointers, D=D, HALF=64, ROPE=True, WEIGHTS=False, dw=None, **Q.tuned(D))
-pointers = dict.fromkeys("q k v out dout dk dv dq".split(), half) | dict.fromkeys("bias lse rstd weight table delta".split(), full)
+pointers = dict.fromkeys("q k v out dout dk dv dq".split(), half) | dict.fromkeys("bias lse rstd weight table delta".split(), full) | {"positions": "*i32"}
 build("attention", A.forward_kernel, types=pointers, BIAS=False, NORM=True, ROPE=True, bias=None, **A.tiles(128, torch.bfloat16, "forward"))
 build("attention_keys", A.keys_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "keys"))
 build("attention_queries", A.queries_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "queries"))
