@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import ops
 from checkpoint import BadInput
-from wan import CrossAttention, RMSNorm, Text, Wan, WanConfig
+from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig
 
 EVERY = 5  # an adapter stands behind every fifth block
 
@@ -178,13 +178,13 @@ class FaceAdapter(nn.Module):
         k, v = self.linear1_kv(face).chunk(2, -1)
         return self.split(k, self.k_norm), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x, keys_values):
-        """x (B,L,D) fp32, frame after frame -> what is to be added to it (B,L,D)."""
+    def forward(self, x, keys_values, frame):
+        """x (B,L,D) fp32, frame (L,): the latent frame of each token -> what is to be added to x (B,L,D)."""
         k, v = keys_values
-        y = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(v.dtype)
-        q = self.split(self.linear1_q(y), self.q_norm).unflatten(1, (k.shape[1], -1))  # (B,T',H'W',N,d)
-        y = ops.attention(*(u.flatten(0, 1) for u in (q, k, v)))  # (BT',H'W',D)
-        return self.linear2(y.view(*x.shape))
+        q = self.linear1_q(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(v.dtype))
+        other = frame[:, None] != torch.arange(k.shape[1], device=x.device).repeat_interleave(k.shape[2])  # (L,T'J)
+        bias = torch.zeros(other.shape, dtype=v.dtype, device=x.device).masked_fill(other, -torch.inf)[None, None]
+        return self.linear2(ops.attention(self.split(q, self.q_norm), k.flatten(1, 2), v.flatten(1, 2), bias))
 
 
 class ImageEmbedding(nn.Module):
@@ -242,6 +242,14 @@ class Face(NamedTuple):
     keys_values: tuple
 
 
+class Inputs(NamedTuple):
+    """WanAnimate's further inputs, made ready."""
+
+    pose: torch.Tensor
+    face: Face
+    image: Image
+
+
 class ImageCrossAttention(CrossAttention):
     """Attention to the text and, in a softmax of its own, to the image: one q, one o."""
 
@@ -261,14 +269,23 @@ class ImageCrossAttention(CrossAttention):
             return *super().keys_values(context.text), *self.image_keys_values(context.image)
         return super().keys_values(context)
 
-    def forward(self, x, keys_values, bias):
-        k, v, k_img, v_img = keys_values
+    def forward(self, x, kv, bias):
+        k, v, k_img, v_img = kv
         (q,) = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
         return self.o(ops.attention(q, k, v, bias) + ops.attention(q, k_img, v_img))
 
 
+class ImageBlock(Block):
+    cross_attention = ImageCrossAttention
+
+
 class WanAnimate(Wan):
+    """forward(x, t, context, context_lens=None, *, pose, face, clip), the inputs as embed_inputs names them; x
+    (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the reference frame too.
+    """
+
     config_class = AnimateConfig
+    block_class = ImageBlock
 
     @classmethod
     def read_sizes(cls, shape, entries):
@@ -304,13 +321,11 @@ class WanAnimate(Wan):
         self.face_encoder = FaceEncoder(c.motion_dim, c.face_hidden, c.face_heads, c.dim)
         adapters = (FaceAdapter(c.dim, c.num_heads) for _ in range(0, c.num_layers, EVERY))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
-        for block in self.blocks:
-            block.cross_attn = ImageCrossAttention(c.dim, c.num_heads, c.eps)
 
     def embed_image(self, clip, cache=False):
         """CLIP's tokens (B,n,C) of the reference picture -> Image. With `cache`, every block's keys and values too."""
         tokens = self.img_emb(clip)
-        if not (cache and self.keeps_text):
+        if not (cache and self.cache_text_kv):
             return Image(tokens, (None,) * len(self.blocks))
         return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
 
@@ -338,35 +353,40 @@ class WanAnimate(Wan):
             self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
         )  # the reference frame's are zeros, and not skipped
         adapters = self.face_adapter.fuser_blocks
-        kv = (a.keys_values(tokens) for a in adapters) if cache and self.keeps_text else (None,) * len(adapters)
+        kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
 
-    def forward(self, x, t, context, context_lens=None, *, pose, face, clip):
-        """Velocity of the flow at x, as Wan.forward gives it, the reference frame's included.
-
-        x (B,C,T',h,w), the noise and y behind it, latent frame 0 being the reference; pose (B,Cz,T'-1,h,w) latents;
-        face (B,3,4(T'-2)+1,S,S) in [-1,1], or what embed_face made of it; clip (B,n,C) CLIP's tokens, or what
-        embed_image made of them.
+    # ---- wan.py's hooks ------------------------------------------------------------------------------------------
+    def embed_inputs(self, *, pose, face, clip):
+        """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], or a Face; clip (B,n,C), CLIP's tokens of
+        the reference picture, or an Image. T' counts the reference, which is latent frame 0 of x.
         """
-        grid = self.check(x, t)
         face = face if isinstance(face, Face) else self.embed_face(face)
         image = clip if isinstance(clip, Image) else self.embed_image(clip)
-        want = (len(x), self.pose_patch_embedding.in_channels, x.shape[2] - 1, *x.shape[3:])
-        if pose.shape != want or face.tokens.shape[1] != x.shape[2]:
+        frames = face.tokens.shape[1]
+        if pose.shape[1:3] != (self.pose_patch_embedding.in_channels, frames - 1):
             raise BadInput(
-                f"x {tuple(x.shape)}, pose {tuple(pose.shape)}, faces for {face.tokens.shape[1]} latent frames: pose "
-                f"should be {want}, and the face crops {4 * x.shape[2] - 7} frames"
+                f"pose {tuple(pose.shape)} and face crops for {frames} latent frames: pose should be "
+                f"(B,{self.pose_patch_embedding.in_channels},T'-1,h,w), and the face crops 4T'-7"
             )
-        time, rows, rope, text = self.conditions(t, context, context_lens, grid)
-        kv = [a and b and (*a, *b) for a, b in zip(text.keys_values, image.keys_values)]
-        text = Text(Context(text.context, image.tokens), text.bias, kv)
-        tokens = self.enter(x)
-        tokens[:, grid[1] * grid[2] :] += self.embed_patches(pose, self.pose_patch_embedding)
-        return self.leave(self.run(tokens, time, rows, rope, text, face), time, grid)
+        return Inputs(pose, face, image)
 
-    def after_block(self, i, x, face):
-        """The adapter that stands behind block i, if one does: x (B,L,D) -> (B,L,D)."""
+    def join_text(self, text, inputs):
+        image = inputs.image
+        kv = tuple(a and b and (*a, *b) for a, b in zip(text.keys_values, image.keys_values))
+        return Text(Context(text.context, image.tokens), text.bias, kv)
+
+    def patchify(self, x, c):
+        pose, want = c.inputs.pose, (len(x), x.shape[2] - 1, *x.shape[3:])
+        if (len(pose), *pose.shape[2:]) != want:
+            raise BadInput(f"pose {tuple(pose.shape)}: should be {(len(x), pose.shape[1], *want[1:])} for this x")
+        tokens, pose = super().patchify(x, c), self.embed_patches(pose, self.pose_patch_embedding)
+        tokens[:, -pose.shape[1] :] += pose  # all but the reference's
+        return tokens
+
+    def after_block(self, i, x, c):
         if i % EVERY:
             return x
-        adapter, tokens, kv = self.face_adapter.fuser_blocks[i // EVERY], face.tokens, face.keys_values[i // EVERY]
-        return x + adapter(x, kv or adapter.keys_values(tokens))
+        adapter, face = self.face_adapter.fuser_blocks[i // EVERY], c.inputs.face
+        kv = face.keys_values[i // EVERY] or adapter.keys_values(face.tokens)
+        return x + adapter(x, kv, c.tokens.positions[:, 0])

@@ -7,77 +7,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_animate import CLIP_SIZES, animate, diffusers_animate, write_dit
 
-from animate import AnimateConfig, WanAnimate
+from animate import WanAnimate
 from checkpoint import BadInput
 from wan import build, load_wan
-
-CLIP_DIM, MAPS = 28, (6, 10, 14)  # the width of CLIP's tokens; of the motion encoder's maps: crops of 16 px
-
-
-def animate(seed=20, layers=10, dim=48, heads=2):
-    """A small WanAnimate with random weights, all odd sizes, and every part of it felt in the result."""
-    config = AnimateConfig(
-        model_type="animate",
-        dim=dim,
-        ffn_dim=2 * dim + 8,
-        num_heads=heads,
-        num_layers=layers,
-        in_dim=36,
-        out_dim=16,
-        text_dim=tiny.TEXT_DIM,
-        clip_dim=CLIP_DIM,
-        motion_channels=MAPS,
-        motion_style=22,
-        motion_linears=5,
-        motion_dim=26,
-        motion_directions=7,
-        face_hidden=18,
-        face_heads=4,
-    )
-    model = tiny.randomize(WanAnimate(config), seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if (
-            name.startswith("motion_encoder") or "padding_tokens" in name
-        ):  # the former divide their weights by themselves
-            p.data = torch.randn(p.shape, generator=generator) * (0.3 if name.endswith("bias") else 1.0)
-    return model
-
-
-def diffusers_animate(model):
-    from diffusers import WanAnimateTransformer3DModel
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    c = model.config
-    last = len(c.motion_channels)  # the converter knows the released number of maps only
-    state = {
-        re.sub(rf"convs\.{last}\.", "convs.8.", k) if k.startswith("motion_encoder") else k: v.clone()
-        for k, v in model.state_dict().items()
-    }
-    sides = [4 << i for i in reversed(range(last))]
-    peer = WanAnimateTransformer3DModel(
-        num_attention_heads=c.num_heads,
-        attention_head_dim=c.dim // c.num_heads,
-        in_channels=c.in_dim,
-        latent_channels=c.out_dim,
-        out_channels=c.out_dim,
-        text_dim=c.text_dim,
-        freq_dim=c.freq_dim,
-        ffn_dim=c.ffn_dim,
-        num_layers=c.num_layers,
-        image_dim=c.clip_dim,
-        added_kv_proj_dim=c.dim,
-        motion_encoder_channel_sizes={str(side): width for side, width in zip(sides, c.motion_channels)},
-        motion_encoder_size=sides[0],
-        motion_style_dim=c.motion_style,
-        motion_dim=c.motion_directions,
-        motion_encoder_dim=c.motion_dim,
-        face_encoder_hidden_dim=c.face_hidden,
-        face_encoder_num_heads=c.face_heads,
-    )
-    peer.load_state_dict(convert_wan_transformer_to_diffusers(state), strict=True)
-    return peer.eval().requires_grad_(False)
 
 
 def inputs(model, frames=3, h=6, w=10, S=40, B=2, n=5):
@@ -88,7 +22,7 @@ def inputs(model, frames=3, h=6, w=10, S=40, B=2, n=5):
     return (x, t, context), dict(
         pose=torch.randn(B, 16, frames - 1, h, w),
         face=torch.rand(B, 3, 4 * frames - 7, side, side) * 2 - 1,
-        clip=torch.randn(B, n, CLIP_DIM),
+        clip=torch.randn(B, n, CLIP_SIZES["dim"]),
     )
 
 
@@ -129,9 +63,10 @@ def test_adapter_equals_diffusers(frames, tokens, report):
     model = animate()
     peer = diffusers_animate(model)
     x, face = torch.randn(2, frames * tokens, 48), torch.randn(2, frames, 5, 48)
+    frame = torch.arange(frames).repeat_interleave(tokens)
     for ours, theirs in zip(model.face_adapter.fuser_blocks, peer.face_adapter):
         with torch.no_grad():
-            report("relative error", tiny.error(ours(x, ours.keys_values(face)), theirs(x, face)), 2e-5)
+            report("relative error", tiny.error(ours(x, ours.keys_values(face), frame), theirs(x, face)), 2e-5)
 
 
 @pytest.mark.parametrize("size", [(3, 6, 10), (2, 2, 14), (4, 10, 4)])
@@ -187,9 +122,9 @@ def test_reference_tokens_get_a_constant_from_the_adapters():
     for seed in (1, 2):
         torch.manual_seed(seed)
         (x, t, context), extra = inputs(model, frames=4)
-        face = model.embed_face(extra["face"])
+        face, frame = model.embed_face(extra["face"]), torch.arange(4).repeat_interleave(15)
         for adapter in model.face_adapter.fuser_blocks:
-            y = adapter(torch.randn(2, 4 * 15, 48), adapter.keys_values(face.tokens)).unflatten(1, (4, 15))
+            y = adapter(torch.randn(2, 4 * 15, 48), adapter.keys_values(face.tokens), frame).unflatten(1, (4, 15))
             added.append(y[:, 0])
             assert (y[:, 1:] - y[:, 1:2, :1]).abs().max() > 1e-2
     bias = model.face_adapter.fuser_blocks[1].linear1_kv.bias[48:]
@@ -236,19 +171,6 @@ def test_released_size():
     assert (sum(t.numel() for t in state.values()), len(state)) == (17_274_816_884, 1427)
 
 
-def write(folder, model, **more):
-    """The model in the official layout, whose config.json names no model type; `more` tensors in its first file."""
-    tiny.write_dit(folder, model)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k in OFFICIAL_KEYS}))
-    shard = next(iter(sorted(folder.glob("*-00001-*"))))
-    save_file(load_file(shard) | more, shard)
-    return folder
-
-
-OFFICIAL_KEYS = ("dim", "ffn_dim", "freq_dim", "text_len", "in_dim", "out_dim", "num_heads", "num_layers", "eps")
-
-
 def test_loads_by_its_tensors(tmp_path):
     """From a folder as released, the blur kernels in it too, in bf16 but for what stays fp32."""
     model = animate()
@@ -257,7 +179,10 @@ def test_loads_by_its_tensors(tmp_path):
         for i in (1, 2)
         for part in ("conv2", "skip")
     }
-    loaded = load_wan(write(tmp_path, model, **kernels), dtype=torch.float32)
+    write_dit(tmp_path, model)
+    shard = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    save_file(load_file(shard) | kernels, shard)
+    loaded = load_wan(tmp_path, dtype=torch.float32)
     assert type(loaded) is WanAnimate and loaded.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     rounded = load_wan(tmp_path).state_dict()
@@ -294,8 +219,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     [
         ("face", (2, 3, 5, 16, 12), "crops .2, 3, 5, 16, 12.: this model takes .* S = 16"),
         ("face", (2, 3, 4, 16, 16), "4k.1"),
-        ("face", (2, 3, 9, 16, 16), "faces for 4 latent frames: .* face crops 5 frames"),
-        ("pose", (2, 16, 3, 6, 10), r"pose should be \(2, 16, 2, 6, 10\)"),
+        ("face", (2, 3, 9, 16, 16), r"face crops for 4 latent frames: pose should be \(B,16,T'-1,h,w\)"),
+        ("pose", (2, 15, 2, 6, 10), r"pose should be \(B,16,T'-1,h,w\)"),
+        ("pose", (2, 16, 2, 6, 8), r"pose \(2, 16, 2, 6, 8\): should be \(2, 16, 2, 6, 10\) for this x"),
+        ("pose", (1, 16, 2, 6, 10), r"should be \(2, 16, 2, 6, 10\) for this x"),
     ],
 )
 def test_conditions_of_another_shape_are_refused(name, shape, message):

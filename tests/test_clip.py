@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 import torch
-from torch import nn
+from tiny_animate import clip_state
 
 import checkpoint
 import clip
@@ -16,18 +16,7 @@ DIM, FFN, LAYERS, PATCH, SIDE = 48, 72, 4, 6, 30
 
 
 def released_layout():
-    """The tensors of a small official file: both towers, the last block and the head included."""
-    whole = clip.VisionTransformer(DIM, FFN, LAYERS, PATCH, 1 + (SIDE // PATCH) ** 2)
-    state = {f"visual.{k}": v for k, v in tiny.randomize(whole, 3).state_dict().items()}
-    for name in ("cls_embedding", "pos_embedding"):
-        state[f"visual.{name}"] = torch.randn(state[f"visual.{name}"].shape)
-    norm, text = tiny.randomize(nn.LayerNorm(DIM), 4).state_dict(), tiny.randomize(nn.Linear(37, 41), 5).state_dict()
-    return (
-        state
-        | {f"visual.post_norm.{k}": v for k, v in norm.items()}
-        | {"visual.head": torch.randn(DIM, 20), "log_scale": torch.tensor(2.6)}
-        | {f"textual.token_embedding.{k}": v for k, v in text.items()}
-    )
+    return clip_state(layers=LAYERS, sizes=dict(dim=DIM, ffn_dim=FFN, patch=PATCH, tokens=1 + (SIDE // PATCH) ** 2))
 
 
 def write(folder, state):
