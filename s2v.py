@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from kernels.rope import grid_positions, rope_table
 
 import ops
 from checkpoint import BadInput, count_blocks
-from wan import CrossAttention, Text, Wan, WanConfig, sinusoid
+from kernels.rope import grid_positions
+from wan import CrossAttention, Tokens, Wan, WanConfig
 
 MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
 VIDEO_RATE = 16
@@ -116,11 +116,10 @@ class AdaLayerNorm(nn.Module):
 
 
 class Injection(NamedTuple):
-    """What one injector makes of a clip's sound: keys and values (B*T',K,N,d), and the rows (B,T',D) of its norm."""
+    """What one injector makes of a clip's sound."""
 
-    k: torch.Tensor
-    v: torch.Tensor
-    weight: torch.Tensor
+    keys_values: tuple  # two (B,T'K,N,d)
+    weight: torch.Tensor  # (B,T',D) and the next, fp32: the rows of its norm
     shift: torch.Tensor
 
 
@@ -138,15 +137,21 @@ class AudioInjector(nn.Module):
         for attention, norm in zip(self.injector, self.injector_adain_layers):
             dtype = norm.linear.weight.dtype
             shift, scale = norm.linear(F.silu(vectors).to(dtype)).float().chunk(2, -1)
-            injections.append(Injection(*attention.keys_values(tokens.flatten(0, 1).to(dtype)), 1 + scale, shift))
-        return injections
+            kv = attention.keys_values(tokens.flatten(1, 2).to(dtype))
+            injections.append(Injection(kv, 1 + scale, shift))
+        return tuple(injections)
 
-    def forward(self, i, x, injection):
-        """x (B,T'n,D) fp32, the noise tokens -> x + what they find in the sound of their latent frame."""
-        frames, attention = injection.shift.shape[1], self.injector[i]
-        y = ops.modulate(x, injection.weight, injection.shift, 1e-5, injection.k.dtype)
-        y = attention(y.unflatten(1, (frames, -1)).flatten(0, 1), injection[:2], None)  # (B*T',n,D)
-        return ops.gate(x, y.view_as(x))
+    def forward(self, i, x, injection, frame):
+        """x (B,L,D) fp32, noise tokens of the latent frames `frame` (L,) -> x + what each finds in the sound of its
+        frame. One attention over the audio tokens of all frames, those of others masked: that costs next to nothing,
+        and the tokens may be any part of a clip.
+        """
+        (k, v), frames = injection.keys_values, injection.shift.shape[1]
+        frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
+        bias = torch.zeros(len(frame), len(frame_of_key), device=x.device)
+        bias = bias.masked_fill_(frame[:, None] != frame_of_key, -torch.inf)
+        y = ops.modulate(x, injection.weight, injection.shift, 1e-5, k.dtype, frame)
+        return ops.gate(x, self.injector[i](y, (k, v), bias[None, None]))
 
 
 # ---- reference and motion tokens -------------------------------------------------------------------------------
@@ -297,14 +302,26 @@ class Audio(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The clean tokens (B,M,D) of a reference picture and of the clip before, their positions (M,3), and (H',W')."""
+    """The clean tokens (B,M,D) of a reference picture and of the clip before, their positions (M,3), and the latents'
+    height and width.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    grid: tuple
+    size: tuple
+
+
+class Inputs(NamedTuple):
+    reference: Reference
+    audio: Audio
+    pose: torch.Tensor | None
 
 
 class WanS2V(Wan):
+    """forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None), the inputs as embed_inputs
+    names them; t (B,).
+    """
+
     config_class = S2VConfig
 
     @classmethod
@@ -347,7 +364,7 @@ class WanS2V(Wan):
                 f"speech features {tuple(audio.shape)}: should be (B,{STATES},{self.config.audio_dim},F), F frames of "
                 "video, a multiple of 4"
             )
-        return Audio(tuple(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio))))
+        return Audio(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio)))
 
     def embed_reference(self, ref, motion=None):
         """The reference picture's latents (B,C,1,h,w) and, but for a first clip, the latents before the clip
@@ -364,47 +381,50 @@ class WanS2V(Wan):
                 )
             packed, packed_at = self.frame_packer(motion)
             tokens, at = [*tokens, packed + self.mask(MOTION)], [*at, packed_at]
-        return Reference(torch.cat(tokens, 1), torch.cat(at), (H, W))
+        return Reference(torch.cat(tokens, 1), torch.cat(at), tuple(ref.shape[3:]))
 
     def mask(self, row):
         return self.trainable_cond_mask.weight[row].float()
 
-    def forward(self, x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None):
-        """Velocity of the flow at x, as Wan.forward gives it.
-
-        x (B,C,T',h,w) the noise; t (B,) in 0..1000; ref (B,C,1,h,w) the reference picture's latents, motion
-        (B,C,<=19,h,w) those before the clip or None, or as ref what embed_reference made of both; audio (B,S,A,4T')
-        speech features, or what embed_audio made of them; pose (B,C,T',h,w) latents or None.
+    # ---- wan.py's hooks ------------------------------------------------------------------------------------------
+    def embed_inputs(self, *, ref, audio, motion=None, pose=None):
+        """ref (B,C,1,h,w) the reference picture's latents and motion (B,C,<=19,h,w) those before the clip, or None; or
+        as ref what embed_reference made of both. audio (B,S,A,4T') speech features, or what embed_audio made of them.
+        pose (B,C,T',h,w) latents or None.
         """
-        grid = self.check(x, t)
-        audio = audio if isinstance(audio, Audio) else self.embed_audio(audio)
         ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
-        frames, poses = audio.injections[0].shift.shape[1], x.shape if pose is None else pose.shape
-        if t.dim() != 1 or (frames, *ref.grid) != grid or poses != (len(x), self.config.cond_dim, *x.shape[2:]):
+        return Inputs(ref, audio if isinstance(audio, Audio) else self.embed_audio(audio), pose)
+
+    def times(self, t):
+        if t.dim() != 1:
+            raise BadInput(f"t {tuple(t.shape)}: S2V takes one time for a clip, (B,)")
+        return torch.stack([t, torch.zeros_like(t)], 1)
+
+    def list_tokens(self, grid, device, inputs):
+        n, frames, clean = math.prod(grid), inputs.audio.injections[0].shift.shape[1], inputs.reference.positions
+        if frames != grid[0]:
+            raise BadInput(f"sound for {frames} latent frames, noise of {grid[0]}")
+        row = torch.arange(n + len(clean), device=device) >= n  # of t, then of 0
+        positions = torch.cat([grid_positions(grid, device), clean])
+        return Tokens(positions, own=n, length=len(row), extent=max(*grid, REFERENCE_TIME + 1), row=row.int())
+
+    def patchify(self, x, c):
+        ref, _, pose = c.inputs
+        want = (len(x), self.config.cond_dim, *x.shape[2:])
+        if ref.size != x.shape[3:] or pose is not None and pose.shape != want:
+            shape = None if pose is None else tuple(pose.shape)
             raise BadInput(
-                f"x {tuple(x.shape)}, t {tuple(t.shape)}, a reference of {2 * ref.grid[0]}x{2 * ref.grid[1]} latents, "
-                f"sound for {frames} latent frames, pose {tuple(poses)}: t should be (B,), the reference as high and "
-                "wide as x, the sound as long, and pose both"
+                f"x {tuple(x.shape)}, ref {ref.size[0]}x{ref.size[1]}, pose {shape}: ref should be as high and wide as "
+                f"x, and pose None or {want}"
             )
-        tokens = self.enter(x) + self.mask(NOISE) + self.embed_pose(pose)
-        n = tokens.shape[1]
-        positions = torch.cat([grid_positions(grid, x.device), ref.positions])
-        table = rope_table(max(*grid, REFERENCE_TIME + 1), self.config.dim // self.config.num_heads, x.device)
-        text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
-        time = self.time_embedding(sinusoid(torch.stack([t, torch.zeros_like(t)], 1), self.config.freq_dim))  # (B,2,D)
-        rows = self.time_projection(time).unflatten(2, (6, -1))
-        tokens = torch.cat([tokens, ref.tokens], 1)
-        rows = rows[:, (torch.arange(tokens.shape[1]) >= n).long()]
-        tokens = self.run(tokens, time, rows, (table, positions), text, audio, n)
-        return self.leave(tokens[:, :n], time[:, :1], grid)
+        # no pose is one of zeros, whose tokens are the bias
+        pose = self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
+        return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
 
-    def embed_pose(self, pose):
-        """Pose latents -> what is added to the noise tokens; no pose is one of zeros, whose tokens are the bias."""
-        return self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
-
-    def after_block(self, i, x, audio, n):
-        """The injector that stands behind block i, if one does, on the first n of the tokens x (B,L,D)."""
-        if i not in self.config.audio_inject_layers:
+    def after_block(self, i, x, c):
+        n = c.tokens.own
+        if i not in self.config.audio_inject_layers or not n:
             return x
         j = self.config.audio_inject_layers.index(i)
-        return torch.cat([self.audio_injector(j, x[:, :n], audio.injections[j]), x[:, n:]], 1)
+        noise = self.audio_injector(j, x[:, :n], c.inputs.audio.injections[j], c.tokens.positions[:n, 0])
+        return torch.cat([noise, x[:, n:]], 1)
