@@ -425,6 +425,6 @@ class WanS2V(Wan):
         n = c.tokens.own
         if i not in self.config.audio_inject_layers or not n:
             return x
-        j = self.config.audio_inject_layers.index(i)
-        noise = self.audio_injector(j, x[:, :n], c.inputs.audio.injections[j], c.tokens.positions[:n, 0])
+        j, frame = self.config.audio_inject_layers.index(i), c.tokens.positions[:n, 0].contiguous()
+        noise = self.audio_injector(j, x[:, :n], c.inputs.audio.injections[j], frame)
         return torch.cat([noise, x[:, n:]], 1)
