@@ -409,7 +409,11 @@ class Models:
                 merge(model, file, weight, name)
         if self.world.is_main and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
-        buffer = offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda) if share else None
+        buffer = (
+            offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
+            if share
+            else None
+        )
         if run.stream_blocks:
             part = StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:
