@@ -394,9 +394,9 @@ def fit(
     """The loop of both trainers, from state.step to args.steps; returns whether it came to the end.
 
     schedule: of expert_schedule. params_of {expert: parameters that a step on it gives gradients}. embed(captions) ->
-    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step). extra_loss(step)
-    back-propagates a further loss and returns its value, added over ranks. after_update(expert) -> metrics, after an
-    optimizer step.
+    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step).
+    extra_loss(step) back-propagates a further loss and returns its value, added over ranks. after_update(expert) ->
+    metrics, after an optimizer step.
     """
     world, opt, guard = models.world, state.opt, state.guard
     if not state.step and (metrics := evaluate(0)):
