@@ -216,6 +216,11 @@ class AnimateConfig(WanConfig):
     face_hidden: int = 1024
     face_heads: int = 4
 
+    @property
+    def face_side(self):
+        """Side in px of the face crops that the motion encoder takes."""
+        return 4 * 2 ** (len(self.motion_channels) - 1)
+
 
 class Context(NamedTuple):
     """What a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
@@ -355,6 +360,10 @@ class WanAnimate(Wan):
         adapters = self.face_adapter.fuser_blocks
         kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
+
+    def prepare_inputs(self, *, pose, face, clip):
+        face = self.embed_face(face, cache=True)
+        return {"pose": pose, "face": face, "clip": self.embed_image(clip, cache=True)}
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput
-from data import Skip, frames
-from media import open_image
+from media import Skip, open_image, read_frames
 
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
 
@@ -84,7 +83,7 @@ def read_source(folder, replace, face_side):
 def read_video(file):
     """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
     try:
-        times, images = zip(*((at, np.array(image.convert("RGB"))) for at, image in frames(file)))
+        times, images = zip(*((f.seconds, np.array(f.image.convert("RGB"))) for f in read_frames(file)))
     except Skip as e:
         raise BadInput(f"{file}: {e}") from None
     except ValueError:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import ops
 from checkpoint import BadInput, load, save
-from denoising import EasyCache, denoise, encode_prompts, preview_writer
+from denoising import EasyCache, decode, denoise, encode_prompts, preview_writer
 from media import to_uint8, write_frames
 
 
@@ -77,7 +77,7 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         x = sequence.noise(r)[None]
         z = denoise(models, s, x, embeds, negative, conditions, False, EasyCache(reuse), callback_on_step_end)
         conditions = None  # the DiT's inputs go before the VAE comes
-        frames = sequence.decode(r, z)
+        frames = sequence.decode(r, z, lambda latents: decode(models, latents))
         if models.world.is_writer:
             parts.save(r, sequence.output(z[0]), frames, sequence.state())
         models.world.barrier()

@@ -59,6 +59,7 @@ class Settings:
     guidance: tuple
     boundary: float | None = None
     solver: str = "unipc"
+    prompt: str = "a red square moves left"
     negative: str = NEGATIVE
     is_moe: bool = False
     train: dict = field(default_factory=dict)
@@ -104,7 +105,8 @@ class Settings:
             raise BadInput(
                 f"--guidance {s.guidance}, --shift {s.shift}: guidance must be finite and the shift positive"
             )
-        check_size(s.size, s.frames, s.size_multiple)
+        if not s.conditioning.by_clips:  # those go by their inputs
+            check_size(s.size, s.frames, s.size_multiple)
         return s
 
 
@@ -130,7 +132,12 @@ def settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     try:
         config = json.loads(file.read_text())
-        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
+        kind = (
+            config["model_type"]
+            if "model_type" in config
+            else read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+        )
+        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == kind)
         s = replace(released(variant), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         types = ", ".join(row["model_type"] for row in VARIANTS.values())
@@ -347,6 +354,10 @@ class Models:
             part.to(device)
         return part.model
 
+    def acquire_vae(self, size):
+        """The VAE, ready for frames of (width, height) px."""
+        return self.acquire("vae", VAE_BYTES * math.prod(size))
+
     def evict(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         part, cuda = self.placements[name], self.runtime.cuda
@@ -379,6 +390,8 @@ class Models:
 
     def _bytes(self, name):
         """What a part's weights take on the device."""
+        if name in self.settings.conditioning.encoders:
+            return self.settings.conditioning.encoders[name].bytes(self.dir)
         entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
         is_dit, itemsize = name in self.headers, 4 if name == "vae" else self.runtime.dtype.itemsize
         in_blocks = {n: e.numel for n, e in entries.items() if is_dit and n.startswith("blocks.")}
@@ -396,7 +409,8 @@ class Models:
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
         if name in self.settings.conditioning.encoders:
-            return Placement(self.settings.conditioning.encoders[name](self.dir, run.device))
+            encoder = self.settings.conditioning.encoders[name]
+            return Placement(encoder.load(self.dir / encoder.folder, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"
@@ -447,7 +461,7 @@ class Models:
         """The Conditions of a clip of `frames` at `size` px; image: PIL or None. The last ones are kept."""
         key = (image and (image.size, image.tobytes()), size, frames)
         if key != self._conditions[0]:
-            vae = image and self.acquire("vae", VAE_BYTES * math.prod(size))
+            vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
         return self._conditions[1]
 

@@ -138,7 +138,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--prompt", help='what to show (default, without --prompts: "a red square moves left")')
+    add("--prompt", help="what to show (default, without --prompts: the checkpoint's)")
     add("--prompts", help="a text file, one prompt per line")
     add("--image", help="start from this image")
     add("--size", help="WxH px; with --image the area (default: the checkpoint's)")
@@ -286,21 +286,22 @@ def main():
     device = pick_device(args.device)
     check_compilation(args, device)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
-        run(args, prompts or ["a red square moves left"], world)
+        run(args, prompts, world)
 
 
 def run(args, prompts, world):
     # the models
     seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
+    dtype = pick_dtype(args.dtype, world.device)
+    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
+    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
+    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
+    prompts = prompts or [models.settings.prompt]
     if len(prompts) < world.dp_size:
         raise BadInput(
             f"{len(prompts)} prompts for {world.dp_size} groups of ranks: fewer processes, or --ulysses_size and "
             "--guidance_parallel, which share a prompt"
         )
-    dtype = pick_dtype(args.dtype, world.device)
-    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
-    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
-    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
 
     # what is asked of them, and what that will need
     overrides = sampling_overrides(args)

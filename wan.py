@@ -415,6 +415,12 @@ class Wan(nn.Module):
         depend on t or x. What comes out stands in Conditioning.inputs.
         """
 
+    def prepare_inputs(self, **inputs):
+        """The further inputs with all computed that is the same at every step of a clip, to be given to forward in their
+        place; as embed_inputs names them.
+        """
+        return inputs
+
     def join_text(self, text, inputs):
         """The Text that the blocks are given; what else cross-attention attends to is added here."""
         return text
