@@ -40,11 +40,12 @@ import train_lora
 import train_te
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, weight_files
 from data import CLIPS
+from denoising import EasyCache, decode
 from lora import TARGETS, check_fit, write_changes
 from lora_files import describe, read_lora
 from media import write_grid
 from models import DTYPES, Models, Runtime, checkpoint_dir, parse_size, pick_device, pick_dtype, released, settings
-from sample import EasyCache, decode, denoise, read_prompts
+from sample import read_prompts, sample_latents
 from t5 import encoder_files, load_t5
 from train import Dataset, eval_batches, expert_schedule
 from wan import VARIANTS, full_config, read_config
@@ -655,13 +656,13 @@ def run_reuse(args):
     models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
     exact, rows = [], []
     for i, p in enumerate(prompts):
-        z = denoise(models, [p], [i], progress=False)
+        z = sample_latents(models, [p], [i], progress=False)
         exact.append((z, decode(models, z)))
     for threshold in args.thresholds:
         computed, error, square = 0, 0.0, 0.0
         for i, (p, (z, video)) in enumerate(zip(prompts, exact)):
             reuse = EasyCache(threshold)
-            other = denoise(models, [p], [i], progress=False, step_cache=reuse)
+            other = sample_latents(models, [p], [i], progress=False, step_cache=reuse)
             computed += reuse.computed / len(prompts)
             error += ((other - z).norm() / z.norm()).item() / len(prompts)
             square += F.mse_loss(decode(models, other), video).item() / len(prompts)
@@ -733,7 +734,7 @@ def run_listen(args):
             else ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
         )
         clips = {
-            side: [decode(m, denoise(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
+            side: [decode(m, sample_latents(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
             for side, m in sides.items()
         }
         order = [(side, i) for i in range(len(prompts)) for side in sides]

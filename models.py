@@ -285,9 +285,9 @@ class StreamedPlacement(Placement):
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of
-    the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
-    half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not
+    after half of the steps.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -325,10 +325,6 @@ class Models:
         if part == "text":
             return encoder_files(self.dir, self.text_encoder)
         return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
-
-    @property
-    def tokenizer_file(self):
-        return self.dir / "google" / "umt5-xxl" / "spiece.model"
 
     def config(self, expert=None):
         """The WanConfig of a DiT (default: the first expert)."""
@@ -399,6 +395,8 @@ class Models:
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in self.settings.conditioning.encoders:
+            return Placement(self.settings.conditioning.encoders[name](self.dir, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"

@@ -25,7 +25,7 @@ from flow import make_noisy_batch
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from t5 import XXL, TextEncoder, build_t5
+from t5 import XXL, TextEncoder, build_t5, read_encoder
 from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
 
@@ -86,8 +86,8 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks, its
-    tokens over sp_size, its blocks over pp_size.
+    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
+    its tokens over sp_size, its blocks over pp_size.
     """
 
     fp8: bool = False
@@ -141,7 +141,7 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
         name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()
@@ -157,7 +157,9 @@ def full_builders(s):
 
 
 def build(builders, part, dtype, cuda=False):
-    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in `dtype`."""
+    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
+    `dtype`.
+    """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
         if part == "vae":
@@ -309,11 +311,11 @@ def training(
 ):
     """Plan of a training run, per rank.
 
-    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
-    parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs are
-    trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the largest.
-    text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to be
-    computed. ranks: how many processes there are.
+    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
+    trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
+    are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
+    be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)

@@ -193,6 +193,34 @@ VARIANTS = {
     ),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+    "s2v-14B": dict(
+        _A14B,
+        model_type="s2v",
+        model="s2v.WanS2V",
+        signature="casual_audio_encoder.encoder.final_linear.weight",
+        in_dim=16,
+        frames=80,  # of one clip; of these, 4 to a latent frame
+        size=(1024, 704),
+        shift=3.0,
+        boundary=None,
+        guidance=(4.5, 4.5),
+        negative="画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走",
+    ),
+    "animate-14B": dict(
+        _A14B,
+        model_type="animate",
+        model="animate.WanAnimate",
+        signature="pose_patch_embedding.weight",
+        in_dim=36,
+        fps=30,
+        frames=77,
+        steps=20,
+        shift=5.0,
+        boundary=None,
+        guidance=(1.0, 1.0),
+        prompt="视频中的人在做动作",
+    ),
 }
 
 
@@ -422,7 +450,8 @@ class Wan(nn.Module):
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
 
 
-FP32_PARTS = ("time_", "head.")  # whole parts that stay fp32 whatever the model's dtype
+# whole parts that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
+FP32_PARTS = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name):

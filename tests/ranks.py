@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import denoising
 import models
 import parallel
 import sample
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
-from train import TrainState
+from run import TrainState
 
 WORLDS = []
 
@@ -38,11 +39,11 @@ def library(out, **ranks):
     world = World("cpu", **ranks)
     checkpoint = sample.load("nano", world=world)
     models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(
+    latents = sample.sample_latents(
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(checkpoint, z)}
+    found = {"latents": latents, "video": denoising.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
     )  # they did work together
