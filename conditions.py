@@ -45,10 +45,48 @@ class Conditions(NamedTuple):
         return x, times
 
 
+class Sequence:
+    """A video that is made clip by clip, each from what the one before left: what clips.py asks of a variant's inputs.
+
+    count: number of clips. size: (width, height) px. fps: of the video. sound: a file whose sound goes into the mp4, or
+    None; sound_offset: seconds at which it begins there.
+    """
+
+    count = 1
+    sound = None
+    sound_offset = 0.0
+
+    def noise(self, r):
+        """(C,T',h,w) fp32 from which clip r begins."""
+        raise NotImplementedError
+
+    def conditions(self, r):
+        """The Conditions of clip r; encodes what is needed for it."""
+        raise NotImplementedError
+
+    def decode(self, r, latents):
+        """Latents (1,C,T',h,w) of clip r -> its new frames (3,n,H,W) in [-1,1]; keeps what clip r+1 needs of them."""
+        raise NotImplementedError
+
+    def output(self, latents):
+        """What --save_latents writes of a clip's latents (C,T',h,w)."""
+        return latents
+
+    def state(self):
+        """{name: tensor}: what clip r+1 needs of the clips before it."""
+        return {}
+
+    def restore(self, state):
+        """Take over what `state` returned."""
+
+
 class TextOnly:
     """Text-to-video: nothing but the prompt."""
 
     channels = 0  # of the conditioning, behind the noise
+    flags = ()  # of sample.py's, those that only some variants take
+    by_clips = False  # whether `sequence` makes a video of any length of it
+    encoders = {}  # further parts of the checkpoint, {name: loader(folder, device)}
     takes_image = False  # with a prompt
     needs_image = False
     trains_first_frame = False  # --i2v_prob
@@ -63,6 +101,9 @@ class TextOnly:
     def video_size(self, size, image):
         """(width, height) px of the video: `size`, or with a PIL image its area in the image's aspect."""
         return size
+
+    def sequence(self, models, s, **inputs):
+        """The Sequence of a variant that is sampled clip by clip, from sample.py's `flags`; None for one clip."""
 
     def encode(self, vae, image, size, frames):
         """Conditions of a clip of `frames` at `size` (width, height) px; image: PIL or None."""

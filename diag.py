@@ -38,23 +38,14 @@ import plan
 import sample
 import train_lora
 import train_te
-from checkpoint import (
-    BadInput,
-    atomic,
-    clean_key,
-    cli,
-    count_blocks,
-    load,
-    read_header,
-    read_headers,
-    save,
-    weight_files,
-)
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, weight_files
 from data import CLIPS
-from lora import TARGETS, official_name, read_lora
+from denoising import EasyCache, decode
+from lora import TARGETS, check_fit, write_changes
+from lora_files import describe, read_lora
 from media import write_grid
 from models import DTYPES, Models, Runtime, checkpoint_dir, parse_size, pick_device, pick_dtype, released, settings
-from sample import EasyCache, decode, denoise, read_prompts
+from sample import read_prompts, sample_latents
 from t5 import encoder_files, load_t5
 from train import Dataset, eval_batches, expert_schedule
 from wan import VARIANTS, full_config, read_config
@@ -157,26 +148,21 @@ def inspect_dit(path, entries):
     }
 
 
-def inspect_lora(entries, metadata):
-    places = {k: official_name(k) for k in entries}
-    found = [n for n, kind in filter(None, places.values()) if kind == "A"]
-    ranks = Counter(entries[k].shape[0] for k, p in places.items() if p and p[1] == "A")
-    blocks = sorted({int(n.split(".")[1]) for n in found})
-    targets = Counter(n.split(".", 2)[2] for n in found)
-    text = f"a LoRA of rank {', '.join(map(str, ranks))} on {', '.join(targets)} of {len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"
-    if len(found) * 2 < len([k for k in entries if "alpha" not in k]):
-        text += f"; {sum(p is None for p in places.values())} keys are not known here"
-    return {
-        "kind": "lora",
-        "ranks": dict(ranks),
-        "targets": dict(targets),
-        "blocks": blocks,
-        "matrices": len(found),
-        "alpha_keys": sum(bool(p) and p[1] == "alpha" for p in places.values()),
-        "metadata": metadata,
-        **totals(entries),
-        "summary": text,
-    }
+def inspect_lora(entries, lora):
+    """entries: {key: Entry} of the file; lora: what lora_files.describe says of it."""
+    blocks = lora["blocks"]
+    text = "a LoRA: " + ", ".join(f"{form} {n}" for form, n in lora["forms"].items())
+    if lora["ranks"]:
+        text += f", rank {', '.join(map(str, lora['ranks']))}"
+    if blocks:
+        text += f", on {', '.join(lora['targets'])} of {len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"
+    if lora["elsewhere"]:
+        text += f", {len(lora['elsewhere'])} outside of blocks"
+    if lora["expert"]:
+        text += f"; for {lora['expert']} noise ({lora['expert_from']})"
+    if lora["problem"]:
+        text += f"; not read: {lora['problem']}"
+    return {"kind": "lora", "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
 
 
 def inspect_file(path):
@@ -187,8 +173,8 @@ def inspect_file(path):
         part, meta = read_header(file)
         entries |= {clean_key(k): e for k, e in part.items()}
         metadata |= meta
-    if any((official_name(k) or ("", ""))[1] == "A" for k in entries):
-        return inspect_lora(entries, metadata)
+    if len(files) == 1 and (lora := describe(files[0])):
+        return inspect_lora(entries, lora)
     if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= set(entries):
         return inspect_dit(path, entries)
     if {"token_embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.0.pos_embedding.embedding.weight"} <= set(entries):
@@ -361,14 +347,12 @@ def delta(file, ckpt):
             }
         )
 
-    if any(official_name(k) for k in new):
-        for name, (a, b) in read_lora(file)[0].items():
-            w = entries.get(f"{name}.weight")
-            if w is None or w.shape != (len(b), a.shape[1]):
-                raise BadInput(
-                    f"{file}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})"
-                )
-            row(name, read(name), factor_norms(a, b))
+    if Path(file).is_file() and describe(file):
+        for parameter, change in check_fit(file, read_lora(file)[0], {n: e.shape for n, e in entries.items()}).items():
+            pair = change.factors()
+            found = factor_norms(*pair) if pair else dense_norms(change.dense().reshape(change.shape[0], -1))
+            name = parameter.removesuffix(".weight")
+            row(name, read(name) if name != parameter else entries[parameter].read().float(), found)
     else:
         ids, moved = new.pop("token_embedding.ids", None), new.pop("token_embedding.rows", None)
         stray = [k for k in new if k not in entries or entries[k].shape != new[k].shape]
@@ -435,17 +419,13 @@ def cap_lora(lora, rows, cap, out):
     """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it. Returns how
     many were.
     """
-    pairs, metadata = read_lora(lora)
+    changes, metadata = read_lora(lora)
     scale = {r["name"]: min(1.0, cap / r["ratio"]) if r["ratio"] else 1.0 for r in rows}
-    tensors = {}
-    for name, (a, b) in pairs.items():
-        tensors[f"diffusion_model.{name}.lora_A.weight"] = a
-        tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale[name]
-    save(
-        out,
-        tensors,
-        {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {"alpha_folded": True, "delta_cap": cap},
-    )
+    metadata = {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {
+        "alpha_folded": True,
+        "delta_cap": cap,
+    }
+    write_changes(out, changes, metadata, {name: scale.get(name.removesuffix(".weight"), 1.0) for name in changes})
     return sum(s < 1 for s in scale.values())
 
 
@@ -676,13 +656,13 @@ def run_reuse(args):
     models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
     exact, rows = [], []
     for i, p in enumerate(prompts):
-        z = denoise(models, [p], [i], progress=False)
+        z = sample_latents(models, [p], [i], progress=False)
         exact.append((z, decode(models, z)))
     for threshold in args.thresholds:
         computed, error, square = 0, 0.0, 0.0
         for i, (p, (z, video)) in enumerate(zip(prompts, exact)):
             reuse = EasyCache(threshold)
-            other = denoise(models, [p], [i], progress=False, step_cache=reuse)
+            other = sample_latents(models, [p], [i], progress=False, step_cache=reuse)
             computed += reuse.computed / len(prompts)
             error += ((other - z).norm() / z.norm()).item() / len(prompts)
             square += F.mse_loss(decode(models, other), video).item() / len(prompts)
@@ -754,7 +734,7 @@ def run_listen(args):
             else ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
         )
         clips = {
-            side: [decode(m, denoise(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
+            side: [decode(m, sample_latents(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
             for side, m in sides.items()
         }
         order = [(side, i) for i in range(len(prompts)) for side in sides]
@@ -1133,7 +1113,7 @@ def main():
 
     def changed(c):
         c.add_argument("--ckpt", default="nano")
-        c.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+        c.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
         c.add_argument("--text_encoder", help="an updated text encoder's file")
         c.add_argument("--device")
         c.add_argument("--dtype", choices=list(DTYPES))

@@ -19,14 +19,16 @@ def shift_t(t, shift):
 
 
 def unshift_t(t, shift):
+    """The inverse of shift_t."""
     return t / (shift - (shift - 1) * t)
 
 
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the
-    base distribution that lands in it, so no draw is rejected and the density inside is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); BadInput for another name. The range is kept by
+    drawing only from the part of the base distribution that lands in it, so no draw is rejected and the density inside
+    is unchanged.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -89,9 +91,11 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """Steps a latent from noise to clean. `timesteps` are what the DiT is given (integers, truncated, as in the
-    official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0. Call `step(v, x)` once per
-    timestep, in order.
+    """Steps a latent from noise to clean. `timesteps` are what the DiT is given, one for each time that it is computed
+    (integers, truncated, as in the official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0.
+    Call `step(v, x)` once per timestep, in order, with the velocity v at x and that timestep; it returns the x to
+    compute the next velocity at. Before the call, `sigma` is the noise level of that x, so that x - sigma v estimates
+    the clean latent.
     """
 
     start = 1.0
@@ -99,10 +103,9 @@ class Solver:
     def __init__(self, steps, shift):
         if steps < 1:
             raise BadInput(f"--steps {steps}: at least 1")
-        s = np.linspace(self.start, 0, steps + 1)[:-1]
-        s = shift * s / (1 + (shift - 1) * s)
-        self.timesteps = torch.from_numpy((s * 1000).astype(np.int64))
-        self.sigmas = torch.from_numpy(np.append(s, 0).astype(np.float32))
+        sigmas = shift_t(np.linspace(self.start, 0, steps + 1)[:-1], shift)
+        self.timesteps = torch.from_numpy((sigmas * 1000).astype(np.int64))
+        self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
         # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their
         # result
         self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
@@ -118,6 +121,27 @@ class Euler(Solver):
         x = x + (self.sigmas[self.i + 1] - self.sigma) * v
         self.i += 1
         return x
+
+
+class Heun(Solver):
+    """Heun's method (as in Karras et al., 2022, without churn): an Euler step, then the same step along the mean of the
+    velocities at its two ends. N steps compute 2N - 1 velocities: the last step is Euler's, since there is none to be
+    had at sigma 0.
+    """
+
+    def __init__(self, steps, shift):
+        super().__init__(steps, shift)
+        # sigma 0, then each later one twice: after its Euler step, and as the beginning of the next step
+        self.timesteps = self.timesteps.repeat_interleave(2)[1:]
+        self.sigmas = self.sigmas.repeat_interleave(2)[1:-1]
+
+    def step(self, v, x):
+        i = self.i
+        self.i += 1
+        if i % 2 == 0:
+            self.first_v, self.first_x = v, x
+            return x + (self.sigmas[i + 1] - self.sigmas[i]) * v
+        return self.first_x + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first_v + v) / 2
 
 
 class DPMpp(Solver):
@@ -178,11 +202,11 @@ class UniPC(Solver):
         return self._update(i, x, x0, self.order)
 
 
-SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler}
+SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler, "heun": Heun}
 
 
 def solver(name, steps, shift):
-    """A fresh solver: "unipc", "dpm++" or "euler"."""
+    """A fresh solver: "unipc", "dpm++", "euler" or "heun"; BadInput for another name or less than one step."""
     if name not in SOLVERS:
         raise BadInput(f"--solver {name}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)

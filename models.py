@@ -19,7 +19,8 @@ from checkpoint import BadInput, count_blocks, find, read_header, read_headers, 
 from conditions import CONDITIONING
 from fp8 import report as fp8_report
 from fp8 import take_scales
-from lora import check_fit, merge, named_expert, read_lora
+from lora import check_fit, merge
+from lora_files import choose_experts, parse_lora_spec, read_lora
 from parallel import World, parallelize
 from t5 import encoder_files, load_t5
 from vae import GEOMETRY, load_vae
@@ -284,9 +285,9 @@ class StreamedPlacement(Placement):
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low]". text_encoder: a file to use instead of the
-    folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after half
-    of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not
+    after half of the steps.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -306,30 +307,15 @@ class Models:
         return self.runtime.world
 
     def _check_lora(self, spec):
-        """FILE[:weight][:high|low] -> (file, weight, expert or None). A file's own metadata names its expert if the
-        flag does not.
-        """
-        file, expert = named_expert(spec)
-        fields, weight = file.split(":"), 1.0
-        if len(fields) > 1:
-            try:
-                weight = float(fields[-1])
-                fields.pop()
-            except ValueError:
-                pass
-            if not math.isfinite(weight):
-                raise BadInput(f"--lora {spec}: a weight of {weight}")
-        file = ":".join(fields)
-        pairs, metadata = read_lora(file)
-        expert, names = expert or metadata.get("expert"), self.settings.expert_names
-        if expert in ("high", "low") and expert not in names:
-            raise BadInput(
-                f"--lora {spec}: made for the {expert}-noise expert of an A14B, and {self.dir} has a single model"
-            )
-        expert = expert if expert in ("high", "low") else None
-        for name in [expert] if expert else names:
-            check_fit(file, pairs, {n.removesuffix(".weight"): e.shape for n, e in self.headers[name].items()})
-        return file, weight, expert
+        """FILE[:weight][:high|low|both] -> (file, weight, names of the DiTs that it is for)."""
+        lora = parse_lora_spec(spec)
+        experts, source = choose_experts(lora, self.settings.expert_names)
+        for name in experts:
+            shapes = {n: e.shape for n, e in self.headers[name].items()}
+            check_fit(lora.file, read_lora(lora.file, name)[0], shapes)
+        if source and self.world.is_main:
+            print(f"{lora.file}: for {' and '.join(sorted(experts))} noise, as {source} says")
+        return lora.file, lora.weight, experts
 
     # ---- files ---------------------------------------------------------------------------------------------------
     def folder(self, expert):
@@ -409,17 +395,23 @@ class Models:
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in self.settings.conditioning.encoders:
+            return Placement(self.settings.conditioning.encoders[name](self.dir, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"
         where = host_first if run.stream_blocks or share else run.device
         model = load_wan(self.folder(name), where, run.dtype, self.fp8, lambda model: self._built(name, model))
-        for file, weight, expert in self.loras:
-            if expert in (None, name):
-                merge(model, file, weight)
+        for file, weight, experts in self.loras:
+            if name in experts:
+                merge(model, file, weight, name)
         if self.world.is_main and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
-        buffer = offload.share(model, share.path_of(name), share.is_first, share.barrier, run.cuda) if share else None
+        buffer = (
+            offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
+            if share
+            else None
+        )
         if run.stream_blocks:
             part = StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic, cli, save
+from denoising import decode
 from flow import add_noise, sample_timesteps
 from media import write_grid, write_mp4
-from sample import decode, denoise, load
+from sample import load, sample_latents
 from t5 import TextEncoder, Tokenizer
 from vae import LATENT_STATS, VAE, channels_last
 from wan import Wan, WanConfig
@@ -358,7 +359,7 @@ def train_vae(out, seed):
     statistics folded in.
     """
     torch.manual_seed(seed)
-    vae = channels_last(VAE(True, 8, 12, 48))
+    vae = channels_last(VAE("2.2", 8, 12))
     with torch.no_grad():  # a posterior of standard deviation 0.05 to begin with: a wider one drowns the mean
         vae.conv1.weight[48:] = 0
         vae.conv1.bias[48:] = -6
@@ -612,7 +613,7 @@ def listen(models, rows, seed=0, batch=50, **given):
     clips = []
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
-        z = denoise(
+        z = sample_latents(
             models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given
         )
         clips.append(decode(models, z))

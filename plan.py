@@ -25,8 +25,8 @@ from flow import make_noisy_batch
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from t5 import XXL, TextEncoder, build_t5
-from vae import FULL, VAE, build_vae, channels_last
+from t5 import XXL, TextEncoder, build_t5, read_encoder
+from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
@@ -86,8 +86,8 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks, its
-    tokens over sp_size, its blocks over pp_size.
+    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
+    its tokens over sp_size, its blocks over pp_size.
     """
 
     fp8: bool = False
@@ -141,7 +141,7 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
         name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()
@@ -152,11 +152,14 @@ def builders(models):
 def full_builders(s):
     """The same of a released size, of which no file is needed. s: the Settings of a variant."""
     dits = {name: lambda: Wan(full_config(s.variant)) for name in s.expert_names}
-    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[VARIANTS[s.variant]["vae"]])}
+    version = VARIANTS[s.variant]["vae"]
+    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):
-    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in `dtype`."""
+    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
+    `dtype`.
+    """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
         if part == "vae":
@@ -308,11 +311,11 @@ def training(
 ):
     """Plan of a training run, per rank.
 
-    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
-    parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs are
-    trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the largest.
-    text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to be
-    computed. ranks: how many processes there are.
+    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
+    trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
+    are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
+    be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
@@ -403,7 +406,7 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
     with Tracker() as tracker:
         eight_bit = getattr(args, "optimizer", "adamw") == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
-        ema = EMA(params, args.ema) if args.ema else None
+        ema = EMA(params, args.ema, opt) if args.ema else None
         for _ in range(2):
             noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
             loss = noisy.loss(dit, embed(), None)
@@ -412,7 +415,7 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
             opt.zero_grad(set_to_none=True)
             loss.backward()
             if eight_bit:  # works in pieces so small that only its states count
-                opt.state.update({p: opt._new(p) for p in params if p not in opt.state})
+                opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
             if ema:
@@ -455,7 +458,7 @@ def sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
     The first block's self-attention needs no gradient. "weights": each block's shards are gathered on the way up and
     once more on the way down.
     """
-    found, local = {"gradients": adapter}, math.prod(layout.grid(grid))
+    found, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
     if layout.sp_size > 1:
         given = batch * local * (layout.sp_size - 1)
         passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1

@@ -19,25 +19,25 @@ import data
 import ops
 import plan
 from checkpoint import BadInput, cli, load
-from lora import TARGETS, adapter, attach, clamp_weight_norm, inject, named_expert, parse_blocks, start_from, write_lora
-from lora import norms as weight_norms
+from lora import (
+    ANIMATE_TARGETS,
+    S2V_TARGETS,
+    TARGETS,
+    adapter,
+    attach,
+    clamp_weight_norm,
+    inject,
+    parse_blocks,
+    start_from,
+    weight_norms,
+    write_lora,
+)
+from lora_files import choose_experts, parse_lora_spec
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import adamw
 from parallel import World, gather_state
-from run import Run
-from train import (
-    POSITIVE,
-    Dataset,
-    Previews,
-    TrainState,
-    add_flags,
-    check_ranges,
-    evaluate,
-    expert_schedule,
-    fit,
-    resolve_flags,
-    resume_fingerprint,
-)
+from run import Run, TrainState, resume_fingerprint
+from train import POSITIVE, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
 def arguments(argv=None):
@@ -92,8 +92,9 @@ def resolve(args, s, num_blocks):
             "only a part of the blocks"
         )
     args.targets = args.targets.split(",")
-    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
-        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
+    known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
+    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
+        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(known)}, each once")
     if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
         raise BadInput(
             f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes "
@@ -115,14 +116,11 @@ def initial_loras(specs, schedule):
     """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one trained."""
     files = {}
     for spec in specs:
-        file, expert = named_expert(spec)
-        expert = expert or load(file)[1].get("expert") or (next(iter(schedule)) if len(schedule) == 1 else None)
-        if expert not in schedule or expert in files:
-            raise BadInput(
-                f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are "
-                f"{', '.join(schedule)}, each from one file, FILE:high or FILE:low"
-            )
-        files[expert] = file
+        lora = parse_lora_spec(spec, "--init_lora")
+        for expert in choose_experts(lora, tuple(schedule), "--init_lora")[0]:
+            if expert in files:
+                raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
+            files[expert] = lora.file
     return files
 
 
@@ -182,7 +180,7 @@ def train(args, world):
         norms[name] = gather_state(world, weight_norms(model)) if args.delta_cap else {}
         model = None  # so that it can make room for the other expert
     for name, file in init_loras.items():
-        start_from(adapters[name], file, scale)
+        start_from(adapters[name], file, scale, name)
     params_of = {name: [p for pair in adapters[name].values() for p in pair] for name in schedule}
     params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
