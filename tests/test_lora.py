@@ -654,6 +654,10 @@ def test_beside_8_bit_weights(tmp_path):
     merge(model, file_of(tmp_path / "z.safetensors", {f"{key}.k.lora_A.weight": a, f"{key}.k.lora_B.weight": b}), -2)
     extra = x @ (0.5 * want["k"] - 2 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
     assert (attn.k(x) - before["k"] - extra).abs().max() < 4e-6
+    model.blocks[1].cross_attn.k.scale = 3  # an adapter in training
+    merge(model, tmp_path / "z.safetensors")
+    extra = x @ (1.5 * want["k"] - 5 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
+    assert (attn.k(x) - before["k"] - extra).abs().max() < 8e-6
 
 
 @torch.no_grad()
