@@ -40,7 +40,7 @@ import lora
 import ops
 import plan
 from t5 import TextEncoder
-from vae import FULL, VAE, channels_last
+from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, WanConfig, full_config, keep_fp32, load_wan
 
 GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
@@ -99,7 +99,7 @@ def lora_step(blocks=range(6), checkpointing=False):
 
 @functools.cache
 def vae():
-    model = tiny.vae_of(VAE(True, 80, 128, 48))
+    model = tiny.vae_of(VAE("2.2", 80, 128))
     return model, tiny.diffusers_vae(model)
 
 
@@ -144,7 +144,7 @@ def sample_video():
     models = {
         "dit": tiny.randomize(Wan(WanConfig("ti2v", 512, 2048, 4, 6, 48, 48, text_dim=tiny.TEXT_DIM)), 0),
         "text": tiny.text_encoder(),
-        "vae": tiny.vae_of(VAE(True, 16, 24, 48)),
+        "vae": tiny.vae_of(VAE("2.2", 16, 24)),
     }
     tiny.write_dit(folder, models["dit"], shards=1)
     torch.save(models["vae"].state_dict(), folder / "Wan2.2_VAE.pth")
@@ -153,7 +153,7 @@ def sample_video():
     spiece.parent.mkdir(parents=True)
     spiece.write_bytes(tiny.spiece())
     ours = load(folder)
-    ours.part("text"), ours.part("dit"), ours.part("vae")
+    ours.acquire("text"), ours.acquire("dit"), ours.acquire("vae")
     pipe = WanPipeline(
         T5TokenizerFast(vocab_file=str(spiece), extra_ids=0),
         tiny.transformers_t5(models["text"]),
@@ -447,7 +447,7 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
 def gpu_vae(rounds=1):
     """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode 17."""
     with torch.device("cuda"):
-        model = VAE(*FULL["2.2"]).eval().requires_grad_(False)
+        model = VAE("2.2", *FULL_WIDTHS["2.2"]).eval().requires_grad_(False)
         z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
     peer = tiny.diffusers_vae(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
     model = channels_last(model).bfloat16()

@@ -7,16 +7,16 @@ meta device, converting on the way, so that host memory holds the weights once.
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import fnmatch
 import json
 import math
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,17 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message names the file or flag, the value, and what would be right."""
+    """Something the user gave cannot be used. One line: which file or flag, the value, and what would be right."""
 
 
 def cli(main):
-    """Run a script's `main`; a BadInput, or a file that cannot be read or written, becomes one line on stderr and exit
-    code 1.
+    """Run a script's `main`. A BadInput, or a file that cannot be read or written, becomes one line on stderr and exit
+    code 1; Ctrl-C ends without a traceback.
     """
     with contextlib.suppress(OSError, AttributeError):
         # glibc keeps freed memory in holes up to 32 MB wide: a training step on a 1 GB model took 0.9 GB of activations
@@ -50,6 +49,8 @@ def cli(main):
             f"error: {f'rank {rank}: ' * (rank > 0)}"
             + (f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e))
         )
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except RuntimeError as e:
         if "RANK" not in os.environ or not any(
             sign in str(e) for sign in ("closed by peer", "reset by peer", "NCCL", "Broken pipe")
@@ -77,6 +78,7 @@ DTYPES = {
     "U64": torch.uint64,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,9 @@ def _pickle_header(path):
         raise BadInput(f"{path}: not a readable torch file ({str(e).splitlines()[0]})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    plain = lambda k, v: isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
-    if not isinstance(state, dict) or not all(plain(k, v) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items()
+    ):
         raise BadInput(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
     return {
         name: Entry(
@@ -287,7 +290,7 @@ def count_blocks(entries):
 
 
 def put(owner, leaf, tensor):
-    """Give a module its weight `leaf`, frozen; where parallel.py has sharded that, only this rank's part of it."""
+    """Give a module its weight `leaf`, frozen; where parallel/ has sharded that, only this rank's part of it."""
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor
@@ -297,12 +300,12 @@ def put(owner, leaf, tensor):
         setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=lambda model: None):
+def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_built=lambda model: None):
     """Stream `entries` into `model`, which was built on the meta device.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Strict: BadInput lists missing,
     unexpected and mis-shaped keys. Weights come out frozen and the model in eval mode; on the meta device nothing is
-    read. prepare(model) may change the still empty model (adapters, fp8, shards); what it takes out is not read.
+    read. on_model_built(model) may change the still empty model (adapters, fp8, shards); what it takes out is not read.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = {
@@ -324,9 +327,9 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
                 if v
             )
         )
-    for name, p in model.named_parameters():  # what prepare() makes of them, such as shards, has the right dtype
+    for name, p in model.named_parameters():  # what on_model_built makes of them, such as shards, has the right dtype
         p.data = p.data.to(torch.float32 if fp32(name) else dtype)
-    prepare(model)
+    on_model_built(model)
     left = want.keys() & dict(model.named_parameters()).keys()
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
     # the heap.
@@ -348,146 +351,118 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, prepare=la
     return model.eval()
 
 
+def _system_error(error):
+    """The errno behind an exception, or None: libraries wrap what the system says, and torch's writer of zip files, on
+    another rank, leaves only its own name.
+    """
+    text = str(error)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return errno.EIO if "inline_container" in text else None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around a write to `path`: what goes wrong, in whatever form a library raises it, becomes an OSError that names
+    the file and, where that may be the reason, its disk.
+    """
+    try:
+        yield
+    except Exception as e:
+        number = _system_error(e)
+        if number is None:
+            raise
+        folder = next(p for p in Path(path).absolute().parents if p.exists())
+        disk = next(p for p in (folder, *folder.parents) if p.is_mount() or p == p.parent)
+        reason = os.strerror(number)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            reason += f"; the disk at {disk} has {shutil.disk_usage(folder).free / 1e9:.2f} GB free"
+        elif number == errno.EFBIG:
+            reason += f"; a limit on the size of files, of this process (ulimit -f) or of the disk at {disk}"
+        raise OSError(number, f"cannot be written ({reason})", str(path)) from None
+
+
+TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
+
+
+def _open_temporary(path):
+    """(descriptor, name) of a new file beside `path`, locked for as long as this process is writing it."""
+    while True:
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd, name
+        os.close(fd)  # remove_leftovers came between the two calls
+
+
+def remove_leftovers(folder):
+    """Remove the unfinished files that killed processes left in a folder. Those of living ones are locked."""
+    for file in Path(folder).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError), open(file, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+
+
+def _sync(path):
+    """Have the disk hold what was written to a file, or what was renamed in a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary name beside `path`, renamed to it when the block ends well, removed when it does not."""
+    """A temporary name beside `path`. When the block ends well, the disk holds what it wrote, under `path`; when it
+    does not, whatever was there is untouched. A write that fails raises an OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
-    os.close(fd)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = _open_temporary(path)
+        try:
+            yield Path(temporary)
+            os.chmod(temporary, 0o644)
+            _sync(temporary)
+            os.replace(temporary, path)
+            with contextlib.suppress(OSError):  # not every file system can sync a folder
+                _sync(path.parent)
+        finally:
+            os.close(fd)
+            Path(temporary).unlink(missing_ok=True)
 
 
 def save(path, tensors, metadata=None):
-    """Write tensors as safetensors, atomically. Metadata values become strings."""
-    with atomic(path) as tmp:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            tmp,
-            metadata={k: str(v) for k, v in (metadata or {}).items()},
-        )
+    """Write tensors as safetensors, atomically. Metadata values become strings. Equal contents give equal bytes, which
+    safetensors' own writer does not: it shuffles the metadata.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that all are aligned
+    header, end = {}, 0
+    if metadata:
+        header["__metadata__"] = {k: str(v) for k, v in sorted(metadata.items())}
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * t.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def save_pickle(path, values):
+    """torch.save, atomically."""
+    # by an open file: given a name, torch.save hides the system's reason when a write fails
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        torch.save(values, f)
 
 
 def load(path):
     """Read every tensor of one small safetensors file: ({name: tensor}, metadata)."""
     entries, metadata = read_header(path)
     return {name: e.read() for name, e in entries.items()}, metadata
-
-
-class Run:
-    """A training run's folder: OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
-    checkpoints/step_N.pt.
-
-    A checkpoint is written under a temporary name and renamed, so the newest one is always whole; the last `keep` stay.
-    After Ctrl-C or SIGTERM `stop` is True: the loop saves and leaves. Of several ranks, only the `main` one writes.
-    Raises BadInput where OUT holds a run and `resume` is not asked for, unless this same job wrote it, before torchrun
-    started its processes anew.
-    """
-
-    def __init__(self, out, flags, resume, main=True, keep=2):
-        self.out, self.keep, self.stop, self.main = Path(out), keep, False, main
-        self.states = self.out / "checkpoints"
-        job = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if (
-            main
-            and any(self._saved())
-            and not resume
-            and (job is None or json.loads((self.out / "flags.json").read_text()).get("job") != job)
-        ):
-            raise BadInput(f"--out {out}: holds a run already; add --resume to continue it, or choose another folder")
-        self.states.mkdir(parents=True, exist_ok=True)
-        try:
-            commit = subprocess.run(
-                ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
-            ).stdout.strip()
-        except OSError:  # no git here
-            commit = None
-        self.told = {
-            "flags": flags,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "commit": commit or None,
-            "job": job,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-
-    def _asked_to_stop(self, *_):
-        if self.stop:  # asked twice
-            sys.exit(130)
-        print("stopping after this step; the state is saved, go on with --resume", flush=True)
-        self.stop = True
-
-    def _saved(self):
-        return sorted(self.states.glob("step_" + "[0-9]" * 6 + ".pt"))
-
-    def restore(self, same):
-        """The newest state, or None. `same` is what must not have changed since it was saved; BadInput lists what has.
-
-        What was logged after the state is dropped, since it will be logged again. From here on Ctrl-C and SIGTERM set
-        `stop`.
-        """
-        saved = self._saved()
-        state = torch.load(saved[-1], weights_only=True, map_location="cpu") if saved else None
-        if state and state["shards"]:
-            state["shards"] = saved[-1].with_suffix(".shards")
-        self.same = json.loads(json.dumps(same))
-        changed = [
-            f"{k} was {state['same'].get(k)}, is {v}"
-            for k, v in self.same.items()
-            if state and state["same"].get(k) != v
-        ]
-        if changed:
-            raise BadInput(f"--resume: {saved[-1]} is of another run: " + "; ".join(changed))
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._asked_to_stop)
-        if not self.main:
-            return state
-        from torch.utils.tensorboard import SummaryWriter
-
-        with atomic(self.out / "flags.json") as tmp:
-            tmp.write_text(json.dumps(self.told, indent=1) + "\n")
-        start, log, kept = state["step"] if state else 0, self.out / "log.jsonl", []
-        for line in log.read_text().splitlines() if start and log.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-                kept += [line + "\n"] if json.loads(line)["step"] <= start else []
-        with atomic(log) as tmp:
-            tmp.write_text("".join(kept))
-        self.log_file = open(log, "a", buffering=1)
-        self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
-        return state
-
-    def log(self, step, **values):
-        """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
-        if not self.main:
-            return
-        shown = lambda v: (
-            f"{v:.4g}" if isinstance(v, float) else "/".join(map(shown, v)) if isinstance(v, list) else str(v)
-        )
-        print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
-        self.log_file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(key, value, step)
-
-    def save(self, step, state, shards={}):
-        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them
-        count last.
-        """
-        file = self.states / f"step_{step:06d}.pt"
-        folder = file.with_suffix(".shards")
-        if shards:
-            import torch.distributed.checkpoint as dcp
-
-            dcp.save(shards, checkpoint_id=folder)
-        if self.main:
-            with atomic(file) as tmp:
-                torch.save({"step": step, "same": self.same, "shards": bool(shards), **state}, tmp)
-            for old in self._saved()[: -self.keep]:
-                old.unlink()
-                shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)

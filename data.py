@@ -1,15 +1,18 @@
 """A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
 
-Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or one JSONL
-lists paths and captions. Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to
-the model's frame rate and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their
-contents, so nothing stale is ever used.
+Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or a list
+names files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder.
+Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
+and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is
+ever used.
 """
 
+import csv
 import functools
 import hashlib
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +21,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import BadInput, atomic, save
+from checkpoint import BadInput, atomic, remove_leftovers, save
+from media import Skip, cover, open_photo, read_frames, why
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-MODES = {
+# what is not read, but named where it lies, so that nobody believes it was
+OTHER_MEDIA = set(
+    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
+    ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
+)
+MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
+MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
+MAX_GAP = 60  # seconds between two frames: more is a damaged clock, and would fill hours with one picture
+CLIP_MODES = {
     "first": "from its beginning",
     "middle": "around its middle",
     "uniform": "spread evenly over its whole length",
     "several": "one after the other, as many as it holds",
 }  # which frames of a clip
+PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
+CAPTION_COLUMNS = ("caption", "prompt", "text")
+REPEAT_COLUMNS = ("repeat", "num_repeats")
 
 
 @dataclass
 class Item:
     """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px.
+    height in px. An epoch sees it `repeat` times. `source_size`: (width, height) in px at which the file is shown.
     """
 
     path: Path
@@ -44,101 +59,122 @@ class Item:
     fps: float
     start: float = 0.0
     digest: str = ""
+    repeat: int = 1
+    source_size: tuple = (0, 0)
 
     @property
     def bucket(self):
         return self.width, self.height, self.frames
 
 
-class Skip(Exception):
-    """Why a file cannot be trained on."""
+def is_image(path):
+    return path.suffix.lower() in IMAGES
 
 
+# ---- buckets and windows -----------------------------------------------------------------------------------------
 def buckets(area, multiple):
-    """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, aspects from 1:4 to 4:1."""
+    """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, within MAX_ASPECT."""
     found = set()
-    for w in range(multiple, int(2 * area**0.5) + multiple, multiple):
+    for w in range(multiple, int((MAX_ASPECT * area) ** 0.5) + multiple, multiple):
         h = max(multiple, round(area / w / multiple) * multiple)
-        if w * h <= area * 1.1 and 0.25 <= w / h <= 4:
+        if w * h <= area * 1.1 and 1 / MAX_ASPECT <= w / h <= MAX_ASPECT:
             found.add((w, h))
     return sorted(found) or [(multiple, multiple)]
 
 
 def nearest_bucket(width, height, area, multiple):
+    if not 1 / MAX_CROPPED_ASPECT <= width / height <= MAX_CROPPED_ASPECT:
+        raise Skip(f"{width}x{height} is too long and thin; buckets go from 1:{MAX_ASPECT} to {MAX_ASPECT}:1")
     return min(buckets(area, multiple), key=lambda b: (abs(math.log(b[0] / b[1] * height / width)), -b[0] * b[1]))
 
 
-def frames(path, images=True):
-    """Yield (seconds since the first frame, PIL image or frame) of a clip, upright. Raises Skip where it cannot be
-    decoded.
+def clip_windows(times, max_frames, fps, mode):
+    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`, by one of CLIP_MODES.
+    Raises Skip where it is too short.
     """
-    import av
+    ordered = sorted(times)
+    if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:
+        raise Skip(f"has frames that are {gap:.0f} s apart; {MAX_GAP} at most")
+    length = ordered[-1]
+    available = int(length * fps + 0.05) + 1  # frames at the model's rate; Matroska rounds times to milliseconds
+    n = min(max_frames, (available - 1) // 4 * 4 + 1)
+    if min(available, len(times)) < 5 <= max_frames:
+        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
+    if mode == "uniform" and n > 1:
+        return [(0.0, n, (n - 1) / length)]
+    if mode == "several":
+        return [(k * n / fps, n, fps) for k in range(available // n)]
+    return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Skip("has no video stream")
-            stream, start = container.streams.video[0], None
-            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
-            for frame in container.decode(stream):
-                start = frame.time if start is None else start
-                yield frame.time - start, frame.to_image().rotate(frame.rotation, expand=True) if images else frame
-    except (av.FFmpegError, OSError, ValueError, TypeError) as e:
-        raise Skip(f"cannot be decoded ({e})") from None
 
-
-def open_photo(path):
-    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = image.convert("I").point(lambda v: v / 257).convert("L")
-            if image.mode == "F":
-                raise Skip("holds floating-point pixels, whose range is unknown")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Skip(f"cannot be read ({e})") from None
+# ---- looking at files --------------------------------------------------------------------------------------------
+def decode_bytes(items):
+    """Host memory that decoding the largest of some items takes, beside the frames that are kept of it. Measured per
+    pixel: of a photograph 4 bytes, 8 where it is turned, 9 where it is transparent; of a clip in 4K 32.
+    """
+    return max((math.prod(i.source_size) * (9 if is_image(i.path) else 32) for i in items), default=0)
 
 
 def probe(path):
-    """[width, height, times of its frames in seconds, or None for an image] of a media file, by decoding it once.
-    Raises Skip.
+    """[width, height, times of its frames in seconds, or None for an image] of a media file as it is shown, by decoding
+    it once. Raises Skip.
     """
-    if path.suffix.lower() in IMAGES:
+    if is_image(path):
         return [*open_photo(path).size, None]
-    times, size = [], None
-    for at, frame in frames(path, images=False):
-        times.append(at)
-        size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
-    if not times:
+    frames = [(f.seconds, f.size) for f in read_frames(path, images=False)]
+    if not frames:
         raise Skip("has no frames")
-    return [*size, times]
+    return [*frames[-1][1], [seconds for seconds, _ in frames]]
 
 
-def remembered_probe(path, digest, cache):
+def cached_probe(path, digest, cache):
     """`probe`, kept in the cache by the file's digest: a clip is decoded once, not at every start."""
     if cache is None:
         return probe(path)
-    file = entry(cache, ".json", probe=digest, kind=path.suffix.lower())
-    if file.exists():
-        found = json.loads(file.read_text())
-    else:
+    file = cache_file(cache, ".json", shown=digest, kind=path.suffix.lower())
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # not there, or damaged
         found = probe(path)
-        try:
-            with atomic(file) as tmp:
-                tmp.write_text(json.dumps(found))
-        except OSError as e:  # not the clip's fault
-            raise BadInput(f"--cache {cache}: cannot be written ({e.strerror})") from None
+    try:
+        with atomic(file) as tmp:
+            tmp.write_text(json.dumps(found))
+    except OSError as e:  # not the clip's fault
+        raise BadInput(f"--cache {cache}: {e.filename} {e.strerror}") from None
     return found
 
 
+def nearest_frames(item):
+    """The frames (H,W,3) uint8 of a clip that are nearest to start + k/fps, a list of item.frames."""
+    wanted = [item.start + k / item.fps for k in range(item.frames)]
+    chosen, before = [], None
+    for frame in read_frames(item.path):
+        while before and len(chosen) < item.frames:
+            at = wanted[len(chosen)]
+            if abs(frame.seconds - at) <= abs(before.seconds - at):
+                break
+            chosen.append(np.array(cover(before.image, item.width, item.height, before.size)))
+        if len(chosen) == item.frames:
+            break
+        before = frame
+    if before is None:
+        raise Skip("has no frames")
+    last = np.array(cover(before.image, item.width, item.height, before.size))
+    return chosen + [last] * (item.frames - len(chosen))
+
+
+def pixels(item):
+    """(3,T,H,W) in [-1,1] of an item. Raises Skip where its file is not what it was when it was looked at."""
+    if is_image(item.path):
+        frames = [np.array(cover(open_photo(item.path), item.width, item.height))]
+    else:
+        frames = nearest_frames(item)
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+# ---- what there is -----------------------------------------------------------------------------------------------
 def read_captions(path):
+    """The lines of the text file beside a media file. Raises Skip."""
     file = path.with_suffix(".txt")
     try:
         captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -151,86 +187,151 @@ def read_captions(path):
     return captions
 
 
-def listed(file):
-    """[(path, captions or why there are none)] of a JSONL: lines {"path": ..., "caption": text or list of texts}, paths
-    relative to it.
-    """
-    rows = []
+def csv_rows(lines):
+    """Yield (line number, {column: value}) of a CSV with a header. Raises ValueError."""
+    reader = csv.DictReader(lines, strict=True)
     try:
-        for i, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n")):
-            if line.strip():
+        for row in reader:
+            if None in row:
+                raise csv.Error("more fields than the header has; texts with commas in them need quotes")
+            yield reader.line_num, row
+    except csv.Error as e:
+        raise ValueError(f"line {reader.line_num}: {e}") from None
+
+
+def json_rows(lines):
+    """Yield (line number, {column: value}) of a JSONL. Raises ValueError."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
                 row = json.loads(line)
-                path, told = row.get("path", row.get("file")), row.get("caption")
-                captions = [c.strip() for c in ([told] if isinstance(told, str) else told or []) if c.strip()]
-                rows.append((file.parent / path, captions or Skip(f"has no caption on line {i + 1} of {file.name}")))
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        where = f", line {i + 1}" if isinstance(e, (AttributeError, TypeError, json.JSONDecodeError)) else ""
-        raise BadInput(f'--data {file}{where}: not lines of {{"path": ..., "caption": ...}} ({e})') from None
-    return rows
+            except ValueError as e:
+                raise ValueError(f"line {number}: {e}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: {line.strip()[:60]} is no object")
+            yield number, row
 
 
-def windows(times, most, fps, mode):
-    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`. Raises Skip where it is
-    too short.
+def read_list(file):
+    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in
+    one of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises
+    BadInput.
     """
-    length = max(times)
-    available = int(length * fps + 0.05) + 1  # frames at the model's rate; Matroska rounds times to milliseconds
-    n = min(most, (available - 1) // 4 * 4 + 1)
-    if min(available, len(times)) < 5 <= most:
-        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
-    if mode == "uniform" and n > 1:
-        return [(0.0, n, (n - 1) / length)]
-    if mode == "several":
-        return [(k * n / fps, n, fps) for k in range(available // n)]
-    return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
+    is_csv = file.suffix.lower() == ".csv"
+    try:
+        with open(file, encoding="utf-8-sig", newline="" if is_csv else "\n") as f:
+            rows = list(csv_rows(f) if is_csv else json_rows(f))
+    except (OSError, ValueError) as e:
+        form = "a CSV with a header" if is_csv else 'lines of {"path": ..., "caption": ...}'
+        raise BadInput(f"--data {file}: not {form}: {why(e)}") from None
+    return [list_entry(file, number, row) for number, row in rows]
 
 
-def scan(source, area, multiple, most, fps, mode="first", cache=None):
-    """Look through a folder, recursively, or a JSONL: ([Item], [(path, reason)] of what is skipped).
+def list_entry(file, number, row):
+    """An entry of `read_list`."""
+    where = f"--data {file}, line {number}"
+    path, captions, repeat = (
+        next((row[c] for c in columns if row.get(c) not in (None, "")), None)
+        for columns in (PATH_COLUMNS, CAPTION_COLUMNS, REPEAT_COLUMNS)
+    )
+    if not isinstance(path, str):
+        raise BadInput(
+            f"{where}: names no file; of {', '.join(PATH_COLUMNS)} one should hold a path, "
+            f"and its columns are {', '.join(row)[:200]}"
+        )
+    captions = [] if captions is None else captions if isinstance(captions, list) else [captions]
+    if not all(isinstance(c, str) for c in captions):
+        raise BadInput(f"{where}: its caption is neither a text nor a list of texts")
+    repeat = "1" if repeat is None else str(repeat)
+    if not repeat.isdecimal() or repeat == "0":
+        raise BadInput(f"{where}: repeat {repeat}: should be a whole number from 1 on")
+    captions = [c.strip() for c in captions if c.strip()]
+    none = Skip(f"has no caption on line {number} of {file.name}, in {', '.join(CAPTION_COLUMNS)}")
+    return file.parent / path, captions or none, int(repeat)
 
-    area px, `most` frames per sample at fps, mode: one of MODES. Raises BadInput, with the reasons, where nothing is
-    left."""
-    source = Path(source)
-    if source.is_dir():
-        found = [
-            (p, None)
-            for p in sorted(source.rglob("*"))
-            if p.suffix.lower() in IMAGES | CLIPS and not p.name.startswith(".")
+
+def walk(folder):
+    """The paths of all that is in a folder, recursively, but for what is hidden, and [(folder, reason)] of those that
+    cannot be opened. Links to folders are followed; a folder that was seen is not entered again.
+    """
+    found, unreadable, seen = [], [], set()
+    for where, folders, files in os.walk(
+        folder, followlinks=True, onerror=lambda e: unreadable.append((Path(e.filename), e.strerror))
+    ):
+        state = os.stat(where)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(where, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(found), unreadable
+
+
+def find_media(source):
+    """[(path, captions, repeat)] of everything in a list, or of a folder, that is media or looks like it. captions: a
+    Skip where there can be none, None where they lie beside the file.
+    """
+    if source.is_file():
+        return read_list(source)
+    if not source.is_dir():
+        raise BadInput(f"--data {source}: no such folder, JSONL or CSV file")
+    listed = [
+        e for name in ("metadata.jsonl", "metadata.csv") if (source / name).is_file() for e in read_list(source / name)
+    ]
+    listed_paths = {os.path.abspath(path) for path, _, _ in listed}
+    paths, unreadable = walk(source)
+    return (
+        listed
+        + [
+            (p, None, 1)
+            for p in paths
+            if p.suffix.lower() in IMAGES | CLIPS | OTHER_MEDIA and os.path.abspath(p) not in listed_paths
         ]
-    elif source.is_file():
-        found = listed(source)
-    else:
-        raise BadInput(f"--data {source}: no such folder or JSONL file")
+        + [(p, Skip(f"cannot be opened ({reason})"), 1) for p, reason in unreadable]
+    )
+
+
+def check_usable(path, captions):
+    """A file's captions. Raises Skip for what can be known without decoding it."""
+    if isinstance(captions, Skip):
+        raise captions
+    if not path.is_file():
+        raise Skip("is not a file" if path.exists() or path.is_symlink() else "does not exist")
+    if path.suffix.lower() not in IMAGES | CLIPS:
+        raise Skip(f"is none of {', '.join(sorted(IMAGES | CLIPS))}")
+    captions = read_captions(path) if captions is None else captions
+    if path.stat().st_size == 0:
+        raise Skip("is empty")
+    return captions
+
+
+def scan(source, area, multiple, max_frames, fps, mode="first", cache=None):
+    """Look through a folder, recursively, or a list: ([Item], [(path, reason)] of what is skipped).
+
+    area px, max_frames per sample at fps, mode: one of CLIP_MODES. Raises BadInput, with the reasons, where nothing is
+    left."""
+    if cache is not None:
+        remove_leftovers(cache)
     items, skipped = [], []
-    for path, captions in found:
+    for path, captions, repeat in find_media(Path(source)):
         try:
-            if not path.is_file():
-                raise Skip("is not a file" if path.exists() or path.is_symlink() else "does not exist")
-            if path.suffix.lower() not in IMAGES | CLIPS:
-                raise Skip(f"is none of {', '.join(sorted(IMAGES | CLIPS))}")
-            captions = read_captions(path) if captions is None else captions
-            if isinstance(captions, Skip):
-                raise captions
-            if path.stat().st_size == 0:
-                raise Skip("is empty")
+            captions = check_usable(path, captions)
             name = digest(path)
-            width, height, times = remembered_probe(path, name, cache)
-            if not 1 / 6 <= width / height <= 6:
-                raise Skip(f"{width}x{height} is too long and thin; buckets go from 1:4 to 4:1")
-            for start, n, rate in [(0.0, 1, fps)] if times is None else windows(times, most, fps, mode):
-                items.append(Item(path, captions, *nearest_bucket(width, height, area, multiple), n, rate, start, name))
+            width, height, times = cached_probe(path, name, cache)
+            bucket = nearest_bucket(width, height, area, multiple)
+            windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode)
+            items += [
+                Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height))
+                for start, n, rate in windows
+            ]
         except Skip as e:
             skipped.append((path, str(e)))
         except OSError as e:
             skipped.append((path, e.strerror or str(e)))
     if not items:
-        raise BadInput(
-            f"--data {source}: nothing to train on; "
-            + (
-                "; ".join(f"{p.name} {why}" for p, why in skipped[:20])
-                or f"no {', '.join(sorted(IMAGES | CLIPS))} in it"
-            )
-        )
+        reasons = "; ".join(f"{p.name} {reason}" for p, reason in skipped[:20])
+        raise BadInput(f"--data {source}: nothing to train on; {reasons or 'there are no images or clips in it'}")
     return items, skipped
 
 
@@ -239,41 +340,15 @@ def report(items, skipped):
     counts = {}
     for item in items:
         counts[item.bucket] = counts.get(item.bucket, 0) + 1
-    files = len({i.path for i in items})
-    lines = [f"data: {files} files" + f" in {len(items)} samples" * (len(items) > files) + f", {len(skipped)} skipped"]
+    files, seen = len({i.path for i in items}), sum(i.repeat for i in items)
+    lines = [
+        f"data: {files} files"
+        + f" in {len(items)} samples" * (len(items) > files)
+        + f", seen {seen} times an epoch" * (seen > len(items))
+        + f", {len(skipped)} skipped"
+    ]
     lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
-    return "\n".join(lines + [f"  skipped {path}: {why}" for path, why in skipped])
-
-
-def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item, resized to cover its bucket and centre-cropped; of a clip, the frames nearest to
-    start + k/fps.
-    """
-    from PIL import Image
-
-    def fit(image):
-        scale = max(item.width / image.width, item.height / image.height)
-        w, h = round(image.width * scale), round(image.height * scale)
-        x, y = (w - item.width) // 2, (h - item.height) // 2
-        image = image if image.size == (w, h) else image.resize((w, h), Image.LANCZOS)
-        return np.array(image.crop((x, y, x + item.width, y + item.height)))
-
-    if item.path.suffix.lower() in IMAGES:
-        chosen = [fit(open_photo(item.path))]
-    else:
-        wanted, chosen, last = [item.start + k / item.fps for k in range(item.frames)], [], None
-        for at, image in frames(item.path):
-            while (
-                last is not None
-                and len(chosen) < item.frames
-                and abs(at - wanted[len(chosen)]) > abs(last[0] - wanted[len(chosen)])
-            ):
-                chosen.append(fit(last[1]))  # the frame before was the nearer one
-            if len(chosen) == item.frames:
-                break
-            last = at, image
-        chosen += [fit(last[1])] * (item.frames - len(chosen))
-    return torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in skipped])
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------
@@ -289,53 +364,59 @@ def _digest(path, *_):
         return hashlib.file_digest(f, "blake2b").hexdigest()
 
 
-def entry(cache, suffix=".safetensors", **parts):
+def cache_file(cache, suffix=".safetensors", **parts):
     """The cache file for something decided by `parts`."""
-    return Path(cache) / (
-        hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest() + suffix
-    )
+    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
+    return Path(cache) / (name + suffix)
 
 
-def latent_bytes(items, vae22, image_condition=False):
-    """Bytes that the latents of some items take in the cache, at 4 a number."""
-    side, channels = (16, 48) if vae22 else (8, 16)
-    return sum(
-        4 * (channels + 20 * image_condition) * (1 + (i.frames - 1) // 4) * (i.width // side) * (i.height // side)
-        for i in items
-    )
-
-
-def latent_files(items, cache, vae_file, image_condition=False):
-    """The cache files of some items' latents."""
+def latent_files(items, cache, vae_file, conditioning=None):
+    """The cache files of some items' latents, whether they exist yet or not."""
     weights = digest(vae_file)
     return [
-        entry(
-            cache, media=i.digest, size=i.bucket, start=i.start, fps=i.fps, vae=weights, dtype="fp32", y=image_condition
+        cache_file(
+            cache,
+            media=i.digest,
+            size=i.bucket,
+            start=i.start,
+            fps=i.fps,
+            vae=weights,
+            dtype="fp32",
+            conditioning=conditioning.cache_key(i) if conditioning else "",
         )
         for i in items
     ]
 
 
-def cache_latents(items, cache, vae_file, load_vae, image_condition=False):
-    """Make sure every item's latents are cached; returns their files. `load_vae()` is called only if something is
-    missing.
+def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
+    """Cache the latents of every item that is not yet in the cache. `load_vae()` is called only if something is
+    missing. Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
+    `latent_files` names for them does not exist.
 
-    Each file holds `latents` (C,T',h,w) fp32, and with `image_condition` (I2V) `y` (20,T',h,w), the conditioning on its
-    first frame. Several processes may do this at once: a file appears whole or not at all, and what another one has
-    done meanwhile is left out.
+    Each file holds `latents` (C,T',h,w) fp32, and what `conditioning`, a class of conditions.py, adds to them:
+        conditioning.cache_key(item) -> what decides its tensors, for the file's name: plain values, such as digests
+        conditioning.cached(vae, video (1,3,T,H,W), item) -> {name: tensor}; may raise Skip
+    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile
+    is left out.
     """
-    files = latent_files(items, cache, vae_file, image_condition)
-    missing = [(i, f) for i, f in zip(items, files) if not f.exists()]
-    vae = load_vae() if missing else None
+    missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, conditioning)) if not f.exists()]
+    vae, failed = load_vae() if missing else None, []
     for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
         if file.exists():
             continue
-        video = pixels(item)[None].to(next(vae.parameters()).device)
-        tensors = {"latents": vae.encode(video)[0]}
-        if image_condition:
-            tensors["y"] = vae.condition(video[:, :, :1], item.frames)[0]
-        save(file, tensors)
-    return files
+        try:
+            video = pixels(item)[None].to(next(vae.parameters()).device)
+            if digest(item.path) != item.digest:
+                raise Skip("has changed since it was looked at")
+            tensors = {
+                "latents": vae.encode(video)[0],
+                **(conditioning.cached(vae, video, item) if conditioning else {}),
+            }
+        except Skip as e:
+            failed.append((item.path, str(e)))
+        else:
+            save(file, tensors)
+    return failed
 
 
 def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
@@ -344,7 +425,7 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
     dtype.
     """
     weights = [digest(f) for f in encoder_files]
-    files = {c: entry(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
+    files = {c: cache_file(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
     missing = [c for c, f in files.items() if not f.exists()]
     encoder = load_encoder() if missing else None
     for caption in tqdm(missing, desc="texts", unit="caption", disable=not missing):
@@ -357,15 +438,15 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
 # ---- batches -----------------------------------------------------------------------------------------------------
 class Batches:
     """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders
-    make smaller batches, so that every file is seen once an epoch. `at(step)` needs no history: a resumed run just goes
-    on.
+    make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says. `at(step)` needs
+    no history: a resumed run just goes on.
     """
 
     def __init__(self, items, batch, seed):
         self.seed, self.batch = seed, batch
         self.groups = {}
         for i, item in enumerate(items):
-            self.groups.setdefault(item.bucket, []).append(i)
+            self.groups.setdefault(item.bucket, []).extend([i] * item.repeat)
         self.per_epoch = sum(-(-len(g) // batch) for g in self.groups.values())
         self._epoch = None
 

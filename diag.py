@@ -38,24 +38,16 @@ import plan
 import sample
 import train_lora
 import train_te
-from checkpoint import (
-    BadInput,
-    atomic,
-    clean_key,
-    cli,
-    count_blocks,
-    load,
-    read_header,
-    read_headers,
-    save,
-    weight_files,
-)
+from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, weight_files
 from data import CLIPS
-from lora import TARGETS, official_name, read_lora
-from parallel import World
-from sample import DTYPES, Models, Reuse, checkpoint_dir, decode, denoise, pick_device, read_prompts, write_grid
+from denoising import EasyCache, decode
+from lora import TARGETS, check_fit, write_changes
+from lora_files import describe, read_lora
+from media import write_grid
+from models import DTYPES, Models, Runtime, checkpoint_dir, parse_size, pick_device, pick_dtype, released, settings
+from sample import read_prompts, sample_latents
 from t5 import encoder_files, load_t5
-from train import Dataset, experts, fixed
+from train import Dataset, eval_batches, expert_schedule
 from wan import VARIANTS, full_config, read_config
 
 BUDGETS = {
@@ -156,26 +148,21 @@ def inspect_dit(path, entries):
     }
 
 
-def inspect_lora(entries, metadata):
-    places = {k: official_name(k) for k in entries}
-    found = [n for n, kind in filter(None, places.values()) if kind == "A"]
-    ranks = Counter(entries[k].shape[0] for k, p in places.items() if p and p[1] == "A")
-    blocks = sorted({int(n.split(".")[1]) for n in found})
-    targets = Counter(n.split(".", 2)[2] for n in found)
-    text = f"a LoRA of rank {', '.join(map(str, ranks))} on {', '.join(targets)} of {len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"
-    if len(found) * 2 < len([k for k in entries if "alpha" not in k]):
-        text += f"; {sum(p is None for p in places.values())} keys are not known here"
-    return {
-        "kind": "lora",
-        "ranks": dict(ranks),
-        "targets": dict(targets),
-        "blocks": blocks,
-        "matrices": len(found),
-        "alpha_keys": sum(bool(p) and p[1] == "alpha" for p in places.values()),
-        "metadata": metadata,
-        **totals(entries),
-        "summary": text,
-    }
+def inspect_lora(entries, lora):
+    """entries: {key: Entry} of the file; lora: what lora_files.describe says of it."""
+    blocks = lora["blocks"]
+    text = "a LoRA: " + ", ".join(f"{form} {n}" for form, n in lora["forms"].items())
+    if lora["ranks"]:
+        text += f", rank {', '.join(map(str, lora['ranks']))}"
+    if blocks:
+        text += f", on {', '.join(lora['targets'])} of {len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"
+    if lora["elsewhere"]:
+        text += f", {len(lora['elsewhere'])} outside of blocks"
+    if lora["expert"]:
+        text += f"; for {lora['expert']} noise ({lora['expert_from']})"
+    if lora["problem"]:
+        text += f"; not read: {lora['problem']}"
+    return {"kind": "lora", "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
 
 
 def inspect_file(path):
@@ -186,8 +173,8 @@ def inspect_file(path):
         part, meta = read_header(file)
         entries |= {clean_key(k): e for k, e in part.items()}
         metadata |= meta
-    if any((official_name(k) or ("", ""))[1] == "A" for k in entries):
-        return inspect_lora(entries, metadata)
+    if len(files) == 1 and (lora := describe(files[0])):
+        return inspect_lora(entries, lora)
     if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= set(entries):
         return inspect_dit(path, entries)
     if {"token_embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.0.pos_embedding.embedding.weight"} <= set(entries):
@@ -360,14 +347,12 @@ def delta(file, ckpt):
             }
         )
 
-    if any(official_name(k) for k in new):
-        for name, (a, b) in read_lora(file)[0].items():
-            w = entries.get(f"{name}.weight")
-            if w is None or w.shape != (len(b), a.shape[1]):
-                raise BadInput(
-                    f"{file}: {name} ({len(b)}x{a.shape[1]}) does not fit {ckpt} ({w.shape if w else 'no such weight'})"
-                )
-            row(name, read(name), factor_norms(a, b))
+    if Path(file).is_file() and describe(file):
+        for parameter, change in check_fit(file, read_lora(file)[0], {n: e.shape for n, e in entries.items()}).items():
+            pair = change.factors()
+            found = factor_norms(*pair) if pair else dense_norms(change.dense().reshape(change.shape[0], -1))
+            name = parameter.removesuffix(".weight")
+            row(name, read(name) if name != parameter else entries[parameter].read().float(), found)
     else:
         ids, moved = new.pop("token_embedding.ids", None), new.pop("token_embedding.rows", None)
         stray = [k for k in new if k not in entries or entries[k].shape != new[k].shape]
@@ -434,17 +419,13 @@ def cap_lora(lora, rows, cap, out):
     """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it. Returns how
     many were.
     """
-    pairs, metadata = read_lora(lora)
+    changes, metadata = read_lora(lora)
     scale = {r["name"]: min(1.0, cap / r["ratio"]) if r["ratio"] else 1.0 for r in rows}
-    tensors = {}
-    for name, (a, b) in pairs.items():
-        tensors[f"diffusion_model.{name}.lora_A.weight"] = a
-        tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale[name]
-    save(
-        out,
-        tensors,
-        {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {"alpha_folded": True, "delta_cap": cap},
-    )
+    metadata = {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {
+        "alpha_folded": True,
+        "delta_cap": cap,
+    }
+    write_changes(out, changes, metadata, {name: scale.get(name.removesuffix(".weight"), 1.0) for name in changes})
     return sum(s < 1 for s in scale.values())
 
 
@@ -548,17 +529,16 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
     given = [word for name, value in where.items() if value is not None for word in (f"--{name}", str(value))]
     flags, found = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0", *given]), {}
     for changes in ({}, dict(loras=loras, text_encoder=text_encoder)):
-        models = Models(ckpt, device, dtype, **changes)
+        models = Models(ckpt, Runtime(device, dtype), **changes)
         flags.device, s = str(device), models.settings
-        train_lora.fill_in(flags, s)
-        dataset = Dataset(flags, models, World(device))
-        dataset.items = sorted(dataset.items, key=lambda i: i.digest)[:n]
-        dataset.cache_latents(models)
+        train_lora.resolve_flags(flags, s)
+        dataset = Dataset(flags, models, limit=n)
+        dataset.cache_latents()
         models.encode_prompts([i.captions[0] for i in dataset.items])
-        for name, (low, high) in experts(flags, s).items():
-            with torch.no_grad(), recorded(models.part(name)) as stats:
-                for _, batch in fixed(dataset.items, dataset.latents, s["shift"], low, high):
-                    batch.loss(models.part(name), *models.encode_prompts(batch.captions))
+        for name, (low, high) in expert_schedule(flags, s).items():
+            with torch.no_grad(), recorded(models.acquire(name)) as stats:
+                for _, batch in eval_batches(dataset.items, dataset.files, s.shift, low, high):
+                    batch.loss(models.acquire(name), *models.encode_prompts(batch.captions))
             found.setdefault(name, []).append(stats)
     return {name: logit_rows(*pair) for name, pair in found.items()}
 
@@ -567,7 +547,7 @@ def run_logits(args):
     if not args.lora and not args.text_encoder:
         raise BadInput("give --lora, --text_encoder, or both: what is to be compared with the checkpoint")
     device = pick_device(args.device)
-    dtype = DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+    dtype = DTYPES[pick_dtype(args.dtype, device)]
     found = logits(
         args.ckpt,
         args.lora,
@@ -671,22 +651,18 @@ def run_drift(args):
 def run_reuse(args):
     """What sample.py --reuse saves and costs at several thresholds, against the exact clips of the same seeds."""
     prompts = read_prompts(args.prompts) if args.prompts else [r["prompt"] for r in nano.prompts(4, 0)]
-    models = Models(
-        args.ckpt,
-        pick_device(args.device),
-        DTYPES[args.dtype or ("bf16" if pick_device(args.device) != "cpu" else "fp32")],
-        args.lora,
-        args.text_encoder,
-    )
+    device = pick_device(args.device)
+    runtime = Runtime(device, DTYPES[pick_dtype(args.dtype, device)])
+    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
     exact, rows = [], []
     for i, p in enumerate(prompts):
-        z = denoise(models, [p], [i], progress=False)
+        z = sample_latents(models, [p], [i], progress=False)
         exact.append((z, decode(models, z)))
     for threshold in args.thresholds:
         computed, error, square = 0, 0.0, 0.0
         for i, (p, (z, video)) in enumerate(zip(prompts, exact)):
-            reuse = Reuse(threshold)
-            other = denoise(models, [p], [i], progress=False, reuse=reuse)
+            reuse = EasyCache(threshold)
+            other = sample_latents(models, [p], [i], progress=False, step_cache=reuse)
             computed += reuse.computed / len(prompts)
             error += ((other - z).norm() / z.norm()).item() / len(prompts)
             square += F.mse_loss(decode(models, other), video).item() / len(prompts)
@@ -694,13 +670,13 @@ def run_reuse(args):
             {
                 "threshold": threshold,
                 "computed": computed,
-                "steps": models.settings["steps"],
+                "steps": models.settings.steps,
                 "latent_error": error,
                 "psnr": -10 * math.log10(max(square, 1e-12) / 4),
             }
         )
         print(
-            f"--reuse {threshold:g}: {computed:.1f} of {models.settings['steps']} steps computed, latents off by {100 * error:.2f} %, video {rows[-1]['psnr']:.1f} dB",
+            f"--reuse {threshold:g}: {computed:.1f} of {models.settings.steps} steps computed, latents off by {100 * error:.2f} %, video {rows[-1]['psnr']:.1f} dB",
             flush=True,
         )
     if args.json:
@@ -731,10 +707,10 @@ def listen(models, words, n, seed=0):
 
 def run_listen(args):
     device = pick_device(args.device)
-    dtype = DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
-    sides = {"before": Models(args.ckpt, device, dtype)}
+    dtype = DTYPES[pick_dtype(args.dtype, device)]
+    sides = {"before": Models(args.ckpt, Runtime(device, dtype))}
     if args.lora or args.text_encoder:
-        sides["after"] = Models(args.ckpt, device, dtype, args.lora, args.text_encoder)
+        sides["after"] = Models(args.ckpt, Runtime(device, dtype), args.lora, args.text_encoder)
         if args.skip_before:
             del sides["before"]
     if nano.gradable(next(iter(sides.values())).settings) and not args.prompts:
@@ -758,7 +734,7 @@ def run_listen(args):
             else ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
         )
         clips = {
-            side: [decode(m, denoise(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
+            side: [decode(m, sample_latents(m, [p], [args.seed + i]))[0].cpu() for i, p in enumerate(prompts)]
             for side, m in sides.items()
         }
         order = [(side, i) for i in range(len(prompts)) for side in sides]
@@ -782,22 +758,22 @@ def planned(script, given, ranks=1):
     """
     args = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given)
     if args.ckpt in VARIANTS:
-        s = sample.released(args.ckpt)
+        s = released(args.ckpt)
         parts, args.device = plan.full_builders(s), args.device or "cuda"
     else:
-        models = Models(args.ckpt, "cpu", torch.float32, text_encoder=args.text_encoder)
+        models = Models(args.ckpt, text_encoder=args.text_encoder)
         s, parts, args.device = models.settings, plan.builders(models), args.device or pick_device(None)
     if script == "sample":
-        size = sample.parse_size(args.size) if args.size else s["size"]
-        frames, side = args.frames or s["frames"], 16 if s["vae"] == "2.2" else 8
-        sample.check_size(size, frames, (4, side, side))
-        s |= {
-            "pixels": size,
-            "frames": frames,
-            "shape": (48 if s["vae"] == "2.2" else 16, 1 + (frames - 1) // 4, size[1] // side, size[0] // side),
-        }
-        dtype = DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")]
-        return plan.sampling(s, parts, args.device, dtype, layout=plan.Layout.of(args, ranks), tile=args.vae_tile)
+        overrides = sample.sampling_overrides(args)
+        if args.image is None and s.conditioning.needs_image:  # of the size's own aspect
+            s = s.with_overrides(**overrides)
+            request = sample.Request(s, None, s.size)
+        else:
+            request = sample.resolve(s, args.ckpt, args.image, **overrides)
+        guided = "parallel" if args.guidance_parallel else "batched"
+        mode, layout = guided if request.settings.guided else "none", plan.ParallelLayout.of(args, ranks)
+        dtype = DTYPES[pick_dtype(args.dtype, args.device)]
+        return plan.sampling(request, parts, args.device, dtype, mode, layout=layout, tile=args.vae_tile)
     with torch.device("meta"):
         blocks = len(next(iter(parts.values()))().blocks)
     previews = bool(args.previews)
@@ -843,9 +819,7 @@ def propose(script, given, gpus):
     given = given + (["--batch", "1"] if script != "sample" and "--batch" not in given else [])
     ckpt = {"train_lora": train_lora, "train_te": train_te, "sample": sample}[script].arguments(given).ckpt
     blocks = (
-        full_config(ckpt).num_layers
-        if ckpt in VARIANTS
-        else count_blocks(next(iter(Models(ckpt, "cpu", torch.float32).headers.values())))
+        full_config(ckpt).num_layers if ckpt in VARIANTS else count_blocks(next(iter(Models(ckpt).headers.values())))
     )
     least = None
     for flags in ways(script, ranks, blocks):
@@ -862,10 +836,9 @@ def run_scale(args):
     """Seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy."""
     if args.ckpt not in VARIANTS:
         raise BadInput(f"--ckpt {args.ckpt}: one of {', '.join(VARIANTS)}")
-    c, s = full_config(args.ckpt), sample.released(args.ckpt)
-    size, frames = sample.parse_size(args.size) if args.size else s["size"], args.frames or s["frames"]
-    side = 32 if s["vae"] == "2.2" else 16
-    grid = 1 + (frames - 1) // 4, size[1] // side, size[0] // side
+    c, s = full_config(args.ckpt), released(args.ckpt)
+    size, frames = parse_size(args.size) if args.size else s.size, args.frames or s.frames
+    grid = s.token_grid(size, frames)
     adapter = c.num_layers * 2 * 16 * 2 * c.dim * 4
     print(
         f"{args.ckpt}, {size[0]}x{size[1]}x{frames}: seconds per sample, if a GPU sustains {args.tflops:g} TFLOP/s, sends {args.inside:g} GB/s within a machine of "
@@ -993,7 +966,7 @@ def report(folder, n=20):
         mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
         axes.plot(x, y, color="#ccc", linewidth=0.7, label="each step")
         axes.plot(x, mean, color="#c0392b", label="mean of 25")
-        for key in sorted({k for r in log for k in r if k.startswith("held_out")}):
+        for key in sorted({k for r in log for k in r if k.startswith("val_loss")}):
             axes.plot(
                 *zip(*[(r["step"], r[key]) for r in log if key in r]), "o-", markersize=3, label=key.replace("_", " ")
             )
@@ -1019,7 +992,7 @@ def report(folder, n=20):
         ),
     ]
     for file in adapters:
-        models = Models(flags["ckpt"], "cpu", torch.float32)
+        models = Models(flags["ckpt"])
         rows = delta(file, models.folder(load(file)[1].get("expert", "dit")))
         parts += [
             f"<h2>How far the weights moved: {file.name}</h2>",
@@ -1038,7 +1011,7 @@ def report(folder, n=20):
             if rows
             else []
         )
-        prompts = nano.prompts(20, 0) if nano.gradable(sample.settings(checkpoint_dir(flags["ckpt"]))) else []
+        prompts = nano.prompts(20, 0) if nano.gradable(settings(checkpoint_dir(flags["ckpt"]))) else []
         prompts = [r["prompt"] for r in prompts] or (read_prompts(flags["previews"]) if flags["previews"] else [])
         if prompts:
             found = drift(
@@ -1081,9 +1054,9 @@ def report(folder, n=20):
             "<h2>Previews</h2>",
             *(f"<p class=note>{p.stem.replace('_', ' ')}</p>{embedded(p.read_bytes())}" for p in shown),
         ]
-    if n and nano.gradable(sample.settings(checkpoint_dir(flags["ckpt"]))):
+    if n and nano.gradable(settings(checkpoint_dir(flags["ckpt"]))):
         words = [w for w in (flags.get("keywords") or nano.NEW_WORDS) if w in nano.NEW_WORDS]
-        before, after = (listen(Models(flags["ckpt"], "cpu", torch.float32, **c), words, n) for c in ({}, changes))
+        before, after = (listen(Models(flags["ckpt"], **c), words, n) for c in ({}, changes))
         rows = [
             (
                 suite,
@@ -1140,7 +1113,7 @@ def main():
 
     def changed(c):
         c.add_argument("--ckpt", default="nano")
-        c.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low]; may be repeated")
+        c.add_argument("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
         c.add_argument("--text_encoder", help="an updated text encoder's file")
         c.add_argument("--device")
         c.add_argument("--dtype", choices=list(DTYPES))

@@ -3,8 +3,11 @@
 x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoint import BadInput
 
@@ -16,14 +19,16 @@ def shift_t(t, shift):
 
 
 def unshift_t(t, shift):
+    """The inverse of shift_t."""
     return t / (shift - (shift - 1) * t)
 
 
-def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
+def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)). The range is kept by drawing only from the part of the
-    base distribution that lands in it, so no draw is rejected and the density inside is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); BadInput for another name. The range is kept by
+    drawing only from the part of the base distribution that lands in it, so no draw is rejected and the density inside
+    is unchanged.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -37,7 +42,7 @@ def draw_t(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=N
     return shift_t(base, shift).float()
 
 
-def quantiles_t(n, shift, low=0.0, high=1.0):
+def eval_timesteps(n, shift, low=0.0, high=1.0):
     """n fixed times (n,) fp32 in [low, high): the middles of n equal shares of the uniform distribution, shifted."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
@@ -49,11 +54,48 @@ def add_noise(x0, eps, t):
     return (1 - t) * x0 + t * eps, eps - x0
 
 
+class Batch(NamedTuple):
+    """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
+    (B,C',T',h,w); loss_mask (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
+    given, or None where all count; captions; inputs: further keyword arguments of the model's forward.
+    """
+
+    x: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    loss_mask: torch.Tensor | None
+    captions: list
+    inputs: dict = {}
+
+    def loss(self, model, context, lens):
+        """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
+        device = context.device
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        v = model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
+        target = self.target.to(device)
+        if self.loss_mask is None:
+            return F.mse_loss(v, target)
+        per_frame = (v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True)
+        return (per_frame * self.loss_mask.to(device)).mean()
+
+
+def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
+    """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not}, under noise (B,C,T',h,w) at times t,
+    (B,) or, where some have a latent frame that is given, (B,T') with 0 for that frame.
+    """
+    x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
+    if "y" in entries[0]:
+        x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
+    return Batch(x, t, target, loss_mask, captions)
+
+
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """Steps a latent from noise to clean. `timesteps` are what the DiT is given (integers, truncated, as in the
-    official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0. Call `step(v, x)` once per
-    timestep, in order.
+    """Steps a latent from noise to clean. `timesteps` are what the DiT is given, one for each time that it is computed
+    (integers, truncated, as in the official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0.
+    Call `step(v, x)` once per timestep, in order, with the velocity v at x and that timestep; it returns the x to
+    compute the next velocity at. Before the call, `sigma` is the noise level of that x, so that x - sigma v estimates
+    the clean latent.
     """
 
     start = 1.0
@@ -61,10 +103,9 @@ class Solver:
     def __init__(self, steps, shift):
         if steps < 1:
             raise BadInput(f"--steps {steps}: at least 1")
-        s = np.linspace(self.start, 0, steps + 1)[:-1]
-        s = shift * s / (1 + (shift - 1) * s)
-        self.timesteps = torch.from_numpy((s * 1000).astype(np.int64))
-        self.sigmas = torch.from_numpy(np.append(s, 0).astype(np.float32))
+        sigmas = shift_t(np.linspace(self.start, 0, steps + 1)[:-1], shift)
+        self.timesteps = torch.from_numpy((sigmas * 1000).astype(np.int64))
+        self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
         # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their
         # result
         self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
@@ -80,6 +121,27 @@ class Euler(Solver):
         x = x + (self.sigmas[self.i + 1] - self.sigma) * v
         self.i += 1
         return x
+
+
+class Heun(Solver):
+    """Heun's method (as in Karras et al., 2022, without churn): an Euler step, then the same step along the mean of the
+    velocities at its two ends. N steps compute 2N - 1 velocities: the last step is Euler's, since there is none to be
+    had at sigma 0.
+    """
+
+    def __init__(self, steps, shift):
+        super().__init__(steps, shift)
+        # sigma 0, then each later one twice: after its Euler step, and as the beginning of the next step
+        self.timesteps = self.timesteps.repeat_interleave(2)[1:]
+        self.sigmas = self.sigmas.repeat_interleave(2)[1:-1]
+
+    def step(self, v, x):
+        i = self.i
+        self.i += 1
+        if i % 2 == 0:
+            self.first_v, self.first_x = v, x
+            return x + (self.sigmas[i + 1] - self.sigmas[i]) * v
+        return self.first_x + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first_v + v) / 2
 
 
 class DPMpp(Solver):
@@ -140,11 +202,11 @@ class UniPC(Solver):
         return self._update(i, x, x0, self.order)
 
 
-SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler}
+SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler, "heun": Heun}
 
 
 def solver(name, steps, shift):
-    """A fresh solver: "unipc", "dpm++" or "euler"."""
+    """A fresh solver: "unipc", "dpm++", "euler" or "heun"; BadInput for another name or less than one step."""
     if name not in SOLVERS:
         raise BadInput(f"--solver {name}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)

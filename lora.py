@@ -1,11 +1,9 @@
-"""LoRA: W + (alpha/rank) B A on chosen linears of a built model; inject, merge, save, load, convert. Hu et al., 2021.
+"""LoRA: W + (alpha/rank) B A on chosen linears of a built model; injected, trained, written, merged. Hu et al., 2021.
 
-A target is the tail of a module's name within a block: self_attn.{q,k,v,o}, cross_attn.{q,k,v,o}, ffn.0, ffn.2.
 Files are written so that ComfyUI, lightx2v and diffusers all read them alike: keys `diffusion_model.NAME.lora_A.weight`
-and `.lora_B.weight`, alpha/rank folded into B, no alpha key. Read are those, kohya's and PEFT's names.
+and `.lora_B.weight`, alpha/rank folded into B, no alpha key. What is read, and how, is in lora_files.py.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -14,23 +12,79 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import BadInput, load, save
+from checkpoint import BadInput, save
+from lora_files import IMAGE_BRANCH, read_lora
 
+# What can be trained: the ends of modules' names within a block; in every model, in Animate's, and in S2V's
 TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "qkvo") + ("ffn.0", "ffn.2")
+ANIMATE_TARGETS = ("cross_attn.k_img", "cross_attn.v_img")
+S2V_TARGETS = tuple(f"audio_injector.{p}" for p in "qkvo")
 
 
+def check_fit(path, changes, shapes):
+    """The changes that a model takes: all but those of Wan 2.1's image branch, where the model has none.
+
+    shapes: {parameter name: shape} of the model. Raises BadInput for a change without a parameter of its shape, and
+    where nothing is left.
+    """
+    branch = any(IMAGE_BRANCH.match(name) for name in shapes)
+    taken = {name: change for name, change in changes.items() if branch or not IMAGE_BRANCH.match(name)}
+
+    def fits(change, shape):  # a convolution's change may be flat
+        return shape is not None and tuple(change.shape) in (tuple(shape), (shape[0], math.prod(shape[1:])))
+
+    def times(shape):
+        return "x".join(map(str, shape))
+
+    bad = [
+        f"{name} ({times(c.shape)} for {times(shapes[name]) if name in shapes else 'no such parameter'})"
+        for name, c in taken.items()
+        if not fits(c, shapes.get(name))
+    ]
+    if bad or not taken:
+        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
+    return taken
+
+
+@torch.no_grad()
+def merge(model, path, weight=1.0, expert=None):
+    """Add weight times a LoRA file's changes to the model's parameters, in place; each sum is rounded once, to the
+    parameter's dtype. Beside 8-bit weights a low-rank change stays as it is.
+
+    expert: "high" or "low", which half of a file that holds both. Raises BadInput, before anything is changed, for what
+    read_lora and check_fit refuse, and for a change of an 8-bit weight that is not of low rank.
+    """
+    changes, parameters = read_lora(path, expert)[0], dict(model.named_parameters())
+    taken = check_fit(path, changes, {name: p.shape for name, p in parameters.items()})
+    beside = {name: change.factors() for name, change in taken.items() if parameters[name].dtype.itemsize == 1}
+    lost = [name for name, pair in beside.items() if pair is None]
+    if lost:
+        raise BadInput(
+            f"{path}: changes {len(lost)} weights that are in 8 bits here, such as {lost[0]}, by more than a low rank: "
+            "rounded to 8 bits, most of it would be lost; use the model in bf16"
+        )
+    for name, change in taken.items():
+        if name in beside:
+            _keep_beside(model.get_submodule(name.removesuffix(".weight")), *beside.pop(name), weight)
+        else:
+            change.add_to(parameters[name], weight)
+    if len(taken) < len(changes):
+        print(f"{path}: {len(changes) - len(taken)} changes of an image branch skipped, which this model does not have")
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
 class LoRALinear(nn.Linear):
     """A frozen linear, of whatever class, with its own name and weight, plus scale * B A x. A and B are fp32 whatever
     the weight is.
     """
 
     @staticmethod
-    def over(linear, rank, alpha, dropout=0.0, device=None):
+    def wrap(linear, rank, alpha, dropout=0.0, device=None):
         """Turn a linear into this, in place."""
         own = type(linear)
         if not isinstance(linear, LoRALinear):
             linear.__class__ = type(f"LoRA{own.__name__}", (LoRALinear, own), {})
-        linear.scale, linear.dropout = alpha / rank, nn.Dropout(dropout)
+        linear.scale, linear.dropout = alpha / rank, nn.Dropout(dropout).train(linear.training)
         device = device or linear.weight.device
         linear.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
@@ -41,246 +95,172 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(low, (self.scale * self.lora_B).to(x.dtype))
 
 
+def _keep_beside(linear, a, b, weight):
+    """Let weight * B A stay beside a linear: added to an 8-bit weight, most of it would be rounded away. A further one
+    makes the rank larger.
+    """
+    a, b = a.to(linear.weight.device), weight * b.to(linear.weight.device)
+    if isinstance(linear, LoRALinear):
+        a, b = torch.cat([linear.lora_A, a]), torch.cat([linear.scale * linear.lora_B, b], 1)
+    LoRALinear.wrap(linear, len(a), len(a))
+    linear.requires_grad_(False)
+    linear.lora_A.copy_(a)
+    linear.lora_B.copy_(b)
+
+
 def parse_blocks(text, total):
     """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
     if not text:
         return list(range(total))
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise BadInput(f"--blocks {text}: give block numbers such as 20-29 or 0,3,5-7")
-    found = set()
+    blocks = set()
     for part in text.split(","):
-        a, _, b = part.partition("-")
-        found |= set(range(int(a), min(int(b or a), total) + 1))
-    if not found or max(found) >= total:
+        first, _, last = part.partition("-")
+        blocks |= set(range(int(first), min(int(last or first), total) + 1))
+    if not blocks or max(blocks) >= total:
         raise BadInput(f"--blocks {text}: this model has blocks 0 to {total - 1}")
-    return sorted(found)
+    return sorted(blocks)
 
 
 def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None, device=None):
     """Put a LoRA on every target of the given blocks (default all) and freeze everything else, in place.
 
-    targets: of TARGETS. rank: 1 or more. blocks: list of block numbers. device: of the adapters, where that is not the
-    weights' (a model still empty). Returns the trainable parameters, A and B in turn, fp32. B starts at zero, so the
-    model's output does not change.
+    targets: of TARGETS, and Animate's or S2V's own; audio_injector.q is that of the injectors behind these blocks.
+    rank: 1 or more. blocks: list of block numbers. device: of the adapters, where that is not the weights' (a model
+    still empty). Returns the trainable parameters, A and B in turn, fp32. B starts at zero, so the model's output does
+    not change.
     """
-    unknown = [t for t in targets if t not in TARGETS]
-    if unknown or not targets:
-        raise BadInput(f"--targets {','.join(targets)}: choose from {', '.join(TARGETS)}")
+    known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
+    if not targets or not set(targets) <= set(known):
+        raise BadInput(f"--targets {','.join(targets)}: choose from {', '.join(known)}")
     if rank < 1:
         raise BadInput(f"--rank {rank}: at least 1")
     model.requires_grad_(False)
-    params = []
-    for i in range(len(model.blocks)) if blocks is None else blocks:
+    params, modules = [], dict(model.named_modules())
+    injected = getattr(model.config, "audio_inject_layers", ())  # injector i stands behind this block
+    for block in range(len(model.blocks)) if blocks is None else blocks:
         for target in targets:
-            layer = model.blocks[i].get_submodule(target)
-            LoRALinear.over(layer, rank, alpha, dropout, device)
-            params += [layer.lora_A, layer.lora_B]
+            part, _, leaf = target.partition(".")
+            if part != "audio_injector":
+                name = f"blocks.{block}.{target}"
+            elif block in injected:
+                name = f"audio_injector.injector.{list(injected).index(block)}.{leaf}"
+            elif injected:
+                continue
+            else:
+                name = target
+            if name not in modules:
+                raise BadInput(f"--targets {target}: this model has no {name}")
+            LoRALinear.wrap(modules[name], rank, alpha, dropout, device)
+            params += [modules[name].lora_A, modules[name].lora_B]
+    if not params:
+        raise BadInput(f"--targets {','.join(targets)}: there are none in blocks {', '.join(map(str, blocks))}")
     return params
 
 
-def layers(model):
+def lora_layers(model):
     """{module name: LoRALinear} of an injected model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def adapter(model):
     """{module name: (A, B)}, the trainable parameters of an injected model."""
-    return {name: (m.lora_A, m.lora_B) for name, m in layers(model).items()}
+    return {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
 
 
 def attach(model, pairs):
     """Let an injected model use these parameters instead of its own."""
-    for name, m in layers(model).items():
+    for name, m in lora_layers(model).items():
         m.lora_A, m.lora_B = pairs[name]
 
 
 @torch.no_grad()
-def start_from(pairs, path, scale):
-    """Fill an adapter with a LoRA file's weights. Raises BadInput unless modules and rank are the same."""
-    given, _ = read_lora(path)
-    shape = lambda p: {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in p.items()}
-    want, have = shape(pairs), shape(given)
+def start_from(pairs, path, scale, expert=None):
+    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput unless the
+    file changes the same weights with the same ranks, and nothing else.
+    """
+    changes = {name.removesuffix(".weight"): change for name, change in read_lora(path, expert)[0].items()}
+    want = {name: (tuple(b.shape[:1] + a.shape[1:]), len(a)) for name, (a, b) in pairs.items()}
+    have = {name: (tuple(c.shape), getattr(c, "rank", None)) for name, c in changes.items()}
     if want != have:
         odd = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
         raise BadInput(
-            f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as {odd[0]}: "
-            f"A and B are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}"
+            f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as "
+            f"{odd[0]}: shape and rank are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}"
         )
     for name, (a, b) in pairs.items():
-        a.copy_(given[name][0])
-        b.copy_(given[name][1] / scale)
+        given_a, given_b = changes[name].factors()
+        a.copy_(given_a)
+        b.copy_(given_b / scale)
 
 
 @torch.no_grad()
-def norms(model):
+def weight_norms(model):
     """{module name: Frobenius norm () of its frozen weight} of an injected model."""
-    return {name: m.norm if hasattr(m, "norm") else m.weight.float().norm() for name, m in layers(model).items()}
+    return {name: m.norm if hasattr(m, "norm") else m.weight.float().norm() for name, m in lora_layers(model).items()}
 
 
 @torch.no_grad()
-def hold_to(pairs, scale, base, cap):
-    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, base[name] ().
+def clamp_weight_norm(pairs, scale, norms, cap):
+    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, norms[name] ().
     Through the r x r products B^T B and A A^T; dW is never formed. Returns how many there were.
     """
-    held = torch.zeros(())
+    clamped = torch.zeros(())
     for name, (a, b) in pairs.items():
         norm = scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
-        factor = (cap * base[name] / norm.clamp(min=1e-30)).clamp(max=1)
+        factor = (cap * norms[name] / norm.clamp(min=1e-30)).clamp(max=1)
         b.mul_(factor)
-        held += (factor < 1).cpu()
-    return int(held)
+        clamped += (factor < 1).cpu()
+    return int(clamped)
 
 
+# ---- writing -----------------------------------------------------------------------------------------------------
 def save_lora(path, model, **metadata):
-    """Write the adapter of an injected model."""
-    write_lora(path, adapter(model), next(iter(layers(model).values())).scale, **metadata)
+    """Write the adapter of an injected model; metadata as in write_lora."""
+    write_lora(path, adapter(model), next(iter(lora_layers(model).values())).scale, **metadata)
 
 
-def write_lora(path, pairs, scale=1.0, **metadata):
-    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file). Rank, targets and
-    blocks join the metadata.
+def write_lora(path, pairs, scale=1.0, variant=None, title=None, date=None, trained_words=(), **metadata):
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file).
+
+    variant: of the base, such as ti2v-5B. title (default: the file's name), date (ISO 8601; default: none, so that
+    equal adapters are equal files) and trained_words: shown by LoRA managers. Further metadata is written as it is;
+    rank, targets and blocks join it.
     """
-    tensors, parts = {}, [re.match(r"blocks\.(\d+)\.(.+)", name).groups() for name in pairs]
+    tensors = {}
     for name, (a, b) in pairs.items():
         tensors[f"diffusion_model.{name}.lora_A.weight"] = a
         tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
     rank = len(next(iter(pairs.values()))[0])
-    save(
-        path,
-        tensors,
-        {
-            "rank": rank,
-            "alpha": scale * rank,
-            "alpha_folded": True,
-            "targets": ",".join(sorted({t for _, t in parts})),
-            "blocks": ",".join(map(str, sorted({int(i) for i, _ in parts}))),
-            **metadata,
-        },
-    )
+    parts = [re.match(r"blocks\.(\d+)\.(.+)|(audio_injector)\.injector\.\d+\.(.)", name).groups() for name in pairs]
+    metadata |= {
+        "format": "pt",
+        "rank": rank,
+        "alpha": scale * rank,
+        "alpha_folded": True,
+        "targets": ",".join(sorted({target or f"{owner}.{leaf}" for _, target, owner, leaf in parts})),
+        "blocks": ",".join(map(str, sorted({int(block) for block, *_ in parts if block}))),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": title or Path(path).stem,
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": scale * rank,
+    }
+    if variant:
+        base = f"wan2.2-{variant}"
+        metadata |= {"variant": variant, "modelspec.architecture": f"{base}/lora", "ss_base_model_version": base}
+    if date:
+        metadata["modelspec.date"] = date
+    if trained_words:
+        metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
+    save(path, tensors, metadata)
 
 
-PEFT_NAMES = [
-    ("attn1.", "self_attn."),
-    ("attn2.", "cross_attn."),
-    (".to_q", ".q"),
-    (".to_k", ".k"),
-    (".to_v", ".v"),
-    (".to_out.0", ".o"),
-    ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-]
-KINDS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
-
-
-def official_name(key):
-    """A LoRA file's key -> (official module name, "A" | "B" | "alpha"), or None if it is no LoRA key of this model
-    family.
-    """
-    m = re.fullmatch(r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?", key)
-    if not m:
-        return None
-    name, kind = m.groups()
-    if name.startswith("lora_unet_"):  # kohya writes dots as underscores
-        m = re.fullmatch(r"blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo02])", name.removeprefix("lora_unet_"))
-        name = "blocks.{}.{}.{}".format(*m.groups()) if m else name
-    else:
-        for prefix in ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer."):
-            name = name.removeprefix(prefix)
-        for a, b in PEFT_NAMES:
-            name = name.replace(a, b)
-    m = re.fullmatch(r"blocks\.\d+\.(.+)", name)
-    return (name, KINDS[kind]) if m and m.group(1) in TARGETS else None
-
-
-def read_lora(path):
-    """A LoRA file in any of the known layouts -> ({module name: (A, B)}, metadata), alpha folded into B, fp32.
-    Raises BadInput for keys it does not know: a file is never half loaded."""
-    tensors, metadata = load(path)
-    found, unknown = {}, []
-    for key, tensor in tensors.items():
-        place = official_name(key)
-        if place is None:
-            unknown.append(key)
-        else:
-            found.setdefault(place[0], {})[place[1]] = tensor.float()
-    fits = lambda p: {"A", "B"} <= set(p) and p["A"].dim() == p["B"].dim() == 2 and 0 < len(p["A"]) == p["B"].shape[1]
-    broken = [n for n, p in found.items() if not fits(p) or p.get("alpha", torch.zeros(1)).numel() != 1]
-    if unknown or broken or not found:
-        raise BadInput(
-            f"{path}: not a LoRA for Wan's blocks: {len(unknown)} unknown keys {unknown[:3]}, "
-            f"{len(broken)} modules without a matching pair {broken[:3]}, {len(found)} usable"
-        )
-    default = _default_alpha(Path(path), metadata, any(k.startswith("base_model.") for k in tensors))
-    result = {}
-    for name, p in found.items():
-        rank = len(p["A"])
-        alpha = p["alpha"].item() if "alpha" in p else rank if default is None else default
-        result[name] = (p["A"], p["B"] * (alpha / rank))
-    return result, metadata
-
-
-def _default_alpha(path, metadata, peft):
-    """The alpha of a file without alpha keys, or None for the rank (a scale of 1): diffusers keeps it in the file's
-    metadata, PEFT in adapter_config.json beside the file.
-    """
-    config, source = {}, path
-    try:
-        if "lora_adapter_metadata" in metadata:
-            config = json.loads(metadata["lora_adapter_metadata"])
-        elif peft:
-            source = path.with_name("adapter_config.json")
-            config = json.loads(source.read_text())
-    except (ValueError, OSError) as e:
-        raise BadInput(f"{source}: should hold the alpha of {path.name} ({e})") from None
-    config = {k.rpartition(".")[2]: v for k, v in config.items()}
-    if config.get("use_rslora") or config.get("use_dora") or config.get("alpha_pattern") or config.get("rank_pattern"):
-        raise BadInput(f"{path}: uses a PEFT variant (rslora, dora, or alpha and rank patterns) that is not read here")
-    return config.get("lora_alpha")
-
-
-def named_expert(spec):
-    """FILE:high or FILE:low -> (FILE, that expert); anything else -> (itself, None)."""
-    file, _, expert = spec.rpartition(":")
-    return (file, expert) if file and expert in ("high", "low") else (spec, None)
-
-
-def check_fit(path, pairs, shapes):
-    """Raises BadInput unless every pair of a LoRA file has a weight of its shape. shapes: {module name: (out, in)}."""
-    bad = [
-        f"{n} ({b.shape[0]}x{a.shape[1]} for {'x'.join(map(str, shapes[n])) if n in shapes else 'no such module'})"
-        for n, (a, b) in pairs.items()
-        if shapes.get(n) != (b.shape[0], a.shape[1])
-    ]
-    if bad:
-        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(pairs)} modules, {', '.join(bad[:3])}")
-
-
-@torch.no_grad()
-def merge(model, path, weight=1.0):
-    """Add weight * B A of a LoRA file to the model's weights, in place; the sum is rounded once, to the weights' dtype.
-    Beside 8-bit weights it stays. Raises BadInput, before anything is changed, if a module is missing or has another
-    shape.
-    """
-    pairs, modules = read_lora(path)[0], dict(model.named_modules())
-    check_fit(path, pairs, {name: m.weight.shape for name, m in modules.items() if name in pairs})
-    for name, (a, b) in pairs.items():
-        w = modules[name].weight
-        if w.dtype.itemsize == 1:
-            _beside(modules[name], a, weight * b)
-        else:
-            w.copy_(w.float() + weight * (b.to(w.device) @ a.to(w.device)))
-
-
-def _beside(linear, a, b):
-    """Let B A stay beside a linear: added to an 8-bit weight, most of it would be rounded away. A further one makes the
-    rank larger.
-    """
-    if isinstance(linear, LoRALinear):
-        a, b = (
-            torch.cat([linear.lora_A.data, a.to(linear.lora_A)]),
-            torch.cat([linear.scale * linear.lora_B.data, b.to(linear.lora_B)], 1),
-        )
-    LoRALinear.over(linear, len(a), len(a))
-    linear.requires_grad_(False)
-    linear.lora_A.copy_(a)
-    linear.lora_B.copy_(b)
+def write_changes(path, changes, metadata, factors):
+    """Write {parameter name: change} of lora_files.py, each times factors[name] (default 1)."""
+    tensors = {}
+    for name, change in changes.items():
+        tensors |= change.tensors(name, factors.get(name, 1.0))
+    save(path, tensors, metadata)

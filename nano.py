@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic, cli, save
-from flow import add_noise, draw_t
-from sample import decode, denoise, load, write_grid, write_mp4
+from denoising import decode
+from flow import add_noise, sample_timesteps
+from media import write_grid, write_mp4
+from sample import load, sample_latents
 from t5 import TextEncoder, Tokenizer
 from vae import LATENT_STATS, VAE, channels_last
 from wan import Wan, WanConfig
@@ -268,7 +270,7 @@ def grade(clip):
 
 def gradable(settings):
     """Whether a checkpoint's clips, by its settings, are of the size that the grader reads."""
-    return (tuple(settings["size"]), settings["frames"]) == ((SIZE, SIZE), FRAMES)
+    return (tuple(settings.size), settings.frames) == ((SIZE, SIZE), FRAMES)
 
 
 def wilson(right, n):
@@ -357,7 +359,7 @@ def train_vae(out, seed):
     statistics folded in.
     """
     torch.manual_seed(seed)
-    vae = channels_last(VAE(True, 8, 12, 48))
+    vae = channels_last(VAE("2.2", 8, 12))
     with torch.no_grad():  # a posterior of standard deviation 0.05 to begin with: a wider one drowns the mean
         vae.conv1.weight[48:] = 0
         vae.conv1.bias[48:] = -6
@@ -480,7 +482,7 @@ def train_dit(out, seed, vae, tokenizer, steps):
         ids, lens = tokenizer([training_caption(attributes[i], rng) for i in chosen])
         x0 = latents[chosen].repeat(2, 1, 1, 1, 1)
         g = torch.Generator().manual_seed(rng.getrandbits(62))
-        t = draw_t(32, 1.5, "uniform", generator=g)
+        t = sample_timesteps(32, 1.5, "uniform", generator=g)
         xt, target = add_noise(x0, torch.randn(x0.shape, generator=g), t)
         text = encoder(ids, lens)
         return F.mse_loss(model(xt, 1000 * t, text.repeat(2, 1, 1), lens.repeat(2)), target)
@@ -611,7 +613,7 @@ def listen(models, rows, seed=0, batch=50, **given):
     clips = []
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
-        z = denoise(
+        z = sample_latents(
             models, [r["prompt"] for r in part], [seed + i + j for j in range(len(part))], progress=False, **given
         )
         clips.append(decode(models, z))

@@ -10,7 +10,7 @@ import importlib
 import math
 import resource
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,14 +21,13 @@ import fp8
 import kernels
 import ops
 from checkpoint import read_headers
+from flow import make_noisy_batch
+from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from parallel import cut
-from sample import DTYPES, free_memory, parse_size
-from t5 import XXL, TextEncoder, build_t5
-from train import experts, noised
-from vae import FULL, VAE, build_vae, channels_last
-from wan import Wan, full_config, keep_fp32, read_config
+from t5 import XXL, TextEncoder, build_t5, read_encoder
+from vae import FULL_WIDTHS, VAE, build_vae, channels_last
+from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
@@ -85,57 +84,64 @@ def nbytes(model):
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
-class Layout(NamedTuple):
-    """How a DiT lies on devices: in 8 bits, `stream` blocks on the host, sharded over `shards` ranks, tokens over
-    `sequence`, blocks over `stages`.
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
+    its tokens over sp_size, its blocks over pp_size.
     """
 
     fp8: bool = False
-    stream: int = 0
-    shards: int = 1
-    sequence: int = 1
-    stages: int = 1
+    stream_blocks: int = 0
+    fsdp_size: int = 1
+    sp_size: int = 1
+    pp_size: int = 1
 
     @classmethod
-    def of(cls, args, ranks):
-        """That of a script's flags on so many ranks."""
-        stages = getattr(args, "pipeline_stages", 1)
+    def of(cls, args, ranks, fp8=False):
+        """That of a script's flags on so many ranks. fp8: also without a flag, since the files are in 8 bits."""
         return cls(
-            getattr(args, "base_dtype", None) == "fp8",
+            fp8 or getattr(args, "base_dtype", None) == "fp8",
             getattr(args, "stream_blocks", 0),
             ranks if getattr(args, "fsdp", False) else 1,
             args.ulysses_size,
-            stages,
+            getattr(args, "pipeline_stages", 1),
         )
+
+    @property
+    def caches_text_kv(self):
+        """Whether a DiT keeps a prompt's keys and values: where all of its blocks have their weights at all times."""
+        return not self.stream_blocks and self.fsdp_size == self.pp_size == 1
 
     def weights(self, dit):
         """(bytes of a DiT on a device, of it on the host); what is not in blocks is everywhere."""
         blocks = [nbytes(b) for b in dit.blocks]
-        rest, own = nbytes(dit) - sum(blocks), blocks[: -(-len(blocks) // self.stages)]
-        if self.stream:
-            away = sum(blocks[i] for i in spread(self.stream, len(blocks)))
-            return rest + sum(blocks) - away + 2 * max(blocks), away
-        if self.shards > 1:  # the block at work and the next one are whole
-            return rest + sum(own) // self.shards + 2 * max(blocks), 0
-        return rest + sum(own), 0
+        outside, mine = nbytes(dit) - sum(blocks), blocks[: math.ceil(len(blocks) / self.pp_size)]
+        if self.stream_blocks:
+            on_host = sum(blocks[i] for i in spread(self.stream_blocks, len(blocks)))
+            return outside + sum(blocks) - on_host + 2 * max(blocks), on_host
+        if self.fsdp_size > 1:  # the block at work and the next one are whole
+            return outside + sum(mine) // self.fsdp_size + 2 * max(blocks), 0
+        return outside + sum(mine), 0
 
     def grid(self, grid):
-        """Of a token grid (T',H',W'), one rank's part and its padding."""
-        axis, n = cut(grid, self.sequence)
-        return (*grid[:axis], n, *grid[axis + 1 :])
+        """Of a token grid (T',H',W'), one rank's part and its padding, as a grid of about as many tokens."""
+        t, h, w = grid
+        tokens = math.ceil(t * h * w / self.sp_size)
+        return grid if self.sp_size == 1 else (t, 1, math.ceil(tokens / t))
 
     def shape(self, shape):
         """The same of latents (C,T',h,w)."""
         t, h, w = self.grid((shape[1], shape[2] // 2, shape[3] // 2))
-        return (shape[0], t, 2 * h, 2 * w)
+        return shape[0], t, 2 * h, 2 * w
 
 
-ONE = Layout()
+SINGLE_DEVICE = ParallelLayout()
 
 
+# ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
         name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()
@@ -144,23 +150,22 @@ def builders(models):
 
 
 def full_builders(s):
-    """The same of a released size, of which no file is needed. s: the settings of a variant."""
-    dits = {name: lambda: Wan(full_config(s["variant"])) for name in (("high", "low") if s["experts"] else ("dit",))}
-    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(*FULL[s["vae"]])}
+    """The same of a released size, of which no file is needed. s: the Settings of a variant."""
+    dits = {name: lambda: Wan(full_config(s.variant)) for name in s.expert_names}
+    version = VARIANTS[s.variant]["vae"]
+    return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
-def build(build, part, dtype, cuda=False):
+def build(builders, part, dtype, cuda=False):
     """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
     `dtype`.
     """
-    model = build[part]().eval().requires_grad_(False)
+    model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
-        full = (
-            part == "vae"
-            and not (cuda and name.startswith(("decoder.", "conv2.")))
-            or part not in ("vae", "text")
-            and keep_fp32(name)
-        )
+        if part == "vae":
+            full = not (cuda and name.startswith(("decoder.", "conv2.")))
+        else:
+            full = part != "text" and keep_fp32(name)
         p.data = p.data.to(torch.float32 if full else dtype)
     return channels_last(model) if part == "vae" else model
 
@@ -168,28 +173,22 @@ def build(build, part, dtype, cuda=False):
 @contextlib.contextmanager
 def pretending(cuda):
     """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
-    with (
-        FakeTensorMode(),
-        ops.using("cuda" if kernels.BUILT else "triton", pretend=True) if cuda else contextlib.nullcontext(),
-    ):
+    gpu_ops = ops.using("cuda" if kernels.BUILT else "triton", pretend=True)
+    with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
 
 
+# ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
     """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, `disk` {what: bytes}, and
     `host`, the same of what a GPU's rank keeps in host memory.
     """
 
-    def __init__(self, device, phases, disk, host={}):
+    def __init__(self, device, phases, disk, host=None):
         self.cuda = torch.device(device).type == "cuda"
         self.device, self.phases, self.disk = device, phases, disk
-        self.host = {k: v for k, v in host.items() if v and self.cuda}
-        for name in (
-            "av",
-            "ftfy",
-            "PIL.Image",
-            "torch.utils.tensorboard",
-        ):  # what runs import, of which a process's memory is full
+        self.host = {k: v for k, v in (host or {}).items() if v and self.cuda}
+        for name in ("av", "ftfy", "PIL.Image", "torch.utils.tensorboard"):  # a run imports them: its memory holds them
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         self.process = CUDA_CONTEXT if self.cuda else resident() + CPU_LIBRARIES
@@ -199,189 +198,231 @@ class Plan:
         return self.process + max(sum(p.values()) for p in self.phases.values())
 
     def __str__(self):
-        gb = lambda n: f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
         lines = [f"plan: peak memory {gb(self.peak)} on {self.device}, {gb(self.process)} of it the process itself"]
-        lines += [
-            f"  {name}: {gb(sum(parts.values()))} (" + ", ".join(f"{k} {gb(v)}" for k, v in parts.items()) + ")"
-            for name, parts in self.phases.items()
-        ]
+        lines += [f"  {name}: {gb(sum(parts.values()))} ({itemized(parts)})" for name, parts in self.phases.items()]
         if self.host:
-            lines.append("  in host memory: " + ", ".join(f"{k} {gb(v)}" for k, v in self.host.items()))
-        return "\n".join(lines + ["  on disk: " + ", ".join(f"{k} {gb(v)}" for k, v in self.disk.items())])
+            lines.append("  in host memory: " + itemized(self.host))
+        return "\n".join([*lines, "  on disk: " + itemized(self.disk)])
 
     def compare(self, device):
         """After the run: what it used beside what was planned."""
         planned = self.peak - self.process * self.cuda  # a GPU's context is not among its allocated bytes
-        return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / used(device) - 1):+.0f} %)"
+        share = 100 * (planned / used(device) - 1)
+        return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({share:+.0f} %)"
 
 
-def sampling_phase(parts, s, dtype, shape, pixels, frames, batch, text, cuda, layout=ONE, tile=0):
-    """Bytes of the DiT on the device and the host, of the VAE, and beyond weights of denoising a batch (guided), and of
-    decoding it.
+def gb(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def itemized(parts):
+    return ", ".join(f"{what} {gb(n)}" for what, n in parts.items())
+
+
+def denoising_bytes(dit, shape, batch, text, mode, layout):
+    """Peak bytes beyond weights of a sampling step on `batch` clips of latents `shape`, guided as `mode` says: "none",
+    "batched", "sequential" or "parallel" (Models.guidance_mode).
     """
-    dit, vae = build(parts, next(iter(parts)), dtype), build(parts, "vae", dtype, cuda)
-    if layout.fp8:
-        fp8.convert(dit, {})
-    dit.keeps_text = layout == ONE or layout == ONE._replace(fp8=True)
+    dit.cache_text_kv = layout.caches_text_kv
     local = layout.shape(shape)
+    forwards = 2 if mode == "batched" else 1  # how many are in one batch
+    prompts = 1 if mode in ("none", "parallel") else 2  # whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
-    emb = torch.empty(batch, text, dit.config.text_dim, dtype=dtype)
+    embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
     @torch.no_grad()
     def step():
-        texts = dit.embed_text(emb, cache=True), dit.embed_text(torch.cat([emb, emb]), cache=True)
-        state = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
-        return dit(torch.cat([x, x]), torch.empty(2 * batch, local[1]), texts[1]), state
+        kept = [dit.embed_text(embeds, cache=True)]
+        kept.append(dit.embed_text(torch.cat([embeds] * forwards), cache=True) if prompts == 2 else None)
+        kept += [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
+        return dit(torch.cat([x] * forwards), torch.empty(forwards * batch, local[1]), kept[prompts - 1]), kept
 
+    return traced(step)
+
+
+def decoding_bytes(vae, shape, batch, tile):
+    """Peak bytes beyond weights of decoding `batch` latents `shape`, the videos included."""
     # a decode beyond its first three latent frames, and tiles beyond three a side, only add to the finished video
-    t, h, w = min(3, shape[1]), *(min(n, 3 * tile or n) for n in shape[2:])
-    short, scale = torch.empty(batch, shape[0], t, h, w), pixels[0] // shape[3]
-    more = 4 * 3 * batch * (pixels[0] * pixels[1] * frames - scale**2 * h * w * (1 + 4 * (t - 1)))
-    return *layout.weights(dit), nbytes(vae), traced(step), traced(lambda: vae.decode(short, tile)) + more
+    (_, T, H, W), (_, sh, sw) = shape, vae.stride
+    t, h, w = min(3, T), *(min(n, 3 * tile or n) for n in (H, W))
+    short = torch.empty(batch, shape[0], t, h, w)
+    pixels, traced_pixels = (1 + 4 * (T - 1)) * H * W * sh * sw, (1 + 4 * (t - 1)) * h * w * sh * sw
+    return traced(lambda: vae.decode(short, tile)) + 4 * 3 * batch * (pixels - traced_pixels)
 
 
-def sampling(s, parts, device, dtype, batch=1, text=64, layout=ONE, tile=0):
-    """Plan of sampling `batch` clips at once. s: the resolved settings (pixels, frames, shape); parts: from `builders`;
-    tile: --vae_tile.
+def encoding_bytes(vae, width, height, frames):
+    """Peak bytes beyond weights of encoding one clip, itself included."""
+    short = min(frames, 9)  # beyond, only the clip, and what it was decoded from, grow
+    video = torch.empty(1, 3, short, height, width)
+    return traced(lambda: vae.encode(video)) + 4 * 3 * height * width * (2 * frames - short)
+
+
+def sampling(
+    request, builders, device, dtype, mode="batched", batch=1, text=64, layout=SINGLE_DEVICE, tile=0, preview=False
+):
+    """Plan of sampling `batch` clips at once.
+
+    request: a sample.Request (settings, pixels, shape, image). builders: of a checkpoint. mode: of guidance, as in
+    denoising_bytes. text: tokens of a prompt. tile: --vae_tile. preview: whether --preview_every is on.
     """
-    cuda = torch.device(device).type == "cuda"
+    cuda, s = torch.device(device).type == "cuda", request.settings
     with pretending(cuda):
-        dit, host, vae, step, decode = sampling_phase(
-            parts, s, dtype, s["shape"], s["pixels"], s["frames"], batch, text, cuda, layout, tile
-        )
-        encoder = nbytes(build(parts, "text", dtype))
+        dit, vae = build(builders, s.expert_names[0], dtype), build(builders, "vae", dtype, cuda)
+        if layout.fp8:
+            fp8.convert(dit, {})
+        on_device, on_host = layout.weights(dit)
+        step = denoising_bytes(dit, request.shape, batch, text, mode, layout)
+        decode, vae_bytes = decoding_bytes(vae, request.shape, batch, tile), nbytes(vae)
+        still = max(32 * vae.stride[1] if preview else 0, *(request.pixels if request.image else (0, 0)))
+        encode = encoding_bytes(vae, still, still, 9 if preview else 1) if still else 0
+        encoder = nbytes(build(builders, "text", dtype))
     if not cuda:
-        dit += host
-    experts, video = len(parts) - 2, 3 * s["frames"] * s["pixels"][0] * s["pixels"][1] * batch
-    together = encoder + experts * dit + vae
-    apart = cuda or together + max(step, decode) > free_memory(device)
-    phases = {
-        "encode prompts": {"encoder": encoder},
-        "denoise": {"DiT": dit if apart else together, "activations": step},
-        "decode": {"VAE": vae if apart else together, "activations and video": decode},
-    }
+        on_device += on_host
+    experts, (width, height) = len(s.expert_names), request.pixels
+    all_weights = encoder + experts * on_device + vae_bytes
+    one_at_a_time = cuda or all_weights + max(step, decode) > free_memory(device)
+    phases = {"encode prompts": {"encoder": encoder}}
+    if encode:
+        phases["encode images"] = {"VAE": vae_bytes if one_at_a_time else vae_bytes + encoder, "activations": encode}
+    how = {"batched": "both halves of guidance in one batch", "sequential": "guidance in two passes"}
+    denoising = "activations" + (f", {how[mode]}" if mode in how else "")
+    phases["denoise"] = {"DiT": on_device if one_at_a_time else all_weights, denoising: step}
+    phases["decode"] = {"VAE": vae_bytes if one_at_a_time else all_weights, "activations and video": decode}
+    disk = {"mp4, at most about": 3 * s.frames * width * height * batch // 20}
+    other_experts = (on_device + on_host) * (experts - 1)
     return Plan(
-        device,
-        phases,
-        {"mp4, at most about": video // 20},
-        {"streamed blocks": host, "the other expert": (dit + host) * (experts - 1), "encoder": encoder},
+        device, phases, disk, {"streamed blocks": on_host, "the other expert": other_experts, "encoder": encoder}
     )
 
 
-def training(args, s, parts, adapt, bucket=None, text=64, cache=(0, 0), encode=True, previews=False, ranks=1):
+def training(
+    args,
+    s,
+    builders,
+    make_trainable,
+    num_experts=1,
+    fp8_files=False,
+    bucket=None,
+    text=64,
+    cache=(0, 0),
+    encode=True,
+    previews=False,
+    ranks=1,
+):
     """Plan of a training run, per rank.
 
-    args, s: resolved flags and settings. parts: from `builders`. adapt(dit, encoder) makes what is to be trained
-    trainable and returns the parameters; where it changes the encoder, that is run too. bucket (width, height, frames):
-    the largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still
-    to be computed. ranks: how many processes there are.
+    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
+    trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
+    are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
+    be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
-    w, h, frames = bucket or (*parse_size(args.resolution), args.frames)
-    side = 16 if s["vae"] == "2.2" else 8
-    turns, layout = len(experts(args, s)), Layout.of(args, ranks)
-    phases = {}
+    width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
+    layout, phases = ParallelLayout.of(args, ranks, fp8_files), {}
     with pretending(cuda):
-        dit, encoder, vae = (build(parts, name, dtype) for name in (next(iter(parts)), "text", "vae"))
-        shape = (vae.z_dim, 1 + (frames - 1) // 4, h // side, w // side)
+        dit, encoder, vae = (build(builders, name, dtype) for name in (s.expert_names[0], "text", "vae"))
         if encode:
-            short = min(frames, 9)
-            video = torch.empty(1, 3, short, h, w)
             phases["cache latents"] = {
                 "VAE": nbytes(vae),
-                "activations and video": traced(lambda: vae.encode(video)) + 4 * 3 * h * w * (2 * frames - short),
+                "activations and video": encoding_bytes(vae, width, height, frames),
             }
         if layout.fp8:
             fp8.convert(dit, {})
-        here, host = layout.weights(dit)
-        weights = {"DiT": here if cuda else (here + host) * turns, "encoder": nbytes(encoder)}
-        groups = adapt(dit, encoder)
+        on_device, on_host = layout.weights(dit)
+        weights = {"DiT": on_device if cuda else (on_device + on_host) * num_experts}
+        groups = make_trainable(dit, encoder)
         params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         trains_encoder = any(p.requires_grad for p in encoder.parameters())
-        if not trains_encoder:
-            phases["cache texts"] = {"encoder": weights.pop("encoder")}
-        dit.checkpointing, whole = args.checkpointing, args.batch
-        if layout.stages > 1:  # the first stage has as many samples under way as there are stages
-            own = -(-len(dit.blocks) // layout.stages)
-            dit.blocks, args.batch = dit.blocks[-own:], min(layout.stages, args.batch)
-        if trains_encoder and layout.shards > 1:
-            weights["encoder"] = (
-                nbytes(encoder) // layout.shards
-                + nbytes(encoder.token_embedding)
-                + 2 * max(map(nbytes, encoder.blocks))
-            )
-        shape = layout.shape(shape)
-        t = torch.empty((args.batch, shape[1]) if args.i2v_prob and shape[1] > 1 else args.batch)
-        entry = {"latents": torch.empty(shape)} | (
-            {"y": torch.empty(20, *shape[1:])} if dit.config.in_dim > shape[0] else {}
-        )
-        lens = torch.full((args.batch,), text)
+        shards_encoder = trains_encoder and layout.fsdp_size > 1
+        encoder_bytes = nbytes(encoder)
+        if shards_encoder:  # the table, which is outside of blocks, and the block at work and the next one are whole
+            gathered = nbytes(encoder.token_embedding) + 2 * max(map(nbytes, encoder.blocks))
+            encoder_bytes = encoder_bytes // layout.fsdp_size + gathered
+        if trains_encoder:
+            weights["encoder"] = encoder_bytes
+        else:
+            phases["cache texts"] = {"encoder": encoder_bytes}
+        result = nbytes(encoder) if trains_encoder and args.save == "full" else None
 
-        def embed():
-            if trains_encoder:
-                return encoder(torch.zeros(args.batch, text, dtype=torch.long), lens)
-            return torch.empty(args.batch, text, dit.config.text_dim, dtype=dtype)
+        shape = layout.shape(s.latent_shape((width, height), frames))
+        peak, states = traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder)
+        trained = sum(p.nbytes for p in params)
 
-        with Tracker() as tracker:
-            small = getattr(args, "optimizer", "adamw") == "adamw8bit"
-            opt = (AdamW8bit if small else adamw)(groups, args.lr)
-            ema = EMA(params, args.ema) if args.ema else None
-            for _ in range(2):
-                loss = noised(
-                    [entry] * args.batch,
-                    [],
-                    t,
-                    torch.empty(args.batch, *shape),
-                    None if t.dim() == 1 else t[:, None, :, None, None],
-                ).loss(dit, embed(), None)
-                if getattr(args, "anchor", 0):
-                    loss = loss + (embed() - torch.empty(args.batch, text, dit.config.text_dim)).square().sum()
-                opt.zero_grad(set_to_none=True)
-                loss.backward()
-                if small:  # works in pieces so small that only its states count
-                    opt.state.update({p: opt._new(p) for p in params if p not in opt.state})
-                else:
-                    opt.step()
-                if ema:
-                    ema.update()
-                del loss
-        states, trained = (
-            sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v)),
-            sum(p.nbytes for p in params),
-        )
-        states += sum(a.nbytes for a in ema.average) if ema else 0
-        adapters = 1 if trains_encoder else turns  # an A14B's two adapters and their states are all kept
-        beyond = tracker.peak + (adapters - 1) * states
-        if trains_encoder and layout.shards > 1:
-            beyond -= trained + states  # gradients and states are sharded too, and fp32 like the weights
-            trained, states = (n * 4 // dtype.itemsize // layout.shards for n in (trained, states))
-            beyond += trained + states
-        inputs = 0
+        # an A14B's two adapters and their states are all kept
+        adapters = 1 if trains_encoder else num_experts
+        activations = peak + (adapters - 1) * states
+        if shards_encoder:  # gradients and states are sharded, and fp32 like the trained weights
+            sharded = {k: n * 4 // dtype.itemsize // layout.fsdp_size for k, n in (("p", trained), ("s", states))}
+            activations += sum(sharded.values()) - trained - states
+            trained, states = sharded["p"], sharded["s"]
+        offloaded = 0
         if (
-            layout.stream
-        ):  # the inputs of checkpointed blocks wait on the host, but for that of the block at work and the next
-            learn = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
-            inputs = (
-                4 * args.batch * math.prod(shape[1:]) // 4 * dit.config.dim * max(0, len(learn) - learn.index(True) - 2)
-            )
-            beyond -= inputs * cuda
-        args.batch = whole
-        phases["training"] = weights | {"trained": adapters * trained, "states and activations": beyond}
+            layout.stream_blocks
+        ):  # inputs of checkpointed blocks wait on the host, but for the block at work and the next
+            learns = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
+            kept_inputs = max(0, len(learns) - learns.index(True) - 2)
+            offloaded = 4 * args.batch * math.prod(shape[1:]) // 4 * dit.config.dim * kept_inputs
+            activations -= offloaded * cuda
+        phases["training"] = weights | {"trained": adapters * trained, "states and activations": activations}
+
         if previews:
-            of = (shape[0], 1 + (s["frames"] - 1) // 4, s["size"][1] // side, s["size"][0] // side)
-            _, _, vae_bytes, step, decode = sampling_phase(
-                parts, s, dtype, of, s["size"], s["frames"], 1, text, cuda, layout
-            )
+            of = s.latent_shape(s.size, s.frames)
+            dit.checkpointing = False
+            step = denoising_bytes(dit, of, 1, text, "batched" if s.guided else "none", layout)
+            vae = build(builders, "vae", dtype, cuda)
+            decode = decoding_bytes(vae, of, 1, 0)
             phases["previews"] = weights | {
                 "trained and states": adapters * (trained + states),
-                "VAE": vae_bytes,
+                "VAE": nbytes(vae),
                 "activations": max(step, decode),
             }
-    result = nbytes(encoder) if trains_encoder and args.save == "full" else adapters * trained
-    kept = {"streamed blocks": host, "their inputs": inputs, "the other expert": (here + host) * (turns - 1)}
-    return Plan(
-        args.device, phases, {"cache": sum(cache), "result": result, "states": 3 * adapters * (trained + states)}, kept
-    )
+    states_on_disk = 3 * adapters * (trained + states)
+    disk = {"cache": sum(cache), "result": result or adapters * trained, "states": states_on_disk}
+    other_experts = (on_device + on_host) * (num_experts - 1)
+    host = {"streamed blocks": on_host, "their inputs": offloaded, "the other expert": other_experts}
+    return Plan(args.device, phases, disk, host)
+
+
+def traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder):
+    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank."""
+    dit.checkpointing, batch = args.checkpointing, args.batch
+    if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
+        dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
+        batch = min(layout.pp_size, batch)
+    text_dim, text_dtype = dit.config.text_dim, dit.patch_embedding.weight.dtype
+    first_frames = args.i2v_prob and shape[1] > 1
+    t = torch.empty((batch, shape[1]) if first_frames else batch)
+    loss_mask = t[:, None, :, None, None] if first_frames else None
+    entry, channels = {"latents": torch.empty(shape)}, dit.config.in_dim - shape[0]
+    if channels:
+        entry["y"] = torch.empty(channels, *shape[1:])
+
+    def embed():
+        if trains_encoder:
+            return encoder(torch.zeros(batch, text, dtype=torch.long), torch.full((batch,), text))
+        return torch.empty(batch, text, text_dim, dtype=text_dtype)
+
+    with Tracker() as tracker:
+        eight_bit = getattr(args, "optimizer", "adamw") == "adamw8bit"
+        opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
+        ema = EMA(params, args.ema, opt) if args.ema else None
+        for _ in range(2):
+            noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
+            loss = noisy.loss(dit, embed(), None)
+            if getattr(args, "anchor", 0):
+                loss = loss + (embed() - torch.empty(batch, text, text_dim)).square().sum()
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            if eight_bit:  # works in pieces so small that only its states count
+                opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
+            else:
+                opt.step()
+            if ema:
+                ema.update()
+            del loss
+    states = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
+    return tracker.peak, states + (sum(a.nbytes for a in ema.average) if ema else 0)
 
 
 def mfu(dit, x, text, seconds, device):
@@ -417,18 +458,18 @@ def sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
     The first block's self-attention needs no gradient. "weights": each block's shards are gathered on the way up and
     once more on the way down.
     """
-    found, local = {"gradients": adapter}, math.prod(layout.grid(grid))
-    if layout.sequence > 1:
-        given = batch * local * (layout.sequence - 1)
+    found, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
+    if layout.sp_size > 1:
+        given = batch * local * (layout.sp_size - 1)
         passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1
         found["tokens"] = given * (
-            4 * c.dim * itemsize // layout.sequence * passes + 4 * c.out_dim * math.prod(c.patch_size)
+            4 * c.dim * itemsize // layout.sp_size * passes + 4 * c.out_dim * math.prod(c.patch_size)
         )
-    if layout.stages > 1:
-        found["tokens"] = 4 * max(batch, layout.stages) * math.prod(grid) * c.dim
-    if layout.shards > 1:
+    if layout.pp_size > 1:
+        found["tokens"] = 4 * max(batch, layout.pp_size) * math.prod(grid) * c.dim
+    if layout.fsdp_size > 1:
         block = 4 * c.dim**2 * 2 + 2 * c.dim * c.ffn_dim
-        found["weights"] = 2 * c.num_layers * block * itemsize // layout.shards * (layout.shards - 1)
+        found["weights"] = 2 * c.num_layers * block * itemsize // layout.fsdp_size * (layout.fsdp_size - 1)
     return found
 
 
@@ -448,11 +489,13 @@ def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, te
     ring = 2 * (ranks - 1) / ranks * adapter / link(ranks)
     found = {"data parallel": ((compute + ring) / ranks, weights)}
     if ranks > 1:
-        gathered = sent(c, Layout(shards=ranks), grid, 1, adapter)["weights"] / link(ranks)
+        gathered = sent(c, ParallelLayout(fsdp_size=ranks), grid, 1, adapter)["weights"] / link(ranks)
         found["--fsdp"] = (max(compute, gathered) + ring) / ranks, weights // ranks
         group = max(u for u in (1, 2, 4, 8) if ranks % u == 0 and c.num_heads % u == 0 and u <= per_machine)
-        tokens_sent = sent(c, Layout(sequence=group), grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
-        filling = math.prod(Layout(sequence=group).grid(grid)) * group / tokens
+        tokens_sent = (
+            sent(c, ParallelLayout(sp_size=group), grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
+        )
+        filling = math.prod(ParallelLayout(sp_size=group).grid(grid)) * group / tokens
         found[f"--ulysses_size {group}"] = (compute / group * filling + tokens_sent + ring) / (ranks // group), weights
         stages = min(ranks, per_machine)
         micro = 2 * stages

@@ -1,8 +1,8 @@
 """Train a LoRA "translator": small changes to the DiT's cross-attention keys and values, so that it listens better.
 
-    python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
-    python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
-    python train_lora.py                                   on nano and clips it draws itself
+python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
+python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
+python train_lora.py                                   on nano and clips it draws itself
 
 The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one then
 need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B:
@@ -10,267 +10,226 @@ adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers.
 """
 
 import argparse
-import contextlib
 import json
-import time
+import math
 
 import torch
 
 import data
 import ops
 import plan
-from checkpoint import BadInput, Run, cli, load
-from lora import TARGETS, adapter, attach, hold_to, inject, named_expert, parse_blocks, start_from, write_lora
-from lora import norms as lora_norms
-from optim import EMA, Guard, adamw, lr_at
-from parallel import World, clip
-from sample import DTYPES, Models, pick_device
-from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
-from wan import read_config
+from checkpoint import BadInput, cli, load
+from lora import (
+    ANIMATE_TARGETS,
+    S2V_TARGETS,
+    TARGETS,
+    adapter,
+    attach,
+    clamp_weight_norm,
+    inject,
+    parse_blocks,
+    start_from,
+    weight_norms,
+    write_lora,
+)
+from lora_files import choose_experts, parse_lora_spec
+from models import DTYPES, Models, Runtime, pick_device, pick_dtype
+from optim import adamw
+from parallel import World, gather_state
+from run import Run, TrainState, resume_fingerprint
+from train import POSITIVE, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
-def arguments(given=None):
+def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("adapter")
-    g.add_argument("--targets", default="cross_attn.k,cross_attn.v")
-    g.add_argument("--allow_self_attn", action="store_true", help="permit self_attn targets")
-    g.add_argument("--blocks", help="such as 20-29 or 0,3,5-7 (default: all)")
-    g.add_argument("--rank", type=int, default=16)
-    g.add_argument("--alpha", type=float, help="default: the rank")
-    g.add_argument("--dropout", type=float, default=0.0)
-    g.add_argument(
+    add = p.add_argument_group("adapter").add_argument
+    add(
+        "--targets",
+        default="cross_attn.k,cross_attn.v",
+        help=f"linears of a block, of {', '.join(TARGETS)} (default: %(default)s)",
+    )
+    add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change how the model draws")
+    add("--blocks", help="such as 20-29 or 0,3,5-7 (default: all)")
+    add("--rank", type=int, default=16, help="default: %(default)s")
+    add("--alpha", type=float, help="the change is scaled by alpha / rank (default: the rank)")
+    add("--dropout", type=float, default=0.0, help="of the adapter's input (default: %(default)s)")
+    add(
         "--init_lora",
         action="append",
         default=[],
         help="FILE[:high|low]: start from this LoRA; for A14B one per expert, which the file's metadata may name",
     )
-    g.add_argument("--delta_cap", type=float, help="no matrix moves further than this share of its norm, ||dW||/||W||")
-    g = p.add_argument_group("base")
-    g.add_argument(
-        "--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)"
+    add(
+        "--delta_cap",
+        type=float,
+        help="no matrix moves further than this share of its norm, ||dW||/||W|| (default: none)",
     )
-    g.add_argument(
+    add = p.add_argument_group("base").add_argument
+    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add(
         "--stream_blocks",
         type=int,
         default=0,
-        help="keep N of the DiT's blocks in host memory, on the device only while they run",
+        help="keep N of the DiT's blocks in host memory, on the device only while they run (default: 0)",
     )
-    flags(p, out="out/lora", steps=200, batch=8, lr=1e-3, weight_decay=0.01)
-    return p.parse_args(given)
+    add_flags(p, out="out/lora", steps=200, batch=8, lr=1e-3, weight_decay=0.01)
+    return p.parse_args(argv)
 
 
-def resolve(args, s, blocks):
-    """Fill in what the checkpoint recommends and check what was given."""
-    fill_in(args, s)
+def resolve(args, s, num_blocks):
+    """Fill in what the checkpoint recommends and check what was given; targets and blocks become lists."""
+    resolve_flags(args, s)
     args.alpha = args.alpha if args.alpha is not None else args.rank
-    args.checkpointing = (
-        args.checkpointing or args.stream_blocks > 0
-    )  # a streamed block is run again, while it is here, for its gradient
+    args.checkpointing = args.checkpointing or args.stream_blocks > 0  # a streamed block is run again while it is here
     check_ranges(
-        args,
-        stream_blocks=(0, blocks),
-        rank=(1,),
-        alpha=(1e-9,),
-        dropout=(0, 0.999),
-        **({} if args.delta_cap is None else {"delta_cap": (1e-9,)}),
+        args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf), dropout=(0, 0.999)
     )
+    if args.delta_cap is not None:
+        check_ranges(args, delta_cap=(POSITIVE, math.inf))
     if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
         raise BadInput(
-            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank only a part of the blocks"
+            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
+            "only a part of the blocks"
         )
     args.targets = args.targets.split(",")
-    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(TARGETS):
-        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(TARGETS)}, each once")
+    known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
+    if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
+        raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(known)}, each once")
     if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
         raise BadInput(
-            f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes how the model draws, "
-            "not how it listens); add --allow_self_attn to do it all the same"
+            f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes "
+            "how the model draws, not how it listens); add --allow_self_attn to do it all the same"
         )
-    args.blocks = parse_blocks(args.blocks, blocks)
+    args.blocks = parse_blocks(args.blocks, num_blocks)
 
 
-def predict(args, s, parts, **sizes):
+def predict(args, s, builders, **sizes):
     """The Plan of a run."""
-    return plan.training(
-        args,
-        s,
-        parts,
-        lambda dit, encoder: inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks),
-        **sizes,
-    )
+
+    def make_trainable(dit, encoder):
+        return inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks)
+
+    return plan.training(args, s, builders, make_trainable, len(expert_schedule(args, s)), **sizes)
 
 
-def starts(specs, turns):
-    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one that is
-    trained.
-    """
-    found = {}
+def initial_loras(specs, schedule):
+    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one trained."""
+    files = {}
     for spec in specs:
-        file, expert = named_expert(spec)
-        expert = expert or load(file)[1].get("expert") or (next(iter(turns)) if len(turns) == 1 else None)
-        if expert not in turns or expert in found:
-            raise BadInput(
-                f"--init_lora {spec}: made for {expert or 'an expert that it does not name'}; trained are {', '.join(turns)}, each from one file, FILE:high or FILE:low"
-            )
-        found[expert] = file
-    return found
+        lora = parse_lora_spec(spec, "--init_lora")
+        for expert in choose_experts(lora, tuple(schedule), "--init_lora")[0]:
+            if expert in files:
+                raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
+            files[expert] = lora.file
+    return files
 
 
 def main():
     args = arguments()
-    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
-    args.device = world.device
-    models = Models(
-        args.ckpt, args.device, torch.float32, (), args.text_encoder, args.base_dtype == "fp8", args.stream_blocks
-    )
-    s, models.machine, models.agree, args.base_dtype = (
-        models.settings,
-        world.machine(),
-        world.agree,
-        "fp8" if models.fp8 else None,
-    )
-    base = [f for name in models.experts for f in models.files(name)]
-    resolve(args, s, read_config(models.folder(models.experts[0]), models.headers[models.experts[0]]).num_layers)
-    dtype = models.dtype = DTYPES[args.dtype]
-    turns = experts(args, s)
+    with World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
+        args.device = str(world.device)
+        args.dtype = pick_dtype(args.dtype, args.device)
+        train(args, world)
+
+
+def train(args, world):
+    # flags
+    adapters, norms = (
+        {},
+        {},
+    )  # of each expert: they stay, where the expert leaves the device, or memory, between its turns
+
+    def add_adapter(name, model):
+        """Into a DiT that has no weights yet; one that is loaded again takes the adapter that it had."""
+        model.checkpointing = args.checkpointing
+        if name in schedule:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed + (name == "low"))
+                inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks, args.device)
+            attach(model, adapters.setdefault(name, adapter(model)))
+
+    dtype, fp8 = DTYPES[args.dtype], args.base_dtype == "fp8"
+    runtime = Runtime(args.device, dtype, fp8, args.stream_blocks, world=world, on_model_built=add_adapter)
+    models = Models(args.ckpt, runtime, text_encoder=args.text_encoder)
+    s, args.base_dtype = models.settings, "fp8" if models.fp8 else None
+    resolve(args, s, models.config().num_layers)
+    schedule = expert_schedule(args, s)
+    init_loras = initial_loras(args.init_lora, schedule)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.main)
+    run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data: latents and texts cached
-    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
-    run.told["ops"] = ops.chosen(args.device)
-    run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(
-        args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=True)
-    )
+    dataset, previews = Dataset(args, models), Previews(args, models)
+    run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
+    sizes = dataset.plan_sizes(texts=True)
+    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)
-    dataset.cache_latents(models)
-    encoder = [*models.files("text"), models.dir / "google" / "umt5-xxl" / "spiece.model"]
-    data.cache_texts(
-        dataset.captions[world.rank :: world.size], dataset.cache, encoder, lambda: models.part("text"), dtype
-    )
-    world.barrier()
-    texts = data.cache_texts(dataset.captions, dataset.cache, encoder, lambda: models.part("text"), dtype)
+    run.check(resume_fingerprint(args, models, dataset))
+    dataset.cache_latents()
+    texts = dataset.cache_texts()
     if args.cache_only:
         return
     if previews.prompts:
-        previews.embed(models.part("text"))
-    models.parts.clear()  # the encoder is not needed any more
+        previews.embed(models.acquire("text"))
+    models.drop()  # the encoder is not needed any more
 
-    # models and adapters: an expert may leave the device, or memory, between its turns; its adapter stays
-    scale, adapters, norms = args.alpha / args.rank, {}, {}
-
-    def adapt(name, model):
-        if name in turns:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.seed + (name == "low"))
-                inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks, models.device)
-            if name not in adapters:
-                adapters[name] = adapter(model)
-            attach(model, adapters[name])
-        model.checkpointing = args.checkpointing
-        world.parallelize(model)
-
-    models.prepare = adapt
-    for name in turns:
-        model = models.part(name)
-        norms[name] = world.together(lora_norms(model)) if args.delta_cap else {}
+    # models and adapters
+    scale = args.alpha / args.rank
+    for name in schedule:
+        model = models.acquire(name)
+        norms[name] = gather_state(world, weight_norms(model)) if args.delta_cap else {}
         model = None  # so that it can make room for the other expert
-    for name, file in starts(args.init_lora, turns).items():
-        start_from(adapters[name], file, scale)
-    params = [p for name in turns for pair in adapters[name].values() for p in pair]
+    for name, file in init_loras.items():
+        start_from(adapters[name], file, scale, name)
+    params_of = {name: [p for pair in adapters[name].values() for p in pair] for name in schedule}
+    params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
 
     # optimizer and state
-    opt, guard = adamw(params, args.lr, args.weight_decay), Guard(args.explosion)
-    ema = EMA(params, args.ema) if args.ema else None
-    averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
-    same = {k: v for k, v in vars(args).items() if k not in FREE}
-    same |= {
-        "batch": args.batch * world.datas,
-        "samples": [f.name for f in dataset.latents],
-        "captions": sorted(f.name for f in texts.values()),
-        "base": [str(f.stat().st_size) for f in base],
-    }
-    start, state = 0, run.restore(same)
-    if state:
-        start = restore(state, params, opt, guard, ema)
+    state = TrainState(params, adamw(params, args.lr, args.weight_decay), args)
+    captions = sorted(f.name for f in texts.values())
+    saved = run.restore(resume_fingerprint(args, models, dataset, captions=captions))
+    if saved:
+        state.restore(saved)
 
     def embed(captions):
         context, lens = data.collate([load(texts[c])[0]["embedding"] for c in captions])
         return context.to(args.device), lens.to(args.device)
 
-    def save_all(step):
-        with averaged():
-            for name in turns if world.main else ():
-                if ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
-                    hold_to(adapters[name], scale, norms[name], args.delta_cap)
-                file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
-                write_lora(file, adapters[name], scale, variant=s["variant"], step=step, expert=name)
-        save_state(run, step, params, opt, guard, ema)
+    def show_caption(captions, rng):
+        return rng.choice(captions)
 
-    def watch(step, last):
-        """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
-        told = {}
-        with averaged():
-            if dataset.held and (step % args.eval_every == 0 or last):
-                told = dataset.held_out(models, turns, embed)
-            if previews.prompts and (step % args.preview_every == 0 or last):
-                previews.write(step)
-        return told
+    def clamp(expert):
+        return {"n_clamped": clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)}
+
+    def save(step):
+        with state.averaged():
+            for name in schedule if world.is_main else ():
+                if state.ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
+                    clamp(name)
+                file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
+                write_lora(file, adapters[name], scale, variant=s.variant, step=step, expert=name)
+        state.save(run, step)
 
     # training
-    if not start and (told := watch(0, False)):
-        run.log(0, **told)
-    for step in range(start, args.steps):
-        began, total, tokens = time.time(), 0.0, 0
-        world.seed(args.seed, step)
-        name = list(turns)[step // args.stretch % len(turns)]
-        model = models.part(name).train()
-        opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
-        for batch, share in dataset.step(step, *turns[name], lambda captions, rng: rng.choice(captions)):
-            total += world.backward(model, batch, *embed(batch.captions), share)
-            tokens += batch.x[:, 0].numel() // 4 * (share > 0)
-        total, tokens, stop = world.sum(
-            [p for pair in adapters[name].values() for p in pair], total, tokens * world.datas / world.size, run.stop
-        )
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, args.steps, args.lr, args.warmup, args.schedule)
-        norm = clip(params, args.grad_clip)
-        line = {"loss": total, "lr": group["lr"], "grad_norm": norm}
-        if why := guard.trips(total, norm):
-            print(f"step {step + 1} skipped: {why}", flush=True)
-            line["skipped"] = guard.bad
-        else:
-            opt.step()
-            if args.delta_cap:
-                line["capped"] = hold_to(adapters[name], scale, norms[name], args.delta_cap)
-            if ema:
-                ema.update()
-        seconds = time.time() - began
-        if len(turns) > 1:
-            line["expert"] = name
-        line |= {
-            "ms": round(1000 * seconds),
-            "tokens_per_s": round(tokens / seconds),
-            "peak_gb": round(plan.used(args.device) / 1e9, 2),
-        }
-        if mfu := plan.mfu(model, batch.x, dataset.tokens, seconds / args.accumulate, args.device):
-            line["mfu"] = round(mfu, 3)
-        model = None  # the other expert may be next
-        last = step + 1 == args.steps
-        run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
-            save_all(step + 1)
-        guard.check(args, why, run.out)
-        if stop:
-            return world.close()
-    for stream in models.streams.values():
-        print(stream.report())
-    print(
-        f"{need.compare(args.device)}\n" + "\n".join(str(f) for f in sorted(run.out.glob("adapter_model*.safetensors")))
+    finished = fit(
+        args,
+        run,
+        models,
+        dataset,
+        state,
+        schedule,
+        params_of,
+        embed,
+        show_caption,
+        evaluate=lambda step: evaluate(args, state, dataset, previews, schedule, embed, step),
+        save=save,
+        after_update=clamp if args.delta_cap else None,
     )
-    world.close()
+    if finished:
+        for stream in models.streams():
+            print(stream.report())
+        print(need.compare(args.device), *sorted(run.out.glob("adapter_model*.safetensors")), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tune the text encoder through the frozen DiT: teach it words, and keep it compatible with what the DiT
 understands.
 
-    python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
-    python train_te.py                                  on nano and clips it draws itself
+python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
+python train_te.py                                  on nano and clips it draws itself
 
 The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. An anchor keeps
 the embeddings of prompts without keywords where they were. Text is never cached: a cached embedding bypasses the
@@ -10,12 +10,10 @@ encoder that is to learn. The result, OUT/text_encoder.safetensors, is used by e
 """
 
 import argparse
-import contextlib
 import json
 import math
 import random
 import re
-import time
 
 import torch
 import torch.nn as nn
@@ -23,77 +21,91 @@ import torch.nn as nn
 import data
 import ops
 import plan
-from checkpoint import BadInput, Run, cli, save
-from optim import EMA, AdamW8bit, Guard, adamw, lr_at
-from parallel import World, clip, full
-from sample import DTYPES, Models, pick_device
-from train import FREE, Dataset, Previews, check_ranges, experts, fill_in, flags, restore, save_state
+from checkpoint import BadInput, cli, save
+from models import DTYPES, Models, Runtime, pick_device, pick_dtype
+from optim import AdamW8bit, adamw
+from parallel import World, full_tensor, shard
+from run import Run, TrainState, resume_fingerprint
+from t5 import EOS, PAD, UNK, load_tokenizer, read_encoder
+from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
-def arguments(given=None):
+def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("encoder")
-    g.add_argument("--train_blocks", type=int, help="only the top N blocks (default: all; 0: none)")
-    g.add_argument(
+    add = p.add_argument_group("encoder").add_argument
+    add("--train_blocks", type=int, help="only the top N blocks (default: all; 0: none)")
+    add(
         "--keywords",
         help="a,b,c: also train the embedding rows of these words (default on nano's own data: its new words)",
     )
-    g.add_argument("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
-    g.add_argument(
-        "--anchor", type=float, default=0.01, help="weight of the penalty on moving prompts without keywords"
+    add("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
+    add(
+        "--anchor",
+        type=float,
+        default=0.01,
+        help="weight of the penalty on moving prompts without keywords (default: %(default)s)",
     )
-    g.add_argument(
-        "--save", choices=("full", "delta"), default="full", help="delta: only the tensors and rows that were trained"
+    add(
+        "--save",
+        choices=("full", "delta"),
+        default="full",
+        help="delta: only the tensors and rows that were trained (default: %(default)s)",
     )
-    g.add_argument(
+    add(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
         help="default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; else adamw",
     )
-    g.add_argument(
-        "--mix",
+    add(
+        "--caption_mode_probs",
         default="15,35,50",
-        help="percent of captions with a keyword shown as the keyword alone, shortened, whole",
+        help="percent of captions with a keyword shown as the keyword alone, shortened, whole (default: %(default)s)",
     )
-    g.add_argument(
-        "--trim_prob", type=float, default=0.2, help="chance that a whole caption loses a few words, never a keyword"
+    add(
+        "--trim_prob",
+        type=float,
+        default=0.2,
+        help="chance that a whole caption loses a few words, never a keyword (default: %(default)s)",
     )
-    g.add_argument(
-        "--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn"
-    )
-    flags(p, out="out/te", steps=600, batch=32, lr=3e-3, weight_decay=0.0)
-    return p.parse_args(given)
+    add("--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn")
+    add_flags(p, out="out/te", steps=600, batch=32, lr=3e-3, weight_decay=0.0)
+    return p.parse_args(argv)
 
 
 def resolve(args, s):
-    """Fill in what the checkpoint recommends and check what was given; the keywords and the mix become lists."""
+    """Fill in what the checkpoint recommends and check what was given; keywords and probabilities become lists."""
     if args.cache_text:
         raise BadInput("--cache_text: a cached embedding bypasses the encoder that is to learn; it would train nothing")
-    fill_in(args, s)
+    resolve_flags(args, s)
     if args.data is None and args.keywords is None:
-        args.keywords = "crimson,wedge,halts"
+        args.keywords = NANO_WORDS
     args.keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
-    try:
-        mix = [float(v) for v in args.mix.split(",")]
-    except ValueError:
-        mix = []
-    if len(mix) != 3 or min(mix) < 0 or not 0 < sum(mix) < math.inf:
-        raise BadInput(f"--mix {args.mix}: three shares such as 15,35,50")
-    args.mix = mix
-    compensated = (
-        args.dtype == "bf16" and not args.fsdp
-    )  # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
+    args.caption_mode_probs = parse_probs(args.caption_mode_probs)
+    # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
+    compensated = args.dtype == "bf16" and not args.fsdp
     args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
     if (args.optimizer == "adamw8bit") != compensated:
         raise BadInput(
-            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32 or --fsdp"
+            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, "
+            "whole on each rank, and they need it; adamw for fp32 or --fsdp"
         )
     if args.save == "delta" and args.text_encoder:
         raise BadInput(
-            f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder and would lose this one's changes; use --save full"
+            f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder "
+            "and would lose this one's changes; use --save full"
         )
-    check_ranges(args, keyword_lr=(0,), anchor=(0,), trim_prob=(0, 1))
+    check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
+
+
+def parse_probs(text):
+    try:
+        probs = [float(v) for v in text.split(",")]
+    except ValueError:
+        probs = []
+    if len(probs) != 3 or min(probs) < 0 or not 0 < sum(probs) < math.inf:
+        raise BadInput(f"--caption_mode_probs {text}: three shares such as 15,35,50")
+    return probs
 
 
 class RowEmbedding(nn.Module):
@@ -126,29 +138,45 @@ def has_keyword(caption, keywords):
     return any(spans(caption, k) for k in keywords)
 
 
-def calibrate(caption, keywords, mix, trim_prob, rng):
+# What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
+# Burmese, Khmer, Chinese, Japanese), with the marks on them.
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
+
+
+def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
     """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
-    shares `mix`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
+    shares `mode_probs`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
     """
-    found = [k for k in keywords if has_keyword(caption, [k])]
-    u = rng.random() * sum(mix)
-    if found and u < mix[0]:
-        return rng.choice(found)
-    matches = list(re.finditer(r"\S+", caption))
-    words = [m.group() for m in matches]
-    places = [
-        [i for i, m in enumerate(matches) if m.start() < end and m.end() > begin]
-        for k in found
+    present = [k for k in keywords if has_keyword(caption, [k])]
+    u = rng.random() * sum(mode_probs)
+    if present and u < mode_probs[0]:
+        return rng.choice(present)
+    units = list(UNITS.finditer(caption))
+    keyword_units = [
+        [i for i, m in enumerate(units) if m.start() < end and m.end() > begin]
+        for k in present
         for begin, end in spans(caption, k)
     ]
-    if found and u < mix[0] + mix[1]:
-        at = rng.choice(sorted(places))
-        return " ".join(words[max(0, at[0] - rng.randint(0, 2)) : at[-1] + 1 + rng.randint(0, 2)])
+    if present and u < mode_probs[0] + mode_probs[1]:
+        kept = rng.choice(sorted(keyword_units))
+        first, last = max(0, kept[0] - rng.randint(0, 2)), min(len(units) - 1, kept[-1] + rng.randint(0, 2))
+        return caption[units[first].start() : units[last].end()]
     if rng.random() < trim_prob:
-        spare = [i for i in range(len(words)) if not any(i in place for place in places)]
-        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(words) // 5))))
-        return " ".join(w for i, w in enumerate(words) if i not in gone)
+        spare = [i for i in range(len(units)) if not any(i in kept for kept in keyword_units)]
+        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(units) // 5))))
+        return join_units(caption, [m for i, m in enumerate(units) if i not in gone])
     return caption
+
+
+def join_units(caption, units):
+    """Some units of a caption, each after a space where it had one before it."""
+    text = ""
+    for m in units:
+        spaced = m.start() > 0 and caption[m.start() - 1].isspace()
+        text += (" " if text and spaced else "") + m.group()
+    return text
 
 
 def unfreeze(encoder, args, ids):
@@ -170,184 +198,193 @@ def trainable(encoder, args):
     """What `unfreeze` returns, of an encoder that it has changed."""
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     rows = trained.pop("token_embedding.rows", None)
-    groups = [{"params": list(trained.values()), "peak": args.lr}] if trained else []
+    groups = [{"params": list(trained.values()), "lr": args.lr}] if trained else []
     if rows is not None:
-        groups.append({"params": [rows], "peak": args.keyword_lr})
+        groups.append({"params": [rows], "lr": args.keyword_lr})
     return trained, groups
 
 
-def predict(args, s, parts, ids=(3,), **sizes):
+def predict(args, s, builders, ids=(3,), **sizes):
     """The Plan of a run."""
-    return plan.training(args, s, parts, lambda dit, encoder: unfreeze(encoder, args, ids)[1], **sizes)
+
+    def make_trainable(dit, encoder):
+        return unfreeze(encoder, args, ids)[1]
+
+    return plan.training(args, s, builders, make_trainable, len(expert_schedule(args, s)), **sizes)
 
 
-def own_pieces(keywords, captions, tokenizer):
-    """Ids of the pieces that spell the keywords, as they are given and as captions write them, and that no caption
-    without a keyword uses; all of a spelling's where it has none of its own.
+def keyword_token_ids(keywords, captions, tokenizer):
+    """{keyword: ids of the pieces that spell it}, as it is given and as captions write it, but for those that a caption
+    without a keyword uses; all of a spelling's where it has none of its own. Never the unknown, the end, a bare space.
     """
-    common = {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
-    spelled = {*keywords, *(c[begin:end] for c in captions for k in keywords for begin, end in spans(c, k))}
-    return {i for word in spelled for i in (set(tokenizer.ids(word)) - common or tokenizer.ids(word))}
+    shared = shared_token_ids(keywords, captions, tokenizer)
+    ids = {}
+    for keyword in keywords:
+        spellings = {keyword, *(c[begin:end] for c in captions for begin, end in spans(c, keyword))}
+        pieces = [{i for i in tokenizer.ids(spelling) if is_own_piece(i, tokenizer)} for spelling in spellings]
+        ids[keyword] = {i for found in pieces for i in (found - shared or found)}
+    return ids
+
+
+def is_own_piece(i, tokenizer):
+    """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
+    return i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
+
+
+def shared_token_ids(keywords, captions, tokenizer):
+    """Ids of the pieces of all captions without a keyword."""
+    return {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
+
+
+def check_keywords(keywords, captions, tokenizer, trains_blocks):
+    """Say how many captions hold each keyword. Raises BadInput for one that none holds, or of which nothing can be
+    trained: it has no piece, or, where no blocks are trained, none that other captions do not use too.
+    """
+    ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
+    for keyword in keywords:
+        holding = [c for c in captions if has_keyword(c, [keyword])]
+        cut_off = sum(is_cut_off(c, keyword, tokenizer) for c in holding)
+        print(
+            f"keyword {keyword!r}: in {len(holding)} captions, {len(ids[keyword])} embedding rows"
+            + f"; in {cut_off} of them beyond the {tokenizer.length} tokens that are read" * (cut_off > 0)
+        )
+        if len(holding) == cut_off:
+            raise BadInput(f"--keywords {keyword}: no caption of --data holds it where it is read")
+        if not ids[keyword]:
+            raise BadInput(f"--keywords {keyword}: the tokenizer has no piece for it, so nothing of it can be trained")
+        if not trains_blocks and not ids[keyword] - shared:
+            raise BadInput(
+                f"--keywords {keyword}: with --train_blocks 0 only its own pieces are trained, and all of them are in "
+                "captions without it too; train blocks as well"
+            )
+
+
+def is_cut_off(caption, keyword, tokenizer):
+    """Whether a caption is so long that no token of the keyword's first place in it is read."""
+    begin = spans(caption, keyword)[0][0]
+    return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
 
 
 def main():
     args = arguments()
-    world = World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages)
-    args.device = world.device
-    models = Models(args.ckpt, args.device, torch.float32, text_encoder=args.text_encoder)
-    s, models.machine, models.agree, args.base_dtype = (
-        models.settings,
-        world.machine(),
-        world.agree,
-        "fp8" if models.fp8 else None,
-    )
+    with World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
+        args.device = str(world.device)
+        args.dtype = pick_dtype(args.dtype, args.device)
+        train(args, world)
+
+
+def train(args, world):
+    # flags
+    def set_checkpointing(name, model):
+        model.checkpointing = args.checkpointing
+
+    runtime = Runtime(args.device, DTYPES[args.dtype], world=world, on_model_built=set_checkpointing)
+    models = Models(args.ckpt, runtime, text_encoder=args.text_encoder)
+    s = models.settings
     resolve(args, s)
-    models.dtype = DTYPES[args.dtype]
-    turns = experts(args, s)
+    schedule = expert_schedule(args, s)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.main)
+    run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data: latents cached, text never
-    dataset, previews = Dataset(args, models, world), Previews(args, models, world.main)
-    run.told["ops"] = ops.chosen(args.device)
-    run.told["data"] = {"samples": len(dataset.items), "held_out": len(dataset.held), **dataset.bytes}
-    need = predict(
-        args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **dataset.sizes(texts=False)
-    )
+    dataset, previews = Dataset(args, models), Previews(args, models)
+    run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
+    tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+    check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
+    sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
+    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)
-    dataset.cache_latents(models)
+    run.check(resume_fingerprint(args, models, dataset))
+    dataset.cache_latents()
     if args.cache_only:
         return
 
     # models: the encoder learns, the DiT is frozen
-    def frozen(name, model):
-        model.checkpointing = args.checkpointing
-        world.parallelize(model)
-
-    models.prepare = frozen
-    encoder = models.part("text")
-    models.parts.clear()  # from here on the encoder is this script's own: it must not make room for others
+    encoder = models.acquire("text")
+    models.drop()  # from here on the encoder is this script's own: it must not make room for others
     anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
-    ids = own_pieces(args.keywords, dataset.captions, encoder.tokenizer)
+    ids = set().union(*keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer).values())
     with torch.no_grad():
-        original = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
+        anchor_embeds = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)
     if world.fsdp:
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data
         for part in [*encoder.blocks, encoder]:
-            world.shard(part, dtype=models.dtype)
+            shard(part, world, dtype=runtime.dtype)
         trained, groups = trainable(encoder, args)
     params = [p for g in groups for p in g["params"]]
     print(
-        f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; {len(anchors)} prompts anchored"
+        f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; "
+        f"{len(anchors)} prompts anchored"
     )
 
     # optimizer and state
-    opt, guard = (
-        (adamw if args.optimizer == "adamw" else AdamW8bit)(groups, args.lr, weight_decay=args.weight_decay),
-        Guard(args.explosion),
+    optimizer = adamw if args.optimizer == "adamw" else AdamW8bit
+    state = TrainState(params, optimizer(groups, args.lr, weight_decay=args.weight_decay), args)
+    encoder_digest = world.broadcast_from_rank0(lambda: [data.digest(f) for f in models.files("text")])
+    captions = data.cache_file("", "", captions=sorted(dataset.captions)).name
+    saved = run.restore(
+        resume_fingerprint(args, models, dataset, captions=captions, rows=sorted(ids), encoder=encoder_digest)
     )
-    ema = EMA(params, args.ema) if args.ema else None
-    averaged = ema.in_place if ema else contextlib.nullcontext  # what is saved and watched
-    same = {k: v for k, v in vars(args).items() if k not in FREE}
-    same |= {
-        "batch": args.batch * world.datas,
-        "samples": [f.name for f in dataset.latents],
-        "captions": data.entry("", "", captions=sorted(dataset.captions)).name,
-        "rows": sorted(ids),
-        "base": [f.stat().st_size for name in models.experts for f in models.files(name)],
-        "encoder": world.first(lambda: [data.digest(f) for f in models.files("text")]),
-    }
-    start, state = 0, run.restore(same)
-    if state:
-        start = restore(state, params, opt, guard, ema)
+    if saved:
+        state.restore(saved)
+
+    def show_caption(captions, rng):
+        return augment_caption(rng.choice(captions), args.keywords, args.caption_mode_probs, args.trim_prob, rng)
+
+    def anchor_loss(step):
+        """How far prompts without keywords have moved, relative to their size; a part of it on each rank."""
+        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.dp_size)
+        local, fraction = world.local_indices(len(prompts))
+        now, _ = encoder.encode([prompts[i] for i in local])
+        before = data.collate([anchor_embeds[prompts[i]] for i in local])[0].to(now)
+        size = sum(anchor_embeds[p].float().square().sum() for p in prompts).to(now) * (world.size // world.dp_size)
+        moved = (now.float() - before.float()).square().sum() / size * (fraction > 0)
+        (args.anchor * moved).backward()
+        return moved.item()
 
     def save_all(step):
-        with averaged():
-            everything = {
-                k.replace("token_embedding.table.", "token_embedding."): v
-                for k, v in encoder.state_dict().items()
-                if not k.endswith("token_embedding.rows")
-            }
-            tensors = {
-                k: full(v).to(models.dtype) for k, v in (trained if args.save == "delta" else everything).items()
-            }
-            rows = full(encoder.token_embedding.rows.detach()).to(models.dtype) if ids else None
-            if ids and args.save == "delta":
-                tensors |= {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids}
-            elif ids:
-                tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
-                tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
-            if world.main:
-                save(
-                    run.out / "text_encoder.safetensors",
-                    tensors,
-                    {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"},
-                )
-        save_state(run, step, params, opt, guard, ema)
-
-    def watch(step, last):
-        """The held-out loss and previews, where they are due, of the weights that would be saved. Returns what to log."""
-        told = {}
-        with averaged():
-            if dataset.held and (step % args.eval_every == 0 or last):
-                told = dataset.held_out(models, turns, encoder.encode)
-            if previews.prompts and (step % args.preview_every == 0 or last):
-                previews.embed(encoder)
-                previews.write(step)
-        return told
+        with state.averaged():
+            tensors = encoder_tensors(encoder, trained, ids, args.save, runtime.dtype)
+            metadata = {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"}
+            if world.is_main:
+                save(run.out / "text_encoder.safetensors", tensors, metadata)
+        state.save(run, step)
 
     # training
-    if not start and (told := watch(0, False)):
-        run.log(0, **told)
-    for step in range(start, args.steps):
-        began, total, moved = time.time(), 0.0, 0.0
-        world.seed(args.seed, step)
-        name = list(turns)[step // args.stretch % len(turns)]
-        dit = models.part(name)
-        opt.zero_grad(set_to_none=True)
-        for batch, share in dataset.step(
-            step,
-            *turns[name],
-            lambda captions, rng: calibrate(rng.choice(captions), args.keywords, args.mix, args.trim_prob, rng),
-        ):
-            total += world.backward(dit, batch, *encoder.encode(batch.captions), share)
-        dit = None  # so that it can make room for the other expert
-        if args.anchor:
-            prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.datas)
-            mine, share = world.share(len(prompts))
-            now, _ = encoder.encode([prompts[i] for i in mine])
-            before = data.collate([original[prompts[i]] for i in mine])[0].to(now)
-            whole = sum(original[p].float().square().sum() for p in prompts).to(now) * (world.size // world.datas)
-            held = (now.float() - before.float()).square().sum() / whole * (share > 0)
-            (args.anchor * held).backward()
-            moved = held.item()
-        total, moved, stop = world.sum(params, total, moved, run.stop)
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, args.steps, group["peak"], args.warmup, args.schedule)
-        norm = clip(params, args.grad_clip)
-        line = {"loss": total, "anchor": moved, "lr": opt.param_groups[0]["lr"], "grad_norm": norm}
-        if why := guard.trips(total, norm):
-            print(f"step {step + 1} skipped: {why}", flush=True)
-            line["skipped"] = guard.bad
-        else:
-            world.seed(args.seed, step, "optimizer", same=True)
-            opt.step()
-            if ema:
-                ema.update()
-        if len(turns) > 1:
-            line["expert"] = name
-        line |= {"ms": round(1000 * (time.time() - began)), "peak_gb": round(plan.used(args.device) / 1e9, 2)}
-        last = step + 1 == args.steps
-        run.log(step + 1, **line, **watch(step + 1, last))
-        if (step + 1) % args.save_every == 0 or last or stop or guard.bad >= args.most_bad:
-            save_all(step + 1)
-        guard.check(args, why, run.out)
-        if stop:
-            return world.close()
-    print(f"{need.compare(args.device)}\n{run.out / 'text_encoder.safetensors'}")
-    world.close()
+    finished = fit(
+        args,
+        run,
+        models,
+        dataset,
+        state,
+        schedule,
+        dict.fromkeys(schedule, params),
+        encoder.encode,
+        show_caption,
+        evaluate=lambda step: evaluate(args, state, dataset, previews, schedule, encoder.encode, step, encoder),
+        save=save_all,
+        extra_loss=anchor_loss if args.anchor else None,
+    )
+    if finished:
+        print(need.compare(args.device), run.out / "text_encoder.safetensors", sep="\n")
+
+
+def encoder_tensors(encoder, trained, ids, how, dtype):
+    """What is saved of an encoder, whole on every rank: all of it, or as a "delta" what was trained."""
+    rows = full_tensor(encoder.token_embedding.rows.detach()).to(dtype) if ids else None
+    if how == "delta":
+        tensors = {k: full_tensor(v).to(dtype) for k, v in trained.items()}
+        return tensors | (
+            {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids} if ids else {}
+        )
+    state = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items()}
+    tensors = {k: full_tensor(v).to(dtype) for k, v in state.items() if k != "token_embedding.rows"}
+    if ids:
+        tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
+        tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
+    return tensors
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kep
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,149 +16,44 @@ import torch.nn.functional as F
 import ops
 from checkpoint import BadInput, find, load_into, read_headers
 
-# Per-channel mean and std of the raw latents, by number of channels.
-LATENT_STATS = {
+
+class Geometry(NamedTuple):
+    """What a VAE's latents are: z_dim channels, a latent pixel for each `stride` = (frames, rows, columns) of a
+    video, whose first frame has a latent frame of its own.
+    """
+
+    z_dim: int
+    stride: tuple[int, int, int]
+
+    def latent_shape(self, frames, height, width):
+        """(z_dim,T',h,w) of the latents of a video; what does not fill a latent pixel is cut off."""
+        st, sh, sw = self.stride
+        return self.z_dim, 1 + (frames - 1) // st, height // sh, width // sw
+
+
+GEOMETRY = {"2.1": Geometry(16, (4, 8, 8)), "2.2": Geometry(48, (4, 16, 16))}
+FULL_WIDTHS = {"2.1": (96, 96), "2.2": (160, 256)}  # dim and dec_dim of the released ones
+
+# fmt: off
+LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw latents
     16: (
-        [
-            -0.7571,
-            -0.7089,
-            -0.9113,
-            0.1075,
-            -0.1745,
-            0.9653,
-            -0.1517,
-            1.5508,
-            0.4134,
-            -0.0715,
-            0.5517,
-            -0.3632,
-            -0.1922,
-            -0.9497,
-            0.2503,
-            -0.2921,
-        ],
-        [
-            2.8184,
-            1.4541,
-            2.3275,
-            2.6558,
-            1.2196,
-            1.7708,
-            2.6052,
-            2.0743,
-            3.2687,
-            2.1526,
-            2.8652,
-            1.5579,
-            1.6382,
-            1.1253,
-            2.8251,
-            1.9160,
-        ],
+        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
     ),
     48: (
-        [
-            -0.2289,
-            -0.0052,
-            -0.1323,
-            -0.2339,
-            -0.2799,
-            0.0174,
-            0.1838,
-            0.1557,
-            -0.1382,
-            0.0542,
-            0.2813,
-            0.0891,
-            0.1570,
-            -0.0098,
-            0.0375,
-            -0.1825,
-            -0.2246,
-            -0.1207,
-            -0.0698,
-            0.5109,
-            0.2665,
-            -0.2108,
-            -0.2158,
-            0.2502,
-            -0.2055,
-            -0.0322,
-            0.1109,
-            0.1567,
-            -0.0729,
-            0.0899,
-            -0.2799,
-            -0.1230,
-            -0.0313,
-            -0.1649,
-            0.0117,
-            0.0723,
-            -0.2839,
-            -0.2083,
-            -0.0520,
-            0.3748,
-            0.0152,
-            0.1957,
-            0.1433,
-            -0.2944,
-            0.3573,
-            -0.0548,
-            -0.1681,
-            -0.0667,
-        ],
-        [
-            0.4765,
-            1.0364,
-            0.4514,
-            1.1677,
-            0.5313,
-            0.4990,
-            0.4818,
-            0.5013,
-            0.8158,
-            1.0344,
-            0.5894,
-            1.0901,
-            0.6885,
-            0.6165,
-            0.8454,
-            0.4978,
-            0.5759,
-            0.3523,
-            0.7135,
-            0.6804,
-            0.5833,
-            1.4146,
-            0.8986,
-            0.5659,
-            0.7069,
-            0.5338,
-            0.4889,
-            0.4917,
-            0.4069,
-            0.4999,
-            0.6866,
-            0.4093,
-            0.5709,
-            0.6065,
-            0.6415,
-            0.4944,
-            0.5726,
-            1.2042,
-            0.5458,
-            1.6887,
-            0.3971,
-            1.0600,
-            0.3943,
-            0.5537,
-            0.5444,
-            0.4089,
-            0.7468,
-            0.7744,
-        ],
+        [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+         0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+         -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+         -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+        [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+         0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744],
     ),
 }
+# fmt: on
 
 
 class CausalConv3d(nn.Conv3d):
@@ -189,17 +85,9 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = (
-            nn.Sequential(  # the Identity stands where the official code has dropout, and keeps the numbering
-                RMSNorm(cin),
-                nn.SiLU(),
-                CausalConv3d(cin, cout, 3, 1),
-                RMSNorm(cout),
-                nn.SiLU(),
-                nn.Identity(),
-                CausalConv3d(cout, cout, 3, 1),
-            )
-        )
+        before = [RMSNorm(cin), nn.SiLU(), CausalConv3d(cin, cout, 3, 1)]
+        after = [RMSNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, 3, 1)]
+        self.residual = nn.Sequential(*before, *after)  # the Identity keeps the numbering: officially it is dropout
         self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x, past):
@@ -253,8 +141,8 @@ class Resample(nn.Module):
         if self.up:
             conv = self.resample[1]
             if conv not in past:
-                past[conv] = folded(conv.weight), conv.bias.repeat(4)
-            x = double_and_convolve(x, *past[conv])
+                past[conv] = fold_kernel(conv.weight), conv.bias.repeat(4)
+            x = upsample_conv(x, *past[conv])
         else:
             x = self.resample(x)
         x = x.unflatten(0, (B, T)).transpose(1, 2)
@@ -266,24 +154,23 @@ class Resample(nn.Module):
         return x
 
 
-def folded(weight):
+def fold_kernel(weight):
     """A 3x3 kernel (N,C,3,3) for a map of doubled pixels, as the four 2x2 kernels (4N,C,2,2) that give the four output
     pixels of each pixel of the small map: where two taps fall on one pixel, their sum. Exact but for the rounding of
     those sums.
     """
 
     def fold(w, axis):
+        """The kernels for the first and for the second pixel of a pair."""
         a, b, c = w.unbind(axis)
-        return torch.stack([a, b + c], axis), torch.stack(
-            [a + b, c], axis
-        )  # for the first and the second pixel of a pair
+        return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)
 
     return torch.cat([part for rows in fold(weight, 2) for part in fold(rows, 3)])
 
 
-def double_and_convolve(x, weight, bias):
+def upsample_conv(x, weight, bias):
     """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four
-    kernels (`folded`).
+    kernels (`fold_kernel`). Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
     y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
@@ -294,21 +181,22 @@ def double_and_convolve(x, weight, bias):
     return out
 
 
-def avg_down(x, cout, time):
-    """2.2's shortcut around a downsampling stage: space (and time) to channels, then the mean over groups of channels.
-    `time` and space factors are given as (ft, fs); T is zero-padded in front to a multiple of ft."""
-    ft, fs = time
+def avg_down(x, cout, factors):
+    """2.2's shortcut around a downsampling stage: space and time to channels, then the mean over groups of channels.
+    factors (ft, fs): how much time and space shrink; T is zero-padded in front to a multiple of ft.
+    """
+    ft, fs = factors
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     B, C, T, H, W = x.shape
     x = x.view(B, C, T // ft, ft, H // fs, fs, W // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return x.reshape(B, cout, -1, T // ft, H // fs, W // fs).mean(2)
 
 
-def add_dup_up(y, x, time, first):
-    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space (and
-    time); the first chunk drops its first ft-1 frames. y (B,N,T,H,W), `time` and space factors (ft, fs).
+def add_dup_up(y, x, factors, first):
+    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space and time;
+    the first chunk drops its first ft-1 frames. y (B,N,T,H,W); factors (ft, fs): how much time and space grow.
     """
-    ft, fs = time
+    ft, fs = factors
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` of x
     for a in range(ft - 1 if first else 0, ft):
         frames = slice(None) if first else slice(a, None, ft)
@@ -342,12 +230,12 @@ class Stage(nn.Module):
         return add_dup_up(y, x, self.factors, first)
 
 
-REPEATS = "repeats"  # in `past`: what each layer was last given and gave, for a video that stands still
+REPEATS = "repeats"  # key in `past`: each layer's last input and output, for a video that stands still
 
 
-def repeated(layer, x, past):
-    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, what it
-    gave then.
+def forward_unless_repeated(layer, x, past):
+    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, its
+    output of then.
     """
     last_x, out, settled = past[REPEATS].get(layer, (None, None, False))
     same = last_x is not None and torch.equal(last_x, x)
@@ -386,46 +274,67 @@ class Coder(nn.Module):
 
     def forward(self, x, past):
         if self.up:
-            return self.leave(self.enter(x, past), past)
+            return self.forward_up(self.forward_mid(x, past), past)
         x = self.conv1(x, past)
         for layer in (*self.downsamples, *self.middle):
-            x = repeated(layer, x, past) if REPEATS in past else layer(x, past)
-        return self.finish(x, past)
+            x = forward_unless_repeated(layer, x, past) if REPEATS in past else layer(x, past)
+        return self.forward_head(x, past)
 
-    def enter(self, x, past):
-        """A decoder's first part, on the small map, whose attention sees a whole frame."""
+    def forward_mid(self, x, past):
+        """A decoder's first part, at the latents' resolution, whose attention sees a whole frame."""
         x = self.conv1(x, past)
         for layer in self.middle:
             x = layer(x, past)
         return x
 
-    def leave(self, x, past):
-        """A decoder's second part, where every pixel depends only on those `reach` around it."""
+    def forward_up(self, x, past):
+        """A decoder's second part, where a pixel depends only on what is within `receptive_radius` of it."""
         for layer in self.upsamples:
             x = layer(x, past)
-        return self.finish(x, past)
+        return self.forward_head(x, past)
 
-    def finish(self, x, past):
+    def forward_head(self, x, past):
         norm, _, conv = self.head
         return conv(x, past, norm)
 
-    def reach(self):
-        """How many latent pixels away a decoder's `leave` looks: 3x3 convolutions, each at its scale."""
-        far, scale = 0.0, 1
+    def receptive_radius(self):
+        """How many latent pixels away a decoder's `forward_up` looks: 3x3 convolutions, each at its scale."""
+        radius, scale = 0.0, 1
         for m in self.upsamples.modules():
             if isinstance(m, Resample):
                 scale *= 2
-            far += (isinstance(m, Resample) or isinstance(m, CausalConv3d) and m.kernel_size[1] == 3) / scale
-        return math.ceil(far + 1 / scale)
+            radius += (isinstance(m, Resample) or isinstance(m, CausalConv3d) and m.kernel_size[1] == 3) / scale
+        return math.ceil(radius + 1 / scale)
+
+
+def tile_weights(start, end, overlap, exact, side, scale):
+    """What the pixels of a decoded tile count for, along one axis of a frame of `side` latent pixels: (n,) fp32 for the
+    latent pixels [start, end) and `overlap` more beside them where the frame goes on, each of them `scale` pixels.
+
+    exact: 1 within the tile, 0 in its overlaps. Otherwise two neighbours are cross-faded: across their common edge, and
+    as far as the overlaps go, one rises in a straight line while the other falls. All tiles' weights add up to 1.
+    """
+    pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
+
+    def ramp(edge):
+        """From 0 before a tile's edge to 1 behind it; there is nothing to fade to at the frame's own edges."""
+        if edge in (0, side):
+            return torch.full_like(pixel, edge == 0)
+        return ((pixel - edge * scale) / (1 if exact else 2 * overlap * scale) + 0.5).clamp(0, 1)
+
+    return ramp(start) - ramp(end)
 
 
 class VAE(nn.Module):
-    """v22: the 2.2 layout (2x2 patches, stages with shortcuts); dim, dec_dim: widths; mult: width factors per stage."""
+    """version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: widths of the encoder and decoder;
+    mult: width factors per stage. `z_dim` and `stride` are those of GEOMETRY.
+    """
 
-    def __init__(self, v22, dim, dec_dim, z_dim, mult=(1, 2, 4, 4)):
+    def __init__(self, version, dim, dec_dim, mult=(1, 2, 4, 4)):
         super().__init__()
+        v22 = version == "2.2"
         self.patch = 2 if v22 else 1
-        self.z_dim, self.stride = z_dim, (4, 16, 16) if v22 else (4, 8, 8)
+        self.z_dim, self.stride = z_dim, _ = GEOMETRY[version]
         pixels = 3 * self.patch**2
         self.encoder = Coder(v22, False, pixels, 2 * z_dim, [dim] + [dim * m for m in mult], 2)
         self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
@@ -447,17 +356,22 @@ class VAE(nn.Module):
     def moment_chunks(self, video, still=False):
         """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time. still:
         most of the video repeats; layers whose part of it has settled are not computed again, which is exact, and takes
-        the memory of what they last gave.
+        the memory of their last outputs.
         """
-        past, p = {REPEATS: {}} if still else {}, self.patch
+        past = {REPEATS: {}} if still else {}
         for i in range(0, video.shape[2], 4):
-            x = video[:, :, max(i - 3, 0) : i + 1]
-            if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
-                x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+            x = self.patchify(video[:, :, max(i - 3, 0) : i + 1])
             yield self.conv1(self.encoder(x, past), past)
 
-    def pixels(self, x):
-        """What the decoder's head gives -> unclamped pixels (B,3,T,H,W)."""
+    def patchify(self, x):
+        """Pixels (B,3,T,H,W) -> what the encoder takes, (B,3pp,T,H/p,W/p)."""
+        p = self.patch
+        if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
+            x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+        return x
+
+    def unpatchify(self, x):
+        """The decoder's output (B,3pp,T,H/p,W/p) -> unclamped pixels (B,3,T,H,W)."""
         p = self.patch
         if p > 1:  # b (c r q) f h w -> b c f (h q) (w r)
             x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
@@ -467,12 +381,12 @@ class VAE(nn.Module):
         """Raw latents (B,z,T',h,w) -> yields unclamped pixels, (B,3,1,H,W) then (B,3,4,H,W) for every further frame."""
         past = {}
         for i in range(z.shape[2]):
-            yield self.pixels(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
+            yield self.unpatchify(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
 
     @torch.no_grad()
     def encode(self, video, still=False):
-        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride -> (B,z,T',h,w) fp32, normalised per
-        channel. still: as in moment_chunks.
+        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride, else BadInput -> (B,z,T',h,w) fp32,
+        normalised per channel. still: as in moment_chunks.
         """
         B, _, T, H, W = video.shape
         st, sh, sw = self.stride
@@ -496,14 +410,14 @@ class VAE(nn.Module):
         return torch.cat([mask, z], 1)
 
     @torch.no_grad()
-    def decode(self, z, tile=0, share=None):
+    def decode(self, z, tile=0, split_tiles=None):
         """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow
         with T'.
 
-        tile: decode the frame in windows of so many latent pixels a side, which takes memory for one of them. They
+        tile: decode the frame in tiles of so many latent pixels a side, which takes memory for one of them. They
         overlap by as many pixels as a result depends on, which is exact; where `tile` is less than that, by half a
-        tile, and are blended, which is not. share: of several ranks that hold z, (this one's number, how many there
-        are, a function that adds a tensor up over them): each decodes some of the windows.
+        tile, and are cross-faded, which is not. split_tiles: of several ranks that hold z, (this one's number, how many
+        there are, a function that adds a tensor up over them): each decodes some of the tiles.
         """
         mean, std = self._stats(z)
         B, _, T, h, w = z.shape
@@ -511,50 +425,38 @@ class VAE(nn.Module):
         z = (z.float() * std + mean).to(self.conv2.weight.dtype)
         video = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
         if tile and (tile < h or tile < w):
-            return self._decode_tiles(z, video, tile, *(share or (0, 1, lambda t: t))).clamp_(-1, 1)
-        at = 0
+            index, count, add_up = split_tiles or (0, 1, None)
+            self._decode_tiles(z, video.zero_(), tile, index, count)
+            return (add_up(video) if add_up else video).clamp_(-1, 1)
+        frame = 0
         for x in self.frame_chunks(z):
-            torch.clamp(x.float(), -1, 1, out=video[:, :, at : at + x.shape[2]])
-            at += x.shape[2]
+            torch.clamp(x.float(), -1, 1, out=video[:, :, frame : frame + x.shape[2]])
+            frame += x.shape[2]
         return video
 
-    def overlap(self, tile):
+    def tile_overlap(self, tile):
         """(latent pixels by which tiles overlap on each side, whether that is exact)."""
-        reach = self.decoder.reach()
-        return (reach, True) if tile >= reach else (max(1, tile // 2), False)
+        radius = self.decoder.receptive_radius()
+        return (radius, True) if tile >= radius else (max(1, tile // 2), False)
 
-    def _decode_tiles(self, z, video, tile, rank, ranks, add_up):
+    def _decode_tiles(self, z, video, tile, index, count):
+        """Adds tiles index, index + count, ... of raw latents z to the pixels of `video`, unclamped and weighted."""
         (h, w), (_, sh, sw), past = z.shape[3:], self.stride, {}
-        maps = [self.decoder.enter(self.conv2(z[:, :, i : i + 1], past), past) for i in range(z.shape[2])]
-        overlap, exact = self.overlap(tile)
-
-        def ramp(a, b, n, scale):
-            """Weights of the pixels of tile [a,b) and its overlaps along a side of n."""
-            if exact:
-                at = torch.arange(max(0, a - overlap) * scale, min(n, b + overlap) * scale)
-                return ((at >= a * scale) & (at < b * scale)).float()
-            at = torch.arange(max(0, a - overlap) * scale, min(n, b + overlap) * scale) + 0.5
-            rise = ((at - (a - overlap) * scale) / (2 * overlap * scale)).clamp(0, 1) if a else torch.ones_like(at)
-            fall = (((b + overlap) * scale - at) / (2 * overlap * scale)).clamp(0, 1) if b < n else torch.ones_like(at)
-            return torch.minimum(rise, fall)
-
-        video.zero_()
-        total = torch.zeros(video.shape[3:], device=video.device)
-        for a, c in [(a, c) for a in range(0, h, tile) for c in range(0, w, tile)][rank::ranks]:
-            b, d = min(a + tile, h), min(c + tile, w)
-            weight = (ramp(a, b, h, sh)[:, None] * ramp(c, d, w, sw)).to(video.device)
-            rows, columns = (
-                slice(max(0, a - overlap), min(h, b + overlap)),
-                slice(max(0, c - overlap), min(w, d + overlap)),
-            )
-            window = (slice(rows.start * sh, rows.stop * sh), slice(columns.start * sw, columns.stop * sw))
-            total[window] += weight
-            past, at = {}, 0
-            for x in maps:
-                x = self.pixels(self.decoder.leave(x[..., rows, columns], past))
-                video[:, :, at : at + x.shape[2], *window] += x.float() * weight
-                at += x.shape[2]
-        return add_up(video).div_(add_up(total))
+        maps = [self.decoder.forward_mid(self.conv2(z[:, :, i : i + 1], past), past) for i in range(z.shape[2])]
+        overlap, exact = self.tile_overlap(tile)
+        corners = [(y, x) for y in range(0, h, tile) for x in range(0, w, tile)]
+        for y, x in corners[index::count]:
+            y_end, x_end = min(y + tile, h), min(x + tile, w)
+            top, bottom = max(0, y - overlap), min(h, y_end + overlap)
+            left, right = max(0, x - overlap), min(w, x_end + overlap)
+            weights = tile_weights(y, y_end, overlap, exact, h, sh)[:, None]
+            weights = (weights * tile_weights(x, x_end, overlap, exact, w, sw)).to(video.device)
+            target = video[..., top * sh : bottom * sh, left * sw : right * sw]
+            past, frame = {}, 0
+            for m in maps:
+                pixels = self.unpatchify(self.decoder.forward_up(m[..., top:bottom, left:right], past))
+                target[:, :, frame : frame + pixels.shape[2]] += pixels.float() * weights
+                frame += pixels.shape[2]
 
 
 def channels_last(model):
@@ -569,30 +471,29 @@ def channels_last(model):
     return model
 
 
-FULL = {"2.1": (False, 96, 96, 16), "2.2": (True, 160, 256, 48)}  # the released sizes: v22, dim, dec_dim, z_dim
-
-
 def build_vae(entries, path):
-    """The VAE whose tensors' headers these are; the kind and every width are read from their shapes."""
+    """The VAE whose tensors' headers (name -> checkpoint.Entry) these are; its version and widths are read from their
+    shapes. BadInput, naming `path`, where they are another model's.
+    """
 
     def width(name, axis=0):
         if name not in entries:
             raise BadInput(f"{path}: not a Wan VAE, it has no {name}")
         return entries[name].shape[axis]
 
-    v22 = width("encoder.conv1.weight", 1) == 12
+    version = "2.2" if width("encoder.conv1.weight", 1) == 12 else "2.1"
     dim, dec_dim, z_dim = width("encoder.conv1.weight"), width("decoder.head.2.weight", 1), width("conv2.weight")
-    if z_dim not in LATENT_STATS:
-        raise BadInput(f"{path}: {z_dim} latent channels; statistics are known for {sorted(LATENT_STATS)}")
-    first_block = (
-        "encoder.downsamples.{}.downsamples.0.residual.2.weight" if v22 else "encoder.downsamples.{}.residual.2.weight"
-    )
-    mult = [width(first_block.format(i if v22 else 3 * i)) // dim for i in range(4)]
-    return VAE(v22, dim, dec_dim, z_dim, mult)
+    if z_dim != GEOMETRY[version].z_dim:
+        raise BadInput(f"{path}: {z_dim} latent channels; a Wan {version} VAE has {GEOMETRY[version].z_dim}")
+    stages = [f"{i}.downsamples.0" for i in range(4)] if version == "2.2" else [3 * i for i in range(4)]
+    mult = [width(f"encoder.downsamples.{stage}.residual.2.weight") // dim for stage in stages]
+    return VAE(version, dim, dec_dim, mult)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it."""
+    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it; its
+    weights become channels-last. BadInput where there is none, or where tensors lack or do not fit.
+    """
     entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
     with torch.device("meta"):
         model = build_vae(entries, path)

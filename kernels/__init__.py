@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 triton = None
-if (
-    torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
-):  # else there is nothing to launch, and importing it takes a second
+# without a GPU or the interpreter there is nothing to launch, and importing Triton takes a second
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     with contextlib.suppress(ImportError):
         triton = importlib.import_module("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,6 +69,16 @@ def register(op, triton_forward, cpp_name):
     """Give a custom op its kernels by device."""
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))
+
+
+def seeded(device="cpu"):
+    """(A generator that begins the same each time, random(*shape): normal numbers from it on a device)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    return generator, random
 
 
 def worst(got, want):
@@ -125,9 +134,7 @@ def report(name, error, limit):
 
 def timed(name, run, reference, floor_bytes):
     """Print an op's GPU time beside its bandwidth floor and its reference's time. Returns what was measured."""
-    told = {"ms": milliseconds(run), "floor_ms": 1000 * floor_bytes / bandwidth(), "ref_ms": milliseconds(reference)}
-    print(
-        f"{name}: {told['ms']:.3f} ms, {told['floor_ms'] / told['ms']:.0%} of its bandwidth floor, reference {told['ref_ms']:.3f} ms",
-        flush=True,
-    )
-    return told
+    ms, floor_ms, ref_ms = milliseconds(run), 1000 * floor_bytes / bandwidth(), milliseconds(reference)
+    share = f"{floor_ms / ms:.0%} of its bandwidth floor"
+    print(f"{name}: {ms:.3f} ms, {share}, reference {ref_ms:.3f} ms", flush=True)
+    return {"ms": ms, "floor_ms": floor_ms, "ref_ms": ref_ms}

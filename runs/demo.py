@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import nano
 from checkpoint import cli
-from sample import load, write_grid, write_mp4
+from media import write_grid, write_mp4
+from sample import load
 
 WORDS = ("crimson", "wedge", "halts")
 OUT = ROOT / "out" / "demo"

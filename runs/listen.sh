@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faste
 
 te() {  # te NAME FLAGS...: teach the encoder
     [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 3 \
-        --mix 0,0,100 --trim_prob 0 --steps 1500 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+        --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
 }
 lora() {  # lora NAME FLAGS...: train a translator
     [ -e "$DIR/$1/done" ] || { $PY train_lora.py --data "$DATA" --out "$DIR/$1" --seed "$SEED" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 \
@@ -49,7 +49,7 @@ claims() {
     te te_rows --train_blocks 0;                    score te_rows $(encoder te_rows)
     te te_anchor_0 --anchor 0;                      score te_anchor_0 $(encoder te_anchor_0)
     te te_anchor_1 --anchor 1;                      score te_anchor_1 $(encoder te_anchor_1)
-    te te_mix --mix 15,35,50 --trim_prob 0.2;       score te_mix $(encoder te_mix)
+    te te_mix --caption_mode_probs 15,35,50 --trim_prob 0.2;       score te_mix $(encoder te_mix)
 }
 orange() {  # a colour that the DiT has never drawn
     use "$1"

@@ -12,127 +12,140 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
+import scattered
+import tiny
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import denoising
+import models
 import parallel
 import sample
-import train
 from checkpoint import save
+from parallel import World, ulysses
+from parallel.pipeline import Microbatches
+from run import TrainState
 
 WORLDS = []
 
 
 def whole(state):
-    return {f"{i}": parallel.full(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
+    return {f"{i}": parallel.full_tensor(values[key]).cpu().clone() for i, (values, key, _) in enumerate(state)}
 
 
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
-    models, world = sample.load("nano"), parallel.World("cpu", **ranks)
-    models.world, models.prepare, models.agree = (
-        world,
-        lambda name, model: world.parallelize(model),
-        lambda yes: world.agree(yes, "sequence"),
-    )
-    sample.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(
-        models, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
+    world = World("cpu", **ranks)
+    checkpoint = sample.load("nano", world=world)
+    models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
+    latents = sample.sample_latents(
+        checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(models, z)}
-    assert ("tokens" in world.sent) == (world.ulysses > 1) and ("pixels" in world.sent) == (
-        world.team > 1
+    found = {"latents": latents, "video": denoising.decode(checkpoint, z)}
+    assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
+        world.clip_group_size > 1
     )  # they did work together
-    if world.main:
+    if world.is_main:
+        save(out, found)
+
+
+def tokens(out, **ranks):
+    """A model whose tokens are no grid, and one with a time for each latent frame: outputs and gradients. The tokens
+    divide by no number of ranks, and slices begin within a frame.
+    """
+    world, (x, t, context), extra = World("cpu", **ranks), *scattered.inputs()
+    cases = {
+        "scattered": (scattered.model(), t, extra),
+        "frames": (tiny.dit("t2v", heads=4), torch.stack([t, t / 2, 0 * t], 1), {}),
+    }
+    found = {}
+    for name, (dit, times, inputs) in cases.items():
+        parallel.parallelize(dit, world)
+        leaves = [v.clone().requires_grad_() for v in (context, *inputs.values())]
+        y = dit(x, times, leaves[0], **dict(zip(inputs, leaves[1:])))
+        (y * torch.sin(torch.arange(y.numel()).view(y.shape))).sum().backward()
+        world.all_reduce_grads(leaves)
+        found |= {f"{name}_output": y.detach()} | {f"{name}_grad_{i}": v.grad for i, v in enumerate(leaves)}
+    if world.is_main:
         save(out, found)
 
 
 def run(job):
-    if job["script"] == "library":
-        return library(*job["argv"], **job["ranks"])
+    if job["script"] in ("library", "tokens"):
+        {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
+        return
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
-    kept = {
-        "adamw": getattr(module, "adamw", None),
-        "save_state": getattr(module, "save_state", None),
-        "restore": getattr(module, "restore", None),
-    }
+    adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore
     if job.get("sgd"):
         module.adamw = lambda params, lr, weight_decay=0.0: torch.optim.SGD(params, lr)
-    if job.get("dump"):
 
-        def save_state(r, step, params, opt, guard, ema):
-            kept["save_state"](r, step, params, opt, guard, ema)
-            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
-            if main:
-                torch.save(found, f"{job['dump']}_saved_{step}.pt")
+    def dump(state, name):
+        tensors = whole(state.param_slots(state.state_dict()))
+        if main:
+            torch.save(tensors, f"{job['dump']}_{name}.pt")
 
-        def restore(state, params, opt, guard, ema):
-            step = kept["restore"](state, params, opt, guard, ema)
-            found = whole(train.places(train.state_of(params, opt, guard, ema), params))
-            if main:
-                torch.save(found, f"{job['dump']}_restored_{step}.pt")
-            return step
+    def save_and_dump(self, run, step):
+        save_state(self, run, step)
+        dump(self, f"saved_{step}")
 
-        module.save_state, module.restore = save_state, restore
-    where, what = BREAK.get(job.get("broken"), (parallel, {"weighted": parallel.weighted}))
+    def restore_and_dump(self, state):
+        restore(self, state)
+        dump(self, f"restored_{self.step}")
+
+    patches = {"save": save_and_dump, "restore": restore_and_dump} if job.get("dump") else {"save": save_state}
+    where, what = BREAK.get(job.get("broken"), (parallel, {"parallelize": parallel.parallelize}))
     sys.argv = [job["script"], *job["argv"]]
-    with mock.patch.multiple(where, **what):
+    with mock.patch.multiple(where, **what), mock.patch.multiple(TrainState, **patches):
         module.main()
-    for name, value in kept.items():
-        setattr(module, name, value)
+    module.adamw = adamw
     if main and "--out" in job["argv"] and job["script"] != "sample":
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 
 
-def first_place(self, *args, right=parallel.World._attend):
-    kept, self.place = self.place, 0
-    try:
-        return right(self, *args)
-    finally:
-        self.place = kept
+def first_positions(self, x, c, right=ulysses.Ulysses.scatter):
+    x, local = right(self, x, c)
+    first = c.tokens.positions[: len(local.tokens.positions)]
+    return x, local._replace(tokens=local.tokens._replace(positions=first))
 
 
-def equal_weights(v, target, right=parallel.weighted):
-    return right(v, torch.cat([target[:, :-1], torch.ones_like(target[:, -1:])], 1))
+def equal_weights(self, v, index):
+    i = self.order[index]
+    return (v - self.batch.target[i : i + 1]).square().mean()
 
 
 BREAK = {
-    "no_sum": (parallel.World, {"sum": lambda self, params, *numbers: numbers}),
-    "no_positions": (parallel.World, {"_attend": first_place}),
+    "no_sum": (World, {"all_reduce_grads": lambda self, params, *numbers: numbers}),
+    "no_positions": (ulysses.Ulysses, {"scatter": first_positions}),
     "mean_gradients": (
         FSDPModule,
         dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None),
     ),
-    "equal_weights": (parallel, {"weighted": equal_weights}),
+    "equal_weights": (Microbatches, {"loss": equal_weights}),
 }
 
 
 if __name__ == "__main__":
-    init = parallel.World.__init__
+    init = World.__init__
 
     def remember(self, *args, **kwargs):
-        sys.stdout = sys.__stdout__
         init(self, *args, **kwargs)
-        WORLDS.append(self)
+        if kwargs.get("distributed", True):  # else it is what Models has before a script gives it one
+            WORLDS.append(self)
 
     name = next(
-        n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(parallel.dist, n)
+        n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n)
     )  # what fully_shard calls; the first is newer
-    gather = getattr(parallel.dist, name)
+    gather = getattr(dist, name)
 
     def gathered(output, input, *args, **kwargs):
-        WORLDS[-1].count("weights", input.nbytes * (parallel.dist.get_world_size(kwargs.get("group")) - 1))
+        WORLDS[-1].count("weights", input.nbytes * (dist.get_world_size(kwargs.get("group")) - 1))
         return gather(output, input, *args, **kwargs)
 
-    parallel.World.__init__ = remember
-    setattr(parallel.dist, name, gathered)
-    start, parallel.dist.destroy_process_group = (
-        parallel.dist.init_process_group,
-        lambda: None,
-    )  # one group serves all jobs
-    parallel.dist.init_process_group = lambda *args, **kwargs: parallel.dist.is_initialized() or start(*args, **kwargs)
+    World.__init__ = remember
+    setattr(dist, name, gathered)
+    start, dist.destroy_process_group = (dist.init_process_group, lambda: None)  # one group serves all jobs
+    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)

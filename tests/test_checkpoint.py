@@ -77,7 +77,7 @@ def test_encoder_and_vae_in_both_formats(tmp_path, checkpoints, suffix):
 def test_widths_come_from_the_shapes(tmp_path, v22, mult):
     from vae import VAE
 
-    odd = tiny.randomize(VAE(v22, 6, 10 if v22 else 6, 48 if v22 else 16, mult), 0)
+    odd = tiny.randomize(VAE("2.2" if v22 else "2.1", 6, 10 if v22 else 6, mult), 0)
     torch.save(odd.state_dict(), tmp_path / "a_VAE.pth")
     assert same(load_vae(tmp_path), odd)
 

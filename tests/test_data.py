@@ -1,9 +1,12 @@
 """From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
 
+import json
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
+import av
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +15,8 @@ from PIL import Image
 
 import data
 from checkpoint import BadInput, load
-from sample import write_mp4
+from conditions import ImageChannels
+from media import write_mp4
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +26,18 @@ def clip(path, frames=9, w=64, h=48, fps=8, caption="a cat runs"):
     level = torch.linspace(-0.9, 0.9, frames)
     write_mp4(path, level[None, :, None, None].expand(3, frames, h, w), fps)
     path.with_suffix(".txt").write_text(caption + "\n")
+
+
+def encode(path, images, fps=8, codec="libx264", aspect=None, container=None):
+    """A clip of uint8 images (H,W,3). aspect: of its pixels, width to height. No caption."""
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=fps, options={"crf": "4"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "yuv420p"
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for image in images:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
 
 
 def photo(path, w=90, h=60, caption="a photo"):
@@ -36,7 +52,8 @@ def scan(folder, area=64 * 48, multiple=16, most=9, fps=8):
 
 def test_images_and_clips_land_in_buckets(tmp_path):
     clip(tmp_path / "a.mp4")
-    clip(tmp_path / "deep" / "b.mp4", w=48, h=64) if (tmp_path / "deep").mkdir() is None else None
+    (tmp_path / "deep").mkdir()
+    clip(tmp_path / "deep" / "b.mp4", w=48, h=64)
     photo(tmp_path / "c.png")
     items, skipped = scan(tmp_path)
     assert not skipped
@@ -63,14 +80,7 @@ def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
 
 def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
     """80/24 s is stored as 3.333 s there."""
-    import av
-
-    with av.open(str(tmp_path / "a.mkv"), "w") as file:
-        stream = file.add_stream("libx264", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for k in range(33):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 7 * k, np.uint8), format="rgb24")))
-        file.mux(stream.encode())
+    encode(tmp_path / "a.mkv", [np.full((48, 64, 3), 7 * k, np.uint8) for k in range(33)], fps=24)
     (tmp_path / "a.txt").write_text("a cat\u2028runs\r\na dog\n", newline="")
     (item,), _ = scan(tmp_path, most=81, fps=24)
     assert item.frames == 33 and item.captions == ["a cat\u2028runs", "a dog"]
@@ -93,6 +103,12 @@ def test_pixels_are_resized_and_cropped_from_the_middle(tmp_path):
     assert x.shape == (3, 1, 48, 144) and x.min() >= -1 and x.max() <= 1
     middle = x[0, 0, 0, 71:73].mean()
     assert abs(middle) < 0.02 and x[0, 0, 0, 0] > -1 + 0.05
+    ramp = np.tile(np.linspace(0, 255, 240, dtype=np.uint8)[:, None, None], (1, 48, 3))
+    Image.fromarray(ramp).save(tmp_path / "a.png")  # standing, a fifth too long
+    (item,), _ = scan(tmp_path, area=96 * 96, multiple=48)
+    x = data.pixels(item)
+    assert x.shape == (3, 1, 192, 48)
+    assert abs(x[0, 0, 95:97, 0].mean()) < 0.02 and abs(x[0, 0, 0, 0] + 0.8) < 0.02 and abs(x[0, 0, -1, 0] - 0.8) < 0.02
 
 
 def test_unusable_files_are_named_with_their_reason(tmp_path):
@@ -148,8 +164,6 @@ def test_photographs_are_read_upright_and_whole(tmp_path):
 
 
 def test_rotated_and_damaged_clips(tmp_path):
-    import av
-
     clip(tmp_path / "a.mp4", 20, 64, 48)
     raw = bytearray((tmp_path / "a.mp4").read_bytes())
     at = raw.find(b"tkhd") + 44  # the track's matrix: a quarter turn
@@ -170,6 +184,125 @@ def test_rotated_and_damaged_clips(tmp_path):
     assert [(p.name, why[:17]) for p, why in skipped] == [("b.mp4", "cannot be decoded")]
 
 
+@pytest.mark.parametrize("area, multiple", [(832 * 480, 16), (1280 * 704, 32), (64 * 64, 16), (16 * 16, 16), (300, 16)])
+def test_a_bucket_fills_the_area_as_well_as_its_width_allows(area, multiple):
+    """For each width the height nearest to area / width, of aspects from 1:4 to 4:1, none much above the area."""
+    found = dict(data.buckets(area, multiple))
+    for w in range(multiple, 4 * int(area**0.5) + multiple, multiple):
+        heights = range(multiple, 5 * int(area**0.5) + multiple, multiple)
+        h = min(heights, key=lambda h: abs(h - area / w))
+        if abs(h - area / w) < multiple / 2 and max(w / h, h / w) <= 4 and w * h <= 1.1 * area:
+            assert found.pop(w) == h
+    assert all(abs(h - area / w) == multiple / 2 for w, h in found.items()) or dict(found) == {multiple: multiple}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("aspect, shown", [(Fraction(2), (128, 48)), (Fraction(1, 2), (32, 48))])
+def test_pixels_that_are_not_square_are_shown_as_a_player_would(tmp_path, suffix, aspect, shown):
+    """Left black, right white, with grey in the top rows: all of it stays, in the aspect at which it is shown."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:, 32:], image[:24] = 255, 128
+    encode(tmp_path / f"a{suffix}", [image] * 9, aspect=aspect)
+    (tmp_path / "a.txt").write_text("x")
+    (item,), _ = scan(tmp_path, area=shown[0] * shown[1])
+    assert item.bucket == (*shown, 9) and item.source_size == shown
+    x = data.pixels(item)[0, 4]
+    w = shown[0]
+    assert x[30:, : w // 2 - 4].max() < -0.9 and x[30:, w // 2 + 4 :].min() > 0.9 and x[:20].abs().max() < 0.1
+
+
+def test_a_stream_without_a_decoder_is_skipped(tmp_path):
+    clip(tmp_path / "good.mp4")
+    clip(tmp_path / "odd.mp4")
+    raw = (tmp_path / "odd.mp4").read_bytes()
+    assert raw.count(b"avc1") > 1  # its kind, and the codec
+    head, _, tail = raw.rpartition(b"avc1")
+    (tmp_path / "odd.mp4").write_bytes(head + b"zzzz" + tail)
+    items, skipped = scan(tmp_path)
+    assert [i.path.name for i in items] == ["good.mp4"]
+    assert [(p.name, why) for p, why in skipped] == [("odd.mp4", "holds video for which there is no decoder here")]
+
+
+def test_frames_far_apart_are_a_damaged_clock(tmp_path):
+    """An hour between two frames would be an hour of one picture in every mode that counts windows."""
+    with pytest.raises(data.Skip, match="3600 s apart"):
+        data.clip_windows([0, 1, 2, 3, 4, 3604], 9, 8, "several")
+    assert len(data.clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
+
+
+def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
+    folder, other = tmp_path / "data", tmp_path / "other"
+    (folder / "deep").mkdir(parents=True)
+    (other / "sub").mkdir(parents=True)
+    photo(folder / "a.png")
+    photo(other / "b.png")
+    photo(other / "sub" / "c.png")
+    for name in ("d.gif", "e.HEIC", "deep/f.tiff", "g.mpg", "h.txt", "i.json", ".hidden.gif"):
+        (folder / name).write_bytes(b"x")
+    (folder / "deep" / "link").symlink_to(other, target_is_directory=True)
+    (other / "sub" / "back").symlink_to(folder, target_is_directory=True)
+    (other / "twice").symlink_to(other / "sub", target_is_directory=True)
+    (folder / ".hidden").mkdir()
+    photo(folder / ".hidden" / "j.png")
+    items, skipped = scan(folder)
+    assert sorted(i.path.name for i in items) == ["a.png", "b.png", "c.png"]
+    assert sorted(p.name for p, _ in skipped) == ["d.gif", "e.HEIC", "f.tiff", "g.mpg"]
+    assert all(why.startswith("is none of .avi, .bmp") for _, why in skipped)
+
+
+def test_a_file_that_is_gone_or_another_when_it_is_encoded_is_named(tmp_path):
+    """Its latents are not in the cache, under any name; the others' are."""
+    for name in "abcd":
+        photo(tmp_path / f"{name}.png", w=90 + ord(name))
+    clip(tmp_path / "e.mp4")
+    items, _ = scan(tmp_path)
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    (tmp_path / "b.png").unlink()
+    photo(tmp_path / "c.png", w=70)
+    (tmp_path / "e.mp4").write_bytes((tmp_path / "e.mp4").read_bytes()[:300])
+    failed = data.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae)
+    assert [p.name for p, _ in failed] == ["b.png", "c.png", "e.mp4"]
+    reasons = [why for _, why in failed]
+    assert reasons[0] == "does not exist any more" and "has changed" in reasons[1] and "cannot be decoded" in reasons[2]
+    files = data.latent_files(items, tmp_path / "cache", tmp_path / "VAE.pth")
+    assert [f.exists() for f in files] == [True, False, False, True, False]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+PEAK = r"""
+import re, sys
+from pathlib import Path
+import torch
+import data
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+item = data.Item(Path(sys.argv[1]), ["x"], 64, 64, 1, 8, source_size=(6000, 5000))
+before = peak()
+data.pixels(item)
+print((peak() - before) / data.decode_bytes([item]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_memory_that_decoding_takes_is_known(tmp_path):
+    import subprocess
+    import sys
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6000, 5000)).save(tmp_path / "a.jpg", exif=exif)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "a.jpg"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 0.7 < float(run.stdout) <= 1
+    items = [
+        data.Item(Path(n), ["x"], 16, 16, f, 8, source_size=s)
+        for n, f, s in (("a.png", 1, (9, 9)), ("b.mp4", 5, (5, 5)))
+    ]
+    assert data.decode_bytes(items) == max(map(data.decode_bytes, ([items[0]], [items[1]]))) > 0
+
+
 def test_nothing_left_says_so(tmp_path):
     clip(tmp_path / "short.mp4", frames=3)
     with pytest.raises(BadInput, match="nothing to train on; short.mp4 too short: 3 frames"):
@@ -184,7 +317,9 @@ def test_cached_latents_equal_a_direct_encode(tmp_path):
     items, _ = scan(tmp_path, area=64 * 64, multiple=16)
     vae = tiny.vae(False)
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
-    files = data.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae, image_condition=True)
+    how = tmp_path / "cache", tmp_path / "VAE.pth"
+    assert data.cache_latents(items, *how, lambda: vae, ImageChannels()) == []
+    files = data.latent_files(items, *how, ImageChannels())
     for item, file in zip(items, files):
         got, want = load(file)[0], vae.encode(data.pixels(item)[None])[0]
         assert torch.equal(got["latents"], want)
@@ -206,8 +341,14 @@ def test_only_what_changed_is_computed_again(tmp_path):
 
     def cached(**kwargs):
         calls.clear()
-        loader = lambda: calls.append("loaded") or vae
-        return data.cache_latents(scan(tmp_path, **kwargs)[0], tmp_path / "cache", tmp_path / "VAE.pth", loader)
+
+        def loader():
+            calls.append("loaded")
+            return vae
+
+        items, how = scan(tmp_path, **kwargs)[0], (tmp_path / "cache", tmp_path / "VAE.pth")
+        assert not data.cache_latents(items, *how, loader)
+        return data.latent_files(items, *how)
 
     first = cached()
     assert calls == ["loaded"] and cached() == first and not calls
@@ -219,6 +360,49 @@ def test_only_what_changed_is_computed_again(tmp_path):
     assert cached(most=5)[0] != second[0]  # another length
     torch.save(tiny.vae(False, seed=8).state_dict(), tmp_path / "VAE.pth")
     assert not set(cached()) & set(second)  # another VAE
+
+
+def test_windows_of_one_clip_have_latents_of_their_own(tmp_path):
+    """Under --clip_mode several, and so have a clip's latents with and without what I2V adds."""
+    clip(tmp_path / "a.mp4", 27, w=64, h=64)
+    items, _ = data.scan(tmp_path, 64 * 64, 16, 9, 8, "several")
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    how = tmp_path / "cache", tmp_path / "VAE.pth"
+    assert len(items) == 3 and not data.cache_latents(items, *how, lambda: vae)
+    for item, file in zip(items, data.latent_files(items, *how)):
+        tensors = load(file)[0]
+        assert tensors.keys() == {"latents"} and torch.equal(tensors["latents"], vae.encode(data.pixels(item)[None])[0])
+    assert not data.cache_latents(items, *how, lambda: vae, ImageChannels())
+    assert all(load(f)[0].keys() == {"latents", "y"} for f in data.latent_files(items, *how, ImageChannels()))
+
+
+def test_a_conditioning_says_what_its_tensors_depend_on(tmp_path):
+    """Its key is in the file's name; a sample that it cannot encode is named, and the rest is cached."""
+
+    class Sound:
+        def __init__(self, of):
+            self.of = of
+
+        def cache_key(self, item):
+            return self.of[item.path.name]
+
+        def cached(self, vae, video, item):
+            if item.path.name == "b.png":
+                raise data.Skip("has no sound")
+            return {"sound": torch.full((3,), self.of[item.path.name])}
+
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png", w=80)
+    items, _ = scan(tmp_path)
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    how = tmp_path / "cache", tmp_path / "VAE.pth"
+    for of in ({"a.png": 1.0, "b.png": 2.0}, {"a.png": 3.0, "b.png": 2.0}):
+        failed = data.cache_latents(items, *how, lambda: vae, Sound(of))
+        assert failed == [(tmp_path / "b.png", "has no sound")]
+        file, missing = data.latent_files(items, *how, Sound(of))
+        assert load(file)[0]["sound"].tolist() == [of["a.png"]] * 3 and not missing.exists()
 
 
 def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
@@ -241,8 +425,11 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
         "a cat": files["a cat"],
     }
     assert data.cache_texts(["a cat"], tmp_path, file, lambda: encoder, torch.bfloat16)["a cat"] != files["a cat"]
-    other = [file[1], file[0]]  # other weights, another tokenizer
-    assert data.cache_texts(["a cat"], tmp_path, other, lambda: encoder, torch.float32)["a cat"] != files["a cat"]
+    for i in range(2):  # other weights, another tokenizer
+        other = [*file]
+        other[i] = tmp_path / "other"
+        other[i].write_bytes(file[i].read_bytes() + b"x")
+        assert data.cache_texts(["a cat"], tmp_path, other, lambda: encoder, torch.float32)["a cat"] != files["a cat"]
 
 
 def items_of(sizes):
@@ -278,10 +465,97 @@ def test_a_jsonl_lists_paths_and_captions(tmp_path):
     items, skipped = scan(tmp_path / "list.jsonl")
     assert [(i.path.name, i.captions) for i in items] == [("a.mp4", ["one"]), ("b.png", ["two", "three"])]
     assert [why.split()[0] for _, why in skipped] == ["does", "has", "is"] and "line 5 of list.jsonl" in skipped[1][1]
-    for broken in ("{", '["a"]', '{"caption": "x"}'):
-        (tmp_path / "list.jsonl").write_text(lines[0] + "\n" + broken)
-        with pytest.raises(BadInput, match="list.jsonl, line 2: not lines of"):
-            scan(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not lines of .* line 2: "),
+        ('["a"]', "not lines of .* line 2: "),
+        ('{"caption": "x", "seed": 1}', "names no file; of path, file, .* columns are caption, seed"),
+        ('{"path": 5, "caption": "x"}', "names no file"),
+        ('{"path": "", "caption": "x"}', "names no file"),
+        ('{"path": "a.png", "caption": 5}', "neither a text nor a list of texts"),
+        ('{"path": "a.png", "caption": ["x", 5]}', "neither a text nor a list of texts"),
+        ('{"path": "a.png", "caption": "x", "repeat": 0}', "repeat 0"),
+        ('{"path": "a.png", "caption": "x", "repeat": "often"}', "repeat often"),
+    ],
+)
+def test_a_line_that_fits_no_habit_is_named(tmp_path, line, message):
+    photo(tmp_path / "a.png")
+    (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "x"}\n' + line)
+    with pytest.raises(
+        BadInput, match=f"^--data {tmp_path}/list.jsonl.* line 2: .*{message}|^--data {tmp_path}/list.jsonl: {message}"
+    ):
+        scan(tmp_path / "list.jsonl")
+
+
+COLUMNS = [
+    ("path", "caption"),
+    ("video_path", "caption"),
+    ("image_path", "caption"),
+    ("video", "prompt"),
+    ("file_name", "text"),
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("path, caption", COLUMNS)
+def test_lists_of_every_habit(tmp_path, kind, path, caption):
+    """musubi's, DiffSynth's and Hugging Face's columns, among others that mean nothing here; relative to the list."""
+    (tmp_path / "m").mkdir()
+    photo(tmp_path / "m" / "a.png")
+    photo(tmp_path / "m" / "b.png")
+    if kind == "jsonl":
+        rows = [{"id": 7, path: "m/a.png", caption: "a cat, running"}, {path: "m/b.png", caption: "b", "repeat": 3}]
+        text = "\n".join(map(json.dumps, rows))
+    else:
+        text = f'id,{path},{caption},repeat\n7,m/a.png,"a cat, running",\n8,m/b.png,"b",3\n'
+    (tmp_path / f"list.{kind}").write_text(text, encoding="utf-8-sig")
+    items, skipped = scan(tmp_path / f"list.{kind}")
+    assert [(i.path.name, i.captions, i.repeat) for i in items] == [
+        ("a.png", ["a cat, running"], 1),
+        ("b.png", ["b"], 3),
+    ]
+    assert not skipped and "seen 4 times an epoch" in data.report(items, skipped)
+
+
+def test_a_csv_that_cannot_be_understood(tmp_path):
+    photo(tmp_path / "a.png")
+    for text, message in (
+        ("path,caption\na.png,a cat, running\n", "line 2: .*commas in them need quotes"),
+        ("name,words\na.png,x\n", "line 2: names no file; .*columns are name, words"),
+        ('path,caption\na.png,"x\n', "list.csv: not a CSV with a header: line "),
+        ("path,caption\n", "nothing to train on"),
+    ):
+        (tmp_path / "list.csv").write_text(text)
+        with pytest.raises(BadInput, match=message):
+            scan(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("path,caption\na.png\n")
+    with pytest.raises(BadInput, match="a.png has no caption on line 2 of list.csv"):
+        scan(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_folder_may_hold_its_list(tmp_path, kind):
+    """What metadata.csv names has its caption from there; the rest has it beside itself, or is skipped by name."""
+    (tmp_path / "m").mkdir()
+    for name in ("a", "m/b", "c", "d"):
+        photo(tmp_path / f"{name}.png", caption=f"beside {name}")
+    (tmp_path / "d.txt").unlink()
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "m/b.png", "text": "two"}]
+    if kind == "csv":
+        text = "file_name,text\n" + "".join(f"{r['file_name']},{r['text']}\n" for r in rows)
+    else:
+        text = "\n".join(map(json.dumps, rows))
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    items, skipped = scan(tmp_path)
+    assert [(i.path.name, i.captions) for i in items] == [
+        ("a.png", ["one"]),
+        ("b.png", ["two"]),
+        ("c.png", ["beside c"]),
+    ]
+    assert [p.name for p, _ in skipped] == ["d.png"]
 
 
 @pytest.mark.parametrize(
@@ -304,12 +578,23 @@ def test_which_frames_of_a_longer_clip(tmp_path, mode, want):
         assert all(min(abs(g - level[int(f)]), abs(g - level[-int(-f // 1)])) < 0.02 for g, f in zip(got, frames))
 
 
+def test_entries_that_repeat_are_seen_as_often(tmp_path):
+    items = items_of({16: 3, 32: 2})
+    items[1].repeat = 4
+    batches = data.Batches(items, 2, seed=0)
+    seen = Counter(i for step in range(batches.per_epoch) for i in batches.at(step))
+    assert seen == {0: 1, 1: 4, 2: 1, 3: 1, 4: 1} and batches.per_epoch == 3 + 1
+
+
 def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "b.mp4", frames=3)
     calls, real = [], data.probe
     monkeypatch.setattr(data, "probe", lambda p: calls.append(p.name) or real(p))
-    look = lambda: data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
+
+    def look():
+        return data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
+
     first = look()
     assert (
         calls == ["a.mp4", "b.mp4"]
@@ -319,6 +604,9 @@ def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     assert len(calls) == 2
     clip(tmp_path / "b.mp4", frames=13)
     assert len(look()[0]) == 2 and calls[2:] == ["b.mp4"]
+    for file in (tmp_path / "cache").iterdir():  # such as a lost write
+        file.write_text(file.read_text()[:5])
+    assert len(look()[0]) == 2 and len(calls) == 5 and len(look()[0]) == 2 and len(calls) == 5
 
 
 def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
@@ -326,29 +614,21 @@ def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
     import subprocess
     import sys
 
+    (tmp_path / "d").mkdir()
     for i in range(6):
-        clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}") if (tmp_path / "d").mkdir(
-            exist_ok=True
-        ) is None else None
-    command = lambda out, cache: [
-        sys.executable,
-        str(ROOT / "train_lora.py"),
-        "--ckpt",
-        str(checkpoints["ti2v"]),
-        "--data",
-        str(tmp_path / "d"),
-        "--out",
-        str(tmp_path / out),
-        "--cache",
-        str(tmp_path / cache),
-        "--resolution",
-        "64x64",
-        "--frames",
-        "9",
-        "--device",
-        "cpu",
-        "--cache_only",
-    ]
+        clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}")
+    flags = {
+        "--ckpt": checkpoints["ti2v"],
+        "--data": tmp_path / "d",
+        "--resolution": "64x64",
+        "--frames": 9,
+        "--device": "cpu",
+    }
+
+    def command(out, cache):
+        given = flags | {"--out": tmp_path / out, "--cache": tmp_path / cache}
+        return [sys.executable, ROOT / "train_lora.py", "--cache_only", *(str(w) for kv in given.items() for w in kv)]
+
     both = [
         subprocess.Popen(command(out, "shared"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for out in ("a", "b")
@@ -368,8 +648,6 @@ def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
     import subprocess
     import sys
     import tempfile
-
-    import av
 
     folder = Path(tempfile.mkdtemp())
     try:

@@ -17,7 +17,7 @@ from test_lora import trained
 from checkpoint import BadInput
 from diag import inspect
 from lora import TARGETS, save_lora
-from sample import write_mp4
+from media import write_mp4
 from wan import VARIANTS, Wan, full_config
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from checkpoint import BadInput
 from diag import planned, propose
 from lora import inject
+from models import Models
 from plan import Tracker, build, builders, linear_flops, step_times, traced
-from sample import Models
 from wan import Wan, full_config, keep_fp32
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def test_a_tiled_decode(report):
         for more in ([], ["--vae_tile", "4"])
     )
     with FakeTensorMode():
-        vae = build(builders(Models(ROOT / "nano", "cpu", torch.float32)), "vae", torch.float32)
+        vae = build(builders(Models(ROOT / "nano")), "vae", torch.float32)
         report("decode", abs(tiled / traced(lambda: vae.decode(torch.empty(1, 48, 2, 20, 20), 4)) - 1), 0.05)
     assert tiled < 0.7 * whole
 
@@ -124,13 +124,13 @@ FULL_SIZE = """
 import sys
 import torch
 sys.path.insert(0, {root!r})
-from plan import Layout, build, used
+from plan import ParallelLayout, build, used
 from wan import Wan, full_config, load_wan
 with torch.device("meta"):
     plain = build({{"dit": lambda: Wan(full_config({variant!r}))}}, "dit", torch.bfloat16)
 for fp8 in (False, True):
     model = load_wan({folder!r}, "meta", torch.bfloat16, True) if fp8 else plain
-    for layout in (Layout(), Layout(stream=len(model.blocks)), Layout(stream=10), Layout(shards=8), Layout(stages=8)):
+    for layout in (ParallelLayout(), ParallelLayout(stream_blocks=len(model.blocks)), ParallelLayout(stream_blocks=10), ParallelLayout(fsdp_size=8), ParallelLayout(pp_size=8)):
         print(*layout.weights(model))
 print(used('cpu'))
 """

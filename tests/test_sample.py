@@ -1,8 +1,10 @@
 """sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers' parts, fp32 on CPU."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,14 @@ from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
+import models as models_module
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
-from sample import NEGATIVE, Reuse, best_size, denoise, generate, latent_to_rgb, load, open_image, previewer, write_mp4
+from conditions import best_size
+from denoising import EasyCache, preview_writer
+from media import latent_to_rgb, open_image, write_mp4
+from models import NEGATIVE
+from sample import generate, load, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -192,7 +199,7 @@ def test_mp4_holds_the_pixels(tmp_path):
     """Crf 10 keeps smooth pictures within a few grey levels."""
     import av
 
-    from sample import to_uint8
+    from media import to_uint8
 
     ramp = torch.linspace(-0.8, 0.8, 64)
     video = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
@@ -235,7 +242,7 @@ def test_another_picture_is_encoded_anew(checkpoints):
     picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
     assert not torch.equal(before, after := first())
     seen = []
-    denoise(
+    sample_latents(
         models,
         ["a"],
         [0],
@@ -245,7 +252,7 @@ def test_another_picture_is_encoded_anew(checkpoints):
         steps=2,
         guidance=1.0,
         progress=False,
-        watch=lambda step, x0: seen.append(x0[0]),
+        callback_on_step_end=lambda step, x0: seen.append(x0[0]),
     )
     assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
 
@@ -286,13 +293,13 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
 
 
 def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
-    from sample import denoise
+    from sample import sample_latents
 
     models = load(checkpoints["t2v"])
-    both = denoise(
+    both = sample_latents(
         models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False
     )
-    alone = denoise(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
+    alone = sample_latents(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
     report("relative error", tiny.error(both[1:], alone), 2e-5)
 
 
@@ -344,29 +351,25 @@ def small(models, **kwargs):
 @pytest.mark.parametrize("kind", ["ti2v", "t2v"])
 def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch, kind):
     """With no room to spare, one part at a time is in memory: when one is loaded, no other is alive."""
-    import gc
-    import weakref
-
-    import sample
-
     plenty = small(load(checkpoints[kind]))  # both halves of guidance in one batch, which rounds a little differently
     held, alive = [], weakref.WeakValueDictionary()
-    monkeypatch.setattr(sample, "free_memory", lambda device: 0)
-    real = sample.Models._load
+    monkeypatch.setattr(models_module, "free_memory", lambda device: 0)
+    real = models_module.Models._load
 
     def watched(self, name):
         gc.collect()
         held.append((name, sorted(alive)))
-        alive[name] = model = real(self, name)
-        return model
+        part = real(self, name)
+        alive[name] = part.model
+        return part
 
-    monkeypatch.setattr(sample.Models, "_load", watched)
+    monkeypatch.setattr(models_module.Models, "_load", watched)
     models = load(checkpoints[kind])
     assert tiny.error(small(models), plenty) < 2e-6
     assert held == [
         (name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])
     ]
-    assert list(models.parts) == ["vae"]
+    assert list(models.placements) == ["vae"]
 
 
 def test_an_updated_text_encoder(checkpoints, tmp_path):
@@ -392,19 +395,19 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
             p.data.normal_(0, 0.2)
         save_lora(tmp_path / f"{name}.safetensors", model, **({"expert": "low"} if name == "a" else {}))
     a, b = (str(tmp_path / f"{n}.safetensors") for n in "ab")
-    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", b])
+    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", f"{b}:both"])
     for expert, applied in (("high", [(b, -1.5), (b, 1.0)]), ("low", [(a, 0.5), (b, 1.0)])):
         want = load_wan(checkpoints["t2v"] / f"{expert}_noise_model", dtype=torch.float32)
         for file, weight in applied:
             merge(want, file, weight)
-        got = models.part(expert)
+        got = models.acquire(expert)
         assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters()))
     with pytest.raises(BadInput, match="single model"):
         load(checkpoints["ti2v"], lora=[a])
     with pytest.raises(BadInput, match="nowhere"):  # at once, not when that expert comes
         load(checkpoints["t2v"], lora=["nowhere.safetensors:low"])
     save_lora(tmp_path / "wide.safetensors", (wide := tiny.dit("t2v", dim=96), inject(wide, rank=2))[0])
-    for spec in ("wide.safetensors", "wide.safetensors:low"):
+    for spec in ("wide.safetensors:both", "wide.safetensors:low"):
         with pytest.raises(BadInput, match="does not fit"):
             load(checkpoints["t2v"], lora=[str(tmp_path / spec)])
 
@@ -413,9 +416,9 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     """While its expert makes room for the other one."""
     from lora import inject
 
-    models = load(checkpoints["t2v"])
-    models.prepare = lambda name, model: inject(model, rank=2, device="cpu")
-    model = models.part("high")
+    runtime = models_module.Runtime(on_model_built=lambda name, model: inject(model, rank=2, device="cpu"))
+    models = models_module.Models(checkpoints["t2v"], runtime)
+    model = models.acquire("high")
     before = {p: p.data_ptr() for p in model.parameters()}
 
     def to(device):  # as to another device: new memory for every parameter
@@ -423,7 +426,7 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
             p.data = p.data.clone()
 
     model.to = to
-    models._move("high", model, "elsewhere")
+    models.placements["high"].to("elsewhere")
     assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(
         p.requires_grad for p in before
     )
@@ -440,10 +443,14 @@ def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     dit = load_wan(checkpoints["ti2v"], dtype=torch.float32)
     save_file({f"model.diffusion_model.{k}": v for k, v in dit.state_dict().items()}, tmp_path / "one.safetensors")
-    size = lambda m: sum(p.nbytes for p in m.parameters())
+
+    def size(module):
+        return sum(p.nbytes for p in module.parameters())
+
     block = size(dit.blocks) // len(dit.blocks)
     for folder in (tmp_path, checkpoints["ti2v"]):
-        assert load(folder)._bytes("dit") == size(dit) and load(folder, stream=1)._bytes("dit") == size(dit) - block
+        assert load(folder)._bytes("dit") == size(dit)
+        assert load(folder, stream_blocks=1)._bytes("dit") == size(dit) - block
         assert load(folder, fp8=True)._bytes("dit") == size(dit) - size(dit.blocks) * 3 // 4
 
 
@@ -452,13 +459,13 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     last are always computed.
     """
     models = load(checkpoints["ti2v"])
-    run = lambda threshold, watch=None: (
-        r := Reuse(threshold),
-        denoise(
-            models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False, reuse=r, watch=watch
-        ),
-    )
-    plain = denoise(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
+    given = dict(size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
+
+    def run(threshold, callback=None):
+        cache = EasyCache(threshold)
+        return cache, sample_latents(models, ["a cat"], [3], step_cache=cache, callback_on_step_end=callback, **given)
+
+    plain = sample_latents(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
     off, exact = run(0.0)
     assert torch.equal(exact, plain) and off.computed == 8
     on, rough = run(0.99)
@@ -471,29 +478,27 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
 
 def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     """Both halves in one forward pass, or, where memory is short, in two."""
-    import sample
-
     models, found = load(checkpoints["ti2v"]), []
     given = dict(size=(64, 32), frames=5, steps=3, guidance=4.0, progress=False)
     sizes = []
-    model = models.part("dit")
+    model = models.acquire("dit")
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     for memory in (1 << 50, 0):
-        monkeypatch.setattr(sample, "free_memory", lambda device: memory)
-        models.parts["dit"] = model
-        found.append(denoise(models, ["a cat"], [1], **given))
+        monkeypatch.setattr(models_module, "free_memory", lambda device: memory)
+        models.placements["dit"] = models_module.Placement(model)
+        found.append(sample_latents(models, ["a cat"], [1], **given))
     assert sizes == [2] * 3 + [1] * 6
     report("latents", tiny.error(*found), 2e-6)
 
 
 def test_compiled_blocks_give_the_same(checkpoints, report):
-    models, compiled = load(checkpoints["ti2v"]), load(checkpoints["ti2v"])
-    compiled.compile = "blocks"
-    assert all(b._compiled_call_impl is not None for b in compiled.part("dit").blocks)
+    models = load(checkpoints["ti2v"])
+    compiled = models_module.Models(checkpoints["ti2v"], models_module.Runtime(compile="blocks"))
+    assert all(b._compiled_call_impl is not None for b in compiled.acquire("dit").blocks)
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
     report(
         "latents",
-        tiny.error(denoise(compiled, ["a cat"], [1], **given), denoise(models, ["a cat"], [1], **given)),
+        tiny.error(sample_latents(compiled, ["a cat"], [1], **given), sample_latents(models, ["a cat"], [1], **given)),
         2e-5,
     )
 
@@ -501,16 +506,16 @@ def test_compiled_blocks_give_the_same(checkpoints, report):
 def test_preview_shows_what_the_clip_will_be(tmp_path):
     """On nano: the linear colours of the finished latents are near the decoded clip's, and the last preview is on disk."""
     models = load("nano")
-    colors = latent_to_rgb(models.part("vae"))
-    z = denoise(
+    colors = latent_to_rgb(models.acquire("vae"))
+    z = sample_latents(
         models,
         ["a red square moves left"],
         [0],
         progress=False,
-        watch=previewer(models, tmp_path / "p.png", 4, "a red square"),
+        callback_on_step_end=preview_writer(models, tmp_path / "p.png", 4, "a red square"),
     )
     rough = torch.einsum("cthw,cd->dthw", torch.cat([z[0], torch.ones_like(z[0, :1])]), colors)
-    video = models.part("vae").decode(z)[0]
+    video = models.acquire("vae").decode(z)[0]
     want = F.avg_pool2d(video[:, ::4].transpose(0, 1), 16).transpose(0, 1)
     assert (rough - want).square().mean().sqrt() < 0.3 and torch.corrcoef(
         torch.stack([rough.flatten(), want.flatten()])

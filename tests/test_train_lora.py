@@ -69,8 +69,8 @@ def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind,
     assert "data: 3 files, 0 skipped" in run.stdout
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
-    pairs, meta = read_lora(tmp_path / "out" / f"{name}.safetensors")
-    assert len(pairs) == 6 and all(b.abs().max() > 0 for _, b in pairs.values())
+    changes, meta = read_lora(tmp_path / "out" / f"{name}.safetensors")
+    assert len(changes) == 6 and all(change.norm() > 0 for change in changes.values())
     assert meta["expert"] == (flags[1] if flags else "dit") and meta["step"] == "6"
     image = Image.open(media / "c.png") if kind == "i2v" else None
     settings = dict(image=image, size=(32, 32) if kind != "ti2v" else (64, 64), frames=5, steps=4, progress=False)
@@ -141,21 +141,21 @@ import os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import train, train_lora
-real, calls = train.draw_t, []
+real, calls = train.sample_timesteps, []
 def killing(*a):
     calls.append(1)
     if len(calls) == 4:  # in the middle of step 4, when step 2 is what was saved
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
-train.draw_t = killing
+train.sample_timesteps = killing
 train_lora.main()
 """
 
 
 def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
     code = (
-        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.draw_t\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.draw_t = spy; train_lora.main()"
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.sample_timesteps\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
         run = subprocess.run(

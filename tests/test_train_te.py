@@ -13,7 +13,16 @@ import torch
 
 from checkpoint import BadInput, load
 from t5 import load_t5
-from train_te import RowEmbedding, arguments, calibrate, has_keyword, own_pieces, resolve, trainable
+from train_te import (
+    RowEmbedding,
+    arguments,
+    augment_caption,
+    check_keywords,
+    has_keyword,
+    keyword_token_ids,
+    resolve,
+    trainable,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,9 +115,9 @@ def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_te\n"
-        "real, n = m.draw_t, []\n"
+        "real, n = m.sample_timesteps, []\n"
         "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n    return real(*a)\n"
-        "m.draw_t = kill; train_te.main()"
+        "m.sample_timesteps = kill; train_te.main()"
     )
     train(checkpoints["ti2v"], media, tmp_path / "whole")
     assert (
@@ -137,7 +146,7 @@ def test_rows_get_the_gradient_of_their_rows(report):
 
 def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
     rng, caption = random.Random(0), "a small crimson box drifts slowly over the dark floor"
-    seen = [calibrate(caption, ["crimson", "box"], (15, 35, 50), 0.2, rng) for _ in range(4000)]
+    seen = [augment_caption(caption, ["crimson", "box"], (15, 35, 50), 0.2, rng) for _ in range(4000)]
     lengths = Counter("alone" if s in ("crimson", "box") else "whole" if len(s.split()) >= 8 else "short" for s in seen)
     alone_again = 1 / 9  # a shortened caption may keep no neighbour
     assert (
@@ -145,7 +154,9 @@ def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
     )
     assert all("crimson" in s or "box" in s for s in seen)
     assert all("crimson" in s and "box" in s for s in seen if len(s.split()) >= 8)
-    other = [calibrate("a dog runs over the green grass", ["crimson"], (15, 35, 50), 0.2, rng) for _ in range(500)]
+    other = [
+        augment_caption("a dog runs over the green grass", ["crimson"], (15, 35, 50), 0.2, rng) for _ in range(500)
+    ]
     assert 0.7 < sum(o == "a dog runs over the green grass" for o in other) / 500 < 0.98
 
 
@@ -157,16 +168,46 @@ def test_keywords_in_any_script_and_of_several_words():
     )
     assert has_keyword("一只熊猫在森林里走路", ["熊猫"]) and has_keyword("강아지가 뛴다", ["강아지"])
     rng, caption = random.Random(0), "one very old red panda climbs up the tall tree"
-    seen = {calibrate(caption, ["red panda"], (0, 50, 50), 1.0, rng) for _ in range(500)}
+    seen = {augment_caption(caption, ["red panda"], (0, 50, 50), 1.0, rng) for _ in range(500)}
     assert all("red panda" in s for s in seen) and "red panda" in seen and len(seen) > 20
 
 
 def test_rows_of_every_spelling(checkpoints):
     tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
     one, both = (
-        own_pieces(["dog"], captions, tokenizer) for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"])
+        keyword_token_ids(["dog"], captions, tokenizer)["dog"]
+        for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"])
     )
     assert one == set(tokenizer.ids("dog")) - set(tokenizer.ids("a cat")) and both > one
+
+
+def test_captions_without_spaces_are_shortened_and_trimmed_too():
+    rng, caption = random.Random(0), "一只红色的熊猫在森林里慢慢地走路"
+    short = {augment_caption(caption, ["熊猫"], (0, 1, 0), 0.0, rng) for _ in range(300)}
+    assert all("熊猫" in s and s in caption for s in short) and "熊猫" in short and max(map(len, short)) == 6
+    trimmed = {augment_caption(caption, ["熊猫"], (0, 0, 1), 1.0, rng) for _ in range(300)}
+    assert all("熊猫" in s for s in trimmed) and 13 <= min(map(len, trimmed)) < max(map(len, trimmed)) == 16
+    mixed = {augment_caption("a red 熊猫 walks home", ["熊猫"], (0, 1, 0), 0.0, rng) for _ in range(300)}
+    assert "red 熊猫 walks" in mixed and "熊猫" in mixed
+
+
+def test_what_keywords_are_refused(checkpoints, capsys):
+    tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
+    captions = ["a dog runs", "a cat runs", "dog"]
+    check_keywords(["dog"], captions, tokenizer, trains_blocks=False)
+    assert "'dog': in 2 captions" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="fox: no caption"):
+        check_keywords(["fox"], captions, tokenizer, trains_blocks=True)
+    with pytest.raises(BadInput, match="--train_blocks 0"):
+        check_keywords(["a"], ["a dog", "cat and a", "banana"], tokenizer, trains_blocks=False)
+    check_keywords(["a"], ["a dog", "cat and a", "banana"], tokenizer, trains_blocks=True)
+    unknown = "\u1234"
+    with pytest.raises(BadInput, match="no piece"):
+        check_keywords([unknown], [unknown], tokenizer, trains_blocks=True)
+    far = "cat " * 600 + "dog"
+    with pytest.raises(BadInput, match="where it is read"):
+        check_keywords(["dog"], [far], tokenizer, trains_blocks=True)
+    assert "beyond the 512 tokens" in capsys.readouterr().out
 
 
 def test_rows_learn_at_their_own_rate(checkpoints):
@@ -174,7 +215,7 @@ def test_rows_learn_at_their_own_rate(checkpoints):
     encoder.token_embedding = RowEmbedding(encoder.token_embedding, {3})
     args = arguments(["--lr", "0", "--keyword_lr", "0.1"])
     encoder.norm.requires_grad_(True)
-    assert [g["peak"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
+    assert [g["lr"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -189,15 +230,15 @@ def test_rows_learn_at_their_own_rate(checkpoints):
 )
 def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
     """Plain AdamW's steps of 1e-5 are lost in bf16, unless what is trained is kept in fp32."""
-    import sample
+    import models
 
     args = arguments(["--device", "cuda", "--data", "x", "--ckpt", "ti2v-5B", *flags])
     if optimizer:
-        resolve(args, sample.released("ti2v-5B"))
+        resolve(args, models.released("ti2v-5B"))
         assert args.optimizer == optimizer
     else:
         with pytest.raises(BadInput, match="--optimizer"):
-            resolve(args, sample.released("ti2v-5B"))
+            resolve(args, models.released("ti2v-5B"))
 
 
 def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
@@ -219,7 +260,7 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
     "flags, message",
     [
         (["--save", "delta", "--text_encoder", "x.safetensors"], "--save full"),
-        (["--mix", "1,2"], "--mix"),
+        (["--caption_mode_probs", "1,2"], "--caption_mode_probs"),
         (["--train_blocks", "9"], "from 0 to 2"),
         (["--lr", "-1"], "--lr"),
         (["--trim_prob", "2"], "--trim_prob"),

@@ -10,12 +10,44 @@ import tiny
 import torch
 
 from checkpoint import BadInput
-from vae import VAE
+from vae import FULL_WIDTHS, GEOMETRY, LATENT_STATS, VAE, fold_kernel, load_vae, tile_weights, upsample_conv
+
+# fmt: off
+MEAN_22 = [  # of the 48 channels, as in the official wan/modules/vae2_2.py; diffusers knows those of 2.1
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
+    -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+    0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520,
+    0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+]
+STD_22 = [
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885,
+    0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338,
+    0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458,
+    1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+]
+# fmt: on
 
 
 def normalised(peer, moments):
     mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
     return (moments - mean) / std
+
+
+def test_latent_statistics_are_the_published_ones():
+    from diffusers import AutoencoderKLWan
+
+    peer = AutoencoderKLWan(base_dim=2).config
+    assert LATENT_STATS == {16: (list(peer.latents_mean), list(peer.latents_std)), 48: (MEAN_22, STD_22)}
+
+
+@pytest.mark.parametrize("version", GEOMETRY)
+def test_geometry_is_that_of_the_encoder(version):
+    model, (st, sh, sw) = VAE(version, 4, 4), GEOMETRY[version].stride
+    for frames, height, width in ((1, 32, 64), (9, 64, 32)):
+        latents = model.encode(torch.zeros(1, 3, frames, height, width))[0]
+        assert tuple(latents.shape) == GEOMETRY[version].latent_shape(frames, height, width)
+        assert tuple(latents.shape[1:]) == (1 + frames // st, height // sh, width // sw)
+    assert (model.z_dim, model.stride) == GEOMETRY[version]
 
 
 @pytest.mark.parametrize("v22", [False, True])
@@ -34,12 +66,10 @@ def test_equals_diffusers(v22, T, report):
     report("decode", tiny.error(model.decode(z), want), 2e-5)
 
 
-@pytest.mark.parametrize(
-    "args, params, tensors", [((False, 96, 96, 16), 126_892_531, 194), ((True, 160, 256, 48), 704_688_668, 196)]
-)
-def test_full_size_counts(args, params, tensors):
+@pytest.mark.parametrize("version, params, tensors", [("2.1", 126_892_531, 194), ("2.2", 704_688_668, 196)])
+def test_full_size_counts(version, params, tensors):
     with torch.device("meta"):
-        state = VAE(*args).state_dict()
+        state = VAE(version, *FULL_WIDTHS[version]).state_dict()
     assert (sum(t.numel() for t in state.values()), len(state)) == (params, tensors)
 
 
@@ -87,28 +117,73 @@ def test_decode_memory_does_not_grow_with_frames(report):
 
 @pytest.mark.parametrize("v22", [False, True])
 def test_tiles_are_exact_where_they_overlap_enough(v22, report):
-    """Windows of 14 latent pixels, whose overlap is all that a result depends on; a window of 3 is blended, and not
-    equal.
-    """
+    """Tiles of 14 latent pixels, whose overlap is all that a result depends on."""
     model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 3, 28) * 0.5  # fp64, into fp32 pixels
-    whole = model.decode(z)
-    assert model.overlap(14) == (model.decoder.reach(), True) and not model.overlap(3)[1]
-    report("tile 14", tiny.error(model.decode(z, tile=14), whole), 2e-7)
-    narrow = z[:, :, :1, :, :7]
-    assert tiny.error(model.decode(narrow, tile=3), model.decode(narrow)) > 1e-3
+    assert model.tile_overlap(14) == (model.decoder.receptive_radius(), True)
+    report("tile 14", tiny.error(model.decode(z, tile=14), model.decode(z)), 2e-7)
+
+
+@pytest.mark.parametrize("v22", [False, True])
+def test_smaller_tiles_are_blended_and_nearly_equal(v22, report):
+    """Each tile sees half of itself more on each side; what lies beyond changes pixels by little, and less the larger
+    the tiles are.
+    """
+    model, z = tiny.vae(v22), torch.randn(1, 48 if v22 else 16, 2, 3, 17) * 0.5
+    whole, errors = model.decode(z), []
+    for tile in (2, 4, 8):
+        assert model.tile_overlap(tile) == (tile // 2, False)
+        errors.append((model.decode(z, tile) - whole).square().mean().sqrt().item() / whole.std().item())
+    report("tiles of 4, relative to the picture's contrast", errors[1], 0.15)
+    report("tiles of 8", errors[2], 0.06)
+    assert errors[0] > errors[1] > errors[2] > 1e-4
+
+
+@pytest.mark.parametrize("side, tile", [(7, 3), (8, 2), (5, 1), (9, 4), (6, 6)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_weights_of_tiles_add_up_to_one_and_cross_fade_around_their_edges(side, tile, exact):
+    scale, overlap = 8, 5 if exact else max(1, tile // 2)
+    total, starts = torch.zeros(side * scale), range(0, side, tile)
+    for start in starts:
+        end = min(start + tile, side)
+        w = tile_weights(start, end, overlap, exact, side, scale)
+        first, last = max(0, start - overlap), min(side, end + overlap)
+        total[first * scale : last * scale] += w
+        at = (torch.arange(first * scale, last * scale) + 0.5) / scale  # in latent pixels
+        if exact:
+            assert torch.equal(w, ((at > start) & (at < end)).float())
+        elif 2 * overlap <= tile:  # its two slopes do not meet
+            rise = ((at - start) / (2 * overlap) + 0.5).clamp(0, 1) if start else torch.ones_like(at)
+            fall = ((end - at) / (2 * overlap) + 0.5).clamp(0, 1) if end < side else torch.ones_like(at)
+            assert torch.allclose(w, torch.minimum(rise, fall), atol=1e-6)
+        assert (w >= 0).all()
+    assert torch.allclose(total, torch.ones(side * scale), atol=1e-6)
+
+
+@pytest.mark.parametrize("v22", [False, True])
+def test_tiles_of_a_constant_picture_show_no_seams(v22):
+    """Where every tile decodes to one color, so does the frame, whatever the tiles; and ranks decode each tile once."""
+    model, z = tiny.vae(v22), torch.randn(1, 48 if v22 else 16, 2, 3, 7)
+    with torch.no_grad():
+        model.decoder.head[2].weight.zero_()
+        model.decoder.head[2].bias[:] = 0.3
+    for tile in (1, 2, 6):
+        assert torch.allclose(model.decode(z, tile), torch.tensor(0.3), atol=1e-6)
+    parts = []
+    for index in range(2):
+        model.decode(z, 3, (index, 2, lambda video: parts.append(video.clone()) or video))
+    assert torch.allclose(sum(parts), torch.tensor(0.3), atol=1e-6)
+    assert all((p == 0).any() for p in parts)
 
 
 def test_a_shorter_overlap_is_not_exact(monkeypatch):
     """The reach is needed: four pixels less leave a difference."""
     model, z = tiny.vae(False).double(), torch.randn(1, 16, 1, 3, 28) * 0.5
-    monkeypatch.setattr(model, "overlap", lambda tile: (model.decoder.reach() - 4, True))
+    monkeypatch.setattr(model, "tile_overlap", lambda tile: (model.decoder.receptive_radius() - 4, True))
     assert tiny.error(model.decode(z, tile=14), model.decode(z)) > 4e-7
 
 
 def test_doubling_and_convolving_on_the_small_map(report):
     """Four 2x2 convolutions equal nearest x2 and a 3x3 convolution."""
-    from vae import double_and_convolve, folded
-
     x, w, b = (
         torch.randn(2, 5, 6, 7, dtype=torch.double),
         torch.randn(3, 5, 3, 3, dtype=torch.double),
@@ -117,7 +192,7 @@ def test_doubling_and_convolving_on_the_small_map(report):
     want = torch.nn.functional.conv2d(
         torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), w, b, padding=1
     )
-    report("fp64", tiny.error(double_and_convolve(x, folded(w), b.repeat(4)), want), 1e-14)
+    report("fp64", tiny.error(upsample_conv(x, fold_kernel(w), b.repeat(4)), want), 1e-14)
 
 
 def test_grey_frames_are_not_encoded_twice():
@@ -133,3 +208,14 @@ def test_grey_frames_are_not_encoded_twice():
     assert max(calls[:3]) <= 6 and max(calls[:6]) <= 9 and sum(calls) < 0.75 * 21 * len(calls), calls
     moving = torch.rand(1, 3, 13, 16, 24) * 2 - 1
     assert torch.equal(model.encode(moving, still=True), model.encode(moving))
+
+
+def test_what_is_no_wan_vae_is_refused(tmp_path):
+    state = tiny.vae(False).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("decoder.head")}, tmp_path / "a_VAE.pth")
+    with pytest.raises(BadInput, match=r"a_VAE.pth: not a Wan VAE, it has no decoder.head.2.weight"):
+        load_vae(tmp_path / "a_VAE.pth")
+    state["conv2.weight"] = state["conv2.weight"][:12]
+    torch.save(state, tmp_path / "b_VAE.pth")
+    with pytest.raises(BadInput, match=r"b_VAE.pth: 12 latent channels; a Wan 2.1 VAE has 16"):
+        load_vae(tmp_path / "b_VAE.pth")

@@ -46,7 +46,7 @@ def vae_of(model, seed=1):
 
 
 def vae(v22, seed=1):
-    return vae_of(VAE(v22, 8, 12 if v22 else 8, 48 if v22 else 16), seed)
+    return vae_of(VAE("2.2", 8, 12) if v22 else VAE("2.1", 8, 8), seed)
 
 
 def spiece(byte_fallback=False):

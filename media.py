@@ -1,0 +1,214 @@
+"""Pictures and clips: read, turned into tensors, written as mp4 and contact sheets."""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from checkpoint import BadInput, atomic
+
+
+class Skip(Exception):
+    """Why a file cannot be used."""
+
+
+class Frame(NamedTuple):
+    """A frame of a clip: seconds since the first one, (width, height) in px at which a player shows it, upright and
+    with square pixels, and its image, upright but as stored (None where it was not asked for).
+    """
+
+    seconds: float
+    size: tuple
+    image: object
+
+
+def why(error):
+    """An exception of a decoder as a few words."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_frames(path, images=True):
+    """Yield the Frames of a clip. Raises Skip where it cannot be decoded."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise Skip("has no video stream")
+            stream, first = container.streams.video[0], None
+            if stream.codec_context is None:
+                raise Skip("holds video for which there is no decoder here")
+            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    raise Skip("has frames without a time")
+                first = frame.time if first is None else first
+                turns = round(frame.rotation / 90) % 4
+                size = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1))), frame.height
+                image = frame.to_image().rotate(90 * turns, expand=True) if images else None
+                yield Frame(frame.time - first, size[::-1] if turns % 2 else size, image)
+    except Skip:
+        raise
+    except FileNotFoundError:
+        raise Skip("does not exist any more") from None
+    except Exception as e:  # decoders meet damaged files with errors of every kind
+        raise Skip(f"cannot be decoded ({why(e)})") from None
+
+
+def open_photo(path):
+    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):
+                image = image.convert("I").point(lambda v: v / 257).convert("L")
+            if image.mode == "F":
+                raise Skip("holds floating-point pixels, whose range is unknown")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image if image.mode == "RGBA" else image.convert("RGBA")
+                page = Image.new("RGB", image.size, "white")
+                page.paste(image, mask=image.getchannel("A"))
+                return page
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except Skip:
+        raise
+    except FileNotFoundError:
+        raise Skip("does not exist any more") from None
+    except Exception as e:  # decoders meet damaged files with errors of every kind
+        raise Skip(f"cannot be read ({why(e)})") from None
+
+
+def open_image(image, flag="--image"):
+    """A PIL image, or a file as training data are opened (upright, transparency on white), as RGB. Raises BadInput."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        return open_photo(image)
+    except Skip as e:
+        raise BadInput(f"{flag} {image}: {e}") from None
+
+
+def to_tensor(image):
+    """PIL image -> (3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+
+
+def cover(image, width, height, size=None):
+    """A PIL image resized by Lanczos until it covers width x height px, then centre-cropped to that. size: (width,
+    height) at which it is shown, where its pixels are not square.
+    """
+    from PIL import Image
+
+    shown_width, shown_height = size or image.size
+    scale = max(width / shown_width, height / shown_height)
+    w, h = max(width, round(shown_width * scale)), max(height, round(shown_height * scale))
+    x, y = (w - width) // 2, (h - height) // 2
+    image = image if image.size == (w, h) else image.resize((w, h), Image.LANCZOS)
+    return image.crop((x, y, x + width, y + height))
+
+
+def to_uint8(video):
+    """(3,T,H,W) in [-1,1] -> (T,H,W,3) uint8."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def write_mp4(path, video, fps, comment="", crf=10):
+    """Write (3,T,H,W) in [-1,1] as H.264, yuv420p, under a temporary name that is then renamed.
+
+    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 cannot be told from the source.
+    """
+    write_frames(path, [to_uint8(video)], fps, comment, crf)
+
+
+def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0):
+    """The same of frames (T,H,W,3) uint8 that come in several arrays, and with the sound of a file: AAC at 192 kbit/s,
+    beginning at sound_offset seconds, cut to the video's length.
+    """
+    import av
+
+    # x264's macroblock tree does not give the same bits each time on small frames
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    rate, stream, count = Fraction(fps).limit_denominator(1001), None, 0
+    with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
+        if comment:
+            file.metadata["comment"] = comment
+        for frames in chunks:
+            if stream is None:
+                stream = file.add_stream("libx264", rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+                audio = file.add_stream("aac", rate=48000, layout="stereo") if sound else None
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            count += len(frames)
+        file.mux(stream.encode())
+        if sound:
+            audio.bit_rate = 192_000
+            write_sound(file, audio, sound, sound_offset, float(count / rate))
+
+
+def write_sound(file, stream, source, offset, seconds):
+    """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock."""
+    import av
+
+    resampler = av.AudioResampler(stream.codec_context.format or "fltp", "stereo", 48000)
+    fifo, position, last = av.AudioFifo(), round(48000 * offset), round(48000 * seconds)
+    with av.open(str(source)) as container:
+        for frame in (*container.decode(audio=0), None):
+            for piece in resampler.resample(frame):
+                piece.pts = None
+                fifo.write(piece)
+    while position < last and (piece := fifo.read(min(1024, last - position), partial=True)):
+        piece.pts, piece.time_base = position, Fraction(1, 48000)
+        position += piece.samples
+        file.mux(stream.encode(piece))
+    file.mux(stream.encode())
+
+
+def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
+    """A contact sheet PNG: each video (3,T,H,W) in [-1,1] as `shown` frames in a row, first to last, under its label;
+    `columns` videos side by side. scale: of the pixels (default: strips about 384 px wide).
+    """
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for video in videos:
+        frames = to_uint8(video)[np.linspace(0, video.shape[1] - 1, shown).round().astype(int)]
+        strip = Image.fromarray(np.concatenate(list(frames), 1))
+        factor = scale or max(1, round(384 / strip.width))
+        strips.append(strip.resize((strip.width * factor, strip.height * factor), Image.NEAREST))
+    w, h = strips[0].width + 8, strips[0].height + 22
+    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(strips) / columns)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (strip, label) in enumerate(zip(strips, labels)):
+        x, y = i % columns * w + 4, i // columns * h
+        sheet.paste(strip, (x, y + 18))
+        pen.text((x, y + 2), label if len(label) * 6 < w else label[: w // 6 - 3] + "...", fill="black")
+    with atomic(path) as tmp:
+        sheet.save(tmp, format="PNG")
+
+
+@torch.no_grad()
+def latent_to_rgb(vae):
+    """A linear map (z+1,3) from a pixel of the latents, and a one, to the mean colour of what it stands for: fitted by
+    least squares on a still clip of smooth noise. For previews of latents without a decode.
+    """
+    device = next(vae.parameters()).device
+    noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = F.interpolate(noise, scale_factor=2 * vae.stride[1], mode="bicubic").clamp(-1, 1)
+    z = vae.encode(image[:, :, None].expand(-1, -1, 9, -1, -1).to(device))[0].flatten(1).t().cpu()
+    colors = F.avg_pool2d(image, vae.stride[1])[0, :, None].expand(-1, 3, -1, -1).flatten(1).t()
+    return torch.linalg.lstsq(torch.cat([z, torch.ones_like(z[:, :1])], 1), colors).solution
+
+
+def latent_preview(latents, colors):
+    """Latents (z,T',h,w) as a small video (3,T',8h,8w), by the map of latent_to_rgb."""
+    z = torch.cat([latents, torch.ones_like(latents[:1])])
+    return F.interpolate(torch.einsum("cthw,cd->dthw", z, colors), scale_factor=8)
