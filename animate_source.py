@@ -82,13 +82,16 @@ def read_source(folder, replace, face_side):
 
 def read_video(file):
     """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
+    images, last = [], 0.0
     try:
-        times, images = zip(*((f.seconds, np.array(f.image.convert("RGB"))) for f in read_frames(file)))
+        for frame in read_frames(file):
+            images.append(np.array(frame.image.convert("RGB")))
+            last = frame.seconds
     except Skip as e:
         raise BadInput(f"{file}: {e}") from None
-    except ValueError:
-        raise BadInput(f"{file}: has no frames") from None
-    return list(images), (len(times) - 1) / times[-1] if len(times) > 1 else 0.0
+    if not images:
+        raise BadInput(f"{file}: has no frames")
+    return images, (len(images) - 1) / last if last else 0.0
 
 
 def letterbox(image, width, height):
