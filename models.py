@@ -89,8 +89,8 @@ class Settings:
 
     def latent_shape(self, size, frames):
         """(C,T',h,w) of a video's latents."""
-        st, sh, sw = self.stride
-        return self.z_dim, 1 + (frames - 1) // st, size[1] // sh, size[0] // sw
+        _, sh, sw = self.stride
+        return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
         """(T',H',W') of a video's tokens."""
@@ -108,6 +108,24 @@ class Settings:
         if not s.conditioning.by_clips:  # those go by their inputs
             check_size(s.size, s.frames, s.size_multiple)
         return s
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
+
+    settings: Settings
+    image: object
+    pixels: tuple
+
+    @property
+    def shape(self):
+        """(C,T',h,w) of the latents."""
+        return self.settings.latent_shape(self.pixels, self.settings.frames)
+
+    @property
+    def tokens(self):
+        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def checkpoint_dir(name):
