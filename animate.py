@@ -346,12 +346,6 @@ class WanAnimate(Wan):
         crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
         return torch.cat([self.motion_encoder(part) for part in crops]).unflatten(0, (B, frames))
 
-    def blank_motion(self, batch, frames):
-        """What encode_motion makes of crops that are all -1, as guidance's second half has them."""
-        like = self.motion_encoder.dec.direction.weight
-        crop = torch.full((1, 3, *[self.motion_encoder.side] * 2), -1.0, device=like.device)
-        return self.motion_encoder(crop).expand(batch, frames, -1)
-
     def embed_motion(self, motion, cache=False):
         """Motion vectors (B,F,W), F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's keys and
         values too.
