@@ -178,8 +178,8 @@ VARIANTS = {
                         "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
                         "三条腿，背景人很多，倒着走")),
     "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
-                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20, shift=5.0, boundary=None, guidance=(1.0, 1.0),
-                        prompt="视频中的人在做动作"),
+                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
+                        shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
 }
 # fmt: on
 
