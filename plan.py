@@ -58,7 +58,6 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
@@ -71,6 +70,11 @@ class Tracker(TorchDispatchMode):
 
     def _gone(self, nbytes):
         self.now -= nbytes
+
+
+def storages(tree):
+    """The storages of all tensors in a tree."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def traced(f):
