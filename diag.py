@@ -40,11 +40,12 @@ import train_lora
 import train_te
 from checkpoint import BadInput, atomic, clean_key, cli, count_blocks, load, read_header, read_headers, weight_files
 from data import CLIPS
+from denoising import EasyCache, decode
 from lora import TARGETS, check_fit, write_changes
 from lora_files import describe, read_lora
 from media import write_grid
 from models import DTYPES, Models, Runtime, checkpoint_dir, parse_size, pick_device, pick_dtype, released, settings
-from sample import EasyCache, decode, read_prompts, sample_latents
+from sample import read_prompts, sample_latents
 from t5 import encoder_files, load_t5
 from train import Dataset, eval_batches, expert_schedule
 from wan import VARIANTS, full_config, read_config

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput, atomic, cli, save
+from denoising import decode
 from flow import add_noise, sample_timesteps
 from media import write_grid, write_mp4
-from sample import decode, load, sample_latents
+from sample import load, sample_latents
 from t5 import TextEncoder, Tokenizer
 from vae import LATENT_STATS, VAE, channels_last
 from wan import Wan, WanConfig

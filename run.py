@@ -341,8 +341,8 @@ class Run:
 
 
 class TrainState:
-    """All that a run needs to go on exactly: parameters, the optimizer, the guard and the averages; what is drawn follows
-    from the step.
+    """All that a run needs to go on exactly: parameters, the optimizer, the guard and the averages; what is drawn
+    follows from the step.
     """
 
     def __init__(self, params, opt, args):

@@ -16,12 +16,13 @@ import torch
 import data
 import plan
 from checkpoint import BadInput, load
+from denoising import decode
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from media import write_grid, write_mp4
 from models import DTYPES, check_frames, parse_size, pick_dtype
 from optim import lr_at
 from parallel import backward, clip_grad_norm
-from sample import decode, read_prompts, sample_latents
+from sample import read_prompts, sample_latents
 from t5 import read_encoder, tokenizer_file
 
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
@@ -393,9 +394,9 @@ def fit(
     """The loop of both trainers, from state.step to args.steps; returns whether it came to the end.
 
     schedule: of expert_schedule. params_of {expert: parameters that a step on it gives gradients}. embed(captions) ->
-    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step). extra_loss(step)
-    back-propagates a further loss and returns its value, added over ranks. after_update(expert) -> metrics, after an
-    optimizer step.
+    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step).
+    extra_loss(step) back-propagates a further loss and returns its value, added over ranks. after_update(expert) ->
+    metrics, after an optimizer step.
     """
     world, opt, guard = models.world, state.opt, state.guard
     if not state.step and (metrics := evaluate(0)):

@@ -20,9 +20,10 @@ import models as models_module
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from conditions import best_size
+from denoising import EasyCache, preview_writer
 from media import latent_to_rgb, open_image, write_mp4
 from models import NEGATIVE
-from sample import EasyCache, generate, load, preview_writer, sample_latents
+from sample import generate, load, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
