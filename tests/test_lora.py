@@ -331,9 +331,14 @@ def test_alpha_of_peft(tmp_path, where, rslora):
 
 
 def test_peft_without_its_configuration_is_refused(tmp_path):
-    path = file_of(tmp_path / "adapter_model.safetensors", pair_for("base_model.model.blocks.1.cross_attn.v"))
+    """Unless the alphas stand in the file itself."""
+    key = "base_model.model.blocks.1.cross_attn.v"
+    path = file_of(tmp_path / "adapter_model.safetensors", pair_for(key))
     with pytest.raises(BadInput, match="its alpha should stand in adapter_config.json"):
         read_lora(path)
+    tensors = pair_for(key, alpha=2.0)
+    want = {"blocks.1.cross_attn.v.weight": 0.5 * product(tensors, key)}
+    check_changes(changes_of(file_of(tmp_path / "adapter_model.safetensors", tensors)), want)
 
 
 @pytest.mark.parametrize(
