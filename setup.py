@@ -56,7 +56,7 @@ setup(
     name="nanowan",
     version="0.1.0",
     python_requires=">=3.11",
-    packages=["kernels", "parallel"],
+    packages=["diagnostics", "kernels", "nanoworld", "parallel"],
     ext_modules=modules,
     cmdclass=commands,
     py_modules=sorted(f.stem for f in HERE.glob("*.py") if f.stem != "setup"),

@@ -16,7 +16,7 @@ import torch
 from test_lora import trained
 
 from checkpoint import BadInput
-from diag import inspect
+from diagnostics.inspect import inspect
 from lora import TARGETS, save_lora
 from media import write_mp4
 from wan import VARIANTS, Wan, full_config
@@ -208,7 +208,7 @@ def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
-    from diag import delta, together
+    from diagnostics.delta import delta, relative_norm
     from lora import merge
     from wan import load_wan
 
@@ -235,11 +235,11 @@ def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
         every.append((d.flatten(), w.flatten()))
     report("relative error", worst, 1e-5)
     d, w = (torch.cat(u).norm().item() for u in zip(*every))
-    report("of all together", abs(together(rows) / (d / w) - 1), 1e-5)
+    report("of all together", abs(relative_norm(rows) / (d / w) - 1), 1e-5)
 
 
 def test_a_capped_lora_stays_under_its_cap(tmp_path, checkpoints):
-    from diag import cap_lora, delta
+    from diagnostics.delta import cap_lora, delta
 
     save_lora(tmp_path / "a.safetensors", trained())
     rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
@@ -251,7 +251,7 @@ def test_a_capped_lora_stays_under_its_cap(tmp_path, checkpoints):
 
 
 def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
-    from diag import delta
+    from diagnostics.delta import delta
 
     save_lora(tmp_path / "a.safetensors", trained())
     with pytest.raises(BadInput, match="does not fit"):
@@ -262,7 +262,7 @@ def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, r
     from types import SimpleNamespace
 
     from checkpoint import save
-    from diag import delta, run_delta
+    from diagnostics.delta import delta
     from t5 import load_t5
 
     model, encoder = tiny.dit("ti2v"), load_t5(checkpoints["ti2v"], dtype=torch.float32)
@@ -296,7 +296,7 @@ def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, r
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_stats_equal_brute_force(masked, report):
     """Against the softmax of one query and head at a time, in float64."""
-    from diag import attention_stats
+    from diagnostics.logits import attention_stats
 
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 11, 3, 8, generator=g), torch.randn(2, 7, 3, 8, generator=g)
@@ -320,7 +320,7 @@ def test_attention_stats_equal_brute_force(masked, report):
 def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoints):
     from test_data import clip
 
-    from diag import logits
+    from diagnostics.logits import logits
 
     clip(tmp_path / "d" / "a.mp4", 24, 64, 64) if (tmp_path / "d").mkdir() is None else None
     save_lora(tmp_path / "k.safetensors", trained(["cross_attn.k"], blocks=[1]))
@@ -367,7 +367,7 @@ def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoint
 
 
 def test_drift_of_an_encoder(tmp_path, checkpoints, report):
-    from diag import drift
+    from diagnostics.drift import drift
     from t5 import load_t5
 
     old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
