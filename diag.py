@@ -11,14 +11,16 @@ python diag.py logits --ckpt DIR --lora FILE     attention logits per head, befo
 python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and what its words are near
 python diag.py listen --ckpt DIR --lora FILE     does it follow prompts better? nano: graded; others: a sheet
 python diag.py reuse --ckpt DIR --prompts FILE   what sample.py --reuse saves and costs, at several thresholds
+python diag.py convert IN OUT --to comfyui a text encoder's file in another layout
 python diag.py report RUN                  everything about a training run in one HTML file
 """
 
 import argparse
 
 from checkpoint import cli
-from diagnostics import delta, drift, inspect, listen, logits, planning, report, reuse, scale
+from diagnostics import convert, delta, drift, inspect, listen, logits, planning, report, reuse, scale
 from models import DTYPES
+from t5 import LAYOUTS
 from wan import VARIANTS
 
 
@@ -107,6 +109,12 @@ def arguments(argv=None):
     add("--prompts", help="a text file, one prompt per line (default: four of the nano world)")
     thresholds = [0.02, 0.05, 0.1, 0.2]
     add("--thresholds", type=float, nargs="+", default=thresholds, help="of --reuse (default: 0.02 0.05 0.1 0.2)")
+
+    add = command("convert", convert, "a text encoder's file in another layout, with the same bits")
+    add("source", metavar="IN", help="a file, or a checkpoint folder, whose own encoder it is")
+    add("out", metavar="OUT", help="the .safetensors file to write")
+    add("--to", required=True, choices=LAYOUTS, help="official is read by Kijai's nodes, musubi-tuner and others too")
+    add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")
     add("folder", metavar="RUN", help="--out of the run")

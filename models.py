@@ -59,6 +59,7 @@ class Settings:
     guidance: tuple
     boundary: float | None = None
     solver: str = "unipc"
+    prompt: str = "a red square moves left"
     negative: str = NEGATIVE
     is_moe: bool = False
     train: dict = field(default_factory=dict)
@@ -88,8 +89,8 @@ class Settings:
 
     def latent_shape(self, size, frames):
         """(C,T',h,w) of a video's latents."""
-        st, sh, sw = self.stride
-        return self.z_dim, 1 + (frames - 1) // st, size[1] // sh, size[0] // sw
+        _, sh, sw = self.stride
+        return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
         """(T',H',W') of a video's tokens."""
@@ -104,8 +105,27 @@ class Settings:
             raise BadInput(
                 f"--guidance {s.guidance}, --shift {s.shift}: guidance must be finite and the shift positive"
             )
-        check_size(s.size, s.frames, s.size_multiple)
+        if not s.conditioning.by_clips:  # those go by their inputs
+            check_size(s.size, s.frames, s.size_multiple)
         return s
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
+
+    settings: Settings
+    image: object
+    pixels: tuple
+
+    @property
+    def shape(self):
+        """(C,T',h,w) of the latents."""
+        return self.settings.latent_shape(self.pixels, self.settings.frames)
+
+    @property
+    def tokens(self):
+        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def checkpoint_dir(name):
@@ -130,7 +150,12 @@ def settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     try:
         config = json.loads(file.read_text())
-        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
+        kind = (
+            config["model_type"]
+            if "model_type" in config
+            else read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+        )
+        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == kind)
         s = replace(released(variant), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         types = ", ".join(row["model_type"] for row in VARIANTS.values())
@@ -285,9 +310,9 @@ class StreamedPlacement(Placement):
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of
-    the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
-    half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not
+    after half of the steps.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -347,6 +372,10 @@ class Models:
             part.to(device)
         return part.model
 
+    def acquire_vae(self, size):
+        """The VAE, ready for frames of (width, height) px."""
+        return self.acquire("vae", VAE_BYTES * math.prod(size))
+
     def evict(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         part, cuda = self.placements[name], self.runtime.cuda
@@ -379,6 +408,8 @@ class Models:
 
     def _bytes(self, name):
         """What a part's weights take on the device."""
+        if name in self.settings.conditioning.encoders:
+            return self.settings.conditioning.encoders[name].bytes(self.dir)
         entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
         is_dit, itemsize = name in self.headers, 4 if name == "vae" else self.runtime.dtype.itemsize
         in_blocks = {n: e.numel for n, e in entries.items() if is_dit and n.startswith("blocks.")}
@@ -395,6 +426,9 @@ class Models:
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in self.settings.conditioning.encoders:
+            encoder = self.settings.conditioning.encoders[name]
+            return Placement(encoder.load(self.dir / encoder.folder, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"
@@ -405,7 +439,11 @@ class Models:
                 merge(model, file, weight, name)
         if self.world.is_main and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
-        buffer = offload.share(model, share.path_of(name), share.is_first, share.barrier, run.cuda) if share else None
+        buffer = (
+            offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
+            if share
+            else None
+        )
         if run.stream_blocks:
             part = StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:
@@ -441,7 +479,7 @@ class Models:
         """The Conditions of a clip of `frames` at `size` px; image: PIL or None. The last ones are kept."""
         key = (image and (image.size, image.tobytes()), size, frames)
         if key != self._conditions[0]:
-            vae = image and self.acquire("vae", VAE_BYTES * math.prod(size))
+            vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
         return self._conditions[1]
 

@@ -1,14 +1,15 @@
 """Streaming frozen blocks: their weights stay in host memory and come to the device two at a time, each while the one
 before it runs.
 
-A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a stream of its own, started a block
-ahead: upwards in the forward pass, downwards in the backward pass, where checkpointing runs each block again before its
-gradient. The two blocks that are on the device where the direction turns serve both ways. Nothing is copied back, since
-nothing streamed is trained. What checkpointing keeps of each block, its input, waits on the host as well: of a long
-clip that is more than the weights. On a CPU the same ring works without streams. Used by --stream_blocks N of sample.py
-and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a CUDA stream of its own, started a
+block ahead: upwards in the forward pass, downwards in the backward pass, where checkpointing runs each block again
+before its gradient. The two blocks that are on the device where the direction turns serve both ways. Nothing is copied
+back, since nothing streamed is trained. What checkpointing keeps of each block, its input, waits on the host as well:
+of a long clip that is more than the weights. On a CPU the same ring works without CUDA streams. Used by --stream_blocks
+N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
 
+import contextlib
 import os
 import time
 
@@ -35,17 +36,18 @@ def frozen(module):
     ]
 
 
-def layout(tensors):
-    """([(first byte, bytes, dtype, shape)] of tensors in one buffer, its size)."""
-    places, end = [], 0
+def flat_layout(tensors):
+    """Where tensors lie in one buffer: ([(first byte, bytes, dtype, shape)], the buffer's size in bytes)."""
+    slots, end = [], 0
     for t in tensors:
-        places.append((end, t.nbytes, t.dtype, t.shape))
+        slots.append((end, t.nbytes, t.dtype, t.shape))
         end += -(-t.nbytes // ALIGNED) * ALIGNED
-    return places, end
+    return slots, end
 
 
-def views(flat, places):
-    return [flat[at : at + n].view(dtype).view(shape) for at, n, dtype, shape in places]
+def views(flat, slots):
+    """The tensors that lie in a buffer (bytes)."""
+    return [flat[begin : begin + n].view(dtype).view(shape) for begin, n, dtype, shape in slots]
 
 
 def pin(flat):
@@ -57,33 +59,34 @@ def unpin(flat):
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
 
 
-def share(model, file, first, barrier, cuda):
+def share_host_copy(model, file, is_first, barrier, cuda):
     """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank
-    fills it, the others, whose model is empty, take theirs from it. Returns the buffer. Without a name once all have
-    it, the file ends with the last of them.
+    fills it, the others, whose model is empty, take theirs from it. Returns the buffer. The file has no name any more
+    once all have it, and ends with the last of them. Raises BadInput where the machine has too little shared memory.
     """
     order = [entry for block in model.blocks for entry in frozen(block)]
     order += [entry for entry in frozen(model) if not any(entry[0] is values and entry[1] == k for values, k in order)]
-    places, end = layout([values[k] for values, k in order])
-    if first:
+    slots, end = flat_layout([values[k] for values, k in order])
+    if is_first:
         file.unlink(missing_ok=True)  # of a job that was killed
         try:
             with open(file, "wb") as f:
                 os.posix_fallocate(f.fileno(), 0, end)  # else writing to it would end the process, where room is short
         except OSError as e:
             raise BadInput(
-                f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its limit (docker: --shm-size)"
+                f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its "
+                "limit (docker: --shm-size)"
             ) from None
         flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
     barrier()
-    if not first:
+    if not is_first:
         flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
-    for (values, k), view in zip(order, views(flat, places)):
-        if first:
+    for (values, k), view in zip(order, views(flat, slots)):
+        if is_first:
             view.copy_(values[k])
         values[k] = torch.nn.Parameter(view, requires_grad=False) if isinstance(values[k], torch.nn.Parameter) else view
     barrier()
-    if first:
+    if is_first:
         file.unlink()
     if cuda:
         pin(flat)
@@ -97,27 +100,27 @@ class Flat:
 
     def __init__(self, block, cuda, shared=None):
         self.tensors = [values[k] for values, k in frozen(block)]
-        self.places, end = layout(self.tensors)
+        self.slots, end = flat_layout(self.tensors)
         if shared is not None:
-            at = self.tensors[0].data_ptr() - shared.data_ptr()
-            self.host = shared[at : at + end]
+            begin = self.tensors[0].data_ptr() - shared.data_ptr()
+            self.host = shared[begin : begin + end]
             return
         self.host = torch.empty(end, dtype=torch.uint8)
         if cuda:
             pin(self.host)
-        for t, view in zip(self.tensors, views(self.host, self.places)):
+        for t, view in zip(self.tensors, views(self.host, self.slots)):
             t.data = view.copy_(t.data)
 
-    def place(self, flat):
+    def use(self, flat):
         """Let the block compute with the tensors in this copy of the buffer."""
-        for t, view in zip(self.tensors, views(flat, self.places)):
+        for t, view in zip(self.tensors, views(flat, self.slots)):
             t.data = view
 
 
 class Stream:
     """Streams `count` blocks of a frozen model (its adapters apart), which comes from the host. `copies`: block numbers
     in the order of their copies; `bytes` copied; `waited()`: seconds that computing waited for them. Switches the
-    model's checkpointing on. shared: the buffer that `share` has put the model into.
+    model's checkpointing on. shared: the buffer that `share_host_copy` has put the model into.
     """
 
     def __init__(self, model, count, device, shared=None):
@@ -125,21 +128,30 @@ class Stream:
         if count > len(model.blocks):
             raise BadInput(f"--stream_blocks {count}: this model has {len(model.blocks)} blocks")
         self.numbers = spread(count, len(model.blocks))
+        self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest one that will run again
         self.cuda = self.device.type == "cuda"
         self.flats = {i: Flat(model.blocks[i], self.cuda, shared) for i in self.numbers}
         self.copier = torch.cuda.Stream(self.device) if self.cuda else None
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
-        model.checkpointing, model.keeps_text = True, False
-        run = model.run
-
-        def kept_on_host(*args):
-            with torch.autograd.graph.save_on_cpu(pin_memory=self.cuda):
-                return run(*args)
-
-        model.run = kept_on_host
+        model.checkpointing, model.cache_text_kv = True, False
+        model.surround_blocks(self._inputs_on_host, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
         for i in self.numbers:
-            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i, args[0].requires_grad))
+            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i))
         self.to(device)
+
+    def _inputs_on_host(self):
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.cuda)
+
+    @contextlib.contextmanager
+    def _in_phase(self, phase):
+        """Blocks run in a forward pass that keeps nothing ("forward"), in one whose blocks will run once more
+        ("recorded"), or for the second time, in the backward pass ("recompute").
+        """
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
 
     def to(self, device):
         """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else
@@ -150,12 +162,12 @@ class Stream:
             if id(t) not in streamed and not t.requires_grad:
                 t.data = t.data.to(device)
         for flat in self.flats.values():
-            flat.place(flat.host)
+            flat.use(flat.host)
         here = torch.device(device).type == self.device.type
         self.ring = (
             [torch.empty(self.ring_bytes() // 2, dtype=torch.uint8, device=device) for _ in range(2)] if here else None
         )
-        self.held, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
+        self.resident, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
 
     def close(self):
         """Unlock the host's copies, before they are given up."""
@@ -168,11 +180,12 @@ class Stream:
 
     def _fetch(self, i):
         """Copy block i over the one of the two blocks on the device that is not computing, unless it is there."""
-        if i in self.held:
+        if i in self.resident:
             return
-        slot = next(s for s in (0, 1) if self.held[s] is None or self.held[s] != self.current)
-        if self.held[slot] is not None:
-            self.flats[self.held[slot]].place(self.flats[self.held[slot]].host)
+        slot = next(s for s in (0, 1) if self.resident[s] is None or self.resident[s] != self.current)
+        if self.resident[slot] is not None:
+            evicted = self.flats[self.resident[slot]]
+            evicted.use(evicted.host)
         flat, began = self.flats[i], time.perf_counter()
         goal = self.ring[slot][: flat.host.numel()]
         if self.cuda:
@@ -184,21 +197,25 @@ class Stream:
         else:
             goal.copy_(flat.host)
             self.seconds += time.perf_counter() - began
-        flat.place(goal)
-        self.held[slot] = i
+        flat.use(goal)
+        self.resident[slot] = i
         self.copies.append(i)
         self.bytes += flat.host.numel()
 
-    def _before(self, i, needs_grad):
-        """Block i is about to run: have its weights here, and start the copy of the next."""
+    def next_block(self, i, phase):
+        """Which block is wanted after block i; None where both that the backward pass begins with are here."""
         at, first = self.numbers.index(i), self.numbers[0]
-        backward = torch._C._current_graph_task_id() != -1
-        if not backward and i == first:
+        if phase == "recompute":
+            return first if i == self.lowest else self.numbers[at - 1]  # after the lowest comes the next pass
+        if at + 1 < len(self.numbers):
+            return self.numbers[at + 1]
+        return first if self.lowest is None else None
+
+    def _before(self, i):
+        """Block i is about to run: have its weights here, and start the copy of the next."""
+        if self.phase != "recompute" and i == self.numbers[0]:
             self.lowest = None
-        records = torch.is_grad_enabled() and (
-            needs_grad or any(p.requires_grad for p in self.model.blocks[i].parameters())
-        )
-        if not backward and records and self.lowest is None:
+        if self.phase == "recorded" and self.lowest is None:
             self.lowest = i
         self._fetch(i)
         self.current = i
@@ -206,19 +223,17 @@ class Stream:
             now = torch.cuda.current_stream(self.device)
             ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             ends[0].record(now)
-            now.wait_event(self.copied[self.held.index(i)])
+            now.wait_event(self.copied[self.resident.index(i)])
             ends[1].record(now)
             self.waits.append(ends)
             while self.waits[0][1].query() and len(self.waits) > 1:
                 self.seconds += self.waits[0][0].elapsed_time(self.waits.pop(0)[1]) / 1000
-        if backward:
-            self._fetch(first if i == self.lowest else self.numbers[at - 1])
-        elif at + 1 < len(self.numbers):
-            self._fetch(self.numbers[at + 1])
-        elif self.lowest is None:  # the next pass begins at the first; a backward pass at the two that are here
-            self._fetch(first)
+        following = self.next_block(i, self.phase)
+        if following is not None:
+            self._fetch(following)
 
     def waited(self):
+        """Seconds so far that computing waited for copies."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
             self.seconds += sum(a.elapsed_time(b) for a, b in self.waits) / 1000
@@ -226,4 +241,7 @@ class Stream:
         return self.seconds
 
     def report(self):
-        return f"streaming: {len(self.copies)} copies, {self.bytes / 1e9:.2f} GB, computing waited {self.waited():.2f} s for them"
+        return (
+            f"streaming: {len(self.copies)} copies, {self.bytes / 1e9:.2f} GB, "
+            f"computing waited {self.waited():.2f} s for them"
+        )

@@ -28,25 +28,17 @@ CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
 
 def available():
     """{choice: None, or why it cannot be had}."""
-    gpu = torch.cuda.is_available()
-    triton = (
-        "no CUDA device, and TRITON_INTERPRET is not 1"
-        if not gpu and not kernels.INTERPRETED
-        else "triton is not installed"
-        if kernels.triton is None
-        else None
-    )
-    cpp = None if kernels.BUILT else f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
-    cuda = (
-        "no CUDA device"
-        if not gpu
-        else cpp
-        or (
-            None
-            if torch.ops.nanowan_csrc.has_cuda()
-            else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
-        )
-    )
+    gpu, cpp, triton, cuda = torch.cuda.is_available(), None, None, None
+    if not kernels.BUILT:
+        cpp = f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
+    if not gpu and not kernels.INTERPRETED:
+        triton = "no CUDA device, and TRITON_INTERPRET is not 1"
+    elif kernels.triton is None:
+        triton = "triton is not installed"
+    if not gpu:
+        cuda = "no CUDA device"
+    elif cpp or not torch.ops.nanowan_csrc.has_cuda():
+        cuda = cpp or "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
 
 
@@ -79,17 +71,10 @@ def fast(x):
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
-    return (
-        {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[
-            CHOSEN.get(kind, "ref")
-        ]
-        + f" operations on {kind}"
-        + (
-            ", large fp32 products on AMX tiles"
-            if CHOSEN.get(kind) == "cpp" and torch.ops.nanowan_csrc.has_tiles()
-            else ""
-        )
-    )
+    names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}
+    choice = CHOSEN.get(kind, "ref")
+    tiles = choice == "cpp" and torch.ops.nanowan_csrc.has_tiles()
+    return f"{names[choice]} operations on {kind}{', large fp32 products on AMX tiles' * tiles}"
 
 
 @contextlib.contextmanager
@@ -103,28 +88,30 @@ def using(choice, pretend=False):
         CHOSEN = before
 
 
-def modulate(x, weight, shift, eps, dtype):
-    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, rows (B,F,D) fp32."""
-    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype)
+def modulate(x, weight, shift, eps, dtype, index=None):
+    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, weight and shift rows (B,F,D) fp32. index (L,) int32:
+    which row serves each token; without one, each serves L/F in order.
+    """
+    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype, index)
 
 
-def gate(x, y, row=None):
-    """x + row * y, the residual stream x in fp32."""
-    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, row)
+def gate(x, y, gate=None, index=None):
+    """x + gate * y, the residual stream x in fp32, y (B,L,D), gate rows (B,F,D) fp32; index as in modulate."""
+    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, gate, index)
 
 
-def gate_modulate(x, y, row, weight, shift, eps, dtype):
-    """(x + row * y, and its `modulate`)."""
-    return (modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref)(
-        x, y, row, weight, shift, eps, dtype
-    )
+def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
+    """(x + gate * y, and its `modulate`); all rows (B,F,D) of the same F."""
+    fused = modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref
+    return fused(x, y, gate, weight, shift, eps, dtype, index)
 
 
-def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
-    """RMSNorm each of xs (B,L,D), split it into heads and rotate them: [(B,L,N,d)]."""
-    return (norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref)(
-        xs, weights, eps, heads, table, grid
-    )
+def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
+    """RMSNorm each of xs (B,L,D), split it into heads and, with a rope_table and positions (L,3), rotate them:
+    [(B,L,N,d)].
+    """
+    norm = norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref
+    return norm(xs, weights, eps, heads, table, positions)
 
 
 class Linear(torch.nn.Linear):
@@ -158,48 +145,45 @@ class NormedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, wq, wk, *how):
-        normed, v = norm_kernel.qk_norm_rope([q, k], [wq, wk], *how), v.unflatten(2, (how[1], -1))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(u.transpose(1, 2) for u in (*normed, v))
-        )
-        ctx.how = how
-        ctx.save_for_backward(q, k, v, wq, wk, out, lse)
+    def forward(ctx, q, k, v, weight_q, weight_k, eps, heads, table, positions):
+        ctx.how = eps, heads, table, positions
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        transposed = (u.transpose(1, 2) for u in (normed_q, normed_k, v.unflatten(2, (heads, -1))))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*transposed)
+        ctx.save_for_backward(q, k, v, weight_q, weight_k, out, lse)
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, wq, wk, out, lse = ctx.saved_tensors
-        with torch.enable_grad():
-            bare = [
-                t.detach().requires_grad_(needed)
-                for t, needed in zip((q, k, wq, wk), (True, True, *ctx.needs_input_grad[3:5]))
-            ]
-            normed = norm_kernel.qk_norm_rope(bare[:2], bare[2:], *ctx.how)
-        given = [u.detach().transpose(1, 2) for u in (grad.reshape(v.shape), *normed, v)]
-        *dnormed, dv = (
-            g.transpose(1, 2)
-            for g in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False)
+        q, k, v, weight_q, weight_k, out, lse = ctx.saved_tensors
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        v = v.unflatten(2, (ctx.how[1], -1))
+        transposed = (u.transpose(1, 2) for u in (grad.reshape(v.shape), normed_q, normed_k, v))
+        attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = attention_backward(*transposed, out, lse, 0.0, False)
+        dnormed_q, dnormed_k, dv = (g.transpose(1, 2).contiguous() for g in grads)
+        need_weights = any(ctx.needs_input_grad[3:5])
+        dq, dk, *dweights = norm_kernel.fused_backward(
+            [dnormed_q, dnormed_k], [q, k], [weight_q, weight_k], *ctx.how, need_weights
         )
-        found = iter(torch.autograd.grad(normed, [t for t in bare if t.requires_grad], dnormed))
-        dq, dk, dwq, dwk = (next(found) if t.requires_grad else None for t in bare)
-        return dq, dk, dv.flatten(2), dwq, dwk, *[None] * len(ctx.how)
+        dweight_q, dweight_k = dweights[0] if need_weights else (None, None)
+        return dq, dk, dv.flatten(2), dweight_q, dweight_k, None, None, None, None
 
 
 PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is faster than PyTorch's attention
 
 
-def self_attention(q, k, v, weights, eps, heads, table, grid):
+def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
     (B,L,D).
     """
     if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
-        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, grid)
+        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, positions)
         q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
-        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, grid).flatten(2)
+        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
-        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, grid)
-    q, k = qk_norm_rope([q, k], weights, eps, heads, table, grid)
+        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
+    q, k = qk_norm_rope([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
 
@@ -226,12 +210,9 @@ def timed(device, shape, dtype, heads):
                 lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3
             )
         PICKED[key] = ours < theirs
-        print(
-            f"ops: attention of {shape} in {dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
-            f"({ours:.2f} ms fused, {theirs:.2f} ms apart)",
-            file=sys.stderr,
-            flush=True,
-        )
+        faster = "the fused kernel" if PICKED[key] else "PyTorch after the fused norm and rotation"
+        times = f"{ours:.2f} ms fused, {theirs:.2f} ms apart"
+        print(f"ops: attention of {shape} in {dtype}: {faster} ({times})", file=sys.stderr, flush=True)
     return PICKED[key]
 
 

@@ -25,9 +25,9 @@ from flow import make_noisy_batch
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from t5 import XXL, TextEncoder, build_t5
+from t5 import XXL, TextEncoder, build_t5, read_encoder
 from vae import FULL_WIDTHS, VAE, build_vae, channels_last
-from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
+from wan import VARIANTS, full_config, keep_fp32, read_config, wan_class
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
@@ -58,7 +58,6 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
@@ -71,6 +70,11 @@ class Tracker(TorchDispatchMode):
 
     def _gone(self, nbytes):
         self.now -= nbytes
+
+
+def storages(tree):
+    """The storages of all tensors in a tree."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def traced(f):
@@ -86,8 +90,8 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks, its
-    tokens over sp_size, its blocks over pp_size.
+    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
+    its tokens over sp_size, its blocks over pp_size.
     """
 
     fp8: bool = False
@@ -141,9 +145,9 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
-        name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
+        name: lambda name=name, entries=entries: build_wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()
     }
     return found | {"text": lambda: build_t5(text, models.dir), "vae": lambda: build_vae(vae, models.dir)}
@@ -151,13 +155,15 @@ def builders(models):
 
 def full_builders(s):
     """The same of a released size, of which no file is needed. s: the Settings of a variant."""
-    dits = {name: lambda: Wan(full_config(s.variant)) for name in s.expert_names}
+    dits = {name: lambda: build_wan(full_config(s.variant)) for name in s.expert_names}
     version = VARIANTS[s.variant]["vae"]
     return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):
-    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in `dtype`."""
+    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
+    `dtype`.
+    """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
         if part == "vae":
@@ -166,6 +172,10 @@ def build(builders, part, dtype, cuda=False):
             full = part != "text" and keep_fp32(name)
         p.data = p.data.to(torch.float32 if full else dtype)
     return channels_last(model) if part == "vae" else model
+
+
+def build_wan(config):
+    return wan_class(config.model_type)(config)
 
 
 @contextlib.contextmanager
@@ -217,9 +227,9 @@ def itemized(parts):
     return ", ".join(f"{what} {gb(n)}" for what, n in parts.items())
 
 
-def denoising_bytes(dit, shape, batch, text, mode, layout):
+def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     """Peak bytes beyond weights of a sampling step on `batch` clips of latents `shape`, guided as `mode` says: "none",
-    "batched", "sequential" or "parallel" (Models.guidance_mode).
+    "batched", "sequential" or "parallel" (Models.guidance_mode). s: the Settings.
     """
     dit.cache_text_kv = layout.caches_text_kv
     local = layout.shape(shape)
@@ -228,14 +238,21 @@ def denoising_bytes(dit, shape, batch, text, mode, layout):
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
+    fake_inputs = s.conditioning.plan_inputs(dit.config, local)
+
     @torch.no_grad()
     def step():
-        kept = [dit.embed_text(embeds, cache=True)]
-        kept.append(dit.embed_text(torch.cat([embeds] * forwards), cache=True) if prompts == 2 else None)
-        kept += [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
+        kept = [prepared(1)] + [prepared(forwards)] * (prompts - 1)
+        solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
+        times = (forwards * batch, local[1]) if s.conditioning.trains_first_frame else forwards * batch
         if mode == "parallel":  # both halves, exchanged
-            kept += [torch.empty(batch, *shape) for _ in range(2)]
-        return dit(torch.cat([x] * forwards), torch.empty(forwards * batch, local[1]), kept[prompts - 1]), kept
+            solver += [torch.empty(batch, *shape) for _ in range(2)]
+        text, inputs = kept[-1]
+        return dit(torch.cat([x] * forwards), torch.empty(times), text, **inputs), kept, solver
+
+    def prepared(copies):
+        inputs = {k: v.repeat(copies * batch, *[1] * (v.dim() - 1)) for k, v in fake_inputs.items()}
+        return dit.embed_text(torch.cat([embeds] * copies), cache=True), dit.prepare_inputs(**inputs)
 
     return traced(step)
 
@@ -271,8 +288,10 @@ def sampling(
         if layout.fp8:
             fp8.convert(dit, {})
         on_device, on_host = layout.weights(dit)
-        step = denoising_bytes(dit, request.shape, batch, text, mode, layout)
-        decode, vae_bytes = decoding_bytes(vae, request.shape, batch, tile), nbytes(vae)
+        step = denoising_bytes(dit, s, request.shape, batch, text, mode, layout)
+        C, frames, h, w = request.shape
+        decode = decoding_bytes(vae, (C, frames + s.conditioning.decodes_more, h, w), batch, tile)
+        vae_bytes = nbytes(vae)
         still = max(32 * vae.stride[1] if preview else 0, *(request.pixels if request.image else (0, 0)))
         encode = encoding_bytes(vae, still, still, 9 if preview else 1) if still else 0
         encoder = nbytes(build(builders, "text", dtype))
@@ -315,11 +334,11 @@ def training(
 ):
     """Plan of a training run, per rank.
 
-    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
-    parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs are
-    trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the largest.
-    text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to be
-    computed. ranks: how many processes there are.
+    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
+    trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
+    are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
+    be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
@@ -373,7 +392,7 @@ def training(
         if previews:
             of = s.latent_shape(s.size, s.frames)
             dit.checkpointing = False
-            step = denoising_bytes(dit, of, 1, text, "batched" if s.guided else "none", layout)
+            step = denoising_bytes(dit, s, of, 1, text, "batched" if s.guided else "none", layout)
             vae = build(builders, "vae", dtype, cuda)
             decode = decoding_bytes(vae, of, 1, 0)
             phases["previews"] = weights | {

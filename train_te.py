@@ -25,20 +25,9 @@ from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
-from run import Run
-from train import (
-    NANO_WORDS,
-    Dataset,
-    Previews,
-    TrainState,
-    add_flags,
-    check_ranges,
-    evaluate,
-    expert_schedule,
-    fit,
-    resolve_flags,
-    resume_fingerprint,
-)
+from run import Run, TrainState, resume_fingerprint
+from t5 import EOS, PAD, UNK, load_tokenizer, read_encoder
+from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
 def arguments(argv=None):
@@ -149,29 +138,45 @@ def has_keyword(caption, keywords):
     return any(spans(caption, k) for k in keywords)
 
 
+# What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
+# Burmese, Khmer, Chinese, Japanese), with the marks on them.
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
+
+
 def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
     """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
-    shares `mix`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
+    shares `mode_probs`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
     """
-    found = [k for k in keywords if has_keyword(caption, [k])]
+    present = [k for k in keywords if has_keyword(caption, [k])]
     u = rng.random() * sum(mode_probs)
-    if found and u < mode_probs[0]:
-        return rng.choice(found)
-    matches = list(re.finditer(r"\S+", caption))
-    words = [m.group() for m in matches]
-    places = [
-        [i for i, m in enumerate(matches) if m.start() < end and m.end() > begin]
-        for k in found
+    if present and u < mode_probs[0]:
+        return rng.choice(present)
+    units = list(UNITS.finditer(caption))
+    keyword_units = [
+        [i for i, m in enumerate(units) if m.start() < end and m.end() > begin]
+        for k in present
         for begin, end in spans(caption, k)
     ]
-    if found and u < mode_probs[0] + mode_probs[1]:
-        at = rng.choice(sorted(places))
-        return " ".join(words[max(0, at[0] - rng.randint(0, 2)) : at[-1] + 1 + rng.randint(0, 2)])
+    if present and u < mode_probs[0] + mode_probs[1]:
+        kept = rng.choice(sorted(keyword_units))
+        first, last = max(0, kept[0] - rng.randint(0, 2)), min(len(units) - 1, kept[-1] + rng.randint(0, 2))
+        return caption[units[first].start() : units[last].end()]
     if rng.random() < trim_prob:
-        spare = [i for i in range(len(words)) if not any(i in place for place in places)]
-        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(words) // 5))))
-        return " ".join(w for i, w in enumerate(words) if i not in gone)
+        spare = [i for i in range(len(units)) if not any(i in kept for kept in keyword_units)]
+        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(units) // 5))))
+        return join_units(caption, [m for i, m in enumerate(units) if i not in gone])
     return caption
+
+
+def join_units(caption, units):
+    """Some units of a caption, each after a space where it had one before it."""
+    text = ""
+    for m in units:
+        spaced = m.start() > 0 and caption[m.start() - 1].isspace()
+        text += (" " if text and spaced else "") + m.group()
+    return text
 
 
 def unfreeze(encoder, args, ids):
@@ -209,12 +214,55 @@ def predict(args, s, builders, ids=(3,), **sizes):
 
 
 def keyword_token_ids(keywords, captions, tokenizer):
-    """Ids of the pieces that spell the keywords, as they are given and as captions write them, and that no caption
-    without a keyword uses; all of a spelling's where it has none of its own.
+    """{keyword: ids of the pieces that spell it}, as it is given and as captions write it, but for those that a caption
+    without a keyword uses; all of a spelling's where it has none of its own. Never the unknown, the end, a bare space.
     """
-    common = {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
-    spelled = {*keywords, *(c[begin:end] for c in captions for k in keywords for begin, end in spans(c, k))}
-    return {i for word in spelled for i in (set(tokenizer.ids(word)) - common or tokenizer.ids(word))}
+    shared = shared_token_ids(keywords, captions, tokenizer)
+    ids = {}
+    for keyword in keywords:
+        spellings = {keyword, *(c[begin:end] for c in captions for begin, end in spans(c, keyword))}
+        pieces = [{i for i in tokenizer.ids(spelling) if is_own_piece(i, tokenizer)} for spelling in spellings]
+        ids[keyword] = {i for found in pieces for i in (found - shared or found)}
+    return ids
+
+
+def is_own_piece(i, tokenizer):
+    """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
+    return i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
+
+
+def shared_token_ids(keywords, captions, tokenizer):
+    """Ids of the pieces of all captions without a keyword."""
+    return {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
+
+
+def check_keywords(keywords, captions, tokenizer, trains_blocks):
+    """Say how many captions hold each keyword. Raises BadInput for one that none holds, or of which nothing can be
+    trained: it has no piece, or, where no blocks are trained, none that other captions do not use too.
+    """
+    ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
+    for keyword in keywords:
+        holding = [c for c in captions if has_keyword(c, [keyword])]
+        cut_off = sum(is_cut_off(c, keyword, tokenizer) for c in holding)
+        print(
+            f"keyword {keyword!r}: in {len(holding)} captions, {len(ids[keyword])} embedding rows"
+            + f"; in {cut_off} of them beyond the {tokenizer.length} tokens that are read" * (cut_off > 0)
+        )
+        if len(holding) == cut_off:
+            raise BadInput(f"--keywords {keyword}: no caption of --data holds it where it is read")
+        if not ids[keyword]:
+            raise BadInput(f"--keywords {keyword}: the tokenizer has no piece for it, so nothing of it can be trained")
+        if not trains_blocks and not ids[keyword] - shared:
+            raise BadInput(
+                f"--keywords {keyword}: with --train_blocks 0 only its own pieces are trained, and all of them are in "
+                "captions without it too; train blocks as well"
+            )
+
+
+def is_cut_off(caption, keyword, tokenizer):
+    """Whether a caption is so long that no token of the keyword's first place in it is read."""
+    begin = spans(caption, keyword)[0][0]
+    return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
 
 
 def main():
@@ -241,6 +289,8 @@ def train(args, world):
     # data: latents cached, text never
     dataset, previews = Dataset(args, models), Previews(args, models)
     run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
+    tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+    check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)
@@ -253,7 +303,7 @@ def train(args, world):
     encoder = models.acquire("text")
     models.drop()  # from here on the encoder is this script's own: it must not make room for others
     anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
-    ids = keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
+    ids = set().union(*keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer).values())
     with torch.no_grad():
         anchor_embeds = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     trained, groups = unfreeze(encoder, args, ids)

@@ -1,28 +1,35 @@
 """The Wan 2.2 DiT: one model for TI2V-5B, T2V-A14B and I2V-A14B, with the official tensor names.
 
 B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
-L video tokens = T' H' W'             D width           N heads              d = D/N head width
-S text tokens      F rows of t: 1 for the whole clip, or T', one per latent frame
+L tokens           D width            N heads              d = D/N head width
+S text tokens      F rows of modulation: 1 for the whole clip, or T', one per latent frame
+
+The tokens of a clip are its T' H' W' patches; a variant may put others behind them. Each token has a position (time,
+height, width), by which self-attention rotates it, and one of the F rows modulates it.
 
 Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run
 in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention. Source:
 official wan/modules/model.py. The time MLP runs on the F rows only, never on every token.
 """
 
+import contextlib
+import importlib
 import json
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import ops
 from checkpoint import BadInput, count_blocks, load_into, read_headers, weight_files
 from fp8 import convert, take_scales
+from kernels.rope import grid_positions, rope_table
 
 
 def sinusoid(t, dim):
@@ -32,17 +39,12 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def rope_table(n, d, device):
-    """Cosine and sine (n,d/2,2), fp32, of positions 0..n-1 for each of a head's d/2 complex pairs: these are split over
-    time, height and width, each axis with its own frequencies (base 10000).
-    """
-    if n > 1024:
-        raise BadInput(f"{n} tokens along one axis: Wan's positions end at 1024")
-    half = d // 2
-    widths = (half - 2 * (half // 3), half // 3, half // 3)
-    frequency = torch.cat([torch.pow(10000, -torch.arange(w, dtype=torch.float64, device=device) / w) for w in widths])
-    angle = torch.arange(n, device=device).double()[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()], -1).float()
+class Rope(NamedTuple):
+    """How self-attention rotates the tokens at hand, and how many there are in all."""
+
+    table: torch.Tensor  # (P,d/2,2), kernels/rope.py
+    positions: torch.Tensor  # (L,3) of these tokens
+    length: int  # tokens of the clip; more than L where ranks share it
 
 
 class RMSNorm(nn.Module):
@@ -61,11 +63,20 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
 
+def attend(q, k, v, weights, eps, heads, rope):
+    """Attention of the bare projections (B,L,D) on themselves, q and k normed by `weights` and rotated -> (B,L,D)."""
+    return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
+
+
 class SelfAttention(Attention):
+    def __init__(self, dim, heads, eps):
+        super().__init__(dim, heads, eps)
+        self.attend = attend  # another where ranks share the tokens: Wan.share_tokens
+
     def forward(self, x, rope):
-        """x (B,L,D), rope: a rope_table and the token grid -> (B,L,D)."""
+        """x (B,L,D) -> (B,L,D)."""
         weights = self.norm_q.weight, self.norm_k.weight
-        return self.o(ops.self_attention(self.q(x), self.k(x), self.v(x), weights, self.eps, self.heads, *rope))
+        return self.o(self.attend(self.q(x), self.k(x), self.v(x), weights, self.eps, self.heads, rope))
 
 
 class CrossAttention(Attention):
@@ -74,9 +85,10 @@ class CrossAttention(Attention):
         (k,) = ops.qk_norm_rope([self.k(context)], [self.norm_k.weight], self.eps, self.heads)
         return k, self.v(context).unflatten(2, (self.heads, -1))
 
-    def forward(self, x, keys_values, bias):
+    def forward(self, x, kv, bias):
+        """x (B,L,D), kv: what keys_values returned, bias (B,1,1,S) -> (B,L,D)."""
         (q,) = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
-        return self.o(ops.attention(q, *keys_values, bias))
+        return self.o(ops.attention(q, *kv, bias))
 
 
 class FeedForward(nn.Sequential):
@@ -88,24 +100,33 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
+    cross_attention = CrossAttention
+
     def __init__(self, c):
         super().__init__()
         self.eps = c.eps
         self.self_attn = SelfAttention(c.dim, c.num_heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
-        self.cross_attn = CrossAttention(c.dim, c.num_heads, c.eps)
+        self.cross_attn = self.cross_attention(c.dim, c.num_heads, c.eps)
         self.ffn = FeedForward(ops.Linear(c.dim, c.ffn_dim), ops.GELU(), ops.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
-    def forward(self, x, rows, rope, context, bias, keys_values=None):
-        """x (B,L,D) fp32, rows (B,F,6,D) fp32, context (B,S,D), or its k and v -> (B,L,D) fp32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows + self.modulation).unbind(2)
+    def forward(self, x, adaln, rope, context, bias, kv=None, row=None):
+        """x (B,L,D) fp32, adaln (B,F,6,D) fp32, context (B,S,D) and bias (B,1,1,S), kv: the keys and values of the
+        context where they are known, row (L,): which of the F rows modulates each token, by default L/F in order
+        -> (B,L,D) fp32.
+        """
+        # Fused below, where one call ends a branch and begins the next:
+        #   x = x + gate1 * self_attn(norm(x) * (1 + scale1) + shift1)
+        #   x = x + cross_attn(norm3(x))
+        #   x = x + gate2 * ffn(norm(x) * (1 + scale2) + shift2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (adaln + self.modulation).unbind(2)
         weight3, shift3 = (p.expand_as(gate1) for p in (self.norm3.weight, self.norm3.bias))
-        y = self.self_attn(ops.modulate(x, 1 + scale1, shift1, self.eps, context.dtype), rope)
-        x, y = ops.gate_modulate(x, y, gate1, weight3, shift3, self.eps, context.dtype)
-        y = self.cross_attn(y, keys_values or self.cross_attn.keys_values(context), bias)
-        x, y = ops.gate_modulate(x, y, None, 1 + scale2, shift2, self.eps, context.dtype)
-        return ops.gate(x, self.ffn(y), gate2)
+        y = self.self_attn(ops.modulate(x, 1 + scale1, shift1, self.eps, context.dtype, row), rope)
+        x, y = ops.gate_modulate(x, y, gate1, weight3, shift3, self.eps, context.dtype, row)
+        y = self.cross_attn(y, kv or self.cross_attn.keys_values(context), bias)
+        x, y = ops.gate_modulate(x, y, None, 1 + scale2, shift2, self.eps, context.dtype, row)
+        return ops.gate(x, self.ffn(y), gate2, row)
 
 
 class Head(nn.Module):
@@ -115,9 +136,10 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
-    def forward(self, x, time):
+    def forward(self, x, time, row=None):
+        """x (B,L,D), time (B,F,D), row (L,) as in Block -> (B,L,out)."""
         shift, scale = (time[:, :, None] + self.modulation).unbind(2)
-        return self.head(ops.modulate(x, 1 + scale, shift, self.eps, x.dtype))
+        return self.head(ops.modulate(x, 1 + scale, shift, self.eps, x.dtype, row))
 
 
 @dataclass
@@ -138,51 +160,54 @@ class WanConfig:
     eps: float = 1e-6
 
 
-_A14B = dict(
-    dim=5120,
-    ffn_dim=13824,
-    num_heads=40,
-    num_layers=40,
-    out_dim=16,
-    vae="2.1",
-    fps=16,
-    frames=81,
-    steps=40,
-    size=(1280, 720),
-)
-# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise)
+# fmt: off
+_A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
+             size=(1280, 720))
+# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise); model: the
+# class, where it is not Wan, and signature, a tensor by which its files are known
 VARIANTS = {
-    "ti2v-5B": dict(
-        model_type="ti2v",
-        dim=3072,
-        ffn_dim=14336,
-        num_heads=24,
-        num_layers=30,
-        in_dim=48,
-        out_dim=48,
-        vae="2.2",
-        fps=24,
-        frames=121,
-        steps=50,
-        size=(1280, 704),
-        shift=5.0,
-        boundary=None,
-        guidance=(5.0, 5.0),
-    ),
+    "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48,
+                    vae="2.2", fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None,
+                    guidance=(5.0, 5.0)),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
+    "s2v-14B": dict(_A14B, model_type="s2v", model="s2v.WanS2V",
+                    signature="casual_audio_encoder.encoder.final_linear.weight", in_dim=16, frames=80,
+                    size=(1024, 704), shift=3.0, boundary=None, guidance=(4.5, 4.5), negative=(
+                        "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+                        "三条腿，背景人很多，倒着走")),
+    "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
+                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
+                        shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
 }
+# fmt: on
+
+
+def wan_class(model_type):
+    """Wan, or the subclass that the row of this model type names. Its module imports this one, so it is loaded here by
+    name, when it is first asked for.
+    """
+    names = [row["model"] for row in VARIANTS.values() if row["model_type"] == model_type and "model" in row]
+    module, name = (names or ["wan.Wan"])[0].split(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def full_config(variant):
-    """The WanConfig of one of VARIANTS."""
+    """The configuration of one of VARIANTS at its released size."""
     row = VARIANTS[variant]
-    return WanConfig(**{f.name: row[f.name] for f in fields(WanConfig) if f.name in row})
+    config_class = wan_class(row["model_type"]).config_class
+    return config_class(**{f.name: row[f.name] for f in fields(config_class) if f.name in row})
+
+
+def build(variant):
+    """The model of one of VARIANTS at its released size, on the current default device."""
+    return wan_class(VARIANTS[variant]["model_type"])(full_config(variant))
 
 
 class Text(NamedTuple):
     """A prompt made ready for the blocks: embedded tokens (B,S,D), logit bias (B,1,1,S) or None, and per block its k
-    and v.
+    and v, or None.
     """
 
     context: torch.Tensor
@@ -190,7 +215,49 @@ class Text(NamedTuple):
     keys_values: tuple
 
 
+class Tokens(NamedTuple):
+    """The list of tokens that the blocks compute, or the part of it that is here where ranks share it."""
+
+    positions: torch.Tensor  # (L,3) int32: time, height, width; of the clip's own the time is the latent frame
+    own: int  # the first so many are the clip's own, T'H'W' in all; a variant's come behind them
+    length: int  # tokens in all, here or not
+    extent: int  # 1 + the largest |position|: how long a rope_table must be
+    row: torch.Tensor | None = None  # (L,) int32: which row modulates each; None: L/F tokens each, in order
+
+
+class Conditioning(NamedTuple):
+    """What the blocks are given beside the tokens."""
+
+    time: torch.Tensor  # (B,F,D)
+    adaln: torch.Tensor  # (B,F,6,D), before each block's own modulation is added
+    table: torch.Tensor  # (P,d/2,2), kernels/rope.py
+    tokens: Tokens
+    text: Text
+    inputs: object = None  # what embed_inputs made of a variant's inputs
+
+
 class Wan(nn.Module):
+    """The DiT. A variant with further inputs is a subclass that overrides the methods from embed_inputs to after_block;
+    what it adds then works on shared tokens (parallel/ulysses.py), pipelines and streamed blocks too.
+    """
+
+    config_class = WanConfig
+    block_class = Block
+
+    @classmethod
+    def read_sizes(cls, shape, entries):
+        """{field: value} of what config_class has beyond WanConfig, from the tensors' headers; shape(name) is that of
+        one, or BadInput.
+        """
+        return {}
+
+    @classmethod
+    def read_settings(cls, given, entries, path):
+        """{field: value} of what config_class has beyond WanConfig and the tensors do not tell: from config.json's
+        entries `given`, none where there is no such file. Raises BadInput for what the class does not implement.
+        """
+        return {}
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -198,12 +265,41 @@ class Wan(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), ops.GELU(), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
         self.checkpointing = False  # recompute each block's activations in the backward pass
         # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py,
-        # parallel.py)
-        self.keeps_text = True
+        # parallel/)
+        self.cache_text_kv = True
+        self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
+        self.surround_blocks(contextlib.nullcontext, noop_context_fn)
+
+    # ---- what is computed ----------------------------------------------------------------------------------------
+    def forward(self, x, t, context, context_lens=None, **inputs):
+        """Velocity of the flow at x.
+
+        x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
+        context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them; a variant's further inputs
+        -> (B,out_dim,T',h,w) fp32.
+        """
+        grid = self.check(x, t)
+        c = self.prepare_conditioning(t, context, context_lens, grid, **inputs)
+        x = self.patchify(x, c)  # (B,L,D)
+        x, local = self.scatter_tokens(x, c)
+        x = self.forward_blocks(x, local)
+        x = self.head(x, local.time, local.tokens.row)  # (B,L,out_dim*4)
+        x = self.gather_tokens(x, c)
+        return self.unpatchify(x, grid)  # (B,out_dim,T',h,w)
+
+    def check(self, x, t):
+        """The token grid of x; BadInput where x or t has a shape that the model does not take."""
+        c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
+        if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
+            raise BadInput(
+                f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
+                f"of {ph}, {pw}, and t (B,) or (B,T')"
+            )
+        return T // pt, h // ph, w // pw
 
     def embed_text(self, context, lens=None, cache=False):
         """context (B,S,text_dim), lens (B,) true lengths (default: all S) -> Text. With `cache`, every block's keys and
@@ -225,86 +321,113 @@ class Wan(nn.Module):
         context = F.pad(context.to(self.text_embedding[0].weight.dtype).masked_fill(~real[..., None], 0), (0, 0, 0, 2))
         n = (self.config.text_len - lens).float()
         most = (n.log() - 0.04).bfloat16().float()  # bf16 numbers of this size are at most 0.032 apart
-        bias = [
-            torch.where(real, 0.0, -torch.inf),
-            most[:, None],
-            (n - most.exp()).log()[:, None],
-        ]  # -inf where there is no padding
-        bias = torch.cat(bias, 1)[:, None, None]
-        context = self.text_embedding(context)
-        kv = (
-            tuple(b.cross_attn.keys_values(context) for b in self.blocks)
-            if cache and self.keeps_text
-            else (None,) * len(self.blocks)
-        )
-        return Text(context, bias, kv)
+        # of a prompt without padding the last two are -inf
+        bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]
+        context, kv = self.text_embedding(context), (None,) * len(self.blocks)
+        if cache and self.cache_text_kv:
+            kv = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
+        return Text(context, torch.cat(bias, 1)[:, None, None], kv)
 
-    def forward(self, x, t, context, context_lens=None):
-        """Velocity of the flow at x.
-
-        x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
-        context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them -> (B,out_dim,T',h,w) fp32.
-        """
-        c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
-        if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
-            raise BadInput(
-                f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
-                f"of {ph}, {pw}, and t (B,) or (B,T')"
-            )
-        grid = (T // pt, h // ph, w // pw)
-        conditions = self.conditions(t, context, context_lens, grid)
-        return self.leave(self.run(self.enter(x), *conditions), conditions[0], grid)
-
-    def enter(self, x):
-        """x (B,C,T',h,w) -> its tokens (B,L,D) fp32."""
-        (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
-        x = (
-            x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw)
-            .permute(0, 2, 4, 6, 1, 3, 5, 7)
-            .flatten(4)
-            .flatten(1, 3)
-        )
-        embed = self.patch_embedding
-        return F.linear(x.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias).float()
-
-    def conditions(self, t, context, context_lens, grid):
-        """What every block is given beside the tokens: the time (B,F,D), its rows (B,F,6,D), the rotation, the Text."""
+    def prepare_conditioning(self, t, context, context_lens, grid, **inputs):
+        """What every block is given beside the tokens, for a clip of the token grid (T',H',W'): Conditioning."""
+        inputs = self.embed_inputs(**inputs)
         text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
-        time = self.time_embedding(sinusoid(t.view(len(t), -1), self.config.freq_dim))
-        rope = rope_table(max(grid), self.config.dim // self.config.num_heads, t.device), grid  # (n,d/2,2)
-        return time, self.time_projection(time).unflatten(2, (6, -1)), rope, text
+        time = self.time_embedding(sinusoid(self.times(t), self.config.freq_dim))
+        tokens = self.list_tokens(grid, t.device, inputs)
+        table = rope_table(tokens.extent, self.config.dim // self.config.num_heads, t.device)
+        adaln = self.time_projection(time).unflatten(2, (6, -1))
+        return Conditioning(time, adaln, table, tokens, self.join_text(text, inputs), inputs)
 
-    def run(self, x, time, rows, rope, text):
-        """The blocks. x (B,L,D) -> (B,L,D)."""
-        for block, kv in zip(self.blocks, text.keys_values):
-            args = (x, rows, rope, text.context, text.bias, kv)
-            if (
-                self.checkpointing
-                and torch.is_grad_enabled()
-                and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
-            ):
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+    def embed_patches(self, x, conv):
+        """The patches of x (B,C,T',h,w), each a token, through a convolution as large as they are: (B,L,D) fp32."""
+        (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
+        x = x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        return F.linear(x.flatten(1, 3).to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
+
+    def forward_blocks(self, x, c, numbers=None):
+        """The blocks, or those with these numbers. x (B,L,D), c: the Conditioning of these tokens -> (B,L,D)."""
+        with self.around_blocks():
+            for i in range(len(self.blocks)) if numbers is None else numbers:
+                # without a gradient, nothing would be kept anyway
+                learns = x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
+                if self.checkpointing and torch.is_grad_enabled() and learns:
+                    contexts = self.recompute_contexts
+                    x = checkpoint(self.forward_block, x, i, c, use_reentrant=False, context_fn=contexts)
+                else:
+                    x = self.forward_block(x, i, c)
         return x
 
-    def leave(self, x, time, grid):
-        """The last tokens (B,L,D) -> velocity (B,out_dim,T',h,w) fp32."""
+    def forward_block(self, x, i, c):
+        rope, text = Rope(c.table, c.tokens.positions, c.tokens.length), c.text
+        x = self.blocks[i](x, c.adaln, rope, text.context, text.bias, text.keys_values[i], c.tokens.row)
+        return self.after_block(i, x, c)
+
+    def unpatchify(self, x, grid):
+        """The head's output (B,L,out_dim*4), of which the clip's own come first -> (B,out_dim,T',h,w)."""
         c, (pt, ph, pw) = self.config, self.config.patch_size
-        x = (
-            self.head(x, time).view(len(x), *grid, pt, ph, pw, c.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        )  # (B,out,T',pt,H',ph,W',pw)
+        x = x[:, : math.prod(grid)].unflatten(1, grid).unflatten(4, (pt, ph, pw, c.out_dim))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,out_dim,T',pt,H',ph,W',pw)
         return x.reshape(len(x), c.out_dim, grid[0] * pt, grid[1] * ph, grid[2] * pw)
+
+    # ---- what a subclass overrides -------------------------------------------------------------------------------
+    def embed_inputs(self):
+        """The further inputs of forward, which a subclass names as keyword arguments, made ready: all that does not
+        depend on t or x. What comes out stands in Conditioning.inputs.
+        """
+
+    def prepare_inputs(self, **inputs):
+        """The further inputs, as embed_inputs names them, with all computed that is the same at every step of a clip:
+        to be given to forward in their place.
+        """
+        return inputs
+
+    def join_text(self, text, inputs):
+        """The Text that the blocks are given; what else cross-attention attends to is added here."""
+        return text
+
+    def times(self, t):
+        """t (B,) or (B,T') -> (B,F): the times whose embeddings modulate."""
+        return t.view(len(t), -1)
+
+    def list_tokens(self, grid, device, inputs):
+        """The Tokens of a clip of the grid (T',H',W')."""
+        n = math.prod(grid)
+        return Tokens(grid_positions(grid, device), own=n, length=n, extent=max(grid))
+
+    def patchify(self, x, c):
+        """x (B,C,T',h,w) -> the tokens (B,L,D) fp32, as list_tokens has them, all of them on every rank."""
+        return self.embed_patches(x, self.patch_embedding)
+
+    def after_block(self, i, x, c):
+        """x (B,L,D) after block i. Of the L tokens that are here the first c.tokens.own are the clip's."""
+        return x
+
+    # ---- what parallel/ and offload.py put in --------------------------------------------------------------------
+    def share_tokens(self, scatter, gather, attend):
+        """Let ranks share the tokens. scatter(x, c) -> this rank's x and Conditioning; gather(y, c) -> the head's
+        output y of all tokens, c being that of all; attend: as `attend` above, of this rank's tokens with all others.
+        """
+        self.scatter_tokens, self.gather_tokens = scatter, gather
+        for block in self.blocks:
+            block.self_attn.attend = attend
+
+    def surround_blocks(self, around, recompute_contexts):
+        """around() is a context manager around all blocks; recompute_contexts is checkpoint's context_fn."""
+        self.around_blocks, self.recompute_contexts = around, recompute_contexts
+
+
+# whole parts that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
+FP32_PARTS = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name):
     """Tensors that stay fp32 whatever the model's dtype."""
-    return "norm" in name or "modulation" in name or name.startswith(("time_", "head."))
+    return "norm" in name or "modulation" in name or name.startswith(FP32_PARTS)
 
 
 def read_config(path, entries):
-    """WanConfig of a model folder (its config.json, checked against the weights by the strict load) or of one file
-    alone.
+    """The configuration of a model folder (its config.json, checked against the weights by the strict load) or of one
+    file alone. BadInput where the tensors are of another model.
     """
 
     def shape(name):
@@ -313,45 +436,41 @@ def read_config(path, entries):
         return entries[name].shape
 
     path = Path(path)
+    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
+        raise BadInput(f"{path}: this is Wan-Animate-2, another model; of the two, Wan2.2-Animate-14B can be loaded")
     dim, in_dim, *patch = shape("patch_embedding.weight")
     text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
     layers = count_blocks(entries)
     out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
     file = (path if path.is_dir() else path.parent) / "config.json"
-    kind = "i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v"
+    signed = next((r["model_type"] for r in VARIANTS.values() if r.get("signature") in entries), None)
+    kind = signed or ("i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v")
     config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
     if not file.exists():
         if dim % 128:
             raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
-        return config
+        return of_class(config, shape, entries, {}, path)
     try:
         given = json.loads(file.read_text())
-        config = WanConfig(
-            **{
-                f.name: given.get(f.name, getattr(config, f.name))
-                for f in fields(WanConfig)
-                if f.name not in ("text_dim", "patch_size")
-            },
-            text_dim=text_dim,
-            patch_size=tuple(patch),
-        )
+        named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
+        config = replace(config, **{name: given[name] for name in named if name in given})
     except (ValueError, AttributeError) as e:
         raise BadInput(f"{file}: not a model configuration ({e})") from None
-    found = {
-        "dim": dim,
-        "ffn_dim": ffn_dim,
-        "num_layers": layers,
-        "in_dim": in_dim,
-        "out_dim": out_dim,
-        "freq_dim": freq_dim,
-    }
+    found = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
     wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
         raise BadInput(
             f"{file}: does not fit {path}: "
             + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
         )
-    return config
+    return of_class(replace(config, model_type=signed or config.model_type), shape, entries, given, file)
+
+
+def of_class(config, shape, entries, given, path):
+    """A WanConfig as its model's class has it, with the further sizes and settings that this reads."""
+    cls = wan_class(config.model_type)
+    further = cls.read_sizes(shape, entries) | cls.read_settings(given, entries, path)
+    return cls.config_class(**vars(config), **further)
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
@@ -363,9 +482,11 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda
     if (Path(path) / "high_noise_model").is_dir():
         raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
     entries = read_headers(weight_files(path))
+    entries = {name: e for name, e in entries.items() if not name.endswith(".kernel")}  # of Animate's blurs: constants
     scales = take_scales(entries)
+    config = read_config(path, entries)
     with torch.device("meta"):
-        model = Wan(read_config(path, entries)).requires_grad_(False)
+        model = wan_class(config.model_type)(config).requires_grad_(False)
 
     def prepared(model):
         if fp8 or scales:

@@ -18,7 +18,9 @@ inline float exponential(float x) {
 // GELU by its tanh formula, x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3), and its derivative
 constexpr float GELU_A = -1.5957691216057308f, GELU_B = 0.044715f;
 
-inline float gelu(float x) { return x / (1 + exponential(GELU_A * (x + GELU_B * x * x * x))); }
+inline float gelu(float x) {
+    return x / (1 + exponential(GELU_A * (x + GELU_B * x * x * x)));
+}
 
 inline float gelu_slope(float x) {
     const float e = exponential(GELU_A * (x + GELU_B * x * x * x)), s = 1 / (1 + e);

@@ -1,13 +1,14 @@
 """diag.py listen: does a changed model follow its prompts better? Graded on nano, a contact sheet for other models."""
 
 from checkpoint import BadInput
+from denoising import decode
 from diagnostics.common import check_at_least, runtime, write_json
 from media import write_grid
 from models import Models
 from nanoworld.grader import wilson
 from nanoworld.listening import gradable, sample_and_grade
 from nanoworld.world import ATTRIBUTES, NEW_WORDS, parse_words, prompts
-from sample import decode, denoise, read_prompts
+from sample import read_prompts, sample_latents
 
 DEFAULT_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
 
@@ -59,7 +60,7 @@ def draw_sheet(sides, prompts, seed, out):
     """Clips of the prompts by each of the {name: Models}, side by side."""
     clips, labels = [], []
     made = {
-        name: [decode(models, denoise(models, [p], [seed + i]))[0].cpu() for i, p in enumerate(prompts)]
+        name: [decode(models, sample_latents(models, [p], [seed + i]))[0].cpu() for i, p in enumerate(prompts)]
         for name, models in sides.items()
     }
     for i, prompt in enumerate(prompts):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ import train_lora
 import train_te
 from checkpoint import BadInput
 from diagnostics.common import write_json
-from models import DTYPES, Models, Runtime, pick_device, pick_dtype, released
+from models import DTYPES, Models, Request, Runtime, pick_device, pick_dtype, released
 from wan import VARIANTS, full_config
 
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
@@ -45,9 +46,10 @@ def planned(script, argv, ranks=1, mode=None):
 
 def planned_sampling(args, s, builders, models, ranks, mode):
     overrides = sample.sampling_overrides(args)
-    if args.image is None and s.conditioning.needs_image:  # of the size's own aspect
+    if s.conditioning.by_clips or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
         s = s.with_overrides(**overrides)
-        request = sample.Request(s, None, s.size)
+        s = replace(s, frames=args.infer_frames or s.frames)
+        request = Request(s, None, s.size)
     else:
         request = sample.resolve(s, args.ckpt, args.image, **overrides)
     if not request.settings.guided:

@@ -5,9 +5,10 @@ import math
 import torch.nn.functional as F
 
 from checkpoint import BadInput
+from denoising import EasyCache, decode
 from diagnostics.common import given_prompts, runtime, write_json
 from models import Models
-from sample import EasyCache, decode, denoise
+from sample import sample_latents
 
 
 def reuse(models, prompts, threshold, exact):
@@ -17,7 +18,7 @@ def reuse(models, prompts, threshold, exact):
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):
         cache = EasyCache(threshold)
-        other = denoise(models, [prompt], [seed], progress=False, step_cache=cache)
+        other = sample_latents(models, [prompt], [seed], progress=False, step_cache=cache)
         computed += cache.computed / len(prompts)
         error += ((other - z).norm() / z.norm()).item() / len(prompts)
         square += F.mse_loss(decode(models, other), video).item() / len(prompts)
@@ -33,7 +34,7 @@ def run(args):
     models = Models(args.ckpt, runtime(args), args.lora, args.text_encoder)
     exact, rows = [], []
     for seed, prompt in enumerate(prompts):
-        z = denoise(models, [prompt], [seed], progress=False)
+        z = sample_latents(models, [prompt], [seed], progress=False)
         exact.append((z, decode(models, z)))
     for threshold in args.thresholds:
         row = reuse(models, prompts, threshold, exact)

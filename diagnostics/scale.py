@@ -23,7 +23,7 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
     adapters; itemsize: of a weight. The first block's self-attention needs no gradient. "weights": each block's shards
     are gathered on the way up and once more on the way down.
     """
-    sent, local = {"gradients": adapter}, math.prod(layout.grid(grid))
+    sent, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
     if layout.sp_size > 1:
         others = batch * local * (layout.sp_size - 1)
         passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1

@@ -5,25 +5,28 @@
 
 q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in
 fp32. With `weight` (N*d,), q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and
-with `table` and `grid` rotated (see qk_norm_rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
+with `table` and `positions` rotated (see rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
 kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, triton, worst
+from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, seeded, triton, worst
+from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, scattered_positions
 
 if triton:
     import triton.language as tl
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
-def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
+def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
     """-> (B,L,N,d)."""
     if weight is not None:
-        (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, grid)
+        (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)
@@ -69,11 +72,10 @@ if triton:
         rstd,
         weight,
         table,
+        positions,
         L,
         S,
         N,
-        GH,
-        GW,
         scale,
         q_b,
         q_l,
@@ -101,11 +103,15 @@ if triton:
             if ROPE:
                 p = tl.arange(0, DP // 2)
                 third: tl.constexpr = d // 2 // 3
-                t, h, w = (rows // (GH * GW))[:, None], (rows // GW % GH)[:, None], (rows % GW)[:, None]
+                t = tl.load(positions + rows * 3, mask=rows < L, other=0)[:, None]
+                h = tl.load(positions + rows * 3 + 1, mask=rows < L, other=0)[:, None]
+                w = tl.load(positions + rows * 3 + 2, mask=rows < L, other=0)[:, None]
                 position = tl.where((p < d // 2 - 2 * third)[None, :], t, tl.where((p < d // 2 - third)[None, :], h, w))
                 inside = (rows < L)[:, None] & (p < d // 2)[None, :]
-                cos = tl.load(table + (position * (d // 2) + p[None, :]) * 2, mask=inside, other=0.0)
-                sin = tl.load(table + (position * (d // 2) + p[None, :]) * 2 + 1, mask=inside, other=0.0)
+                angle = table + (tl.abs(position) * (d // 2) + p[None, :]) * 2
+                cos = tl.load(angle, mask=inside, other=0.0)
+                sin = tl.load(angle + 1, mask=inside, other=0.0)
+                sin = tl.where(position < 0, -sin, sin)
                 x, y = tl.split(tl.reshape(Qf, (M, DP // 2, 2)))
                 Qf = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), (M, DP))
             Q = Qf.to(Q.dtype)
@@ -172,7 +178,7 @@ if triton:
         BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense (B,L,N,d)."""
+        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
         K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
@@ -303,7 +309,7 @@ def fused(
     weight: Tensor | None,
     eps: float,
     table: Tensor | None,
-    grid: list[int] | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """-> out (B,L,N,d), log2 of the softmax's sum (B,N,L)."""
     (B, L, N, d), S = q.shape, k.shape[1]
@@ -322,10 +328,10 @@ def fused(
             rstd,
             weight,
             table,
+            positions,
             L,
             S,
             N,
-            *(grid[1:] if grid else (1, 1)),
             d**-0.5,
             q.stride(0),
             q.stride(1),
@@ -364,7 +370,7 @@ def fused_backward(
 
 
 @fused.register_fake
-def _(q, k, v, bias, weight, eps, table, grid):
+def _(q, k, v, bias, weight, eps, table, positions):
     B, L, N, d = q.shape
     return q.new_empty(q.shape), q.new_empty(B, N, L, dtype=torch.float32)
 
@@ -375,15 +381,15 @@ def _(dout, q, k, v, bias, out, lse):
 
 
 def keep(ctx, inputs, output):
-    q, k, v, bias, weight, ctx.eps, table, ctx.grid = inputs
-    ctx.save_for_backward(q, k, v, bias, weight, table, *output)
+    q, k, v, bias, weight, ctx.eps, table, positions = inputs
+    ctx.save_for_backward(q, k, v, bias, weight, table, positions, *output)
     ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx, dout, _):
-    q, k, v, bias, weight, table, out, lse = ctx.saved_tensors
+    q, k, v, bias, weight, table, positions, out, lse = ctx.saved_tensors
     heads, dweight, ready = q.shape[2], None, q
-    how = (ctx.eps, heads, table, ctx.grid)
+    how = (ctx.eps, heads, table, positions)
     if weight is not None:
         (ready,) = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
     dq, dk, dv = fused_backward(dout, ready, k, v, bias, out, lse)
@@ -397,63 +403,58 @@ torch.library.register_autograd("nanowan::attention", differentiate, setup_conte
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, grid=None):
+def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
     """As attention_ref."""
-    return fused(q, k, v, bias, weight, eps, table, None if grid is None else list(grid))[0]
+    return fused(q, k, v, bias, weight, eps, table, qk_norm_rope.packed(positions))[0]
 
 
 def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Worst relative error of values and gradients against the reference in fp64: bare and normalised q, with and
-    without a bias, odd sizes.
+    """Worst relative error of values and gradients against the reference in fp64: bare q and normalised q, which a
+    grid's positions and scattered ones rotate; with and without a bias; odd sizes.
     """
-    from wan import rope_table
-
-    g, L = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2]
-    random = lambda *shape: torch.randn(shape, generator=g).to(device)
+    (generator, random), L = seeded(device), math.prod(grid)
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
-    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(max(grid), d, device)
+    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
     bias[0, 30:] = -torch.inf
-    ends, found = random(3, B, L, N, d), []
+    ends, found = random(4, B, L, N, d), []
+    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((attention, None), (attention_ref, torch.float64)):
         a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
         q, k, v = a.unbind(2)
-        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), grid), op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
+        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), at) for at in places]
+        h += [op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
         sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
         found.append([*h, a.grad, c.grad, w.grad])
     return worst(*found)
 
 
-def main():
-    from wan import rope_table
+@torch.no_grad()
+def time_size(grid, N):
+    """{name: {"ms", "tflops"}} of the attention of a clip of this token grid on itself, N heads of 128, in bf16."""
+    L = math.prod(grid)
+    q, k, v = torch.randn(1, L, 3, N, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
+    how = torch.ones(N * 128, device="cuda"), 1e-6, rope_table(max(grid), 128, "cuda"), grid_positions(grid, "cuda")
 
+    def apart():
+        weight, eps, *rope = how
+        (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
+        return attention_ref(normed, k, v)
+
+    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": apart}
+    times = {name: milliseconds(run, 10) for name, run in runs.items()}
+    found = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
+    told = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in found.items())
+    print(f"attention, {L} tokens, {N} heads: {told}", flush=True)
+    return found
+
+
+def main():
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
         results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
     if device == "cuda":
         for grid, N in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            L = grid[0] * grid[1] * grid[2]
-            q, k, v = torch.randn(1, L, 3, N, 128, device=device, dtype=torch.bfloat16).unbind(2)
-            weight, table = torch.ones(N * 128, device=device), rope_table(max(grid), 128, device)
-            with torch.no_grad():
-                times = {
-                    "fused": milliseconds(lambda: attention(q, k, v, None, weight, 1e-6, table, grid), 10),
-                    "prologue and PyTorch's": milliseconds(
-                        lambda: attention_ref(
-                            qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], 1e-6, N, table, grid)[0], k, v
-                        ),
-                        10,
-                    ),
-                }
-            results[f"{L}x{N}"] = {
-                name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()
-            }
-            print(
-                f"attention, {L} tokens, {N} heads: "
-                + ", ".join(
-                    f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results[f"{L}x{N}"].items()
-                ),
-                flush=True,
-            )
+            results[f"{math.prod(grid)}x{N}"] = time_size(grid, N)
     return results
 
 

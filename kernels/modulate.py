@@ -1,41 +1,47 @@
-"""LayerNorm with per-frame rows, alone or fused with the gated residual before it.
+"""LayerNorm with rows of scales and shifts, alone or fused with the gated residual before it.
 
     python -m kernels.modulate      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
     only)
 
-x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype, and rows (B,F,D) fp32 of any
-stride serve L/F tokens each. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each
-tensor is touched once.
+x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are rows
+(B,F,D) fp32 of any stride: each serves L/F tokens, in order; or where `index` (L,) int32 is given, row index[l] serves
+token l. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each tensor is touched
+once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, timed, triton, worst
+from kernels import launchable, register, report, seeded, timed, triton, worst
 
 if triton:
     import triton.language as tl
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
-def modulate_ref(x, weight, shift, eps, dtype):
+def per_token(rows, length, index):
+    """The row of each token: rows (B,F,D) -> (B,length,D), or (B,1,D) where one serves all."""
+    if index is not None:
+        return rows[:, index]
+    return rows if rows.shape[1] == 1 else rows.repeat_interleave(length // rows.shape[1], 1)
+
+
+def modulate_ref(x, weight, shift, eps, dtype, index=None):
     """LayerNorm(x) * weight + shift in `dtype`."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (weight.shape[1], -1))
-    return (y * weight[:, :, None] + shift[:, :, None]).flatten(1, 2).to(dtype)
+    weight, shift = (per_token(rows, x.shape[1], index) for rows in (weight, shift))
+    return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + shift).to(dtype)
 
 
-def gate_ref(x, y, row=None):
-    """x + row * y; without a row, x + y."""
-    return (
-        x + y if row is None else x + (y.to(x.dtype).unflatten(1, (row.shape[1], -1)) * row[:, :, None]).flatten(1, 2)
-    )
+def gate_ref(x, y, gate=None, index=None):
+    """x + gate * y; without a gate, x + y."""
+    return x + y if gate is None else x + y.to(x.dtype) * per_token(gate, x.shape[1], index)
 
 
-def gate_modulate_ref(x, y, row, weight, shift, eps, dtype):
-    """(x + row * y, and its modulate_ref)."""
-    x = gate_ref(x, y, row)
-    return x, modulate_ref(x, weight, shift, eps, dtype)
+def gate_modulate_ref(x, y, gate, weight, shift, eps, dtype, index=None):
+    """(x + gate * y, and its modulate_ref)."""
+    x = gate_ref(x, y, gate, index)
+    return x, modulate_ref(x, weight, shift, eps, dtype, index)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -45,39 +51,42 @@ if triton:
     def forward_kernel(
         x,
         y,
-        row,
+        gate,
         weight,
         shift,
+        index,
         new,
         out,
         L,
         tokens,
         eps,
-        row_b,
-        row_f,
+        gate_b,
+        gate_f,
         weight_b,
         weight_f,
         shift_b,
         shift_f,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
-        GATED: tl.constexpr,
-        ROW: tl.constexpr,
-        NORMED: tl.constexpr,
+        ADD: tl.constexpr,
+        GATE: tl.constexpr,
+        NORM: tl.constexpr,
+        INDEX: tl.constexpr,
     ):
-        """One token a program: the gated sum if GATED (with a row if ROW), its norm and modulation if NORMED."""
+        """One token a program: the sum if ADD (y times a gate if GATE), its norm and modulation if NORM."""
         i = tl.program_id(0).to(tl.int64)
-        b, f = i // L, i % L // tokens
+        b = i // L
+        f = tl.load(index + i % L) if INDEX else i % L // tokens
         d = tl.arange(0, BLOCK)
         inside = d < D
         a = tl.load(x + i * D + d, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
+        if ADD:
             branch = tl.load(y + i * D + d, mask=inside, other=0.0).to(tl.float32)
-            if ROW:
-                branch *= tl.load(row + b * row_b + f * row_f + d, mask=inside, other=0.0)
+            if GATE:
+                branch *= tl.load(gate + b * gate_b + f * gate_f + d, mask=inside, other=0.0)
             a += branch
             tl.store(new + i * D + d, a, mask=inside)
-        if NORMED:
+        if NORM:
             mean = tl.sum(a, 0) / D
             centred = tl.where(inside, a - mean, 0.0)
             rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
@@ -91,73 +100,80 @@ if triton:
         dout,
         new,
         y,
-        row,
+        gate,
         weight,
+        index,
         dx,
         dy,
         sums,
+        L,
         tokens,
         chunk,
-        frames,
+        rows,
         eps,
-        row_b,
-        row_f,
+        gate_b,
+        gate_f,
         weight_b,
         weight_f,
         D: tl.constexpr,
         BLOCK: tl.constexpr,
-        GATED: tl.constexpr,
-        ROW: tl.constexpr,
-        NORMED: tl.constexpr,
-        ROWS: tl.constexpr,
+        ADD: tl.constexpr,
+        GATE: tl.constexpr,
+        NORM: tl.constexpr,
+        INDEX: tl.constexpr,
+        SUMS: tl.constexpr,
     ):
-        """One program walks `chunk` tokens of one row; with ROWS it sums the gradients of row, weight and shift on the
-        way into sums (B*F,chunks,3,D).
+        """One program walks `chunk` of the `tokens` that may be those of one row, and with INDEX skips those that are
+        not; with SUMS it adds up the gradients of gate, weight and shift on the way into sums (B*F,chunks,3,D).
         """
         g, c = tl.program_id(0), tl.program_id(1)
-        b, f = g // frames, g % frames
+        b, f = g // rows, g % rows
+        begin = b.to(tl.int64) * L if INDEX else g.to(tl.int64) * tokens
         d = tl.arange(0, BLOCK)
         inside = d < D
-        if ROW:
-            r = tl.load(row + b * row_b + f * row_f + d, mask=inside, other=0.0)
-        if NORMED:
+        if GATE:
+            r = tl.load(gate + b * gate_b + f * gate_f + d, mask=inside, other=0.0)
+        if NORM:
             w = tl.load(weight + b * weight_b + f * weight_f + d, mask=inside, other=0.0)
-        if ROWS:
-            sum_row = tl.zeros((BLOCK,), tl.float32)
+        if SUMS:
+            sum_gate = tl.zeros((BLOCK,), tl.float32)
             sum_weight = tl.zeros((BLOCK,), tl.float32)
             sum_shift = tl.zeros((BLOCK,), tl.float32)
         for j in range(c * chunk, min((c + 1) * chunk, tokens)):
-            at = (g.to(tl.int64) * tokens + j) * D + d
+            mine = inside
+            if INDEX:
+                mine = inside & (tl.load(index + j) == f)
+            at = (begin + j) * D + d
             grad = tl.zeros((BLOCK,), tl.float32)
-            if GATED:
-                grad += tl.load(dnew + at, mask=inside, other=0.0)
-            if NORMED:
-                a = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
-                do = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+            if ADD:
+                grad += tl.load(dnew + at, mask=mine, other=0.0)
+            if NORM:
+                a = tl.load(new + at, mask=mine, other=0.0).to(tl.float32)
+                do = tl.load(dout + at, mask=mine, other=0.0).to(tl.float32)
                 centred = tl.where(inside, a - tl.sum(a, 0) / D, 0.0)
                 rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
                 normed = centred * rstd
                 dn = do * w
                 grad += rstd * (dn - tl.sum(dn, 0) / D - normed * (tl.sum(dn * normed, 0) / D))
-                if ROWS:
+                if SUMS:
                     sum_weight += do * normed
                     sum_shift += do
-            tl.store(dx + at, grad, mask=inside)
-            if GATED:
-                if ROW:
-                    if ROWS:
-                        sum_row += grad * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + at, grad, mask=mine)
+            if ADD:
+                if GATE:
+                    if SUMS:
+                        sum_gate += grad * tl.load(y + at, mask=mine, other=0.0).to(tl.float32)
                     grad *= r
-                tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=inside)
-        if ROWS:
+                tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=mine)
+        if SUMS:
             at = (g * tl.num_programs(1) + c).to(tl.int64) * 3 * D + d
-            tl.store(sums + at, sum_row, mask=inside)
+            tl.store(sums + at, sum_gate, mask=inside)
             tl.store(sums + at + D, sum_weight, mask=inside)
             tl.store(sums + at + 2 * D, sum_shift, mask=inside)
 
 
-def strides(row):
-    return (0, 0) if row is None else (row.stride(0) if len(row) > 1 else 0, row.stride(1))
+def strides(rows):
+    return (0, 0) if rows is None else (rows.stride(0) if len(rows) > 1 else 0, rows.stride(1))
 
 
 def tuned(D):
@@ -166,73 +182,81 @@ def tuned(D):
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
 
 
-def triton_forward(x, y, row, weight, shift, eps, dtype):
+def count_rows(gate, weight):
+    """F of the rows that are given; 1 without any."""
+    rows = gate if weight is None else weight
+    return 1 if rows is None else rows.shape[1]
+
+
+def triton_forward(x, y, gate, weight, shift, index, eps, dtype):
     B, L, D = x.shape
-    rows = row if weight is None else weight
     new = None if y is None else torch.empty(B, L, D, device=x.device)
     out = None if weight is None else torch.empty(B, L, D, device=x.device, dtype=dtype)
     with launchable(x):
         forward_kernel[(B * L,)](
             x.contiguous(),
             None if y is None else y.contiguous(),
-            row,
+            gate,
             weight,
             shift,
+            index,
             new,
             out,
             L,
-            L // (1 if rows is None else rows.shape[1]),
+            L // count_rows(gate, weight),
             eps,
-            *strides(row),
+            *strides(gate),
             *strides(weight),
             *strides(shift),
             D=D,
-            GATED=y is not None,
-            ROW=row is not None,
-            NORMED=weight is not None,
+            ADD=y is not None,
+            GATE=gate is not None,
+            NORM=weight is not None,
+            INDEX=index is not None,
             **tuned(D),
         )
     return [t for t in (new, out) if t is not None]
 
 
-def triton_backward(dnew, dout, new, y, row, weight, eps, branch, need_rows):
+def triton_backward(dnew, dout, new, y, gate, weight, index, eps, branch, need_rows):
     B, L, D = new.shape
-    gated, rows = dnew is not None, row if weight is None else weight
-    frames = 1 if rows is None else rows.shape[1]
-    tokens = L // frames
-    chunk = (
-        -(-tokens * B * frames // 1024) if need_rows else 8
-    )  # where rows are wanted, about a thousand programs, so that few sums are left to add up
+    rows = count_rows(gate, weight)
+    tokens = L // rows if index is None else L
+    # where sums are wanted, about a thousand programs, so that few are left to add up
+    chunk = -(-tokens * B * rows // 1024) if need_rows else 8
     chunks = -(-tokens // chunk)
     dx = torch.empty(B, L, D, device=new.device)
-    dy = torch.empty(B, L, D, device=new.device, dtype=branch) if gated else None
-    sums = torch.empty(B * frames, chunks, 3, D, device=new.device) if need_rows else None
+    dy = None if dnew is None else torch.empty(B, L, D, device=new.device, dtype=branch)
+    sums = torch.empty(B * rows, chunks, 3, D, device=new.device) if need_rows else None
     with launchable(new):
-        backward_kernel[(B * frames, chunks)](
+        backward_kernel[(B * rows, chunks)](
             dnew,
             dout,
             new.contiguous(),
             None if y is None else y.contiguous(),
-            row,
+            gate,
             weight,
+            index,
             dx,
             dy,
             sums,
+            L,
             tokens,
             chunk,
-            frames,
+            rows,
             eps,
-            *strides(row),
+            *strides(gate),
             *strides(weight),
             D=D,
-            GATED=gated,
-            ROW=row is not None,
-            NORMED=weight is not None,
-            ROWS=need_rows,
+            ADD=dnew is not None,
+            GATE=gate is not None,
+            NORM=weight is not None,
+            INDEX=index is not None,
+            SUMS=need_rows,
             **tuned(D),
         )
-    found = [dx, dy] if gated else [dx]
-    return found + [sums.sum(1).view(B, frames, 3, D)] if need_rows else found
+    found = [dx] if dnew is None else [dx, dy]
+    return found + [sums.sum(1).view(B, rows, 3, D)] if need_rows else found
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
@@ -240,9 +264,10 @@ def triton_backward(dnew, dout, new, y, row, weight, eps, branch, need_rows):
 def fused(
     x: Tensor,
     y: Tensor | None,
-    row: Tensor | None,
+    gate: Tensor | None,
     weight: Tensor | None,
     shift: Tensor | None,
+    index: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
@@ -255,13 +280,14 @@ def fused_backward(
     dout: Tensor | None,
     new: Tensor,
     y: Tensor | None,
-    row: Tensor | None,
+    gate: Tensor | None,
     weight: Tensor | None,
+    index: Tensor | None,
     eps: float,
     branch: torch.dtype,
     need_rows: bool,
 ) -> list[Tensor]:
-    """Gradients [x] + [y, where dnew is given] + [row, weight and shift (B,F,3,D), where need_rows]. new: the stream
+    """Gradients [x] + [y, where dnew is given] + [gate, weight and shift (B,F,3,D), where need_rows]. new: the stream
     that was normed; branch: y's dtype.
     """
 
@@ -271,110 +297,106 @@ register(fused_backward, triton_backward, "modulate_backward")
 
 
 @fused.register_fake
-def _(x, y, row, weight, shift, eps, dtype):
-    return ([torch.empty_like(x, memory_format=torch.contiguous_format)] if y is not None else []) + (
-        [torch.empty(x.shape, dtype=dtype, device=x.device)] if weight is not None else []
-    )
+def _(x, y, gate, weight, shift, index, eps, dtype):
+    new = [] if y is None else [torch.empty_like(x, memory_format=torch.contiguous_format)]
+    return new + ([] if weight is None else [torch.empty(x.shape, dtype=dtype, device=x.device)])
 
 
 @fused_backward.register_fake
-def _(dnew, dout, new, y, row, weight, eps, branch, need_rows):
-    rows = row if weight is None else weight
+def _(dnew, dout, new, y, gate, weight, index, eps, branch, need_rows):
     found = [new.new_empty(new.shape)] + ([new.new_empty(new.shape, dtype=branch)] if dnew is not None else [])
-    return found + ([new.new_empty(len(new), rows.shape[1], 3, new.shape[2])] if need_rows else [])
+    return found + ([new.new_empty(len(new), count_rows(gate, weight), 3, new.shape[2])] if need_rows else [])
 
 
 def keep(ctx, inputs, output):
-    x, y, row, weight, shift, ctx.eps, _ = inputs
+    x, y, gate, weight, shift, index, ctx.eps, _ = inputs
     ctx.branch, ctx.need_rows = x.dtype if y is None else y.dtype, any(ctx.needs_input_grad[2:5])
-    ctx.gated, ctx.normed = y is not None, weight is not None
-    ctx.save_for_backward(output[0] if ctx.gated else x, y if ctx.need_rows else None, row, weight)
+    ctx.added, ctx.normed = y is not None, weight is not None
+    ctx.save_for_backward(output[0] if ctx.added else x, y if ctx.need_rows else None, gate, weight, index)
 
 
 def differentiate(ctx, grads):
-    new, y, row, weight = ctx.saved_tensors
+    new, y, gate, weight, index = ctx.saved_tensors
     grads = [g.contiguous() for g in grads]
-    found = fused_backward(
-        grads[0] if ctx.gated else None,
-        grads[-1] if ctx.normed else None,
-        new,
-        y,
-        row,
-        weight,
-        ctx.eps,
-        ctx.branch,
-        ctx.need_rows,
-    )
-    dx, dy = found[0], found[1] if ctx.gated else None
-    drow, dweight, dshift = found[-1].unbind(2) if ctx.need_rows else (None,) * 3
-    return dx, dy, drow if row is not None else None, *((dweight, dshift) if ctx.normed else (None, None)), None, None
+    dnew, dout = grads[0] if ctx.added else None, grads[-1] if ctx.normed else None
+    dx, *rest = fused_backward(dnew, dout, new, y, gate, weight, index, ctx.eps, ctx.branch, ctx.need_rows)
+    dy = rest.pop(0) if ctx.added else None
+    dgate, dweight, dshift = rest.pop().unbind(2) if ctx.need_rows else (None,) * 3
+    if gate is None:
+        dgate = None
+    if weight is None:
+        dweight = dshift = None
+    return dx, dy, dgate, dweight, dshift, None, None, None
 
 
 torch.library.register_autograd("nanowan::modulate", differentiate, setup_context=keep)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def modulate(x, weight, shift, eps, dtype):
+def modulate(x, weight, shift, eps, dtype, index=None):
     """As modulate_ref."""
-    return fused(x, None, None, weight, shift, eps, dtype)[0]
+    return fused(x, None, None, weight, shift, index, eps, dtype)[0]
 
 
-def gate(x, y, row=None):
+def gate(x, y, gate=None, index=None):
     """As gate_ref."""
-    return fused(x, y, row, None, None, 0.0, x.dtype)[0]
+    return fused(x, y, gate, None, None, index, 0.0, x.dtype)[0]
 
 
-def gate_modulate(x, y, row, weight, shift, eps, dtype):
-    """As gate_modulate_ref. row, weight and shift have equally many frames F."""
-    return tuple(fused(x, y, row, weight, shift, eps, dtype))
+def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
+    """As gate_modulate_ref. gate, weight and shift have equally many rows F."""
+    return tuple(fused(x, y, gate, weight, shift, index, eps, dtype))
 
 
 def check(device, dtype, B=2, F=3, tokens=5, D=192):
-    """Worst relative error of values and gradients against the reference in fp64, on inputs of odd strides."""
-    g = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=g).to(device)
-    x, y, rows = random(B, F * tokens, D), random(B, F * tokens, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
-    ends, found = [random(B, F * tokens, D) for _ in range(2)], []
+    """Worst relative error of values and gradients against the reference in fp64, on inputs of odd strides, with rows
+    for equally many tokens and with rows in any order.
+    """
+    (generator, random), L = seeded(device), F * tokens
+    x, y, rows = random(B, L, D), random(B, L, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
+    index = torch.randint(F, (L,), generator=generator, dtype=torch.int32).to(device)
+    ends, found = random(8, B, L, D), []
     for ops, kind in (
         ((modulate, gate, gate_modulate), torch.float32),
         ((modulate_ref, gate_ref, gate_modulate_ref), torch.float64),
     ):
-        a, b, r = (
-            u.detach().to(v).requires_grad_()
-            for u, v in ((x, kind), (y, dtype if kind == torch.float32 else kind), (rows, kind))
-        )
+        low = dtype if kind == torch.float32 else kind
+        a, b, r = (u.detach().to(v).requires_grad_() for u, v in ((x, kind), (y, low), (rows, kind)))
         weight, shift, row = r.unbind(2)
-        out = dtype if kind == torch.float32 else kind
-        h = [
-            ops[0](a, weight, shift, 1e-6, out),
-            ops[1](a, b, row),
-            ops[1](a, b),
-            *ops[2](a, b, row, weight, shift, 1e-6, out),
-        ]
-        (sum((u.to(kind) * ends[i % 2].to(kind)).sum() for i, u in enumerate(h))).backward()
+        h = [ops[1](a, b)]
+        for i in (None, index):
+            h += [ops[0](a, weight, shift, 1e-6, low, i), ops[1](a, b, row, i)]
+            h += ops[2](a, b, row, weight, shift, 1e-6, low, i)
+        loss = sum((u.to(kind) * end.to(kind)).sum() for u, end in zip(h, ends))
+        # rows that need no gradient go another way
+        frozen = ops[2](a, b, row.detach(), weight.detach(), shift.detach(), 1e-6, low, index)[1]
+        (loss + (frozen.to(kind) * ends[7].to(kind)).sum()).backward()
         found.append([*h, a.grad, b.grad, r.grad])
     return worst(*found)
 
 
+def time_size(L, D):
+    """{name: times} of clips of L tokens of width D, in bf16."""
+    x, y = torch.randn(1, L, D, device="cuda"), torch.randn(1, L, D, device="cuda", dtype=torch.bfloat16)
+    row, *rest = torch.randn(3, 1, 1, D, device="cuda")
+    rest += [1e-6, torch.bfloat16]
+    runs = {
+        "modulate": (lambda: modulate(x, *rest), lambda: modulate_ref(x, *rest), 6),
+        "gate_modulate": (lambda: gate_modulate(x, y, row, *rest), lambda: gate_modulate_ref(x, y, row, *rest), 12),
+    }
+    return {
+        f"{name} {L}x{D}": timed(f"{name} {L}x{D}", ours, reference, floor * x.numel())
+        for name, (ours, reference, floor) in runs.items()
+    }
+
+
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {}
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         results[f"check {dtype}"] = report(f"modulate, {dtype}", check(device, dtype), limit)
     if device == "cuda":
-        for B, L, D in ((1, 27280, 3072), (1, 32760, 5120)):
-            x, y = torch.randn(B, L, D, device=device), torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
-            row, weight, shift = torch.randn(3, B, 1, D, device=device)
-            given = weight, shift, 1e-6, torch.bfloat16
-            results[f"modulate {L}x{D}"] = timed(
-                f"modulate {L}x{D}", lambda: modulate(x, *given), lambda: modulate_ref(x, *given), 6 * x.numel()
-            )
-            results[f"gate_modulate {L}x{D}"] = timed(
-                f"gate_modulate {L}x{D}",
-                lambda: gate_modulate(x, y, row, *given),
-                lambda: gate_modulate_ref(x, y, row, *given),
-                12 * x.numel(),
-            )
+        for L, D in ((27280, 3072), (32760, 5120)):
+            results |= time_size(L, D)
     return results
 
 

@@ -4,50 +4,32 @@
     only)
 
 xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes
-from `table` (P,d/2,2), cosine and sine of position p for each of the d/2 pairs of a head, and `grid` (T',H',W'): pair j
-of token (t,h,w) turns by position t, h or w as j lies in the first d/2 - 2*(d/2//3) pairs, the next d/2//3, or the
-last. No (L,d/2) table is ever read from memory. Floor in bytes per element of xs: twice its size; each is read and
-written once.
+from `table` (P,d/2,2) and `positions` (L,3), as rope.py defines them; the kernels read three integers a token, and
+never an (L,d/2) table from memory. Floor in bytes per element of xs: twice its size; each is read and written once.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, timed, triton, worst
+from kernels import launchable, register, report, seeded, timed, triton, worst
+from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, rotate, scattered_positions
 
 if triton:
     import triton.language as tl
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
-def angles(table, grid):
-    """The table (P,d/2,2) for every token of a grid: (L,d/2,2)."""
-    half = table.shape[1]
-    widths = (half - 2 * (half // 3), half // 3, half // 3)
-    parts = []
-    for axis, (n, part) in enumerate(zip(grid, table.split(widths, 1))):
-        shape = [1, 1, 1, *part.shape[1:]]
-        shape[axis] = n
-        parts.append(part[:n].view(shape).expand(*grid, *part.shape[1:]))
-    return torch.cat(parts, -2).flatten(0, 2)
-
-
-def rotate(x, table, grid):
-    """Rotate the pairs (2j,2j+1) of x (B,L,N,d)."""
-    cos, sin = angles(table, grid)[:, None].unbind(-1)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-def qk_norm_rope_ref(xs, weights, eps, heads, table=None, grid=None):
+def qk_norm_rope_ref(xs, weights, eps, heads, table=None, positions=None):
     """-> [(B,L,N,d) of xs' dtype]; without a table, normed only."""
     found = []
     for x, weight in zip(xs, weights):
         y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(
             2, (heads, -1)
         )
-        found.append((y if table is None else rotate(y, table, grid)).to(x.dtype))
+        found.append((y if table is None else rotate(y, table, positions)).to(x.dtype))
     return found
 
 
@@ -55,15 +37,17 @@ def qk_norm_rope_ref(xs, weights, eps, heads, table=None, grid=None):
 if triton:
 
     @triton.jit
-    def turn(a, b, table, l, GH, GW, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
-        """Rotate the pairs (a,b) of one token, or with `back` the other way. a, b: (PAIRS,), all heads in turn."""
+    def turn(a, b, table, position, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
+        """Rotate the pairs (a,b) of the token whose three integers `position` points at, or with `back` the other way.
+        a, b: (PAIRS,), all heads in turn.
+        """
         p = tl.arange(0, PAIRS) % HALF
         third: tl.constexpr = HALF // 3
-        position = tl.where(p < HALF - 2 * third, l // (GH * GW), tl.where(p < HALF - third, l // GW % GH, l % GW))
-        cos = tl.load(table + (position * HALF + p) * 2, mask=inside, other=0.0)
-        sin = tl.load(table + (position * HALF + p) * 2 + 1, mask=inside, other=0.0)
-        if back:
-            sin = -sin
+        t, h, w = tl.load(position), tl.load(position + 1), tl.load(position + 2)
+        at = tl.where(p < HALF - 2 * third, t, tl.where(p < HALF - third, h, w))
+        cos = tl.load(table + (tl.abs(at) * HALF + p) * 2, mask=inside, other=0.0)
+        sin = tl.load(table + (tl.abs(at) * HALF + p) * 2 + 1, mask=inside, other=0.0)
+        sin = tl.where((at < 0) != back, -sin, sin)
         return a * cos - b * sin, a * sin + b * cos
 
     @triton.jit
@@ -75,9 +59,8 @@ if triton:
         out0,
         out1,
         table,
+        positions,
         L,
-        GH,
-        GW,
         eps,
         row0,
         row1,
@@ -97,7 +80,7 @@ if triton:
         v *= tl.load(w + d, mask=d < D, other=0.0)
         if ROPE:
             a, b = tl.split(tl.reshape(v, (PAIRS, 2)))
-            a, b = turn(a, b, table, (i % L).to(tl.int32), GH, GW, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, False)
+            a, b = turn(a, b, table, positions + i % L * 3, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, False)
             v = tl.reshape(tl.join(a, b), (2 * PAIRS,))
         tl.store(out + i * D + d, v.to(out.dtype.element_ty), mask=d < D)
 
@@ -113,11 +96,10 @@ if triton:
         dx1,
         dw,
         table,
+        positions,
         rows,
         L,
         chunk,
-        GH,
-        GW,
         eps,
         row0,
         row1,
@@ -139,13 +121,13 @@ if triton:
         weight = tl.load(w + d, mask=inside, other=0.0)
         if WEIGHTS:
             total = tl.zeros((2 * PAIRS,), tl.float32)
-        for j in range(0, min(chunk, rows - c * chunk)):
+        for j in range(min(chunk, rows - c * chunk)):
             i = c.to(tl.int64) * chunk + j
             v = tl.load(x + i * row + d, mask=inside, other=0.0).to(tl.float32)
             g = tl.load(dout + i * D + d, mask=inside, other=0.0).to(tl.float32)
             if ROPE:
                 a, b = tl.split(tl.reshape(g, (PAIRS, 2)))
-                a, b = turn(a, b, table, (i % L).to(tl.int32), GH, GW, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, True)
+                a, b = turn(a, b, table, positions + i % L * 3, HALF, PAIRS, tl.arange(0, PAIRS) < D // 2, True)
                 g = tl.reshape(tl.join(a, b), (2 * PAIRS,))
             rstd = tl.rsqrt(tl.sum(v * v, 0) / D + eps)
             v *= rstd
@@ -167,7 +149,7 @@ def rows_of(x):
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
-def triton_forward(xs, weights, eps, heads, table, grid):
+def triton_forward(xs, weights, eps, heads, table, positions):
     B, L, D = xs[0].shape
     xs = [rows_of(x) for x in xs]
     outs = [torch.empty(B, L, heads, D // heads, device=x.device, dtype=x.dtype) for x in xs]
@@ -180,8 +162,8 @@ def triton_forward(xs, weights, eps, heads, table, grid):
             outs[0],
             outs[-1],
             table,
+            positions,
             L,
-            *(grid[1:] if grid else (1, 1)),
             eps,
             xs[0].stride(1),
             xs[-1].stride(1),
@@ -193,7 +175,7 @@ def triton_forward(xs, weights, eps, heads, table, grid):
     return outs
 
 
-def triton_backward(douts, xs, weights, eps, heads, table, grid, need_weights):
+def triton_backward(douts, xs, weights, eps, heads, table, positions, need_weights):
     B, L, D = xs[0].shape
     xs, chunk = [rows_of(x) for x in xs], -(-B * L // 1024) if need_weights else 8
     chunks = -(-B * L // chunk)
@@ -211,10 +193,10 @@ def triton_backward(douts, xs, weights, eps, heads, table, grid, need_weights):
             dxs[-1],
             dw,
             table,
+            positions,
             B * L,
             L,
             chunk,
-            *(grid[1:] if grid else (1, 1)),
             eps,
             xs[0].stride(1),
             xs[-1].stride(1),
@@ -230,7 +212,7 @@ def triton_backward(douts, xs, weights, eps, heads, table, grid, need_weights):
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::qk_norm_rope", mutates_args=(), device_types=())
 def fused(
-    xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, grid: list[int] | None
+    xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, positions: Tensor | None
 ) -> list[Tensor]:
     """As qk_norm_rope_ref."""
 
@@ -243,7 +225,7 @@ def fused_backward(
     eps: float,
     heads: int,
     table: Tensor | None,
-    grid: list[int] | None,
+    positions: Tensor | None,
     need_weights: bool,
 ) -> list[Tensor]:
     """Gradients of xs, and with need_weights those of the weights (1 or 2,D)."""
@@ -254,28 +236,28 @@ register(fused_backward, triton_backward, "qk_norm_rope_backward")
 
 
 @fused.register_fake
-def _(xs, weights, eps, heads, table, grid):
+def _(xs, weights, eps, heads, table, positions):
     return [x.new_empty(*x.shape[:2], heads, x.shape[2] // heads) for x in xs]
 
 
 @fused_backward.register_fake
-def _(douts, xs, weights, eps, heads, table, grid, need_weights):
+def _(douts, xs, weights, eps, heads, table, positions, need_weights):
     return [x.new_empty(x.shape) for x in xs] + (
         [weights[0].new_empty(len(xs), xs[0].shape[2])] if need_weights else []
     )
 
 
 def keep(ctx, inputs, output):
-    xs, weights, ctx.eps, ctx.heads, table, ctx.grid = inputs
+    xs, weights, ctx.eps, ctx.heads, table, positions = inputs
     ctx.need_weights = any(w.requires_grad for w in weights)
-    ctx.save_for_backward(*xs, *weights, table)
+    ctx.save_for_backward(*xs, *weights, table, positions)
 
 
 def differentiate(ctx, douts):
-    *both, table = ctx.saved_tensors
+    *both, table, positions = ctx.saved_tensors
     xs, weights = both[: len(both) // 2], both[len(both) // 2 :]
     found = fused_backward(
-        [g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, ctx.grid, ctx.need_weights
+        [g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, positions, ctx.need_weights
     )
     return list(found[: len(xs)]), list(found[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
 
@@ -284,48 +266,51 @@ torch.library.register_autograd("nanowan::qk_norm_rope", differentiate, setup_co
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def qk_norm_rope(xs, weights, eps, heads, table=None, grid=None):
+def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
     """As qk_norm_rope_ref."""
-    return fused(xs, weights, eps, heads, table, None if grid is None else list(grid))
+    return fused(xs, weights, eps, heads, table, packed(positions))
+
+
+def packed(positions):
+    """Positions as the kernels read them: int32, three to a token side by side."""
+    return None if positions is None else positions.int().contiguous()
 
 
 def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
-    """Worst relative error of values and gradients against the reference in fp64, with and without rotation, on strided
-    inputs.
+    """Worst relative error of values and gradients against the reference in fp64, on strided inputs: without rotation,
+    at a grid's positions and at scattered ones.
     """
-    from wan import rope_table
-
-    g, L, D = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2], heads * d
-    random = lambda *shape: torch.randn(shape, generator=g).to(device)
-    x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(max(grid), d, device)
-    ends, found = random(3, B, L, heads, d), []
+    (generator, random), L, D = seeded(device), math.prod(grid), heads * d
+    x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(MAX_POSITIONS, d, device)
+    ends, found = random(4, B, L, heads, d), []
+    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((qk_norm_rope, None), (qk_norm_rope_ref, torch.float64)):
         a, u = x.detach().to(kind or dtype).requires_grad_(), w.detach().to(kind or w.dtype).requires_grad_()
         q, k, _ = a.chunk(3, -1)
-        h = [*op([q, k], list(u), 1e-6, heads, table.to(u.dtype), grid), *op([k], [u[1]], 1e-6, heads)]
+        h = [*op([q, k], list(u), 1e-6, heads, table.to(u.dtype), places[0])]
+        h += [*op([q], [u[0]], 1e-6, heads, table.to(u.dtype), places[1]), *op([k], [u[1]], 1e-6, heads)]
         sum((v.to(u.dtype) * e.to(u.dtype)).sum() for v, e in zip(h, ends)).backward()
         found.append([*h, a.grad, u.grad])
     return worst(*found)
 
 
-def main():
-    from wan import rope_table
+def time_size(grid, heads):
+    """Times of q and k of a clip of this token grid, in bf16."""
+    L, D = math.prod(grid), heads * 128
+    q, k, _ = torch.randn(1, L, 3 * D, device="cuda", dtype=torch.bfloat16).chunk(3, -1)
+    weights, table = list(torch.ones(2, D, device="cuda")), rope_table(max(grid), 128, "cuda")
+    inputs = [q, k], weights, 1e-6, heads, table, grid_positions(grid, "cuda")
+    name = f"qk_norm_rope {L}x{D}"
+    return {name: timed(name, lambda: qk_norm_rope(*inputs), lambda: qk_norm_rope_ref(*inputs), 8 * L * D)}
 
+
+def main():
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         results[f"check {dtype}"] = report(f"qk_norm_rope, {dtype}", check(device, dtype), limit)
     if device == "cuda":
         for grid, heads in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            L, D = grid[0] * grid[1] * grid[2], heads * 128
-            q, k, v = torch.randn(1, L, 3 * D, device=device, dtype=torch.bfloat16).chunk(3, -1)
-            w, table = list(torch.ones(2, D, device=device)), rope_table(max(grid), 128, device)
-            given = w, 1e-6, heads, table, grid
-            results[f"{L}x{D}"] = timed(
-                f"qk_norm_rope {L}x{D}",
-                lambda: qk_norm_rope([q, k], *given),
-                lambda: qk_norm_rope_ref([q, k], *given),
-                8 * L * D,
-            )
+            results |= time_size(grid, heads)
     return results
 
 

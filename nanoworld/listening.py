@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import BadInput
+from denoising import decode
 from nanoworld.grader import grade, wilson
 from nanoworld.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, SIZE, UNDRAWN
-from sample import decode, denoise
+from sample import sample_latents
 
 
 def gradable(settings):
@@ -51,13 +52,13 @@ def word_attribute(row):
 
 def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
     """Sample every row's prompt (row i from seed + i) and grade it: (grades, clips (N,3,9,64,64)). overrides: as
-    sample.denoise takes them.
+    sample.sample_latents takes them.
     """
     clips = []
     for i in range(0, len(rows), batch):
         prompts = [r["prompt"] for r in rows[i : i + batch]]
         seeds = [seed + i + j for j in range(len(prompts))]
-        clips.append(decode(models, denoise(models, prompts, seeds, progress=False, **overrides)))
+        clips.append(decode(models, sample_latents(models, prompts, seeds, progress=False, **overrides)))
     clips = torch.cat(clips)
     return [grade(c) for c in clips], clips
 

@@ -10,7 +10,7 @@ def apply_fsdp(model, world):
         shard(block, world, {p for p in block.parameters() if p.requires_grad})
     # nothing more than the adapters is left out here; blocks under one root are gathered ahead
     shard(model, world, {p for p in model.parameters() if not is_sharded(p)})
-    model.keeps_text = False
+    model.cache_text_kv = False
 
 
 def shard(module, world, whole=(), dtype=None):

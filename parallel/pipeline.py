@@ -17,7 +17,7 @@ def apply_pipeline(model, world):
     """
     if world.pp_size > len(model.blocks):
         raise BadInput(f"--pipeline_stages {world.pp_size}: this model has {len(model.blocks)} blocks")
-    model.keeps_text = False
+    model.cache_text_kv = False
     PIPELINES[model] = Pipeline(model, world)
 
 
@@ -36,8 +36,10 @@ class Pipeline:
         self.schedules, self.in_schedule = {}, False  # a schedule hands the tokens on by itself
         for stage in range(stages):
             blocks = range(total * stage // stages, total * (stage + 1) // stages)
-            for i in blocks:
-                if stage != world.pp_rank:
+            if stage == world.pp_rank:
+                self.blocks = blocks
+            else:
+                for i in blocks:
                     model.blocks[i] = IdentityBlock()
             source = dist.get_global_rank(group, stage)
             model.blocks[blocks[-1]].register_forward_hook(
@@ -79,7 +81,7 @@ class Pipeline:
         key = (tuple(shape), count)
         if key not in self.schedules:
             grid = (shape[2], shape[3] // 2, shape[4] // 2)
-            part = Stage(model, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
+            part = Stage(model, self.blocks, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
             device, group = torch.device(world.device), world.group("pp")
             stage = PipelineStage(part, world.pp_rank, world.pp_size, device, group=group)
             self.schedules[key] = Schedule1F1B(stage, count, loss_fn=part.loss, scale_grads=False), stage
@@ -110,15 +112,15 @@ class Microbatches:
 class Stage(nn.Module):
     """What one rank of a pipeline computes of a DiT."""
 
-    def __init__(self, model, grid, is_first, is_last):
+    def __init__(self, model, blocks, grid, is_first, is_last):
         super().__init__()
-        self.model, self.grid, self.is_first, self.is_last = model, grid, is_first, is_last
+        self.model, self.blocks, self.grid, self.is_first, self.is_last = model, blocks, grid, is_first, is_last
         self.microbatches = None  # those of the step that is under way
 
     def forward(self, x, t, context, lens):
-        conditions = self.model.conditions(1000 * t, context, lens, self.grid)
-        x = self.model.run(self.model.enter(x) if self.is_first else x, *conditions)
-        return self.model.leave(x, conditions[0], self.grid) if self.is_last else x
+        c = self.model.prepare_conditioning(1000 * t, context, lens, self.grid)
+        x = self.model.forward_blocks(self.model.patchify(x, c) if self.is_first else x, c, self.blocks)
+        return self.model.unpatchify(self.model.head(x, c.time, c.tokens.row), self.grid) if self.is_last else x
 
     def loss(self, v, index):
         return self.microbatches.loss(v, index)

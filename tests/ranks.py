@@ -12,19 +12,20 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
+import scattered
+import tiny
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import denoising
 import models
 import parallel
 import sample
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
-from train import TrainState
+from run import TrainState
 
 WORLDS = []
 
@@ -38,11 +39,11 @@ def library(out, **ranks):
     world = World("cpu", **ranks)
     checkpoint = sample.load("nano", world=world)
     models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(
+    latents = sample.sample_latents(
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(checkpoint, z)}
+    found = {"latents": latents, "video": denoising.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
     )  # they did work together
@@ -50,9 +51,31 @@ def library(out, **ranks):
         save(out, found)
 
 
+def tokens(out, **ranks):
+    """A model whose tokens are no grid, and one with a time for each latent frame: outputs and gradients. The tokens
+    divide by no number of ranks, and slices begin within a frame.
+    """
+    world, (x, t, context), extra = World("cpu", **ranks), *scattered.inputs()
+    cases = {
+        "scattered": (scattered.model(), t, extra),
+        "frames": (tiny.dit("t2v", heads=4), torch.stack([t, t / 2, 0 * t], 1), {}),
+    }
+    found = {}
+    for name, (dit, times, inputs) in cases.items():
+        parallel.parallelize(dit, world)
+        leaves = [v.clone().requires_grad_() for v in (context, *inputs.values())]
+        y = dit(x, times, leaves[0], **dict(zip(inputs, leaves[1:])))
+        (y * torch.sin(torch.arange(y.numel()).view(y.shape))).sum().backward()
+        world.all_reduce_grads(leaves)
+        found |= {f"{name}_output": y.detach()} | {f"{name}_grad_{i}": v.grad for i, v in enumerate(leaves)}
+    if world.is_main:
+        save(out, found)
+
+
 def run(job):
-    if job["script"] == "library":
-        return library(*job["argv"], **job["ranks"])
+    if job["script"] in ("library", "tokens"):
+        {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
+        return
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
     adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore
     if job.get("sgd"):
@@ -81,12 +104,10 @@ def run(job):
         Path(job["argv"][job["argv"].index("--out") + 1], "sent.json").write_text(json.dumps(WORLDS[-1].sent))
 
 
-def first_positions(attn, x, rope, world, right=ulysses.ulysses_attention):
-    kept, world.sp_rank = world.sp_rank, 0
-    try:
-        return right(attn, x, rope, world)
-    finally:
-        world.sp_rank = kept
+def first_positions(self, x, c, right=ulysses.Ulysses.scatter):
+    x, local = right(self, x, c)
+    first = c.tokens.positions[: len(local.tokens.positions)]
+    return x, local._replace(tokens=local.tokens._replace(positions=first))
 
 
 def equal_weights(self, v, index):
@@ -96,7 +117,7 @@ def equal_weights(self, v, index):
 
 BREAK = {
     "no_sum": (World, {"all_reduce_grads": lambda self, params, *numbers: numbers}),
-    "no_positions": (ulysses, {"ulysses_attention": first_positions}),
+    "no_positions": (ulysses.Ulysses, {"scatter": first_positions}),
     "mean_gradients": (
         FSDPModule,
         dict.fromkeys(["set_gradient_divide_factor", "set_force_sum_reduction_for_comms"], lambda self, value: None),
@@ -110,7 +131,8 @@ if __name__ == "__main__":
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        WORLDS.append(self)
+        if kwargs.get("distributed", True):  # else it is what Models has before a script gives it one
+            WORLDS.append(self)
 
     name = next(
         n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n)

@@ -14,8 +14,8 @@ import torch
 
 import lora
 from checkpoint import BadInput
-from offload import ALIGNED, Stream, share, spread
-from sample import denoise, load
+from offload import ALIGNED, Stream, share_host_copy, spread
+from sample import load, sample_latents
 from wan import load_wan
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 import lora, tiny
-from offload import Stream, share
+from offload import Stream, share_host_copy
 from plan import ParallelLayout, nbytes, resident, traced
 
 def build(**size):
@@ -111,7 +111,7 @@ with FakeTensorMode():
 before = resident("RssAnon")
 dit = build(dim=768, heads=6, layers=12)
 dit.zero_grad(set_to_none=True)
-Stream(dit, 12, "cpu", share(dit, Path({file!r}), True, lambda: None, False))
+Stream(dit, 12, "cpu", share_host_copy(dit, Path({file!r}), True, lambda: None, False))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 step(dit, (16, 16))
 print(*planned, whole, resident("VmHWM") - resident("RssShmem") - resident("RssFile") - before)
@@ -145,9 +145,9 @@ def test_resident_memory_is_that_of_the_plan(tmp_path, report):
 @pytest.mark.parametrize("fp8", (False, True))
 def test_sampling_with_streamed_blocks(checkpoints, fp8):
     given = dict(size=(64, 64), frames=5, steps=2, progress=False)
-    want = denoise(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
+    want = sample_latents(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
     assert torch.equal(
-        denoise(load(checkpoints["ti2v"], fp8=fp8, stream_blocks=2), ["a red square"], [0], **given), want
+        sample_latents(load(checkpoints["ti2v"], fp8=fp8, stream_blocks=2), ["a red square"], [0], **given), want
     )
 
 
@@ -201,13 +201,13 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(BadInput, match="shared memory are needed .No space left"):
-        share(tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, False)
+        share_host_copy(tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, False)
 
 
 def test_a_released_stream_is_gone(checkpoints):
     models = load(checkpoints["ti2v"], stream_blocks=2)
     kept = weakref.ref(models.acquire("dit"))
-    models.release("dit")
+    models.evict("dit")
     assert kept() is None and not models.streams
 
 
@@ -218,7 +218,7 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
 
     def rank(first):
         models[first] = load_wan(checkpoints["ti2v"], "cpu" if first else "meta", torch.float32, fp8)
-        buffers[first] = share(models[first], tmp_path / "shared", first, meeting.wait, False)
+        buffers[first] = share_host_copy(models[first], tmp_path / "shared", first, meeting.wait, False)
         stream = Stream(models[first], 2, "cpu", buffers[first])
         assert all(
             f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr()

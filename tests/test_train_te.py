@@ -13,7 +13,16 @@ import torch
 
 from checkpoint import BadInput, load
 from t5 import load_t5
-from train_te import RowEmbedding, arguments, augment_caption, has_keyword, keyword_token_ids, resolve, trainable
+from train_te import (
+    RowEmbedding,
+    arguments,
+    augment_caption,
+    check_keywords,
+    has_keyword,
+    keyword_token_ids,
+    resolve,
+    trainable,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,10 +175,39 @@ def test_keywords_in_any_script_and_of_several_words():
 def test_rows_of_every_spelling(checkpoints):
     tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
     one, both = (
-        keyword_token_ids(["dog"], captions, tokenizer)
+        keyword_token_ids(["dog"], captions, tokenizer)["dog"]
         for captions in (["a dog runs", "a cat"], ["a DOG runs", "a cat"])
     )
     assert one == set(tokenizer.ids("dog")) - set(tokenizer.ids("a cat")) and both > one
+
+
+def test_captions_without_spaces_are_shortened_and_trimmed_too():
+    rng, caption = random.Random(0), "一只红色的熊猫在森林里慢慢地走路"
+    short = {augment_caption(caption, ["熊猫"], (0, 1, 0), 0.0, rng) for _ in range(300)}
+    assert all("熊猫" in s and s in caption for s in short) and "熊猫" in short and max(map(len, short)) == 6
+    trimmed = {augment_caption(caption, ["熊猫"], (0, 0, 1), 1.0, rng) for _ in range(300)}
+    assert all("熊猫" in s for s in trimmed) and 13 <= min(map(len, trimmed)) < max(map(len, trimmed)) == 16
+    mixed = {augment_caption("a red 熊猫 walks home", ["熊猫"], (0, 1, 0), 0.0, rng) for _ in range(300)}
+    assert "red 熊猫 walks" in mixed and "熊猫" in mixed
+
+
+def test_what_keywords_are_refused(checkpoints, capsys):
+    tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
+    captions = ["a dog runs", "a cat runs", "dog"]
+    check_keywords(["dog"], captions, tokenizer, trains_blocks=False)
+    assert "'dog': in 2 captions" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="fox: no caption"):
+        check_keywords(["fox"], captions, tokenizer, trains_blocks=True)
+    with pytest.raises(BadInput, match="--train_blocks 0"):
+        check_keywords(["a"], ["a dog", "cat and a", "banana"], tokenizer, trains_blocks=False)
+    check_keywords(["a"], ["a dog", "cat and a", "banana"], tokenizer, trains_blocks=True)
+    unknown = "\u1234"
+    with pytest.raises(BadInput, match="no piece"):
+        check_keywords([unknown], [unknown], tokenizer, trains_blocks=True)
+    far = "cat " * 600 + "dog"
+    with pytest.raises(BadInput, match="where it is read"):
+        check_keywords(["dog"], [far], tokenizer, trains_blocks=True)
+    assert "beyond the 512 tokens" in capsys.readouterr().out
 
 
 def test_rows_learn_at_their_own_rate(checkpoints):

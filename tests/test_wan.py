@@ -1,9 +1,11 @@
 """The DiT against diffusers' WanTransformer3DModel on equal weights, fp32 on CPU."""
 
 import pytest
+import scattered
 import tiny
 import torch
 
+import ops
 from checkpoint import BadInput
 from wan import VARIANTS, Wan, full_config
 
@@ -78,7 +80,7 @@ def test_padding_fold_is_exact(lens, report):
 
 
 def test_padding_fold_counts_right_in_bf16():
-    """The weights of the two padding keys, rounded to bf16 as attention sees them, add up to how many they stand for."""
+    """The weights of the two padding keys, rounded to bf16 as attention sees them, add up to what they stand for."""
     model = tiny.dit("t2v")
     for S in range(1, 512):
         bias = model.embed_text(torch.zeros(1, S, tiny.TEXT_DIM)).bias[0, 0, 0, -2:]
@@ -111,6 +113,32 @@ def test_checkpointing_changes_no_gradient():
         c = context.clone().requires_grad_()
         grads.append(torch.autograd.grad(model(x, t, c).square().mean(), c)[0])
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("choice", ["ref", "cpp"])
+def test_a_variant_with_tokens_of_its_own_equals_its_formulas(choice, report):
+    """Tokens on no grid, two rows of modulation, something after a block: values and gradients, against the plain
+    formulas in fp64.
+    """
+    model, (given, extra), grads = scattered.model(), scattered.inputs(), []
+    with ops.using(choice):
+        for run in (lambda *a: scattered.plain(model, *a), lambda *a: model(*a[:3], extra=a[3])):
+            leaves = [v.clone().requires_grad_() for v in (given[0], given[2], extra["extra"])]
+            out = run(leaves[0], given[1], *leaves[1:])
+            weight = torch.sin(torch.arange(out.numel()).view(out.shape))
+            grads.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for name, want, got in zip(("output", "by x", "by context", "by further tokens"), *grads):
+        report(name, tiny.error(got, want), 2e-5)
+
+
+def test_checkpointing_a_variant_changes_no_gradient():
+    model, (given, extra), grads = scattered.model(), scattered.inputs(), []
+    for on in (False, True):
+        model.checkpointing = on
+        leaves = [given[2].clone().requires_grad_(), extra["extra"].clone().requires_grad_()]
+        out = model(*given[:2], leaves[0], extra=leaves[1])
+        grads.append(torch.autograd.grad(out.square().mean(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize(

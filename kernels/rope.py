@@ -1,0 +1,64 @@
+"""Rotary positions: a table of angles, and where tokens stand in time, height and width.
+
+`table` (P,d/2,2) is the cosine and sine of position p for each of a head's d/2 complex pairs. `positions` (L,3) are
+signed integers; a token's first d/2 - 2*(d/2//3) pairs turn by its time, the next d/2//3 by its height, the last by its
+width. A negative position turns the other way. |position| < P <= 1024. Source: official wan/modules/model.py,
+rope_params and rope_apply; negative times are S2V's.
+"""
+
+import torch
+
+from checkpoint import BadInput
+
+MAX_POSITIONS = 1024  # per axis, as the official tables have it
+
+
+def rope_table(n, d, device):
+    """The table (n,d/2,2), fp32, of positions 0..n-1 for heads of width d; computed in fp64, base 10000. Raises
+    BadInput beyond 1024.
+    """
+    if n > MAX_POSITIONS:
+        raise BadInput(f"{n} token positions along one axis: Wan's end at {MAX_POSITIONS}")
+    frequency = torch.cat(
+        [torch.pow(10000, -torch.arange(w, dtype=torch.float64, device=device) / w) for w in widths(d)]
+    )
+    angle = torch.arange(n, device=device).double()[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], -1).float()
+
+
+def widths(d):
+    """How many of a head's d/2 pairs turn by time, height and width."""
+    third = d // 2 // 3
+    return d // 2 - 2 * third, third, third
+
+
+def grid_positions(grid, device):
+    """Positions (T'H'W',3), int32, of the tokens of a grid (T',H',W'), the last axis first to move."""
+    axes = [torch.arange(n, dtype=torch.int32, device=device) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def scattered_positions(count, generator):
+    """Positions (count,3) of no grid, for checks: in no order, some twice, some negative, some at the table's ends."""
+    positions = torch.randint(-9, 40, (count, 3), dtype=torch.int32, generator=generator)
+    positions[count // 2] = positions[0]
+    positions[-1] = torch.tensor([1 - MAX_POSITIONS, MAX_POSITIONS - 1, -1])
+    return positions
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def angles(table, positions):
+    """The table (P,d/2,2) at every token: (L,d/2,2). Raises IndexError where a position is outside of it."""
+    parts = []
+    for axis, part in enumerate(table.split(widths(2 * table.shape[1]), 1)):
+        at = positions[:, axis]
+        cos, sin = part[at.abs()].unbind(-1)
+        parts.append(torch.stack([cos, torch.where(at[:, None] < 0, -sin, sin)], -1))
+    return torch.cat(parts, 1)
+
+
+def rotate(x, table, positions):
+    """Rotate the pairs (2j,2j+1) of x (B,L,N,d)."""
+    cos, sin = angles(table, positions)[:, None].unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)

@@ -1,0 +1,542 @@
+"""WanS2V against figures of the official code, and its gradients against a plain, unfused version.
+
+data/s2v.safetensors holds what Wan-Video/Wan2.2 at 42bf4cfa (wan/modules/s2v/model_s2v.py, with flash attention, which
+needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's weights and inputs, motion_frames=[73,19],
+and under fit_pose_* what torchvision 0.28's Resize and CenterCrop, which it prepares poses with, make of `frames`.
+data/s2v_pipelines.safetensors holds the latents and the frames' means of whole runs of its wan/speech2video.py on
+tiny_s2v.checkpoint, in fp32 on a CPU, with tiny_s2v.prompts in place of a text encoder's output.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_s2v
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_s2v import AUDIO_DIM, LAYERS, inputs
+
+import flow
+from checkpoint import BadInput
+from kernels.rope import angles
+from s2v import (
+    INJECT_LAYERS,
+    PUBLISHED,
+    WanS2V,
+    first_motion,
+    fit_picture,
+    fit_pose,
+    fit_size,
+    next_motion,
+    pose_clip,
+    pose_step,
+    spread,
+)
+from vae import load_vae
+from wan import VARIANTS, build, keep_fp32, load_wan
+from wav2vec2 import count_clips, load_wav2vec2, read_audio, to_feature_rate, to_video_rate
+
+PIPELINES = load_file(Path(__file__).parent / "data" / "s2v_pipelines.safetensors")
+FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
+DIM, HEADS, INJECTED = tiny_s2v.CONFIG.dim, tiny_s2v.CONFIG.num_heads, tiny_s2v.CONFIG.audio_inject_layers
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_s2v.dit()
+
+
+def without(given, *names):
+    return {k: v for k, v in given.items() if k not in names}
+
+
+def cases():
+    """{name: what the model is given}, named as the figures. The last three are of no use in sampling."""
+    plain, short = without(inputs(), "pose"), without(inputs(motion_frames=7), "pose")
+    no_latest, no_recent = without(inputs(), "pose"), without(inputs(), "pose")
+    no_latest["motion"][:, :, -1:] = 0  # the official add_last_motion=1
+    no_recent["motion"][:, :, -3:] = 0  # add_last_motion=0
+    return {
+        "full_b2": inputs(B=2),
+        "full": plain,
+        "drop": without(plain, "motion"),
+        "drop_pose": without(inputs(), "motion"),
+        "uncond": plain | {"audio": 0 * plain["audio"]},
+        "odd": without(inputs(h=20, w=12), "pose"),
+        "short_motion": short,
+        "add_1": no_latest,
+        "add_0": no_recent,
+    }
+
+
+# ---- the plain version -----------------------------------------------------------------------------------------
+def plain(weights, x, t, context, context_lens, ref, audio, motion=None, pose=None):
+    """The model written down step by step: nothing fused, cached or shared with the modules; weights {name: tensor}."""
+    W, N = weights, HEADS
+
+    def linear(name, x):
+        return F.linear(x, W[f"{name}.weight"], W[f"{name}.bias"])
+
+    def norm(x, eps=1e-6):
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+    def rms(name, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * W[f"{name}.weight"]
+
+    def attend(q, k, v):  # (B,L,D)
+        q, k, v = (u.unflatten(-1, (N, -1)).transpose(-2, -3) for u in (q, k, v))
+        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return (p @ v).transpose(-2, -3).flatten(-2)
+
+    def conv(name, x):
+        kernel = W[f"{name}.weight"].shape[2:]
+        return F.conv3d(x, W[f"{name}.weight"], W[f"{name}.bias"], kernel).flatten(2).transpose(1, 2)
+
+    def causal(name, x, stride):  # (B,C,T)
+        x = torch.cat([x[..., :1], x[..., :1], x], -1)
+        return F.conv1d(x, W[f"{name}.conv.weight"], W[f"{name}.conv.bias"], stride)
+
+    def silu_norm(x):  # over the channels of (B,C,T)
+        return F.silu(norm(x.transpose(1, 2))).transpose(1, 2)
+
+    # sound
+    e = "casual_audio_encoder"
+    mix = F.silu(W[f"{e}.weights"])
+    sound = (torch.cat([audio[..., :1].repeat(1, 1, 1, 73), audio], -1) * mix).sum(1) / mix.sum(1)
+    heads = causal(f"{e}.encoder.conv1_local", sound, 1).chunk(4, 1)
+    paths = []
+    for y in (*heads, causal(f"{e}.encoder.conv1_global", sound, 1)):
+        y = causal(f"{e}.encoder.conv2", silu_norm(y), 2)
+        paths.append(silu_norm(causal(f"{e}.encoder.conv3", silu_norm(y), 2)).transpose(1, 2)[:, 19:])
+    local = torch.stack([*paths[:4], W[f"{e}.encoder.padding_tokens"][0].expand_as(paths[0])], 2)  # (B,T',5,D)
+    whole = linear(f"{e}.encoder.final_linear", paths[4])  # (B,T',D)
+
+    # tokens, where they stand, which row of the mask
+    (B, _, T, h, w), mask = x.shape, W["trainable_cond_mask.weight"]
+    H, V = h // 2, w // 2
+    tokens = conv("patch_embedding", x) + conv("cond_encoder", torch.zeros_like(x) if pose is None else pose) + mask[0]
+    L0 = tokens.shape[1]
+    at = [(a, b, c) for a in range(T) for b in range(H) for c in range(V)]
+    parts = [tokens, conv("patch_embedding", ref) + mask[1]]
+    at += [(30, b, c) for b in range(H) for c in range(V)]
+    if motion is not None:
+        motion = F.pad(motion, (0, 0, 0, 0, 19, 0))[:, :, -19:]
+        parts += [conv("frame_packer.proj", motion[:, :, 18:]) + mask[2]]
+        parts += [conv("frame_packer.proj_2x", motion[:, :, 16:18]) + mask[2]]
+        parts += [conv("frame_packer.proj_4x", motion[:, :, :16]) + mask[2]]
+        at += [(-1, b, c) for b in range(H) for c in range(V)]
+        for times, n, m in (((-3,), h // 4, w // 4), ((-19, -14, -9, -4), h // 8, w // 8)):
+            rows, columns = ([int(i * (size - 1) / max(k - 1, 1)) for i in range(k)] for k, size in ((n, H), (m, V)))
+            at += [(a, b, c) for a in times for b in rows for c in columns]
+    x = torch.cat(parts, 1)
+
+    # rotation
+    half = DIM // N // 2
+    each = half - 2 * (half // 3), half // 3, half // 3
+    angle = torch.cat(
+        [
+            torch.tensor([p[axis] for p in at]).double()[:, None] * 10000.0 ** (-torch.arange(n).double() / n)
+            for axis, n in enumerate(each)
+        ],
+        1,
+    )
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def rotate(x):  # (B,L,D)
+        pairs = torch.view_as_complex(x.double().unflatten(2, (N, half, 2)))
+        return torch.view_as_real(pairs * turn).flatten(2).float()
+
+    # time and text
+    frequency = 10000.0 ** (-torch.arange(32).double() / 32)
+    angle = torch.stack([t, torch.zeros_like(t)], 1).double()[..., None] * frequency
+    time = torch.cat([angle.cos(), angle.sin()], -1).float()
+    time = linear("time_embedding.2", F.silu(linear("time_embedding.0", time)))  # (B,2,D)
+    rows = linear("time_projection.1", F.silu(time)).unflatten(2, (6, -1))
+    noise = torch.arange(x.shape[1]) < L0
+    context = torch.stack([F.pad(c[:n], (0, 0, 0, 512 - n)) for c, n in zip(context, context_lens.tolist())])
+    context = linear("text_embedding.2", F.gelu(linear("text_embedding.0", context), approximate="tanh"))
+
+    for i in range(LAYERS):
+        b = f"blocks.{i}"
+        m = rows + W[f"{b}.modulation"][:, None]
+        m = torch.where(noise[:, None, None], m[:, :1], m[:, 1:])  # (B,L,6,D)
+        y = norm(x) * (1 + m[:, :, 1]) + m[:, :, 0]
+        a = f"{b}.self_attn"
+        q, k = rotate(rms(f"{a}.norm_q", linear(f"{a}.q", y))), rotate(rms(f"{a}.norm_k", linear(f"{a}.k", y)))
+        x = x + m[:, :, 2] * linear(f"{a}.o", attend(q, k, linear(f"{a}.v", y)))
+        a, y = f"{b}.cross_attn", norm(x) * W[f"{b}.norm3.weight"] + W[f"{b}.norm3.bias"]
+        q, k = rms(f"{a}.norm_q", linear(f"{a}.q", y)), rms(f"{a}.norm_k", linear(f"{a}.k", context))
+        x = x + linear(f"{a}.o", attend(q, k, linear(f"{a}.v", context)))
+        y = norm(x) * (1 + m[:, :, 4]) + m[:, :, 3]
+        x = x + m[:, :, 5] * linear(f"{b}.ffn.2", F.gelu(linear(f"{b}.ffn.0", y), approximate="tanh"))
+        if i in INJECTED:
+            j = INJECTED.index(i)
+            a = f"audio_injector.injector.{j}"
+            shift, scale = linear(f"audio_injector.injector_adain_layers.{j}.linear", F.silu(whole)).chunk(2, -1)
+            y = x[:, :L0].unflatten(1, (T, -1))  # (B,T',n,D)
+            q = rms(f"{a}.norm_q", linear(f"{a}.q", norm(y, 1e-5) * (1 + scale[:, :, None]) + shift[:, :, None]))
+            y = y + linear(f"{a}.o", attend(q, rms(f"{a}.norm_k", linear(f"{a}.k", local)), linear(f"{a}.v", local)))
+            x = torch.cat([y.flatten(1, 2), x[:, L0:]], 1)
+
+    shift, scale = (time[:, :1, None] + W["head.modulation"]).unbind(2)
+    y = linear("head.head", norm(x[:, :L0]) * (1 + scale) + shift)
+    y = y.view(B, T, H, V, 1, 2, 2, 16).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return y.reshape(B, 16, T, h, w)
+
+
+# ---- against the official figures --------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", cases())
+def test_equals_official(model, case, report):
+    with torch.no_grad():
+        got = model(**cases()[case])
+    report("relative error", tiny.error(got, FIGURES[case]), 2e-5)
+
+
+def test_the_plain_version_equals_official(model, report):
+    with torch.no_grad():
+        got = plain(dict(model.named_parameters()), **inputs(B=2))
+    report("relative error", tiny.error(got, FIGURES["full_b2"]), 2e-5)
+
+
+def test_audio_encoder_equals_official(model, report):
+    """Alone on 7 frames, and on a clip behind its prefix."""
+    encoder, audio = model.casual_audio_encoder, inputs()["audio"]
+    with torch.no_grad():
+        vectors, tokens = encoder(audio[..., :7])
+        report("global, 7 frames", tiny.error(vectors, FIGURES["cae_7_global"][:, :, 0]), 2e-5)
+        report("local, 7 frames", tiny.error(tokens, FIGURES["cae_7_local"]), 2e-5)
+        vectors, tokens = encoder.encode_clip(audio)
+        report("global, a clip", tiny.error(vectors, FIGURES["cae_global"][:, 19:, 0]), 2e-5)
+        report("local, a clip", tiny.error(tokens, FIGURES["cae_local"][:, 19:]), 2e-5)
+
+
+@pytest.mark.parametrize("case, h, w", [("rope", 16, 8), ("odd_rope", 20, 12)])
+def test_positions_equal_official(model, case, h, w, report):
+    """The whole sequence's angles: noise, reference, motion packed in three ways."""
+    seen = {}
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: seen.update(rope=args[2][:2]))
+    with torch.no_grad():
+        model(**without(inputs(h=h, w=w), "pose"))
+    handle.remove()
+    report("largest difference", (angles(*seen["rope"]) - FIGURES[case]).abs().max().item(), 1.2e-7)
+
+
+def test_tokens_equal_official(model, report):
+    """As the first block is given them, and behind it and its injector, which the second block is given."""
+    seen = []
+    handles = [b.register_forward_pre_hook(lambda block, args: seen.append(args[0])) for b in model.blocks[:2]]
+    with torch.no_grad():
+        model(**cases()["full"])
+    for handle in handles:
+        handle.remove()
+    report("assembled", tiny.error(seen[0], FIGURES["tokens"]), 2e-5)
+    report("after block 0", tiny.error(seen[1], FIGURES["after_block_0"]), 2e-5)
+
+
+# ---- what follows from the design --------------------------------------------------------------------------------
+def test_what_is_prepared_once_per_clip_gives_the_same(model):
+    given = inputs(B=2)
+    with torch.no_grad():
+        want = model(**given)
+        text = model.embed_text(given["context"], given["context_lens"], cache=True)
+        audio, ref = model.embed_audio(given["audio"]), model.embed_reference(given["ref"], given["motion"])
+        got = model(given["x"], given["t"], text, ref=ref, audio=audio, pose=given["pose"])
+    assert torch.equal(got, want)
+
+
+def test_a_latent_frame_hears_no_further_than_its_last_video_frame(model):
+    """Latent frame k hears video frames up to 4k+3."""
+    audio = inputs(T=4)["audio"]
+    later = audio.clone()
+    later[..., 8:] += 1
+    with torch.no_grad():
+        a, b = (model.casual_audio_encoder.encode_clip(x) for x in (audio, later))
+    for before, after in zip(a, b):
+        assert torch.equal(before[:, :2], after[:, :2])
+        assert (before[:, 2] - after[:, 2]).abs().max() > 0.01
+
+
+def test_motion_older_than_19_latent_frames_is_dropped(model):
+    motion = inputs(motion_frames=23)["motion"]
+    with torch.no_grad():
+        a, b = (model.embed_reference(inputs()["ref"], m) for m in (motion, motion[:, :, 4:]))
+    assert torch.equal(a.tokens, b.tokens)
+
+
+def test_coarse_tokens_stand_evenly_apart_and_reach_both_ends():
+    assert spread(5, 10) == [0, 2, 4, 6, 9] and spread(2, 10) == [0, 9] and spread(1, 5) == [0]
+    for size in range(4, 252, 4):  # tokens along sides of 64 px and up: the integer formula
+        for n in (size // 2, size // 4):
+            assert spread(n, size) == [i * (size - 1) // max(n - 1, 1) for i in range(n)], (n, size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_the_plain_versions(model, checkpointing, report):
+    """By text, sound, and every weight that a LoRA can sit on."""
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    targets = [f"{n}.weight" for n in linear if n.startswith(("blocks.", "audio_injector.injector."))]
+    assert len(targets) == LAYERS * 10 + len(INJECTED) * 4
+    weight = torch.sin(torch.arange(FIGURES["full_b2"].numel()).float()).view_as(FIGURES["full_b2"])
+    trained = tiny_s2v.dit()
+    trained.checkpointing = checkpointing
+    for name in targets:
+        trained.get_parameter(name).requires_grad_(True)
+    params = dict(trained.named_parameters())
+    grads = []
+    for run in (trained, lambda **given: plain(params, **given)):
+        given = inputs(B=2)
+        leaves = [given["context"].requires_grad_(True), given["audio"].requires_grad_(True)]
+        leaves += [params[name] for name in targets]
+        grads.append(torch.autograd.grad((run(**given) * weight).sum(), leaves))
+    for name, got, want in zip(["text", "audio", *targets], *grads):
+        if name in ("text", "audio"):
+            report(name, tiny.error(got, want), 1e-4)
+    report("weights, the worst", max(tiny.error(g, w) for g, w in zip(*(g[2:] for g in grads))), 1e-4)
+
+
+def test_bf16_follows_fp32(report):
+    """Within what bf16 keeps of each number, over four blocks; the audio encoder, the time and the norms stay fp32."""
+    low = tiny_s2v.dit()
+    for name, p in low.named_parameters():
+        p.data = p.data if keep_fp32(name) else p.data.bfloat16()
+    with torch.no_grad():
+        report("relative error", tiny.error(low(**cases()["full"]), FIGURES["full"]), 2e-2)
+
+
+# ---- files and bad input -----------------------------------------------------------------------------------------
+def test_full_size_counts_and_names():
+    with torch.device("meta"):
+        model = build("s2v-14B")
+    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert len(state) == 1260 and sum(p.numel() for p in model.parameters()) == 16_295_755_609
+    own = {k: v for k, v in state.items() if not k.startswith(("blocks.", "text_", "time_", "head.", "patch_"))}
+    numel = {k: torch.Size(v).numel() for k, v in own.items()}
+    assert len(own) == 165 and sum(numel.values()) == 2_007_264_025
+    for prefix, n in {
+        "cond_encoder": 332_800,
+        "trainable_cond_mask": 15_360,
+        "frame_packer": 23_936_000,
+        "casual_audio_encoder": 95_051_545,
+        "audio_injector.injector.": 1_258_659_840,
+        "audio_injector.injector_adain_layers.": 629_268_480,
+    }.items():
+        assert sum(v for k, v in numel.items() if k.startswith(prefix)) == n, prefix
+    for name, shape in {
+        "casual_audio_encoder.weights": (1, 25, 1, 1),
+        "casual_audio_encoder.encoder.conv1_local.conv.weight": (5120, 1024, 3),
+        "casual_audio_encoder.encoder.conv3.conv.weight": (5120, 2560, 3),
+        "casual_audio_encoder.encoder.padding_tokens": (1, 1, 1, 5120),
+        "frame_packer.proj_4x.weight": (5120, 16, 4, 8, 8),
+        "audio_injector.injector.11.norm_k.weight": (5120,),
+        "audio_injector.injector_adain_layers.11.linear.weight": (10240, 5120),
+    }.items():
+        assert state[name] == shape, name
+    assert model.config.audio_inject_layers == INJECT_LAYERS == (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+
+
+def test_load_wan_knows_s2v(tmp_path, model):
+    tiny_s2v.write_dit(tmp_path, model)
+    loaded = load_wan(tmp_path, dtype=torch.float32)
+    assert type(loaded) is WanS2V and loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    half = dict(load_wan(tmp_path).named_parameters())
+    assert half["casual_audio_encoder.encoder.conv2.conv.weight"].dtype == torch.float32
+    assert half["audio_injector.injector.0.q.weight"].dtype == torch.bfloat16
+
+
+def test_one_file_without_config_json_stands_for_the_released_layers(tmp_path):
+    """The number of injectors is all that the weights tell: 12 are the released ones."""
+    config = tiny_s2v.CONFIG
+    names = [f"audio_injector.injector.{i}.q.weight" for i in range(12)] + ["blocks.39.modulation"]
+    assert WanS2V.read_settings({}, names, "file") == {"audio_inject_layers": INJECT_LAYERS}
+    with pytest.raises(BadInput, match="should name 3 of the 4 blocks"):
+        WanS2V.read_settings({}, tiny_s2v.dit().state_dict(), "file")
+    # under another name, with ComfyUI's prefix
+    state = {f"model.diffusion_model.{k}": v for k, v in tiny_s2v.dit().state_dict().items()}
+    save_file(state, tmp_path / "s2v.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_heads": config.num_heads, "audio_inject_layers": config.audio_inject_layers})
+    )
+    assert load_wan(tmp_path / "s2v.safetensors", dtype=torch.float32).config == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_no_released_weights_have_are_refused(tmp_path, model, name):
+    value = {True: False, False: True}.get(PUBLISHED[name], "other")
+    tiny_s2v.write_dit(tmp_path, model, **{name: value})
+    with pytest.raises(BadInput, match=f"config.json: not the released S2V model: {name} is {value!r}"):
+        load_wan(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0, 1, 4], [3, 1, 0], [0, 1, 1]])
+def test_layers_that_do_not_fit_are_refused(tmp_path, model, layers):
+    tiny_s2v.write_dit(tmp_path, model, audio_inject_layers=layers)
+    with pytest.raises(BadInput, match="should name 3 of the 4 blocks, ascending"):
+        load_wan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(audio=torch.zeros(1, 25, AUDIO_DIM, 8)), "sound for 2 latent frames"),
+        (dict(audio=torch.zeros(1, 25, AUDIO_DIM, 10)), "a multiple of 4"),
+        (dict(audio=torch.zeros(1, 4, AUDIO_DIM, 12)), "should be .B,25,24,F"),
+        (dict(t=torch.zeros(1, 3)), r"t \(1, 3\)"),
+        (dict(motion=torch.zeros(1, 16, 19, 8, 8)), "as high and wide"),
+        (dict(pose=torch.zeros(1, 16, 2, 16, 8)), r"pose \(1, 16, 2, 16, 8\)"),
+        (dict(x=torch.zeros(1, 16, 3, 18, 8)), "ref 16x8"),
+    ],
+)
+def test_bad_shapes_are_one_line(model, change, says):
+    with pytest.raises(BadInput, match=says):
+        model(**(inputs() | change))
+
+
+def test_the_variants_row():
+    row = VARIANTS["s2v-14B"]
+    assert row["negative"].startswith("画面模糊，最差质量，画面模糊，") and row["negative"].endswith("倒着走")
+    assert (row["steps"], row["shift"], row["guidance"], row["fps"]) == (40, 3.0, (4.5, 4.5), 16)
+
+
+# ---- pictures and clips ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "picture, area, size",
+    [
+        ((832, 480), 480 * 832, (832, 448)),
+        ((1280, 720), 1024 * 704, (1088, 640)),
+        ((1280, 720), 1280 * 720, (1280, 704)),
+        ((1024, 1024), 1024 * 704, (832, 832)),
+        ((640, 480), 1024 * 704, (640, 512)),
+        ((500, 900), 1024 * 704, (512, 960)),
+        ((4000, 3000), 1024 * 704, (960, 704)),
+        ((190, 120), 1024 * 704, (192, 128)),
+        ((3900, 70), 256 * 256, (1024, 64)),
+        ((30, 20), 1024 * 704, (64, 64)),
+        ((64, 64), 64 * 64, (64, 64)),
+    ],
+)
+def test_size_of_the_video(picture, area, size):
+    """As the official get_size_less_than_area gives it (also seen equal for 20,000 random sizes)."""
+    assert fit_size(*picture, area) == size
+
+
+@pytest.mark.parametrize("picture, area", [((500, 500), 64 * 63), ((11, 603), 6935)])
+def test_sizes_with_a_side_under_64_are_refused(picture, area):
+    with pytest.raises(BadInput, match=f"--size of {area} px for a picture of {picture[0]}x{picture[1]}"):
+        fit_size(*picture, area)
+
+
+def test_a_picture_that_is_too_short_gets_black_bars():
+    from PIL import Image
+
+    pixels = torch.tensor(list(fit_picture(Image.new("RGB", (500, 900), "white"), (512, 960)).tobytes()))
+    rows = pixels.view(960, 512, 3).sum((1, 2))
+    assert (rows[:19] == 0).all() and (rows[940:] == 0).all()  # 900 px become 921
+    assert (rows[19:940] == 512 * 3 * 255).all()
+
+
+def test_a_picture_that_is_too_long_is_cropped_in_the_middle():
+    from PIL import Image
+
+    picture = Image.fromarray(tiny_s2v.picture(200, 101))
+    got = fit_picture(picture, (128, 101))  # 200 x 101, of which 36 px go on each side
+    assert got.tobytes() == picture.crop((36, 0, 164, 101)).tobytes()
+
+
+@pytest.mark.parametrize("name, size", [("fit_pose_smaller", (8, 6)), ("fit_pose_barred", (16, 24))])
+def test_pose_frames_equal_torchvisions(name, size, report):
+    frames = torch.rand(2, 3, 9, 14, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    report("largest difference", (fit_pose(frames, size) - FIGURES[name]).abs().max().item(), 1e-6)
+
+
+def test_pose_speed_and_clips():
+    assert [pose_step(fps) for fps in (8, 16, 23.976, 24, 25, 29.97, 30, 40, 50, 60)] == [1, 1, 1, 2, 2, 2, 2, 2, 3, 4]
+    frames = torch.rand(5, 3, 2, 2)
+    clip = pose_clip(frames, 8)
+    assert clip.shape == (1, 3, 9, 2, 2)
+    assert torch.equal(clip[0, :, 0], frames[0]) and torch.equal(clip[0, :, 1:6], frames.transpose(0, 1))
+    assert (clip[:, :, 6:] == -1).all()
+    assert (pose_clip(frames[:0], 8) == -1).all()
+
+
+def test_motion_is_the_last_73_frames():
+    picture, video = torch.rand(1, 3, 1, 8, 16), torch.rand(1, 3, 77, 8, 16)
+    last = first_motion(picture)
+    assert last.shape == (1, 3, 73, 8, 16) and (last == 0).all()
+    assert torch.equal(next_motion(last, video), video[:, :, 4:])
+    short = next_motion(last, video[:, :, :13])
+    assert (short[:, :, :60] == 0).all() and torch.equal(short[:, :, 60:], video[:, :, :13])
+    start = first_motion(picture, start_from_picture=True)
+    assert (start[:, :, :67] == 0).all() and (start[:, :, 67:] == picture).all()
+
+
+# ---- whole pipelines -----------------------------------------------------------------------------------------------
+def generate(folder, seconds, picture, area, frames, steps, scale, solver, seed, clips=None, pose=None, start=False):
+    """Latents (C,T',h,w) of each clip and the video (1,3,T,H,W), put together from the parts."""
+    from PIL import Image
+
+    model, vae = load_wan(folder, dtype=torch.float32), load_vae(folder)
+    encoder = load_wav2vec2(folder / "wav2vec2-large-xlsr-53-english")
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(seconds)[None])
+    features = to_feature_rate(encoder.features(read_audio(folder / "sound.wav")))
+    clips = clips or count_clips(features.shape[1], frames)
+    audio = to_video_rate(features, clips * frames)[None]
+
+    image = Image.fromarray(tiny_s2v.picture(*picture))
+    size = fit_size(*image.size, area)
+    pixels = torch.from_numpy(np.array(fit_picture(image, size))).permute(2, 0, 1).float()[None, :, None] / 127.5 - 1
+    ref, last, videos, found = vae.encode(pixels), first_motion(pixels, start), [], []
+    for r in range(clips):
+        motion = vae.encode(last)
+        has_motion = r > 0 or start
+        given = dict(ref=model.embed_reference(ref, motion if has_motion else None))
+        if pose is not None:
+            given["pose"] = vae.encode(pose_clip(fit_pose(pose[r * frames : (r + 1) * frames], size), frames))[:, :, 1:]
+        sound = audio[..., r * frames : (r + 1) * frames]
+        branches = [
+            dict(given, context=text[None], audio=model.embed_audio(gain * sound))
+            for text, gain in zip(tiny_s2v.prompts(), (1, 0))
+        ]
+        x = torch.randn(1, 16, frames // 4, *ref.shape[3:], generator=torch.Generator().manual_seed(seed + r))
+        sampler = flow.solver(solver, steps, 3.0)
+        for t in sampler.timesteps.tolist():
+            cond, uncond = (model(x, torch.tensor([float(t)]), **b) for b in branches)
+            x = sampler.step(uncond + scale * (cond - uncond), x)
+        found.append(x[0])
+        video = vae.decode(torch.cat([motion if has_motion else ref, x], 2))[:, :, -frames:]
+        videos.append(video if has_motion else video[:, :, 3:])
+        last = next_motion(last, videos[-1])
+    return found, torch.cat(videos, 2)
+
+
+RUNS = {
+    "three_clips": (dict(seconds=2.5, picture=(90, 150), area=128 * 64, frames=16, steps=4, scale=4.5, seed=11), 45),
+    "pose": (dict(seconds=2.5, picture=(90, 150), area=128 * 64, frames=16, steps=4, scale=4.5, seed=12, clips=2), 29),
+    "start_from_ref": (
+        dict(seconds=2.5, picture=(90, 150), area=8192, frames=16, steps=4, scale=1, seed=13, clips=2),
+        32,
+    ),
+    "full_clips": (dict(seconds=5.0155, picture=(100, 100), area=64 * 64, frames=80, steps=2, scale=4.5, seed=14), 157),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_pipelines_equal_official(tmp_path, name, report):
+    """Three clips; a pose video of 30 frames a second, with DPM++; from the picture, unguided; two clips of full
+    length, of which the second is all silent, since the sound's features fill the first exactly.
+    """
+    given, length = RUNS[name]
+    if name == "pose":  # of 50 frames, of which every second is taken
+        pictures = [tiny_s2v.picture(100, 140, 0.2 * i) for i in range(0, 50, pose_step(30))]
+        given = dict(given, pose=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1)
+    solver = "dpm++" if name == "pose" else "unipc"
+    folder = tiny_s2v.checkpoint(tmp_path)
+    latents, video = generate(folder, solver=solver, start=name == "start_from_ref", **given)
+    assert len(latents) == sum(key.startswith(f"{name}_latents") for key in PIPELINES) and video.shape[2] == length
+    for r, x in enumerate(latents):
+        report(f"latents of clip {r}", tiny.error(x, PIPELINES[f"{name}_latents_{r}"]), 1e-3)
+    report("mean of each frame", (video[0].mean((0, 2, 3)) - PIPELINES[f"{name}_frame_means"]).abs().max().item(), 1e-3)
