@@ -17,6 +17,8 @@ from test_wan import inputs, padded
 from checkpoint import BadInput
 from fp8 import convert
 from lora import (
+    ANIMATE_TARGETS,
+    S2V_TARGETS,
     TARGETS,
     adapter,
     clamp_weight_norm,
@@ -448,6 +450,33 @@ def test_injectors(tmp_path):
             inject(tiny.dit("t2v"), targets)
     with pytest.raises(BadInput, match="there are none in blocks 1"):
         inject(Parts(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
+
+
+@pytest.mark.parametrize("kind, modules", [("s2v", 4 * 10 + 3 * 4), ("animate", 10 * 12)])
+def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
+    """On all modules that the field's LoRAs of them have: trained, saved and merged, the model's output is the same."""
+    import test_animate
+    import tiny_animate
+    import tiny_s2v
+
+    targets = TARGETS + (S2V_TARGETS if kind == "s2v" else ANIMATE_TARGETS)
+    make = tiny_s2v.dit if kind == "s2v" else tiny_animate.animate
+    model, base = make(), make()
+    if kind == "s2v":
+        args, given = (), tiny_s2v.inputs()
+    else:
+        args, given = test_animate.inputs(base)
+    torch.manual_seed(5)
+    params = inject(model, targets, rank=2, alpha=3)
+    for b in params[1::2]:
+        b.data.normal_(0, 0.1)
+    assert len(params) == 2 * modules
+    save_lora(tmp_path / "a.safetensors", model)
+    with torch.no_grad():
+        before, want = base(*args, **given), model(*args, **given)
+        merge(base, tmp_path / "a.safetensors")
+        report("merged against injected", tiny.error(base(*args, **given), want), 5e-6)
+    assert tiny.error(want, before) > 0.02, "the adapter does next to nothing: the comparison would be empty"
 
 
 K = "diffusion_model.blocks.0.cross_attn.k"
