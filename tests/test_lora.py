@@ -32,6 +32,7 @@ from lora import (
     write_changes,
 )
 from lora_files import choose_experts, describe, expert_in_name, official_name, parse_lora_spec, read_lora
+from wan import build
 
 
 def trained(targets=("cross_attn.k", "cross_attn.v"), rank=4, alpha=8, blocks=None, kind="ti2v"):
@@ -414,7 +415,7 @@ def test_the_image_branch_is_applied_or_skipped(tmp_path, capsys):
     assert "5 changes of an image branch skipped" in capsys.readouterr().out
     assert describe(path)["image_keys"] == 7
     del tensors[f"{prefix}.k.lora_A.weight"], tensors[f"{prefix}.k.lora_B.weight"]
-    with pytest.raises(BadInput, match="0 of 5 changes"):
+    with pytest.raises(BadInput, match="changes an image branch only"):
         merge(tiny.dit("t2v"), file_of(tmp_path / "y.safetensors", tensors))
 
 
@@ -477,6 +478,20 @@ def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
         merge(base, tmp_path / "a.safetensors")
         report("merged against injected", tiny.error(base(*args, **given), want), 5e-6)
     assert tiny.error(want, before) > 0.02, "the adapter does next to nothing: the comparison would be empty"
+
+
+@pytest.mark.parametrize(
+    "variant, targets, parameters",
+    [
+        ("animate-14B", TARGETS + ANIMATE_TARGETS, 718_274_560),  # of the released relighting LoRA
+        ("s2v-14B", TARGETS + S2V_TARGETS, 128 * (4_792_320 + 491_520)),
+        ("ti2v-5B", ("cross_attn.k", "cross_attn.v"), 8 * 5_898_240),  # 60 matrices of 3072 x 3072
+    ],
+)
+def test_counts_at_full_size(variant, targets, parameters):
+    with torch.device("meta"):
+        model = build(variant)
+    assert sum(p.numel() for p in inject(model, targets, rank=128)) == parameters
 
 
 K = "diffusion_model.blocks.0.cross_attn.k"
