@@ -631,7 +631,6 @@ def odd_files(tmp_path_factory):
         ("drift {ckpt} {odd}/empty.safetensors", "not a weight file"),
         ("drift {ckpt} {ckpt} --prompts {odd}/empty.txt", "holds no prompts"),
         ("listen --n 0", "--n 0: at least 1"),
-        ("listen --skip_before", "--skip_before"),
         ("reuse --thresholds 1.5", "--thresholds 1.5"),
         ("convert {ckpt} x.bin --to comfyui", "should end in .safetensors"),
         ("convert {odd}/none.safetensors x.safetensors --to official", "not a UMT5 encoder"),
