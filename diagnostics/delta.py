@@ -15,14 +15,15 @@ from fp8 import take_scales
 from lora import check_fit, write_changes
 from lora_files import choose_experts, parse_lora_spec, read_lora
 from models import checkpoint_dir
-from t5 import encoder_files
+from t5 import own_encoder, read_encoder
 
 
 class Weights:
-    """The tensors of one model on disk. ComfyUI's 8-bit ones are read with their scales."""
+    """The tensors of one model on disk, under their official names. 8-bit ones are read with their scales."""
 
-    def __init__(self, path):
-        self.entries = read_headers(weight_files(path))
+    def __init__(self, files, is_encoder=False):
+        """is_encoder: a whole text encoder, in any of its layouts."""
+        self.entries = read_encoder(files).entries if is_encoder else read_headers(files)
         self.scales = take_scales(self.entries)
 
     def read(self, name):
@@ -84,7 +85,7 @@ def weight_moves(path, base):
     """The same of another checkpoint or encoder, or of the parts and embedding rows that train_te.py --save delta
     keeps. Only matrices and convolutions are compared.
     """
-    new = Weights(path)
+    new = Weights(weight_files(path), inspect_weights(path)["kind"] == "text_encoder")
     ids, rows = (new.entries.pop(f"token_embedding.{key}", None) for key in ("ids", "rows"))
     strays = [name for name in new.entries if base.shape(name) != new.shape(name)]
     if ids and base.shape("token_embedding.weight") is None:
@@ -108,14 +109,18 @@ def delta(path, base, expert=None):
     or an encoder's file).
 
     A row {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral", "rank"} for each
-    matrix, where ratio is ||dW||_F / ||W||_F; rank is None where only all singular values would tell it. expert: "high"
-    or "low", of a LoRA file that holds both. One matrix of the base is in memory at a time. Raises BadInput where the
-    two do not fit, and where nothing is compared.
+    matrix, where ratio is ||dW||_F / ||W||_F; rank is None where only all singular values would tell it. Where `base`
+    is a checkpoint folder, an encoder is compared with its own. expert: "high" or "low", of a LoRA file that holds
+    both. One matrix of the base is in memory at a time. Raises BadInput where the two do not fit, and where nothing is
+    compared.
     """
-    weights = Weights(base)
-    is_lora = inspect_weights(path)["kind"] == "lora"
-    rows = []
-    for parameter, weight, norms in lora_moves(path, weights, expert) if is_lora else weight_moves(path, weights):
+    kind = inspect_weights(path)["kind"]
+    is_encoder = kind.startswith("text_encoder")
+    files = own_encoder(base) if is_encoder and Path(base).is_dir() else weight_files(base)
+    weights, rows = Weights(files, is_encoder), []
+    for parameter, weight, norms in (
+        lora_moves(path, weights, expert) if kind == "lora" else weight_moves(path, weights)
+    ):
         name, size = parameter.removesuffix(".weight"), weight.norm().item()
         in_block = re.match(r"blocks\.(\d+)\.(.+)", name)
         rows.append(
@@ -163,7 +168,7 @@ def pair_up(text, ckpt):
         return [Pair(name, folder, bases[name]) for name, folder in halves.items() if name in bases]
     kind = inspect_weights(path)["kind"]
     if kind.startswith("text_encoder"):
-        return [Pair(None, path, encoder_files(base)[0] if base.is_dir() else base)]
+        return [Pair(None, path, base)]
     if kind == "vae":
         return [Pair(None, path, find(base, "*VAE*", "the VAE"))]
     if kind != "lora":

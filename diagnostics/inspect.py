@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import av
+import torch
 
-from checkpoint import BadInput, clean_key, count_blocks, read_header, weight_files
+from checkpoint import BadInput, clean_key, read_header, weight_files
 from data import CLIPS
 from diagnostics.common import write_json
 from lora import TARGETS
 from lora_files import describe
+from t5 import build_t5, is_delta, read_encoder
 from vae import GEOMETRY
 from wan import VARIANTS, full_config, read_config
 
@@ -100,15 +102,17 @@ def inspect_dit(path, entries):
 
 
 def inspect_encoder(entries):
-    vocabulary, width = entries["token_embedding.weight"].shape
-    layers = count_blocks(entries)
+    """entries: those of t5.read_encoder, whatever the file's layout. Raises BadInput for one that is no UMT5."""
+    with torch.device("meta"):
+        model = build_t5(entries, next(iter(entries.values())).file)
+    layers, (vocabulary, width) = len(model.blocks), model.token_embedding.weight.shape
     return {
         "kind": "text_encoder",
         "vocabulary": vocabulary,
         "width": width,
         "layers": layers,
-        "heads": entries["blocks.0.pos_embedding.embedding.weight"].shape[1],
-        "ffn": entries["blocks.0.ffn.fc1.weight"].shape[0],
+        "heads": model.blocks[0].attn.heads,
+        "ffn": len(model.blocks[0].ffn.fc1.weight),
         **totals(entries),
         "summary": f"a UMT5 encoder of {layers} layers, width {width}, {vocabulary:,} pieces; each layer has its own "
         "position table",
@@ -177,16 +181,12 @@ def inspect_weights(path):
         metadata |= part_metadata
     if len(files) == 1 and (lora := describe(files[0])):
         return inspect_lora(entries, lora)
-    if metadata.get("delta") == "True":
+    if len(files) == 1 and is_delta(files[0]):
         return inspect_encoder_delta(entries, metadata)
     if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= entries.keys():
         return inspect_dit(path, entries)
-    if {
-        "token_embedding.weight",
-        "blocks.0.ffn.fc1.weight",
-        "blocks.0.pos_embedding.embedding.weight",
-    } <= entries.keys():
-        return inspect_encoder(entries)
+    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"} & entries.keys():
+        return inspect_encoder(read_encoder(files).entries)
     if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= entries.keys():
         return inspect_vae(entries)
     first = f"no model known here; its first keys are {', '.join(list(entries)[:3])}"

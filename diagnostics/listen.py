@@ -1,6 +1,5 @@
 """diag.py listen: does a changed model follow its prompts better? Graded on nano, a contact sheet for other models."""
 
-from checkpoint import BadInput
 from denoising import decode
 from diagnostics.common import check_at_least, runtime, write_json
 from media import write_grid
@@ -74,10 +73,8 @@ def draw_sheet(sides, prompts, seed, out):
 def run(args):
     check_at_least(1, n=args.n)
     changed = bool(args.lora or args.text_encoder)
-    if args.skip_before and not changed:
-        raise BadInput("--skip_before: without --lora or --text_encoder there is nothing else")
     how, sides = runtime(args), {}
-    if not args.skip_before:
+    if not changed or not args.skip_before:
         sides["before"] = Models(args.ckpt, how)
     if changed:
         sides["after"] = Models(args.ckpt, how, args.lora, args.text_encoder)

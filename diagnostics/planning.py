@@ -57,7 +57,8 @@ def planned_sampling(args, s, builders, models, ranks, mode):
     elif args.guidance_parallel:
         mode = "parallel"
     elif mode is None:
-        mode = models.guidance_mode(request.tokens // args.ulysses_size) if models else "batched"
+        here = models and models.device.type == torch.device(args.device).type
+        mode = models.guidance_mode(request.tokens // args.ulysses_size) if here else "batched"
     layout, dtype = plan.ParallelLayout.of(args, ranks), DTYPES[pick_dtype(args.dtype, args.device)]
     preview = args.preview_every > 0
     return plan.sampling(

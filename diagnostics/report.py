@@ -19,7 +19,6 @@ from models import Models, checkpoint_dir
 from nanoworld.listening import gradable
 from nanoworld.world import NEW_WORDS, prompts
 from sample import read_prompts
-from t5 import encoder_files
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em} h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #ddd}
@@ -146,7 +145,7 @@ def adapter_section(run, file):
 
 def encoder_section(run):
     parts = []
-    rows = [r for r in delta(run.encoder, encoder_files(run.ckpt)[0]) if r["block"] is not None]
+    rows = [r for r in delta(run.encoder, run.ckpt) if r["block"] is not None]
     if rows:
         parts += ["<h2>How far the encoder's weights moved</h2>", heat_map(rows, "ratio", "||dW|| / ||W||, %", 100)]
     if gradable(Models(run.ckpt).settings):

@@ -15,7 +15,7 @@ import tiny
 import torch
 from test_lora import trained
 
-from checkpoint import BadInput, save
+from checkpoint import BadInput, load, read_header, save
 from diag import arguments
 from diagnostics.inspect import inspect
 from diagnostics.planning import candidate_flags, planned
@@ -23,7 +23,7 @@ from diagnostics.scale import linear_flops, step_times
 from lora import TARGETS, save_lora
 from media import write_mp4
 from nanoworld.world import NEW_WORDS
-from wan import VARIANTS, Wan, full_config
+from wan import VARIANTS, build, full_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def write_header(file, tensors, kind="F32"):
 
 def full_size(folder, variant, shards=3, kind="F32"):
     with torch.device("meta"):
-        state = list(Wan(full_config(variant)).state_dict().items())
+        state = list(build(variant).state_dict().items())
     row = VARIANTS[variant]
     config = {k: row[k] for k in ("model_type", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")}
     for sub in ("high_noise_model", "low_noise_model") if row["boundary"] else (".",):
@@ -72,18 +72,24 @@ def released(tmp_path_factory):
     return {v: full_size(tmp_path_factory.mktemp(v), v) for v in VARIANTS}
 
 
-def test_full_size_headers_take_little_memory(released, tmp_path, report):
-    """5B and both experts of both A14B models, in one process."""
+def test_full_size_headers_are_all_that_is_read(released, tmp_path, report):
+    """All released models, in one process: bytes read from files, and the growth of memory."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, plan\n"
-        "before = plan.resident(); diag.main(); print('PEAK', plan.resident('VmHWM') - before)"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, plan, re\n"
+        "def read(): return int(re.search(r'rchar: (\\d+)', open('/proc/self/io').read())[1])\n"
+        "bytes_before, before = read(), plan.resident(); diag.main()\n"
+        "print('READ', read() - bytes_before); print('PEAK', plan.resident('VmHWM') - before)"
     )
     command = [sys.executable, "-c", code, ROOT, "inspect", *released.values(), "--json", tmp_path / "found.json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    files = [f for folder in released.values() for f in folder.rglob("*") if f.is_file()]
+    headers = [int.from_bytes(open(f, "rb").read(8), "little") for f in files if f.suffix == ".safetensors"]
+    texts = [f.stat().st_size for f in files if f.suffix == ".json"]
+    report("bytes read", int(re.search(r"READ (\d+)", done.stdout)[1]), 3 * sum(headers + texts))
     report("peak bytes", int(re.search(r"PEAK (\d+)", done.stdout)[1]), 100e6)
     models = json.loads((tmp_path / "found.json").read_text())["models"]
-    assert [m["variant"] for m in models] == ["ti2v-5B", "t2v-A14B", "t2v-A14B", "i2v-A14B", "i2v-A14B"]
+    assert [m["variant"] for m in models] == ["ti2v-5B", *["t2v-A14B"] * 2, *["i2v-A14B"] * 2, "s2v-14B", "animate-14B"]
 
 
 def test_the_numbers_of_5b(released):
@@ -562,6 +568,20 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
     assert page.count("data:image/png;base64,") >= 7 and not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_an_encoder_in_another_layout(checkpoints, tmp_path):
+    """ComfyUI's holds the tokenizer; there and back again the tensors are the same, and nothing has moved."""
+    comfyui, official = tmp_path / "comfyui.safetensors", tmp_path / "official.safetensors"
+    diag("convert", checkpoints["ti2v"], comfyui, "--to", "comfyui")
+    entries, _ = read_header(comfyui)
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in entries and "spiece_model" in entries
+    assert inspect(comfyui)[0]["layers"] == 2
+    assert not any(row["ratio"] for row in delta_rows(tmp_path, comfyui, "--ckpt", checkpoints["ti2v"]).values())
+    diag("convert", comfyui, official, "--to", "official")
+    want = torch.load(checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    got, _ = load(official)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 def test_a_report_of_nothing(tmp_path):
     with pytest.raises(BadInput, match="not the --out of a training run"):
@@ -611,8 +631,9 @@ def odd_files(tmp_path_factory):
         ("drift {ckpt} {odd}/empty.safetensors", "not a weight file"),
         ("drift {ckpt} {ckpt} --prompts {odd}/empty.txt", "holds no prompts"),
         ("listen --n 0", "--n 0: at least 1"),
-        ("listen --skip_before", "--skip_before"),
         ("reuse --thresholds 1.5", "--thresholds 1.5"),
+        ("convert {ckpt} x.bin --to comfyui", "should end in .safetensors"),
+        ("convert {odd}/none.safetensors x.safetensors --to official", "not a UMT5 encoder"),
         ("report {odd} --n -1", "--n -1: at least 0"),
         ("scale --frames 0", "--frames 0"),
         ("scale --per_machine 0", "--per_machine 0"),
