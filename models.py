@@ -387,6 +387,7 @@ class Models:
         if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
             part.to("cpu")
         else:
+            part = None
             self.drop(name)
         if cuda:
             torch.cuda.empty_cache()
