@@ -103,6 +103,7 @@ class TextOnly:
     """Text-to-video: nothing but the prompt."""
 
     channels = 0  # of the conditioning, behind the noise
+    decodes_more = 0  # latent frames that are decoded beside those that are sampled
     flags = ()  # of sample.py's, those that only some variants take
     by_clips = False  # whether `sequence` makes a video of any length of it
     encoders = {}  # further parts of the checkpoint, {name: Encoder}
@@ -123,6 +124,14 @@ class TextOnly:
 
     def sequence(self, models, s, **inputs):
         """The Sequence of a variant that is sampled clip by clip, from sample.py's `flags`; None for one clip."""
+
+    def latent_frames(self, frames):
+        """T' of the noise for a clip of so many frames."""
+        return 1 + (frames - 1) // 4
+
+    def plan_inputs(self, config, shape):
+        """Tensors like Conditions.inputs of one clip, for a model of this configuration and latents (C,T',h,w)."""
+        return {}
 
     def encode(self, vae, image, size, frames):
         """Conditions of a clip of `frames` at `size` (width, height) px; image: PIL or None."""
@@ -282,9 +291,19 @@ class Speech(TextOnly):
     """S2V-14B: a picture, a sound and, if wanted, a pose video; in clips."""
 
     takes_image = needs_image = by_clips = True
+    decodes_more = s2v.MOTION_LATENTS
     flags = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
 
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
+
+    def latent_frames(self, frames):
+        return frames // 4
+
+    def plan_inputs(self, config, shape):
+        C, frames, h, w = shape
+        ref, motion = torch.empty(1, C, 1, h, w), torch.empty(1, C, s2v.MOTION_LATENTS, h, w)
+        audio = torch.empty(1, s2v.STATES, config.audio_dim, 4 * frames)
+        return {"ref": ref, "audio": audio, "motion": motion, "pose": torch.empty(1, C, frames, h, w)}
 
     def sequence(
         self,
@@ -362,8 +381,18 @@ class Character(TextOnly):
     """Animate-14B: the folder that its preprocessing writes; in clips."""
 
     by_clips = True
+    channels = 20
+    decodes_more = -1
     flags = ("src_root_path", "replace_flag", "refert_num")
     encoders = {"clip": Encoder("", "models_clip*", load_clip)}
+
+    def latent_frames(self, frames):
+        return 2 + (frames - 1) // 4  # the reference's is the first
+
+    def plan_inputs(self, config, shape):
+        C, frames, h, w = shape
+        face = torch.empty(1, 3, 4 * frames - 7, config.face_side, config.face_side)
+        return {"pose": torch.empty(1, C, frames - 1, h, w), "face": face, "clip": torch.empty(1, 257, config.clip_dim)}
 
     def sequence(self, models, s, seed, image=None, src_root_path=None, replace_flag=False, refert_num=1):
         if image is not None:

@@ -152,7 +152,7 @@ def decode(models, latents, tile=0):
 
 
 def smallest_tile(size, least, ranks):
-    """The side, `least` or more, of square tiles that cover latents of `size` (h,w) with one tile or less for a rank."""
+    """The side, `least` or more, of square tiles that cover latents of `size` (h,w), at most one for each rank."""
     h, w = size
     side = least
     while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):

@@ -89,8 +89,8 @@ class Settings:
 
     def latent_shape(self, size, frames):
         """(C,T',h,w) of a video's latents."""
-        st, sh, sw = self.stride
-        return self.z_dim, 1 + (frames - 1) // st, size[1] // sh, size[0] // sw
+        _, sh, sw = self.stride
+        return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
         """(T',H',W') of a video's tokens."""
@@ -108,6 +108,24 @@ class Settings:
         if not s.conditioning.by_clips:  # those go by their inputs
             check_size(s.size, s.frames, s.size_multiple)
         return s
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
+
+    settings: Settings
+    image: object
+    pixels: tuple
+
+    @property
+    def shape(self):
+        """(C,T',h,w) of the latents."""
+        return self.settings.latent_shape(self.pixels, self.settings.frames)
+
+    @property
+    def tokens(self):
+        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def checkpoint_dir(name):
@@ -132,16 +150,18 @@ def settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     try:
         config = json.loads(file.read_text())
-        kind = (
-            config["model_type"]
-            if "model_type" in config
-            else read_config(file.parent, read_headers(weight_files(file.parent))).model_type
-        )
-        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == kind)
-        s = replace(released(variant), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        types = ", ".join(row["model_type"] for row in VARIANTS.values())
-        raise BadInput(f"{file}: model_type should be one of {types}") from None
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    if kind is None:  # Animate's does not say; its tensors do
+        kind = read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+    variants = {row["model_type"]: name for name, row in VARIANTS.items()}
+    if kind not in variants:
+        raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
+    try:
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
+    except TypeError as e:
+        raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
     return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))
 
 
@@ -367,6 +387,7 @@ class Models:
         if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
             part.to("cpu")
         else:
+            part = None
             self.drop(name)
         if cuda:
             torch.cuda.empty_cache()
