@@ -6,16 +6,20 @@ they are done, so that a sample that was killed goes on where it was.
 
 import hashlib
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import ops
+import plan
 from checkpoint import BadInput, load, save
-from denoising import EasyCache, denoise, encode_prompts, preview_writer
+from denoising import EasyCache, decode, denoise, encode_prompts, preview_writer
 from media import to_uint8, write_frames
+from models import Request
 
 
 class Parts:
@@ -77,7 +81,7 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         x = sequence.noise(r)[None]
         z = denoise(models, s, x, embeds, negative, conditions, False, EasyCache(reuse), callback_on_step_end)
         conditions = None  # the DiT's inputs go before the VAE comes
-        frames = sequence.decode(r, z)
+        frames = sequence.decode(r, z, lambda latents: decode(models, latents))
         if models.world.is_writer:
             parts.save(r, sequence.output(z[0]), frames, sequence.state())
         models.world.barrier()
@@ -100,13 +104,20 @@ def run(args, prompts, models, s, seed, inputs):
     world = models.world
     if world.dp_size > 1:
         raise BadInput(
-            f"{world.size} processes for one video: give --ulysses_size, --guidance_parallel or both, so that they share it"
+            f"{world.size} processes for one video: give --ulysses_size, --guidance_parallel or both, so that they "
+            "share it"
         )
     sequence = s.conditioning.sequence(models, s, seed=seed, image=args.image, **inputs)
     used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"prompt": prompts[0], "size": sequence.size, "fps": sequence.fps, "seed": seed, "ckpt": str(args.ckpt)}
     used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder", "reuse")} | inputs
     print(json.dumps(used, ensure_ascii=False), ops.chosen(models.device), f"{sequence.count} clips", sep="\n")
+    shape = Request(replace(s, frames=inputs.get("infer_frames", s.frames)), None, sequence.size)
+    layout, mode = plan.ParallelLayout.of(args, world.size, models.fp8), "none"
+    if s.guided:
+        mode = models.guidance_mode(math.prod(sequence.shape[1:]) // 4)
+    need = plan.sampling(shape, plan.builders(models), models.device, models.runtime.dtype, mode, layout=layout)
+    print(need)
     parts, callback = Parts(args.out, used, args.resume), None
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
@@ -115,3 +126,4 @@ def run(args, prompts, models, s, seed, inputs):
     if world.is_writer:
         write_video(args.out, parts, sequence, json.dumps(used, ensure_ascii=False), args.save_latents)
         print(args.out)
+    print(need.compare(models.device))

@@ -8,7 +8,7 @@ from tqdm import tqdm
 import flow
 from checkpoint import BadInput
 from media import latent_preview, latent_to_rgb, write_grid
-from models import VAE_BYTES, activation_bytes
+from models import activation_bytes
 
 
 class GuidedModel:
@@ -25,38 +25,39 @@ class GuidedModel:
         self.mode = models.guidance_mode(tokens, batch)
         self.world, self.conditions = models.world, conditions
         self.copies_output = models.runtime.compile == "graphs"  # a graph's next replay overwrites what it gave
-        self.cond, self.uncond, self.both = self._embed(embeds), None, None
+        inputs = conditions.inputs
+        uncond_inputs = inputs if conditions.uncond_inputs is None else conditions.uncond_inputs
+        self.cond, self.uncond, self.both = self._embed(embeds, inputs), None, None
         if negative is not None and self.mode == "batched":
             pairs = [torch.cat([a, b]) for a, b in zip(embeds, negative)]
-            self.both = self._embed(pairs)
+            self.both = self._embed(pairs, {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()})
         elif negative is not None:
-            self.uncond = self._embed(negative)
+            self.uncond = self._embed(negative, uncond_inputs)
 
-    def _embed(self, embeds):
+    def _embed(self, embeds, inputs):
+        """What does not change from step to step: the prepared text, and a variant's prepared inputs."""
         context, lens = embeds
-        return self.model.embed_text(context[:, : lens.max()], lens, cache=True)
+        text = self.model.embed_text(context[:, : lens.max()], lens, cache=True)
+        return text, self.model.prepare_inputs(**inputs)
 
-    def _forward(self, x, times, text, inputs):
+    def _forward(self, x, times, half):
+        text, inputs = half
         v = self.model(x, times, text, **inputs)
         return v.clone() if self.copies_output else v
 
     def velocity(self, x, t, scale):
         """Velocity (B,C,T',h,w) of latents x (B,C,T',h,w) at time t in 0..1000: uncond + scale (cond - uncond)."""
         x, times = self.conditions.model_inputs(x, t)
-        inputs = self.conditions.inputs
-        uncond_inputs = inputs if self.conditions.uncond_inputs is None else self.conditions.uncond_inputs
         if scale == 1:
-            return self._forward(x, times, self.cond, inputs)
+            return self._forward(x, times, self.cond)
         if self.mode == "parallel":
-            mine = (self.uncond, uncond_inputs) if self.world.cfg_rank else (self.cond, inputs)
-            cond, uncond = self.world.exchange_cfg(self._forward(x, times, *mine))
+            half = self.uncond if self.world.cfg_rank else self.cond
+            cond, uncond = self.world.exchange_cfg(self._forward(x, times, half))
         elif self.mode == "batched":
-            both_inputs = {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()}
-            v = self._forward(torch.cat([x, x]), torch.cat([times, times]), self.both, both_inputs)
-            cond, uncond = v.chunk(2)
+            cond, uncond = self._forward(torch.cat([x, x]), torch.cat([times, times]), self.both).chunk(2)
         else:
-            cond = self._forward(x, times, self.cond, inputs)
-            uncond = self._forward(x, times, self.uncond, uncond_inputs)
+            cond = self._forward(x, times, self.cond)
+            uncond = self._forward(x, times, self.uncond)
         return uncond + scale * (cond - uncond)
 
 
@@ -143,15 +144,15 @@ def draw_noise(shape, seed, device):
 
 def decode(models, latents, tile=0):
     """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in VAE.decode. Ranks that share a clip share it."""
-    pixels = math.prod(latents.shape[3:]) * math.prod(models.settings.stride[1:])
-    vae, split = models.acquire("vae", VAE_BYTES * pixels), models.world.split_tiles
+    _, sh, sw = models.settings.stride
+    vae, split = models.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), models.world.split_tiles
     if split and not tile:
         tile = smallest_tile(latents.shape[3:], vae.decoder.receptive_radius(), split[1])
     return vae.decode(latents, tile, split)
 
 
 def smallest_tile(size, least, ranks):
-    """The side, `least` or more, of square tiles that cover latents of `size` (h,w) with one tile or less for a rank."""
+    """The side, `least` or more, of square tiles that cover latents of `size` (h,w), at most one for each rank."""
     h, w = size
     side = least
     while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):

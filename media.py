@@ -154,6 +154,13 @@ def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset
             write_sound(file, audio, sound, sound_offset, float(count / rate))
 
 
+def has_sound(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return bool(container.streams.audio)
+
+
 def write_sound(file, stream, source, offset, seconds):
     """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock."""
     import av

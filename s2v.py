@@ -386,6 +386,9 @@ class WanS2V(Wan):
     def mask(self, row):
         return self.trainable_cond_mask.weight[row].float()
 
+    def prepare_inputs(self, *, ref, audio, motion=None, pose=None):
+        return {"ref": self.embed_reference(ref, motion), "audio": self.embed_audio(audio), "pose": pose}
+
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, ref, audio, motion=None, pose=None):
         """ref (B,C,1,h,w) the reference picture's latents and motion (B,C,<=19,h,w) those before the clip, or None; or
@@ -422,9 +425,15 @@ class WanS2V(Wan):
         return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
 
     def after_block(self, i, x, c):
-        n = c.tokens.own
-        if i not in self.config.audio_inject_layers or not n:
+        if i not in self.config.audio_inject_layers:
             return x
-        j, frame = self.config.audio_inject_layers.index(i), c.tokens.positions[:n, 0].contiguous()
-        noise = self.audio_injector(j, x[:, :n], c.inputs.audio.injections[j], frame)
+        j = self.config.audio_inject_layers.index(i)
+        injection = c.inputs.audio.injections[j]
+        # Of ranks that share a clip, one that has none of the noise computes another token for nothing: the ranks have
+        # the same gradients to exchange then.
+        n = max(c.tokens.own, 1)
+        frame = c.tokens.positions[:n, 0].clamp(0, injection.shift.shape[1] - 1)
+        noise = self.audio_injector(j, x[:, :n], injection, frame)
+        if not c.tokens.own:
+            noise = x[:, :n] + 0 * noise
         return torch.cat([noise, x[:, n:]], 1)

@@ -10,10 +10,8 @@ With --device cpu --dtype fp32 and a seed the latents equal the official pipelin
 
 import argparse
 import json
-import math
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ import plan
 from checkpoint import BadInput, cli, save
 from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_writer
 from media import open_image, write_grid, write_mp4
-from models import DTYPES, Models, Runtime, Settings, parse_size, pick_device, pick_dtype
+from models import DTYPES, Models, Request, Runtime, parse_size, pick_device, pick_dtype
 from parallel import World
 
 
@@ -40,24 +38,6 @@ def load(
     """
     runtime = Runtime(device, dtype, fp8, stream_blocks, world=world)
     return Models(ckpt_dir, runtime, lora, text_encoder)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
-
-    settings: Settings
-    image: object
-    pixels: tuple
-
-    @property
-    def shape(self):
-        """(C,T',h,w) of the latents."""
-        return self.settings.latent_shape(self.pixels, self.settings.frames)
-
-    @property
-    def tokens(self):
-        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def resolve(settings, ckpt, image=None, **overrides):
@@ -138,7 +118,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--prompt", help='what to show (default, without --prompts: "a red square moves left")')
+    add("--prompt", help="what to show (default, without --prompts: the checkpoint's)")
     add("--prompts", help="a text file, one prompt per line")
     add("--image", help="start from this image")
     add("--size", help="WxH px; with --image the area (default: the checkpoint's)")
@@ -258,11 +238,11 @@ def clip_inputs(args, conditioning):
     """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
     names = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
     names += ("src_root_path", "replace_flag", "refert_num")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    strange = [name for name in given if name not in conditioning.flags]
+    inputs = {name: getattr(args, name) for name in names if getattr(args, name)}
+    strange = [name for name in inputs if name not in conditioning.flags]
     if strange:
-        raise BadInput(f"--{strange[0]} {given[strange[0]]}: {args.ckpt} takes no such input")
-    return given
+        raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {args.ckpt} takes no such input")
+    return inputs
 
 
 def sampling_overrides(args):
@@ -286,21 +266,22 @@ def main():
     device = pick_device(args.device)
     check_compilation(args, device)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
-        run(args, prompts or ["a red square moves left"], world)
+        run(args, prompts, world)
 
 
 def run(args, prompts, world):
     # the models
     seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
+    dtype = pick_dtype(args.dtype, world.device)
+    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
+    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
+    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
+    prompts = prompts or [models.settings.prompt]
     if len(prompts) < world.dp_size:
         raise BadInput(
             f"{len(prompts)} prompts for {world.dp_size} groups of ranks: fewer processes, or --ulysses_size and "
             "--guidance_parallel, which share a prompt"
         )
-    dtype = pick_dtype(args.dtype, world.device)
-    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
-    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
-    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
 
     # what is asked of them, and what that will need
     overrides = sampling_overrides(args)

@@ -209,7 +209,7 @@ def official_name(name):
     if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
         ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
         return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
-    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:
+    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # the table once more
         if name.startswith(theirs):
             return name.replace(theirs, ours)
     return name
@@ -254,8 +254,6 @@ def read_encoder(files):
         if weight is None or scale.numel not in (1, weight.shape[0]):
             raise BadInput(f"{files[0]}: a scale of shape {scale.shape} for {name}; expected one, or one for each row")
         entries[f"{name}.weight"] = ScaledEntry(**vars(weight), scale=scale)
-    if "shared.weight" in entries:
-        entries.pop("encoder.embed_tokens.weight", None)  # the same once more
     entries = {official_name(name): e for name, e in entries.items()}
     rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
     stray = [name for name in delta if name not in entries]
@@ -330,29 +328,37 @@ def load_tokenizer(ckpt_dir, spiece=None):
     return Tokenizer(file or Path(ckpt_dir) / TOKENIZERS[0])
 
 
+LAYOUTS = ("official", "comfyui", "transformers")
+
+
+def in_layout(tensors, layout, tokenizer=None):
+    """{official name: tensor} of a whole encoder -> {key: tensor} of a file in one of LAYOUTS.
+
+    tokenizer: the sentencepiece model's bytes as a tensor (n,) uint8, or its file; ComfyUI's layout has it inside.
+    """
+    if layout == "official":
+        return tensors
+    tensors = {transformers_name(name): t for name, t in tensors.items()}
+    if layout == "comfyui":
+        if isinstance(tokenizer, str | Path):
+            tokenizer = torch.frombuffer(bytearray(Path(tokenizer).read_bytes()), dtype=torch.uint8)
+        tensors["spiece_model"] = tokenizer
+    return tensors
+
+
 def convert_t5(source, out, layout, tokenizer=None):
     """Write an encoder's file (source: one file of any layout, or a list of shards) anew, with the same bits.
 
     layout: "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui" or "transformers".
-    ComfyUI's has the tokenizer inside: the source's own, or the file `tokenizer`. 8-bit weights with scales become
-    bf16. Raises BadInput for what is not a whole encoder.
+    tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales become
+    bf16. Raises BadInput for what is not a whole encoder. Host memory holds the weights once.
     """
     files = [source] if isinstance(source, str | Path) else source
     entries, spiece, *_ = read_encoder(files)
     with torch.device("meta"):
         model = build_t5(entries, files[0])
     load_into(model, entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
-    tensors = {}
-    for name, e in entries.items():
-        tensor = e.read()
-        tensor = tensor.bfloat16() if isinstance(e, ScaledEntry) else tensor
-        tensors[name if layout == "official" else transformers_name(name)] = tensor
-    if layout == "comfyui":
-        if tokenizer is None and spiece is None:
-            raise BadInput(
-                f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model"
-            )
-        tensors["spiece_model"] = (
-            torch.frombuffer(bytearray(Path(tokenizer).read_bytes()), dtype=torch.uint8) if tokenizer else spiece.read()
-        )
-    save(out, tensors, {"format": "pt"})
+    if layout == "comfyui" and tokenizer is None and spiece is None:
+        raise BadInput(f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model")
+    tensors = {n: e.read().bfloat16() if isinstance(e, ScaledEntry) else e.read() for n, e in entries.items()}
+    save(out, in_layout(tensors, layout, tokenizer or (spiece and spiece.read())), {"format": "pt"})

@@ -7,10 +7,14 @@ Triton kernels themselves run on the CPU, slowly, which is how the tests check t
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
 import os
+import re
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -20,12 +24,40 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     with contextlib.suppress(ImportError):
         triton = importlib.import_module("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-try:
-    import nanowan_csrc  # noqa: F401  registers torch.ops.nanowan_csrc
 
-    BUILT = True
-except ImportError:
-    BUILT = False
+
+def cpu_lacks(file):
+    """The CPU features, space-separated, that a built nanowan_csrc needs (csrc/built_for.cpp) and this CPU lacks."""
+    found, cpuinfo = re.search(rb"nanowan_csrc is built for: ([\w.]*)", file.read_bytes()), Path("/proc/cpuinfo")
+    if not found or not cpuinfo.exists():
+        return ""
+    flags = set(cpuinfo.read_text().split())
+    return " ".join(f for f in found[1].decode().split(".") if f not in flags)
+
+
+def load_csrc():
+    """Whether nanowan_csrc is there and was loaded, which registers torch.ops.nanowan_csrc; says why it was not."""
+    spec = importlib.util.find_spec("nanowan_csrc")
+    if spec is None:
+        return False
+    # before loading: a library that uses what the CPU does not have dies of SIGILL
+    why = cpu_lacks(Path(spec.origin))
+    if why:
+        why = f"was built for a CPU with {why}"
+    else:
+        try:
+            importlib.import_module("nanowan_csrc")
+            return True
+        except ImportError as e:
+            why = f"does not load: {e}"
+    print(
+        f"nanowan: {spec.origin} {why}; PyTorch's operations are used (make clean, then make, rebuilds it)",
+        file=sys.stderr,
+    )
+    return False
+
+
+BUILT = load_csrc()
 
 
 def launchable(x):

@@ -192,7 +192,7 @@ def break_checkpoint(folder, how):
         ("no config", "config.json is missing"),
         ("bad index", "not a weight index"),
         ("other config", "dim is 64, the weights have 48"),
-        ("list config", "model_type should be"),
+        ("list config", "not a model configuration"),
         ("bad tokenizer", "not a sentencepiece model"),
     ],
 )
