@@ -1,13 +1,16 @@
-# make demo: teach nano a word it never saw, and measure it.   make test: the suite. make test-slow: what is slow in it, longer.   Both set everything up first.
-# make gpu: build the CUDA parts, test and time them.
+# make demo: teach nano a word it never saw, and measure it.   make test: the suite.   Both set everything up first.
+# make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
+# make gpu: build the CUDA parts, test and time them.   make clean: remove all of it.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 # test files side by side, each on one thread
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# the test files that compare numbers
+NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
-.PHONY: demo test test-slow gpu clean
+.PHONY: demo test test-slow test-portable gpu clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
@@ -18,19 +21,25 @@ test: $(VENV)/ready-tests
 test-slow: $(VENV)/ready-tests
 	$(PYTEST) --slow tests
 
+test-portable: $(VENV)/ready-tests
+	$(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
+
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
 gpu:
 	NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	-$(PYTHON) -m pytest -q -m gpu tests
 	$(PYTHON) bench.py --gpu --json bench/gpu.json
 
-# torch first and by itself, so that nothing else chooses its build
+# torch first and by itself, so that nothing else chooses its build; the C++ not by pip, which hides what setup.py says
 $(VENV)/ready: requirements.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps --no-build-isolation -e .
+	@mkdir -p build
+	$(PY) setup.py -q build_ext --inplace > build/csrc.log 2>&1 || { cat build/csrc.log; false; }
+	@sed -n '/^nanowan:/p' build/csrc.log
+	NANOWAN_CSRC=0 $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/ready-tests: $(VENV)/ready requirements-tests.txt

@@ -6,7 +6,7 @@ S side of the face crops (512)   W width of a motion vector (512)   J face token
 The reference picture is latent frame 0. Pose latents are added to the tokens behind it. CLIP's tokens of the picture
 are a second softmax in every cross-attention. The face crops become motion vectors, one per frame, these become J
 tokens per latent frame, and after every fifth block an adapter lets each token attend to those of its own frame.
-Nothing of that depends on t: embed_face and embed_image do it once per clip.
+Nothing of that depends on t: encode_motion, embed_motion and embed_image do it once per clip.
 Source: official wan/modules/animate/{model_animate,face_blocks,motion_encoder}.py, whose tensor names are kept.
 """
 
@@ -216,6 +216,11 @@ class AnimateConfig(WanConfig):
     face_hidden: int = 1024
     face_heads: int = 4
 
+    @property
+    def face_side(self):
+        """Side in px of the face crops that the motion encoder takes."""
+        return 4 * 2 ** (len(self.motion_channels) - 1)
+
 
 class Context(NamedTuple):
     """What a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
@@ -329,9 +334,9 @@ class WanAnimate(Wan):
             return Image(tokens, (None,) * len(self.blocks))
         return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
 
-    def embed_face(self, face, cache=False):
-        """Face crops (B,3,F,S,S) in [-1,1], F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's
-        keys and values too. Raises BadInput where crops have another side than the motion encoder takes.
+    def encode_motion(self, face):
+        """Face crops (B,3,F,S,S) in [-1,1] -> motion vectors (B,F,W). Raises BadInput where crops have another side
+        than the motion encoder takes.
         """
         B, C, frames, *sides = face.shape
         if C != 3 or frames % 4 != 1 or sides != [self.motion_encoder.side] * 2:
@@ -339,29 +344,29 @@ class WanAnimate(Wan):
                 f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.motion_encoder.side}"
             )
         crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
-        motion = torch.cat([self.motion_encoder(part) for part in crops]).unflatten(0, (B, frames))
-        return self._face(motion, cache)
+        return torch.cat([self.motion_encoder(part) for part in crops]).unflatten(0, (B, frames))
 
-    def embed_blank_face(self, batch, frames, cache=False):
-        """What embed_face makes of crops that are all -1, as guidance's second half has them."""
-        like = self.patch_embedding.weight
-        crop = torch.full((1, 3, *[self.motion_encoder.side] * 2), -1.0, device=like.device)
-        return self._face(self.motion_encoder(crop).expand(batch, frames, -1), cache)
-
-    def _face(self, motion, cache):
+    def embed_motion(self, motion, cache=False):
+        """Motion vectors (B,F,W), F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's keys and
+        values too.
+        """
         tokens = F.pad(
             self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
-        )  # the reference frame's are zeros, and not skipped
+        )  # zeros for the reference: attended to all the same
         adapters = self.face_adapter.fuser_blocks
         kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
+
+    def prepare_inputs(self, *, pose, face, clip):
+        face = self.embed_motion(self.encode_motion(face), cache=True)
+        return {"pose": pose, "face": face, "clip": self.embed_image(clip, cache=True)}
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):
         """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], or a Face; clip (B,n,C), CLIP's tokens of
         the reference picture, or an Image. T' counts the reference, which is latent frame 0 of x.
         """
-        face = face if isinstance(face, Face) else self.embed_face(face)
+        face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
         image = clip if isinstance(clip, Image) else self.embed_image(clip)
         frames = face.tokens.shape[1]
         if pose.shape[1:3] != (self.pose_patch_embedding.in_channels, frames - 1):

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import BadInput
-from data import Skip, frames
-from media import open_image
+from media import Skip, open_image, read_frames
 
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
 
@@ -83,13 +82,16 @@ def read_source(folder, replace, face_side):
 
 def read_video(file):
     """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
+    images, last = [], 0.0
     try:
-        times, images = zip(*((at, np.array(image.convert("RGB"))) for at, image in frames(file)))
+        for frame in read_frames(file):
+            images.append(np.array(frame.image.convert("RGB")))
+            last = frame.seconds
     except Skip as e:
         raise BadInput(f"{file}: {e}") from None
-    except ValueError:
-        raise BadInput(f"{file}: has no frames") from None
-    return list(images), (len(times) - 1) / times[-1] if len(times) > 1 else 0.0
+    if not images:
+        raise BadInput(f"{file}: has no frames")
+    return images, (len(images) - 1) / last if last else 0.0
 
 
 def letterbox(image, width, height):

@@ -232,12 +232,12 @@ class Listing:
     def _change(self, name, parts, config):
         if "diff" in parts:
             return Dense(parts["diff"])
-        alpha = parts["alpha"].read().float().item() if "alpha" in parts else config.get("lora_alpha")
+        alpha = parts["alpha"].read().float().item() if "alpha" in parts else None
         if alpha is not None and not math.isfinite(alpha):
             raise BadInput(f"{self.path}: the alpha of {name} is {alpha}; expected a number")
         if "A" in parts:
             rank = parts["A"].shape[0]
-            alpha = rank if alpha is None else alpha
+            alpha = config.get("lora_alpha", rank) if alpha is None else alpha
             return LowRank(parts["A"], parts["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
         w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
         dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
@@ -252,11 +252,8 @@ def _is_product(first, second):
 def _fits_together(parts):
     """Whether these tensors, {part: Entry}, make one change."""
     shapes = {part: e.shape for part, e in parts.items() if part != "alpha"}
-    if (
-        not all(parts[part].dtype.is_floating_point for part in shapes)
-        or "alpha" in parts
-        and parts["alpha"].numel != 1
-    ):
+    numbers = all(parts[part].dtype.is_floating_point for part in shapes)
+    if not numbers or "alpha" in parts and parts["alpha"].numel != 1:
         return False
     if shapes.keys() == {"A", "B"}:
         return _is_product(shapes["B"], shapes["A"]) and math.prod(shapes["B"][2:]) == 1
@@ -286,7 +283,8 @@ def list_lora(path):
         twice += [key] if place.part in tensors else []
         tensors[place.part] = entry
     variants = {why for pattern, why in REFUSED.items() if any(re.search(pattern, key) for key in unknown)}
-    if not parts and not variants and not any(ENDINGS.fullmatch(key) for key in unknown):
+    endings = {m.group(2) for key in unknown if (m := ENDINGS.fullmatch(key))}
+    if not parts and not variants and endings <= {"alpha"}:  # other models have parameters named alpha
         return None
     broken = [name for half in parts.values() for name, tensors in half.items() if not _fits_together(tensors)]
     problem = None
@@ -300,9 +298,9 @@ def list_lora(path):
         problem = (
             f"{len(broken)} changes are not whole, or their tensors do not fit together, such as that of {broken[0]}"
         )
-    expert = (
-        "both" if len(parts) == 2 else "low" if "low" in parts else "high" if "transformer_1" in components else None
-    )
+    expert = "both" if len(parts) == 2 else None
+    if expert is None and components <= {"transformer_1", *LOW_NOISE}:
+        expert = next(iter(parts), None)
     listing = Listing(Path(path), metadata, parts, {}, expert, problem)
     if problem is None:
         base = any(key.startswith("base_model.") for key in entries)

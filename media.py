@@ -125,18 +125,58 @@ def write_mp4(path, video, fps, comment="", crf=10):
 
     comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 cannot be told from the source.
     """
+    write_frames(path, [to_uint8(video)], fps, comment, crf)
+
+
+def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0):
+    """The same of frames (T,H,W,3) uint8 that come in several arrays, and with the sound of a file: AAC at 192 kbit/s,
+    beginning at sound_offset seconds, cut to the video's length.
+    """
     import av
 
     # x264's macroblock tree does not give the same bits each time on small frames
     options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    rate, stream, count = Fraction(fps).limit_denominator(1001), None, 0
     with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
         if comment:
             file.metadata["comment"] = comment
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = video.shape[3], video.shape[2], "yuv420p"
-        for frame in to_uint8(video):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frames in chunks:
+            if stream is None:
+                stream = file.add_stream("libx264", rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+                audio = file.add_stream("aac", rate=48000, layout="stereo") if sound else None
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            count += len(frames)
         file.mux(stream.encode())
+        if sound:
+            audio.bit_rate = 192_000
+            write_sound(file, audio, sound, sound_offset, float(count / rate))
+
+
+def has_sound(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return bool(container.streams.audio)
+
+
+def write_sound(file, stream, source, offset, seconds):
+    """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock."""
+    import av
+
+    resampler = av.AudioResampler(stream.codec_context.format or "fltp", "stereo", 48000)
+    fifo, position, last = av.AudioFifo(), round(48000 * offset), round(48000 * seconds)
+    with av.open(str(source)) as container:
+        for frame in (*container.decode(audio=0), None):
+            for piece in resampler.resample(frame):
+                piece.pts = None
+                fifo.write(piece)
+    while position < last and (piece := fifo.read(min(1024, last - position), partial=True)):
+        piece.pts, piece.time_base = position, Fraction(1, 48000)
+        position += piece.samples
+        file.mux(stream.encode(piece))
+    file.mux(stream.encode())
 
 
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):

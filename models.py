@@ -59,6 +59,7 @@ class Settings:
     guidance: tuple
     boundary: float | None = None
     solver: str = "unipc"
+    prompt: str = "a red square moves left"
     negative: str = NEGATIVE
     is_moe: bool = False
     train: dict = field(default_factory=dict)
@@ -88,8 +89,8 @@ class Settings:
 
     def latent_shape(self, size, frames):
         """(C,T',h,w) of a video's latents."""
-        st, sh, sw = self.stride
-        return self.z_dim, 1 + (frames - 1) // st, size[1] // sh, size[0] // sw
+        _, sh, sw = self.stride
+        return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
         """(T',H',W') of a video's tokens."""
@@ -104,8 +105,27 @@ class Settings:
             raise BadInput(
                 f"--guidance {s.guidance}, --shift {s.shift}: guidance must be finite and the shift positive"
             )
-        check_size(s.size, s.frames, s.size_multiple)
+        if not s.conditioning.by_clips:  # those go by their inputs
+            check_size(s.size, s.frames, s.size_multiple)
         return s
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
+
+    settings: Settings
+    image: object
+    pixels: tuple
+
+    @property
+    def shape(self):
+        """(C,T',h,w) of the latents."""
+        return self.settings.latent_shape(self.pixels, self.settings.frames)
+
+    @property
+    def tokens(self):
+        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def checkpoint_dir(name):
@@ -130,11 +150,18 @@ def settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     try:
         config = json.loads(file.read_text())
-        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == config["model_type"])
-        s = replace(released(variant), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        types = ", ".join(row["model_type"] for row in VARIANTS.values())
-        raise BadInput(f"{file}: model_type should be one of {types}") from None
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    if kind is None:  # Animate's does not say; its tensors do
+        kind = read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+    variants = {row["model_type"]: name for name, row in VARIANTS.items()}
+    if kind not in variants:
+        raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
+    try:
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
+    except TypeError as e:
+        raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
     return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))
 
 
@@ -285,9 +312,9 @@ class StreamedPlacement(Placement):
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of
-    the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not after
-    half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead
+    of the folder's own encoder. What is wrong with an expert's files, or with a LoRA, raises BadInput here and not
+    after half of the steps.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -326,10 +353,6 @@ class Models:
             return encoder_files(self.dir, self.text_encoder)
         return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
 
-    @property
-    def tokenizer_file(self):
-        return self.dir / "google" / "umt5-xxl" / "spiece.model"
-
     def config(self, expert=None):
         """The WanConfig of a DiT (default: the first expert)."""
         expert = expert or self.settings.expert_names[0]
@@ -351,6 +374,10 @@ class Models:
             part.to(device)
         return part.model
 
+    def acquire_vae(self, size):
+        """The VAE, ready for frames of (width, height) px."""
+        return self.acquire("vae", VAE_BYTES * math.prod(size))
+
     def evict(self, name):
         """Give a part's memory back: to the host while there is room, else drop it."""
         part, cuda = self.placements[name], self.runtime.cuda
@@ -360,6 +387,7 @@ class Models:
         if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
             part.to("cpu")
         else:
+            part = None
             self.drop(name)
         if cuda:
             torch.cuda.empty_cache()
@@ -383,6 +411,8 @@ class Models:
 
     def _bytes(self, name):
         """What a part's weights take on the device."""
+        if name in self.settings.conditioning.encoders:
+            return self.settings.conditioning.encoders[name].bytes(self.dir)
         entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
         is_dit, itemsize = name in self.headers, 4 if name == "vae" else self.runtime.dtype.itemsize
         in_blocks = {n: e.numel for n, e in entries.items() if is_dit and n.startswith("blocks.")}
@@ -399,6 +429,9 @@ class Models:
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
             return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in self.settings.conditioning.encoders:
+            encoder = self.settings.conditioning.encoders[name]
+            return Placement(encoder.load(self.dir / encoder.folder, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"
@@ -449,7 +482,7 @@ class Models:
         """The Conditions of a clip of `frames` at `size` px; image: PIL or None. The last ones are kept."""
         key = (image and (image.size, image.tobytes()), size, frames)
         if key != self._conditions[0]:
-            vae = image and self.acquire("vae", VAE_BYTES * math.prod(size))
+            vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
         return self._conditions[1]
 

@@ -28,25 +28,17 @@ CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
 
 def available():
     """{choice: None, or why it cannot be had}."""
-    gpu = torch.cuda.is_available()
-    triton = (
-        "no CUDA device, and TRITON_INTERPRET is not 1"
-        if not gpu and not kernels.INTERPRETED
-        else "triton is not installed"
-        if kernels.triton is None
-        else None
-    )
-    cpp = None if kernels.BUILT else f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
-    cuda = (
-        "no CUDA device"
-        if not gpu
-        else cpp
-        or (
-            None
-            if torch.ops.nanowan_csrc.has_cuda()
-            else "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
-        )
-    )
+    gpu, cpp, triton, cuda = torch.cuda.is_available(), None, None, None
+    if not kernels.BUILT:
+        cpp = f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
+    if not gpu and not kernels.INTERPRETED:
+        triton = "no CUDA device, and TRITON_INTERPRET is not 1"
+    elif kernels.triton is None:
+        triton = "triton is not installed"
+    if not gpu:
+        cuda = "no CUDA device"
+    elif cpp or not torch.ops.nanowan_csrc.has_cuda():
+        cuda = cpp or "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
 
 
@@ -79,17 +71,10 @@ def fast(x):
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
-    return (
-        {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}[
-            CHOSEN.get(kind, "ref")
-        ]
-        + f" operations on {kind}"
-        + (
-            ", large fp32 products on AMX tiles"
-            if CHOSEN.get(kind) == "cpp" and torch.ops.nanowan_csrc.has_tiles()
-            else ""
-        )
-    )
+    names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}
+    choice = CHOSEN.get(kind, "ref")
+    tiles = choice == "cpp" and torch.ops.nanowan_csrc.has_tiles()
+    return f"{names[choice]} operations on {kind}{', large fp32 products on AMX tiles' * tiles}"
 
 
 @contextlib.contextmanager
@@ -160,32 +145,29 @@ class NormedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, wq, wk, *how):
-        normed, v = norm_kernel.qk_norm_rope([q, k], [wq, wk], *how), v.unflatten(2, (how[1], -1))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(u.transpose(1, 2) for u in (*normed, v))
-        )
-        ctx.how = how
-        ctx.save_for_backward(q, k, v, wq, wk, out, lse)
+    def forward(ctx, q, k, v, weight_q, weight_k, eps, heads, table, positions):
+        ctx.how = eps, heads, table, positions
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        transposed = (u.transpose(1, 2) for u in (normed_q, normed_k, v.unflatten(2, (heads, -1))))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*transposed)
+        ctx.save_for_backward(q, k, v, weight_q, weight_k, out, lse)
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, wq, wk, out, lse = ctx.saved_tensors
-        with torch.enable_grad():
-            bare = [
-                t.detach().requires_grad_(needed)
-                for t, needed in zip((q, k, wq, wk), (True, True, *ctx.needs_input_grad[3:5]))
-            ]
-            normed = norm_kernel.qk_norm_rope(bare[:2], bare[2:], *ctx.how)
-        given = [u.detach().transpose(1, 2) for u in (grad.reshape(v.shape), *normed, v)]
-        *dnormed, dv = (
-            g.transpose(1, 2)
-            for g in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False)
+        q, k, v, weight_q, weight_k, out, lse = ctx.saved_tensors
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        v = v.unflatten(2, (ctx.how[1], -1))
+        transposed = (u.transpose(1, 2) for u in (grad.reshape(v.shape), normed_q, normed_k, v))
+        attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = attention_backward(*transposed, out, lse, 0.0, False)
+        dnormed_q, dnormed_k, dv = (g.transpose(1, 2).contiguous() for g in grads)
+        need_weights = any(ctx.needs_input_grad[3:5])
+        dq, dk, *dweights = norm_kernel.fused_backward(
+            [dnormed_q, dnormed_k], [q, k], [weight_q, weight_k], *ctx.how, need_weights
         )
-        found = iter(torch.autograd.grad(normed, [t for t in bare if t.requires_grad], dnormed))
-        dq, dk, dwq, dwk = (next(found) if t.requires_grad else None for t in bare)
-        return dq, dk, dv.flatten(2), dwq, dwk, *[None] * len(ctx.how)
+        dweight_q, dweight_k = dweights[0] if need_weights else (None, None)
+        return dq, dk, dv.flatten(2), dweight_q, dweight_k, None, None, None, None
 
 
 PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is faster than PyTorch's attention
@@ -200,7 +182,7 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
         q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
         return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
-        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, positions)
+        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
     q, k = qk_norm_rope([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
@@ -228,12 +210,9 @@ def timed(device, shape, dtype, heads):
                 lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3
             )
         PICKED[key] = ours < theirs
-        print(
-            f"ops: attention of {shape} in {dtype}: {'the fused kernel' if ours < theirs else 'PyTorch after the fused norm and rotation'} "
-            f"({ours:.2f} ms fused, {theirs:.2f} ms apart)",
-            file=sys.stderr,
-            flush=True,
-        )
+        faster = "the fused kernel" if PICKED[key] else "PyTorch after the fused norm and rotation"
+        times = f"{ours:.2f} ms fused, {theirs:.2f} ms apart"
+        print(f"ops: attention of {shape} in {dtype}: {faster} ({times})", file=sys.stderr, flush=True)
     return PICKED[key]
 
 

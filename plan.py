@@ -25,9 +25,9 @@ from flow import make_noisy_batch
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
-from t5 import XXL, TextEncoder, build_t5
+from t5 import XXL, TextEncoder, build_t5, read_encoder
 from vae import FULL_WIDTHS, VAE, build_vae, channels_last
-from wan import VARIANTS, Wan, full_config, keep_fp32, read_config
+from wan import VARIANTS, full_config, keep_fp32, read_config, wan_class
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
@@ -58,7 +58,6 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
@@ -71,6 +70,11 @@ class Tracker(TorchDispatchMode):
 
     def _gone(self, nbytes):
         self.now -= nbytes
+
+
+def storages(tree):
+    """The storages of all tensors in a tree."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def traced(f):
@@ -86,8 +90,8 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks, its
-    tokens over sp_size, its blocks over pp_size.
+    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
+    its tokens over sp_size, its blocks over pp_size.
     """
 
     fp8: bool = False
@@ -141,9 +145,9 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_headers(models.files("text")[:1]), read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
     found = {
-        name: lambda name=name, entries=entries: Wan(read_config(models.folder(name), entries))
+        name: lambda name=name, entries=entries: build_wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()
     }
     return found | {"text": lambda: build_t5(text, models.dir), "vae": lambda: build_vae(vae, models.dir)}
@@ -151,13 +155,15 @@ def builders(models):
 
 def full_builders(s):
     """The same of a released size, of which no file is needed. s: the Settings of a variant."""
-    dits = {name: lambda: Wan(full_config(s.variant)) for name in s.expert_names}
+    dits = {name: lambda: build_wan(full_config(s.variant)) for name in s.expert_names}
     version = VARIANTS[s.variant]["vae"]
     return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):
-    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in `dtype`."""
+    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
+    `dtype`.
+    """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
         if part == "vae":
@@ -166,6 +172,10 @@ def build(builders, part, dtype, cuda=False):
             full = part != "text" and keep_fp32(name)
         p.data = p.data.to(torch.float32 if full else dtype)
     return channels_last(model) if part == "vae" else model
+
+
+def build_wan(config):
+    return wan_class(config.model_type)(config)
 
 
 @contextlib.contextmanager
@@ -217,23 +227,32 @@ def itemized(parts):
     return ", ".join(f"{what} {gb(n)}" for what, n in parts.items())
 
 
-def denoising_bytes(dit, shape, batch, text, mode, layout):
+def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     """Peak bytes beyond weights of a sampling step on `batch` clips of latents `shape`, guided as `mode` says: "none",
-    "batched", "sequential" or "parallel" (Models.guidance_mode).
+    "batched", "sequential" or "parallel" (Models.guidance_mode). s: the Settings.
     """
     dit.cache_text_kv = layout.caches_text_kv
     local = layout.shape(shape)
     forwards = 2 if mode == "batched" else 1  # how many are in one batch
-    prompts = 1 if mode in ("none", "parallel") else 2  # whose keys and values are kept
+    prompts = 1 if mode == "none" else 2  # whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
+    fake_inputs = s.conditioning.plan_inputs(dit.config, local)
+
     @torch.no_grad()
     def step():
-        kept = [dit.embed_text(embeds, cache=True)]
-        kept.append(dit.embed_text(torch.cat([embeds] * forwards), cache=True) if prompts == 2 else None)
-        kept += [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what the solver remembers
-        return dit(torch.cat([x] * forwards), torch.empty(forwards * batch, local[1]), kept[prompts - 1]), kept
+        kept = [prepared(1)] + [prepared(forwards)] * (prompts - 1)
+        solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
+        times = (forwards * batch, local[1]) if s.conditioning.trains_first_frame else forwards * batch
+        if mode == "parallel":  # both halves, exchanged
+            solver += [torch.empty(batch, *shape) for _ in range(2)]
+        text, inputs = kept[-1]
+        return dit(torch.cat([x] * forwards), torch.empty(times), text, **inputs), kept, solver
+
+    def prepared(copies):
+        inputs = {k: v.repeat(copies * batch, *[1] * (v.dim() - 1)) for k, v in fake_inputs.items()}
+        return dit.embed_text(torch.cat([embeds] * copies), cache=True), dit.prepare_inputs(**inputs)
 
     return traced(step)
 
@@ -269,8 +288,10 @@ def sampling(
         if layout.fp8:
             fp8.convert(dit, {})
         on_device, on_host = layout.weights(dit)
-        step = denoising_bytes(dit, request.shape, batch, text, mode, layout)
-        decode, vae_bytes = decoding_bytes(vae, request.shape, batch, tile), nbytes(vae)
+        step = denoising_bytes(dit, s, request.shape, batch, text, mode, layout)
+        C, frames, h, w = request.shape
+        decode = decoding_bytes(vae, (C, frames + s.conditioning.decodes_more, h, w), batch, tile)
+        vae_bytes = nbytes(vae)
         still = max(32 * vae.stride[1] if preview else 0, *(request.pixels if request.image else (0, 0)))
         encode = encoding_bytes(vae, still, still, 9 if preview else 1) if still else 0
         encoder = nbytes(build(builders, "text", dtype))
@@ -282,7 +303,11 @@ def sampling(
     phases = {"encode prompts": {"encoder": encoder}}
     if encode:
         phases["encode images"] = {"VAE": vae_bytes if one_at_a_time else vae_bytes + encoder, "activations": encode}
-    how = {"batched": "both halves of guidance in one batch", "sequential": "guidance in two passes"}
+    how = {
+        "batched": "both halves of guidance in one batch",
+        "sequential": "guidance in two passes",
+        "parallel": "guidance on two ranks",
+    }
     denoising = "activations" + (f", {how[mode]}" if mode in how else "")
     phases["denoise"] = {"DiT": on_device if one_at_a_time else all_weights, denoising: step}
     phases["decode"] = {"VAE": vae_bytes if one_at_a_time else all_weights, "activations and video": decode}
@@ -309,11 +334,11 @@ def training(
 ):
     """Plan of a training run, per rank.
 
-    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
-    parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs are
-    trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the largest.
-    text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to be
-    computed. ranks: how many processes there are.
+    args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
+    trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
+    are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
+    be computed. ranks: how many processes there are.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
@@ -367,7 +392,7 @@ def training(
         if previews:
             of = s.latent_shape(s.size, s.frames)
             dit.checkpointing = False
-            step = denoising_bytes(dit, of, 1, text, "batched" if s.guided else "none", layout)
+            step = denoising_bytes(dit, s, of, 1, text, "batched" if s.guided else "none", layout)
             vae = build(builders, "vae", dtype, cuda)
             decode = decoding_bytes(vae, of, 1, 0)
             phases["previews"] = weights | {
@@ -439,67 +464,3 @@ def mfu(dit, x, text, seconds, device):
         4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
     )
     return peak and flops / seconds / peak
-
-
-# ---- time on many GPUs -------------------------------------------------------------------------------------------
-def linear_flops(c, tokens, text):
-    """FLOPs of a forward pass of one sample: (in blocks' linears, in attention)."""
-    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim**2
-    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
-
-
-def sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
-    """Bytes that one rank gives away in a training step of a k/v translator on every block, by kind, as parallel.World
-    counts them.
-
-    grid: tokens (T',H',W') of a clip; batch: samples of a rank; adapter: bytes of the adapters; itemsize: of a weight.
-    The first block's self-attention needs no gradient. "weights": each block's shards are gathered on the way up and
-    once more on the way down.
-    """
-    found, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
-    if layout.sp_size > 1:
-        given = batch * local * (layout.sp_size - 1)
-        passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1
-        found["tokens"] = given * (
-            4 * c.dim * itemsize // layout.sp_size * passes + 4 * c.out_dim * math.prod(c.patch_size)
-        )
-    if layout.pp_size > 1:
-        found["tokens"] = 4 * max(batch, layout.pp_size) * math.prod(grid) * c.dim
-    if layout.fsdp_size > 1:
-        block = 4 * c.dim**2 * 2 + 2 * c.dim * c.ffn_dim
-        found["weights"] = 2 * c.num_layers * block * itemsize // layout.fsdp_size * (layout.fsdp_size - 1)
-    return found
-
-
-def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
-    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
-
-    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU.
-    Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
-    the forward pass again, and the gradient by activations.
-    """
-    tokens = math.prod(grid)
-    compute, weights = (
-        3 * sum(linear_flops(c, tokens, text)) / rate,
-        2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim),
-    )
-    link = lambda n: inside if n <= per_machine else between
-    ring = 2 * (ranks - 1) / ranks * adapter / link(ranks)
-    found = {"data parallel": ((compute + ring) / ranks, weights)}
-    if ranks > 1:
-        gathered = sent(c, ParallelLayout(fsdp_size=ranks), grid, 1, adapter)["weights"] / link(ranks)
-        found["--fsdp"] = (max(compute, gathered) + ring) / ranks, weights // ranks
-        group = max(u for u in (1, 2, 4, 8) if ranks % u == 0 and c.num_heads % u == 0 and u <= per_machine)
-        tokens_sent = (
-            sent(c, ParallelLayout(sp_size=group), grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
-        )
-        filling = math.prod(ParallelLayout(sp_size=group).grid(grid)) * group / tokens
-        found[f"--ulysses_size {group}"] = (compute / group * filling + tokens_sent + ring) / (ranks // group), weights
-        stages = min(ranks, per_machine)
-        micro = 2 * stages
-        handed = 2 * 4 * tokens * c.dim / link(stages)
-        found[f"--pipeline_stages {stages}"] = (
-            ((micro + stages - 1) * (compute / stages + handed) + ring) / micro / (ranks // stages),
-            weights // stages,
-        )
-    return found

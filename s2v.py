@@ -386,6 +386,9 @@ class WanS2V(Wan):
     def mask(self, row):
         return self.trainable_cond_mask.weight[row].float()
 
+    def prepare_inputs(self, *, ref, audio, motion=None, pose=None):
+        return {"ref": self.embed_reference(ref, motion), "audio": self.embed_audio(audio), "pose": pose}
+
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, ref, audio, motion=None, pose=None):
         """ref (B,C,1,h,w) the reference picture's latents and motion (B,C,<=19,h,w) those before the clip, or None; or

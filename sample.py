@@ -2,28 +2,28 @@
 
 python sample.py --ckpt DIR --prompt "a red square moves left"
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE --device cuda
-python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors --lora adapter_model_low.safetensors
+python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors \\
+    --lora adapter_model_low.safetensors
 
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 
 import argparse
 import json
-import math
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+import clips
 import flow
 import ops
 import plan
 from checkpoint import BadInput, cli, save
-from media import latent_preview, latent_to_rgb, open_image, write_grid, write_mp4
-from models import DTYPES, VAE_BYTES, Models, Runtime, Settings, activation_bytes, parse_size, pick_device, pick_dtype
+from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_writer
+from media import open_image, write_grid, write_mp4
+from models import DTYPES, Models, Request, Runtime, parse_size, pick_device, pick_dtype
 from parallel import World
 
 
@@ -32,30 +32,12 @@ def load(
 ):
     """A checkpoint folder (or "nano") ready for `generate`.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8: the
-    DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8:
+    the DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
     Weights are read when first needed; a LoRA that cannot be read raises BadInput here.
     """
     runtime = Runtime(device, dtype, fp8, stream_blocks, world=world)
     return Models(ckpt_dir, runtime, lora, text_encoder)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a clip will be: settings in force, the opened image or None, and the video's (width, height) in px."""
-
-    settings: Settings
-    image: object
-    pixels: tuple
-
-    @property
-    def shape(self):
-        """(C,T',h,w) of the latents."""
-        return self.settings.latent_shape(self.pixels, self.settings.frames)
-
-    @property
-    def tokens(self):
-        return math.prod(self.settings.token_grid(self.pixels, self.settings.frames))
 
 
 def resolve(settings, ckpt, image=None, **overrides):
@@ -67,148 +49,20 @@ def resolve(settings, ckpt, image=None, **overrides):
     return Request(s, image, s.conditioning.video_size(s.size, image))
 
 
-# ---- denoising ---------------------------------------------------------------------------------------------------
-class GuidedModel:
-    """One expert on B clips under classifier-free guidance (Ho and Salimans, 2022).
-
-    embeds, negative: (embeddings (B,S,D), lens (B,)); negative is None where no step is guided. What a prompt's
-    attention needs (Wan.embed_text) is computed here, once.
-    """
-
-    def __init__(self, models, expert, request, embeds, negative, conditions):
-        batch = len(embeds[1])
-        local_tokens = request.tokens // models.world.sp_size
-        self.model = models.acquire(expert, activation_bytes(models.config(expert).dim, local_tokens, batch))
-        self.mode = models.guidance_mode(request.tokens, batch)
-        self.world, self.conditions = models.world, conditions
-        self.copies_output = models.runtime.compile == "graphs"  # a graph's next replay overwrites what it gave
-        self.cond, self.uncond, self.both = self._embed(embeds), None, None
-        if negative is not None and self.mode == "batched":
-            pairs = [torch.cat([a, b]) for a, b in zip(embeds, negative)]
-            self.both = self._embed(pairs)
-        elif negative is not None:
-            self.uncond = self._embed(negative)
-
-    def _embed(self, embeds):
-        context, lens = embeds
-        return self.model.embed_text(context[:, : lens.max()], lens, cache=True)
-
-    def _forward(self, x, times, text, inputs):
-        v = self.model(x, times, text, **inputs)
-        return v.clone() if self.copies_output else v
-
-    def velocity(self, x, t, scale):
-        """Velocity (B,C,T',h,w) of latents x (B,C,T',h,w) at time t in 0..1000: uncond + scale (cond - uncond)."""
-        x, times = self.conditions.model_inputs(x, t)
-        inputs = self.conditions.inputs
-        uncond_inputs = inputs if self.conditions.uncond_inputs is None else self.conditions.uncond_inputs
-        if scale == 1:
-            return self._forward(x, times, self.cond, inputs)
-        if self.mode == "parallel":
-            mine = (self.uncond, uncond_inputs) if self.world.cfg_rank else (self.cond, inputs)
-            cond, uncond = self.world.exchange_cfg(self._forward(x, times, *mine))
-        elif self.mode == "batched":
-            both_inputs = {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()}
-            v = self._forward(torch.cat([x, x]), torch.cat([times, times]), self.both, both_inputs)
-            cond, uncond = v.chunk(2)
-        else:
-            cond = self._forward(x, times, self.cond, inputs)
-            uncond = self._forward(x, times, self.uncond, uncond_inputs)
-        return uncond + scale * (cond - uncond)
-
-
-class EasyCache:
-    """Steps taken without the model (Zhou et al., "Less is Enough", 2025): velocity minus latent changes slowly, so the
-    last one computed serves again while the change expected since then stays below `threshold` of the velocity.
-    Inexact; `diag.py reuse` measures by how much. threshold 0: never. computed: model evaluations so far.
-    """
-
-    def __init__(self, threshold=0.0):
-        self.threshold, self.computed = threshold, 0
-        self.reset()
-
-    def reset(self):
-        """Forget what was computed: another expert is next."""
-        self.v = self.rate = None
-
-    def predict(self, x):
-        """The velocity at x, or None where it is to be computed."""
-        if not self.threshold or self.rate is None:
-            return None
-        self.error += (self.rate * (x - self.seen).norm() / self.v.norm()).item()
-        self.seen = x
-        return x + self.offset if self.error < self.threshold else None
-
-    def update(self, x, v):
-        """The velocity v was computed at x."""
-        if self.v is not None:
-            self.rate = (v - self.v).norm() / (x - self.x).norm()
-        self.computed, self.x, self.seen, self.v, self.offset, self.error = self.computed + 1, x, x, v, v - x, 0.0
-
-
 @torch.no_grad()
-def denoise(models, prompts, seeds, image=None, progress=True, step_cache=None, callback_on_step_end=None, **overrides):
+def sample_latents(
+    models, prompts, seeds, image=None, progress=True, step_cache=None, callback_on_step_end=None, **overrides
+):
     """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched
-    with, but for rounding. Arguments as in `generate`; step_cache: an EasyCache; callback_on_step_end(i, x0) sees the
-    estimate of the clean latents after every model evaluation.
+    with, but for rounding. Arguments as in `generate` and `denoise`.
     """
     # prompts and conditions: the encoders are done before the DiT comes
     request = resolve(models.settings, models.dir, image, **overrides)
-    s, B = request.settings, len(prompts)
-    embeds, lens = models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
-    negative = (embeds[B:].expand(B, -1, -1), lens[B:].expand(B)) if s.guided else None
+    s = request.settings
+    embeds, negative = encode_prompts(models, s, prompts)
     conditions = models.encode_conditions(request.image, request.pixels, s.frames)
-
-    # each clip's noise, from its own seed
-    generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds]
-    x = torch.stack([torch.randn(request.shape, generator=g, device=models.device) for g in generators])
-    x = conditions.put_known(x)
-
-    solver, cache = flow.solver(s.solver, s.steps, s.shift), step_cache or EasyCache()
-    timesteps = solver.timesteps.tolist()
-    expert = guided = None
-    for i, t in enumerate(tqdm(timesteps, disable=not progress, unit="step")):
-        # the expert for this time
-        needed_expert, scale = s.expert_at(t)
-        if needed_expert != expert:
-            guided = None  # the other expert, and its keys and values, go before this one comes
-            expert = needed_expert
-            guided = GuidedModel(models, expert, request, (embeds[:B], lens[:B]), negative, conditions)
-            cache.reset()
-
-        # its velocity, or what the step cache expects of it
-        v = cache.predict(x) if i < len(timesteps) - 1 else None
-        if v is None:
-            v = guided.velocity(x, t, scale)
-            cache.update(x, v)
-        if callback_on_step_end:
-            callback_on_step_end(i, conditions.put_known(x - float(solver.sigma) * v))
-
-        # one step towards the clip
-        x = conditions.put_known(solver.step(v, x))
-    if not x.isfinite().all():
-        raise BadInput(
-            f"{models.dir}: the latents are not finite; with these settings, or this dtype, the model overflows"
-        )
-    return x
-
-
-def decode(models, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in VAE.decode. Ranks that share a clip share it."""
-    pixels = math.prod(latents.shape[3:]) * math.prod(models.settings.stride[1:])
-    vae, split = models.acquire("vae", VAE_BYTES * pixels), models.world.split_tiles
-    if split and not tile:
-        tile = smallest_tile(latents.shape[3:], vae.decoder.receptive_radius(), split[1])
-    return vae.decode(latents, tile, split)
-
-
-def smallest_tile(size, least, ranks):
-    """The side, `least` or more, of square tiles that cover latents of `size` (h,w) with one tile or less for a rank."""
-    h, w = size
-    side = least
-    while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):
-        side += 1
-    return side
+    x = torch.stack([draw_noise(request.shape, seed, models.device) for seed in seeds])
+    return denoise(models, s, x, embeds, negative, conditions, progress, step_cache, callback_on_step_end)
 
 
 def generate(
@@ -235,20 +89,8 @@ def generate(
     overrides = dict(
         size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative
     )
-    latents = denoise(models, [prompt], [seed], image, progress, **overrides)
+    latents = sample_latents(models, [prompt], [seed], image, progress, **overrides)
     return decode(models, latents)[0], latents[0]
-
-
-def preview_writer(models, path, every, label):
-    """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
-    colors = latent_to_rgb(models.acquire("vae"))
-
-    def write(step, x0):
-        if (step + 1) % every == 0:
-            video = latent_preview(x0[0].cpu(), colors)
-            write_grid(path, [video], [f"step {step + 1}: {label}"], shown=min(5, video.shape[1]))
-
-    return write
 
 
 # ---- the script --------------------------------------------------------------------------------------------------
@@ -276,7 +118,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--prompt", help='what to show (default, without --prompts: "a red square moves left")')
+    add("--prompt", help="what to show (default, without --prompts: the checkpoint's)")
     add("--prompts", help="a text file, one prompt per line")
     add("--image", help="start from this image")
     add("--size", help="WxH px; with --image the area (default: the checkpoint's)")
@@ -291,6 +133,26 @@ def arguments(argv=None):
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add = p.add_argument_group("S2V-14B: a picture that speaks (--size is the area)").add_argument
+    add("--audio", help="the sound: any file that has a sound track")
+    add("--pose_video", help="a video whose poses are followed")
+    add("--infer_frames", type=int, help="frames of a clip, a multiple of 4 (default: 80)")
+    add("--num_clip", type=int, help="make only so many clips (default: as many as the sound fills)")
+    add("--start_from_ref", action="store_true", help="begin with the picture itself")
+    add(
+        "--sync_sound", action="store_true", help="begin the sound at 3/16 s, where the lips are; officially it is at 0"
+    )
+    add = p.add_argument_group("Animate-14B: a character that moves as a video does").add_argument
+    add(
+        "--src_root_path",
+        help="the folder that the official preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png",
+    )
+    add(
+        "--replace_flag",
+        action="store_true",
+        help="put the character in the place of the video's person (src_bg, src_mask)",
+    )
+    add("--refert_num", type=int, choices=(1, 5), help="frames that a clip takes over from the one before (default: 1)")
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
@@ -323,6 +185,7 @@ def arguments(argv=None):
     add("--out", default="out/sample.mp4", help="the video; of several prompts NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
+    add("--resume", action="store_true", help="go on with a video of several clips that was stopped")
     add(
         "--preview_every",
         type=int,
@@ -371,6 +234,17 @@ def numbered(path, i, count):
     return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")
 
 
+def clip_inputs(args, conditioning):
+    """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
+    names = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
+    names += ("src_root_path", "replace_flag", "refert_num")
+    inputs = {name: getattr(args, name) for name in names if getattr(args, name)}
+    strange = [name for name in inputs if name not in conditioning.flags]
+    if strange:
+        raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {args.ckpt} takes no such input")
+    return inputs
+
+
 def sampling_overrides(args):
     """The flags that override a checkpoint's settings, as `resolve` takes them."""
     return dict(
@@ -392,24 +266,30 @@ def main():
     device = pick_device(args.device)
     check_compilation(args, device)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
-        run(args, prompts or ["a red square moves left"], world)
+        run(args, prompts, world)
 
 
 def run(args, prompts, world):
     # the models
     seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
+    dtype = pick_dtype(args.dtype, world.device)
+    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
+    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
+    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
+    prompts = prompts or [models.settings.prompt]
     if len(prompts) < world.dp_size:
         raise BadInput(
             f"{len(prompts)} prompts for {world.dp_size} groups of ranks: fewer processes, or --ulysses_size and "
             "--guidance_parallel, which share a prompt"
         )
-    dtype = pick_dtype(args.dtype, world.device)
-    compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
-    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
-    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
 
     # what is asked of them, and what that will need
     overrides = sampling_overrides(args)
+    inputs = clip_inputs(args, models.settings.conditioning)
+    if models.settings.conditioning.by_clips:
+        s = models.settings.with_overrides(**overrides)
+        clips.run(args, prompts, models, s, seed, inputs)
+        return
     request = resolve(models.settings, models.dir, args.image, **overrides)
     s = request.settings
     used = {k: getattr(s, k) for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver")}
@@ -433,7 +313,9 @@ def run(args, prompts, world):
         out, cache, callback = numbered(args.out, i, len(prompts)), EasyCache(args.reuse), None
         if args.preview_every and world.is_writer:
             callback = preview_writer(models, out.with_name(f"{out.stem}_preview.png"), args.preview_every, prompt)
-        z = denoise(models, [prompt], [seed], args.image, step_cache=cache, callback_on_step_end=callback, **overrides)
+        z = sample_latents(
+            models, [prompt], [seed], args.image, step_cache=cache, callback_on_step_end=callback, **overrides
+        )
         latents.append(z)
         if args.reuse:
             print(f"{cache.computed} of {len(flow.solver(s.solver, s.steps, s.shift).timesteps)} steps computed")

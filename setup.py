@@ -1,54 +1,80 @@
-"""`pip install --no-build-isolation -e .` puts the modules on the path (they are single files) and builds csrc/ into
-nanowan_csrc.
+"""`pip install --no-build-isolation -e .` puts the modules and packages on the path and builds csrc/ into nanowan_csrc.
 
-Without a C++ compiler, or with NANOWAN_CSRC=0, nothing is built and the plain PyTorch operators are used. The CUDA part
-is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1 makes their lack an error, NANOWAN_CUDA=0 leaves it
-out. TORCH_CUDA_ARCH_LIST is honoured.
+Where that cannot be built, for want of a compiler or of what it needs, one line says so and PyTorch's operations are
+used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1
+makes their lack, or a failed build, an error, NANOWAN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
 import os
-import shutil
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+CUDA = os.environ.get("NANOWAN_CUDA", "auto")
+FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-finite-math-only"]
+
+
+def native_features():
+    """Flags of this CPU, as /proc/cpuinfo spells them, that the compiler uses; fails where it lacks OpenMP or knows no
+    C++20.
+    """
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    done = subprocess.run(
+        [*cxx, *FLAGS, "-include", "omp.h", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), f"{cxx[0]} fails"))
+    used = {
+        name.replace("_", "")
+        for name in re.findall(r"define __(?:arm_feature_)?(\w+?)(?:__)? 1$", done.stdout.lower(), re.M)
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    return sorted(f for f in set(flags[1].split() if flags else ()) if f.replace("_", "") in used)
 
 
 def extension():
     """([Extension], {"build_ext": command}), both empty where there is nothing to build with."""
-    if os.environ.get("NANOWAN_CSRC") == "0" or not shutil.which(os.environ.get("CXX", "g++")):
-        print("nanowan: no C++ extension (no compiler, or NANOWAN_CSRC=0)")
+    if os.environ.get("NANOWAN_CSRC") == "0":
         return [], {}
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    wanted = os.environ.get("NANOWAN_CUDA", "auto")
+    class Build(BuildExtension):
+        def run(self):
+            for old in HERE.glob("nanowan_csrc*.so"):  # of other sources, if these cannot be built
+                old.unlink()
+            try:
+                for e in self.extensions:
+                    e.extra_compile_args["cxx"].append("-DNANOWAN_BUILT_FOR=" + ".".join(native_features()))
+                super().run()
+            except Exception as e:
+                if CUDA == "1":
+                    raise
+                self.extensions = []
+                why = (" ".join(str(e).split()) or type(e).__name__) + "; NANOWAN_CUDA=0 tries it without CUDA" * cuda
+                print(f"nanowan: the C++ extension cannot be built, PyTorch's operations are used instead ({why})")
+
     lack = (
-        "this torch was built without CUDA"
-        if torch.version.cuda is None
-        else "there is no nvcc"
-        if CUDA_HOME is None
-        else None
+        "this torch was built without CUDA" if torch.version.cuda is None else "" if CUDA_HOME else "there is no nvcc"
     )
-    if wanted == "1" and lack:
+    if CUDA == "1" and lack:
         raise SystemExit(f"nanowan: NANOWAN_CUDA=1, but {lack}")
-    cuda = wanted != "0" and not lack
+    cuda = CUDA != "0" and not lack
     if not cuda:
         print(f"nanowan: the C++ extension without CUDA ({lack or 'NANOWAN_CUDA=0'})")
-    sources = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cpp"))
-    flags = {
-        "cxx": ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-finite-math-only"]
-        + (["-DNANOWAN_CUDA"] if cuda else [])
-    }
+    sources, flags = sorted((HERE / "csrc").glob("*.cpp")), {"cxx": FLAGS + ["-DNANOWAN_CUDA"] * cuda}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
         # a .cu needs a name that no .cpp has: their object files lie side by side
-        kernels = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cu"))
-        return [CUDAExtension("nanowan_csrc", sources + kernels, extra_compile_args=flags | {"nvcc": ["-O3"]})], {
-            "build_ext": BuildExtension
-        }
-    return [CppExtension("nanowan_csrc", sources, extra_compile_args=flags)], {"build_ext": BuildExtension}
+        sources += sorted((HERE / "csrc").glob("*.cu"))
+        flags["nvcc"] = ["-O3"]
+    kind, names = CUDAExtension if cuda else CppExtension, [str(f.relative_to(HERE)) for f in sources]
+    return [kind("nanowan_csrc", names, extra_compile_args=flags)], {"build_ext": Build}
 
 
 modules, commands = extension()
@@ -56,7 +82,7 @@ setup(
     name="nanowan",
     version="0.1.0",
     python_requires=">=3.11",
-    packages=["kernels", "parallel"],
+    packages=find_packages(str(HERE)),
     ext_modules=modules,
     cmdclass=commands,
     py_modules=sorted(f.stem for f in HERE.glob("*.py") if f.stem != "setup"),

@@ -2,22 +2,26 @@
 
 B prompts, L tokens (at most 512, the end token included), D width, N heads, d head width.
 Unlike T5, every layer has its own table of relative positions. Attention is not scaled by 1/sqrt(d).
-Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept (Hugging Face's gate.0 = wi_0, fc1 =
-wi_1, fc2 = wo).
+Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept. Files with transformers' names, and
+ComfyUI's, which have the tokenizer inside and may be in 8 bits, are read too, and written by `convert_t5`.
 """
 
+import fnmatch
 import html
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput, count_blocks, find, load_into, read_header, read_headers
+from checkpoint import BadInput, Entry, count_blocks, find, load_into, read_header, read_headers, save, weight_files
+from fp8 import take_scales
 
 PAD, EOS, UNK = 0, 1, 2
 
@@ -26,23 +30,27 @@ class Tokenizer:
     """Ids as transformers' T5 tokenizer gives them over the same spiece.model: sentencepiece ids, with the special
     tokens that a prompt may spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with
     the end token kept.
+
+    file: the sentencepiece model, beside which a tokenizer.json may list more special tokens. model: its bytes, where
+    it is not a file of its own but inside `file`, as in ComfyUI's encoders.
     """
 
-    def __init__(self, file, length=512):
+    def __init__(self, file, length=512, model=None):
         import sentencepiece
 
         file = Path(file)
-        if not file.is_file():
+        if model is None and not file.is_file():
             raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
         try:
-            self.pieces, self.length = sentencepiece.SentencePieceProcessor(model_file=str(file)), length
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model or file.read_bytes())
         except RuntimeError as e:
             raise BadInput(f"{file}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
-        self.special, self.bytes = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}, False
-        if (file.parent / "tokenizer.json").exists():  # what the official pipelines read
-            told = json.loads((file.parent / "tokenizer.json").read_text(encoding="utf-8"))
-            self.special |= {t["content"]: t["id"] for t in told.get("added_tokens", [])}
-            self.bytes = bool(told.get("model", {}).get("byte_fallback"))
+        self.length, self.special, self.byte_fallback = length, {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}, False
+        config = file.parent / "tokenizer.json"  # what the official pipelines read
+        if model is None and config.exists():
+            config = json.loads(config.read_text(encoding="utf-8"))
+            self.special |= {t["content"]: t["id"] for t in config.get("added_tokens", [])}
+            self.byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
 
     @staticmethod
@@ -53,20 +61,20 @@ class Tokenizer:
 
     def ids(self, text):
         """Ids of one cleaned text, without the end token."""
-        found = []
+        ids = []
         for part in filter(None, self.split.split(text)):
-            found += [self.special[part]] if part in self.special else self._pieces(part)
-        return found
+            ids += [self.special[part]] if part in self.special else self._encode(part)
+        return ids
 
-    def _pieces(self, text):
-        found = []
+    def _encode(self, text):
+        ids = []
         for i in self.pieces.encode(text):
-            if self.pieces.is_byte(i) and not self.bytes:  # transformers has no byte fallback: one unknown for each run
-                if found[-1:] == [UNK]:
+            if self.pieces.is_byte(i) and not self.byte_fallback:  # transformers then has one unknown for each run
+                if ids[-1:] == [UNK]:
                     continue
                 i = UNK
-            found.append(i)
-        return found
+            ids.append(i)
+        return ids
 
     def __call__(self, texts):
         """list of str -> ids (B,L) int64 padded to the longest, lens (B,)."""
@@ -172,14 +180,110 @@ class TextEncoder(nn.Module):
         return self(ids.to(device), lens.to(device)), lens.to(device)
 
 
-def encoder_files(ckpt_dir, weights=None):
-    """The files that an encoder comes from, the folder's own first: one, or two where `weights` is a delta that needs
-    it.
+# ---- files -------------------------------------------------------------------------------------------------------
+FILE_NAMES = ("models_t5*", "umt5-xxl-enc-*", "umt5_xxl_*")  # the official one, Kijai's, ComfyUI's
+TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model")  # in an official folder, in one of diffusers
+# official names and transformers', outside of blocks and in them
+OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
+BLOCK_NAMES = {
+    "norm1.": "layer.0.layer_norm.",
+    "norm2.": "layer.1.layer_norm.",
+    **{f"attn.{p}.": f"layer.0.SelfAttention.{p}." for p in "qkvo"},
+    "pos_embedding.embedding.": "layer.0.SelfAttention.relative_attention_bias.",
+    "ffn.gate.0.": "layer.1.DenseReluDense.wi_0.",
+    "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
+    "ffn.fc2.": "layer.1.DenseReluDense.wo.",
+}
+
+
+def transformers_name(name):
+    """transformers' name of a tensor with this official one."""
+    if m := re.match(r"blocks\.(\d+)\.(.+\.)", name):
+        return name.replace(m.group(), f"encoder.block.{m.group(1)}.{BLOCK_NAMES[m.group(2)]}")
+    outer = name[: name.index(".") + 1]
+    return name.replace(outer, OUTER_NAMES[outer])
+
+
+def official_name(name):
+    """The official name of a tensor with this one of transformers; any other name as it is."""
+    if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
+        ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
+        return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
+    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # the table once more
+        if name.startswith(theirs):
+            return name.replace(theirs, ours)
+    return name
+
+
+@dataclass(frozen=True)
+class ScaledEntry(Entry):
+    """An 8-bit tensor that is multiplied by a scale, one or one per row."""
+
+    scale: Entry | None = None
+
+    def read(self, scratch=None):
+        return super().read(scratch).float().mul_(self.scale.read().float().reshape(-1, *[1] * (len(self.shape) - 1)))
+
+
+class EncoderFile(NamedTuple):
+    entries: dict  # {official name: Entry}
+    spiece: Entry | None  # the tokenizer inside, as bytes
+    rows: Entry | None  # of a delta: the embedding rows (n,D) that replace those with these ids (n)
+    ids: Entry | None
+
+
+def is_delta(file):
+    """Whether this is a file of changes to a checkpoint's own encoder, by train_te.py --save delta."""
+    return read_header(file)[1].get("delta") == "True"
+
+
+def read_encoder(files):
+    """The EncoderFile of what encoder_files gives: one file or several shards in any of the layouts, and perhaps a
+    delta behind them. Reads headers only.
     """
-    if weights is not None and read_header(weights)[1].get("delta") != "True":
+    files = list(files)
+    delta = read_headers([files.pop()]) if is_delta(files[-1]) else {}
+    if not files:
+        raise BadInput(f"{next(iter(delta.values())).file}: a delta, not a whole encoder")
+    entries = read_headers(files)
+    spiece = entries.pop("spiece_model", None)
+    if spiece is not None and (spiece.dtype != torch.uint8 or len(spiece.shape) != 1):
+        raise BadInput(f"{files[0]}: spiece_model is {spiece.dtype} {spiece.shape}; expected the tokenizer's bytes")
+    for name, scale in take_scales(entries).items():
+        weight = entries.get(f"{name}.weight")
+        if weight is None or scale.numel not in (1, weight.shape[0]):
+            raise BadInput(f"{files[0]}: a scale of shape {scale.shape} for {name}; expected one, or one for each row")
+        entries[f"{name}.weight"] = ScaledEntry(**vars(weight), scale=scale)
+    entries = {official_name(name): e for name, e in entries.items()}
+    rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
+    stray = [name for name in delta if name not in entries]
+    if stray:
+        raise BadInput(f"{delta[stray[0]].file}: not a delta of {files[0]}, which has no {stray[0]}")
+    return EncoderFile(entries | delta, spiece, rows, ids)
+
+
+def own_encoder(ckpt_dir):
+    """The files of a folder's own encoder: of an official folder, found by name, or of one of diffusers."""
+    folder = Path(ckpt_dir)
+    if (folder / "text_encoder").is_dir():
+        return weight_files(folder / "text_encoder", "model")
+    names = [f.name.lower() for f in folder.iterdir()] if folder.is_dir() else []
+    pattern = next((p for p in FILE_NAMES if fnmatch.filter(names, f"{p}.*")), FILE_NAMES[0])
+    return [find(folder, pattern, "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")]
+
+
+def encoder_files(ckpt_dir, weights=None):
+    """The files that an encoder comes from: `weights` alone, or the folder's own, and behind them `weights` where that
+    is a delta.
+    """
+    if weights is not None and not is_delta(weights):
         return [Path(weights)]
-    own = find(ckpt_dir, "models_t5*", "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")
-    return [own] if weights is None else [own, Path(weights)]
+    return own_encoder(ckpt_dir) + ([] if weights is None else [Path(weights)])
+
+
+def tokenizer_file(ckpt_dir):
+    """The sentencepiece model of a folder, or None."""
+    return next((f for name in TOKENIZERS if (f := Path(ckpt_dir) / name).is_file()), None)
 
 
 XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner width, ffn, heads, layers
@@ -188,41 +292,73 @@ XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner 
 def build_t5(entries, path):
     """The encoder whose tensors' headers these are."""
 
-    def shape(name):
-        if name not in entries:
-            raise BadInput(f"{path}: not a UMT5 encoder, it has no {name}")
+    def shape(name, dims=2):
+        if name not in entries or len(entries[name].shape) != dims:
+            raise BadInput(f"{path}: not a UMT5 encoder, it has no matrix {name}")
         return entries[name].shape
 
     (vocab, dim), (buckets, heads) = shape("token_embedding.weight"), shape("blocks.0.pos_embedding.embedding.weight")
-    return TextEncoder(
-        vocab,
-        dim,
-        shape("blocks.0.attn.q.weight")[0],
-        shape("blocks.0.ffn.fc1.weight")[0],
-        heads,
-        count_blocks(entries),
-        buckets,
-    )
+    inner, ffn = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
+    return TextEncoder(vocab, dim, inner, ffn, heads, count_blocks(entries), buckets)
 
 
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
-    """Load the encoder of a checkpoint folder, with its tokenizer from google/umt5-xxl/spiece.model.
-    `weights`: a file of train_te.py to use: the whole encoder, or a delta, whose tensors and embedding rows replace the
-    folder's."""
-    files = encoder_files(ckpt_dir, weights)
-    entries = read_headers(files[:1])
-    delta = read_headers(files[1:])
-    rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
-    stray = [k for k in delta if k not in entries]
-    if stray:
-        raise BadInput(f"{weights}: not a delta of {files[0]}, which has no {stray[0]}")
-    entries |= delta
+    """Load the encoder of a checkpoint folder, with its tokenizer.
 
+    weights: a file to use: a whole encoder in any layout, or a delta of train_te.py, whose tensors and embedding rows
+    replace the folder's. The tokenizer is the folder's spiece.model, else the one inside the encoder's file.
+    """
+    files = encoder_files(ckpt_dir, weights)
+    entries, spiece, rows, ids = read_encoder(files)
     with torch.device("meta"):
         model = build_t5(entries, files[0])
     model = load_into(model, entries, device, dtype)
     if rows:
         table = model.token_embedding.weight
         table[ids.read().to(device)] = rows.read().to(table)
-    model.tokenizer = Tokenizer(Path(ckpt_dir) / "google" / "umt5-xxl" / "spiece.model")
+    model.tokenizer = load_tokenizer(ckpt_dir, spiece)
     return model
+
+
+def load_tokenizer(ckpt_dir, spiece=None):
+    """The Tokenizer of a folder's spiece.model, else the one inside an encoder's file (EncoderFile.spiece)."""
+    file = tokenizer_file(ckpt_dir)
+    if file is None and spiece is not None:
+        return Tokenizer(spiece.file, model=spiece.read().numpy().tobytes())
+    return Tokenizer(file or Path(ckpt_dir) / TOKENIZERS[0])
+
+
+LAYOUTS = ("official", "comfyui", "transformers")
+
+
+def in_layout(tensors, layout, tokenizer=None):
+    """{official name: tensor} of a whole encoder -> {key: tensor} of a file in one of LAYOUTS.
+
+    tokenizer: the sentencepiece model's bytes as a tensor (n,) uint8, or its file; ComfyUI's layout has it inside.
+    """
+    if layout == "official":
+        return tensors
+    tensors = {transformers_name(name): t for name, t in tensors.items()}
+    if layout == "comfyui":
+        if isinstance(tokenizer, str | Path):
+            tokenizer = torch.frombuffer(bytearray(Path(tokenizer).read_bytes()), dtype=torch.uint8)
+        tensors["spiece_model"] = tokenizer
+    return tensors
+
+
+def convert_t5(source, out, layout, tokenizer=None):
+    """Write an encoder's file (source: one file of any layout, or a list of shards) anew, with the same bits.
+
+    layout: "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui" or "transformers".
+    tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales become
+    bf16. Raises BadInput for what is not a whole encoder. Host memory holds the weights once.
+    """
+    files = [source] if isinstance(source, str | Path) else source
+    entries, spiece, *_ = read_encoder(files)
+    with torch.device("meta"):
+        model = build_t5(entries, files[0])
+    load_into(model, entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
+    if layout == "comfyui" and tokenizer is None and spiece is None:
+        raise BadInput(f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model")
+    tensors = {n: e.read().bfloat16() if isinstance(e, ScaledEntry) else e.read() for n, e in entries.items()}
+    save(out, in_layout(tensors, layout, tokenizer or (spiece and spiece.read())), {"format": "pt"})

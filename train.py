@@ -4,7 +4,6 @@ A step is drawn from the seed and the step's number alone (which samples, captio
 sees what an uninterrupted one would have seen.
 """
 
-import contextlib
 import math
 import random
 import subprocess
@@ -16,19 +15,16 @@ import torch
 
 import data
 import plan
-from checkpoint import BadInput, load, read_headers
+from checkpoint import BadInput, load
+from denoising import decode
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from media import write_grid, write_mp4
 from models import DTYPES, check_frames, parse_size, pick_dtype
-from optim import EMA, Guard, lr_at
-from parallel import backward, clip_grad_norm, is_sharded, shard_like
-from sample import decode, denoise, read_prompts
+from optim import lr_at
+from parallel import backward, clip_grad_norm
+from sample import read_prompts, sample_latents
+from t5 import read_encoder, tokenizer_file
 
-# Flags that may differ between a run and its continuation: they do not decide what is learned.
-RESUME_MAY_CHANGE = (
-    "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
-    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages"
-).split()
 NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
 
 
@@ -142,6 +138,8 @@ def resolve_flags(args, s):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = pick_dtype(args.dtype, args.device)
+    if s.conditioning.by_clips:
+        raise BadInput(f"--ckpt {args.ckpt}: {s.variant} can be sampled, and not yet trained")
     if args.expert and not s.is_moe:
         raise BadInput(f"--expert {args.expert}: {args.ckpt} has a single model")
     if s.is_moe:
@@ -223,7 +221,7 @@ class Dataset:
         self.val_items = [i for i in items if i.digest in held_out]
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
         self._choose_batches()
-        width = read_headers(models.files("text")[:1])["token_embedding.weight"].shape[1]
+        width = read_encoder(models.files("text")).entries["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
         channels = s.z_dim + s.conditioning.channels
         shapes = [s.latent_shape((i.width, i.height), i.frames) for i in items]
@@ -281,7 +279,7 @@ class Dataset:
     def cache_texts(self):
         """Fill the cache of caption embeddings, each rank a part of it; returns {caption: file}."""
         models, dtype = self.models, DTYPES[self.args.dtype]
-        sources = [*models.files("text"), models.tokenizer_file]
+        sources = [*models.files("text"), *filter(None, [tokenizer_file(models.dir)])]
         how = self.cache, sources, lambda: models.acquire("text"), dtype
         data.cache_texts(self.captions[self.world.rank :: self.world.size], *how)
         self.world.barrier()
@@ -334,87 +332,6 @@ class Dataset:
 NANO_DATA = Path("out/nano_data")
 
 
-# ---- what a run has learned so far -------------------------------------------------------------------------------
-class TrainState:
-    """All that a run needs to go on exactly: parameters, the optimizer, the guard and the averages; what is drawn follows
-    from the step.
-    """
-
-    def __init__(self, params, opt, args):
-        self.params, self.opt, self.guard, self.step = params, opt, Guard(args.grad_spike_factor), 0
-        self.ema = EMA(params, args.ema, opt) if args.ema else None
-        for group in opt.param_groups:
-            group.setdefault("peak_lr", group["lr"])
-
-    def averaged(self):
-        """A context in which the averages, if there are any, stand in the parameters' place: what is saved and seen."""
-        return self.ema.in_place() if self.ema else contextlib.nullcontext()
-
-    def state_dict(self):
-        opt = self.opt.state_dict()
-        return {
-            "params": [p.data for p in self.params],
-            "opt": {**opt, "state": {i: {**s} for i, s in opt["state"].items()}},
-            "guard": self.guard.state_dict(),
-            "ema": self.ema and {**self.ema.state_dict(), "average": [*self.ema.average]},
-        }
-
-    def param_slots(self, state):
-        """Where a state holds something in the shape of a parameter: (container, key, that parameter)."""
-        slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
-        for i, moments in state["opt"]["state"].items():
-            p = self.params[i]
-            keys = [k for k, v in moments.items() if isinstance(v, str) or torch.is_tensor(v) and v.shape == p.shape]
-            slots += [(moments, k, p) for k in keys]
-        return slots
-
-    def save(self, run, step):
-        """Write a run's state; every rank calls this. What is sharded goes into a folder beside it, from all ranks at
-        once, and its number into its place.
-        """
-        state, shards = self.state_dict(), {}
-        for n, (values, key, _) in enumerate(self.param_slots(state)):
-            if is_sharded(values[key]):
-                shards[f"{n}"], values[key] = values[key], f"{n}"
-        run.save(step, state, shards)
-
-    def restore(self, state):
-        """Put a saved state back, from any number of ranks on any number."""
-        slots = [(values, key, p) for values, key, p in self.param_slots(state) if isinstance(values[key], str)]
-        if slots:
-            import torch.distributed.checkpoint as dcp
-
-            tensors = {values[key]: torch.empty_like(p, requires_grad=False) for values, key, p in slots}
-            reader = dcp.FileSystemReader(state["shards"])
-            dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-            for values, key, _ in slots:
-                values[key] = tensors[values[key]]
-        for values, key, p in self.param_slots(state):
-            values[key] = shard_like(values[key], p)
-        for p, saved in zip(self.params, state["params"], strict=True):
-            p.data.copy_(saved)
-        self.opt.load_state_dict(state["opt"])
-        self.guard.load_state_dict(state["guard"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.step = state["step"]
-        print(f"resumed at step {self.step}")
-
-
-def lists_of(state):
-    """The lists of a state that hold one tensor for each parameter."""
-    return [state["params"], *([state["ema"]["average"]] if state["ema"] else [])]
-
-
-def resume_fingerprint(args, models, dataset, **more):
-    """What must not change between a run and its continuation."""
-    flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
-    base = [data.digest(f) for name in models.settings.expert_names for f in models.files(name)]
-    global_batch = args.batch * models.world.dp_size
-    samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
-    return flags | {"batch": global_batch, "samples": samples, "base": base, **more}
-
-
 # ---- previews ----------------------------------------------------------------------------------------------------
 class Previews:
     """Clips of fixed prompts from fixed seeds: OUT/previews/step_NNNNNN.png, and an mp4 of each."""
@@ -437,7 +354,7 @@ class Previews:
         for model in models.loaded():
             model.eval()
         for i, prompt in enumerate(self.prompts):
-            z = denoise(models, [prompt], [self.seed + i], progress=False)
+            z = sample_latents(models, [prompt], [self.seed + i], progress=False)
             if models.world.is_main:
                 clips.append(decode(models, z)[0].cpu())
                 write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], models.settings.fps, prompt)
@@ -479,9 +396,9 @@ def fit(
     """The loop of both trainers, from state.step to args.steps; returns whether it came to the end.
 
     schedule: of expert_schedule. params_of {expert: parameters that a step on it gives gradients}. embed(captions) ->
-    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step). extra_loss(step)
-    back-propagates a further loss and returns its value, added over ranks. after_update(expert) -> metrics, after an
-    optimizer step.
+    context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step).
+    extra_loss(step) back-propagates a further loss and returns its value, added over ranks. after_update(expert) ->
+    metrics, after an optimizer step.
     """
     world, opt, guard = models.world, state.opt, state.guard
     if not state.step and (metrics := evaluate(0)):

@@ -36,20 +36,8 @@ from lora_files import choose_experts, parse_lora_spec
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import adamw
 from parallel import World, gather_state
-from run import Run
-from train import (
-    POSITIVE,
-    Dataset,
-    Previews,
-    TrainState,
-    add_flags,
-    check_ranges,
-    evaluate,
-    expert_schedule,
-    fit,
-    resolve_flags,
-    resume_fingerprint,
-)
+from run import Run, TrainState, resume_fingerprint
+from train import POSITIVE, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
 def arguments(argv=None):

@@ -25,21 +25,9 @@ from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
-from run import Run
-from t5 import EOS, PAD, UNK, Tokenizer
-from train import (
-    NANO_WORDS,
-    Dataset,
-    Previews,
-    TrainState,
-    add_flags,
-    check_ranges,
-    evaluate,
-    expert_schedule,
-    fit,
-    resolve_flags,
-    resume_fingerprint,
-)
+from run import Run, TrainState, resume_fingerprint
+from t5 import EOS, PAD, UNK, load_tokenizer, read_encoder
+from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
 def arguments(argv=None):
@@ -301,7 +289,8 @@ def train(args, world):
     # data: latents cached, text never
     dataset, previews = Dataset(args, models), Previews(args, models)
     run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
-    check_keywords(args.keywords, dataset.captions, Tokenizer(models.tokenizer_file), args.train_blocks != 0)
+    tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+    check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
     print(need)

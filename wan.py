@@ -160,68 +160,28 @@ class WanConfig:
     eps: float = 1e-6
 
 
-_A14B = dict(
-    dim=5120,
-    ffn_dim=13824,
-    num_heads=40,
-    num_layers=40,
-    out_dim=16,
-    vae="2.1",
-    fps=16,
-    frames=81,
-    steps=40,
-    size=(1280, 720),
-)
-# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise)
+# fmt: off
+_A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
+             size=(1280, 720))
+# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise); model: the
+# class, where it is not Wan, and signature, a tensor by which its files are known
 VARIANTS = {
-    "ti2v-5B": dict(
-        model_type="ti2v",
-        dim=3072,
-        ffn_dim=14336,
-        num_heads=24,
-        num_layers=30,
-        in_dim=48,
-        out_dim=48,
-        vae="2.2",
-        fps=24,
-        frames=121,
-        steps=50,
-        size=(1280, 704),
-        shift=5.0,
-        boundary=None,
-        guidance=(5.0, 5.0),
-    ),
+    "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48,
+                    vae="2.2", fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None,
+                    guidance=(5.0, 5.0)),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
-    "s2v-14B": dict(
-        _A14B,
-        model_type="s2v",
-        model="s2v.WanS2V",
-        signature="casual_audio_encoder.encoder.final_linear.weight",
-        in_dim=16,
-        frames=80,  # of one clip; of these, 4 to a latent frame
-        size=(1024, 704),
-        shift=3.0,
-        boundary=None,
-        guidance=(4.5, 4.5),
-        negative="画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
-        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走",
-    ),
-    "animate-14B": dict(
-        _A14B,
-        model_type="animate",
-        model="animate.WanAnimate",
-        signature="pose_patch_embedding.weight",
-        in_dim=36,
-        fps=30,
-        frames=77,
-        steps=20,
-        shift=5.0,
-        boundary=None,
-        guidance=(1.0, 1.0),
-        prompt="视频中的人在做动作",
-    ),
+    "s2v-14B": dict(_A14B, model_type="s2v", model="s2v.WanS2V",
+                    signature="casual_audio_encoder.encoder.final_linear.weight", in_dim=16, frames=80,
+                    size=(1024, 704), shift=3.0, boundary=None, guidance=(4.5, 4.5), negative=(
+                        "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+                        "三条腿，背景人很多，倒着走")),
+    "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
+                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
+                        shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
 }
+# fmt: on
 
 
 def wan_class(model_type):
@@ -415,6 +375,12 @@ class Wan(nn.Module):
         depend on t or x. What comes out stands in Conditioning.inputs.
         """
 
+    def prepare_inputs(self, **inputs):
+        """The further inputs, as embed_inputs names them, with all computed that is the same at every step of a clip:
+        to be given to forward in their place.
+        """
+        return inputs
+
     def join_text(self, text, inputs):
         """The Text that the blocks are given; what else cross-attention attends to is added here."""
         return text
@@ -486,25 +452,11 @@ def read_config(path, entries):
         return of_class(config, shape, entries, {}, path)
     try:
         given = json.loads(file.read_text())
-        config = WanConfig(
-            **{
-                f.name: given.get(f.name, getattr(config, f.name))
-                for f in fields(WanConfig)
-                if f.name not in ("text_dim", "patch_size")
-            },
-            text_dim=text_dim,
-            patch_size=tuple(patch),
-        )
+        named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
+        config = replace(config, **{name: given[name] for name in named if name in given})
     except (ValueError, AttributeError) as e:
         raise BadInput(f"{file}: not a model configuration ({e})") from None
-    found = {
-        "dim": dim,
-        "ffn_dim": ffn_dim,
-        "num_layers": layers,
-        "in_dim": in_dim,
-        "out_dim": out_dim,
-        "freq_dim": freq_dim,
-    }
+    found = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
     wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
         raise BadInput(

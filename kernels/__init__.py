@@ -7,26 +7,57 @@ Triton kernels themselves run on the CPU, slowly, which is how the tests check t
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
 import os
+import re
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
 triton = None
-if (
-    torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
-):  # else there is nothing to launch, and importing it takes a second
+# without a GPU or the interpreter there is nothing to launch, and importing Triton takes a second
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     with contextlib.suppress(ImportError):
         triton = importlib.import_module("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-try:
-    import nanowan_csrc  # noqa: F401  registers torch.ops.nanowan_csrc
 
-    BUILT = True
-except ImportError:
-    BUILT = False
+
+def cpu_lacks(file):
+    """The CPU features, space-separated, that a built nanowan_csrc needs (csrc/built_for.cpp) and this CPU lacks."""
+    found, cpuinfo = re.search(rb"nanowan_csrc is built for: ([\w.]*)", file.read_bytes()), Path("/proc/cpuinfo")
+    if not found or not cpuinfo.exists():
+        return ""
+    flags = set(cpuinfo.read_text().split())
+    return " ".join(f for f in found[1].decode().split(".") if f not in flags)
+
+
+def load_csrc():
+    """Whether nanowan_csrc is there and was loaded, which registers torch.ops.nanowan_csrc; says why it was not."""
+    spec = importlib.util.find_spec("nanowan_csrc")
+    if spec is None:
+        return False
+    # before loading: a library that uses what the CPU does not have dies of SIGILL
+    why = cpu_lacks(Path(spec.origin))
+    if why:
+        why = f"was built for a CPU with {why}"
+    else:
+        try:
+            importlib.import_module("nanowan_csrc")
+            return True
+        except ImportError as e:
+            why = f"does not load: {e}"
+    print(
+        f"nanowan: {spec.origin} {why}; PyTorch's operations are used (make clean, then make, rebuilds it)",
+        file=sys.stderr,
+    )
+    return False
+
+
+BUILT = load_csrc()
 
 
 def launchable(x):
@@ -38,6 +69,16 @@ def register(op, triton_forward, cpp_name):
     """Give a custom op its kernels by device."""
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))
+
+
+def seeded(device="cpu"):
+    """(A generator that begins the same each time, random(*shape): normal numbers from it on a device)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    return generator, random
 
 
 def worst(got, want):
@@ -93,9 +134,7 @@ def report(name, error, limit):
 
 def timed(name, run, reference, floor_bytes):
     """Print an op's GPU time beside its bandwidth floor and its reference's time. Returns what was measured."""
-    told = {"ms": milliseconds(run), "floor_ms": 1000 * floor_bytes / bandwidth(), "ref_ms": milliseconds(reference)}
-    print(
-        f"{name}: {told['ms']:.3f} ms, {told['floor_ms'] / told['ms']:.0%} of its bandwidth floor, reference {told['ref_ms']:.3f} ms",
-        flush=True,
-    )
-    return told
+    ms, floor_ms, ref_ms = milliseconds(run), 1000 * floor_bytes / bandwidth(), milliseconds(reference)
+    share = f"{floor_ms / ms:.0%} of its bandwidth floor"
+    print(f"{name}: {ms:.3f} ms, {share}, reference {ref_ms:.3f} ms", flush=True)
+    return {"ms": ms, "floor_ms": floor_ms, "ref_ms": ref_ms}

@@ -9,11 +9,13 @@ with `table` and `positions` rotated (see rope.py), then rounded once. The norm'
 kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, triton, worst
+from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, seeded, triton, worst
 from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, scattered_positions
 
 if triton:
@@ -176,7 +178,7 @@ if triton:
         BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense (B,L,N,d)."""
+        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
         K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
@@ -407,16 +409,15 @@ def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=N
 
 
 def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Worst relative error of values and gradients against the reference in fp64: bare and normalised q, with and
-    without a bias, odd sizes.
+    """Worst relative error of values and gradients against the reference in fp64: bare q and normalised q, which a
+    grid's positions and scattered ones rotate; with and without a bias; odd sizes.
     """
-    g, L = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2]
-    random = lambda *shape: torch.randn(shape, generator=g).to(device)
+    (generator, random), L = seeded(device), math.prod(grid)
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
     weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
     bias[0, 30:] = -torch.inf
     ends, found = random(4, B, L, N, d), []
-    places = grid_positions(grid, device), scattered_positions(L, g).to(device)
+    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((attention, None), (attention_ref, torch.float64)):
         a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
         q, k, v = a.unbind(2)
@@ -427,36 +428,33 @@ def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
     return worst(*found)
 
 
+@torch.no_grad()
+def time_size(grid, N):
+    """{name: {"ms", "tflops"}} of the attention of a clip of this token grid on itself, N heads of 128, in bf16."""
+    L = math.prod(grid)
+    q, k, v = torch.randn(1, L, 3, N, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
+    how = torch.ones(N * 128, device="cuda"), 1e-6, rope_table(max(grid), 128, "cuda"), grid_positions(grid, "cuda")
+
+    def apart():
+        weight, eps, *rope = how
+        (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
+        return attention_ref(normed, k, v)
+
+    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": apart}
+    times = {name: milliseconds(run, 10) for name, run in runs.items()}
+    found = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
+    told = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in found.items())
+    print(f"attention, {L} tokens, {N} heads: {told}", flush=True)
+    return found
+
+
 def main():
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
         results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
     if device == "cuda":
         for grid, N in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            L = grid[0] * grid[1] * grid[2]
-            q, k, v = torch.randn(1, L, 3, N, 128, device=device, dtype=torch.bfloat16).unbind(2)
-            weight, table = torch.ones(N * 128, device=device), rope_table(max(grid), 128, device)
-            positions = grid_positions(grid, device)
-            with torch.no_grad():
-                times = {
-                    "fused": milliseconds(lambda: attention(q, k, v, None, weight, 1e-6, table, positions), 10),
-                    "prologue and PyTorch's": milliseconds(
-                        lambda: attention_ref(
-                            qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], 1e-6, N, table, positions)[0], k, v
-                        ),
-                        10,
-                    ),
-                }
-            results[f"{L}x{N}"] = {
-                name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()
-            }
-            print(
-                f"attention, {L} tokens, {N} heads: "
-                + ", ".join(
-                    f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results[f"{L}x{N}"].items()
-                ),
-                flush=True,
-            )
+            results[f"{math.prod(grid)}x{N}"] = time_size(grid, N)
     return results
 
 

@@ -11,7 +11,7 @@ of 3x3x3, 3x1x1 or 1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,
 import torch
 import torch.nn.functional as F
 
-from kernels import BUILT, milliseconds, report, worst
+from kernels import BUILT, milliseconds, report, seeded, worst
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
@@ -21,6 +21,7 @@ def rms_norm(x, gamma):
 
 
 def causal_conv3d_ref(x, past, weight, bias=None, gamma=None):
+    """-> (out, the next chunk's past), as above."""
     if gamma is not None:
         x = F.silu(rms_norm(x, gamma.view(-1, 1, 1, 1)))
     pad = (0, weight.shape[3] // 2, weight.shape[4] // 2)
@@ -41,8 +42,7 @@ def check(device, dtype):
     """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias
     and norm, and of streaming.
     """
-    g, found = torch.Generator().manual_seed(0), ([], [])
-    random = lambda *shape: torch.randn(shape, generator=g)
+    (_, random), found = seeded(), ([], [])
     for C, N, kernel in (
         (16, 24, (3, 3, 3)),
         (17, 5, (3, 3, 3)),
@@ -68,41 +68,33 @@ def check(device, dtype):
     return worst(*found)
 
 
+@torch.no_grad()
+def time_size(device, C, T, H, W):
+    """{name: {"ms", "tflops"}} of a convolution of C channels to C, 3x3x3, over (T,H,W): in fp32, on a GPU in bf16."""
+    like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    sizes = ((1, C, T, H, W), (1, C, 2, H, W), (C, C, 3, 3, 3))
+    tensors = (torch.randn(*size, **like).contiguous(memory_format=torch.channels_last_3d) for size in sizes)
+    inputs = *tensors, torch.zeros(C, **like), torch.ones(C, **like)
+    times = {
+        "ours": milliseconds(lambda: causal_conv3d(*inputs), 5),
+        "reference": milliseconds(lambda: causal_conv3d_ref(*inputs), 5),
+    }
+    found = {name: {"ms": ms, "tflops": 2 * 27 * C * C * T * H * W / ms / 1e9} for name, ms in times.items()}
+    told = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.2f} TFLOP/s)" for name, r in found.items())
+    print(f"causal_conv3d {C} channels, {T}x{H}x{W}: {told}", flush=True)
+    return found
+
+
 def main():
     device, results = "cuda" if torch.cuda.is_available() and torch.ops.nanowan_csrc.has_cuda() else "cpu", {}
-    for dtype, limit in (
-        (torch.float32, 3e-6 if device == "cpu" else 2e-3),
-        (torch.bfloat16, 2e-2),
-    ):  # on a GPU fp32 is multiplied in TF32
+    limits = {torch.float32: 3e-6 if device == "cpu" else 2e-3, torch.bfloat16: 2e-2}  # on a GPU TF32 stands for fp32
+    for dtype, limit in limits.items():
         results[f"check {dtype}"] = report(f"causal_conv3d on {device}, {dtype}", check(device, dtype), limit)
-    sizes = (
-        ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160))
-        if device == "cuda"
-        else ((128, 4, 64, 64), (512, 1, 8, 8))
-    )
+    sizes = ((128, 4, 64, 64), (512, 1, 8, 8))
+    if device == "cuda":
+        sizes = ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160))
     for C, T, H, W in sizes:
-        like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-        x, w, b, gamma = (
-            torch.randn(1, C, T, H, W, **like).contiguous(memory_format=torch.channels_last_3d),
-            torch.randn(C, C, 3, 3, 3, **like).contiguous(memory_format=torch.channels_last_3d),
-            torch.zeros(C, **like),
-            torch.ones(C, **like),
-        )
-        past = torch.randn(1, C, 2, H, W, **like).contiguous(memory_format=torch.channels_last_3d)
-        with torch.no_grad():
-            seconds = {
-                name: milliseconds(lambda: op(x, past, w, b, gamma), 5) / 1000
-                for name, op in (("ours", causal_conv3d), ("reference", causal_conv3d_ref))
-            }
-        flops = 2 * 27 * C * C * T * H * W
-        results[f"{C}x{T}x{H}x{W}"] = {
-            name: {"ms": 1000 * s, "tflops": flops / s / 1e12} for name, s in seconds.items()
-        }
-        print(
-            f"causal_conv3d {C} channels, {T}x{H}x{W}: "
-            + ", ".join(f"{name} {1000 * s:.2f} ms ({flops / s / 1e12:.2f} TFLOP/s)" for name, s in seconds.items()),
-            flush=True,
-        )
+        results[f"{C}x{T}x{H}x{W}"] = time_size(device, C, T, H, W)
     return results
 
 

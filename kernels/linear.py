@@ -11,12 +11,13 @@ bfloat16 artificial intelligence datatype for higher-precision computations, 201
 import torch
 import torch.nn.functional as F
 
-from kernels import BUILT, milliseconds, report, worst
+from kernels import BUILT, milliseconds, report, seeded, worst
 from kernels.gelu import gelu, gelu_backward_, gelu_ref
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def linear_ref(x, weight, bias=None, activated=False):
+    """x W^T + b, of gelu(x) if `activated`."""
     return F.linear(gelu_ref(x) if activated else x, weight, bias)
 
 
@@ -72,8 +73,7 @@ def check(dtype):
     """Worst relative error of value and gradients against the reference in fp64, with and without GELU, on strided
     inputs that tiles take and that they do not.
     """
-    g, found = torch.Generator().manual_seed(0), ([], [])
-    random = lambda *shape: torch.randn(shape, generator=g)
+    (_, random), found = seeded(), ([], [])
     for M, K, N in ((7, 24, 40), (100, 530, 520)):
         x, w, b, dy = (
             t.to(dtype) for t in (random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N))
@@ -91,8 +91,7 @@ def check(dtype):
 
 def check_tiles():
     """(Worst relative error of the tiles' products against fp64, that of PyTorch's), over sizes that fill no tile."""
-    g, found, tiles = torch.Generator().manual_seed(0), ([], [], []), torch.ops.nanowan_csrc.linear
-    random = lambda *shape: torch.randn(shape, generator=g)
+    (_, random), found, tiles = seeded(), ([], [], []), torch.ops.nanowan_csrc.linear
     for M, K, N in (
         (1, 1, 1),
         (5, 7, 9),
@@ -110,6 +109,24 @@ def check_tiles():
     return worst(found[0], found[1]), worst(found[2], found[1])
 
 
+def time_size(M, K, N):
+    """GFLOP/s of x (M,K) times W (N,K) transposed, and of the gradient by x, on tiles and in PyTorch."""
+    x, w, b, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)
+    runs = {
+        "gflops": lambda: linear(x, w, b),
+        "backward_gflops": lambda: torch.ops.nanowan_csrc.linear(dy, w, None, False, False),
+        "ref_gflops": lambda: linear_ref(x, w, b),
+        "ref_backward_gflops": lambda: dy @ w,
+    }
+    rates = {name: 2 * M * K * N / 1e6 / milliseconds(run) for name, run in runs.items()}
+    forward, backward, ref_forward, ref_backward = rates.values()
+    print(
+        f"linear {M}x{K}x{N}: forward {forward:.0f} GFLOP/s (PyTorch {ref_forward:.0f}), "
+        f"backward {backward:.0f} ({ref_backward:.0f})"
+    )
+    return rates
+
+
 def main():
     results = {
         f"check {dtype}": report(f"linear, {dtype}", check(dtype), limit)
@@ -120,18 +137,7 @@ def main():
     ours, theirs = check_tiles()
     results["check tiles"] = report(f"tiles, of PyTorch's {theirs:.1e}", ours, 2e-6)
     for M, K, N in ((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768)):
-        x, w, b, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)
-        runs = (
-            lambda: linear(x, w, b),
-            lambda: torch.ops.nanowan_csrc.linear(dy, w, None, False, False),
-            lambda: linear_ref(x, w, b),
-            lambda: dy @ w,
-        )
-        rates = [2 * M * K * N / 1e6 / milliseconds(run) for run in runs]
-        results[f"{M}x{K}x{N}"] = dict(zip(("gflops", "backward_gflops", "ref_gflops", "ref_backward_gflops"), rates))
-        print(
-            f"linear {M}x{K}x{N}: forward {rates[0]:.0f} GFLOP/s (PyTorch {rates[2]:.0f}), backward {rates[1]:.0f} ({rates[3]:.0f})"
-        )
+        results[f"{M}x{K}x{N}"] = time_size(M, K, N)
     return results
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, timed, triton, worst
+from kernels import launchable, register, report, seeded, timed, triton, worst
 
 if triton:
     import triton.language as tl
@@ -352,12 +352,7 @@ def check(device, dtype, B=2, F=3, tokens=5, D=192):
     """Worst relative error of values and gradients against the reference in fp64, on inputs of odd strides, with rows
     for equally many tokens and with rows in any order.
     """
-    generator = torch.Generator().manual_seed(0)
-    L = F * tokens
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(device)
-
+    (generator, random), L = seeded(device), F * tokens
     x, y, rows = random(B, L, D), random(B, L, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
     index = torch.randint(F, (L,), generator=generator, dtype=torch.int32).to(device)
     ends, found = random(8, B, L, D), []
@@ -380,25 +375,28 @@ def check(device, dtype, B=2, F=3, tokens=5, D=192):
     return worst(*found)
 
 
+def time_size(L, D):
+    """{name: times} of clips of L tokens of width D, in bf16."""
+    x, y = torch.randn(1, L, D, device="cuda"), torch.randn(1, L, D, device="cuda", dtype=torch.bfloat16)
+    row, *rest = torch.randn(3, 1, 1, D, device="cuda")
+    rest += [1e-6, torch.bfloat16]
+    runs = {
+        "modulate": (lambda: modulate(x, *rest), lambda: modulate_ref(x, *rest), 6),
+        "gate_modulate": (lambda: gate_modulate(x, y, row, *rest), lambda: gate_modulate_ref(x, y, row, *rest), 12),
+    }
+    return {
+        f"{name} {L}x{D}": timed(f"{name} {L}x{D}", ours, reference, floor * x.numel())
+        for name, (ours, reference, floor) in runs.items()
+    }
+
+
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {}
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         results[f"check {dtype}"] = report(f"modulate, {dtype}", check(device, dtype), limit)
     if device == "cuda":
-        for B, L, D in ((1, 27280, 3072), (1, 32760, 5120)):
-            x, y = torch.randn(B, L, D, device=device), torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
-            row, weight, shift = torch.randn(3, B, 1, D, device=device)
-            given = weight, shift, 1e-6, torch.bfloat16
-            results[f"modulate {L}x{D}"] = timed(
-                f"modulate {L}x{D}", lambda: modulate(x, *given), lambda: modulate_ref(x, *given), 6 * x.numel()
-            )
-            results[f"gate_modulate {L}x{D}"] = timed(
-                f"gate_modulate {L}x{D}",
-                lambda: gate_modulate(x, y, row, *given),
-                lambda: gate_modulate_ref(x, y, row, *given),
-                12 * x.numel(),
-            )
+        for L, D in ((27280, 3072), (32760, 5120)):
+            results |= time_size(L, D)
     return results
 
 

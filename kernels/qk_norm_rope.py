@@ -8,12 +8,14 @@ from `table` (P,d/2,2) and `positions` (L,3), as rope.py defines them; the kerne
 never an (L,d/2) table from memory. Floor in bytes per element of xs: twice its size; each is read and written once.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, timed, triton, worst
-from kernels.rope import grid_positions, rope_table, rotate, scattered_positions, MAX_POSITIONS
+from kernels import launchable, register, report, seeded, timed, triton, worst
+from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, rotate, scattered_positions
 
 if triton:
     import triton.language as tl
@@ -119,7 +121,7 @@ if triton:
         weight = tl.load(w + d, mask=inside, other=0.0)
         if WEIGHTS:
             total = tl.zeros((2 * PAIRS,), tl.float32)
-        for j in range(0, min(chunk, rows - c * chunk)):
+        for j in range(min(chunk, rows - c * chunk)):
             i = c.to(tl.int64) * chunk + j
             v = tl.load(x + i * row + d, mask=inside, other=0.0).to(tl.float32)
             g = tl.load(dout + i * D + d, mask=inside, other=0.0).to(tl.float32)
@@ -275,14 +277,13 @@ def packed(positions):
 
 
 def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
-    """Worst relative error of values and gradients against the reference in fp64, with and without rotation, on strided
-    inputs.
+    """Worst relative error of values and gradients against the reference in fp64, on strided inputs: without rotation,
+    at a grid's positions and at scattered ones.
     """
-    g, L, D = torch.Generator().manual_seed(0), grid[0] * grid[1] * grid[2], heads * d
-    random = lambda *shape: torch.randn(shape, generator=g).to(device)
+    (generator, random), L, D = seeded(device), math.prod(grid), heads * d
     x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(MAX_POSITIONS, d, device)
     ends, found = random(4, B, L, heads, d), []
-    places = grid_positions(grid, device), scattered_positions(L, g).to(device)
+    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((qk_norm_rope, None), (qk_norm_rope_ref, torch.float64)):
         a, u = x.detach().to(kind or dtype).requires_grad_(), w.detach().to(kind or w.dtype).requires_grad_()
         q, k, _ = a.chunk(3, -1)
@@ -293,22 +294,23 @@ def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
     return worst(*found)
 
 
+def time_size(grid, heads):
+    """Times of q and k of a clip of this token grid, in bf16."""
+    L, D = math.prod(grid), heads * 128
+    q, k, _ = torch.randn(1, L, 3 * D, device="cuda", dtype=torch.bfloat16).chunk(3, -1)
+    weights, table = list(torch.ones(2, D, device="cuda")), rope_table(max(grid), 128, "cuda")
+    inputs = [q, k], weights, 1e-6, heads, table, grid_positions(grid, "cuda")
+    name = f"qk_norm_rope {L}x{D}"
+    return {name: timed(name, lambda: qk_norm_rope(*inputs), lambda: qk_norm_rope_ref(*inputs), 8 * L * D)}
+
+
 def main():
     device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         results[f"check {dtype}"] = report(f"qk_norm_rope, {dtype}", check(device, dtype), limit)
     if device == "cuda":
         for grid, heads in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            L, D = grid[0] * grid[1] * grid[2], heads * 128
-            q, k, v = torch.randn(1, L, 3 * D, device=device, dtype=torch.bfloat16).chunk(3, -1)
-            w, table = list(torch.ones(2, D, device=device)), rope_table(max(grid), 128, device)
-            given = w, 1e-6, heads, table, grid_positions(grid, device)
-            results[f"{L}x{D}"] = timed(
-                f"qk_norm_rope {L}x{D}",
-                lambda: qk_norm_rope([q, k], *given),
-                lambda: qk_norm_rope_ref([q, k], *given),
-                8 * L * D,
-            )
+            results |= time_size(grid, heads)
     return results
 
 

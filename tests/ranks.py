@@ -12,21 +12,20 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
+import scattered
+import tiny
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import denoising
 import models
 import parallel
 import sample
-import scattered
-import tiny
 from checkpoint import save
 from parallel import World, ulysses
 from parallel.pipeline import Microbatches
-from train import TrainState
+from run import TrainState
 
 WORLDS = []
 
@@ -40,11 +39,11 @@ def library(out, **ranks):
     world = World("cpu", **ranks)
     checkpoint = sample.load("nano", world=world)
     models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
-    latents = sample.denoise(
+    latents = sample.sample_latents(
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
     z = torch.randn(1, 48, 1, 20, 28, generator=torch.Generator().manual_seed(0))
-    found = {"latents": latents, "video": sample.decode(checkpoint, z)}
+    found = {"latents": latents, "video": denoising.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
     )  # they did work together
@@ -56,14 +55,16 @@ def tokens(out, **ranks):
     """A model whose tokens are no grid, and one with a time for each latent frame: outputs and gradients. The tokens
     divide by no number of ranks, and slices begin within a frame.
     """
-    world, model, frames = World("cpu", **ranks), scattered.model(), tiny.dit("t2v", heads=4)
-    (x, t, context), inputs = scattered.inputs()
-    per_frame = torch.stack([t, t / 2, 0 * t], 1)
+    world, (x, t, context), extra = World("cpu", **ranks), *scattered.inputs()
+    cases = {
+        "scattered": (scattered.model(), t, extra),
+        "frames": (tiny.dit("t2v", heads=4), torch.stack([t, t / 2, 0 * t], 1), {}),
+    }
     found = {}
-    for name, dit, t, inputs in (("scattered", model, t, inputs), ("frames", frames, per_frame, {})):
+    for name, (dit, times, inputs) in cases.items():
         parallel.parallelize(dit, world)
         leaves = [v.clone().requires_grad_() for v in (context, *inputs.values())]
-        y = dit(x, t, leaves[0], **dict(zip(inputs, leaves[1:])))
+        y = dit(x, times, leaves[0], **dict(zip(inputs, leaves[1:])))
         (y * torch.sin(torch.arange(y.numel()).view(y.shape))).sum().backward()
         world.all_reduce_grads(leaves)
         found |= {f"{name}_output": y.detach()} | {f"{name}_grad_{i}": v.grad for i, v in enumerate(leaves)}
@@ -73,7 +74,8 @@ def tokens(out, **ranks):
 
 def run(job):
     if job["script"] in ("library", "tokens"):
-        return {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
+        {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
+        return
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
     adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore
     if job.get("sgd"):

@@ -57,7 +57,7 @@ def model():
     return tiny.randomize(Scattered(config), 0)
 
 
-def inputs(frames=3, h=6, w=10, extra=5, B=2):
+def inputs(frames=3, h=6, w=10, extra=6, B=2):
     """Positional and keyword arguments of Scattered.forward; the number of tokens divides by no number of ranks."""
     g = torch.Generator().manual_seed(1)
     x, context = torch.randn(B, 16, frames, h, w, generator=g), torch.randn(B, 9, tiny.TEXT_DIM, generator=g)

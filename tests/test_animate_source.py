@@ -251,7 +251,8 @@ def test_latents_equal_official(name, parts, report):
         image = dit.embed_image(tokens, cache=True)
         for i, span in enumerate(clip_ranges(N, C, overlap)):
             given = encode_clip(vae, src, span, reference, videos[-1][:, :, -overlap:] if videos else None)
-            faces = dit.embed_face(given.face, cache=True), dit.embed_blank_face(1, C, cache=True)
+            crops = given.face, torch.full_like(given.face, -1)
+            faces = [dit.embed_motion(dit.encode_motion(face), cache=True) for face in crops]
             x = torch.randn(16, *given.y.shape[2:], generator=generator)[None]
             method = flow.solver(solver, 3, 5.0)
             for t in method.timesteps.tolist():

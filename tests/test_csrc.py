@@ -173,7 +173,10 @@ def test_cuda_source_computes_the_convolution(emulated, C, N, kt, k, past, dtype
         None if t is None else t.to(dtype).contiguous(memory_format=torch.channels_last_3d) for t in (x, w, before)
     )
     out = torch.full((2, N, 3, 5, 6), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-    at = lambda t: ctypes.c_void_p(None if t is None else t.data_ptr())
+
+    def at(t):
+        return ctypes.c_void_p(None if t is None else t.data_ptr())
+
     assert (
         emulated.nanowan_causal_conv3d(
             at(x),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from test_data import clip, encode, photo
 
-from checkpoint import BadInput, load, remove_leftovers
+from checkpoint import BadInput, load, remove_leftovers, save
 from run import Run, differences
 
 ROOT = Path(__file__).parent.parent
@@ -444,3 +445,196 @@ def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
     assert done.returncode == 0 and "Traceback" not in done.stderr, (done.stdout[-200:], done.stderr[-2000:])
     used = int(done.stdout.split()[-1])
     assert count // 10 < used < count
+
+
+# ---- whole trainings ---------------------------------------------------------------------------------------------
+LIVES = r"""
+import json, os, random, resource, signal, sys, threading, time, traceback
+import torch
+import data, run, train, train_lora
+from checkpoint import cli
+torch.set_num_threads(1)
+
+class NoPlan:  # which takes as long as all the rest
+    def compare(self, device):
+        return ""
+
+train_lora.predict = lambda *args, **kwargs: NoPlan()
+
+def at(place, number, kind, delay=None):
+    # in the call of this number of a function: the signal, at once or some seconds later
+    *owner, name = place.split(".")
+    owner = eval(".".join(owner))
+    real, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number and delay is None:
+            os.kill(os.getpid(), kind)
+        elif len(calls) == number:
+            threading.Timer(delay, os.kill, (os.getpid(), kind)).start()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+found = []
+for argv, patch in json.load(open(sys.argv[1])):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.argv, code = ["train_lora.py", *argv], 0
+        try:
+            exec(patch)
+            cli(train_lora.main)
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+            os.write(2, f"{'' if isinstance(e.code, int) else e.code}\n".encode())
+        except BaseException:
+            code = 99
+            os.write(2, traceback.format_exc().encode())
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(write)
+    output = os.fdopen(read, errors="replace").read()
+    found.append((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory, checkpoints):
+    """lives(out, [(patch, *flags)], cache) -> [(exit code, output)] of trainings one after the other, with 4 steps and
+    previews, in forks of one process; and what an undisturbed one leaves.
+    """
+    folder = tmp_path_factory.mktemp("lives")
+    media, ckpt = folder / "media", folder / "ckpt"
+    media.mkdir()
+    for i in range(3):
+        clip(media / f"{i}.mp4", 9 + i, 32, 32, caption=f"clip {i}")
+    shutil.copytree(checkpoints["ti2v"], ckpt)
+    for file in ckpt.glob("*.pth"):  # whose headers are read faster in this format
+        save(file.with_suffix(".safetensors"), torch.load(file))
+        file.unlink()
+    config = json.loads((ckpt / "config.json").read_text())
+    (ckpt / "config.json").write_text(json.dumps(config | {"sample": {"size": [32, 32], "frames": 1, "steps": 1}}))
+    (folder / "prompts.txt").write_text("a clip\n")
+    flags = {"--ckpt": ckpt, "--data": media, "--resolution": "32x32", "--frames": 9, "--batch": 1, "--rank": 4}
+    flags |= {"--steps": 4, "--save_every": 1, "--previews": folder / "prompts.txt", "--preview_every": 2}
+    flags |= {"--device": "cpu", "--dtype": "fp32", "--held_out": 0, "--ema": 0.5}
+
+    def run(out, jobs, cache):
+        given = flags | {"--out": out, "--cache": cache}
+        argv = [str(word) for pair in given.items() for word in pair]
+        (folder / "jobs.json").write_text(json.dumps([([*argv, *more], patch) for patch, *more in jobs]))
+        done = python(LIVES, folder / "jobs.json", timeout=120 + 60 * len(jobs))
+        assert done.returncode == 0, done.stderr
+        return [tuple(found) for found in json.loads(done.stdout)]
+
+    (found,) = run(folder / "whole", [("",)], folder / "cache")
+    assert found[0] == 0, found[1][-3000:]
+    return run, folder / "whole"
+
+
+def results(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    previews = sorted((f.name, f.read_bytes()) for f in (out / "previews").iterdir() if f.name != "step_000000.png")
+    return [(r["step"], r.get("loss"), r.get("grad_norm")) for r in lines], weights, previews
+
+
+SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
+BEFORE, TRAINING = (
+    {"looking": "data.probe", "latents": "data.pixels", "texts": "data.cache_texts", "building": "train_lora.adamw"},
+    {"first preview": "train.Previews.write", "step": "train.make_noisy_batch", "saving": "run.save_pickle"},
+)
+
+
+def phase(name, kind, number=1, delay=None):
+    """A life that gets a signal in a phase, and the exit code that it should have."""
+    code = 128 + SIGNALS[kind] if name in BEFORE else 0
+    patch = f"at({(BEFORE | TRAINING)[name]!r}, {number}, {int(SIGNALS[kind])}, {delay})"
+    return (patch, "--resume"), -signal.SIGKILL if kind == "KILL" else code
+
+
+def check_lives(lives, tmp_path, chain):
+    """The lives end as they should, without a traceback, and the last leaves what an undisturbed run does."""
+    run, whole = lives
+    found = run(tmp_path / "out", [life for life, _ in chain], tmp_path / "cache")
+    for (life, wanted), (code, output) in zip(chain, found, strict=True):
+        assert code == wanted and "Traceback" not in output, (life, code, output[-2000:])
+        if code > 128:
+            assert "stopped before the first step; what is cached so far stays" in output
+        if code == 1:
+            last = output.strip().splitlines()[-1]
+            assert last.startswith("error: ") and "cannot be written" in last and str(tmp_path) in last, output
+    assert results(tmp_path / "out") == results(whole)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+END = (("", "--resume"), 0)
+
+
+def test_signals_and_kills_in_every_phase_change_nothing(lives, tmp_path):
+    chain = [phase("looking", "TERM", 2), phase("latents", "INT", 2), phase("latents", "KILL", 2)]
+    chain += [phase("texts", "TERM"), phase("building", "INT"), phase("saving", "KILL", 1, 0.001)]
+    chain += [phase("first preview", "TERM"), phase("step", "INT"), phase("saving", "KILL", 1, 0.003)]
+    check_lives(lives, tmp_path, [*chain, phase("saving", "TERM"), END])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latents", "texts", "first preview", "step", "saving"])
+def test_twenty_kills_in_a_phase(lives, tmp_path, name):
+    rng = random.Random(name)
+    chain = [phase(name, "KILL", rng.randint(1, 2), rng.uniform(0, 0.05)) for _ in range(20)]
+    run, whole = lives
+    run(tmp_path / "out", [life for life, _ in chain], tmp_path / "cache")  # the later ones may have nothing left to do
+    check_lives(lives, tmp_path, [END])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["INT", "TERM"])
+@pytest.mark.parametrize("name", [*BEFORE, *TRAINING])
+def test_a_signal_in_each_phase(lives, tmp_path, name, kind):
+    check_lives(lives, tmp_path, [phase(name, kind), END])
+
+
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))"
+
+
+def test_a_full_disk_in_training_loses_nothing(lives, tmp_path):
+    """In caching, and in saving the first and a later state."""
+    later = "real = run.Run.save\n"
+    later += "def save(self, step, *a):\n    step == 3 and {}\n    real(self, step, *a)\n"
+    later += "run.Run.save = save"
+    chain = [((LIMIT.format(n), "--resume"), 1) for n in (100, 2000)]
+    check_lives(lives, tmp_path, [*chain, ((later.format(LIMIT.format(3000)), "--resume"), 1), END])
+
+
+@pytest.mark.slow
+def test_disks_of_many_sizes(lives, tmp_path):
+    check_lives(lives, tmp_path, [*[((LIMIT.format(200 * 2**k), "--resume"), 1) for k in range(6)], END])
+
+
+JUMPS = "clock = random.Random(0)\ntime.time = lambda: clock.uniform(-1e9, 4e9)"
+
+
+def test_a_clock_that_jumps_changes_nothing(lives, tmp_path):
+    """The system's time goes back and forth by decades with every look at it; durations do not come from it."""
+    check_lives(lives, tmp_path, [((JUMPS,), 0)])
+    for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()[1:]:
+        assert 0 < json.loads(line)["ms"] < 600_000
+
+
+def test_a_changed_run_is_refused_before_anything_is_computed(lives, tmp_path):
+    """Other data, and other flags: said in one short line, without a look at the VAE."""
+    run, whole = lives
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    never = "data.pixels = None"
+    found = run(out, [(never, "--resume", "--frames", "5"), (never, "--resume", "--seed", "5")], tmp_path / "cache")
+    for (code, output), words in zip(found, ("frames was 9, is 5; samples was", "seed was 0, is 5")):
+        last = output.strip().splitlines()[-1]
+        assert code == 1 and last.startswith("error: --resume: ") and words in last and len(last) < 600, output
+    assert results(out) == results(whole)

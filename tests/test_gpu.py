@@ -39,7 +39,7 @@ def test_convolution_equals_the_reference(dtype, limit, report):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_dit_with_fast_operations(dtype, limit, report):
-    """Values and the gradient by the text of a DiT with heads of 128, against the reference operations on the same GPU."""
+    """Values and the gradient by the text of a DiT with heads of 128, against the reference operations on that GPU."""
     model, found = tiny.dit("ti2v", dim=256, heads=2).cuda(), []
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if importlib.import_module("wan").keep_fp32(name) else dtype)

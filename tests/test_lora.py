@@ -17,6 +17,8 @@ from test_wan import inputs, padded
 from checkpoint import BadInput
 from fp8 import convert
 from lora import (
+    ANIMATE_TARGETS,
+    S2V_TARGETS,
     TARGETS,
     adapter,
     clamp_weight_norm,
@@ -29,7 +31,8 @@ from lora import (
     weight_norms,
     write_changes,
 )
-from lora_files import choose_experts, describe, expert_in_name, parse_lora_spec, read_lora
+from lora_files import choose_experts, describe, expert_in_name, official_name, parse_lora_spec, read_lora
+from wan import build
 
 
 def trained(targets=("cross_attn.k", "cross_attn.v"), rank=4, alpha=8, blocks=None, kind="ti2v"):
@@ -225,6 +228,29 @@ def test_full_differences(tmp_path, key, parameter, shape):
     check_changes(changes_of(file_of(tmp_path / "x.safetensors", {key: d})), {parameter: d})
 
 
+def test_names_are_those_of_diffusers_converter():
+    """Every parameter of a DiT with an image branch, under the names that diffusers gives it, with dots and without."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    names = [
+        *tiny.dit("t2v").state_dict(),
+        *(f"img_emb.proj.{i}.{p}" for i in (0, 1, 3, 4) for p in ("weight", "bias")),
+    ]
+    names += [f"blocks.2.cross_attn.{p}" for p in ("k_img.weight", "k_img.bias", "v_img.weight", "norm_k_img.weight")]
+    numbered = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
+    for key, i in convert_wan_transformer_to_diffusers(numbered).items():
+        official = names[int(i)]
+        module, leaf = key, ""
+        if key.endswith((".weight", ".bias")):
+            module, _, leaf = key.rpartition(".")
+        end = ".diff_b" if leaf == "bias" else ".diff"
+        assert official_name(f"transformer.{module}{end}") == ("transformer", official, "diff")
+        assert official_name(f"lycoris_{module.replace('.', '_')}{end}") == (None, official, "diff")
+        ours = official.removesuffix(".weight").removesuffix(".bias")
+        assert official_name(f"lora_unet_{ours.replace('.', '_')}{end}") == (None, official, "diff")
+        assert official_name(f"_orig_mod.{ours}{end}") == (None, official, "diff")
+
+
 def test_a_convolution_of_low_rank(tmp_path):
     """With the kernel's shape in A (PEFT, kohya), and flat."""
     a, b = random(2, 16, 1, 2, 2), random(48, 2, 1, 1, 1)
@@ -308,14 +334,23 @@ def test_alpha_of_peft(tmp_path, where, rslora):
 
 
 def test_peft_without_its_configuration_is_refused(tmp_path):
-    path = file_of(tmp_path / "adapter_model.safetensors", pair_for("base_model.model.blocks.1.cross_attn.v"))
+    """Unless the alphas stand in the file itself."""
+    key = "base_model.model.blocks.1.cross_attn.v"
+    path = file_of(tmp_path / "adapter_model.safetensors", pair_for(key))
     with pytest.raises(BadInput, match="its alpha should stand in adapter_config.json"):
         read_lora(path)
+    tensors = pair_for(key, alpha=2.0)
+    want = {"blocks.1.cross_attn.v.weight": 0.5 * product(tensors, key)}
+    check_changes(changes_of(file_of(tmp_path / "adapter_model.safetensors", tensors)), want)
 
 
 @pytest.mark.parametrize(
     "first, second",
-    [("transformer", "transformer_2"), ("diffusion_model.transformer_1", "diffusion_model.transformer_2")],
+    [
+        ("transformer", "transformer_2"),
+        ("diffusion_model.transformer_1", "diffusion_model.transformer_2"),
+        ("pipe.dit", "pipe.dit2"),
+    ],
 )
 def test_both_experts_in_one_file(tmp_path, first, second):
     high, low = f"{first}.blocks.0.cross_attn.k", f"{second}.blocks.0.cross_attn.k"
@@ -332,6 +367,8 @@ def test_both_experts_in_one_file(tmp_path, first, second):
     assert choose_experts(parse_lora_spec(f"{path}:low"), ("high", "low"))[0] == {"low"}
     with pytest.raises(BadInput, match="single model"):
         choose_experts(parse_lora_spec(str(path)), ("dit",))
+    alone = file_of(tmp_path / "y.safetensors", {k: v for k, v in tensors.items() if k.startswith(second + ".")})
+    assert choose_experts(parse_lora_spec(str(alone)), ("high", "low")) == ({"low"}, "its keys")
 
 
 class Parts(torch.nn.Module):
@@ -378,7 +415,7 @@ def test_the_image_branch_is_applied_or_skipped(tmp_path, capsys):
     assert "5 changes of an image branch skipped" in capsys.readouterr().out
     assert describe(path)["image_keys"] == 7
     del tensors[f"{prefix}.k.lora_A.weight"], tensors[f"{prefix}.k.lora_B.weight"]
-    with pytest.raises(BadInput, match="0 of 5 changes"):
+    with pytest.raises(BadInput, match="changes an image branch only"):
         merge(tiny.dit("t2v"), file_of(tmp_path / "y.safetensors", tensors))
 
 
@@ -414,6 +451,47 @@ def test_injectors(tmp_path):
             inject(tiny.dit("t2v"), targets)
     with pytest.raises(BadInput, match="there are none in blocks 1"):
         inject(Parts(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
+
+
+@pytest.mark.parametrize("kind, modules", [("s2v", 4 * 10 + 3 * 4), ("animate", 10 * 12)])
+def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
+    """On all modules that the field's LoRAs of them have: trained, saved and merged, the model's output is the same."""
+    import test_animate
+    import tiny_animate
+    import tiny_s2v
+
+    targets = TARGETS + (S2V_TARGETS if kind == "s2v" else ANIMATE_TARGETS)
+    make = tiny_s2v.dit if kind == "s2v" else tiny_animate.animate
+    model, base = make(), make()
+    if kind == "s2v":
+        args, given = (), tiny_s2v.inputs()
+    else:
+        args, given = test_animate.inputs(base)
+    torch.manual_seed(5)
+    params = inject(model, targets, rank=2, alpha=3)
+    for b in params[1::2]:
+        b.data.normal_(0, 0.1)
+    assert len(params) == 2 * modules
+    save_lora(tmp_path / "a.safetensors", model)
+    with torch.no_grad():
+        before, want = base(*args, **given), model(*args, **given)
+        merge(base, tmp_path / "a.safetensors")
+        report("merged against injected", tiny.error(base(*args, **given), want), 5e-6)
+    assert tiny.error(want, before) > 0.02, "the adapter does next to nothing: the comparison would be empty"
+
+
+@pytest.mark.parametrize(
+    "variant, targets, parameters",
+    [
+        ("animate-14B", TARGETS + ANIMATE_TARGETS, 718_274_560),  # of the released relighting LoRA
+        ("s2v-14B", TARGETS + S2V_TARGETS, 128 * (4_792_320 + 491_520)),
+        ("ti2v-5B", ("cross_attn.k", "cross_attn.v"), 8 * 5_898_240),  # 60 matrices of 3072 x 3072
+    ],
+)
+def test_counts_at_full_size(variant, targets, parameters):
+    with torch.device("meta"):
+        model = build(variant)
+    assert sum(p.numel() for p in inject(model, targets, rank=128)) == parameters
 
 
 K = "diffusion_model.blocks.0.cross_attn.k"
@@ -454,6 +532,7 @@ K = "diffusion_model.blocks.0.cross_attn.k"
             {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"blocks.0.attn2.to_k": 8}},
             "uses PEFT's alpha_pattern",
         ),
+        ({"decoder.snake.alpha": (4,), "decoder.conv.weight": (4, 4)}, None, "not a LoRA"),
         ({f"{K}.diff": (48, 48)}, {"transformer.rank_pattern": {"x": 8}}, "uses PEFT's rank_pattern"),
         ({f"{K}.diff": (48, 48)}, {"use_dora": True}, "use_dora"),
         ({f"{K}.diff": (48, 48)}, {"transformer.lora_alpha": "8"}, "lora_alpha is '8'"),
@@ -469,6 +548,12 @@ def test_refusals_say_why(tmp_path, tensors, metadata, message):
     assert "\n" not in str(refusal.value)
     listing = describe(path)
     assert listing is None or listing["problem"] in str(refusal.value)
+
+
+def test_integers_are_refused(tmp_path):
+    tensors = {k: (v * 100).to(torch.int8) for k, v in pair_for(K).items()}
+    with pytest.raises(BadInput, match="do not fit together"):
+        read_lora(file_of(tmp_path / "x.safetensors", tensors))
 
 
 def test_an_alpha_that_is_no_number_is_refused(tmp_path):
@@ -618,6 +703,10 @@ def test_beside_8_bit_weights(tmp_path):
     merge(model, file_of(tmp_path / "z.safetensors", {f"{key}.k.lora_A.weight": a, f"{key}.k.lora_B.weight": b}), -2)
     extra = x @ (0.5 * want["k"] - 2 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
     assert (attn.k(x) - before["k"] - extra).abs().max() < 4e-6
+    model.blocks[1].cross_attn.k.scale = 3  # an adapter in training
+    merge(model, tmp_path / "z.safetensors")
+    extra = x @ (1.5 * want["k"] - 5 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
+    assert (attn.k(x) - before["k"] - extra).abs().max() < 8e-6
 
 
 @torch.no_grad()
@@ -793,7 +882,7 @@ def test_gradients_do_not_depend_on_other_blocks_being_adapted(report):
         model = tiny.dit("ti2v")
         inject(model, rank=4, blocks=blocks)
         for name, layer in lora_layers(model).items():
-            g = torch.Generator().manual_seed(hash(name) % 1000)
+            g = torch.Generator().manual_seed(sum(map(ord, name)))
             layer.lora_A.data = torch.randn(layer.lora_A.shape, generator=g)
             layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=g) * 0.1 * name.startswith("blocks.2.")
         torch.manual_seed(1)

@@ -15,7 +15,7 @@ import torch
 import lora
 from checkpoint import BadInput
 from offload import ALIGNED, Stream, share_host_copy, spread
-from sample import denoise, load
+from sample import load, sample_latents
 from wan import load_wan
 
 ROOT = Path(__file__).parent.parent
@@ -145,9 +145,9 @@ def test_resident_memory_is_that_of_the_plan(tmp_path, report):
 @pytest.mark.parametrize("fp8", (False, True))
 def test_sampling_with_streamed_blocks(checkpoints, fp8):
     given = dict(size=(64, 64), frames=5, steps=2, progress=False)
-    want = denoise(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
+    want = sample_latents(load(checkpoints["ti2v"], fp8=fp8), ["a red square"], [0], **given)
     assert torch.equal(
-        denoise(load(checkpoints["ti2v"], fp8=fp8, stream_blocks=2), ["a red square"], [0], **given), want
+        sample_latents(load(checkpoints["ti2v"], fp8=fp8, stream_blocks=2), ["a red square"], [0], **given), want
     )
 
 
@@ -207,8 +207,8 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 def test_a_released_stream_is_gone(checkpoints):
     models = load(checkpoints["ti2v"], stream_blocks=2)
     kept = weakref.ref(models.acquire("dit"))
-    models.release("dit")
-    assert kept() is None and not models.streams
+    models.evict("dit")
+    assert kept() is None and not models.streams()
 
 
 @pytest.mark.parametrize("fp8", (False, True))

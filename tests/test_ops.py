@@ -68,9 +68,12 @@ def test_triton_equals_the_reference(name, report):
     """The same of the Triton kernels, in its interpreter; a second run gives the same bits."""
     out = python(
         f"import torch, kernels.{name} as k, kernels\n"
-        f"assert kernels.INTERPRETED\n"
-        f"for dtype in (torch.float32, torch.bfloat16):\n    for size in {SIZES[name]!r}:\n"
-        f"        a, b = k.check('cpu', dtype, **size), k.check('cpu', dtype, **size)\n        assert a == b\n        print(dtype, a)",
+        "assert kernels.INTERPRETED\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        f"    for size in {SIZES[name]!r}:\n"
+        "        a, b = k.check('cpu', dtype, **size), k.check('cpu', dtype, **size)\n"
+        "        assert a == b\n"
+        "        print(dtype, a)",
         TRITON_INTERPRET="1",
     )
     lines = out.split("\n")[:-1]
@@ -144,7 +147,8 @@ def test_rotation_equals_complex_numbers(kind, d, report):
     x = torch.randn(2, 60, 3, d, dtype=torch.float64, generator=g)
     want, ones = complex_rotation(x, positions.double()), [torch.ones(3 * d)]
     table = rope.rope_table(int(positions.abs().max()) + 1, d, "cpu")
-    report("reference, fp64 from an fp32 table", kernels.worst(rope.rotate(x, table.double(), positions), want), 1e-7)
+    # the table is fp32: cosine and sine are each off by up to 6e-8
+    report("reference, fp64", kernels.worst(rope.rotate(x, table.double(), positions), want), 2e-7)
     norm = x.flatten(2).square().mean(2).sqrt()[..., None, None]
     for name, op in (("reference", qk_norm_rope_ref), ("C++", qk_norm_rope)):
         (got,) = op([x.flatten(2).float()], ones, 0.0, 3, table, positions)
@@ -190,11 +194,14 @@ def test_a_model_with_fast_operations_equals_the_reference(choice, dim, report):
     code = (
         "import torch, tiny, ops\n"
         f"model, g = tiny.dit('ti2v', dim={dim}, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
-        "x, t, c = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000, torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
+        "x, t = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000\n"
+        "c = torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
         "found, trained = [], list(model.blocks[1].requires_grad_(True).parameters())\n"
         f"for choice in ('ref', {choice!r}):\n"
         "    with ops.using(choice):\n"
-        "        a = x.clone().requires_grad_()\n        y = model(a, t, c, torch.tensor([9, 4]))\n        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
+        "        a = x.clone().requires_grad_()\n"
+        "        y = model(a, t, c, torch.tensor([9, 4]))\n"
+        "        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
         "print(max(tiny.error(b, a) for a, b in zip(*found)))"
     )
     report("relative error", float(python(code, TRITON_INTERPRET="1" if choice == "triton" else "0")), 5e-6)
@@ -215,29 +222,37 @@ def test_a_choice_that_cannot_be_had_says_why(choice, why):
 
 
 COMPILE = """
-import sys, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
+import sys, torch, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-half, full = "*bf16", "*fp32"
+
+half, full, index = "*bf16", "*fp32", "*i32"
+def all_of(names, kind):
+    return dict.fromkeys(names.split(), kind)
+
 def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, **const):
     kinds = lambda n: "constexpr" if n in const else types.get(n, "fp32" if n in ("eps", "scale") else "i32")
     source = ASTSource(fn, {n: kinds(n) for n in fn.arg_names}, constexprs=const)
+    options = {"num_warps": num_warps, "num_stages": num_stages or stages}
     for arch in (80, 90):
-        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages or stages})
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         open(f"{sys.argv[1]}/{name}_{arch}.cubin", "wb").write(done.asm["cubin"])
-import torch
+
 for D in (3072, 5120):
-    pointers = dict.fromkeys("x gate weight shift new dnew dx sums".split(), full) | dict.fromkeys(("y", "out", "dout", "dy"), half)
-    build(f"modulate_{D}", M.forward_kernel, types=pointers, D=D, ADD=True, GATE=True, NORM=True, INDEX=False, index=None, **M.tuned(D))
-    build(f"modulate_backward_{D}", M.backward_kernel, types=pointers, D=D, ADD=True, GATE=True, NORM=True, INDEX=False, SUMS=False, index=None, y=None, sums=None, **M.tuned(D))
-    pointers = dict.fromkeys("x0 x1 out0 out1 dout0 dout1 dx0 dx1".split(), half) | dict.fromkeys("w0 w1 table dw".split(), full) | {"row0": "i32", "row1": "i32"}
-    pointers |= {"positions": "*i32"}
-    build(f"norm_{D}", Q.forward_kernel, types=pointers, D=D, HALF=64, ROPE=True, **Q.tuned(D))
-    build(f"norm_backward_{D}", Q.backward_kernel, types=pointers, D=D, HALF=64, ROPE=True, WEIGHTS=False, dw=None, **Q.tuned(D))
-pointers = dict.fromkeys("q k v out dout dk dv dq".split(), half) | dict.fromkeys("bias lse rstd weight table delta".split(), full) | {"positions": "*i32"}
-build("attention", A.forward_kernel, types=pointers, BIAS=False, NORM=True, ROPE=True, bias=None, **A.tiles(128, torch.bfloat16, "forward"))
-build("attention_keys", A.keys_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "keys"))
-build("attention_queries", A.queries_kernel, types=pointers, BIAS=False, bias=None, **A.tiles(128, torch.bfloat16, "queries"))
+    types = all_of("x gate weight shift new dnew dx sums", full) | all_of("y out dout dy", half) | {"index": index}
+    how = dict(types=types, D=D, ADD=True, GATE=True, NORM=True, **M.tuned(D))
+    for name, given in {"": dict(INDEX=False, index=None), "_index": dict(INDEX=True)}.items():
+        build(f"modulate{name}_{D}", M.forward_kernel, **how, **given)
+        build(f"modulate_backward{name}_{D}", M.backward_kernel, **how, **given, SUMS=False, y=None, sums=None)
+    types = all_of("x0 x1 out0 out1 dout0 dout1 dx0 dx1", half) | all_of("w0 w1 table dw", full) | {"positions": index}
+    how = dict(types=types, D=D, HALF=64, ROPE=True, **Q.tuned(D))
+    build(f"norm_{D}", Q.forward_kernel, **how)
+    build(f"norm_backward_{D}", Q.backward_kernel, **how, WEIGHTS=False, dw=None)
+types = all_of("q k v out dout dk dv dq", half) | all_of("bias lse rstd weight table delta", full)
+how = dict(types=types | {"positions": index}, BIAS=False, bias=None)
+build("attention", A.forward_kernel, **how, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
+build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "keys"))
+build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
 """
 
 
@@ -256,7 +271,7 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     cubins = sorted(tmp_path.glob("*.cubin"))
-    assert len(cubins) == 22
+    assert len(cubins) == 30
     spilled = {}
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from checkpoint import load, read_headers, save, weight_files
-from plan import ParallelLayout, sent
+from diagnostics.scale import bytes_sent
+from plan import ParallelLayout
 from t5 import load_t5
 from wan import read_config
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 RESULT = {"train_lora": "adapter_model.safetensors", "train_te": "text_encoder.safetensors"}
 
 
@@ -38,7 +40,7 @@ def torchrun(n, *command, flags=()):
         if n > 1
         else [sys.executable]
     )
-    return [*start, *map(str, command)], dict(cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True)
+    return [*start, *map(str, command)], dict(cwd=ROOT, env=ENVIRONMENT, text=True)
 
 
 def finished(n, *command, timeout=600, **given):
@@ -69,7 +71,8 @@ def training(script, media, folder, name, *flags, batch, steps=5, **more):
         "sgd": True,
         **more,
         "argv": [
-            *f"--data {media} --cache {folder}/cache --out {folder}/{name} --resolution 96x64 --frames 9 --steps {steps} --batch {batch} --held_out 0 --caption_dropout 0.3".split(),
+            *f"--data {media} --cache {folder}/cache --out {folder}/{name} --steps {steps} --batch {batch}".split(),
+            *"--resolution 96x64 --frames 9 --held_out 0 --caption_dropout 0.3".split(),
             *"--schedule constant --warmup 0 --device cpu".split(),
             *("--lr 1 --grad_clip 0.05 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(),
             *encoder,
@@ -82,7 +85,8 @@ def sampling(folder, name, *flags):
     return {
         "script": "sample",
         "argv": [
-            *f"--prompt fox --size 96x64 --frames 9 --steps 3 --device cpu --out {folder}/{name}.mp4 --save_latents {folder}/{name}.safetensors".split(),
+            *"--prompt fox --size 96x64 --frames 9 --steps 3 --device cpu".split(),
+            *f"--out {folder}/{name}.mp4 --save_latents {folder}/{name}.safetensors".split(),
             *flags,
         ],
     }
@@ -302,7 +306,7 @@ def test_broken_on_purpose(media, runs, tmp_path):
 
 
 def test_bytes_sent(media, tmp_path, report):
-    """What plan.sent says of a step, against the bytes counted while it ran."""
+    """What bytes_sent says of a step, against the bytes counted while it ran."""
     folder = tmp_path / "one"
     folder.mkdir()
     for end in (".mp4", ".txt"):
@@ -326,7 +330,7 @@ def test_bytes_sent(media, tmp_path, report):
     config = read_config(ROOT / "nano", read_headers(weight_files(ROOT / "nano")))
     for name, (layout, _, flags) in cases.items():
         counted = json.loads((tmp_path / name / "sent.json").read_text())
-        told = sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
+        told = bytes_sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
         assert counted.keys() == told.keys()
         for kind in told:  # a block has small tensors too: biases, norms, modulation
             report(

@@ -20,9 +20,10 @@ import models as models_module
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from conditions import best_size
+from denoising import EasyCache, preview_writer
 from media import latent_to_rgb, open_image, write_mp4
 from models import NEGATIVE
-from sample import EasyCache, denoise, generate, load, preview_writer
+from sample import generate, load, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -184,11 +185,11 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
     """What is trained on, cached and held out goes by these bytes."""
     import random
 
-    import nano
+    from nanoworld.world import draw, sample_attributes
 
     rng = random.Random(0)
     for _ in range(60):
-        video = nano.draw([nano.sample_attributes(rng)], rng.random())[0]
+        video = draw([sample_attributes(rng)], rng.random())[0]
         for name in "ab":
             write_mp4(tmp_path / f"{name}.mp4", video, 8)
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
@@ -241,7 +242,7 @@ def test_another_picture_is_encoded_anew(checkpoints):
     picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
     assert not torch.equal(before, after := first())
     seen = []
-    denoise(
+    sample_latents(
         models,
         ["a"],
         [0],
@@ -292,13 +293,13 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
 
 
 def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
-    from sample import denoise
+    from sample import sample_latents
 
     models = load(checkpoints["t2v"])
-    both = denoise(
+    both = sample_latents(
         models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False
     )
-    alone = denoise(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
+    alone = sample_latents(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
     report("relative error", tiny.error(both[1:], alone), 2e-5)
 
 
@@ -462,9 +463,9 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
 
     def run(threshold, callback=None):
         cache = EasyCache(threshold)
-        return cache, denoise(models, ["a cat"], [3], step_cache=cache, callback_on_step_end=callback, **given)
+        return cache, sample_latents(models, ["a cat"], [3], step_cache=cache, callback_on_step_end=callback, **given)
 
-    plain = denoise(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
+    plain = sample_latents(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
     off, exact = run(0.0)
     assert torch.equal(exact, plain) and off.computed == 8
     on, rough = run(0.99)
@@ -485,7 +486,7 @@ def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     for memory in (1 << 50, 0):
         monkeypatch.setattr(models_module, "free_memory", lambda device: memory)
         models.placements["dit"] = models_module.Placement(model)
-        found.append(denoise(models, ["a cat"], [1], **given))
+        found.append(sample_latents(models, ["a cat"], [1], **given))
     assert sizes == [2] * 3 + [1] * 6
     report("latents", tiny.error(*found), 2e-6)
 
@@ -497,7 +498,7 @@ def test_compiled_blocks_give_the_same(checkpoints, report):
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
     report(
         "latents",
-        tiny.error(denoise(compiled, ["a cat"], [1], **given), denoise(models, ["a cat"], [1], **given)),
+        tiny.error(sample_latents(compiled, ["a cat"], [1], **given), sample_latents(models, ["a cat"], [1], **given)),
         2e-5,
     )
 
@@ -506,7 +507,7 @@ def test_preview_shows_what_the_clip_will_be(tmp_path):
     """On nano: the linear colours of the finished latents are near the decoded clip's, and the last preview is on disk."""
     models = load("nano")
     colors = latent_to_rgb(models.acquire("vae"))
-    z = denoise(
+    z = sample_latents(
         models,
         ["a red square moves left"],
         [0],

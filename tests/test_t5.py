@@ -1,13 +1,15 @@
 """The text encoder against transformers' UMT5EncoderModel, the tokenizer against transformers' T5 tokenizer."""
 
+import json
 import random
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from checkpoint import BadInput
-from t5 import Tokenizer, load_t5
+from t5 import Tokenizer, convert_t5, encoder_files, load_t5, read_encoder
 
 
 @pytest.mark.parametrize("lens", [(1, 2), (40, 7), (130, 300), (512, 511)])
@@ -161,3 +163,211 @@ def test_missing_tokenizer_is_named(checkpoints, tmp_path):
     (tmp_path / "c" / "google" / "umt5-xxl" / "spiece.model").unlink()
     with pytest.raises(BadInput, match="spiece.model: no such file"):
         load_t5(tmp_path / "c")
+
+
+def test_entities_are_unescaped_twice():
+    """As the official cleaning does; ftfy does it once more, but only in a text without "<"."""
+    assert Tokenizer.clean("a < b &amp;amp;amp; c &amp;lt;") == "a < b &amp; c <"
+
+
+# ---- files of others ---------------------------------------------------------------------------------------------
+PROMPTS = ["a red square moves left", "一只猫 </s> cat", ""]
+
+
+def transformers_state(dtype=torch.float32):
+    """The tiny encoder with transformers' names, by transformers."""
+    state = tiny.transformers_t5(tiny.text_encoder()).state_dict()
+    return {k: v.to(dtype).contiguous() for k, v in state.items() if k != "encoder.embed_tokens.weight"}
+
+
+def spiece_tensor():
+    return torch.frombuffer(bytearray(tiny.spiece()), dtype=torch.uint8)
+
+
+def comfyui(path, dtype=torch.float16):
+    save_file(transformers_state(dtype) | {"spiece_model": spiece_tensor()}, path)
+    return path
+
+
+def scaled(path, end=".scale_weight", rows=False):
+    """fp8_e4m3fn_scaled: the linears of blocks in 8 bits, each with a scale, or one per row; the rest in fp16."""
+    state = transformers_state()
+    for key in [k for k in state if "layer.0.SelfAttention." in k or "DenseReluDense" in k]:
+        if "relative_attention_bias" in key:
+            continue
+        w = state[key]
+        scale = (w.abs().amax(1, keepdim=True) if rows else w.abs().amax()) / 448
+        state[key], state[key.removesuffix(".weight") + end] = (w / scale).to(torch.float8_e4m3fn), scale
+        state[key.removesuffix(".weight") + ".scale_input"] = torch.ones(())
+    other = {k: v.half() if v.dtype == torch.float32 and "scale" not in k else v for k, v in state.items()}
+    mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "spiece_model": spiece_tensor()}
+    save_file(other | mark, path)
+    return path
+
+
+def embedded(encoder):
+    with torch.no_grad():
+        return encoder.encode(PROMPTS)[0]
+
+
+@pytest.fixture(scope="module")
+def official():
+    model = tiny.text_encoder()
+    model.tokenizer = Tokenizer("inside", model=tiny.spiece())
+    return embedded(model)
+
+
+@pytest.mark.parametrize("name", ["umt5_xxl_fp16.safetensors", "UMT5_XXL_fp16.safetensors"])
+def test_comfyui_in_a_folder(tmp_path, official, name, report):
+    """Found by its name; without a spiece.model in the folder, the tokenizer inside is used."""
+    comfyui(tmp_path / name, torch.float32)
+    got = load_t5(tmp_path, dtype=torch.float32)
+    assert torch.equal(embedded(got), official)
+    comfyui(tmp_path / name)
+    report("fp16 weights", tiny.error(embedded(load_t5(tmp_path, dtype=torch.float32)), official), 5e-3)
+
+
+def test_comfyui_as_text_encoder(checkpoints, tmp_path, official):
+    """Known by its content, whatever it is called."""
+    file = comfyui(tmp_path / "clip.safetensors", torch.float32)
+    assert encoder_files(checkpoints["ti2v"], file) == [file]
+    assert torch.equal(embedded(load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=file)), official)
+
+
+@pytest.mark.parametrize("end, rows", [(".scale_weight", False), (".weight_scale", True)])
+def test_8_bits_with_scales(tmp_path, official, end, rows, report):
+    """Exactly the products; e4m3's own error, up to 1/16 of each weight, remains."""
+    file = scaled(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", end, rows)
+    got, raw = load_t5(tmp_path, dtype=torch.float32), load_file(file)
+    for ours, theirs in (
+        ("attn.o", "layer.0.SelfAttention.o"),
+        ("ffn.gate.0", "layer.1.DenseReluDense.wi_0"),
+        ("ffn.fc1", "layer.1.DenseReluDense.wi_1"),
+        ("ffn.fc2", "layer.1.DenseReluDense.wo"),
+    ):
+        key = f"encoder.block.1.{theirs}"
+        want = raw[f"{key}.weight"].float() * raw[f"{key}{end}"]
+        assert torch.equal(got.get_submodule(f"blocks.1.{ours}").weight, want)
+    report("8 bits", tiny.error(embedded(got), official), 0.15)
+    assert tiny.error(embedded(got), official) > 1e-3, "the weights are not in 8 bits: the comparison would be empty"
+
+
+def test_kijais_file_names(tmp_path, official):
+    for dtype, name in ((torch.float32, "bf16"), (torch.float8_e4m3fn, "fp8_e4m3fn")):
+        folder = tmp_path / name
+        folder.mkdir()
+        state = {k: v.to(dtype) if ".attn." in k else v for k, v in tiny.text_encoder().state_dict().items()}
+        save_file(state, folder / f"umt5-xxl-enc-{name}.safetensors")
+        (folder / "google" / "umt5-xxl").mkdir(parents=True)
+        (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(tiny.spiece())
+        model = load_t5(folder, dtype=torch.float32)
+        if name == "bf16":
+            assert torch.equal(embedded(model), official)
+        assert torch.equal(model.blocks[1].attn.v.weight, state["blocks.1.attn.v.weight"].float())
+
+
+def test_a_folder_of_diffusers(tmp_path, official):
+    """Shards with their index in text_encoder/, the tokenizer in tokenizer/; transformers may save the table twice."""
+    state, folder = transformers_state(), tmp_path / "text_encoder"
+    state["encoder.embed_tokens.weight"] = state["shared.weight"].clone()
+    folder.mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    for name, part in zip(names, parts):
+        save_file(part, folder / name)
+    index = {key: name for name, part in zip(names, parts) for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert torch.equal(embedded(load_t5(tmp_path, dtype=torch.float32)), official)
+
+
+def test_a_delta_to_an_encoder_of_comfyui(tmp_path):
+    comfyui(tmp_path / "umt5_xxl_fp16.safetensors", torch.float32)
+    delta = {"blocks.1.ffn.fc1.weight": torch.zeros(40, 32), "token_embedding.rows": torch.full((2, 32), 3.0)}
+    delta["token_embedding.ids"] = torch.tensor([5, 9])
+    save_file(delta, tmp_path / "delta.safetensors", {"delta": "True"})
+    old, new = (load_t5(tmp_path, dtype=torch.float32, weights=w) for w in (None, tmp_path / "delta.safetensors"))
+    changed = [n for n, p in new.named_parameters() if not torch.equal(p, old.get_parameter(n))]
+    assert changed == ["token_embedding.weight", "blocks.1.ffn.fc1.weight"]
+    rows = (new.token_embedding.weight != old.token_embedding.weight).any(1).nonzero().flatten()
+    assert rows.tolist() == [5, 9] and (new.token_embedding.weight[[5, 9]] == 3).all()
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "transformers"])
+def test_there_and_back_the_same_bits(tmp_path, layout):
+    state = {k: v.bfloat16() for k, v in tiny.text_encoder().state_dict().items()}
+    torch.save(state, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    (tmp_path / "spiece.model").write_bytes(tiny.spiece())
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    convert_t5(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", there, layout, tmp_path / "spiece.model")
+    expected = set(transformers_state()) | ({"spiece_model"} if layout == "comfyui" else set())
+    assert set(load_file(there)) == expected
+    if layout == "comfyui":
+        assert bytes(load_file(there)["spiece_model"].numpy()) == tiny.spiece()
+        convert_t5(there, tmp_path / "again.safetensors", "comfyui")  # the tokenizer stays inside
+        assert (tmp_path / "again.safetensors").read_bytes() == there.read_bytes()
+    convert_t5(there, back, "official")
+    got = load_file(back)
+    assert got.keys() == state.keys()
+    assert all(v.dtype == torch.bfloat16 and torch.equal(v, state[k]) for k, v in got.items())
+
+
+def test_transformers_loads_what_is_converted(tmp_path, official, report):
+    from transformers import UMT5EncoderModel
+
+    torch.save(tiny.text_encoder().state_dict(), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    tiny.transformers_t5(tiny.text_encoder()).config.save_pretrained(tmp_path / "text_encoder")
+    source = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    convert_t5(source, tmp_path / "text_encoder" / "model.safetensors", "transformers")
+    peer, info = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    ids, lens = Tokenizer("inside", model=tiny.spiece())(PROMPTS)
+    mask = torch.arange(ids.shape[1]) < lens[:, None]
+    with torch.no_grad():
+        want = peer.eval()(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
+    report("relative error", tiny.error(official, want), 2e-5)
+
+
+def test_8_bits_with_scales_become_bf16(tmp_path):
+    """And nothing else changes its kind."""
+    file = scaled(tmp_path / "x.safetensors")
+    convert_t5(file, tmp_path / "y.safetensors", "official")
+    got, raw = load_file(tmp_path / "y.safetensors"), load_file(file)
+    key = "encoder.block.1.layer.0.SelfAttention.q"
+    want = (raw[f"{key}.weight"].float() * raw[f"{key}.scale_weight"]).bfloat16()
+    assert torch.equal(got["blocks.1.attn.q.weight"], want)
+    assert (
+        torch.equal(got["token_embedding.weight"], raw["shared.weight"]) and got["norm.weight"].dtype == torch.float16
+    )
+
+
+def test_refused_files_say_why(tmp_path):
+    state = {k: v.clone() for k, v in tiny.text_encoder().state_dict().items()}
+    part = {k: v for k, v in state.items() if k != "blocks.1.norm2.weight"}
+    theirs = transformers_state()
+    q = "encoder.block.0.layer.0.SelfAttention.q"
+    for tensors, metadata, message in (
+        (part, None, "1 missing \\(blocks.1.norm2.weight"),
+        ({**state, "x.weight": torch.zeros(2)}, None, "1 unexpected \\(x.weight"),
+        ({**theirs, "encoder.block.0.layer.2.x.weight": torch.zeros(2)}, None, "1 unexpected"),
+        ({**theirs, f"{q}.scale_weight": torch.ones(3)}, None, "a scale of shape \\(3,\\)"),
+        ({**theirs, "nothing.scale_weight": torch.ones(1)}, None, "for nothing"),
+        ({**theirs, "spiece_model": torch.zeros(9)}, None, "spiece_model is torch.float32"),
+        ({"blocks.0.norm1.weight": state["blocks.0.norm1.weight"]}, {"delta": "True"}, "a delta, not a whole encoder"),
+        ({"patch_embedding.weight": torch.zeros(2, 2)}, None, "not a UMT5 encoder"),
+        (state, None, "needs one: give its spiece.model"),
+    ):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors", metadata)
+        with pytest.raises(BadInput, match=message):
+            convert_t5(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "comfyui")
+    assert not (tmp_path / "y.safetensors").exists()
+    save_file(theirs | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "umt5_xxl_fp16.safetensors")
+    with pytest.raises(BadInput, match="not a sentencepiece model"):
+        load_t5(tmp_path)
+    with pytest.raises(BadInput, match="found none"):
+        load_t5(tmp_path.parent)
+    (tmp_path / "models_t5_a.pth").touch()
+    (tmp_path / "models_t5_b.pth").touch()
+    with pytest.raises(BadInput, match="found 2"):
+        read_encoder(encoder_files(tmp_path))

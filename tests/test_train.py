@@ -232,6 +232,7 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
     import importlib
 
     import train as shared
+    from flow import Batch
 
     module = importlib.import_module(script)
     seen = {}
@@ -246,7 +247,7 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
 
     def together(self, step, *a):
         x, t, target = (torch.cat([getattr(b, k) for b, _ in kept]) for k in ("x", "t", "target"))
-        yield shared.Batch(x, t, target, None, [c for b, _ in kept for c in b.captions]), 1.0
+        yield Batch(x, t, target, None, [c for b, _ in kept for c in b.captions]), 1.0
 
     def clip_norm(params, most):
         seen.setdefault(len(seen), [p.grad.clone() for p in params])
@@ -510,7 +511,7 @@ def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path
 
 
 def test_a_delta_cap_holds_at_every_step(checkpoints, media, tmp_path):
-    from diag import delta
+    from diagnostics.delta import delta
 
     train("train_lora", checkpoints["ti2v"], media, tmp_path / "free", "--lr", 3e-2, "--schedule", "constant", steps=10)
     train(
@@ -607,14 +608,14 @@ def test_blocks_below_the_first_adapted_one_keep_no_activations():
 
 
 def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
-    from lora import inject, layers
+    from lora import inject, lora_layers
 
     grads = {}
     for blocks in (None, [1, 2]):
         model = tiny.dit("ti2v")
         torch.manual_seed(3)
         inject(model, rank=2, blocks=blocks)
-        for name, m in layers(model).items():
+        for name, m in lora_layers(model).items():
             g = torch.Generator().manual_seed(len(name) + int(name.split(".")[1]))
             m.lora_A.data, m.lora_B.data = (
                 torch.randn(p.shape, generator=g)
@@ -624,7 +625,7 @@ def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
         g = torch.Generator().manual_seed(5)
         x, context = torch.randn(1, 48, 3, 4, 4, generator=g), torch.randn(1, 6, tiny.TEXT_DIM, generator=g)
         model(x, torch.tensor([300.0]), context).square().mean().backward()
-        grads[blocks and 1] = {n: (m.lora_A.grad, m.lora_B.grad) for n, m in layers(model).items()}
+        grads[blocks and 1] = {n: (m.lora_A.grad, m.lora_B.grad) for n, m in lora_layers(model).items()}
     worst = max(tiny.error(a, b) for n, pair in grads[1].items() for a, b in zip(pair, grads[None][n]))
     report("relative error", worst, 1e-6)
 

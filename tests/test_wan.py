@@ -80,7 +80,7 @@ def test_padding_fold_is_exact(lens, report):
 
 
 def test_padding_fold_counts_right_in_bf16():
-    """The weights of the two padding keys, rounded to bf16 as attention sees them, add up to how many they stand for."""
+    """The weights of the two padding keys, rounded to bf16 as attention sees them, add up to what they stand for."""
     model = tiny.dit("t2v")
     for S in range(1, 512):
         bias = model.embed_text(torch.zeros(1, S, tiny.TEXT_DIM)).bias[0, 0, 0, -2:]

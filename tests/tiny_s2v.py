@@ -65,7 +65,7 @@ def wav2vec2():
 
 
 def vae():
-    return fill(VAE(False, 8, 8, 16), 9)
+    return fill(VAE("2.1", 8, 8), 9)
 
 
 def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0):

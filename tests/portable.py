@@ -1,0 +1,43 @@
+"""Runs test files under other CPUs' arithmetic, other numbers of threads and PyTorch's operations alone: `portable.py
+FILE...`, or make test-portable. Prints what became of each setting, and its largest error as a share of its tolerance.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY=default",  # PyTorch's own kernels
+    "ATEN_CPU_CAPABILITY=avx2",
+    "ATEN_CPU_CAPABILITY=avx512",
+    "ONEDNN_MAX_CPU_ISA=AVX2",  # convolutions, and products in bf16
+    "MKL_ENABLE_INSTRUCTIONS=AVX2",  # products in fp32
+    "MKL_CBWR=COMPATIBLE",
+    "OMP_NUM_THREADS=1",
+    "OMP_NUM_THREADS=2",
+    "OMP_NUM_THREADS=3",
+    "NANOWAN_OPS=ref",
+)
+
+
+def main(files):
+    failed = 0
+    for setting in SETTINGS:
+        name, value = setting.split("=")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *files],
+            env={"OMP_NUM_THREADS": "1", **os.environ, name: value},
+            capture_output=True,
+            text=True,
+        )
+        failed += done.returncode != 0
+        shares = re.findall(r"^(.*= (\d+)% of .*)$", done.stdout, re.M)
+        worst = max(shares, key=lambda found: int(found[1]), default=("none reported",))[0]
+        ends = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        print(f"{setting}: {done.stdout.splitlines()[-1]}\n  worst: {worst}", *ends, sep="\n  ", flush=True)
+    return f"{failed} of {len(SETTINGS)} settings fail" if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
