@@ -71,7 +71,7 @@ class Pipeline:
             if leaf.grad is not None:
                 gradient = gradient.index_add(0, torch.tensor(micro.order, device=leaf.device), leaf.grad)
             context.backward(gradient)
-        return float(sum(losses)) if is_last else 0.0
+        return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
         """(Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches, made once."""
