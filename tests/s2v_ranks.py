@@ -1,7 +1,7 @@
 """Outputs of S2V, and the gradients of its injectors alone, on torchrun's ranks or on one: `s2v_ranks.py OUT`.
 
-The tokens (176, and 128 of a first clip) do not divide by three ranks, whose slices begin within a latent frame, and the
-last of which has no noise.
+The tokens (176, and 128 of a first clip) do not divide by three ranks, whose slices begin within a latent frame; the
+last has no noise.
 """
 
 import os
