@@ -1,14 +1,12 @@
-"""Outputs of S2V, and the gradients of its injectors alone, on the ranks that torchrun starts, or on one: `s2v_ranks.py OUT`.
+"""Outputs of S2V, and the gradients of its injectors alone, on torchrun's ranks or on one: `s2v_ranks.py OUT`.
 
-Three ranks: the tokens (176 or 128) divide by none, slices begin within a latent frame, and the last has no noise.
+The tokens (176, and 128 of a first clip) do not divide by three ranks, whose slices begin within a latent frame; the
+last has no noise.
 """
 
+import os
 import sys
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-import os
 
 import tiny_s2v
 import torch

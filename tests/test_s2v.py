@@ -291,12 +291,13 @@ def test_the_injectors_norm_has_its_own_eps(model, report):
 
 def test_ranks_that_share_a_clip_give_one_ranks_result(tmp_path, report):
     """Three ranks, of which one has no noise tokens: outputs, and the gradients of injectors that alone are trained."""
-    script = str(Path(__file__).parent / "s2v_ranks.py")
+    tests = Path(__file__).parent
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}"}
     port = str(random.Random().randint(20000, 29000))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", port]
     for name, start in (("one", []), ("three", launch)):
-        command = [sys.executable, *start, script, str(tmp_path / f"{name}.safetensors")]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, *start, str(tests / "s2v_ranks.py"), str(tmp_path / f"{name}.safetensors")]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-4000:]
     one, three = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "three"))
     assert one.keys() == three.keys()
