@@ -29,6 +29,8 @@ def check_fit(path, changes, shapes):
     """
     branch = any(IMAGE_BRANCH.match(name) for name in shapes)
     taken = {name: change for name, change in changes.items() if branch or not IMAGE_BRANCH.match(name)}
+    if not taken:
+        raise BadInput(f"{path}: does not fit this model: changes an image branch only, which the model does not have")
 
     def fits(change, shape):  # a convolution's change may be flat
         return shape is not None and tuple(change.shape) in (tuple(shape), (shape[0], math.prod(shape[1:])))
@@ -41,7 +43,7 @@ def check_fit(path, changes, shapes):
         for name, c in taken.items()
         if not fits(c, shapes.get(name))
     ]
-    if bad or not taken:
+    if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
     return taken
 

@@ -209,7 +209,7 @@ def official_name(name):
     if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
         ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
         return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
-    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:
+    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # the table once more
         if name.startswith(theirs):
             return name.replace(theirs, ours)
     return name
@@ -254,8 +254,6 @@ def read_encoder(files):
         if weight is None or scale.numel not in (1, weight.shape[0]):
             raise BadInput(f"{files[0]}: a scale of shape {scale.shape} for {name}; expected one, or one for each row")
         entries[f"{name}.weight"] = ScaledEntry(**vars(weight), scale=scale)
-    if "shared.weight" in entries:
-        entries.pop("encoder.embed_tokens.weight", None)  # the same once more
     entries = {official_name(name): e for name, e in entries.items()}
     rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
     stray = [name for name in delta if name not in entries]

@@ -208,7 +208,7 @@ def test_a_released_stream_is_gone(checkpoints):
     models = load(checkpoints["ti2v"], stream_blocks=2)
     kept = weakref.ref(models.acquire("dit"))
     models.evict("dit")
-    assert kept() is None and not models.streams
+    assert kept() is None and not models.streams()
 
 
 @pytest.mark.parametrize("fp8", (False, True))
