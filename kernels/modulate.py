@@ -142,7 +142,8 @@ if triton:
         for j in range(c * chunk, min((c + 1) * chunk, tokens)):
             mine = inside
             if INDEX:
-                mine = inside & (tl.load(index + j) == f)
+                # read for every column: Triton's interpreter takes no mask that is made of a scalar
+                mine = inside & (tl.load(index + j + 0 * d) == f)
             at = (begin + j) * D + d
             grad = tl.zeros((BLOCK,), tl.float32)
             if ADD:
