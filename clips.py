@@ -32,7 +32,7 @@ class Parts:
         self.folder = Path(out).with_suffix(".clips")
         self.key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
         if not resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.remove()
         elif self.file(0).exists() and load(self.file(0))[1].get("key") != self.key:
             raise BadInput(f"--resume: {self.folder} holds clips of a video with other settings; leave --resume out")
 
@@ -111,6 +111,7 @@ def run(args, prompts, models, s, seed, inputs):
     used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"prompt": prompts[0], "size": sequence.size, "fps": sequence.fps, "seed": seed, "ckpt": str(args.ckpt)}
     used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder", "reuse")} | inputs
+    used |= {"dtype": str(models.runtime.dtype).removeprefix("torch."), "base_dtype": "fp8" if models.fp8 else None}
     print(json.dumps(used, ensure_ascii=False), ops.chosen(models.device), f"{sequence.count} clips", sep="\n")
     shape = Request(replace(s, frames=inputs.get("infer_frames", s.frames)), None, sequence.size)
     layout, mode = plan.ParallelLayout.of(args, world.size, models.fp8), "none"
@@ -118,7 +119,9 @@ def run(args, prompts, models, s, seed, inputs):
         mode = models.guidance_mode(math.prod(sequence.shape[1:]) // 4)
     need = plan.sampling(shape, plan.builders(models), models.device, models.runtime.dtype, mode, layout=layout)
     print(need)
-    parts, callback = Parts(args.out, used, args.resume), None
+    world.barrier()  # before the first rank clears the folder, and until it has
+    parts, callback = Parts(args.out, used, args.resume or not world.is_main), None
+    world.barrier()
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
         callback = preview_writer(models, preview, args.preview_every, prompts[0])
