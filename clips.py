@@ -119,9 +119,12 @@ def run(args, prompts, models, s, seed, inputs):
         mode = models.guidance_mode(math.prod(sequence.shape[1:]) // 4)
     need = plan.sampling(shape, plan.builders(models), models.device, models.runtime.dtype, mode, layout=layout)
     print(need)
-    world.barrier()  # before the first rank clears the folder, and until it has
-    parts, callback = Parts(args.out, used, args.resume or not world.is_main), None
-    world.barrier()
+    if world.is_main:
+        parts = Parts(args.out, used, args.resume)
+    world.barrier()  # until the first rank has cleared the folder
+    if not world.is_main:
+        parts = Parts(args.out, used, resume=True)
+    callback = None
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
         callback = preview_writer(models, preview, args.preview_every, prompts[0])
