@@ -1,6 +1,6 @@
 # make demo: teach nano a word it never saw, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
-# make gpu: build the CUDA parts, test and time them.   make clean: remove what was set up and built.
+# make gpu: build the CUDA parts, test and time them.   make clean: remove all of it.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 # test files side by side, each on one thread
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
-NUMERIC := csrc fp8 flow optim lora t5 vae wan ops offload sample train_lora train_te parallel
+NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
 .PHONY: demo test test-slow test-portable gpu clean
 

@@ -31,24 +31,26 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "tests"))  # the peers' weights are filled there
-
-import tiny
-
 import lora
 import ops
 import plan
+from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
+from sample import generate, load
 from t5 import TextEncoder
 from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, WanConfig, full_config, keep_fp32, load_wan
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "tests"))
+
+import tiny  # noqa: E402  fills the peers with our weights
+
 GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
-TARGETS = ["attn2.to_k", "attn2.to_v"]
+PEER_TARGETS = ["attn2.to_k", "attn2.to_v"]  # of the LoRA, in diffusers
 
 
 def dit_flops(c, tokens, text, batch=1):
-    """Multiplications and additions of a forward pass with its text's keys and values given."""
+    """FLOPs of a forward pass of a DiT of WanConfig c, its text's keys and values known."""
     linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
 
@@ -76,7 +78,7 @@ def lora_step(blocks=range(6), checkpointing=False):
 
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
-    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=PEER_TARGETS))
     model.checkpointing = checkpointing
     if checkpointing:
         peer.enable_gradient_checkpointing()
@@ -90,11 +92,14 @@ def lora_step(blocks=range(6), checkpointing=False):
 
         return go
 
-    trained = lambda m: [p for p in m.parameters() if p.requires_grad]
     return {
-        "ours": step(lambda: model(x, t, context), trained(model)),
-        "diffusers": step(lambda: peer.train()(x, t, padded, return_dict=False)[0], trained(peer)),
+        "ours": step(lambda: model(x, t, context), trainable(model)),
+        "diffusers": step(lambda: peer.train()(x, t, padded, return_dict=False)[0], trainable(peer)),
     }, None
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @functools.cache
@@ -138,8 +143,6 @@ def sample_video():
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import T5TokenizerFast
 
-    from sample import generate, load
-
     folder = Path(tempfile.mkdtemp())
     models = {
         "dit": tiny.randomize(Wan(WanConfig("ti2v", 512, 2048, 4, 6, 48, 48, text_dim=tiny.TEXT_DIM)), 0),
@@ -165,35 +168,20 @@ def sample_video():
         expand_timesteps=True,
     )
     pipe.set_progress_bar_config(disable=True)
-    said = dict(
-        prompt="a red square moves left",
-        height=128,
-        width=128,
-        num_frames=9,
-        num_inference_steps=10,
-        guidance_scale=5.0,
-        output_type="pt",
-        max_sequence_length=512,
-    )
+    prompt = "a red square moves left"
+    size = dict(height=128, width=128, num_frames=9, num_inference_steps=10, guidance_scale=5.0)
 
-    def go():
-        ours.texts.clear()
-        return generate(
-            ours,
-            said["prompt"],
-            size=(128, 128),
-            frames=9,
-            steps=10,
-            shift=5.0,
-            guidance=5.0,
-            negative="",
-            progress=False,
-        )
+    def sample_ours():
+        ours.prompt_embeds.clear()
+        how = dict(size=(128, 128), frames=9, steps=10, shift=5.0, guidance=5.0, negative="")
+        return generate(ours, prompt, progress=False, **how)
 
-    return {
-        "ours": go,
-        "diffusers": lambda: pipe(negative_prompt="", generator=torch.Generator().manual_seed(0), **said).frames,
-    }, None
+    def sample_peer():
+        generator = torch.Generator().manual_seed(0)
+        how = dict(output_type="pt", max_sequence_length=512, negative_prompt="")
+        return pipe(prompt, generator=generator, **size, **how).frames
+
+    return {"ours": sample_ours, "diffusers": sample_peer}, None
 
 
 def loading():
@@ -242,10 +230,26 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
     return seconds
 
 
+def seconds_of(run, rounds):
+    """The median of several runs."""
+    return median(interleaved({"run": run}, rounds)["run"])
+
+
 def matmul_peak():
     """FLOP/s of the largest products, the median of seven."""
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
-    return 2 * 1024 * 2048 * 2048 / median(interleaved({"": lambda: a @ b}, 7)[""])
+    return 2 * 1024 * 2048 * 2048 / seconds_of(lambda: a @ b, 7)
+
+
+def print_memory(make, name):
+    """What peak_memory asks its process."""
+    contenders, _ = make()
+    contenders[name]()  # once for what is imported and set up on first use
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = plan.resident()
+    contenders[name]()
+    print(plan.resident("VmHWM") - before)
 
 
 def peak_memory(work, name):
@@ -262,8 +266,8 @@ def peak_memory(work, name):
     return int(out.stdout.splitlines()[-1])
 
 
-def with_reference(contenders):
-    """The contenders, and ours with every op as its plain definition."""
+def add_reference(contenders):
+    """The contenders and, second, ours with every op as its plain definition."""
 
     def ref():
         with ops.using("ref"):
@@ -297,33 +301,30 @@ def machine():
 
 def on_cpu(names, rounds):
     """Measure these works and print a row for each as it is done."""
-    found, peak = {}, matmul_peak()
-    print(
-        f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| work | ours, ms | ref, ms | peer, ms | ours / peer | spread | memory, ours / peer |\n|---|---|---|---|---|---|---|"
-    )
+    results, peak = {}, matmul_peak()
+    columns = ("work", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for key in names:
         make, label = WORKS[key]
         contenders, flops = make()
-        seconds = interleaved(with_reference(contenders), rounds)
+        seconds = interleaved(add_reference(contenders), rounds)
         peer = list(seconds)[-1]
         ratios = sorted(a / b for a, b in zip(seconds["ours"], seconds[peer]))
         mid = {name: median(s) for name, s in seconds.items()}
         memory = {name: peak_memory(key, name) for name in ("ours", peer)}
-        found[key] = {
-            "work": label,
-            "peer": peer,
-            "seconds": seconds,
-            "ratio": mid["ours"] / mid[peer],
-            "memory": memory,
-            "flops": flops,
-        }
-        done = f" ({flops / mid['ours'] / 1e9:.0f} GFLOP/s)" if flops else ""
-        print(
-            f"| {label}{done} | {1000 * mid['ours']:.0f} | {1000 * mid['ref']:.0f} | {1000 * mid[peer]:.0f} ({peer}) | {found[key]['ratio']:.2f} | "
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f} | {memory['ours'] / 1e6:.0f} / {memory[peer] / 1e6:.0f} MB |",
-            flush=True,
-        )
-    return {"matmul_peak": peak, "works": found}
+        result = {"work": label, "peer": peer, "seconds": seconds, "ratio": mid["ours"] / mid[peer]}
+        results[key] = result | {"memory": memory, "flops": flops}
+        rate = f" ({flops / mid['ours'] / 1e9:.0f} GFLOP/s)" if flops else ""
+        cells = [
+            f"{label}{rate}",
+            *(f"{1000 * mid[name]:.0f}" for name in ("ours", "ref")),
+            f"{1000 * mid[peer]:.0f} ({peer})",
+            f"{result['ratio']:.2f}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            f"{memory['ours'] / 1e6:.0f} / {memory[peer] / 1e6:.0f} MB",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return {"matmul_peak": peak, "works": results}
 
 
 @torch.no_grad()
@@ -334,18 +335,12 @@ def growth():
     model, _, _, t, context, _ = dit()
     decoder, curves = vae()[0], {"dit": [], "decode": []}
     for frames in (1, 2, 4, 6, 8):
-        x = torch.randn(1, 48, frames, *GRID[1:])
+        run = functools.partial(model, torch.randn(1, 48, frames, *GRID[1:]), t, context)
         tokens = 160 * frames
-        curves["dit"].append(
-            (
-                tokens,
-                median(interleaved({"": lambda: model(x, t, context)}, 3)[""]),
-                dit_flops(model.config, tokens, 42),
-            )
-        )
-    for latent in (1, 2, 3, 5):
-        z = torch.randn(1, 48, latent, 4, 4)
-        curves["decode"].append((4 * latent - 3, median(interleaved({"": lambda: decoder.decode(z)}, 3)[""])))
+        curves["dit"].append((tokens, seconds_of(run, 3), dit_flops(model.config, tokens, 42)))
+    for frames in (1, 2, 3, 5):
+        run = functools.partial(decoder.decode, torch.randn(1, 48, frames, 4, 4))
+        curves["decode"].append((4 * frames - 3, seconds_of(run, 3)))
     return curves
 
 
@@ -369,10 +364,8 @@ def plot(path, curves):
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
-LINEAR, ATTENTION = (
-    750e12,
-    650e12,
-)  # bf16 FLOP/s that an H100 reaches in practice on large products and in flash attention
+# bf16 FLOP/s that an H100 reaches in practice: on large products, in flash attention
+LINEAR_RATE, ATTENTION_RATE = 750e12, 650e12
 GPU_SIZES = [
     ("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"),
     ("t2v-A14B", (21, 60, 104), "832x480, 81 frames"),
@@ -380,17 +373,17 @@ GPU_SIZES = [
 ]
 
 
-def measured(contenders, rounds):
+def measure_on_gpu(contenders, rounds):
     """{name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory above the weights."""
-    found, rest = {}, torch.cuda.memory_allocated()
+    results, weights = {}, torch.cuda.memory_allocated()
     for name, run in contenders.items():
         torch.cuda.reset_peak_memory_stats()
         run()
-        found[name] = {"gb": (torch.cuda.max_memory_allocated() - rest) / 1e9}
+        results[name] = {"gb": (torch.cuda.max_memory_allocated() - weights) / 1e9}
     for name, seconds in interleaved(contenders, rounds, torch.cuda.synchronize).items():
-        found[name] |= {"ms": 1000 * median(seconds), "all_ms": [1000 * s for s in seconds]}
-    print("  " + ", ".join(f"{k} {v['ms']:.1f} ms ({v['gb']:.2f} GB)" for k, v in found.items()), flush=True)
-    return found
+        results[name] |= {"ms": 1000 * median(seconds), "all_ms": [1000 * s for s in seconds]}
+    print("  " + ", ".join(f"{k} {v['ms']:.1f} ms ({v['gb']:.2f} GB)" for k, v in results.items()), flush=True)
+    return results
 
 
 def gpu_dit(variant, grid, label, layers=4, rounds=3):
@@ -410,38 +403,34 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
     model.eval().requires_grad_(False)
     tokens = math.prod(grid) // 4
     text = model.embed_text(context, cache=True)
-    contenders = with_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
+    contenders = add_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
     if peer is not None:
         padded = F.pad(context, (0, 0, 0, 472)).bfloat16()
         contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
     print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
-    found = {"forward": measured(contenders, rounds)}
+    results = {"forward": measure_on_gpu(contenders, rounds)}
     linear = 2 * layers * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
-    attention = 4 * layers * tokens * (tokens + 42) * c.dim
-    bound = linear / LINEAR + attention / ATTENTION
-    found |= {
-        "tokens": tokens,
-        "layers": layers,
-        "of": total,
-        "bound_ms": 1000 * bound,
-        "over_bound": found["forward"]["ours"]["ms"] / (1000 * bound),
-    }
+    attention_flops = 4 * layers * tokens * (tokens + 42) * c.dim
+    bound = linear / LINEAR_RATE + attention_flops / ATTENTION_RATE
+    ms = results["forward"]["ours"]["ms"]
+    results |= {"tokens": tokens, "layers": layers, "of": total}
+    results |= {"bound_ms": 1000 * bound, "over_bound": ms / (1000 * bound)}
     print(
-        f"  practical bound {1000 * bound:.1f} ms: {found['over_bound']:.2f} of it; a guided step of all {total} blocks about {2 * total / layers * found['forward']['ours']['ms'] / 1000:.2f} s"
+        f"  practical bound {1000 * bound:.1f} ms: {results['over_bound']:.2f} of it; a guided step of all {total} "
+        f"blocks about {2 * total / layers * ms / 1000:.2f} s"
     )
     contenders = peer = None
     lora.inject(model, rank=16)
-    trained = [p for p in model.parameters() if p.requires_grad]
     model.checkpointing = True
 
     def step():
         model(x, t, context).square().mean().backward()
-        for p in trained:
+        for p in trainable(model):
             p.grad = None
 
     print("  LoRA step with checkpointing")
-    found["lora_step"] = measured(with_reference({"ours": step}), rounds)
-    return found
+    results["lora_step"] = measure_on_gpu(add_reference({"ours": step}), rounds)
+    return results
 
 
 def gpu_vae(rounds=1):
@@ -451,70 +440,58 @@ def gpu_vae(rounds=1):
         z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
     peer = tiny.diffusers_vae(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
     model = channels_last(model).bfloat16()
-    contenders = with_reference({"ours": lambda: model.decode(z)})
+    contenders = add_reference({"ours": lambda: model.decode(z)})
     if peer is not None:
         contenders["diffusers"] = torch.no_grad()(lambda: peer.decode(z.bfloat16()).sample)
     print("VAE 2.2 decode, 1280x704, 121 frames")
-    found = {"decode": measured(contenders, rounds)}
+    results = {"decode": measure_on_gpu(contenders, rounds)}
     print("VAE 2.2 encode, 1280x704, 17 frames")
-    return found | {"encode": measured(with_reference({"ours": lambda: model.encode(video)}), rounds)}
+    return results | {"encode": measure_on_gpu(add_reference({"ours": lambda: model.encode(video)}), rounds)}
 
 
 def on_gpu(seconds=500):
     """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
-    from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
-
-    began, found = time.time(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
-    jobs = [(m.__name__, m.main) for m in (modulate, qk_norm_rope, attention)] + [
-        ("kernels.causal_conv3d", causal_conv3d.main)
-    ] * torch.ops.nanowan_csrc.has_cuda()
-    jobs += [(f"{v} {label}", functools.partial(gpu_dit, v, grid, label)) for v, grid, label in GPU_SIZES] + [
-        ("vae", gpu_vae)
-    ]
-    for name, job in jobs:
-        if time.time() - began > seconds:
-            found[name] = "left out: no time"
+    began, results = time.monotonic(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
+    timed_kernels = [modulate, qk_norm_rope, attention] + [causal_conv3d] * torch.ops.nanowan_csrc.has_cuda()
+    jobs = {module.__name__: module.main for module in timed_kernels}
+    jobs |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
+    for name, job in (jobs | {"vae": gpu_vae}).items():
+        if time.monotonic() - began > seconds:
+            results[name] = "left out: no time"
             print(f"{name}: left out, no time")
             continue
         try:
-            found[name] = job()
+            results[name] = job()
         except (RuntimeError, AssertionError) as e:  # one failure must not cost the other figures
-            found[name] = f"failed: {type(e).__name__}: {str(e)[:500]}"
-            print(f"{name}: {found[name]}")
+            results[name] = f"failed: {type(e).__name__}: {str(e)[:500]}"
+            print(f"{name}: {results[name]}")
         torch.cuda.empty_cache()
-    return found
+    return results
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)} (default: all)")
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--gpu", action="store_true")
-    p.add_argument("--json", help="write everything that was measured to this file")
+    p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
+    p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
+    p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     args = p.parse_args()
     if wrong := [w for w in args.works if w not in WORKS]:
         p.error(f"{wrong[0]}: choose from {', '.join(WORKS)}")
     torch.manual_seed(0)
     if args.memory_of:
-        contenders, _ = WORKS[args.works[0]][0]()
-        contenders[args.memory_of]()  # once for what is imported and set up on first use
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = plan.resident()
-        contenders[args.memory_of]()
-        print(plan.resident("VmHWM") - before)
+        print_memory(WORKS[args.works[0]][0], args.memory_of)
         return
-    about = machine()
-    print(json.dumps(about))
     if args.gpu and not torch.cuda.is_available():
         p.error("--gpu: there is no CUDA device")
+    about = machine()
+    print(json.dumps(about))
     result = on_gpu() if args.gpu else on_cpu(args.works or WORKS, args.rounds)
-    if args.json and args.gpu:
-        Path(args.json).write_text(json.dumps(about | result, indent=1) + "\n")
-    elif args.json:
-        result["growth"] = growth()
-        plot(f"{args.json}.png", result["growth"])
+    if args.json:
+        if not args.gpu:
+            result["growth"] = growth()
+            plot(f"{args.json}.png", result["growth"])
         Path(args.json).write_text(json.dumps(about | result, indent=1) + "\n")
 
 

@@ -351,14 +351,19 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_b
     return model.eval()
 
 
-def _system_error(error):
-    """The errno behind an exception, or None: libraries wrap what the system says, and torch's writer of zip files, on
-    another rank, leaves only its own name.
+TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
+
+
+def _write_error(error, path):
+    """The errno of the failed write to `path`, or to its temporary file, behind an exception, or None: libraries wrap
+    what the system says, and torch's writer of zip files, on another rank, leaves only its own name.
     """
     text = str(error)
     while error is not None:
         if isinstance(error, OSError) and error.errno:
-            return error.errno
+            file = Path(os.fsdecode(error.filename or path))
+            own = file == path or file in path.parents or path in file.parents or file.name.startswith(TEMPORARY)
+            return error.errno if own else None
         error = error.__cause__ or error.__context__
     return errno.EIO if "inline_container" in text else None
 
@@ -371,10 +376,11 @@ def writing(path):
     try:
         yield
     except Exception as e:
-        number = _system_error(e)
+        path = Path(path)
+        number = _write_error(e, path)
         if number is None:
             raise
-        folder = next(p for p in Path(path).absolute().parents if p.exists())
+        folder = next(p for p in path.absolute().parents if p.exists())
         disk = next(p for p in (folder, *folder.parents) if p.is_mount() or p == p.parent)
         reason = os.strerror(number)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
@@ -382,9 +388,6 @@ def writing(path):
         elif number == errno.EFBIG:
             reason += f"; a limit on the size of files, of this process (ulimit -f) or of the disk at {disk}"
         raise OSError(number, f"cannot be written ({reason})", str(path)) from None
-
-
-TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
 
 
 def _open_temporary(path):

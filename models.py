@@ -150,16 +150,18 @@ def settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     try:
         config = json.loads(file.read_text())
-        kind = (
-            config["model_type"]
-            if "model_type" in config
-            else read_config(file.parent, read_headers(weight_files(file.parent))).model_type
-        )
-        variant = next(name for name, row in VARIANTS.items() if row["model_type"] == kind)
-        s = replace(released(variant), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        types = ", ".join(row["model_type"] for row in VARIANTS.values())
-        raise BadInput(f"{file}: model_type should be one of {types}") from None
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    if kind is None:  # Animate's does not say; its tensors do
+        kind = read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+    variants = {row["model_type"]: name for name, row in VARIANTS.items()}
+    if kind not in variants:
+        raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
+    try:
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
+    except TypeError as e:
+        raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
     return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))
 
 
@@ -287,7 +289,8 @@ class SharedPlacement(Placement):
 
     def to(self, device):
         if torch.device(device).type != "cpu":
-            return super().to(device)
+            super().to(device)
+            return
         for t, data in self.host:
             t.data = data
 
@@ -385,6 +388,7 @@ class Models:
         if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
             part.to("cpu")
         else:
+            part = None
             self.drop(name)
         if cuda:
             torch.cuda.empty_cache()

@@ -58,7 +58,6 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
@@ -71,6 +70,11 @@ class Tracker(TorchDispatchMode):
 
     def _gone(self, nbytes):
         self.now -= nbytes
+
+
+def storages(tree):
+    """The storages of all tensors in a tree."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def traced(f):
@@ -230,7 +234,7 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     dit.cache_text_kv = layout.caches_text_kv
     local = layout.shape(shape)
     forwards = 2 if mode == "batched" else 1  # how many are in one batch
-    prompts = 1 if mode in ("none", "parallel") else 2  # whose keys and values are kept
+    prompts = 1 if mode == "none" else 2  # whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
@@ -241,6 +245,8 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
         kept = [prepared(1)] + [prepared(forwards)] * (prompts - 1)
         solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
         times = (forwards * batch, local[1]) if s.conditioning.trains_first_frame else forwards * batch
+        if mode == "parallel":  # both halves, exchanged
+            solver += [torch.empty(batch, *shape) for _ in range(2)]
         text, inputs = kept[-1]
         return dit(torch.cat([x] * forwards), torch.empty(times), text, **inputs), kept, solver
 
@@ -297,7 +303,11 @@ def sampling(
     phases = {"encode prompts": {"encoder": encoder}}
     if encode:
         phases["encode images"] = {"VAE": vae_bytes if one_at_a_time else vae_bytes + encoder, "activations": encode}
-    how = {"batched": "both halves of guidance in one batch", "sequential": "guidance in two passes"}
+    how = {
+        "batched": "both halves of guidance in one batch",
+        "sequential": "guidance in two passes",
+        "parallel": "guidance on two ranks",
+    }
     denoising = "activations" + (f", {how[mode]}" if mode in how else "")
     phases["denoise"] = {"DiT": on_device if one_at_a_time else all_weights, denoising: step}
     phases["decode"] = {"VAE": vae_bytes if one_at_a_time else all_weights, "activations and video": decode}
@@ -454,67 +464,3 @@ def mfu(dit, x, text, seconds, device):
         4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
     )
     return peak and flops / seconds / peak
-
-
-# ---- time on many GPUs -------------------------------------------------------------------------------------------
-def linear_flops(c, tokens, text):
-    """FLOPs of a forward pass of one sample: (in blocks' linears, in attention)."""
-    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim**2
-    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
-
-
-def sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
-    """Bytes that one rank gives away in a training step of a k/v translator on every block, by kind, as parallel.World
-    counts them.
-
-    grid: tokens (T',H',W') of a clip; batch: samples of a rank; adapter: bytes of the adapters; itemsize: of a weight.
-    The first block's self-attention needs no gradient. "weights": each block's shards are gathered on the way up and
-    once more on the way down.
-    """
-    found, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
-    if layout.sp_size > 1:
-        given = batch * local * (layout.sp_size - 1)
-        passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1
-        found["tokens"] = given * (
-            4 * c.dim * itemsize // layout.sp_size * passes + 4 * c.out_dim * math.prod(c.patch_size)
-        )
-    if layout.pp_size > 1:
-        found["tokens"] = 4 * max(batch, layout.pp_size) * math.prod(grid) * c.dim
-    if layout.fsdp_size > 1:
-        block = 4 * c.dim**2 * 2 + 2 * c.dim * c.ffn_dim
-        found["weights"] = 2 * c.num_layers * block * itemsize // layout.fsdp_size * (layout.fsdp_size - 1)
-    return found
-
-
-def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
-    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
-
-    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU.
-    Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
-    the forward pass again, and the gradient by activations.
-    """
-    tokens = math.prod(grid)
-    compute, weights = (
-        3 * sum(linear_flops(c, tokens, text)) / rate,
-        2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim),
-    )
-    link = lambda n: inside if n <= per_machine else between
-    ring = 2 * (ranks - 1) / ranks * adapter / link(ranks)
-    found = {"data parallel": ((compute + ring) / ranks, weights)}
-    if ranks > 1:
-        gathered = sent(c, ParallelLayout(fsdp_size=ranks), grid, 1, adapter)["weights"] / link(ranks)
-        found["--fsdp"] = (max(compute, gathered) + ring) / ranks, weights // ranks
-        group = max(u for u in (1, 2, 4, 8) if ranks % u == 0 and c.num_heads % u == 0 and u <= per_machine)
-        tokens_sent = (
-            sent(c, ParallelLayout(sp_size=group), grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
-        )
-        filling = math.prod(ParallelLayout(sp_size=group).grid(grid)) * group / tokens
-        found[f"--ulysses_size {group}"] = (compute / group * filling + tokens_sent + ring) / (ranks // group), weights
-        stages = min(ranks, per_machine)
-        micro = 2 * stages
-        handed = 2 * 4 * tokens * c.dim / link(stages)
-        found[f"--pipeline_stages {stages}"] = (
-            ((micro + stages - 1) * (compute / stages + handed) + ring) / micro / (ranks // stages),
-            weights // stages,
-        )
-    return found

@@ -238,11 +238,11 @@ def clip_inputs(args, conditioning):
     """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
     names = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
     names += ("src_root_path", "replace_flag", "refert_num")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    strange = [name for name in given if name not in conditioning.flags]
+    inputs = {name: getattr(args, name) for name in names if getattr(args, name)}
+    strange = [name for name in inputs if name not in conditioning.flags]
     if strange:
-        raise BadInput(f"--{strange[0]} {given[strange[0]]}: {args.ckpt} takes no such input")
-    return given
+        raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {args.ckpt} takes no such input")
+    return inputs
 
 
 def sampling_overrides(args):

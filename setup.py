@@ -56,31 +56,25 @@ def extension():
                 if CUDA == "1":
                     raise
                 self.extensions = []
-                why = " ".join(str(e).split()) or type(e).__name__
+                why = (" ".join(str(e).split()) or type(e).__name__) + "; NANOWAN_CUDA=0 tries it without CUDA" * cuda
                 print(f"nanowan: the C++ extension cannot be built, PyTorch's operations are used instead ({why})")
 
     lack = (
-        "this torch was built without CUDA"
-        if torch.version.cuda is None
-        else "there is no nvcc"
-        if CUDA_HOME is None
-        else None
+        "this torch was built without CUDA" if torch.version.cuda is None else "" if CUDA_HOME else "there is no nvcc"
     )
     if CUDA == "1" and lack:
         raise SystemExit(f"nanowan: NANOWAN_CUDA=1, but {lack}")
     cuda = CUDA != "0" and not lack
     if not cuda:
         print(f"nanowan: the C++ extension without CUDA ({lack or 'NANOWAN_CUDA=0'})")
-    sources = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cpp"))
-    flags = {"cxx": FLAGS + ["-DNANOWAN_CUDA"] * cuda}
+    sources, flags = sorted((HERE / "csrc").glob("*.cpp")), {"cxx": FLAGS + ["-DNANOWAN_CUDA"] * cuda}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
         # a .cu needs a name that no .cpp has: their object files lie side by side
-        kernels = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cu"))
-        return [CUDAExtension("nanowan_csrc", sources + kernels, extra_compile_args=flags | {"nvcc": ["-O3"]})], {
-            "build_ext": Build
-        }
-    return [CppExtension("nanowan_csrc", sources, extra_compile_args=flags)], {"build_ext": Build}
+        sources += sorted((HERE / "csrc").glob("*.cu"))
+        flags["nvcc"] = ["-O3"]
+    kind, names = CUDAExtension if cuda else CppExtension, [str(f.relative_to(HERE)) for f in sources]
+    return [kind("nanowan_csrc", names, extra_compile_args=flags)], {"build_ext": Build}
 
 
 modules, commands = extension()

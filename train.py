@@ -138,6 +138,8 @@ def resolve_flags(args, s):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = pick_dtype(args.dtype, args.device)
+    if s.conditioning.by_clips:
+        raise BadInput(f"--ckpt {args.ckpt}: {s.variant} can be sampled, and not yet trained")
     if args.expert and not s.is_moe:
         raise BadInput(f"--expert {args.expert}: {args.ckpt} has a single model")
     if s.is_moe:

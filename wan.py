@@ -178,8 +178,8 @@ VARIANTS = {
                         "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
                         "三条腿，背景人很多，倒着走")),
     "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
-                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20, shift=5.0, boundary=None, guidance=(1.0, 1.0),
-                        prompt="视频中的人在做动作"),
+                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
+                        shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
 }
 # fmt: on
 
@@ -272,7 +272,7 @@ class Wan(nn.Module):
         # parallel/)
         self.cache_text_kv = True
         self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
-        self.surround_blocks(contextlib.nullcontext, noop_context_fn)
+        self.surround_blocks()
 
     # ---- what is computed ----------------------------------------------------------------------------------------
     def forward(self, x, t, context, context_lens=None, **inputs):
@@ -411,7 +411,7 @@ class Wan(nn.Module):
         for block in self.blocks:
             block.self_attn.attend = attend
 
-    def surround_blocks(self, around, recompute_contexts):
+    def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
         """around() is a context manager around all blocks; recompute_contexts is checkpoint's context_fn."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
 

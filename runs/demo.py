@@ -15,10 +15,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import nano
-from checkpoint import cli
-from media import write_grid, write_mp4
-from sample import load
+
+from checkpoint import cli  # noqa: E402
+from media import write_grid, write_mp4  # noqa: E402
+from nanoworld.grader import shares  # noqa: E402
+from nanoworld.listening import print_scores, sample_and_grade, word_attribute  # noqa: E402
+from nanoworld.world import FPS, prompts  # noqa: E402
+from sample import load  # noqa: E402
 
 WORDS = ("crimson", "wedge", "halts")
 OUT = ROOT / "out" / "demo"
@@ -30,24 +33,20 @@ def run(*command):
 
 
 def listen(name, lora):
-    """Grade the checkpoint, and write the first clips of each suite."""
+    """Grade the checkpoint with these LoRAs: {suite: {attribute: share right}}, and [(prompt, clip)], the first two of
+    each suite, which are written too.
+    """
     models, scores, shown = load("nano", "cpu", torch.float32, lora), {}, []
-    suites = {f"the new word {w!r}": nano.prompts(40, 1, words=[w]) for w in WORDS} | {
-        "old words": nano.prompts(100, 1)
-    }
+    suites = {f"the new word {w!r}": prompts(40, 1, words=[w]) for w in WORDS} | {"old words": prompts(100, 1)}
     for suite, rows in suites.items():
-        word = rows[0].get("word")
-        asked = [{nano.NEW_WORDS[word][0]: r[nano.NEW_WORDS[word][0]]} for r in rows] if word else rows
-        graded, clips = nano.listen(models, rows)
-        scores[suite] = nano.shares(graded, asked)
-        nano.table(f"{name}: {suite}", asked, scores[suite], graded)
+        asked = [word_attribute(r) for r in rows] if "word" in rows[0] else rows
+        grades, clips = sample_and_grade(models, rows)
+        scores[suite] = shares(grades, asked)
+        print_scores(f"{name}: {suite}", asked, scores[suite], grades)
+        stem = suite.split()[-1].strip("'")
         for i in range(2):
-            write_mp4(
-                OUT / name / f"{suite.split()[-1]}_{i}.mp4".replace("'", ""),
-                clips[i],
-                nano.FPS,
-                json.dumps({"prompt": rows[i]["prompt"]}),
-            )
+            comment = json.dumps({"prompt": rows[i]["prompt"]})
+            write_mp4(OUT / name / f"{stem}_{i}.mp4", clips[i], FPS, comment)
             shown.append((rows[i]["prompt"], clips[i]))
     return scores, shown
 
@@ -73,41 +72,17 @@ def main():
     shutil.rmtree(OUT, ignore_errors=True)
     run(ROOT / "nano.py", "clips", "--out", OUT / "clips", "--n", 144, "--seed", 7, "--words", ",".join(WORDS))
     before, first = listen("before", [])
-    run(
-        ROOT / "train_lora.py",
-        "--ckpt",
-        "nano",
-        "--data",
-        OUT / "clips",
-        "--out",
-        OUT / "lora",
-        "--steps",
-        1000,
-        "--batch",
-        16,
-        "--rank",
-        16,
-        "--lr",
-        8e-3,
-        "--save_every",
-        500,
-    )
+    flags = ["--steps", 1000, "--batch", 16, "--rank", 16, "--lr", 8e-3, "--save_every", 500]
+    run(ROOT / "train_lora.py", "--ckpt", "nano", "--data", OUT / "clips", "--out", OUT / "lora", *flags)
     after, second = listen("after", [str(OUT / "lora" / "adapter_model.safetensors")])
     pairs = [pair for couple in zip(first, second) for pair in couple]
-    write_grid(
-        OUT / "before_after.png",
-        [clip for _, clip in pairs],
-        [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))],
-        columns=4,
-        scale=2,
-    )
+    labels = [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))]
+    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], labels, columns=4, scale=2)
     plot(OUT / "lora" / "log.jsonl", OUT / "loss.png")
     print("\nlistening, before -> after")
     for suite in before:
-        print(
-            f"  {suite:24} "
-            + ", ".join(f"{kind} {before[suite][kind]:.2f} -> {after[suite][kind]:.2f}" for kind in before[suite])
-        )
+        changes = [f"{kind} {old:.2f} -> {after[suite][kind]:.2f}" for kind, old in before[suite].items()]
+        print(f"  {suite:24} {', '.join(changes)}")
     print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, before/, after/, clips/")
     with open(OUT / "scores.json", "w") as f:
         json.dump({"before": before, "after": after}, f, indent=1)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Which of the lab's trainings makes the model listen? On nano, in about an hour and a half on two cores; a stopped run goes on where it was.
+# Which of the lab's trainings makes the model listen? On nano, in about an hour and a half on two cores; a stopped run
+# goes on where it was.
 #   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one
 # Leaves out/listen/SEED/NAME.json, and the table in out/listen/table.md.
 set -euo pipefail
@@ -8,20 +9,29 @@ PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
 WORDS=crimson,azure,wedge,plus,sinks,halts  # hardly any of these does the base show by luck, as it does box and ascends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 
+train() {  # train NAME COMMAND...: once; a stopped run goes on
+    [ -e "$DIR/$1/done" ] && return
+    local resume=
+    if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
+    $PY "${@:2}" --data "$DATA" --out "$DIR/$1" --seed "$SEED" $resume > "$DIR/$1.log" && touch "$DIR/$1/done"
+}
 te() {  # te NAME FLAGS...: teach the encoder
-    [ -e "$DIR/$1/done" ] || { $PY train_te.py --data "$DATA" --keywords "$KEYS" --out "$DIR/$1" --seed "$SEED" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 3 \
-        --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+    train "$1" train_te.py --keywords "$KEYS" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 3 \
+        --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
 }
 lora() {  # lora NAME FLAGS...: train a translator
-    [ -e "$DIR/$1/done" ] || { $PY train_lora.py --data "$DATA" --out "$DIR/$1" --seed "$SEED" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 \
-        "${@:2}" $(resume "$1") > "$DIR/$1.log" && touch "$DIR/$1/done"; }
+    train "$1" train_lora.py --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 "${@:2}"
 }
-resume() { if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then echo --resume; fi; }
 score() {  # score NAME FLAGS...: grade it
-    [ -e "$DIR/$1.json" ] || $PY diag.py listen --words "$KEYS" --n "${N:-34}" --seed "$((1000 + SEED))" --skip_before "${@:2}" --json "$DIR/$1.json" > /dev/null
-    [ -e "$DIR/$1.logits.json" ] || [ $# = 1 ] || $PY diag.py logits "${@:2}" --data "$DATA" --n 3 --json "$DIR/$1.logits.json" > /dev/null
+    [ -e "$DIR/$1.json" ] || $PY diag.py listen --words "$KEYS" --n "${N:-34}" --seed "$((1000 + SEED))" \
+        --skip_before "${@:2}" --json "$DIR/$1.json" > /dev/null
+    [ -e "$DIR/$1.logits.json" ] || [ $# = 1 ] || \
+        $PY diag.py logits "${@:2}" --data "$DATA" --n 3 --json "$DIR/$1.logits.json" > /dev/null
 }
-delta() { [ -e "$DIR/$1.delta.json" ] || $PY diag.py delta "$DIR/$1/adapter_model.safetensors" --json "$DIR/$1.delta.json" > /dev/null; }
+delta() {  # delta NAME: how far its translator moves the weights
+    [ -e "$DIR/$1.delta.json" ] || \
+        $PY diag.py delta "$DIR/$1/adapter_model.safetensors" --json "$DIR/$1.delta.json" > /dev/null
+}
 encoder() { echo --text_encoder "$DIR/$1/text_encoder.safetensors"; }
 adapter() { echo --lora "$DIR/$1/adapter_model.safetensors"; }
 
@@ -34,13 +44,14 @@ main_line() {
     use "$1"
     score base
     te te;                                          score te $(encoder te)
-    lora te_lora $(encoder te);                     score te_lora $(encoder te) $(adapter te_lora);             delta te_lora
+    lora te_lora $(encoder te);                     score te_lora $(encoder te) $(adapter te_lora); delta te_lora
 }
 claims() {
     use "$1"
     te te_short --steps 200;                        score te_short $(encoder te_short)
-    lora te_short_lora $(encoder te_short);         score te_short_lora $(encoder te_short) $(adapter te_short_lora);    delta te_short_lora
-    lora lora;                                      score lora $(adapter lora);              delta lora
+    lora te_short_lora $(encoder te_short)
+    score te_short_lora $(encoder te_short) $(adapter te_short_lora); delta te_short_lora
+    lora lora;                                      score lora $(adapter lora); delta lora
     # equal parameters: rank 16 on k and v, 8 on q, k, v and o
     lora lora_cross --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
     score lora_cross $(adapter lora_cross); delta lora_cross
@@ -57,7 +68,8 @@ orange() {  # a colour that the DiT has never drawn
     [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 240 --seed "$((80 + SEED))" --words orange
     N=100 score orange_base
     te orange_te --steps 400;                       N=100 score orange_te $(encoder orange_te)
-    lora orange_te_lora $(encoder orange_te);       N=100 score orange_te_lora $(encoder orange_te) $(adapter orange_te_lora);    delta orange_te_lora
+    lora orange_te_lora $(encoder orange_te)
+    N=100 score orange_te_lora $(encoder orange_te) $(adapter orange_te_lora); delta orange_te_lora
 }
 
 for part in ${PARTS:-main_line claims orange}; do

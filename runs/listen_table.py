@@ -24,16 +24,23 @@ NAMES = {
 }
 
 
+def read(folders, name):
+    """What is in the files of this name, in those folders that have one."""
+    return [json.loads((d / name).read_text()) for d in folders if (d / name).exists()]
+
+
 def main():
     seeds = sorted(d for d in Path(sys.argv[1]).iterdir() if d.is_dir())
-    print(
-        "| trained | new words, pooled (each seed) | worst word | old words: colour, shape, motion | logit drift | dW/W |\n|---|---|---|---|---|---|"
+    columns = (
+        "trained",
+        "new words, pooled (each seed)",
+        "worst word",
+        "old words: colour, shape, motion",
+        "logit drift",
     )
+    print(f"| {' | '.join([*columns, 'dW/W'])} |\n{'|---' * 6}|")
     for name, label in NAMES.items():
-        read = lambda end: [
-            json.loads((d / f"{name}{end}").read_text()) for d in seeds if (d / f"{name}{end}").exists()
-        ]
-        scores = read(".json")
+        scores = read(seeds, f"{name}.json")
         if not scores:
             continue
         sides = [next(iter(s.values())) for s in scores]
@@ -43,12 +50,17 @@ def main():
         }
         worst = min(words, key=words.get)
         old = ", ".join(f"{mean(s['old words'][k]['right'] for s in sides):.3f}" for k in ("color", "shape", "motion"))
-        drift = [max(r["drift"] for rows in s.values() for r in rows) for s in read(".logits.json")]
-        moved = [s["together"] for s in read(".delta.json")]
-        print(
-            f"| {label} | {mean(pooled):.3f} ({', '.join(f'{p:.2f}' for p in pooled)}) | {worst} {words[worst]:.2f} | {old} | {f'{mean(drift):.2f}' if drift else ''} | "
-            f"{f'{100 * mean(moved):.0f} %' if moved else ''} |"
-        )
+        drift = [max(r["drift"] for rows in s.values() for r in rows) for s in read(seeds, f"{name}.logits.json")]
+        moved = [s["relative_norm"] for s in read(seeds, f"{name}.delta.json")]
+        cells = [
+            label,
+            f"{mean(pooled):.3f} ({', '.join(f'{p:.2f}' for p in pooled)})",
+            f"{worst} {words[worst]:.2f}",
+            old,
+            f"{mean(drift):.2f}" if drift else "",
+            f"{100 * mean(moved):.0f} %" if moved else "",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def break_checkpoint(folder, how):
         ("no config", "config.json is missing"),
         ("bad index", "not a weight index"),
         ("other config", "dim is 64, the weights have 48"),
-        ("list config", "model_type should be"),
+        ("list config", "not a model configuration"),
         ("bad tokenizer", "not a sentencepiece model"),
     ],
 )
@@ -375,6 +375,8 @@ def test_errors_of_the_system_name_the_file(tmp_path):
     assert e.value.filename == str(tmp_path / "file" / "a.safetensors")
     with pytest.raises(OSError, match="Is a directory"):
         save(tmp_path, {"x": torch.ones(2)})
+    with pytest.raises(OSError, match="No such file or directory: .*/source") as e, atomic(tmp_path / "a"):
+        open(tmp_path / "source")  # a file that is read meanwhile has its own name
     with pytest.raises(OSError, match="cannot be written .Input/output error; the disk at /.* GB free"):
         with atomic(tmp_path / "a"):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")

@@ -1,5 +1,6 @@
-"""diag.py inspect: tiny checkpoints, LoRA files, videos, and full-size headers."""
+"""diag.py: each command on tiny checkpoints, against brute force; what cannot be done is said in one line."""
 
+import argparse
 import json
 import math
 import re
@@ -14,13 +15,23 @@ import tiny
 import torch
 from test_lora import trained
 
-from checkpoint import BadInput
-from diag import inspect
+from checkpoint import BadInput, load, read_header, save
+from diag import arguments
+from diagnostics.inspect import inspect
+from diagnostics.planning import candidate_flags, planned
+from diagnostics.scale import linear_flops, step_times
 from lora import TARGETS, save_lora
 from media import write_mp4
-from wan import VARIANTS, Wan, full_config
+from nanoworld.world import NEW_WORDS
+from wan import VARIANTS, build, full_config
 
 ROOT = Path(__file__).parent.parent
+
+
+def diag(*argv):
+    """Run a command in this process. What the command line says in one line is raised as BadInput."""
+    args = arguments([str(a) for a in argv])
+    args.run(args)
 
 
 def write_header(file, tensors, kind="F32"):
@@ -37,7 +48,7 @@ def write_header(file, tensors, kind="F32"):
 
 def full_size(folder, variant, shards=3, kind="F32"):
     with torch.device("meta"):
-        state = list(Wan(full_config(variant)).state_dict().items())
+        state = list(build(variant).state_dict().items())
     row = VARIANTS[variant]
     config = {k: row[k] for k in ("model_type", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")}
     for sub in ("high_noise_model", "low_noise_model") if row["boundary"] else (".",):
@@ -62,28 +73,23 @@ def released(tmp_path_factory):
 
 
 def test_full_size_headers_are_all_that_is_read(released, tmp_path, report):
-    """5B and both experts of both A14B models, in one process: bytes read from files, and peak memory."""
+    """All released models, in one process: bytes read from files, and the growth of memory."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, re\n"
-        "def proc(file, key): return int(re.search(key + r':\\s+(\\d+)', open(f'/proc/self/{file}').read())[1])\n"
-        "before = proc('io', 'rchar'); diag.main(); print('READ', proc('io', 'rchar') - before)\n"
-        "print('PEAK', proc('status', 'VmHWM'))"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, plan, re\n"
+        "def read(): return int(re.search(r'rchar: (\\d+)', open('/proc/self/io').read())[1])\n"
+        "bytes_before, before = read(), plan.resident(); diag.main()\n"
+        "print('READ', read() - bytes_before); print('PEAK', plan.resident('VmHWM') - before)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, ROOT, "inspect", *released.values(), "--json", tmp_path / "found.json"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, "-c", code, ROOT, "inspect", *released.values(), "--json", tmp_path / "found.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     files = [f for folder in released.values() for f in folder.rglob("*") if f.is_file()]
-    headers = sum(
-        int.from_bytes(open(f, "rb").read(8), "little") if f.suffix == ".safetensors" else f.stat().st_size
-        for f in files
-    )
-    report("bytes read", int(re.search(r"READ (\d+)", run.stdout)[1]), 1.5 * headers)
-    report("peak bytes", int(re.search(r"PEAK (\d+)", run.stdout)[1]) * 1024, 600e6)
-    found = json.loads((tmp_path / "found.json").read_text())["models"]
-    assert [m["variant"] for m in found] == ["ti2v-5B", "t2v-A14B", "t2v-A14B", "i2v-A14B", "i2v-A14B"]
+    headers = [int.from_bytes(open(f, "rb").read(8), "little") for f in files if f.suffix == ".safetensors"]
+    texts = [f.stat().st_size for f in files if f.suffix == ".json"]
+    report("bytes read", int(re.search(r"READ (\d+)", done.stdout)[1]), 3 * sum(headers + texts))
+    report("peak bytes", int(re.search(r"PEAK (\d+)", done.stdout)[1]), 100e6)
+    models = json.loads((tmp_path / "found.json").read_text())["models"]
+    assert [m["variant"] for m in models] == ["ti2v-5B", *["t2v-A14B"] * 2, *["i2v-A14B"] * 2, "s2v-14B", "animate-14B"]
 
 
 def test_the_numbers_of_5b(released):
@@ -105,7 +111,7 @@ def test_the_numbers_of_5b(released):
         "bytes": 4 * 4_999_787_712,
         "experts": [],
         "image_conditioning_keys": False,
-        "blocks_with": {t: 30 for t in TARGETS},
+        "blocks_with": dict.fromkeys(TARGETS, 30),
     }
     assert {k: m[k] for k in want} == want
     assert "single-tower" in m["summary"] and "TI2V" in m["summary"] and "no image-conditioning keys" in m["summary"]
@@ -178,27 +184,23 @@ def test_what_cannot_be_inspected(tmp_path):
 
 
 def test_one_bad_path_does_not_hide_the_others(checkpoints, tmp_path):
-    (tmp_path / "page.safetensors").write_text("<html>")
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "diag.py",
-            "inspect",
-            tmp_path / "page.safetensors",
-            checkpoints["ti2v"],
-            "--json",
-            tmp_path / "f.json",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1 and "1 of 2 paths" in run.stderr and "Traceback" not in run.stderr
-    assert [m["kind"] for m in json.loads((tmp_path / "f.json").read_text())["models"]] == [
-        "unreadable",
-        "dit",
-        "text_encoder",
-        "vae",
-    ]
+    page, result = tmp_path / "page.safetensors", tmp_path / "f.json"
+    page.write_text("<html>")
+    with pytest.raises(BadInput, match="1 of 2 paths"):
+        diag("inspect", page, checkpoints["ti2v"], "--json", result)
+    kinds = [m["kind"] for m in json.loads(result.read_text())["models"]]
+    assert kinds == ["unreadable", "dit", "text_encoder", "vae"]
+
+
+def test_an_encoders_changes_are_inspected(checkpoints, tmp_path):
+    """A file of train_te.py --save delta: two of its blocks' tensors and three embedding rows."""
+    state = torch.load(checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    tensors = {name: t for name, t in state.items() if name.startswith("blocks.1.")}
+    tensors |= {"token_embedding.rows": torch.zeros(3, tiny.TEXT_DIM), "token_embedding.ids": torch.tensor([5, 6, 9])}
+    save(tmp_path / "d.safetensors", tensors, {"delta": True, "keywords": "fox"})
+    (model,) = inspect(tmp_path / "d.safetensors")
+    assert (model["kind"], model["blocks"], model["rows"]) == ("text_encoder_delta", [1], 3)
+    assert "fox" in model["summary"] and "3 embedding rows" in model["summary"]
 
 
 def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
@@ -212,7 +214,7 @@ def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
-    from diag import delta, together
+    from diagnostics.delta import delta, relative_norm
     from lora import merge
     from wan import load_wan
 
@@ -239,11 +241,11 @@ def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
         every.append((d.flatten(), w.flatten()))
     report("relative error", worst, 1e-5)
     d, w = (torch.cat(u).norm().item() for u in zip(*every))
-    report("of all together", abs(together(rows) / (d / w) - 1), 1e-5)
+    report("of all together", abs(relative_norm(rows) / (d / w) - 1), 1e-5)
 
 
 def test_a_capped_lora_stays_under_its_cap(tmp_path, checkpoints):
-    from diag import cap_lora, delta
+    from diagnostics.delta import cap_lora, delta
 
     save_lora(tmp_path / "a.safetensors", trained())
     rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
@@ -255,7 +257,7 @@ def test_a_capped_lora_stays_under_its_cap(tmp_path, checkpoints):
 
 
 def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
-    from diag import delta
+    from diagnostics.delta import delta
 
     save_lora(tmp_path / "a.safetensors", trained())
     with pytest.raises(BadInput, match="does not fit"):
@@ -263,10 +265,7 @@ def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
 
 
 def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, report):
-    from types import SimpleNamespace
-
-    from checkpoint import save
-    from diag import delta, run_delta
+    from diagnostics.delta import delta
     from t5 import load_t5
 
     model, encoder = tiny.dit("ti2v"), load_t5(checkpoints["ti2v"], dtype=torch.float32)
@@ -289,18 +288,84 @@ def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, r
     save(tmp_path / "te.safetensors", {"token_embedding.rows": moved, "token_embedding.ids": ids}, {"delta": True})
     (r,) = delta(tmp_path / "te.safetensors", checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth")
     report("of two rows", abs(r["ratio"] / (0.5 * table[ids].norm() / table.norm()).item() - 1), 1e-5)
-    run_delta(
-        SimpleNamespace(
-            lora=tmp_path / "te.safetensors", ckpt=checkpoints["ti2v"], cap=None, out=None, json=tmp_path / "d.json"
-        )
-    )
+    diag("delta", tmp_path / "te.safetensors", "--ckpt", checkpoints["ti2v"], "--json", tmp_path / "d.json")
     assert len(json.loads((tmp_path / "d.json").read_text())["rows"]) == 1
+
+
+def delta_rows(tmp_path, *argv):
+    """The rows of a delta command, {(expert, name): row}."""
+    diag("delta", *argv, "--json", tmp_path / "rows.json")
+    return {(r["expert"], r["name"]): r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+
+
+def test_delta_of_every_kind_of_change(checkpoints, tmp_path, report):
+    """Differences of a weight, a bias and a modulation, and a LoKr, beside what merging the file moves."""
+    from lora import merge
+    from wan import load_wan
+
+    g = torch.Generator().manual_seed(3)
+    changes = {
+        "ffn.0.diff": torch.randn(104, 48, generator=g),
+        "ffn.0.diff_b": torch.randn(104, generator=g),
+        "diff_m": torch.randn(1, 6, 48, generator=g),
+        "self_attn.q.lokr_w1": torch.randn(4, 4, generator=g),
+        "self_attn.q.lokr_w2": torch.randn(12, 12, generator=g),
+    }
+    save(tmp_path / "a.safetensors", {f"diffusion_model.blocks.1.{key}": t for key, t in changes.items()})
+    base, moved = (load_wan(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
+    merge(moved, tmp_path / "a.safetensors")
+    base, moved = dict(base.named_parameters()), dict(moved.named_parameters())
+    rows = delta_rows(tmp_path, tmp_path / "a.safetensors", "--ckpt", checkpoints["ti2v"])
+    names = {f"blocks.1.{name}" for name in ("ffn.0", "ffn.0.bias", "modulation", "self_attn.q")}
+    assert {name for _, name in rows} == names
+    for (_, name), row in rows.items():
+        parameter = name if name in base else f"{name}.weight"
+        difference = moved[parameter].double() - base[parameter].double()
+        report(f"{name}, norm", abs(row["norm"] / difference.norm().item() - 1), 1e-5)
+        report(f"{name}, ratio", abs(row["ratio"] / (difference.norm() / base[parameter].norm()).item() - 1), 1e-5)
+
+
+def test_delta_between_sharded_folders(checkpoints, tmp_path):
+    model = tiny.dit("ti2v")
+    model.blocks[2].cross_attn.v.weight *= 1.5
+    tiny.write_dit(tmp_path / "moved", model, shards=3)
+    rows = delta_rows(tmp_path, tmp_path / "moved", "--ckpt", checkpoints["ti2v"])
+    (name,) = [name for (_, name), row in rows.items() if row["ratio"]]
+    assert name == "blocks.2.cross_attn.v" and abs(rows[None, name]["ratio"] - 0.5) < 1e-6
+
+
+def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
+    """The expert that a file is for is the one that it is compared with; two experts are compared with each other's."""
+    from wan import load_wan
+
+    norms = {
+        half: load_wan(checkpoints["t2v"] / f"{half}_noise_model", dtype=torch.float32)
+        .blocks[0]
+        .cross_attn.k.weight.norm()
+        for half in ("high", "low")
+    }
+    name = "blocks.0.cross_attn.k"
+    for file, metadata, flag in (("a", {"expert": "low"}, ""), ("b_low_noise", {}, ""), ("c", {}, ":low")):
+        path = tmp_path / f"{file}.safetensors"
+        save_lora(path, trained(kind="t2v"), **metadata)
+        rows = delta_rows(tmp_path, f"{path}{flag}", "--ckpt", checkpoints["t2v"])
+        assert {expert for expert, _ in rows} == {"low"}
+        assert abs(rows["low", name]["base"] / norms["low"].item() - 1) < 1e-6
+    with pytest.raises(BadInput, match="for which expert"):
+        diag("delta", path, "--ckpt", checkpoints["t2v"])
+    with pytest.raises(BadInput, match="holds two experts"):
+        diag("delta", checkpoints["t2v"] / "low_noise_model", "--ckpt", checkpoints["t2v"])
+    shutil.copytree(checkpoints["t2v"], tmp_path / "moved")
+    tiny.write_dit(tmp_path / "moved" / "high_noise_model", tiny.dit("t2v", 12))
+    rows = delta_rows(tmp_path, tmp_path / "moved", "--ckpt", checkpoints["t2v"])
+    assert rows["low", name]["ratio"] == 0 and rows["high", name]["ratio"] > 0.5
+    assert abs(rows["high", name]["base"] / norms["high"].item() - 1) < 1e-6
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_stats_equal_brute_force(masked, report):
     """Against the softmax of one query and head at a time, in float64."""
-    from diag import attention_stats
+    from diagnostics.logits import attention_stats
 
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 11, 3, 8, generator=g), torch.randn(2, 7, 3, 8, generator=g)
@@ -321,57 +386,88 @@ def test_attention_stats_equal_brute_force(masked, report):
         report("relative error", max(abs(a / b - 1) for a, b in zip(got[head].tolist(), want)), 1e-5)
 
 
-def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoints):
+def test_drift_of_logits_is_relative_to_before():
+    """The largest of three changes over the value before: of the mean deviation 2 -> 3, the maximum 4 -> 5, ..."""
+    from diagnostics.logits import logit_rows
+
+    before = {(0, "self_attn"): [torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[3.0, 4.0, 3.0]])]}
+    after = {(0, "self_attn"): [torch.tensor([[3.0, 5.0, 2.0]]), torch.tensor([[3.0, 1.0, 2.2]])]}
+    (row,) = logit_rows(before, after)
+    assert (row["std"], row["max"]) == ([2.0, 3.0], [4.0, 5.0]) and abs(row["drift"] - 0.5) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def one_clip(tmp_path_factory):
+    """Flags of logits for one clip of nine frames."""
     from test_data import clip
 
-    from diag import logits
+    folder = tmp_path_factory.mktemp("clip")
+    clip(folder / "a.mp4", 24, 64, 64)
+    return {"data": folder, "resolution": "64x64", "frames": 9}
 
-    clip(tmp_path / "d" / "a.mp4", 24, 64, 64) if (tmp_path / "d").mkdir() is None else None
-    save_lora(tmp_path / "k.safetensors", trained(["cross_attn.k"], blocks=[1]))
-    seen = logits(
-        checkpoints["ti2v"], [str(tmp_path / "k.safetensors")], n=1, data=tmp_path / "d", resolution="64x64", frames=9
-    )["dit"]
-    moved = {(r["block"], r["kind"]) for r in seen if r["drift"] > 1e-5}
-    assert len(seen) == 3 * 2 * 2 and (1, "cross_attn") in moved and (2, "self_attn") in moved
+
+def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoints, one_clip, capsys):
+    from diagnostics.logits import logits
+
+    lora = tmp_path / "k.safetensors"
+    save_lora(lora, trained(["cross_attn.k"], blocks=[1]))
+    rows = logits(checkpoints["ti2v"], [str(lora)], n=1, **one_clip)["dit"]
+    moved = {(r["block"], r["kind"]) for r in rows if r["drift"] > 1e-5}
+    assert len(rows) == 3 * 2 * 2 and (1, "cross_attn") in moved and (2, "self_attn") in moved
     assert not {(0, "self_attn"), (0, "cross_attn"), (1, "self_attn")} & moved
-    run = lambda *flags: subprocess.run(
-        [
-            sys.executable,
-            ROOT / "diag.py",
-            "logits",
-            "--ckpt",
-            checkpoints["ti2v"],
-            "--lora",
-            tmp_path / "k.safetensors",
-            "--data",
-            tmp_path / "d",
-            "--resolution",
-            "64x64",
-            "--frames",
-            "9",
-            "--n",
-            "1",
-            "--ci",
-            "--device",
-            "cpu",
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    worst = max(r["drift"] for r in seen)
-    assert run("--threshold", str(worst * 1.01)).returncode == 0
-    drifted = run("--threshold", str(worst * 0.99), "--json", tmp_path / "l.json")
-    assert (
-        drifted.returncode == 1
-        and "drift by more than --threshold" in drifted.stderr
-        and "<-- drifts" in drifted.stdout
-    )
-    assert json.loads((tmp_path / "l.json").read_text())["dit"] == seen
+    worst = max(r["drift"] for r in rows)
+    flags = [word for key, value in one_clip.items() for word in (f"--{key}", value)]
+    command = "logits", "--ckpt", checkpoints["ti2v"], "--lora", lora, *flags, "--n", "1", "--ci", "--device", "cpu"
+    diag(*command, "--threshold", worst * 1.01)
+    with pytest.raises(BadInput, match="drift by more than --threshold"):
+        diag(*command, "--threshold", worst * 0.99, "--json", tmp_path / "l.json")
+    assert "<-- drifts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "l.json").read_text())["dit"] == rows
+
+
+def test_logits_are_those_of_the_attention_itself(checkpoints):
+    """The recorded maximum and deviation, against q and k as the reference operations hand them to attention."""
+    from test_wan import inputs
+
+    import ops
+    from diagnostics.logits import attention_stats, record_attention
+    from wan import load_wan
+
+    model = load_wan(checkpoints["ti2v"], dtype=torch.float32)
+    x, t, context = inputs("ti2v")
+    seen, real = [], ops.attention
+
+    def attention(q, k, v, bias=None):
+        seen.append(attention_stats(q, k, bias))
+        return real(q, k, v, bias)
+
+    with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "attention", attention)
+        model(x, t, context)
+    order = [(block, kind) for block in range(3) for kind in ("self_attn", "cross_attn")]
+    assert list(stats) == order
+    for key, want in zip(order, seen):
+        torch.testing.assert_close(stats[key][0], want)
+
+
+def test_logits_that_are_no_numbers_fail_ci(tmp_path, checkpoints, one_clip, capsys):
+    model = trained(["cross_attn.k"], blocks=[1])
+    model.blocks[1].cross_attn.k.lora_B.data.fill_(math.nan)
+    save_lora(tmp_path / "nan.safetensors", model)
+    flags = [word for key, value in one_clip.items() for word in (f"--{key}", value)]
+    command = "logits", "--ckpt", checkpoints["ti2v"], "--lora", tmp_path / "nan.safetensors", *flags, "--n", "1"
+    with pytest.raises(BadInput, match="drift by more than --threshold"):
+        diag(*command, "--ci", "--threshold", "1e9", "--device", "cpu")
+    assert "drift nan" in capsys.readouterr().out
+    diag("delta", tmp_path / "nan.safetensors", "--ckpt", checkpoints["ti2v"])
+    assert "largest: blocks.1.cross_attn.k nan %" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="not finite"):
+        flags = "--cap", "0.1", "--out", tmp_path / "capped.safetensors"
+        diag("delta", tmp_path / "nan.safetensors", "--ckpt", checkpoints["ti2v"], *flags)
 
 
 def test_drift_of_an_encoder(tmp_path, checkpoints, report):
-    from diag import drift
+    from diagnostics.drift import drift
     from t5 import load_t5
 
     old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
@@ -389,52 +485,44 @@ def test_drift_of_an_encoder(tmp_path, checkpoints, report):
         max(abs(t["norm"] - (y.norm() / x.norm()).item()) for t, x, y in zip(found["prompts"][0]["tokens"], a, b)),
         1e-6,
     )
+    report("norm of all", abs(found["prompts"][0]["norm"] - (b.norm() / a.norm()).item()), 1e-6)
     assert found["prompts"][0]["cosine"] < 0.999 and len(found["prompts"][0]["tokens"]) == len(a)
     before, after = found["keywords"]["fox"]
-    mean = lambda e, w: e.encode([w])[0][0].mean(0)
-    cosine = torch.nn.functional.cosine_similarity
+    fox, dog = (new.encode([word])[0][0].mean(0) for word in ("fox", "dog"))
+    cosine = torch.nn.functional.cosine_similarity(dog, fox, dim=0).item()
     assert {w for w, _ in after} == {"a", "red", "dog"} and after[0][1] >= after[1][1] and dict(before) != dict(after)
-    report("neighbour", abs(dict(after)["dog"] - cosine(mean(new, "dog"), mean(new, "fox"), dim=0).item()), 1e-6)
+    report("neighbour", abs(dict(after)["dog"] - cosine), 1e-6)
+
+
+def test_drift_of_a_file_uses_the_tokenizer_of_its_folder(tmp_path, checkpoints, capsys):
+    """OLD, where that is a folder; a file alone has none, and nano's would be silently wrong."""
+    state = torch.load(checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    save(tmp_path / "te.safetensors", state)
+    (tmp_path / "p.txt").write_text("the lazy dog\n")
+    diag("drift", checkpoints["ti2v"], tmp_path / "te.safetensors", "--prompts", tmp_path / "p.txt")
+    assert "mean cosine 1.0000" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="no tokenizer; give"):
+        diag("drift", tmp_path / "te.safetensors", tmp_path / "te.safetensors")
+    with pytest.raises(BadInput, match="cannot be compared"):
+        diag("drift", checkpoints["ti2v"], "nano", "--prompts", tmp_path / "p.txt")
 
 
 def test_listen_grades_new_words_apart_from_old(tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "diag.py",
-            "listen",
-            "--ckpt",
-            "nano",
-            "--words",
-            "crimson,ascends",
-            "--n",
-            "10",
-            "--json",
-            tmp_path / "l.json",
-            "--device",
-            "cpu",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    (found,) = json.loads((tmp_path / "l.json").read_text()).values()
-    assert {s: list(k) for s, k in found.items()} == {
+    flags = "--words", "crimson,ascends", "--n", "10", "--json", tmp_path / "l.json", "--device", "cpu"
+    diag("listen", "--ckpt", "nano", *flags)
+    (scores,) = json.loads((tmp_path / "l.json").read_text()).values()
+    assert {suite: list(kinds) for suite, kinds in scores.items()} == {
         "crimson": ["color"],
         "ascends": ["motion"],
         "new words": ["pooled"],
         "old words": ["color", "shape", "motion"],
     }
-    assert all(
-        v["low"] - 1e-9 <= v["right"] <= v["high"] + 1e-9 and v["n"] == (20 if s.endswith("words") else 10)
-        for s, k in found.items()
-        for v in k.values()
-    )
-    assert (
-        found["new words"]["pooled"]["right"]
-        == (found["crimson"]["color"]["right"] + found["ascends"]["motion"]["right"]) / 2
-    )
-    assert found["crimson"]["color"]["right"] <= 0.3 and all(v["right"] >= 0.8 for v in found["old words"].values())
+    for suite, kinds in scores.items():
+        for s in kinds.values():
+            assert s["low"] - 1e-9 <= s["right"] <= s["high"] + 1e-9 and s["n"] == (20 if "words" in suite else 10)
+    crimson, ascends = scores["crimson"]["color"]["right"], scores["ascends"]["motion"]["right"]
+    assert scores["new words"]["pooled"]["right"] == (crimson + ascends) / 2
+    assert crimson <= 0.3 and all(s["right"] >= 0.8 for s in scores["old words"].values())
 
 
 def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints):
@@ -444,89 +532,208 @@ def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints):
     (tmp_path / "p.txt").write_text("a fox\na dog\n")
     shutil.copytree(checkpoints["ti2v"], tmp_path / "d")
     config = json.loads((tmp_path / "d" / "config.json").read_text())
-    (tmp_path / "d" / "config.json").write_text(
-        json.dumps(config | {"sample": {"size": [64, 32], "frames": 5, "steps": 2}})
-    )
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "diag.py",
-            "listen",
-            "--ckpt",
-            tmp_path / "d",
-            "--lora",
-            tmp_path / "k.safetensors",
-            "--prompts",
-            tmp_path / "p.txt",
-            "--out",
-            tmp_path / "sheet.png",
-            "--device",
-            "cpu",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    config["sample"] = {"size": [64, 32], "frames": 5, "steps": 2}
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config))
+    changed = "--ckpt", tmp_path / "d", "--lora", tmp_path / "k.safetensors", "--device", "cpu"
+    diag("listen", *changed, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "sheet.png")
     sheet = Image.open(tmp_path / "sheet.png")
-    left, right = (
-        sheet.crop((0, 20, sheet.width // 2, sheet.height)),
-        sheet.crop((sheet.width // 2, 20, sheet.width, sheet.height)),
-    )
+    w, h = sheet.size
+    left, right = sheet.crop((0, 20, w // 2, h)), sheet.crop((w // 2, 20, w, h))
     assert len(set(sheet.tobytes())) > 50 and left.tobytes() != right.tobytes()
 
 
 @pytest.mark.parametrize("script", ["train_lora", pytest.param("train_te", marks=pytest.mark.slow)])
-def test_a_report_is_one_file_that_holds_everything(tmp_path, script):
+def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
+    """Of new words it grades those that the run's captions hold."""
     (tmp_path / "p.txt").write_text("a crimson box sinks\na red circle moves left\n")
-    subprocess.run(
-        [sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"],
-        check=True,
-        capture_output=True,
-    )
-    run = [
-        sys.executable,
-        ROOT / f"{script}.py",
-        "--data",
-        tmp_path / "clips",
-        "--out",
-        tmp_path / "run",
-        "--steps",
-        "4",
-        "--batch",
-        "4",
-        "--device",
-        "cpu",
-        "--previews",
-        tmp_path / "p.txt",
-        "--eval_every",
-        "2",
-        *(["--keywords", "crimson"] if script == "train_te" else []),
-    ]
-    subprocess.run(run, check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, ROOT / "diag.py", "report", tmp_path / "run", "--n", "2"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    clips = ["--out", tmp_path / "clips", "--n", "40", "--words", "crimson"]
+    subprocess.run([sys.executable, ROOT / "nano.py", "clips", *clips], check=True, capture_output=True)
+    flags = ["--data", tmp_path / "clips", "--out", tmp_path / "run", "--steps", "4", "--batch", "4", "--device", "cpu"]
+    flags += ["--previews", tmp_path / "p.txt", "--eval_every", "2"]
+    flags += ["--keywords", "crimson"] if script == "train_te" else []
+    subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], check=True, capture_output=True)
+    diag("report", tmp_path / "run", "--n", "2")
+    progress = capsys.readouterr().out
+    assert "listening after training" in progress and "crimson: 2 prompts" in progress
     page = (tmp_path / "run" / "report.html").read_text()
-    for wanted in (
-        "<h2>Loss",
-        "<h2>Learning rate",
-        "<h2>How far the",
-        "<h2>Attention logits",
-        "<h2>Previews",
-        "<h2>Listening",
-        "<h2>Flags",
-        "<h2>Versions",
-        "step 000000",
-        "step 000004",
-        "crimson",
-        torch.__version__,
-        *(["nearest after"] if script == "train_te" else ["adapter_model.safetensors"]),
-    ):
-        assert wanted in page, wanted
+    sections = (
+        "Loss",
+        "Learning rate",
+        "How far the",
+        "Attention logits",
+        "Previews",
+        "Listening",
+        "Flags",
+        "Versions",
+    )
+    wanted = [f"<h2>{section}" for section in sections] + ["step 000000", "step 000004", "crimson", torch.__version__]
+    wanted.append("nearest after" if script == "train_te" else "adapter_model.safetensors")
+    assert not [text for text in wanted if text not in page]
+    assert not [word for word in NEW_WORDS if word != "crimson" and f"<td>{word}</td>" in page]
     assert page.count("data:image/png;base64,") >= 7 and not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_an_encoder_in_another_layout(checkpoints, tmp_path):
+    """ComfyUI's holds the tokenizer; there and back again the tensors are the same, and nothing has moved."""
+    comfyui, official = tmp_path / "comfyui.safetensors", tmp_path / "official.safetensors"
+    diag("convert", checkpoints["ti2v"], comfyui, "--to", "comfyui")
+    entries, _ = read_header(comfyui)
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in entries and "spiece_model" in entries
+    assert inspect(comfyui)[0]["layers"] == 2
+    assert not any(row["ratio"] for row in delta_rows(tmp_path, comfyui, "--ckpt", checkpoints["ti2v"]).values())
+    diag("convert", comfyui, official, "--to", "official")
+    want = torch.load(checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    got, _ = load(official)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
 def test_a_report_of_nothing(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "diag.py", "report", tmp_path], capture_output=True, text=True)
-    assert run.returncode == 1 and "not the --out of a training run" in run.stderr
+    with pytest.raises(BadInput, match="not the --out of a training run"):
+        diag("report", tmp_path)
+    (tmp_path / "flags.json").write_text('{"flags": {"ckpt": "nano", "data": null}, "started": "now"}')
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(BadInput, match="no step has been logged"):
+        diag("report", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    """An empty file of each kind, a weight file without tensors, and an mp4 with sound and no picture."""
+    import av
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("odd")
+    for name in ("empty.safetensors", "empty.mp4", "empty.pth", "empty.txt"):
+        (folder / name).write_bytes(b"")
+    save(folder / "none.safetensors", {})
+    with av.open(str(folder / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command,message",
+    [
+        ("inspect {odd}/empty.safetensors", "not a weight file"),
+        ("inspect {odd}/empty.pth", "not a weight file"),
+        ("inspect {odd}/empty.mp4", "not a readable video"),
+        ("inspect {odd}/sound.mp4", "holds no video, only audio"),
+        ("delta {odd}/empty.safetensors", "not a weight file"),
+        ("delta {odd}/none.safetensors", "holds no weights that could be compared"),
+        ("delta {odd}/sound.mp4", "not a weight file"),
+        ("delta {odd}/nowhere", "no such file"),
+        ("delta {lora} --cap 0 --out x.safetensors", "--cap 0.0: at least"),
+        ("delta {lora} --cap 0.1", "give both"),
+        ("delta {ckpt} --ckpt {ckpt} --cap 0.1 --out x.safetensors", "only a LoRA file"),
+        ("logits --lora {lora} --n 0", "--n 0: at least 1"),
+        ("logits --ckpt {ckpt} --lora {lora} --data {odd}/empty.txt", "--data"),
+        ("logits --ckpt {ckpt} --lora {odd}/empty.safetensors", "not a weight file"),
+        ("drift {ckpt} {odd}/empty.safetensors", "not a weight file"),
+        ("drift {ckpt} {ckpt} --prompts {odd}/empty.txt", "holds no prompts"),
+        ("listen --n 0", "--n 0: at least 1"),
+        ("reuse --thresholds 1.5", "--thresholds 1.5"),
+        ("convert {ckpt} x.bin --to comfyui", "should end in .safetensors"),
+        ("convert {odd}/none.safetensors x.safetensors --to official", "not a UMT5 encoder"),
+        ("report {odd} --n -1", "--n -1: at least 0"),
+        ("scale --frames 0", "--frames 0"),
+        ("scale --per_machine 0", "--per_machine 0"),
+        ("scale --tflops 0", "--tflops 0"),
+        ("plan --gpus 0x80 sample", "COUNTxGB"),
+        ("plan --gpus 8x0 sample", "COUNTxGB"),
+    ],
+)
+def test_what_cannot_be_done_is_said(command, message, odd_files, checkpoints, tmp_path):
+    save_lora(tmp_path / "a.safetensors", trained())
+    words = command.format(odd=odd_files, ckpt=checkpoints["ti2v"], lora=tmp_path / "a.safetensors").split()
+    with pytest.raises(BadInput, match=message):
+        diag(*words)
+
+
+def test_a_weight_file_without_tensors_is_inspected(odd_files):
+    assert inspect(odd_files / "none.safetensors")[0]["summary"] == "holds no tensors"
+
+
+def test_every_flag_is_explained(monkeypatch):
+    """A sentence for each, and its default unless that is nothing."""
+    parsers = []
+    real = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p, *a: parsers.append(p) or real(p, *a))
+    arguments(["inspect", "x"])
+    (commands,) = [a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction)]
+    assert {c.dest for c in commands._choices_actions if c.help} == set(commands.choices)
+    for name, parser in commands.choices.items():
+        assert f"diag.py {name}" in parsers[0].description
+        for action in parser._actions:
+            assert action.help, (name, action.option_strings)
+            if action.default not in (None, False, [], argparse.SUPPRESS):
+                assert "default" in action.help, (name, action.option_strings)
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------
+def test_the_plan_knows_how_guidance_runs():
+    """None: one forward pass and one prompt's keys and values. Two ranks: one pass, both prompts', and what they
+    exchange. In turns: one pass, both prompts'. In one batch: two at once.
+    """
+    flags = ["--ckpt", "ti2v-5B", "--size", "256x256", "--frames", "9"]
+
+    def denoising(*more, mode=None):
+        (activations,) = (
+            (what, n)
+            for what, n in planned("sample", [*flags, *more], mode=mode).phases["denoise"].items()
+            if what.startswith("activations")
+        )
+        return activations
+
+    none, parallel = denoising("--guidance", "1"), denoising("--guidance_parallel")
+    batched, sequential = denoising(), denoising(mode="sequential")
+    assert none[1] < sequential[1] < parallel[1] < batched[1]
+    exchanged = 2 * 4 * 48 * 3 * 16 * 16
+    assert parallel[1] - sequential[1] == exchanged
+    assert "one batch" in batched[0] and "two passes" in sequential[0] and "two ranks" in parallel[0]
+
+
+def test_guidance_takes_two_passes_where_a_batch_does_not_fit(capsys):
+    """Before anything that costs more time, and the plan says so."""
+    big = planned("sample", ["--ckpt", "ti2v-5B", "--device", "cuda"]).peak
+    assert big > 15e9
+    diag("plan", "--gpus", "1x15", "sample.py", "--ckpt", "ti2v-5B")
+    out = capsys.readouterr().out
+    assert out.startswith("python sample.py --ckpt ti2v-5B\n") and "guidance in two passes" in out
+
+
+def test_candidates_can_be_run():
+    """Ranks divide into halves of guidance and parts of tokens, and the parts divide the heads."""
+    for ranks in (1, 2, 3, 5, 8, 16):
+        for heads, guided in ((24, True), (40, True), (24, False)):
+            for flags in candidate_flags("sample", ranks, 30, heads, guided):
+                size = int(flags[flags.index("--ulysses_size") + 1]) if "--ulysses_size" in flags else 1
+                halves = 2 if "--guidance_parallel" in flags else 1
+                assert ranks % (size * halves) == 0 and heads % size == 0 and (guided or halves == 1)
+    assert ["--guidance_parallel", "--ulysses_size", "4"] in candidate_flags("sample", 8, 30, 24)
+
+
+def test_step_times():
+    """One GPU is the FLOPs over the rate; what is sent costs; weights shrink by the ranks that share them."""
+    config = full_config("ti2v-5B")
+    given = dict(c=config, grid=(31, 22, 40), adapter=4 * 16 * 2 * 3072 * 60, rate=4e14, inside=2e11, between=25e9)
+    one = step_times(ranks=1, **given)["data parallel"]
+    flops = linear_flops(config, 31 * 22 * 40, 64)
+    assert one[0] == 3 * sum(flops) / 4e14 and one[1] > 9e9
+    assert abs(flops[0] / 237e12 - 1) < 0.15 and abs(flops[1] / 274e12 - 1) < 0.05  # as published for 1280x704x121
+    eight = step_times(ranks=8, **given)
+    data, ulysses, pipeline = (eight[k][0] for k in ("data parallel", "--ulysses_size 8", "--pipeline_stages 8"))
+    assert one[0] / 8 < data < one[0] / 7.9 < ulysses < pipeline
+    assert eight["--fsdp"][1] == eight["--pipeline_stages 8"][1] == one[1] // 8
+    slow = step_times(ranks=16, **(given | {"between": 1e8}))
+    assert slow["--fsdp"][0] > slow["--ulysses_size 8"][0]  # weights cross the slow link, or adapters only
+
+
+def test_the_scale_command(capsys):
+    diag("scale", "--ckpt", "t2v-A14B", "--size", "832x480")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[4].startswith("  8 GPUs  data parallel ") and "fastest: " in lines[4]

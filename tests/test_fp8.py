@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import fp8
 import lora
 from checkpoint import BadInput
-from diag import delta
+from diagnostics.delta import delta
 from sample import load
 from wan import load_wan
 

@@ -5,13 +5,32 @@ import random
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-import nano
 from checkpoint import BadInput
+from nanoworld.grader import grade, shares, wilson
+from nanoworld.listening import read_graded_prompts
+from nanoworld.pretrain import fold_stats
+from nanoworld.world import (
+    ATTRIBUTES,
+    COLORS,
+    FPS,
+    MOTIONS,
+    NEW_WORDS,
+    SHAPES,
+    TRIPLES,
+    UNDRAWN,
+    UNSEEN,
+    draw,
+    every_clip,
+    prompts,
+    sample_attributes,
+    training_caption,
+)
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -25,43 +44,40 @@ FILES = (
 
 def attributes(n, seed=0):
     rng = random.Random(seed)
-    return [
-        nano.sample_attributes(rng, list(nano.product(nano.COLORS | nano.UNDRAWN, nano.SHAPES, nano.MOTIONS)))
-        for _ in range(n)
-    ]
+    return [sample_attributes(rng, list(product(COLORS | UNDRAWN, SHAPES, MOTIONS))) for _ in range(n)]
 
 
 def test_grader_reads_real_clips():
     wanted = attributes(300)
-    graded = [nano.grade(c) for c in nano.draw(wanted, 1)]
-    accuracy = nano.shares(graded, wanted)
+    graded = [grade(c) for c in draw(wanted, 1)]
+    accuracy = shares(graded, wanted)
     assert min(accuracy.values()) >= 0.99 and all(g["background"] == w["background"] for g, w in zip(graded, wanted))
     assert sum(g["iou"] for g in graded) / 300 > 0.97
 
 
 def test_grader_is_not_fooled():
     """Noise, an empty picture, and a clip against the wrong caption earn nothing."""
-    empty = nano.grade(torch.full((3, 9, 64, 64), -0.84))
-    noise, nothing = nano.grade(torch.rand(3, 9, 64, 64) * 2 - 1), nano.grade(torch.full((3, 9, 64, 64), torch.nan))
-    assert all(g[kind] is None for g in (empty, noise, nothing) for kind in nano.ATTRIBUTES)
+    empty = grade(torch.full((3, 9, 64, 64), -0.84))
+    noise, nothing = grade(torch.rand(3, 9, 64, 64) * 2 - 1), grade(torch.full((3, 9, 64, 64), torch.nan))
+    assert all(g[kind] is None for g in (empty, noise, nothing) for kind in ATTRIBUTES)
     wanted = attributes(200, 1)
-    graded = [nano.grade(c) for c in nano.draw(wanted, 2)]
+    graded = [grade(c) for c in draw(wanted, 2)]
     shuffled = wanted[1:] + wanted[:1]
-    assert all(share < 0.45 for share in nano.shares(graded, shuffled).values())
-    flipped = [nano.grade(c.flip(1)) for c in nano.draw(wanted, 2)]  # backwards in time: only motion changes
+    assert all(share < 0.45 for share in shares(graded, shuffled).values())
+    flipped = [grade(c.flip(1)) for c in draw(wanted, 2)]  # backwards in time: only motion changes
     back = {"left": "right", "right": "left", "up": "down", "down": "up", "still": "still"}
     assert [back[g["motion"]] for g in graded] == [f["motion"] for f in flipped]
 
 
 def test_compositions_and_captions_are_held_out():
-    assert len(nano.UNSEEN) == 20 and len(nano.TRIPLES) == 140
-    wanted, _ = nano.every_clip()
-    assert not {(a["color"], a["shape"], a["motion"]) for a in wanted} & nano.UNSEEN
+    assert len(UNSEEN) == 20 and len(TRIPLES) == 140
+    wanted, _ = every_clip()
+    assert not {(a["color"], a["shape"], a["motion"]) for a in wanted} & UNSEEN
     rng = random.Random(0)
-    read = {nano.training_caption(a, rng) for a in wanted for _ in range(10)}
-    for suite in (nano.prompts(200, 0), nano.prompts(200, 0, unseen=True)):
+    read = {training_caption(a, rng) for a in wanted for _ in range(10)}
+    for suite in (prompts(200, 0), prompts(200, 0, unseen=True)):
         assert len({p["prompt"] for p in suite}) == 200 and not read & {p["prompt"] for p in suite}
-    assert not any(re.search(rf"\b{w}\b", c) for w in nano.NEW_WORDS for c in read)
+    assert not any(re.search(rf"\b{w}\b", c) for w in NEW_WORDS for c in read)
 
 
 def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
@@ -90,15 +106,15 @@ def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
         and len(rows) == 12
     )
     assert {r["caption"].count("crimson") + r["caption"].count("box") for r in rows[1::2]} == {1}
-    assert not {r["caption"] for r in rows} & {p["prompt"] for p in nano.prompts(30, 0, words=["crimson", "box"])}
+    assert not {r["caption"] for r in rows} & {p["prompt"] for p in prompts(30, 0, words=["crimson", "box"])}
     for r in rows:
         assert (tmp_path / "a" / r["file"]).with_suffix(".txt").read_text().strip() == r["caption"]
-        g = nano.grade(pixels(Item(tmp_path / "a" / r["file"], [], 64, 64, 9, nano.FPS)))
-        assert all(g[k] == r[k] for k in nano.ATTRIBUTES)
+        g = grade(pixels(Item(tmp_path / "a" / r["file"], [], 64, 64, 9, FPS)))
+        assert all(g[k] == r[k] for k in ATTRIBUTES)
 
 
 def test_wilson_interval():
-    low, high = nano.wilson(95, 100)
+    low, high = wilson(95, 100)
     assert abs(low - 0.8882) < 1e-3 and abs(high - 0.9785) < 1e-3
 
 
@@ -112,7 +128,7 @@ def test_prompts_file_errors(tmp_path):
     ):
         f.write_text(text)
         with pytest.raises(BadInput, match=message):
-            nano.read_prompts(f)
+            read_graded_prompts(f)
 
 
 def test_folding_the_statistics_changes_only_the_scale():
@@ -123,7 +139,7 @@ def test_folding_the_statistics_changes_only_the_scale():
     clips = torch.rand(4, 3, 5, 32, 32) * 2 - 1
     raw = torch.cat([m[:, :48] for m in vae.moment_chunks(clips)], 2)
     before = torch.cat(list(vae.frame_chunks(raw)), 2)
-    nano.fold_stats(vae, clips)
+    fold_stats(vae, clips)
     z = vae.encode(clips)
     assert z.mean((0, 2, 3, 4)).abs().max() < 1e-4 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 1e-4
     after = vae.decode(z)
@@ -142,23 +158,24 @@ def test_the_committed_checkpoint_listens(tmp_path):
         check=True,
         capture_output=True,
     )
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert told["n"] == 40
-    for suite in told["suites"].values():
-        assert min(suite["accuracy"].values()) >= 0.85, told
+    scores = json.loads((tmp_path / "e.json").read_text())
+    assert scores["n"] == 40
+    for suite in scores["suites"].values():
+        assert min(suite["accuracy"].values()) >= 0.85, scores
 
 
 def test_any_prompts_are_graded_by_what_is_given(tmp_path):
     (tmp_path / "p.jsonl").write_text(
-        '{"prompt": "a red square moves left", "color": "red"}\n{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n'
+        '{"prompt": "a red square moves left", "color": "red"}\n'
+        '{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n'
     )
     subprocess.run(
         [sys.executable, ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json"],
         check=True,
         capture_output=True,
     )
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert told["n"] == 2 and set(told["accuracy"]) == {"color", "motion"}
+    scores = json.loads((tmp_path / "e.json").read_text())
+    assert scores["n"] == 2 and set(scores["accuracy"]) == {"color", "motion"}
 
 
 def test_the_nano_vae_serves_diffusers_too(report):
@@ -169,7 +186,7 @@ def test_the_nano_vae_serves_diffusers_too(report):
 
     vae = load_vae(ROOT / "nano")
     peer = tiny.diffusers_vae(vae)
-    clip = nano.draw(attributes(1), 0)
+    clip = draw(attributes(1), 0)
     mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
     want = (peer.encode(clip).latent_dist.mode() - mean) / std
     report("encode", tiny.error(vae.encode(clip), want), 2e-5)

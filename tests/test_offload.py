@@ -207,8 +207,8 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 def test_a_released_stream_is_gone(checkpoints):
     models = load(checkpoints["ti2v"], stream_blocks=2)
     kept = weakref.ref(models.acquire("dit"))
-    models.release("dit")
-    assert kept() is None and not models.streams
+    models.evict("dit")
+    assert kept() is None and not models.streams()
 
 
 @pytest.mark.parametrize("fp8", (False, True))

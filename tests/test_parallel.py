@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from checkpoint import load, read_headers, save, weight_files
-from plan import ParallelLayout, sent
+from diagnostics.scale import bytes_sent
+from plan import ParallelLayout
 from t5 import load_t5
 from wan import read_config
 
@@ -305,7 +306,7 @@ def test_broken_on_purpose(media, runs, tmp_path):
 
 
 def test_bytes_sent(media, tmp_path, report):
-    """What plan.sent says of a step, against the bytes counted while it ran."""
+    """What bytes_sent says of a step, against the bytes counted while it ran."""
     folder = tmp_path / "one"
     folder.mkdir()
     for end in (".mp4", ".txt"):
@@ -329,7 +330,7 @@ def test_bytes_sent(media, tmp_path, report):
     config = read_config(ROOT / "nano", read_headers(weight_files(ROOT / "nano")))
     for name, (layout, _, flags) in cases.items():
         counted = json.loads((tmp_path / name / "sent.json").read_text())
-        told = sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
+        told = bytes_sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
         assert counted.keys() == told.keys()
         for kind in told:  # a block has small tensors too: biases, norms, modulation
             report(
@@ -497,10 +498,3 @@ def test_flags_that_need_torchrun(media, tmp_path, flags, why):
         [sys.executable, ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags)], capture_output=True, text=True
     )
     assert done.returncode == 1 and why in done.stderr and "Traceback" not in done.stderr
-
-
-def test_models_import_no_distributed():
-    code = "import sys; import wan, vae, t5, lora; sys.exit('parallel' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    for file in ("wan.py", "vae.py", "t5.py", "lora.py"):
-        assert "distributed" not in (ROOT / file).read_text()

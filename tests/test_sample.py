@@ -185,11 +185,11 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
     """What is trained on, cached and held out goes by these bytes."""
     import random
 
-    import nano
+    from nanoworld.world import draw, sample_attributes
 
     rng = random.Random(0)
     for _ in range(60):
-        video = nano.draw([nano.sample_attributes(rng)], rng.random())[0]
+        video = draw([sample_attributes(rng)], rng.random())[0]
         for name in "ab":
             write_mp4(tmp_path / f"{name}.mp4", video, 8)
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

@@ -511,7 +511,7 @@ def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path
 
 
 def test_a_delta_cap_holds_at_every_step(checkpoints, media, tmp_path):
-    from diag import delta
+    from diagnostics.delta import delta
 
     train("train_lora", checkpoints["ti2v"], media, tmp_path / "free", "--lr", 3e-2, "--schedule", "constant", steps=10)
     train(

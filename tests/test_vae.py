@@ -210,6 +210,17 @@ def test_grey_frames_are_not_encoded_twice():
     assert torch.equal(model.encode(moving, still=True), model.encode(moving))
 
 
+def test_the_decoder_in_another_dtype():
+    """decode_in: the decoder and what leads to it compute in bf16, the encoder as before; pixels stay fp32."""
+    model, z = tiny.vae(True), torch.randn(1, 48, 2, 2, 2) * 0.5
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    encoded, decoded = model.encode(video), model.decode(z)
+    model.decode_in(torch.bfloat16)
+    assert {p.dtype for p in [*model.decoder.parameters(), *model.conv2.parameters()]} == {torch.bfloat16}
+    assert torch.equal(model.encode(video), encoded) and model.decode(z).dtype == torch.float32
+    assert 0 < tiny.error(model.decode(z), decoded) < 0.1
+
+
 def test_the_mask_of_a_first_frame():
     """I2V-A14B: four channels, one for each frame of a latent frame, 1 where the video is given."""
     y = tiny.vae(False).condition(torch.zeros(2, 3, 1, 16, 24), 9)

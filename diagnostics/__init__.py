@@ -1,0 +1,1 @@
+"""The commands of diag.py, one file each."""

@@ -1,0 +1,33 @@
+"""What several commands of diag.py need."""
+
+import json
+
+from checkpoint import BadInput, atomic
+from models import DTYPES, Runtime, pick_device, pick_dtype
+from nanoworld.world import prompts
+from sample import read_prompts
+
+
+def write_json(path, value):
+    """Write a result, if a file is asked for."""
+    if path:
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def runtime(args):
+    """The models.Runtime that --device and --dtype ask for."""
+    device = pick_device(args.device)
+    return Runtime(device, DTYPES[pick_dtype(args.dtype, device)])
+
+
+def given_prompts(file, n):
+    """The prompts of a text file, or n of the nano world's."""
+    return read_prompts(file) if file else [row["prompt"] for row in prompts(n, 0)]
+
+
+def check_at_least(least, **flags):
+    """Refuse a number below `least`; None is a flag that was not given."""
+    for flag, value in flags.items():
+        if value is not None and not value >= least:
+            raise BadInput(f"--{flag} {value}: at least {least}")

@@ -1,0 +1,82 @@
+"""diag.py drift: how far a text encoder's embeddings moved, and which words its keywords are near."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import BadInput
+from diagnostics.common import given_prompts, write_json
+from models import checkpoint_dir
+from t5 import load_t5
+
+
+@torch.no_grad()
+def drift(old, new, prompts, keywords=(), nearest=5):
+    """How far the embeddings of prompts moved between two TextEncoders with one tokenizer.
+
+    {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords": {word: [before,
+    after]}}: cosine between before and after, of a prompt the mean over its tokens; norm: after / before; for a
+    keyword, before and after, its `nearest` words of the prompts, each (word, cosine), by their embeddings alone,
+    averaged over a word's tokens. Raises BadInput where the two are of different width.
+    """
+    if old.norm.weight.shape != new.norm.weight.shape:
+        raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")
+    rows = [compare_prompt(old, new, prompt) for prompt in prompts]
+    words = [w for w in dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower())) if w not in keywords]
+    neighbours = {k: [nearest_words(encoder, k, words, nearest) for encoder in (old, new)] for k in keywords}
+    return {"prompts": rows, "keywords": neighbours}
+
+
+def compare_prompt(old, new, prompt):
+    before, after = (encoder.encode([prompt])[0][0].float() for encoder in (old, new))  # (L,D)
+    ids = old.tokenizer([prompt])[0][0].tolist()
+    cosines = F.cosine_similarity(before, after, dim=1).tolist()
+    norms = (after.norm(dim=1) / before.norm(dim=1)).tolist()
+    pieces = [old.tokenizer.pieces.id_to_piece(i) for i in ids]
+    return {
+        "prompt": prompt,
+        "cosine": sum(cosines) / len(cosines),
+        "norm": (after.norm() / before.norm()).item(),
+        "tokens": [{"token": p, "cosine": c, "norm": n} for p, c, n in zip(pieces, cosines, norms)],
+    }
+
+
+def nearest_words(encoder, keyword, words, count):
+    """[(word, cosine)] of the `count` words whose embeddings are nearest to a keyword's."""
+    if not words:
+        return []
+    embeds = torch.stack([encoder.encode([w])[0][0].float().mean(0) for w in [keyword, *words]])
+    cosines = F.cosine_similarity(embeds[1:], embeds[:1]).tolist()
+    return sorted(zip(words, cosines), key=lambda pair: -pair[1])[:count]
+
+
+def open_encoder(path, ckpt):
+    """The encoder of a checkpoint folder, or a file of train_te.py with the tokenizer, and over the weights, of `ckpt`;
+    fp32 on the CPU.
+    """
+    path = checkpoint_dir(path)
+    if path.is_dir():
+        return load_t5(path, dtype=torch.float32)
+    return load_t5(checkpoint_dir(ckpt), dtype=torch.float32, weights=path)
+
+
+def run(args):
+    ckpt = args.ckpt or (args.old if checkpoint_dir(args.old).is_dir() else None)
+    if ckpt is None:
+        raise BadInput(f"{args.old}: a file, which has no tokenizer; give the checkpoint that it belongs to as --ckpt")
+    prompts = given_prompts(args.prompts, 20)
+    keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
+    moved = drift(open_encoder(args.old, ckpt), open_encoder(args.new, ckpt), prompts, keywords)
+    for row in moved["prompts"]:
+        worst = min(row["tokens"], key=lambda token: token["cosine"])
+        print(
+            f"cosine {row['cosine']:.4f}  norm x {row['norm']:.3f}  {row['prompt']!r}; most moved: {worst['token']!r} "
+            f"{worst['cosine']:.4f}"
+        )
+    mean = sum(row["cosine"] for row in moved["prompts"]) / len(prompts)
+    print(f"mean cosine {mean:.4f} over {len(prompts)} prompts")
+    for word, neighbours in moved["keywords"].items():
+        before, after = (", ".join(f"{w} {cosine:.3f}" for w, cosine in side) for side in neighbours)
+        print(f"nearest to {word!r}: before {before}\n{' ' * (len(word) + 14)}after  {after}")
+    write_json(args.json, moved)

@@ -1,0 +1,152 @@
+"""diag.py logits: the attention logits of a checkpoint before and after a LoRA or an updated text encoder."""
+
+import contextlib
+import math
+
+import torch
+
+import ops
+import train_lora
+from checkpoint import BadInput
+from diagnostics.common import check_at_least, runtime, write_json
+from models import Models, Runtime
+from train import Dataset, eval_batches, expert_schedule
+
+
+@torch.no_grad()
+def attention_stats(q, k, bias=None, chunk=512):
+    """Per head of q (B,L,N,d), k (B,S,N,d), bias (B,1,1,S): standard deviation and maximum of the logits q k / sqrt(d),
+    without keys that are masked or stand for padding, and the mean entropy, in nats, of the attention over all keys.
+    Returns (N,3), fp32 arithmetic.
+    """
+    real = torch.ones(len(k), k.shape[1], dtype=torch.bool, device=k.device) if bias is None else bias[:, 0, 0] == 0
+    n = total = square = entropy = 0
+    top = torch.full((q.shape[2],), -math.inf, device=q.device)
+    for part in q.float().split(chunk, 1):
+        logits = torch.einsum("blnd,bsnd->bnls", part, k.float()) * q.shape[3] ** -0.5
+        counted = torch.where(real[:, None, None], logits, 0).double()
+        total, square = total + counted.sum((0, 2, 3)), square + counted.square().sum((0, 2, 3))
+        n += part.shape[1] * int(real.sum())
+        top = torch.maximum(top, logits.masked_fill(~real[:, None, None], -math.inf).amax((0, 2, 3)))
+        logp = torch.log_softmax(logits if bias is None else logits + bias.float(), -1)
+        entropy = entropy - torch.where(logp == -math.inf, 0, logp.exp() * logp).sum((0, 2, 3))
+    std = (square / n - (total / n).square()).clamp(min=0).sqrt().float()
+    return torch.stack([std, top, entropy / (q.shape[0] * q.shape[1])], 1).cpu()
+
+
+@contextlib.contextmanager
+def record_attention(model):
+    """Within, each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}. They are computed
+    from the attention's inputs, whatever operations it uses itself.
+    """
+    stats, hooks = {}, []
+
+    def normed(module, projections, norms, rope=()):
+        weights = [norm.weight for norm in norms]
+        return ops.qk_norm_rope(projections, weights, module.eps, module.heads, *rope)
+
+    def on_self_attention(block):
+        def hook(module, args):
+            x, (table, positions, *_) = args[:2]
+            norms = module.norm_q, module.norm_k
+            q, k = normed(module, [module.q(x), module.k(x)], norms, (table, positions))
+            stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k))
+
+        return hook
+
+    def on_cross_attention(block):
+        def hook(module, args):
+            x, (k, *_), bias = args[:3]
+            (q,) = normed(module, [module.q(x)], [module.norm_q])
+            stats.setdefault((block, "cross_attn"), []).append(attention_stats(q, k, bias))
+
+        return hook
+
+    for i, block in enumerate(model.blocks):
+        hooks.append(block.self_attn.register_forward_pre_hook(on_self_attention(i)))
+        hooks.append(block.cross_attn.register_forward_pre_hook(on_cross_attention(i)))
+    try:
+        yield stats
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def logit_rows(before, after):
+    """Rows {"block", "kind", "head", "std", "max", "entropy" (each [before, after]), "drift"} of two record_attention:
+    drift is the largest change of the three, relative to before; NaN where any of them is.
+    """
+    rows = []
+    for (block, kind), stats in before.items():
+        a, b = torch.stack(stats), torch.stack(after[block, kind])
+        a, b = (torch.stack([s[..., 0].mean(0), s[..., 1].amax(0), s[..., 2].mean(0)], 1) for s in (a, b))  # (N,3)
+        change = ((b - a).abs() / a.abs().clamp(min=0.1)).amax(1)
+        for head, (old, new) in enumerate(zip(a.tolist(), b.tolist())):
+            values = dict(zip(("std", "max", "entropy"), map(list, zip(old, new))))
+            rows.append({"block": block, "kind": kind, "head": head, **values, "drift": change[head].item()})
+    return rows
+
+
+def open_dataset(models, ckpt, limit=None, **where):
+    """(flags, train.Dataset) as train_lora.py has them on these data. where: data, cache, resolution, frames."""
+    given = [word for flag, value in where.items() if value is not None for word in (f"--{flag}", str(value))]
+    flags = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0", *given])
+    flags.device = str(models.device)
+    train_lora.resolve_flags(flags, models.settings)
+    return flags, Dataset(flags, models, limit)
+
+
+def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, **where):
+    """Attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at four times
+    under fixed noise: {expert: rows of logit_rows}. where: as in open_dataset.
+    """
+    stats = {}
+    for changes in ({}, dict(loras=loras, text_encoder=text_encoder)):
+        models = Models(ckpt, Runtime(device, dtype), **changes)
+        flags, dataset = open_dataset(models, ckpt, n, **where)
+        dataset.cache_latents()
+        models.encode_prompts([item.captions[0] for item in dataset.items])
+        for name, (low, high) in expert_schedule(flags, models.settings).items():
+            model = models.acquire(name)
+            with torch.no_grad(), record_attention(model) as recorded:
+                for _, batch in eval_batches(dataset.items, dataset.files, models.settings.shift, low, high):
+                    batch.loss(model, *models.encode_prompts(batch.captions))
+            stats.setdefault(name, []).append(recorded)
+            model = None  # so that it can make room for the other expert
+    return {name: logit_rows(before, after) for name, (before, after) in stats.items()}
+
+
+def drifts(row, threshold):
+    """Whether a head's logits changed by more than this share, or are not even numbers any more."""
+    return not row["drift"] <= threshold
+
+
+def show_logits(name, rows, threshold):
+    print(f"{name}: attention logits before -> after, mean over heads (drift: the largest of a head)")
+    for block, kind in dict.fromkeys((r["block"], r["kind"]) for r in rows):
+        here = [r for r in rows if (r["block"], r["kind"]) == (block, kind)]
+        worst = max(here, key=lambda r: math.inf if math.isnan(r["drift"]) else r["drift"])
+        columns = []
+        for key in ("std", "max", "entropy"):
+            before, after = (sum(r[key][i] for r in here) / len(here) for i in range(2))
+            columns.append(f"{key} {before:8.3f} -> {after:8.3f}")
+        print(
+            f"  block {block:<3} {kind:<10} {'  '.join(columns)}  drift {worst['drift']:.3f} (head {worst['head']})"
+            + "  <-- drifts" * drifts(worst, threshold)
+        )
+
+
+def run(args):
+    if not args.lora and not args.text_encoder:
+        raise BadInput("give --lora, --text_encoder, or both: what is to be compared with the checkpoint")
+    check_at_least(1, n=args.n)
+    check_at_least(0, threshold=args.threshold)
+    how, where = runtime(args), {key: getattr(args, key) for key in ("data", "cache", "resolution", "frames")}
+    rows_of = logits(args.ckpt, args.lora, args.text_encoder, args.n, how.device, how.dtype, **where)
+    for name, rows in rows_of.items():
+        show_logits(name, rows, args.threshold)
+    write_json(args.json, rows_of)
+    drifting = sum(drifts(r, args.threshold) for rows in rows_of.values() for r in rows)
+    print(f"{drifting} of {sum(map(len, rows_of.values()))} heads drift by more than {args.threshold:g}")
+    if args.ci and drifting:
+        raise BadInput(f"{drifting} heads drift by more than --threshold {args.threshold:g}")

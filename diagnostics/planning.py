@@ -1,0 +1,144 @@
+"""diag.py plan: memory and disk of a run of any script that prints a plan, and flags that make it fit on given GPUs."""
+
+import math
+import re
+from dataclasses import replace
+
+import torch
+
+import plan
+import sample
+import train_lora
+import train_te
+from checkpoint import BadInput
+from diagnostics.common import write_json
+from models import DTYPES, Models, Request, Runtime, pick_device, pick_dtype, released
+from wan import VARIANTS, full_config
+
+SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
+
+
+def planned(script, argv, ranks=1, mode=None):
+    """The plan.Plan of `script` with these flags, one of SCRIPTS, on so many ranks. --ckpt may name a released variant,
+    of which no file is needed. mode: how sample.py computes guidance where it is guided and on one rank each (default:
+    as it would choose itself).
+    """
+    args = SCRIPTS[script].arguments(argv)
+    if args.ckpt in VARIANTS:
+        models, s = None, released(args.ckpt)
+        builders, args.device = plan.full_builders(s), args.device or "cuda"
+    else:
+        args.device = args.device or pick_device(None)
+        here = torch.device(args.device).type == "cpu" or torch.cuda.is_available()
+        models = Models(args.ckpt, Runtime(args.device if here else "cpu"), text_encoder=args.text_encoder)
+        s, builders = models.settings, plan.builders(models)
+    if script == "sample":
+        return planned_sampling(args, s, builders, models, ranks, mode)
+    with torch.device("meta"):
+        num_blocks = len(next(iter(builders.values()))().blocks)
+    previews = bool(args.previews)
+    if script == "train_lora":
+        train_lora.resolve(args, s, num_blocks)
+    else:
+        train_te.resolve(args, s)
+    return SCRIPTS[script].predict(args, s, builders, previews=previews, ranks=ranks)
+
+
+def planned_sampling(args, s, builders, models, ranks, mode):
+    overrides = sample.sampling_overrides(args)
+    if s.conditioning.by_clips or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
+        s = s.with_overrides(**overrides)
+        s = replace(s, frames=args.infer_frames or s.frames)
+        request = Request(s, None, s.size)
+    else:
+        request = sample.resolve(s, args.ckpt, args.image, **overrides)
+    if not request.settings.guided:
+        mode = "none"
+    elif args.guidance_parallel:
+        mode = "parallel"
+    elif mode is None:
+        here = models and models.device.type == torch.device(args.device).type
+        mode = models.guidance_mode(request.tokens // args.ulysses_size) if here else "batched"
+    layout, dtype = plan.ParallelLayout.of(args, ranks), DTYPES[pick_dtype(args.dtype, args.device)]
+    preview = args.preview_every > 0
+    return plan.sampling(
+        request, builders, args.device, dtype, mode, layout=layout, tile=args.vae_tile, preview=preview
+    )
+
+
+def is_guided(args):
+    """Whether any step of sample.py with these flags is guided."""
+    s = released(args.ckpt) if args.ckpt in VARIANTS else Models(args.ckpt).settings
+    return s.with_overrides(**sample.sampling_overrides(args)).guided
+
+
+def shape_of(ckpt):
+    """(blocks, heads) of a checkpoint's DiT."""
+    if ckpt in VARIANTS:
+        config = full_config(ckpt)
+    else:
+        config = Models(ckpt).config()
+    return config.num_layers, config.num_heads
+
+
+def candidate_flags(script, ranks, num_blocks, num_heads, guided=True):
+    """Flags to try in turn, those first that cost the least time."""
+    fp8, checkpointing, stream = ["--base_dtype", "fp8"], ["--checkpointing"], ["--stream_blocks", str(num_blocks)]
+    if script == "sample":
+        halves = 2 if guided and ranks % 2 == 0 else 1
+        share = ["--guidance_parallel"] if halves == 2 else []
+        ulysses = math.gcd(ranks // halves, num_heads)
+        share += ["--ulysses_size", str(ulysses)] if ranks > 1 else []
+        return [share + more for more in ([], fp8, stream, fp8 + stream)]
+    fsdp = [["--fsdp"]] if ranks > 1 else []
+    ulysses = [["--fsdp", "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
+    if script == "train_te":
+        return [[], checkpointing, *(checkpointing + flags for flags in fsdp + ulysses)]
+    return [
+        [],
+        checkpointing,
+        *(checkpointing + flags for flags in fsdp),
+        checkpointing + fp8,
+        *(checkpointing + fp8 + flags for flags in fsdp),
+        *(checkpointing + flags for flags in ulysses),
+        checkpointing + fp8 + stream,
+    ]
+
+
+def propose(script, argv, gpus):
+    """The first of candidate_flags that fits on GPUs given as COUNTxGB: (flags, Plan). sample.py's guidance may take
+    two passes where one batch does not fit; a training has one sample on each rank where --batch is not given. Raises
+    BadInput where nothing fits.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", gpus)
+    if not match:
+        raise BadInput(f"--gpus {gpus}: COUNTxGB, such as 8x80")
+    # a card's GB are 2^30: the 7 % between are for CUDA itself and for holes
+    ranks, limit = int(match[1]), int(match[2]) * 1e9
+    argv = argv + (["--batch", "1"] if script != "sample" and "--batch" not in argv else [])
+    args = SCRIPTS[script].arguments(argv)
+    guided = script == "sample" and is_guided(args)
+    modes = ("batched", "sequential") if guided and not args.guidance_parallel else (None,)
+    least = math.inf
+    for flags in candidate_flags(script, ranks, *shape_of(args.ckpt), guided):
+        for mode in modes if "--guidance_parallel" not in flags else (None,):
+            need = planned(script, [*argv, "--device", "cuda", *flags], ranks, mode)
+            if need.peak <= limit:
+                return argv + flags, need
+            least = min(least, need.peak)
+    raise BadInput(
+        f"--gpus {gpus}: {script}.py needs at least {least / 1e9:.1f} GB on each; a smaller --resolution or --size, "
+        "fewer --frames or a smaller --batch take less"
+    )
+
+
+def run(args):
+    if args.gpus:
+        flags, need = propose(args.script, args.flags, args.gpus)
+        count = args.gpus.split("x")[0]
+        launcher = "python" if count == "1" else f"torchrun --nproc_per_node={count}"
+        print(f"{launcher} {args.script}.py {' '.join(flags)}")
+    else:
+        need = planned(args.script, args.flags)
+    print(need)
+    write_json(args.json, {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host")})

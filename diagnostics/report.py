@@ -1,0 +1,243 @@
+"""diag.py report: everything about a training run in one HTML file."""
+
+import base64
+import html
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from checkpoint import BadInput, atomic, read_header
+from diagnostics.common import check_at_least
+from diagnostics.delta import delta, relative_norm
+from diagnostics.drift import drift, open_encoder
+from diagnostics.listen import listen
+from diagnostics.logits import logits, open_dataset
+from models import Models, checkpoint_dir
+from nanoworld.listening import gradable
+from nanoworld.world import NEW_WORDS, prompts
+from sample import read_prompts
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.6em} h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #ddd}
+img{max-width:100%;display:block;margin:.6em 0} table{border-collapse:collapse;font-size:13px}
+td,th{border:1px solid #ddd;padding:2px 9px;text-align:left;overflow-wrap:anywhere} th{background:#f6f6f6}
+p.note{color:#666;font-size:13px}"""
+
+
+# ---- pieces of HTML ----------------------------------------------------------------------------------------------
+def image(png):
+    """An <img> that holds the bytes of a PNG itself."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def figure(draw, width=7.0, height=2.6):
+    """An <img> of what draw(axes) draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fig, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=110)
+    pyplot.close(fig)
+    return image(png.getvalue())
+
+
+def line_plot(x, y, label, **axes_settings):
+    def draw(axes):
+        axes.plot(x, y, linewidth=0.7)
+        axes.set(xlabel="step", ylabel=label, **axes_settings)
+
+    return figure(draw, height=1.8)
+
+
+def heat_map(rows, key, label, scale=1):
+    """A picture of scale * row[key] by block (across) and kind (down); of several in one cell, the largest."""
+    kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
+    grid = torch.full((len(kinds), len(blocks)), math.nan)
+    for r in rows:
+        i, j = kinds.index(r["kind"]), blocks.index(r["block"])
+        grid[i, j] = max(scale * r[key], -math.inf if grid[i, j].isnan() else grid[i, j].item())
+
+    def draw(axes):
+        colors = axes.imshow(grid, aspect="auto", cmap="YlOrRd", vmin=0)
+        ticks = dict(xticks=range(len(blocks)), xticklabels=blocks, yticks=range(len(kinds)), yticklabels=kinds)
+        axes.set(xlabel="block", **ticks)
+        axes.figure.colorbar(colors, label=label)
+
+    return figure(draw, 7, 1.3 + 0.3 * len(kinds))
+
+
+def table(head, rows):
+    def row(cells, tag):
+        texts = [f"{c:.4g}" if isinstance(c, float) else html.escape(str(c)) for c in cells]
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    return "<table>" + row(head, "th") + "".join(row(r, "td") for r in rows) + "</table>"
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------
+class TrainingRun:
+    """What a run's folder holds. Raises BadInput where it is none."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.record = json.loads((self.folder / "flags.json").read_text())
+            self.log = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+            self.flags, self.started = self.record["flags"], self.record["started"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{folder}: not the --out of a training run ({e})") from None
+        self.steps = [row for row in self.log if "loss" in row]
+        if not self.steps:
+            raise BadInput(f"{folder}: no step has been logged yet")
+        self.adapters = sorted(self.folder.glob("adapter_model*.safetensors"))
+        encoder = self.folder / "text_encoder.safetensors"
+        self.encoder = encoder if encoder.exists() else None
+        self.ckpt = checkpoint_dir(self.flags["ckpt"])
+        self.data = {key: self.flags[key] for key in ("data", "cache", "resolution", "frames")}
+        used = str(self.encoder) if self.encoder else self.flags["text_encoder"]
+        self.changes = {"loras": [str(f) for f in self.adapters], "text_encoder": used}
+
+    @property
+    def name(self):
+        return self.folder.resolve().name
+
+
+def loss_section(run):
+    def draw(axes):
+        x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
+        mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
+        axes.plot(x, y, color="#ccc", linewidth=0.7, label="each step")
+        axes.plot(x, mean, color="#c0392b", label="mean of 25")
+        for key in sorted({k for row in run.log for k in row if k.startswith("val_loss") and "by_t" not in k}):
+            points = [(row["step"], row[key]) for row in run.log if key in row]
+            axes.plot(*zip(*points), "o-", markersize=3, label=key.replace("_", " "))
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+
+    steps = [row["step"] for row in run.steps]
+    return [
+        "<h2>Loss</h2>",
+        figure(draw),
+        "<h2>Learning rate and gradient</h2>",
+        line_plot(steps, [row["lr"] for row in run.steps], "learning rate"),
+        line_plot(steps, [row["grad_norm"] for row in run.steps], "gradient norm", yscale="log"),
+    ]
+
+
+def adapter_section(run, file):
+    expert = read_header(file)[1].get("expert", "dit")
+    rows = delta(file, Models(run.ckpt).folder(expert))
+    ranks = [r["rank"] for r in rows]
+    return [
+        f"<h2>How far the weights moved: {file.name}</h2>",
+        heat_map(rows, "ratio", "||dW|| / ||W||, %", 100),
+        f"<p>All together {100 * relative_norm(rows):.2f} %; spectral norm up to {max(r['spectral'] for r in rows):.3g}"
+        f"; effective rank {min(ranks):.1f} to {max(ranks):.1f}.</p>",
+    ]
+
+
+def encoder_section(run):
+    parts = []
+    rows = [r for r in delta(run.encoder, run.ckpt) if r["block"] is not None]
+    if rows:
+        parts += ["<h2>How far the encoder's weights moved</h2>", heat_map(rows, "ratio", "||dW|| / ||W||, %", 100)]
+    if gradable(Models(run.ckpt).settings):
+        texts = [row["prompt"] for row in prompts(20, 0)]
+    else:
+        texts = read_prompts(run.flags["previews"]) if run.flags["previews"] else []
+    if not texts:
+        return parts
+    moved = drift(open_encoder(run.ckpt, run.ckpt), open_encoder(run.encoder, run.ckpt), texts, run.flags["keywords"])
+    rows = [(row["prompt"], row["cosine"], row["norm"]) for row in moved["prompts"]]
+    parts += ["<h2>How far the embeddings moved</h2>", table(("prompt", "cosine", "norm x"), rows)]
+    if moved["keywords"]:
+        rows = [
+            (word, *(", ".join(f"{w} {cosine:.2f}" for w, cosine in side) for side in sides))
+            for word, sides in moved["keywords"].items()
+        ]
+        parts.append(table(("keyword", "nearest before", "nearest after"), rows))
+    return parts
+
+
+def logits_section(run):
+    parts = []
+    for name, rows in logits(run.flags["ckpt"], n=2, **run.data, **run.changes).items():
+        expert = "" if name == "dit" else f", {name}-noise expert"
+        parts.append(f"<h2>Attention logits{expert}: largest relative change of a head</h2>")
+        parts.append(heat_map(rows, "drift", "drift"))
+    return parts
+
+
+def previews_section(run):
+    files = sorted((run.folder / "previews").glob("step_" + "[0-9]" * 6 + ".png"))
+    parts = ["<h2>Previews</h2>"] if files else []
+    for file in dict.fromkeys(files[:1] + files[-1:]):
+        parts += [f"<p class=note>{file.stem.replace('_', ' ')}</p>", image(file.read_bytes())]
+    return parts
+
+
+def words_of(run):
+    """The new words of the nano world that the run's captions hold."""
+    captions = open_dataset(Models(run.ckpt), run.flags["ckpt"], **run.data)[1].captions
+    words = {word for caption in captions for word in caption.split()}
+    return [word for word in NEW_WORDS if word in words]
+
+
+def listening_section(run, n):
+    words = words_of(run)
+    scores = []
+    for changes in ({}, run.changes):
+        print("listening after training" if changes else "listening before training", flush=True)
+        scores.append(listen(Models(run.flags["ckpt"], **changes), words, n, progress=True))
+    before, after = scores
+    rows = []
+    for suite, kinds in before.items():
+        for kind, old in kinds.items():
+            new = after[suite][kind]
+            interval = f"[{new['low']:.2f}, {new['high']:.2f}]"
+            rows.append((suite, kind, f"{old['right']:.2f}", f"{new['right']:.2f}", interval))
+    head = ("suite", "attribute", "before", "after", "95 %")
+    return ["<h2>Listening</h2>", table(head, rows), f"<p class=note>{n} prompts of each new word</p>"]
+
+
+def report(folder, n=20):
+    """One self-contained HTML page about a training run: losses, learning rate, how far the weights, attention logits
+    and embeddings moved, previews before and after, listening scores (nano; n prompts of each new word that the run's
+    captions hold, and as many of old words; 0: none), flags and versions. Raises BadInput.
+    """
+    run = TrainingRun(folder)
+    title, script = html.escape(run.name), "train_lora.py" if run.adapters else "train_te.py"
+    parts = [f"<h1>{title}</h1>", f"<p>{len(run.steps)} steps of {script}, started {run.started}</p>"]
+    parts += loss_section(run)
+    for file in run.adapters:
+        print(f"how far {file.name} moves the weights", flush=True)
+        parts += adapter_section(run, file)
+    if run.encoder:
+        print("how far the encoder and its embeddings moved", flush=True)
+        parts += encoder_section(run)
+    print("attention logits before and after", flush=True)
+    parts += logits_section(run)
+    parts += previews_section(run)
+    if n and gradable(Models(run.ckpt).settings):
+        parts += listening_section(run, n)
+    parts += ["<h2>Flags</h2>", table(("flag", "value"), run.flags.items())]
+    versions = [(key, value) for key, value in run.record.items() if key != "flags"]
+    parts += ["<h2>Versions</h2>", table(("what", "which"), versions)]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>\n'
+
+
+def run(args):
+    check_at_least(0, n=args.n)
+    page = report(args.folder, args.n)
+    out = Path(args.out or Path(args.folder) / "report.html")
+    with atomic(out) as tmp:
+        tmp.write_text(page, encoding="utf-8")
+    print(out)

@@ -1,0 +1,47 @@
+"""diag.py reuse: what sample.py --reuse saves and costs at several thresholds."""
+
+import math
+
+import torch.nn.functional as F
+
+from checkpoint import BadInput
+from denoising import EasyCache, decode
+from diagnostics.common import given_prompts, runtime, write_json
+from models import Models
+from sample import sample_latents
+
+
+def reuse(models, prompts, threshold, exact):
+    """Against the `exact` [(latents, video)] of the prompts, whose seeds are 0, 1, ...: {"threshold", "computed" steps
+    of "steps", "latent_error" relative, "psnr" of the video in dB}, means over the prompts.
+    """
+    computed, error, square = 0, 0.0, 0.0
+    for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):
+        cache = EasyCache(threshold)
+        other = sample_latents(models, [prompt], [seed], progress=False, step_cache=cache)
+        computed += cache.computed / len(prompts)
+        error += ((other - z).norm() / z.norm()).item() / len(prompts)
+        square += F.mse_loss(decode(models, other), video).item() / len(prompts)
+    psnr = -10 * math.log10(max(square, 1e-12) / 4)  # pixels are in [-1,1]
+    steps = models.settings.steps
+    return {"threshold": threshold, "computed": computed, "steps": steps, "latent_error": error, "psnr": psnr}
+
+
+def run(args):
+    if wrong := [t for t in args.thresholds if not 0 <= t < 1]:
+        raise BadInput(f"--thresholds {wrong[0]}: from 0 to below 1")
+    prompts = given_prompts(args.prompts, 4)
+    models = Models(args.ckpt, runtime(args), args.lora, args.text_encoder)
+    exact, rows = [], []
+    for seed, prompt in enumerate(prompts):
+        z = sample_latents(models, [prompt], [seed], progress=False)
+        exact.append((z, decode(models, z)))
+    for threshold in args.thresholds:
+        row = reuse(models, prompts, threshold, exact)
+        print(
+            f"--reuse {threshold:g}: {row['computed']:.1f} of {row['steps']} steps computed, latents off by "
+            f"{100 * row['latent_error']:.2f} %, video {row['psnr']:.1f} dB",
+            flush=True,
+        )
+        rows.append(row)
+    write_json(args.json, rows)

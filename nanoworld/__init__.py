@@ -1,0 +1,1 @@
+"""The nano world: its clips and captions, its grader, and the training of the checkpoint in nano/."""
