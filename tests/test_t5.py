@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config
 
 from checkpoint import BadInput
-from t5 import Tokenizer, convert_t5, encoder_files, load_t5, read_encoder
+from t5 import Norm, Tokenizer, convert_t5, encoder_files, load_t5, read_encoder
 
 
 @pytest.mark.parametrize("lens", [(1, 2), (40, 7), (130, 300), (512, 511)])
@@ -24,6 +25,18 @@ def test_equals_transformers(lens, report):
         want = peer(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
         got = model(ids, lens)
     report("relative error", tiny.error(got, want), 2e-5)
+
+
+def test_norm_of_small_numbers(report):
+    """Where epsilon is felt."""
+    from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
+
+    ours, peer = Norm(32), UMT5LayerNorm(32, eps=UMT5Config().layer_norm_epsilon)
+    x = torch.randn(3, 5, 32) * 1e-3
+    with torch.no_grad():
+        ours.weight.normal_()
+        peer.weight.copy_(ours.weight)
+        report("relative error", tiny.error(ours(x), peer(x)), 1e-6)
 
 
 def test_longest_prompt_length_is_enough(report):
@@ -247,6 +260,10 @@ def test_comfyui_as_text_encoder(checkpoints, tmp_path, official):
     file = comfyui(tmp_path / "clip.safetensors", torch.float32)
     assert encoder_files(checkpoints["ti2v"], file) == [file]
     assert torch.equal(embedded(load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=file)), official)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"added_tokens": [{"content": "<x>", "id": 7}]}')
+    assert load_t5(tmp_path, weights=file).tokenizer.ids("<x>") == [7], "the folder's own tokenizer goes first"
 
 
 @pytest.mark.parametrize("end, rows", [(".scale_weight", False), (".weight_scale", True)])
