@@ -136,11 +136,6 @@ def ping_pong(video, span):
     return [video[last - abs(last - i % (2 * last))] for i in range(*span)]
 
 
-def join_clips(videos, overlap, n):
-    """Decoded clips (1,3,c,H,W) -> the video (1,3,n,H,W), in which the frames that two clips share stand once."""
-    return torch.cat([videos[0], *(video[:, :, overlap:] for video in videos[1:])], 2)[:, :, :n]
-
-
 # ---- conditions ------------------------------------------------------------------------------------------------------
 def fold_mask(mask):
     """A mask (c,h,w) per frame -> (4,T',h,w) per latent frame, whose channels are its four frames; latent frame 0 has

@@ -289,7 +289,8 @@ class SharedPlacement(Placement):
 
     def to(self, device):
         if torch.device(device).type != "cpu":
-            return super().to(device)
+            super().to(device)
+            return
         for t, data in self.host:
             t.data = data
 

@@ -135,8 +135,9 @@ class Stream:
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         model.checkpointing, model.cache_text_kv = True, False
         model.surround_blocks(self._inputs_on_host, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
-        for i in self.numbers:
-            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i))
+        self.hooks = [
+            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i)) for i in self.numbers
+        ]
         self.to(device)
 
     def _inputs_on_host(self):
@@ -170,7 +171,10 @@ class Stream:
         self.resident, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
 
     def close(self):
-        """Unlock the host's copies, before they are given up."""
+        """Unlock the host's copies and let go of the model, before both are given up."""
+        for hook in self.hooks:
+            hook.remove()
+        self.model.surround_blocks()
         for flat in self.flats.values() if self.cuda else ():
             unpin(flat.host)
 

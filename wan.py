@@ -272,7 +272,7 @@ class Wan(nn.Module):
         # parallel/)
         self.cache_text_kv = True
         self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
-        self.surround_blocks(contextlib.nullcontext, noop_context_fn)
+        self.surround_blocks()
 
     # ---- what is computed ----------------------------------------------------------------------------------------
     def forward(self, x, t, context, context_lens=None, **inputs):
@@ -411,7 +411,7 @@ class Wan(nn.Module):
         for block in self.blocks:
             block.self_attn.attend = attend
 
-    def surround_blocks(self, around, recompute_contexts):
+    def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
         """around() is a context manager around all blocks; recompute_contexts is checkpoint's context_fn."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from checkpoint import BadInput, find, read_headers, weight_files
 from diagnostics.common import check_at_least, write_json
-from diagnostics.inspect import EXPERT_FOLDERS, inspect_weights
+from diagnostics.inspect import EXPERT_FOLDERS, kind_of
 from fp8 import take_scales
 from lora import check_fit, write_changes
 from lora_files import choose_experts, parse_lora_spec, read_lora
@@ -85,7 +85,7 @@ def weight_moves(path, base):
     """The same of another checkpoint or encoder, or of the parts and embedding rows that train_te.py --save delta
     keeps. Only matrices and convolutions are compared.
     """
-    new = Weights(weight_files(path), inspect_weights(path)["kind"] == "text_encoder")
+    new = Weights(weight_files(path), kind_of(path) == "text_encoder")
     ids, rows = (new.entries.pop(f"token_embedding.{key}", None) for key in ("ids", "rows"))
     strays = [name for name in new.entries if base.shape(name) != new.shape(name)]
     if ids and base.shape("token_embedding.weight") is None:
@@ -114,7 +114,7 @@ def delta(path, base, expert=None):
     both. One matrix of the base is in memory at a time. Raises BadInput where the two do not fit, and where nothing is
     compared.
     """
-    kind = inspect_weights(path)["kind"]
+    kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")
     files = own_encoder(base) if is_encoder and Path(base).is_dir() else weight_files(base)
     weights, rows = Weights(files, is_encoder), []
@@ -166,7 +166,7 @@ def pair_up(text, ckpt):
         if None in bases:
             raise BadInput(f"{path}: holds experts of an A14B, and --ckpt {ckpt} is a single model")
         return [Pair(name, folder, bases[name]) for name, folder in halves.items() if name in bases]
-    kind = inspect_weights(path)["kind"]
+    kind = kind_of(path)
     if kind.startswith("text_encoder"):
         return [Pair(None, path, base)]
     if kind == "vae":
@@ -233,7 +233,7 @@ def run(args):
     pairs = pair_up(str(args.changed), args.ckpt)
     if args.out and len(pairs) > 1:
         raise BadInput(f"--out {args.out}: one expert's at a time; give {args.changed}:high or :low")
-    if args.out and inspect_weights(pairs[0].path)["kind"] != "lora":
+    if args.out and kind_of(pairs[0].path) != "lora":
         raise BadInput(f"--out {args.out}: only a LoRA file can be held to a cap")
     all_rows = []
     for pair in pairs:

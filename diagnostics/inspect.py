@@ -171,23 +171,46 @@ def inspect_lora(entries, lora):
     return {"kind": "lora", "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
 
 
-def inspect_weights(path):
-    """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
-    files = weight_files(path)
+def headers_of(path):
+    """({official name: Entry}, metadata) of a weight file, or of the several files of one model in a folder."""
     entries, metadata = {}, {}
-    for file in files:
+    for file in weight_files(path):
         part, part_metadata = read_header(file)
         entries |= {clean_key(name): entry for name, entry in part.items()}
         metadata |= part_metadata
-    if len(files) == 1 and (lora := describe(files[0])):
-        return inspect_lora(entries, lora)
+    return entries, metadata
+
+
+def kind_of(path):
+    """What a weight file, or a folder of one model's, holds: "lora", "text_encoder_delta", "dit", "text_encoder", "vae"
+    or "unknown". Raises BadInput where none can be read.
+    """
+    files, names = weight_files(path), headers_of(path)[0].keys()
+    if len(files) == 1 and describe(files[0]):
+        return "lora"
     if len(files) == 1 and is_delta(files[0]):
+        return "text_encoder_delta"
+    if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= names:
+        return "dit"
+    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"} & names:
+        return "text_encoder"
+    if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= names:
+        return "vae"
+    return "unknown"
+
+
+def inspect_weights(path):
+    """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
+    kind, files, (entries, metadata) = kind_of(path), weight_files(path), headers_of(path)
+    if kind == "lora":
+        return inspect_lora(entries, describe(files[0]))
+    if kind == "text_encoder_delta":
         return inspect_encoder_delta(entries, metadata)
-    if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= entries.keys():
+    if kind == "dit":
         return inspect_dit(path, entries)
-    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"} & entries.keys():
+    if kind == "text_encoder":
         return inspect_encoder(read_encoder(files).entries)
-    if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= entries.keys():
+    if kind == "vae":
         return inspect_vae(entries)
     first = f"no model known here; its first keys are {', '.join(list(entries)[:3])}"
     return {"kind": "unknown", **totals(entries), "summary": first if entries else "holds no tensors"}
@@ -216,13 +239,15 @@ def inspect_video(path):
     except ValueError:
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    made = f"made from the prompt {settings['prompt']!r} with seed {settings.get('seed')}"
+    made = "without generation settings"
+    if "prompt" in settings:
+        made = f"made from the prompt {settings['prompt']!r} with seed {settings.get('seed')}"
     return {
         "kind": "video",
         **info,
         "settings": settings,
         "summary": f"{info['frames'] or 'an unknown number of'} frames of {info['width']}x{info['height']} at "
-        f"{info['fps']:g} fps, " + (made if "prompt" in settings else "without generation settings"),
+        f"{info['fps']:g} fps, {made}",
     }
 
 

@@ -140,31 +140,32 @@ if triton:
             sum_weight = tl.zeros((BLOCK,), tl.float32)
             sum_shift = tl.zeros((BLOCK,), tl.float32)
         for j in range(c * chunk, min((c + 1) * chunk, tokens)):
-            mine = inside
+            take = True
             if INDEX:
-                mine = inside & (tl.load(index + j) == f)
-            at = (begin + j) * D + d
-            grad = tl.zeros((BLOCK,), tl.float32)
-            if ADD:
-                grad += tl.load(dnew + at, mask=mine, other=0.0)
-            if NORM:
-                a = tl.load(new + at, mask=mine, other=0.0).to(tl.float32)
-                do = tl.load(dout + at, mask=mine, other=0.0).to(tl.float32)
-                centred = tl.where(inside, a - tl.sum(a, 0) / D, 0.0)
-                rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-                normed = centred * rstd
-                dn = do * w
-                grad += rstd * (dn - tl.sum(dn, 0) / D - normed * (tl.sum(dn * normed, 0) / D))
-                if SUMS:
-                    sum_weight += do * normed
-                    sum_shift += do
-            tl.store(dx + at, grad, mask=mine)
-            if ADD:
-                if GATE:
+                take = tl.load(index + j) == f
+            if take:
+                at = (begin + j) * D + d
+                grad = tl.zeros((BLOCK,), tl.float32)
+                if ADD:
+                    grad += tl.load(dnew + at, mask=inside, other=0.0)
+                if NORM:
+                    a = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
+                    do = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+                    centred = tl.where(inside, a - tl.sum(a, 0) / D, 0.0)
+                    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+                    normed = centred * rstd
+                    dn = do * w
+                    grad += rstd * (dn - tl.sum(dn, 0) / D - normed * (tl.sum(dn * normed, 0) / D))
                     if SUMS:
-                        sum_gate += grad * tl.load(y + at, mask=mine, other=0.0).to(tl.float32)
-                    grad *= r
-                tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=mine)
+                        sum_weight += do * normed
+                        sum_shift += do
+                tl.store(dx + at, grad, mask=inside)
+                if ADD:
+                    if GATE:
+                        if SUMS:
+                            sum_gate += grad * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+                        grad *= r
+                    tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=inside)
         if SUMS:
             at = (g * tl.num_programs(1) + c).to(tl.int64) * 3 * D + d
             tl.store(sums + at, sum_gate, mask=inside)

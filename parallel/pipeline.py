@@ -1,5 +1,6 @@
 """Blocks on different ranks, samples going down the pipeline one after another (1F1B, Narayanan et al., 2019)."""
 
+import math
 import weakref
 
 import torch
@@ -52,39 +53,37 @@ class Pipeline:
         is_first, is_last = world.pp_rank == 0, world.pp_rank == world.pp_size - 1
         micro = Microbatches(batch, loss_weight, world.pp_size, world.device)
         leaf = context.detach()[micro.order].requires_grad_(context.requires_grad)
-        given = [batch.x[micro.order].to(world.device)] if is_first else []
-        told = dict(t=batch.t[micro.order].to(world.device), context=leaf, lens=lens[micro.order])
-        losses = []
-        if is_last:
-            told |= dict(target=torch.arange(len(micro.order)), losses=losses)
+        args, losses = [batch.x[micro.order].to(world.device)] if is_first else [], []
+        kwargs = dict(t=batch.t[micro.order].to(world.device), context=leaf, lens=lens[micro.order])
+        if is_last:  # what the loss of a microbatch is told is its number
+            kwargs |= dict(target=torch.arange(len(micro.order)), losses=losses)
         schedule, stage = self.schedule(world, model, batch.x.shape, len(micro.order))
-        stage.submod.microbatches = micro
+        stage.microbatches = micro
         self.in_schedule = True
         try:
-            schedule.step(*given, **told)
+            schedule.step(*args, **kwargs)
         finally:
             self.in_schedule = False
-        grid = stage.submod.grid
-        tokens = 4 * len(micro.order) * grid[0] * grid[1] * grid[2] * model.config.dim
+        tokens = 4 * len(micro.order) * math.prod(stage.grid) * model.config.dim
         world.count("tokens", tokens * (not is_last) + tokens * (not is_first))  # downwards, and gradients upwards
         if context.requires_grad:
             gradient = torch.zeros_like(context)  # this stage's blocks may not have read the text
             if leaf.grad is not None:
                 gradient = gradient.index_add(0, torch.tensor(micro.order, device=leaf.device), leaf.grad)
             context.backward(gradient)
-        return float(sum(losses)) if is_last else 0.0
+        return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """(Schedule1F1B, its PipelineStage) for batches x of this shape in `count` microbatches, made once."""
+        """(Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches, made once."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         key = (tuple(shape), count)
         if key not in self.schedules:
-            grid = (shape[2], shape[3] // 2, shape[4] // 2)
-            part = Stage(model, self.blocks, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
+            grid = tuple(n // p for n, p in zip(shape[2:], model.config.patch_size))
+            stage = Stage(model, self.blocks, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
             device, group = torch.device(world.device), world.group("pp")
-            stage = PipelineStage(part, world.pp_rank, world.pp_size, device, group=group)
-            self.schedules[key] = Schedule1F1B(stage, count, loss_fn=part.loss, scale_grads=False), stage
+            piped = PipelineStage(stage, world.pp_rank, world.pp_size, device, group=group)
+            self.schedules[key] = Schedule1F1B(piped, count, loss_fn=stage.loss, scale_grads=False), stage
         return self.schedules[key]
 
 
@@ -114,13 +113,15 @@ class Stage(nn.Module):
 
     def __init__(self, model, blocks, grid, is_first, is_last):
         super().__init__()
-        self.model, self.blocks, self.grid, self.is_first, self.is_last = model, blocks, grid, is_first, is_last
+        self.model = weakref.ref(model)  # PIPELINES, which holds this, is to forget a model that is dropped
+        self.blocks, self.grid, self.is_first, self.is_last = blocks, grid, is_first, is_last
         self.microbatches = None  # those of the step that is under way
 
     def forward(self, x, t, context, lens):
-        c = self.model.prepare_conditioning(1000 * t, context, lens, self.grid)
-        x = self.model.forward_blocks(self.model.patchify(x, c) if self.is_first else x, c, self.blocks)
-        return self.model.unpatchify(self.model.head(x, c.time, c.tokens.row), self.grid) if self.is_last else x
+        model = self.model()
+        c = model.prepare_conditioning(1000 * t, context, lens, self.grid)
+        x = model.forward_blocks(model.patchify(x, c) if self.is_first else x, c, self.blocks)
+        return model.unpatchify(model.head(x, c.time, c.tokens.row), self.grid) if self.is_last else x
 
     def loss(self, v, index):
         return self.microbatches.loss(v, index)

@@ -26,7 +26,7 @@ def main(files):
     for setting in SETTINGS:
         name, value = setting.split("=")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *files],
+            [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *files],
             env={"OMP_NUM_THREADS": "1", **os.environ, name: value},
             capture_output=True,
             text=True,
@@ -35,7 +35,8 @@ def main(files):
         shares = re.findall(r"^(.*= (\d+)% of .*)$", done.stdout, re.M)
         worst = max(shares, key=lambda found: int(found[1]), default=("none reported",))[0]
         ends = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        print(f"{setting}: {done.stdout.splitlines()[-1]}\n  worst: {worst}", *ends, sep="\n  ", flush=True)
+        said = (done.stdout or done.stderr or f"exit status {done.returncode}").splitlines()
+        print(f"{setting}: {said[-1]}\n  worst: {worst}", *ends, sep="\n  ", flush=True)
     return f"{failed} of {len(SETTINGS)} settings fail" if failed else 0
 
 

@@ -47,6 +47,14 @@ def test_motion_encoder_equals_diffusers(report):
         report("relative error", tiny.error(model.motion_encoder(face), peer.motion_encoder(face)), 2e-5)
 
 
+def test_image_embedding_equals_diffusers(report):
+    model = animate()
+    peer = diffusers_animate(model).condition_embedder.image_embedder
+    clip = torch.randn(2, 5, CLIP_SIZES["dim"])
+    with torch.no_grad():
+        report("relative error", tiny.error(model.img_emb(clip), peer(clip)), 2e-6)
+
+
 @pytest.mark.parametrize("frames", [1, 5, 9, 77])
 def test_face_encoder_equals_diffusers(frames, report):
     model = animate()

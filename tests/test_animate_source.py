@@ -21,16 +21,7 @@ from tiny_animate import frames, write_video
 
 import animate_source
 import flow
-from animate_source import (
-    Source,
-    clip_ranges,
-    encode_clip,
-    encode_reference,
-    join_clips,
-    letterbox,
-    ping_pong,
-    read_source,
-)
+from animate_source import Source, clip_ranges, encode_clip, encode_reference, letterbox, ping_pong, read_source
 from checkpoint import BadInput, load
 from clip import load_clip
 from models import NEGATIVE
@@ -40,6 +31,11 @@ from wan import VARIANTS, load_wan
 
 FIGURES = load(Path(__file__).parent / "data" / "animate_source.safetensors")[0]
 H, W, S, N, C = 32, 48, 16, 20, 13  # sides of the video and of the crops, real frames, frames of a clip
+
+
+def join_clips(videos, overlap, n):
+    """Decoded clips (1,3,c,H,W) -> the video (1,3,n,H,W), in which the frames that two clips share stand once."""
+    return torch.cat([videos[0], *(video[:, :, overlap:] for video in videos[1:])], 2)[:, :, :n]
 
 
 class StandIn:

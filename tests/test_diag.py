@@ -459,6 +459,11 @@ def test_logits_that_are_no_numbers_fail_ci(tmp_path, checkpoints, one_clip, cap
     with pytest.raises(BadInput, match="drift by more than --threshold"):
         diag(*command, "--ci", "--threshold", "1e9", "--device", "cpu")
     assert "drift nan" in capsys.readouterr().out
+    diag("delta", tmp_path / "nan.safetensors", "--ckpt", checkpoints["ti2v"])
+    assert "largest: blocks.1.cross_attn.k nan %" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="not finite"):
+        flags = "--cap", "0.1", "--out", tmp_path / "capped.safetensors"
+        diag("delta", tmp_path / "nan.safetensors", "--ckpt", checkpoints["ti2v"], *flags)
 
 
 def test_drift_of_an_encoder(tmp_path, checkpoints, report):

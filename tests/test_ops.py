@@ -258,8 +258,10 @@ build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat1
 
 def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; needs no GPU. Registers must hold everything;
-    only the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside.
+    only the attention's prologue, which turns a whole tile of q once, may put 256 bytes a thread aside, and on an A100
+    the gradient of rows that tokens choose, at the width of A14B, two numbers.
     """
+    allowed = {"attention_80": 256, "attention_90": 256, "modulate_backward_index_5120_80": 8}
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "compile.py").write_text(COMPILE)
     run = subprocess.run(
@@ -276,6 +278,6 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
         stack, local = (int(re.search(rf"{w}:(\d+)", usage).group(1)) for w in ("STACK", "LOCAL"))
-        if local or stack > (256 if file.stem in ("attention_80", "attention_90") else 0):
+        if local or stack > allowed.get(file.stem, 0):
             spilled[file.stem] = (stack, local)
     assert not spilled

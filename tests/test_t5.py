@@ -165,6 +165,21 @@ def test_missing_tokenizer_is_named(checkpoints, tmp_path):
         load_t5(tmp_path / "c")
 
 
+def test_what_a_tokenizer_json_adds(tmp_path):
+    """More special tokens, and bytes for what no piece spells; only to the tokenizer that is a file beside it."""
+    (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback=True))
+    plain = Tokenizer(tmp_path / "spiece.model")
+    text = "<extra_id_0>🐱"
+    assert plain.ids("🐱")[-1] == 2 and 150 not in plain.ids(text)
+    added = {"added_tokens": [{"content": "<extra_id_0>", "id": 150}], "model": {"byte_fallback": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    beside = Tokenizer(tmp_path / "spiece.model")
+    pieces = [beside.pieces.id_to_piece(i) for i in beside.ids(text)[1:]]
+    assert beside.ids(text)[0] == 150 and pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x90>", "<0xB1>"]
+    inside = Tokenizer(tmp_path / "x.safetensors", model=tiny.spiece(byte_fallback=True))
+    assert inside.ids(text) == plain.ids(text)
+
+
 def test_entities_are_unescaped_twice():
     """As the official cleaning does; ftfy does it once more, but only in a text without "<"."""
     assert Tokenizer.clean("a < b &amp;amp;amp; c &amp;lt;") == "a < b &amp; c <"

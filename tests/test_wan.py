@@ -152,7 +152,7 @@ def test_full_size_counts(variant, params, tensors):
 
 
 def test_variants_hold_only_what_differs():
-    assert [v["model_type"] for v in VARIANTS.values()] == ["ti2v", "t2v", "i2v"]
+    assert [v["model_type"] for v in VARIANTS.values()] == ["ti2v", "t2v", "i2v", "s2v", "animate"]
 
 
 @pytest.mark.parametrize("shape, t", [((1, 16, 1, 3, 4), (1,)), ((1, 15, 1, 4, 4), (1,)), ((2, 16, 3, 4, 4), (2, 2))])

@@ -104,7 +104,7 @@ def write_dit(folder, model, shards=2):
 
 
 def checkpoint(folder, kind):
-    """A whole tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout; .pth files as in the official release."""
+    """A whole tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout, .pth files included."""
     folder = Path(folder)
     if kind == "ti2v":
         write_dit(folder, dit(kind))
