@@ -1,7 +1,6 @@
 """The speech encoder against transformers' Wav2Vec2Model on equal weights, and the way from a file to video frames."""
 
 import json
-import wave
 
 import av
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_s2v import sound, write_wav
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from checkpoint import BadInput
@@ -38,22 +38,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("wav2vec2")
     peer().save_pretrained(path)
     return path
-
-
-def sound(seconds, rate=16000):
-    """A voice-like tone whose loudness and pitch change."""
-    t = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
-    tone = torch.sin(2 * torch.pi * (150 + 40 * torch.sin(3 * t)) * t) + 0.3 * torch.sin(2 * torch.pi * 700 * t)
-    return (0.4 * tone * (0.6 + 0.4 * torch.sin(11 * t))).float()
-
-
-def write_wav(path, samples, rate):
-    """samples (channels,N) in [-1,1], as 16-bit PCM."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(samples))
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((samples.T.numpy() * 32767).round().astype("<i2").tobytes())
 
 
 @pytest.mark.parametrize("seconds", [0.045, 0.1, 1.0, 5.0155, 30.0])
@@ -167,13 +151,13 @@ def test_infer_frames_other_than_80():
 
 def test_a_16_khz_mono_wav_is_read_exactly(tmp_path):
     samples = sound(0.3)
-    write_wav(tmp_path / "a.wav", samples[None], 16000)
+    write_wav(tmp_path / "a.wav", samples[None])
     assert torch.equal(read_audio(tmp_path / "a.wav"), (samples * 32767).round() / 32768)
 
 
 def test_channels_are_averaged(tmp_path):
     left, right = sound(0.3), 0.2 * sound(0.3).flip(0)
-    write_wav(tmp_path / "a.wav", torch.stack([left, right]), 16000)
+    write_wav(tmp_path / "a.wav", torch.stack([left, right]))
     torch.testing.assert_close(read_audio(tmp_path / "a.wav"), (left + right) / 2, rtol=0, atol=1e-4)
 
 
@@ -220,10 +204,10 @@ def test_bad_input_is_one_line(tmp_path):
     write_mp4(tmp_path / "mute.mp4", None)
     with pytest.raises(BadInput, match=r"mute.mp4: has no sound track"):
         read_audio(tmp_path / "mute.mp4")
-    write_wav(tmp_path / "empty.wav", torch.zeros(1, 0), 16000)
+    write_wav(tmp_path / "empty.wav", torch.zeros(1, 0))
     with pytest.raises(BadInput, match=r"empty.wav: holds 0.000 s of sound"):
         read_audio(tmp_path / "empty.wav")
-    write_wav(tmp_path / "short.wav", sound(0.01)[None], 16000)
+    write_wav(tmp_path / "short.wav", sound(0.01)[None])
     with pytest.raises(BadInput, match=r"short.wav: holds 0.010 s of sound; at least 0.045 s"):
         read_audio(tmp_path / "short.wav")
     (tmp_path / "text.wav").write_text("not a sound")
