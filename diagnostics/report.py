@@ -57,7 +57,10 @@ def line_plot(x, y, label, **axes_settings):
 
 
 def heat_map(rows, key, label, scale=1):
-    """A picture of scale * row[key] by block (across) and kind (down); of several in one cell, the largest."""
+    """A picture of scale * row[key] by block (across) and kind (down); of several in one cell, the largest. What is
+    outside of blocks is left out.
+    """
+    rows = [r for r in rows if r["block"] is not None]
     kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
     grid = torch.full((len(kinds), len(blocks)), math.nan)
     for r in rows:
