@@ -1,4 +1,6 @@
-"""plan.py: what is counted, and that a plan knows the released sizes. Plans against measured runs are in test_train.py."""
+"""plan.py: what is counted, and that a plan knows the released sizes. Plans against measured runs are
+in test_train.py.
+"""
 
 import contextlib
 import json
@@ -130,7 +132,8 @@ with torch.device("meta"):
     plain = build({{"dit": lambda: Wan(full_config({variant!r}))}}, "dit", torch.bfloat16)
 for fp8 in (False, True):
     model = load_wan({folder!r}, "meta", torch.bfloat16, True) if fp8 else plain
-    for layout in (ParallelLayout(), ParallelLayout(stream_blocks=len(model.blocks)), ParallelLayout(stream_blocks=10), ParallelLayout(fsdp_size=8), ParallelLayout(pp_size=8)):
+    for layout in (ParallelLayout(), ParallelLayout(stream_blocks=len(model.blocks)), ParallelLayout(stream_blocks=10),
+            ParallelLayout(fsdp_size=8), ParallelLayout(pp_size=8)):
         print(*layout.weights(model))
 print(used('cpu'))
 """

@@ -1,4 +1,6 @@
-"""sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers' parts, fp32 on CPU."""
+"""sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers'
+parts, fp32 on CPU.
+"""
 
 import gc
 import json
@@ -504,7 +506,9 @@ def test_compiled_blocks_give_the_same(checkpoints, report):
 
 
 def test_preview_shows_what_the_clip_will_be(tmp_path):
-    """On nano: the linear colours of the finished latents are near the decoded clip's, and the last preview is on disk."""
+    """On nano: the linear colours of the finished latents are near the decoded clip's, and the last
+    preview is on disk.
+    """
     models = load("nano")
     colors = latent_to_rgb(models.acquire("vae"))
     z = sample_latents(

@@ -1,4 +1,6 @@
-"""What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, and a plan that holds."""
+"""What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, and a
+plan that holds.
+"""
 
 import json
 import math
@@ -371,8 +373,10 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     separate runs' first stretch.
     """
     code = (
-        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.sample_timesteps\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.sample_timesteps = spy; train_lora.main()"
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
+        "import train as m, train_lora; real = m.sample_timesteps\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); "
+        "return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     done = train(
         "train_lora",
@@ -487,10 +491,13 @@ def test_which_expert_starts_from_a_file(tmp_path):
 
 def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path):
     code = (
-        "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import models, importlib\n"
+        "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
+        "import models, importlib\n"
         "models.free_memory, real, alive = lambda device: 0, models.Models._load, weakref.WeakValueDictionary()\n"
-        "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n    part = real(self, name)\n"
-        "    if name in ('high', 'low'):\n        alive[name] = part.model\n    print('LOADED', name)\n    return part\n"
+        "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n"
+        "    part = real(self, name)\n"
+        "    if name in ('high', 'low'):\n        alive[name] = part.model\n    print('LOADED', name)\n"
+        "    return part\n"
         "models.Models._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
     )
     for script in ("train_lora", "train_te"):

@@ -154,8 +154,10 @@ train_lora.main()
 
 def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
     code = (
-        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); import train as m, train_lora; real = m.sample_timesteps\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); return t\nm.sample_timesteps = spy; train_lora.main()"
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
+        "import train as m, train_lora; real = m.sample_timesteps\n"
+        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); "
+        "return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
         run = subprocess.run(
