@@ -260,6 +260,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"step": 1})
     with pytest.raises(RuntimeError, match="power cut"):
         with atomic(tmp_path / "a.safetensors") as tmp:
+            assert tmp.parent == tmp_path  # on the same disk, so that it can be renamed
             tmp.write_text("half")
             raise RuntimeError("power cut")
     assert load_file(tmp_path / "a.safetensors")["x"].sum() == 2

@@ -81,7 +81,7 @@ def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
 def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
     """80/24 s is stored as 3.333 s there."""
     encode(tmp_path / "a.mkv", [np.full((48, 64, 3), 7 * k, np.uint8) for k in range(33)], fps=24)
-    (tmp_path / "a.txt").write_text("a cat\u2028runs\r\na dog\n", newline="")
+    (tmp_path / "a.txt").write_text("a cat\u2028runs\r\na dog\n", encoding="utf-8-sig", newline="")
     (item,), _ = scan(tmp_path, most=81, fps=24)
     assert item.frames == 33 and item.captions == ["a cat\u2028runs", "a dog"]
 

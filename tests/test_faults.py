@@ -1,5 +1,6 @@
 """What the world does to a run: full disks, kills, signals, clocks that jump, a second run, and damaged files."""
 
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from test_data import clip, encode, photo
 
 from checkpoint import BadInput, load, remove_leftovers, save
-from run import Run, differences
+from run import AppendedFile, Run, differences
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,6 +208,14 @@ def test_a_state_with_damaged_shards_is_not_used(tmp_path):
         assert run.restore({})["step"] == 1
 
 
+def test_shards_go_with_their_state(tmp_path):
+    with Run(tmp_path, {}, False, keep=2) as run:
+        run.restore({})
+        for step in (1, 2, 3):
+            run.save(step, {}, {"w": torch.ones(10)})
+    assert state_files(tmp_path) == [f"step_00000{n}.{end}" for n in (2, 3) for end in ("pt", "shards")]
+
+
 def test_what_resume_says(tmp_path, capsys):
     with Run(tmp_path, {"steps": 5}, True) as run:
         assert run.restore({}) is None
@@ -228,6 +238,9 @@ def test_what_resume_says(tmp_path, capsys):
             run.restore(now)
     assert differences({"a": [1, 2], "b": None}, {"a": [1, 3], "b": None}) == ["a was [1, 2], is [1, 3]"]
     assert len(differences({}, {str(i): i for i in range(100)})) == 13
+    names = [f"s{i}" for i in range(5000)]
+    assert differences({"s": names}, {"s": [*names[:-1], "t"]}) == ["s was 5000 entries, is 5000, 1 of them others"]
+    assert differences({"s": names}, {"s": names[::-1]}) == ["s was 5000 entries, is 5000, 0 of them others"]
 
 
 def test_the_log_goes_on_behind_the_state(tmp_path):
@@ -251,6 +264,19 @@ def test_the_log_goes_on_behind_the_state(tmp_path):
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
     assert board.Tags()["scalars"] == ["loss"]
+
+
+def test_a_disk_that_takes_a_part_of_a_line_is_asked_again(tmp_path):
+    """A write to a nearly full disk may return early; the rest is written, or said not to be."""
+    file = AppendedFile(tmp_path / "log")
+    real, file.file = file.file, mock.Mock()
+    file.file.write.side_effect = lambda data: real.write(data[:7])
+    file.write(b"twenty bytes of a line")
+    file.file.write.side_effect = [7, OSError(errno.ENOSPC, "No space left on device")]
+    with pytest.raises(OSError, match="log"):
+        file.write(b"twenty bytes of a line")
+    real.close()
+    assert (tmp_path / "log").read_bytes() == b"twenty bytes of a line"
 
 
 HOLD = """
@@ -279,7 +305,9 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(tmp_path)
     Run(tmp_path, {}, True).close()
 
 
-def test_handlers_of_signals_are_given_back(tmp_path):
+def test_handlers_of_signals_are_given_back(tmp_path, monkeypatch):
+    exits = mock.Mock()
+    monkeypatch.setattr(os, "_exit", exits)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Run(tmp_path, {}, False) as run:
         assert signal.getsignal(signal.SIGINT) != before[0]
@@ -290,7 +318,10 @@ def test_handlers_of_signals_are_given_back(tmp_path):
         run.restore({})
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does, which passes on what the terminal has sent to all
-        assert run.stop
+        assert run.stop and not exits.called
+        run.asked_at -= 2  # somebody has no patience
+        os.kill(os.getpid(), signal.SIGINT)
+        exits.assert_called_once_with(128 + signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -547,7 +578,13 @@ def results(out):
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 BEFORE, TRAINING = (
     {"looking": "data.probe", "latents": "data.pixels", "texts": "data.cache_texts", "building": "train_lora.adamw"},
-    {"first preview": "train.Previews.write", "step": "train.make_noisy_batch", "saving": "run.save_pickle"},
+    {
+        "first preview": "train.Previews.write",
+        "step": "train.make_noisy_batch",
+        "saving": "run.save_pickle",
+        "writing": "torch.save",  # its file lies under a temporary name, and is empty
+        "renaming": "os.replace",
+    },
 )
 
 
@@ -578,8 +615,8 @@ END = (("", "--resume"), 0)
 
 def test_signals_and_kills_in_every_phase_change_nothing(lives, tmp_path):
     chain = [phase("looking", "TERM", 2), phase("latents", "INT", 2), phase("latents", "KILL", 2)]
-    chain += [phase("texts", "TERM"), phase("building", "INT"), phase("saving", "KILL", 1, 0.001)]
-    chain += [phase("first preview", "TERM"), phase("step", "INT"), phase("saving", "KILL", 1, 0.003)]
+    chain += [phase("texts", "TERM"), phase("building", "INT"), phase("writing", "KILL")]
+    chain += [phase("first preview", "TERM"), phase("step", "INT"), phase("renaming", "KILL", 3)]
     check_lives(lives, tmp_path, [*chain, phase("saving", "TERM"), END])
 
 

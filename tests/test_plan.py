@@ -176,7 +176,8 @@ def test_released_sizes_load_without_being_allocated(variant, tmp_path):
 @pytest.mark.parametrize(
     "gpus,script,flags,want",
     [
-        ("1x24", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
+        ("1x24", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--base_dtype"]),
+        ("1x16", "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
         ("1x24", "train_lora", ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"], ["--checkpointing"]),
     ],
 )
