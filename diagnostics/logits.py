@@ -100,9 +100,10 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
     """Attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at four times
     under fixed noise: {expert: rows of logit_rows}. where: as in open_dataset.
     """
+    # both at once, so that a file that does not fit is refused before any work
+    sides = [Models(ckpt, Runtime(device, dtype), *changes) for changes in ((), (loras, text_encoder))]
     stats = {}
-    for changes in ({}, dict(loras=loras, text_encoder=text_encoder)):
-        models = Models(ckpt, Runtime(device, dtype), **changes)
+    for models in sides:
         flags, dataset = open_dataset(models, ckpt, n, **where)
         dataset.cache_latents()
         models.encode_prompts([item.captions[0] for item in dataset.items])
@@ -113,6 +114,7 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
                     batch.loss(model, *models.encode_prompts(batch.captions))
             stats.setdefault(name, []).append(recorded)
             model = None  # so that it can make room for the other expert
+        models.drop()
     return {name: logit_rows(before, after) for name, (before, after) in stats.items()}
 
 
