@@ -1,0 +1,261 @@
+"""sample.py for the variants that go clip by clip, S2V and Animate: latents of the official pipelines, sound."""
+
+import json
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+import tiny
+import tiny_animate
+import tiny_s2v
+import torch
+from PIL import Image
+from test_animate_source import LATENTS, C
+from test_s2v_clips import PIPELINES, RUNS
+
+import clips
+import sample
+import train_lora
+from checkpoint import BadInput
+from checkpoint import load as load_tensors
+from media import read_frames
+from models import Models
+
+
+def run(monkeypatch, *flags, main=sample.main):
+    """A script's main with these flags (each a string that is split, or a path)."""
+    words = [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+    monkeypatch.setattr("sys.argv", ["script.py", *words])
+    main()
+
+
+# ---- S2V -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def s2v(tmp_path_factory):
+    return tiny_s2v.checkpoint(tmp_path_factory.mktemp("s2v"))
+
+
+@pytest.fixture
+def official_prompts(monkeypatch):
+    """The embeddings of the official runs in the prompts' place."""
+
+    def encode(self, prompts):
+        rows = tiny_s2v.prompts()[: len(prompts)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows])
+
+    monkeypatch.setattr(Models, "encode_prompts", encode)
+
+
+def speech(folder, ckpt, name, video="v"):
+    """Flags of sample.py for one of test_s2v's runs, whose files are written into a folder."""
+    given = RUNS[name][0]
+    Image.fromarray(tiny_s2v.picture(*given["picture"])).save(folder / "picture.png")
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(given["seconds"])[None])
+    size = {128 * 64: "128x64", 64 * 64: "64x64"}[given["area"]]
+    flags = [f"--size {size} --steps {given['steps']} --guidance {given['scale']} --seed {given['seed']}"]
+    flags += [f"--infer_frames {given['frames']}"] if given["frames"] != 80 else []
+    flags += [f"--num_clip {given['clips']}"] if "clips" in given else []
+    flags += ["--start_from_ref --sync_sound"] if name == "start_from_ref" else []
+    if name == "pose":
+        tiny_s2v.write_pose_video(folder / "pose.mkv", 50, 100, 140, 30)
+        flags += ["--solver dpm++ --pose_video", folder / "pose.mkv"]
+    flags += ["--image", folder / "picture.png", "--audio", folder / "sound.wav"]
+    return ["--prompt any --device cpu --ckpt", ckpt, *flags, *outputs(folder, video)]
+
+
+def outputs(folder, name):
+    return ["--out", folder / f"{name}.mp4", "--save_latents", folder / f"{name}.safetensors"]
+
+
+def read_sound(path):
+    """(the first sample's time in seconds, samples (N,) of a file's sound, mono at 48 kHz)."""
+    resampler, pieces, start = av.AudioResampler("fltp", "mono", 48000), [], None
+    with av.open(str(path)) as file:
+        for frame in (*file.decode(audio=0), None):
+            start = frame.time if start is None else start
+            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+    return start, np.concatenate(pieces)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, name, report):
+    """Latents, the number of frames, and the sound: AAC, where it belongs, as long as the video or the sound is."""
+    run(monkeypatch, *speech(tmp_path, s2v, name))
+    latents = load_tensors(tmp_path / "v.safetensors")[0]
+    assert sorted(latents) == [f"latents_{r}" for r in range(len(latents))]
+    assert len(latents) == sum(key.startswith(f"{name}_latents") for key in PIPELINES)
+    for r in range(len(latents)):
+        off = tiny.error(latents[f"latents_{r}"], PIPELINES[f"{name}_latents_{r}"])
+        report(f"latents of clip {r}", off, 1e-3)
+
+    given, length = RUNS[name]
+    frames = list(read_frames(tmp_path / "v.mp4"))
+    assert len(frames) == length == len(latents) * given["frames"] - 3 * (name != "start_from_ref")
+    assert all(abs(b.seconds - a.seconds - 1 / 16) < 1e-3 for a, b in pairwise(frames))
+    means = np.stack([np.asarray(f.image).mean((0, 1)) for f in frames]) / 127.5 - 1
+    report("mean of a frame", abs(means.mean(1) - PIPELINES[f"{name}_frame_means"].numpy()).max(), 0.03)  # through x264
+
+    start, sound = read_sound(tmp_path / "v.mp4")
+    offset, source = 3 / 16 if name == "start_from_ref" else 0, read_sound(tmp_path / "sound.wav")[1]
+    with av.open(str(tmp_path / "v.mp4")) as file:
+        assert file.streams.audio[0].codec_context.name == "aac"
+    begin = round(48000 * (offset - start))  # an encoder's first packet may come before what it was given
+    assert abs(begin) <= 1100
+    assert abs(len(sound) - begin - 48000 * min(given["seconds"], length / 16 - offset)) <= 1024
+    heard, source = sound[begin + 4000 - 50 : begin + 20000 + 50], source[4000:20000]  # to a millisecond
+    norm = np.linalg.norm(source) * np.linalg.norm(heard)
+    assert np.correlate(heard, source, "valid").max() > 0.97 * norm
+
+
+@pytest.fixture
+def no_plan(monkeypatch):
+    """Without the plan, which takes longer than these videos."""
+    monkeypatch.setattr(clips.plan, "sampling", lambda *args, **kwargs: NoPlan())
+
+
+class NoPlan:
+    def compare(self, device):
+        return ""
+
+
+def stop_after(monkeypatch, count):
+    """Let the process end when so many clips are done; returns the list of those that were begun."""
+    begun, real = [], clips.denoise
+
+    def denoise(*args, **kwargs):
+        if len(begun) == count:
+            raise SystemExit("killed")
+        begun.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(clips, "denoise", denoise)
+    return begun
+
+
+def check_resume(monkeypatch, folder, flags_of, changed, count):
+    """A video that ends after its first clip and goes on is bit for bit one made at once; not with `changed` flags."""
+    run(monkeypatch, *flags_of("whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        run(patch, *flags_of("cut"))
+    assert not (folder / "cut.mp4").exists()
+    for flags in changed:
+        with pytest.raises(BadInput, match="--resume: .*other settings"):
+            run(monkeypatch, *flags_of("cut"), *flags, "--resume")
+    with monkeypatch.context() as patch:
+        begun = stop_after(patch, None)
+        run(patch, *flags_of("cut"), "--resume")
+    assert len(begun) == count - 1  # the first was not made again
+    whole, cut = (load_tensors(folder / f"{name}.safetensors")[0] for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and len(whole) == count
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert (folder / "whole.mp4").read_bytes() == (folder / "cut.mp4").read_bytes()
+    assert not list(folder.glob("*.clips"))
+
+
+def test_speech_that_was_killed_goes_on(s2v, tmp_path, monkeypatch, official_prompts, no_plan):
+    def flags_of(name):
+        return [*speech(tmp_path, s2v, "three_clips", name), "--num_clip 2"]
+
+    check_resume(monkeypatch, tmp_path, flags_of, (["--seed 12"], ["--dtype bf16"]), 2)
+
+
+# ---- Animate ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def animate(tmp_path_factory):
+    """(checkpoint, source folder)."""
+    folder = tmp_path_factory.mktemp("animate")
+    return tiny_animate.checkpoint(folder / "checkpoint"), tiny_animate.source_folder(folder / "source")
+
+
+def write_relighting(file, model):
+    """The change of test_animate_source.relight, in a file like the official relighting_lora.ckpt."""
+    generator, tensors = torch.Generator().manual_seed(30), {}
+    linears = {n: m for n, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, torch.nn.Linear)}
+    for name in sorted(linears):
+        out_features, in_features = linears[name].weight.shape
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, in_features, generator=generator) * 0.1
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out_features, 4, generator=generator) * 0.1
+    torch.save(tensors, file)
+    return file
+
+
+def character(folder, animate, name, video="v"):
+    """Flags of sample.py for one of test_animate_source's runs."""
+    ckpt, source = animate
+    mode, overlap, solver, guidance = name.split(".")
+    flags = [f"--frames {C} --steps 3 --seed 7 --device cpu --solver {solver} --refert_num {overlap}"]
+    flags += ["--replace_flag"] if mode == "replace" else []
+    flags += [f"--guidance {guidance[1:]}"] if guidance != "relit" else []
+    if guidance == "relit":
+        flags += ["--lora", write_relighting(folder / "relighting_lora.ckpt", tiny_animate.animate())]
+    return ["--ckpt", ckpt, "--src_root_path", source, *flags, *outputs(folder, video)]
+
+
+@pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[0] for name in LATENTS}))
+def test_character_equals_official(animate, tmp_path, monkeypatch, name, report):
+    run(monkeypatch, *character(tmp_path, animate, name))
+    latents = load_tensors(tmp_path / "v.safetensors")[0]
+    assert sorted(latents) == ["latents_0", "latents_1"]
+    for key, z in latents.items():
+        report(key, tiny.error(z, LATENTS[f"{name}.{key}"]), 1e-3)
+    frames = list(read_frames(tmp_path / "v.mp4"))
+    assert len(frames) == 20 and abs(frames[-1].seconds - 19 / 25) < 1e-3  # as many as the driving video has
+    got = np.stack([np.asarray(f.image).mean((0, 1, 2)) for f in frames]) / 127.5 - 1
+    want = LATENTS[f"{name}.video"].clamp(-1, 1).mean((0, 2, 3)).numpy()  # one pixel of 64
+    assert np.corrcoef(got, want)[0, 1] > 0.8
+    told = json.loads(av.open(str(tmp_path / "v.mp4")).metadata["comment"])
+    assert told["seed"] == 7 and told["solver"] == name.split(".")[2]
+
+
+def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_plan):
+    changed = ["--replace_flag"], ["--base_dtype fp8"]
+
+    def flags_of(name):
+        return character(tmp_path, animate, "animate.5.dpm++.g3", name)
+
+    check_resume(monkeypatch, tmp_path, flags_of, changed, 2)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "kind, flags, message",
+    [
+        ("s2v", "--image x.png", "--image and --audio are needed"),
+        ("s2v", "--audio x.wav", "--image and --audio are needed"),
+        ("s2v", "--image x.png --audio x.wav --infer_frames 18", "--infer_frames 18: must be a multiple of 4"),
+        ("s2v", "--image x.png --audio x.wav --num_clip -1", "--num_clip -1: at least 1"),
+        ("s2v", "--src_root_path x", "--src_root_path x: .* takes no such input"),
+        ("s2v", "--refert_num 5", "--refert_num 5: .* takes no such input"),
+        ("animate", "", "--src_root_path is needed"),
+        ("animate", "--src_root_path x --image x.png", "--image x.png: .* takes its picture from"),
+        ("animate", "--audio x.wav", "--audio x.wav: .* takes no such input"),
+        ("animate", "--start_from_ref", "--start_from_ref True: .* takes no such input"),
+        ("ti2v", "--audio x.wav", "--audio x.wav: .* takes no such input"),
+        ("t2v", "--replace_flag", "--replace_flag True: .* takes no such input"),
+        ("i2v", "--num_clip 2", "--num_clip 2: .* takes no such input"),
+    ],
+)
+def test_flags_of_one_variant_are_refused_by_another(
+    s2v, animate, checkpoints, tmp_path, monkeypatch, kind, flags, message
+):
+    folder = {"s2v": s2v, "animate": animate[0], **checkpoints}[kind]
+    with pytest.raises(BadInput, match=message) as e:
+        run(monkeypatch, "--device cpu --ckpt", folder, "--out", tmp_path / "v.mp4", flags)
+    assert "\n" not in str(e.value)
+
+
+def test_several_prompts_for_one_video_are_refused(s2v, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    with pytest.raises(BadInput, match="2 prompts: .* one video at a time"):
+        run(monkeypatch, "--device cpu --ckpt", s2v, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("kind", ["s2v", "animate"])
+def test_they_are_not_trained(s2v, animate, media, tmp_path, monkeypatch, kind):
+    folder = {"s2v": s2v, "animate": animate[0]}[kind]
+    with pytest.raises(BadInput, match="can be sampled, and not yet trained") as e:
+        flags = ["--device cpu --ckpt", folder, "--data", media, "--out", tmp_path / "out"]
+        run(monkeypatch, *flags, main=train_lora.main)
+    assert "\n" not in str(e.value)
