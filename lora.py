@@ -177,10 +177,9 @@ def attach(model, pairs):
         m.lora_A, m.lora_B = pairs[name]
 
 
-@torch.no_grad()
-def start_from(pairs, path, scale, expert=None):
-    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput unless the
-    file changes the same weights with the same ranks, and nothing else.
+def changes_to_start_from(pairs, path, expert=None):
+    """{module name: change} of a LoRA file for an adapter {module name: (A, B)}, whose tensors may be on meta. Raises
+    BadInput unless the file changes the same weights with the same ranks, and nothing else.
     """
     changes = {name.removesuffix(".weight"): change for name, change in read_lora(path, expert)[0].items()}
     want = {name: (tuple(b.shape[:1] + a.shape[1:]), len(a)) for name, (a, b) in pairs.items()}
@@ -191,6 +190,15 @@ def start_from(pairs, path, scale, expert=None):
             f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as "
             f"{odd[0]}: shape and rank are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}"
         )
+    return changes
+
+
+@torch.no_grad()
+def start_from(pairs, path, scale, expert=None):
+    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput where
+    changes_to_start_from does.
+    """
+    changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():
         given_a, given_b = changes[name].factors()
         a.copy_(given_a)

@@ -25,6 +25,7 @@ from lora import (
     TARGETS,
     adapter,
     attach,
+    changes_to_start_from,
     clamp_weight_norm,
     inject,
     parse_blocks,
@@ -124,6 +125,15 @@ def initial_loras(specs, schedule):
     return files
 
 
+def check_initial_loras(files, args, models):
+    """Refuse, before anything is computed, a file of `initial_loras` that is no start for its expert's adapter."""
+    for expert, file in files.items():
+        with torch.device("meta"):
+            model = plan.build_wan(models.config(expert))
+            inject(model, args.targets, args.rank, blocks=args.blocks)
+        changes_to_start_from(adapter(model), file, expert)
+
+
 def main():
     args = arguments()
     with World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
@@ -155,6 +165,7 @@ def train(args, world):
     resolve(args, s, models.config().num_layers)
     schedule = expert_schedule(args, s)
     init_loras = initial_loras(args.init_lora, schedule)
+    check_initial_loras(init_loras, args, models)
     print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main)
 
