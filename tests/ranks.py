@@ -145,7 +145,11 @@ if __name__ == "__main__":
 
     World.__init__ = remember
     setattr(dist, name, gathered)
-    start, dist.destroy_process_group = (dist.init_process_group, lambda: None)  # one group serves all jobs
+    start, end = dist.init_process_group, dist.destroy_process_group
+    dist.destroy_process_group = lambda: None  # one group serves all jobs
     dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
+    if dist.is_initialized():
+        dist.barrier()
+        end()  # left to the interpreter's end, gloo's threads may abort the process

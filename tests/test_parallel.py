@@ -94,7 +94,12 @@ def sampling(folder, name, *flags):
 
 # number of processes: {name: job}; every training sees a global batch of 4, of which there are 2 clips and 1 photo
 JOBS = {
-    1: {"lora": ("train_lora", 4), "te": ("train_te", 4), "video": ()},
+    1: {
+        "lora": ("train_lora", 4),
+        "te": ("train_te", 4),
+        "dropout": ("train_lora", 4, "--dropout", "0.3"),
+        "video": (),
+    },
     2: {
         "lora_data": ("train_lora", 2),
         "lora_fsdp": ("train_lora", 2, "--fsdp"),
@@ -103,6 +108,7 @@ JOBS = {
         "lora_checkpointing": ("train_lora", 4, "--pipeline_stages", "2", "--checkpointing"),
         "lora_stream": ("train_lora", 2, "--stream_blocks", "3"),
         "lora_bf16": ("train_lora", 2, "--fsdp", "--dtype", "bf16"),
+        "dropout_ulysses": ("train_lora", 4, "--ulysses_size", "2", "--dropout", "0.3"),  # one draw for both ranks
         "te_data": ("train_te", 2),
         "te_fsdp": ("train_te", 2, "--fsdp"),
         "te_ulysses": ("train_te", 4, "--ulysses_size", "2"),
@@ -169,7 +175,7 @@ def difference(a, b, script):
     ],
 )
 def test_training_equals_one_process(runs, report, name):
-    script = "train_lora" if name.startswith("lora") else "train_te"
+    script = "train_te" if name.startswith("te") else "train_lora"
     losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
     report("losses and gradients", losses, 1e-5)
     report("weights", weights, 1e-5)

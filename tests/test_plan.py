@@ -14,6 +14,8 @@ import torch
 from test_diag import full_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import train_lora
+import train_te
 from checkpoint import BadInput
 from diagnostics.planning import planned, propose
 from lora import inject
@@ -79,6 +81,26 @@ def test_released_sizes_are_planned_without_files(variant):
     )  # three copies of weights and two moments
     sampled = planned("sample", ["--ckpt", variant, "--size", "256x256", "--frames", "9"])
     assert sampled.phases["denoise"]["DiT"] == want and sampled.peak > want
+
+
+def test_the_other_experts_adapter_is_planned_with_its_states(checkpoints):
+    """One is trained at a time; weights and both moments of the other are there all the same."""
+    flags = ["--ckpt", str(checkpoints["t2v"]), *"--resolution 32x32 --frames 5 --batch 1 --device cpu".split()]
+    one, both = (planned("train_lora", [*flags, "--expert", expert]).phases["training"] for expert in ("high", "both"))
+    adapter, more = one["trained"], both["states and activations"] - one["states and activations"]
+    assert both["trained"] == 2 * adapter and abs(more / (2 * adapter) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("script", [train_lora, train_te])
+def test_a_plan_leaves_the_flags_alone(script):
+    args, models = script.arguments("--ckpt nano --device cpu --batch 8 --pipeline_stages 2".split()), Models("nano")
+    if script is train_lora:
+        script.resolve(args, models.settings, models.config().num_layers)
+    else:
+        script.resolve(args, models.settings)
+    before = dict(vars(args))
+    script.predict(args, models.settings, builders(models), previews=True, ranks=2)
+    assert vars(args) == before
 
 
 def test_a_tiled_decode(report):

@@ -18,12 +18,13 @@ from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
+import flow
 import models as models_module
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from conditions import best_size
-from denoising import EasyCache, preview_writer
-from media import latent_to_rgb, open_image, write_mp4
+from denoising import EasyCache, GuidedModel, preview_writer
+from media import latent_to_rgb, open_image, to_uint8, write_mp4
 from models import NEGATIVE
 from sample import generate, load, sample_latents
 
@@ -236,9 +237,11 @@ def test_image_needed_or_not_taken(checkpoints):
 def test_another_picture_is_encoded_anew(checkpoints):
     """Also one in the place of the last one; the estimates on the way begin with it."""
     models, picture = load(checkpoints["ti2v"]), image()
-    first = lambda: generate(
-        models, "a", image=picture, size=(96, 64), frames=1, steps=1, guidance=1.0, progress=False
-    )[1]
+    given = dict(image=picture, size=(96, 64), steps=1, guidance=1.0, progress=False)
+
+    def first():
+        return generate(models, "a", frames=1, **given)[1]
+
     before = first()
     assert torch.equal(before, first())
     picture.paste((255, 0, 0), (0, 0, picture.width, picture.height))
@@ -478,6 +481,34 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     assert tiny.error(seen[-1][1], plain) < 0.2, "the last estimate is nearly the result"
 
 
+class Stubborn(EasyCache):
+    """Serves the last velocity for ever, until it is told to forget."""
+
+    def predict(self, x):
+        return self.v
+
+
+def test_the_model_is_asked_for_the_first_step_of_each_expert_and_the_last_of_all(checkpoints, monkeypatch):
+    """Whatever the step cache would serve."""
+    asked, real = [], GuidedModel.velocity
+
+    def velocity(self, x, t, scale):
+        asked.append(t)
+        return real(self, x, t, scale)
+
+    monkeypatch.setattr(GuidedModel, "velocity", velocity)
+    models, given = load(checkpoints["t2v"]), dict(size=(32, 32), frames=1, steps=8, guidance=1.0, progress=False)
+    sample_latents(models, ["a cat"], [0], step_cache=Stubborn(0.5), **given)
+    timesteps = flow.solver("unipc", 8, models.settings.shift).timesteps.tolist()
+    assert asked == [timesteps[0], next(t for t in timesteps if t < 875), timesteps[-1]]
+
+
+def test_pixels_are_rounded_to_the_nearest():
+    values = torch.tensor([-7.0, -1.0, -0.99, -0.988, 0.01, 0.5, 0.996, 1.0, 7.0])
+    pixels = to_uint8(values.view(1, 1, 1, -1).expand(3, 1, 1, -1))
+    assert pixels.shape == (1, 1, 9, 3) and pixels[0, 0, :, 2].tolist() == [0, 0, 1, 2, 129, 191, 254, 255, 255]
+
+
 def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     """Both halves in one forward pass, or, where memory is short, in two."""
     models, found = load(checkpoints["ti2v"]), []
@@ -486,7 +517,7 @@ def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     model = models.acquire("dit")
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     for memory in (1 << 50, 0):
-        monkeypatch.setattr(models_module, "free_memory", lambda device: memory)
+        monkeypatch.setattr(models_module, "free_memory", lambda device, memory=memory: memory)
         models.placements["dit"] = models_module.Placement(model)
         found.append(sample_latents(models, ["a cat"], [1], **given))
     assert sizes == [2] * 3 + [1] * 6

@@ -2,19 +2,28 @@
 plan that holds.
 """
 
+import importlib
 import json
 import math
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from test_data import clip, photo
 
-from checkpoint import load
+import plan
+import train as shared
+from checkpoint import load, save
+from models import Models
+from parallel import World
+from run import TrainState, resume_fingerprint
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a red fox jumps over", "a dog runs", "a cat sleeps"]
@@ -231,9 +240,6 @@ def test_what_is_saved_with_ema_is_the_average(checkpoints, media, tmp_path, scr
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
 def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path, monkeypatch, script, report):
     """The gradient of a step of three batches of two is that of the mean loss over their six samples."""
-    import importlib
-
-    import train as shared
     from flow import Batch
 
     module = importlib.import_module(script)
@@ -305,7 +311,6 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
     """TI2V with --i2v_prob 1: latent frame 0 reaches the DiT as it is, at t = 0, and its error does not change the
     loss; images are left alone.
     """
-    import train as shared
     import train_lora
     from wan import Wan
 
@@ -421,8 +426,6 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
 def test_both_experts_resume_and_draw_previews(checkpoints, media, tmp_path):
     (tmp_path / "p.txt").write_text("a fox\n")
     small = tmp_path / "c"
-    import shutil
-
     shutil.copytree(checkpoints["t2v"], small)
     for expert in ("high", "low"):
         file = small / f"{expert}_noise_model" / "config.json"
@@ -718,3 +721,104 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(clips, tmp_path, med
     used, planned = map(float, re.search(r"peak memory ([\d.]+) GB, planned ([\d.]+) GB", run.stdout).groups())
     assert "plan: peak memory" in run.stdout and (size == "nano" or used > 1)
     report(f"planned {planned:.3f} GB, used {used:.3f} GB, error", abs(planned / used - 1), 0.15)
+
+
+# ---- what a run writes down, and leaves alone ------------------------------------------------------------------------
+def train_here(monkeypatch, script, ckpt, media, out, *flags):
+    """A training of two steps in this process."""
+    words = f"--ckpt {ckpt} --data {media} --out {out} --cache {media.parent}/cache --resolution 64x64 --frames 9"
+    words += " --steps 2 --batch 2 --device cpu --dtype fp32"
+    monkeypatch.setattr("sys.argv", [script, *words.split(), *map(str, flags)])
+    importlib.import_module(script).main()
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_te"])
+def test_what_is_logged_and_which_flags_are_kept(checkpoints, media, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(plan, "mfu", lambda *args: 0.25)  # as where a device's peak is known
+    train_here(monkeypatch, script, checkpoints["ti2v"], media, tmp_path / "out")
+    for line in logged(tmp_path / "out"):
+        assert line["tokens_per_s"] > 0 and line["mfu"] == 0.25 and line["ms"] > 0 and line["peak_gb"] > 0
+    kept = json.loads((tmp_path / "out" / "flags.json").read_text())["flags"]
+    assert kept.keys() == vars(importlib.import_module(script).arguments([])).keys()
+
+
+def test_the_share_of_a_gpus_peak(monkeypatch):
+    """4 FLOPs for each multiply-add of the blocks: six linears of d x d that see the clip's tokens, two that see the
+    text's, two of d x f, and attention over both.
+    """
+    B, L, T, d, f, n = 2, 3 * 4 * 2, 7, 48, 104, 3
+    adds = n * (L * (6 * d * d + 2 * d * f) + T * 2 * d * d + 2 * d * L * (L + T))
+    dit, x = tiny.dit("ti2v"), torch.empty(B, 48, 3, 8, 4)
+    assert plan.mfu(dit, x, T, 1.0, "cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert plan.mfu(dit, x, T, 0.5, "cuda") == pytest.approx(4 * B * adds / 0.5 / 989e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert plan.mfu(dit, x, T, 0.5, "cuda") is None
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_te"])
+def test_filling_the_cache_ends_what_ranks_share(checkpoints, media, tmp_path, monkeypatch, script):
+    """As one rank under torchrun: the process group is closed when the script ends, also with --cache_only."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    begun, module = [], importlib.import_module(script)
+
+    def world(*args):
+        begun.append(World(*args, distributed=True))
+        return begun[0]
+
+    monkeypatch.setattr(module, "World", world)
+    train_here(monkeypatch, script, checkpoints["ti2v"], media, tmp_path / "out", "--cache_only")
+    assert begun[0].distributed and not torch.distributed.is_initialized()
+
+
+def test_held_out_samples_have_noise_of_their_own(tmp_path):
+    """Another one for each, and the same one each time and whatever else is held out."""
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        save(file, {"latents": torch.zeros(4, 2, 4, 4)})  # the velocity's target is then the noise itself
+    items = [SimpleNamespace(digest=digest * 20, captions=["x"]) for digest in ("1a", "2b")]
+
+    def targets(*which):
+        batches = shared.eval_batches([items[i] for i in which], [files[i] for i in which], 3.0, 0.0, 1.0)
+        return [batch.target for _, batch in batches]
+
+    both = targets(0, 1)
+    assert len(both) == 8 and not any(torch.equal(a, b) for i, a in enumerate(both) for b in both[:i])
+    assert all(torch.equal(a, b) for a, b in zip(both[4:], targets(1)))
+
+
+def test_what_the_guard_has_seen_is_restored():
+    """A spike is one after a resume too."""
+    args = SimpleNamespace(grad_spike_factor=10, ema=0)
+
+    def state():
+        p = torch.nn.Parameter(torch.ones(3))
+        return TrainState([p], torch.optim.AdamW([p]), args)
+
+    old, new = state(), state()
+    for _ in range(30):
+        assert not old.guard.should_skip(1.0, 2.0)
+    assert old.guard.should_skip(1.0, 50.0)
+    new.restore(old.state_dict() | {"step": 31, "shards": False})
+    assert new.step == 31 and new.guard.skipped == 1
+    assert new.guard.should_skip(1.0, 50.0) and not new.guard.should_skip(1.0, 3.0)
+
+
+def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):
+    """Told by what its files hold: the other one's have the same names and sizes."""
+    shutil.copytree(checkpoints["t2v"], tmp_path / "other")
+    file = max((tmp_path / "other" / "low_noise_model").glob("*.safetensors"))
+    tensors = load(file)[0]
+    name = max(tensors)
+    save(file, tensors | {name: tensors[name] + 1})
+    args, nothing = SimpleNamespace(batch=2, rank=4), SimpleNamespace(files=[], items=[])
+    same, again, other = (
+        resume_fingerprint(args, Models(folder), nothing)
+        for folder in (checkpoints["t2v"], checkpoints["t2v"], tmp_path / "other")
+    )
+    assert same == again and {k for k in same if same[k] != other[k]} == {"base"}

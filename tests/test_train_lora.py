@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from test_data import clip
 
-from checkpoint import load
-from lora import read_lora
+import models
+from checkpoint import BadInput, load
+from lora import inject, save_lora
+from lora_files import read_lora
 
 ROOT = Path(__file__).parent.parent
 
@@ -293,7 +296,7 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
         assert t.dtype == torch.float32 and (875 <= t <= 1000 if kind == "i2v" else 0 < t < 1000)
         z, s = x[:, : vae.z_dim], t / 1000
 
-        def fit(i):  # the noise, if item i is what was noised
+        def fit(i, z=z, s=s):  # the noise, if item i is what was noised
             return None if clean[i].shape != z.shape else (z - (1 - s) * clean[i]) / s
 
         losses = {i: ((out - (fit(i) - clean[i])) ** 2).mean().item() for i in range(3) if fit(i) is not None}
@@ -320,3 +323,33 @@ def test_resuming_another_run_is_refused(checkpoints, media, tmp_path):
     ):
         run = train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", *flags, check=False)
         assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1], run.stderr
+
+
+def test_a_lora_that_is_no_start_is_refused_before_anything_is_encoded(checkpoints, media, tmp_path, monkeypatch):
+    """One that is not there, is of another rank, of another model, or for the other expert."""
+    import train_lora
+
+    def no_work(*args):
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr(models.Models, "acquire", no_work)
+    monkeypatch.setattr(train_lora, "Dataset", no_work)
+    for name, kind, rank, expert in (("rank", "ti2v", 2, "dit"), ("other", "t2v", 4, "dit"), ("low", "t2v", 4, "low")):
+        model = tiny.dit(kind, dim=96 if name == "other" else 48)
+        inject(model, rank=rank)
+        save_lora(tmp_path / f"{name}.safetensors", model, expert=expert)
+    for kind, flags, message in (
+        ("ti2v", "none.safetensors", "none.safetensors"),
+        ("ti2v", "rank.safetensors", "rank are .*48, 48.*, 2.*, asked for are .*48, 48.*, 4"),
+        ("ti2v", "other.safetensors", "rank are .*96, 96"),
+        ("ti2v", "rank.safetensors --blocks 0-1 --rank 2", "asked for are none"),
+        ("t2v", "low.safetensors --expert high", "low"),
+    ):
+        file, *more = flags.split()
+        line = f"--ckpt {checkpoints[kind]} --data {media} --out {tmp_path}/out --rank 4 --device cpu"
+        line += f" --init_lora {tmp_path}/{file}"
+        monkeypatch.setattr("sys.argv", ["train_lora.py", *line.split(), *more])
+        with pytest.raises(BadInput, match=message) as e:
+            train_lora.main()
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()

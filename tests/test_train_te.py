@@ -220,6 +220,20 @@ def test_rows_learn_at_their_own_rate(checkpoints):
     assert [g["lr"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
 
 
+def test_rates_and_anchors_in_a_run(checkpoints, media, tmp_path):
+    """Rows learn at --keyword_lr, the rest at --lr; only prompts without a keyword are held."""
+    rates = "--lr 0 --keyword_lr 1e-2 --weight_decay 0 --steps 3".split()
+    run = train(checkpoints["ti2v"], media, tmp_path / "rows", *rates)
+    names, rows, ids = changed(checkpoints["ti2v"], tmp_path / "rows" / "text_encoder.safetensors")
+    assert not names and rows and set(rows) <= ids
+    captions = {c for f in media.glob("*.txt") for c in f.read_text().splitlines()} | {""}
+    assert any("dog" in c for c in captions)
+    assert f"{sum('dog' not in c for c in captions)} prompts anchored" in run.stdout
+    train(checkpoints["ti2v"], media, tmp_path / "blocks", "--keyword_lr", 0, "--weight_decay", 0, "--steps", 3)
+    names, rows, _ = changed(checkpoints["ti2v"], tmp_path / "blocks" / "text_encoder.safetensors")
+    assert names and not rows
+
+
 @pytest.mark.parametrize(
     "flags, optimizer",
     [
@@ -247,7 +261,10 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
     import shutil
 
     shutil.copytree(media, tmp_path / "media")
-    run = lambda *flags, **how: train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "out", *flags, **how)
+
+    def run(*flags, **how):
+        return train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "out", *flags, **how)
+
     first = tmp_path / "first.safetensors"
     train(checkpoints["ti2v"], tmp_path / "media", tmp_path / "one")
     (tmp_path / "one" / "text_encoder.safetensors").rename(first)
