@@ -1,5 +1,6 @@
 # make demo: teach nano a word it never saw, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
+# make lint: the formatter and the linter, which make test runs first.
 # make gpu: build the CUDA parts, test and time them.   make clean: remove all of it.
 PYTHON ?= python3
 VENV := .venv
@@ -10,12 +11,16 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist l
 # the test files that compare numbers
 NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
-.PHONY: demo test test-slow test-portable gpu clean
+.PHONY: demo lint test test-slow test-portable gpu clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
 
-test: $(VENV)/ready-tests
+lint: $(VENV)/ready-tests
+	$(VENV)/bin/ruff format --check -q .
+	$(VENV)/bin/ruff check -q .
+
+test: lint
 	$(PYTEST) tests
 
 test-slow: $(VENV)/ready-tests
