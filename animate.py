@@ -1,4 +1,4 @@
-"""What Wan2.2-Animate-14B adds to the DiT: a still character's picture, a driving video's pose, and its face.
+"""WanAnimate, the DiT of Wan2.2-Animate-14B: with a character's picture, and a driving video's pose and face.
 
 The letters of wan.py, and  F frames of the driving video (4k+1)    T' latent frames of the DiT: the reference, then k+1
 S side of the face crops (512)   W width of a motion vector (512)   J face tokens per latent frame (5)   n image tokens

@@ -1,4 +1,4 @@
-"""Speed and memory beside the peers, in one run.
+"""Speed and memory beside diffusers, transformers and peft, in one run.
 
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works

@@ -1,4 +1,4 @@
-"""Videos of any length, clip by clip: each is made from what the one before left (S2V-14B, Animate-14B).
+"""Sampling of long videos, clip by clip, each from what the one before left (S2V-14B, Animate-14B); resumable.
 
 A conditions.Sequence knows what each clip is given and how clips join. Here they are sampled in order, and written as
 they are done, so that a sample that was killed goes on where it was.

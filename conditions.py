@@ -1,4 +1,4 @@
-"""What each variant is given beside noise, time and text: one class per kind of conditioning.
+"""What each variant's DiT is given beside noise, time and text, and how it is encoded: one class per kind of input.
 
 A class says which inputs its model takes, which size of video follows from them, how they are encoded, and what of that
 is cached in training. The sampler, the trainers and the plans ask only these; a model with an input of its own adds a

@@ -1,4 +1,4 @@
-"""Account for models and changes.
+"""The command for questions about checkpoints, LoRAs and runs; each of its commands is a file in diagnostics/.
 
 python diag.py inspect PATH...             what is in checkpoints, weight files, LoRA files and videos; headers only
 python diag.py plan SCRIPT FLAGS           memory and disk of train_lora, train_te or sample; --ckpt may also be a

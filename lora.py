@@ -1,4 +1,4 @@
-"""LoRA: W + (alpha/rank) B A on chosen linears of a built model; injected, trained, written, merged. Hu et al., 2021.
+"""LoRA (Hu et al., 2021), W + (alpha/rank) B A on chosen linears of a built model: injected, trained, saved, merged.
 
 Files are written so that ComfyUI, lightx2v and diffusers all read them alike: keys `diffusion_model.NAME.lora_A.weight`
 and `.lora_B.weight`, alpha/rank folded into B, no alpha key. What is read, and how, is in lora_files.py.

@@ -1,4 +1,4 @@
-"""A checkpoint: its settings, its parts, where each of them lies, and what makes room for what.
+"""A checkpoint folder at work: its Settings, and Models, which loads, moves and evicts its parts as memory allows.
 
 A part is "text" (the encoder), "vae", and "dit", or of an A14B "high" and "low", the two experts. `Models` loads a part
 when it is first asked for. Where memory is short, and on an accelerator always between two experts, the others make

@@ -1,4 +1,4 @@
-"""The nano world: moving shapes with captions, an exact grader, and the script that trains the checkpoint in nano/.
+"""The command of the nano world: write clips with captions, grade a checkpoint, train the one in nano/ from nothing.
 
     python nano.py clips --out DIR --n N --seed S          mp4 + txt files, and attributes.jsonl beside them
     python nano.py eval --ckpt DIR [--lora FILE] ...       how well a checkpoint listens to captions

@@ -1,5 +1,4 @@
-"""Streaming frozen blocks: their weights stay in host memory and come to the device two at a time, each while the one
-before it runs.
+"""Streaming frozen blocks from host memory: two at a time are on the device, one copied while the other runs.
 
 A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a CUDA stream of its own, started a
 block ahead: upwards in the forward pass, downwards in the backward pass, where checkpointing runs each block again

@@ -1,4 +1,4 @@
-"""What Wan2.2-S2V-14B adds to the DiT: a sound, a reference picture, the clip before, and a pose video.
+"""WanS2V, the DiT of Wan2.2-S2V-14B: with a sound, a reference picture, the clip before, and a pose video.
 
 The letters of wan.py, and  A width of a speech feature (1024)    S hidden states of the speech encoder (25)
 F video frames of a clip, 4T'   K audio tokens per latent frame (5)   M reference and motion tokens   n tokens per frame

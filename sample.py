@@ -122,16 +122,20 @@ def arguments(argv=None):
     add("--prompts", help="a text file, one prompt per line")
     add("--image", help="start from this image")
     add("--size", help="WxH px; with --image the area (default: the checkpoint's)")
-    add("--frames", type=int, help="4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="of the solver (default: the checkpoint's)")
+    add("--frames", type=int, help="of the clip, 4k+1 (default: the checkpoint's)")
+    add(
+        "--steps",
+        type=int,
+        help="of the sigma grid; heun evaluates the model twice in each (default: the checkpoint's)",
+    )
     add("--shift", type=float, help="of the sigma grid, above 1 towards noise (default: the checkpoint's)")
     add("--guidance", help="G or LOW,HIGH, by noise; 1 is without (default: the checkpoint's)")
-    add("--solver", choices=list(flow.SOLVERS), help="default: the checkpoint's")
+    add("--solver", choices=list(flow.SOLVERS), help="of the sampling ODE (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="of the noise; -1: at random (default: 0)")
     add("--negative", help='negative prompt (default: the checkpoint\'s; "" is an empty one)')
     add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
-    add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
+    add("--dtype", choices=list(DTYPES), help="of weights and products (default: bf16 on cuda, fp32 on cpu)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add = p.add_argument_group("S2V-14B: a picture that speaks (--size is the area)").add_argument
     add("--audio", help="the sound: any file that has a sound track")

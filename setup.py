@@ -1,4 +1,4 @@
-"""`pip install --no-build-isolation -e .` puts the modules and packages on the path and builds csrc/ into nanowan_csrc.
+"""`pip install --no-build-isolation -e .`: puts the modules on the path, and builds csrc/ into nanowan_csrc.
 
 Where that cannot be built, for want of a compiler or of what it needs, one line says so and PyTorch's operations are
 used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1

@@ -1,5 +1,4 @@
-"""Fine-tune the text encoder through the frozen DiT: teach it words, and keep it compatible with what the DiT
-understands.
+"""Fine-tune the text encoder through the frozen DiT: teach it words that the DiT then understands.
 
 python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
 python train_te.py                                  on nano and clips it draws itself

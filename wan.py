@@ -1,4 +1,6 @@
-"""The Wan 2.2 DiT: one model for TI2V-5B, T2V-A14B and I2V-A14B, with the official tensor names.
+"""The Wan 2.2 DiT with the official tensor names, and VARIANTS: the numbers and defaults of each of the five models.
+
+TI2V-5B, T2V-A14B and I2V-A14B are this class; S2V-14B and Animate-14B are subclasses of it, in s2v.py and animate.py.
 
 B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
 L tokens           D width            N heads              d = D/N head width

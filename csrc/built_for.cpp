@@ -1,5 +1,6 @@
-// The features of the CPU that this extension was compiled for. Loading it on a CPU without them can die of SIGILL
-// before any check in here could run, so kernels/__init__.py looks for this string in the file first.
+// The features of the CPU that this extension was compiled for.
+// Loading it on a CPU without them can die of SIGILL before any check in here could run, so kernels/__init__.py looks
+// for this string in the file first.
 #define QUOTE(x) #x
 #define QUOTED(x) QUOTE(x)
 

@@ -1,4 +1,4 @@
-"""diag.py plan: memory and disk of a run of any script that prints a plan, and flags that make it fit on given GPUs."""
+"""diag.py plan: what plan.py says of a run that is not started, and flags that make it fit on given GPUs."""
 
 import math
 import re

@@ -1,5 +1,4 @@
-"""The VAE's causal convolution over the two frames before a chunk and the chunk, with the RMS norm and SiLU before it:
-csrc/causal_conv3d.
+"""The VAE's causal 3-D convolution, streaming through time, with the RMS norm and SiLU before it; C++ and CUDA in csrc.
 
     python -m kernels.causal_conv3d     check against the reference, then time it
 

@@ -1,4 +1,6 @@
-"""Several processes, one result: what torchrun starts works as one process with the same global batch would.
+"""Training and sampling on several GPUs under torchrun: data parallel, FSDP2, Ulysses, pipeline, guidance halves.
+
+What is computed equals what one process with the same global batch computes.
 
     torchrun --nproc_per_node=8 train_lora.py ...                       data parallel
     torchrun --nproc_per_node=8 train_lora.py --fsdp ...                the frozen weights sharded (train_te.py: the

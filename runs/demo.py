@@ -1,5 +1,4 @@
-"""The main job on nano, in a few minutes on two CPU cores: clips with captions -> a LoRA translator -> does the model
-listen better?
+"""`make demo`: the main job on nano, from captioned clips to a LoRA translator, and how much better the model listens.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
 Leaves mp4s, a before/after contact sheet and a plot of the loss in out/demo.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Which of the lab's trainings makes the model listen? On nano, in about an hour and a half on two cores; a stopped run
-# goes on where it was.
+# Which training makes the model follow new words best, on nano, with three seeds (docs/listening.md).
+# An hour and a half on two cores; a stopped run goes on where it was.
 #   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one
 # Leaves out/listen/SEED/NAME.json, and the table in out/listen/table.md.
 set -euo pipefail

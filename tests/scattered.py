@@ -1,4 +1,4 @@
-"""A variant that has everything a variant can have, for tests; and its forward written out plainly, in fp64.
+"""A made-up variant of Wan that uses every hook for subclasses, for tests; and its forward written out in fp64.
 
 Its tokens stand on no grid: the clip's own are shifted, some to negative heights; further ones stand anywhere, some
 twice and before the first frame, and are modulated as if t were 0. After every other block the clip's tokens get a

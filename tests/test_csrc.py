@@ -1,6 +1,4 @@
-"""csrc/causal_conv3d: the CPU path against its definition, inside torch.compile, and the CUDA source compiled and run
-without a GPU.
-"""
+"""csrc/causal_conv3d: on the CPU against its definition, in torch.compile, and its CUDA source run without a GPU."""
 
 import ctypes
 import re

@@ -44,10 +44,18 @@ def test_models_files_know_no_ranks():
 
 
 def test_files_and_lines_are_short():
-    code = [*SOURCES, *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
+    tests = [f for f in (ROOT / "tests").rglob("*") if f.suffix in (".py", ".h")]
+    code = [*SOURCES, *(ROOT / "csrc").iterdir(), *(ROOT / "runs").iterdir(), *tests]
     wide = [f"{f}:{i}" for f in code for i, line in enumerate(f.read_text().splitlines(), 1) if len(line) > 120]
     assert not wide
     assert not [f for f in SOURCES if len(f.read_text().splitlines()) > 500]
+
+
+def test_first_lines_say_what_a_file_is():
+    """A whole sentence in the first line, by which a reader of the tree finds the room for a change."""
+    for name, file in MODULES.items():
+        first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
+        assert first.endswith(".") and len(first) > 20, (name, first)
 
 
 @pytest.mark.parametrize("script", ["sample", "train_lora", "train_te"])

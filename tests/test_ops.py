@@ -1,6 +1,4 @@
-"""The fused operations against their definitions: C++ here, Triton through its interpreter; and compiled for GPUs that
-need not be here.
-"""
+"""The fused operations against their definitions: C++, and Triton in its interpreter and compiled for GPUs."""
 
 import importlib
 import os

@@ -1,6 +1,4 @@
-"""plan.py: what is counted, and that a plan knows the released sizes. Plans against measured runs are
-in test_train.py.
-"""
+"""plan.py: what is counted, and that a plan knows the released sizes (test_train.py: plans against measured runs)."""
 
 import contextlib
 import json

@@ -1,6 +1,4 @@
-"""sample.py on tiny checkpoints against a straightforward loop made of diffusers' and transformers'
-parts, fp32 on CPU.
-"""
+"""sample.py on tiny checkpoints against a plain loop of diffusers' and transformers' parts, fp32 on CPU."""
 
 import gc
 import json

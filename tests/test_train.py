@@ -1,6 +1,4 @@
-"""What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, and a
-plan that holds.
-"""
+"""What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, the plan."""
 
 import importlib
 import json
