@@ -73,8 +73,9 @@ def chosen(device):
     kind = torch.device(device).type
     names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}
     choice = CHOSEN.get(kind, "ref")
-    tiles = choice == "cpp" and torch.ops.nanowan_csrc.has_tiles()
-    return f"{names[choice]} operations on {kind}{', large fp32 products on AMX tiles' * tiles}"
+    products = {"tiles": ", large fp32 products on AMX tiles", "onednn": ", large fp32 products by oneDNN", None: ""}
+    where = products[linear_kernel.FASTER] if choice == "cpp" else ""
+    return f"{names[choice]} operations on {kind}{where}"
 
 
 @contextlib.contextmanager
@@ -117,7 +118,7 @@ def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
 class Linear(torch.nn.Linear):
     def forward(self, x, activated=False):
         """x W^T + b, of the GELU of x if `activated`."""
-        ours = fast(x) and (activated or linear_kernel.tiled(x, self.weight))
+        ours = fast(x) and (activated or linear_kernel.faster(x, self.weight))
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
 

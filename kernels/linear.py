@@ -3,10 +3,15 @@
     python -m kernels.linear      check against the reference, then time it
 
 x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place: of a DiT's
-feed-forward that is a third of its memory. Large fp32 products go to AMX tiles where a CPU has them (csrc/linear.cpp):
-six products of bf16 parts, as exact as fp32's own and faster. The idea: Henry, Tang and Heinecke, Leveraging the
-bfloat16 artificial intelligence datatype for higher-precision computations, 2019.
+feed-forward that is a third of its memory.
+
+Large fp32 products on a CPU: PyTorch calls MKL, which is slow on AMD's CPUs. There oneDNN multiplies, which PyTorch
+ships as well. Where a CPU has AMX tiles these do (csrc/linear.cpp): six products of bf16 parts, as exact as fp32's own
+and faster. The idea: Henry, Tang and Heinecke, Leveraging the bfloat16 artificial intelligence datatype for
+higher-precision computations, 2019. Which it is follows from the CPU and the shape alone, so that a run's bits do.
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,57 @@ def linear_ref(x, weight, bias=None, activated=False):
     return F.linear(gelu_ref(x) if activated else x, weight, bias)
 
 
+# ---- which library -----------------------------------------------------------------------------------------------
+def is_amd():
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+# what multiplies large fp32 matrices faster than PyTorch's own choice here
+FASTER = (
+    "tiles"
+    if BUILT and torch.ops.nanowan_csrc.has_tiles()
+    else "onednn"
+    if is_amd() and torch.backends.mkldnn.is_available()
+    else None
+)
+LEAST_ROWS = {"tiles": 64, "onednn": 8}  # for fewer, splitting the weight, or the longer call, costs more than it gains
+
+
+def faster(x, weight):
+    """FASTER for products of x (...,K) with this weight (N,K), or None where it does not pay."""
+    pays = (
+        FASTER
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and min(weight.shape) >= 512
+        and x.numel() >= LEAST_ROWS[FASTER] * x.shape[-1]
+        and weight.is_contiguous()
+    )
+    return FASTER if pays else None
+
+
+def product(x, weight, bias=None, activated=False):
+    """x (...,K), weight (N,K) -> x W^T + b, of gelu(x) if `activated`."""
+    library = faster(x, weight)
+    if library == "tiles":
+        return torch.ops.nanowan_csrc.linear(x, weight, bias, True, activated)
+    x = activate(x) if activated else x
+    if library == "onednn":
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def product_backward(grad, weight):
+    """The gradient by x of `product`, grad W: (...,N) -> (...,K)."""
+    library = faster(grad, weight)
+    if library == "tiles":
+        return torch.ops.nanowan_csrc.linear(grad, weight, None, False, False)
+    if library == "onednn":
+        return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+    return grad @ weight
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------------
 def activate(x):
     return gelu(x) if BUILT and x.device.type == "cpu" else gelu_ref(x)
@@ -31,19 +87,13 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activated):
         ctx.activated = activated
         ctx.save_for_backward(x if activated or weight.requires_grad else None, weight)
-        if tiled(x, weight):
-            return torch.ops.nanowan_csrc.linear(x, weight, bias, True, activated)
-        return F.linear(activate(x) if activated else x, weight, bias)
+        return product(x, weight, bias, activated)
 
     @staticmethod
     def backward(ctx, grad):
         (x, weight), dx, dw = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            dx = (
-                torch.ops.nanowan_csrc.linear(grad, weight, None, False, False)
-                if tiled(grad, weight)
-                else grad @ weight
-            )
+            dx = product_backward(grad, weight)
             dx = gelu_backward_(x, dx) if ctx.activated else dx
         if ctx.needs_input_grad[1]:
             dw = grad.flatten(0, -2).t() @ (activate(x) if ctx.activated else x).flatten(0, -2)
@@ -51,19 +101,6 @@ class Linear(torch.autograd.Function):
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def tiled(x, weight):
-    """Whether tiles are there, and pay: for fewer numbers, splitting the weight costs more than they gain."""
-    return (
-        BUILT
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and min(weight.shape) >= 512
-        and x.numel() >= 64 * x.shape[-1]
-        and weight.is_contiguous()
-        and torch.ops.nanowan_csrc.has_tiles()
-    )
-
-
 def linear(x, weight, bias=None, activated=False):
     """As linear_ref."""
     return Linear.apply(x, weight, bias, activated)
@@ -71,7 +108,7 @@ def linear(x, weight, bias=None, activated=False):
 
 def check(dtype):
     """Worst relative error of value and gradients against the reference in fp64, with and without GELU, on strided
-    inputs that tiles take and that they do not.
+    inputs of sizes that FASTER takes and that it does not.
     """
     (_, random), found = seeded(), ([], [])
     for M, K, N in ((7, 24, 40), (100, 530, 520)):
@@ -110,18 +147,18 @@ def check_tiles():
 
 
 def time_size(M, K, N):
-    """GFLOP/s of x (M,K) times W (N,K) transposed, and of the gradient by x, on tiles and in PyTorch."""
+    """GFLOP/s of x (M,K) times W (N,K) transposed, and of the gradient by x, by FASTER and by PyTorch's choice."""
     x, w, b, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)
     runs = {
         "gflops": lambda: linear(x, w, b),
-        "backward_gflops": lambda: torch.ops.nanowan_csrc.linear(dy, w, None, False, False),
+        "backward_gflops": lambda: product_backward(dy, w),
         "ref_gflops": lambda: linear_ref(x, w, b),
         "ref_backward_gflops": lambda: dy @ w,
     }
     rates = {name: 2 * M * K * N / 1e6 / milliseconds(run) for name, run in runs.items()}
     forward, backward, ref_forward, ref_backward = rates.values()
     print(
-        f"linear {M}x{K}x{N}: forward {forward:.0f} GFLOP/s (PyTorch {ref_forward:.0f}), "
+        f"linear {M}x{K}x{N} by {FASTER}: forward {forward:.0f} GFLOP/s (PyTorch {ref_forward:.0f}), "
         f"backward {backward:.0f} ({ref_backward:.0f})"
     )
     return rates
@@ -132,10 +169,9 @@ def main():
         f"check {dtype}": report(f"linear, {dtype}", check(dtype), limit)
         for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2))
     }
-    if not BUILT or not torch.ops.nanowan_csrc.has_tiles():
-        return results
-    ours, theirs = check_tiles()
-    results["check tiles"] = report(f"tiles, of PyTorch's {theirs:.1e}", ours, 2e-6)
+    if FASTER == "tiles":
+        ours, theirs = check_tiles()
+        results["check tiles"] = report(f"tiles, of PyTorch's {theirs:.1e}", ours, 2e-6)
     for M, K, N in ((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768)):
         results[f"{M}x{K}x{N}"] = time_size(M, K, N)
     return results

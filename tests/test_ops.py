@@ -163,21 +163,33 @@ def test_positions_outside_of_the_table_are_named():
         rope.rope_table(1025, 12, "cpu")
 
 
+@pytest.mark.parametrize("library", ["tiles", "onednn", None])
+def test_which_products_another_library_makes(library, monkeypatch):
+    """Large ones in fp32 and no others; what each library makes is the same product, in values and gradients."""
+    if library == "tiles" and not torch.ops.nanowan_csrc.has_tiles():
+        library = "onednn"
+    monkeypatch.setattr(linear, "FASTER", library)
+    x, weight = torch.randn(80, 520), torch.randn(512, 520)
+    few = linear.LEAST_ROWS[library] - 1 if library else 1
+    assert linear.faster(x, weight) == library
+    assert not linear.faster(x[:few], weight) and not linear.faster(x, weight[:511])
+    assert not linear.faster(x.bfloat16(), weight.bfloat16()) and not linear.faster(x, torch.randn(520, 512).t())
+    assert linear.check(torch.float32) < 2e-6
+    for u in (x, x.to("meta")):
+        y = linear.linear(u, weight.to(u.device).requires_grad_(False), None)
+        assert y.shape == (80, 512) and y.dtype == torch.float32
+
+
 def test_products_on_tiles(report, threads):
     """Where the CPU has them, they are as near to fp64 as PyTorch's in fp32; elsewhere nothing asks for them."""
     x, weight, bias = torch.randn(80, 520), torch.randn(512, 520), torch.randn(512)
     tiles = torch.ops.nanowan_csrc.linear
     if not torch.ops.nanowan_csrc.has_tiles():
-        assert not linear.tiled(x, weight)
+        assert linear.FASTER != "tiles"
         with pytest.raises(RuntimeError, match="AMX"):
             tiles(x, weight, bias, True, False)
         return
-    assert (
-        linear.tiled(x, weight)
-        and not linear.tiled(x[:63], weight)
-        and not linear.tiled(x, weight[:511])
-        and not linear.tiled(x.bfloat16(), weight.bfloat16())
-    )
+    assert linear.FASTER == "tiles"
     error, reference = linear.check_tiles()
     report(f"relative error, of PyTorch's {reference:.1e}", error, 2e-6)
     assert torch.equal(
