@@ -68,7 +68,7 @@ def vae():
     return fill(VAE("2.1", 8, 8), 9)
 
 
-def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0):
+def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
     """What the model is given, by name."""
     g = torch.Generator().manual_seed(seed)
 
@@ -80,7 +80,7 @@ def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0):
         ref=randn(16, 1, h, w),
         motion=randn(16, motion_frames, h, w),
         pose=randn(16, T, h, w),
-        audio=randn(25, AUDIO_DIM, 4 * T),
+        audio=randn(25, audio_dim, 4 * T),
         context=randn(9, tiny.TEXT_DIM),
         t=torch.tensor([871.0, 254.0])[:B],
         context_lens=torch.tensor([9, 4])[:B],

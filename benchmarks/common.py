@@ -1,0 +1,102 @@
+"""Timing and memory of contenders that take turns, and what machine they ran on."""
+
+import ctypes
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import ops
+import plan
+
+ROOT = Path(__file__).parent.parent
+
+
+def interleaved(contenders, rounds, synchronize=lambda: None):
+    """{name: seconds of each round}; one round not counted comes first, and who begins alternates."""
+    for run in contenders.values():
+        run()
+    seconds = {name: [] for name in contenders}
+    for i in range(rounds):
+        for name, run in list(contenders.items())[:: -1 if i % 2 else 1]:
+            synchronize()
+            began = time.perf_counter()
+            run()
+            synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def seconds_of(run, rounds):
+    """The median of several runs."""
+    return median(interleaved({"run": run}, rounds)["run"])
+
+
+def print_memory(make, name):
+    """What peak_memory asks its process."""
+    contenders, _ = make()
+    contenders[name]()  # once for what is imported and set up on first use
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = plan.resident()
+    contenders[name]()
+    print(plan.resident("VmHWM") - before)
+
+
+def peak_memory(work, name):
+    """Bytes that one contender's work takes above what the process held before, in a process of its own, where glibc
+    keeps no freed memory.
+    """
+    out = subprocess.run(
+        [sys.executable, ROOT / "bench.py", work, "--memory_of", name],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(out.stdout.splitlines()[-1])
+
+
+def add_reference(contenders):
+    """The contenders and, second, ours with every op as its plain definition."""
+
+    def ref():
+        with ops.using("ref"):
+            return contenders["ours"]()
+
+    return {"ours": contenders["ours"], "ref": ref, **{k: v for k, v in contenders.items() if k != "ours"}}
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def machine():
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    versions = {
+        p: importlib.metadata.version(p)
+        for p in ("torch", "diffusers", "transformers", "peft")
+        if importlib.util.find_spec(p)
+    }
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }

@@ -1,0 +1,125 @@
+"""bench.py --gpu: full-size blocks and kernels on a GPU, bf16, random weights."""
+
+import functools
+import importlib.util
+import math
+import sys
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+import lora
+from benchmarks.common import ROOT, add_reference, interleaved, trainable
+from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
+from vae import FULL_WIDTHS, VAE, channels_last
+from wan import Wan, full_config, keep_fp32
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+import tiny  # noqa: E402  fills the peers with our weights
+
+# bf16 FLOP/s that an H100 reaches in practice: on large products, in flash attention
+LINEAR_RATE, ATTENTION_RATE = 750e12, 650e12
+GPU_SIZES = [
+    ("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"),
+    ("t2v-A14B", (21, 60, 104), "832x480, 81 frames"),
+    ("ti2v-5B", (1, 44, 80), "1280x704, one image"),
+]
+
+
+def measure_on_gpu(contenders, rounds):
+    """{name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory above the weights."""
+    results, weights = {}, torch.cuda.memory_allocated()
+    for name, run in contenders.items():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        results[name] = {"gb": (torch.cuda.max_memory_allocated() - weights) / 1e9}
+    for name, seconds in interleaved(contenders, rounds, torch.cuda.synchronize).items():
+        results[name] |= {"ms": 1000 * median(seconds), "all_ms": [1000 * s for s in seconds]}
+    print("  " + ", ".join(f"{k} {v['ms']:.1f} ms ({v['gb']:.2f} GB)" for k, v in results.items()), flush=True)
+    return results
+
+
+def gpu_dit(variant, grid, label, layers=4, rounds=3):
+    """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from
+    their number.
+    """
+    c = full_config(variant)
+    total, c.num_layers = c.num_layers, layers
+    with torch.device("cuda"):
+        model = Wan(c)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        x, t, context = torch.randn(1, c.in_dim, *grid), torch.tensor([500.0]), torch.randn(1, 40, c.text_dim)
+    peer = tiny.diffusers_dit(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if keep_fp32(name) else torch.bfloat16)
+    model.eval().requires_grad_(False)
+    tokens = math.prod(grid) // 4
+    text = model.embed_text(context, cache=True)
+    contenders = add_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
+    if peer is not None:
+        padded = F.pad(context, (0, 0, 0, 472)).bfloat16()
+        contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
+    print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
+    results = {"forward": measure_on_gpu(contenders, rounds)}
+    linear = 2 * layers * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
+    attention_flops = 4 * layers * tokens * (tokens + 42) * c.dim
+    bound = linear / LINEAR_RATE + attention_flops / ATTENTION_RATE
+    ms = results["forward"]["ours"]["ms"]
+    results |= {"tokens": tokens, "layers": layers, "of": total}
+    results |= {"bound_ms": 1000 * bound, "over_bound": ms / (1000 * bound)}
+    print(
+        f"  practical bound {1000 * bound:.1f} ms: {results['over_bound']:.2f} of it; a guided step of all {total} "
+        f"blocks about {2 * total / layers * ms / 1000:.2f} s"
+    )
+    contenders = peer = None
+    lora.inject(model, rank=16)
+    model.checkpointing = True
+
+    def step():
+        model(x, t, context).square().mean().backward()
+        for p in trainable(model):
+            p.grad = None
+
+    print("  LoRA step with checkpointing")
+    results["lora_step"] = measure_on_gpu(add_reference({"ours": step}), rounds)
+    return results
+
+
+def gpu_vae(rounds=1):
+    """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode 17."""
+    with torch.device("cuda"):
+        model = VAE("2.2", *FULL_WIDTHS["2.2"]).eval().requires_grad_(False)
+        z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
+    peer = tiny.diffusers_vae(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
+    model = channels_last(model).bfloat16()
+    contenders = add_reference({"ours": lambda: model.decode(z)})
+    if peer is not None:
+        contenders["diffusers"] = torch.no_grad()(lambda: peer.decode(z.bfloat16()).sample)
+    print("VAE 2.2 decode, 1280x704, 121 frames")
+    results = {"decode": measure_on_gpu(contenders, rounds)}
+    print("VAE 2.2 encode, 1280x704, 17 frames")
+    return results | {"encode": measure_on_gpu(add_reference({"ours": lambda: model.encode(video)}), rounds)}
+
+
+def on_gpu(seconds=500):
+    """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
+    began, results = time.monotonic(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
+    timed_kernels = [modulate, qk_norm_rope, attention] + [causal_conv3d] * torch.ops.nanowan_csrc.has_cuda()
+    jobs = {module.__name__: module.main for module in timed_kernels}
+    jobs |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
+    for name, job in (jobs | {"vae": gpu_vae}).items():
+        if time.monotonic() - began > seconds:
+            results[name] = "left out: no time"
+            print(f"{name}: left out, no time")
+            continue
+        try:
+            results[name] = job()
+        except (RuntimeError, AssertionError) as e:  # one failure must not cost the other figures
+            results[name] = f"failed: {type(e).__name__}: {str(e)[:500]}"
+            print(f"{name}: {results[name]}")
+        torch.cuda.empty_cache()
+    return results
