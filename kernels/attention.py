@@ -416,7 +416,7 @@ def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
     weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
     bias[0, 30:] = -torch.inf
-    ends, found = random(4, B, L, N, d), []
+    ends, results = random(4, B, L, N, d), []
     places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((attention, None), (attention_ref, torch.float64)):
         a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
@@ -424,8 +424,8 @@ def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
         h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), at) for at in places]
         h += [op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
         sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
-        found.append([*h, a.grad, c.grad, w.grad])
-    return worst(*found)
+        results.append([*h, a.grad, c.grad, w.grad])
+    return worst(*results)
 
 
 @torch.no_grad()
@@ -435,17 +435,17 @@ def time_size(grid, N):
     q, k, v = torch.randn(1, L, 3, N, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
     how = torch.ones(N * 128, device="cuda"), 1e-6, rope_table(max(grid), 128, "cuda"), grid_positions(grid, "cuda")
 
-    def apart():
+    def unfused():
         weight, eps, *rope = how
         (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
         return attention_ref(normed, k, v)
 
-    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": apart}
+    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": unfused}
     times = {name: milliseconds(run, 10) for name, run in runs.items()}
-    found = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
-    told = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in found.items())
-    print(f"attention, {L} tokens, {N} heads: {told}", flush=True)
-    return found
+    results = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
+    line = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results.items())
+    print(f"attention, {L} tokens, {N} heads: {line}", flush=True)
+    return results
 
 
 def main():

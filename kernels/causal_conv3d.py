@@ -41,7 +41,7 @@ def check(device, dtype):
     """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias
     and norm, and of streaming.
     """
-    (_, random), found = seeded(), ([], [])
+    (_, random), results = seeded(), ([], [])
     for C, N, kernel in (
         (16, 24, (3, 3, 3)),
         (17, 5, (3, 3, 3)),
@@ -57,14 +57,14 @@ def check(device, dtype):
                 1 + 0.1 * random(C),
             )
             tensors = [t.to(dtype).to(device) for t in (x, w, b, gamma)]
-            for op, kind, out in ((causal_conv3d, dtype, found[0]), (causal_conv3d_ref, torch.float64, found[1])):
+            for op, kind, out in ((causal_conv3d, dtype, results[0]), (causal_conv3d_ref, torch.float64, results[1])):
                 x, w, b, gamma = (t.to(kind) for t in tensors)
                 x = x.transpose(3, 4)[..., 1:]  # strided
                 whole, last = op(x, None, w, b, gamma if normed else None)
                 first, past = op(x[:, :, :1], None, w, None, gamma if normed else None)
                 second, past = op(x[:, :, 1:3], past, w, b, gamma if normed else None)
                 out += [whole, first, second, *([] if last is None else [last, past])]
-    return worst(*found)
+    return worst(*results)
 
 
 @torch.no_grad()
@@ -78,10 +78,10 @@ def time_size(device, C, T, H, W):
         "ours": milliseconds(lambda: causal_conv3d(*inputs), 5),
         "reference": milliseconds(lambda: causal_conv3d_ref(*inputs), 5),
     }
-    found = {name: {"ms": ms, "tflops": 2 * 27 * C * C * T * H * W / ms / 1e9} for name, ms in times.items()}
-    told = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.2f} TFLOP/s)" for name, r in found.items())
-    print(f"causal_conv3d {C} channels, {T}x{H}x{W}: {told}", flush=True)
-    return found
+    results = {name: {"ms": ms, "tflops": 2 * 27 * C * C * T * H * W / ms / 1e9} for name, ms in times.items()}
+    line = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.2f} TFLOP/s)" for name, r in results.items())
+    print(f"causal_conv3d {C} channels, {T}x{H}x{W}: {line}", flush=True)
+    return results
 
 
 def main():

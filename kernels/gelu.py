@@ -66,13 +66,13 @@ def gelu_backward_(x, grad):
 
 def check(dtype):
     """Worst relative error of value and gradient against the reference in fp64, from -20 to 20, on a strided input."""
-    x, found = torch.linspace(-20, 20, 3 * 1001).view(3, 1001).t().to(dtype), []
+    x, results = torch.linspace(-20, 20, 3 * 1001).view(3, 1001).t().to(dtype), []
     for op, kind in ((gelu, dtype), (gelu_ref, torch.float64)):
         a = x.detach().to(kind).requires_grad_()
         y = op(a)
         y.sum().backward()
-        found.append([y, a.grad])
-    return worst(*found)
+        results.append([y, a.grad])
+    return worst(*results)
 
 
 def main():

@@ -110,25 +110,25 @@ def check(dtype):
     """Worst relative error of value and gradients against the reference in fp64, with and without GELU, on strided
     inputs of sizes that FASTER takes and that it does not.
     """
-    (_, random), found = seeded(), ([], [])
+    (_, random), results = seeded(), ([], [])
     for M, K, N in ((7, 24, 40), (100, 530, 520)):
         x, w, b, dy = (
             t.to(dtype) for t in (random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N))
         )
         for activated in (False, True):
-            for (op, kind), out in zip(((linear, dtype), (linear_ref, torch.float64)), found):
+            for (op, kind), out in zip(((linear, dtype), (linear_ref, torch.float64)), results):
                 inputs = [t.detach().to(kind).requires_grad_() for t in (x, w, b)]
                 y = op(inputs[0][None], *inputs[1:], activated)
                 out += [y, *torch.autograd.grad(y, inputs, dy[None].to(kind))]
                 if activated:  # with a frozen weight
                     y = op(inputs[0][None], inputs[1].detach(), inputs[2].detach(), True)
                     out += torch.autograd.grad(y, inputs[0], dy[None].to(kind))
-    return worst(*found)
+    return worst(*results)
 
 
 def check_tiles():
     """(Worst relative error of the tiles' products against fp64, that of PyTorch's), over sizes that fill no tile."""
-    (_, random), found, tiles = seeded(), ([], [], []), torch.ops.nanowan_csrc.linear
+    (_, random), results, tiles = seeded(), ([], [], []), torch.ops.nanowan_csrc.linear
     for M, K, N in (
         (1, 1, 1),
         (5, 7, 9),
@@ -139,11 +139,13 @@ def check_tiles():
         (480, 768, 768),
     ):
         x, w, b, dy = random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N)
-        found[0].extend([tiles(x, w, b, True, False), tiles(x, w, None, True, True), tiles(dy, w, None, False, False)])
-        for kind, out in ((torch.float64, found[1]), (torch.float32, found[2])):
+        results[0].extend(
+            [tiles(x, w, b, True, False), tiles(x, w, None, True, True), tiles(dy, w, None, False, False)]
+        )
+        for kind, out in ((torch.float64, results[1]), (torch.float32, results[2])):
             u, v, c, d = (t.to(kind) for t in (x, w, b, dy))
             out += [F.linear(u, v, c), F.linear(gelu_ref(u), v), d @ v]
-    return worst(found[0], found[1]), worst(found[2], found[1])
+    return worst(results[0], results[1]), worst(results[2], results[1])
 
 
 def time_size(M, K, N):

@@ -256,8 +256,8 @@ def triton_backward(dnew, dout, new, y, gate, weight, index, eps, branch, need_r
             SUMS=need_rows,
             **tuned(D),
         )
-    found = [dx] if dnew is None else [dx, dy]
-    return found + [sums.sum(1).view(B, rows, 3, D)] if need_rows else found
+    grads = [dx] if dnew is None else [dx, dy]
+    return grads + [sums.sum(1).view(B, rows, 3, D)] if need_rows else grads
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
@@ -305,8 +305,8 @@ def _(x, y, gate, weight, shift, index, eps, dtype):
 
 @fused_backward.register_fake
 def _(dnew, dout, new, y, gate, weight, index, eps, branch, need_rows):
-    found = [new.new_empty(new.shape)] + ([new.new_empty(new.shape, dtype=branch)] if dnew is not None else [])
-    return found + ([new.new_empty(len(new), count_rows(gate, weight), 3, new.shape[2])] if need_rows else [])
+    outputs = [new.new_empty(new.shape)] + ([new.new_empty(new.shape, dtype=branch)] if dnew is not None else [])
+    return outputs + ([new.new_empty(len(new), count_rows(gate, weight), 3, new.shape[2])] if need_rows else [])
 
 
 def keep(ctx, inputs, output):
@@ -356,7 +356,7 @@ def check(device, dtype, B=2, F=3, tokens=5, D=192):
     (generator, random), L = seeded(device), F * tokens
     x, y, rows = random(B, L, D), random(B, L, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
     index = torch.randint(F, (L,), generator=generator, dtype=torch.int32).to(device)
-    ends, found = random(8, B, L, D), []
+    ends, results = random(8, B, L, D), []
     for ops, kind in (
         ((modulate, gate, gate_modulate), torch.float32),
         ((modulate_ref, gate_ref, gate_modulate_ref), torch.float64),
@@ -372,8 +372,8 @@ def check(device, dtype, B=2, F=3, tokens=5, D=192):
         # rows that need no gradient go another way
         frozen = ops[2](a, b, row.detach(), weight.detach(), shift.detach(), 1e-6, low, index)[1]
         (loss + (frozen.to(kind) * ends[7].to(kind)).sum()).backward()
-        found.append([*h, a.grad, b.grad, r.grad])
-    return worst(*found)
+        results.append([*h, a.grad, b.grad, r.grad])
+    return worst(*results)
 
 
 def time_size(L, D):

@@ -24,13 +24,13 @@ if triton:
 # ---- reference ---------------------------------------------------------------------------------------------------
 def qk_norm_rope_ref(xs, weights, eps, heads, table=None, positions=None):
     """-> [(B,L,N,d) of xs' dtype]; without a table, normed only."""
-    found = []
+    results = []
     for x, weight in zip(xs, weights):
         y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(
             2, (heads, -1)
         )
-        found.append((y if table is None else rotate(y, table, positions)).to(x.dtype))
-    return found
+        results.append((y if table is None else rotate(y, table, positions)).to(x.dtype))
+    return results
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -256,10 +256,10 @@ def keep(ctx, inputs, output):
 def differentiate(ctx, douts):
     *both, table, positions = ctx.saved_tensors
     xs, weights = both[: len(both) // 2], both[len(both) // 2 :]
-    found = fused_backward(
+    results = fused_backward(
         [g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, positions, ctx.need_weights
     )
-    return list(found[: len(xs)]), list(found[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
+    return list(results[: len(xs)]), list(results[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
 
 
 torch.library.register_autograd("nanowan::qk_norm_rope", differentiate, setup_context=keep)
@@ -282,7 +282,7 @@ def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
     """
     (generator, random), L, D = seeded(device), math.prod(grid), heads * d
     x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(MAX_POSITIONS, d, device)
-    ends, found = random(4, B, L, heads, d), []
+    ends, results = random(4, B, L, heads, d), []
     places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((qk_norm_rope, None), (qk_norm_rope_ref, torch.float64)):
         a, u = x.detach().to(kind or dtype).requires_grad_(), w.detach().to(kind or w.dtype).requires_grad_()
@@ -290,8 +290,8 @@ def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
         h = [*op([q, k], list(u), 1e-6, heads, table.to(u.dtype), places[0])]
         h += [*op([q], [u[0]], 1e-6, heads, table.to(u.dtype), places[1]), *op([k], [u[1]], 1e-6, heads)]
         sum((v.to(u.dtype) * e.to(u.dtype)).sum() for v, e in zip(h, ends)).backward()
-        found.append([*h, a.grad, u.grad])
-    return worst(*found)
+        results.append([*h, a.grad, u.grad])
+    return worst(*results)
 
 
 def time_size(grid, heads):
