@@ -1,7 +1,7 @@
 """Weights on disk: headers, strict streaming loads, atomic saves.
 
 A file is first only looked at: `read_header` lists names, shapes, dtypes and offsets without reading one tensor, for
-safetensors and for zip pickles (.pth) alike. `load_into` then streams tensor after tensor into a model built on the
+safetensors, zip pickles (.pth) and GGUF alike. `load_into` then streams tensor after tensor into a model built on the
 meta device, converting on the way, so that host memory holds the weights once.
 """
 
@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import fnmatch
 import json
 import math
 import os
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gguf_file
 
 
 class BadInput(ValueError):
@@ -104,8 +105,27 @@ class Entry:
             return self.numel * self.dtype.itemsize
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))) * self.dtype.itemsize
 
+    scratch_bytes = nbytes  # that `read` takes
+
+    @property
+    def format(self):
+        """What a file holds, in words: "bfloat16", or of what is decoded while it is read its kind, such as "Q4_K"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def read(self, scratch=None):
         """Read this tensor, and nothing else, from its file; into the bytes of `scratch` where given."""
+        flat = self.read_bytes(scratch)
+        flat = flat.view(self.dtype)
+        return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
+
+    def read_to(self, device, scratch=None):
+        """The same on a device; on the meta device nothing is read."""
+        if torch.device(device).type == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self.read(scratch).to(device)
+
+    def read_bytes(self, scratch=None):
+        """The tensor's bytes as they are in its file (n,) uint8."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
@@ -118,8 +138,36 @@ class Entry:
                             f"{self.file}: ended while reading a tensor of shape {self.shape}; the file is truncated"
                         )
                     view = view[n:]
-        flat = flat.view(self.dtype)
-        return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
+        return flat
+
+
+@dataclass(frozen=True)
+class GgufEntry(Entry):
+    """A tensor in blocks of a few bits per weight, of a `kind` such as "Q4_K", in a GGUF file; read as fp32."""
+
+    kind: str = ""
+    stored: int = 0
+
+    @property
+    def nbytes(self):
+        return self.stored
+
+    @property
+    def scratch_bytes(self):
+        return 4 * self.numel + self.stored
+
+    @property
+    def format(self):
+        return self.kind
+
+    def read(self, scratch=None):
+        out = torch.empty(self.numel) if scratch is None else scratch[: 4 * self.numel].view(torch.float32)
+        data = self.read_bytes(None if scratch is None else scratch[4 * self.numel :])
+        try:
+            gguf_file.decode(data.numpy(), self.kind, out.numpy())
+        except NotImplementedError:
+            raise BadInput(f"{self.file}: weights in {self.kind}, which the gguf package does not decode") from None
+        return out.view(self.shape)
 
 
 def read_header(path):
@@ -135,6 +183,8 @@ def read_header(path):
             head = f.read(9)
             if head[:4] == b"PK\x03\x04":  # a zip; the first two bytes alone may be a header's length
                 return _pickle_header(path), {}
+            if head[:4] == gguf_file.MAGIC:
+                return _gguf_header(path)
             n = int.from_bytes(head[:8], "little")
             if head[8:] != b"{" or n > 1 << 30:
                 if head[:1] == b"\x80":
@@ -205,83 +255,17 @@ def _pickle_header(path):
     }
 
 
-def weight_files(path, stem="diffusion_pytorch_model"):
-    """The files that hold one model: `path` itself if it is a file; else, in the folder, every shard its index names,
-    or the unsharded safetensors. Raises BadInput naming what is missing.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder")
-    index = path / f"{stem}.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise BadInput(f"{index}: not a weight index (expected JSON with a weight_map)") from None
-        missing = [s for s in shards if not (path / s).is_file()]
-        if missing:
-            raise BadInput(f"{path}: missing {', '.join(missing)} of {len(shards)} files named by {index.name}")
-        return [path / s for s in shards]
-    single = path / f"{stem}.safetensors"
-    if single.is_file():
-        return [single]
-    # such as one of ComfyUI's files, put in the place of the official shards
-    others = sorted(
-        f for f in path.glob("*.safetensors") if "vae" not in f.name.lower() and not f.name.startswith("models_t5")
-    )
-    if len(others) == 1:
-        return others
-    raise BadInput(
-        f"{path}: holds neither {index.name} nor {single.name}"
-        + (f", but {len(others)} other .safetensors files" if others else "")
-        + "; give a model folder or one .safetensors file"
-    )
-
-
-def find(path, pattern, what):
-    """`path` if it is a file, else the one .pth or .safetensors file in the folder whose name fits `pattern`, in
-    capitals or not.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder")
-    found = sorted(
-        f
-        for f in path.iterdir()
-        if fnmatch.fnmatchcase(f.name.lower(), f"{pattern.lower()}.*") and f.suffix in (".pth", ".safetensors")
-    )
-    if len(found) != 1:
-        raise BadInput(
-            f"{path}: should hold {what}, "
-            + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none")
-        )
-    return found[0]
-
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-
-
-def clean_key(key):
-    """The official name of a tensor: without the prefixes of ComfyUI's files and torch.compile's `_orig_mod.`"""
-    key = key.replace("_orig_mod.", "")
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
-
-
-def read_headers(files):
-    """One dictionary {official name: Entry} over several files of a model."""
-    entries = {}
-    for file in files:
-        for name, entry in read_header(file)[0].items():
-            if (name := clean_key(name)) in entries:
-                raise BadInput(f"{file}: {name} stands in {entries[name].file.name} too")
-            entries[name] = entry
-    return entries
+def _gguf_header(path):
+    try:
+        tensors, metadata = gguf_file.read(path)
+    except ValueError as e:
+        raise BadInput(f"{path}: {e}") from None
+    return {
+        name: Entry(path, DTYPES[t.kind], t.shape, t.offset)
+        if t.kind in DTYPES
+        else GgufEntry(path, torch.float32, t.shape, t.offset, kind=t.kind, stored=t.nbytes)
+        for name, t in tensors.items()
+    }, metadata
 
 
 def count_blocks(entries):
@@ -333,21 +317,15 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_b
     left = want.keys() & dict(model.named_parameters()).keys()
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
     # the heap.
-    scratch = torch.empty(max(e.nbytes for e in entries.values()), dtype=torch.uint8)
+    scratch = torch.empty(max(e.scratch_bytes for e in entries.values()), dtype=torch.uint8)
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
         owner, _, leaf = name.rpartition(".")
         owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
-        quantized = leaf == "weight" and hasattr(owner, "quantize")  # fp8.Fp8Linear
-        stays = entries[name].dtype == goal and torch.device(device).type == "cpu" and not quantized
-        tensor = (
-            torch.empty(want[name], dtype=entries[name].dtype, device="meta")
-            if str(device) == "meta"
-            else entries[name].read(None if stays else scratch)
-        )
-        if quantized:
-            owner.quantize(tensor.to(device))
-        else:
-            put(owner, leaf, tensor.to(device, goal).contiguous())
+        if leaf == "weight" and hasattr(owner, "load"):  # fp8.Fp8Linear
+            owner.load(entries[name], device, scratch)
+            continue
+        stays = entries[name].dtype == goal and torch.device(device).type == "cpu"
+        put(owner, leaf, entries[name].read_to(device, None if stays else scratch).to(goal).contiguous())
     return model.eval()
 
 

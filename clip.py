@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import BadInput, find, load_into, read_headers
+from checkpoint import BadInput, load_into
+from formats import find, read_headers
 
 HEADS = 16  # stands in no tensor's shape
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images, RGB

@@ -11,7 +11,7 @@ python diag.py logits --ckpt DIR --lora FILE     attention logits per head, befo
 python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and what its words are near
 python diag.py listen --ckpt DIR --lora FILE     does it follow prompts better? nano: graded; others: a sheet
 python diag.py reuse --ckpt DIR --prompts FILE   what sample.py --reuse saves and costs, at several thresholds
-python diag.py convert IN OUT --to comfyui a text encoder's file in another layout
+python diag.py convert IN OUT --to comfyui a text encoder's file, or a DiT (--to diffusers), in another layout
 python diag.py report RUN                  everything about a training run in one HTML file
 """
 
@@ -110,10 +110,20 @@ def arguments(argv=None):
     thresholds = [0.02, 0.05, 0.1, 0.2]
     add("--thresholds", type=float, nargs="+", default=thresholds, help="of --reuse (default: 0.02 0.05 0.1 0.2)")
 
-    add = command("convert", convert, "a text encoder's file in another layout, with the same bits")
-    add("source", metavar="IN", help="a file, or a checkpoint folder, whose own encoder it is")
-    add("out", metavar="OUT", help="the .safetensors file to write")
-    add("--to", required=True, choices=LAYOUTS, help="official is read by Kijai's nodes, musubi-tuner and others too")
+    add = command("convert", convert, "a text encoder's file, or a DiT, in another layout, with the same bits")
+    add(
+        "source",
+        metavar="IN",
+        help="an encoder's file, or a checkpoint folder, whose encoder it is; a DiT's file or folder",
+    )
+    add("out", metavar="OUT", help="the .safetensors file to write; the folder, of a DiT")
+    layouts = [*LAYOUTS, "diffusers"]
+    add(
+        "--to",
+        required=True,
+        choices=layouts,
+        help="an encoder: official (others read it too), comfyui, transformers; a DiT: official, diffusers",
+    )
     add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")

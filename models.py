@@ -6,7 +6,6 @@ room: from the accelerator to the host, from the host (device "cpu") to nothing,
 """
 
 import gc
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +14,11 @@ import numpy as np
 import torch
 
 import offload
-from checkpoint import BadInput, count_blocks, find, read_header, read_headers, weight_files
+from checkpoint import BadInput, count_blocks, read_header
 from conditions import CONDITIONING
+from formats import expert_folders, index_settings, read_json, read_weights, vae_files, weight_files
+from fp8 import linears_in_fp8
 from fp8 import report as fp8_report
-from fp8 import take_scales
 from lora import check_fit, merge
 from lora_files import choose_experts, parse_lora_spec, read_lora
 from parallel import World, parallelize
@@ -143,23 +143,21 @@ def released(variant):
 
 def settings(ckpt_dir):
     """The Settings of a checkpoint folder. Raises BadInput where it is none."""
-    ckpt_dir = Path(ckpt_dir)
-    is_moe = (ckpt_dir / "high_noise_model").is_dir()
-    file = (ckpt_dir / "high_noise_model" if is_moe else ckpt_dir) / "config.json"
+    folders = expert_folders(ckpt_dir)
+    file = next(iter(folders.values())) / "config.json"
     if not file.exists():
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
-    try:
-        config = json.loads(file.read_text())
-        kind = config.get("model_type")
-    except (ValueError, AttributeError) as e:
-        raise BadInput(f"{file}: not a model configuration ({e})") from None
-    if kind is None:  # Animate's does not say; its tensors do
-        kind = read_config(file.parent, read_headers(weight_files(file.parent))).model_type
+    config = read_json(file)
+    kind = config.get("model_type")
+    if kind is None:  # Animate's and diffusers' do not say; their tensors do
+        kind = read_config(file.parent, read_weights(weight_files(file.parent))).model_type
     variants = {row["model_type"]: name for name, row in VARIANTS.items()}
     if kind not in variants:
         raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
     try:
-        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **config.get("sample", {}))
+        is_moe = "dit" not in folders
+        own = config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **own)
     except TypeError as e:
         raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
     return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))
@@ -321,8 +319,10 @@ class Models:
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
         self.dir, self.runtime, self.text_encoder = checkpoint_dir(ckpt_dir), runtime or Runtime(), text_encoder
         self.settings = settings(self.dir)
-        self.headers = {name: read_headers(weight_files(self.folder(name))) for name in self.settings.expert_names}
-        self.fp8 = any([self.runtime.fp8, *map(take_scales, self.headers.values())])
+        self.headers = {name: read_weights(self.files(name)) for name in self.settings.expert_names}
+        self.fp8 = any([self.runtime.fp8, *map(linears_in_fp8, self.headers.values())])
+        if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
+            print(f"{self.dir}: of Wan 2.1, and shift and guidance are A14B's; its own are --shift 5 --guidance 5")
         self.loras = [self._check_lora(spec) for spec in loras]
         self.placements, self.prompt_embeds, self._conditions = {}, {}, (None, None)
 
@@ -347,12 +347,12 @@ class Models:
 
     # ---- files ---------------------------------------------------------------------------------------------------
     def folder(self, expert):
-        return self.dir if expert == "dit" else self.dir / f"{expert}_noise_model"
+        return expert_folders(self.dir)[expert]
 
     def files(self, part):
         if part == "text":
             return encoder_files(self.dir, self.text_encoder)
-        return [find(self.dir, "*VAE*", "the VAE")] if part == "vae" else weight_files(self.folder(part))
+        return vae_files(self.dir) if part == "vae" else weight_files(self.folder(part))
 
     def config(self, expert=None):
         """The WanConfig of a DiT (default: the first expert)."""

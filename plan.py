@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 import fp8
 import kernels
 import ops
-from checkpoint import read_headers
 from flow import make_noisy_batch
+from formats import read_weights
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
@@ -145,7 +145,7 @@ SINGLE_DEVICE = ParallelLayout()
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(models):
     """{part: function that builds it} of a checkpoint, from its headers."""
-    text, vae = read_encoder(models.files("text")).entries, read_headers(models.files("vae"))
+    text, vae = read_encoder(models.files("text")).entries, read_weights(models.files("vae"))
     found = {
         name: lambda name=name, entries=entries: build_wan(read_config(models.folder(name), entries))
         for name, entries in models.headers.items()

@@ -11,7 +11,6 @@ import html
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput, Entry, count_blocks, find, load_into, read_header, read_headers, save, weight_files
-from fp8 import take_scales
+from checkpoint import BadInput, Entry, count_blocks, load_into, read_header, save
+from formats import find, read_headers, weight_files
+from fp8 import apply_scales
 
 PAD, EOS, UNK = 0, 1, 2
 
@@ -181,7 +181,7 @@ class TextEncoder(nn.Module):
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
-FILE_NAMES = ("models_t5*", "umt5-xxl-enc-*", "umt5_xxl_*")  # the official one, Kijai's, ComfyUI's
+FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # the official one, Kijai's and city96's GGUF, ComfyUI's
 TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model")  # in an official folder, in one of diffusers
 # official names and transformers', outside of blocks and in them
 OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
@@ -194,6 +194,18 @@ BLOCK_NAMES = {
     "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
     "ffn.fc2.": "layer.1.DenseReluDense.wo.",
 }
+# llama.cpp's names, in GGUF files, and transformers'
+LLAMA_NAMES = {
+    "token_embd.": "shared.",
+    "enc.output_norm.": "encoder.final_layer_norm.",
+    "attn_norm.": "layer.0.layer_norm.",
+    "attn_rel_b.": "layer.0.SelfAttention.relative_attention_bias.",
+    **{f"attn_{p}.": f"layer.0.SelfAttention.{p}." for p in "qkvo"},
+    "ffn_norm.": "layer.1.layer_norm.",
+    "ffn_gate.": "layer.1.DenseReluDense.wi_0.",
+    "ffn_up.": "layer.1.DenseReluDense.wi_1.",
+    "ffn_down.": "layer.1.DenseReluDense.wo.",
+}
 
 
 def transformers_name(name):
@@ -205,7 +217,10 @@ def transformers_name(name):
 
 
 def official_name(name):
-    """The official name of a tensor with this one of transformers; any other name as it is."""
+    """The official name of a tensor with this one of transformers or llama.cpp; any other name as it is."""
+    block, module, leaf = re.fullmatch(r"(enc\.blk\.\d+\.)?(.*?)([^.]*)", name).groups()
+    if module in LLAMA_NAMES:
+        name = (block or "").replace("enc.blk", "encoder.block") + LLAMA_NAMES[module] + leaf
     if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
         ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
         return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
@@ -213,16 +228,6 @@ def official_name(name):
         if name.startswith(theirs):
             return name.replace(theirs, ours)
     return name
-
-
-@dataclass(frozen=True)
-class ScaledEntry(Entry):
-    """An 8-bit tensor that is multiplied by a scale, one or one per row."""
-
-    scale: Entry | None = None
-
-    def read(self, scratch=None):
-        return super().read(scratch).float().mul_(self.scale.read().float().reshape(-1, *[1] * (len(self.shape) - 1)))
 
 
 class EncoderFile(NamedTuple):
@@ -249,11 +254,7 @@ def read_encoder(files):
     spiece = entries.pop("spiece_model", None)
     if spiece is not None and (spiece.dtype != torch.uint8 or len(spiece.shape) != 1):
         raise BadInput(f"{files[0]}: spiece_model is {spiece.dtype} {spiece.shape}; expected the tokenizer's bytes")
-    for name, scale in take_scales(entries).items():
-        weight = entries.get(f"{name}.weight")
-        if weight is None or scale.numel not in (1, weight.shape[0]):
-            raise BadInput(f"{files[0]}: a scale of shape {scale.shape} for {name}; expected one, or one for each row")
-        entries[f"{name}.weight"] = ScaledEntry(**vars(weight), scale=scale)
+    apply_scales(entries)
     entries = {official_name(name): e for name, e in entries.items()}
     rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
     stray = [name for name in delta if name not in entries]
@@ -350,8 +351,8 @@ def convert_t5(source, out, layout, tokenizer=None):
     """Write an encoder's file (source: one file of any layout, or a list of shards) anew, with the same bits.
 
     layout: "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui" or "transformers".
-    tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales become
-    bf16. Raises BadInput for what is not a whole encoder. Host memory holds the weights once.
+    tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales, and
+    GGUF's, become bf16. Raises BadInput for what is not a whole encoder. Host memory holds the weights once.
     """
     files = [source] if isinstance(source, str | Path) else source
     entries, spiece, *_ = read_encoder(files)
@@ -360,5 +361,5 @@ def convert_t5(source, out, layout, tokenizer=None):
     load_into(model, entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
     if layout == "comfyui" and tokenizer is None and spiece is None:
         raise BadInput(f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model")
-    tensors = {n: e.read().bfloat16() if isinstance(e, ScaledEntry) else e.read() for n, e in entries.items()}
+    tensors = {n: e.read() if type(e) is Entry else e.read().bfloat16() for n, e in entries.items()}
     save(out, in_layout(tensors, layout, tokenizer or (spiece and spiece.read())), {"format": "pt"})

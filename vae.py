@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput, find, load_into, read_headers
+from checkpoint import BadInput, load_into
+from formats import check_latent_stats, read_weights, vae_files
 
 
 class Geometry(NamedTuple):
@@ -472,8 +473,8 @@ def channels_last(model):
 
 
 def build_vae(entries, path):
-    """The VAE whose tensors' headers (name -> checkpoint.Entry) these are; its version and widths are read from their
-    shapes. BadInput, naming `path`, where they are another model's.
+    """The VAE whose headers {official name: Entry} these are, its version and widths from the shapes. BadInput, naming
+    `path`, for another model's.
     """
 
     def width(name, axis=0):
@@ -491,10 +492,9 @@ def build_vae(entries, path):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE from a .pth or .safetensors file, or from the checkpoint folder that holds it; its
-    weights become channels-last. BadInput where there is none, or where tensors lack or do not fit.
-    """
-    entries = read_headers([find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")])
+    """Load Wan2.1_VAE or Wan2.2_VAE from a file or the checkpoint folder that holds it, channels-last. Or BadInput."""
+    check_latent_stats(path, LATENT_STATS)
+    entries = read_weights(vae_files(path))
     with torch.device("meta"):
         model = build_vae(entries, path)
     return channels_last(load_into(model, entries, device, dtype))

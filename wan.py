@@ -16,7 +16,6 @@ official wan/modules/model.py. The time MLP runs on the F rows only, never on ev
 
 import contextlib
 import importlib
-import json
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -29,8 +28,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import ops
-from checkpoint import BadInput, count_blocks, load_into, read_headers, weight_files
-from fp8 import convert, take_scales
+from checkpoint import BadInput, count_blocks, load_into
+from formats import expert_folders, official_config, read_json, read_weights, weight_files
+from fp8 import convert, linears_in_fp8
 from kernels.rope import grid_positions, rope_table
 
 
@@ -452,12 +452,9 @@ def read_config(path, entries):
         if dim % 128:
             raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
         return of_class(config, shape, entries, {}, path)
-    try:
-        given = json.loads(file.read_text())
-        named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
-        config = replace(config, **{name: given[name] for name in named if name in given})
-    except (ValueError, AttributeError) as e:
-        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    given = official_config(read_json(file), file)
+    named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
+    config = replace(config, **{name: given[name] for name in named if name in given})
     found = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
     wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
@@ -476,23 +473,25 @@ def of_class(config, shape, entries, given, path):
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
-    """Load one DiT: `path` is a model folder (config.json and safetensors; of A14B the high_noise_model or
-    low_noise_model folder) or a single .safetensors file. Frozen, in eval mode. fp8: hold the blocks' linears in 8
-    bits; ComfyUI's fp8_scaled files always are. prepare(model) may change the model while it is still empty. Raises
-    BadInput naming what does not fit.
+    """Load one DiT: `path` is a model folder (config.json and weights; of A14B the folder of one expert), a checkpoint
+    folder with a single DiT, or one file, .safetensors or .gguf. Frozen, in eval mode. fp8: hold the blocks' linears in
+    8 bits; those that a file has in fp8 with scales always are. prepare(model) may change the model while it is still
+    empty. Raises BadInput naming what does not fit.
     """
-    if (Path(path) / "high_noise_model").is_dir():
-        raise BadInput(f"{path}: holds two experts; give {path}/high_noise_model or {path}/low_noise_model")
-    entries = read_headers(weight_files(path))
+    folders = expert_folders(path)
+    if "dit" not in folders:
+        raise BadInput(f"{path}: holds two experts; give {folders['high']} or {folders['low']}")
+    path = folders["dit"]
+    entries = read_weights(weight_files(path))
     entries = {name: e for name, e in entries.items() if not name.endswith(".kernel")}  # of Animate's blurs: constants
-    scales = take_scales(entries)
+    in_fp8 = linears_in_fp8(entries)
     config = read_config(path, entries)
     with torch.device("meta"):
         model = wan_class(config.model_type)(config).requires_grad_(False)
 
     def prepared(model):
-        if fp8 or scales:
-            convert(model, scales)
+        if fp8 or in_fp8:
+            convert(model, in_fp8)
         prepare(model)
 
     return load_into(model, entries, device, dtype, keep_fp32, prepared)

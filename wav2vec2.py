@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import BadInput, load_into, read_headers, weight_files
+from checkpoint import BadInput, load_into
+from formats import read_headers, weight_files
 
 SAMPLE_RATE, FEATURE_RATE, VIDEO_RATE = 16000, 30, 16
 ENCODER_RATE = 50  # nominal: the encoder gives 49.9 frames per second, and the official code does not correct for it

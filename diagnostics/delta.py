@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from checkpoint import BadInput, find, read_headers, weight_files
+from checkpoint import BadInput
 from diagnostics.common import check_at_least, write_json
-from diagnostics.inspect import EXPERT_FOLDERS, kind_of
-from fp8 import take_scales
+from diagnostics.inspect import kind_of
+from formats import expert_folders, read_weights, vae_files, weight_files
 from lora import check_fit, write_changes
 from lora_files import choose_experts, parse_lora_spec, read_lora
 from models import checkpoint_dir
@@ -19,18 +19,17 @@ from t5 import own_encoder, read_encoder
 
 
 class Weights:
-    """The tensors of one model on disk, under their official names. 8-bit ones are read with their scales."""
+    """The tensors of one model on disk, under their official names. Those in 8 and fewer bits are read as what they
+    stand for.
+    """
 
     def __init__(self, files, is_encoder=False):
         """is_encoder: a whole text encoder, in any of its layouts."""
-        self.entries = read_encoder(files).entries if is_encoder else read_headers(files)
-        self.scales = take_scales(self.entries)
+        self.entries = read_encoder(files).entries if is_encoder else read_weights(files)
 
     def read(self, name):
         """One of them, fp32."""
-        scale = self.scales.get(name.removesuffix(".weight"))
-        weight = self.entries[name].read().float()
-        return weight if scale is None else weight * scale.read().float().reshape(-1, 1)
+        return self.entries[name].read().float()
 
     def shape(self, name):
         return self.entries[name].shape if name in self.entries else None
@@ -150,9 +149,9 @@ class Pair(NamedTuple):
 
 
 def experts_of(path):
-    """{"high": folder, "low": folder} of an A14B folder, and {None: path} of anything else."""
-    folders = {name.removesuffix("_noise_model"): path / name for name in EXPERT_FOLDERS}
-    return {name: d for name, d in folders.items() if d.is_dir()} or {None: path}
+    """{"high": folder, "low": folder} of an A14B folder, and {None: folder or file of the model} of anything else."""
+    folders = expert_folders(path)
+    return {None: folders["dit"]} if "dit" in folders else folders
 
 
 def pair_up(text, ckpt):
@@ -166,25 +165,25 @@ def pair_up(text, ckpt):
         if None in bases:
             raise BadInput(f"{path}: holds experts of an A14B, and --ckpt {ckpt} is a single model")
         return [Pair(name, folder, bases[name]) for name, folder in halves.items() if name in bases]
-    kind = kind_of(path)
+    path, kind = halves[None], kind_of(halves[None])
     if kind.startswith("text_encoder"):
         return [Pair(None, path, base)]
     if kind == "vae":
-        return [Pair(None, path, find(base, "*VAE*", "the VAE"))]
+        return [Pair(None, path, vae_files(base)[0])]
     if kind != "lora":
         if None not in bases:
             raise BadInput(
                 f"--ckpt {ckpt}: holds two experts; give the one that {path} is to be compared with, such as "
                 f"{bases['low' if 'low' in bases else 'high']}"
             )
-        return [Pair(None, path, base)]
+        return [Pair(None, path, bases[None])]
     file = weight_files(path)[0]
     if spec.weight != 1 and path != Path(text):
         raise BadInput(f"delta {text}: a weight means nothing here; give FILE, FILE:high or FILE:low")
     names, source = choose_experts(spec._replace(file=str(file)), ("dit",) if None in bases else tuple(bases), "delta")
     if source:
         print(f"{file}: for {' and '.join(sorted(names))} noise, as {source} says")
-    return [Pair(None, file, base) if name == "dit" else Pair(name, file, bases[name]) for name in sorted(names)]
+    return [Pair(None, file, bases[None]) if name == "dit" else Pair(name, file, bases[name]) for name in sorted(names)]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

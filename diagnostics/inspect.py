@@ -8,9 +8,10 @@ from pathlib import Path
 import av
 import torch
 
-from checkpoint import BadInput, clean_key, read_header, weight_files
+from checkpoint import BadInput, read_header
 from data import CLIPS
 from diagnostics.common import write_json
+from formats import clean_key, expert_folders, is_diffusers, read_weights, weight_files
 from lora import TARGETS
 from lora_files import describe
 from t5 import build_t5, is_delta, read_encoder
@@ -24,14 +25,14 @@ LORA_TARGETS = {
     "self_attn, cross_attn and ffn": TARGETS,
 }
 LORA_RANKS = (4, 8, 16, 32, 64)
-EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the official layout
 
 
 def totals(entries):
     """Parameters, tensors, dtypes and bytes of {name: Entry}."""
     dtypes = Counter()
     for entry in entries.values():
-        dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
+        dtypes[entry.format] += entry.numel
     return {
         "parameters": sum(dtypes.values()),
         "tensors": len(entries),
@@ -171,28 +172,41 @@ def inspect_lora(entries, lora):
     return {"kind": "lora", "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
 
 
+def files_of(path):
+    """The files of a model: `path` itself, or those in its folder, whose names transformers begins with "model"."""
+    path = Path(path)
+    names = [f.name for f in path.glob("model*.safetensors*")] if path.is_dir() else []
+    is_encoder = any(re.match(r"model(-00001-of-\d+)?\.safetensors", name) for name in names)
+    return weight_files(path, "model" if is_encoder else "diffusion_pytorch_model")
+
+
 def headers_of(path):
-    """({official name: Entry}, metadata) of a weight file, or of the several files of one model in a folder."""
-    entries, metadata = {}, {}
-    for file in weight_files(path):
-        part, part_metadata = read_header(file)
-        entries |= {clean_key(name): entry for name, entry in part.items()}
-        metadata |= part_metadata
-    return entries, metadata
+    """({name: Entry}, metadata) of a weight file, or of the several files of one model in a folder: under official
+    names, but for a LoRA's or an encoder's.
+    """
+    files = files_of(path)
+    if len(files) == 1 and describe(files[0]):
+        entries, metadata = read_header(files[0])
+        return {clean_key(name): entry for name, entry in entries.items()}, metadata
+    metadata = {}
+    for file in files:
+        metadata |= read_header(file)[1]
+    return read_weights(files), metadata
 
 
 def kind_of(path):
     """What a weight file, or a folder of one model's, holds: "lora", "text_encoder_delta", "dit", "text_encoder", "vae"
     or "unknown". Raises BadInput where none can be read.
     """
-    files, names = weight_files(path), headers_of(path)[0].keys()
+    files = files_of(path)
     if len(files) == 1 and describe(files[0]):
         return "lora"
     if len(files) == 1 and is_delta(files[0]):
         return "text_encoder_delta"
+    names = read_weights(files).keys()
     if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= names:
         return "dit"
-    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"} & names:
+    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"} & names:
         return "text_encoder"
     if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= names:
         return "vae"
@@ -201,7 +215,7 @@ def kind_of(path):
 
 def inspect_weights(path):
     """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
-    kind, files, (entries, metadata) = kind_of(path), weight_files(path), headers_of(path)
+    kind, files, (entries, metadata) = kind_of(path), files_of(path), headers_of(path)
     if kind == "lora":
         return inspect_lora(entries, describe(files[0]))
     if kind == "text_encoder_delta":
@@ -253,9 +267,12 @@ def inspect_video(path):
 
 def inspect_experts(path):
     """The DiTs of a folder: both experts of an A14B, or one model; [] where there is none."""
-    experts = [name for name in EXPERT_FOLDERS if (path / name).is_dir()]
-    missing = [name for name in EXPERT_FOLDERS if experts and name not in experts]
-    folders = [path / name for name in experts] or ([path] if any(path.glob("diffusion_pytorch_model*")) else [])
+    names = ("transformer", "transformer_2") if is_diffusers(path) else EXPERT_FOLDERS
+    experts = [name for name in names if (path / name).is_dir()]
+    missing = [name for name in names if experts and name not in experts]
+    folders = [path / name for name in experts] or ([path] if holds_dit(path) else [])
+    if is_diffusers(path) and "dit" in expert_folders(path):
+        experts = missing = []
     models = []
     for folder in folders:
         model = inspect_weights(folder)
@@ -264,6 +281,25 @@ def inspect_experts(path):
         summary += f"; {missing[0]} is missing" if missing else ""
         models.append({"path": str(folder), "experts": experts, **model, "summary": summary})
     return models
+
+
+def holds_dit(path):
+    """Whether a checkpoint folder's single DiT lies in it: under the official name, or one file under any name."""
+    if any(path.glob("diffusion_pytorch_model*")):
+        return True
+    try:
+        return (path / "config.json").is_file() and kind_of(path) == "dit"
+    except BadInput:
+        return False
+
+
+def other_parts(path):
+    """Where a checkpoint folder's encoder and VAE are: files, or the folders of diffusers."""
+    if is_diffusers(path):
+        return [path / name for name in ("text_encoder", "vae") if (path / name).is_dir()]
+    names = sorted(f for f in path.iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
+    encoders = [f for f in names if f.name.lower().startswith(("models_t5", "umt5"))]
+    return encoders + [f for f in names if "vae" in f.name.lower() and f not in encoders]
 
 
 def inspect(path):
@@ -277,15 +313,14 @@ def inspect(path):
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
     models = inspect_experts(path)
-    files = [*sorted(path.glob("models_t5*")), *sorted(path.glob("*VAE*"))]
-    files = [f for f in files if f.suffix in (".pth", ".safetensors")]
+    files = other_parts(path)
     if not models and not files:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))
     models += [{"path": str(f), **inspect_weights(f)} for f in files]
     if not models:
         raise BadInput(
-            f"{path}: holds no weights known here (diffusion_pytorch_model*, high_noise_model, models_t5*, *VAE*, "
-            "*.safetensors)"
+            f"{path}: holds no weights known here (diffusion_pytorch_model*, high_noise_model, transformer, "
+            "models_t5*, umt5*, *VAE*, *.safetensors, *.gguf)"
         )
     return models
 

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint import BadInput, atomic, cli, read_header, read_headers, save, save_pickle, weight_files
+from checkpoint import BadInput, atomic, cli, read_header, save, save_pickle
+from formats import read_headers, weight_files
 from t5 import load_t5
 from vae import load_vae
 from wan import load_wan

@@ -11,6 +11,7 @@ import fp8
 import lora
 from checkpoint import BadInput
 from diagnostics.delta import delta
+from formats import read_weights
 from sample import load
 from wan import load_wan
 
@@ -166,25 +167,90 @@ def test_the_norm_of_several_tensors_is_that_of_all_their_elements():
     assert abs(fp8.total_norm(p.norm() for p in parts) / torch.cat(parts).norm().item() - 1) < 1e-6
 
 
-def test_scales_that_do_not_fit_are_refused(tmp_path):
-    from checkpoint import read_headers
-
-    save_file({"scale": torch.ones(3)}, tmp_path / "s.safetensors")
-    entry = read_headers([tmp_path / "s.safetensors"])["scale"]
-    eight = fp8.Fp8Linear(torch.nn.Linear(8, 5), entry)
-    with pytest.raises(
-        BadInput, match=r"s.safetensors: a weight \(5, 8\) .*e4m3fn with 3 scales; expected e4m3, and 1 or 5"
-    ):
-        eight.quantize(torch.zeros(5, 8).to(fp8.E4M3))
-    eight = fp8.Fp8Linear(torch.nn.Linear(8, 3), entry)
-    with pytest.raises(BadInput, match="in torch.bfloat16"):
-        eight.quantize(torch.zeros(3, 8).bfloat16())
+def read(path):
+    return read_weights([path])
 
 
-def test_an_8_bit_linear_outside_the_blocks_is_refused(folder, tmp_path):
-    tensors = {k: v.clone() for k, v in load_wan(folder, dtype=torch.float32).state_dict().items()}
-    tensors |= {"head.head.weight": tensors["head.head.weight"].to(fp8.E4M3), "head.head.scale_weight": torch.ones(())}
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"a.weight_scale": torch.ones(3)}, r"a has scales \(3,\) in float32 and a weight \(5, 8\) in float8_e4m3fn"),
+        ({"a.weight_scale": torch.ones(5, 2)}, r"a has scales \(5, 2\)"),
+        ({"a.weight_scale": torch.ones(5, dtype=torch.uint8)}, "in uint8 and a weight"),
+        ({"b.scale_weight": torch.ones(())}, r"b has scales \(\) in float32 and no such weight"),
+        ({"b.weight": torch.ones(5, 8).to(torch.int8)}, "b.weight is in int8 and has no scale"),
+        ({"a.weight_scale_2": torch.ones(())}, "weights in nvfp4"),
+        ({"a.weight_global_scale": torch.ones(())}, "weights in nvfp4"),
+    ],
+)
+def test_what_is_refused(tmp_path, tensors, message):
+    save_file({"a.weight": torch.ones(5, 8).to(fp8.E4M3), **tensors}, tmp_path / "m.safetensors")
+    with pytest.raises(BadInput, match=f"m.safetensors: .*{message}"):
+        read(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}, "ConvRot, which rotates them"),
+        ({"format": "convrot_w4a4"}, "ConvRot"),
+        ({"format": "mxfp8"}, "weights in mxfp8"),
+        ({"format": "nvfp4"}, "weights in nvfp4"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_formats_that_comfyui_names(tmp_path, layer, message, inside):
+    """In a tensor beside the weight, or in the file's metadata."""
+    tensors = {"a.weight": torch.ones(5, 8).to(torch.int8), "a.weight_scale": torch.ones(5, 1)}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {"a": layer}})}
+    if inside:
+        tensors["a.comfy_quant"], metadata = torch.tensor(list(json.dumps(layer).encode()), dtype=torch.uint8), None
+    save_file(tensors, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(BadInput, match=f"m.safetensors: .*{message}"):
+        read(tmp_path / "m.safetensors")
+
+
+def scaled(w, dtype, rows):
+    """(8-bit weight, scale) of an fp32 weight."""
+    most = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (w.abs().flatten(1).amax(1) if rows else w.abs().max()).div(most)
+    q = w / scale.reshape(-1, *[1] * (w.dim() - 1))
+    return (q.round() if dtype == torch.int8 else q).to(dtype), scale[:, None] if rows else scale
+
+
+OUTSIDE = ("patch_embedding", "text_embedding.2", "time_embedding.0", "time_projection.1", "head.head")
+
+
+@pytest.mark.parametrize(
+    "dtype, rows, limit", [(fp8.E4M3, False, 0.1), (torch.float8_e5m2, True, 0.2), (torch.int8, True, 0.02)]
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_scales_outside_of_blocks_and_of_other_dtypes(folder, tmp_path, dtype, rows, limit, suffix, report):
+    """The weights are the products, to the bit; what is in fp8 in blocks stays in 8 bits, all else becomes dense."""
+    tensors, want = {}, load_wan(folder, dtype=torch.float32)
+    true = want(X, T, CONTEXT)
+    for name, w in want.state_dict().items():
+        base = name.removesuffix(".weight")
+        tensors[name] = w.clone()
+        if base in OUTSIDE or name.endswith((".q.weight", "ffn.2.weight")):
+            tensors[name], tensors[f"{base}.weight_scale"] = scaled(w, dtype, rows)
+            by_row = tensors[f"{base}.weight_scale"].reshape(-1, *[1] * (w.dim() - 1))
+            want.get_submodule(base).weight.data = tensors[name].float() * by_row
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(BadInput, match="head.head is in 8 bits"):
-        load_wan(tmp_path)
+    if suffix == ".pth":
+        torch.save(tensors, tmp_path / "m.pth")
+    else:
+        save_file(tensors, tmp_path / "m.safetensors")
+    got = load_wan(tmp_path / f"m{suffix}", dtype=torch.float32)
+    eights = {n: m for n, m in got.named_modules() if isinstance(m, fp8.Fp8Linear)}
+    assert len(eights) == (0 if dtype == torch.int8 else 3 * 3) and all(
+        m.weight.dtype == dtype for m in eights.values()
+    )
+    state = got.state_dict() | {f"{n}.weight": m.weight.float() * m.scales for n, m in eights.items()}
+    assert all(torch.equal(state[name], w) for name, w in want.state_dict().items())
+    assert torch.equal(got(X, T, CONTEXT), want(X, T, CONTEXT))
+    report("the format's own error", relative(want(X, T, CONTEXT), true), limit)
+    rounded = load_wan(tmp_path / f"m{suffix}", dtype=torch.float32, fp8=True)
+    if dtype == torch.int8:
+        assert all(isinstance(m, fp8.Fp8Linear) for n, m in rounded.named_modules() if n.endswith("ffn.2"))
+        assert relative(rounded(X, T, CONTEXT), want(X, T, CONTEXT)) < 0.05
