@@ -6,11 +6,13 @@ Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kep
 ComfyUI's, which have the tokenizer inside and may be in 8 bits, are read too, and written by `convert_t5`.
 """
 
+import base64
 import fnmatch
 import html
 import json
 import math
 import re
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +33,9 @@ class Tokenizer:
     tokens that a prompt may spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with
     the end token kept.
 
-    file: the sentencepiece model, beside which a tokenizer.json may list more special tokens. model: its bytes, where
-    it is not a file of its own but inside `file`, as in ComfyUI's encoders.
+    file: the sentencepiece model, beside which a tokenizer.json may list more special tokens; or a tokenizer.json,
+    which is what newer transformers save. model: the sentencepiece model's bytes, where it is not a file of its own but
+    inside `file`, as in ComfyUI's encoders.
     """
 
     def __init__(self, file, length=512, model=None):
@@ -42,7 +45,7 @@ class Tokenizer:
         if model is None and not file.is_file():
             raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model or file.read_bytes())
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model or sentencepiece_model(file))
         except RuntimeError as e:
             raise BadInput(f"{file}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
         self.length, self.special, self.byte_fallback = length, {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}, False
@@ -84,6 +87,39 @@ class Tokenizer:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
         return ids, lens
+
+
+def sentencepiece_model(file):
+    """The bytes of a sentencepiece model: those of the file, or made from a tokenizer.json's vocabulary and table of
+    normalisation. Raises BadInput for a tokenizer.json of another kind. Source: sentencepiece_model.proto.
+    """
+    if file.suffix != ".json":
+        return file.read_bytes()
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        model, unk = config["model"], config["model"].get("unk_id")
+        if model["type"] != "Unigram":
+            raise KeyError(f"a {model['type']} model, not a Unigram one")
+        charsmap = re.search(r'"precompiled_charsmap": "([^"]*)"', json.dumps(config.get("normalizer")))
+        special = {t["content"] for t in config.get("added_tokens", []) if t["id"] in (PAD, EOS)}
+        proto = b""
+        for i, (piece, score) in enumerate(model["vocab"]):
+            is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+            kind = 2 if i == unk else 3 if piece in special else 6 if is_byte else 1  # unknown, control, byte, normal
+            proto += message(
+                1, message(1, piece.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + bytes([3 << 3, kind])
+            )
+        return proto + message(3, message(2, base64.b64decode(charsmap.group(1) if charsmap else "")))
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise BadInput(f"{file}: not a tokenizer of T5's kind ({type(e).__name__}: {e})") from None
+
+
+def message(number, data):
+    """A field of bytes in protobuf's encoding: its number, its length in groups of seven bits, and the bytes."""
+    length, n = b"", len(data)
+    while n > 127:
+        length, n = length + bytes([n & 127 | 128]), n >> 7
+    return bytes([number << 3 | 2]) + length + bytes([n]) + data
 
 
 class Norm(nn.Module):
@@ -182,7 +218,8 @@ class TextEncoder(nn.Module):
 
 # ---- files -------------------------------------------------------------------------------------------------------
 FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # the official one, Kijai's and city96's GGUF, ComfyUI's
-TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model")  # in an official folder, in one of diffusers
+# in an official folder, and in those of diffusers
+TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "tokenizer/tokenizer.json")
 # official names and transformers', outside of blocks and in them
 OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
 BLOCK_NAMES = {
@@ -283,7 +320,7 @@ def encoder_files(ckpt_dir, weights=None):
 
 
 def tokenizer_file(ckpt_dir):
-    """The sentencepiece model of a folder, or None."""
+    """The sentencepiece model of a folder, or its tokenizer.json, or None."""
     return next((f for name in TOKENIZERS if (f := Path(ckpt_dir) / name).is_file()), None)
 
 
@@ -342,7 +379,7 @@ def in_layout(tensors, layout, tokenizer=None):
     tensors = {transformers_name(name): t for name, t in tensors.items()}
     if layout == "comfyui":
         if isinstance(tokenizer, str | Path):
-            tokenizer = torch.frombuffer(bytearray(Path(tokenizer).read_bytes()), dtype=torch.uint8)
+            tokenizer = torch.frombuffer(bytearray(sentencepiece_model(Path(tokenizer))), dtype=torch.uint8)
         tensors["spiece_model"] = tokenizer
     return tensors
 
