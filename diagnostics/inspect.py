@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import torch
@@ -180,46 +181,47 @@ def files_of(path):
     return weight_files(path, "model" if is_encoder else "diffusion_pytorch_model")
 
 
-def headers_of(path):
-    """({name: Entry}, metadata) of a weight file, or of the several files of one model in a folder: under official
-    names, but for a LoRA's or an encoder's.
+class Contents(NamedTuple):
+    """What weight files hold; entries: {name: Entry}, under official names but for an encoder's; lora: what
+    lora_files.describe says of a LoRA.
     """
+
+    kind: str  # "lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"
+    files: list
+    entries: dict
+    lora: dict | None = None
+
+
+def contents(path):
+    """The Contents of a weight file, or of a folder of one model's. Raises BadInput where none can be read."""
     files = files_of(path)
-    if len(files) == 1 and describe(files[0]):
-        entries, metadata = read_header(files[0])
-        return {clean_key(name): entry for name, entry in entries.items()}, metadata
-    metadata = {}
-    for file in files:
-        metadata |= read_header(file)[1]
-    return read_weights(files), metadata
+    if len(files) == 1 and (lora := describe(files[0])):
+        return Contents("lora", files, {clean_key(name): e for name, e in read_header(files[0])[0].items()}, lora)
+    entries = read_weights(files)
+    if len(files) == 1 and is_delta(files[0]):
+        return Contents("text_encoder_delta", files, entries)
+    if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= entries.keys():
+        return Contents("dit", files, entries)
+    tables = {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"}
+    if tables & entries.keys():
+        return Contents("text_encoder", files, entries)
+    if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= entries.keys():
+        return Contents("vae", files, entries)
+    return Contents("unknown", files, entries)
 
 
 def kind_of(path):
-    """What a weight file, or a folder of one model's, holds: "lora", "text_encoder_delta", "dit", "text_encoder", "vae"
-    or "unknown". Raises BadInput where none can be read.
-    """
-    files = files_of(path)
-    if len(files) == 1 and describe(files[0]):
-        return "lora"
-    if len(files) == 1 and is_delta(files[0]):
-        return "text_encoder_delta"
-    names = read_weights(files).keys()
-    if {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= names:
-        return "dit"
-    if {"token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"} & names:
-        return "text_encoder"
-    if {"encoder.conv1.weight", "conv2.weight", "decoder.head.2.weight"} <= names:
-        return "vae"
-    return "unknown"
+    """Contents.kind of a weight file, or of a folder of one model's. Raises BadInput where none can be read."""
+    return contents(path).kind
 
 
 def inspect_weights(path):
     """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
-    kind, files, (entries, metadata) = kind_of(path), files_of(path), headers_of(path)
+    kind, files, entries, lora = contents(path)
     if kind == "lora":
-        return inspect_lora(entries, describe(files[0]))
+        return inspect_lora(entries, lora)
     if kind == "text_encoder_delta":
-        return inspect_encoder_delta(entries, metadata)
+        return inspect_encoder_delta(entries, read_header(files[0])[1])
     if kind == "dit":
         return inspect_dit(path, entries)
     if kind == "text_encoder":

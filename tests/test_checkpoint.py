@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_formats import write_gguf
 
 from checkpoint import BadInput, atomic, cli, read_header, save, save_pickle
 from formats import read_headers, weight_files
@@ -246,15 +247,35 @@ def half_a_gigabyte(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+def in_form(folder, form, target):
+    """The DiT of a folder in a file of another form."""
+    target.mkdir()
+    state = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    if form == "int8":
+        for name in [n for n, w in state.items() if n.endswith(".weight") and w.dim() == 2]:
+            scale = state[name].abs().amax(1, keepdim=True) / 127
+            state[f"{name}_scale"], state[name] = scale, (state[name] / scale).round().to(torch.int8)
+        save_file(state, target / "m.safetensors")
+    else:
+        write_gguf(target / "m.gguf", state, "Q8_0")
+    return target
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_needs_hardly_more_than_the_weights(half_a_gigabyte, dtype, report):
+@pytest.mark.parametrize(
+    "dtype, form", [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "gguf")]
+)
+def test_loading_needs_hardly_more_than_the_weights(half_a_gigabyte, tmp_path, dtype, form, report):
     """Beside what importing takes; twice the weights would be twice the limit."""
+    folder = in_form(half_a_gigabyte, form, tmp_path / form) if form else half_a_gigabyte
     run = subprocess.run(
-        [sys.executable, "-c", LOAD, half_a_gigabyte, dtype], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD, folder, dtype], cwd=ROOT, capture_output=True, text=True, check=True
     )
     peak, weights = map(int, run.stdout.split())
     report("peak memory over weights x 1.2 + 100 MB", peak / (weights * 1.2 + 100e6), 1.0)
+    for file in tmp_path.glob("*/m.*"):
+        file.unlink()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import tiny
+import tiny_animate
+import tiny_s2v
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fp8
 import lora
@@ -254,3 +256,25 @@ def test_scales_outside_of_blocks_and_of_other_dtypes(folder, tmp_path, dtype, r
     if dtype == torch.int8:
         assert all(isinstance(m, fp8.Fp8Linear) for n, m in rounded.named_modules() if n.endswith("ffn.2"))
         assert relative(rounded(X, T, CONTEXT), want(X, T, CONTEXT)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "variant, parts", [("s2v", ("audio_injector.", "cond_encoder")), ("animate", ("face_adapter.",))]
+)
+def test_scales_in_what_a_variant_adds(tmp_path, variant, parts):
+    """S2V's injectors and Animate's face_adapter become dense: the products, to the bit."""
+    model, helper = (tiny_s2v.dit(), tiny_s2v) if variant == "s2v" else (tiny_animate.animate(layers=5), tiny_animate)
+    helper.write_dit(tmp_path / "official", model)
+    tensors, products = {}, {}
+    for file in (tmp_path / "official").glob("*.safetensors"):
+        tensors |= load_file(file)
+    for name in [n for n, w in tensors.items() if n.startswith(parts) and n.endswith(".weight") and w.dim() > 1]:
+        tensors[name], scale = scaled(tensors[name], fp8.E4M3, False)
+        tensors[name.removesuffix(".weight") + ".scale_weight"] = scale
+        products[name] = tensors[name].float() * scale
+    assert len(products) >= 3
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m" / "m.safetensors")
+    (tmp_path / "m" / "config.json").write_text((tmp_path / "official" / "config.json").read_text())
+    got = load_wan(tmp_path / "m", dtype=torch.float32).state_dict()
+    assert all(torch.equal(got[name], products.get(name, w)) for name, w in model.state_dict().items())
