@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -124,6 +124,11 @@ class Entry:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return self.read(scratch).to(device)
 
+    def part(self, begin, end):
+        """The Entry of the rows [begin, end)."""
+        row = self.nbytes // self.shape[0] if self.stride is None else self.stride[0] * self.dtype.itemsize
+        return replace(self, shape=(end - begin, *self.shape[1:]), offset=self.offset + begin * row)
+
     def read_bytes(self, scratch=None):
         """The tensor's bytes as they are in its file (n,) uint8."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
@@ -159,6 +164,10 @@ class GgufEntry(Entry):
     @property
     def format(self):
         return self.kind
+
+    def part(self, begin, end):
+        row = self.stored // self.shape[0]
+        return replace(super().part(begin, end), stored=(end - begin) * row)
 
     def read(self, scratch=None):
         out = torch.empty(self.numel) if scratch is None else scratch[: 4 * self.numel].view(torch.float32)
@@ -418,21 +427,24 @@ def atomic(path):
 
 
 def save(path, tensors, metadata=None):
-    """Write tensors as safetensors, atomically. Metadata values become strings. Equal contents give equal bytes, which
-    safetensors' own writer does not: it shuffles the metadata.
+    """Write tensors as safetensors, atomically. One of another file may be given as its Entry, which is read in its
+    turn. Metadata values become strings. Equal contents give equal bytes, which safetensors' own writer does not: it
+    shuffles the metadata.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that all are aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
+    tensors = {name: tensors[name] for name in order}
     header, end = {}, 0
     if metadata:
         header["__metadata__"] = {k: str(v) for k, v in sorted(metadata.items())}
     for name, t in tensors.items():
-        begin, end = end, end + t.numel() * t.itemsize
+        begin, end = end, end + math.prod(t.shape) * t.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with atomic(path) as tmp, open(tmp, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for t in tensors.values():
+            t = t if isinstance(t, torch.Tensor) else t.read()
             f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 

@@ -110,20 +110,16 @@ def arguments(argv=None):
     thresholds = [0.02, 0.05, 0.1, 0.2]
     add("--thresholds", type=float, nargs="+", default=thresholds, help="of --reuse (default: 0.02 0.05 0.1 0.2)")
 
-    add = command("convert", convert, "a text encoder's file, or a DiT, in another layout, with the same bits")
+    add = command("convert", convert, "a text encoder, or a DiT, in another layout, with the same bits")
     add(
         "source",
         metavar="IN",
-        help="an encoder's file, or a checkpoint folder, whose encoder it is; a DiT's file or folder",
+        help="an encoder's or a DiT's file or folder, or a checkpoint folder (diffusers: its DiT)",
     )
-    add("out", metavar="OUT", help="the .safetensors file to write; the folder, of a DiT")
-    layouts = [*LAYOUTS, "diffusers"]
     add(
-        "--to",
-        required=True,
-        choices=layouts,
-        help="an encoder: official (others read it too), comfyui, transformers; a DiT: official, diffusers",
+        "out", metavar="OUT", help="the folder of a DiT; of an encoder a .safetensors file, for diffusers also a folder"
     )
+    add("--to", required=True, choices=LAYOUTS, help="official is read by others too; comfyui: an encoder only")
     add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")

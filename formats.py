@@ -9,13 +9,23 @@ lora_files.py. Source of diffusers' names: its convert_wan_to_diffusers script a
 import fnmatch
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import BadInput, read_header
+import torch
+
+from checkpoint import BadInput, Entry, read_header
 from fp8 import apply_scales, check_quantization
 from lora_files import DIFFUSERS_NAMES
 
+
 # ---- files -------------------------------------------------------------------------------------------------------
+def _holds_dit(file):
+    """Whether a file has a DiT's first layer, or cannot be read."""
+    try:
+        return "patch_embedding.weight" in map(clean_key, read_header(file)[0])
+    except BadInput:
+        return True
 
 
 def weight_files(path, stem="diffusion_pytorch_model"):
@@ -48,6 +58,8 @@ def weight_files(path, stem="diffusion_pytorch_model"):
         and "vae" not in f.name.lower()
         and not f.name.lower().startswith(("models_t5", "umt5"))
     )
+    if len(others) > 1:  # beside a LoRA, an encoder under a name of its own, ...
+        others = [f for f in others if _holds_dit(f)] or others
     if len(others) == 1:
         return others
     raise BadInput(
@@ -180,6 +192,54 @@ def read_weights(files):
     entries = official_names(read_headers(files))
     apply_scales(entries)
     return entries
+
+
+# ---- other dtypes ------------------------------------------------------------------------------------------------
+SLICE = 4 << 20  # bytes that are converted at once
+
+
+@dataclass(frozen=True)
+class CastEntry(Entry):
+    """A tensor of a file that becomes another dtype when it is read, in slices one after the other, so that host memory
+    holds no second copy of it.
+    """
+
+    source: Entry | None = None
+
+    @property
+    def nbytes(self):
+        return self.source.nbytes
+
+    @property
+    def scratch_bytes(self):
+        return 0
+
+    @property
+    def format(self):
+        return self.source.format
+
+    def read(self, scratch=None):
+        if self.stride is not None or not self.numel or not self.shape:
+            return self.source.read().to(self.dtype)
+        out, rows = torch.empty(self.shape, dtype=self.dtype), self.shape[0]
+        step = max(1, SLICE * rows // self.source.scratch_bytes)
+        scratch = torch.empty(self.source.part(0, min(step, rows)).scratch_bytes, dtype=torch.uint8)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            out[begin:end] = self.source.part(begin, end).read(scratch)
+        return out
+
+
+def cast(entries, dtype=None):
+    """{name: Entry} whose tensors are read in a dtype: this one, or as they are stored but for those in 8 and fewer
+    bits that are decoded while they are read, which become bf16.
+    """
+    found = {}
+    for name, entry in entries.items():
+        goal = dtype or (entry.dtype if type(entry) is Entry else torch.bfloat16)
+        plain = type(entry) is Entry and entry.dtype == goal
+        found[name] = entry if plain else CastEntry(entry.file, goal, entry.shape, entry.offset, entry.stride, entry)
+    return found
 
 
 # ---- the folders of diffusers ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ The format: Micikevicius et al., 2022.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -125,6 +125,11 @@ class ScaledEntry(Entry):
     @property
     def format(self):
         return self.stored.format
+
+    def part(self, begin, end):
+        stored, scale = self.stored.part(begin, end), self.scale
+        scale = scale if scale.numel == 1 else scale.part(begin, end)
+        return replace(self, shape=stored.shape, offset=stored.offset, stored=stored, scale=scale)
 
     def read(self, scratch=None):
         out = torch.empty(self.numel) if scratch is None else scratch[: 4 * self.numel].view(torch.float32)

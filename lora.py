@@ -4,6 +4,7 @@ Files are written so that ComfyUI, lightx2v and diffusers all read them alike: k
 and `.lora_B.weight`, alpha/rank folded into B, no alpha key. What is read, and how, is in lora_files.py.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -32,8 +33,12 @@ def check_fit(path, changes, shapes):
     if not taken:
         raise BadInput(f"{path}: does not fit this model: changes an image branch only, which the model does not have")
 
-    def fits(change, shape):  # a convolution's change may be flat
-        return shape is not None and tuple(change.shape) in (tuple(shape), (shape[0], math.prod(shape[1:])))
+    def without_ones(shape):
+        return [n for n in shape if n > 1]
+
+    def fits(change, shape):  # a convolution's change may be flat, and sides of one element may be there or not
+        flat = shape and (shape[0], math.prod(shape[1:]))
+        return flat and without_ones(change.shape) in (without_ones(shape), without_ones(flat))
 
     def times(shape):
         return "x".join(map(str, shape))
@@ -231,12 +236,12 @@ def save_lora(path, model, **metadata):
     write_lora(path, adapter(model), next(iter(lora_layers(model).values())).scale, **metadata)
 
 
-def write_lora(path, pairs, scale=1.0, variant=None, title=None, date=None, trained_words=(), **metadata):
+def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=None, **metadata):
     """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file).
 
-    variant: of the base, such as ti2v-5B. title (default: the file's name), date (ISO 8601; default: none, so that
-    equal adapters are equal files) and trained_words: shown by LoRA managers. Further metadata is written as it is;
-    rank, targets and blocks join it.
+    variant: of the base, such as ti2v-5B. date (ISO 8601; default: none, so that equal adapters are equal files) and
+    trained_words {word: how many captions have it}: shown by LoRA managers, like the title, which is the file's name.
+    Further metadata is written as it is; rank, targets and blocks join it.
     """
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -252,7 +257,7 @@ def write_lora(path, pairs, scale=1.0, variant=None, title=None, date=None, trai
         "targets": ",".join(sorted({target or f"{owner}.{leaf}" for _, target, owner, leaf in parts})),
         "blocks": ",".join(map(str, sorted({int(block) for block, *_ in parts if block}))),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": title or Path(path).stem,
+        "modelspec.title": Path(path).stem,
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -265,6 +270,7 @@ def write_lora(path, pairs, scale=1.0, variant=None, title=None, date=None, trai
         metadata["modelspec.date"] = date
     if trained_words:
         metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
+        metadata["ss_tag_frequency"] = json.dumps({"captions": trained_words}, ensure_ascii=False)
     save(path, tensors, metadata)
 
 

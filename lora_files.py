@@ -58,7 +58,8 @@ PREFIXES = re.compile(
     r"(?:(?:base_model|model|diffusion_model|pipe)\.|(transformer(?:_[12])?|dit2?)\.)*(?:lora_unet__?|lycoris_)?"
 )
 ENDINGS = re.compile(
-    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)(?:\.default)?(?:\.weight)?"
+    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
+    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "diff_b": "diff", "diff_m": "diff"}
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
@@ -303,8 +304,10 @@ def list_lora(path):
         expert = next(iter(parts), None)
     listing = Listing(Path(path), metadata, parts, {}, expert, problem)
     if problem is None:
-        base = any(key.startswith("base_model.") for key in entries)
-        listing.peft, listing.problem = _peft_config(listing, base)
+        beside = any(key.startswith("base_model.") for key in entries)
+        if Path(path).stem == "adapter_model" and metadata.get("alpha_folded") != "True":  # PEFT's name for the pair
+            beside |= Path(path).with_name("adapter_config.json").is_file()
+        listing.peft, listing.problem = _peft_config(listing, beside)
     return listing
 
 
@@ -463,8 +466,11 @@ def choose_experts(spec, experts, flag="--lora"):
             f"{flag} {spec.file}: for which expert? Neither its metadata nor its name says; add :high, :low or :both"
         )
     wanted = {"high", "low"} if expert == "both" else {expert}
+    if source == "its keys" and not alone and expert == "both":  # each half goes to its own, where that is here
+        wanted &= set(experts)
     if not wanted <= set(experts):
         here = "a single model" if alone else f"only {', '.join(experts)}"
         what = f"the {' and '.join(sorted(wanted))}-noise expert of an A14B"
-        raise BadInput(f"{flag} {spec.file}: made for {what}, as {source} says, and here is {here}")
+        says = "say" if source == "its keys" else "says"
+        raise BadInput(f"{flag} {spec.file}: made for {what}, as {source} {says}, and here is {here}")
     return wanted, None if spec.expert else source

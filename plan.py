@@ -331,6 +331,7 @@ def training(
     encode=True,
     previews=False,
     ranks=1,
+    num_results=1,
 ):
     """Plan of a training run, per rank.
 
@@ -338,7 +339,7 @@ def training(
     trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
     are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
     largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
-    be computed. ranks: how many processes there are.
+    be computed. ranks: how many processes there are. num_results: how many copies of what is trained stay on disk.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
@@ -366,7 +367,7 @@ def training(
             weights["encoder"] = encoder_bytes
         else:
             phases["cache texts"] = {"encoder": encoder_bytes}
-        result = nbytes(encoder) if trains_encoder and args.save == "full" else None
+        result = nbytes(encoder) if trains_encoder and args.save != "delta" else None
 
         shape = layout.shape(s.latent_shape((width, height), frames))
         peak, states = traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder)
@@ -401,7 +402,8 @@ def training(
                 "activations": max(step, decode),
             }
     states_on_disk = 3 * adapters * (trained + states)
-    disk = {"cache": sum(cache), "result": result or adapters * trained, "states": states_on_disk}
+    result = result or adapters * trained * num_results
+    disk = {"cache": sum(cache), "result": result, "states": states_on_disk}
     other_experts = (on_device + on_host) * (num_experts - 1)
     host = {"streamed blocks": on_host, "their inputs": offloaded, "the other expert": other_experts}
     return Plan(args.device, phases, disk, host)

@@ -32,7 +32,8 @@ from parallel import is_sharded, shard_like
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 RESUME_MAY_CHANGE = (
     "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
-    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages"
+    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages "
+    "keep name trigger"
 ).split()
 
 
@@ -162,6 +163,7 @@ class Run:
             "job": self.job,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        self.date = self.metadata["started"][:10]  # on which the run began, whenever it went on
 
     def __enter__(self):
         return self
@@ -292,6 +294,7 @@ class Run:
         state = torch.load(self.state_file, weights_only=True, map_location="cpu") if self.state_file else None
         if state and state["shards"]:
             state["shards"] = self.state_file.with_suffix(".shards")
+        self.date = state.get("date", self.date) if state else self.date
         if self.is_main:
             self._begin_log(state["step"] if state else 0)
         self.training = True
@@ -312,7 +315,8 @@ class Run:
                 except dcp.CheckpointException as e:  # which is no Exception
                     raise next(iter(e.failures.values()))[0] from None
         if self.is_main:
-            save_pickle(file, {"step": step, "fingerprint": self.fingerprint, "shards": bool(shards), **state})
+            about = {"step": step, "date": self.date, "fingerprint": self.fingerprint, "shards": bool(shards)}
+            save_pickle(file, about | state)
             for old in self._saved()[: -self.keep]:
                 old.unlink()
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
@@ -338,6 +342,24 @@ class Run:
         print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
         self.log_file.write((json.dumps({"step": step, **values}) + "\n").encode())
         self.scalars.write(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+
+
+def adapter_file(out, name, expert, step=None):
+    """Where a run's adapter lies: OUT/NAME.safetensors, the newest, or NAME_000250.safetensors, that of a step; for the
+    experts of an A14B with _high or _low behind it.
+    """
+    number = "" if step is None else f"_{step:06d}"
+    return Path(out) / f"{name}{number}{'' if expert == 'dit' else '_' + expert}.safetensors"
+
+
+def remove_older_adapters(out, name, step, keep):
+    """Of the adapters that were kept under their steps, up to this one, leave the last `keep` steps."""
+    pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
+    files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
+    kept = sorted({s for s, _ in files if s <= step})[-keep:]
+    for s, file in files:
+        if s < kept[0]:
+            file.unlink()
 
 
 class TrainState:

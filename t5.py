@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput, Entry, count_blocks, load_into, read_header, save
-from formats import find, read_headers, weight_files
+from checkpoint import BadInput, Entry, atomic, count_blocks, load_into, read_header, save
+from formats import cast, find, read_headers, weight_files
 from fp8 import apply_scales
 
 PAD, EOS, UNK = 0, 1, 2
@@ -301,19 +301,25 @@ def read_encoder(files):
 
 
 def own_encoder(ckpt_dir):
-    """The files of a folder's own encoder: of an official folder, found by name, or of one of diffusers."""
+    """The files of a folder's own encoder: of an official folder, found by name, of one of diffusers, or of the
+    text_encoder folder in that.
+    """
     folder = Path(ckpt_dir)
     if (folder / "text_encoder").is_dir():
         return weight_files(folder / "text_encoder", "model")
+    if any(folder.glob("model.safetensors*")):
+        return weight_files(folder, "model")
     names = [f.name.lower() for f in folder.iterdir()] if folder.is_dir() else []
     pattern = next((p for p in FILE_NAMES if fnmatch.filter(names, f"{p}.*")), FILE_NAMES[0])
     return [find(folder, pattern, "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")]
 
 
 def encoder_files(ckpt_dir, weights=None):
-    """The files that an encoder comes from: `weights` alone, or the folder's own, and behind them `weights` where that
-    is a delta.
+    """The files that an encoder comes from: `weights` alone, a file or a text_encoder folder, or the folder's own, and
+    behind them `weights` where that is a delta.
     """
+    if weights is not None and Path(weights).is_dir():
+        return own_encoder(weights)
     if weights is not None and not is_delta(weights):
         return [Path(weights)]
     return own_encoder(ckpt_dir) + ([] if weights is None else [Path(weights)])
@@ -350,7 +356,7 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     entries, spiece, rows, ids = read_encoder(files)
     with torch.device("meta"):
         model = build_t5(entries, files[0])
-    model = load_into(model, entries, device, dtype)
+    model = load_into(model, cast(entries, dtype), device, dtype)
     if rows:
         table = model.token_embedding.weight
         table[ids.read().to(device)] = rows.read().to(table)
@@ -366,37 +372,69 @@ def load_tokenizer(ckpt_dir, spiece=None):
     return Tokenizer(file or Path(ckpt_dir) / TOKENIZERS[0])
 
 
-LAYOUTS = ("official", "comfyui", "transformers")
+# ---- writing -----------------------------------------------------------------------------------------------------
+LAYOUTS = ("official", "comfyui", "diffusers")
 
 
-def in_layout(tensors, layout, tokenizer=None):
-    """{official name: tensor} of a whole encoder -> {key: tensor} of a file in one of LAYOUTS.
-
-    tokenizer: the sentencepiece model's bytes as a tensor (n,) uint8, or its file; ComfyUI's layout has it inside.
+def in_layout(tensors, layout, spiece=None):
+    """{official name: tensor} of a whole encoder -> {key: tensor} of a file in one of LAYOUTS. spiece: the bytes of the
+    sentencepiece model (n,) uint8, which ComfyUI's layout has inside. Entries may stand for tensors.
     """
     if layout == "official":
         return tensors
     tensors = {transformers_name(name): t for name, t in tensors.items()}
-    if layout == "comfyui":
-        if isinstance(tokenizer, str | Path):
-            tokenizer = torch.frombuffer(bytearray(sentencepiece_model(Path(tokenizer))), dtype=torch.uint8)
-        tensors["spiece_model"] = tokenizer
-    return tensors
+    return tensors | ({"spiece_model": spiece} if layout == "comfyui" else {})
+
+
+def tokenizer_bytes(file):
+    """A sentencepiece model, as Tokenizer takes it, as a tensor (n,) uint8."""
+    return torch.frombuffer(bytearray(sentencepiece_model(Path(file))), dtype=torch.uint8)
+
+
+def transformers_config(model):
+    """The config.json with which transformers builds this encoder."""
+    block = model.blocks[0]
+    (vocab, dim), (buckets, heads) = model.token_embedding.weight.shape, block.pos_embedding.embedding.weight.shape
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": vocab,
+        "d_model": dim,
+        "d_kv": len(block.attn.q.weight) // heads,
+        "d_ff": len(block.ffn.fc1.weight),
+        "num_layers": len(model.blocks),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-06,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    }
 
 
 def convert_t5(source, out, layout, tokenizer=None):
-    """Write an encoder's file (source: one file of any layout, or a list of shards) anew, with the same bits.
+    """Write an encoder (source: one file of any layout, or a list of shards) anew with the same bits, one tensor at a
+    time.
 
-    layout: "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui" or "transformers".
+    out: a .safetensors file; for "diffusers" also a folder, which gets config.json and model.safetensors. layout:
+    "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui", "diffusers" (transformers too).
     tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales, and
-    GGUF's, become bf16. Raises BadInput for what is not a whole encoder. Host memory holds the weights once.
+    GGUF's, become bf16. Raises BadInput for what is not a whole encoder.
     """
     files = [source] if isinstance(source, str | Path) else source
-    entries, spiece, *_ = read_encoder(files)
+    encoder, out = read_encoder(files), Path(out)
     with torch.device("meta"):
-        model = build_t5(entries, files[0])
-    load_into(model, entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
-    if layout == "comfyui" and tokenizer is None and spiece is None:
+        model = build_t5(encoder.entries, files[0])
+    load_into(model, encoder.entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
+    spiece = tokenizer_bytes(tokenizer) if tokenizer else encoder.spiece
+    if layout == "comfyui" and spiece is None:
         raise BadInput(f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model")
-    tensors = {n: e.read() if type(e) is Entry else e.read().bfloat16() for n, e in entries.items()}
-    save(out, in_layout(tensors, layout, tokenizer or (spiece and spiece.read())), {"format": "pt"})
+    if out.suffix != ".safetensors":
+        if layout != "diffusers":
+            raise BadInput(f"{out}: should end in .safetensors")
+        with atomic(out / "config.json") as tmp:
+            tmp.write_text(json.dumps(transformers_config(model), indent=2) + "\n")
+        out = out / "model.safetensors"
+    save(out, in_layout(cast(encoder.entries), layout, spiece), {"format": "pt"})

@@ -6,12 +6,14 @@ python train_lora.py                                   on nano and clips it draw
 
 The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one then
 need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B:
-adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers.
+adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers; beside it the adapter of every save is kept,
+OUT/adapter_model_000100.safetensors and so on, for the best step to be chosen by eye.
 """
 
 import argparse
 import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -37,7 +39,7 @@ from lora_files import choose_experts, parse_lora_spec
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import adamw
 from parallel import World, gather_state
-from run import Run, TrainState, resume_fingerprint
+from run import Run, TrainState, adapter_file, remove_older_adapters, resume_fingerprint
 from train import POSITIVE, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
@@ -58,13 +60,16 @@ def arguments(argv=None):
         "--init_lora",
         action="append",
         default=[],
-        help="FILE[:high|low]: start from this LoRA; for A14B one per expert, which the file's metadata may name",
+        help="FILE[:high|low|both]: start from this LoRA; of an A14B one per expert, or one that holds both",
     )
     add(
         "--delta_cap",
         type=float,
         help="no matrix moves further than this share of its norm, ||dW||/||W|| (default: none)",
     )
+    add("--name", default="adapter_model", help="of the files, NAME.safetensors and so on (default: %(default)s)")
+    add("--keep", type=int, help="leave the adapters of the last N saves beside the result (default: all)")
+    add("--trigger", help="a,b,c: the words to prompt with, for the file's metadata, where LoRA managers show them")
     add = p.add_argument_group("base").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
@@ -102,10 +107,17 @@ def resolve(args, s, num_blocks):
             "how the model draws, not how it listens); add --allow_self_attn to do it all the same"
         )
     args.blocks = parse_blocks(args.blocks, num_blocks)
+    if not args.name or Path(args.name).name != args.name or args.name.startswith("."):
+        raise BadInput(f"--name {args.name}: a file's name without folder and ending, such as my_style")
+    if args.keep is not None:
+        check_ranges(args, keep=(1, math.inf))
+    args.trigger = [word.strip() for word in (args.trigger or "").split(",") if word.strip()]
 
 
 def predict(args, s, builders, **sizes):
     """The Plan of a run."""
+    saves = math.ceil(args.steps / args.save_every)
+    sizes["num_results"] = 1 + min(saves, args.keep or saves)
 
     def make_trainable(dit, encoder):
         return inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks)
@@ -118,6 +130,8 @@ def initial_loras(specs, schedule):
     files = {}
     for spec in specs:
         lora = parse_lora_spec(spec, "--init_lora")
+        if lora.weight != 1:
+            raise BadInput(f"--init_lora {spec}: a weight means nothing here; give FILE, FILE:high, :low or :both")
         for expert in choose_experts(lora, tuple(schedule), "--init_lora")[0]:
             if expert in files:
                 raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
@@ -198,6 +212,7 @@ def train(args, world):
 
     # optimizer and state
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args)
+    triggers = {word: sum(word.lower() in c.lower() for c in dataset.captions) for word in args.trigger}
     captions = sorted(f.name for f in texts.values())
     saved = run.restore(resume_fingerprint(args, models, dataset, captions=captions))
     if saved:
@@ -218,9 +233,12 @@ def train(args, world):
             for name in schedule if world.is_main else ():
                 if state.ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
                     clamp(name)
-                file = run.out / f"adapter_model{'' if name == 'dit' else '_' + name}.safetensors"
-                write_lora(file, adapters[name], scale, variant=s.variant, step=step, expert=name)
+                metadata = {"variant": s.variant, "date": run.date, "trained_words": triggers}
+                for file in (adapter_file(run.out, args.name, name, n) for n in (step, None)):
+                    write_lora(file, adapters[name], scale, step=step, expert=name, **metadata)
         state.save(run, step)
+        if args.keep and world.is_main:
+            remove_older_adapters(run.out, args.name, step, args.keep)
 
     # training
     finished = fit(
@@ -240,7 +258,8 @@ def train(args, world):
     if finished:
         for stream in models.streams():
             print(stream.report())
-        print(need.compare(args.device), *sorted(run.out.glob("adapter_model*.safetensors")), sep="\n")
+        results = [adapter_file(run.out, args.name, name) for name in schedule]
+        print(need.compare(args.device), *results, sep="\n")
 
 
 if __name__ == "__main__":

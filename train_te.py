@@ -25,7 +25,7 @@ from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
 from run import Run, TrainState, resume_fingerprint
-from t5 import EOS, PAD, UNK, load_tokenizer, read_encoder
+from t5 import EOS, PAD, UNK, in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
 from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
 
 
@@ -46,9 +46,10 @@ def arguments(argv=None):
     )
     add(
         "--save",
-        choices=("full", "delta"),
+        choices=("full", "delta", "comfyui"),
         default="full",
-        help="delta: only the tensors and rows that were trained (default: %(default)s)",
+        help="full: official names; delta: only the tensors and rows that were trained; comfyui: for its CLIPLoader, "
+        "transformers' names and the tokenizer inside (default: %(default)s)",
     )
     add(
         "--optimizer",
@@ -288,7 +289,10 @@ def train(args, world):
     # data: latents cached, text never
     dataset, previews = Dataset(args, models), Previews(args, models)
     run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
-    tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+    spiece = read_encoder(models.files("text")).spiece
+    tokenizer = load_tokenizer(models.dir, spiece)
+    file = tokenizer_file(models.dir)
+    spiece = tokenizer_bytes(file) if file else spiece.read()
     check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
     need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
@@ -346,7 +350,14 @@ def train(args, world):
     def save_all(step):
         with state.averaged():
             tensors = encoder_tensors(encoder, trained, ids, args.save, runtime.dtype)
-            metadata = {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"}
+            if args.save == "comfyui":
+                tensors = in_layout(tensors, "comfyui", spiece)
+            metadata = {
+                "step": step,
+                "keywords": ",".join(args.keywords),
+                "delta": args.save == "delta",
+                "format": "pt",
+            }
             if world.is_main:
                 save(run.out / "text_encoder.safetensors", tensors, metadata)
         state.save(run, step)

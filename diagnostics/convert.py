@@ -5,11 +5,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import BadInput, Entry, atomic, save
+from checkpoint import BadInput, atomic, save
 from diagnostics.inspect import files_of, kind_of
-from formats import diffusers_config, diffusers_dit_name, expert_folders, read_weights
+from formats import cast, diffusers_config, diffusers_dit_name, expert_folders, read_weights
 from models import checkpoint_dir
-from t5 import LAYOUTS, convert_t5, own_encoder, tokenizer_file
+from t5 import convert_t5, own_encoder, tokenizer_file
 from wan import Wan, load_wan
 
 STEM = "diffusion_pytorch_model"  # both layouts' name of a DiT's files
@@ -21,17 +21,17 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
     the same bits: config.json and safetensors, several with their index where one would be above file_bytes.
 
     layout: "official" or "diffusers". 8-bit weights with scales, and GGUF's, become bf16. Raises BadInput for what is
-    not a whole DiT, or one that diffusers' WanTransformer3DModel is not. Host memory holds one of the files at a time.
+    not a whole DiT, or one that diffusers' WanTransformer3DModel is not. Host memory holds one tensor at a time.
     """
     model = load_wan(source, "meta")  # raises, unless all tensors are there with their shapes
     if type(model) is not Wan:
         raise BadInput(f"{source}: a {model.config.model_type} model; ti2v, t2v and i2v are converted")
-    entries, out = read_weights(files_of(next(iter(expert_folders(source).values())))), Path(out)
+    entries, out = cast(read_weights(files_of(next(iter(expert_folders(source).values()))))), Path(out)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config = diffusers_config(model.config) if layout == "diffusers" else {"_class_name": "WanModel", **config}
     files, size = [{}], 0
     for name, entry in sorted(entries.items()):
-        nbytes = entry.nbytes if type(entry) is Entry else 2 * entry.numel
+        nbytes = entry.numel * entry.dtype.itemsize
         if files[-1] and size + nbytes > file_bytes:
             files.append({})
             size = 0
@@ -39,8 +39,7 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
         size += nbytes
     names = [f"{STEM}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for name, part in zip(names if len(files) > 1 else [f"{STEM}.safetensors"], files):
-        tensors = {key: e.read() if type(e) is Entry else e.read().bfloat16() for key, e in part.items()}
-        save(out / name, tensors, {"format": "pt"})
+        save(out / name, part, {"format": "pt"})
     if len(files) > 1:
         index = {key: name for name, part in zip(names, files) for key in part}
         write_json(out / f"{STEM}.safetensors.index.json", {"metadata": {}, "weight_map": index})
@@ -53,10 +52,10 @@ def write_json(path, value):
 
 
 def is_dit(source, layout):
-    """Whether a conversion is of a DiT: "official" means the encoder, of a checkpoint folder that has one."""
-    if layout not in LAYOUTS:
-        return True
-    if source.is_dir():
+    """Whether a conversion is of a DiT: of a checkpoint folder that has both, "diffusers" means the DiT, and the others
+    mean the encoder.
+    """
+    if source.is_dir() and layout != "diffusers":
         with contextlib.suppress(BadInput):
             return not own_encoder(source)
     return kind_of(source) == "dit"
@@ -70,8 +69,6 @@ def run(args):
         convert_dit(source, out, args.to)
         print(out)
         return
-    if out.suffix != ".safetensors":
-        raise BadInput(f"{out}: should end in .safetensors")
     if args.tokenizer and not Path(args.tokenizer).is_file():
         raise BadInput(f"--tokenizer {args.tokenizer}: no such file")
     files, tokenizer = [source], args.tokenizer

@@ -18,6 +18,7 @@ from diagnostics.logits import logits, open_dataset
 from models import Models, checkpoint_dir
 from nanoworld.listening import gradable
 from nanoworld.world import NEW_WORDS, prompts
+from run import adapter_file
 from sample import read_prompts
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
@@ -99,7 +100,9 @@ class TrainingRun:
         self.steps = [row for row in self.log if "loss" in row]
         if not self.steps:
             raise BadInput(f"{folder}: no step has been logged yet")
-        self.adapters = sorted(self.folder.glob("adapter_model*.safetensors"))
+        name = self.flags.get("name", "adapter_model")
+        files = [adapter_file(self.folder, name, expert) for expert in ("dit", "high", "low")]
+        self.adapters = [f for f in files if f.exists()]
         encoder = self.folder / "text_encoder.safetensors"
         self.encoder = encoder if encoder.exists() else None
         self.ckpt = checkpoint_dir(self.flags["ckpt"])

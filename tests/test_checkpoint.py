@@ -366,8 +366,8 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
 
 def test_which_file_of_a_folder_is_the_dit(tmp_path):
     """One that has another name is, where nothing else can be; a VAE and a text encoder are not."""
-    for name in ("models_t5_umt5-xxl-enc-bf16.safetensors", "wan2.2_VAE.safetensors"):
-        save(tmp_path / name, {"x": torch.zeros(1)})
+    for name in ("models_t5_umt5-xxl-enc-bf16", "wan2.2_VAE", "umt5_xxl_fp16", "UMT5-xxl-enc-fp8_e4m3fn"):
+        save(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(BadInput, match="holds neither"):
         weight_files(tmp_path)
     save(tmp_path / "wan2.2_ti2v_5B_fp16.safetensors", {"x": torch.zeros(1)})
@@ -375,6 +375,8 @@ def test_which_file_of_a_folder_is_the_dit(tmp_path):
     save(tmp_path / "another.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(BadInput, match="but 2 other .safetensors"):
         weight_files(tmp_path)
+    save(tmp_path / "dit.safetensors", {"model.diffusion_model.patch_embedding.weight": torch.zeros(1)})
+    assert weight_files(tmp_path) == [tmp_path / "dit.safetensors"]
     save(tmp_path / "diffusion_pytorch_model.safetensors", {"x": torch.zeros(1)})
     assert weight_files(tmp_path) == [tmp_path / "diffusion_pytorch_model.safetensors"]
 

@@ -362,6 +362,40 @@ def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
     assert abs(rows["high", name]["base"] / norms["high"].item() - 1) < 1e-6
 
 
+def test_delta_of_a_file_with_both_experts(checkpoints, tmp_path):
+    """Each half on its own expert, as sampling takes them and inspect says; or the one that is asked for."""
+    from lora import merge
+    from wan import load_wan
+
+    g = torch.Generator().manual_seed(4)
+    key, tensors = "blocks.1.cross_attn.v", {}
+    for component in ("transformer_1", "transformer_2"):
+        for part, shape in (("lora_A", (3, 48)), ("lora_B", (48, 3))):
+            tensors[f"diffusion_model.{component}.{key}.{part}.weight"] = torch.randn(shape, generator=g)
+    file = tmp_path / "a_high_noise.safetensors"  # its keys go before its name
+    save(file, tensors)
+    want = {}
+    for half in ("high", "low"):
+        base, moved = (load_wan(checkpoints["t2v"] / f"{half}_noise_model", dtype=torch.float32) for _ in range(2))
+        merge(moved, file, expert=half)
+        old, new = (dict(m.named_parameters())[f"{key}.weight"].double() for m in (base, moved))
+        want[half] = ((new - old).norm() / old.norm()).item()
+    (model,) = inspect(file)
+    assert (model["expert"], model["expert_from"]) == ("both", "its keys") and "for both noise" in model["summary"]
+    for flag, halves in (("", ["high", "low"]), (":high", ["high"]), (":low", ["low"])):
+        rows = delta_rows(tmp_path, f"{file}{flag}", "--ckpt", checkpoints["t2v"])
+        assert sorted(half for half, _ in rows) == halves
+        for half in halves:
+            assert abs(rows[half, key]["ratio"] / want[half] - 1) < 1e-5
+    with pytest.raises(BadInput, match="as its keys say, and here is a single model"):
+        diag("delta", file, "--ckpt", checkpoints["ti2v"])
+    with pytest.raises(BadInput, match="one expert's at a time"):
+        diag("delta", file, "--ckpt", checkpoints["t2v"], "--cap", "0.1", "--out", tmp_path / "b.safetensors")
+    diag("delta", f"{file}:low", "--ckpt", checkpoints["t2v"], "--cap", "0.1", "--out", tmp_path / "b.safetensors")
+    (row,) = delta_rows(tmp_path, tmp_path / "b.safetensors", "--ckpt", checkpoints["t2v"]).values()
+    assert row["expert"] == "low" and abs(row["ratio"] - 0.1) < 1e-6
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_stats_equal_brute_force(masked, report):
     """Against the softmax of one query and head at a time, in float64."""
@@ -550,7 +584,7 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
     subprocess.run([sys.executable, ROOT / "nano.py", "clips", *clips], check=True, capture_output=True)
     flags = ["--data", tmp_path / "clips", "--out", tmp_path / "run", "--steps", "4", "--batch", "4", "--device", "cpu"]
     flags += ["--previews", tmp_path / "p.txt", "--eval_every", "2"]
-    flags += ["--keywords", "crimson"] if script == "train_te" else []
+    flags += ["--keywords", "crimson"] if script == "train_te" else ["--name", "mine", "--save_every", "2"]
     subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], check=True, capture_output=True)
     diag("report", tmp_path / "run", "--n", "2")
     progress = capsys.readouterr().out
@@ -567,8 +601,8 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
         "Versions",
     )
     wanted = [f"<h2>{section}" for section in sections] + ["step 000000", "step 000004", "crimson", torch.__version__]
-    wanted.append("nearest after" if script == "train_te" else "adapter_model.safetensors")
-    assert not [text for text in wanted if text not in page]
+    wanted.append("nearest after" if script == "train_te" else "How far the weights moved: mine.safetensors")
+    assert not [text for text in wanted if text not in page] and "mine_000004.safetensors" not in page
     assert not [word for word in NEW_WORDS if word != "crimson" and f"<td>{word}</td>" in page]
     assert page.count("data:image/png;base64,") >= 7 and not re.search(r'(src|href)="(?!data:)', page)
 

@@ -570,7 +570,11 @@ def lives(tmp_path_factory, checkpoints):
 
 def results(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    weights = (out / "adapter_model.safetensors").read_bytes()
+    files = {f.name: load(f) for f in out.glob("adapter_model*.safetensors")}
+    weights = {
+        name: ({key: t.tolist() for key, t in tensors.items()}, metadata | {"modelspec.date": "of this run"})
+        for name, (tensors, metadata) in files.items()
+    }
     previews = sorted((f.name, f.read_bytes()) for f in (out / "previews").iterdir() if f.name != "step_000000.png")
     return [(r["step"], r.get("loss"), r.get("grad_norm")) for r in lines], weights, previews
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diag
+import formats
 import gguf_file
 from checkpoint import BadInput, read_header
 from diagnostics.convert import convert_dit
@@ -434,3 +435,14 @@ def test_weights_of_a_gguf_are_listed_without_being_read(wide, tmp_path):
     entry = entries["blocks.0.self_attn.q.weight"]
     assert (entry.format, entry.shape, entry.nbytes) == ("Q5_0", (256, 256), 256 * 256 // 32 * 22)
     assert sum(e.nbytes for e in entries.values()) < (tmp_path / "m.gguf").stat().st_size
+
+
+@pytest.mark.parametrize("size", [1, 5000])
+def test_gguf_weights_are_cast_in_slices(tmp_path, monkeypatch, size):
+    """Of some rows each, or of one: the same as the whole."""
+    want = write_gguf(tmp_path / "m.gguf", {"blocks.0.ffn.0.weight": torch.randn(37, 64)}, "Q4_0")
+    entries, _ = read_header(tmp_path / "m.gguf")
+    monkeypatch.setattr(formats, "SLICE", size)
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, entry in formats.cast(entries, dtype).items():
+            assert torch.equal(entry.read(), want[name].to(dtype))

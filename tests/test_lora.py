@@ -127,6 +127,7 @@ SPELLINGS = {
     ),
     "DiffSynth": ("{}.lora_A.default.weight", "{}.lora_B.default.weight", None),
     "DiffSynth, full pipeline": ("pipe.dit.{}.lora_A.default.weight", "pipe.dit.{}.lora_B.default.weight", None),
+    "PEFT's name": ("diffusion_model.{}.lora_A.my_style.weight", "diffusion_model.{}.lora_B.my_style.weight", None),
     "without prefix": ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha"),
 }
 PLACES = ("blocks.1.cross_attn.k", "blocks.2.self_attn.o", "blocks.0.ffn.2")
@@ -252,13 +253,52 @@ def test_names_are_those_of_diffusers_converter():
 
 
 def test_a_convolution_of_low_rank(tmp_path):
-    """With the kernel's shape in A (PEFT, kohya), and flat."""
+    """With the kernel's shape in A (PEFT, kohya), and flat, in A, in B or in both."""
     a, b = random(2, 16, 1, 2, 2), random(48, 2, 1, 1, 1)
     want = {"patch_embedding.weight": (b.flatten(1) @ a.flatten(1)).view(48, 16, 1, 2, 2)}
     for i, shape in enumerate(((2, 16, 1, 2, 2), (2, 64))):
         tensors = {"diffusion_model.patch_embedding.lora_A.weight": a.view(shape)}
         tensors["diffusion_model.patch_embedding.lora_B.weight"] = b.view(48, 2, *[1] * (len(shape) - 2))
         check_changes(changes_of(file_of(tmp_path / f"{i}.safetensors", tensors)), want)
+        tensors["diffusion_model.patch_embedding.lora_B.weight"] = b.view(48, 2, *[1] * (5 - len(shape)))
+        check_changes(changes_of(file_of(tmp_path / f"{i}.safetensors", tensors)), want)
+
+
+@pytest.mark.parametrize("shape", [(48, 16, 1, 2, 2), (48, 64), (48, 16, 2, 2)])
+def test_differences_without_sides_of_one(tmp_path, shape):
+    d, m = random(48, 16, 1, 2, 2), random(6, 48)
+    tensors = {"lora_unet_patch_embedding.diff": d.view(shape), "diffusion_model.blocks.1.diff_m": m}
+    want = {"patch_embedding.weight": d, "blocks.1.modulation": m[None]}
+    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors)), want)
+    tensors["lora_unet_patch_embedding.diff"] = d.view(48, 64).t()
+    with pytest.raises(BadInput, match="does not fit this model: 1 of 2 changes, patch_embedding.weight"):
+        merge(tiny.dit("t2v"), file_of(tmp_path / "x.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prefixes_ranks_and_dtypes_mixed_in_one_file(tmp_path, dtype):
+    """Without metadata; alpha in the type of the rest, a number or one in brackets, or none."""
+    q, k, v = (
+        "transformer.blocks.2.attn1.to_q",
+        "diffusion_model.blocks.0.cross_attn.k",
+        "lora_unet_blocks_1_self_attn_v",
+    )
+    tensors = {f"{q}.lora_A.weight": random(3, 48), f"{q}.lora_B.weight": random(48, 3)}
+    tensors |= {
+        f"{k}.lora_down.weight": random(5, 48),
+        f"{k}.lora_up.weight": random(48, 5),
+        f"{k}.alpha": torch.ones(1),
+    }
+    tensors |= {f"{v}.lora_down.weight": random(7, 48), f"{v}.lora_up.weight": random(48, 7)}
+    tensors[f"{v}.alpha"] = torch.tensor(14.0)
+    tensors = {key: t.to(dtype) for key, t in tensors.items()}
+    exact = {key: t.float() for key, t in tensors.items()}
+    want = {
+        "blocks.2.self_attn.q.weight": exact[f"{q}.lora_B.weight"] @ exact[f"{q}.lora_A.weight"],
+        "blocks.0.cross_attn.k.weight": exact[f"{k}.lora_up.weight"] @ exact[f"{k}.lora_down.weight"] / 5,
+        "blocks.1.self_attn.v.weight": exact[f"{v}.lora_up.weight"] @ exact[f"{v}.lora_down.weight"] * 2,
+    }
+    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors)), want)
 
 
 def kron(w1, w2):
@@ -331,6 +371,22 @@ def test_alpha_of_peft(tmp_path, where, rslora):
     path = file_of(tmp_path / "adapter_model.safetensors", tensors, metadata)
     want = product(tensors, key) * (5 if rslora else 2.5)
     check_changes(changes_of(path), {"blocks.1.cross_attn.v.weight": want})
+
+
+@pytest.mark.parametrize("key", ["transformer.blocks.1.attn2.to_v", "diffusion_model.blocks.1.cross_attn.v"])
+def test_peft_configuration_beside_other_prefixes(tmp_path, key):
+    """adapter_config.json belongs to the adapter_model.safetensors beside it, unless that says that alpha is folded in;
+    to no other file.
+    """
+    tensors = pair_for(key)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10, "r": 4, "use_rslora": True}))
+    for name, metadata, scale in (
+        ("adapter_model", {}, 5),
+        ("adapter_model", {"alpha_folded": "True"}, 1),
+        ("style", {}, 1),
+    ):
+        path = file_of(tmp_path / f"{name}.safetensors", tensors, metadata)
+        check_changes(changes_of(path), {"blocks.1.cross_attn.v.weight": scale * product(tensors, key)})
 
 
 def test_peft_without_its_configuration_is_refused(tmp_path):
@@ -770,7 +826,7 @@ import sys, torch
 sys.path[:0] = sys.argv[1:3]
 from lora import write_lora
 pairs = {f"blocks.{i}.cross_attn.k": (torch.ones(2, 4), torch.ones(4, 2)) for i in (1, 0)}
-shown = dict(variant="t2v-A14B", date="2026-01-01", trained_words=["a b", "c"])
+shown = dict(variant="t2v-A14B", date="2026-01-01", trained_words={"a b": 3, "c": 1})
 write_lora(sys.argv[3], pairs, 0.5, expert="high", step=3, **shown)
 """
 
@@ -803,6 +859,7 @@ def test_equal_runs_write_equal_files(tmp_path):
         "modelspec.architecture": "wan2.2-t2v-A14B/lora",
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
         "modelspec.trigger_phrase": "a b, c",
+        "ss_tag_frequency": '{"captions": {"a b": 3, "c": 1}}',
         "ss_base_model_version": "wan2.2-t2v-A14B",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "2",

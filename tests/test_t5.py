@@ -2,6 +2,8 @@
 
 import json
 import random
+import weakref
+from functools import partial
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config
 
+import formats
 from checkpoint import BadInput
 from t5 import Norm, Tokenizer, convert_t5, encoder_files, load_t5, read_encoder
 
@@ -326,7 +329,7 @@ def test_a_delta_to_an_encoder_of_comfyui(tmp_path):
     assert rows.tolist() == [5, 9] and (new.token_embedding.weight[[5, 9]] == 3).all()
 
 
-@pytest.mark.parametrize("layout", ["comfyui", "transformers"])
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
 def test_there_and_back_the_same_bits(tmp_path, layout):
     state = {k: v.bfloat16() for k, v in tiny.text_encoder().state_dict().items()}
     torch.save(state, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -346,19 +349,68 @@ def test_there_and_back_the_same_bits(tmp_path, layout):
 
 
 def test_transformers_loads_what_is_converted(tmp_path, official, report):
+    """A folder with its own config.json, by strict loading; and it is read here, by itself or in diffusers' folder."""
     from transformers import UMT5EncoderModel
 
-    torch.save(tiny.text_encoder().state_dict(), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    tiny.transformers_t5(tiny.text_encoder()).config.save_pretrained(tmp_path / "text_encoder")
-    source = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
-    convert_t5(source, tmp_path / "text_encoder" / "model.safetensors", "transformers")
-    peer, info = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
+    source, folder = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", tmp_path / "text_encoder"
+    torch.save(tiny.text_encoder().state_dict(), source)
+    convert_t5(source, folder, "diffusers")
+    peer, info = UMT5EncoderModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    config = tiny.transformers_t5(tiny.text_encoder()).config
+    for name in json.loads((folder / "config.json").read_text()).keys() - {"architectures", "tie_word_embeddings"}:
+        assert getattr(peer.config, name) == getattr(config, name), name
     ids, lens = Tokenizer("inside", model=tiny.spiece())(PROMPTS)
     mask = torch.arange(ids.shape[1]) < lens[:, None]
     with torch.no_grad():
         want = peer.eval()(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
     report("relative error", tiny.error(official, want), 2e-5)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
+    for given in (dict(), dict(weights=folder)):
+        assert torch.equal(embedded(load_t5(tmp_path, dtype=torch.float32, **given)), official)
+    with pytest.raises(BadInput, match="elsewhere: should end in .safetensors"):
+        convert_t5(source, tmp_path / "elsewhere", "official")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The tensors that are read from files, as weak references; at each read, how many earlier ones are still alive."""
+    from checkpoint import Entry
+
+    real, tensors, alive = Entry.read, [], []
+
+    def read(self, *args):
+        alive.append(sum(t() is not None and t().numel() > 64 for t in tensors))
+        tensor = real(self, *args)
+        tensors.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Entry, "read", read)
+    return tensors, alive
+
+
+def test_one_tensor_at_a_time_is_converted(tmp_path, reads):
+    comfyui(tmp_path / "x.safetensors")
+    convert_t5(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "official")
+    tensors, alive = reads
+    assert len(tensors) == len(tiny.text_encoder().state_dict()) and max(alive) <= 1
+
+
+@pytest.mark.parametrize("make", [comfyui, scaled, partial(scaled, rows=True)])
+def test_weights_are_cast_slice_by_slice(tmp_path, monkeypatch, reads, make):
+    """The loader holds no second copy of any of them, and the slices make the same whole."""
+    make(tmp_path / "x.safetensors")
+    want = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
+    monkeypatch.setattr(formats, "SLICE", 300)
+    whole = []
+    monkeypatch.setattr(
+        formats.CastEntry, "read", lambda self, scratch=None, real=formats.CastEntry.read: whole.append(1) or real(self)
+    )
+    got = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
+    assert len(whole) == len(want) and all(torch.equal(got[n], want[n]) for n in want)
+    table = got["token_embedding.weight"]
+    assert len(reads[0]) > len(want) + table.numel() * 2 // 300
 
 
 def test_8_bits_with_scales_become_bf16(tmp_path):

@@ -11,17 +11,24 @@ import torch
 from test_data import clip
 
 import models
-from checkpoint import BadInput, load
+from checkpoint import BadInput, load, save
 from lora import inject, save_lora
 from lora_files import read_lora
+from run import adapter_file, remove_older_adapters
+from train_lora import arguments, resolve
 
 ROOT = Path(__file__).parent.parent
 
 
-def train(ckpt, media, out, *flags, check=True):
+def adapters_in(out):
+    return sorted(f.stem for f in out.glob("*.safetensors"))
+
+
+def train(ckpt, media, out, *flags, check=True, code=None):
     run = subprocess.run(
         [
             sys.executable,
+            *(["-c", code] if code else []),
             ROOT / "train_lora.py",
             "--ckpt",
             ckpt,
@@ -89,46 +96,27 @@ def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind,
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
+    """Under another name for its files, of which the last two saves are kept, without a trace in what is learned."""
     train(checkpoints["ti2v"], media, tmp_path / "whole", "--dropout", 0.2)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            KILL,
-            ROOT / "train_lora.py",
-            "--ckpt",
-            checkpoints["ti2v"],
-            "--data",
-            media,
-            "--out",
-            tmp_path / "cut",
-            "--cache",
-            tmp_path / "cache",
-            "--resolution",
-            "64x64",
-            "--frames",
-            "9",
-            "--steps",
-            "6",
-            "--batch",
-            "2",
-            "--rank",
-            "4",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            "--dropout",
-            "0.2",
-            "--save_every",
-            "2",
-        ],
-        stdout=subprocess.DEVNULL,
+    named = ["--dropout", 0.2, "--save_every", 2, "--name", "my style", "--keep", 2, "--trigger", "red, dog"]
+    assert train(checkpoints["ti2v"], media, tmp_path / "cut", *named, check=False, code=KILL).returncode == -9
+    assert adapters_in(tmp_path / "cut") == ["my style", "my style_000002"]
+    train(checkpoints["ti2v"], media, tmp_path / "cut", *named, "--resume")
+    assert adapters_in(tmp_path / "whole") == ["adapter_model", "adapter_model_000006"]
+    assert adapters_in(tmp_path / "cut") == ["my style", "my style_000004", "my style_000006"]
+    a, b, kept, earlier = (
+        load(tmp_path / f"{file}.safetensors")
+        for file in ("whole/adapter_model", "cut/my style", "cut/my style_000006", "cut/my style_000004")
     )
-    assert process.wait() == -9
-    train(checkpoints["ti2v"], media, tmp_path / "cut", "--dropout", 0.2, "--save_every", 2, "--resume")
-    a, b = (load(tmp_path / d / "adapter_model.safetensors")[0] for d in ("whole", "cut"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    assert all(torch.equal(kept[0][k], b[0][k]) for k in b[0])
+    assert [m["step"] for _, m in (a, b, kept, earlier)] == ["6", "6", "6", "4"]
+    assert not all(torch.equal(earlier[0][k], b[0][k]) for k in b[0])
+    began = json.loads((tmp_path / "whole" / "flags.json").read_text())["started"]
+    assert a[1]["modelspec.date"] == began[:10] and "trained_words" not in a[1]
+    assert (b[1]["modelspec.title"], kept[1]["modelspec.title"]) == ("my style", "my style_000006")
+    assert b[1]["trained_words"] == b[1]["modelspec.trigger_phrase"] == "red, dog"
+    assert json.loads(b[1]["ss_tag_frequency"]) == {"captions": {"red": 2, "dog": 1}}
     losses = [
         [
             (json.loads(line)["step"], json.loads(line)["loss"])
@@ -137,6 +125,40 @@ def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
         for d in ("whole", "cut")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_which_adapters_are_kept(tmp_path):
+    """The last steps up to the one that was saved, of both experts; no other file, and no other name's."""
+    others = ["style.safetensors", "style_high.safetensors", "style_2_000100.safetensors", "style_000100.txt"]
+    for name in [*others, "style_v2_000100_low.safetensors"]:
+        (tmp_path / name).touch()
+    files = [adapter_file(tmp_path, "style", e, s) for s in (100, 200, 300, 1_000_000) for e in ("dit", "high", "low")]
+    assert [f.name for f in files[:3]] == [f"style_000100{e}.safetensors" for e in ("", "_high", "_low")]
+    assert [adapter_file(tmp_path, "style", e).name for e in ("dit", "high")] == others[:2]
+    for file in files:
+        file.touch()
+    remove_older_adapters(tmp_path, "style", 300, 2)
+    assert [f for f in files if f.exists()] == files[3:]
+    remove_older_adapters(tmp_path, "style", 1_000_000, 1)
+    assert [f for f in files if f.exists()] == files[9:] and all((tmp_path / name).exists() for name in others)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--name", "out/style"], "--name out/style: a file's name without folder"),
+        (["--name", ""], "--name : a file's name"),
+        (["--name", ".style"], "--name .style"),
+        (["--keep", "0"], "--keep 0: must be at least 1"),
+    ],
+)
+def test_names_and_numbers_that_are_refused(checkpoints, flags, message):
+    from models import Runtime
+
+    settings = models.Models(checkpoints["ti2v"], Runtime("cpu")).settings
+    args = arguments(["--ckpt", str(checkpoints["ti2v"]), "--device", "cpu", "--dtype", "fp32", *flags])
+    with pytest.raises(BadInput, match=message):
+        resolve(args, settings, 3)
 
 
 KILL = """
@@ -353,3 +375,50 @@ def test_a_lora_that_is_no_start_is_refused_before_anything_is_encoded(checkpoin
             train_lora.main()
         assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_halves_and_flags_of_files_to_start_from(tmp_path):
+    """A file with both experts starts each of those that are trained; one that says no expert needs a flag."""
+    from train_lora import initial_loras
+
+    model, files = tiny.dit("t2v"), {}
+    inject(model, rank=4)
+    for name, expert in (("named", "low"), ("plain", None)):
+        files[name] = str(tmp_path / f"{name}.safetensors")
+        save_lora(files[name], model, **({"expert": expert} if expert else {}))
+    tensors = load(files["plain"])[0]
+    both = {
+        k.replace("diffusion_model.", f"{c}."): t for c in ("transformer", "transformer_2") for k, t in tensors.items()
+    }
+    files["both"] = str(tmp_path / "both.safetensors")
+    save(files["both"], both)
+
+    def chosen(*specs, experts=("high", "low")):
+        return initial_loras([spec.format(**files) for spec in specs], dict.fromkeys(experts))
+
+    b, n, p = files["both"], files["named"], files["plain"]
+    assert chosen("{both}") == {"high": b, "low": b} and chosen("{both}", experts=["low"]) == {"low": b}
+    assert chosen("{both}:high", "{named}") == {"high": b, "low": n} and chosen("{plain}", experts=["low"]) == {
+        "low": p
+    }
+    assert chosen("{plain}:high", "{plain}:low") == chosen("{plain}:both") == {"high": p, "low": p}
+    for specs, message in (
+        (["{plain}"], "for which expert"),
+        (["{both}", "{named}"], "is for the same expert"),
+        (["{both}:0.5"], "a weight means nothing here"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            chosen(*specs)
+    with pytest.raises(BadInput, match="as the flag says, and here is only low"):
+        chosen("{both}:both", experts=["low"])
+
+
+@pytest.mark.parametrize("flags, number", [([], 4), (["--keep", "2"], 3), (["--keep", "9"], 4)])
+def test_the_plan_counts_kept_adapters(monkeypatch, flags, number):
+    """250 steps, saved at 100, 200 and at the end, and the result."""
+    import train_lora
+
+    monkeypatch.setattr(train_lora.plan, "training", lambda *args, num_results, **sizes: num_results)
+    args = arguments(["--steps", "250", "--save_every", "100", *flags])
+    settings = models.Settings("ti2v-5B", "ti2v", 48, (4, 16, 16), 24, 9, 2, (64, 64), 5, (1, 1))
+    assert train_lora.predict(args, settings, {}) == number

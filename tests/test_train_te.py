@@ -73,7 +73,7 @@ def changed(ckpt, file):
     return names - {"token_embedding.weight"}, rows, set(old.tokenizer.ids("dog"))
 
 
-@pytest.mark.parametrize("how", ["full", "delta"])
+@pytest.mark.parametrize("how", ["full", "delta", "comfyui"])
 @pytest.mark.parametrize(
     "blocks, trained", [("0", []), ("1", ["blocks.1", "norm"]), (None, ["blocks.0", "blocks.1", "norm"])]
 )
@@ -83,7 +83,14 @@ def test_only_what_was_asked_is_trained_and_saved(checkpoints, media, tmp_path, 
     assert {".".join(n.split(".")[:2]) if n.startswith("blocks") else n.split(".")[0] for n in names} == set(trained)
     assert rows and set(rows) <= ids
     stored = load(tmp_path / "out" / "text_encoder.safetensors")[0]
-    assert len(stored) == (len(names) + 2 if how == "delta" else len(tiny.text_encoder().state_dict()))
+    wanted = set(tiny.text_encoder().state_dict())
+    if how == "delta":
+        wanted = names | {"token_embedding.rows", "token_embedding.ids"}
+    if how == "comfyui":
+        peer = tiny.transformers_t5(tiny.text_encoder()).state_dict()
+        wanted = set(peer) - {"encoder.embed_tokens.weight"} | {"spiece_model"}
+        assert bytes(stored["spiece_model"].numpy()) == tiny.spiece()
+    assert set(stored) == wanted and {t.dtype for t in stored.values()} <= {torch.float32, torch.int64, torch.uint8}
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 6 and log[0]["anchor"] < 1e-8 and (log[-1]["anchor"] > 1e-8 or blocks == "0")
 
