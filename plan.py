@@ -342,13 +342,14 @@ def training(
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
+    encoded_frames = s.conditioning.plan_frames(frames, args.continuation)
     layout, phases = ParallelLayout.of(args, ranks, fp8_files), {}
     with pretending(cuda):
         dit, encoder, vae = (build(builders, name, dtype) for name in (s.expert_names[0], "text", "vae"))
         if encode:
             phases["cache latents"] = {
                 "VAE": nbytes(vae),
-                "activations and video": encoding_bytes(vae, width, height, frames),
+                "activations and video": encoding_bytes(vae, width, height, encoded_frames),
             }
         if layout.fp8:
             fp8.convert(dit, {})
@@ -369,7 +370,8 @@ def training(
         result = nbytes(encoder) if trains_encoder and args.save == "full" else None
 
         shape = layout.shape(s.latent_shape((width, height), frames))
-        peak, states = traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder)
+        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, args.continuation)
+        peak, states = traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder)
         trained = sum(p.nbytes for p in params)
 
         # an A14B's two adapters and their states are all kept
@@ -407,9 +409,11 @@ def training(
     return Plan(args.device, phases, disk, host)
 
 
-def traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder):
-    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank."""
-    dit.checkpointing, batch = args.checkpointing, args.batch
+def traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder):
+    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank. entry: a
+    sample, as make_noisy_batch takes it.
+    """
+    dit.checkpointing, batch, shape = args.checkpointing, args.batch, entry["latents"].shape
     if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
         batch = min(layout.pp_size, batch)
@@ -417,9 +421,6 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
     first_frames = args.i2v_prob and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
     loss_mask = t[:, None, :, None, None] if first_frames else None
-    entry, channels = {"latents": torch.empty(shape)}, dit.config.in_dim - shape[0]
-    if channels:
-        entry["y"] = torch.empty(channels, *shape[1:])
 
     def embed():
         if trains_encoder:
