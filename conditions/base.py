@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import BadInput
+from checkpoint import BadInput, read_headers
 
 
 class Conditions(NamedTuple):
@@ -40,16 +40,22 @@ class Conditions(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A further part of a checkpoint: the folder in it, what its files are named, and load(folder, device)."""
+    """A further part of a checkpoint: the folder in it, what its files are named, and load(folder, device). prefix: of
+    its tensors' names, where it is a part of the DiT.
+    """
 
     folder: str
     pattern: str
     load: Callable
+    prefix: str = ""
 
     def files(self, ckpt_dir):
         return sorted((ckpt_dir / self.folder).glob(self.pattern))
 
     def bytes(self, ckpt_dir):
+        if self.prefix:
+            entries = read_headers(self.files(ckpt_dir))
+            return sum(4 * e.numel for n, e in entries.items() if n.startswith(self.prefix))
         return sum(f.stat().st_size for f in self.files(ckpt_dir))
 
 

@@ -6,15 +6,20 @@ pipelines (test_clips.py), and direct calls of the encoders.
 
 import importlib
 import json
+import random
+import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import tiny
+import tiny_animate
 import tiny_s2v
 import torch
 from PIL import Image
+from test_animate import peer_run
 from test_s2v import plain
 
 import data
@@ -358,26 +363,226 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(s2v, talk, tmp_path, m
     assert all(v.abs().max() > 0 for v in a.values())
 
 
-def test_the_text_encoder_learns_through_it(s2v, talk, tmp_path, monkeypatch):
-    log = train(monkeypatch, "train_te", s2v, talk, tmp_path / "out", "--keywords talks --lr 0.01")
-    before = load_t5_state(s2v)
+@pytest.mark.parametrize("variant", ["s2v", "animate"])
+def test_the_text_encoder_learns_through_it(s2v, talk, animate, acts, tmp_path, monkeypatch, variant):
+    ckpt, folder = (s2v, talk) if variant == "s2v" else (animate, acts[True])
+    flags = () if variant == "s2v" else animate_flags()
+    log = train(monkeypatch, "train_te", ckpt, folder, tmp_path / "out", "--keywords person --lr 0.01", *flags)
+    before = torch.load(ckpt / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
     after = load(tmp_path / "out" / "text_encoder.safetensors")[0]
     assert log[-1]["grad_norm"] > 0 and any(not torch.equal(after[k], before[k]) for k in before)
 
 
-def load_t5_state(ckpt):
-    return torch.load(ckpt / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+# ---- Animate: what is fed ------------------------------------------------------------------------------------------
+C, W, H = 13, 48, 32  # frames of a sample, and its size
+
+
+@pytest.fixture(scope="module")
+def animate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("animate") / "ckpt"
+    folder.mkdir()
+    return tiny_animate.checkpoint(folder)
+
+
+def write_character(folder, name="a", n=20, scene=False, seed=0):
+    """A clip and its companions, at 30 frames per second."""
+    folder.mkdir(exist_ok=True)
+    for i, kind in enumerate(["", ".pose", ".face", *([".bg", ".mask"] if scene else [])]):
+        h, w = (tiny_animate.SIDE, tiny_animate.SIDE) if kind == ".face" else (H, W)
+        tiny_animate.write_video(folder / f"{name}{kind}.mp4", tiny_animate.frames(n, h, w, 5 * seed + i + 1), 30)
+    (folder / f"{name}.txt").write_text("a person acts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory):
+    """{whether somebody is replaced: a folder with one clip}."""
+    root = tmp_path_factory.mktemp("acts")
+    return {scene: write_character(root / f"{scene}", scene=scene) for scene in (False, True)}
+
+
+def animate_flags(*flags):
+    return f"--resolution {W}x{H} --frames {C}", *flags
+
+
+def driven(models, tmp_path, picture, scene):
+    """What sampling makes of the same files as preprocessing writes them, with this picture (H,W,3)."""
+    for i, kind in enumerate(["pose", "face", *(["bg", "mask"] if scene else [])]):
+        h, w = (tiny_animate.SIDE, tiny_animate.SIDE) if kind == "face" else (H, W)
+        tiny_animate.write_video(tmp_path / f"src_{kind}.mp4", tiny_animate.frames(20, h, w, i + 2), 30)
+    Image.fromarray(picture).save(tmp_path / "src_ref.png")
+    s = models.settings.with_overrides(frames=C)
+    return CONDITIONING["animate"].sequence(models, s, 0, src_root_path=tmp_path, replace_flag=scene)
+
+
+@pytest.mark.parametrize("scene", [False, True])
+@torch.no_grad()
+def test_a_character_is_fed_what_sampling_feeds(animate, acts, tmp_path, scene, report):
+    """With no, one and five known frames. The motion of the faces stands in the place of their pixels."""
+    _, models, dataset = dataset_of(animate, acts[scene], tmp_path / "out", *animate_flags())
+    frames, cached = tiny_animate.frames(20, H, W, 1)[:C], load(dataset.files[0])[0]
+    vae = load_vae(animate)
+    stills = [vae.encode(video([frame]))[0] for frame in frames]
+    at = [i for i, z in enumerate(stills) if torch.equal(z, cached["latents"][:, :1])]
+    assert len(at) == 1  # the reference is a frame of the clip
+    sequence = driven(models, tmp_path, frames[at[0]], scene)
+    model = load_wan(animate, dtype=torch.float32)
+    for known in (0, 1, 5):
+        sequence.known = video(frames[:known]) if known else None
+        want = sequence.conditions(0)
+        dataset.samples.draw = lambda items, share, rng, known=known: [known] * len(items)
+        batch = first_batch(dataset)
+        assert torch.equal(batch.x[:, 16:], want.channels)
+        assert batch.inputs.keys() == want.inputs.keys()
+        assert all(torch.equal(batch.inputs[k], want.inputs[k]) for k in ("pose", "clip"))
+        report("motion", tiny.error(batch.inputs["face"], model.encode_motion(want.inputs["face"])), 1e-5)
+        check_noising(batch, torch.cat([stills[at[0]][None], vae.encode(video(frames))], 2))
+        assert batch.loss_mask.flatten().tolist() == pytest.approx([0, *[5 / 4] * 4])
+
+
+def test_the_references_error_does_not_count(animate, acts, tmp_path, report):
+    """The loss is the mean over the other latent frames."""
+    *_, dataset = dataset_of(animate, acts[False], tmp_path / "out", *animate_flags())
+    batch, model = first_batch(dataset), load_wan(animate, dtype=torch.float32)
+    text, lens = torch.randn(1, 9, tiny.TEXT_DIM), torch.tensor([9])
+    with torch.no_grad():
+        v = model(batch.x, 1000 * batch.t, text, lens, **batch.inputs)
+        want = (v - batch.target)[:, :, 1:].square().mean().item()
+        report("loss", abs(batch.loss(model, text, lens).item() / want - 1), 1e-5)
+
+
+@torch.no_grad()
+def test_without_a_caption_the_face_is_blank(animate, acts, tmp_path, report):
+    _, models, dataset = dataset_of(animate, acts[False], tmp_path / "out", *animate_flags("--caption_dropout 1"))
+    batch = first_batch(dataset)
+    model = load_wan(animate, dtype=torch.float32)
+    blank = -torch.ones(1, 3, C, tiny_animate.SIDE, tiny_animate.SIDE)
+    assert batch.captions == [""]
+    report("motion", tiny.error(batch.inputs["face"], model.encode_motion(blank)), 1e-5)
+
+
+def test_the_share_of_known_frames(animate, acts, tmp_path):
+    *_, dataset = dataset_of(animate, acts[False], tmp_path / "out", *animate_flags())
+    items, rng = dataset.items, random.Random(1)
+    drawn = [dataset.samples.draw(items, 0.5, rng)[0] for _ in range(400)]
+    assert 160 <= drawn.count(0) <= 240 and 60 <= drawn.count(1) <= 140 and 60 <= drawn.count(5) <= 140
+    short = [replace(items[0], frames=9)]  # five of nine would be more than half
+    assert {dataset.samples.draw(short, 1.0, rng)[0] for _ in range(20)} == {1}
+
+
+def test_characters_without_what_they_need_are_named(animate, tmp_path, capsys):
+    folder = write_character(tmp_path / "clips", "good")
+    for name, kind in (("lost", "pose"), ("blind", "face")):
+        write_character(folder, name)
+        (folder / f"{name}.{kind}.mp4").unlink()
+    write_character(folder, "half", scene=True)
+    (folder / "half.mask.mp4").unlink()
+    write_character(folder, "oblong")
+    tiny_animate.write_video(folder / "oblong.face.mp4", tiny_animate.frames(20, 16, 32, 1), 30)
+    write_character(folder, "late")
+    tiny_animate.write_video(folder / "late.pose.mp4", tiny_animate.frames(12, H, W, 1), 30)
+    write_character(folder, "short", n=4)
+    write_character(folder, "torn")
+    (folder / "torn.face.mp4").write_bytes(b"no video")
+    *_, dataset = dataset_of(animate, folder, tmp_path / "out", *animate_flags())
+    assert [i.path.name for i in dataset.items] == ["good.mp4"]
+    said = capsys.readouterr().out
+    for reason in (
+        "lost.mp4: has no lost.pose.mp4 beside it",
+        "blind.mp4: has no blind.face.mp4 beside it",
+        "half.mp4: has no half.mask.mp4 beside it",
+        "oblong.mp4: its oblong.face.mp4 is 32x16 px, should have the shape of a square",
+        "late.mp4: its late.pose.mp4 ends at 0.37 s, the clip at 0.63 s",
+        "short.mp4: too short: 4 frames, 4 at 30 fps; at least 5 are needed",
+        "torn.mp4: its torn.face.mp4 cannot be decoded",
+        "1 files, 7 skipped",
+    ):
+        assert reason in said, said
+
+
+def test_only_what_changed_of_a_character_is_encoded_again(animate, tmp_path):
+    """Other poses, another CLIP, another motion encoder: other names in the cache; another DiT else: the same."""
+    folder, ckpt = write_character(tmp_path / "clips"), tmp_path / "ckpt"
+    shutil.copytree(animate, ckpt)
+
+    def name():
+        args = train_lora.arguments(flags_of("", ckpt, folder, tmp_path / "out", *animate_flags()))
+        models = Models(ckpt)
+        shared.resolve_flags(args, models.settings)
+        return shared.Dataset(args, models).files[0]
+
+    names = [name(), name()]
+    assert names[0] == names[1]
+    model = tiny_animate.animate()
+    model.blocks[0].cross_attn.k.weight.data += 1
+    tiny_animate.write_dit(ckpt, model)
+    assert name() == names[0]
+    model.motion_encoder.enc.fc[0].bias.data += 1
+    tiny_animate.write_dit(ckpt, model)
+    names.append(name())
+    torch.save(tiny_animate.clip_state(5), ckpt / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    names.append(name())
+    tiny_animate.write_video(folder / "a.pose.mp4", tiny_animate.frames(20, H, W, 9), 30)
+    names.append(name())
+    assert len(set(names)) == 4
+
+
+# ---- Animate: what is learned --------------------------------------------------------------------------------------
+IMAGE_TARGETS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img")
+
+
+def test_gradients_of_a_characters_lora_equal_diffusers(animate, acts, tmp_path, report):
+    """From the gradients G of diffusers' weights W + s B A by the chain rule: s B'G for A, s GA' for B."""
+    *_, dataset = dataset_of(animate, acts[False], tmp_path / "out", *animate_flags())
+    batch, model = first_batch(dataset), load_wan(animate, dtype=torch.float32)
+    text, lens = torch.randn(1, 9, tiny.TEXT_DIM), torch.tensor([9])
+    inject(model, IMAGE_TARGETS, rank=3, alpha=6)
+    layers, merged = lora_layers(model), load_wan(animate, dtype=torch.float32)
+    assert len(layers) == 4 * len(model.blocks)
+    for name, layer in layers.items():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        merged.get_submodule(name).weight.data += 2 * (layer.lora_B @ layer.lora_A).detach()
+    batch.loss(model, text, lens).backward()
+
+    peer = tiny_animate.diffusers_animate(merged).requires_grad_(True)
+    face = video(tiny_animate.frames(20, tiny_animate.SIDE, tiny_animate.SIDE, 3)[:C])
+    inputs = {"pose": batch.inputs["pose"], "face": face, "clip": batch.inputs["clip"]}
+    v = peer_run(peer, batch.x, 1000 * batch.t, text, **inputs)
+    (v - batch.target)[:, :, 1:].square().mean().backward()
+    names = {"k": "to_k", "v": "to_v", "k_img": "add_k_proj", "v_img": "add_v_proj"}
+    for name, layer in layers.items():
+        _, block, _, leaf = name.split(".")
+        g = peer.get_submodule(f"blocks.{block}.attn2.{names[leaf]}").weight.grad
+        report(name, tiny.error(layer.lora_A.grad, 2 * layer.lora_B.detach().t() @ g), 1e-4)
+        report(name, tiny.error(layer.lora_B.grad, 2 * g @ layer.lora_A.detach().t()), 1e-4)
+
+
+def test_a_characters_training_lowers_the_loss_and_resumes_bit_for_bit(animate, tmp_path, monkeypatch):
+    """On two clips, one of them held out; stopped after three of six steps, and with what was cached before."""
+    folder = write_character(write_character(tmp_path / "clips"), "b", scene=True, seed=1)
+    flags = "--held_out 0.5 --eval_every 6 --save_every 3 --schedule constant --warmup 0 --t_distribution uniform"
+    flags = animate_flags(flags, f"--targets {','.join(IMAGE_TARGETS)} --lr 0.02")
+    whole = train(monkeypatch, "train_lora", animate, folder, tmp_path / "whole", *flags, "--steps 6")
+    assert whole[-1]["val_loss"] < 0.95 * whole[0]["val_loss"]
+    train(monkeypatch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 3")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "pixels", None)  # all is cached
+        train(patch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 6 --resume")
+    a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
+    assert len(a) == 2 * 40 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert all(v.abs().max() > 0 for v in a.values())
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
-def test_a_released_size_is_planned():
+@pytest.mark.parametrize("variant, frames", [("s2v-14B", 16), ("animate-14B", 13)])
+def test_a_released_size_is_planned(variant, frames):
     """Without files: its weights as they lie on the device."""
-    size = "--resolution 128x128 --frames 16 --batch 1 --checkpointing --blocks 38-39"
-    need = planned("train_lora", ["--ckpt", "s2v-14B", *size.split()])
+    size = f"--resolution 128x128 --frames {frames} --batch 1 --checkpointing --blocks 38-39"
+    need = planned("train_lora", ["--ckpt", variant, *size.split()])
     with torch.device("meta"):
-        named = build("s2v-14B").named_parameters()
+        named = build(variant).named_parameters()
         weights = sum(p.numel() * (4 if keep_fp32(n) else 2) for n, p in named)
-    assert need.phases["training"]["DiT"] == weights and 32.6e9 < weights < 34e9
+    assert need.phases["training"]["DiT"] == weights and 32.6e9 < weights < 36e9
     assert need.phases["training"]["trained"] == 4 * 16 * 2 * 5120 * 4
 
 
