@@ -155,6 +155,7 @@ class TextOnly(Samples):
     takes_image = False  # with a prompt
     needs_image = False
     trains_first_frame = False  # --i2v_prob
+    lora_targets = ("cross_attn.k", "cross_attn.v")  # where train_lora.py is not told
     fixed_speed = False  # samples must not be taken faster or slower than their clip
     size_multiple = 16  # of which the sides of a training sample are multiples, in px, at least
 

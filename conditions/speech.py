@@ -98,6 +98,7 @@ class Speech(TextOnly):
     decodes_more = s2v.MOTION_LATENTS
     flags = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
     frames_over, size_multiple, fixed_speed = 0, 64, True
+    lora_targets = *TextOnly.lora_targets, "audio_injector.k", "audio_injector.v"
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
 
     def latent_frames(self, frames):

@@ -16,7 +16,6 @@ from test_s2v_clips import PIPELINES, RUNS
 
 import clips
 import sample
-import train_lora
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from media import read_frames
@@ -250,12 +249,3 @@ def test_several_prompts_for_one_video_are_refused(s2v, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     with pytest.raises(BadInput, match="2 prompts: .* one video at a time"):
         run(monkeypatch, "--device cpu --ckpt", s2v, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "v.mp4")
-
-
-@pytest.mark.parametrize("kind", ["s2v", "animate"])
-def test_they_are_not_trained(s2v, animate, media, tmp_path, monkeypatch, kind):
-    folder = {"s2v": s2v, "animate": animate[0]}[kind]
-    with pytest.raises(BadInput, match="can be sampled, and not yet trained") as e:
-        flags = ["--device cpu --ckpt", folder, "--data", media, "--out", tmp_path / "out"]
-        run(monkeypatch, *flags, main=train_lora.main)
-    assert "\n" not in str(e.value)

@@ -317,6 +317,13 @@ def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path):
         shared.Dataset(args, models)
 
 
+def test_a_lora_is_put_where_the_variant_listens(s2v):
+    """Without --targets: on the text's keys and values, and on those of the sound."""
+    args, models = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"]), Models(s2v)
+    train_lora.resolve(args, models.settings, 4)
+    assert tuple(args.targets) == TARGETS
+
+
 # ---- S2V: what is learned ------------------------------------------------------------------------------------------
 TARGETS = ("cross_attn.k", "cross_attn.v", "audio_injector.k", "audio_injector.v")
 
