@@ -107,6 +107,33 @@ def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, na
     assert np.correlate(heard, source, "valid").max() > 0.97 * norm
 
 
+def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, report):
+    speech(tmp_path, s2v, "pose")  # writes the files
+    models, given = sample.load(s2v), RUNS["pose"][0]
+    video, latents = sample.generate(
+        models,
+        "any",
+        image=tmp_path / "picture.png",
+        size=(128, 64),
+        steps=given["steps"],
+        guidance=given["scale"],
+        solver="dpm++",
+        seed=given["seed"],
+        progress=False,
+        audio=tmp_path / "sound.wav",
+        pose_video=tmp_path / "pose.mkv",
+        infer_frames=given["frames"],
+        num_clip=given["clips"],
+    )
+    assert len(latents) == 2 and video.shape[1] == RUNS["pose"][1]
+    for r, z in enumerate(latents):
+        report(f"latents of clip {r}", tiny.error(z, PIPELINES[f"pose_latents_{r}"]), 1e-3)
+    means = video.mean((0, 2, 3)) - PIPELINES["pose_frame_means"]
+    report("mean of a frame", means.abs().max().item(), 1e-3)
+    with pytest.raises(BadInput, match="src_root_path x: .* takes no such input"):
+        sample.generate(models, "any", src_root_path="x")
+
+
 @pytest.fixture
 def no_plan(monkeypatch):
     """Without the plan, which takes longer than these videos."""
@@ -206,6 +233,16 @@ def test_character_equals_official(animate, tmp_path, monkeypatch, name, report)
     assert np.corrcoef(got, want)[0, 1] > 0.8
     told = json.loads(av.open(str(tmp_path / "v.mp4")).metadata["comment"])
     assert told["seed"] == 7 and told["solver"] == name.split(".")[2]
+
+
+def test_a_character_in_python_equals_official(animate, report):
+    ckpt, source = animate
+    how = dict(steps=3, guidance=3, solver="dpm++", seed=7, frames=C, progress=False)
+    models = sample.load(ckpt)
+    video, latents = sample.generate(models, models.settings.prompt, src_root_path=source, refert_num=5, **how)
+    assert video.shape[1] == 20 and len(latents) == 2
+    for r, z in enumerate(latents):
+        report(f"latents of clip {r}", tiny.error(z, LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
 
 
 def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_plan):
