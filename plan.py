@@ -232,13 +232,13 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     "batched", "sequential" or "parallel" (Models.guidance_mode). s: the Settings.
     """
     dit.cache_text_kv = layout.caches_text_kv
-    local = layout.shape(shape)
+    local, whole = s.conditioning.plan_share(shape, layout), layout.sp_size == 1
     forwards = 2 if mode == "batched" else 1  # how many are in one batch
     prompts = 1 if mode == "none" else 2  # whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
-    fake_inputs = s.conditioning.plan_inputs(dit.config, local)
+    fake_inputs = s.conditioning.plan_inputs(dit.config, local, whole)
 
     @torch.no_grad()
     def step():
@@ -369,8 +369,8 @@ def training(
             phases["cache texts"] = {"encoder": encoder_bytes}
         result = nbytes(encoder) if trains_encoder and args.save == "full" else None
 
-        shape = layout.shape(s.latent_shape((width, height), frames))
-        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, args.continuation)
+        shape, whole = s.conditioning.plan_share(s.latent_shape((width, height), frames), layout), layout.sp_size == 1
+        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, whole, args.continuation)
         peak, states = traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder)
         trained = sum(p.nbytes for p in params)
 

@@ -1,5 +1,7 @@
 """S2V-14B: a picture, a sound and, if wanted, a pose video; sampled and trained on in clips."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -89,6 +91,7 @@ class SpeechSequence(Sequence):
 
 DROPPED_FRAMES = 3  # of a first clip: they are made with the reference picture before them, and look like it
 MIN_POSE_FRAMES = 3
+CLEAN_FRAMES = 2.5  # latent frames whose tokens are as many as those of the reference picture and of motion
 
 
 class Speech(TextOnly):
@@ -104,15 +107,23 @@ class Speech(TextOnly):
     def latent_frames(self, frames):
         return frames // 4
 
-    def plan_inputs(self, config, shape):
+    def plan_inputs(self, config, shape, whole=True):
         C, frames, h, w = shape
-        ref, motion = torch.empty(1, C, 1, h, w), torch.empty(1, C, s2v.MOTION_LATENTS, h, w)
-        audio = torch.empty(1, s2v.STATES, config.audio_dim, 4 * frames)
-        return {"ref": ref, "audio": audio, "motion": motion, "pose": torch.empty(1, C, frames, h, w)}
+        inputs = {"ref": torch.empty(1, C, 1, h, w), "pose": torch.empty(1, C, frames, h, w)}
+        inputs["audio"] = torch.empty(1, s2v.STATES, config.audio_dim, 4 * frames)
+        if whole:
+            inputs["motion"] = torch.empty(1, C, s2v.MOTION_LATENTS, h, w)
+        return inputs
 
-    def plan_entry(self, config, shape, continuation):
-        entry = {k: v[0] for k, v in self.plan_inputs(config, shape).items()}
-        return entry if continuation else {k: v for k, v in entry.items() if k != "motion"}
+    def plan_share(self, shape, layout):
+        """Fewer frames and not smaller ones, which motion could not be packed in; its tokens are counted as frames."""
+        C, frames, h, w = shape
+        if layout.sp_size > 1:
+            frames = max(1, math.ceil((frames + CLEAN_FRAMES) / layout.sp_size) - 1)
+        return C, frames, h, w
+
+    def plan_entry(self, config, shape, whole, continuation):
+        return {k: v[0] for k, v in self.plan_inputs(config, shape, whole and continuation > 0).items()}
 
     def plan_frames(self, frames, continuation):
         return frames + (s2v.MOTION_FRAMES if continuation else 1)
