@@ -20,10 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput
-from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig
+from checkpoint import BadInput, load_into, read_headers, weight_files
+from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, read_config
 
 EVERY = 5  # an adapter stands behind every fifth block
+MOTION_PREFIX = "motion_encoder."
 
 
 # ---- motion encoder: one face crop -> one vector -------------------------------------------------------------
@@ -108,6 +109,14 @@ class MotionEncoder(nn.Module):
         self.enc = nn.ModuleDict({"net_app": nn.ModuleDict({"convs": convs}), "fc": fc})
         self.dec = nn.ModuleDict({"direction": Direction(dim, directions)})
         self.side = 4 * 2 ** len(halve)
+
+    def encode_clip(self, face):
+        """Face crops (B,3,F,S,S) in [-1,1] -> motion vectors (B,F,W). Raises BadInput for another side."""
+        B, C, frames, *sides = face.shape
+        if C != 3 or frames % 4 != 1 or sides != [self.side] * 2:
+            raise BadInput(f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.side}")
+        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
+        return torch.cat([self(part) for part in crops]).unflatten(0, (B, frames))
 
     def forward(self, face):
         """Face crops (B,3,S,S) in [-1,1] -> motion vectors (B,W), each crop by itself."""
@@ -320,9 +329,7 @@ class WanAnimate(Wan):
         c = config
         self.pose_patch_embedding = nn.Conv3d(c.out_dim, c.dim, c.patch_size, c.patch_size)
         self.img_emb = ImageEmbedding(c.clip_dim, c.dim)
-        self.motion_encoder = MotionEncoder(
-            c.motion_channels, c.motion_style, c.motion_linears, c.motion_dim, c.motion_directions
-        )
+        self.motion_encoder = build_motion_encoder(c)
         self.face_encoder = FaceEncoder(c.motion_dim, c.face_hidden, c.face_heads, c.dim)
         adapters = (FaceAdapter(c.dim, c.num_heads) for _ in range(0, c.num_layers, EVERY))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
@@ -335,16 +342,10 @@ class WanAnimate(Wan):
         return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
 
     def encode_motion(self, face):
-        """Face crops (B,3,F,S,S) in [-1,1] -> motion vectors (B,F,W). Raises BadInput where crops have another side
-        than the motion encoder takes.
+        """Face crops (B,3,F,S,S) in [-1,1], or what this made of them -> motion vectors (B,F,W). Raises BadInput where
+        crops have another side than the motion encoder takes.
         """
-        B, C, frames, *sides = face.shape
-        if C != 3 or frames % 4 != 1 or sides != [self.motion_encoder.side] * 2:
-            raise BadInput(
-                f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.motion_encoder.side}"
-            )
-        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
-        return torch.cat([self.motion_encoder(part) for part in crops]).unflatten(0, (B, frames))
+        return face if face.dim() == 3 else self.motion_encoder.encode_clip(face)
 
     def embed_motion(self, motion, cache=False):
         """Motion vectors (B,F,W), F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's keys and
@@ -363,8 +364,9 @@ class WanAnimate(Wan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):
-        """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], or a Face; clip (B,n,C), CLIP's tokens of
-        the reference picture, or an Image. T' counts the reference, which is latent frame 0 of x.
+        """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], their motion vectors, or a Face; clip
+        (B,n,C), CLIP's tokens of the reference picture, or an Image. T' counts the reference, which is latent frame 0
+        of x.
         """
         face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
         image = clip if isinstance(clip, Image) else self.embed_image(clip)
@@ -395,3 +397,17 @@ class WanAnimate(Wan):
         adapter, face = self.face_adapter.fuser_blocks[i // EVERY], c.inputs.face
         kv = face.keys_values[i // EVERY] or adapter.keys_values(face.tokens)
         return x + adapter(x, kv, c.tokens.positions[:, 0])
+
+
+def build_motion_encoder(c):
+    """The motion encoder of an AnimateConfig."""
+    return MotionEncoder(c.motion_channels, c.motion_style, c.motion_linears, c.motion_dim, c.motion_directions)
+
+
+def load_motion_encoder(path, device="cpu"):
+    """The motion encoder alone of a model folder or file, frozen, in fp32 as the whole model has it."""
+    entries = {n: e for n, e in read_headers(weight_files(path)).items() if not n.endswith(".kernel")}
+    with torch.device("meta"):
+        model = build_motion_encoder(read_config(path, entries))
+    own = {n.removeprefix(MOTION_PREFIX): e for n, e in entries.items() if n.startswith(MOTION_PREFIX)}
+    return load_into(model, own, device, torch.float32)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from checkpoint import BadInput
 from media import Skip, open_image, read_frames
 
+OVERLAPS = 1, 5  # how many frames a clip can take over from the one before
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
 
 
@@ -118,7 +119,7 @@ def clip_ranges(n, length, overlap):
     """[(start, end)] of the clips of `length` frames in which n real frames are made; each begins with the last
     `overlap` frames of the one before. The last one may end behind frame n: see `ping_pong`. Raises BadInput.
     """
-    if overlap not in (1, 5):
+    if overlap not in OVERLAPS:
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
     if length % 4 != 1 or length < 2 * overlap:
         raise BadInput(
@@ -153,30 +154,39 @@ def pixels(images, device):
 def encode_reference(vae, clip, source, device):
     """What all clips share: y of the reference's latent frame (1,4+z,1,h,w), and CLIP's tokens of it (1,n,C)."""
     image = pixels([source.reference], device)  # (1,3,1,H,W)
-    z = vae.encode(image)
-    return torch.cat([torch.ones_like(z[:, :4]), z], 1), clip.encode(image[:, :, 0])
+    return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
+
+
+def mark_given(z):
+    """Latents (1,z,T,h,w) behind a mask that says that all of them are given: (1,4+z,T,h,w)."""
+    return torch.cat([torch.ones_like(z[:, :4]), z], 1)
 
 
 def encode_clip(vae, source, span, reference, known=None):
     """ClipInputs of one of clip_ranges. reference: the y of encode_reference, on the device to use. known (1,3,r,H,W):
     the last frames of the clip before as the VAE decoded them.
-
-    What y encodes is the known frames and then the background, or grey where nobody is replaced; its mask is 1 where
-    that is to stay.
     """
-    device = reference.device
-    pose = pixels(ping_pong(source.pose, span), device)
-    if source.background is None:
-        video, mask = torch.zeros_like(pose), torch.zeros(pose.shape[2], *reference.shape[3:], device=device)
+    pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
+    scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]
+    return ClipInputs(encode_scene(vae, pose.shape, reference, scene, known), vae.encode(pose), face)
+
+
+def encode_scene(vae, shape, reference, scene=None, known=None):
+    """The y of ClipInputs, of a clip of pixels `shape` (1,3,c,H,W). scene: its background and its mask, two lists of
+    arrays as in Source, or None where nobody is replaced. reference, known: as in encode_clip.
+
+    What y encodes is the known frames and then the background, or grey where there is none; its mask is 1 where that
+    is to stay.
+    """
+    device, latent_size = reference.device, reference.shape[3:]
+    if scene is None:
+        video, mask = torch.zeros(shape, device=device), torch.zeros(shape[2], *latent_size, device=device)
     else:
-        video = pixels(ping_pong(source.background, span), device)
-        stride = pose.shape[3] // reference.shape[3]
-        persons = np.stack([frame[::stride, ::stride] for frame in ping_pong(source.mask, span)])
+        video, stride = pixels(scene[0], device), shape[3] // latent_size[0]
+        persons = np.stack([frame[::stride, ::stride] for frame in scene[1]])
         mask = 1 - torch.from_numpy(persons).to(device) / 255  # (c,h,w)
     if known is not None:
         video[:, :, : known.shape[2]] = known.to(video)
         mask[: known.shape[2]] = 1
-    z = vae.encode(video, still=source.background is None)  # grey frames need not be computed again and again
-    y = torch.cat([fold_mask(mask)[None], z], 1)
-    face = pixels(ping_pong(source.face, span), device)
-    return ClipInputs(torch.cat([reference, y], 2), vae.encode(pose), face)
+    z = vae.encode(video, still=scene is None)  # grey frames need not be computed again and again
+    return torch.cat([reference, torch.cat([fold_mask(mask)[None], z], 1)], 2)

@@ -66,10 +66,35 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class PartsInMemory:
+    """The clips of one video that are done, as `generate` returns them: latents (C,T',h,w) and frames (3,n,H,W)."""
+
+    def __init__(self):
+        self.latents, self.frames = [], []
+
+    def done(self):
+        return len(self.latents)
+
+    def save(self, r, latents, frames, state):
+        self.latents.append(latents)
+        self.frames.append(frames)
+
+
+def generate(models, s, prompt, image, seed, progress, inputs):
+    """sample.generate of a variant that goes clip by clip. s: the Settings in force; inputs: those that only some
+    variants take, as sample.py's flags name them.
+    """
+    if strange := sorted(inputs.keys() - {*s.conditioning.flags}):
+        raise BadInput(f"{strange[0]} {inputs[strange[0]]}: {models.dir} takes no such input")
+    sequence, parts = s.conditioning.sequence(models, s, seed=seed, image=image, **inputs), PartsInMemory()
+    sample_clips(models, s, prompt, sequence, parts, progress)
+    return torch.cat(parts.frames, 1), parts.latents
+
+
 @torch.no_grad()
 def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, callback_on_step_end=None):
-    """Make the clips of a Sequence that are not done yet; `parts` keeps them. s: the Settings in force; reuse: an
-    EasyCache's threshold; callback_on_step_end as in denoise.
+    """Make the clips of a Sequence that are not done yet; `parts` keeps them: all ranks' in memory, one's in files. s:
+    the Settings in force; reuse: an EasyCache's threshold; callback_on_step_end as in denoise.
     """
     embeds, negative = encode_prompts(models, s, [prompt])
     first = parts.done()
@@ -82,7 +107,7 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         z = denoise(models, s, x, embeds, negative, conditions, False, EasyCache(reuse), callback_on_step_end)
         conditions = None  # the DiT's inputs go before the VAE comes
         frames = sequence.decode(r, z, lambda latents: decode(models, latents))
-        if models.world.is_writer:
+        if models.world.is_writer or isinstance(parts, PartsInMemory):
             parts.save(r, sequence.output(z[0]), frames, sequence.state())
         models.world.barrier()
 

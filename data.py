@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,8 @@ REPEAT_COLUMNS = ("repeat", "num_repeats")
 @dataclass
 class Item:
     """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px. An epoch sees it `repeat` times. `source_size`: (width, height) in px at which the file is shown.
+    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. `source_size`: (width,
+    height) in px at which the file is shown. `companions`: {kind: (file, digest)} of what belongs to it.
     """
 
     path: Path
@@ -61,6 +62,8 @@ class Item:
     digest: str = ""
     repeat: int = 1
     source_size: tuple = (0, 0)
+    frames_after: int = 0
+    companions: dict = field(default_factory=dict)
 
     @property
     def bucket(self):
@@ -88,23 +91,27 @@ def nearest_bucket(width, height, area, multiple):
     return min(buckets(area, multiple), key=lambda b: (abs(math.log(b[0] / b[1] * height / width)), -b[0] * b[1]))
 
 
-def clip_windows(times, max_frames, fps, mode):
+def clip_windows(times, max_frames, fps, mode, over=1):
     """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`, by one of CLIP_MODES.
-    Raises Skip where it is too short.
+    frames: a multiple of 4 and `over`. Raises Skip where the clip is too short.
     """
     ordered = sorted(times)
     if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:
         raise Skip(f"has frames that are {gap:.0f} s apart; {MAX_GAP} at most")
-    length = ordered[-1]
-    available = int(length * fps + 0.05) + 1  # frames at the model's rate; Matroska rounds times to milliseconds
-    n = min(max_frames, (available - 1) // 4 * 4 + 1)
-    if min(available, len(times)) < 5 <= max_frames:
-        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least 5 are needed")
+    length, available = ordered[-1], frames_from(0.0, times, fps)
+    n = min(max_frames, (available - over) // 4 * 4 + over)
+    if min(available, len(times)) < 4 + over <= max_frames:
+        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least {4 + over} are needed")
     if mode == "uniform" and n > 1:
         return [(0.0, n, (n - 1) / length)]
     if mode == "several":
         return [(k * n / fps, n, fps) for k in range(available // n)]
     return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
+
+
+def frames_from(start, times, fps):
+    """How many frames at a model's rate a clip holds from `start` seconds on; Matroska rounds times to milliseconds."""
+    return int((max(times) - start) * fps + 0.05) + 1
 
 
 # ---- looking at files --------------------------------------------------------------------------------------------
@@ -144,23 +151,31 @@ def cached_probe(path, digest, cache):
     return found
 
 
-def nearest_frames(item):
-    """The frames (H,W,3) uint8 of a clip that are nearest to start + k/fps, a list of item.frames."""
-    wanted = [item.start + k / item.fps for k in range(item.frames)]
+def nearest_frames(path, wanted, width, height):
+    """The frames (height,width,3) uint8 of a clip that are nearest to the times `wanted`, in seconds and ascending."""
     chosen, before = [], None
-    for frame in read_frames(item.path):
-        while before and len(chosen) < item.frames:
+    for frame in read_frames(path):
+        while before and len(chosen) < len(wanted):
             at = wanted[len(chosen)]
             if abs(frame.seconds - at) <= abs(before.seconds - at):
                 break
-            chosen.append(np.array(cover(before.image, item.width, item.height, before.size)))
-        if len(chosen) == item.frames:
+            chosen.append(np.array(cover(before.image, width, height, before.size)))
+        if len(chosen) == len(wanted):
             break
         before = frame
     if before is None:
         raise Skip("has no frames")
-    last = np.array(cover(before.image, item.width, item.height, before.size))
-    return chosen + [last] * (item.frames - len(chosen))
+    last = np.array(cover(before.image, width, height, before.size))
+    return chosen + [last] * (len(wanted) - len(chosen))
+
+
+def companion_frames(item, kind=None, size=None):
+    """The frames (H,W,3) uint8 of a clip, or of its companion of this kind at the same times, those after the sample
+    included. size: (width, height), if it is not the bucket's.
+    """
+    wanted = [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
+    file = item.companions[kind][0] if kind else item.path
+    return nearest_frames(file, wanted, *(size or (item.width, item.height)))
 
 
 def pixels(item):
@@ -168,7 +183,12 @@ def pixels(item):
     if is_image(item.path):
         frames = [np.array(cover(open_photo(item.path), item.width, item.height))]
     else:
-        frames = nearest_frames(item)
+        frames = companion_frames(item)
+    return to_video(frames)
+
+
+def to_video(frames):
+    """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1]."""
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
@@ -306,25 +326,30 @@ def check_usable(path, captions):
     return captions
 
 
-def scan(source, area, multiple, max_frames, fps, mode="first", cache=None):
+def scan(source, area, multiple, max_frames, fps, mode="first", cache=None, samples=None):
     """Look through a folder, recursively, or a list: ([Item], [(path, reason)] of what is skipped).
 
-    area px, max_frames per sample at fps, mode: one of CLIP_MODES. Raises BadInput, with the reasons, where nothing is
-    left."""
+    area px, max_frames per sample at fps, mode: one of CLIP_MODES, samples: a conditions.Samples. Raises BadInput, with
+    the reasons, where nothing is left."""
     if cache is not None:
         remove_leftovers(cache)
     items, skipped = [], []
+    over, after = (samples.frames_over, samples.frames_after) if samples else (1, 0)
     for path, captions, repeat in find_media(Path(source)):
+        if samples and captions is None and samples.is_companion(path):
+            continue
         try:
             captions = check_usable(path, captions)
             name = digest(path)
-            width, height, times = cached_probe(path, name, cache)
+            width, height, times = shown = cached_probe(path, name, cache)
             bucket = nearest_bucket(width, height, area, multiple)
-            windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode)
-            items += [
-                Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height))
-                for start, n, rate in windows
-            ]
+            companions = samples.companions(path, shown, cache) if samples else {}
+            windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode, over)
+            for start, n, rate in windows:
+                item = Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height), 0, companions)
+                if after and frames_from(start, times, rate) >= n + after:
+                    item.frames_after = after
+                items.append(item)
         except Skip as e:
             skipped.append((path, str(e)))
         except OSError as e:
@@ -393,9 +418,9 @@ def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
     missing. Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
     `latent_files` names for them does not exist.
 
-    Each file holds `latents` (C,T',h,w) fp32, and what `conditioning`, a class of conditions.py, adds to them:
+    Each file holds `latents` (C,T',h,w) fp32, and what `conditioning`, a conditions.Samples, adds to them:
         conditioning.cache_key(item) -> what decides its tensors, for the file's name: plain values, such as digests
-        conditioning.cached(vae, video (1,3,T,H,W), item) -> {name: tensor}; may raise Skip
+        conditioning.cached(vae, video (1,3,T,H,W), item) -> {name: tensor}, other latents too; may raise Skip
     Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile
     is left out.
     """
@@ -408,10 +433,9 @@ def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
             video = pixels(item)[None].to(next(vae.parameters()).device)
             if digest(item.path) != item.digest:
                 raise Skip("has changed since it was looked at")
-            tensors = {
-                "latents": vae.encode(video)[0],
-                **(conditioning.cached(vae, video, item) if conditioning else {}),
-            }
+            tensors = conditioning.cached(vae, video, item) if conditioning else {}
+            if "latents" not in tensors:
+                tensors["latents"] = vae.encode(video)[0]
         except Skip as e:
             failed.append((item.path, str(e)))
         else:
@@ -437,16 +461,16 @@ def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
 
 # ---- batches -----------------------------------------------------------------------------------------------------
 class Batches:
-    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, and remainders
-    make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says. `at(step)` needs
-    no history: a resumed run just goes on.
+    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, or `group`, and
+    remainders make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says.
+    `at(step)` needs no history: a resumed run just goes on.
     """
 
-    def __init__(self, items, batch, seed):
+    def __init__(self, items, batch, seed, group=lambda item: item.bucket):
         self.seed, self.batch = seed, batch
         self.groups = {}
         for i, item in enumerate(items):
-            self.groups.setdefault(item.bucket, []).extend([i] * item.repeat)
+            self.groups.setdefault(group(item), []).extend([i] * item.repeat)
         self.per_epoch = sum(-(-len(g) // batch) for g in self.groups.values())
         self._epoch = None
 

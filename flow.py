@@ -80,13 +80,15 @@ class Batch(NamedTuple):
 
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
-    """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not}, under noise (B,C,T',h,w) at times t,
-    (B,) or, where some have a latent frame that is given, (B,T') with 0 for that frame.
+    """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not, further inputs of the model's forward},
+    under noise (B,C,T',h,w) at times t, (B,) or, where some have a latent frame that is given, (B,T') with 0 for that
+    frame.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
         x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
-    return Batch(x, t, target, loss_mask, captions)
+    inputs = {k: torch.stack([e[k] for e in entries]) for k in entries[0] if k not in ("latents", "y")}
+    return Batch(x, t, target, loss_mask, captions, inputs)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -161,6 +161,18 @@ def has_sound(path):
         return bool(container.streams.audio)
 
 
+def sound_delay(path):
+    """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before."""
+    import av
+
+    begins = []
+    for kind in ("video", "audio"):
+        with av.open(str(path)) as container:
+            frame = next(container.decode(**{kind: 0}), None)
+            begins.append(frame.time if frame is not None and frame.time is not None else 0.0)
+    return begins[1] - begins[0]
+
+
 def write_sound(file, stream, source, offset, seconds):
     """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock."""
     import av

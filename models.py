@@ -76,7 +76,7 @@ class Settings:
     @property
     def size_multiple(self):
         """Of which the sides of a video are multiples, in px: a token is a patch of 2x2 latent pixels."""
-        return 2 * self.stride[1]
+        return max(2 * self.stride[1], self.conditioning.size_multiple)
 
     @property
     def guided(self):
@@ -184,9 +184,10 @@ def check_size(size, frames, multiple):
     check_frames(frames)
 
 
-def check_frames(frames):
-    if frames % 4 != 1 or frames < 1:
-        raise BadInput(f"--frames {frames}: must be 4k+1; nearest {max(1, round((frames - 1) / 4) * 4 + 1)}")
+def check_frames(frames, over=1):
+    if frames % 4 != over or frames < 1:
+        rule, nearest = "4k+1" if over else "a multiple of 4", round((frames - over) / 4) * 4 + over
+        raise BadInput(f"--frames {frames}: must be {rule}; nearest {nearest if nearest > 0 else over or 4}")
 
 
 # ---- devices -----------------------------------------------------------------------------------------------------

@@ -232,13 +232,13 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     "batched", "sequential" or "parallel" (Models.guidance_mode). s: the Settings.
     """
     dit.cache_text_kv = layout.caches_text_kv
-    local = layout.shape(shape)
+    local, whole = s.conditioning.plan_share(shape, layout), layout.sp_size == 1
     forwards = 2 if mode == "batched" else 1  # how many are in one batch
     prompts = 1 if mode == "none" else 2  # whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *local[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
-    fake_inputs = s.conditioning.plan_inputs(dit.config, local)
+    fake_inputs = s.conditioning.plan_inputs(dit.config, local, whole)
 
     @torch.no_grad()
     def step():
@@ -343,13 +343,14 @@ def training(
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
+    encoded_frames = s.conditioning.plan_frames(frames, args.continuation)
     layout, phases = ParallelLayout.of(args, ranks, fp8_files), {}
     with pretending(cuda):
         dit, encoder, vae = (build(builders, name, dtype) for name in (s.expert_names[0], "text", "vae"))
         if encode:
             phases["cache latents"] = {
                 "VAE": nbytes(vae),
-                "activations and video": encoding_bytes(vae, width, height, frames),
+                "activations and video": encoding_bytes(vae, width, height, encoded_frames),
             }
         if layout.fp8:
             fp8.convert(dit, {})
@@ -369,8 +370,9 @@ def training(
             phases["cache texts"] = {"encoder": encoder_bytes}
         result = nbytes(encoder) if trains_encoder and args.save != "delta" else None
 
-        shape = layout.shape(s.latent_shape((width, height), frames))
-        peak, states = traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder)
+        shape, whole = s.conditioning.plan_share(s.latent_shape((width, height), frames), layout), layout.sp_size == 1
+        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, whole, args.continuation)
+        peak, states = traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder)
         trained = sum(p.nbytes for p in params)
 
         # an A14B's two adapters and their states are all kept
@@ -409,9 +411,11 @@ def training(
     return Plan(args.device, phases, disk, host)
 
 
-def traced_training(args, dit, encoder, groups, params, shape, text, layout, trains_encoder):
-    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank."""
-    dit.checkpointing, batch = args.checkpointing, args.batch
+def traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder):
+    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank. entry: a
+    sample, as make_noisy_batch takes it.
+    """
+    dit.checkpointing, batch, shape = args.checkpointing, args.batch, entry["latents"].shape
     if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
         batch = min(layout.pp_size, batch)
@@ -419,9 +423,6 @@ def traced_training(args, dit, encoder, groups, params, shape, text, layout, tra
     first_frames = args.i2v_prob and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
     loss_mask = t[:, None, :, None, None] if first_frames else None
-    entry, channels = {"latents": torch.empty(shape)}, dit.config.in_dim - shape[0]
-    if channels:
-        entry["y"] = torch.empty(channels, *shape[1:])
 
     def embed():
         if trains_encoder:

@@ -78,6 +78,7 @@ def generate(
     seed=0,
     negative=None,
     progress=True,
+    **inputs,
 ):
     """One video. Whatever is None comes from the checkpoint's recommended settings.
 
@@ -85,10 +86,19 @@ def generate(
     the aspect). size: (width, height) px. frames: 4k+1. shift: of the sigma grid. guidance: scale, or (low-noise,
     high-noise) scales; 1 means without. solver: a name in flow.SOLVERS. Returns (video (3,T,H,W) in [-1,1],
     latents (C,T',h,w)), both fp32.
+
+    inputs: what only S2V (audio, pose_video, infer_frames, num_clip, start_from_ref) or Animate (src_root_path,
+    replace_flag, refert_num) take, as the script's flags; latents is then a list, of those of each clip.
     """
     overrides = dict(
         size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative
     )
+    conditioning = models.settings.conditioning
+    if conditioning.by_clips:
+        s = models.settings.with_overrides(**overrides)
+        return clips.generate(models, s, prompt, image, seed, progress, inputs)
+    if inputs:
+        raise BadInput(f"{next(iter(inputs))}: {models.dir} takes no such input")
     latents = sample_latents(models, [prompt], [seed], image, progress, **overrides)
     return decode(models, latents)[0], latents[0]
 

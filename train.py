@@ -58,13 +58,20 @@ def add_flags(p, **defaults):
         "--caption_dropout",
         type=float,
         default=0.1,
-        help="share of samples trained without their caption, for guidance (default: %(default)s)",
+        help="share of samples trained without their caption, for guidance, and without their sound (S2V) or face "
+        "(Animate) (default: %(default)s)",
     )
     add(
         "--i2v_prob",
         type=float,
         default=0.0,
         help="TI2V: share of clips trained with their first frame given (default: %(default)s)",
+    )
+    add(
+        "--continuation",
+        type=float,
+        help="S2V, Animate: share of samples trained as a clip that goes on from the one before it, if long enough "
+        "(default: 0.5)",
     )
     add(
         "--held_out",
@@ -138,8 +145,6 @@ def resolve_flags(args, s):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = pick_dtype(args.dtype, args.device)
-    if s.conditioning.by_clips:
-        raise BadInput(f"--ckpt {args.ckpt}: {s.variant} can be sampled, and not yet trained")
     if args.expert and not s.is_moe:
         raise BadInput(f"--expert {args.expert}: {args.ckpt} has a single model")
     if s.is_moe:
@@ -148,17 +153,32 @@ def resolve_flags(args, s):
         raise BadInput(
             f"--i2v_prob {args.i2v_prob}: only TI2V is trained both ways; {args.ckpt} is {s.model_type.upper()}"
         )
-    if args.previews and s.conditioning.needs_image:
-        raise BadInput(f"--previews {args.previews}: prompts alone; {args.ckpt} is an image-to-video model")
+    if args.previews and (s.conditioning.needs_image or s.conditioning.by_clips):
+        raise BadInput(f"--previews {args.previews}: prompts alone; {args.ckpt} makes videos of more than a prompt")
+    resolve_clip_flags(args, s)
     if min(parse_size(args.resolution, "--resolution")) < s.size_multiple:
         raise BadInput(f"--resolution {args.resolution}: each side at least {s.size_multiple}")
-    check_frames(args.frames)
+    check_frames(args.frames, s.conditioning.frames_over)
     at_least_1 = ("steps", "batch", "accumulate", "save_every", "eval_every", "preview_every", "max_skipped")
     check_ranges(args, **dict.fromkeys((*at_least_1, "steps_per_expert"), (1, math.inf)))
     check_ranges(args, **dict.fromkeys(("lr", "warmup", "weight_decay"), (0, math.inf)))
     check_ranges(args, **dict.fromkeys(("grad_clip", "shift"), (POSITIVE, math.inf)))
     check_ranges(args, **dict.fromkeys(("caption_dropout", "i2v_prob"), (0, 1)))
     check_ranges(args, grad_spike_factor=(2, math.inf), held_out=(0, 0.5), ema=(0, 0.99999), seed=(0, 2**63 - 1))
+
+
+def resolve_clip_flags(args, s):
+    """The same of what only matters to variants that go clip by clip."""
+    if not s.conditioning.by_clips:
+        if args.continuation is not None:
+            raise BadInput(f"--continuation {args.continuation}: {args.ckpt} makes single clips")
+        return
+    args.continuation = 0.5 if args.continuation is None else args.continuation
+    check_ranges(args, continuation=(0, 1))
+    if args.pipeline_stages > 1:
+        raise BadInput(f"--pipeline_stages {args.pipeline_stages}: not for {s.variant}; use --fsdp or --ulysses_size")
+    if s.conditioning.fixed_speed and args.clip_mode == "uniform":
+        raise BadInput("--clip_mode uniform: would play clips faster than their sound; use another mode")
 
 
 POSITIVE = 1e-9  # as a lowest value
@@ -191,16 +211,24 @@ def nano_data(folder):
     return folder
 
 
-def eval_batches(items, files, shift, low, high):
+def eval_batches(items, files, samples, shift, low, high):
     """(0..3, Batch of one) for each sample at four fixed times, under a noise that its file decides, with its first
-    caption.
+    caption; half of those that can be are continuations.
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
-        entry = load(file)[0]
+        entry = samples.entry(load(file)[0], *samples.draw([item], 0.5, random.Random(item.digest)), True)
         for i, t in enumerate(eval_timesteps(4, shift, low, high)):
             noise = torch.randn(1, *entry["latents"].shape, generator=g)
-            yield i, make_noisy_batch([entry], item.captions[:1], t[None], noise)
+            yield i, make_noisy_batch([entry], item.captions[:1], t[None], noise, frame_weights(samples, noise))
+
+
+def frame_weights(samples, noise):
+    """The loss's weight (B,1,T',1,1) of each latent frame of noise (B,C,T',h,w), of mean 1; None where all count."""
+    if not samples.loss_from:
+        return None
+    counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
+    return (counts / counts.mean()).view(1, 1, -1, 1, 1).repeat(len(noise), 1, 1, 1, 1)
 
 
 class Dataset:
@@ -209,10 +237,13 @@ class Dataset:
     def __init__(self, args, models, limit=None):
         """Scan and report; nothing is computed yet. limit: take so many samples only, by their digests."""
         self.args, self.models, self.world, s = args, models, models.world, models.settings
+        self.samples = s.conditioning.samples(models)
+        if s.conditioning.by_clips and not args.data:
+            raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {args.ckpt}")
         source = Path(args.data) if args.data else self.world.broadcast_from_rank0(lambda: nano_data(NANO_DATA))
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         area = math.prod(parse_size(args.resolution))
-        scan_flags = source, area, s.size_multiple, args.frames, s.fps, args.clip_mode, self.cache
+        scan_flags = source, area, s.size_multiple, args.frames, s.fps, args.clip_mode, self.cache, self.samples
         items, skipped = self.world.broadcast_from_rank0(lambda: data.scan(*scan_flags))
         items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
         digests = sorted({i.digest for i in items})
@@ -223,13 +254,17 @@ class Dataset:
         self._choose_batches()
         width = read_encoder(models.files("text")).entries["token_embedding.weight"].shape[1]
         self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
-        channels = s.z_dim + s.conditioning.channels
         shapes = [s.latent_shape((i.width, i.height), i.frames) for i in items]
         self.bytes = {
-            "latents": sum(4 * channels * math.prod(shape[1:]) for shape in shapes),
+            "latents": sum(map(self.samples.cached_bytes, items, shapes)),
             "texts": sum(2 + len(c) // 3 for c in self.captions) * width * DTYPES[args.dtype].itemsize,
         }
         print(data.report(items, skipped))
+        if self.samples.frames_after:
+            long = sum(i.frames_after > 0 for i in items)
+            print(
+                f"  {long} of {len(items)} go on for {self.samples.frames_after} frames: trained as continuations too"
+            )
         print(f"  {len(self.val_items)} samples held out; cache in {self.cache}")
 
     def summary(self):
@@ -246,17 +281,16 @@ class Dataset:
         }
 
     def _latent_files(self, items):
-        return data.latent_files(items, self.cache, self.models.files("vae")[0], self.models.settings.conditioning)
+        return data.latent_files(items, self.cache, self.models.files("vae")[0], self.samples)
 
     def cache_latents(self):
         """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
         mine = (self.items + self.val_items)[self.world.rank :: self.world.size]
         vae_file = self.models.files("vae")[0]
-        conditioning = self.models.settings.conditioning
-        failed = data.cache_latents(mine, self.cache, vae_file, lambda: self.models.acquire("vae"), conditioning)
+        failed = data.cache_latents(mine, self.cache, vae_file, lambda: self.models.acquire("vae"), self.samples)
         for path, reason in failed:
             print(f"  skipped {path}: {reason}", flush=True)
-        self.models.drop("vae")
+        self.models.drop("vae", *self.models.settings.conditioning.encoders)
         self.world.barrier()
         self._drop_uncached()
 
@@ -273,7 +307,9 @@ class Dataset:
         self._choose_batches()
 
     def _choose_batches(self):
-        self.batches = data.Batches(self.items, self.args.batch * self.world.dp_size, self.args.seed)
+        self.batches = data.Batches(
+            self.items, self.args.batch * self.world.dp_size, self.args.seed, self.samples.group
+        )
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def cache_texts(self):
@@ -307,8 +343,10 @@ class Dataset:
                 t[first_frame_given, 0] = 0
                 loss_mask = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
             local, fraction = self.world.local_indices(len(items))
-            entries = [load(self.files[indices[j]])[0] for j in local]
+            drawn = self.samples.draw(items, args.continuation, rng)
+            entries = [self.samples.entry(load(self.files[indices[j]])[0], drawn[j], captions[j] != "") for j in local]
             noise = torch.stack([torch.randn(entries[0]["latents"].shape, generator=g) for _ in items])
+            loss_mask = frame_weights(self.samples, noise) if loss_mask is None else loss_mask
             mask = None if loss_mask is None else loss_mask[local]
             batch = make_noisy_batch(entries, [captions[j] for j in local], t[local], noise[local], mask)
             yield batch, fraction * len(items) / total
@@ -321,8 +359,9 @@ class Dataset:
         """
         metrics = {}
         for name, (low, high) in schedule.items():
+            batches = eval_batches(self.val_items, self.val_files, self.samples, self.models.settings.shift, low, high)
             model, by_t, suffix = self.models.acquire(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
-            for i, batch in eval_batches(self.val_items, self.val_files, self.models.settings.shift, low, high):
+            for i, batch in batches:
                 by_t[i] += batch.loss(model, *embed(batch.captions)).item() / len(self.val_items)
             model = None  # so that it can make room for the other expert
             metrics |= {f"val_loss{suffix}": sum(by_t) / 4, f"val_loss_by_t{suffix}": by_t}

@@ -48,8 +48,9 @@ def arguments(argv=None):
     add = p.add_argument_group("adapter").add_argument
     add(
         "--targets",
-        default="cross_attn.k,cross_attn.v",
-        help=f"linears of a block, of {', '.join(TARGETS)} (default: %(default)s)",
+        help=f"linears of a block, of {', '.join(TARGETS)}; Animate: {', '.join(ANIMATE_TARGETS)}; S2V, in the "
+        f"injector behind a block: {', '.join(S2V_TARGETS)} (default: cross_attn.k,cross_attn.v, and for S2V "
+        "audio_injector.k,audio_injector.v too)",
     )
     add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change how the model draws")
     add("--blocks", help="such as 20-29 or 0,3,5-7 (default: all)")
@@ -97,7 +98,7 @@ def resolve(args, s, num_blocks):
             f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
             "only a part of the blocks"
         )
-    args.targets = args.targets.split(",")
+    args.targets = args.targets.split(",") if args.targets else list(s.conditioning.lora_targets)
     known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(known)}, each once")

@@ -110,7 +110,8 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
         for name, (low, high) in expert_schedule(flags, models.settings).items():
             model = models.acquire(name)
             with torch.no_grad(), record_attention(model) as recorded:
-                for _, batch in eval_batches(dataset.items, dataset.files, models.settings.shift, low, high):
+                shift = models.settings.shift
+                for _, batch in eval_batches(dataset.items, dataset.files, dataset.samples, shift, low, high):
                     batch.loss(model, *models.encode_prompts(batch.captions))
             stats.setdefault(name, []).append(recorded)
             model = None  # so that it can make room for the other expert

@@ -19,6 +19,7 @@ from test_data import clip, photo
 import plan
 import train as shared
 from checkpoint import load, save
+from conditions import TextOnly
 from models import Models
 from parallel import World
 from run import TrainState, resume_fingerprint
@@ -782,7 +783,7 @@ def test_held_out_samples_have_noise_of_their_own(tmp_path):
     items = [SimpleNamespace(digest=digest * 20, captions=["x"]) for digest in ("1a", "2b")]
 
     def targets(*which):
-        batches = shared.eval_batches([items[i] for i in which], [files[i] for i in which], 3.0, 0.0, 1.0)
+        batches = shared.eval_batches([items[i] for i in which], [files[i] for i in which], TextOnly(), 3.0, 0.0, 1.0)
         return [batch.target for _, batch in batches]
 
     both = targets(0, 1)
