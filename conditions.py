@@ -18,7 +18,7 @@ import s2v
 import wav2vec2
 from checkpoint import BadInput
 from clip import load_clip
-from media import Skip, cover, has_sound, open_image, read_frames, to_tensor
+from media import Skip, cover, has_sound, open_image, read_frames, sound_start, to_tensor
 
 
 class Conditions(NamedTuple):
@@ -342,7 +342,9 @@ class AnimateSequence(Sequence):
         self.count, height, width = len(self.spans), *self.source.pose[0].shape[:2]
         self.size = width, height
         self.shape = s.z_dim, 2 + (s.frames - 1) // 4, height // s.stride[1], width // s.stride[2]
-        self.sound = next((f for f in (Path(folder) / "src_pose.mp4",) if has_sound(f)), None)
+        pose_file = Path(folder) / "src_pose.mp4"
+        if has_sound(pose_file):
+            self.sound, self.sound_offset = pose_file, sound_start(pose_file)
         vae, clip = models.acquire_vae(self.size), models.acquire("clip")
         self.reference, self.clip = animate_source.encode_reference(vae, clip, self.source, self.device)
         vae = clip = None
