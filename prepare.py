@@ -311,9 +311,10 @@ def check_flags(args):
         raise BadInput(f"--fps {args.fps}: should be above 0, or -1 for the video's own")
     if args.keypoints and args.process_checkpoint:
         raise BadInput("--keypoints and --process_checkpoint both give keypoints; give one of them")
-    if args.keypoints and args.pose_video and args.faces:
-        raise BadInput("--keypoints is not used beside --pose_video and --faces; leave one of them out")
     keypoints = args.keypoints or args.process_checkpoint
+    if keypoints and args.pose_video and args.faces:
+        flag = "keypoints" if args.keypoints else "process_checkpoint"
+        raise BadInput(f"--{flag} is not used beside --pose_video and --faces; leave one of the three out")
     for flag, what in (("pose_video", "poses"), ("faces", "faces")):
         if not (keypoints or getattr(args, flag)):
             raise BadInput(f"the {what} are missing: give --{flag}, --keypoints or --process_checkpoint")

@@ -85,5 +85,6 @@ setup(
     packages=find_packages(str(HERE)),
     ext_modules=modules,
     cmdclass=commands,
+    extras_require={"pose": ["onnxruntime"]},  # prepare.py --process_checkpoint; onnxruntime-gpu does as well
     py_modules=sorted(f.stem for f in HERE.glob("*.py") if f.stem != "setup"),
 )
