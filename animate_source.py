@@ -120,19 +120,21 @@ def resize(image, width, height, area=False):
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
     if area:
-        x = coverage(height, image.shape[0]) @ x @ coverage(width, image.shape[1]).t()
+        x = shrink(shrink(x, width).transpose(1, 2), height).transpose(1, 2)
     else:
         x = F.interpolate(x[None], (height, width), mode="bilinear", align_corners=False)[0]
     x = x.permute(1, 2, 0).reshape(height, width, *image.shape[2:])
     return (x if image.dtype == np.float32 else x.round().byte()).numpy()
 
 
-def coverage(pixels, of):
-    """(pixels, of) shares by which each of `pixels` is made of the `of` that it covers, so that the rows sum to 1."""
-    edges = torch.arange(pixels + 1).double() * of / pixels
-    start, end, i = edges[:-1, None], edges[1:, None], torch.arange(of)
-    share = (torch.minimum(end, i + 1) - torch.maximum(start, i)).clamp(min=0)
-    return (share * pixels / of).float()
+def shrink(x, pixels):
+    """x (...,n) -> (...,pixels): the mean of what each pixel covers, from the running sum at its edges."""
+    n = x.shape[-1]
+    sums = F.pad(x.double().cumsum(-1), (1, 0))
+    edges = torch.arange(pixels + 1).double() * n / pixels
+    i = edges.long().clamp(max=n - 1)
+    at = torch.lerp(sums[..., i], sums[..., i + 1], edges - i)
+    return (at.diff() * pixels / n).float()
 
 
 def letterbox_place(w, h, width, height):
@@ -183,7 +185,12 @@ def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
     if not iterations or not mask.any():
         return mask
     reach = iterations * (k // 2)
-    mask = F.max_pool2d(torch.from_numpy(mask)[None].float(), 2 * reach + 1, 1, reach)[0].byte().numpy()
+    x = torch.from_numpy(mask)[None].float()
+    for across in (0, 1):  # first along the columns, then along the rows
+        kernel, padding = [1, 1], [0, 0]
+        kernel[across], padding[across] = 2 * reach + 1, reach
+        x = F.max_pool2d(x, kernel, 1, padding)
+    mask = x[0].byte().numpy()
     (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
     top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
     height, width = (max(1, int(side)) for side in ((bottom - top) / h_len, (right - left) / w_len))
