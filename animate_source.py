@@ -4,10 +4,12 @@ n real frames, H W px (the pose video's)    c frames of a clip (4k+1), r of them
 T' = 1 + (c-1)/4 latent frames, h w latent pixels    S side of the face crops
 
 src_pose.mp4 and src_face.mp4 drive; src_ref.png is the character. To replace a person in the driving video there are
-src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was.
-Source: official wan/animate.py.
+src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was. prepare.py makes such a folder,
+by the rules in the middle of this file.
+Source: official wan/animate.py and wan/modules/animate/preprocess.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,8 @@ from media import Skip, open_image, read_frames
 
 OVERLAPS = 1, 5  # how many frames a clip can take over from the one before
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
+FACE_SIDE = 512  # of the crops that the released model takes
+FACE_AREA = 1.3  # of a crop, in areas of the box around the landmarks
 
 
 @dataclass
@@ -95,23 +99,107 @@ def read_video(file):
     return images, (len(images) - 1) / last if last else 0.0
 
 
-def letterbox(image, width, height):
-    """An image (h,w,3) uint8 resized into width x height px, with black bars where its aspect differs. Bilinear without
-    antialiasing, as OpenCV does it; the bytes may differ from OpenCV's by 1.
+# ---- the rules by which the folder is made ---------------------------------------------------------------------------
+def frame_indices(count, video_fps, fps):
+    """Which frames of a video of `count` frames make one of another rate: the nearest in time, [index]."""
+    times = np.arange(int(count / video_fps * fps)) / fps
+    return np.clip(np.round(times * video_fps).astype(int), 0, count - 1).tolist()
+
+
+def area_size(width, height, area):
+    """(width, height) px of an area in the aspect of width x height, both rounded down to multiples of 16."""
+    h = math.sqrt(area / (width / height))
+    w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
+    if not w or not h:
+        raise BadInput(f"--size of {area} px is too small for {width}x{height}: a side would be under {SIZE_MULTIPLE}")
+    return w, h
+
+
+def resize(image, width, height, area=False):
+    """An image (h,w,...) uint8 or float32 resized without antialiasing (OpenCV's INTER_LINEAR), or with `area`, which
+    only shrinks, to the mean of what a pixel covers (INTER_AREA). Bytes may differ from OpenCV's by 1.
     """
-    h, w = image.shape[:2]
-    if h / w > height / width:
-        new_h, new_w = height, int(height / h * w)
+    x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
+    if area:
+        x = shrink(shrink(x, width).transpose(1, 2), height).transpose(1, 2)
     else:
-        new_h, new_w = int(width / w * h), width
+        x = F.interpolate(x[None], (height, width), mode="bilinear", align_corners=False)[0]
+    x = x.permute(1, 2, 0).reshape(height, width, *image.shape[2:])
+    return (x if image.dtype == np.float32 else x.round().byte()).numpy()
+
+
+def shrink(x, pixels):
+    """x (...,n) -> (...,pixels): the mean of what each pixel covers, from the running sum at its edges."""
+    n = x.shape[-1]
+    sums = F.pad(x.double().cumsum(-1), (1, 0))
+    edges = torch.arange(pixels + 1).double() * n / pixels
+    i = edges.long().clamp(max=n - 1)
+    at = torch.lerp(sums[..., i], sums[..., i + 1], edges - i)
+    return (at.diff() * pixels / n).float()
+
+
+def letterbox_place(w, h, width, height):
+    """(left, top, width, height) px at which an image of w x h px stands in one of width x height. Raises BadInput."""
+    if h / w > height / width:
+        new_w, new_h = int(height / h * w), height
+    else:
+        new_w, new_h = width, int(width / w * h)
     if not new_h or not new_w:
-        raise BadInput(f"a reference image of {w}x{h} px is too narrow for a video of {width}x{height}")
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    x = F.interpolate(x, (new_h, new_w), mode="bilinear", align_corners=False).round().byte()[0].permute(1, 2, 0)
-    top, left = (height - new_h) // 2, (width - new_w) // 2
-    framed = np.zeros((height, width, 3), np.uint8)
-    framed[top : top + new_h, left : left + new_w] = x.numpy()
+        raise BadInput(f"a picture of {w}x{h} px is too narrow for a video of {width}x{height}")
+    return (width - new_w) // 2, (height - new_h) // 2, new_w, new_h
+
+
+def letterbox(image, width, height, area=False):
+    """An image (h,w,...) uint8 resized into width x height px, with black bars where its aspect differs. area: as in
+    `resize`.
+    """
+    left, top, w, h = letterbox_place(image.shape[1], image.shape[0], width, height)
+    framed = np.zeros((height, width, *image.shape[2:]), np.uint8)
+    framed[top : top + h, left : left + w] = resize(image, w, h, area)
     return framed
+
+
+def fit_frame(image, width, height):
+    """A frame (h,w,...) of a video in which somebody is replaced, letterboxed to the size of the result."""
+    return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
+
+
+def face_crop(image, box):
+    """What is around a box (x1,y1,x2,y2) px that a face's landmarks fill, from the brows to the chin: sides longer by
+    sqrt(1.3), of what the height gains a quarter below and the rest above, cut at the edges of the image (h,w,3), and
+    resized to FACE_SIDE x FACE_SIDE. Raises BadInput where nothing is left.
+    """
+    x1, y1, x2, y2 = box
+    dx, dy = ((math.sqrt(FACE_AREA) - 1) * side for side in (x2 - x1, y2 - y1))
+    left, right = int(max(x1 - dx / 2, 0)), int(min(x2 + dx / 2, image.shape[1]))
+    top, bottom = int(max(y1 - dy * 3 / 4, 0)), int(min(y2 + dy / 4, image.shape[0]))
+    if left >= right or top >= bottom:
+        raise BadInput(f"the face at {x1:.0f},{y1:.0f} to {x2:.0f},{y2:.0f} px is not in the picture")
+    return resize(image[top:bottom, left:right], FACE_SIDE, FACE_SIDE)
+
+
+def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
+    """A mask (H,W) of 0 and 1 that hides more of a person: dilated `iterations` times by k x k px (k odd), then each of
+    the w_len x h_len cells of its bounding box filled if any of it is set. The box's last row and column belong to no
+    cell. No iterations: the mask itself.
+    """
+    if not iterations or not mask.any():
+        return mask
+    reach = iterations * (k // 2)
+    x = torch.from_numpy(mask)[None].float()
+    for across in (0, 1):  # first along the columns, then along the rows
+        kernel, padding = [1, 1], [0, 0]
+        kernel[across], padding[across] = 2 * reach + 1, reach
+        x = F.max_pool2d(x, kernel, 1, padding)
+    mask = x[0].byte().numpy()
+    (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+    top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
+    height, width = (max(1, int(side)) for side in ((bottom - top) / h_len, (right - left) / w_len))
+    for y in range(top, bottom, height):
+        for x in range(left, right, width):
+            cell = mask[y : min(y + height, bottom), x : min(x + width, right)]
+            cell[:] = cell.any()
+    return mask
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------

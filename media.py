@@ -128,22 +128,26 @@ def write_mp4(path, video, fps, comment="", crf=10):
     write_frames(path, [to_uint8(video)], fps, comment, crf)
 
 
-def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0):
+def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
     """The same of frames (T,H,W,3) uint8 that come in several arrays, and with the sound of a file: AAC at 192 kbit/s,
-    beginning at sound_offset seconds, cut to the video's length.
+    beginning at sound_offset seconds, cut to the video's length. lossless: H.264 in RGB, which `read_frames` gives
+    back to the bit, and which browsers and some players do not show.
     """
     import av
 
+    codec, pixels, options = (
+        ("libx264rgb", "rgb24", {"qp": "0"}) if lossless else ("libx264", "yuv420p", {"crf": str(crf)})
+    )
     # x264's macroblock tree does not give the same bits each time on small frames
-    options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    options["x264-params"] = "mbtree=0"
     rate, stream, count = Fraction(fps).limit_denominator(1001), None, 0
     with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
         if comment:
             file.metadata["comment"] = comment
         for frames in chunks:
             if stream is None:
-                stream = file.add_stream("libx264", rate=rate, options=options)
-                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+                stream = file.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
                 audio = file.add_stream("aac", rate=48000, layout="stereo") if sound else None
             for frame in frames:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -152,6 +156,14 @@ def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset
         if sound:
             audio.bit_rate = 192_000
             write_sound(file, audio, sound, sound_offset, float(count / rate))
+
+
+def frame_rate(path):
+    """Frames per second, as a video file says them; 0 where it does not."""
+    import av
+
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or 0)
 
 
 def has_sound(path):
@@ -174,7 +186,9 @@ def sound_delay(path):
 
 
 def write_sound(file, stream, source, offset, seconds):
-    """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock."""
+    """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock; what
+    comes before 0 is left out.
+    """
     import av
 
     resampler = av.AudioResampler(stream.codec_context.format or "fltp", "stereo", 48000)
@@ -184,6 +198,9 @@ def write_sound(file, stream, source, offset, seconds):
             for piece in resampler.resample(frame):
                 piece.pts = None
                 fifo.write(piece)
+    if position < 0:
+        fifo.read(-position, partial=True)
+        position = 0
     while position < last and (piece := fifo.read(min(1024, last - position), partial=True)):
         piece.pts, piece.time_base = position, Fraction(1, 48000)
         position += piece.samples

@@ -159,7 +159,7 @@ def arguments(argv=None):
     add = p.add_argument_group("Animate-14B: a character that moves as a video does").add_argument
     add(
         "--src_root_path",
-        help="the folder that the official preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png",
+        help="the folder that prepare.py or the official preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png",
     )
     add(
         "--replace_flag",

@@ -85,6 +85,7 @@ setup(
     packages=find_packages(str(HERE)),
     ext_modules=modules,
     cmdclass=commands,
-    extras_require={"gguf": ["gguf"]},  # to read GGUF checkpoints
+    # to read GGUF checkpoints; for prepare.py --process_checkpoint, where onnxruntime-gpu does as well
+    extras_require={"gguf": ["gguf"], "pose": ["onnxruntime"]},
     py_modules=sorted(f.stem for f in HERE.glob("*.py") if f.stem != "setup"),
 )

@@ -13,7 +13,7 @@ from clip import load_clip
 from conditions.base import Conditions, Encoder, Sequence, TextOnly
 from conditions.companions import ClipSamples
 from data import companion_frames, to_video
-from media import Skip, has_sound
+from media import Skip, has_sound, sound_delay
 
 
 class AnimateSequence(Sequence):
@@ -29,7 +29,9 @@ class AnimateSequence(Sequence):
         self.count, height, width = len(self.spans), *self.source.pose[0].shape[:2]
         self.size = width, height
         self.shape = s.z_dim, 2 + (s.frames - 1) // 4, height // s.stride[1], width // s.stride[2]
-        self.sound = next((f for f in (Path(folder) / "src_pose.mp4",) if has_sound(f)), None)
+        pose_file = Path(folder) / "src_pose.mp4"
+        if has_sound(pose_file):
+            self.sound, self.sound_offset = pose_file, sound_delay(pose_file)
         vae, clip = models.acquire_vae(self.size), models.acquire("clip")
         self.reference, self.clip = animate_source.encode_reference(vae, clip, self.source, self.device)
         vae = clip = None

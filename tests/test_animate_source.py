@@ -168,6 +168,9 @@ def break_a_file(folder, name, action):
         ("src_mask.mp4", (7, H // 2, W), "src_mask.mp4: 48x16 px, should be 48x32"),
         ("src_face.mp4", (6, S, S), "src_face.mp4: 6 frames, should be 7 as in src_pose.mp4"),
         ("src_bg.mp4", (8, H, W), "src_bg.mp4: 8 frames, should be 7"),
+        ("src_mask.mp4", (6, H, W), "src_mask.mp4: 6 frames, should be 7"),
+        ("src_pose.mp4", "garble", "src_pose.mp4: cannot be decoded"),
+        ("src_mask.mp4", "cut", "src_mask.mp4: cannot be decoded"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(folder, name, action, message):

@@ -18,7 +18,7 @@ import clips
 import sample
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
-from media import read_frames
+from media import read_frames, write_frames
 from models import Models
 
 
@@ -190,9 +190,13 @@ def test_speech_that_was_killed_goes_on(s2v, tmp_path, monkeypatch, official_pro
 # ---- Animate ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def animate(tmp_path_factory):
-    """(checkpoint, source folder)."""
+    """(checkpoint, source folder whose sound begins after a tenth of a second)."""
     folder = tmp_path_factory.mktemp("animate")
-    return tiny_animate.checkpoint(folder / "checkpoint"), tiny_animate.source_folder(folder / "source")
+    source = tiny_animate.source_folder(folder / "source")
+    poses = np.stack(tiny_animate.frames(20, 32, 48, 1))
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(1.0)[None])
+    write_frames(source / "src_pose.mp4", [poses], 25, sound=folder / "sound.wav", sound_offset=0.1, lossless=True)
+    return tiny_animate.checkpoint(folder / "checkpoint"), source
 
 
 def write_relighting(file, model):
@@ -231,6 +235,10 @@ def test_character_equals_official(animate, tmp_path, monkeypatch, name, report)
     got = np.stack([np.asarray(f.image).mean((0, 1, 2)) for f in frames]) / 127.5 - 1
     want = LATENTS[f"{name}.video"].clamp(-1, 1).mean((0, 2, 3)).numpy()  # one pixel of 64
     assert np.corrcoef(got, want)[0, 1] > 0.8
+    start, sound = read_sound(tmp_path / "v.mp4")
+    source = read_sound(animate[1].parent / "sound.wav")[1][4000:20000]
+    heard = sound[round(48000 * (0.1 - start)) + 4000 - 100 :][: len(source) + 200]  # to two milliseconds
+    assert np.correlate(heard, source, "valid").max() > 0.95 * np.linalg.norm(source) * np.linalg.norm(heard)
     told = json.loads(av.open(str(tmp_path / "v.mp4")).metadata["comment"])
     assert told["seed"] == 7 and told["solver"] == name.split(".")[2]
 

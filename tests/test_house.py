@@ -59,7 +59,7 @@ def test_first_lines_say_what_a_file_is():
         assert first.endswith(".") and len(first) > 20, (name, first)
 
 
-@pytest.mark.parametrize("script", ["sample", "train_lora", "train_te"])
+@pytest.mark.parametrize("script", ["sample", "train_lora", "train_te", "prepare"])
 def test_every_flag_is_explained(script, monkeypatch):
     """A sentence for each, and its default unless that is nothing."""
     parsers = []
