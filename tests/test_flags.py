@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +184,12 @@ def test_both_sides_of_a_sheet_begin_from_the_same_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(listen, "decode", lambda models, z: [torch.zeros(3, 1, 8, 8)])
     listen.draw_sheet({"before": None, "after": None}, ["a", "b"], 3, tmp_path / "sheet.png")
     assert drawn[:2] == drawn[2:] == [(["a"], [3]), (["b"], [4])]
+
+
+def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():
+    s = replace(Models("nano").settings, train={"shift": 2.5, "t_distribution": "uniform", "resolution": "64x32"})
+    for given, shift in (([], 2.5), (["--shift", "7"], 7.0)):
+        args = train_lora.arguments(given)
+        args.device = "cpu"
+        train.resolve_flags(args, s)
+        assert (args.shift, args.t_distribution, args.resolution, args.frames) == (shift, "uniform", "64x32", s.frames)
