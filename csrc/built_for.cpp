@@ -1,4 +1,4 @@
-// What this extension was compiled for, from and with: the CPU's features, csrc's files, and torch (setup.py defines all).
+// What this extension was compiled for, from and with: the CPU's features, csrc's files, and torch (by setup.py).
 // Loading it on a CPU without the features can die of SIGILL before any check in here could run, so kernels/__init__.py
 // looks for this string in the file first.
 #define QUOTE(x) #x
