@@ -263,6 +263,14 @@ def test_another_picture_is_encoded_anew(checkpoints):
     assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
 
 
+def test_conditions_are_of_the_frames_and_size_asked(checkpoints):
+    """Not those that were encoded last for another clip with the same picture."""
+    models, shapes = load(checkpoints["i2v"]), []
+    for size, frames in (((64, 48), 5), ((64, 48), 9), ((32, 48), 9)):
+        shapes.append(tuple(models.encode_conditions(image(), size, frames).channels.shape))
+    assert shapes == [(1, 20, 2, 6, 8), (1, 20, 3, 6, 8), (1, 20, 3, 6, 4)]
+
+
 def test_a_photo_is_upright(tmp_path):
     turned = Image.new("RGB", (40, 20), "red")
     exif = turned.getexif()
