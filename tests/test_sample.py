@@ -218,6 +218,8 @@ def test_mp4_holds_the_pixels(tmp_path):
     "size, frames, message",
     [
         ((100, 64), 9, "nearest 96x64"),
+        ((120, 79), 9, "nearest 128x64"),
+        ((96, 64), 6, "nearest 5"),
         ((96, 64), 8, "nearest 9"),
         ((96, 64), 0, "nearest 1"),
         ((0, 64), 9, "nearest 32x64"),
