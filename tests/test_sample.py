@@ -494,6 +494,27 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     assert tiny.error(seen[-1][1], plain) < 0.2, "the last estimate is nearly the result"
 
 
+def test_the_step_cache_adds_up_what_is_expected_to_have_changed():
+    """By hand: after velocities 10 at x = 0 and 12 at x = 4 the rate is 1/2, so each move by 6 is expected to change the
+    velocity by 3, a quarter of 12. Served is the offset v - x of the last one computed.
+    """
+
+    def at(value):
+        return torch.tensor([float(value)])
+
+    cache = EasyCache(0.6)
+    for x, v in ((0, 10), (4, 12)):
+        assert cache.predict(at(x)) is None
+        cache.update(at(x), at(v))
+    assert cache.predict(at(10)).item() == 18  # a quarter
+    assert cache.predict(at(16)).item() == 24  # a half
+    assert cache.predict(at(22)) is None  # three quarters
+    cache.update(at(22), at(30))  # from where it was computed before: (30 - 12) / (22 - 4) = 1
+    assert cache.predict(at(31)).item() == 39  # .3
+    assert cache.predict(at(40)) is None  # .6
+    assert cache.computed == 3
+
+
 class Stubborn(EasyCache):
     """Serves the last velocity for ever, until it is told to forget."""
 
