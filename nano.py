@@ -12,12 +12,13 @@ it does at full size. What the commands are made of is in nanoworld/.
 import argparse
 import json
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
-from checkpoint import BadInput, atomic, cli
+from checkpoint import BadInput, atomic, cli, writing
 from media import write_grid, write_mp4
 from nanoworld import pretrain
 from nanoworld.grader import shares
@@ -48,19 +49,26 @@ def write_clips(args):
         raise BadInput(f"--out {folder}: holds something already; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # so that a folder of clips holds all of them
-    temporary.chmod(0o755)
-    for i in range(args.n):
-        word = words[i // 2 % len(words)] if words and i % 2 else None  # every second clip shows what a new word means
-        caption = None
-        while caption is None or held_out(caption, word):
-            a = sample_attributes(rng, triples_of(word) if word else None)
-            caption = caption_of(a, rng, [word] if word else [])
-        name = f"clip_{i:04d}"
-        write_mp4(temporary / f"{name}.mp4", draw([a], rng.random())[0], FPS, crf=CRF)
-        (temporary / f"{name}.txt").write_text(caption + "\n")
-        lines.append(json.dumps({"file": f"{name}.mp4", "caption": caption, **a}))
-    (temporary / "attributes.jsonl").write_text("\n".join(lines) + "\n")
-    temporary.replace(folder)
+    try:
+        temporary.chmod(0o755)
+        for i in range(args.n):
+            word = (
+                words[i // 2 % len(words)] if words and i % 2 else None
+            )  # every second clip shows what a new word means
+            caption = None
+            while caption is None or held_out(caption, word):
+                a = sample_attributes(rng, triples_of(word) if word else None)
+                caption = caption_of(a, rng, [word] if word else [])
+            name = f"clip_{i:04d}"
+            write_mp4(temporary / f"{name}.mp4", draw([a], rng.random())[0], FPS, crf=CRF)
+            with writing(temporary / f"{name}.txt"):
+                (temporary / f"{name}.txt").write_text(caption + "\n")
+            lines.append(json.dumps({"file": f"{name}.mp4", "caption": caption, **a}))
+        with writing(temporary / "attributes.jsonl"):
+            (temporary / "attributes.jsonl").write_text("\n".join(lines) + "\n")
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{args.n} clips in {folder}")
 
 

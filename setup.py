@@ -5,6 +5,7 @@ used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA
 makes their lack, or a failed build, an error, NANOWAN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -37,6 +38,25 @@ def native_features():
     return sorted(f for f in set(flags[1].split() if flags else ()) if f.replace("_", "") in used)
 
 
+def sources_digest():
+    """Of csrc's files; kernels/__init__.py compares it with what the extension was built from."""
+    files = sorted(f for f in (HERE / "csrc").iterdir() if f.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def cuda_lack(torch_cuda, cuda_home):
+    """Why the CUDA part cannot be built, or ""."""
+    if torch_cuda is None:
+        return "this torch was built without CUDA"
+    if cuda_home is None:
+        return "there is no nvcc"
+    done = subprocess.run([Path(cuda_home) / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+)", done.stdout)
+    if release and release[1] != torch_cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release[1]}, torch of CUDA {torch_cuda}"
+    return ""
+
+
 def extension():
     """([Extension], {"build_ext": command}), both empty where there is nothing to build with."""
     if os.environ.get("NANOWAN_CSRC") == "0":
@@ -49,8 +69,9 @@ def extension():
             for old in HERE.glob("nanowan_csrc*.so"):  # of other sources, if these cannot be built
                 old.unlink()
             try:
+                made = [f"-DNANOWAN_BUILT_FOR={'.'.join(native_features())}", f"-DNANOWAN_SOURCES={sources_digest()}"]
                 for e in self.extensions:
-                    e.extra_compile_args["cxx"].append("-DNANOWAN_BUILT_FOR=" + ".".join(native_features()))
+                    e.extra_compile_args["cxx"] += [*made, f"-DNANOWAN_TORCH={torch.__version__}"]
                 super().run()
             except Exception as e:
                 if CUDA == "1":
@@ -59,9 +80,7 @@ def extension():
                 why = (" ".join(str(e).split()) or type(e).__name__) + "; NANOWAN_CUDA=0 tries it without CUDA" * cuda
                 print(f"nanowan: the C++ extension cannot be built, PyTorch's operations are used instead ({why})")
 
-    lack = (
-        "this torch was built without CUDA" if torch.version.cuda is None else "" if CUDA_HOME else "there is no nvcc"
-    )
+    lack = cuda_lack(torch.version.cuda, CUDA_HOME)
     if CUDA == "1" and lack:
         raise SystemExit(f"nanowan: NANOWAN_CUDA=1, but {lack}")
     cuda = CUDA != "0" and not lack

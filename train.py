@@ -207,7 +207,10 @@ def nano_data(folder):
     if not (folder / "attributes.jsonl").exists():
         script = Path(__file__).parent / "nano.py"
         flags = ["--out", folder, "--n", "60", "--words", NANO_WORDS]
-        subprocess.run([sys.executable, script, "clips", *flags], check=True)
+        done = subprocess.run([sys.executable, script, "clips", *flags], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise BadInput(f"{folder}: the nano world's clips could not be drawn there: {said[-1]}")
     return folder
 
 

@@ -6,6 +6,7 @@ Triton kernels themselves run on the CPU, slowly, which is how the tests check t
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -16,8 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+ROOT = Path(__file__).parent.parent
 triton = None
 # without a GPU or the interpreter there is nothing to launch, and importing Triton takes a second
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
@@ -26,13 +29,44 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def cpu_lacks(file):
-    """The CPU features, space-separated, that a built nanowan_csrc needs (csrc/built_for.cpp) and this CPU lacks."""
-    found, cpuinfo = re.search(rb"nanowan_csrc is built for: ([\w.]*)", file.read_bytes()), Path("/proc/cpuinfo")
-    if not found or not cpuinfo.exists():
-        return ""
-    flags = set(cpuinfo.read_text().split())
-    return " ".join(f for f in found[1].decode().split(".") if f not in flags)
+def check_interpreter(triton_version, numpy_version):
+    """Raise ImportError where Triton's interpreter cannot run the loops of the kernels here. Before 3.7 it makes a
+    loop's bounds Python integers by int(array of one element), which NumPy refuses from 2.4 on.
+    """
+    versions = [tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        raise ImportError(
+            f"TRITON_INTERPRET=1: the interpreter of Triton {triton_version} does not work with NumPy {numpy_version}; "
+            "pip install 'numpy<2.4', or Triton 3.7"
+        )
+
+
+if INTERPRETED and triton:
+    check_interpreter(triton.__version__, np.__version__)
+
+
+def sources_digest(folder):
+    """Of csrc's files, as setup.py computes it too (which cannot import this)."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def mismatch(file):
+    """Why a built nanowan_csrc must not be loaded here, or "": another CPU, other sources or another torch than it was
+    built for (csrc/built_for.cpp).
+    """
+    pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
+    found, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
+    features, sources, version = (g.decode() if g else "" for g in (found.groups() if found else ("", "", "")))
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set(features.split("."))
+    lacking = [f for f in features.split(".") if f and f not in flags]
+    if lacking:
+        return f"was built for a CPU with {' '.join(lacking)}"
+    if csrc.is_dir() and sources != sources_digest(csrc):
+        return f"was built from other sources than {csrc}"
+    return (
+        "" if version in ("", torch.__version__) else f"was built with torch {version}, and this is {torch.__version__}"
+    )
 
 
 def load_csrc():
@@ -40,20 +74,15 @@ def load_csrc():
     spec = importlib.util.find_spec("nanowan_csrc")
     if spec is None:
         return False
-    # before loading: a library that uses what the CPU does not have dies of SIGILL
-    why = cpu_lacks(Path(spec.origin))
-    if why:
-        why = f"was built for a CPU with {why}"
-    else:
+    why = mismatch(Path(spec.origin))  # before loading, which can end in SIGILL
+    if not why:
         try:
             importlib.import_module("nanowan_csrc")
             return True
         except ImportError as e:
             why = f"does not load: {e}"
-    print(
-        f"nanowan: {spec.origin} {why}; PyTorch's operations are used (make clean, then make, rebuilds it)",
-        file=sys.stderr,
-    )
+    rebuild = f"cd {ROOT} && {sys.executable} setup.py build_ext --inplace"
+    print(f"nanowan: {spec.origin} {why}; PyTorch's operations are used. {rebuild} rebuilds it", file=sys.stderr)
     return False
 
 

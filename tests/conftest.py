@@ -74,6 +74,10 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="only the tests marked slow")
 
 
+# files that take longest, which begin first, so that no worker is left alone with one at the end
+LONG_FILES = "test_train test_parallel test_train_lora test_train_te test_plan test_ops test_sample".split()
+
+
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         return bool(item.get_closest_marker("slow")) == config.getoption("--slow") and (
@@ -81,4 +85,5 @@ def pytest_collection_modifyitems(config, items):
         )
 
     config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
-    items[:] = [i for i in items if wanted(i)]
+    rank = {name: i for i, name in enumerate(LONG_FILES)}
+    items[:] = sorted(filter(wanted, items), key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ import clips
 import sample
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
+from conditions import Sequence
 from media import read_frames, write_frames
 from models import Models
 
@@ -260,6 +262,67 @@ def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_
         return character(tmp_path, animate, "animate.5.dpm++.g3", name)
 
     check_resume(monkeypatch, tmp_path, flags_of, changed, 2)
+
+
+# ---- the clips of a video --------------------------------------------------------------------------------------------
+class Counting(Sequence):
+    """Three clips, each of one more than the one before."""
+
+    count = 3
+    shape = (4, 1, 2, 2)
+
+    def __init__(self):
+        self.last = torch.zeros(1)
+
+    def noise(self, r):
+        return torch.zeros(self.shape)
+
+    def conditions(self, r):
+        return None
+
+    def decode(self, r, latents, decode):
+        self.last = self.last + 1
+        return self.last.view(1, 1, 1, 1).expand(3, 1, 4, 4)
+
+    def output(self, latents):
+        return latents + 10
+
+    def state(self):
+        return {"last": self.last}
+
+    def restore(self, state):
+        self.last = state["last"]
+
+
+def test_clips_go_on_from_the_last_one_that_is_done(tmp_path, monkeypatch):
+    """Whichever it is; its latents are those that the sequence gives out, and the step cache is the one asked for."""
+    thresholds = []
+
+    def denoise(models, s, x, embeds, negative, conditions, progress, step_cache, callback):
+        thresholds.append(step_cache.threshold)
+        return x
+
+    monkeypatch.setattr(clips, "denoise", denoise)
+    monkeypatch.setattr(clips, "encode_prompts", lambda *_: (None, None))
+    models = SimpleNamespace(world=SimpleNamespace(is_writer=True, barrier=lambda: None))
+    for done in (1, 2, 3):
+        sequence = Counting()
+        sequence.count = done  # as if it had been stopped there
+        parts = clips.Parts(tmp_path / "v.mp4", {"seed": 1}, resume=done > 1)
+        assert parts.done() == done - 1
+        clips.sample_clips(models, None, "a", sequence, parts, progress=False, reuse=0.25)
+        assert [parts.state(r)["last"].item() for r in range(done)] == [1, 2, 3][:done]
+    assert thresholds == [0.25] * 3 and (parts.latents(2) == 10).all()
+
+
+def test_a_new_video_takes_none_of_anothers_clips(tmp_path):
+    """Those that a killed one left behind, with other settings or the same, unless it is to go on."""
+    out, tensor = tmp_path / "v.mp4", torch.zeros(3, 1, 4, 4)
+    clips.Parts(out, {"seed": 1}, resume=False).save(0, tensor, tensor, {})
+    assert clips.Parts(out, {"seed": 1}, resume=True).done() == 1
+    with pytest.raises(BadInput, match="other settings"):
+        clips.Parts(out, {"seed": 2}, resume=True)
+    assert clips.Parts(out, {"seed": 1}, resume=False).done() == 0 and not (tmp_path / "v.clips").exists()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -164,15 +164,21 @@ def test_photographs_are_read_upright_and_whole(tmp_path):
 
 
 def test_rotated_and_damaged_clips(tmp_path):
-    clip(tmp_path / "a.mp4", 20, 64, 48)
+    """What was on the left is on top after a quarter turn clockwise."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:, :32] = 255
+    encode(tmp_path / "a.mp4", [picture] * 20)
+    (tmp_path / "a.txt").write_text("x")
     raw = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = raw.find(b"tkhd") + 44  # the track's matrix: a quarter turn
+    at = raw.find(b"tkhd") + 44  # the track's matrix: a quarter turn, x' = -y and y' = x
     raw[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
     (tmp_path / "a.mp4").write_bytes(raw)
     (item,), _ = scan(tmp_path, area=64 * 64)
     with av.open(str(tmp_path / "a.mp4")) as f:
         assert next(f.decode(video=0)).rotation % 180 == 90
-    assert item.height > item.width and data.pixels(item).shape[2:] == (item.height, item.width)
+    x = data.pixels(item)
+    assert item.height > item.width and x.shape[2:] == (item.height, item.width)
+    assert x[:, :, : item.height // 3].mean() > 0.9 and x[:, :, -(item.height // 3) :].mean() < -0.9
     noisy = torch.rand(3, 20, 64, 64) * 2 - 1
     write_mp4(tmp_path / "b.mp4", noisy, 8)
     (tmp_path / "b.txt").write_text("x")

@@ -1,5 +1,6 @@
 """models.py: what a checkpoint folder is, which expert serves when, and where parts lie."""
 
+import hashlib
 import json
 
 import pytest
@@ -174,3 +175,20 @@ def test_what_is_built_is_told_before_its_weights_are_read(checkpoints):
     models.acquire("low")
     models.acquire("high")
     assert told == [("low", "meta"), ("high", "meta")]
+
+
+def test_the_negative_prompt_is_the_official_one():
+    """To the last character: latents are compared with those that it gives (generate.py's sample_neg_prompt)."""
+    assert len(models_module.NEGATIVE) == 137
+    assert (
+        hashlib.sha256(models_module.NEGATIVE.encode()).hexdigest()
+        == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    )
+
+
+def test_the_vaes_room_goes_by_the_area_of_a_frame(checkpoints, monkeypatch):
+    models, asked = Models(checkpoints["ti2v"]), []
+    monkeypatch.setattr(models, "acquire", lambda name, activations: asked.append(activations))
+    for size in ((64, 32), (32, 64), (128, 64)):
+        models.acquire_vae(size)
+    assert asked[0] == asked[1] == asked[2] / 4

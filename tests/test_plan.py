@@ -81,12 +81,21 @@ def test_released_sizes_are_planned_without_files(variant):
     assert sampled.phases["denoise"]["DiT"] == want and sampled.peak > want
 
 
-def test_the_other_experts_adapter_is_planned_with_its_states(checkpoints):
-    """One is trained at a time; weights and both moments of the other are there all the same."""
+def test_what_is_kept_of_each_adapter_is_planned(checkpoints):
+    """One is trained at a time; weights and both moments of the other are there all the same, with --ema a fourth copy;
+    and in each of the three states on the disk.
+    """
     flags = ["--ckpt", str(checkpoints["t2v"]), *"--resolution 32x32 --frames 5 --batch 1 --device cpu".split()]
-    one, both = (planned("train_lora", [*flags, "--expert", expert]).phases["training"] for expert in ("high", "both"))
-    adapter, more = one["trained"], both["states and activations"] - one["states and activations"]
-    assert both["trained"] == 2 * adapter and abs(more / (2 * adapter) - 1) < 1e-2
+    one, both, averaged = (
+        planned("train_lora", [*flags, "--expert", *more]) for more in (["high"], ["both"], ["high", "--ema", "0.9"])
+    )
+    adapter = one.phases["training"]["trained"]
+    began = one.phases["training"]["states and activations"]
+    assert both.phases["training"]["trained"] == 2 * adapter
+    assert both.phases["training"]["states and activations"] - began == pytest.approx(2 * adapter, rel=1e-2)
+    assert averaged.phases["training"]["states and activations"] - began == pytest.approx(adapter, rel=1e-2)
+    for plan, copies in ((one, 3), (both, 6), (averaged, 4)):
+        assert plan.disk["states"] == pytest.approx(3 * copies * adapter, rel=1e-2)
 
 
 @pytest.mark.parametrize("script", [train_lora, train_te])

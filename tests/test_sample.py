@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
+import denoising
 import flow
 import models as models_module
+import sample
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from conditions import best_size
 from denoising import EasyCache, GuidedModel, preview_writer
-from media import latent_to_rgb, open_image, to_uint8, write_mp4
-from models import NEGATIVE
-from sample import generate, load, sample_latents
+from media import latent_to_rgb, open_image, to_uint8, write_grid, write_mp4
+from models import NEGATIVE, Models
+from sample import arguments, generate, load, read_prompts, sample_latents, sampling_overrides
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -197,17 +200,19 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
 
 
 def test_mp4_holds_the_pixels(tmp_path):
-    """Crf 10 keeps smooth pictures within a few grey levels."""
+    """Crf 10 keeps smooth pictures, and textures of every other pixel, within a grey level or two."""
     import av
 
     from media import to_uint8
 
     ramp = torch.linspace(-0.8, 0.8, 64)
-    video = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
-    write_mp4(tmp_path / "v.mp4", video, 16)
-    with av.open(str(tmp_path / "v.mp4")) as f:
-        back = np.stack([frame.to_ndarray(format="rgb24") for frame in f.decode(video=0)])
-    assert np.abs(back.astype(int) - to_uint8(video)).mean() < 2
+    smooth = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
+    texture = F.interpolate(torch.rand(1, 1, 5, 32, 32), scale_factor=(1, 2, 2), mode="trilinear")[0] * 1.6 - 0.8
+    for video in (smooth, texture.expand(3, -1, -1, -1)):
+        write_mp4(tmp_path / "v.mp4", video, 16)
+        with av.open(str(tmp_path / "v.mp4")) as f:
+            back = np.stack([frame.to_ndarray(format="rgb24") for frame in f.decode(video=0)])
+        assert np.abs(back.astype(int) - to_uint8(video)).mean() < 2
     assert not list(tmp_path.glob(".tmp*"))
 
 
@@ -215,6 +220,8 @@ def test_mp4_holds_the_pixels(tmp_path):
     "size, frames, message",
     [
         ((100, 64), 9, "nearest 96x64"),
+        ((120, 79), 9, "nearest 128x64"),
+        ((96, 64), 6, "nearest 5"),
         ((96, 64), 8, "nearest 9"),
         ((96, 64), 0, "nearest 1"),
         ((0, 64), 9, "nearest 32x64"),
@@ -258,6 +265,14 @@ def test_another_picture_is_encoded_anew(checkpoints):
         callback_on_step_end=lambda step, x0: seen.append(x0[0]),
     )
     assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
+
+
+def test_conditions_are_of_the_frames_and_size_asked(checkpoints):
+    """Not those that were encoded last for another clip with the same picture."""
+    models, shapes = load(checkpoints["i2v"]), []
+    for size, frames in (((64, 48), 5), ((64, 48), 9), ((32, 48), 9)):
+        shapes.append(tuple(models.encode_conditions(image(), size, frames).channels.shape))
+    assert shapes == [(1, 20, 2, 6, 8), (1, 20, 3, 6, 8), (1, 20, 3, 6, 4)]
 
 
 def test_a_photo_is_upright(tmp_path):
@@ -479,6 +494,27 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     assert tiny.error(seen[-1][1], plain) < 0.2, "the last estimate is nearly the result"
 
 
+def test_the_step_cache_adds_up_what_is_expected_to_have_changed():
+    """By hand: after velocities 10 at x = 0 and 12 at x = 4 the rate is 1/2, so each move by 6 is expected to change
+    the velocity by 3, a quarter of 12. Served is the offset v - x of the last one computed.
+    """
+
+    def at(value):
+        return torch.tensor([float(value)])
+
+    cache = EasyCache(0.59)
+    for x, v in ((0, 10), (4, 12)):
+        assert cache.predict(at(x)) is None
+        cache.update(at(x), at(v))
+    assert cache.predict(at(10)).item() == 18  # a quarter
+    assert cache.predict(at(16)).item() == 24  # a half
+    assert cache.predict(at(22)) is None  # three quarters
+    cache.update(at(22), at(30))  # from where it was computed before: (30 - 12) / (22 - 4) = 1
+    assert cache.predict(at(31)).item() == 39  # .3
+    assert cache.predict(at(40)) is None  # .6
+    assert cache.computed == 3
+
+
 class Stubborn(EasyCache):
     """Serves the last velocity for ever, until it is told to forget."""
 
@@ -573,3 +609,64 @@ def test_wrong_speed_flags_are_named(flags, said):
         and said in run.stderr
         and len(run.stderr.splitlines()) == 1
     )
+
+
+# ---- what its flags promise ------------------------------------------------------------------------------------------
+def test_every_flag_of_the_settings_reaches_them():
+    flags = "--size 64x32 --frames 5 --steps 3 --shift 7 --guidance 2,3 --solver euler"
+    given = sampling_overrides(arguments([*flags.split(), "--negative", "blurred"]))
+    wanted = dict(size=(64, 32), frames=5, steps=3, shift=7.0, guidance=(2.0, 3.0), solver="euler", negative="blurred")
+    assert given == wanted and set(sampling_overrides(arguments([])).values()) == {None}
+    assert sampling_overrides(arguments(["--negative", ""]))["negative"] == ""  # an empty one is one too
+
+
+def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatch):
+    """Weights in 8 bits, blocks on the host, tiles, an encoder of another file; one seed for all prompts."""
+    made, tiles, seeds, videos = [], [], [], [torch.zeros(3, 1, 32, 32)]
+
+    def keep_models(ckpt, runtime, loras, text_encoder=None):
+        made.append((runtime, text_encoder))
+        return Models(ckpt, runtime, loras, None)
+
+    monkeypatch.setattr(sample, "Models", keep_models)
+    monkeypatch.setattr(sample, "decode", lambda models, z, tile=0: tiles.append(tile) or videos)
+    monkeypatch.setattr(sample, "tile_report", lambda *_: "")
+    real = sample.sample_latents
+    monkeypatch.setattr(sample, "sample_latents", lambda m, p, s, *a, **k: seeds.append(s) or real(m, p, s, *a, **k))
+    monkeypatch.setattr(sample.plan, "sampling", lambda *_, **__: SimpleNamespace(compare=lambda device: ""))
+    (tmp_path / "p.txt").write_text("a cat\na dog\n", encoding="utf-8-sig")
+    words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"
+    words += " --size 32x32 --frames 1 --steps 1 --guidance 1 --base_dtype fp8 --stream_blocks 1 --vae_tile 4"
+    monkeypatch.setattr("sys.argv", ["sample.py", *words.split(), "--text_encoder", "other.safetensors"])
+    sample.main()
+    ((runtime, encoder),) = made
+    assert runtime.fp8 and runtime.stream_blocks == 1 and encoder == "other.safetensors"
+    assert tiles == [4, 4] and seeds == [[3], [3]] and (tmp_path / "v_000.mp4").exists()
+
+
+def test_prompts_of_a_file(tmp_path):
+    """Without the mark that some editors begin a file with, and without empty lines."""
+    (tmp_path / "p.txt").write_text("\n a cat \n\na dog", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+
+
+def test_a_preview_comes_every_so_many_steps(tmp_path):
+    """After the second step and the fourth, and shows that step's estimate."""
+    models, file = SimpleNamespace(acquire=lambda name: None), tmp_path / "p.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "latent_to_rgb", lambda vae: torch.eye(4, 3))
+        write, written = preview_writer(models, file, 2, "a cat"), []
+    for step in range(5):
+        write(step, torch.full((1, 3, 2, 2, 2), 0.2 * step - 0.5))
+        if file.exists():
+            written.append((step, Image.open(file).getpixel((10, 60))[0]))
+            file.unlink()
+    assert [step for step, _ in written] == [1, 3]
+    assert written[0][1] < written[1][1]
+
+
+def test_a_contact_sheet_shows_a_clip_from_its_first_frame_to_its_last(tmp_path):
+    video = torch.linspace(-1, 1, 9)[None, :, None, None].expand(3, 9, 8, 8)
+    write_grid(tmp_path / "g.png", [video], ["x"], shown=3, scale=1)
+    row = np.asarray(Image.open(tmp_path / "g.png"))[22, 4:28, 0]
+    assert row[4] == 0 and row[12] in (127, 128) and row[20] == 255

@@ -1,5 +1,6 @@
 """Set-up goes on without a C++ extension, and one that was built for another CPU is not loaded."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,6 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+import kernels
 
 ROOT = Path(__file__).parent.parent
 FAILS = """#!/bin/sh
@@ -48,19 +52,85 @@ def test_cuda_that_was_asked_for_is_an_error(tmp_path):
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ("nanowan_csrc is built for: fma.avx9000", "was built for a CPU with avx9000"),  # must not even be opened
-        ("nanowan_csrc is built for: ", "does not load"),
-    ],
-)
-def test_an_extension_for_another_machine(tmp_path, content, said):
+SOURCES, TORCH = kernels.sources_digest(ROOT / "csrc"), torch.__version__
+OTHERS = {
+    "cpu": (f"fma.avx9000 from: {SOURCES} with torch: {TORCH}", "was built for a CPU with avx9000"),
+    "sources": (f" from: {SOURCES[::-1]} with torch: {TORCH}", f"was built from other sources than {ROOT}/csrc"),
+    "older": ("", f"was built from other sources than {ROOT}/csrc"),  # before it said from which
+    "torch": (f" from: {SOURCES} with torch: 2.9.1+cu1", f"was built with torch 2.9.1+cu1, and this is {TORCH}"),
+    "none": (f" from: {SOURCES} with torch: {TORCH}", ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_extension_says_of_itself_is_compared(tmp_path, name):
+    built_for, said = OTHERS[name]
+    file = tmp_path / "nanowan_csrc.so"
+    file.write_text(f"...nanowan_csrc is built for: {built_for}\0...")
+    assert kernels.mismatch(file) == said
+
+
+@pytest.mark.parametrize("name, said", [("sources", "was built from other sources"), ("none", "does not load")])
+def test_an_extension_that_cannot_be_used_is_one_line(tmp_path, name, said):
+    """That names it and what rebuilds it; where it is not this checkout's, it is not even opened."""
     file = tmp_path / f"nanowan_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
-    file.write_text(content)
+    file.write_text(f"nanowan_csrc is built for: {OTHERS[name][0]}\0")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import kernels; print(kernels.BUILT)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "NANOWAN_OPS": "auto"}
     )
     assert done.returncode == 0 and done.stdout.strip() == "False"
-    assert done.stderr.count("\n") == 1 and f"{file} {said}" in done.stderr
+    assert done.stderr.count("\n") == 1 and f"nanowan: {file} {said}" in done.stderr
+    assert f"cd {ROOT} && {sys.executable} setup.py build_ext --inplace" in done.stderr
+
+
+@pytest.fixture
+def set_up(monkeypatch):
+    """setup.py as a module, of which nothing is built."""
+    monkeypatch.setenv("NANOWAN_CSRC", "0")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("nanowan_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_digest_is_of_every_source(set_up, tmp_path):
+    assert set_up.sources_digest() == SOURCES
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for file in (tmp_path / "csrc").iterdir():
+        before = file.read_bytes()
+        file.write_bytes(before + b"\n")
+        assert kernels.sources_digest(tmp_path / "csrc") != SOURCES
+        file.write_bytes(before)
+
+
+def test_the_extension_here_is_of_these_sources():
+    file = Path(sys.modules["nanowan_csrc"].__file__)
+    assert f" from: {SOURCES} with torch: {TORCH}\0".encode() in file.read_bytes()
+    assert not kernels.mismatch(file)
+
+
+@pytest.mark.parametrize(
+    "release, torch_cuda, said",
+    [
+        ("13.0", "12.8", "nvcc is of CUDA 13, torch of CUDA 12.8"),
+        ("12.4", "12.8", ""),
+        (None, "12.8", "there is no nvcc"),
+        ("12.8", None, "this torch was built without CUDA"),
+    ],
+)
+def test_an_nvcc_of_another_cuda_is_left_out(set_up, tmp_path, release, torch_cuda, said):
+    """And the rest built, as where there is none."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1")
+    nvcc.chmod(0o755)
+    assert set_up.cuda_lack(torch_cuda, tmp_path if release else None) == said
+
+
+def test_an_interpreter_that_does_not_go_with_numpy():
+    with pytest.raises(ImportError, match="Triton 3.6.0 does not work with NumPy 2.4.6"):
+        kernels.check_interpreter("3.6.0", "2.4.6")
+    for versions in (("3.7.0", "2.4.6"), ("3.10.1", "2.10.0"), ("3.6.0", "2.3.5")):
+        kernels.check_interpreter(*versions)
