@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from checkpoint import BadInput, load_into, read_headers, weight_files
+from checkpoint import BadInput, load_into
+from formats import read_headers, weight_files
 from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, read_config
 
 EVERY = 5  # an adapter stands behind every fifth block

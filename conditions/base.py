@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import BadInput, read_headers
+from checkpoint import BadInput
+from formats import read_headers
 
 
 class Conditions(NamedTuple):
