@@ -124,6 +124,7 @@ def arguments(argv=None):
         choices=layouts,
         help="an encoder: official (others read it too), comfyui, transformers; a DiT: official, diffusers",
     )
+    add("--part", choices=["dit", "text"], help="default: what IN is; of a checkpoint folder, the encoder (text)")
     add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")
