@@ -111,15 +111,12 @@ def arguments(argv=None):
     add("--thresholds", type=float, nargs="+", default=thresholds, help="of --reuse (default: 0.02 0.05 0.1 0.2)")
 
     add = command("convert", convert, "a text encoder, or a DiT, in another layout, with the same bits")
-    add(
-        "source",
-        metavar="IN",
-        help="an encoder's or a DiT's file or folder, or a checkpoint folder (diffusers: its DiT)",
-    )
+    add("source", metavar="IN", help="an encoder's or a DiT's file or folder, or a checkpoint folder")
     add(
         "out", metavar="OUT", help="the folder of a DiT; of an encoder a .safetensors file, for diffusers also a folder"
     )
     add("--to", required=True, choices=LAYOUTS, help="official is read by others too; comfyui: an encoder only")
+    add("--part", choices=["dit", "text"], help="default: what IN is; of a checkpoint folder, the encoder (text)")
     add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")

@@ -12,6 +12,7 @@ from models import checkpoint_dir
 from t5 import convert_t5, own_encoder, tokenizer_file
 from wan import Wan, load_wan
 
+DIT_LAYOUTS = ("official", "diffusers")
 STEM = "diffusion_pytorch_model"  # both layouts' name of a DiT's files
 FILE_BYTES = 5_000_000_000  # at most, of one of them
 
@@ -51,19 +52,20 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def is_dit(source, layout):
-    """Whether a conversion is of a DiT: of a checkpoint folder that has both, "diffusers" means the DiT, and the others
-    mean the encoder.
-    """
-    if source.is_dir() and layout != "diffusers":
-        with contextlib.suppress(BadInput):
-            return not own_encoder(source)
+def is_dit(source, part):
+    """Whether a conversion is of a DiT: --part says so, else what `source` is; of a checkpoint folder, its encoder."""
+    if part or not source.is_dir():
+        return (part or kind_of(source)) == "dit"
+    with contextlib.suppress(BadInput):
+        return not own_encoder(source)
     return kind_of(source) == "dit"
 
 
 def run(args):
     source, out = checkpoint_dir(args.source), Path(args.out)
-    if is_dit(source, args.to):
+    if is_dit(source, args.part):
+        if args.to not in DIT_LAYOUTS:
+            raise BadInput(f"--to {args.to}: of a DiT, one of {', '.join(DIT_LAYOUTS)}")
         if out.suffix == ".safetensors" or out.is_file():
             raise BadInput(f"{out}: a DiT is written into a folder")
         convert_dit(source, out, args.to)

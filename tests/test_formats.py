@@ -239,6 +239,12 @@ def test_conversion_there_and_back_is_the_same_bits(checkpoints, tmp_path, monke
 def test_what_is_not_converted(checkpoints, tmp_path):
     with pytest.raises(BadInput, match="holds two experts"):
         convert_dit(checkpoints["t2v"], tmp_path / "x", "diffusers")
+    for flags, message in (
+        (["--to", "comfyui", "--part", "dit"], "of a DiT, one of official, diffusers"),
+        (["--to", "diffusers"], "of an encoder, one of .*--part dit"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            diag.convert.run(diag.arguments(["convert", str(checkpoints["ti2v"]), str(tmp_path / "x"), *flags]))
     with pytest.raises(BadInput, match="not a Wan DiT"):
         convert_dit(checkpoints["t2v"] / "Wan2.1_VAE.pth", tmp_path / "x", "diffusers")
     assert not (tmp_path / "x").exists()

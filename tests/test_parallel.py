@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load, read_headers, save, weight_files
+from checkpoint import load, save
 from diagnostics.scale import bytes_sent
+from formats import read_headers, weight_files
 from plan import ParallelLayout
 from t5 import load_t5
 from wan import read_config
