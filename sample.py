@@ -21,6 +21,7 @@ import flow
 import ops
 import plan
 from checkpoint import BadInput, cli, save
+from conditions import CONDITIONING
 from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_writer
 from media import open_image, write_grid, write_mp4
 from models import DTYPES, Models, Request, Runtime, parse_size, pick_device, pick_dtype
@@ -147,26 +148,11 @@ def arguments(argv=None):
     add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
     add("--dtype", choices=list(DTYPES), help="of weights and products (default: bf16 on cuda, fp32 on cpu)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add = p.add_argument_group("S2V-14B: a picture that speaks (--size is the area)").add_argument
-    add("--audio", help="the sound: any file that has a sound track")
-    add("--pose_video", help="a video whose poses are followed")
-    add("--infer_frames", type=int, help="frames of a clip, a multiple of 4 (default: 80)")
-    add("--num_clip", type=int, help="make only so many clips (default: as many as the sound fills)")
-    add("--start_from_ref", action="store_true", help="begin with the picture itself")
-    add(
-        "--sync_sound", action="store_true", help="begin the sound at 3/16 s, where the lips are; officially it is at 0"
-    )
-    add = p.add_argument_group("Animate-14B: a character that moves as a video does").add_argument
-    add(
-        "--src_root_path",
-        help="the folder that prepare.py or the official preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png",
-    )
-    add(
-        "--replace_flag",
-        action="store_true",
-        help="put the character in the place of the video's person (src_bg, src_mask)",
-    )
-    add("--refert_num", type=int, choices=(1, 5), help="frames that a clip takes over from the one before (default: 1)")
+    for conditioning in CONDITIONING.values():
+        if conditioning.flags:
+            group = p.add_argument_group(conditioning.title)
+            for name, how in conditioning.flags.items():
+                group.add_argument(f"--{name}", **how)
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
@@ -250,8 +236,7 @@ def numbered(path, i, count):
 
 def clip_inputs(args, conditioning):
     """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
-    names = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
-    names += ("src_root_path", "replace_flag", "refert_num")
+    names = [name for c in CONDITIONING.values() for name in c.flags]
     inputs = {name: getattr(args, name) for name in names if getattr(args, name)}
     strange = [name for name in inputs if name not in conditioning.flags]
     if strange:

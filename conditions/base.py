@@ -150,7 +150,7 @@ class TextOnly(Samples):
 
     channels = 0  # of the conditioning, behind the noise
     decodes_more = 0  # latent frames that are decoded beside those that are sampled
-    flags = ()  # of sample.py's, those that only some variants take
+    title, flags = "", {}  # of sample.py's flags for this kind of input: {name: argparse's arguments}
     by_clips = False  # whether `sequence` makes a video of any length of it
     encoders = {}  # further parts of the checkpoint, {name: Encoder}
     takes_image = False  # with a prompt

@@ -72,7 +72,19 @@ class Character(TextOnly):
     by_clips = True
     channels = 20
     decodes_more = -1
-    flags = ("src_root_path", "replace_flag", "refert_num")
+    title = "Animate-14B: a character that moves as a video does"
+    flags = {
+        "src_root_path": dict(
+            help="the folder that prepare.py or the official preprocessing wrote: src_pose.mp4, src_face.mp4, "
+            "src_ref.png"
+        ),
+        "replace_flag": dict(
+            action="store_true", help="put the character in the place of the video's person (src_bg, src_mask)"
+        ),
+        "refert_num": dict(
+            type=int, choices=(1, 5), help="frames that a clip takes over from the one before (default: 1)"
+        ),
+    }
     encoders = {
         "clip": Encoder("", "models_clip*", load_clip),
         "motion": Encoder("", "diffusion_pytorch_model*.safetensors", load_motion_encoder, MOTION_PREFIX),

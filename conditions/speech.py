@@ -99,7 +99,17 @@ class Speech(TextOnly):
 
     takes_image = needs_image = by_clips = True
     decodes_more = s2v.MOTION_LATENTS
-    flags = ("audio", "pose_video", "infer_frames", "num_clip", "start_from_ref", "sync_sound")
+    title = "S2V-14B: a picture that speaks (--size is the area)"
+    flags = {
+        "audio": dict(help="the sound: any file that has a sound track"),
+        "pose_video": dict(help="a video whose poses are followed"),
+        "infer_frames": dict(type=int, help="frames of a clip, a multiple of 4 (default: 80)"),
+        "num_clip": dict(type=int, help="make only so many clips (default: as many as the sound fills)"),
+        "start_from_ref": dict(action="store_true", help="begin with the picture itself"),
+        "sync_sound": dict(
+            action="store_true", help="begin the sound at 3/16 s, where the lips are; officially it is at 0"
+        ),
+    }
     frames_over, size_multiple, fixed_speed = 0, 64, True
     lora_targets = *TextOnly.lora_targets, "audio_injector.k", "audio_injector.v"
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
