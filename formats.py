@@ -303,9 +303,9 @@ def check_latent_stats(path, stats):
     if not file.is_file():
         return
     config = read_json(file)
-    given = config.get("latents_mean"), config.get("latents_std")
-    known = stats.get(config.get("z_dim"), given)
-    if None not in given and tuple(map(tuple, given)) != tuple(map(tuple, known)):
+    latent_stats = config.get("latents_mean"), config.get("latents_std")
+    known = stats.get(config.get("z_dim"), latent_stats)
+    if None not in latent_stats and tuple(map(tuple, latent_stats)) != tuple(map(tuple, known)):
         raise BadInput(f"{file}: latents_mean and latents_std are not those of Wan's VAEs")
 
 
@@ -321,24 +321,24 @@ CONFIG_FIXED = {
 }
 
 
-def official_config(given, file):
+def official_config(config, file):
     """What a DiT's config.json says, under the official names. Raises BadInput for another model of diffusers."""
-    if "num_attention_heads" not in given:
-        return given
-    if (name := given.get("_class_name")) not in (None, "WanTransformer3DModel"):
+    if "num_attention_heads" not in config:
+        return config
+    if (name := config.get("_class_name")) not in (None, "WanTransformer3DModel"):
         raise BadInput(f"{file}: a {name}; of diffusers' models only WanTransformer3DModel is read")
     for key, value in CONFIG_FIXED.items():
-        if given.get(key, value) != value:
-            raise BadInput(f"{file}: {key} is {given[key]!r}, and {value!r} in every Wan 2.2 model")
-    heads, width = given["num_attention_heads"], given.get("attention_head_dim")
+        if config.get(key, value) != value:
+            raise BadInput(f"{file}: {key} is {config[key]!r}, and {value!r} in every Wan 2.2 model")
+    heads, width = config["num_attention_heads"], config.get("attention_head_dim")
     if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
         raise BadInput(f"{file}: {heads!r} heads of width {width!r} (num_attention_heads, attention_head_dim)")
-    config = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in given}
+    config = {ours: config[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in config}
     return config | {"dim": heads * width}
 
 
 def diffusers_config(config):
     """The config.json of diffusers for a WanConfig."""
-    given = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
-    given |= {"attention_head_dim": config.dim // config.num_heads, "text_dim": config.text_dim}
-    return {"_class_name": "WanTransformer3DModel", "patch_size": list(config.patch_size), **given, **CONFIG_FIXED}
+    fields = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
+    fields |= {"attention_head_dim": config.dim // config.num_heads, "text_dim": config.text_dim}
+    return {"_class_name": "WanTransformer3DModel", "patch_size": list(config.patch_size), **fields, **CONFIG_FIXED}

@@ -435,12 +435,12 @@ def expert_in_name(path):
     return said.pop() if len(said) == 1 else None
 
 
-def expert_of(path, metadata, given=None):
+def expert_of(path, metadata, chosen=None):
     """Which expert of an A14B a file is for: ("high" | "low" | "both", where that is said), or (None, None).
-    given: such a pair that goes before its metadata and name, or None.
+    chosen: such a pair that goes before its metadata and name, or None.
     """
-    if given:
-        return given
+    if chosen:
+        return chosen
     if metadata.get("expert") in ("high", "low"):
         return metadata["expert"], "its metadata"
     expert = expert_in_name(path)
@@ -456,8 +456,8 @@ def choose_experts(spec, experts, flag="--lora"):
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
-    given = (spec.expert, "the flag") if spec.expert else keys
-    expert, source = expert_of(spec.file, listing.metadata, given)
+    chosen = (spec.expert, "the flag") if spec.expert else keys
+    expert, source = expert_of(spec.file, listing.metadata, chosen)
     alone = not {"high", "low"} & set(experts)
     if expert is None and len(experts) == 1 or alone and source in (None, "its name"):
         return set(experts), None

@@ -332,14 +332,14 @@ class WanS2V(Wan):
         return dict(audio_dim=audio_dim, num_audio_token=local * 4 // dim, cond_dim=shape("cond_encoder.weight")[1])
 
     @classmethod
-    def read_settings(cls, given, entries, path):
+    def read_settings(cls, settings, entries, path):
         """Where the injectors stand. Raises BadInput where that does not fit the weights, and for settings that no
         released weights have.
         """
-        wrong = [f"{k} is {given[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if given.get(k, v) != v]
+        wrong = [f"{k} is {settings[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if settings.get(k, v) != v]
         if wrong:
             raise BadInput(f"{path}: not the released S2V model: {'; '.join(wrong)}")
-        layers, blocks = list(given.get("audio_inject_layers", INJECT_LAYERS)), count_blocks(entries)
+        layers, blocks = list(settings.get("audio_inject_layers", INJECT_LAYERS)), count_blocks(entries)
         count = sum(re.fullmatch(r"audio_injector\.injector\.\d+\.q\.weight", name) is not None for name in entries)
         if len(layers) != count or layers != sorted({*layers} & {*range(blocks)}):
             raise BadInput(

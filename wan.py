@@ -254,9 +254,9 @@ class Wan(nn.Module):
         return {}
 
     @classmethod
-    def read_settings(cls, given, entries, path):
-        """{field: value} of what config_class has beyond WanConfig and the tensors do not tell: from config.json's
-        entries `given`, none where there is no such file. Raises BadInput for what the class does not implement.
+    def read_settings(cls, settings, entries, path):
+        """{field: value} of what config_class has beyond WanConfig and the tensors do not tell. settings: config.json's
+        entries, none where there is no such file. Raises BadInput for what the class does not implement.
         """
         return {}
 
@@ -452,23 +452,25 @@ def read_config(path, entries):
         if dim % 128:
             raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
         return of_class(config, shape, entries, {}, path)
-    given = official_config(read_json(file), file)
+    settings = official_config(read_json(file), file)
     named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
-    config = replace(config, **{name: given[name] for name in named if name in given})
-    found = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
-    wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in found.items() if getattr(config, k) != v]
+    config = replace(config, **{name: settings[name] for name in named if name in settings})
+    measured = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
+    wrong = [
+        f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in measured.items() if getattr(config, k) != v
+    ]
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
         raise BadInput(
             f"{file}: does not fit {path}: "
             + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
         )
-    return of_class(replace(config, model_type=signed or config.model_type), shape, entries, given, file)
+    return of_class(replace(config, model_type=signed or config.model_type), shape, entries, settings, file)
 
 
-def of_class(config, shape, entries, given, path):
+def of_class(config, shape, entries, settings, path):
     """A WanConfig as its model's class has it, with the further sizes and settings that this reads."""
     cls = wan_class(config.model_type)
-    further = cls.read_sizes(shape, entries) | cls.read_settings(given, entries, path)
+    further = cls.read_sizes(shape, entries) | cls.read_settings(settings, entries, path)
     return cls.config_class(**vars(config), **further)
 
 
