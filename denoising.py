@@ -94,7 +94,7 @@ class EasyCache:
 def denoise(models, s, x, embeds, negative, conditions, progress=True, step_cache=None, callback_on_step_end=None):
     """From noise x (B,C,T',h,w) to latents of the same shape, fp32.
 
-    s: the Settings in force. embeds, negative: as GuidedModel takes them. conditions: of conditions.py. step_cache: an
+    s: the Settings in force. embeds, negative: as GuidedModel takes them. conditions: of conditions/. step_cache: an
     EasyCache. callback_on_step_end(i, x0) sees the estimate of the clean latents after every model evaluation. Raises
     BadInput where the result is not finite.
     """
