@@ -193,3 +193,26 @@ def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():
         args.device = "cpu"
         train.resolve_flags(args, s)
         assert (args.shift, args.t_distribution, args.resolution, args.frames) == (shift, "uniform", "64x32", s.frames)
+
+
+def test_only_some_clips_have_their_first_frame_given(tmp_path):
+    """At --i2v_prob, clip by clip: its first time is 0 and does not count, and all other times of a clip are one."""
+    save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 3, 2, 2)})
+    count = 16
+    items = [SimpleNamespace(captions=["x"], frames=9)] * count
+    args = train_lora.arguments("--i2v_prob 0.5 --seed 3".split())
+    args.shift, args.t_distribution = 1.0, "uniform"
+    dataset = SimpleNamespace(
+        args=args,
+        items=items,
+        files=[tmp_path / "a.safetensors"] * count,
+        batches=SimpleNamespace(at=lambda step: list(range(count))),
+        world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0)),
+    )
+    ((batch, weight),) = train.Dataset.step(dataset, 0, 0.0, 1.0, lambda captions, rng: captions[0])
+    given = batch.t[:, 0] == 0
+    assert weight == 1 and batch.t.shape == (count, 3) and 2 <= given.sum() <= count - 2
+    assert (batch.t[:, 1:] > 0).all() and torch.equal(batch.t[:, 1], batch.t[:, 2])
+    assert torch.equal(batch.t[~given, 0], batch.t[~given, 1])
+    mask = batch.loss_mask.flatten(1)
+    assert torch.equal(mask > 0, batch.t > 0) and abs(mask.mean() - 1) < 1e-6
