@@ -199,7 +199,6 @@ def fused_is_faster(q, heads):
     return timed(q.device, tuple(q.shape), q.dtype, heads)
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs this while it traces, and leaves it out
 def timed(device, shape, dtype, heads):
     key = (device, shape, dtype, heads)
     if key not in PICKED:
@@ -215,6 +214,10 @@ def timed(device, shape, dtype, heads):
         times = f"{ours:.2f} ms fused, {theirs:.2f} ms unfused"
         print(f"ops: attention of {shape} in {dtype}: {faster} ({times})", file=sys.stderr, flush=True)
     return PICKED[key]
+
+
+if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
+    timed = torch.compiler.assume_constant_result(timed)  # torch.compile runs it while it traces, and leaves it out
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None):
