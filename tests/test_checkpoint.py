@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import torch
 from safetensors import safe_open
@@ -202,25 +203,20 @@ def test_a_broken_checkpoint_is_one_clear_line(checkpoints, tmp_path, how, messa
     folder = tmp_path / "c"
     shutil.copytree(checkpoints["ti2v"], folder)
     break_checkpoint(folder, how)
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "sample.py",
-            "--ckpt",
-            folder,
-            "--size",
-            "32x32",
-            "--frames",
-            "1",
-            "--steps",
-            "1",
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / "v.mp4",
-        ],
-        capture_output=True,
-        text=True,
+    run = scripts.run(
+        ROOT / "sample.py",
+        "--ckpt",
+        folder,
+        "--size",
+        "32x32",
+        "--frames",
+        "1",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "v.mp4",
     )
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith("error: ") and message in last and str(folder) in last, run.stderr

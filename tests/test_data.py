@@ -9,6 +9,7 @@ from unittest import mock
 import av
 import numpy as np
 import pytest
+import scripts
 import tiny
 import torch
 from PIL import Image
@@ -651,8 +652,6 @@ def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
 
 def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
     import os
-    import subprocess
-    import sys
     import tempfile
 
     folder = Path(tempfile.mkdtemp())
@@ -706,29 +705,24 @@ def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
         (folder / "locked.png").unlink()
         Image.new("RGB", (10000, 9000)).save(folder / "huge.png")
         (folder / "huge.txt").write_text("a very large photograph")
-        run = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "train_lora.py",
-                "--ckpt",
-                checkpoints["ti2v"],
-                "--data",
-                folder,
-                "--out",
-                folder / "out",
-                "--resolution",
-                "64x64",
-                "--frames",
-                "9",
-                "--steps",
-                "3",
-                "--batch",
-                "2",
-                "--device",
-                "cpu",
-            ],
-            capture_output=True,
-            text=True,
+        run = scripts.run(
+            ROOT / "train_lora.py",
+            "--ckpt",
+            checkpoints["ti2v"],
+            "--data",
+            folder,
+            "--out",
+            folder / "out",
+            "--resolution",
+            "64x64",
+            "--frames",
+            "9",
+            "--steps",
+            "3",
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
         )
         assert run.returncode == 0 and (folder / "out" / "adapter_model.safetensors").exists(), run.stderr
         assert "data: 3 files, 8 skipped" in run.stdout and all(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import torch
 from test_lora import trained
@@ -581,11 +582,11 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
     """Of new words it grades those that the run's captions hold."""
     (tmp_path / "p.txt").write_text("a crimson box sinks\na red circle moves left\n")
     clips = ["--out", tmp_path / "clips", "--n", "40", "--words", "crimson"]
-    subprocess.run([sys.executable, ROOT / "nano.py", "clips", *clips], check=True, capture_output=True)
+    scripts.run(ROOT / "nano.py", "clips", *clips, check=True)
     flags = ["--data", tmp_path / "clips", "--out", tmp_path / "run", "--steps", "4", "--batch", "4", "--device", "cpu"]
     flags += ["--previews", tmp_path / "p.txt", "--eval_every", "2"]
     flags += ["--keywords", "crimson"] if script == "train_te" else ["--name", "mine", "--save_every", "2"]
-    subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], check=True, capture_output=True)
+    scripts.run(ROOT / f"{script}.py", *flags, check=True)
     diag("report", tmp_path / "run", "--n", "2")
     progress = capsys.readouterr().out
     assert "listening after training" in progress and "crimson: 2 prompts" in progress

@@ -3,12 +3,11 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 from checkpoint import BadInput
@@ -84,20 +83,17 @@ def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
     from data import Item, pixels
 
     for name in ("a", "b"):
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "nano.py",
-                "clips",
-                "--out",
-                tmp_path / name,
-                "--n",
-                "12",
-                "--seed",
-                "4",
-                "--words",
-                "crimson,box",
-            ],
+        scripts.run(
+            ROOT / "nano.py",
+            "clips",
+            "--out",
+            tmp_path / name,
+            "--n",
+            "12",
+            "--seed",
+            "4",
+            "--words",
+            "crimson,box",
             check=True,
         )
     rows = [json.loads(line) for line in (tmp_path / "a" / "attributes.jsonl").read_text().splitlines()]
@@ -153,11 +149,7 @@ def test_the_committed_checkpoint_is_small_and_in_the_official_layout():
 
 def test_the_committed_checkpoint_listens(tmp_path):
     """40 held-out prompts: enough to notice a broken model; `python nano.py eval` gives the figures."""
-    subprocess.run(
-        [sys.executable, ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json"],
-        check=True,
-        capture_output=True,
-    )
+    scripts.run(ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json", check=True)
     scores = json.loads((tmp_path / "e.json").read_text())
     assert scores["n"] == 40
     for suite in scores["suites"].values():
@@ -169,11 +161,7 @@ def test_any_prompts_are_graded_by_what_is_given(tmp_path):
         '{"prompt": "a red square moves left", "color": "red"}\n'
         '{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n'
     )
-    subprocess.run(
-        [sys.executable, ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json"],
-        check=True,
-        capture_output=True,
-    )
+    scripts.run(ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json", check=True)
     scores = json.loads((tmp_path / "e.json").read_text())
     assert scores["n"] == 2 and set(scores["accuracy"]) == {"color", "motion"}
 

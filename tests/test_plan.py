@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import torch
 from test_diag import full_size
@@ -124,30 +125,23 @@ def test_a_tiled_decode(report):
 
 
 def test_the_command(tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "diag.py",
-            "plan",
-            "--json",
-            tmp_path / "p.json",
-            "train_te",
-            "--ckpt",
-            "nano",
-            "--batch",
-            "4",
-            "--previews",
-            "x",
-        ],
-        capture_output=True,
-        text=True,
+    run = scripts.run(
+        ROOT / "diag.py",
+        "plan",
+        "--json",
+        tmp_path / "p.json",
+        "train_te",
+        "--ckpt",
+        "nano",
+        "--batch",
+        "4",
+        "--previews",
+        "x",
     )
     assert run.returncode == 0 and "plan: peak memory" in run.stdout and "previews:" in run.stdout, run.stderr
     told = json.loads((tmp_path / "p.json").read_text())
     assert told["peak"] == told["process"] + max(sum(p.values()) for p in told["phases"].values())
-    bad = subprocess.run(
-        [sys.executable, ROOT / "diag.py", "plan", "train_lora", "--frames", "8"], capture_output=True, text=True
-    )
+    bad = scripts.run(ROOT / "diag.py", "plan", "train_lora", "--frames", "8")
     assert bad.returncode == 1 and "nearest 9" in bad.stderr
 
 

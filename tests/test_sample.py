@@ -2,14 +2,13 @@
 
 import gc
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scripts
 import tiny
 import torch
 import torch.nn.functional as F
@@ -122,39 +121,34 @@ def test_equals_a_plain_loop_of_peers(checkpoints, kind, picture, solver, report
 def test_command_line_end_to_end(checkpoints, tmp_path):
     """mp4 with its settings inside, latents, contact sheet, many prompts in one load."""
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog runs\n")
-    run = subprocess.run(
-        [
-            sys.executable,
-            SCRIPT,
-            "--ckpt",
-            checkpoints["ti2v"],
-            "--prompts",
-            tmp_path / "prompts.txt",
-            "--size",
-            "64x32",
-            "--frames",
-            "5",
-            "--steps",
-            "2",
-            "--guidance",
-            "3",
-            "--seed",
-            "5",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            "--out",
-            tmp_path / "v.mp4",
-            "--reuse",
-            "0.01",  # which leaves out none of two steps
-            "--save_latents",
-            tmp_path / "z.safetensors",
-            "--grid",
-            tmp_path / "g.png",
-        ],
-        capture_output=True,
-        text=True,
+    run = scripts.run(
+        SCRIPT,
+        "--ckpt",
+        checkpoints["ti2v"],
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--size",
+        "64x32",
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+        "--seed",
+        "5",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--out",
+        tmp_path / "v.mp4",
+        "--reuse",
+        "0.01",
+        "--save_latents",
+        tmp_path / "z.safetensors",
+        "--grid",
+        tmp_path / "g.png",
     )
     assert run.returncode == 0, run.stderr
     import av
@@ -342,22 +336,8 @@ def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
     ],
 )
 def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
-    command = [
-        sys.executable,
-        SCRIPT,
-        "--ckpt",
-        checkpoints["ti2v"],
-        "--size",
-        "32x32",
-        "--frames",
-        "1",
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-        *flags,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+    how = "--size 32x32 --frames 1 --steps 1 --device cpu".split()
+    run = scripts.run(SCRIPT, "--ckpt", checkpoints["ti2v"], *how, *flags)
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ") and message in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -602,7 +582,7 @@ def test_preview_shows_what_the_clip_will_be(tmp_path):
     ],
 )
 def test_wrong_speed_flags_are_named(flags, said):
-    run = subprocess.run([sys.executable, SCRIPT, "--device", "cpu", *flags], capture_output=True, text=True)
+    run = scripts.run(SCRIPT, "--device", "cpu", *flags)
     assert (
         run.returncode == 1
         and run.stderr.startswith("error: ")

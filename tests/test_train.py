@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scripts
 import tiny
 import torch
 from test_data import clip, photo
@@ -38,38 +39,9 @@ def media(tmp_path_factory):
 
 
 def train(script, ckpt, media, out, *flags, check=True, code=None, steps=4):
-    run = subprocess.run(
-        [
-            sys.executable,
-            *(["-c", code] if code else []),
-            ROOT / f"{script}.py",
-            "--ckpt",
-            ckpt,
-            "--data",
-            media,
-            "--out",
-            out,
-            "--cache",
-            media.parent / "cache",
-            "--resolution",
-            "64x64",
-            "--frames",
-            "9",
-            "--steps",
-            str(steps),
-            "--batch",
-            "2",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            *map(str, flags),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert not check or run.returncode == 0, run.stderr
-    return run
+    where = "--ckpt", ckpt, "--data", media, "--out", out, "--cache", media.parent / "cache"
+    how = f"--resolution 64x64 --frames 9 --steps {steps} --batch 2 --device cpu --dtype fp32".split()
+    return scripts.run(ROOT / f"{script}.py", *where, *how, *flags, code=code, check=check)
 
 
 def logged(out):
@@ -115,11 +87,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
     """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit
     for bit.
     """
-    subprocess.run(
-        [sys.executable, ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson"],
-        check=True,
-        capture_output=True,
-    )
+    scripts.run(ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson", check=True)
     steps, results = 50 * kills, []
     for times in (0, kills):
         out = tmp_path / f"{times}"
@@ -676,11 +644,7 @@ def medium(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano") / "clips"
-    subprocess.run(
-        [sys.executable, ROOT / "nano.py", "clips", "--out", folder, "--n", "130", "--words", "crimson"],
-        check=True,
-        capture_output=True,
-    )
+    scripts.run(ROOT / "nano.py", "clips", "--out", folder, "--n", "130", "--words", "crimson", check=True)
     return folder
 
 

@@ -1,11 +1,10 @@
 """train_lora.py from the command line: every model type, resuming, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import torch
 from test_data import clip
@@ -25,40 +24,9 @@ def adapters_in(out):
 
 
 def train(ckpt, media, out, *flags, check=True, code=None):
-    run = subprocess.run(
-        [
-            sys.executable,
-            *(["-c", code] if code else []),
-            ROOT / "train_lora.py",
-            "--ckpt",
-            ckpt,
-            "--data",
-            media,
-            "--out",
-            out,
-            "--cache",
-            out.parent / "cache",
-            "--resolution",
-            "64x64",
-            "--frames",
-            "9",
-            "--steps",
-            "6",
-            "--batch",
-            "2",
-            "--rank",
-            "4",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            *map(str, flags),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert not check or run.returncode == 0, run.stderr
-    return run
+    where = "--ckpt", ckpt, "--data", media, "--out", out, "--cache", out.parent / "cache"
+    how = "--resolution 64x64 --frames 9 --steps 6 --batch 2 --rank 4 --device cpu --dtype fp32".split()
+    return scripts.run(ROOT / "train_lora.py", *where, *how, *flags, code=code, check=check)
 
 
 @pytest.mark.parametrize(
@@ -185,33 +153,10 @@ def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
         "return t\nm.sample_timesteps = spy; train_lora.main()"
     )
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                ROOT / "train_lora.py",
-                "--ckpt",
-                checkpoints["t2v"],
-                "--expert",
-                expert,
-                "--data",
-                media,
-                "--out",
-                tmp_path / expert,
-                "--cache",
-                tmp_path / "cache",
-                "--resolution",
-                "64x64",
-                "--frames",
-                "9",
-                "--steps",
-                "12",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        where = ("--data", media, "--out", tmp_path / expert, "--cache", tmp_path / "cache", "--expert", expert)
+        how = "--resolution 64x64 --frames 9 --steps 12".split()
+        script = ROOT / "train_lora.py"
+        run = scripts.run(script, "--ckpt", checkpoints["t2v"], *where, *how, code=code, check=True)
         drawn = [float(v) for line in run.stdout.splitlines() if line.startswith("T ") for v in line.split()[1:]]
         assert len(drawn) == 24 and low <= min(drawn) and max(drawn) <= high
 

@@ -2,12 +2,11 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import torch
 
@@ -28,40 +27,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def train(ckpt, media, out, *flags, check=True, code=None):
-    run = subprocess.run(
-        [
-            sys.executable,
-            *(["-c", code] if code else []),
-            ROOT / "train_te.py",
-            "--ckpt",
-            ckpt,
-            "--data",
-            media,
-            "--out",
-            out,
-            "--cache",
-            out.parent / "cache",
-            "--resolution",
-            "64x64",
-            "--frames",
-            "9",
-            "--steps",
-            "6",
-            "--batch",
-            "2",
-            "--keywords",
-            "dog",
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-            *map(str, flags),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert not check or run.returncode == 0, run.stderr
-    return run
+    where = "--ckpt", ckpt, "--data", media, "--out", out, "--cache", out.parent / "cache"
+    how = "--resolution 64x64 --frames 9 --steps 6 --batch 2 --keywords dog --device cpu --dtype fp32".split()
+    return scripts.run(ROOT / "train_te.py", *where, *how, *flags, code=code, check=check)
 
 
 def changed(ckpt, file):
