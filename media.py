@@ -174,14 +174,19 @@ def has_sound(path):
 
 
 def sound_delay(path):
-    """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before."""
+    """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before. Raises Skip
+    where one of them cannot be decoded.
+    """
     import av
 
     begins = []
     for kind in ("video", "audio"):
-        with av.open(str(path)) as container:
-            frame = next(container.decode(**{kind: 0}), None)
-            begins.append(frame.time if frame is not None and frame.time is not None else 0.0)
+        try:
+            with av.open(str(path)) as container:
+                frame = next(container.decode(**{kind: 0}), None)
+        except Exception as e:  # decoders meet damaged files with errors of every kind
+            raise Skip(f"its {kind} cannot be decoded ({why(e)})") from None
+        begins.append(frame.time if frame is not None and frame.time is not None else 0.0)
     return begins[1] - begins[0]
 
 

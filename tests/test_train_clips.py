@@ -31,6 +31,7 @@ from checkpoint import BadInput, load
 from conditions import CONDITIONING
 from diagnostics.planning import planned
 from lora import inject, lora_layers
+from media import Skip, sound_delay
 from models import Models
 from run import Run
 from vae import load_vae
@@ -177,6 +178,12 @@ def test_windows_hear_their_own_time(s2v, talk, tmp_path):
     features = sampled(models, s2v, talk, tmp_path).features[0]
     got = [load(file)[0]["audio"] for file in dataset.files]
     assert all(torch.equal(audio, features[..., 16 * k : 16 * k + 16]) for k, audio in enumerate(got))
+
+
+def test_sound_that_cannot_be_decoded_is_a_reason_to_skip(tmp_path):
+    (tmp_path / "a.mkv").write_bytes(b"no clip at all")
+    with pytest.raises(Skip, match="its video cannot be decoded"):
+        sound_delay(tmp_path / "a.mkv")
 
 
 @torch.no_grad()
