@@ -293,6 +293,15 @@ def put(owner, leaf, tensor):
         setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
+def trim_heap():
+    """Give freed memory back to the system; glibc keeps what lies in holes between blocks that stay."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+TRIM_BYTES = 32 << 20  # of weights in fp32, between two calls of trim_heap
+
+
 def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_built=lambda model: None):
     """Stream `entries` into `model`, which was built on the meta device.
 
@@ -327,7 +336,12 @@ def load_into(model, entries, device, dtype, fp32=lambda name: False, on_model_b
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
     # the heap.
     scratch = torch.empty(max(e.scratch_bytes for e in entries.values()), dtype=torch.uint8)
+    since_trim = 0
     for name in sorted(left, key=lambda n: (str(entries[n].file), entries[n].offset)):
+        since_trim += 4 * entries[name].numel
+        if since_trim > TRIM_BYTES:  # what decoding, or rounding to 8 bits, took
+            trim_heap()
+            since_trim = 0
         owner, _, leaf = name.rpartition(".")
         owner, goal = model.get_submodule(owner), torch.float32 if fp32(name) else dtype
         if leaf == "weight" and hasattr(owner, "load"):  # fp8.Fp8Linear

@@ -24,7 +24,7 @@ from models import Request
 
 class Parts:
     """The clips of one video that are done, each in a file of a folder beside the video: OUT.clips/clip_000.safetensors
-    holds its latents, its frames (n,H,W,3) uint8, and the Sequence's state after it.
+    holds its latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Sequence's state.
     """
 
     def __init__(self, out, settings, resume):
@@ -46,13 +46,17 @@ class Parts:
             r += 1
         return r
 
+    def state_file(self, r):
+        return self.folder / f"after_{r:03d}.safetensors"
+
     def save(self, r, latents, frames, state):
-        tensors = {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}
-        save(self.file(r), tensors | {f"state.{k}": v for k, v in state.items()}, {"key": self.key})
+        save(self.state_file(r), state)  # before the clip, which counts as done once it is there
+        save(self.file(r), {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}, {"key": self.key})
+        if r:
+            self.state_file(r - 1).unlink(missing_ok=True)
 
     def state(self, r):
-        tensors = load(self.file(r))[0]
-        return {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+        return load(self.state_file(r))[0]
 
     def latents(self, r):
         return load(self.file(r))[0]["latents"]
@@ -112,6 +116,23 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         models.world.barrier()
 
 
+def check_disk(out, sequence, done=0):
+    """Raise BadInput where the disk that `out` is to lie on has no room for the clips of a Sequence that are not done,
+    which all wait there for the last one, and for the video.
+    """
+    (_, frames, _, _), (width, height) = sequence.shape, sequence.size
+    pixels = 3 * 4 * frames * width * height  # of a clip, one byte each
+    clips, mp4 = pixels + 4 * math.prod(sequence.shape), pixels // 20  # the latter at most, about
+    states = 2 * sum(t.nbytes for t in sequence.state().values() if t is not None)
+    need = (sequence.count - done) * clips + sequence.count * mp4 + states
+    parent = next(d for d in Path(out).absolute().parents if d.exists())
+    if need > (free := shutil.disk_usage(parent).free):
+        raise BadInput(
+            f"--out {out}: {sequence.count} clips of {width}x{height} need {need / 1e9:.3g} GB until they are one "
+            f"video, and {parent} has {free / 1e9:.3g} GB free; make it shorter or smaller (--size)"
+        )
+
+
 def write_video(out, parts, sequence, comment, save_latents=None):
     """The mp4 of all clips, with the Sequence's sound; save_latents: a file for their latents_0, latents_1, ..."""
     write_frames(out, parts.frames(), sequence.fps, comment, sound=sequence.sound, sound_offset=sequence.sound_offset)
@@ -149,6 +170,7 @@ def run(args, prompts, models, s, seed, inputs):
     world.barrier()  # until the first rank has cleared the folder
     if not world.is_main:
         parts = Parts(args.out, used, resume=True)
+    check_disk(args.out, sequence, parts.done())
     callback = None
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")

@@ -1,6 +1,7 @@
 """sample.py for the variants that go clip by clip, S2V and Animate: latents of the official pipelines, sound."""
 
 import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -311,7 +312,8 @@ def test_clips_go_on_from_the_last_one_that_is_done(tmp_path, monkeypatch):
         parts = clips.Parts(tmp_path / "v.mp4", {"seed": 1}, resume=done > 1)
         assert parts.done() == done - 1
         clips.sample_clips(models, None, "a", sequence, parts, progress=False, reuse=0.25)
-        assert [parts.state(r)["last"].item() for r in range(done)] == [1, 2, 3][:done]
+        assert parts.state(done - 1)["last"].item() == done
+        assert len(list((tmp_path / "v.clips").glob("after_*"))) == 1  # earlier ones take disk and serve nothing
     assert thresholds == [0.25] * 3 and (parts.latents(2) == 10).all()
 
 
@@ -323,6 +325,19 @@ def test_a_new_video_takes_none_of_anothers_clips(tmp_path):
     with pytest.raises(BadInput, match="other settings"):
         clips.Parts(out, {"seed": 2}, resume=True)
     assert clips.Parts(out, {"seed": 1}, resume=False).done() == 0 and not (tmp_path / "v.clips").exists()
+
+
+def test_clips_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):
+    """Ten seconds of 64x64 at the default 80 frames: two clips of 0.98 MB and their latents, and what joins them."""
+    usage, asked = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(clips, "denoise", lambda *a, **k: asked.append(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    tiny_s2v.write_wav(tmp_path / "a.wav", tiny_s2v.sound(10)[None])
+    tiny_s2v.write_picture(tmp_path / "p.png", 64, 64)
+    flags = "--prompt", "a", "--image", tmp_path / "p.png", "--audio", tmp_path / "a.wav", "--size", "64x64"
+    with pytest.raises(BadInput, match=r"2 clips of 64x64 need 0.0\d+ GB .* has 0.002 GB free"):
+        run(monkeypatch, "--ckpt", s2v, *flags, "--out", tmp_path / "v.mp4")
+    assert not asked
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
