@@ -72,9 +72,19 @@ def tokens(out, **ranks):
         save(out, found)
 
 
+def long_video(out, ckpt, inputs, **ranks):
+    """Two clips of S2V or Animate, through the library. inputs: what sample.generate is given."""
+    world = World("cpu", **ranks)
+    _, latents = sample.generate(sample.load(ckpt, world=world), "a prompt", progress=False, **inputs)
+    assert ("tokens" in world.sent) == (world.sp_size > 1)
+    if world.is_main:
+        save(out, {f"latents_{r}": z for r, z in enumerate(latents)})
+
+
 def run(job):
-    if job["script"] in ("library", "tokens"):
-        {"library": library, "tokens": tokens}[job["script"]](*job["argv"], **job["ranks"])
+    functions = {"library": library, "tokens": tokens, "long_video": long_video}
+    if job["script"] in functions:
+        functions[job["script"]](*job["argv"], **job["ranks"])
         return
     module, main = importlib.import_module(job["script"]), int(os.environ.get("RANK", 0)) == 0
     adamw, save_state, restore = getattr(module, "adamw", None), TrainState.save, TrainState.restore

@@ -1,0 +1,80 @@
+"""Videos of several clips (S2V, Animate) on ranks, with streamed blocks, in 8 bits, compiled: as on one device."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import tiny_animate
+import tiny_s2v
+import torch
+from test_animate_source import C
+from test_parallel import run_jobs
+
+import sample
+from checkpoint import load
+from models import Models, Runtime
+from s2v import WanS2V
+
+
+@pytest.fixture(scope="module", params=["s2v", "animate"])
+def video(request, tmp_path_factory):
+    """(checkpoint, what sample.generate is given): two clips, of a DiT with four heads, which four ranks can share."""
+    folder = tmp_path_factory.mktemp(request.param)
+    how = dict(steps=2, guidance=3.0, seed=5)
+    if request.param == "animate":
+        source, ckpt = tiny_animate.source_folder(folder / "source"), tiny_animate.checkpoint(folder / "ckpt")
+        tiny_animate.write_dit(ckpt, tiny_animate.animate(heads=4))
+        return ckpt, how | dict(src_root_path=str(source), frames=C)
+    tiny_s2v.write_picture(folder / "picture.png", 64, 64)
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(6)[None])
+    ckpt = tiny_s2v.checkpoint(folder / "ckpt")
+    tiny_s2v.write_dit(ckpt, tiny_s2v.fill(WanS2V(replace(tiny_s2v.CONFIG, num_heads=4))))
+    files = dict(image=str(folder / "picture.png"), audio=str(folder / "sound.wav"))
+    return ckpt, how | files | dict(size=(64, 64), infer_frames=16, num_clip=2)
+
+
+@pytest.fixture(scope="module")
+def latents(video):
+    """Of each clip, on one device."""
+    return sampled(video)
+
+
+def sampled(video, **runtime):
+    ckpt, how = video
+    models = Models(ckpt, Runtime("cpu", torch.float32, **runtime))
+    return sample.generate(models, "a prompt", progress=False, **how)[1]
+
+
+def test_ranks_that_share_a_long_video(video, latents, tmp_path, report):
+    """Two and four ranks, by tokens, by guidance's halves and by both."""
+    ckpt, how = video
+    cases = {
+        2: {"ulysses": {"ulysses_size": 2}, "guidance": {"cfg_parallel": True}},
+        4: {"four": {"ulysses_size": 4}, "both": {"ulysses_size": 2, "cfg_parallel": True}},
+    }
+    for n, jobs in cases.items():
+        files = {name: str(tmp_path / f"{name}.safetensors") for name in jobs}
+        argv = {name: [files[name], str(ckpt), how] for name in jobs}
+        run_jobs(n, tmp_path, [{"script": "long_video", "argv": argv[k], "ranks": jobs[k]} for k in jobs])
+        for name in jobs:
+            found = load(files[name])[0]
+            worst = max(tiny.error(found[f"latents_{r}"], z) for r, z in enumerate(latents))
+            assert len(found) == len(latents) == 2
+            report(name, worst, 1e-5)
+
+
+def test_streamed_blocks_give_the_same_bits(video, latents):
+    assert all(torch.equal(a, b) for a, b in zip(sampled(video, stream_blocks=3), latents, strict=True))
+
+
+def test_eight_bits_change_little(video, latents, report):
+    """The error of e4m3 in the blocks, and not none. The second clip begins from the first one's."""
+    found = sampled(video, fp8=True)
+    report("latents of the first clip", tiny.error(found[0], latents[0]), 0.15)
+    assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found, latents, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same(video, latents, report):
+    found = sampled(video, compile="blocks")
+    report("latents", max(tiny.error(a, b) for a, b in zip(found, latents, strict=True)), 2e-5)
