@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import ops
 from checkpoint import BadInput, load_into
 from formats import read_headers, weight_files
-from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, read_config
+from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, embed_patches, read_config
 
 EVERY = 5  # an adapter stands behind every fifth block
 MOTION_PREFIX = "motion_encoder."
@@ -388,7 +388,7 @@ class WanAnimate(Wan):
         pose, want = c.inputs.pose, (len(x), x.shape[2] - 1, *x.shape[3:])
         if (len(pose), *pose.shape[2:]) != want:
             raise BadInput(f"pose {tuple(pose.shape)}: should be {(len(x), pose.shape[1], *want[1:])} for this x")
-        tokens, pose = super().patchify(x, c), self.embed_patches(pose, self.pose_patch_embedding)
+        tokens, pose = super().patchify(x, c), embed_patches(pose, self.pose_patch_embedding)
         tokens[:, -pose.shape[1] :] += pose  # all but the reference's
         return tokens
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import ops
 from checkpoint import BadInput, count_blocks
 from kernels.rope import grid_positions
-from wan import CrossAttention, Tokens, Wan, WanConfig
+from wan import CrossAttention, Tokens, Wan, WanConfig, embed_patches
 
 MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
 VIDEO_RATE = 16
@@ -155,14 +155,6 @@ class AudioInjector(nn.Module):
 
 
 # ---- reference and motion tokens -------------------------------------------------------------------------------
-def embed_patches(x, conv):
-    """Tokens (B,L,D) fp32 of x (B,C,T,h,w): one for each patch that fits whole; `conv`'s kernel is its stride."""
-    (t, h, w), (T, H, W) = conv.kernel_size, (n // k for n, k in zip(x.shape[2:], conv.kernel_size))
-    x = x[:, :, : T * t, : H * h, : W * w].unflatten(4, (W, w)).unflatten(3, (H, h)).unflatten(2, (T, t))
-    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B,THW,C*t*h*w)
-    return F.linear(x.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
-
-
 def positions_of(times, rows, columns, device):
     """(L,3) of the tokens of a grid whose axes have these coordinates, the columns first to move."""
     axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
@@ -423,6 +415,10 @@ class WanS2V(Wan):
         # no pose is one of zeros, whose tokens are the bias
         pose = self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
         return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
+
+    def cross_attentions(self):
+        audio = zip(self.config.audio_inject_layers, self.audio_injector.injector)
+        return sorted([*super().cross_attentions(), *((i, "audio_attn", a) for i, a in audio)], key=lambda row: row[0])
 
     def after_block(self, i, x, c):
         if i not in self.config.audio_inject_layers:

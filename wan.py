@@ -1,13 +1,12 @@
 """The Wan 2.2 DiT with the official tensor names, and VARIANTS: the numbers and defaults of each of the five models.
 
-TI2V-5B, T2V-A14B and I2V-A14B are this class; S2V-14B and Animate-14B are subclasses of it, in s2v.py and animate.py.
-
 B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
 L tokens           D width            N heads              d = D/N head width
 S text tokens      F rows of modulation: 1 for the whole clip, or T', one per latent frame
 
-The tokens of a clip are its T' H' W' patches; a variant may put others behind them. Each token has a position (time,
-height, width), by which self-attention rotates it, and one of the F rows modulates it.
+The tokens of a clip are its T' H' W' patches; a variant may put others behind them (S2V-14B and Animate-14B are
+subclasses, in s2v.py and animate.py). Each token has a position (time, height, width), by which self-attention rotates
+it, and one of the F rows modulates it.
 
 Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run
 in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention. Source:
@@ -39,6 +38,14 @@ def sinusoid(t, dim):
     frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angle = t.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def embed_patches(x, conv):
+    """Tokens (B,L,D) fp32 of x (B,C,T,h,w): one for each patch that fits whole; `conv`'s kernel is its stride."""
+    (t, h, w), (T, H, W) = conv.kernel_size, (n // k for n, k in zip(x.shape[2:], conv.kernel_size))
+    x = x[:, :, : T * t, : H * h, : W * w].unflatten(4, (W, w)).unflatten(3, (H, h)).unflatten(2, (T, t))
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B,THW,C*t*h*w)
+    return F.linear(x.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
 
 
 class Rope(NamedTuple):
@@ -177,8 +184,7 @@ VARIANTS = {
                     signature="casual_audio_encoder.encoder.final_linear.weight", in_dim=16, frames=80,
                     size=(1024, 704), shift=3.0, boundary=None, guidance=(4.5, 4.5), negative=(
                         "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
-                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-                        "三条腿，背景人很多，倒着走")),
+                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")),
     "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
                         signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
                         shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
@@ -340,17 +346,10 @@ class Wan(nn.Module):
         adaln = self.time_projection(time).unflatten(2, (6, -1))
         return Conditioning(time, adaln, table, tokens, self.join_text(text, inputs), inputs)
 
-    def embed_patches(self, x, conv):
-        """The patches of x (B,C,T',h,w), each a token, through a convolution as large as they are: (B,L,D) fp32."""
-        (B, C, T, h, w), (pt, ph, pw) = x.shape, self.config.patch_size
-        x = x.reshape(B, C, T // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-        return F.linear(x.flatten(1, 3).to(conv.weight.dtype), conv.weight.flatten(1), conv.bias).float()
-
     def forward_blocks(self, x, c, numbers=None):
         """The blocks, or those with these numbers. x (B,L,D), c: the Conditioning of these tokens -> (B,L,D)."""
         with self.around_blocks():
             for i in range(len(self.blocks)) if numbers is None else numbers:
-                # without a gradient, nothing would be kept anyway
                 learns = x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
                 if self.checkpointing and torch.is_grad_enabled() and learns:
                     contexts = self.recompute_contexts
@@ -398,11 +397,15 @@ class Wan(nn.Module):
 
     def patchify(self, x, c):
         """x (B,C,T',h,w) -> the tokens (B,L,D) fp32, as list_tokens has them, all of them on every rank."""
-        return self.embed_patches(x, self.patch_embedding)
+        return embed_patches(x, self.patch_embedding)
 
     def after_block(self, i, x, c):
         """x (B,L,D) after block i. Of the L tokens that are here the first c.tokens.own are the clip's."""
         return x
+
+    def cross_attentions(self):
+        """[(block, kind, CrossAttention)] in the order in which they are computed."""
+        return [(i, "cross_attn", block.cross_attn) for i, block in enumerate(self.blocks)]
 
     # ---- what parallel/ and offload.py put in --------------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
@@ -459,11 +462,9 @@ def read_config(path, entries):
     wrong = [
         f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in measured.items() if getattr(config, k) != v
     ]
+    uneven = f"{config.num_heads} heads do not divide width {dim} evenly"
     if wrong or dim % config.num_heads or dim // config.num_heads % 2:
-        raise BadInput(
-            f"{file}: does not fit {path}: "
-            + ("; ".join(wrong) or f"{config.num_heads} heads do not divide width {dim} evenly")
-        )
+        raise BadInput(f"{file}: does not fit {path}: {'; '.join(wrong) or uneven}")
     return of_class(replace(config, model_type=signed or config.model_type), shape, entries, settings, file)
 
 

@@ -70,6 +70,8 @@ class SpeechSequence(Sequence):
         return Conditions(inputs=inputs, uncond_inputs=inputs | {"audio": torch.zeros_like(audio)})
 
     def decode(self, r, latents, decode):
+        # all of what is before: the decoder sees further back than that; with the last 14 of 20 latent frames a clip of
+        # a random decoder is off by 0.6 %
         prefix = self.motion if self.has_motion else self.ref
         video = decode(torch.cat([prefix, latents], 2))[:, :, -self.frames :]
         video = video if self.has_motion else video[:, :, DROPPED_FRAMES:]

@@ -15,20 +15,21 @@ from train import Dataset, eval_batches, expert_schedule
 
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
-    """Per head of q (B,L,N,d), k (B,S,N,d), bias (B,1,1,S): standard deviation and maximum of the logits q k / sqrt(d),
-    without keys that are masked or stand for padding, and the mean entropy, in nats, of the attention over all keys.
-    Returns (N,3), fp32 arithmetic.
+    """Per head of q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S): standard deviation and maximum of the logits
+    q k / sqrt(d), without keys that are masked or stand for padding, and the mean entropy, in nats, of the attention
+    over all keys. Returns (N,3), fp32 arithmetic.
     """
-    real = torch.ones(len(k), k.shape[1], dtype=torch.bool, device=k.device) if bias is None else bias[:, 0, 0] == 0
+    bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
+    bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])
     n = total = square = entropy = 0
     top = torch.full((q.shape[2],), -math.inf, device=q.device)
-    for part in q.float().split(chunk, 1):
-        logits = torch.einsum("blnd,bsnd->bnls", part, k.float()) * q.shape[3] ** -0.5
-        counted = torch.where(real[:, None, None], logits, 0).double()
+    for part, added in zip(q.float().split(chunk, 1), bias.split(chunk, 2)):
+        logits, real = torch.einsum("blnd,bsnd->bnls", part, k.float()) * q.shape[3] ** -0.5, added == 0
+        counted = torch.where(real, logits, 0).double()
         total, square = total + counted.sum((0, 2, 3)), square + counted.square().sum((0, 2, 3))
-        n += part.shape[1] * int(real.sum())
-        top = torch.maximum(top, logits.masked_fill(~real[:, None, None], -math.inf).amax((0, 2, 3)))
-        logp = torch.log_softmax(logits if bias is None else logits + bias.float(), -1)
+        n += int(real.sum())
+        top = torch.maximum(top, logits.masked_fill(~real, -math.inf).amax((0, 2, 3)))
+        logp = torch.log_softmax(logits + added, -1)
         entropy = entropy - torch.where(logp == -math.inf, 0, logp.exp() * logp).sum((0, 2, 3))
     std = (square / n - (total / n).square()).clamp(min=0).sqrt().float()
     return torch.stack([std, top, entropy / (q.shape[0] * q.shape[1])], 1).cpu()
@@ -36,8 +37,9 @@ def attention_stats(q, k, bias=None, chunk=512):
 
 @contextlib.contextmanager
 def record_attention(model):
-    """Within, each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}. They are computed
-    from the attention's inputs, whatever operations it uses itself.
+    """Within, each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}: "self_attn",
+    "cross_attn", and where there are such "image_attn", the softmax over Animate's picture, and "audio_attn", S2V's
+    injectors. They are computed from the attention's inputs, whatever operations it uses itself.
     """
     stats, hooks = {}, []
 
@@ -54,17 +56,20 @@ def record_attention(model):
 
         return hook
 
-    def on_cross_attention(block):
+    def on_cross_attention(block, kind):
         def hook(module, args):
-            x, (k, *_), bias = args[:3]
+            x, (k, _, *image), bias = args[:3]
             (q,) = normed(module, [module.q(x)], [module.norm_q])
-            stats.setdefault((block, "cross_attn"), []).append(attention_stats(q, k, bias))
+            stats.setdefault((block, kind), []).append(attention_stats(q, k, bias))
+            if image:
+                stats.setdefault((block, "image_attn"), []).append(attention_stats(q, image[0]))
 
         return hook
 
     for i, block in enumerate(model.blocks):
         hooks.append(block.self_attn.register_forward_pre_hook(on_self_attention(i)))
-        hooks.append(block.cross_attn.register_forward_pre_hook(on_cross_attention(i)))
+    for i, kind, attention in model.cross_attentions():
+        hooks.append(attention.register_forward_pre_hook(on_cross_attention(i, kind)))
     try:
         yield stats
     finally:

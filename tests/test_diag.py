@@ -485,6 +485,40 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
         torch.testing.assert_close(stats[key][0], want)
 
 
+@pytest.mark.parametrize("variant", ["s2v", "animate"])
+def test_logits_of_what_variants_add(variant):
+    """S2V's injectors hear the sound of their frame alone; Animate's picture has a softmax of its own."""
+    import test_animate
+    import tiny_animate
+    import tiny_s2v
+
+    import ops
+    from diagnostics.logits import attention_stats, record_attention
+
+    if variant == "s2v":
+        model, args, given = tiny_s2v.dit(), (), tiny_s2v.inputs()
+        want = [k for i in range(4) for k in [(i, "cross_attn")] + [(i, "audio_attn")] * (i in (0, 1, 3))]
+    else:
+        model = tiny_animate.animate(layers=5)
+        (args, given), want = (
+            test_animate.inputs(model),
+            [(i, k) for i in range(5) for k in ("cross_attn", "image_attn")],
+        )
+    seen, real = [], ops.attention
+
+    def attention(q, k, v, bias=None):
+        seen.append(attention_stats(q, k, bias))
+        return real(q, k, v, bias)
+
+    with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "attention", attention)
+        model(*args, **given)
+    assert [key for key in stats if key[1] != "self_attn"] == want
+    seen = [s for s in seen if s.shape == seen[0].shape]
+    for key in want:
+        assert any(torch.allclose(stats[key][0], s, rtol=1e-4, atol=1e-5) for s in seen), key
+
+
 def test_logits_that_are_no_numbers_fail_ci(tmp_path, checkpoints, one_clip, capsys):
     model = trained(["cross_attn.k"], blocks=[1])
     model.blocks[1].cross_attn.k.lora_B.data.fill_(math.nan)
