@@ -15,7 +15,7 @@ import train
 import train_lora
 import train_te
 from checkpoint import load, save
-from conditions import CONDITIONING
+from conditions import CONDITIONING, TextOnly
 from data import cached_probe, latent_files
 from diagnostics import listen
 from diagnostics.logits import open_dataset
@@ -116,7 +116,7 @@ def test_held_out_times_are_those_of_the_shift(tmp_path):
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
     items = [SimpleNamespace(digest="1a" * 20, captions=["x", "y"])]
     for shift in (1.0, 5.0):
-        batches = list(train.eval_batches(items, [tmp_path / "a.safetensors"], shift, 0.0, 0.9))
+        batches = list(train.eval_batches(items, [tmp_path / "a.safetensors"], TextOnly(), shift, 0.0, 0.9))
         times = torch.cat([batch.t for _, batch in batches])
         assert torch.equal(times, eval_timesteps(4, shift, 0.0, 0.9)) and times.max() < 0.9
         assert [i for i, _ in batches] == [0, 1, 2, 3] and all(batch.captions == ["x"] for _, batch in batches)
@@ -162,8 +162,8 @@ def test_which_flags_a_continuation_may_change():
     """Those that decide how long, where and how fast a run goes on, and what is looked at; never what is learned."""
     learned = (
         "lr weight_decay warmup schedule grad_clip grad_spike_factor ema shift t_distribution seed dtype batch "
-        "accumulate caption_dropout i2v_prob held_out resolution frames clip_mode expert steps_per_expert targets "
-        "blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr anchor "
+        "accumulate caption_dropout i2v_prob continuation held_out resolution frames clip_mode expert steps_per_expert "
+        "targets blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr anchor "
         "optimizer caption_mode_probs trim_prob"
     ).split()
     flags = {*vars(train_lora.arguments([])), *vars(train_te.arguments([]))}
@@ -206,6 +206,7 @@ def test_only_some_clips_have_their_first_frame_given(tmp_path):
         args=args,
         items=items,
         files=[tmp_path / "a.safetensors"] * count,
+        samples=TextOnly(),
         batches=SimpleNamespace(at=lambda step: list(range(count))),
         world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0)),
     )
