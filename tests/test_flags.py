@@ -163,8 +163,8 @@ def test_which_flags_a_continuation_may_change():
     learned = (
         "lr weight_decay warmup schedule grad_clip grad_spike_factor ema shift t_distribution seed dtype batch "
         "accumulate caption_dropout i2v_prob continuation held_out resolution frames clip_mode expert steps_per_expert "
-        "targets blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr anchor "
-        "optimizer caption_mode_probs trim_prob"
+        "targets blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr "
+        "anchor optimizer caption_mode_probs trim_prob"
     ).split()
     flags = {*vars(train_lora.arguments([])), *vars(train_te.arguments([]))}
     assert not set(learned) & set(run_module.RESUME_MAY_CHANGE)
