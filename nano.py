@@ -117,7 +117,7 @@ def main():
     c = commands.add_parser("train", help="train nano/ from nothing (1.5 hours on two cores)")
     add = c.add_argument
     add("--out", default="out/nano", help="where to write; an unfinished run there is continued (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of weights, clips and noise (default: %(default)s)")
     add("--steps", type=int, default=14000, help="of the DiT (default: %(default)s)")
     c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps))
     c = commands.add_parser("clips", help="write captioned clips")
@@ -136,7 +136,7 @@ def main():
     add("--words", help="ask for these new words instead")
     add("--n", type=int, help="prompts of each suite (default: 200, 40 per new word, or the whole file)")
     add("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
-    add("--guidance", type=float, help="default: the checkpoint's")
+    add("--guidance", type=float, help="of classifier-free guidance (default: the checkpoint's)")
     add("--json", help="also write the scores to this file")
     add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
     c.set_defaults(run=evaluate)

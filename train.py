@@ -1,4 +1,4 @@
-"""What both trainers share: flags, the samples of each step, the held-out loss, previews, states, and the loop.
+"""What both trainers share: flags, the samples of each step, the training loop, the held-out loss, previews.
 
 A step is drawn from the seed and the step's number alone (which samples, captions, times and noise), so a resumed run
 sees what an uninterrupted one would have seen.
@@ -80,11 +80,11 @@ def add_flags(p, **defaults):
         help="share of files kept for the held-out loss, 16 at most (default: %(default)s)",
     )
     add = p.add_argument_group("training").add_argument
-    add("--steps", type=int, help="default: %(default)s")
+    add("--steps", type=int, help="of the optimizer (default: %(default)s)")
     add("--batch", type=int, help="samples of a step, per data-parallel rank (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
-    add("--lr", type=float, help="default: %(default)s")
-    add("--weight_decay", type=float, help="default: %(default)s")
+    add("--lr", type=float, help="highest learning rate (default: %(default)s)")
+    add("--weight_decay", type=float, help="of AdamW (default: %(default)s)")
     add("--warmup", type=int, default=10, help="steps until the full learning rate (default: %(default)s)")
     add(
         "--schedule",

@@ -54,7 +54,7 @@ def arguments(argv=None):
     )
     add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change how the model draws")
     add("--blocks", help="such as 20-29 or 0,3,5-7 (default: all)")
-    add("--rank", type=int, default=16, help="default: %(default)s")
+    add("--rank", type=int, default=16, help="of each change B A (default: %(default)s)")
     add("--alpha", type=float, help="the change is scaled by alpha / rank (default: the rank)")
     add("--dropout", type=float, default=0.0, help="of the adapter's input (default: %(default)s)")
     add(
