@@ -1,4 +1,4 @@
-"""A training run's folder: flags, log, lock, and the states from which it resumes; how it is stopped.
+"""A training run's folder: log, lock, the states from which it resumes, and which flags may change then.
 
 OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt. States are written whole
 or not at all; the last few stay, so that there is another one where the newest is damaged.

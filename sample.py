@@ -1,4 +1,4 @@
-"""Videos from prompts and images.
+"""Videos from prompts, images, sound and driving videos, with the flags of all of that.
 
 python sample.py --ckpt DIR --prompt "a red square moves left"
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE --device cuda

@@ -54,7 +54,8 @@ def arguments(argv=None):
     add(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
-        help="of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; else adamw)",
+        help="of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp; "
+        "else adamw)",
     )
     add(
         "--caption_mode_probs",
