@@ -25,9 +25,11 @@ def main(files):
     failed = 0
     for setting in SETTINGS:
         name, value = setting.split("=")
+        env = {"OMP_NUM_THREADS": "1", **os.environ, name: value, "OMP_WAIT_POLICY": "passive"}
+        workers = max(1, min(4, os.cpu_count() // int(env["OMP_NUM_THREADS"])))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *files],
-            env={"OMP_NUM_THREADS": "1", **os.environ, name: value},
+            [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *files],
+            env=env,
             capture_output=True,
             text=True,
         )
