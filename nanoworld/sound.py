@@ -83,15 +83,16 @@ def write_wav(path, samples):
 
 
 def write_clips(folder, seeds):
-    """NAME.mp4 with its sound, and NAME.txt, of each seed."""
+    """NAME.mp4 with its sound, and NAME.txt, of each seed; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    sound_file = folder / "sound.tmp"
     for seed in seeds:
-        a, sound, clip = example(seed)
-        write_wav(sound_file, sound)
-        write_frames(folder / f"{seed:04d}.mp4", [to_uint8(clip)], VIDEO_RATE, sound=sound_file)
-        (folder / f"{seed:04d}.txt").write_text(caption_of(a, random.Random(seed)) + "\n")
-    sound_file.unlink()
+        file, sound_file = folder / f"{seed:04d}.mp4", folder / "sound.tmp"
+        if not file.exists():
+            a, sound, clip = example(seed)
+            file.with_suffix(".txt").write_text(caption_of(a, random.Random(seed)) + "\n")
+            write_wav(sound_file, sound)
+            write_frames(file, [to_uint8(clip)], VIDEO_RATE, sound=sound_file)
+            sound_file.unlink()
 
 
 # ---- measures ----------------------------------------------------------------------------------------------------
