@@ -54,12 +54,14 @@ def train(ckpt, clips, steps, seed):
 
 
 def sample(ckpt):
-    """[(clip (3,29,64,64), loudness (32,))] of the held-out sounds, each behind its picture."""
+    """[(clip (3,29,64,64), loudness (32,))] of the held-out sounds, each behind the picture of another: how large
+    the shape is in its own would tell of the first syllable, and so of the next.
+    """
     from PIL import Image
 
     models, results = Models(ckpt), []
     for seed in HELD_OUT:
-        a, sound, clip = world.example(seed)
+        (a, _, clip), sound = world.example(seed), world.voice(seed + len(HELD_OUT))
         world.write_wav(OUT / f"{seed}.wav", sound)
         picture, caption = Image.fromarray(to_uint8(clip[:, :1])[0]), caption_of(a, random.Random(seed))
         video, _ = generate(models, caption, picture, seed=seed, progress=False, audio=OUT / f"{seed}.wav")
