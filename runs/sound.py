@@ -1,0 +1,153 @@
+"""Whether sound gets through S2V's training and sampling, on the nano world with sound (docs/training.md).
+
+python runs/sound.py                     three seeds       python runs/sound.py --seeds 0 --steps 800
+A tiny S2V checkpoint is made of nano and trained, all of the DiT, on clips of shapes that grow with the loudness of
+their sound: through the Dataset and the batches of train_lora.py. Before and after, clips of sounds never trained on
+are sampled, and the size of their shape is compared with the loudness of their sound, frame by frame. Leaves
+out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and out/sound/sound.png.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_lora  # noqa: E402
+from checkpoint import cli, load  # noqa: E402
+from conditions.speech import DROPPED_FRAMES  # noqa: E402
+from data import collate  # noqa: E402
+from media import to_uint8  # noqa: E402
+from models import Models  # noqa: E402
+from nanoworld import sound as world  # noqa: E402
+from nanoworld.pretrain import run_stage  # noqa: E402
+from nanoworld.world import caption_of  # noqa: E402
+from sample import generate  # noqa: E402
+from train import Dataset, resolve_flags  # noqa: E402
+
+OUT = ROOT / "out" / "sound"
+HELD_OUT = range(9000, 9008)  # seeds of the sounds and pictures to sample
+
+
+def train(ckpt, clips, steps, seed):
+    """All of the DiT, in place, on the batches that train_lora.py would show it."""
+    flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
+    args, models = train_lora.arguments(flags.split()), Models(ckpt)
+    resolve_flags(args, models.settings)
+    dataset = Dataset(args, models)
+    dataset.cache_latents()
+    texts = {caption: load(file)[0]["embedding"] for caption, file in dataset.cache_texts().items()}
+    models.drop()
+    model = models.acquire("dit").requires_grad_(True).train()
+
+    def loss_at(step):
+        ((batch, _),) = dataset.step(step, 0.0, 1.0, lambda captions, rng: rng.choice(captions))
+        return batch.loss(model, *collate([texts[caption] for caption in batch.captions]))
+
+    run_stage(ckpt, "dit", steps, model.parameters(), 1e-3, loss_at, ema=0.99)
+    world.write_dit(ckpt, model)
+
+
+def sample(ckpt):
+    """[(clip (3,29,64,64), loudness (32,))] of the held-out sounds, each behind the picture of another: how large
+    the shape is in its own would tell of the first syllable, and so of the next.
+    """
+    from PIL import Image
+
+    models, results = Models(ckpt), []
+    for seed in HELD_OUT:
+        (a, _, clip), sound = world.example(seed), world.voice(seed + len(HELD_OUT))
+        world.write_wav(OUT / f"{seed}.wav", sound)
+        picture, caption = Image.fromarray(to_uint8(clip[:, :1])[0]), caption_of(a, random.Random(seed))
+        video, _ = generate(models, caption, picture, seed=seed, progress=False, audio=OUT / f"{seed}.wav")
+        results.append((video, world.loudness(sound)))
+    return results
+
+
+@torch.no_grad()
+def reconstruct(ckpt):
+    """The same of the held-out clips as drawn, through the VAE alone: more than that no sample can follow."""
+    vae, results = Models(ckpt).acquire("vae"), []
+    for seed in HELD_OUT:
+        _, sound, clip = world.example(seed)
+        again = vae.decode(vae.encode(torch.cat([clip[:, :1], clip], 1)[None]))[0, :, 1:]
+        results.append((again[:, DROPPED_FRAMES:], world.loudness(sound)))
+    return results
+
+
+def score(results):
+    """Mean correlations of the measured pulse with the loudness of the own sound and of another's, and by how many
+    frames the sound is to be moved for the mean to be largest.
+    """
+    pulses, levels = [world.pulse(clip) for clip, _ in results], [level for _, level in results]
+
+    def at(i, j, shift=0):
+        """The first frames are dropped, as officially: frame n was made with the sound of frame n + 3."""
+        level = levels[j][DROPPED_FRAMES + shift :]
+        n = min(len(level), len(pulses[i]))
+        return world.correlation(pulses[i][:n], level[:n])
+
+    clips = range(len(results))
+    own, other = [at(i, i) for i in clips], [at(i, j) for i in clips for j in clips if i != j]
+    shift = max(range(-DROPPED_FRAMES, DROPPED_FRAMES + 1), key=lambda shift: sum(at(i, i, shift) for i in clips))
+    return {"own": sum(own) / len(own), "worst": min(own), "other": sum(other) / len(other), "shift": shift}
+
+
+def plot(before, after, file):
+    """Four held-out sounds: frames sampled after training, over the loudness and the measured pulse."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(4, 2, figsize=(10, 5), layout="constrained", height_ratios=(1, 2, 1, 2))
+    for i in range(4):
+        (clip, level), row, column = after[i], i // 2 * 2, i % 2
+        level = level[DROPPED_FRAMES:]
+        axes[row, column].imshow(torch.from_numpy(to_uint8(clip[:, 2::4])).permute(1, 0, 2, 3).flatten(1, 2))
+        axes[row, column].axis("off")
+        axis = axes[row + 1, column]
+        axis.fill_between(range(len(level)), level, color="#dddddd", label="loudness")
+        twin = axis.twinx()
+        twin.plot(
+            world.pulse(before[i][0]), color="#999999", linestyle=":", label="measured radius before training, px"
+        )
+        twin.plot(world.pulse(clip), color="#c0392b", label="after training")
+        twin.set(ylim=(0, 20), xlim=(0, len(level) - 1))
+        axis.set(ylim=(0, 1.1), yticks=[])
+    handles = [h for a in (axis, twin) for h in a.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, frameon=False, loc="outside upper center", ncols=3)
+    figure.savefig(file, dpi=80)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
+    p.add_argument("--steps", type=int, default=400, help="default: %(default)s")
+    p.add_argument("--clips", type=int, default=160, help="to train on (default: %(default)s)")
+    args = p.parse_args()
+    clips, scores = OUT / "clips", {}
+    world.write_clips(clips, range(args.clips))
+    for seed in map(int, args.seeds.split(",")):
+        ckpt = OUT / str(seed)
+        world.write_checkpoint(ckpt, seed)
+        before = sample(ckpt)
+        train(ckpt, clips, args.steps, seed)
+        after = sample(ckpt)
+        scores[seed] = {"before": score(before), "after": score(after), "VAE alone": score(reconstruct(ckpt))}
+        if len(scores) == 1:
+            plot(before, after, OUT / "sound.png")
+        (OUT / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        print("| seed | | own sound | its worst clip | another's sound | best shift |\n|---|---|---|---|---|---|")
+        for s, rows in scores.items():
+            for when, row in rows.items():
+                print(f"| {s} | {when} |", *(f"{row[k]:.2f} |" for k in ("own", "worst", "other")), row["shift"], "|")
+
+
+if __name__ == "__main__":
+    cli(main)
