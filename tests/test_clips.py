@@ -340,6 +340,21 @@ def test_clips_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_p
     assert not asked
 
 
+def test_a_pose_video_of_two_frames_is_refused(s2v, tmp_path, monkeypatch):
+    """They have no frame rate to follow; nor has a file that is no video."""
+    tiny_s2v.write_wav(tmp_path / "a.wav", tiny_s2v.sound(1)[None])
+    tiny_s2v.write_picture(tmp_path / "p.png", 64, 64)
+    tiny_s2v.write_pose_video(tmp_path / "two.mkv", 2, 64, 64, 16)
+    (tmp_path / "text.mp4").write_text("no video")
+    flags = "--prompt", "a", "--image", tmp_path / "p.png", "--audio", tmp_path / "a.wav", "--size", "64x64"
+    for name, message in (
+        ("two.mkv", "two.mkv: 2 frames; at least 3 are needed"),
+        ("text.mp4", "--pose_video .*text.mp4"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run(monkeypatch, "--ckpt", s2v, *flags, "--pose_video", tmp_path / name, "--out", tmp_path / "v.mp4")
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kind, flags, message",
