@@ -27,6 +27,8 @@ class Parts:
     holds its latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Sequence's state.
     """
 
+    on_every_rank = False  # one rank keeps them, in files that all read
+
     def __init__(self, out, settings, resume):
         """settings: JSON of all that decides the video. Raises BadInput where the folder is another video's."""
         self.folder = Path(out).with_suffix(".clips")
@@ -73,6 +75,8 @@ class Parts:
 class PartsInMemory:
     """The clips of one video that are done, as `generate` returns them: latents (C,T',h,w) and frames (3,n,H,W)."""
 
+    on_every_rank = True
+
     def __init__(self):
         self.latents, self.frames = [], []
 
@@ -111,7 +115,7 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         z = denoise(models, s, x, embeds, negative, conditions, False, EasyCache(reuse), callback_on_step_end)
         conditions = None  # the DiT's inputs go before the VAE comes
         frames = sequence.decode(r, z, lambda latents: decode(models, latents))
-        if models.world.is_writer or isinstance(parts, PartsInMemory):
+        if models.world.is_writer or parts.on_every_rank:
             parts.save(r, sequence.output(z[0]), frames, sequence.state())
         models.world.barrier()
 
@@ -122,9 +126,9 @@ def check_disk(out, sequence, done=0):
     """
     (_, frames, _, _), (width, height) = sequence.shape, sequence.size
     pixels = 3 * 4 * frames * width * height  # of a clip, one byte each
-    clips, mp4 = pixels + 4 * math.prod(sequence.shape), pixels // 20  # the latter at most, about
+    waiting, mp4 = pixels + 4 * math.prod(sequence.shape), pixels // 20  # the latter at most, about
     states = 2 * sum(t.nbytes for t in sequence.state().values() if t is not None)
-    need = (sequence.count - done) * clips + sequence.count * mp4 + states
+    need = (sequence.count - done) * waiting + sequence.count * mp4 + states
     parent = next(d for d in Path(out).absolute().parents if d.exists())
     if need > (free := shutil.disk_usage(parent).free):
         raise BadInput(

@@ -70,7 +70,7 @@ def test_streamed_blocks_give_the_same_bits(video, latents):
 def test_eight_bits_change_little(video, latents, report):
     """The error of e4m3 in the blocks, and not none. The second clip begins from the first one's."""
     found = sampled(video, fp8=True)
-    report("latents of the first clip", tiny.error(found[0], latents[0]), 0.15)
+    report("latents of the first clip", tiny.error(found[0], latents[0]), 0.06)
     assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found, latents, strict=True))
 
 
