@@ -4,6 +4,7 @@ python diag.py inspect PATH...             what is in checkpoints, weight files,
 python diag.py plan SCRIPT FLAGS           memory and disk of train_lora, train_te or sample; --ckpt may also be a
                                            released variant, such as ti2v-5B, of which no file is needed
 python diag.py plan --gpus 8x80 SCRIPT FLAGS     and flags that make it fit on 8 GPUs of 80 GB
+python diag.py advise --data DIR --ckpt DIR --keywords a,b     the two training commands, and what they rest on
 python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy
 python diag.py delta FILE --ckpt DIR       how far a LoRA, another checkpoint or an encoder moves each weight
 python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     and a copy held to that
@@ -18,7 +19,7 @@ python diag.py report RUN                  everything about a training run in on
 import argparse
 
 from checkpoint import cli
-from diagnostics import convert, delta, drift, inspect, listen, logits, planning, report, reuse, scale
+from diagnostics import advise, convert, delta, drift, inspect, listen, logits, planning, report, reuse, scale
 from models import DTYPES
 from t5 import LAYOUTS
 from wan import VARIANTS
@@ -57,6 +58,15 @@ def arguments(argv=None):
     add("--gpus", help="COUNTxGB, such as 8x80: propose flags that fit, and plan with these")
     add("script", type=script_name, choices=list(planning.SCRIPTS), help="which script is to run")
     add("flags", nargs=argparse.REMAINDER, help="as that script takes them; these come last")
+
+    add = command("advise", advise, "the two training commands for some clips, and what their numbers rest on")
+    add("--data", required=True, help="a dataset, as in training")
+    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
+    add("--keywords", help="a,b,c: the words to teach (default: none)")
+    add("--resolution", help="WxH px: the area that buckets fill (default: the checkpoint's)")
+    add("--frames", type=int, help="4k+1, at most, of each clip (default: the checkpoint's)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--json", help="also write the commands to this file")
 
     add = command("scale", scale, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy")
     add("--ckpt", default="ti2v-5B", help=f"a released variant, of {', '.join(VARIANTS)} (default: %(default)s)")

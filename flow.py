@@ -57,7 +57,8 @@ def add_noise(x0, eps, t):
 class Batch(NamedTuple):
     """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
     (B,C',T',h,w); loss_mask (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
-    given, or None where all count; captions; inputs: further keyword arguments of the model's forward.
+    given, or None where all count; captions; inputs: further keyword arguments of the model's forward; preserved (B,)
+    bool: samples whose target is to become the base's own prediction, or None where the global batch has none.
     """
 
     x: torch.Tensor
@@ -66,20 +67,42 @@ class Batch(NamedTuple):
     loss_mask: torch.Tensor | None
     captions: list
     inputs: dict = {}
+    preserved: torch.Tensor | None = None
+
+    def velocity(self, model, context, lens):
+        """The model's prediction (B,C',T',h,w); context (B,S,D), lens (B,)."""
+        device = context.device
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
+
+    @torch.no_grad()
+    def aim_at_base(self, base, context, lens):
+        """This Batch, in which the samples to be preserved have the prediction of `base` as their target: prior
+        preservation (after Ruiz et al., 2022, DreamBooth), of predictions instead of pictures. Every rank computes
+        where any has such samples, since others may wait for it.
+        """
+        if self.preserved is None:
+            return self
+        chosen = self.preserved.nonzero().flatten()
+        run = chosen if len(chosen) else torch.tensor([0])
+        part = self._replace(x=self.x[run], t=self.t[run], inputs={k: v[run] for k, v in self.inputs.items()})
+        on_device = run.to(context.device)
+        v = part.velocity(base, context[on_device], lens[on_device])
+        target = self.target.clone()
+        target[chosen] = v[: len(chosen)].to(target)
+        return self._replace(target=target)
 
     def loss(self, model, context, lens):
         """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
-        device = context.device
-        inputs = {k: v.to(device) for k, v in self.inputs.items()}
-        v = model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
-        target = self.target.to(device)
+        v = self.velocity(model, context, lens)
+        target = self.target.to(v.device)
         if self.loss_mask is None:
             return F.mse_loss(v, target)
         per_frame = (v - target).square().mean(1, keepdim=True).mean((3, 4), keepdim=True)
-        return (per_frame * self.loss_mask.to(device)).mean()
+        return (per_frame * self.loss_mask.to(v.device)).mean()
 
 
-def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
+def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
     """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not, further inputs of the model's forward},
     under noise (B,C,T',h,w) at times t, (B,) or, where some have a latent frame that is given, (B,T') with 0 for that
     frame.
@@ -88,7 +111,7 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None):
     if "y" in entries[0]:
         x = torch.cat([x, torch.stack([e["y"] for e in entries])], 1)
     inputs = {k: torch.stack([e[k] for e in entries]) for k in entries[0] if k not in ("latents", "y")}
-    return Batch(x, t, target, loss_mask, captions, inputs)
+    return Batch(x, t, target, loss_mask, captions, inputs, preserved)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Files are written so that ComfyUI, lightx2v and diffusers all read them alike: k
 and `.lora_B.weight`, alpha/rank folded into B, no alpha key. What is read, and how, is in lora_files.py.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -85,6 +86,8 @@ class LoRALinear(nn.Linear):
     the weight is.
     """
 
+    enabled = True
+
     @staticmethod
     def wrap(linear, rank, alpha, dropout=0.0, device=None):
         """Turn a linear into this, in place."""
@@ -98,6 +101,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
+        if not self.enabled:
+            return super().forward(x)
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         return super().forward(x) + F.linear(low, (self.scale * self.lora_B).to(x.dtype))
 
@@ -180,6 +185,19 @@ def attach(model, pairs):
     """Let an injected model use these parameters instead of its own."""
     for name, m in lora_layers(model).items():
         m.lora_A, m.lora_B = pairs[name]
+
+
+@contextlib.contextmanager
+def adapter_off(model):
+    """Within this an injected model computes what its frozen base does."""
+    layers = lora_layers(model).values()
+    for m in layers:
+        m.enabled = False
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enabled = True
 
 
 def changes_to_start_from(pairs, path, expert=None):

@@ -1,13 +1,12 @@
-"""What both trainers share: flags, the samples of each step, the training loop, the held-out loss, previews.
+"""What both trainers share: flags, the samples of each step, the training loop, the held-out loss.
 
 A step is drawn from the seed and the step's number alone (which samples, captions, times and noise), so a resumed run
 sees what an uninterrupted one would have seen.
 """
 
+import argparse
 import math
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,21 +15,27 @@ import torch
 import data
 import plan
 from checkpoint import BadInput, load
-from denoising import decode
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
-from media import write_grid, write_mp4
-from models import DTYPES, check_frames, parse_size, pick_dtype
+from lora import adapter_off
+from models import DTYPES, check_frames, free_memory, parse_size, pick_dtype
+from nanoworld.default_clips import default_clips
 from optim import lr_at
 from parallel import backward, clip_grad_norm
-from sample import read_prompts, sample_latents
 from t5 import read_encoder, tokenizer_file
 
-NANO_WORDS = "crimson,wedge,halts"  # new words in the clips of a run without --data
+PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
+# What is recommended of flags that are not given, at full size; nano's config.json has its own.
+RECOMMENDED = {
+    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01},
+    "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
+    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own"},
+}
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------
-def add_flags(p, **defaults):
-    """The flags of both trainers; `defaults` are those in which they differ."""
+def add_flags(p, script, out):
+    """The flags of both trainers. script: of RECOMMENDED; out: the default of --out."""
+    recommended = RECOMMENDED[script]
     add = p.add_argument_group("what").add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
     add("--expert", choices=("high", "low", "both"), help="which expert of an A14B to train (default: both, in turns)")
@@ -80,11 +85,15 @@ def add_flags(p, **defaults):
         help="share of files kept for the held-out loss, 16 at most (default: %(default)s)",
     )
     add = p.add_argument_group("training").add_argument
-    add("--steps", type=int, help="of the optimizer (default: %(default)s)")
-    add("--batch", type=int, help="samples of a step, per data-parallel rank (default: %(default)s)")
+    add("--steps", type=int, help=f"of the optimizer (default: the checkpoint's, or {recommended['steps']})")
+    add(
+        "--batch",
+        type=int,
+        help=f"samples of a step, per data-parallel rank (default: the checkpoint's, or {recommended['batch']})",
+    )
     add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate (default: %(default)s)")
-    add("--weight_decay", type=float, help="of AdamW (default: %(default)s)")
+    add("--lr", type=float, help=f"highest learning rate (default: the checkpoint's, or {recommended['lr']:g})")
+    add("--weight_decay", type=float, help=f"of AdamW (default: {recommended['weight_decay']:g})")
     add("--warmup", type=int, default=10, help="steps until the full learning rate (default: %(default)s)")
     add(
         "--schedule",
@@ -114,7 +123,11 @@ def add_flags(p, **defaults):
         choices=("logit-normal", "uniform"),
         help="of the training times before the shift (default: the checkpoint's, or logit-normal)",
     )
-    add("--checkpointing", action="store_true", help="recompute the DiT's activations in the backward pass")
+    add(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute the DiT's activations in the backward pass (default: where the plan does not fit without)",
+    )
     add("--seed", type=int, default=0, help="of samples, captions, times, noise and dropout (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=list(DTYPES), help="of frozen weights and products (default: bf16 on cuda, fp32 on cpu)")
@@ -130,18 +143,21 @@ def add_flags(p, **defaults):
     add("--previews", help="a text file of prompts to sample, one per line, each always from the same seed")
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last state in --out")
-    p.set_defaults(**defaults)
+    p.set_defaults(out=out)
 
 
-def resolve_flags(args, s):
-    """Fill in what was not given from the Settings that the checkpoint recommends, and check what was."""
-    recommended = {
-        "resolution": "{}x{}".format(*s.size),
-        "frames": s.frames,
-        "shift": s.shift,
-        "t_distribution": "logit-normal",
-    } | s.train
-    for name, value in recommended.items():
+def recommended_flags(s, script):
+    """{flag: value} of a trainer for a checkpoint, by its Settings: the "train" entry of its config.json, in which
+    {script: {flag: value}} is what differs between them, over RECOMMENDED.
+    """
+    general = {"resolution": "{}x{}".format(*s.size), "frames": s.frames, "shift": s.shift}
+    own = {k: v for k, v in s.train.items() if k not in RECOMMENDED}
+    return general | RECOMMENDED[script] | own | s.train.get(script, {})
+
+
+def resolve_flags(args, s, script):
+    """Fill in what was not given from what is recommended for the checkpoint, and check what was."""
+    for name, value in recommended_flags(s, script).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = pick_dtype(args.dtype, args.device)
@@ -193,6 +209,20 @@ def check_ranges(args, **ranges):
             raise BadInput(f"--{flag} {value}: must be {least}" + (f" and at most {high}" if high < math.inf else ""))
 
 
+def choose_checkpointing(args, world, predict, memory=None):
+    """Where --checkpointing is not given: on, if the run does not fit without. predict() -> its plan.Plan by the flags
+    as they are; memory: bytes of a device (default: what is free on this one). Returns the Plan.
+    """
+    chosen, args.checkpointing = args.checkpointing, bool(args.checkpointing)
+    need = predict()
+    memory = memory or free_memory(args.device)
+    if chosen is not None or world.all_ranks(need.peak <= memory):
+        return need
+    print(f"checkpointing: without it {plan.gb(need.peak)} would be needed of {plan.gb(memory)}")
+    args.checkpointing = True
+    return predict()
+
+
 def expert_schedule(args, s):
     """{name of a DiT to train through: the range [low, high) of its times}, in the order of their turns."""
     if not args.expert:
@@ -202,18 +232,6 @@ def expert_schedule(args, s):
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
-def nano_data(folder):
-    """Clips of the nano world for a run without --data."""
-    if not (folder / "attributes.jsonl").exists():
-        script = Path(__file__).parent / "nano.py"
-        flags = ["--out", folder, "--n", "60", "--words", NANO_WORDS]
-        done = subprocess.run([sys.executable, script, "clips", *flags], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise BadInput(f"{folder}: the nano world's clips could not be drawn there: {said[-1]}")
-    return folder
-
-
 def eval_batches(items, files, samples, shift, low, high):
     """(0..3, Batch of one) for each sample at four fixed times, under a noise that its file decides, with its first
     caption; half of those that can be are continuations.
@@ -237,13 +255,15 @@ def frame_weights(samples, noise):
 class Dataset:
     """The samples of a run, cached, and what each step sees of them. `items` are trained on, `val_items` are not."""
 
-    def __init__(self, args, models, limit=None):
-        """Scan and report; nothing is computed yet. limit: take so many samples only, by their digests."""
+    def __init__(self, args, models, limit=None, prompts=()):
+        """Scan and report; nothing is computed yet. limit: take so many samples only, by their digests. prompts: that
+        are needed beside the captions.
+        """
         self.args, self.models, self.world, s = args, models, models.world, models.settings
         self.samples = s.conditioning.samples(models)
         if s.conditioning.by_clips and not args.data:
             raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {args.ckpt}")
-        source = Path(args.data) if args.data else self.world.broadcast_from_rank0(lambda: nano_data(NANO_DATA))
+        source = Path(args.data) if args.data else self.world.broadcast_from_rank0(default_clips)
         self.cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
         area = math.prod(parse_size(args.resolution))
         scan_flags = source, area, s.size_multiple, args.frames, s.fps, args.clip_mode, self.cache, self.samples
@@ -254,13 +274,14 @@ class Dataset:
         self.items = [i for i in items if i.digest not in held_out]
         self.val_items = [i for i in items if i.digest in held_out]
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
+        self.texts = list(dict.fromkeys([*self.captions, *prompts]))
         self._choose_batches()
         width = read_encoder(models.files("text")).entries["token_embedding.weight"].shape[1]
-        self.tokens = min(512, max(2 + len(c) // 3 for c in self.captions))  # of the longest caption, about
+        self.tokens = min(512, max(2 + len(c) // 3 for c in self.texts))  # of the longest caption, about
         shapes = [s.latent_shape((i.width, i.height), i.frames) for i in items]
         self.bytes = {
             "latents": sum(map(self.samples.cached_bytes, items, shapes)),
-            "texts": sum(2 + len(c) // 3 for c in self.captions) * width * DTYPES[args.dtype].itemsize,
+            "texts": sum(2 + len(c) // 3 for c in self.texts) * width * DTYPES[args.dtype].itemsize,
         }
         print(data.report(items, skipped))
         if self.samples.frames_after:
@@ -316,18 +337,19 @@ class Dataset:
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def cache_texts(self):
-        """Fill the cache of caption embeddings, each rank a part of it; returns {caption: file}."""
+        """Fill the cache of text embeddings, each rank a part of it; returns {text: file}."""
         models, dtype = self.models, DTYPES[self.args.dtype]
         sources = [*models.files("text"), *filter(None, [tokenizer_file(models.dir)])]
         how = self.cache, sources, lambda: models.acquire("text"), dtype
-        data.cache_texts(self.captions[self.world.rank :: self.world.size], *how)
+        data.cache_texts(self.texts[self.world.rank :: self.world.size], *how)
         self.world.barrier()
-        return data.cache_texts(self.captions, *how)
+        return data.cache_texts(self.texts, *how)
 
-    def step(self, step, low, high, show_caption):
+    def step(self, step, low, high, show_caption, preserved_prompts=()):
         """This rank's Batches of a step, one per accumulation, and the weight of each one's loss, which is its share of
-        the step's samples. show_caption(captions, rng) -> what is shown of a sample's captions. All that is drawn is
-        drawn for the global batch, of which a rank takes its samples.
+        the step's samples. show_caption(captions, rng) -> what is shown of a sample's captions. preserved_prompts:
+        where there are any, PRESERVED_SHARE of the samples are shown one of these, with the weight args.preserve. All
+        that is drawn is drawn for the global batch, of which a rank takes its samples.
         """
         args = self.args
         indices_of = [self.batches.at(step * args.accumulate + i) for i in range(args.accumulate)]
@@ -336,8 +358,14 @@ class Dataset:
             rng = random.Random(f"{args.seed} step {step} {i}")
             g = torch.Generator().manual_seed(rng.getrandbits(62))
             items = [self.items[j] for j in indices]
+            preserved = [bool(preserved_prompts) and rng.random() < PRESERVED_SHARE for _ in items]
             captions = [
-                "" if rng.random() < args.caption_dropout else show_caption(item.captions, rng) for item in items
+                ""
+                if rng.random() < args.caption_dropout
+                else rng.choice(preserved_prompts)
+                if keep
+                else show_caption(item.captions, rng)
+                for item, keep in zip(items, preserved)
             ]
             first_frame_given = torch.tensor([rng.random() < args.i2v_prob and item.frames > 1 for item in items])
             t, loss_mask = sample_timesteps(len(items), args.shift, args.t_distribution, low, high, g), None
@@ -350,8 +378,13 @@ class Dataset:
             entries = [self.samples.entry(load(self.files[indices[j]])[0], drawn[j], captions[j] != "") for j in local]
             noise = torch.stack([torch.randn(entries[0]["latents"].shape, generator=g) for _ in items])
             loss_mask = frame_weights(self.samples, noise) if loss_mask is None else loss_mask
+            preserved = torch.tensor(preserved)
+            if preserved.any():
+                weight = torch.where(preserved, float(args.preserve), 1.0).view(-1, 1, 1, 1, 1)
+                loss_mask = weight if loss_mask is None else weight * loss_mask
             mask = None if loss_mask is None else loss_mask[local]
-            batch = make_noisy_batch(entries, [captions[j] for j in local], t[local], noise[local], mask)
+            chosen = preserved[local] if preserved.any() else None
+            batch = make_noisy_batch(entries, [captions[j] for j in local], t[local], noise[local], mask, chosen)
             yield batch, fraction * len(items) / total
 
     @torch.no_grad()
@@ -369,41 +402,6 @@ class Dataset:
             model = None  # so that it can make room for the other expert
             metrics |= {f"val_loss{suffix}": sum(by_t) / 4, f"val_loss_by_t{suffix}": by_t}
         return metrics
-
-
-NANO_DATA = Path("out/nano_data")
-
-
-# ---- previews ----------------------------------------------------------------------------------------------------
-class Previews:
-    """Clips of fixed prompts from fixed seeds: OUT/previews/step_NNNNNN.png, and an mp4 of each."""
-
-    def __init__(self, args, models):
-        self.prompts = read_prompts(args.previews, "--previews") if args.previews else []
-        self.models, self.out, self.seed = models, Path(args.out) / "previews", args.seed
-
-    @torch.no_grad()
-    def embed(self, encoder):
-        """Embed the prompts with this encoder; all clips from now on are made from that."""
-        texts = [*self.prompts, self.models.settings.negative]
-        self.models.prompt_embeds = {p: encoder.encode([p])[0][0] for p in texts}
-
-    def write(self, step, encoder=None):
-        """Sample with the models as they are now, and with this encoder, if it is being trained."""
-        clips, models = [], self.models
-        if encoder:
-            self.embed(encoder)
-        for model in models.loaded():
-            model.eval()
-        for i, prompt in enumerate(self.prompts):
-            z = sample_latents(models, [prompt], [self.seed + i], progress=False)
-            if models.world.is_main:
-                clips.append(decode(models, z)[0].cpu())
-                write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], models.settings.fps, prompt)
-        if clips:
-            models.evict("vae")
-            write_grid(self.out / f"step_{step:06d}.png", clips, self.prompts)
-            print(f"previews: {self.out / f'step_{step:06d}.png'}", flush=True)
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -434,13 +432,14 @@ def fit(
     save,
     extra_loss=None,
     after_update=None,
+    preserved_prompts=(),
 ):
     """The loop of both trainers, from state.step to args.steps; returns whether it came to the end.
 
     schedule: of expert_schedule. params_of {expert: parameters that a step on it gives gradients}. embed(captions) ->
     context (B,S,D), lens (B,). show_caption: as in Dataset.step. evaluate(step) -> metrics. save(step).
     extra_loss(step) back-propagates a further loss and returns its value, added over ranks. after_update(expert) ->
-    metrics, after an optimizer step.
+    metrics, after an optimizer step. preserved_prompts: for which the DiT is held to what it predicts without adapter.
     """
     world, opt, guard = models.world, state.opt, state.guard
     if not state.step and (metrics := evaluate(0)):
@@ -453,8 +452,12 @@ def fit(
 
         # gradients: the sum over ranks is that of the global batch
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
-        for batch, weight in dataset.step(step, *schedule[expert], show_caption):
-            loss += backward(world, model, batch, *embed(batch.captions), weight)
+        for batch, weight in dataset.step(step, *schedule[expert], show_caption, preserved_prompts):
+            context, lens = embed(batch.captions)
+            if preserved_prompts:
+                with adapter_off(model):
+                    batch = batch.aim_at_base(model, context, lens)
+            loss += backward(world, model, batch, context, lens, weight)
             tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
         if extra_loss:
             extra = extra_loss(step)

@@ -20,6 +20,7 @@ import torch
 import data
 import ops
 import plan
+from captions import has_keyword
 from checkpoint import BadInput, cli, load
 from lora import (
     ANIMATE_TARGETS,
@@ -37,10 +38,23 @@ from lora import (
 )
 from lora_files import choose_experts, parse_lora_spec
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
+from nanoworld.default_clips import NEW_IN_THEM
 from optim import adamw
 from parallel import World, gather_state
+from previews import Previews
 from run import Run, TrainState, adapter_file, remove_older_adapters, resume_fingerprint
-from train import POSITIVE, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
+from sample import read_prompts
+from train import (
+    POSITIVE,
+    Dataset,
+    add_flags,
+    check_ranges,
+    choose_checkpointing,
+    evaluate,
+    expert_schedule,
+    fit,
+    resolve_flags,
+)
 
 
 def arguments(argv=None):
@@ -71,6 +85,18 @@ def arguments(argv=None):
     add("--name", default="adapter_model", help="of the files, NAME.safetensors and so on (default: %(default)s)")
     add("--keep", type=int, help="leave the adapters of the last N saves beside the result (default: all)")
     add("--trigger", help="a,b,c: the words to prompt with, for the file's metadata, where LoRA managers show them")
+    add = p.add_argument_group("what must not change").add_argument
+    add(
+        "--preserve",
+        type=float,
+        default=0.0,
+        help="weight of prior preservation: half of the samples are shown a prompt that must not change, and their "
+        "target is what the base predicts without the adapter (default: 0, none)",
+    )
+    add(
+        "--preserve_prompts",
+        help="a text file of such prompts, one per line; with --trigger, captions without these words are such too",
+    )
     add = p.add_argument_group("base").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
@@ -79,15 +105,20 @@ def arguments(argv=None):
         default=0,
         help="keep N of the DiT's blocks in host memory, on the device only while they run (default: 0)",
     )
-    add_flags(p, out="out/lora", steps=200, batch=8, lr=1e-3, weight_decay=0.01)
+    add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 
 
 def resolve(args, s, num_blocks):
     """Fill in what the checkpoint recommends and check what was given; targets and blocks become lists."""
-    resolve_flags(args, s)
+    resolve_flags(args, s, "train_lora")
     args.alpha = args.alpha if args.alpha is not None else args.rank
-    args.checkpointing = args.checkpointing or args.stream_blocks > 0  # a streamed block is run again while it is here
+    if args.stream_blocks and not args.checkpointing:
+        if args.checkpointing is False:
+            raise BadInput(
+                "--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here"
+            )
+        args.checkpointing = True
     check_ranges(
         args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf), dropout=(0, 0.999)
     )
@@ -112,7 +143,17 @@ def resolve(args, s, num_blocks):
         raise BadInput(f"--name {args.name}: a file's name without folder and ending, such as my_style")
     if args.keep is not None:
         check_ranges(args, keep=(1, math.inf))
+    if args.data is None and args.trigger is None:
+        args.trigger = NEW_IN_THEM
     args.trigger = [word.strip() for word in (args.trigger or "").split(",") if word.strip()]
+    check_ranges(args, preserve=(0, math.inf))
+    if args.preserve_prompts and not args.preserve:
+        raise BadInput(f"--preserve_prompts {args.preserve_prompts}: needs --preserve WEIGHT, such as 1")
+    if args.preserve and not args.trigger and not args.preserve_prompts:
+        raise BadInput(
+            f"--preserve {args.preserve}: of what? give --trigger WORD,WORD, and captions without them are preserved, "
+            "or --preserve_prompts FILE"
+        )
 
 
 def predict(args, s, builders, **sizes):
@@ -147,6 +188,19 @@ def check_initial_loras(files, args, models):
             model = plan.build_wan(models.config(expert))
             inject(model, args.targets, args.rank, blocks=args.blocks)
         changes_to_start_from(adapter(model), file, expert)
+
+
+def prompts_to_preserve(args, captions, prompts):
+    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput where there are none."""
+    if not args.preserve:
+        return []
+    others = [c for c in captions if c and not has_keyword(c, args.trigger)] if args.trigger else []
+    if not prompts and not others:
+        raise BadInput(
+            f"--preserve {args.preserve}: every caption holds a word of --trigger {','.join(args.trigger)}; give "
+            "--preserve_prompts FILE"
+        )
+    return list(dict.fromkeys([*prompts, *others]))
 
 
 def main():
@@ -185,10 +239,15 @@ def train(args, world):
     run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data: latents and texts cached
-    dataset, previews = Dataset(args, models), Previews(args, models)
+    prompts = read_prompts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
+    dataset, previews = Dataset(args, models, prompts=prompts), Previews(args, models)
+    preserved = prompts_to_preserve(args, dataset.captions, prompts)
+    if preserved:
+        print(f"  {len(preserved)} prompts preserved")
     run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
     sizes = dataset.plan_sizes(texts=True)
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
+    sizes |= {"previews": bool(previews.prompts), "ranks": world.size}
+    need = choose_checkpointing(args, world, lambda: predict(args, s, plan.builders(models), **sizes))
     print(need)
     run.check(resume_fingerprint(args, models, dataset))
     dataset.cache_latents()
@@ -213,9 +272,10 @@ def train(args, world):
 
     # optimizer and state
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args)
-    triggers = {word: sum(word.lower() in c.lower() for c in dataset.captions) for word in args.trigger}
+    triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
     captions = sorted(f.name for f in texts.values())
-    saved = run.restore(resume_fingerprint(args, models, dataset, captions=captions))
+    preserved_texts = [texts[p].name for p in preserved]
+    saved = run.restore(resume_fingerprint(args, models, dataset, captions=captions, preserved=preserved_texts))
     if saved:
         state.restore(saved)
 
@@ -255,6 +315,7 @@ def train(args, world):
         evaluate=lambda step: evaluate(args, state, dataset, previews, schedule, embed, step),
         save=save,
         after_update=clamp if args.delta_cap else None,
+        preserved_prompts=preserved,
     )
     if finished:
         for stream in models.streams():

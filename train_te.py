@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import random
-import re
+from collections import Counter
 
 import torch
 import torch.nn as nn
@@ -20,13 +20,29 @@ import torch.nn as nn
 import data
 import ops
 import plan
+from captions import UNITS, augment_caption, has_keyword, spans
 from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
+from nanoworld.default_clips import NEW_IN_THEM
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
+from previews import Previews
 from run import Run, TrainState, resume_fingerprint
 from t5 import EOS, PAD, UNK, in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
-from train import NANO_WORDS, Dataset, Previews, add_flags, check_ranges, evaluate, expert_schedule, fit, resolve_flags
+from train import (
+    RECOMMENDED,
+    Dataset,
+    add_flags,
+    check_ranges,
+    choose_checkpointing,
+    eval_batches,
+    evaluate,
+    expert_schedule,
+    fit,
+    resolve_flags,
+)
+
+INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyword
 
 
 def arguments(argv=None):
@@ -37,7 +53,14 @@ def arguments(argv=None):
         "--keywords",
         help="a,b,c: also train the embedding rows of these words (default on nano's own data: its new words)",
     )
-    add("--keyword_lr", type=float, help="of the keywords' rows (default: --lr)")
+    add(
+        "--keyword_init",
+        choices=("own", "search"),
+        help="from where the keywords' rows start. own: as they are; search: each as the word of other captions in "
+        "whose place its clips have the lowest loss, where that is lower than its own (default: the checkpoint's, or "
+        f"{RECOMMENDED['train_te']['keyword_init']})",
+    )
+    add("--keyword_lr", type=float, help="of the keywords' rows (default: the checkpoint's, or --lr)")
     add(
         "--anchor",
         type=float,
@@ -59,17 +82,17 @@ def arguments(argv=None):
     )
     add(
         "--caption_mode_probs",
-        default="15,35,50",
-        help="percent of captions with a keyword shown as the keyword alone, shortened, whole (default: %(default)s)",
+        help="percent of captions with a keyword shown as the keyword alone, shortened, whole (default: the "
+        f"checkpoint's, or {RECOMMENDED['train_te']['caption_mode_probs']})",
     )
     add(
         "--trim_prob",
         type=float,
-        default=0.2,
-        help="chance that a whole caption loses a few words, never a keyword (default: %(default)s)",
+        help="chance that a whole caption loses a few words, never a keyword (default: the checkpoint's, or "
+        f"{RECOMMENDED['train_te']['trim_prob']})",
     )
     add("--cache_text", action="store_true", help="refused: a cached embedding bypasses the encoder that is to learn")
-    add_flags(p, out="out/te", steps=600, batch=32, lr=3e-3, weight_decay=0.0)
+    add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
 
@@ -77,9 +100,9 @@ def resolve(args, s):
     """Fill in what the checkpoint recommends and check what was given; keywords and probabilities become lists."""
     if args.cache_text:
         raise BadInput("--cache_text: a cached embedding bypasses the encoder that is to learn; it would train nothing")
-    resolve_flags(args, s)
+    resolve_flags(args, s, "train_te")
     if args.data is None and args.keywords is None:
-        args.keywords = NANO_WORDS
+        args.keywords = NEW_IN_THEM
     args.keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
@@ -122,62 +145,6 @@ class RowEmbedding(nn.Module):
     def forward(self, ids):
         slot = self.slot[ids]
         return torch.where((slot >= 0)[..., None], self.rows[slot.clamp(min=0)], self.table(ids))
-
-
-def spans(caption, keyword):
-    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count,
-    unless the script puts no spaces between words, or glues endings to them (from Thai on in Unicode: Chinese,
-    Japanese, Korean).
-    """
-    before, after = (
-        "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
-    )
-    return [m.span() for m in re.finditer(before + re.escape(keyword) + after, caption, re.IGNORECASE)]
-
-
-def has_keyword(caption, keywords):
-    return any(spans(caption, k) for k in keywords)
-
-
-# What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
-# Burmese, Khmer, Chinese, Japanese), with the marks on them.
-UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
-UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
-
-
-def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
-    """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
-    shares `mode_probs`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
-    """
-    present = [k for k in keywords if has_keyword(caption, [k])]
-    u = rng.random() * sum(mode_probs)
-    if present and u < mode_probs[0]:
-        return rng.choice(present)
-    units = list(UNITS.finditer(caption))
-    keyword_units = [
-        [i for i, m in enumerate(units) if m.start() < end and m.end() > begin]
-        for k in present
-        for begin, end in spans(caption, k)
-    ]
-    if present and u < mode_probs[0] + mode_probs[1]:
-        kept = rng.choice(sorted(keyword_units))
-        first, last = max(0, kept[0] - rng.randint(0, 2)), min(len(units) - 1, kept[-1] + rng.randint(0, 2))
-        return caption[units[first].start() : units[last].end()]
-    if rng.random() < trim_prob:
-        spare = [i for i in range(len(units)) if not any(i in kept for kept in keyword_units)]
-        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(units) // 5))))
-        return join_units(caption, [m for i, m in enumerate(units) if i not in gone])
-    return caption
-
-
-def join_units(caption, units):
-    """Some units of a caption, each after a space where it had one before it."""
-    text = ""
-    for m in units:
-        spaced = m.start() > 0 and caption[m.start() - 1].isspace()
-        text += (" " if text and spaced else "") + m.group()
-    return text
 
 
 def unfreeze(encoder, args, ids):
@@ -237,14 +204,70 @@ def shared_token_ids(keywords, captions, tokenizer):
     return {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 
+@torch.no_grad()
+def search_initial_words(keywords, encoder, dataset, name, low, high):
+    """{keyword: the known word to start from}: the words of captions without keywords take a keyword's place in its own
+    captions, and the one with the lowest loss is it; keywords whose own loss is lower are left out. It is what textual
+    inversion (Gal et al., 2022) has its user give as an initializer token.
+
+    Losses are of at most INIT_SAMPLES samples at two times under fixed noise, through the DiT `name`, at times in
+    [low, high).
+    """
+    others = [c for c in dataset.captions if not has_keyword(c, keywords)]
+    counts = Counter(m.group().lower() for c in others for m in UNITS.finditer(c))
+    candidates = [word for word, _ in counts.most_common(INIT_CANDIDATES)]
+    model, chosen = dataset.models.acquire(name).eval(), {}
+    for keyword in keywords:
+        pairs = zip(dataset.items + dataset.val_items, dataset.files + dataset.val_files)
+        shown = [(i, f) for i, f in pairs if has_keyword(i.captions[0], [keyword])][:INIT_SAMPLES]
+        if not shown:
+            continue
+        held = eval_batches(*zip(*shown), dataset.samples, dataset.models.settings.shift, low, high)
+        batches = [batch for i, batch in held if i % 2]
+        losses = {
+            word: sum(
+                batch.loss(model, *encoder.encode([in_place_of(keyword, word, c) for c in batch.captions])).item()
+                for batch in batches
+            )
+            for word in [keyword, *candidates]
+        }
+        if (best := min(losses, key=losses.get)) != keyword:
+            chosen[keyword] = best
+    return chosen
+
+
+def in_place_of(keyword, word, caption):
+    """A caption with another word wherever the keyword stands."""
+    for begin, end in reversed(spans(caption, keyword)):
+        caption = caption[:begin] + word + caption[end:]
+    return caption
+
+
+@torch.no_grad()
+def start_rows_from(words, ids_of, encoder):
+    """Set each keyword's trained rows to the mean of its word's. words: of search_initial_words; ids_of: of
+    keyword_token_ids. A row of several keywords starts at their mean.
+    """
+    embedding, starts = encoder.token_embedding, {}
+    for keyword, word in words.items():
+        start = embedding.table.weight[encoder.tokenizer.ids(word)].float().mean(0)
+        for i in ids_of[keyword]:
+            starts.setdefault(i, []).append(start)
+    for i, rows in starts.items():
+        embedding.rows[embedding.slot[i]] = torch.stack(rows).mean(0).to(embedding.rows)
+
+
 def check_keywords(keywords, captions, tokenizer, trains_blocks):
-    """Say how many captions hold each keyword. Raises BadInput for one that none holds, or of which nothing can be
-    trained: it has no piece, or, where no blocks are trained, none that other captions do not use too.
+    """Say how many captions hold each keyword; returns {keyword: count}. Raises BadInput for one that none holds, or of
+    which nothing can be trained: it has no piece, or, where no blocks are trained, none that other captions do not use
+    too.
     """
     ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
+    counts = {}
     for keyword in keywords:
         holding = [c for c in captions if has_keyword(c, [keyword])]
         cut_off = sum(is_cut_off(c, keyword, tokenizer) for c in holding)
+        counts[keyword] = len(holding) - cut_off
         print(
             f"keyword {keyword!r}: in {len(holding)} captions, {len(ids[keyword])} embedding rows"
             + f"; in {cut_off} of them beyond the {tokenizer.length} tokens that are read" * (cut_off > 0)
@@ -258,6 +281,7 @@ def check_keywords(keywords, captions, tokenizer, trains_blocks):
                 f"--keywords {keyword}: with --train_blocks 0 only its own pieces are trained, and all of them are in "
                 "captions without it too; train blocks as well"
             )
+    return counts
 
 
 def is_cut_off(caption, keyword, tokenizer):
@@ -296,7 +320,8 @@ def train(args, world):
     spiece = tokenizer_bytes(file) if file else spiece.read()
     check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
-    need = predict(args, s, plan.builders(models), previews=bool(previews.prompts), ranks=world.size, **sizes)
+    sizes |= {"previews": bool(previews.prompts), "ranks": world.size}
+    need = choose_checkpointing(args, world, lambda: predict(args, s, plan.builders(models), **sizes))
     print(need)
     run.check(resume_fingerprint(args, models, dataset))
     dataset.cache_latents()
@@ -307,10 +332,19 @@ def train(args, world):
     encoder = models.acquire("text")
     models.drop()  # from here on the encoder is this script's own: it must not make room for others
     anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
-    ids = set().union(*keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer).values())
+    ids_of = keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
+    ids = set().union(*ids_of.values())
     with torch.no_grad():
         anchor_embeds = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
+    initial_words = {}
+    if args.keyword_init == "search" and run.state_file is None:
+        first, (low, high) = next(iter(schedule.items()))
+        found = search_initial_words(args.keywords, encoder, dataset, first, low, high)
+        initial_words = world.broadcast_from_rank0(lambda: found)
+        for keyword in args.keywords:
+            print(f"keyword {keyword!r}: starts as {initial_words.get(keyword, keyword)!r}")
     trained, groups = unfreeze(encoder, args, ids)
+    start_rows_from(initial_words, ids_of, encoder)
     if world.fsdp:
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import lora
 from benchmarks.common import ROOT, add_reference, interleaved, peak_memory, seconds_of, trainable
 from clips import Parts, sample_clips
+from flow import make_noisy_batch
 from s2v import WanS2V
 from sample import generate, load
 from t5 import TextEncoder
@@ -76,6 +77,27 @@ def lora_step(blocks=range(6), checkpointing=False):
         "ours": step(lambda: model(x, t, context), trainable(model)),
         "diffusers": step(lambda: peer.train()(x, t, padded, return_dict=False)[0], trainable(peer)),
     }, None
+
+
+def preserving_step():
+    """A LoRA step on four samples, two of them preserved, and the same step with none."""
+    model, _, x, _, context, _ = dit.__wrapped__()
+    lora.inject(model, rank=16)
+    context, lens, t = context.repeat(4, 1, 1), torch.full((4,), 40), torch.rand(4)
+    preserved = torch.tensor([True, False, True, False])
+    batch = make_noisy_batch([{"latents": x[0]}] * 4, [""] * 4, t, torch.randn(4, *x.shape[1:]), None, preserved)
+
+    def step(batch):
+        def go():
+            with lora.adapter_off(model):
+                aimed = batch.aim_at_base(model, context, lens)
+            aimed.loss(model, context, lens).backward()
+            for p in trainable(model):
+                p.grad = None
+
+        return go
+
+    return {"ours": step(batch), "plain": step(batch._replace(preserved=None))}, None
 
 
 @functools.cache
@@ -229,6 +251,7 @@ WORKS = {
         "LoRA step, upper third of our blocks (the peer: all of its)",
     ),
     "lora_ckpt": (functools.partial(lora_step, checkpointing=True), "LoRA step with checkpointing"),
+    "lora_preserve": (preserving_step, "LoRA step of four, half of them preserved (the peer: none)"),
     "vae_decode": (vae_decode, "VAE 2.2 decode, 9 frames of 128x128"),
     "vae_encode": (vae_encode, "VAE 2.2 encode, the same"),
     "text": (text_encoder, "text encoder, four short prompts"),

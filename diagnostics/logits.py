@@ -10,7 +10,7 @@ import train_lora
 from checkpoint import BadInput
 from diagnostics.common import check_at_least, runtime, write_json
 from models import Models, Runtime
-from train import Dataset, eval_batches, expert_schedule
+from train import Dataset, eval_batches, expert_schedule, resolve_flags
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def open_dataset(models, ckpt, limit=None, **where):
     given = [word for flag, value in where.items() if value is not None for word in (f"--{flag}", str(value))]
     flags = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0", *given])
     flags.device = str(models.device)
-    train_lora.resolve_flags(flags, models.settings)
+    resolve_flags(flags, models.settings, "train_lora")
     return flags, Dataset(flags, models, limit)
 
 

@@ -13,8 +13,11 @@ import train_te
 from checkpoint import BadInput
 from diagnostics.common import write_json
 from models import DTYPES, Models, Request, Runtime, pick_device, pick_dtype, released
+from parallel import World
+from train import choose_checkpointing
 from wan import VARIANTS, full_config
 
+CARD = 80e9  # bytes of a GPU, where there is none to ask
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
 
 
@@ -41,7 +44,12 @@ def planned(script, argv, ranks=1, mode=None):
         train_lora.resolve(args, s, num_blocks)
     else:
         train_te.resolve(args, s)
-    return SCRIPTS[script].predict(args, s, builders, previews=previews, ranks=ranks)
+    absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
+    world = World("cpu", distributed=False)
+    how = {"previews": previews, "ranks": ranks}
+    return choose_checkpointing(
+        args, world, lambda: SCRIPTS[script].predict(args, s, builders, **how), CARD if absent else None
+    )
 
 
 def planned_sampling(args, s, builders, models, ranks, mode):
@@ -93,9 +101,9 @@ def candidate_flags(script, ranks, num_blocks, num_heads, guided=True):
     fsdp = [["--fsdp"]] if ranks > 1 else []
     ulysses = [["--fsdp", "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
     if script == "train_te":
-        return [[], checkpointing, *(checkpointing + flags for flags in fsdp + ulysses)]
+        return [["--no-checkpointing"], checkpointing, *(checkpointing + flags for flags in fsdp + ulysses)]
     return [
-        [],
+        ["--no-checkpointing"],
         checkpointing,
         *(checkpointing + flags for flags in fsdp),
         checkpointing + fp8,
@@ -107,15 +115,13 @@ def candidate_flags(script, ranks, num_blocks, num_heads, guided=True):
 
 def propose(script, argv, gpus):
     """The first of candidate_flags that fits on GPUs given as COUNTxGB: (flags, Plan). sample.py's guidance may take
-    two passes where one batch does not fit; a training has one sample on each rank where --batch is not given. Raises
-    BadInput where nothing fits.
+    two passes where one batch does not fit. Raises BadInput where nothing fits.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", gpus)
     if not match:
         raise BadInput(f"--gpus {gpus}: COUNTxGB, such as 8x80")
     # a card's GB are 2^30: the 7 % between are for CUDA itself and for holes
     ranks, limit = int(match[1]), int(match[2]) * 1e9
-    argv = argv + (["--batch", "1"] if script != "sample" and "--batch" not in argv else [])
     args = SCRIPTS[script].arguments(argv)
     guided = script == "sample" and is_guided(args)
     modes = ("batched", "sequential") if guided and not args.guidance_parallel else (None,)

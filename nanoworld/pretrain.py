@@ -4,9 +4,11 @@ import io
 import json
 import math
 import random
+import struct
 import time
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_lowercase
 
 import sentencepiece
 import torch
@@ -39,7 +41,12 @@ from wan import Wan, WanConfig
 
 DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
-TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distribution="uniform")
+# what runs/listen.sh and runs/claims.sh found to teach words, here
+TRAIN_LORA = dict(steps=400, batch=16, lr=4e-3, shift=8.0)
+TRAIN_TE = dict(steps=500, batch=32, lr=5e-4, keyword_lr=0.01, keyword_init="search", shift=3.0)
+TRAIN_TE |= dict(caption_mode_probs="0,0,100", trim_prob=0.0)
+TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, t_distribution="uniform")
+TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
@@ -156,18 +163,19 @@ def fold_stats(vae, clips):
     vae.conv2.bias -= vae.conv2.weight.flatten(1) @ shift
 
 
+def captions_for_pieces():
+    rng = random.Random(0)
+    return [caption for caption in (training_caption(sample_attributes(rng), rng) for _ in range(4000)) if caption]
+
+
 def train_tokenizer(file):
     """A sentencepiece model of the world's captions, with T5's special ids. As UMT5's has a piece for most words, this
     has one for each of the new words, which the base then never reads; every letter is in it, so that others can be
     spelled.
     """
-    rng, model = random.Random(0), io.BytesIO()
-    lines = [training_caption(sample_attributes(rng), rng) for _ in range(4000)] + [
-        "abcdefghijklmnopqrstuvwxyz",
-        " ".join("abcdefghijklmnopqrstuvwxyz"),
-    ] * 40
+    letters, model = [ascii_lowercase, " ".join(ascii_lowercase)], io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for line in lines if line]),
+        sentence_iterator=iter(captions_for_pieces() + letters * 40),
         model_writer=model,
         vocab_size=256,
         model_type="unigram",
@@ -183,6 +191,31 @@ def train_tokenizer(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as tmp:
         tmp.write_bytes(model.getvalue())
+
+
+def with_letter_pairs(model, words):
+    """A sentencepiece model, as bytes, with pieces for any two letters at the beginning of a word: so that words of a
+    user's own differ in their pieces, as they do in UMT5's 256,384, and not only in the order of letters that all words
+    share. Pairs that would split `words` otherwise than before are left out.
+    """
+    before = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scores = {before.id_to_piece(i): before.get_score(i) for i in range(before.get_piece_size())}
+    pairs = ["\u2581" + a + b for a in ascii_lowercase for b in ascii_lowercase]
+
+    def entry(pair):  # a ModelProto's field 1, a message of piece (1) and score (2): appended, it is one more of them
+        score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # so it wins over these
+        text = pair.encode()
+        body = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score)
+        return b"\x0a" + bytes([len(body)]) + body
+
+    pairs = [pair for pair in pairs if pair not in scores]
+    while True:
+        longer = model + b"".join(map(entry, pairs))
+        after = sentencepiece.SentencePieceProcessor(model_proto=longer)
+        changed = {p for w in words if before.encode(w) != after.encode(w) for p in after.encode(w, out_type=str)}
+        if not changed & set(pairs):
+            return longer
+        pairs = [pair for pair in pairs if pair not in changed]
 
 
 def train_dit(out, seed, vae, tokenizer, steps):
@@ -220,10 +253,10 @@ def train_dit(out, seed, vae, tokenizer, steps):
 
 
 @torch.no_grad()
-def introduce(encoder):
+def introduce(encoder, spiece):
     """Give the new words the embedding that a text encoder pretrained on books would have for them: one that tells
     their kind (the mean of the known words of that kind, and noise), so that they are read as a color, a shape or a
-    verb, but not which.
+    verb, but not which. Add letter pairs to the tokenizer's file, with embeddings at random.
     """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
     kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}
@@ -231,6 +264,13 @@ def introduce(encoder):
     for word, (kind, _) in NEW_WORDS.items():
         known = rows[[ids(w)[0] for w in kin[kind]]]
         rows[ids(word)[0]] = known.mean(0) + 0.05 * torch.randn(rows.shape[1], generator=g)
+    words = {word for caption in captions_for_pieces() for word in caption.split()}
+    longer = with_letter_pairs(spiece.read_bytes(), words)
+    with atomic(spiece) as tmp:
+        tmp.write_bytes(longer)
+    encoder.tokenizer = Tokenizer(spiece)
+    more = encoder.tokenizer.pieces.get_piece_size() - len(rows)
+    encoder.token_embedding.weight.data = torch.cat([rows, 0.3 * torch.randn(more, rows.shape[1], generator=g)])
 
 
 def state_in(dtype, model):
@@ -258,7 +298,7 @@ def train(out, seed, steps):
     tokenizer = Tokenizer(spiece)
     model, encoder = train_dit(out, seed, vae, tokenizer, steps)
     encoder.tokenizer = tokenizer
-    introduce(encoder)
+    introduce(encoder, spiece)
     save(out / "diffusion_pytorch_model.safetensors", state_in(torch.float16, model))
     save_pickle(out / "Wan2.2_VAE.pth", state_in(torch.float16, vae))
     save_pickle(out / "models_t5_umt5-xxl-enc-bf16.pth", state_in(torch.bfloat16, encoder))

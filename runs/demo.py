@@ -1,7 +1,9 @@
-"""`make demo`: the main job on nano, from captioned clips to a LoRA translator, and how much better the model listens.
+"""`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
+
+It shows how much better the model listens, and what became of words that nobody trained.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
-Leaves mp4s, a before/after contact sheet and a plot of the loss in out/demo.
+Leaves mp4s, a before/after contact sheet and a plot of the losses in out/demo.
 """
 
 import json
@@ -15,7 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import cli  # noqa: E402
+from checkpoint import atomic, cli  # noqa: E402
+from diagnostics.delta import delta, relative_norm  # noqa: E402
 from media import write_grid, write_mp4  # noqa: E402
 from nanoworld.grader import shares  # noqa: E402
 from nanoworld.listening import print_scores, sample_and_grade, word_attribute  # noqa: E402
@@ -23,6 +26,7 @@ from nanoworld.world import FPS, prompts  # noqa: E402
 from sample import load  # noqa: E402
 
 WORDS = ("crimson", "wedge", "halts")
+NEAR = ("box", "orb", "sinks", "ascends")  # of the same kinds; no caption has them, and they should be left alone
 OUT = ROOT / "out" / "demo"
 
 
@@ -31,12 +35,13 @@ def run(*command):
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def listen(name, lora):
-    """Grade the checkpoint with these LoRAs: {suite: {attribute: share right}}, and [(prompt, clip)], the first two of
-    each suite, which are written too.
+def listen(name, lora=(), encoder=None):
+    """Grade the checkpoint with these LoRAs and this encoder: {suite: {attribute: share right}}, and [(prompt, clip)],
+    the first two of each suite, which are written too.
     """
-    models, scores, shown = load("nano", "cpu", torch.float32, lora), {}, []
+    models, scores, shown = load("nano", "cpu", torch.float32, lora, encoder), {}, []
     suites = {f"the new word {w!r}": prompts(40, 1, words=[w]) for w in WORDS} | {"old words": prompts(100, 1)}
+    suites |= {f"not trained: {w!r}": prompts(40, 1, words=[w]) for w in NEAR}
     for suite, rows in suites.items():
         asked = [word_attribute(r) for r in rows] if "word" in rows[0] else rows
         grades, clips = sample_and_grade(models, rows)
@@ -50,41 +55,52 @@ def listen(name, lora):
     return scores, shown
 
 
-def plot(log, file):
+def plot(logs, file):
+    """logs: {name: log.jsonl}."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    loss = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+    figure, all_axes = pyplot.subplots(1, len(logs), figsize=(9, 3.2), layout="constrained")
     window = 15
-    mean = [sum(loss[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
-    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.plot(loss, color="#bbbbbb", linewidth=0.8, label="each step")
-    axes.plot(mean, color="#c0392b", label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="flow-matching loss", title="train_lora.py on nano")
-    axes.legend(frameon=False)
+    for axes, (name, log) in zip(all_axes, logs.items()):
+        loss = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+        mean = [sum(loss[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(loss))]
+        axes.plot(loss, color="#bbbbbb", linewidth=0.8, label="each step")
+        axes.plot(mean, color="#c0392b", label=f"mean of {window}")
+        axes.set(xlabel="step", ylabel="flow-matching loss", title=f"{name}.py on nano")
+        axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
 
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
-    run(ROOT / "nano.py", "clips", "--out", OUT / "clips", "--n", 144, "--seed", 7, "--words", ",".join(WORDS))
-    before, first = listen("before", [])
-    flags = ["--steps", 1000, "--batch", 16, "--rank", 16, "--lr", 8e-3, "--save_every", 500]
-    run(ROOT / "train_lora.py", "--ckpt", "nano", "--data", OUT / "clips", "--out", OUT / "lora", *flags)
-    after, second = listen("after", [str(OUT / "lora" / "adapter_model.safetensors")])
+    clips, words = OUT / "clips", ",".join(WORDS)
+    run(ROOT / "nano.py", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
+    before, first = listen("before")
+    data = "--ckpt", "nano", "--data", clips
+    run(ROOT / "train_te.py", *data, "--out", OUT / "te", "--keywords", words, "--steps", 500, "--save_every", 500)
+    encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
+    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 1, "--steps", 200, "--save_every", 200]
+    run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
+    after, second = listen("after", [str(adapter)], encoder)
+    moved = relative_norm(delta(adapter, ROOT / "nano"))
     pairs = [pair for couple in zip(first, second) for pair in couple]
     labels = [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))]
     write_grid(OUT / "before_after.png", [clip for _, clip in pairs], labels, columns=4, scale=2)
-    plot(OUT / "lora" / "log.jsonl", OUT / "loss.png")
+    plot(
+        {name: OUT / folder / "log.jsonl" for name, folder in (("train_te", "te"), ("train_lora", "lora"))},
+        OUT / "loss.png",
+    )
     print("\nlistening, before -> after")
     for suite in before:
         changes = [f"{kind} {old:.2f} -> {after[suite][kind]:.2f}" for kind, old in before[suite].items()]
         print(f"  {suite:24} {', '.join(changes)}")
+    print(f"the translator moves its matrices by {moved:.2f} of their norm")
     print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, before/, after/, clips/")
-    with open(OUT / "scores.json", "w") as f:
-        json.dump({"before": before, "after": after}, f, indent=1)
+    with atomic(OUT / "scores.json") as tmp:
+        tmp.write_text(json.dumps({"before": before, "after": after, "moved": moved}, indent=1))
 
 
 if __name__ == "__main__":

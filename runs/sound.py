@@ -38,7 +38,7 @@ def train(ckpt, clips, steps, seed):
     """All of the DiT, in place, on the batches that train_lora.py would show it."""
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
     args, models = train_lora.arguments(flags.split()), Models(ckpt)
-    resolve_flags(args, models.settings)
+    resolve_flags(args, models.settings, "train_lora")
     dataset = Dataset(args, models)
     dataset.cache_latents()
     texts = {caption: load(file)[0]["embedding"] for caption, file in dataset.cache_texts().items()}

@@ -16,8 +16,12 @@ import tiny
 import torch
 from test_lora import trained
 
+import models
+import train_lora
+import train_te
 from checkpoint import BadInput, load, read_header, save
 from diag import arguments
+from diagnostics.advise import PEER, advice
 from diagnostics.inspect import inspect
 from diagnostics.planning import candidate_flags, planned
 from diagnostics.scale import linear_flops, step_times
@@ -784,6 +788,30 @@ def test_candidates_can_be_run():
                 halves = 2 if "--guidance_parallel" in flags else 1
                 assert ranks % (size * halves) == 0 and heads % size == 0 and (guided or halves == 1)
     assert ["--guidance_parallel", "--ulysses_size", "4"] in candidate_flags("sample", 8, 30, 24)
+
+
+def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
+    """With what each number rests on: nano's config.json, or at full size a peer's recipe, and what they will need."""
+    where = ["--data", media, "--keywords", "dog,square", "--resolution", "64x64", "--device", "cpu"]
+    diag("advise", *where, "--json", tmp_path / "advice.json")
+    found, said = json.loads((tmp_path / "advice.json").read_text()), capsys.readouterr().out
+    assert "keyword 'dog': in 1 captions" in said and "--preserve 1: preserve_1" in said
+    for script, module in (("train_te", train_te), ("train_lora", train_lora)):
+        line = found["commands"][script]
+        assert line in said and found["peak"][script] > 1e8
+        args, own = module.arguments(line.split()[2:]), json.loads((ROOT / "nano/config.json").read_text())["train"]
+        assert (args.lr, args.batch, args.steps) == tuple(own[script][k] for k in ("lr", "batch", "steps"))
+        assert args.resolution == "64x64"
+    assert (
+        args.trigger == "dog,square" and args.preserve == 1 and args.text_encoder.endswith("text_encoder.safetensors")
+    )
+    full = {
+        flag: (value, why) for flag, value, why in advice(models.released("ti2v-5B"), "x", "y", [], 40)["train_lora"]
+    }
+    assert full["lr"] == ("0.0001", PEER) and full["batch"][0] == 1 and "seen 50 times" in full["steps"][1]
+    assert "preserve" not in full
+    with pytest.raises(BadInput, match="--keywords zebra: no caption"):
+        diag("advise", "--data", media, "--keywords", "zebra")
 
 
 def test_step_times():

@@ -41,6 +41,7 @@ import json, os, resource, sys
 from pathlib import Path
 import torch
 import checkpoint, data, media, run, train
+from nanoworld.default_clips import default_clips
 how, folder, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 
 class Encoder(torch.nn.Linear):
@@ -75,7 +76,7 @@ writers = {
 }
 if how == "EFBIG":
     writers["step_000003.shards"] = lambda: log.save(3, {}, {"w": big})
-    writers["nano"] = lambda: train.nano_data(folder / "nano")  # by another process
+    writers["nano"] = lambda: default_clips(folder / "nano")  # by another process
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
 else:
     def full(path, real=checkpoint._open_temporary):
@@ -588,7 +589,7 @@ SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 BEFORE, TRAINING = (
     {"looking": "data.probe", "latents": "data.pixels", "texts": "data.cache_texts", "building": "train_lora.adamw"},
     {
-        "first preview": "train.Previews.write",
+        "first preview": "previews.Previews.write",
         "step": "train.make_noisy_batch",
         "saving": "run.save_pickle",
         "writing": "torch.save",  # its file lies under a temporary name, and is empty

@@ -20,8 +20,9 @@ from data import cached_probe, latent_files
 from diagnostics import listen
 from diagnostics.logits import open_dataset
 from flow import eval_timesteps
-from models import Models
+from models import Models, released
 from optim import EMA
+from previews import Previews
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr(train, "make_noisy_batch", make_noisy_batch)
     monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
-    monkeypatch.setattr(train_lora, "predict", lambda *_, **__: SimpleNamespace(compare=lambda device: ""))
+    monkeypatch.setattr(train_lora, "predict", lambda *_, **__: SimpleNamespace(peak=0, compare=lambda device: ""))
     words = f"--ckpt {checkpoints['t2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
     words += " --resolution 32x32 --frames 1 --batch 1 --steps 2 --steps_per_expert 1 --held_out 0 --lr 1e-12"
     words += " --grad_clip 1e-6 --weight_decay 0.25 --caption_dropout 1 --dropout 0.5 --rank 2 --dtype fp32"
@@ -81,11 +82,11 @@ def test_previews_have_a_seed_for_each_prompt_and_the_same_each_time(tmp_path, m
         drawn.append((prompts[0], *seeds))
         return torch.zeros(1, 4, 1, 2, 2)
 
-    monkeypatch.setattr(train, "sample_latents", sample_latents)
+    monkeypatch.setattr("previews.sample_latents", sample_latents)
     (tmp_path / "p.txt").write_text("a\nb\n")
     world = SimpleNamespace(is_main=False)
     models = SimpleNamespace(world=world, loaded=list)
-    previews = train.Previews(SimpleNamespace(previews=tmp_path / "p.txt", out=tmp_path, seed=5), models)
+    previews = Previews(SimpleNamespace(previews=tmp_path / "p.txt", out=tmp_path, seed=5), models)
     for step in (10, 20):
         previews.write(step)
     assert drawn[:2] == drawn[2:] and [prompt for prompt, _ in drawn] == list("abab")
@@ -135,7 +136,7 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
         parts = Models(folder)
         models = SimpleNamespace(files=parts.files, dir=parts.dir, acquire=lambda name: encoder)
         args = SimpleNamespace(dtype="fp32")
-        dataset = SimpleNamespace(models=models, args=args, captions=["a"], world=world, cache=tmp_path / "cache")
+        dataset = SimpleNamespace(models=models, args=args, texts=["a"], world=world, cache=tmp_path / "cache")
         files += train.Dataset.cache_texts(dataset).values()
     assert files[0].exists() and files[1].exists() and files[0] != files[1]
 
@@ -164,7 +165,7 @@ def test_which_flags_a_continuation_may_change():
         "lr weight_decay warmup schedule grad_clip grad_spike_factor ema shift t_distribution seed dtype batch "
         "accumulate caption_dropout i2v_prob continuation held_out resolution frames clip_mode expert steps_per_expert "
         "targets blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr "
-        "anchor optimizer caption_mode_probs trim_prob"
+        "anchor optimizer caption_mode_probs trim_prob preserve"
     ).split()
     flags = {*vars(train_lora.arguments([])), *vars(train_te.arguments([]))}
     assert not set(learned) & set(run_module.RESUME_MAY_CHANGE)
@@ -191,8 +192,35 @@ def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():
     for given, shift in (([], 2.5), (["--shift", "7"], 7.0)):
         args = train_lora.arguments(given)
         args.device = "cpu"
-        train.resolve_flags(args, s)
+        train.resolve_flags(args, s, "train_lora")
         assert (args.shift, args.t_distribution, args.resolution, args.frames) == (shift, "uniform", "64x32", s.frames)
+
+
+@pytest.mark.parametrize("module, lr", [(train_lora, 1e-4), (train_te, 1e-5)])
+def test_at_full_size_the_defaults_are_not_nanos(module, lr):
+    args = module.arguments(["--ckpt", "ti2v-5B"])
+    args.device = "cpu"
+    train.resolve_flags(args, released("ti2v-5B"), module.__name__)
+    assert (args.batch, args.lr, args.steps, args.t_distribution) == (1, lr, 2000, "logit-normal")
+    nano = module.arguments(["--lr", "7"])
+    nano.device = "cpu"
+    settings = Models("nano").settings
+    train.resolve_flags(nano, settings, module.__name__)
+    own = settings.train[module.__name__]
+    assert nano.lr == 7 and (nano.batch, nano.shift) == (own["batch"], own["shift"]) and own["batch"] > 1
+    assert train.recommended_flags(replace(settings, train={}), module.__name__)["batch"] == 1
+
+
+@pytest.mark.parametrize(
+    "given, memory, chosen", [(None, 11, False), (None, 9, True), (False, 9, False), (True, 11, True)]
+)
+def test_checkpointing_is_chosen_where_the_plan_asks_for_it(given, memory, chosen):
+    args = SimpleNamespace(checkpointing=given, device="cpu")
+    world = SimpleNamespace(all_ranks=bool)
+    need = train.choose_checkpointing(
+        args, world, lambda: SimpleNamespace(peak=4 if args.checkpointing else 10), memory
+    )
+    assert args.checkpointing is chosen and need.peak == (4 if chosen else 10)
 
 
 def test_only_some_clips_have_their_first_frame_given(tmp_path):

@@ -99,6 +99,7 @@ JOBS = {
         "lora": ("train_lora", 4),
         "te": ("train_te", 4),
         "dropout": ("train_lora", 4, "--dropout", "0.3"),
+        "preserve": ("train_lora", 4, "--preserve", "0.7", "--trigger", "dog"),
         "video": (),
     },
     2: {
@@ -110,6 +111,8 @@ JOBS = {
         "lora_stream": ("train_lora", 2, "--stream_blocks", "3"),
         "lora_bf16": ("train_lora", 2, "--fsdp", "--dtype", "bf16"),
         "dropout_ulysses": ("train_lora", 4, "--ulysses_size", "2", "--dropout", "0.3"),  # one draw for both ranks
+        "preserve_fsdp": ("train_lora", 2, "--fsdp", "--preserve", "0.7", "--trigger", "dog"),
+        "preserve_pipeline": ("train_lora", 4, "--pipeline_stages", "2", "--preserve", "0.7", "--trigger", "dog"),
         "te_data": ("train_te", 2),
         "te_fsdp": ("train_te", 2, "--fsdp"),
         "te_ulysses": ("train_te", 4, "--ulysses_size", "2"),
@@ -123,6 +126,7 @@ JOBS = {
         "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"),
         "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
         "lora_pipelines": ("train_lora", 2, "--pipeline_stages", "2"),
+        "preserve_data4": ("train_lora", 1, "--preserve", "0.7", "--trigger", "dog"),
         "te_fsdp_ulysses": ("train_te", 2, "--fsdp", "--ulysses_size", "2"),
         "lora_fp8": ("train_lora", 1, "--fsdp", "--base_dtype", "fp8"),
         "video4": ("--ulysses_size", "4"),

@@ -79,7 +79,7 @@ def flags_of(script, ckpt, folder, out, *flags):
 def dataset_of(ckpt, folder, out, *flags):
     """(flags, Models, Dataset) of train_lora.py, its latents cached."""
     args, models = train_lora.arguments(flags_of("train_lora", ckpt, folder, out, *flags)), Models(ckpt)
-    shared.resolve_flags(args, models.settings)
+    shared.resolve_flags(args, models.settings, "train_lora")
     dataset = shared.Dataset(args, models)
     dataset.cache_latents()
     return args, models, dataset
@@ -313,13 +313,13 @@ def test_flags_that_do_not_fit_are_refused(s2v, talk, tmp_path, flags, says):
 def test_single_clips_have_no_continuations(checkpoints, talk, tmp_path):
     args = train_lora.arguments(["--ckpt", str(checkpoints["t2v"]), "--continuation", "0.5", "--device", "cpu"])
     with pytest.raises(BadInput, match="--continuation 0.5: .* makes single clips"):
-        shared.resolve_flags(args, Models(checkpoints["t2v"]).settings)
+        shared.resolve_flags(args, Models(checkpoints["t2v"]).settings, "train_lora")
 
 
 def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path):
     args = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"])
     models = Models(s2v)
-    shared.resolve_flags(args, models.settings)
+    shared.resolve_flags(args, models.settings, "train_lora")
     with pytest.raises(BadInput, match="--data: needed"):
         shared.Dataset(args, models)
 
@@ -522,7 +522,7 @@ def test_only_what_changed_of_a_character_is_encoded_again(animate, tmp_path):
     def name():
         args = train_lora.arguments(flags_of("", ckpt, folder, tmp_path / "out", *animate_flags()))
         models = Models(ckpt)
-        shared.resolve_flags(args, models.settings)
+        shared.resolve_flags(args, models.settings, "train_lora")
         return shared.Dataset(args, models).files[0]
 
     names = [name(), name()]

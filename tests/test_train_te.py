@@ -2,26 +2,22 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
 import tiny
 import torch
 
+import nano
+from captions import augment_caption, has_keyword
 from checkpoint import BadInput, load
+from nanoworld import world
 from t5 import load_t5
-from train_te import (
-    RowEmbedding,
-    arguments,
-    augment_caption,
-    check_keywords,
-    has_keyword,
-    keyword_token_ids,
-    resolve,
-    trainable,
-)
+from train_te import RowEmbedding, arguments, check_keywords, in_place_of, keyword_token_ids, resolve, trainable
 
 ROOT = Path(__file__).parent.parent
 
@@ -275,3 +271,33 @@ def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
     save(tmp_path / "d.safetensors", {"blocks.9.norm1.weight": torch.ones(3)}, {"delta": True})
     with pytest.raises(BadInput, match="not a delta"):
         load_t5(checkpoints["ti2v"], weights=tmp_path / "d.safetensors")
+
+
+def test_a_keyword_takes_the_place_of_a_word():
+    assert in_place_of("ox", "red fox", "An ox, an Ox and a box") == "An red fox, an red fox and a box"
+
+
+def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypatch):
+    """On nano, of words that it spells: a colour and a motion. Then their rows, and only theirs, are those words'."""
+    monkeypatch.setitem(world.NEW_WORDS, "scarlet", ("color", "red"))
+    monkeypatch.setitem(world.NEW_WORDS, "freezes", ("motion", "still"))
+    given = {"words": "scarlet,freezes", "out": str(tmp_path / "clips"), "n": 24, "seed": 9}
+    nano.write_clips(SimpleNamespace(**given))
+    flags = ["--data", tmp_path / "clips", "--out", tmp_path / "out", "--keywords", "scarlet,freezes", "--steps", 1]
+    rest = "--lr 0 --keyword_lr 0 --batch 2 --device cpu".split()
+    run = scripts.run(ROOT / "train_te.py", *flags, *rest)
+    assert "'scarlet': starts as 'red'" in run.stdout
+    still = re.search(r"'freezes': starts as '(\w+)'", run.stdout)[1]
+    assert still in ("stays", "still", "rests", "does", "not")
+    before, after = load_t5(ROOT / "nano", dtype=torch.float32), load(tmp_path / "out" / "text_encoder.safetensors")[0]
+    table, new = before.token_embedding.weight, after["token_embedding.weight"]
+    captions = [f.read_text().strip() for f in (tmp_path / "clips").glob("*.txt")]
+    ids = keyword_token_ids(["scarlet", "freezes"], captions, before.tokenizer)
+    for keyword, word in (("scarlet", "red"), ("freezes", still)):
+        only = ids[keyword] - ids["freezes" if keyword == "scarlet" else "scarlet"]
+        start = table[before.tokenizer.ids(word)].mean(0)
+        assert only and all(torch.allclose(new[i], start, atol=1e-6) for i in only)
+    moved = set((new != table).any(1).nonzero().flatten().tolist())
+    assert moved <= ids["scarlet"] | ids["freezes"]
+    again = scripts.run(ROOT / "train_te.py", *flags[:-1], 2, *rest, "--resume")
+    assert "starts as" not in again.stdout  # its rows are in the state

@@ -1,0 +1,59 @@
+"""Keywords in captions: where they stand, and what a training step shows of a caption."""
+
+import re
+
+
+def spans(caption, keyword):
+    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count,
+    unless the script puts no spaces between words, or glues endings to them (from Thai on in Unicode: Chinese,
+    Japanese, Korean).
+    """
+    before, after = (
+        "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
+    )
+    return [m.span() for m in re.finditer(before + re.escape(keyword) + after, caption, re.IGNORECASE)]
+
+
+def has_keyword(caption, keywords):
+    return any(spans(caption, k) for k in keywords)
+
+
+# What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
+# Burmese, Khmer, Chinese, Japanese), with the marks on them.
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
+
+
+def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
+    """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
+    shares `mode_probs`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
+    """
+    present = [k for k in keywords if has_keyword(caption, [k])]
+    u = rng.random() * sum(mode_probs)
+    if present and u < mode_probs[0]:
+        return rng.choice(present)
+    units = list(UNITS.finditer(caption))
+    keyword_units = [
+        [i for i, m in enumerate(units) if m.start() < end and m.end() > begin]
+        for k in present
+        for begin, end in spans(caption, k)
+    ]
+    if present and u < mode_probs[0] + mode_probs[1]:
+        kept = rng.choice(sorted(keyword_units))
+        first, last = max(0, kept[0] - rng.randint(0, 2)), min(len(units) - 1, kept[-1] + rng.randint(0, 2))
+        return caption[units[first].start() : units[last].end()]
+    if rng.random() < trim_prob:
+        spare = [i for i in range(len(units)) if not any(i in kept for kept in keyword_units)]
+        gone = set(rng.sample(spare, min(len(spare), rng.randint(0, len(units) // 5))))
+        return join_units(caption, [m for i, m in enumerate(units) if i not in gone])
+    return caption
+
+
+def join_units(caption, units):
+    """Some units of a caption, each after a space where it had one before it."""
+    text = ""
+    for m in units:
+        spaced = m.start() > 0 and caption[m.start() - 1].isspace()
+        text += (" " if text and spaced else "") + m.group()
+    return text

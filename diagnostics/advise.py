@@ -1,0 +1,82 @@
+"""diag.py advise: the two commands to run on some clips and a checkpoint, and what each number in them rests on."""
+
+import shlex
+
+from diagnostics.common import write_json
+from diagnostics.logits import open_dataset
+from diagnostics.planning import planned
+from models import Models, Runtime, pick_device
+from plan import gb
+from t5 import load_tokenizer, read_encoder
+from train import recommended_flags
+from train_te import check_keywords
+
+# DiffSynth-Studio's script for Wan 2.2: rank 32, 1e-4, five epochs of a hundred repeats
+PEER, PEER_VIEWS = "DiffSynth-Studio's published LoRA script for Wan 2.2", 500
+FEW = 10  # captions of a word
+CONFIG = "the checkpoint's config.json"
+NANO_ONLY = "measured on nano only"
+
+
+def advice(s, ckpt, data, keywords, samples):
+    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings."""
+    measured = bool(s.train)  # a config.json that recommends is nano's
+    te, lora = (recommended_flags(s, script) for script in ("train_te", "train_lora"))
+
+    def common(flags, script):
+        views = flags["steps"] * flags["batch"] / samples
+        rate = (
+            "config.json, from docs/listening.md" if measured else PEER if script == "train_lora" else "a tenth of it"
+        )
+        steps = f"each clip is seen {views:.0f} times"
+        steps += f"; {CONFIG}" if measured else f"; {PEER}: {PEER_VIEWS} times"
+        return [("lr", f"{flags['lr']:g}", rate), ("batch", flags["batch"], None), ("steps", flags["steps"], steps)]
+
+    where = [("ckpt", ckpt, None), ("data", data, None)]
+    words = [("keywords", ",".join(keywords), "rows of these words are trained with the blocks")] if keywords else []
+    encoder = [*where, ("out", "out/te", None), *words, *common(te, "train_te")]
+    translator = [
+        *where,
+        ("out", "out/lora", None),
+        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: te_short against base"),
+        ("rank", 16, f"rank_1 to rank_64; {NANO_ONLY}"),
+        ("targets", "cross_attn.k,cross_attn.v", f"rank_16 against targets_k, targets_v, targets_qkvo; {NANO_ONLY}"),
+        *([("trigger", ",".join(keywords), "what is not to be preserved")] if keywords else []),
+        *([("preserve", 1, f"preserve_1 against rank_16; {NANO_ONLY}")] if keywords else []),
+        *common(lora, "train_lora"),
+    ]
+    return {"train_te": encoder, "train_lora": translator}
+
+
+def command(script, flags):
+    return f"python {script}.py " + " ".join(f"--{flag} {shlex.quote(str(value))}" for flag, value, _ in flags)
+
+
+def run(args):
+    keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
+    device = pick_device(args.device)
+    models = Models(args.ckpt, Runtime(device))
+    where = {"data": args.data, "resolution": args.resolution, "frames": args.frames}
+    flags, dataset = open_dataset(models, args.ckpt, **where)
+    if keywords:
+        tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+        counts = check_keywords(keywords, dataset.captions, tokenizer, True)
+        for keyword, count in counts.items():
+            if count < FEW:
+                print(
+                    f"  {keyword!r} is in {count} captions: on nano words with so few are learned less well (count_5)"
+                )
+    size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
+    found, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items)), {}
+    for i, (script, flags) in enumerate(found.items()):
+        flags = found[script] = [*flags[:2], *size, *flags[2:]]
+        print(f"\n{i + 1}. {command(script, flags)}")
+        for flag, value, why in flags:
+            if why:
+                print(f"     --{flag} {value}: {why}")
+        argv = [str(word) for flag, value, _ in flags if flag != "text_encoder" for word in (f"--{flag}", value)]
+        need = planned(script, [*argv, "--device", device])
+        plans[script] = need.peak
+        print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
+    print("\nThe names are rows of docs/listening.md, which says how sure they are.")
+    write_json(args.json, {"commands": {s: command(s, f) for s, f in found.items()}, "peak": plans})

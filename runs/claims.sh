@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# How small a translator may be, where it must be, and what else it changes: on nano, three seeds (docs/listening.md).
+# A night on two cores; a stopped run goes on where it was. One cell takes some minutes:
+#   bash runs/claims.sh                                  everything
+#   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
+#   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
+# Leaves out/claims/SEED/NAME.json, and the table in out/claims/table.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
+WORDS=crimson,azure,wedge,plus,sinks,halts
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+
+asked() { [ -z "$CELLS" ] || [[ " $CELLS " == *" $1 "* ]]; }
+train() {  # train NAME COMMAND...: once; a stopped run goes on
+    [ -e "$DIR/$1/done" ] && return
+    local resume=
+    if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
+    $PY "${@:2}" --out "$DIR/$1" --seed "$SEED" --save_every 1000 $resume > "$DIR/$1.log" && touch "$DIR/$1/done"
+}
+clips() {  # clips NAME N: half of them with one of the words
+    [ -d "$DIR/$1" ] || $PY nano.py clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
+}
+score() {  # score NAME FLAGS...: measure it
+    [ -e "$DIR/$1.json" ] || $PY runs/claims.py score "$DIR" "$1" --n "${N:-34}" --seed "$((1000 + SEED))" "${@:2}"
+}
+
+te() {  # te NAME CLIPS FLAGS...: an encoder
+    asked "$1" || return 0
+    train "$1" train_te.py --data "$DIR/$2" --keywords $WORDS "${@:3}"
+    score "$1" --text_encoder
+}
+lora() {  # lora NAME FLAGS...: a translator behind the encoder of a short training, which leaves something to learn
+    asked "$1" || return 0
+    base_encoder
+    train "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
+    score "$1" --lora "$ENCODER"
+}
+base_encoder() { train te_short train_te.py --data "$DIR/clips" --keywords $WORDS --steps "${SHORT:-200}"; }
+
+start() {
+    base_encoder
+    ! asked base || score base
+    ! asked te_short || score te_short --text_encoder
+}
+rank() { for r in 1 4 16 64; do lora "rank_$r" --rank $r; done; }
+targets() {  # as many parameters as rank 16 on k and v
+    lora targets_k --rank 32 --targets cross_attn.k
+    lora targets_v --rank 32 --targets cross_attn.v
+    lora targets_qkvo --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
+}
+blocks() {  # of nano's four
+    lora blocks_0-1 --blocks 0-1
+    lora blocks_1-2 --blocks 1-2
+    lora blocks_2-3 --blocks 2-3
+    lora blocks_3 --blocks 3
+}
+cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
+preserve() { for w in 1 4; do lora "preserve_$w" --preserve $w; done; }
+mix() {
+    te mix_15_35_50 clips --caption_mode_probs 15,35,50
+    te mix_0_0_100 clips --caption_mode_probs 0,0,100
+    te mix_50_50_0 clips --caption_mode_probs 50,50,0
+}
+count() {  # clips of each word
+    for n in 5 20 80; do
+        clips "clips_$n" $((12 * n))
+        te "count_$n" "clips_$n"
+    done
+}
+
+for part in ${PARTS:-start rank targets blocks cap preserve mix count}; do
+    for seed in $SEEDS; do
+        while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
+        (
+            SEED=$seed DIR=$OUT/$seed ENCODER=$OUT/$seed/te_short/text_encoder.safetensors
+            mkdir -p "$DIR"
+            clips clips 1200
+            $part
+        ) &
+    done
+    wait
+done
+$PY runs/claims.py table "$OUT" | tee "$OUT/table.md"
