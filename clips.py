@@ -117,6 +117,7 @@ def sample_clips(models, s, prompt, sequence, parts, progress=True, reuse=0.0, c
         frames = sequence.decode(r, z, lambda latents: decode(models, latents))
         if models.world.is_writer or parts.on_every_rank:
             parts.save(r, sequence.output(z[0]), frames, sequence.state())
+        z = frames = None  # they go before the next clip's come
         models.world.barrier()
 
 

@@ -273,7 +273,7 @@ def first_motion(picture, start_from_picture=False):
 
 def next_motion(last, video):
     """The last 73 frames of `last` (1,3,73,H,W) and the frames `video` (1,3,T,H,W) made after it."""
-    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:]
+    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:].clone()  # not a view, which would keep all
 
 
 # ---- the model -------------------------------------------------------------------------------------------------

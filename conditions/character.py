@@ -53,7 +53,7 @@ class AnimateSequence(Sequence):
     def decode(self, r, latents, decode):
         video = decode(latents[:, :, 1:])  # but for the reference
         begin = self.overlap if r else 0
-        self.known = video[:, :, -self.overlap :]
+        self.known = video[:, :, -self.overlap :].clone()  # a view would keep all of it
         return video[0, :, begin : self.n - self.spans[r][0]]
 
     def output(self, latents):

@@ -73,8 +73,8 @@ class SpeechSequence(Sequence):
         # all of what is before: the decoder sees further back than that; with the last 14 of 20 latent frames a clip of
         # a random decoder is off by 0.6 %
         prefix = self.motion if self.has_motion else self.ref
-        video = decode(torch.cat([prefix, latents], 2))[:, :, -self.frames :]
-        video = video if self.has_motion else video[:, :, DROPPED_FRAMES:]
+        begin = -self.frames if self.has_motion else DROPPED_FRAMES - self.frames
+        video = decode(torch.cat([prefix, latents], 2))[:, :, begin:].clone()  # a view would keep the prefix's frames
         self.last = s2v.next_motion(self.last, video)
         if r + 1 < self.count:
             self._continue()

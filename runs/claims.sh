@@ -36,7 +36,10 @@ lora() {  # lora NAME FLAGS...: a translator behind the encoder of a short train
     train "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
-base_encoder() { train te_short train_te.py --data "$DIR/clips" --keywords $WORDS --steps "${SHORT:-200}"; }
+base_encoder() {
+    train te_short train_te.py --data "$DIR/clips" --keywords $WORDS --keyword_init own --steps 200 \
+        --lr 3e-3 --keyword_lr 0.1
+}
 
 start() {
     base_encoder

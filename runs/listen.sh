@@ -16,8 +16,8 @@ train() {  # train NAME COMMAND...: once; a stopped run goes on
     $PY "${@:2}" --data "$DATA" --out "$DIR/$1" --seed "$SEED" $resume > "$DIR/$1.log" && touch "$DIR/$1/done"
 }
 te() {  # te NAME FLAGS...: teach the encoder
-    train "$1" train_te.py --keywords "$KEYS" --batch 32 --lr 3e-3 --keyword_lr 0.1 --shift 3 \
-        --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
+    train "$1" train_te.py --keywords "$KEYS" --keyword_init own --batch 32 --lr 3e-3 --keyword_lr 0.1 \
+        --shift 3 --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
 }
 lora() {  # lora NAME FLAGS...: train a translator
     train "$1" train_lora.py --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 "${@:2}"

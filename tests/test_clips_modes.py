@@ -1,6 +1,7 @@
 """Videos of several clips (S2V, Animate) on ranks, with streamed blocks, in 8 bits, compiled: as on one device."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,6 +13,8 @@ from test_parallel import run_jobs
 
 import sample
 from checkpoint import load
+from conditions.character import AnimateSequence
+from conditions.speech import SpeechSequence
 from models import Models, Runtime
 from s2v import WanS2V
 
@@ -78,3 +81,23 @@ def test_eight_bits_change_little(video, latents, report):
 def test_compiled_blocks_give_the_same(video, latents, report):
     found = sampled(video, compile="blocks")
     report("latents", max(tiny.error(a, b) for a, b in zip(found, latents, strict=True)), 2e-5)
+
+
+@pytest.mark.parametrize("has_motion", [False, True])
+def test_a_clip_keeps_no_more_than_it_hands_on(has_motion):
+    """Neither the new frames nor what the next clip needs hold on to the frames that were decoded before them."""
+
+    def decode(latents):
+        return torch.randn(1, 3, 1 + 4 * (latents.shape[2] - 1), 16, 16)
+
+    def held(t):
+        return t.untyped_storage().nbytes() == t.nbytes
+
+    z, before = torch.randn(1, 4, 4, 2, 2), {"ref": torch.randn(1, 4, 1, 2, 2), "motion": torch.randn(1, 4, 19, 2, 2)}
+    speech = SimpleNamespace(**before, has_motion=has_motion, frames=16, count=1, last=torch.zeros(1, 3, 73, 16, 16))
+    frames = SpeechSequence.decode(speech, 0, z, decode)
+    assert frames.shape[1] == (16 if has_motion else 13) and held(frames)
+    assert speech.last.shape[2] == 73 and held(speech.last)
+    character = SimpleNamespace(overlap=5, n=33, spans=[(0, 13), (8, 21)])
+    AnimateSequence.decode(character, int(has_motion), z, decode)
+    assert character.known.shape[2] == 5 and held(character.known)
