@@ -48,11 +48,12 @@ def score(args):
         "near": share_of_words(models, NEAR, args.n, args.seed),
         "old": shares(grades, rows),
     }
-    before = args.folder / "base_clips.pt"  # of old words, by the base
-    if not before.exists():
-        with atomic(before) as tmp:
-            torch.save(sample_and_grade(load("nano"), rows, args.seed)[1].half(), tmp)
     if encoder or adapters:
+        before = args.folder / f"clips_of_{'te_short' if adapters else 'base'}.pt"  # of old words, without the change
+        if not before.exists():
+            unchanged = load("nano", text_encoder=args.lora)
+            with atomic(before) as tmp:
+                torch.save(sample_and_grade(unchanged, rows, args.seed)[1].half(), tmp)
         errors = (clips - torch.load(before).float()).square().flatten(1).mean(1)
         found["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
         drift = logits("nano", adapters, encoder, n=3, data=args.folder / "clips")
@@ -74,7 +75,7 @@ def cells(folders):
 
 def table(args):
     folders = sorted(d for d in args.folder.iterdir() if d.is_dir())
-    columns = "row|new words (each seed)|worst word|near words|old words: colour, shape, motion|PSNR to the base, dB"
+    columns = "row|new words (each seed)|worst word|near words|old words: colour, shape, motion|PSNR, dB"
     columns = [*columns.split("|"), "dW/W", "logit drift", "held-out loss"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
 

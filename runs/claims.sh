@@ -59,7 +59,7 @@ blocks() {  # of nano's four
     lora blocks_3 --blocks 3
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
-preserve() { for w in 1 4; do lora "preserve_$w" --preserve $w; done; }
+preserve() { for w in 1 2 4; do lora "preserve_$w" --preserve $w; done; }
 mix() {
     te mix_15_35_50 clips --caption_mode_probs 15,35,50
     te mix_0_0_100 clips --caption_mode_probs 0,0,100

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import scripts
+import sentencepiece
 import torch
 
 from checkpoint import BadInput
+from nanoworld import pretrain
 from nanoworld.grader import grade, shares, wilson
 from nanoworld.listening import read_graded_prompts
-from nanoworld.pretrain import fold_stats
 from nanoworld.world import (
     ATTRIBUTES,
     COLORS,
@@ -30,6 +31,7 @@ from nanoworld.world import (
     sample_attributes,
     training_caption,
 )
+from t5 import load_t5
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -135,7 +137,7 @@ def test_folding_the_statistics_changes_only_the_scale():
     clips = torch.rand(4, 3, 5, 32, 32) * 2 - 1
     raw = torch.cat([m[:, :48] for m in vae.moment_chunks(clips)], 2)
     before = torch.cat(list(vae.frame_chunks(raw)), 2)
-    fold_stats(vae, clips)
+    pretrain.fold_stats(vae, clips)
     z = vae.encode(clips)
     assert z.mean((0, 2, 3, 4)).abs().max() < 1e-4 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 1e-4
     after = vae.decode(z)
@@ -179,3 +181,19 @@ def test_the_nano_vae_serves_diffusers_too(report):
     want = (peer.encode(clip).latent_dist.mode() - mean) / std
     report("encode", tiny.error(vae.encode(clip), want), 2e-5)
     report("decode", tiny.error(vae.decode(want), peer.decode(want * std + mean).sample.clamp(-1, 1)), 2e-5)
+
+
+def test_words_that_nano_does_not_know_differ_in_their_pieces(tmp_path):
+    """Each begins with a pair of letters; known words are split as without pairs; what is in nano/ is such a file."""
+    pretrain.train_tokenizer(tmp_path / "spiece.model")
+    words = {word for caption in pretrain.captions_for_pieces() for word in caption.split()}
+    raw = (tmp_path / "spiece.model").read_bytes()
+    before = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    after = sentencepiece.SentencePieceProcessor(model_proto=pretrain.with_letter_pairs(raw, words))
+    nano = load_t5(ROOT / "nano").tokenizer.pieces
+    assert 600 < after.get_piece_size() - before.get_piece_size() < 676
+    for word in words | set(NEW_WORDS):
+        assert after.encode(word) == before.encode(word) == nano.encode(word)
+    own = ["scarlet", "navy", "disc", "pyramid", "plummets", "jade"]
+    assert [after.encode(word, out_type=str)[0] for word in own] == ["\u2581" + word[:2] for word in own]
+    assert [nano.encode(word, out_type=str)[0] for word in own] == ["\u2581" + word[:2] for word in own]
