@@ -1,4 +1,4 @@
-# make demo: teach nano a word it never saw, and measure it.   make test: the suite.   Both set everything up first.
+# make demo: teach nano words that it never read, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
 # make lint: the formatter and the linter, which make test runs first.
 # make gpu: build the CUDA parts, test and time them.   make clean: remove all of it.

@@ -56,8 +56,8 @@ def add_noise(x0, eps, t):
 
 class Batch(NamedTuple):
     """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
-    (B,C',T',h,w); loss_mask (B,1,T',1,1), the loss's weight, of mean 1 over the global batch and 0 where a frame is
-    given, or None where all count; captions; inputs: further keyword arguments of the model's forward; preserved (B,)
+    (B,C',T',h,w); loss_mask (B,1,T',1,1) or (B,1,1,1,1), the loss's weight, 0 where a frame is given, or None where all
+    count alike; captions; inputs: further keyword arguments of the model's forward; preserved (B,)
     bool: samples whose target is to become the base's own prediction, or None where the global batch has none.
     """
 
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
 
     @torch.no_grad()
-    def aim_at_base(self, base, context, lens):
+    def with_base_targets(self, base, context, lens):
         """This Batch, in which the samples to be preserved have the prediction of `base` as their target: prior
         preservation (after Ruiz et al., 2022, DreamBooth), of predictions instead of pictures. Every rank computes
         where any has such samples, since others may wait for it.

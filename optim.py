@@ -203,7 +203,8 @@ class EMA:
 class Guard:
     """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is
     more than `grad_spike_factor` times the median of the last 100 that were taken (once 20 were). Norms of zero, of
-    steps in which nothing that is trained took part, say nothing about the others and are left out of the median.
+    steps in which nothing that is trained took part, say nothing about the others and are left out of the median; so
+    are those that are not `typical`.
 
     skipped: how many steps were skipped in a row up to now.
     """
@@ -211,7 +212,7 @@ class Guard:
     def __init__(self, grad_spike_factor):
         self.grad_spike_factor, self.norms, self.skipped = grad_spike_factor, [], 0
 
-    def should_skip(self, loss, norm):
+    def should_skip(self, loss, norm, typical=True):
         """Why the step with this loss and gradient norm must be skipped, or None."""
         reason = None
         median = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf
@@ -219,7 +220,7 @@ class Guard:
             reason = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
         elif norm > self.grad_spike_factor * median:
             reason = f"the gradient's norm is {norm:.4g}, {norm / median:.0f} times the recent median"
-        elif norm > 0:
+        elif norm > 0 and typical:
             self.norms = [*self.norms[-99:], norm]
         self.skipped = self.skipped + 1 if reason else 0
         return reason

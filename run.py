@@ -33,7 +33,7 @@ from parallel import is_sharded, shard_like
 RESUME_MAY_CHANGE = (
     "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
     "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages "
-    "keep name trigger preserve_prompts"
+    "keep name trigger preserve_prompts keyword_init"
 ).split()
 
 

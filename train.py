@@ -21,15 +21,10 @@ from models import DTYPES, check_frames, free_memory, parse_size, pick_dtype
 from nanoworld.default_clips import default_clips
 from optim import lr_at
 from parallel import backward, clip_grad_norm
+from recommended import RECOMMENDED, recommended_flags
 from t5 import read_encoder, tokenizer_file
 
 PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
-# What is recommended of flags that are not given, at full size; nano's config.json has its own.
-RECOMMENDED = {
-    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01},
-    "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
-    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own"},
-}
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------
@@ -93,7 +88,7 @@ def add_flags(p, script, out):
     )
     add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
     add("--lr", type=float, help=f"highest learning rate (default: the checkpoint's, or {recommended['lr']:g})")
-    add("--weight_decay", type=float, help=f"of AdamW (default: {recommended['weight_decay']:g})")
+    add("--weight_decay", type=float, help=f"of AdamW (default: the checkpoint's, or {recommended['weight_decay']:g})")
     add("--warmup", type=int, default=10, help="steps until the full learning rate (default: %(default)s)")
     add(
         "--schedule",
@@ -144,15 +139,6 @@ def add_flags(p, script, out):
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last state in --out")
     p.set_defaults(out=out)
-
-
-def recommended_flags(s, script):
-    """{flag: value} of a trainer for a checkpoint, by its Settings: the "train" entry of its config.json, in which
-    {script: {flag: value}} is what differs between them, over RECOMMENDED.
-    """
-    general = {"resolution": "{}x{}".format(*s.size), "frames": s.frames, "shift": s.shift}
-    own = {k: v for k, v in s.train.items() if k not in RECOMMENDED}
-    return general | RECOMMENDED[script] | own | s.train.get(script, {})
 
 
 def resolve_flags(args, s, script):
@@ -210,13 +196,14 @@ def check_ranges(args, **ranges):
 
 
 def choose_checkpointing(args, world, predict, memory=None):
-    """Where --checkpointing is not given: on, if the run does not fit without. predict() -> its plan.Plan by the flags
-    as they are; memory: bytes of a device (default: what is free on this one). Returns the Plan.
+    """Where --checkpointing is not given: on, if the run would take more than nine tenths of the memory without.
+    predict() -> its plan.Plan by the flags as they are; memory: bytes of a device (default: what is free on this one,
+    of a CPU each rank's share of it). Returns the Plan.
     """
     chosen, args.checkpointing = args.checkpointing, bool(args.checkpointing)
     need = predict()
-    memory = memory or free_memory(args.device)
-    if chosen is not None or world.all_ranks(need.peak <= memory):
+    memory = memory or free_memory(args.device) / (world.size if args.device == "cpu" else 1)
+    if chosen is not None or world.all_ranks(need.peak <= 0.9 * memory):
         return need
     print(f"checkpointing: without it {plan.gb(need.peak)} would be needed of {plan.gb(memory)}")
     args.checkpointing = True
@@ -445,7 +432,7 @@ def fit(
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
     for step in range(state.step, args.steps):
-        began, loss, extra, tokens = time.monotonic(), 0.0, 0.0, 0
+        began, loss, extra, tokens, taught = time.monotonic(), 0.0, 0.0, 0, 0
         world.seed(args.seed, step)
         expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
         model = models.acquire(expert).train()
@@ -454,15 +441,17 @@ def fit(
         opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
         for batch, weight in dataset.step(step, *schedule[expert], show_caption, preserved_prompts):
             context, lens = embed(batch.captions)
+            taught += len(batch.x) if batch.preserved is None else int((~batch.preserved).sum())
             if preserved_prompts:
                 with adapter_off(model):
-                    batch = batch.aim_at_base(model, context, lens)
+                    batch = batch.with_base_targets(model, context, lens)
             loss += backward(world, model, batch, context, lens, weight)
             tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
         if extra_loss:
             extra = extra_loss(step)
         tokens *= world.dp_size / world.size
-        loss, extra, tokens, stop = world.all_reduce_grads(params_of[expert], loss, extra, tokens, run.stop)
+        sums = world.all_reduce_grads(params_of[expert], loss, extra, tokens, taught, run.stop)
+        loss, extra, tokens, taught, stop = sums
 
         # one update, unless the gradient is not to be trusted
         for group in opt.param_groups:
@@ -470,7 +459,8 @@ def fit(
         grad_norm = clip_grad_norm(state.params, args.grad_clip)
         metrics = {"loss": loss, **({"anchor": extra} if extra_loss else {})}
         metrics |= {"lr": opt.param_groups[0]["lr"], "grad_norm": grad_norm}
-        if reason := guard.should_skip(loss, grad_norm):
+        # samples that are only preserved have gradients far smaller than others
+        if reason := guard.should_skip(loss, grad_norm, typical=taught > 0):
             print(f"step {step + 1} skipped: {reason}", flush=True)
             metrics["skipped"] = guard.skipped
         else:

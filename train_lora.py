@@ -38,7 +38,7 @@ from lora import (
 )
 from lora_files import choose_experts, parse_lora_spec
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
-from nanoworld.default_clips import NEW_IN_THEM
+from nanoworld.default_clips import DEFAULT_KEYWORDS
 from optim import adamw
 from parallel import World, gather_state
 from previews import Previews
@@ -84,7 +84,10 @@ def arguments(argv=None):
     )
     add("--name", default="adapter_model", help="of the files, NAME.safetensors and so on (default: %(default)s)")
     add("--keep", type=int, help="leave the adapters of the last N saves beside the result (default: all)")
-    add("--trigger", help="a,b,c: the words to prompt with, for the file's metadata, where LoRA managers show them")
+    add(
+        "--trigger",
+        help="a,b,c: the words to prompt with, which LoRA managers show; --preserve is for captions without them",
+    )
     add = p.add_argument_group("what must not change").add_argument
     add(
         "--preserve",
@@ -144,7 +147,7 @@ def resolve(args, s, num_blocks):
     if args.keep is not None:
         check_ranges(args, keep=(1, math.inf))
     if args.data is None and args.trigger is None:
-        args.trigger = NEW_IN_THEM
+        args.trigger = DEFAULT_KEYWORDS
     args.trigger = [word.strip() for word in (args.trigger or "").split(",") if word.strip()]
     check_ranges(args, preserve=(0, math.inf))
     if args.preserve_prompts and not args.preserve:
@@ -274,8 +277,8 @@ def train(args, world):
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args)
     triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
     captions = sorted(f.name for f in texts.values())
-    preserved_texts = [texts[p].name for p in preserved]
-    saved = run.restore(resume_fingerprint(args, models, dataset, captions=captions, preserved=preserved_texts))
+    more = {"captions": captions} | ({"preserved": [texts[p].name for p in preserved]} if preserved else {})
+    saved = run.restore(resume_fingerprint(args, models, dataset, **more))
     if saved:
         state.restore(saved)
 

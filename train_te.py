@@ -13,6 +13,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -23,14 +24,14 @@ import plan
 from captions import UNITS, augment_caption, has_keyword, spans
 from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
-from nanoworld.default_clips import NEW_IN_THEM
+from nanoworld.default_clips import DEFAULT_KEYWORDS
 from optim import AdamW8bit, adamw
 from parallel import World, full_tensor, shard
 from previews import Previews
+from recommended import RECOMMENDED
 from run import Run, TrainState, resume_fingerprint
 from t5 import EOS, PAD, UNK, in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
 from train import (
-    RECOMMENDED,
     Dataset,
     add_flags,
     check_ranges,
@@ -43,6 +44,7 @@ from train import (
 )
 
 INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyword
+PUNCTUATION = ".,;:!?\"'()[]"
 
 
 def arguments(argv=None):
@@ -102,7 +104,7 @@ def resolve(args, s):
         raise BadInput("--cache_text: a cached embedding bypasses the encoder that is to learn; it would train nothing")
     resolve_flags(args, s, "train_te")
     if args.data is None and args.keywords is None:
-        args.keywords = NEW_IN_THEM
+        args.keywords = DEFAULT_KEYWORDS
     args.keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
@@ -194,6 +196,11 @@ def keyword_token_ids(keywords, captions, tokenizer):
     return ids
 
 
+def own_pieces(word, tokenizer):
+    """The ids of a word that stand for letters."""
+    return [i for i in tokenizer.ids(word) if is_own_piece(i, tokenizer)]
+
+
 def is_own_piece(i, tokenizer):
     """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
     return i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
@@ -210,23 +217,29 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     captions, and the one with the lowest loss is it; keywords whose own loss is lower are left out. It is what textual
     inversion (Gal et al., 2022) has its user give as an initializer token.
 
-    Losses are of at most INIT_SAMPLES samples at two times under fixed noise, through the DiT `name`, at times in
-    [low, high).
+    Losses are of at most INIT_SAMPLES training samples, one of a file, at two times in [low, high) under fixed noise,
+    through the DiT `name`.
     """
     others = [c for c in dataset.captions if not has_keyword(c, keywords)]
-    counts = Counter(m.group().lower() for c in others for m in UNITS.finditer(c))
-    candidates = [word for word, _ in counts.most_common(INIT_CANDIDATES)]
+    counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
+    readable = [w for w, _ in counts.most_common() if own_pieces(w, encoder.tokenizer)]
+    candidates = readable[:INIT_CANDIDATES]
+    if not candidates:
+        return {}
     model, chosen = dataset.models.acquire(name).eval(), {}
     for keyword in keywords:
-        pairs = zip(dataset.items + dataset.val_items, dataset.files + dataset.val_files)
-        shown = [(i, f) for i, f in pairs if has_keyword(i.captions[0], [keyword])][:INIT_SAMPLES]
+        shown = {}  # one sample of each file whose caption has the word
+        for item, file in zip(dataset.items, dataset.files):
+            if captions := [c for c in item.captions if has_keyword(c, [keyword])]:
+                shown.setdefault(item.path, (replace(item, captions=captions[:1]), file))
         if not shown:
             continue
+        shown = list(shown.values())[:INIT_SAMPLES]
         held = eval_batches(*zip(*shown), dataset.samples, dataset.models.settings.shift, low, high)
         batches = [batch for i, batch in held if i % 2]
         losses = {
             word: sum(
-                batch.loss(model, *encoder.encode([in_place_of(keyword, word, c) for c in batch.captions])).item()
+                batch.loss(model, *encoder.encode([replace_keyword(c, keyword, word) for c in batch.captions])).item()
                 for batch in batches
             )
             for word in [keyword, *candidates]
@@ -236,7 +249,7 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     return chosen
 
 
-def in_place_of(keyword, word, caption):
+def replace_keyword(caption, keyword, word):
     """A caption with another word wherever the keyword stands."""
     for begin, end in reversed(spans(caption, keyword)):
         caption = caption[:begin] + word + caption[end:]
@@ -244,14 +257,15 @@ def in_place_of(keyword, word, caption):
 
 
 @torch.no_grad()
-def start_rows_from(words, ids_of, encoder):
-    """Set each keyword's trained rows to the mean of its word's. words: of search_initial_words; ids_of: of
-    keyword_token_ids. A row of several keywords starts at their mean.
+def initialize_rows(words, ids_of, shared, encoder):
+    """Set each keyword's trained rows, but for those in `shared`, which other captions use too, to the mean of its
+    word's; a row of several keywords to the mean of theirs. words: of search_initial_words; ids_of: of
+    keyword_token_ids.
     """
     embedding, starts = encoder.token_embedding, {}
     for keyword, word in words.items():
-        start = embedding.table.weight[encoder.tokenizer.ids(word)].float().mean(0)
-        for i in ids_of[keyword]:
+        start = embedding.table.weight[own_pieces(word, encoder.tokenizer)].float().mean(0)
+        for i in ids_of[keyword] - shared:
             starts.setdefault(i, []).append(start)
     for i, rows in starts.items():
         embedding.rows[embedding.slot[i]] = torch.stack(rows).mean(0).to(embedding.rows)
@@ -341,10 +355,12 @@ def train(args, world):
         first, (low, high) = next(iter(schedule.items()))
         found = search_initial_words(args.keywords, encoder, dataset, first, low, high)
         initial_words = world.broadcast_from_rank0(lambda: found)
-        for keyword in args.keywords:
-            print(f"keyword {keyword!r}: starts as {initial_words.get(keyword, keyword)!r}")
+        for keyword, word in initial_words.items():
+            print(f"keyword {keyword!r}: starts as {word!r}")
+        run.metadata["initial_words"] = initial_words
     trained, groups = unfreeze(encoder, args, ids)
-    start_rows_from(initial_words, ids_of, encoder)
+    shared = shared_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
+    initialize_rows(initial_words, ids_of, shared, encoder)
     if world.fsdp:
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data

@@ -90,7 +90,7 @@ def preserving_step():
     def step(batch):
         def go():
             with lora.adapter_off(model):
-                aimed = batch.aim_at_base(model, context, lens)
+                aimed = batch.with_base_targets(model, context, lens)
             aimed.loss(model, context, lens).backward()
             for p in trainable(model):
                 p.grad = None

@@ -2,13 +2,14 @@
 
 import shlex
 
+from captions import has_keyword
 from diagnostics.common import write_json
 from diagnostics.logits import open_dataset
 from diagnostics.planning import planned
 from models import Models, Runtime, pick_device
 from plan import gb
+from recommended import recommended_flags
 from t5 import load_tokenizer, read_encoder
-from train import recommended_flags
 from train_te import check_keywords
 
 # DiffSynth-Studio's script for Wan 2.2: rank 32, 1e-4, five epochs of a hundred repeats
@@ -18,12 +19,14 @@ CONFIG = "the checkpoint's config.json"
 NANO_ONLY = "measured on nano only"
 
 
-def advice(s, ckpt, data, keywords, samples):
-    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings."""
-    measured = bool(s.train)  # a config.json that recommends is nano's
+def advice(s, ckpt, data, keywords, samples, others):
+    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings. others:
+    whether there are captions without keywords.
+    """
     te, lora = (recommended_flags(s, script) for script in ("train_te", "train_lora"))
 
     def common(flags, script):
+        measured = {"lr", "steps"} <= s.train.get(script, {}).keys()
         views = flags["steps"] * flags["batch"] / samples
         rate = (
             "config.json, from docs/listening.md" if measured else PEER if script == "train_lora" else "a tenth of it"
@@ -38,11 +41,11 @@ def advice(s, ckpt, data, keywords, samples):
     translator = [
         *where,
         ("out", "out/lora", None),
-        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: te_short against base"),
+        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: rows te_short and base"),
         ("rank", 16, f"rank_1 to rank_64; {NANO_ONLY}"),
-        ("targets", "cross_attn.k,cross_attn.v", f"rank_16 against targets_k, targets_v, targets_qkvo; {NANO_ONLY}"),
-        *([("trigger", ",".join(keywords), "what is not to be preserved")] if keywords else []),
-        *([("preserve", 1, f"preserve_1 against rank_16; {NANO_ONLY}")] if keywords else []),
+        ("targets", ",".join(s.conditioning.lora_targets), f"k and v against q, k, v and o: lora_cross; {NANO_ONLY}"),
+        *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
+        *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
         *common(lora, "train_lora"),
     ]
     return {"train_te": encoder, "train_lora": translator}
@@ -57,7 +60,7 @@ def run(args):
     device = pick_device(args.device)
     models = Models(args.ckpt, Runtime(device))
     where = {"data": args.data, "resolution": args.resolution, "frames": args.frames}
-    flags, dataset = open_dataset(models, args.ckpt, **where)
+    _, dataset = open_dataset(models, args.ckpt, **where)
     if keywords:
         tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
         counts = check_keywords(keywords, dataset.captions, tokenizer, True)
@@ -66,8 +69,11 @@ def run(args):
                 print(
                     f"  {keyword!r} is in {count} captions: on nano words with so few are learned less well (count_5)"
                 )
+    others = any(c and not has_keyword(c, keywords) for c in dataset.captions)
+    if keywords and not others:
+        print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
     size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
-    found, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items)), {}
+    found, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items), others), {}
     for i, (script, flags) in enumerate(found.items()):
         flags = found[script] = [*flags[:2], *size, *flags[2:]]
         print(f"\n{i + 1}. {command(script, flags)}")
@@ -78,5 +84,5 @@ def run(args):
         need = planned(script, [*argv, "--device", device])
         plans[script] = need.peak
         print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
-    print("\nThe names are rows of docs/listening.md, which says how sure they are.")
+    print("\nNames such as rank_16 are rows of docs/listening.md, which says how sure they are.")
     write_json(args.json, {"commands": {s: command(s, f) for s, f in found.items()}, "peak": plans})

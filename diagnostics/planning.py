@@ -17,7 +17,7 @@ from parallel import World
 from train import choose_checkpointing
 from wan import VARIANTS, full_config
 
-CARD = 80e9  # bytes of a GPU, where there is none to ask
+ASSUMED_GPU_BYTES = 80e9  # bytes of a GPU, where there is none to ask
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
 
 
@@ -48,7 +48,7 @@ def planned(script, argv, ranks=1, mode=None):
     world = World("cpu", distributed=False)
     how = {"previews": previews, "ranks": ranks}
     return choose_checkpointing(
-        args, world, lambda: SCRIPTS[script].predict(args, s, builders, **how), CARD if absent else None
+        args, world, lambda: SCRIPTS[script].predict(args, s, builders, **how), ASSUMED_GPU_BYTES if absent else None
     )
 
 
@@ -128,6 +128,8 @@ def propose(script, argv, gpus):
     least = math.inf
     for flags in candidate_flags(script, ranks, *shape_of(args.ckpt), guided):
         for mode in modes if "--guidance_parallel" not in flags else (None,):
+            if "--no-checkpointing" in flags and {"--checkpointing", "--stream_blocks"} & set(argv):
+                continue
             need = planned(script, [*argv, "--device", "cuda", *flags], ranks, mode)
             if need.peak <= limit:
                 return argv + flags, need

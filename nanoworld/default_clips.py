@@ -6,14 +6,14 @@ from pathlib import Path
 
 from checkpoint import BadInput
 
-NEW_IN_THEM = "crimson,wedge,halts"
+DEFAULT_KEYWORDS = "crimson,wedge,halts"
 
 
 def default_clips(folder=Path("out/nano_data")):
     """The folder of clips, drawn if it is not there. Raises BadInput where it cannot be."""
     if not (folder / "attributes.jsonl").exists():
         script = Path(__file__).parent.parent / "nano.py"
-        flags = ["--out", folder, "--n", "60", "--words", NEW_IN_THEM]
+        flags = ["--out", folder, "--n", "60", "--words", DEFAULT_KEYWORDS]
         done = subprocess.run([sys.executable, script, "clips", *flags], stderr=subprocess.PIPE, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

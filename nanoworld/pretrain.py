@@ -35,7 +35,7 @@ from nanoworld.world import (
     sample_attributes,
     training_caption,
 )
-from t5 import TextEncoder, Tokenizer
+from t5 import TextEncoder, Tokenizer, message
 from vae import LATENT_STATS, VAE, channels_last
 from wan import Wan, WanConfig
 
@@ -204,9 +204,7 @@ def with_letter_pairs(model, words):
 
     def entry(pair):  # a ModelProto's field 1, a message of piece (1) and score (2): appended, it is one more of them
         score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # so it wins over these
-        text = pair.encode()
-        body = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score)
-        return b"\x0a" + bytes([len(body)]) + body
+        return message(1, message(1, pair.encode()) + b"\x15" + struct.pack("<f", score))
 
     pairs = [pair for pair in pairs if pair not in scores]
     while True:

@@ -49,7 +49,9 @@ def score(args):
         "old": shares(grades, rows),
     }
     if encoder or adapters:
-        before = args.folder / f"clips_of_{'te_short' if adapters else 'base'}.pt"  # of old words, without the change
+        before = (
+            args.folder / f"clips_of_{'te_short' if adapters else 'base'}_{args.n}_{args.seed}.pt"
+        )  # of old words, without the change
         if not before.exists():
             unchanged = load("nano", text_encoder=args.lora)
             with atomic(before) as tmp:

@@ -16,7 +16,9 @@ train() {  # train NAME COMMAND...: once; a stopped run goes on
     [ -e "$DIR/$1/done" ] && return
     local resume=
     if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
-    $PY "${@:2}" --out "$DIR/$1" --seed "$SEED" --save_every 1000 $resume > "$DIR/$1.log" && touch "$DIR/$1/done"
+    $PY "${@:2}" --out "$DIR/$1" --seed "$SEED" --save_every 1000 $resume > "$DIR/$1.log"
+    grep -q "^peak memory" "$DIR/$1.log" || exit 130  # it was stopped
+    touch "$DIR/$1/done"
 }
 clips() {  # clips NAME N: half of them with one of the words
     [ -d "$DIR/$1" ] || $PY nano.py clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null

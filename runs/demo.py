@@ -82,7 +82,7 @@ def main():
     data = "--ckpt", "nano", "--data", clips
     run(ROOT / "train_te.py", *data, "--out", OUT / "te", "--keywords", words, "--train_blocks", 0, "--steps", 400)
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
-    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 1, "--steps", 200]
+    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 200]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
     after, second = listen("after", [str(adapter)], encoder)
     moved = relative_norm(delta(adapter, ROOT / "nano"))

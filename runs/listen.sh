@@ -13,7 +13,9 @@ train() {  # train NAME COMMAND...: once; a stopped run goes on
     [ -e "$DIR/$1/done" ] && return
     local resume=
     if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
-    $PY "${@:2}" --data "$DATA" --out "$DIR/$1" --seed "$SEED" $resume > "$DIR/$1.log" && touch "$DIR/$1/done"
+    $PY "${@:2}" --data "$DATA" --out "$DIR/$1" --seed "$SEED" $resume > "$DIR/$1.log"
+    grep -q "^peak memory" "$DIR/$1.log" || exit 130  # it was stopped
+    touch "$DIR/$1/done"
 }
 te() {  # te NAME FLAGS...: teach the encoder
     train "$1" train_te.py --keywords "$KEYS" --keyword_init own --batch 32 --lr 3e-3 --keyword_lr 0.1 \

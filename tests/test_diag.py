@@ -795,7 +795,7 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     where = ["--data", media, "--keywords", "dog,square", "--resolution", "64x64", "--device", "cpu"]
     diag("advise", *where, "--json", tmp_path / "advice.json")
     found, said = json.loads((tmp_path / "advice.json").read_text()), capsys.readouterr().out
-    assert "keyword 'dog': in 1 captions" in said and "--preserve 1: preserve_1" in said
+    assert "keyword 'dog': in 1 captions" in said and "--preserve 2: preserve_2" in said
     for script, module in (("train_te", train_te), ("train_lora", train_lora)):
         line = found["commands"][script]
         assert line in said and found["peak"][script] > 1e8
@@ -803,10 +803,11 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
         assert (args.lr, args.batch, args.steps) == tuple(own[script][k] for k in ("lr", "batch", "steps"))
         assert args.resolution == "64x64"
     assert (
-        args.trigger == "dog,square" and args.preserve == 1 and args.text_encoder.endswith("text_encoder.safetensors")
+        args.trigger == "dog,square" and args.preserve == 2 and args.text_encoder.endswith("text_encoder.safetensors")
     )
     full = {
-        flag: (value, why) for flag, value, why in advice(models.released("ti2v-5B"), "x", "y", [], 40)["train_lora"]
+        flag: (value, why)
+        for flag, value, why in advice(models.released("ti2v-5B"), "x", "y", [], 40, True)["train_lora"]
     }
     assert full["lr"] == ("0.0001", PEER) and full["batch"][0] == 1 and "seen 50 times" in full["steps"][1]
     assert "preserve" not in full

@@ -23,6 +23,7 @@ from flow import eval_timesteps
 from models import Models, released
 from optim import EMA
 from previews import Previews
+from recommended import recommended_flags
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +209,11 @@ def test_at_full_size_the_defaults_are_not_nanos(module, lr):
     train.resolve_flags(nano, settings, module.__name__)
     own = settings.train[module.__name__]
     assert nano.lr == 7 and (nano.batch, nano.shift) == (own["batch"], own["shift"]) and own["batch"] > 1
-    assert train.recommended_flags(replace(settings, train={}), module.__name__)["batch"] == 1
+    assert recommended_flags(replace(settings, train={}), module.__name__)["batch"] == 1
 
 
 @pytest.mark.parametrize(
-    "given, memory, chosen", [(None, 11, False), (None, 9, True), (False, 9, False), (True, 11, True)]
+    "given, memory, chosen", [(None, 12, False), (None, 11, True), (False, 9, False), (True, 12, True)]
 )
 def test_checkpointing_is_chosen_where_the_plan_asks_for_it(given, memory, chosen):
     args = SimpleNamespace(checkpointing=given, device="cpu")

@@ -17,7 +17,7 @@ from captions import augment_caption, has_keyword
 from checkpoint import BadInput, load
 from nanoworld import world
 from t5 import load_t5
-from train_te import RowEmbedding, arguments, check_keywords, in_place_of, keyword_token_ids, resolve, trainable
+from train_te import RowEmbedding, arguments, check_keywords, keyword_token_ids, replace_keyword, resolve, trainable
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,7 +274,7 @@ def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
 
 
 def test_a_keyword_takes_the_place_of_a_word():
-    assert in_place_of("ox", "red fox", "An ox, an Ox and a box") == "An red fox, an red fox and a box"
+    assert replace_keyword("An ox, an Ox and a box", "ox", "red fox") == "An red fox, an red fox and a box"
 
 
 def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypatch):
