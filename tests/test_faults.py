@@ -488,11 +488,12 @@ def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
 LIVES = r"""
 import json, os, random, resource, signal, sys, threading, time, traceback
 import torch
-import data, run, train, train_lora
+import data, previews, run, train, train_lora
 from checkpoint import cli
 torch.set_num_threads(1)
 
 class NoPlan:  # which takes as long as all the rest
+    peak = 0
     def compare(self, device):
         return ""
 

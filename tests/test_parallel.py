@@ -74,7 +74,7 @@ def training(script, media, folder, name, *flags, batch, steps=5, **more):
         "argv": [
             *f"--data {media} --cache {folder}/cache --out {folder}/{name} --steps {steps} --batch {batch}".split(),
             *"--resolution 96x64 --frames 9 --held_out 0 --caption_dropout 0.3".split(),
-            *"--schedule constant --warmup 0 --device cpu".split(),
+            *"--schedule constant --warmup 0 --shift 1.5 --device cpu".split(),
             *("--lr 1 --grad_clip 0.05 --keywords dog" if script == "train_te" else "--lr 3 --rank 4").split(),
             *encoder,
             *flags,
@@ -126,7 +126,6 @@ JOBS = {
         "lora_ulysses4": ("train_lora", 4, "--ulysses_size", "4"),
         "lora_fsdp_ulysses": ("train_lora", 2, "--fsdp", "--ulysses_size", "2"),
         "lora_pipelines": ("train_lora", 2, "--pipeline_stages", "2"),
-        "preserve_data4": ("train_lora", 1, "--preserve", "0.7", "--trigger", "dog"),
         "te_fsdp_ulysses": ("train_te", 2, "--fsdp", "--ulysses_size", "2"),
         "lora_fp8": ("train_lora", 1, "--fsdp", "--base_dtype", "fp8"),
         "video4": ("--ulysses_size", "4"),
@@ -165,7 +164,7 @@ def difference(a, b, script):
     pairs = [(x[k], y[k]) for x, y in zip(log(a), log(b), strict=True) for k in ("loss", "grad_norm")]
     x, y = (load(d / RESULT[script])[0] for d in (a, b))
     assert x.keys() == y.keys()
-    return max(abs(u - v) / abs(u) for u, v in pairs), max(
+    return max(abs(u - v) / (abs(u) or 1) for u, v in pairs), max(
         ((x[k].float() - y[k].float()).norm() / x[k].float().norm().clamp(min=1e-9)).item() for k in x
     )
 

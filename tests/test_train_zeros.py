@@ -16,7 +16,7 @@ import sys
 from types import SimpleNamespace
 import train_te
 from checkpoint import cli
-train_te.predict = lambda *_, **__: SimpleNamespace(compare=lambda device: "")  # which takes longer than the rest
+train_te.predict = lambda *_, **__: SimpleNamespace(peak=0, compare=lambda _: "")  # it takes longer than the rest
 cli(train_te.main)
 """
 
