@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 import ops
@@ -146,7 +147,8 @@ class RowEmbedding(nn.Module):
 
     def forward(self, ids):
         slot = self.slot[ids]
-        return torch.where((slot >= 0)[..., None], self.rows[slot.clamp(min=0)], self.table(ids))
+        # not rows[slot]: the gradient of indexing is added up by several threads in any order
+        return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp(min=0), self.rows), self.table(ids))
 
 
 def unfreeze(encoder, args, ids):

@@ -191,6 +191,20 @@ def test_rows_learn_at_their_own_rate(checkpoints):
     assert [g["lr"] for g in trainable(encoder, args)[1]] == [0.0, 0.1]
 
 
+def test_gradients_of_rows_have_the_same_bits_each_time(threads):
+    g = torch.Generator().manual_seed(0)
+    embedding = RowEmbedding(torch.nn.Embedding(50, 128).requires_grad_(False), range(3, 9))
+    ids, weight = torch.randint(0, 12, (64, 40), generator=g), torch.randn(64, 40, 128, generator=g)
+    found = []
+    for _ in range(20):
+        embedding.rows.grad = None
+        (embedding(ids) * weight).sum().backward()
+        found.append(embedding.rows.grad.clone())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    want = torch.zeros(50, 128).index_put((ids.flatten(),), weight.flatten(0, 1), accumulate=True)[3:9]
+    assert torch.allclose(found[0], want, atol=1e-4)
+
+
 def test_rates_and_anchors_in_a_run(checkpoints, media, tmp_path):
     """Rows learn at --keyword_lr, the rest at --lr; only prompts without a keyword are held."""
     rates = "--lr 0 --keyword_lr 1e-2 --weight_decay 0 --steps 3".split()
