@@ -80,9 +80,9 @@ def main():
     run(ROOT / "nano.py", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
     before, first = listen("before")
     data = "--ckpt", "nano", "--data", clips
-    run(ROOT / "train_te.py", *data, "--out", OUT / "te", "--keywords", words, "--train_blocks", 0, "--steps", 500)
+    run(ROOT / "train_te.py", *data, "--out", OUT / "te", "--keywords", words, "--train_blocks", 0, "--steps", 400)
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
-    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 1, "--steps", 400]
+    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 200]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
     after, second = listen("after", [str(adapter)], encoder)
     moved = relative_norm(delta(adapter, ROOT / "nano"))
