@@ -18,6 +18,18 @@ def has_keyword(caption, keywords):
     return any(spans(caption, k) for k in keywords)
 
 
+def without_keywords(captions, keywords):
+    """Those of some captions that hold none of the keywords."""
+    return [c for c in captions if not has_keyword(c, keywords)]
+
+
+def replace_keyword(caption, keyword, word):
+    """A caption with another word wherever the keyword stands."""
+    for begin, end in reversed(spans(caption, keyword)):
+        caption = caption[:begin] + word + caption[end:]
+    return caption
+
+
 # What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
 # Burmese, Khmer, Chinese, Japanese), with the marks on them.
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

@@ -57,8 +57,8 @@ def add_noise(x0, eps, t):
 class Batch(NamedTuple):
     """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
     (B,C',T',h,w); loss_mask (B,1,T',1,1) or (B,1,1,1,1), the loss's weight, 0 where a frame is given, or None where all
-    count alike; captions; inputs: further keyword arguments of the model's forward; preserved (B,)
-    bool: samples whose target is to become the base's own prediction, or None where the global batch has none.
+    count alike; captions; inputs: further keyword arguments of the model's forward; preserved (B,) bool: samples whose
+    target is to become the base's own prediction, or None where the global batch has none.
     """
 
     x: torch.Tensor

@@ -20,7 +20,7 @@ import torch
 import data
 import ops
 import plan
-from captions import has_keyword
+from captions import has_keyword, without_keywords
 from checkpoint import BadInput, cli, load
 from lora import (
     ANIMATE_TARGETS,
@@ -197,7 +197,7 @@ def prompts_to_preserve(args, captions, prompts):
     """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput where there are none."""
     if not args.preserve:
         return []
-    others = [c for c in captions if c and not has_keyword(c, args.trigger)] if args.trigger else []
+    others = [c for c in without_keywords(captions, args.trigger) if c] if args.trigger else []
     if not prompts and not others:
         raise BadInput(
             f"--preserve {args.preserve}: every caption holds a word of --trigger {','.join(args.trigger)}; give "

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import data
 import ops
 import plan
-from captions import UNITS, augment_caption, has_keyword, spans
+from captions import UNITS, augment_caption, has_keyword, replace_keyword, spans, without_keywords
 from checkpoint import BadInput, cli, save
 from models import DTYPES, Models, Runtime, pick_device, pick_dtype
 from nanoworld.default_clips import DEFAULT_KEYWORDS
@@ -210,7 +210,7 @@ def is_own_piece(i, tokenizer):
 
 def shared_token_ids(keywords, captions, tokenizer):
     """Ids of the pieces of all captions without a keyword."""
-    return {i for c in captions if not has_keyword(c, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
+    return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     Losses are of at most INIT_SAMPLES training samples, one of a file, at two times in [low, high) under fixed noise,
     through the DiT `name`.
     """
-    others = [c for c in dataset.captions if not has_keyword(c, keywords)]
+    others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
     readable = [w for w, _ in counts.most_common() if own_pieces(w, encoder.tokenizer)]
     candidates = readable[:INIT_CANDIDATES]
@@ -238,24 +238,14 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
             continue
         shown = list(shown.values())[:INIT_SAMPLES]
         held = eval_batches(*zip(*shown), dataset.samples, dataset.models.settings.shift, low, high)
-        batches = [batch for i, batch in held if i % 2]
-        losses = {
-            word: sum(
-                batch.loss(model, *encoder.encode([replace_keyword(c, keyword, word) for c in batch.captions])).item()
-                for batch in batches
-            )
-            for word in [keyword, *candidates]
-        }
+        batches, losses = [batch for i, batch in held if i % 2], {}
+        captions = {caption for batch in batches for caption in batch.captions}
+        for word in [keyword, *candidates]:
+            texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
+            losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         if (best := min(losses, key=losses.get)) != keyword:
             chosen[keyword] = best
     return chosen
-
-
-def replace_keyword(caption, keyword, word):
-    """A caption with another word wherever the keyword stands."""
-    for begin, end in reversed(spans(caption, keyword)):
-        caption = caption[:begin] + word + caption[end:]
-    return caption
 
 
 @torch.no_grad()
@@ -347,7 +337,7 @@ def train(args, world):
     # models: the encoder learns, the DiT is frozen
     encoder = models.acquire("text")
     models.drop()  # from here on the encoder is this script's own: it must not make room for others
-    anchors = [c for c in dataset.captions if not has_keyword(c, args.keywords)]
+    anchors = without_keywords(dataset.captions, args.keywords)
     ids_of = keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
     ids = set().union(*ids_of.values())
     with torch.no_grad():
@@ -355,8 +345,8 @@ def train(args, world):
     initial_words = {}
     if args.keyword_init == "search" and run.state_file is None:
         first, (low, high) = next(iter(schedule.items()))
-        found = search_initial_words(args.keywords, encoder, dataset, first, low, high)
-        initial_words = world.broadcast_from_rank0(lambda: found)
+        initial_words = search_initial_words(args.keywords, encoder, dataset, first, low, high)
+        initial_words = world.broadcast_from_rank0(lambda: initial_words)  # ranks may round otherwise
         for keyword, word in initial_words.items():
             print(f"keyword {keyword!r}: starts as {word!r}")
         run.metadata["initial_words"] = initial_words

@@ -2,7 +2,7 @@
 
 import shlex
 
-from captions import has_keyword
+from captions import without_keywords
 from diagnostics.common import write_json
 from diagnostics.logits import open_dataset
 from diagnostics.planning import planned
@@ -28,9 +28,7 @@ def advice(s, ckpt, data, keywords, samples, others):
     def common(flags, script):
         measured = {"lr", "steps"} <= s.train.get(script, {}).keys()
         views = flags["steps"] * flags["batch"] / samples
-        rate = (
-            "config.json, from docs/listening.md" if measured else PEER if script == "train_lora" else "a tenth of it"
-        )
+        rate = CONFIG if measured else PEER if script == "train_lora" else "a tenth of a LoRA's; unmeasured"
         steps = f"each clip is seen {views:.0f} times"
         steps += f"; {CONFIG}" if measured else f"; {PEER}: {PEER_VIEWS} times"
         return [("lr", f"{flags['lr']:g}", rate), ("batch", flags["batch"], None), ("steps", flags["steps"], steps)]
@@ -42,8 +40,8 @@ def advice(s, ckpt, data, keywords, samples, others):
         *where,
         ("out", "out/lora", None),
         ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: rows te_short and base"),
-        ("rank", 16, f"rank_1 to rank_64; {NANO_ONLY}"),
-        ("targets", ",".join(s.conditioning.lora_targets), f"k and v against q, k, v and o: lora_cross; {NANO_ONLY}"),
+        ("rank", 16, f"more than rank_1 needs, fewer than the peer's 32; {NANO_ONLY}"),
+        ("targets", ",".join(s.conditioning.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
         *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
         *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
         *common(lora, "train_lora"),
@@ -66,16 +64,14 @@ def run(args):
         counts = check_keywords(keywords, dataset.captions, tokenizer, True)
         for keyword, count in counts.items():
             if count < FEW:
-                print(
-                    f"  {keyword!r} is in {count} captions: on nano words with so few are learned less well (count_5)"
-                )
-    others = any(c and not has_keyword(c, keywords) for c in dataset.captions)
+                print(f"  {keyword!r} is in {count} different captions; more teach it better")
+    others = any(without_keywords(dataset.captions, keywords))
     if keywords and not others:
         print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
     size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
-    found, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items), others), {}
-    for i, (script, flags) in enumerate(found.items()):
-        flags = found[script] = [*flags[:2], *size, *flags[2:]]
+    advised, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items), others), {}
+    for i, (script, flags) in enumerate(advised.items()):
+        flags = advised[script] = [*flags[:2], *size, *flags[2:]]
         print(f"\n{i + 1}. {command(script, flags)}")
         for flag, value, why in flags:
             if why:
@@ -85,4 +81,4 @@ def run(args):
         plans[script] = need.peak
         print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
     print("\nNames such as rank_16 are rows of docs/listening.md, which says how sure they are.")
-    write_json(args.json, {"commands": {s: command(s, f) for s, f in found.items()}, "peak": plans})
+    write_json(args.json, {"commands": {s: command(s, f) for s, f in advised.items()}, "peak": plans})

@@ -17,11 +17,8 @@ from diagnostics.delta import delta, relative_norm  # noqa: E402
 from diagnostics.logits import logits  # noqa: E402
 from nanoworld.grader import shares  # noqa: E402
 from nanoworld.listening import sample_and_grade, word_attribute  # noqa: E402
-from nanoworld.world import prompts  # noqa: E402
+from nanoworld.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
 from sample import load  # noqa: E402
-
-WORDS = ("crimson", "azure", "wedge", "plus", "sinks", "halts")
-NEAR = ("box", "orb", "ascends", "retreats", "advances")  # of the same kinds, and in no caption
 
 
 def share_of_words(models, words, n, seed):
@@ -36,37 +33,42 @@ def share_of_words(models, words, n, seed):
 
 def score(args):
     """Write DIR/NAME.json."""
-    run = args.folder / args.name
+    run, words = args.folder / args.name, parse_words(args.words)
+    near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # in no caption
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
     adapters = [str(run / "adapter_model.safetensors")] if args.lora else []
     models = load("nano", "cpu", torch.float32, adapters, encoder)
-    rows = prompts(args.n * len(WORDS), args.seed)
+    rows = prompts(args.n * len(words), args.seed)
     grades, clips = sample_and_grade(models, rows, args.seed)
-    found = {
+    result = {
         "n": args.n,
-        "new": share_of_words(models, WORDS, args.n, args.seed),
-        "near": share_of_words(models, NEAR, args.n, args.seed),
+        "new": share_of_words(models, words, args.n, args.seed),
+        "near": share_of_words(models, near, args.n, args.seed),
         "old": shares(grades, rows),
     }
     if encoder or adapters:
-        before = (
-            args.folder / f"clips_of_{'te_short' if adapters else 'base'}_{args.n}_{args.seed}.pt"
-        )  # of old words, without the change
-        if not before.exists():
-            unchanged = load("nano", text_encoder=args.lora)
-            with atomic(before) as tmp:
-                torch.save(sample_and_grade(unchanged, rows, args.seed)[1].half(), tmp)
-        errors = (clips - torch.load(before).float()).square().flatten(1).mean(1)
-        found["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
+        errors = (clips - unchanged_clips(args, rows)).square().flatten(1).mean(1)
+        result["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
         drift = logits("nano", adapters, encoder, n=3, data=args.folder / "clips")
-        found["drift"] = max(row["drift"] for rows in drift.values() for row in rows)
+        result["drift"] = max(row["drift"] for rows in drift.values() for row in rows)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        found["val_loss"] = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
+        result["val_loss"] = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
     if adapters:
-        found["moved"] = relative_norm(delta(adapters[0], ROOT / "nano"))
+        result["moved"] = relative_norm(delta(adapters[0], ROOT / "nano"))
     with atomic(args.folder / f"{args.name}.json") as tmp:
-        tmp.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{args.folder.name} {args.name}: new words {mean(found['new'].values()):.3f}", flush=True)
+        tmp.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{args.folder.name} {args.name}: new words {mean(result['new'].values()):.3f}", flush=True)
+
+
+def unchanged_clips(args, rows):
+    """Clips (N,3,9,64,64) of old words by the model without the change: before a translator, with its encoder."""
+    name = "te_short" if args.lora else "base"
+    file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
+    if not file.exists():
+        clips = sample_and_grade(load("nano", text_encoder=args.lora), rows, args.seed)[1]
+        with atomic(file) as tmp:
+            torch.save(clips.half(), tmp)
+    return torch.load(file).float()
 
 
 def cells(folders):
@@ -81,23 +83,23 @@ def table(args):
     columns = [*columns.split("|"), "dW/W", "logit drift", "held-out loss"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
 
-    def average(found, key, form):
-        return form.format(mean(f[key] for f in found)) if key in found[0] else ""
+    def average(results, key, form):
+        return form.format(mean(r[key] for r in results)) if key in results[0] else ""
 
-    for name, found in cells(folders).items():
-        each = [mean(f["new"].values()) for f in found]
-        words = {w: mean(f["new"][w] for f in found) for w in WORDS}
+    for name, results in cells(folders).items():
+        each = [mean(r["new"].values()) for r in results]
+        words = {w: mean(r["new"][w] for r in results) for w in results[0]["new"]}
         worst = min(words, key=words.get)
         row = [
             f"`{name}`",
             f"{mean(each):.3f} ({', '.join(f'{share:.2f}' for share in each)})",
             f"{worst} {words[worst]:.2f}",
-            f"{mean(mean(f['near'].values()) for f in found):.3f}",
-            ", ".join(f"{mean(f['old'][kind] for f in found):.3f}" for kind in ("color", "shape", "motion")),
-            average(found, "psnr", "{:.1f}"),
-            average(found, "moved", "{:.2f}"),
-            average(found, "drift", "{:.2f}"),
-            average(found, "val_loss", "{:.4f}"),
+            f"{mean(mean(r['near'].values()) for r in results):.3f}",
+            ", ".join(f"{mean(r['old'][kind] for r in results):.3f}" for kind in ("color", "shape", "motion")),
+            average(results, "psnr", "{:.1f}"),
+            average(results, "moved", "{:.2f}"),
+            average(results, "drift", "{:.2f}"),
+            average(results, "val_loss", "{:.4f}"),
         ]
         print(f"| {' | '.join(row)} |")
 
@@ -108,6 +110,7 @@ def main():
     c = commands.add_parser("score", help="measure one training's result, DIR/NAME")
     c.add_argument("folder", type=Path, metavar="DIR", help="of a seed")
     c.add_argument("name", metavar="NAME", help="of the cell")
+    c.add_argument("--words", required=True, help="a,b,c: the new words that it was taught")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
     c.add_argument("--lora", metavar="FILE", help="NAME is a translator, behind this encoder")
     c.add_argument("--n", type=int, default=34, help="prompts of each word (default: %(default)s)")

@@ -10,37 +10,31 @@ cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
 WORDS=crimson,azure,wedge,plus,sinks,halts
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+source runs/train_once.sh
 
 asked() { [ -z "$CELLS" ] || [[ " $CELLS " == *" $1 "* ]]; }
-train() {  # train NAME COMMAND...: once; a stopped run goes on
-    [ -e "$DIR/$1/done" ] && return
-    local resume=
-    if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
-    $PY "${@:2}" --out "$DIR/$1" --seed "$SEED" --save_every 1000 $resume > "$DIR/$1.log"
-    grep -q "^peak memory" "$DIR/$1.log" || exit 130  # it was stopped
-    touch "$DIR/$1/done"
-}
 clips() {  # clips NAME N: half of them with one of the words
     [ -d "$DIR/$1" ] || $PY nano.py clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
 }
 score() {  # score NAME FLAGS...: measure it
-    [ -e "$DIR/$1.json" ] || $PY runs/claims.py score "$DIR" "$1" --n "${N:-34}" --seed "$((1000 + SEED))" "${@:2}"
+    [ -e "$DIR/$1.json" ] || \
+        $PY runs/claims.py score "$DIR" "$1" --words $WORDS --n "${N:-34}" --seed "$((1000 + SEED))" "${@:2}"
 }
 
 te() {  # te NAME CLIPS FLAGS...: an encoder
     asked "$1" || return 0
-    train "$1" train_te.py --data "$DIR/$2" --keywords $WORDS "${@:3}"
+    train_once "$1" train_te.py --data "$DIR/$2" --keywords $WORDS "${@:3}"
     score "$1" --text_encoder
 }
 lora() {  # lora NAME FLAGS...: a translator behind the encoder of a short training, which leaves something to learn
     asked "$1" || return 0
     base_encoder
-    train "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
+    train_once "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
 base_encoder() {
-    train te_short train_te.py --data "$DIR/clips" --keywords $WORDS --keyword_init own --steps 200 \
-        --lr 3e-3 --keyword_lr 0.1
+    train_once te_short train_te.py --data "$DIR/clips" --keywords $WORDS --keyword_init own --steps 200 \
+        --lr 3e-3 --keyword_lr 0.1 --trim_prob 0
 }
 
 start() {

@@ -8,21 +8,14 @@ cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
 WORDS=crimson,azure,wedge,plus,sinks,halts  # hardly any of these does the base show by luck, as it does box and ascends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+source runs/train_once.sh
 
-train() {  # train NAME COMMAND...: once; a stopped run goes on
-    [ -e "$DIR/$1/done" ] && return
-    local resume=
-    if compgen -G "$DIR/$1/checkpoints/step_*.pt" > /dev/null; then resume=--resume; fi
-    $PY "${@:2}" --data "$DATA" --out "$DIR/$1" --seed "$SEED" $resume > "$DIR/$1.log"
-    grep -q "^peak memory" "$DIR/$1.log" || exit 130  # it was stopped
-    touch "$DIR/$1/done"
-}
 te() {  # te NAME FLAGS...: teach the encoder
-    train "$1" train_te.py --keywords "$KEYS" --keyword_init own --batch 32 --lr 3e-3 --keyword_lr 0.1 \
-        --shift 3 --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
+    train_once "$1" train_te.py --data "$DATA" --keywords "$KEYS" --keyword_init own --batch 32 --lr 3e-3 \
+        --keyword_lr 0.1 --shift 3 --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
 }
 lora() {  # lora NAME FLAGS...: train a translator
-    train "$1" train_lora.py --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 "${@:2}"
+    train_once "$1" train_lora.py --data "$DATA" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 "${@:2}"
 }
 score() {  # score NAME FLAGS...: grade it
     [ -e "$DIR/$1.json" ] || $PY diag.py listen --words "$KEYS" --n "${N:-34}" --seed "$((1000 + SEED))" \

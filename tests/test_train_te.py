@@ -13,11 +13,11 @@ import tiny
 import torch
 
 import nano
-from captions import augment_caption, has_keyword
+from captions import augment_caption, has_keyword, replace_keyword
 from checkpoint import BadInput, load
 from nanoworld import world
 from t5 import load_t5
-from train_te import RowEmbedding, arguments, check_keywords, keyword_token_ids, replace_keyword, resolve, trainable
+from train_te import RowEmbedding, arguments, check_keywords, keyword_token_ids, resolve, trainable
 
 ROOT = Path(__file__).parent.parent
 
