@@ -1,6 +1,8 @@
 """S2V-14B: a picture, a sound and, if wanted, a pose video; sampled and trained on in clips."""
 
+import itertools
 import math
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,15 @@ class SpeechSequence(Sequence):
         features = wav2vec2.to_feature_rate(models.acquire("audio").features(samples))
         self.count = wav2vec2.count_clips(features.shape[1], frames)
         self.count = min(self.count, num_clip or self.count)
-        self.features = wav2vec2.to_video_rate(features, self.count * frames)[None]  # (1,S,A,count * frames)
+        features = wav2vec2.to_video_rate(features, self.count * frames)[None].cpu()
+        self.audio_shape, self.audio_file = (*features.shape[:3], frames), tempfile.TemporaryFile()
+        for audio in features.split(frames, -1):  # clips wait for their turn there, so that many take no more memory
+            self.audio_file.write(audio.contiguous().numpy())
+        features = audio = None
         models.drop("audio")
-        self.pose = None if pose_video is None else self._read_pose(pose_video)
+        self.pose = pose_video
+        if pose_video is not None:
+            self.pose_step = self._pose_step()
         self.picture = to_tensor(s2v.fit_picture(picture, self.size))[None, :, None].to(self.device)  # (1,3,1,H,W)
         self.shape = s.z_dim, frames // 4, self.size[1] // s.stride[1], self.size[0] // s.stride[2]
         self.ref = models.acquire_vae(self.size).encode(self.picture)
@@ -42,30 +50,43 @@ class SpeechSequence(Sequence):
         self.last = s2v.first_motion(self.picture, start_from_ref)  # (1,3,73,H,W)
         self.motion = models.acquire_vae(self.size).encode(self.last)
 
-    def _read_pose(self, file):
-        """The frames (T,3,H,W) of the pose video that are followed, one every sixteenth of a second, nearly."""
+    def _read_audio(self, r):
+        """The speech features (1,S,A,frames) of clip r."""
+        nbytes = 4 * math.prod(self.audio_shape)
+        self.audio_file.seek(r * nbytes)
+        return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
+
+    def _pose_frames(self, images=True):
         try:
-            frames = list(read_frames(file))
+            yield from read_frames(self.pose, images)
         except Skip as e:
-            raise BadInput(f"--pose_video {file}: {e}") from None
+            raise BadInput(f"--pose_video {self.pose}: {e}") from None
+
+    def _pose_step(self):
+        """Every how many-th frame of the pose video is followed."""
+        frames = list(self._pose_frames(images=False))
         if len(frames) < MIN_POSE_FRAMES:
-            raise BadInput(f"--pose_video {file}: {len(frames)} frames; at least {MIN_POSE_FRAMES} are needed")
-        step = s2v.pose_step((len(frames) - 1) / frames[-1].seconds)
-        taken = frames[::step][: self.count * self.frames]
-        return torch.cat([s2v.fit_pose(to_tensor(f.image)[None], self.size) for f in taken])
+            raise BadInput(f"--pose_video {self.pose}: {len(frames)} frames; at least {MIN_POSE_FRAMES} are needed")
+        return s2v.pose_step((len(frames) - 1) / frames[-1].seconds)
+
+    def _read_pose(self, r):
+        """The poses (T,3,H,W) of clip r, T <= frames. The file is read from its beginning each time."""
+        begin, end = (i * self.frames * self.pose_step for i in (r, r + 1))
+        taken = itertools.islice(self._pose_frames(), begin, end, self.pose_step)
+        none = torch.empty(0, 3, *self.size[::-1])
+        return torch.cat([none, *(s2v.fit_pose(to_tensor(f.image)[None], self.size) for f in taken)])
 
     def noise(self, r):
         generator = torch.Generator(self.device).manual_seed(self.seed + r)
         return torch.randn(self.shape, generator=generator, device=self.device)
 
     def conditions(self, r):
-        span = slice(r * self.frames, (r + 1) * self.frames)
-        audio = self.features[..., span]
+        audio = self._read_audio(r).to(self.device)
         inputs = {"ref": self.ref, "audio": audio}
         if self.has_motion:
             inputs["motion"] = self.motion
         if self.pose is not None:
-            pose = s2v.pose_clip(self.pose[span], self.frames).to(self.device)
+            pose = s2v.pose_clip(self._read_pose(r), self.frames).to(self.device)
             inputs["pose"] = self.models.acquire_vae(self.size).encode(pose)[:, :, 1:]
         return Conditions(inputs=inputs, uncond_inputs=inputs | {"audio": torch.zeros_like(audio)})
 

@@ -11,8 +11,10 @@ import torch
 from test_animate_source import C
 from test_parallel import run_jobs
 
+import plan
 import sample
 from checkpoint import load
+from clips import Parts, sample_clips
 from conditions.character import AnimateSequence
 from conditions.speech import SpeechSequence
 from models import Models, Runtime
@@ -101,3 +103,22 @@ def test_a_clip_keeps_no_more_than_it_hands_on(has_motion):
     character = SimpleNamespace(overlap=5, n=33, spans=[(0, 13), (8, 21)])
     AnimateSequence.decode(character, int(has_motion), z, decode)
     assert character.known.shape[2] == 5 and held(character.known)
+
+
+def test_more_clips_take_no_more_memory(tmp_path):
+    """The most bytes of tensors at once, with sound and poses, while a video of two and of three clips is made."""
+    tiny_s2v.write_picture(tmp_path / "picture.png", 64, 64)
+    tiny_s2v.write_wav(tmp_path / "sound.wav", tiny_s2v.sound(6)[None])
+    tiny_s2v.write_pose_video(tmp_path / "pose.mkv", 80, 64, 64, fps=16)
+    files = dict(image=tmp_path / "picture.png", audio=tmp_path / "sound.wav", pose_video=tmp_path / "pose.mkv")
+    models = Models(tiny_s2v.checkpoint(tmp_path / "ckpt"), Runtime("cpu", torch.float32))
+    s = models.settings.with_overrides(size=(64, 64), steps=1, guidance=1.0)
+
+    def make(count):
+        sequence = s.conditioning.sequence(models, s, 0, infer_frames=16, num_clip=count, **files)
+        parts = Parts(tmp_path / f"{count}.mp4", {}, resume=False)
+        sample_clips(models, s, "a prompt", sequence, parts, progress=False)
+        assert parts.done() == count
+
+    make(1)  # loads the models
+    assert plan.traced(lambda: make(3)) == plan.traced(lambda: make(2)) > 0
