@@ -80,7 +80,8 @@ def main():
     run(ROOT / "nano.py", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
     before, first = listen("before")
     data = "--ckpt", "nano", "--data", clips
-    run(ROOT / "train_te.py", *data, "--out", OUT / "te", "--keywords", words, "--train_blocks", 0, "--steps", 400)
+    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 400]  # rows need no varied captions
+    run(ROOT / "train_te.py", *data, "--out", OUT / "te", *flags)
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
     flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 200]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
