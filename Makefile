@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
-# test files side by side, each on one thread; three even on two cores, as the tests of several ranks wait a lot
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+# test files side by side, each on one thread
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
 NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
