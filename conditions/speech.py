@@ -30,15 +30,7 @@ class SpeechSequence(Sequence):
         self.sound, self.sound_offset = audio, DROPPED_FRAMES / self.fps if sync_sound else 0.0
         picture = open_image(image)
         self.size = s2v.fit_size(*picture.size, s.size[0] * s.size[1])
-        samples = wav2vec2.read_audio(audio)
-        features = wav2vec2.to_feature_rate(models.acquire("audio").features(samples))
-        self.count = wav2vec2.count_clips(features.shape[1], frames)
-        self.count = min(self.count, num_clip or self.count)
-        features = wav2vec2.to_video_rate(features, self.count * frames)[None].cpu()
-        self.audio_shape, self.audio_file = (*features.shape[:3], frames), tempfile.TemporaryFile()
-        for audio in features.split(frames, -1):  # clips wait for their turn there, so that many take no more memory
-            self.audio_file.write(audio.contiguous().numpy())
-        features = audio = None
+        self._write_audio(models.acquire("audio"), num_clip)
         models.drop("audio")
         self.pose = pose_video
         if pose_video is not None:
@@ -49,6 +41,16 @@ class SpeechSequence(Sequence):
         self.has_motion = start_from_ref  # whether the clip at hand has motion tokens
         self.last = s2v.first_motion(self.picture, start_from_ref)  # (1,3,73,H,W)
         self.motion = models.acquire_vae(self.size).encode(self.last)
+
+    def _write_audio(self, encoder, num_clip):
+        """Put the speech features of all clips into a file, where they wait for their turn and take no memory."""
+        features = wav2vec2.to_feature_rate(encoder.features(wav2vec2.read_audio(self.sound)))
+        self.count = wav2vec2.count_clips(features.shape[1], self.frames)
+        self.count = min(self.count, num_clip or self.count)
+        features = wav2vec2.to_video_rate(features, self.count * self.frames)[None].cpu()
+        self.audio_shape, self.audio_file = (*features.shape[:3], self.frames), tempfile.TemporaryFile()
+        for clip in features.split(self.frames, -1):
+            self.audio_file.write(clip.contiguous().numpy())
 
     def _read_audio(self, r):
         """The speech features (1,S,A,frames) of clip r."""
