@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ops
 from checkpoint import BadInput, load_into
 from formats import find, read_headers
 
@@ -27,7 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.to_qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B,16,L,d)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(ops.sdpa(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

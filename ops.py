@@ -9,11 +9,13 @@ An explicit choice that cannot be had raises ImportError with the reason. Models
 """
 
 import contextlib
+import math
 import os
 import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from kernels import attention as attention_kernel
@@ -22,6 +24,7 @@ from kernels import gelu as gelu_kernel
 from kernels import linear as linear_kernel
 from kernels import modulate as modulate_kernel
 from kernels import qk_norm_rope as norm_kernel
+from kernels.rope import grid_positions, rope_table
 
 CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
 
@@ -132,12 +135,35 @@ class GELU(torch.nn.Module):
         return gelu(x)
 
 
+# PyTorch's attention on a GPU, best first; from Hopper on cuDNN's is the fastest
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# with a mask not cuDNN's, PyTorch's own choice: it makes a plan for every length, and on Hopper its gradients by q were
+# NaN at some (pytorch/pytorch#196678)
+MASKED_BACKENDS = BACKENDS[2:]
+
+
+def sdpa(q, k, v, mask=None, scale=None):
+    """Softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d)."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    with sdpa_kernel(BACKENDS if mask is None else MASKED_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def sdpa_backend(q, k, v):
+    """Which of BACKENDS takes q, k and v (B,N,L,d) without a mask."""
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    takes = cuda.can_use_cudnn_attention, cuda.can_use_flash_attention, cuda.can_use_efficient_attention
+    return next((backend for backend, can in zip(BACKENDS, takes) if can(params)), SDPBackend.MATH)
+
+
 def attention(q, k, v, bias=None):
     """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d)."""
     if bias is not None:
         bias = bias.to(q.dtype)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    return sdpa(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class NormedAttention(torch.autograd.Function):
@@ -171,53 +197,83 @@ class NormedAttention(torch.autograd.Function):
         return dq, dk, dv.flatten(2), dweight_q, dweight_k, None, None, None, None
 
 
-PICKED = {}  # (device, shape, dtype, heads) -> whether the fused kernel is faster than PyTorch's attention
-
-
 def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
     (B,L,D).
     """
     if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
-        (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, positions)
-        q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
-        return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
+        return fused_attention(q, k, v, weights, eps, heads, table, positions)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
         return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
+    return unfused_attention(q, k, v, weights, eps, heads, table, positions)
+
+
+def fused_attention(q, k, v, weights, eps, heads, table, positions):
+    """Ours, which norms and rotates q as it loads it."""
+    (k,) = qk_norm_rope([k], weights[1:], eps, heads, table, positions)
+    q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
+    return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
+
+
+def unfused_attention(q, k, v, weights, eps, heads, table, positions):
+    """PyTorch's, after q and k were normed and rotated."""
     q, k = qk_norm_rope([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
 
+RACED = {}  # what `race` found
+RACE_GRID = (
+    8,
+    32,
+    32,
+)  # tokens that it is run on: a race of long clips holds for the shorter ones, where little is lost
+
+
 def fused_is_faster(q, heads):
-    """Whether q's attention is faster in our kernel, which norms and rotates q as it loads it, or in PyTorch's after
-    that is done. Timed once for each shape, on a GPU; printed.
+    """Whether fused_attention is faster than unfused_attention for tokens like q's (B,L,D), with a backward pass where
+    gradients are on.
     """
     if not q.is_cuda:
         # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention
         # takes more
         return kernels.INTERPRETED
-    return timed(q.device, tuple(q.shape), q.dtype, heads)
+    return race(q.device, q.dtype, heads, q.shape[2] // heads, torch.is_grad_enabled())
 
 
-def timed(device, shape, dtype, heads):
-    key = (device, shape, dtype, heads)
-    if key not in PICKED:
-        u, w = torch.randn(shape, dtype=dtype, device=device), [torch.ones(shape[2], device=device)]
-        split = u.unflatten(2, (heads, -1))
-        with torch.no_grad(), torch.cuda.device(device):
-            ours = kernels.milliseconds(lambda: attention_kernel.attention(split, split, split, None, w[0]), 3)
-            theirs = kernels.milliseconds(
-                lambda: attention(norm_kernel.qk_norm_rope([u], w, 1e-6, heads)[0], split, split), 3
-            )
-        PICKED[key] = ours < theirs
-        faster = "the fused kernel" if PICKED[key] else "PyTorch after the fused norm and rotation"
-        times = f"{ours:.2f} ms fused, {theirs:.2f} ms unfused"
-        print(f"ops: attention of {shape} in {dtype}: {faster} ({times})", file=sys.stderr, flush=True)
-    return PICKED[key]
+def race(device, dtype, heads, d, learns):
+    """The answer of fused_is_faster for `heads` of width d, timed at the first call; printed. It does not depend on the
+    number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
+    """
+    key = device, dtype, heads, d, learns
+    if key not in RACED:
+        generator, L = torch.Generator(device).manual_seed(0), math.prod(RACE_GRID)  # of its own: a run's draws stay
+        like = dict(dtype=dtype, device=device)
+        q, k, v = (torch.randn(1, L, heads * d, generator=generator, **like).requires_grad_(learns) for _ in "qkv")
+        weights = torch.ones(2, heads * d, device=device).unbind()
+        inputs = q, k, v, weights, 1e-6, heads, rope_table(max(RACE_GRID), d, device), grid_positions(RACE_GRID, device)
+
+        def run(attend):
+            out = attend(*inputs)
+            if learns:
+                torch.autograd.grad(out, (q, k, v), out)
+
+        with torch.set_grad_enabled(learns), torch.cuda.device(device):
+            fused = kernels.milliseconds(lambda: run(fused_attention), 5)
+            unfused = kernels.milliseconds(lambda: run(unfused_attention), 5)
+            backend = sdpa_backend(*(u.unflatten(2, (heads, -1)).transpose(1, 2) for u in (q, k, v)))
+            hopper = torch.cuda.get_device_capability() >= (9, 0)
+        RACED[key] = fused < unfused
+        winner = "ours" if RACED[key] else f"PyTorch's by {backend.name}"
+        times = f"{L} tokens{' and back' * learns}: ours {fused:.2f} ms, PyTorch's {unfused:.2f} ms"
+        print(f"ops: attention of {heads} heads of {d} in {dtype}: {winner} ({times})", file=sys.stderr, flush=True)
+        if hopper and backend != BACKENDS[0]:
+            version = torch.backends.cudnn.version()
+            print(f"ops: cuDNN {version} does not take it, whose attention is the fastest on this GPU", file=sys.stderr)
+    return RACED[key]
 
 
 if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
-    timed = torch.compiler.assume_constant_result(timed)  # torch.compile runs it while it traces, and leaves it out
+    race = torch.compiler.assume_constant_result(race)  # torch.compile runs it while it traces, and leaves it out
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None):

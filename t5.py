@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import ops
 from checkpoint import BadInput, Entry, atomic, count_blocks, load_into, read_header, save
@@ -143,7 +142,7 @@ class Attention(nn.Module):
 
     def forward(self, x, bias):
         q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        x = ops.sdpa(q, k, v, bias, scale=1.0)
         return self.o(x.transpose(1, 2).flatten(2))
 
 

@@ -110,7 +110,7 @@ class AttentionBlock(nn.Module):
         B, C, T, H, W = x.shape
         y = self.norm(x.transpose(1, 2).flatten(0, 1))  # (BT,C,H,W)
         q, k, v = self.to_qkv(y).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)  # 3 x (BT,1,HW,C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = ops.sdpa(q, k, v)
         y = self.proj(y[:, 0].transpose(1, 2).reshape(B * T, C, H, W))
         return x + y.unflatten(0, (B, T)).transpose(1, 2)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ops
 from checkpoint import BadInput, load_into
 from formats import read_headers, weight_files
 
@@ -133,7 +134,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(ops.sdpa(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

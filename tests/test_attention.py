@@ -1,0 +1,110 @@
+"""Which attention runs, PyTorch's (by which backend) or ours; and the gradients of masked attention."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from test_ops import python
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+import ops
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mask_never_goes_to_cudnn(masked):
+    """On a GPU; without one cuDNN comes first."""
+    with FakeTensorMode(), mock.patch.object(ops, "sdpa_kernel", return_value=contextlib.nullcontext()) as kernel:
+        q, bias = torch.empty(2, 6, 3, 16, device="cuda"), torch.empty(2, 1, 1, 6, device="cuda")
+        assert ops.attention(q, q, q, bias if masked else None).shape == (2, 6, 48)
+    ((backends,), how) = kernel.call_args
+    assert how == {"set_priority": True} and SDPBackend.MATH == backends[-1]
+    assert (SDPBackend.CUDNN_ATTENTION in backends) == (not masked) and (masked or backends[0] == ops.BACKENDS[0])
+
+
+def test_every_attention_of_the_models_chooses_its_backend():
+    """Nothing but ops.sdpa calls PyTorch's."""
+    from test_house import SOURCES
+
+    calls = [f.name for f in SOURCES if "F.scaled_dot_product_attention(" in f.read_text()]
+    assert sorted(calls) == ["attention.py", "ops.py"]  # the former the reference of ours
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("S", [42, 64, 65, 128, 192])
+def test_gradients_of_masked_attention(S, device, report):
+    """In bf16 against fp64, with one mask for all heads and queries; also where logits are so low that their
+    exponentials fit no fp32.
+    """
+    g = torch.Generator().manual_seed(S)
+    q, k, v, grad = (torch.randn(2, n, 3, 32, generator=g).bfloat16().to(device) for n in (70, S, S, 70))
+    for low in (0, -120):
+        bias = (torch.randn(2, 1, 1, S, generator=g) + low).bfloat16().to(device)
+        bias[1, ..., S // 2 :] = -torch.inf
+        found = []
+        for dtype in (torch.float64, torch.bfloat16):
+            leaves = [u.to(dtype).requires_grad_() for u in (q, k, v)]
+            out = ops.attention(*leaves, bias.to(dtype))
+            found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.flatten(2).to(dtype))])
+        for name, a, b in zip(("output", "q", "k", "v"), *found):
+            report(f"{name}, logits about {low}", ((b.double() - a).norm() / a.norm()).item(), 2e-2)
+
+
+RACE = """
+import contextlib, torch, ops
+from unittest import mock
+from torch.nn.attention import SDPBackend
+ops.RACE_GRID = (2, 2, 3)
+device, times, ran = torch.device("cpu"), iter({times}), []
+
+def milliseconds(run, repeats):
+    run()
+    return next(times)
+
+for name in ("fused_attention", "unfused_attention"):
+    real = getattr(ops, name)
+    setattr(ops, name, lambda *a, real=real, name=name: ran.append((name, torch.is_grad_enabled())) or real(*a))
+patches = [
+    mock.patch.object(ops.kernels, "milliseconds", milliseconds),
+    mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.FLASH_ATTENTION),
+    mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
+    mock.patch("torch.cuda.get_device_capability", lambda: (9, 0)),
+]
+state = torch.get_rng_state()
+with contextlib.ExitStack() as stack:
+    for p in patches:
+        stack.enter_context(p)
+"""
+
+
+def test_the_faster_attention_is_found_once():
+    """With gradients on, their pass is timed too; a run's random numbers stay what they were."""
+    out = python(
+        RACE.format(times=[1.0, 2.0, 4.0, 3.0]) + "    with torch.no_grad():\n"
+        "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"
+        "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"  # from memory
+        "    assert ops.race(device, torch.float32, 2, 12, True) is False\n"
+        "assert torch.equal(state, torch.get_rng_state())\n"
+        "print(ran)",
+        TRITON_INTERPRET="1",
+    )
+    names = "fused_attention", "unfused_attention"
+    assert eval(out) == [(name, learns) for learns in (False, True) for name in names]
+
+
+def test_three_lengths_compile_without_a_break():
+    """torch.compile keeps what the race said as a constant, whatever the number of tokens."""
+    python(
+        RACE.format(times=[1.0, 2.0]) + "    ops.race = torch.compiler.assume_constant_result(ops.race)\n"
+        "    def model(x):\n"
+        "        won = ops.race(x.device, x.dtype, 2, x.shape[2] // 2, torch.is_grad_enabled())\n"
+        "        return x + 1 if won else x\n"
+        "    compiled = torch.compile(model, fullgraph=True, backend='eager')\n"
+        "    with torch.no_grad():\n"
+        "        for L in (5, 7, 11, 17):\n"
+        "            x = torch.zeros(1, L, 24)\n"
+        "            assert torch.equal(compiled(x), x + 1)\n"
+        "assert len(ran) == 2",
+        TRITON_INTERPRET="1",
+    )
