@@ -2,7 +2,7 @@
 
 NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py and below
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
-           =cuda     Triton, and csrc's CUDA convolution for the VAE
+           =cuda     Triton, and csrc's CUDA for what comes before the VAE's convolutions
            =cpp      csrc's C++, on a CPU
            =auto     what is there and pays: on a GPU Triton, on a CPU C++ where it was built, else the reference
 An explicit choice that cannot be had raises ImportError with the reason. Models call these functions unconditionally.
@@ -41,7 +41,10 @@ def available():
     if not gpu:
         cuda = "no CUDA device"
     elif cpp or not torch.ops.nanowan_csrc.has_cuda():
-        cuda = cpp or "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
+        cuda = cpp or (
+            f"the extension was built without CUDA, or not for {torch.cuda.get_device_name()} (NANOWAN_CUDA=1 makes "
+            "setup.py say why)"
+        )
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
 
 
@@ -74,10 +77,13 @@ def fast(x):
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
-    names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's, and CUDA's convolution"}
+    names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's and CUDA's"}
     choice = CHOSEN.get(kind, "ref")
     products = {"tiles": ", large fp32 products on AMX tiles", "onednn": ", large fp32 products by oneDNN", None: ""}
     where = products[linear_kernel.FASTER] if choice == "cpp" else ""
+    if kind == "cuda" and torch.__version__ < (2, 10) and (torch.backends.cudnn.version() or 0) < 91500:
+        # pytorch/pytorch#166643
+        where = "; torch 2.9 makes the VAE's bf16 convolutions without cuDNN, slowly and in much memory: take 2.10"
     return f"{names[choice]} operations on {kind}{where}"
 
 

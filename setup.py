@@ -88,7 +88,9 @@ def extension():
         print(f"nanowan: the C++ extension without CUDA ({lack or 'NANOWAN_CUDA=0'})")
     sources, flags = sorted((HERE / "csrc").glob("*.cpp")), {"cxx": FLAGS + ["-DNANOWAN_CUDA"] * cuda}
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
+        # with PTX at the end, of which newer GPUs make their own code
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(f"{a}.{b}" for a, b in sorted(cards)) + "+PTX")
         # a .cu needs a name that no .cpp has: their object files lie side by side
         sources += sorted((HERE / "csrc").glob("*.cu"))
         flags["nvcc"] = ["-O3"]

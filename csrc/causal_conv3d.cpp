@@ -6,8 +6,8 @@
 // channels, x / max(|x|, 1e-12) * sqrt(C) * gamma, and put through SiLU. out (B,N,T,H,W), and the two frames that stand
 // before the next chunk (none with kt = 1). fp32 or bf16; what is fast is channels-last.
 //
-// On a CPU the frames before and the normed chunk are written once into one buffer, which oneDNN convolves; on a GPU
-// causal_conv3d_kernel.cu reads both where they are.
+// The frames before and the normed chunk are written once into one buffer, which oneDNN convolves on a CPU and cuDNN on
+// a GPU, where causal_conv3d_kernel.cu norms.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,10 +17,10 @@
 #include <tuple>
 
 #include "activations.h"
-#ifdef NANOWAN_CUDA
-#include <c10/cuda/CUDAStream.h>
-#include <c10/cuda/CUDAGuard.h>
 #include "causal_conv3d.h"
+#ifdef NANOWAN_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 using at::Tensor;
@@ -66,8 +66,32 @@ __attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restr
     }
 }
 
-std::tuple<Tensor, Tensor> on_cpu(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias,
-                                  const Maybe& gamma) {
+void norm_silu_on_cpu(const Tensor& x, const Tensor& gamma, const Tensor& all, const NormedClips& clips) {
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "norm_silu", [&] {
+        for (int64_t b = 0; b < clips.B; b++) {
+            const scalar_t* from = x.const_data_ptr<scalar_t>() + b * clips.pixels * clips.C;
+            scalar_t* to =
+                all.mutable_data_ptr<scalar_t>() + (b * (clips.before + clips.pixels) + clips.before) * clips.C;
+            at::parallel_for(0, clips.pixels, 64, [&](int64_t i, int64_t j) {
+                norm_silu(from + i * clips.C, gamma.const_data_ptr<scalar_t>(), to + i * clips.C, clips.C, j - i);
+            });
+        }
+    });
+}
+
+#ifdef NANOWAN_CUDA
+void norm_silu_on_cuda(const Tensor& x, const Tensor& gamma, const Tensor& all, const NormedClips& clips) {
+    const bool half = x.scalar_type() == at::kBFloat16;
+    TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bf16 or fp32; x is ", x.scalar_type());
+    TORCH_CHECK(!nanowan_norm_silu(x.const_data_ptr(), gamma.to(at::kFloat).const_data_ptr<float>(),
+                                   all.mutable_data_ptr(), clips, half, c10::cuda::getCurrentCUDAStream().stream()),
+                "norm_silu: launch failed on x ", x.sizes());
+}
+#endif
+
+template <typename Norm>
+std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias,
+                                    const Maybe& gamma, Norm norm) {
     check(x_, past, w, bias, gamma);
     const Tensor x = x_.contiguous(LAST);
     const int64_t B = x.size(0), C = x.size(1), T = x.size(2), H = x.size(3), W = x.size(4), before = w.size(2) - 1;
@@ -80,28 +104,32 @@ std::tuple<Tensor, Tensor> on_cpu(const Tensor& x_, const Maybe& past, const Ten
             else
                 all.narrow(2, 0, before).zero_();
         }
-        if (gamma.has_value()) {
-            const Tensor scale = gamma->contiguous();
-            AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "norm_silu", [&] {
-                for (int64_t b = 0; b < B; b++) {
-                    const scalar_t* from = x.const_data_ptr<scalar_t>() + b * T * H * W * C;
-                    scalar_t* to = all.mutable_data_ptr<scalar_t>() + (b * (before + T) + before) * H * W * C;
-                    at::parallel_for(0, T * H * W, 64, [&](int64_t i, int64_t j) {
-                        norm_silu(from + i * C, scale.const_data_ptr<scalar_t>(), to + i * C, C, j - i);
-                    });
-                }
-            });
-        } else {
+        if (gamma.has_value())
+            norm(x, gamma->contiguous(), all, NormedClips{B, T * H * W, C, before * H * W});
+        else
             all.narrow(2, before, T).copy_(x);
-        }
     }
     const int64_t pad = w.size(3) / 2;
-    // PyTorch itself sends small maps to a slow path that oneDNN beats several times over
-    Tensor out = x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN()
+    // on a CPU PyTorch itself sends small maps to a slow path that oneDNN beats several times over
+    Tensor out = x.is_cpu() && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
+                         at::hasMKLDNN()
                      ? at::mkldnn_convolution(all, w, bias, {0, pad, pad}, {1, 1, 1}, {1, 1, 1}, 1)
                      : at::conv3d(all, w, bias, {1, 1, 1}, {0, pad, pad});
     return {out, before ? all.narrow(2, T, before).clone(LAST) : at::empty({0}, x.options())};
 }
+
+std::tuple<Tensor, Tensor> on_cpu(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
+                                  const Maybe& gamma) {
+    return convolve(x, past, w, bias, gamma, norm_silu_on_cpu);
+}
+
+#ifdef NANOWAN_CUDA
+std::tuple<Tensor, Tensor> on_cuda(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
+                                   const Maybe& gamma) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    return convolve(x, past, w, bias, gamma, norm_silu_on_cuda);
+}
+#endif
 
 std::tuple<Tensor, Tensor> on_meta(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
                                    const Maybe& gamma) {
@@ -113,50 +141,10 @@ std::tuple<Tensor, Tensor> on_meta(const Tensor& x, const Maybe& past, const Ten
     return {made(w.sym_size(0), x.sym_size(2)), w.size(2) == 1 ? at::empty({0}, x.options()) : made(x.sym_size(1), 2)};
 }
 
-#ifdef NANOWAN_CUDA
-std::tuple<Tensor, Tensor> on_cuda(const Tensor& x_, const Maybe& past_, const Tensor& w, const Maybe& bias_,
-                                   const Maybe& gamma_) {
-    check(x_, past_, w, bias_, gamma_);
-    const c10::cuda::CUDAGuard guard(x_.device());
-    const Tensor x = x_.contiguous(LAST), past = past_.has_value() ? past_->contiguous(LAST) : Tensor();
-    const int64_t B = x.size(0), C = x.size(1), T = x.size(2), H = x.size(3), W = x.size(4), N = w.size(0),
-                  kt = w.size(2), k = w.size(3);
-    const bool half = x.scalar_type() == at::kBFloat16;
-    TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bf16 or fp32; x is ", x.scalar_type());
-    const Tensor taps = w.contiguous(LAST), bias = bias_.has_value() ? bias_->to(at::kFloat).contiguous() : Tensor();
-    Tensor normed = x;
-    auto stream = c10::cuda::getCurrentCUDAStream().stream();
-    if (gamma_.has_value()) {
-        const Tensor gamma = gamma_->to(at::kFloat).contiguous();
-        normed = at::empty_like(x);
-        TORCH_CHECK(!nanowan_norm_silu(x.const_data_ptr(), gamma.const_data_ptr<float>(), normed.mutable_data_ptr(), C,
-                                       B * T * H * W, half, stream),
-                    "norm_silu: launch failed on x ", x.sizes());
-    }
-    Tensor out = at::empty({B, N, T, H, W}, x.options(), LAST);
-    const CausalConv shape{B, C, T, H, W, N, kt, k};
-    TORCH_CHECK(!nanowan_causal_conv3d(normed.const_data_ptr(), past.defined() ? past.const_data_ptr() : nullptr,
-                                       taps.const_data_ptr(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                                       out.mutable_data_ptr(), shape, half, stream),
-                "causal_conv3d: launch failed on x ", x.sizes(), ", weight ", w.sizes());
-    if (kt == 1) return {out, at::empty({0}, x.options())};
-    Tensor next = at::empty({B, C, 2, H, W}, x.options(), LAST);
-    if (T > 1)
-        next.copy_(normed.narrow(2, T - 2, 2));
-    else {
-        if (past.defined())
-            next.narrow(2, 0, 1).copy_(past.narrow(2, 1, 1));
-        else
-            next.narrow(2, 0, 1).zero_();
-        next.narrow(2, 1, 1).copy_(normed);
-    }
-    return {out, next};
-}
-#endif
-
+// Whether the CUDA part was built, for a GPU like the current one.
 bool has_cuda() {
 #ifdef NANOWAN_CUDA
-    return true;
+    return nanowan_fits_this_gpu();
 #else
     return false;
 #endif

@@ -1,10 +1,9 @@
 #pragma once
 #include <cstdint>
 
-// A causal convolution of x (B,T,H,W,C) after past (B,2,H,W,C), channels last in memory, with taps (N,kt,k,k,C) ->
-// (B,T,H,W,N).
-struct CausalConv {
-    int64_t B, C, T, H, W, N, kt, k;
+// B clips of `pixels` (T*H*W) rows of C channels; `before` rows stand before each clip in the output only.
+struct NormedClips {
+    int64_t B, pixels, C, before;
 };
 
 #ifndef __CUDACC__
@@ -12,10 +11,9 @@ typedef struct CUstream_st* cudaStream_t;
 #endif
 
 extern "C" {
-// bf16 if half, else fp32 multiplied in TF32; sums are fp32. past or bias may be null. 0, or a CUDA error.
-int nanowan_causal_conv3d(const void* x, const void* past, const void* taps, const float* bias, void* out,
-                          CausalConv shape, bool half, cudaStream_t stream);
-// x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU, for `pixels` rows of C. 0, or a CUDA error.
-int nanowan_norm_silu(const void* x, const float* gamma, void* out, int64_t C, int64_t pixels, bool half,
-                      cudaStream_t stream);
+// x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU, of every row; bf16 if half, else fp32; x and out lie at multiples
+// of 16 bytes. 0, or a CUDA error.
+int nanowan_norm_silu(const void* x, const float* gamma, void* out, NormedClips clips, bool half, cudaStream_t stream);
+// Whether the current GPU has code here, or PTX that it can make its own.
+int nanowan_fits_this_gpu();
 }

@@ -57,7 +57,7 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="compiles CUDA,
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_cuda_compiles_without_spills(arch, tmp_path):
     run = subprocess.run(
         [
@@ -77,7 +77,7 @@ def test_cuda_compiles_without_spills(arch, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    assert len(used) == 6 and all(u == ("0", "0", "0") for u in used), run.stderr
+    assert len(used) == 4 and all(u == ("0", "0", "0") for u in used), run.stderr
 
 
 def test_no_two_sources_have_one_name():
@@ -121,14 +121,14 @@ def emulated(tmp_path_factory):
     is.
     """
     folder = tmp_path_factory.mktemp("emulated")
-    for header in ("cuda_bf16.h", "cuda_pipeline_primitives.h", "cuda_runtime.h", "mma.h"):
+    for header in ("cuda_bf16.h", "cuda_runtime.h"):
         (folder / header).write_text('#include "emulation.h"\n')
     source, launches = re.subn(
         r"(\w+(?:<[^<>]*>)?)<<<([^,]+), ([^,]+), 0, stream>>>",
         r"emulation::launch(\1, \2, \3)",
         (CSRC / "causal_conv3d_kernel.cu").read_text(),
     )
-    assert launches == 3
+    assert launches == 1
     (folder / "conv.cpp").write_text(source)
     subprocess.run(
         [
@@ -152,61 +152,21 @@ def emulated(tmp_path_factory):
     return ctypes.CDLL(str(folder / "conv.so"))
 
 
-class Shape(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int64) for n in ("B", "C", "T", "H", "W", "N", "kt", "k")]
-
-
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize(
-    "C, N, kt, k, past",
-    [(16, 24, 3, 3, True), (40, 136, 3, 3, False), (12, 3, 3, 3, True), (24, 8, 3, 1, True), (8, 16, 1, 1, False)],
-)
-def test_cuda_source_computes_the_convolution(emulated, C, N, kt, k, past, dtype, limit, report):
-    """Every thread of the kernel run as a CPU thread: borders, frames before the chunk, tails of channels and pixels,
-    both dtypes (fp32 exactly here, TF32 on a GPU).
-    """
-    x, w, bias = torch.randn(2, C, 3, 5, 6), torch.randn(N, C, kt, k, k) * (C * kt * k * k) ** -0.5, torch.randn(N)
-    before = torch.randn(2, C, 2, 5, 6) if past else None
-    x, w, before = (
-        None if t is None else t.to(dtype).contiguous(memory_format=torch.channels_last_3d) for t in (x, w, before)
-    )
-    out = torch.full((2, N, 3, 5, 6), torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-
-    def at(t):
-        return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-    assert (
-        emulated.nanowan_causal_conv3d(
-            at(x),
-            at(before),
-            at(w),
-            at(bias),
-            at(out),
-            Shape(2, C, 3, 5, 6, N, kt, k),
-            ctypes.c_bool(dtype == torch.bfloat16),
-            None,
-        )
-        == 0
-    )
-    want = conv.causal_conv3d_ref(x.double(), None if before is None else before.double(), w.double(), bias.double())[0]
-    report("relative error", tiny.error(out.double(), want), limit)
+class Clips(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("B", "pixels", "C", "before")]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_cuda_source_computes_norm_and_silu(emulated, dtype, limit, report):
-    x, gamma = torch.randn(21, 70).to(dtype), 1 + 0.1 * torch.randn(70)
-    out = torch.empty_like(x)
-    assert (
-        emulated.nanowan_norm_silu(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(gamma.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int64(70),
-            ctypes.c_int64(21),
-            ctypes.c_bool(dtype == torch.bfloat16),
-            None,
-        )
-        == 0
-    )
-    want = torch.nn.functional.silu(conv.rms_norm(x.double(), gamma.double()))
-    report("relative error", tiny.error(out.double(), want), limit)
+@pytest.mark.parametrize("C", [70, 96, 264])
+def test_cuda_source_norms_into_the_buffer(emulated, C, dtype, limit, report):
+    """Every thread of the kernel run as a CPU thread: widths with and without whole 16 bytes, two clips, of which each
+    keeps its place behind the rows before it.
+    """
+    x, gamma, before = torch.randn(2, 21, C).to(dtype), 1 + 0.1 * torch.randn(C), 6
+    out = torch.full((2, before + 21, C), 7.0, dtype=dtype)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, gamma, out))
+    clips = Clips(2, 21, C, before)
+    assert emulated.nanowan_norm_silu(*pointers, clips, ctypes.c_bool(dtype == torch.bfloat16), None) == 0
+    want = torch.nn.functional.silu(conv.rms_norm(x.double().flatten(0, 1), gamma.double())).view(2, 21, C)
+    report("relative error", tiny.error(out[:, before:].double(), want), limit)
+    assert (out[:, :before] == 7).all()

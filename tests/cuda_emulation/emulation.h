@@ -1,6 +1,6 @@
 // Just enough of CUDA in C++ threads to run csrc/causal_conv3d_kernel.cu without a GPU.
-// A thread is a thread, blocks come one after another, a barrier is a barrier. A warp's matrix fragments live in its
-// first lane. Slow, and without any of the hardware's timing: it checks arithmetic and indices.
+// A thread is a thread, blocks come one after another, a barrier is a barrier. Slow, and
+// without any of the hardware's timing: it checks arithmetic and indices.
 #pragma once
 #include <barrier>
 #include <cmath>
@@ -54,6 +54,9 @@ auto launch(Kernel kernel, dim3 grid, unsigned threads) {
 }  // namespace emulation
 
 inline int cudaGetLastError() { return 0; }
+struct cudaFuncAttributes {};
+template <typename Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) { return 0; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     emulation::lanes[threadIdx.x] = value;
@@ -62,14 +65,6 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     __syncwarp();
     return other;
 }
-
-// copies done when they are started: what must hold is the order of barriers
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
-    if (zeros) std::memset(to, 0, size);
-    else std::memcpy(to, from, size);
-}
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(int) {}
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -85,49 +80,3 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
     std::memcpy(&bits, &v, 4);
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-
-namespace nvcuda::wmma {
-struct matrix_a {};
-struct matrix_b {};
-struct accumulator {};
-struct row_major {};
-struct col_major {};
-enum layout_t { mem_row_major };
-namespace precision {
-struct tf32 {};
-}
-inline float value(float v) { return v; }
-inline float value(__nv_bfloat16 v) { return __bfloat162float(v); }
-inline bool first() { return threadIdx.x % 32 == 0; }
-
-template <typename Use, int M, int N, int K, typename T, typename Layout = void>
-struct fragment {
-    static constexpr bool TURNED = std::is_same_v<Layout, col_major>;
-    static constexpr int ROWS = std::is_same_v<Use, matrix_b> ? K : M, COLUMNS = std::is_same_v<Use, matrix_a> ? K : N;
-    float v[ROWS][COLUMNS];
-};
-template <typename F>
-void fill_fragment(F& f, float v) {
-    for (auto& row : f.v)
-        for (float& e : row) e = v;
-}
-template <typename F, typename T>
-void load_matrix_sync(F& f, const T* from, int stride) {
-    if (!first()) return;
-    for (int i = 0; i < F::ROWS; i++)
-        for (int j = 0; j < F::COLUMNS; j++) f.v[i][j] = value(from[F::TURNED ? j * stride + i : i * stride + j]);
-}
-template <typename F>
-void store_matrix_sync(float* to, const F& f, int stride, layout_t) {
-    if (!first()) return;
-    for (int i = 0; i < F::ROWS; i++)
-        for (int j = 0; j < F::COLUMNS; j++) to[i * stride + j] = f.v[i][j];
-}
-template <typename C, typename A, typename B>
-void mma_sync(C& d, const A& a, const B& b, const C&) {
-    if (!first()) return;
-    for (int i = 0; i < A::ROWS; i++)
-        for (int k = 0; k < A::COLUMNS; k++)
-            for (int j = 0; j < B::COLUMNS; j++) d.v[i][j] += a.v[i][k] * b.v[k][j];
-}
-}  // namespace nvcuda::wmma
