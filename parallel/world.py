@@ -46,15 +46,8 @@ class World:
     Raises BadInput where the number of processes does not fit the flags.
     """
 
-    def __init__(
-        self,
-        device,
-        fsdp=False,
-        ulysses_size=1,
-        pipeline_stages=1,
-        cfg_parallel=False,
-        distributed="RANK" in os.environ,
-    ):
+    def __init__(self, device, fsdp=False, ulysses_size=1, pipeline_stages=1, cfg_parallel=False, distributed=None):
+        distributed = "RANK" in os.environ if distributed is None else distributed
         self.distributed, self.device, self.fsdp, self.sent = distributed, device, fsdp, {}
         self.rank, self.size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if distributed else (0, 1)
         self.cfg_size, self.pp_size, self.sp_size = 2 if cfg_parallel else 1, pipeline_stages, ulysses_size

@@ -1,4 +1,4 @@
-"""Runs jobs one after another in the processes that torchrun starts, or in one without torchrun: `ranks.py JOBS.json`.
+"""Runs jobs one after another in ranks that work together, or in one process: `ranks.py JOBS.json`.
 
 A job: {"script", "argv", "sgd": use plain SGD (Adam's first steps are the gradient's sign, which rounding decides where
 it is nearly zero), "broken": which part to break on purpose, "dump": where the full states go that were saved and

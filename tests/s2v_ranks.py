@@ -1,4 +1,4 @@
-"""Outputs of S2V, and the gradients of its injectors alone, on torchrun's ranks or on one: `s2v_ranks.py OUT`.
+"""Outputs of S2V, and the gradients of its injectors alone, on several ranks or on one: `s2v_ranks.py OUT`.
 
 The tokens (176, and 128 of a first clip) do not divide by three ranks, whose slices begin within a latent frame; the
 last has no noise.
@@ -35,5 +35,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]))

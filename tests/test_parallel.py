@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 from checkpoint import load, save
@@ -143,8 +144,7 @@ def job(media, folder, name, what):
 
 def run_jobs(n, folder, jobs):
     (folder / f"jobs{n}.json").write_text(json.dumps(jobs))
-    done = finished(n, ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json")
-    assert done.returncode == 0, done.stderr[-4000:]
+    scripts.run(ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json", ranks=n, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,10 @@ def test_the_frozen_dit_is_sharded_in_both(runs):
 
 
 def test_a_seed_at_random_is_one_for_all(tmp_path):
-    line = [ROOT / "sample.py", *sampling(tmp_path, "two", "--guidance_parallel", "--seed", "-1")["argv"]]
-    done = finished(2, *line)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two = sampling(tmp_path, "two", "--guidance_parallel", "--seed", "-1")["argv"]
+    done = scripts.run(ROOT / "sample.py", *two, ranks=2, check=True)
     seed = json.loads(next(text for text in done.stdout.splitlines() if text.startswith("{")))["seed"]
-    assert finished(1, ROOT / "sample.py", *sampling(tmp_path, "one", "--seed", str(seed))["argv"]).returncode == 0
+    scripts.run(ROOT / "sample.py", *sampling(tmp_path, "one", "--seed", str(seed))["argv"], check=True)
     a, b = (load(tmp_path / f"{name}.safetensors")[0]["latents"] for name in ("one", "two"))
     assert (a - b).norm() < 1e-5 * a.norm()
 
@@ -432,7 +431,7 @@ def argv(media, tmp_path, name, *flags, steps=8):
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_of_a_rank(media, tmp_path, kills):
     script, steps = ROOT / "train_lora.py", 3 * kills
-    assert finished(2, script, *argv(media, tmp_path, "whole", steps=steps)).returncode == 0
+    scripts.run(script, *argv(media, tmp_path, "whole", steps=steps), ranks=2, check=True)
     rng = random.Random(0)
     for kill in range(kills):
         killed = dying(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", rng.randint(1, 2), rank=rng.randint(0, 1))
@@ -442,7 +441,7 @@ def test_kills_of_a_rank(media, tmp_path, kills):
         assert (
             done.stderr.count("another rank has ended") <= 1 and done.stderr.count("Traceback") <= 1
         )  # torchrun's own
-    assert finished(2, script, *argv(media, tmp_path, "cut", "--resume", steps=steps)).returncode == 0
+    scripts.run(script, *argv(media, tmp_path, "cut", "--resume", steps=steps), ranks=2, check=True)
     a, b = (load(tmp_path / n / RESULT["train_lora"])[0] for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
@@ -470,8 +469,7 @@ def test_bad_files_are_left_out_alike(media, tmp_path):
         (bad / name).write_bytes(content)
         (bad / name).with_suffix(".txt").write_text("a red square")
     for name, folder in (("good", media), ("bad", bad)):
-        done = finished(2, ROOT / "train_lora.py", *argv(folder, tmp_path, name, steps=2))
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = scripts.run(ROOT / "train_lora.py", *argv(folder, tmp_path, name, steps=2), ranks=2, check=True)
     assert all(done.stdout.count(f"skipped {bad / name}:") == 1 for name in ("broken.mp4", "short.png", "unnamed.png"))
     assert [line["loss"] for line in log(tmp_path / "good")] == [line["loss"] for line in log(tmp_path / "bad")]
 
@@ -504,7 +502,5 @@ def test_sigterm_saves_and_leaves(media, tmp_path):
     ],
 )
 def test_flags_that_need_torchrun(media, tmp_path, flags, why):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags)], capture_output=True, text=True
-    )
+    done = scripts.run(ROOT / "train_lora.py", *argv(media, tmp_path, "run", *flags))
     assert done.returncode == 1 and why in done.stderr and "Traceback" not in done.stderr

@@ -5,13 +5,10 @@ needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's we
 """
 
 import json
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import tiny
 import tiny_s2v
 import torch
@@ -271,14 +268,9 @@ def test_the_injectors_norm_has_its_own_eps(model, report):
 
 def test_ranks_that_share_a_clip_give_one_ranks_result(tmp_path, report):
     """Three ranks, of which one has no noise tokens: outputs, and the gradients of injectors that alone are trained."""
-    tests = Path(__file__).parent
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}"}
-    port = str(random.Random().randint(20000, 29000))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", port]
-    for name, start in (("one", []), ("three", launch)):
-        command = [sys.executable, *start, str(tests / "s2v_ranks.py"), str(tmp_path / f"{name}.safetensors")]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr[-4000:]
+    for name, ranks in (("one", 1), ("three", 3)):
+        file = tmp_path / f"{name}.safetensors"
+        scripts.run(Path(__file__).parent / "s2v_ranks.py", file, ranks=ranks, check=True)
     one, three = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "three"))
     assert one.keys() == three.keys()
     report("outputs", max(tiny.error(three[k], one[k]) for k in ("clip", "first")), 1e-5)
