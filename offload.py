@@ -11,12 +11,14 @@ N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari e
 import contextlib
 import os
 import time
+import weakref
 
 import torch
 
 from checkpoint import BadInput
 
 ALIGNED = 256  # bytes, where each tensor of a flat buffer begins: kernels choose by alignment
+PAGE = 4096
 
 
 def spread(count, total):
@@ -56,6 +58,18 @@ def pin(flat):
 
 def unpin(flat):
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
+
+
+def host_buffer(nbytes, cuda):
+    """A buffer (nbytes,) uint8 in host memory, for a GPU pinned. Its pages hold nothing else: the driver locks whole
+    ones, and none twice.
+    """
+    flat = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+    begin = -flat.data_ptr() % PAGE
+    flat = flat[begin : begin + nbytes]
+    if cuda:
+        pin(flat)
+    return flat
 
 
 def share_host_copy(model, file, is_first, barrier, cuda):
@@ -104,9 +118,7 @@ class Flat:
             begin = self.tensors[0].data_ptr() - shared.data_ptr()
             self.host = shared[begin : begin + end]
             return
-        self.host = torch.empty(end, dtype=torch.uint8)
-        if cuda:
-            pin(self.host)
+        self.host = host_buffer(end, cuda)
         for t, view in zip(self.tensors, views(self.host, self.slots)):
             t.data = view.copy_(t.data)
 
@@ -114,6 +126,83 @@ class Flat:
         """Let the block compute with the tensors in this copy of the buffer."""
         for t, view in zip(self.tensors, views(flat, self.slots)):
             t.data = view
+
+
+class InputsOnHost:
+    """Where checkpointing keeps its tensors, as torch.autograd.graph.save_on_cpu does; but the buffers are pinned once,
+    at their own size, and used again, and copies run on the stream `copier` while the device computes: in the backward
+    pass the tensor that was kept before another comes back together with it. `hooks()` is the context manager.
+    copier: None on a CPU.
+    """
+
+    def __init__(self, device, copier):
+        self.device, self.copier = device, copier
+        self.free, self.last, self.closed = {}, None, False  # {bytes: buffers}, weakref of the newest Kept
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: Kept(self, t), Kept.unpack)
+
+    def take(self, nbytes):
+        free = self.free.setdefault(nbytes, [])
+        return free.pop() if free else host_buffer(nbytes, self.copier is not None)
+
+    def give_back(self, flat):
+        if not self.closed:
+            self.free[flat.numel()].append(flat)
+        elif self.copier is not None:
+            unpin(flat)
+
+    def close(self):
+        """Give all buffers up."""
+        self.closed, free, self.free = True, self.free, {}
+        for flat in (f for same in free.values() for f in same):
+            self.give_back(flat)
+
+
+class Kept:
+    """A tensor on the host, in a buffer that is free again once nothing refers to this."""
+
+    def __init__(self, store, t):
+        self.store, self.flat, self.back = store, store.take(t.nbytes), None
+        self.host = self.flat.view(t.dtype).view(t.shape)
+        self.before, store.last = store.last, weakref.ref(self)
+        with self._copying(t):
+            self.host.copy_(t, non_blocking=True)
+
+    def __del__(self):
+        self.store.give_back(self.flat)
+
+    @contextlib.contextmanager
+    def _copying(self, t):
+        """Around a copy of t, a tensor on the device: after what the device was given so far, and beside what comes."""
+        if self.store.copier is None:
+            yield
+            return
+        self.store.copier.wait_stream(torch.cuda.current_stream(self.store.device))
+        with torch.cuda.stream(self.store.copier):
+            yield
+        t.record_stream(self.store.copier)
+
+    def fetch(self):
+        """Begin to copy the tensor back."""
+        if self.back is None:
+            t, copied = torch.empty_like(self.host, device=self.store.device), None
+            with self._copying(t):
+                t.copy_(self.host, non_blocking=True)
+                if self.store.copier is not None:
+                    copied = torch.cuda.Event()
+                    copied.record()
+            self.back = t, copied
+
+    def unpack(self):
+        self.fetch()
+        (t, copied), self.back = self.back, None
+        if copied is not None:
+            torch.cuda.current_stream(self.store.device).wait_event(copied)
+        before = self.before and self.before()
+        if before is not None:
+            before.fetch()
+        return t
 
 
 class Stream:
@@ -132,15 +221,13 @@ class Stream:
         self.flats = {i: Flat(model.blocks[i], self.cuda, shared) for i in self.numbers}
         self.copier = torch.cuda.Stream(self.device) if self.cuda else None
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
+        self.inputs = InputsOnHost(self.device, self.copier)
         model.checkpointing, model.cache_text_kv = True, False
-        model.surround_blocks(self._inputs_on_host, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
+        model.surround_blocks(self.inputs.hooks, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
         self.hooks = [
             model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i)) for i in self.numbers
         ]
         self.to(device)
-
-    def _inputs_on_host(self):
-        return torch.autograd.graph.save_on_cpu(pin_memory=self.cuda)
 
     @contextlib.contextmanager
     def _in_phase(self, phase):
@@ -174,6 +261,7 @@ class Stream:
         for hook in self.hooks:
             hook.remove()
         self.model.surround_blocks()
+        self.inputs.close()
         for flat in self.flats.values() if self.cuda else ():
             unpin(flat.host)
 

@@ -13,8 +13,9 @@ import tiny
 import torch
 
 import lora
+import offload
 from checkpoint import BadInput
-from offload import ALIGNED, Stream, share_host_copy, spread
+from offload import ALIGNED, PAGE, Stream, host_buffer, share_host_copy, spread
 from sample import load, sample_latents
 from wan import load_wan
 
@@ -82,6 +83,34 @@ def test_memory_on_the_device():
         f.host.untyped_storage().data_ptr() for f in stream.flats.values()
     }
     assert {p.untyped_storage().data_ptr() for b in dit.blocks for p in b.parameters() if not p.requires_grad} <= homes
+
+
+def test_buffers_of_kept_inputs_are_used_again(monkeypatch):
+    """One for the input of each block that runs again, on pages of its own, for all steps; given up with the stream."""
+    made = []
+    monkeypatch.setattr(offload, "host_buffer", lambda n, cuda: made.append(host_buffer(n, cuda)) or made[-1])
+    dit, _, stream = model(6)
+    made.clear()
+    for _ in range(3):
+        dit(X, T, CONTEXT).square().mean().backward()
+    assert len(made) == 6 and {f.numel() for f in made} == {4 * X.numel() // 48 // 4 * dit.config.dim}
+    assert sum(map(len, stream.inputs.free.values())) == 6
+    pages = [{f.data_ptr() // PAGE, (f.data_ptr() + f.numel() - 1) // PAGE} for f in made]
+    assert all(f.data_ptr() % PAGE == 0 for f in made) and len(set.union(*pages)) == sum(map(len, pages))
+    stream.close()
+    assert stream.inputs.free == {}
+
+
+def test_the_input_below_comes_back_early():
+    """While a block runs again, the one that will run after it has its input."""
+    kept = offload.InputsOnHost(torch.device("cpu"), None)
+    xs = [torch.randn(4, 5), torch.randn(2, 3).t(), torch.randn(7).bfloat16()]
+    handles = [offload.Kept(kept, x) for x in xs]
+    for i in (2, 1, 0):
+        assert torch.equal(handles[i].unpack(), xs[i]) and handles[i].back is None
+        assert i == 0 or handles[i - 1].back is not None
+    handles.clear()
+    assert sorted(kept.free) == [14, 24, 80]
 
 
 RESIDENT = """
