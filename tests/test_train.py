@@ -91,7 +91,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
     """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit
     for bit.
     """
-    scripts.run(ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "20", "--words", "crimson", check=True)
+    scripts.run(ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson", check=True)
     steps, results = 10 * kills + 20, []
     for times in (0, kills):
         out = tmp_path / f"{times}"
