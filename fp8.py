@@ -2,8 +2,8 @@
 
 Made from bf16 or fp32 weights while they load (`convert` the empty model first), or read from files with scales, such
 as ComfyUI's fp8_scaled, as they are. What else such a file has in 8 bits, outside of blocks or in int8, becomes dense.
- GPUs that multiply fp8 matrices (Ada, Hopper and newer) do so, x then being rounded to e4m3 too, with
-a scale per token; elsewhere the weight is made dense for the moment. Adapters are added in their own precision.
+GPUs that multiply fp8 matrices (Ada, Hopper and newer) do so, x then being rounded to e4m3 too, with a scale per token;
+elsewhere the weight is made dense for the moment. Adapters are added in their own precision.
 The format: Micikevicius et al., 2022.
 """
 
@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ops
 from checkpoint import BadInput, Entry, put
+from kernels.quantize import E4M3, quantize_rows_ref
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max  # 448
 FP8 = (E4M3, torch.float8_e5m2)
 # Endings of what stands beside an 8-bit weight: the scale, in ComfyUI's older and its newer files (lightx2v writes both
 # too); what is not needed here; and the second scales that only 4-bit weights have
@@ -28,26 +28,18 @@ READ = "of those in few bits, fp8 and plain int8, with one scale or one for each
 REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats
 
 
-def quantize_rows(x):
-    """x (n,m) of any float type -> e4m3 (n,m), and the scale (n,1) fp32 of each row: x is about their product."""
-    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # a row of zeros has a scale too
-    return (x.float() / scale).to(E4M3), scale
-
-
 def dense(weight, scale, dtype):
-    """The inverse of quantize_rows: (n,m) in dtype."""
+    """What e4m3 weights (n,m) and their scales (n,1) stand for: (n,m) in dtype."""
     return (weight.float() * scale).to(dtype)
 
 
 def has_fp8_matmul(x, weight):
-    """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and weight.dtype == E4M3
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-        and not any(n % 16 for n in weight.shape)
-    )
+    """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column; in a plan that
+    is made without a GPU, yes.
+    """
+    if not ops.on_gpu(x) or x.dtype != torch.bfloat16 or weight.dtype != E4M3 or any(n % 16 for n in weight.shape):
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device if x.is_cuda else None) >= (8, 9)
 
 
 class Fp8Matmul(torch.autograd.Function):
@@ -58,7 +50,7 @@ class Fp8Matmul(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         if not has_fp8_matmul(x, weight):
             return F.linear(x, dense(weight, scale, x.dtype), bias)
-        x8, x_scale = quantize_rows(x.flatten(0, -2))
+        x8, x_scale = ops.quantize_rows(x.flatten(0, -2))
         options = dict(bias=bias, out_dtype=x.dtype, use_fast_accum=True)
         y = torch._scaled_mm(x8, weight.t(), scale_a=x_scale, scale_b=scale.t().contiguous(), **options)
         return y.view(*x.shape[:-1], len(weight))
@@ -95,7 +87,7 @@ class Fp8Linear(nn.Linear):
 
     def quantize(self, weight):
         """Set the weight (out,in), rounded to e4m3."""
-        weight8, self.scales = quantize_rows(weight)
+        weight8, self.scales = quantize_rows_ref(weight)
         self.norm = weight.float().norm()
         self.error = (weight.float() - dense(weight8, self.scales, torch.float32)).norm()
         put(self, "weight", weight8)

@@ -24,6 +24,7 @@ from kernels import gelu as gelu_kernel
 from kernels import linear as linear_kernel
 from kernels import modulate as modulate_kernel
 from kernels import qk_norm_rope as norm_kernel
+from kernels import quantize as quantize_kernel
 from kernels.rope import grid_positions, rope_table
 
 CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
@@ -72,6 +73,11 @@ CHOSEN = resolve(os.environ.get("NANOWAN_OPS", "auto"))
 def fast(x):
     """Whether x's device has more than the reference."""
     return CHOSEN.get(x.device.type, "ref") != "ref"
+
+
+def on_gpu(x):
+    """Whether x is on a GPU, or in a plan (`using`, pretend) a fake tensor that stands for one there."""
+    return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
 def chosen(device):
@@ -280,6 +286,12 @@ def race(device, dtype, heads, d, learns):
 
 if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
     race = torch.compiler.assume_constant_result(race)  # torch.compile runs it while it traces, and leaves it out
+
+
+def quantize_rows(x):
+    """x (n,m) in e4m3, and each row's scale (n,1) fp32."""
+    fused = CHOSEN.get(x.device.type) in ("triton", "cuda")
+    return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x)
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import lora
 from benchmarks.common import ROOT, add_reference, interleaved, trainable
-from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope
+from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope, quantize
 from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, full_config, keep_fp32
 
@@ -108,7 +108,7 @@ def gpu_vae(rounds=1):
 def on_gpu(seconds=500):
     """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
     began, results = time.monotonic(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
-    timed_kernels = [modulate, qk_norm_rope, attention] + [causal_conv3d] * torch.ops.nanowan_csrc.has_cuda()
+    timed_kernels = [modulate, qk_norm_rope, attention, quantize] + [causal_conv3d] * torch.ops.nanowan_csrc.has_cuda()
     jobs = {module.__name__: module.main for module in timed_kernels}
     jobs |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
     for name, job in (jobs | {"vae": gpu_vae}).items():

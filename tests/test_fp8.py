@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fp8
 import lora
+import plan
 from checkpoint import BadInput
 from diagnostics.delta import delta
 from formats import read_weights
@@ -278,3 +279,12 @@ def test_scales_in_what_a_variant_adds(tmp_path, variant, parts):
     (tmp_path / "m" / "config.json").write_text((tmp_path / "official" / "config.json").read_text())
     got = load_wan(tmp_path / "m", dtype=torch.float32).state_dict()
     assert all(torch.equal(got[name], products.get(name, w)) for name, w in model.state_dict().items())
+
+
+def test_a_gpus_product_is_planned():
+    """x in 8 bits with its scales, and what comes out: no second x in fp32, and no dense weight."""
+    with plan.pretending(True):
+        linear = fp8.Fp8Linear(torch.nn.Linear(512, 96, dtype=torch.bfloat16))
+        x = torch.empty(1, 1000, 512, dtype=torch.bfloat16)
+        peak = plan.traced(lambda: linear(x))
+    assert 1000 * (512 + 4 + 2 * 96) <= peak < 1.01 * 1000 * (512 + 4 + 2 * 96)

@@ -81,6 +81,17 @@ def test_triton_equals_the_reference(name, report):
         report(f"size {i % 3}, {dtype}", float(error), LIMITS[getattr(torch, dtype.removeprefix("torch."))])
 
 
+def test_triton_rounds_rows_as_torch_does():
+    """To e4m3, on every step and between two, the same bits."""
+    out = python(
+        "import torch, kernels.quantize as k\n"
+        "print([k.check('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)])\n"
+        "torch.library.opcheck(k.fused, (torch.randn(3, 5),))",
+        TRITON_INTERPRET="1",
+    )
+    assert out == "[0.0, 0.0]\n"
+
+
 @pytest.mark.parametrize("name", [*KERNELS, "gelu"])
 def test_torch_checks_the_operator(name):
     """Schema, fake tensors and autograd registration, by PyTorch's own opcheck."""
@@ -233,6 +244,7 @@ def test_a_choice_that_cannot_be_had_says_why(choice, why):
 
 COMPILE = """
 import sys, torch, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
+import kernels.quantize as E
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -240,11 +252,11 @@ half, full, index = "*bf16", "*fp32", "*i32"
 def all_of(names, kind):
     return dict.fromkeys(names.split(), kind)
 
-def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, **const):
+def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, archs=(80, 90), **const):
     kinds = lambda n: "constexpr" if n in const else types.get(n, "fp32" if n in ("eps", "scale") else "i32")
     source = ASTSource(fn, {n: kinds(n) for n in fn.arg_names}, constexprs=const)
     options = {"num_warps": num_warps, "num_stages": num_stages or stages}
-    for arch in (80, 90):
+    for arch in archs:
         done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         open(f"{sys.argv[1]}/{name}_{arch}.cubin", "wb").write(done.asm["cubin"])
 
@@ -263,6 +275,8 @@ how = dict(types=types | {"positions": index}, BIAS=False, bias=None)
 build("attention", A.forward_kernel, **how, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
 build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "keys"))
 build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
+types = {"x": half, "out": "*fp8e4nv", "scales": full}
+build("quantize", E.quantize_kernel, types=types, archs=[90], BLOCK=1024)  # an A100 has no e4m3
 """
 
 
@@ -283,7 +297,7 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     cubins = sorted(tmp_path.glob("*.cubin"))
-    assert len(cubins) == 30
+    assert len(cubins) == 31
     spilled = {}
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,109 @@
+"""Rows of activations in 8 bits (e4m3), a scale per row, for the GPU's fp8 matrix products: one read, one write.
+
+    python -m kernels.quantize     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
+    only)
+
+x (n,m) of any float dtype -> e4m3 (n,m) and scales (n,1) fp32, the largest value of each row being 448. Floor: one read
+of x and one write of a byte per value.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import INTERPRETED, launchable, report, seeded, timed, triton
+
+if triton:
+    import triton.language as tl
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max  # 448
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def quantize_rows_ref(x):
+    """x (n,m) of any float type -> e4m3 (n,m), and the scale (n,1) fp32 of each row: x is about their product."""
+    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # a row of zeros has a scale too
+    return (x.float() / scale).to(E4M3), scale
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+if triton:
+
+    @triton.jit
+    def quantize_kernel(x, out, scales, stride, M, BLOCK: tl.constexpr):
+        """A row a program; read twice, the second time from the cache."""
+        i = tl.program_id(0).to(tl.int64)
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, M, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            largest = tl.maximum(largest, tl.abs(tl.load(x + i * stride + j, mask=j < M, other=0.0).to(tl.float32)))
+        scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
+        tl.store(scales + i, scale)
+        for start in range(0, M, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            v = tl.load(x + i * stride + j, mask=j < M, other=0.0).to(tl.float32) / scale
+            # rounded here, half to even, to three bits of mantissa, or to 2^-9: Triton's interpreter casts less well
+            bits = v.to(tl.int32, bitcast=True)
+            normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            v = tl.where(tl.abs(v) < 0.015625, (v + 24576.0) - 24576.0, normal)
+            tl.store(out + i * M + j, v.to(tl.float8e4nv), mask=j < M)
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------------
+@torch.library.custom_op("nanowan::quantize_rows", mutates_args=(), device_types="cuda")
+def fused(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out, scales = torch.empty(x.shape, dtype=E4M3, device=x.device), x.new_empty(len(x), 1, dtype=torch.float32)
+    with launchable(x):
+        quantize_kernel[(len(x),)](x, out, scales, x.stride(0), x.shape[1], BLOCK=1024)
+    return out, scales
+
+
+if INTERPRETED:
+    fused.register_kernel("cpu")(fused._init_fn)
+
+
+@fused.register_fake
+def _(x):
+    return torch.empty(x.shape, dtype=E4M3, device=x.device), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+# ---- public ------------------------------------------------------------------------------------------------------
+def quantize_rows(x):
+    """As quantize_rows_ref."""
+    return fused(x)
+
+
+def check(device, dtype):
+    """The largest difference from the reference, as a share of the row's largest value; of odd sizes, a strided input,
+    rows of zeros, and values on every step of e4m3 and between two.
+    """
+    (_, random), worst = seeded(device), 0.0
+    steps = torch.arange(1, 127, dtype=torch.uint8).view(E4M3).float()
+    halves = torch.cat([steps, (steps[1:] + steps[:-1]) / 2])[None].repeat(2, 1).to(device)
+    for x in (random(5, 300), random(3, 2100)[:, ::2], torch.zeros(2, 7, device=device), halves, random(1, 1)):
+        x = x.to(dtype)
+        (got, scale), (want, want_scale) = quantize_rows(x), quantize_rows_ref(x)
+        error = (
+            (got.float() * scale - want.float() * want_scale).abs() / (x.float().abs().amax(1, True) + 1e-12)
+        ).max()
+        worst = max(worst, error.item(), (scale / want_scale - 1).abs().max().item())
+    return worst
+
+
+def main():
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for dtype in (torch.float32, torch.bfloat16):
+        # a value that rounding has put on the other side of a half may differ by a step, 32 of 448, on a GPU
+        limit = 1e-6 if device == "cpu" else 0.08
+        results[f"check {dtype}"] = report(f"quantize_rows, {dtype}", check(device, dtype), limit)
+    if device == "cuda":
+        for n, m in ((27280, 3072), (27280, 14336)):
+            x = torch.randn(n, m, device="cuda", dtype=torch.bfloat16)
+            name = f"quantize_rows {n}x{m}"
+            results[name] = timed(name, lambda x=x: quantize_rows(x), lambda x=x: quantize_rows_ref(x), 3 * n * m)
+    return results
+
+
+if __name__ == "__main__":
+    main()
