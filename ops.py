@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels import adamw8bit as adamw8bit_kernel
 from kernels import attention as attention_kernel
 from kernels import causal_conv3d as conv_kernel
 from kernels import gelu as gelu_kernel
@@ -292,6 +293,13 @@ def quantize_rows(x):
     """x (n,m) in e4m3, and each row's scale (n,1) fp32."""
     fused = CHOSEN.get(x.device.type) in ("triton", "cuda")
     return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x)
+
+
+def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
+    """The step-th step (from 1) of AdamW with 8-bit moments, in place (kernels/adamw8bit.py)."""
+    fused = CHOSEN.get(weight.device.type) in ("triton", "cuda")
+    update = adamw8bit_kernel.step if fused else adamw8bit_kernel.step_ref
+    update(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay)
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None):

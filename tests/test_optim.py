@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from test_ops import python
 
 from checkpoint import BadInput
-from optim import BLOCK, EMA, AdamW8bit, Guard, adamw, decode_moments, encode_moments, lr_at, max_ratio
+from kernels.adamw8bit import BLOCK, decode_moments, encode_moments, max_ratio
+from optim import EMA, AdamW8bit, Guard, adamw, lr_at
 
 BETAS = (0.9, 0.99)
 
@@ -99,6 +101,40 @@ def test_steps_and_walks_follow_torch_with_a_range_of_a_million_in_every_block(r
                 label = f"{kind} {step}, gradients of 1e{low} to 1e{high}"
                 report(f"{label}, error", ((x - y).norm() / y.norm()).item(), 2e-5 if step == 1 else limit)
                 report(f"{label}, shrinkage", abs((x * y).sum() / y.square().sum() - 1).item(), 0.005)
+
+
+KERNEL = """
+import torch, kernels.adamw8bit as k
+
+g = torch.Generator().manual_seed(0)
+grad, start = (10 ** (-6 * torch.rand(700, generator=g))).bfloat16(), torch.randn(700, generator=g).bfloat16()
+rest, mean, n = (1, 0.0, (0.9, 0.99), 1e-8, 0.1), 0.0, 100
+for seed in range(n):
+    torch.manual_seed(seed)
+    weight, (compensation, codes, scale) = start.clone(), k.new_state(start)
+    k.step(weight, compensation, grad, codes, scale, *rest)
+    m, v = (t.view(-1)[:700] for t in k.decode_moments(codes, scale, (0.9, 0.99)))
+    mean = mean + m / n
+assert torch.equal(weight, start) and (compensation == 0).all()  # at a rate of 0
+assert (codes.view(-1)[700:] == k.pack(0, 0)).all()  # beyond the parameters
+_, other, want = k.new_state(start)
+k.step_ref(weight, compensation, grad, other, want, *rest)
+torch.testing.assert_close(scale, want, rtol=2e-6, atol=0)
+root = grad.float() * 0.1
+levels = (v.sqrt() / root).log2().abs().max().item() * (k.ROOT_LEVELS - 1) / k.OCTAVES
+bias = ((mean - 0.1 * grad.float()) / root).square().mean().sqrt().item()
+torch.library.opcheck(k.fused, (weight, compensation, grad, codes, scale, 1, 0.1, 0.9, 0.99, 1e-8, 0.0))
+print(levels, bias, k.check("cpu", steps=1), k.check("cpu"))
+"""
+
+
+def test_the_kernel_of_a_gpu(report):
+    """In Triton's interpreter: moments coded without a bias, and a walk as of AdamW in fp32."""
+    levels, bias, step, walk = map(float, python(KERNEL, TRITON_INTERPRET="1").split())
+    report("sqrt(v), levels", levels, 1.01)
+    report("m, rms of the mean over sqrt(v)", bias, 0.04 / 100**0.5)
+    report("the first step", step, 0.02)  # what 16 bits of a weight of 1 keep of an update of 1e-3
+    report("ten steps", walk, 0.06)
 
 
 def test_both_optimizers_have_the_same_settings_and_heed_their_groups():

@@ -1,0 +1,261 @@
+"""A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU one kernel for each parameter.
+
+    python -m kernels.adamw8bit     check against AdamW in fp32, then time it (a GPU; or TRITON_INTERPRET=1 to check
+    only)
+
+weight and compensation (n,) bf16, grad (n,) bf16, of any one shape; codes (blocks,BLOCK) int16, both moments of each
+parameter; scale (blocks,1) fp32, one per block. The weight proper is weight - compensation, to 16 bits of mantissa, the
+last of them rounded at random; decay and update act on that sum, in fp32. Compensation: Kahan, 1965, and Zamirai et
+al., 2020. Floor: a read of 8 bytes per parameter and a write of 6.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import INTERPRETED, launchable, report, timed, triton
+
+if triton:
+    import triton.language as tl
+
+BLOCK = 256  # parameters that share a scale
+ROOT_LEVELS, RATIO_LEVELS = 511, 63  # of sqrt(v), in 9 bits, and of |m| / sqrt(v), in 7 bits with its sign
+OCTAVES = 24  # of sqrt(v) below a block's largest; with clipped gradients (norm <= 1) that reaches down to AdamW's eps
+CHUNK = 1024  # blocks worked on at a time: the fp32 temporaries stay in the cache, and small
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+def max_ratio(betas):
+    """The largest |m| / sqrt(v) that any sequence of gradients can lead to (Cauchy-Schwarz); betas (b1, b2)."""
+    b1, b2 = betas
+    if not b1 * b1 < b2 < 1:
+        raise ValueError(f"betas {betas}: 8-bit moments need b1^2 < b2 < 1, or m is not bounded by sqrt(v)")
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2))
+
+
+def round_randomly(x):
+    """Each element up or down to an integer, at random, so that its expectation is x: a moment that changes by less
+    than a level per step moves all the same.
+    """
+    return (x + torch.rand_like(x)).floor()
+
+
+def pack(level, share):
+    """A level 0..ROOT_LEVELS and a share -RATIO_LEVELS..RATIO_LEVELS as one 16-bit integer."""
+    return (level - 256) * 128 + share + 64
+
+
+def unpack(codes):
+    return (codes >> 7) + 256, (codes & 127) - 64
+
+
+def round_to_bf16(x):
+    """fp32 -> bf16, up or down at random, so that its expectation is x."""
+    bits = x.view(torch.int32)
+    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def decode_root(level, scale):
+    """Levels 0..ROOT_LEVELS (n, BLOCK) and scales (n,1) -> sqrt(v) (n, BLOCK) fp32."""
+    return torch.where(level > 0, torch.exp2((level - ROOT_LEVELS) * (OCTAVES / (ROOT_LEVELS - 1))), 0) * scale
+
+
+def encode_moments(m, v, betas):
+    """Moments m, v (n, BLOCK) fp32 -> codes (n, BLOCK) int16 and scales (n,1) fp32.
+
+    sqrt(v) is coded logarithmically below its block's largest, and m as a share of it, linearly: a parameter whose
+    gradients are a million times smaller than its neighbour's is as precise as that one. After Dettmers et al., 2022.
+    """
+    root = v.sqrt()
+    scale = root.amax(1, keepdim=True)
+    level = ROOT_LEVELS + (ROOT_LEVELS - 1) / OCTAVES * torch.log2(root / scale.clamp(min=1e-38))
+    level = torch.where(root > 0, round_randomly(level).clamp(1, ROOT_LEVELS), 0)
+    share = m / (max_ratio(betas) * decode_root(level, scale))
+    share = round_randomly(share * RATIO_LEVELS).clamp(-RATIO_LEVELS, RATIO_LEVELS)
+    share = torch.where(level > 0, share, 0)
+    return pack(level, share).to(torch.int16), scale
+
+
+def decode_moments(codes, scale, betas):
+    """The inverse of encode_moments: m, v (n, BLOCK) fp32."""
+    level, share = unpack(codes)
+    root = decode_root(level, scale)
+    return share * (max_ratio(betas) / RATIO_LEVELS) * root, root.square()
+
+
+def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
+    """One step, the step-th (from 1), in place; in chunks, whose temporaries stay in a CPU's cache."""
+    flat = [t.view(-1) for t in (weight, compensation, grad)]
+    for start in range(0, len(codes), CHUNK):
+        blocks, part = slice(start, start + CHUNK), slice(start * BLOCK, (start + CHUNK) * BLOCK)
+        w, c, g = (t[part] for t in flat)
+        g = torch.nn.functional.pad(g.float(), (0, codes[blocks].numel() - len(g))).view(-1, BLOCK)
+        b1, b2 = betas
+        m, v = decode_moments(codes[blocks], scale[blocks], betas)
+        m, v = torch.lerp(g, m, b1), torch.lerp(g * g, v, b2)
+        codes[blocks], scale[blocks] = encode_moments(m, v, betas)
+        update = m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + eps)
+        exact = (w.float() - c.float()) * (1 - lr * weight_decay) - lr * update.view(-1)[: len(w)]
+        w.copy_(exact)
+        c.copy_(round_to_bf16(w.float() - exact))
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+if triton:
+
+    @triton.jit
+    def root_of(level, scale, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
+        return tl.where(level > 0, tl.exp2((level - LEVELS) * (OCTAVES / (LEVELS - 1))), 0.0) * scale
+
+    @triton.jit
+    def step_kernel(
+        weight,
+        compensation,
+        grad,
+        codes,
+        scales,
+        n,
+        seed,
+        lr,
+        keep,
+        b1,
+        b2,
+        correction1,
+        correction2,
+        eps,
+        ratio,
+        BLOCK: tl.constexpr,
+        LEVELS: tl.constexpr,
+        SHARES: tl.constexpr,
+        OCTAVES: tl.constexpr,
+    ):
+        """A block of parameters a program. keep: 1 - lr * weight_decay."""
+        i = tl.program_id(0).to(tl.int64)
+        j = i * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(grad + j, mask=j < n, other=0.0).to(tl.float32)
+        code = tl.load(codes + j).to(tl.int32)
+        root = root_of((code >> 7) + 256.0, tl.load(scales + i), LEVELS, OCTAVES)
+        m = ((code & 127) - 64) * (ratio / SHARES) * root
+        v = root * root
+        m = m - (m - g) * (1 - b1)  # as torch.lerp does, which loses nothing where m is 0
+        v = v - (v - g * g) * (1 - b2)
+
+        random1, random2, random3, _ = tl.randint4x(seed, j)
+        root = tl.sqrt(v)
+        scale = tl.max(root, 0)
+        level = LEVELS + (LEVELS - 1) / OCTAVES * tl.log2(root / tl.maximum(scale, 1e-38))
+        level = tl.floor(level + tl.uint_to_uniform_float(random1))
+        level = tl.where(root > 0, tl.minimum(tl.maximum(level, 1.0), LEVELS * 1.0), 0.0)
+        share = m / (ratio * root_of(level, scale, LEVELS, OCTAVES)) * SHARES
+        share = tl.floor(share + tl.uint_to_uniform_float(random2))
+        share = tl.where(level > 0, tl.minimum(tl.maximum(share, -SHARES * 1.0), SHARES * 1.0), 0.0)
+        tl.store(codes + j, ((level - 256) * 128 + share + 64).to(tl.int16))
+        tl.store(scales + i, scale)
+
+        update = m / correction1 / (tl.sqrt(v / correction2) + eps)
+        exact = tl.load(weight + j, mask=j < n, other=0.0).to(tl.float32)
+        exact = (exact - tl.load(compensation + j, mask=j < n, other=0.0).to(tl.float32)) * keep - lr * update
+        rounded = exact.to(tl.bfloat16)
+        tl.store(weight + j, rounded, mask=j < n)
+        bits = (rounded.to(tl.float32) - exact).to(tl.int32, bitcast=True) + (random3 & 0xFFFF).to(tl.int32)
+        tl.store(compensation + j, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=j < n)
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------------
+@torch.library.custom_op(
+    "nanowan::adamw8bit_step", mutates_args=("weight", "compensation", "codes", "scale"), device_types="cuda"
+)
+def fused(
+    weight: Tensor,
+    compensation: Tensor,
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    step: int,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    seed = int(torch.randint(2**31, ()))  # of the CPU's generator, whose state is saved with a run
+    corrections = 1 - b1**step, 1 - b2**step
+    with launchable(weight):
+        step_kernel[(len(codes),)](
+            weight,
+            compensation,
+            grad.contiguous(),
+            codes,
+            scale,
+            weight.numel(),
+            seed,
+            lr,
+            1 - lr * weight_decay,
+            b1,
+            b2,
+            *corrections,
+            eps,
+            max_ratio((b1, b2)),
+            BLOCK=BLOCK,
+            LEVELS=ROOT_LEVELS,
+            SHARES=RATIO_LEVELS,
+            OCTAVES=OCTAVES,
+        )
+
+
+if INTERPRETED:
+    fused.register_kernel("cpu")(fused._init_fn)
+
+
+@fused.register_fake
+def _(weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_decay):
+    pass
+
+
+# ---- public ------------------------------------------------------------------------------------------------------
+def step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
+    """As step_ref."""
+    fused(weight, compensation, grad, codes, scale, step, lr, *betas, eps, weight_decay)
+
+
+def new_state(p):
+    """Of a parameter before its first step: (compensation, codes, scale)."""
+    blocks = -(-p.numel() // BLOCK)
+    codes = torch.full((blocks, BLOCK), pack(0, 0), dtype=torch.int16, device=p.device)
+    return torch.zeros_like(p), codes, torch.zeros(blocks, 1, device=p.device)
+
+
+def check(device, n=5 * BLOCK + 77, steps=10):
+    """The relative error of a walk of `steps` steps against torch's AdamW in fp32, whose gradients differ by up to a
+    million in each block.
+    """
+    g = torch.Generator().manual_seed(0)
+    magnitude, direction = 10 ** (-6 * torch.rand(n, generator=g)), torch.randn(n, generator=g).sign()
+    start = torch.randn(n, generator=g).bfloat16()
+    ours, theirs = start.to(device).clone(), torch.nn.Parameter(start.float().to(device))
+    state, settings = new_state(ours), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    peer = torch.optim.AdamW([theirs], **settings)
+    for i in range(1, steps + 1):
+        grad = (magnitude * (direction + torch.randn(n, generator=g))).bfloat16().to(device)
+        step(ours, state[0], grad, *state[1:], i, **settings)
+        theirs.grad = grad.float()
+        peer.step()
+    a, b = (t - start.float().to(device) for t in (ours.float() - state[0].float(), theirs.detach()))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {"check": report("adamw8bit", check(device), 0.06)}
+    if device == "cuda":
+        p = torch.randn(4096, 10240, device="cuda", dtype=torch.bfloat16)
+        compensation, codes, scale = new_state(p)
+        given = p, compensation, torch.randn_like(p), codes, scale, 2, 1e-4, (0.9, 0.99), 1e-8, 0.01
+        name = f"adamw8bit {p.numel()}"
+        results[name] = timed(name, lambda: step(*given), lambda: step_ref(*given), 14 * p.numel())
+    return results
+
+
+if __name__ == "__main__":
+    main()
