@@ -1,7 +1,7 @@
 # make demo: teach nano words that it never read, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
 # make lint: the formatter and the linter, which make test runs first.
-# make gpu: build the CUDA parts, test and time them.   make clean: remove all of it.
+# make gpu: build the CUDA parts, test them (make gpu-check) and time them (make gpu-bench).   make clean: remove it all.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist l
 # the test files that compare numbers
 NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
-.PHONY: demo lint test test-slow test-portable gpu clean
+.PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-build clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
@@ -29,11 +29,18 @@ test-slow: $(VENV)/ready-tests
 test-portable: $(VENV)/ready-tests
 	$(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
 
-# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed
-gpu:
-	NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails does not
+# stop the rest: without csrc's CUDA Triton does what it can
+gpu: gpu-check gpu-bench
+
+gpu-check: gpu-build
 	-$(PYTHON) -m pytest -q -m gpu tests
-	$(PYTHON) bench.py --gpu --json bench/gpu.json
+
+gpu-bench: gpu-build
+	-$(PYTHON) bench.py --gpu --json bench/gpu.json
+
+gpu-build:
+	-NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 
 # torch first and by itself, so that nothing else chooses its build; the C++ not by pip, which hides what setup.py says
 $(VENV)/ready: requirements.txt setup.py $(wildcard csrc/*)

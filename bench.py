@@ -2,7 +2,7 @@
 
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works
-    python bench.py --gpu               full-size blocks and kernels on a GPU, random weights
+    python bench.py --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
     python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png
     shows cost against size
 
@@ -13,13 +13,13 @@ before the work.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
 from benchmarks.common import machine, print_memory
 from benchmarks.cpu import WORKS, growth, on_cpu, plot
-from benchmarks.gpu import on_gpu
+from benchmarks.gpu import JOBS, on_gpu
+from diagnostics.common import write_json
 
 
 def main():
@@ -29,6 +29,7 @@ def main():
     p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
     p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
+    p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
     args = p.parse_args()
     if wrong := [w for w in args.works if w not in WORKS]:
         p.error(f"{wrong[0]}: choose from {', '.join(WORKS)}")
@@ -38,14 +39,21 @@ def main():
         return
     if args.gpu and not torch.cuda.is_available():
         p.error("--gpu: there is no CUDA device")
+    if args.gpu and not args.json:
+        p.error("--gpu: needs --json FILE, into which each result is written as soon as it is there")
+    if args.job:
+        write_json(args.json, JOBS[args.job]())
+        return
     about = machine()
     print(json.dumps(about))
-    result = on_gpu() if args.gpu else on_cpu(args.works or WORKS, args.rounds)
+    if args.gpu:
+        on_gpu(about | {"gpu": torch.cuda.get_device_name()}, args.json)
+        return
+    result = on_cpu(args.works or WORKS, args.rounds)
     if args.json:
-        if not args.gpu:
-            result["growth"] = growth()
-            plot(f"{args.json}.png", result["growth"])
-        Path(args.json).write_text(json.dumps(about | result, indent=1) + "\n")
+        result["growth"] = growth()
+        plot(f"{args.json}.png", result["growth"])
+        write_json(args.json, about | result)
 
 
 if __name__ == "__main__":

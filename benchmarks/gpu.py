@@ -2,9 +2,13 @@
 
 import functools
 import importlib.util
+import json
 import math
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -12,7 +16,8 @@ import torch.nn.functional as F
 
 import lora
 from benchmarks.common import ROOT, add_reference, interleaved, trainable
-from kernels import attention, bandwidth, causal_conv3d, modulate, qk_norm_rope, quantize
+from diagnostics.common import write_json
+from kernels import adamw8bit, attention, bandwidth, causal_conv3d, milliseconds, modulate, qk_norm_rope, quantize
 from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, full_config, keep_fp32
 
@@ -105,21 +110,44 @@ def gpu_vae(rounds=1):
     return results | {"encode": measure_on_gpu(add_reference({"ours": lambda: model.encode(video)}), rounds)}
 
 
-def on_gpu(seconds=500):
-    """Everything worth measuring on a GPU; what would begin after `seconds` is left out and named."""
-    began, results = time.monotonic(), {"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth()}
-    timed_kernels = [modulate, qk_norm_rope, attention, quantize] + [causal_conv3d] * torch.ops.nanowan_csrc.has_cuda()
-    jobs = {module.__name__: module.main for module in timed_kernels}
-    jobs |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
-    for name, job in (jobs | {"vae": gpu_vae}).items():
-        if time.monotonic() - began > seconds:
-            results[name] = "left out: no time"
-            print(f"{name}: left out, no time")
-            continue
-        try:
-            results[name] = job()
-        except (RuntimeError, AssertionError) as e:  # one failure must not cost the other figures
-            results[name] = f"failed: {type(e).__name__}: {str(e)[:500]}"
-            print(f"{name}: {results[name]}")
-        torch.cuda.empty_cache()
+def ceilings():
+    """What this GPU's memory and its matrix products reach, by which the other figures are to be read."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    results = {"bandwidth": bandwidth(), "flops": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1000}
+    print(f"copy {results['bandwidth'] / 1e9:.0f} GB/s, bf16 product {results['flops'] / 1e12:.0f} TFLOP/s", flush=True)
     return results
+
+
+JOBS = {"ceilings": ceilings}
+JOBS |= {m.__name__: m.main for m in (modulate, qk_norm_rope, attention, quantize, adamw8bit, causal_conv3d)}
+JOBS |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
+JOBS |= {"vae": gpu_vae}
+
+
+def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
+    """Everything worth measuring on a GPU into the JSON file `path`, beside `about`; each job in a process of its own,
+    so that one that crashes costs no other figure, and written as soon as it is there. What would begin after `seconds`
+    is left out and named, and what runs then is ended.
+    """
+    began = time.monotonic()
+    for name in jobs:
+        left = seconds - (time.monotonic() - began)
+        about[name] = run_apart(name, left) if left > 0 else "left out: no time"
+        if isinstance(about[name], str):
+            print(f"{name}: {about[name]}", flush=True)
+        write_json(path, about)
+    return about
+
+
+def run_apart(name, seconds):
+    """What a job measured, or a sentence saying why it did not."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "result.json")
+        try:
+            command = [sys.executable, ROOT / "bench.py", "--gpu", "--job", name, "--json", file]
+            done = subprocess.run(command, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"failed: not done after {seconds:.0f} s"
+        if done.returncode:
+            return f"failed: exit status {done.returncode}"
+        return json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Deselected where there is none; `make gpu` runs these and bench.py --gpu."""
+"""What only a GPU can show. Deselected where there is none; `make gpu-check` runs these."""
 
 import importlib
 import subprocess
@@ -21,6 +21,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", ["modulate", "qk_norm_rope"])
 def test_triton_equals_the_reference(name, dtype, limit, report):
     report(f"{dtype}", importlib.import_module(f"kernels.{name}").check("cuda", dtype), limit)
+
+
+def test_8_bit_kernels(report):
+    """Rows in e4m3: a value that rounding has put on the other side of a half may be a step off. AdamW: ten steps."""
+    for dtype in (torch.float32, torch.bfloat16):
+        report(f"rows, {dtype}", importlib.import_module("kernels.quantize").check("cuda", dtype), 0.08)
+    report("adamw8bit", importlib.import_module("kernels.adamw8bit").check("cuda"), 0.06)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
