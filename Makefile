@@ -1,7 +1,8 @@
 # make demo: teach nano words that it never read, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
 # make lint: the formatter and the linter, which make test runs first.
-# make gpu: build the CUDA parts, test them (make gpu-check) and time them (make gpu-bench).   make clean: remove it all.
+# make gpu: build the CUDA parts, test them (gpu-check), time them (gpu-bench) and run the scripts at full size (gpu-run).
+# make clean: remove all of it.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist l
 # the test files that compare numbers
 NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
-.PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-build clean
+.PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-run gpu-build clean
 
 demo: $(VENV)/ready
 	$(PY) runs/demo.py
@@ -31,13 +32,16 @@ test-portable: $(VENV)/ready-tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails does not
 # stop the rest: without csrc's CUDA Triton does what it can
-gpu: gpu-check gpu-bench
+gpu: gpu-check gpu-bench gpu-run
 
 gpu-check: gpu-build
 	-$(PYTHON) -m pytest -q -m gpu tests
 
 gpu-bench: gpu-build
 	-$(PYTHON) bench.py --gpu --json bench/gpu.json
+
+gpu-run: gpu-build
+	-$(PYTHON) bench.py --gpu_run --json bench/gpu_run.json
 
 gpu-build:
 	-NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace

@@ -3,6 +3,7 @@
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works
     python bench.py --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
+    python bench.py --gpu_run --json FILE   the scripts on a random TI2V-5B of released size, which takes 24 GB of disk
     python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png
     shows cost against size
 
@@ -13,9 +14,12 @@ before the work.
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 
 import torch
 
+from benchmarks import full_size
 from benchmarks.common import machine, print_memory
 from benchmarks.cpu import WORKS, growth, on_cpu, plot
 from benchmarks.gpu import JOBS, on_gpu
@@ -27,6 +31,7 @@ def main():
     p.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)} (default: all)")
     p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
     p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
+    p.add_argument("--gpu_run", action="store_true", help="the scripts on a random full-size checkpoint instead")
     p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
@@ -37,17 +42,27 @@ def main():
     if args.memory_of:
         print_memory(WORKS[args.works[0]][0], args.memory_of)
         return
-    if args.gpu and not torch.cuda.is_available():
-        p.error("--gpu: there is no CUDA device")
-    if args.gpu and not args.json:
-        p.error("--gpu: needs --json FILE, into which each result is written as soon as it is there")
+    gpu = "--gpu" if args.gpu else "--gpu_run" if args.gpu_run else None
+    if gpu and not torch.cuda.is_available():
+        p.error(f"{gpu}: there is no CUDA device")
+    if gpu and not args.json:
+        p.error(f"{gpu}: needs --json FILE, into which each result is written as soon as it is there")
     if args.job:
         write_json(args.json, JOBS[args.job]())
         return
     about = machine()
     print(json.dumps(about))
+    if gpu:
+        about["gpu"] = torch.cuda.get_device_name()
     if args.gpu:
-        on_gpu(about | {"gpu": torch.cuda.get_device_name()}, args.json)
+        on_gpu(about, args.json)
+        return
+    if args.gpu_run:
+        with tempfile.TemporaryDirectory() as folder:
+            ckpt, work = Path(folder, "ckpt"), Path(folder, "runs")
+            full_size.write_checkpoint(ckpt)
+            full_size.write_clips(work / "clips")
+            full_size.run_scripts(ckpt, work, about, args.json)
         return
     result = on_cpu(args.works or WORKS, args.rounds)
     if args.json:

@@ -9,6 +9,7 @@ An explicit choice that cannot be had raises ImportError with the reason. Models
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -43,10 +44,7 @@ def available():
     if not gpu:
         cuda = "no CUDA device"
     elif cpp or not torch.ops.nanowan_csrc.has_cuda():
-        cuda = cpp or (
-            f"the extension was built without CUDA, or not for {torch.cuda.get_device_name()} (NANOWAN_CUDA=1 makes "
-            "setup.py say why)"
-        )
+        cuda = cpp or "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
     return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
 
 
@@ -234,12 +232,8 @@ def unfused_attention(q, k, v, weights, eps, heads, table, positions):
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
 
-RACED = {}  # what `race` found
-RACE_GRID = (
-    8,
-    32,
-    32,
-)  # tokens that it is run on: a race of long clips holds for the shorter ones, where little is lost
+RACED = {}  # what `race` found; a training's state keeps it
+RACE_GRID = (8, 32, 32)  # of tokens in a race; what wins there loses little at other lengths
 
 
 def fused_is_faster(q, heads):
@@ -257,7 +251,7 @@ def race(device, dtype, heads, d, learns):
     """The answer of fused_is_faster for `heads` of width d, timed at the first call; printed. It does not depend on the
     number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
     """
-    key = device, dtype, heads, d, learns
+    key = f"{dtype}, {heads} heads of {d}{', trained' * learns}"
     if key not in RACED:
         generator, L = torch.Generator(device).manual_seed(0), math.prod(RACE_GRID)  # of its own: a run's draws stay
         like = dict(dtype=dtype, device=device)
@@ -270,7 +264,9 @@ def race(device, dtype, heads, d, learns):
             if learns:
                 torch.autograd.grad(out, (q, k, v), out)
 
-        with torch.set_grad_enabled(learns), torch.cuda.device(device):
+        # of hooks the innermost count: those of checkpointing would run the block again, and so this
+        no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.set_grad_enabled(learns), no_hooks, torch.cuda.device(device):
             fused = kernels.milliseconds(lambda: run(fused_attention), 5)
             unfused = kernels.milliseconds(lambda: run(unfused_attention), 5)
             backend = sdpa_backend(*(u.unflatten(2, (heads, -1)).transpose(1, 2) for u in (q, k, v)))
@@ -302,6 +298,21 @@ def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, ep
     update(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay)
 
 
+@functools.cache
+def csrc_runs_on(device):
+    """Whether csrc's CUDA was built for this GPU. Not asked at import, where it would take memory on the first GPU."""
+    with torch.cuda.device(device):
+        fits, name = torch.ops.nanowan_csrc.fits_this_gpu(), torch.cuda.get_device_name()
+    if not fits:
+        print(
+            f"ops: the extension was not built for {name}; PyTorch's operations are used for the VAE ({sys.executable} "
+            "setup.py build_ext --inplace builds it for the GPUs of this machine)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return fits
+
+
 def causal_conv3d(x, past, weight, bias, gamma=None):
     """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma,
     RMS norm and SiLU come first. Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients
@@ -310,6 +321,7 @@ def causal_conv3d(x, past, weight, bias, gamma=None):
     ours = CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (
         torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     )
+    ours = ours and (not x.is_cuda or csrc_runs_on(x.device))
     return (conv_kernel.causal_conv3d if ours else conv_kernel.causal_conv3d_ref)(x, past, weight, bias, gamma)
 
 

@@ -24,6 +24,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+import ops
 from checkpoint import BadInput, atomic, remove_leftovers, save_pickle, writing
 from data import digest
 from optim import EMA, Guard
@@ -384,6 +385,7 @@ class TrainState:
             "opt": {**opt, "state": {i: {**s} for i, s in opt["state"].items()}},
             "guard": self.guard.state_dict(),
             "ema": self.ema and {**self.ema.state_dict(), "average": [*self.ema.average]},
+            "raced": {**ops.RACED},
         }
 
     def param_slots(self, state):
@@ -424,6 +426,7 @@ class TrainState:
         self.guard.load_state_dict(state["guard"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        ops.RACED.update(state.get("raced", {}))
         self.step = state["step"]
         print(f"resumed at step {self.step}")
 

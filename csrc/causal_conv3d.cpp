@@ -141,8 +141,15 @@ std::tuple<Tensor, Tensor> on_meta(const Tensor& x, const Maybe& past, const Ten
     return {made(w.sym_size(0), x.sym_size(2)), w.size(2) == 1 ? at::empty({0}, x.options()) : made(x.sym_size(1), 2)};
 }
 
-// Whether the CUDA part was built, for a GPU like the current one.
 bool has_cuda() {
+#ifdef NANOWAN_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
+bool fits_this_gpu() {
 #ifdef NANOWAN_CUDA
     return nanowan_fits_this_gpu();
 #else
@@ -155,6 +162,7 @@ bool has_cuda() {
 TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
     m.def("causal_conv3d(Tensor x, Tensor? past, Tensor weight, Tensor? bias, Tensor? gamma) -> (Tensor, Tensor)");
     m.def("has_cuda() -> bool", &has_cuda);
+    m.def("fits_this_gpu() -> bool", &fits_this_gpu);
 }
 TORCH_LIBRARY_IMPL(nanowan_csrc, CPU, m) {
     m.impl("causal_conv3d", &on_cpu);

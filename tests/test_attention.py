@@ -1,5 +1,6 @@
 """Which attention runs, PyTorch's (by which backend) or ours; and the gradients of masked attention."""
 
+import argparse
 import contextlib
 from unittest import mock
 
@@ -10,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 import ops
+from optim import adamw
+from run import TrainState
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -55,6 +58,7 @@ RACE = """
 import contextlib, torch, ops
 from unittest import mock
 from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 ops.RACE_GRID = (2, 2, 3)
 device, times, ran = torch.device("cpu"), iter({times}), []
 
@@ -84,13 +88,27 @@ def test_the_faster_attention_is_found_once():
         RACE.format(times=[1.0, 2.0, 4.0, 3.0]) + "    with torch.no_grad():\n"
         "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"
         "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"  # from memory
-        "    assert ops.race(device, torch.float32, 2, 12, True) is False\n"
+        "    raced = lambda x: x.sin() * (2 if ops.race(device, torch.float32, 2, 12, True) else 1)\n"
+        "    x = torch.ones(3, requires_grad=True)\n"
+        "    checkpoint(raced, x, use_reentrant=False).sum().backward()\n"  # which runs it again, not without end
+        "    assert torch.equal(x.grad, torch.ones(3).cos())\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
         "print(ran)",
         TRITON_INTERPRET="1",
     )
     names = "fused_attention", "unfused_attention"
     assert eval(out) == [(name, learns) for learns in (False, True) for name in names]
+
+
+def test_a_resumed_run_does_not_race_anew(monkeypatch):
+    """Another winner would give other bits."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    args = argparse.Namespace(grad_spike_factor=10, ema=0)
+    monkeypatch.setattr(ops, "RACED", {"torch.bfloat16, 24 heads of 128, trained": True})
+    state = TrainState([p], adamw([p], 1e-3), args).state_dict() | {"step": 4}
+    monkeypatch.setattr(ops, "RACED", {})
+    TrainState([p], adamw([p], 1e-3), args).restore(state)
+    assert ops.RACED == {"torch.bfloat16, 24 heads of 128, trained": True}
 
 
 def test_three_lengths_compile_without_a_break():

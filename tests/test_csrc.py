@@ -1,5 +1,6 @@
 """csrc/causal_conv3d: on the CPU against its definition, in torch.compile, and its CUDA source run without a GPU."""
 
+import contextlib
 import ctypes
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+import ops
 from kernels import causal_conv3d as conv
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -170,3 +172,12 @@ def test_cuda_source_norms_into_the_buffer(emulated, C, dtype, limit, report):
     want = torch.nn.functional.silu(conv.rms_norm(x.double().flatten(0, 1), gamma.double())).view(2, 21, C)
     report("relative error", tiny.error(out[:, before:].double(), want), limit)
     assert (out[:, :before] == 7).all()
+
+
+def test_a_gpu_without_code_here_is_noticed(monkeypatch, capsys):
+    """Once, in a line that says what builds it."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert not ops.csrc_runs_on("cuda:7") and not ops.csrc_runs_on("cuda:7")  # this one was built without CUDA
+    said = capsys.readouterr().err
+    assert said.count("not built for Some GPU") == 1 and "build_ext --inplace" in said
