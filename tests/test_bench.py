@@ -35,7 +35,7 @@ def test_runs_of_the_scripts_say_what_they_planned_and_used(checkpoints, tmp_pat
     """
     full_size.write_clips(tmp_path / "clips", size=(64, 64), frames=9)
     small = {"1280x704": "64x64", "832x480": "64x64", "--frames 121": "--frames 9", "--frames 49": "--frames 9"}
-    runs = {name: full_size.RUNS[name] for name in ("sample", "train_lora", "train_te, rows")}
+    runs = {name: full_size.RUNS[name] for name in ("sample", "train_te, rows")}
     for old, new in small.items():
         runs = {name: line.replace(old, new) for name, line in runs.items()}
     runs = {name: f"{line} --device cpu" for name, line in runs.items()} | {"other": "sample.py --no_such_flag"}
