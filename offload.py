@@ -137,68 +137,102 @@ class InputsOnHost:
 
     def __init__(self, device, copier):
         self.device, self.copier = device, copier
-        self.free, self.last, self.closed = {}, None, False  # {bytes: buffers}, weakref of the newest Kept
+        self.free, self.closed = [], False
+        self.last, self.leaving = None, None  # weakref of the newest Kept; (event, tensor) of a copy to the host
 
     def hooks(self):
-        return torch.autograd.graph.saved_tensors_hooks(lambda t: Kept(self, t), Kept.unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, t):
+        # older versions of torch's checkpoint also save an empty tensor of the CPU
+        return Kept(self, t) if t.device.type == self.device.type and t.numel() else t
+
+    def _unpack(self, kept):
+        return kept.unpack() if isinstance(kept, Kept) else kept
 
     def take(self, nbytes):
-        free = self.free.setdefault(nbytes, [])
-        return free.pop() if free else host_buffer(nbytes, self.copier is not None)
+        """A buffer of so many bytes or more. Where all free ones are smaller, one of them makes room."""
+        self.free.sort(key=len)
+        for i, flat in enumerate(self.free):
+            if len(flat) >= nbytes:
+                return self.free.pop(i)
+        if self.free:
+            self._drop(self.free.pop())
+        return host_buffer(nbytes, self.copier is not None)
 
     def give_back(self, flat):
-        if not self.closed:
-            self.free[flat.numel()].append(flat)
-        elif self.copier is not None:
+        if self.closed:
+            self._drop(flat)
+        else:
+            self.free.append(flat)
+
+    def _drop(self, flat):
+        if self.copier is not None:
+            self.copier.synchronize()  # which may still read it
             unpin(flat)
 
+    def release(self):
+        """Give all free buffers up."""
+        while self.free:
+            self._drop(self.free.pop())
+
     def close(self):
-        """Give all buffers up."""
-        self.closed, free, self.free = True, self.free, {}
-        for flat in (f for same in free.values() for f in same):
-            self.give_back(flat)
+        self.closed, self.leaving = True, None
+        self.release()
+
+    def copy(self, to, source):
+        """Copy after what the device was given so far, and beside what comes -> an event; None on a CPU."""
+        if self.copier is None:
+            to.copy_(source)
+            return None
+        self.copier.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copier):
+            to.copy_(source, non_blocking=True)
+            return self.copier.record_event()
+
+    def wait(self, event):
+        """What the device is given from now on comes after a copy."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def let_go(self):
+        """Of the tensor that was copied to the host last, whose memory the device may use again after that. Not by
+        record_stream: that memory would be free only once the host sees the copy done, many blocks later.
+        """
+        if self.leaving is not None:
+            self.wait(self.leaving[0])
+            self.leaving = None
 
 
 class Kept:
     """A tensor on the host, in a buffer that is free again once nothing refers to this."""
 
     def __init__(self, store, t):
-        self.store, self.flat, self.back = store, store.take(t.nbytes), None
-        self.host = self.flat.view(t.dtype).view(t.shape)
+        self.store, self.flat, self.back = store, None, None
+        store.let_go()
+        self.flat = store.take(t.nbytes)
+        self.host = self.flat[: t.nbytes].view(t.dtype).view(t.shape)
         self.before, store.last = store.last, weakref.ref(self)
-        with self._copying(t):
-            self.host.copy_(t, non_blocking=True)
+        event = store.copy(self.host, t)
+        store.leaving = None if event is None else (event, t)
 
     def __del__(self):
-        self.store.give_back(self.flat)
-
-    @contextlib.contextmanager
-    def _copying(self, t):
-        """Around a copy of t, a tensor on the device: after what the device was given so far, and beside what comes."""
-        if self.store.copier is None:
-            yield
-            return
-        self.store.copier.wait_stream(torch.cuda.current_stream(self.store.device))
-        with torch.cuda.stream(self.store.copier):
-            yield
-        t.record_stream(self.store.copier)
+        if self.back is not None:
+            self.store.wait(self.back[1])
+        if self.flat is not None:
+            self.store.give_back(self.flat)
 
     def fetch(self):
         """Begin to copy the tensor back."""
         if self.back is None:
-            t, copied = torch.empty_like(self.host, device=self.store.device), None
-            with self._copying(t):
-                t.copy_(self.host, non_blocking=True)
-                if self.store.copier is not None:
-                    copied = torch.cuda.Event()
-                    copied.record()
-            self.back = t, copied
+            t = torch.empty_like(self.host, device=self.store.device)
+            self.back = t, self.store.copy(t, self.host)
 
     def unpack(self):
+        self.store.let_go()
         self.fetch()
         (t, copied), self.back = self.back, None
-        if copied is not None:
-            torch.cuda.current_stream(self.store.device).wait_event(copied)
+        self.store.wait(copied)
         before = self.before and self.before()
         if before is not None:
             before.fetch()
@@ -255,6 +289,8 @@ class Stream:
             [torch.empty(self.ring_bytes() // 2, dtype=torch.uint8, device=device) for _ in range(2)] if here else None
         )
         self.resident, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
+        if not here:
+            self.inputs.release()
 
     def close(self):
         """Unlock the host's copies and let go of the model, before both are given up."""

@@ -240,6 +240,8 @@ def fused_is_faster(q, heads):
     """Whether fused_attention is faster than unfused_attention for tokens like q's (B,L,D), with a backward pass where
     gradients are on.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # ranks that work together would each race alone, and disagree
     if not q.is_cuda:
         # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention
         # takes more
@@ -251,7 +253,8 @@ def race(device, dtype, heads, d, learns):
     """The answer of fused_is_faster for `heads` of width d, timed at the first call; printed. It does not depend on the
     number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
     """
-    key = f"{dtype}, {heads} heads of {d}{', trained' * learns}"
+    name = torch.cuda.get_device_name(device)
+    key = f"{name}, {dtype}, {heads} heads of {d}{', trained' * learns}"
     if key not in RACED:
         generator, L = torch.Generator(device).manual_seed(0), math.prod(RACE_GRID)  # of its own: a run's draws stay
         like = dict(dtype=dtype, device=device)

@@ -38,16 +38,20 @@ RUNS = {
 }
 
 
-def random_weights(build, device):
-    """A model in bf16, whose activations keep their size."""
+def random_weights(build_model, device):
+    """A model in bf16, whose activations keep their size. Nothing of it stays on the device."""
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = build().to(torch.bfloat16).requires_grad_(False)
+        model = build_model().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
     for name, p in model.named_parameters():
         if "norm" in name or name.endswith("gamma"):
             p.fill_(1)
         else:
             p.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.02)
-    return model.cpu()
+    model.cpu()
+    torch.cuda.empty_cache()
+    return model
 
 
 def write_checkpoint(folder, device="cuda"):

@@ -87,8 +87,9 @@ def decode_moments(codes, scale, betas):
 def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
     """One step, the step-th (from 1), in place; in chunks, whose temporaries stay in a CPU's cache."""
     flat = [t.view(-1) for t in (weight, compensation, grad)]
-    for start in range(0, len(codes), CHUNK):
-        blocks, part = slice(start, start + CHUNK), slice(start * BLOCK, (start + CHUNK) * BLOCK)
+    chunk = CHUNK * (16 if weight.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
+    for start in range(0, len(codes), chunk):
+        blocks, part = slice(start, start + chunk), slice(start * BLOCK, (start + chunk) * BLOCK)
         w, c, g = (t[part] for t in flat)
         g = torch.nn.functional.pad(g.float(), (0, codes[blocks].numel() - len(g))).view(-1, BLOCK)
         b1, b2 = betas
@@ -108,7 +109,7 @@ if triton:
     def root_of(level, scale, LEVELS: tl.constexpr, OCTAVES: tl.constexpr):
         return tl.where(level > 0, tl.exp2((level - LEVELS) * (OCTAVES / (LEVELS - 1))), 0.0) * scale
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])
     def step_kernel(
         weight,
         compensation,

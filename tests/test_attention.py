@@ -74,6 +74,7 @@ patches = [
     mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.FLASH_ATTENTION),
     mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
     mock.patch("torch.cuda.get_device_capability", lambda: (9, 0)),
+    mock.patch("torch.cuda.get_device_name", lambda device: "Some GPU"),
 ]
 state = torch.get_rng_state()
 with contextlib.ExitStack() as stack:
@@ -98,6 +99,15 @@ def test_the_faster_attention_is_found_once():
     )
     names = "fused_attention", "unfused_attention"
     assert eval(out) == [(name, learns) for learns in (False, True) for name in names]
+
+
+def test_ranks_do_not_race(monkeypatch):
+    """Each would find its own winner, and their halves of a clip would differ by more than rounding."""
+    q = torch.empty(1, 4, 8)
+    monkeypatch.setattr(ops.kernels, "INTERPRETED", True)
+    assert ops.fused_is_faster(q, 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not ops.fused_is_faster(q, 2)
 
 
 def test_a_resumed_run_does_not_race_anew(monkeypatch):
