@@ -16,6 +16,7 @@ import torch
 
 import ops
 import plan
+from diagnostics.common import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +34,20 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
             synchronize()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def keep_results(jobs, run, about, path, seconds):
+    """run(name, seconds left) of each job -> `about`, to which what each returned is added, and written to the JSON
+    file `path` as soon as it is there. What would begin after `seconds` is left out and named.
+    """
+    began = time.monotonic()
+    for name in jobs:
+        left = seconds - (time.monotonic() - began)
+        about[name] = run(name, left) if left > 0 else "left out: no time"
+        if isinstance(about[name], str):
+            print(f"{name}: {about[name]}", flush=True)
+        write_json(path, about)
+    return about
 
 
 def seconds_of(run, rounds):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import ROOT
-from diagnostics.common import write_json
+from benchmarks.common import ROOT, keep_results
 from media import write_mp4
 from t5 import XXL, TextEncoder
 from vae import FULL_WIDTHS, VAE
@@ -84,20 +83,20 @@ def run_script(command, seconds):
     if done.returncode or not said:
         return f"failed: exit status {done.returncode}: {done.stderr[-300:]}"
     used, planned = map(float, said.groups())
+    print(f"{command[0]}: {used:.1f} GB used, {planned:.1f} GB planned", flush=True)
     return {"seconds": round(time.monotonic() - began, 1), "used_gb": used, "planned_gb": planned}
 
 
 def run_scripts(ckpt, work, about, path, seconds=450, runs=None):
     """Each of `runs` (default: RUNS) on a checkpoint, with results in the folder `work`, into the JSON file `path`,
-    beside `about`, written as soon as it is there. What would begin after `seconds` is left out and named.
+    beside `about`; what runs after `seconds` is ended.
     """
-    began = time.monotonic()
-    for name, line in (runs or RUNS).items():
-        left = seconds - (time.monotonic() - began)
-        out = Path(work, f"{len(about)}.mp4" if line.startswith("sample") else f"{len(about)}")
-        command = [*line.format(data=Path(work, "clips")).split(), "--ckpt", ckpt, "--out", out]
-        command += ["--prompt", "a wedge"] if line.startswith("sample") else []
-        about[name] = run_script(map(str, command), left) if left > 0 else "left out: no time"
-        print(f"{name}: {about[name]}", flush=True)
-        write_json(path, about)
-    return about
+    runs = runs or RUNS
+
+    def run(name, left):
+        samples, out = runs[name].startswith("sample"), Path(work, name.replace(", ", "_").replace(" ", "_"))
+        command = [*runs[name].format(data=Path(work, "clips")).split(), "--ckpt", ckpt]
+        command += ["--prompt", "a wedge", "--out", f"{out}.mp4"] if samples else ["--out", out]
+        return run_script([str(c) for c in command], left)
+
+    return keep_results(runs, run, about, path, seconds)

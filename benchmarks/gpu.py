@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -15,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from benchmarks.common import ROOT, add_reference, interleaved, trainable
-from diagnostics.common import write_json
+from benchmarks.common import ROOT, add_reference, interleaved, keep_results, trainable
 from kernels import adamw8bit, attention, bandwidth, causal_conv3d, milliseconds, modulate, qk_norm_rope, quantize
 from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, full_config, keep_fp32
@@ -126,17 +124,9 @@ JOBS |= {"vae": gpu_vae}
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
     """Everything worth measuring on a GPU into the JSON file `path`, beside `about`; each job in a process of its own,
-    so that one that crashes costs no other figure, and written as soon as it is there. What would begin after `seconds`
-    is left out and named, and what runs then is ended.
+    so that one that crashes costs no other figure; what runs after `seconds` is ended.
     """
-    began = time.monotonic()
-    for name in jobs:
-        left = seconds - (time.monotonic() - began)
-        about[name] = run_apart(name, left) if left > 0 else "left out: no time"
-        if isinstance(about[name], str):
-            print(f"{name}: {about[name]}", flush=True)
-        write_json(path, about)
-    return about
+    return keep_results(jobs, run_apart, about, path, seconds)
 
 
 def run_apart(name, seconds):

@@ -252,9 +252,9 @@ def main():
     if device == "cuda":
         p = torch.randn(4096, 10240, device="cuda", dtype=torch.bfloat16)
         compensation, codes, scale = new_state(p)
-        given = p, compensation, torch.randn_like(p), codes, scale, 2, 1e-4, (0.9, 0.99), 1e-8, 0.01
+        inputs = p, compensation, torch.randn_like(p), codes, scale, 2, 1e-4, (0.9, 0.99), 1e-8, 0.01
         name = f"adamw8bit {p.numel()}"
-        results[name] = timed(name, lambda: step(*given), lambda: step_ref(*given), 14 * p.numel())
+        results[name] = timed(name, lambda: step(*inputs), lambda: step_ref(*inputs), 14 * p.numel())
     return results
 
 

@@ -45,12 +45,12 @@ def test_gradients_of_masked_attention(S, device, report):
     for low in (0, -120):
         bias = (torch.randn(2, 1, 1, S, generator=g) + low).bfloat16().to(device)
         bias[1, ..., S // 2 :] = -torch.inf
-        found = []
+        results = []
         for dtype in (torch.float64, torch.bfloat16):
             leaves = [u.to(dtype).requires_grad_() for u in (q, k, v)]
             out = ops.attention(*leaves, bias.to(dtype))
-            found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.flatten(2).to(dtype))])
-        for name, a, b in zip(("output", "q", "k", "v"), *found):
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.flatten(2).to(dtype))])
+        for name, a, b in zip(("output", "q", "k", "v"), *results):
             report(f"{name}, logits about {low}", ((b.double() - a).norm() / a.norm()).item(), 2e-2)
 
 

@@ -19,14 +19,14 @@ def test_a_job_that_fails_costs_no_other_figure(how, said, tmp_path, monkeypatch
         return real(["bash", "-c", do], timeout=min(timeout, 2))
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
-    found = gpu.on_gpu({"gpu": "none"}, tmp_path / "gpu.json", jobs=(how, "work"))
-    assert found == json.loads((tmp_path / "gpu.json").read_text())
-    assert found.pop(how).startswith(said) and found == {"gpu": "none", "work": {"ms": 1}}
+    results = gpu.on_gpu({"gpu": "none"}, tmp_path / "gpu.json", jobs=(how, "work"))
+    assert results == json.loads((tmp_path / "gpu.json").read_text())
+    assert results.pop(how).startswith(said) and results == {"gpu": "none", "work": {"ms": 1}}
 
 
 def test_what_begins_too_late_is_named(tmp_path):
-    found = gpu.on_gpu({}, tmp_path / "gpu.json", seconds=0, jobs=("ceilings",))
-    assert found == {"ceilings": "left out: no time"} == json.loads((tmp_path / "gpu.json").read_text())
+    results = gpu.on_gpu({}, tmp_path / "gpu.json", seconds=0, jobs=("ceilings",))
+    assert results == {"ceilings": "left out: no time"} == json.loads((tmp_path / "gpu.json").read_text())
 
 
 def test_runs_of_the_scripts_say_what_they_planned_and_used(checkpoints, tmp_path):
@@ -39,8 +39,8 @@ def test_runs_of_the_scripts_say_what_they_planned_and_used(checkpoints, tmp_pat
     for old, new in small.items():
         runs = {name: line.replace(old, new) for name, line in runs.items()}
     runs = {name: f"{line} --device cpu" for name, line in runs.items()} | {"other": "sample.py --no_such_flag"}
-    found = full_size.run_scripts(checkpoints["ti2v"], tmp_path, {}, tmp_path / "run.json", runs=runs)
-    assert found == json.loads((tmp_path / "run.json").read_text())
-    assert "no_such_flag" in found.pop("other")
-    for result in found.values():
+    results = full_size.run_scripts(checkpoints["ti2v"], tmp_path, {}, tmp_path / "run.json", runs=runs)
+    assert results == json.loads((tmp_path / "run.json").read_text())
+    assert "no_such_flag" in results.pop("other")
+    for result in results.values():
         assert 0 < result["used_gb"] and 0 < result["planned_gb"] < 2, result

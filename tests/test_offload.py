@@ -123,7 +123,7 @@ def test_the_input_below_comes_back_early():
 
 
 def test_what_is_not_on_the_device_is_kept_as_it_is():
-    """As the empty tensor that torch before 2.12 saves with each checkpoint."""
+    """As the empty tensor of the CPU that older versions of torch save with each checkpoint."""
     kept = offload.InputsOnHost(torch.device("cuda"), None)
     with kept.hooks():
         x = torch.ones(3, requires_grad=True)

@@ -1,6 +1,6 @@
 // Just enough of CUDA in C++ threads to run csrc/causal_conv3d_kernel.cu without a GPU.
-// A thread is a thread, blocks come one after another, a barrier is a barrier. Slow, and
-// without any of the hardware's timing: it checks arithmetic and indices.
+// A thread is a thread, blocks come one after another, a barrier is a barrier. Slow, and without any of the hardware's
+// timing: it checks arithmetic and indices.
 #pragma once
 #include <barrier>
 #include <cmath>
