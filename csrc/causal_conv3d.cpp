@@ -6,8 +6,8 @@
 // channels, x / max(|x|, 1e-12) * sqrt(C) * gamma, and put through SiLU. out (B,N,T,H,W), and the two frames that stand
 // before the next chunk (none with kt = 1). fp32 or bf16; what is fast is channels-last.
 //
-// The frames before and the normed chunk are written once into one buffer, which oneDNN convolves on a CPU and cuDNN on
-// a GPU, where causal_conv3d_kernel.cu norms.
+// The frames before and the normed chunk are written once into one buffer, which winograd.cpp or oneDNN convolves on a
+// CPU and cuDNN on a GPU, where causal_conv3d_kernel.cu norms.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,6 +18,7 @@
 
 #include "activations.h"
 #include "causal_conv3d.h"
+#include "winograd.h"
 #ifdef NANOWAN_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -110,11 +111,15 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Maybe& past, const T
             all.narrow(2, before, T).copy_(x);
     }
     const int64_t pad = w.size(3) / 2;
-    // on a CPU PyTorch itself sends small maps to a slow path that oneDNN beats several times over
-    Tensor out = x.is_cpu() && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
-                         at::hasMKLDNN()
-                     ? at::mkldnn_convolution(all, w, bias, {0, pad, pad}, {1, 1, 1}, {1, 1, 1}, 1)
-                     : at::conv3d(all, w, bias, {1, 1, 1}, {0, pad, pad});
+    const bool fp32_on_cpu = x.is_cpu() && x.scalar_type() == at::kFloat;
+    Tensor out;
+    if (fp32_on_cpu && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // with fewer it is no faster
+        out = winograd(all, w, bias);
+    else if (fp32_on_cpu && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN())
+        // PyTorch itself sends small maps to a slow path that oneDNN beats several times over
+        out = at::mkldnn_convolution(all, w, bias, {0, pad, pad}, {1, 1, 1}, {1, 1, 1}, 1);
+    else
+        out = at::conv3d(all, w, bias, {1, 1, 1}, {0, pad, pad});
     return {out, before ? all.narrow(2, T, before).clone(LAST) : at::empty({0}, x.options())};
 }
 

@@ -13,6 +13,7 @@ import torch
 
 import ops
 from kernels import causal_conv3d as conv
+from kernels import worst
 
 CSRC = Path(__file__).parent.parent / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -21,6 +22,20 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
 def test_cpu_equals_the_reference(dtype, limit, report, threads):
     report(f"{dtype}", conv.check("cpu", dtype), limit)
+
+
+def test_large_maps_go_in_strips(report, threads):
+    """Winograd's algorithm for more rows and columns than one of its products has, in a thread that is told of
+    inference_mode while the others are not.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 96, 3, 41, 75, generator=random)
+    weight = torch.randn(140, 96, 3, 3, 3, generator=random) * (96 * 27) ** -0.5
+    with torch.inference_mode():
+        out, past = conv.causal_conv3d(x, None, weight)
+    exact, last = conv.causal_conv3d_ref(x.double(), None, weight.double())
+    report("strips", worst([out], [exact]), 3e-6)
+    assert torch.equal(past, last.float())
 
 
 def test_fake_tensors_and_compile():
