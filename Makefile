@@ -30,12 +30,12 @@ test-slow: $(VENV)/ready-tests
 test-portable: $(VENV)/ready-tests
 	$(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
 
-# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails does not
-# stop the rest: without csrc's CUDA Triton does what it can
+# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails or lacks
+# a package does not stop the rest: without csrc's CUDA Triton does what it can
 gpu: gpu-check gpu-bench gpu-run
 
 gpu-check: gpu-build
-	-$(PYTHON) -m pytest -q -m gpu tests
+	-$(PYTHON) -m pytest -q -m gpu $$(grep -l mark.gpu tests/test_*.py)
 
 gpu-bench: gpu-build
 	-$(PYTHON) bench.py --gpu --json bench/gpu.json

@@ -3,7 +3,7 @@
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works
     python bench.py --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
-    python bench.py --gpu_run --json FILE   the scripts on a random TI2V-5B of released size, which takes 24 GB of disk
+    python bench.py --gpu_run --json FILE   the scripts on random checkpoints of released size: 60 GB of disk
     python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png
     shows cost against size
 
@@ -31,7 +31,7 @@ def main():
     p.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)} (default: all)")
     p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
     p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
-    p.add_argument("--gpu_run", action="store_true", help="the scripts on a random full-size checkpoint instead")
+    p.add_argument("--gpu_run", action="store_true", help="the scripts on random full-size checkpoints instead")
     p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
@@ -59,10 +59,8 @@ def main():
         return
     if args.gpu_run:
         with tempfile.TemporaryDirectory() as folder:
-            ckpt, work = Path(folder, "ckpt"), Path(folder, "runs")
-            full_size.write_checkpoint(ckpt)
-            full_size.write_clips(work / "clips")
-            full_size.run_scripts(ckpt, work, about, args.json)
+            full_size.write_inputs(Path(folder))
+            full_size.run_scripts(full_size.Checkpoints(Path(folder)), folder, about, args.json)
         return
     result = on_cpu(args.works or WORKS, args.rounds)
     if args.json:

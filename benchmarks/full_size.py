@@ -1,8 +1,9 @@
-"""bench.py --gpu_run: the scripts on a random TI2V-5B of released size, and what memory they planned and used.
+"""bench.py --gpu_run: the scripts on random checkpoints of released size, and what memory they planned and used.
 
 Only shapes count here: the weights are noise, and so is what comes out.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -13,28 +14,41 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT, keep_results
+from clip import CLIP
 from media import write_mp4
 from t5 import XXL, TextEncoder
 from vae import FULL_WIDTHS, VAE
-from wan import build
+from wan import VARIANTS, build
+from wav2vec2 import STRIDES, Wav2Vec2
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402  writes the official layout
+import tiny_animate  # noqa: E402
+import tiny_s2v  # noqa: E402
 
-CLIP = "--size 1280x704 --frames 121 --steps 4"
+CLIP_SIZE = "--size 1280x704 --frames 121 --steps 4"
 SHORT = "--size 832x480 --frames 17 --steps 4"
-DATA = "--data {data} --resolution 832x480 --frames 49 --steps 3 --batch 1"
+DATA = "--data {inputs}/clips --resolution 832x480 --frames 49 --steps 3 --batch 1"
 RUNS = {
-    "sample": f"sample.py {CLIP}",
-    "sample, fp8": f"sample.py {CLIP} --base_dtype fp8",
-    "sample, streamed": f"sample.py {SHORT} --stream_blocks 30",
-    "sample, compiled": f"sample.py {SHORT} --compile",
-    "sample, CUDA graphs": f"sample.py {SHORT} --cuda_graphs",
-    "train_lora": f"train_lora.py {DATA} --checkpointing",
-    "train_lora, fp8 and streamed": f"train_lora.py {DATA} --base_dtype fp8 --stream_blocks 30",
-    "train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
+    "ti2v-5B: sample": f"sample.py {CLIP_SIZE}",
+    "ti2v-5B: sample, fp8": f"sample.py {CLIP_SIZE} --base_dtype fp8",
+    "ti2v-5B: sample, streamed": f"sample.py {SHORT} --stream_blocks 30",
+    "ti2v-5B: sample, compiled": f"sample.py {SHORT} --compile",
+    "ti2v-5B: sample, CUDA graphs": f"sample.py {SHORT} --cuda_graphs",
+    "ti2v-5B: train_lora": f"train_lora.py {DATA} --checkpointing",
+    "ti2v-5B: train_lora, fp8 and streamed": f"train_lora.py {DATA} --base_dtype fp8 --stream_blocks 30",
+    "ti2v-5B: train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
+    "t2v-A14B: sample, fp8": "sample.py --size 832x480 --frames 81 --steps 2 --base_dtype fp8",
+    "t2v-A14B: sample, streamed": "sample.py --size 832x480 --frames 81 --steps 2 --stream_blocks 40",
+    "s2v-14B: sample, streamed": "sample.py --size 832x480 --infer_frames 80 --num_clip 1 --steps 1 --stream_blocks 40 "
+    "--image {inputs}/picture.png --audio {inputs}/sound.wav",
+    "animate-14B: sample, streamed": "sample.py --steps 1 --stream_blocks 40 --src_root_path {inputs}/driving",
 }
+CARD_GB = 24  # the memory of the card on which 14B's runs find themselves
+# wav2vec2-large-xlsr-53-english and ViT-H/14, as released
+SPEECH = (512, (10, 3, 3, 3, 3, 2, 2), STRIDES, 1024, 4096, 16, 24, 16, 128)
+VISION = dict(dim=1280, ffn_dim=5120, layers=32, patch=14, tokens=257)
 
 
 def random_weights(build_model, device):
@@ -53,23 +67,49 @@ def random_weights(build_model, device):
     return model
 
 
-def write_checkpoint(folder, device="cuda"):
-    """A random TI2V-5B of released size in the official layout, with nano's tokenizer: 24 GB."""
-    tiny.write_dit(folder, random_weights(lambda: build("ti2v-5B"), device), shards=3)
-    for file, make in (
-        ("models_t5_umt5-xxl-enc-bf16.pth", lambda: TextEncoder(*XXL)),
-        ("Wan2.2_VAE.pth", lambda: VAE("2.2", *FULL_WIDTHS["2.2"])),
-    ):
-        torch.save(random_weights(make, device).state_dict(), folder / file)
+def write_checkpoint(folder, variant, device, encoder=None):
+    """A random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34 for
+    A14B, whose experts are one under two names. encoder: a text encoder's file that is there already, to link.
+    """
+    dit, v22 = random_weights(lambda: build(variant), device), VARIANTS[variant]["vae"] == "2.2"
+    if VARIANTS[variant]["boundary"]:
+        tiny.write_dit(folder / "high_noise_model", dit, shards=6)
+        (folder / "low_noise_model").symlink_to("high_noise_model")
+    elif variant == "s2v-14B":
+        tiny_s2v.write_dit(folder, dit)
+    elif variant == "animate-14B":
+        tiny_animate.write_dit(folder, dit)
+    else:
+        tiny.write_dit(folder, dit, shards=3)
+    del dit
+    vae = random_weights(lambda: VAE("2.2" if v22 else "2.1", *FULL_WIDTHS["2.2" if v22 else "2.1"]), device)
+    torch.save(vae.state_dict(), folder / ("Wan2.2_VAE.pth" if v22 else "Wan2.1_VAE.pth"))
+    if encoder:
+        (folder / encoder.name).symlink_to(encoder)
+    else:
+        model = random_weights(lambda: TextEncoder(*XXL), device)
+        torch.save(model.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    if variant == "s2v-14B":
+        speech = random_weights(lambda: Wav2Vec2(*SPEECH), device).float()
+        tiny_s2v.write_wav2vec2(folder / "wav2vec2-large-xlsr-53-english", speech)
+    if variant == "animate-14B":
+        clip = random_weights(lambda: CLIP(**VISION), device)
+        torch.save(clip.state_dict(), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     shutil.copytree(ROOT / "nano" / "google", folder / "google")
 
 
-def write_clips(folder, size=(832, 480), frames=49, count=2):
-    """Clips of noise with captions that hold the keyword of RUNS."""
-    folder.mkdir(parents=True)
-    for i in range(count):
-        write_mp4(folder / f"{i}.mp4", torch.rand(3, frames, *size[::-1]) * 2 - 1, 24)
-        (folder / f"{i}.txt").write_text(f"a wedge number {i}")
+def write_inputs(folder, size=(832, 480), face=512):
+    """What RUNS ask for: clips of noise with captions that hold the keyword, a picture and its voice, what drives a
+    character.
+    """
+    clips = folder / "clips"
+    clips.mkdir(parents=True)
+    for i in range(2):
+        write_mp4(clips / f"{i}.mp4", torch.rand(3, 49, *size[::-1]) * 2 - 1, 24)
+        (clips / f"{i}.txt").write_text(f"a wedge number {i}")
+    tiny_s2v.write_picture(folder / "picture.png", *size)
+    tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(4)[None])
+    tiny_animate.source_folder(folder / "driving", 77, *size[::-1], face=face)
 
 
 def run_script(command, seconds):
@@ -87,16 +127,49 @@ def run_script(command, seconds):
     return {"seconds": round(time.monotonic() - began, 1), "used_gb": used, "planned_gb": planned}
 
 
-def run_scripts(ckpt, work, about, path, seconds=450, runs=None):
-    """Each of `runs` (default: RUNS) on a checkpoint, with results in the folder `work`, into the JSON file `path`,
-    beside `about`; what runs after `seconds` is ended.
+@contextlib.contextmanager
+def smaller_card(gigabytes):
+    """All of the GPU's memory but so much is taken while this lasts."""
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(max(0, free - int(gigabytes * 1e9)), dtype=torch.uint8, device="cuda")
+    yield
+    del taken
+    torch.cuda.empty_cache()
+
+
+class Checkpoints:
+    """Random checkpoints in a folder, by variant, made when they are first asked for; of 14B's there is one at a time,
+    as disks are not endless.
+    """
+
+    def __init__(self, folder, device="cuda"):
+        self.folder, self.device = folder, device
+
+    def __getitem__(self, variant):
+        folder = self.folder / variant
+        if not folder.exists():
+            for other in self.folder.glob("*14B"):
+                shutil.rmtree(other)
+            write_checkpoint(folder, variant, self.device, next(self.folder.glob("*-5B/models_t5*"), None))
+        return folder
+
+
+def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
+    """Each of `runs` (default: RUNS) on checkpoints[its variant], with inputs and results in the folder `work`, into
+    the JSON file `path`, beside `about`; what runs after `seconds` is ended.
     """
     runs = runs or RUNS
 
     def run(name, left):
-        samples, out = runs[name].startswith("sample"), Path(work, name.replace(", ", "_").replace(" ", "_"))
-        command = [*runs[name].format(data=Path(work, "clips")).split(), "--ckpt", ckpt]
-        command += ["--prompt", "a wedge", "--out", f"{out}.mp4"] if samples else ["--out", out]
-        return run_script([str(c) for c in command], left)
+        began, (variant, task) = time.monotonic(), name.split(": ")
+        try:
+            ckpt = checkpoints[variant]
+        except (OSError, RuntimeError) as e:  # a full disk, say
+            return f"failed: no checkpoint: {e}"
+        out = Path(work, re.sub(r"\W+", "_", name))
+        command = [*runs[name].format(inputs=work).split(), "--ckpt", ckpt]
+        command += ["--prompt", "a wedge", "--out", f"{out}.mp4"] if task.startswith("sample") else ["--out", out]
+        with smaller_card(CARD_GB) if "14B" in variant and torch.cuda.is_available() else contextlib.nullcontext():
+            return run_script([str(c) for c in command], max(1, left - (time.monotonic() - began)))
 
     return keep_results(runs, run, about, path, seconds)

@@ -12,8 +12,10 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 import lora
+import ops
 from benchmarks.common import ROOT, add_reference, interleaved, keep_results, trainable
 from kernels import adamw8bit, attention, bandwidth, causal_conv3d, milliseconds, modulate, qk_norm_rope, quantize
 from vae import FULL_WIDTHS, VAE, channels_last
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402  fills the peers with our weights
 
+DEVICE = "cuda"
 # bf16 FLOP/s that an H100 reaches in practice: on large products, in flash attention
 LINEAR_RATE, ATTENTION_RATE = 750e12, 650e12
 GPU_SIZES = [
@@ -45,27 +48,57 @@ def measure_on_gpu(contenders, rounds):
     return results
 
 
-def gpu_dit(variant, grid, label, layers=4, rounds=3):
-    """A forward pass and a LoRA step of a DiT of full width and `layers` blocks; seconds for all its blocks follow from
-    their number.
-    """
+def random_dit(variant, layers):
+    """A DiT of full width and so many blocks in bf16, and the same weights in diffusers, or None without that."""
     c = full_config(variant)
-    total, c.num_layers = c.num_layers, layers
-    with torch.device("cuda"):
+    c.num_layers = layers
+    with torch.device(DEVICE):
         model = Wan(c)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-        x, t, context = torch.randn(1, c.in_dim, *grid), torch.tensor([500.0]), torch.randn(1, 40, c.text_dim)
-    peer = tiny.diffusers_dit(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
+        for name, p in model.named_parameters():
+            torch.nn.init.ones_(p) if "norm" in name and name.endswith("weight") else torch.nn.init.normal_(p, std=0.02)
+    peer = tiny.diffusers_dit(model).bfloat16().to(DEVICE) if importlib.util.find_spec("diffusers") else None
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if keep_fp32(name) else torch.bfloat16)
-    model.eval().requires_grad_(False)
-    tokens = math.prod(grid) // 4
+    return model.eval().requires_grad_(False), peer
+
+
+def random_inputs(model, grid, batch):
+    """x, t and the embeddings of a 40-token prompt, and these as diffusers is given them."""
+    c = model.config
+    x, context = (torch.randn(batch, *size, device=DEVICE) for size in ((c.in_dim, *grid), (40, c.text_dim)))
+    t = torch.full((batch,), 500.0, device=DEVICE)
+    return (x, t, context), (x.bfloat16(), t, F.pad(context, (0, 0, 0, 472)).bfloat16())
+
+
+def peers(peer, run):
+    """{name: run} of diffusers' model: as it comes, and with PyTorch's attention by cuDNN first, as ours has it."""
+
+    def by_cudnn():
+        with sdpa_kernel(ops.BACKENDS, set_priority=True):
+            run()
+
+    return {} if peer is None else {"diffusers": run, "diffusers, cuDNN": by_cudnn}
+
+
+def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
+    """All blocks on a prompt and its negative, two clips: what a guided step of sample.py costs."""
+    model, peer = random_dit(variant, full_config(variant).num_layers)
+    (x, t, context), theirs = random_inputs(model, grid, 2)
     text = model.embed_text(context, cache=True)
     contenders = add_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
-    if peer is not None:
-        padded = F.pad(context, (0, 0, 0, 472)).bfloat16()
-        contenders["diffusers"] = torch.no_grad()(lambda: peer(x.bfloat16(), t, padded, return_dict=False)[0])
+    contenders |= peers(peer, torch.no_grad()(lambda: peer(*theirs, return_dict=False)[0]))
+    print(f"{variant}: a guided step, {math.prod(grid) // 4} tokens, all {len(model.blocks)} blocks")
+    return measure_on_gpu(contenders, rounds)
+
+
+def gpu_dit(variant, grid, label, layers=4, rounds=3):
+    """A forward pass and a LoRA step of `layers` blocks, with and without checkpointing."""
+    total = full_config(variant).num_layers
+    model, peer = random_dit(variant, layers)
+    (x, t, context), theirs = random_inputs(model, grid, 1)
+    c, tokens, text = model.config, math.prod(grid) // 4, model.embed_text(context, cache=True)
+    contenders = add_reference({"ours": torch.no_grad()(lambda: model(x, t, text))})
+    contenders |= peers(peer, torch.no_grad()(lambda: peer(*theirs, return_dict=False)[0]))
     print(f"{variant}, {label}: {tokens} tokens, {layers} of {total} blocks, forward")
     results = {"forward": measure_on_gpu(contenders, rounds)}
     linear = 2 * layers * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
@@ -74,49 +107,64 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
     ms = results["forward"]["ours"]["ms"]
     results |= {"tokens": tokens, "layers": layers, "of": total}
     results |= {"bound_ms": 1000 * bound, "over_bound": ms / (1000 * bound)}
-    print(
-        f"  practical bound {1000 * bound:.1f} ms: {results['over_bound']:.2f} of it; a guided step of all {total} "
-        f"blocks about {2 * total / layers * ms / 1000:.2f} s"
-    )
-    contenders = peer = None
+    print(f"  practical bound {1000 * bound:.1f} ms: {results['over_bound']:.2f} of it")
+    contenders = None
     lora.inject(model, rank=16)
-    model.checkpointing = True
+    if peer is not None and importlib.util.find_spec("peft"):
+        from peft import LoraConfig
 
-    def step():
-        model(x, t, context).square().mean().backward()
-        for p in trainable(model):
-            p.grad = None
+        peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))
+        peer.train()
+    else:
+        peer = None
 
-    print("  LoRA step with checkpointing")
-    results["lora_step"] = measure_on_gpu(add_reference({"ours": step}), rounds)
+    def step(run, model):
+        def go():
+            run().square().mean().backward()
+            for p in trainable(model):
+                p.grad = None
+
+        return go
+
+    for checkpointing in (True, False):
+        model.checkpointing = checkpointing
+        contenders = add_reference({"ours": step(lambda: model(x, t, context), model)})
+        if peer is not None:
+            peer.enable_gradient_checkpointing() if checkpointing else peer.disable_gradient_checkpointing()
+            contenders |= peers(peer, step(lambda: peer(*theirs, return_dict=False)[0], peer))
+        print(f"  LoRA step {'with' if checkpointing else 'without'} checkpointing")
+        results[f"lora_step{'_checkpointing' * checkpointing}"] = measure_on_gpu(contenders, rounds)
     return results
 
 
 def gpu_vae(rounds=1):
-    """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode 17."""
-    with torch.device("cuda"):
+    """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode them."""
+    with torch.device(DEVICE):
         model = VAE("2.2", *FULL_WIDTHS["2.2"]).eval().requires_grad_(False)
-        z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 17, 704, 1280) * 2 - 1
-    peer = tiny.diffusers_vae(model).bfloat16().cuda() if importlib.util.find_spec("diffusers") else None
+        z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 121, 704, 1280) * 2 - 1
+    peer = tiny.diffusers_vae(model).bfloat16().to(DEVICE) if importlib.util.find_spec("diffusers") else None
     model = channels_last(model).bfloat16()
     contenders = add_reference({"ours": lambda: model.decode(z)})
     if peer is not None:
         contenders["diffusers"] = torch.no_grad()(lambda: peer.decode(z.bfloat16()).sample)
     print("VAE 2.2 decode, 1280x704, 121 frames")
     results = {"decode": measure_on_gpu(contenders, rounds)}
-    print("VAE 2.2 encode, 1280x704, 17 frames")
-    return results | {"encode": measure_on_gpu(add_reference({"ours": lambda: model.encode(video)}), rounds)}
+    contenders = add_reference({"ours": lambda: model.encode(video)})
+    if peer is not None:
+        contenders["diffusers"] = torch.no_grad()(lambda: peer.encode(video.bfloat16()).latent_dist.mode())
+    print("VAE 2.2 encode, 1280x704, 121 frames")
+    return results | {"encode": measure_on_gpu(contenders, rounds)}
 
 
 def ceilings():
     """What this GPU's memory and its matrix products reach, by which the other figures are to be read."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     results = {"bandwidth": bandwidth(), "flops": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1000}
     print(f"copy {results['bandwidth'] / 1e9:.0f} GB/s, bf16 product {results['flops'] / 1e12:.0f} TFLOP/s", flush=True)
     return results
 
 
-JOBS = {"ceilings": ceilings}
+JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step}
 JOBS |= {m.__name__: m.main for m in (modulate, qk_norm_rope, attention, quantize, adamw8bit, causal_conv3d)}
 JOBS |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
 JOBS |= {"vae": gpu_vae}

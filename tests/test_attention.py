@@ -2,17 +2,20 @@
 
 import argparse
 import contextlib
+import math
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from test_ops import python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 import ops
+from kernels.qk_norm_rope import qk_norm_rope_ref
+from kernels.rope import grid_positions, rope_table
 from optim import adamw
-from run import TrainState
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -83,6 +86,44 @@ with contextlib.ExitStack() as stack:
 """
 
 
+@pytest.mark.parametrize(
+    "device, grid",
+    [
+        ("cpu", (5, 6, 20)),
+        pytest.param("cuda", (31, 22, 40), marks=pytest.mark.gpu),  # TI2V-5B's clip, 27,280 tokens
+        pytest.param("cuda", (21, 45, 80), marks=pytest.mark.gpu),  # A14B's at 1280x720, 75,600
+    ],
+)
+def test_attention_of_a_whole_clip(device, grid, report):
+    """Values and gradients of two heads of 128 in bf16; on a GPU ours and PyTorch's, whose backend is printed. Only 64
+    queries count, so that fp64 can say what is right.
+    """
+    g, L = torch.Generator().manual_seed(0), math.prod(grid)
+    q, k, v = (torch.randn(1, L, 256, generator=g).bfloat16().to(device) for _ in "qkv")
+    weights = [(1 + 0.1 * torch.randn(256, generator=g)).to(device) for _ in "qk"]
+    grad, rows = torch.randn(1, 64, 256, generator=g).bfloat16().to(device), torch.randperm(L, generator=g)[:64]
+    table, positions = rope_table(max(grid), 128, device), grid_positions(grid, device)
+
+    leaves = [u.double().requires_grad_() for u in (q, k, v)]
+    queries = leaves[0][:, rows.to(device)]
+    (normed_q,) = qk_norm_rope_ref([queries], [weights[0].double()], 1e-6, 2, table, positions[rows.to(device)])
+    (normed_k,) = qk_norm_rope_ref([leaves[1]], [weights[1].double()], 1e-6, 2, table, positions)
+    logits = torch.einsum("bqnd,bknd->bnqk", normed_q, normed_k) / 128**0.5
+    out = torch.einsum("bnqk,bknd->bqnd", logits.softmax(-1), leaves[2].unflatten(2, (2, 128))).flatten(2)
+    want = [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
+
+    contenders = {"PyTorch's": ops.unfused_attention} | ({"ours": ops.fused_attention} if device == "cuda" else {})
+    for name, attend in contenders.items():
+        leaves = [u.clone().requires_grad_() for u in (q, k, v)]
+        out = attend(*leaves, weights, 1e-6, 2, table, positions)[:, rows.to(device)]
+        got = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        for what, a, b in zip(("output", "q", "k", "v"), got, want):
+            report(f"{name}, {what}", tiny.error(a, b), 3e-2)
+    if device == "cuda":
+        heads = [u.unflatten(2, (2, 128)).transpose(1, 2) for u in (q, k, v)]
+        print(f"attention of {L} tokens by {ops.sdpa_backend(*heads).name}")
+
+
 def test_the_faster_attention_is_found_once():
     """With gradients on, their pass is timed too; a run's random numbers stay what they were."""
     out = python(
@@ -112,6 +153,8 @@ def test_ranks_do_not_race(monkeypatch):
 
 def test_a_resumed_run_does_not_race_anew(monkeypatch):
     """Another winner would give other bits."""
+    from run import TrainState  # needs tensorboard
+
     p = torch.nn.Parameter(torch.zeros(3))
     args = argparse.Namespace(grad_spike_factor=10, ema=0)
     monkeypatch.setattr(ops, "RACED", {"torch.bfloat16, 24 heads of 128, trained": True})

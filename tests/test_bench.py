@@ -2,10 +2,17 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
+import tiny
+import tiny_animate
+import tiny_s2v
 
 from benchmarks import full_size, gpu
+from t5 import Tokenizer
+
+SPIECE = full_size.ROOT / "nano" / "google" / "umt5-xxl" / "spiece.model"
 
 
 @pytest.mark.parametrize("how, said", [("crash", "failed: exit status -11"), ("hang", "failed: not done after")])
@@ -24,23 +31,74 @@ def test_a_job_that_fails_costs_no_other_figure(how, said, tmp_path, monkeypatch
     assert results.pop(how).startswith(said) and results == {"gpu": "none", "work": {"ms": 1}}
 
 
+def test_what_is_timed_on_a_gpu_runs(monkeypatch):
+    """At a small size on the CPU: ours and the peers, forward and LoRA steps, guided steps."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "full_config", lambda variant: tiny.dit("ti2v").config)
+    monkeypatch.setattr(gpu, "measure_on_gpu", run_once)
+    names = {"ours", "ref", "diffusers", "diffusers, cuDNN"}
+    assert gpu.gpu_guided_step(grid=(2, 4, 6)).keys() == names
+    measured = gpu.gpu_dit("ti2v-5B", (2, 4, 6), "small", layers=2)
+    for work in ("forward", "lora_step", "lora_step_checkpointing"):
+        assert measured[work].keys() == names, work
+
+
+def run_once(contenders, rounds):
+    for run in contenders.values():
+        run()
+    return {name: {"ms": 1.0} for name in contenders}
+
+
+def test_a_gpus_machine_needs_few_packages():
+    """What reads media, the peers and what draws are not asked for until they are used."""
+    code = """
+import glob, sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("av", "ftfy", "diffusers", "transformers", "peft", "tensorboard", "matplotlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Lacking())
+import bench, pytest
+files = [f for f in glob.glob("tests/test_*.py") if "mark" + ".gpu" in open(f).read()]
+assert len(files) > 1 and pytest.main(["-q", "-p", "no:cacheprovider", "--co", *files]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=full_size.ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 def test_what_begins_too_late_is_named(tmp_path):
     results = gpu.on_gpu({}, tmp_path / "gpu.json", seconds=0, jobs=("ceilings",))
     assert results == {"ceilings": "left out: no time"} == json.loads((tmp_path / "gpu.json").read_text())
 
 
-def test_runs_of_the_scripts_say_what_they_planned_and_used(checkpoints, tmp_path):
-    """Those of the full size with other numbers: their lines are flags that the scripts have, and a failed one is
-    named.
+def test_runs_of_the_scripts_say_what_they_planned_and_used(tmp_path, monkeypatch):
+    """Those of the full size with other numbers: the checkpoints that are made can be read, the lines are flags that
+    the scripts have, and what fails is named and does not stop the rest.
     """
-    full_size.write_clips(tmp_path / "clips", size=(64, 64), frames=9)
-    small = {"1280x704": "64x64", "832x480": "64x64", "--frames 121": "--frames 9", "--frames 49": "--frames 9"}
-    runs = {name: full_size.RUNS[name] for name in ("sample", "train_te, rows")}
-    for old, new in small.items():
+    dits = {"ti2v-5B": tiny.dit("ti2v"), "t2v-A14B": tiny.dit("t2v"), "s2v-14B": tiny_s2v.dit()}
+    dits |= {"animate-14B": tiny_animate.animate()}
+    monkeypatch.setattr(full_size, "build", dits.get)
+    vocabulary = Tokenizer(SPIECE).pieces.get_piece_size()
+    monkeypatch.setattr(full_size, "XXL", (vocabulary, tiny.TEXT_DIM, 24, 40, 3, 2))
+    monkeypatch.setattr(full_size, "FULL_WIDTHS", {"2.1": (8, 8), "2.2": (8, 8)})
+    monkeypatch.setattr(full_size, "SPEECH", (16, *full_size.SPEECH[1:3], tiny_s2v.AUDIO_DIM, 40, 2, 24, 4, 16))
+    monkeypatch.setattr(full_size, "VISION", {**tiny_animate.CLIP_SIZES, "layers": 3})
+    chosen = {"ti2v-5B: train_te, rows", "t2v-A14B: sample, fp8", "s2v-14B: sample, streamed"}
+    chosen |= {"animate-14B: sample, streamed"}
+    runs = {name: line for name, line in full_size.RUNS.items() if name in chosen}
+    small = {"832x480": "64x64", "--frames 81": "--frames 9", "--frames 49": "--frames 9", "--infer_frames 80": ""}
+    for old, new in (small | {" --stream_blocks 40": ""}).items():
         runs = {name: line.replace(old, new) for name, line in runs.items()}
-    runs = {name: f"{line} --device cpu" for name, line in runs.items()} | {"other": "sample.py --no_such_flag"}
-    results = full_size.run_scripts(checkpoints["ti2v"], tmp_path, {}, tmp_path / "run.json", runs=runs)
+    runs = {name: f"{line} --device cpu" for name, line in runs.items()} | {
+        "ti2v-5B: other": "sample.py --no_such_flag"
+    }
+    full_size.write_inputs(tmp_path, size=(64, 64), face=tiny_animate.SIDE)
+    made = full_size.Checkpoints(tmp_path, "cpu")
+    results = full_size.run_scripts(made, tmp_path, {}, tmp_path / "run.json", runs=runs)
     assert results == json.loads((tmp_path / "run.json").read_text())
-    assert "no_such_flag" in results.pop("other")
-    for result in results.values():
-        assert 0 < result["used_gb"] and 0 < result["planned_gb"] < 2, result
+    assert "no_such_flag" in results.pop("ti2v-5B: other")
+    for name, result in results.items():
+        assert 0 < result["used_gb"] and 0 < result["planned_gb"] < 2, name
+    assert {f.name for f in tmp_path.glob("*-*B")} == {"ti2v-5B", "animate-14B"}  # of 14B's the last

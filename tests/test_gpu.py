@@ -1,6 +1,7 @@
 """What only a GPU can show. Deselected where there is none; `make gpu-check` runs these."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def test_rows_in_8_bits(dtype, report):
 )
 def test_attention_equals_the_reference(size, dtype, limit, report):
     report(f"{dtype}", importlib.import_module("kernels.attention").check("cuda", dtype, **size), limit)
+
+
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer comes with the CUDA toolkit")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_the_convolutions_kernel_is_clean(tool):
+    """No access out of bounds, no race, no read of what was never written, on odd sizes, in fp32 and bf16."""
+    code = "import torch\nfrom kernels.causal_conv3d import check\n"
+    code += "for dtype in (torch.float32, torch.bfloat16): check('cuda', dtype)"
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "regex=norm_silu", "--error-exitcode", "9"]
+    run = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])

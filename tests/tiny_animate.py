@@ -3,7 +3,6 @@
 import json
 import re
 
-import av
 import numpy as np
 import tiny
 import torch
@@ -88,6 +87,8 @@ def frames(n, h, w, kind):
 
 def write_video(path, images, rate=25):
     """Losslessly, RGB as it is."""
+    import av
+
     with av.open(str(path), "w", format="mp4") as file:
         stream = file.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
@@ -96,10 +97,10 @@ def write_video(path, images, rate=25):
         file.mux(stream.encode())
 
 
-def source_folder(folder, n=20, height=32, width=48):
+def source_folder(folder, n=20, height=32, width=48, face=SIDE):
     """What preprocessing writes, for both modes; the reference has the video's size, so that no resizing is needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, (name, h, w) in enumerate((("pose", height, width), ("face", SIDE, SIDE), ("bg", height, width))):
+    for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):
         write_video(folder / f"src_{name}.mp4", frames(n, h, w, kind + 1))
     write_video(folder / "src_mask.mp4", frames(n, height, width, 4))
     Image.fromarray(frames(1, height, width, 5)[0]).save(folder / "src_ref.png")

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import tiny
 import torch
@@ -119,25 +118,26 @@ def write_dit(folder, model, **changes):
 def write_wav2vec2(folder, model):
     """As transformers writes the released encoder, with the head for letters."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = model.encoder
+    encoder, state = model.encoder, model.state_dict()
+    dim, per_group, kernel = state["encoder.pos_conv_embed.conv.weight_v"].shape
     config = dict(
         model_type="wav2vec2",
         architectures=["Wav2Vec2ForCTC"],
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
         conv_bias=True,
-        conv_dim=[16] * 7,
-        hidden_size=AUDIO_DIM,
+        conv_dim=[len(state["feature_projection.layer_norm.bias"])] * 7,
+        hidden_size=dim,
         num_hidden_layers=len(encoder.layers),
         num_attention_heads=encoder.layers[0].attention.heads,
-        intermediate_size=40,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
+        intermediate_size=len(state["encoder.layers.0.feed_forward.intermediate_dense.bias"]),
+        num_conv_pos_embeddings=kernel,
+        num_conv_pos_embedding_groups=dim // per_group,
         vocab_size=33,
     )
     (folder / "config.json").write_text(json.dumps(config))
-    state = {f"wav2vec2.{name}": value for name, value in model.state_dict().items()}
-    unused = {"lm_head.weight": (33, AUDIO_DIM), "lm_head.bias": (33,), "wav2vec2.masked_spec_embed": (AUDIO_DIM,)}
+    state = {f"wav2vec2.{name}": value for name, value in state.items()}
+    unused = {"lm_head.weight": (33, dim), "lm_head.bias": (33,), "wav2vec2.masked_spec_embed": (dim,)}
     save_file(state | {name: torch.zeros(shape) for name, shape in unused.items()}, folder / "model.safetensors")
 
 
@@ -182,6 +182,8 @@ def write_picture(path, width, height):
 
 def write_pose_video(path, frames, width, height, fps):
     """A video that decodes to exactly these pictures (FFV1: a .mkv)."""
+    import av
+
     with av.open(str(path), "w") as file:
         stream = file.add_stream("ffv1", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
