@@ -125,7 +125,10 @@ def main():
     add("--out", default="out/clips", help="a folder that is new or empty (default: %(default)s)")
     add("--n", type=int, default=100, help="how many (default: %(default)s)")
     add("--seed", type=int, default=0, help="of what they show (default: %(default)s)")
-    add("--words", help=f"new words for every second caption, of {','.join(NEW_WORDS)} (default: none)")
+    add(
+        "--words",
+        help=f"new words for every second caption, of {','.join(NEW_WORDS)}, or as scarlet=red (default: none)",
+    )
     c.set_defaults(run=write_clips)
     c = commands.add_parser("eval", help="grade how a checkpoint listens")
     add = c.add_argument

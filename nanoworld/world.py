@@ -208,12 +208,32 @@ def every_clip():
 
 
 def parse_words(text):
-    """ "crimson,box" -> ["crimson", "box"]. Raises BadInput for a word that the nano world does not define."""
-    words = text.split(",") if text else []
-    unknown = [w for w in words if w not in NEW_WORDS]
-    if unknown:
-        raise BadInput(
-            f"--words {','.join(unknown)}: the nano world defines {', '.join(NEW_WORDS)}; for others give eval "
-            "--prompts FILE"
-        )
+    """ "crimson,scarlet=red" -> ["crimson", "scarlet"]; scarlet is one of NEW_WORDS from here on. Raises BadInput for a
+    word without a meaning here, and for a meaning that is nothing here.
+    """
+    words = []
+    for item in text.split(",") if text else []:
+        word, equals, meaning = item.partition("=")
+        if equals:
+            NEW_WORDS[word] = meaning_of(word, meaning)
+        elif word not in NEW_WORDS:
+            raise BadInput(
+                f"--words {word}: the nano world defines {', '.join(NEW_WORDS)}; of another say what it means, as in "
+                f"{word}=red, or give eval --prompts FILE"
+            )
+        words.append(word)
     return words
+
+
+def meaning_of(word, meaning):
+    """The attribute that has this value, and the value. Raises BadInput."""
+    values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
+    item, known = f"--words {word}={meaning}", [value for of_kind in values.values() for value in of_kind]
+    if not re.fullmatch(r"\w+", word):
+        raise BadInput(f"{item}: a word is letters, digits and _")
+    if word in known:
+        raise BadInput(f"{item}: {word!r} is known already")
+    kinds = [kind for kind, of_kind in values.items() if meaning in of_kind]
+    if not kinds:
+        raise BadInput(f"{item}: {meaning!r} is nothing here; a word may mean {', '.join(known)}")
+    return kinds[0], meaning

@@ -62,7 +62,7 @@ def score(args):
 
 def unchanged_clips(args, rows):
     """Clips (N,3,9,64,64) of old words by the model without the change: before a translator, with its encoder."""
-    name = "te_short" if args.lora else "base"
+    name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
     if not file.exists():
         clips = sample_and_grade(load("nano", text_encoder=args.lora), rows, args.seed)[1]
@@ -110,7 +110,7 @@ def main():
     c = commands.add_parser("score", help="measure one training's result, DIR/NAME")
     c.add_argument("folder", type=Path, metavar="DIR", help="of a seed")
     c.add_argument("name", metavar="NAME", help="of the cell")
-    c.add_argument("--words", required=True, help="a,b,c: the new words that it was taught")
+    c.add_argument("--words", required=True, help="a,b=red: the new words that it was taught")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
     c.add_argument("--lora", metavar="FILE", help="NAME is a translator, behind this encoder")
     c.add_argument("--n", type=int, default=34, help="prompts of each word (default: %(default)s)")

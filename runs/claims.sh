@@ -16,6 +16,7 @@ asked() { [ -z "$CELLS" ] || [[ " $CELLS " == *" $1 "* ]]; }
 clips() {  # clips NAME N: half of them with one of the words
     [ -d "$DIR/$1" ] || $PY nano.py clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
 }
+words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # without their meanings
 score() {  # score NAME FLAGS...: measure it
     [ -e "$DIR/$1.json" ] || \
         $PY runs/claims.py score "$DIR" "$1" --words $WORDS --n "${N:-34}" --seed "$((1000 + SEED))" "${@:2}"
@@ -23,24 +24,24 @@ score() {  # score NAME FLAGS...: measure it
 
 te() {  # te NAME CLIPS FLAGS...: an encoder
     asked "$1" || return 0
-    train_once "$1" train_te.py --data "$DIR/$2" --keywords $WORDS "${@:3}"
+    train_once "$1" train_te.py --data "$DIR/$2" --keywords "$(words)" "${@:3}"
     score "$1" --text_encoder
 }
-lora() {  # lora NAME FLAGS...: a translator behind the encoder of a short training, which leaves something to learn
+lora() {  # lora NAME FLAGS...: a translator behind te_rows, which leaves it something to learn
     asked "$1" || return 0
     base_encoder
     train_once "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
-base_encoder() {
-    train_once te_short train_te.py --data "$DIR/clips" --keywords $WORDS --keyword_init own --steps 200 \
-        --lr 3e-3 --keyword_lr 0.1 --trim_prob 0
+base_encoder() {  # the words' rows alone, so that all else is as it was
+    train_once te_rows train_te.py --data "$DIR/clips" --keywords $WORDS --train_blocks 0 --keyword_init own \
+        --keyword_lr 0.1 --trim_prob 0
 }
 
 start() {
     base_encoder
     ! asked base || score base
-    ! asked te_short || score te_short --text_encoder
+    ! asked te_rows || score te_rows --text_encoder
 }
 rank() { for r in 1 4 16 64; do lora "rank_$r" --rank $r; done; }
 targets() {  # as many parameters as rank 16 on k and v
@@ -55,7 +56,9 @@ blocks() {  # of nano's four
     lora blocks_3 --blocks 3
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
-preserve() { for w in 1 2 4; do lora "preserve_$w" --preserve $w; done; }
+preserve() {  # half of the samples teach nothing, so twice the steps
+    for w in 1 2 4; do lora "preserve_$w" --preserve $w --steps 800; done
+}
 mix() {
     te mix_15_35_50 clips --caption_mode_probs 15,35,50
     te mix_0_0_100 clips --caption_mode_probs 0,0,100
@@ -67,12 +70,21 @@ count() {  # clips of each word
         te "count_$n" "clips_$n"
     done
 }
+own() {  # words of one's own, 20 clips each, by default flags; then a translator
+    WORDS=scarlet=red,navy=blue,disc=circle,pyramid=triangle,plummets=down,freezes=still
+    clips own_clips 240
+    te own own_clips
+    asked own_lora || return 0
+    local encoder=$DIR/own/text_encoder.safetensors
+    train_once own_lora train_lora.py --data "$DIR/own_clips" --text_encoder "$encoder" --trigger "$(words)" --preserve 2
+    score own_lora --lora "$encoder"
+}
 
-for part in ${PARTS:-start rank targets blocks cap preserve mix count}; do
+for part in ${PARTS:-start preserve rank cap blocks targets mix count own}; do
     for seed in $SEEDS; do
         while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
         (
-            SEED=$seed DIR=$OUT/$seed ENCODER=$OUT/$seed/te_short/text_encoder.safetensors
+            SEED=$seed DIR=$OUT/$seed ENCODER=$OUT/$seed/te_rows/text_encoder.safetensors
             mkdir -p "$DIR"
             clips clips 1200
             $part

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 
 from checkpoint import BadInput
-from nanoworld import pretrain
+from nanoworld import pretrain, world
 from nanoworld.grader import grade, shares, wilson
 from nanoworld.listening import read_graded_prompts
 from nanoworld.world import (
@@ -109,6 +109,24 @@ def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
         assert (tmp_path / "a" / r["file"]).with_suffix(".txt").read_text().strip() == r["caption"]
         g = grade(pixels(Item(tmp_path / "a" / r["file"], [], 64, 64, 9, FPS)))
         assert all(g[k] == r[k] for k in ATTRIBUTES)
+
+
+def test_words_of_ones_own(monkeypatch):
+    """As scarlet=red; what a word means is said in the prompts and shown in the clips."""
+    monkeypatch.setattr(world, "NEW_WORDS", dict(NEW_WORDS))
+    assert world.parse_words("halts,scarlet=red,disc=circle,hovers=still") == ["halts", "scarlet", "disc", "hovers"]
+    rows = world.prompts(9, 0, words=["scarlet", "disc", "hovers"])
+    for row, (kind, meaning) in zip(rows, 3 * [("color", "red"), ("shape", "circle"), ("motion", "still")]):
+        assert row["word"] in row["prompt"] and row[kind] == meaning
+    for text, said in (
+        ("pony", "--words pony: .* as in pony=red"),
+        ("pony=horse", "--words pony=horse: 'horse' is nothing here"),
+        ("=red", "--words =red: a word is letters"),
+        ("two words=red", "--words two words=red: a word is letters"),
+        ("red=blue", "--words red=blue: 'red' is known"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            world.parse_words(text)
 
 
 def test_wilson_interval():
