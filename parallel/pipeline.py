@@ -83,6 +83,8 @@ class Pipeline:
             stage = Stage(model, self.blocks, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
             device, group = torch.device(world.device), world.group("pp")
             piped = PipelineStage(stage, world.pp_rank, world.pp_size, device, group=group)
+            if torch.__version__ < (2, 10):  # its first messages are not of the type expected (pytorch/pytorch#165539)
+                piped._get_init_p2p_neighbors_ops = list
             self.schedules[key] = Schedule1F1B(piped, count, loss_fn=stage.loss, scale_grads=False), stage
         return self.schedules[key]
 

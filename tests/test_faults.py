@@ -631,6 +631,14 @@ def test_signals_and_kills_in_every_phase_change_nothing(lives, tmp_path):
     check_lives(lives, tmp_path, [*chain, phase("saving", "TERM"), END])
 
 
+def test_a_signal_saves_what_there_is(lives, tmp_path):
+    """The step that it came in is done and saved, long before a state is due."""
+    patch, _ = phase("step", "TERM", 2)[0]
+    ((code, output),) = lives[0](tmp_path / "out", [(patch, "--save_every", "100")], tmp_path / "cache")
+    assert code == 0 and "Traceback" not in output
+    assert [f.name for f in (tmp_path / "out" / "checkpoints").glob("step_*.pt")] == ["step_000002.pt"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["latents", "texts", "first preview", "step", "saving"])
 def test_twenty_kills_in_a_phase(lives, tmp_path, name):
