@@ -35,8 +35,13 @@ class Parts:
         self.key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
         if not resume:
             self.remove()
-        elif self.file(0).exists() and load(self.file(0))[1].get("key") != self.key:
-            raise BadInput(f"--resume: {self.folder} holds clips of a video with other settings; leave --resume out")
+        elif self.file(0).exists():
+            metadata = load(self.file(0))[1]
+            if metadata.get("key") != self.key:
+                raise BadInput(
+                    f"--resume: {self.folder} holds clips of a video with other settings; leave --resume out"
+                )
+            ops.RACED.update(json.loads(metadata["raced"]))  # so that the clips to come have the same bits
 
     def file(self, r):
         return self.folder / f"clip_{r:03d}.safetensors"
@@ -53,7 +58,8 @@ class Parts:
 
     def save(self, r, latents, frames, state):
         save(self.state_file(r), state)  # before the clip, which counts as done once it is there
-        save(self.file(r), {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}, {"key": self.key})
+        metadata = {"key": self.key, "raced": json.dumps(ops.RACED)}
+        save(self.file(r), {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}, metadata)
         if r:
             self.state_file(r - 1).unlink(missing_ok=True)
 

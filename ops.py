@@ -232,7 +232,7 @@ def unfused_attention(q, k, v, weights, eps, heads, table, positions):
     return attention(q, k, v.unflatten(2, (heads, -1)))
 
 
-RACED = {}  # what `race` found; a training's state keeps it
+RACED = {}  # what `race` found; a training's state keeps it, and the clips of a long video
 RACE_GRID = (8, 32, 32)  # of tokens in a race; what wins there loses little at other lengths
 
 

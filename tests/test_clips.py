@@ -327,6 +327,16 @@ def test_a_new_video_takes_none_of_anothers_clips(tmp_path):
     assert clips.Parts(out, {"seed": 1}, resume=False).done() == 0 and not (tmp_path / "v.clips").exists()
 
 
+def test_the_clips_to_come_are_made_as_those_before(tmp_path, monkeypatch):
+    """By the attention that a GPU's first clip found the faster: the other one rounds differently."""
+    raced, tensor = {"a GPU, 24 heads of 128": True}, torch.zeros(3, 1, 4, 4)
+    monkeypatch.setattr(clips.ops, "RACED", dict(raced))
+    clips.Parts(tmp_path / "v.mp4", {}, resume=False).save(0, tensor, tensor, {})
+    clips.ops.RACED.clear()
+    clips.Parts(tmp_path / "v.mp4", {}, resume=True)
+    assert clips.ops.RACED == raced
+
+
 def test_clips_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):
     """Ten seconds of 64x64 at the default 80 frames: two clips of 0.98 MB and their latents, and what joins them."""
     usage, asked = shutil.disk_usage(tmp_path), []
