@@ -3,7 +3,8 @@
     python bench.py                     on this CPU, fp32 (about ten minutes)
     python bench.py dit vae_decode      only these works
     python bench.py --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
-    python bench.py --gpu_run --json FILE   the scripts on random checkpoints of released size: 60 GB of disk
+    python bench.py --gpu_run --json FILE   the scripts on random checkpoints of released size, which take 60 GB of disk
+    python bench.py s2v-14B --gpu_run --json FILE   only on this one
     python bench.py --json FILE         also write everything that was measured, with machine and versions; FILE.png
     shows cost against size
 
@@ -13,6 +14,7 @@ before the work.
 """
 
 import argparse
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -28,7 +30,9 @@ from diagnostics.common import write_json
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)} (default: all)")
+    p.add_argument(
+        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}, or with --gpu_run a variant (default: all)"
+    )
     p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
     p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
     p.add_argument("--gpu_run", action="store_true", help="the scripts on random full-size checkpoints instead")
@@ -36,8 +40,9 @@ def main():
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
     args = p.parse_args()
-    if wrong := [w for w in args.works if w not in WORKS]:
-        p.error(f"{wrong[0]}: choose from {', '.join(WORKS)}")
+    names = sorted({name.split(":")[0] for name in full_size.RUNS}) if args.gpu_run else [*WORKS]
+    if wrong := [w for w in args.works if w not in names]:
+        p.error(f"{wrong[0]}: choose from {', '.join(names)}")
     torch.manual_seed(0)
     if args.memory_of:
         print_memory(WORKS[args.works[0]][0], args.memory_of)
@@ -47,6 +52,8 @@ def main():
         p.error(f"{gpu}: there is no CUDA device")
     if gpu and not args.json:
         p.error(f"{gpu}: needs --json FILE, into which each result is written as soon as it is there")
+    if lacking := [name for name in ("av", "ftfy") if args.gpu_run and not importlib.util.find_spec(name)]:
+        p.error(f"--gpu_run: the scripts need {' and '.join(lacking)}")
     if args.job:
         write_json(args.json, JOBS[args.job]())
         return
@@ -60,7 +67,8 @@ def main():
     if args.gpu_run:
         with tempfile.TemporaryDirectory() as folder:
             full_size.write_inputs(Path(folder))
-            full_size.run_scripts(full_size.Checkpoints(Path(folder)), folder, about, args.json)
+            runs = {k: v for k, v in full_size.RUNS.items() if not args.works or k.split(":")[0] in args.works}
+            full_size.run_scripts(full_size.Checkpoints(Path(folder)), folder, about, args.json, runs=runs)
         return
     result = on_cpu(args.works or WORKS, args.rounds)
     if args.json:

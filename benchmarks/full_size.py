@@ -30,17 +30,17 @@ import tiny_s2v  # noqa: E402
 CLIP_SIZE = "--size 1280x704 --frames 121 --steps 4"
 SHORT = "--size 832x480 --frames 17 --steps 4"
 DATA = "--data {inputs}/clips --resolution 832x480 --frames 49 --steps 3 --batch 1"
-RUNS = {
+RUNS = {  # what tells most comes first
     "ti2v-5B: sample": f"sample.py {CLIP_SIZE}",
+    "ti2v-5B: train_lora": f"train_lora.py {DATA} --checkpointing",
+    "ti2v-5B: train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
+    "t2v-A14B: sample, fp8": "sample.py --size 832x480 --frames 81 --steps 2 --base_dtype fp8",
+    "t2v-A14B: sample, streamed": "sample.py --size 832x480 --frames 81 --steps 2 --stream_blocks 40",
     "ti2v-5B: sample, fp8": f"sample.py {CLIP_SIZE} --base_dtype fp8",
     "ti2v-5B: sample, streamed": f"sample.py {SHORT} --stream_blocks 30",
     "ti2v-5B: sample, compiled": f"sample.py {SHORT} --compile",
     "ti2v-5B: sample, CUDA graphs": f"sample.py {SHORT} --cuda_graphs",
-    "ti2v-5B: train_lora": f"train_lora.py {DATA} --checkpointing",
     "ti2v-5B: train_lora, fp8 and streamed": f"train_lora.py {DATA} --base_dtype fp8 --stream_blocks 30",
-    "ti2v-5B: train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
-    "t2v-A14B: sample, fp8": "sample.py --size 832x480 --frames 81 --steps 2 --base_dtype fp8",
-    "t2v-A14B: sample, streamed": "sample.py --size 832x480 --frames 81 --steps 2 --stream_blocks 40",
     "s2v-14B: sample, streamed": "sample.py --size 832x480 --infer_frames 80 --num_clip 1 --steps 1 --stream_blocks 40 "
     "--image {inputs}/picture.png --audio {inputs}/sound.wav",
     "animate-14B: sample, streamed": "sample.py --steps 1 --stream_blocks 40 --src_root_path {inputs}/driving",
@@ -150,7 +150,11 @@ class Checkpoints:
         if not folder.exists():
             for other in self.folder.glob("*14B"):
                 shutil.rmtree(other)
-            write_checkpoint(folder, variant, self.device, next(self.folder.glob("*-5B/models_t5*"), None))
+            try:
+                write_checkpoint(folder, variant, self.device, next(self.folder.glob("*-5B/models_t5*"), None))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return folder
 
 
@@ -164,7 +168,7 @@ def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
         began, (variant, task) = time.monotonic(), name.split(": ")
         try:
             ckpt = checkpoints[variant]
-        except (OSError, RuntimeError) as e:  # a full disk, say
+        except Exception as e:  # a full disk is, by who finds it, an OSError, a RuntimeError or a SafetensorError
             return f"failed: no checkpoint: {e}"
         out = Path(work, re.sub(r"\W+", "_", name))
         command = [*runs[name].format(inputs=work).split(), "--ckpt", ckpt]

@@ -81,7 +81,7 @@ def peers(peer, run):
 
 
 def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
-    """All blocks on a prompt and its negative, two clips: what a guided step of sample.py costs."""
+    """All blocks on a batch of two, as of a prompt and its negative: what a guided step of sample.py costs."""
     model, peer = random_dit(variant, full_config(variant).num_layers)
     (x, t, context), theirs = random_inputs(model, grid, 2)
     text = model.embed_text(context, cache=True)

@@ -91,9 +91,10 @@ void norm_silu_on_cuda(const Tensor& x, const Tensor& gamma, const Tensor& all, 
 #endif
 
 template <typename Norm>
-std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias,
+std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias_,
                                     const Maybe& gamma, Norm norm) {
-    check(x_, past, w, bias, gamma);
+    check(x_, past, w, bias_, gamma);
+    const Maybe bias = bias_.has_value() ? Maybe(bias_->contiguous()) : bias_;
     const Tensor x = x_.contiguous(LAST);
     const int64_t B = x.size(0), C = x.size(1), T = x.size(2), H = x.size(3), W = x.size(4), before = w.size(2) - 1;
     Tensor all = x;

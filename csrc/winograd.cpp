@@ -1,6 +1,6 @@
 // 3x3x3 convolutions in fp32 on a CPU by Winograd's minimal filtering, F(2x2,3x3) in space (Lavin and Gray, Fast
-// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than by definition, and no less
-// exact, since each sum is shorter.
+// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than by definition. Measured, its
+// errors are smaller, as each sum is shorter.
 //
 // Of every 2x2 pixels of the output the 4x4 of the input around them become 16 points, B^T d B; at each point it is a
 // convolution in time, by three matrix products with weights G w G^T; A^T m A are the output's pixels.
@@ -13,7 +13,7 @@
 
 using at::Tensor;
 constexpr int64_t POINTS = 16;
-constexpr int64_t ROWS = 512, COLUMNS = 128;  // of a product, so that what it needs stays in the caches
+constexpr int64_t ROWS = 512, COLUMNS = 128;  // of a product, about, so that what it needs stays in the caches
 
 namespace {
 
@@ -139,12 +139,16 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                         square_to_points<3>(pixels, u + (tap * weights_at.size(2) + n) * C, weights_at.stride(0), C);
                     }
                 });
-                at::parallel_for(0, POINTS, 1, [&](int64_t begin, int64_t end) {
+                // more threads than points share each point's rows
+                const int64_t rows = T * tiles, shares = (at::get_num_threads() + POINTS - 1) / POINTS;
+                at::parallel_for(0, POINTS * shares, 1, [&](int64_t begin, int64_t end) {
                     const at::AutoDispatchBelowADInplaceOrView here;  // other threads do not know of inference_mode
-                    for (int64_t point = begin; point < end; point++) {
-                        Tensor sums = sums_at[point].narrow(0, 0, T * tiles).narrow(1, 0, columns);
+                    for (int64_t i = begin; i < end; i++) {
+                        const int64_t point = i / shares, share = i % shares, row = rows * share / shares;
+                        const int64_t count = rows * (share + 1) / shares - row;
+                        Tensor sums = sums_at[point].narrow(0, row, count).narrow(1, 0, columns);
                         for (int64_t tap = 0; tap < 3; tap++)
-                            at::addmm_out(sums, sums, tiles_at[point].narrow(0, tap * tiles, T * tiles),
+                            at::addmm_out(sums, sums, tiles_at[point].narrow(0, tap * tiles + row, count),
                                           weights_at[point][tap].narrow(0, 0, columns).t(), tap ? 1 : 0);
                     }
                 });

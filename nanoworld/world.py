@@ -215,7 +215,9 @@ def parse_words(text):
     for item in text.split(",") if text else []:
         word, equals, meaning = item.partition("=")
         if equals:
-            NEW_WORDS[word] = meaning_of(word, meaning)
+            said = meaning_of(word, meaning)
+            if NEW_WORDS.setdefault(word, said) != said:
+                raise BadInput(f"--words {item}: {word} means {NEW_WORDS[word][1]}")
         elif word not in NEW_WORDS:
             raise BadInput(
                 f"--words {word}: the nano world defines {', '.join(NEW_WORDS)}; of another say what it means, as in "
@@ -225,15 +227,21 @@ def parse_words(text):
     return words
 
 
+def base_words():
+    """All that the base has read."""
+    spoken = [verb for verbs in VERBS.values() for verb in verbs]
+    return set(re.findall(r"\w+", " ".join([*COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS, *spoken, *TEMPLATES, "an"])))
+
+
 def meaning_of(word, meaning):
     """The attribute that has this value, and the value. Raises BadInput."""
     values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
-    item, known = f"--words {word}={meaning}", [value for of_kind in values.values() for value in of_kind]
+    item, known = f"--words {word}={meaning}", ", ".join(v for of_kind in values.values() for v in of_kind)
     if not re.fullmatch(r"\w+", word):
         raise BadInput(f"{item}: a word is letters, digits and _")
-    if word in known:
-        raise BadInput(f"{item}: {word!r} is known already")
+    if word in base_words():
+        raise BadInput(f"{item}: {word!r} is no new word, the base has read it")
     kinds = [kind for kind, of_kind in values.items() if meaning in of_kind]
     if not kinds:
-        raise BadInput(f"{item}: {meaning!r} is nothing here; a word may mean {', '.join(known)}")
+        raise BadInput(f"{item}: {meaning!r} is nothing here; a word may mean {known}")
     return kinds[0], meaning

@@ -1,5 +1,6 @@
 """Blocks on different ranks, samples going down the pipeline one after another (1F1B, Narayanan et al., 2019)."""
 
+import functools
 import math
 import weakref
 
@@ -83,10 +84,20 @@ class Pipeline:
             stage = Stage(model, self.blocks, grid, world.pp_rank == 0, world.pp_rank == world.pp_size - 1)
             device, group = torch.device(world.device), world.group("pp")
             piped = PipelineStage(stage, world.pp_rank, world.pp_size, device, group=group)
-            if torch.__version__ < (2, 10):  # its first messages are not of the type expected (pytorch/pytorch#165539)
-                piped._get_init_p2p_neighbors_ops = list
+            if torch.__version__ < (2, 10):
+                piped._get_init_p2p_neighbors_ops = functools.partial(first_messages, piped)
             self.schedules[key] = Schedule1F1B(piped, count, loss_fn=stage.loss, scale_grads=False), stage
         return self.schedules[key]
+
+
+def first_messages(stage):
+    """By which a PipelineStage makes its connections. In torch 2.9 they are sent in another type than they are expected
+    in (pytorch/pytorch#165539).
+    """
+    messages = type(stage)._get_init_p2p_neighbors_ops(stage)
+    for message in messages:
+        message.tensor = message.tensor.float()
+    return messages
 
 
 class Microbatches:

@@ -112,7 +112,7 @@ def main():
     c.add_argument("name", metavar="NAME", help="of the cell")
     c.add_argument("--words", required=True, help="a,b=red: the new words that it was taught")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
-    c.add_argument("--lora", metavar="FILE", help="NAME is a translator, behind this encoder")
+    c.add_argument("--lora", metavar="ENCODER", help="NAME is a translator, behind this encoder's file")
     c.add_argument("--n", type=int, default=34, help="prompts of each word (default: %(default)s)")
     c.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
     c.set_defaults(run=score)

@@ -70,14 +70,20 @@ count() {  # clips of each word
         te "count_$n" "clips_$n"
     done
 }
-own() {  # words of one's own, 20 clips each, by default flags; then a translator
+own() {  # words of one's own, 20 clips each, by default flags; rows alone; then a translator, and one that preserves
     WORDS=scarlet=red,navy=blue,disc=circle,pyramid=triangle,plummets=down,freezes=still
     clips own_clips 240
     te own own_clips
-    asked own_lora || return 0
+    te own_rows own_clips --train_blocks 0
+    own_lora own_lora
+    own_lora own_preserve --preserve 2 --steps 800
+}
+own_lora() {  # own_lora NAME FLAGS...
+    asked "$1" || return 0
     local encoder=$DIR/own/text_encoder.safetensors
-    train_once own_lora train_lora.py --data "$DIR/own_clips" --text_encoder "$encoder" --trigger "$(words)" --preserve 2
-    score own_lora --lora "$encoder"
+    train_once own train_te.py --data "$DIR/own_clips" --keywords "$(words)"
+    train_once "$1" train_lora.py --data "$DIR/own_clips" --text_encoder "$encoder" --trigger "$(words)" "${@:2}"
+    score "$1" --lora "$encoder"
 }
 
 for part in ${PARTS:-start preserve rank cap blocks targets mix count own}; do

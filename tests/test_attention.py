@@ -95,7 +95,7 @@ with contextlib.ExitStack() as stack:
     ],
 )
 def test_attention_of_a_whole_clip(device, grid, report):
-    """Values and gradients of two heads of 128 in bf16; on a GPU ours and PyTorch's, whose backend is printed. Only 64
+    """Values and gradients of two heads of 128 in bf16; on a GPU ours and PyTorch's, whose backend is named. Only 64
     queries count, so that fp64 can say what is right.
     """
     g, L = torch.Generator().manual_seed(0), math.prod(grid)
@@ -112,16 +112,17 @@ def test_attention_of_a_whole_clip(device, grid, report):
     out = torch.einsum("bnqk,bknd->bqnd", logits.softmax(-1), leaves[2].unflatten(2, (2, 128))).flatten(2)
     want = [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
-    contenders = {"PyTorch's": ops.unfused_attention} | ({"ours": ops.fused_attention} if device == "cuda" else {})
+    contenders = {"PyTorch's": ops.unfused_attention}
+    if device == "cuda":
+        heads = [u.unflatten(2, (2, 128)).transpose(1, 2) for u in (q, k, v)]
+        contenders = {f"PyTorch's by {ops.sdpa_backend(*heads).name}": ops.unfused_attention}
+        contenders["ours"] = ops.fused_attention
     for name, attend in contenders.items():
         leaves = [u.clone().requires_grad_() for u in (q, k, v)]
         out = attend(*leaves, weights, 1e-6, 2, table, positions)[:, rows.to(device)]
         got = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
         for what, a, b in zip(("output", "q", "k", "v"), got, want):
             report(f"{name}, {what}", tiny.error(a, b), 3e-2)
-    if device == "cuda":
-        heads = [u.unflatten(2, (2, 128)).transpose(1, 2) for u in (q, k, v)]
-        print(f"attention of {L} tokens by {ops.sdpa_backend(*heads).name}")
 
 
 def test_the_faster_attention_is_found_once():

@@ -24,12 +24,13 @@ def test_cpu_equals_the_reference(dtype, limit, report, threads):
     report(f"{dtype}", conv.check("cpu", dtype), limit)
 
 
-def test_large_maps_go_in_strips(report, threads):
+@pytest.mark.parametrize("T", [1, 3])
+def test_large_maps_go_in_strips(T, report, threads):
     """Winograd's algorithm for more rows and columns than one of its products has, in a thread that is told of
     inference_mode while the others are not.
     """
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 96, 3, 41, 75, generator=random)
+    x = torch.randn(2, 96, T, 41, 75, generator=random)
     weight = torch.randn(140, 96, 3, 3, 3, generator=random) * (96 * 27) ** -0.5
     with torch.inference_mode():
         out, past = conv.causal_conv3d(x, None, weight)

@@ -1,6 +1,7 @@
 """What only a GPU can show. Deselected where there is none; `make gpu-check` runs these."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -44,13 +45,14 @@ def test_attention_equals_the_reference(size, dtype, limit, report):
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer comes with the CUDA toolkit")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_the_convolutions_kernel_is_clean(tool):
-    """No access out of bounds, no race, no read of what was never written, on odd sizes, in fp32 and bf16."""
+def test_the_vaes_kernel_stays_inside_its_tensors():
+    """On odd sizes, in fp32 and bf16, each tensor in memory of its own."""
     code = "import torch\nfrom kernels.causal_conv3d import check\n"
     code += "for dtype in (torch.float32, torch.bfloat16): check('cuda', dtype)"
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "regex=norm_silu", "--error-exitcode", "9"]
-    run = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = ["compute-sanitizer", "--kernel-name", "regex=norm_silu", "--report-api-errors", "no"]
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    how = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=240)
+    run = subprocess.run([*command, "--error-exitcode", "9", sys.executable, "-c", code], **how)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
 
 
@@ -92,6 +94,7 @@ def test_vae_on_the_gpu_equals_the_cpu(report):
 
 def test_nano_draws_the_same_clip_in_fp32(report):
     """From the CPU's noise, so only rounding differs."""
+    pytest.importorskip("ftfy")
     import sample
 
     at = [load("nano", device, torch.float32) for device in ("cpu", "cuda")]
@@ -134,6 +137,7 @@ def test_scripts_run_in_bf16(flags, tmp_path):
 
 def test_an_expert_comes_back_to_its_moments_and_averages(checkpoints, media, tmp_path):
     """An A14B's experts leave the GPU for each other; their adapters, and all that is kept about them, stay."""
+    pytest.importorskip("ftfy")
     for flags in (["--steps", "3"], ["--steps", "6", "--resume"]):
         run = subprocess.run(
             [

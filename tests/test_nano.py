@@ -123,7 +123,10 @@ def test_words_of_ones_own(monkeypatch):
         ("pony=horse", "--words pony=horse: 'horse' is nothing here"),
         ("=red", "--words =red: a word is letters"),
         ("two words=red", "--words two words=red: a word is letters"),
-        ("red=blue", "--words red=blue: 'red' is known"),
+        ("red=blue", "--words red=blue: 'red' is no new word"),
+        ("rises=up", "--words rises=up: 'rises' is no new word"),
+        ("crimson=blue", "--words crimson=blue: crimson means red"),
+        ("ruby=red,ruby=blue", "--words ruby=blue: ruby means red"),
     ):
         with pytest.raises(BadInput, match=said):
             world.parse_words(text)
