@@ -1,6 +1,6 @@
 // 3x3x3 convolutions in fp32 on a CPU by Winograd's minimal filtering, F(2x2,3x3) in space (Lavin and Gray, Fast
-// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than by definition. Measured, its
-// errors are smaller, as each sum is shorter.
+// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than by definition. Measured,
+// its errors are smaller, as each sum is shorter.
 //
 // Of every 2x2 pixels of the output the 4x4 of the input around them become 16 points, B^T d B; at each point it is a
 // convolution in time, by three matrix products with weights G w G^T; A^T m A are the output's pixels.
