@@ -34,13 +34,14 @@ def advice(s, ckpt, data, keywords, samples, others):
         return [("lr", f"{flags['lr']:g}", rate), ("batch", flags["batch"], None), ("steps", flags["steps"], steps)]
 
     where = [("ckpt", ckpt, None), ("data", data, None)]
-    words = [("keywords", ",".join(keywords), "rows of these words are trained with the blocks")] if keywords else []
+    rows = f"rows and blocks: own; rows alone, --train_blocks 0, change nothing else: own_rows; {NANO_ONLY}"
+    words = [("keywords", ",".join(keywords), rows)] if keywords else []
     encoder = [*where, ("out", "out/te", None), *words, *common(te, "train_te")]
     translator = [
         *where,
         ("out", "out/lora", None),
-        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: rows te_short and base"),
-        ("rank", 16, f"more than rank_1 needs, fewer than the peer's 32; {NANO_ONLY}"),
+        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: own against own_lora"),
+        ("rank", 16, f"rank_16 finds words that rank_4 does not, rank_64 few more; {NANO_ONLY}"),
         ("targets", ",".join(s.conditioning.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
         *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
         *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
