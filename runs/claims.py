@@ -104,6 +104,27 @@ def table(args):
         print(f"| {' | '.join(row)} |")
 
 
+def plot(args):
+    """Listening against budget: new words, and how far old clips are from what they were, by dW/W; a dot each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    found = cells(sorted(d for d in args.folder.iterdir() if d.is_dir()))
+    for part in ("rank", "cap", "preserve"):
+        rows = [r for name, results in found.items() if name.split("_")[0] == part for r in results]
+        moved = [r["moved"] for r in rows]
+        left.plot(moved, [mean(r["new"].values()) for r in rows], "o", label=part)
+        right.plot(moved, [r["psnr"] for r in rows], "o", label=part)
+    left.set(xlabel="dW/W", ylabel="new words")
+    right.set(xlabel="dW/W", ylabel="old clips, dB to those before")
+    left.legend(frameon=False)
+    with atomic(args.file) as tmp:
+        figure.savefig(tmp, format="png", dpi=110)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
@@ -119,6 +140,10 @@ def main():
     c = commands.add_parser("table", help="of all cells")
     c.add_argument("folder", type=Path, metavar="DIR", help="of all seeds")
     c.set_defaults(run=table)
+    c = commands.add_parser("plot", help="of listening against budget")
+    c.add_argument("folder", type=Path, metavar="DIR", help="of all seeds")
+    c.add_argument("file", type=Path, metavar="FILE.png")
+    c.set_defaults(run=plot)
     args = p.parse_args()
     args.run(args)
 

@@ -4,7 +4,7 @@
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
-# Leaves out/claims/SEED/NAME.json, and the table in out/claims/table.md.
+# Leaves out/claims/SEED/NAME.json, the table in out/claims/table.md, and listening against budget in budget.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
@@ -99,3 +99,4 @@ for part in ${PARTS:-start preserve rank cap blocks targets mix count own}; do
     wait
 done
 $PY runs/claims.py table "$OUT" | tee "$OUT/table.md"
+$PY runs/claims.py plot "$OUT" "$OUT/budget.png"
