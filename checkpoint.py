@@ -179,7 +179,7 @@ class GgufEntry(Entry):
         data = self.read_bytes(None if scratch is None else scratch[4 * self.numel :])
         try:
             gguf_file.decode(data.numpy(), self.kind, out.numpy())
-        except NotImplementedError:
+        except NotImplementedError:  # the gguf package, of a kind that it does not know
             raise BadInput(f"{self.file}: weights in {self.kind}, which the gguf package does not decode") from None
         return out.view(self.shape)
 

@@ -41,7 +41,7 @@ class Parts:
                 raise BadInput(
                     f"--resume: {self.folder} holds clips of a video with other settings; leave --resume out"
                 )
-            ops.RACED.update(json.loads(metadata["raced"]))  # so that the clips to come have the same bits
+            ops.RACED.update(json.loads(metadata.get("raced", "{}")))  # so that the clips to come have the same bits
 
     def file(self, r):
         return self.folder / f"clip_{r:03d}.safetensors"

@@ -90,6 +90,13 @@ def add_reference(contenders):
     return {"ours": contenders["ours"], "ref": ref, **{k: v for k, v in contenders.items() if k != "ours"}}
 
 
+def add_peer_adapter(peer):
+    """A translator (k and v of cross-attention, rank 16) in diffusers' model, by peft."""
+    from peft import LoraConfig
+
+    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))
+
+
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 

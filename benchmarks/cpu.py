@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from benchmarks.common import ROOT, add_reference, interleaved, peak_memory, seconds_of, trainable
+from benchmarks.common import ROOT, add_peer_adapter, add_reference, interleaved, peak_memory, seconds_of, trainable
 from clips import Parts, sample_clips
 from flow import make_noisy_batch
 from s2v import WanS2V
@@ -27,7 +27,6 @@ import tiny_animate  # noqa: E402
 import tiny_s2v  # noqa: E402
 
 GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
-PEER_TARGETS = ["attn2.to_k", "attn2.to_v"]  # of the LoRA, in diffusers
 
 
 def dit_flops(c, tokens, text, batch=1):
@@ -55,11 +54,9 @@ def lora_step(blocks=range(6), checkpointing=False):
     """Forward and backward of a translator (k and v of cross-attention, rank 16); `blocks` limits ours, the peer has
     one everywhere.
     """
-    from peft import LoraConfig
-
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
-    peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=PEER_TARGETS))
+    add_peer_adapter(peer)
     model.checkpointing = checkpointing
     if checkpointing:
         peer.enable_gradient_checkpointing()

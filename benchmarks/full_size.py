@@ -71,7 +71,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
     """A random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34 for
     A14B, whose experts are one under two names. encoder: a text encoder's file that is there already, to link.
     """
-    dit, v22 = random_weights(lambda: build(variant), device), VARIANTS[variant]["vae"] == "2.2"
+    dit, version = random_weights(lambda: build(variant), device), VARIANTS[variant]["vae"]
     if VARIANTS[variant]["boundary"]:
         tiny.write_dit(folder / "high_noise_model", dit, shards=6)
         (folder / "low_noise_model").symlink_to("high_noise_model")
@@ -82,8 +82,8 @@ def write_checkpoint(folder, variant, device, encoder=None):
     else:
         tiny.write_dit(folder, dit, shards=3)
     del dit
-    vae = random_weights(lambda: VAE("2.2" if v22 else "2.1", *FULL_WIDTHS["2.2" if v22 else "2.1"]), device)
-    torch.save(vae.state_dict(), folder / ("Wan2.2_VAE.pth" if v22 else "Wan2.1_VAE.pth"))
+    vae = random_weights(lambda: VAE(version, *FULL_WIDTHS[version]), device)
+    torch.save(vae.state_dict(), folder / f"Wan{version}_VAE.pth")
     if encoder:
         (folder / encoder.name).symlink_to(encoder)
     else:

@@ -16,7 +16,7 @@ from torch.nn.attention import sdpa_kernel
 
 import lora
 import ops
-from benchmarks.common import ROOT, add_reference, interleaved, keep_results, trainable
+from benchmarks.common import ROOT, add_peer_adapter, add_reference, interleaved, keep_results, trainable
 from kernels import adamw8bit, attention, bandwidth, causal_conv3d, milliseconds, modulate, qk_norm_rope, quantize
 from vae import FULL_WIDTHS, VAE, channels_last
 from wan import Wan, full_config, keep_fp32
@@ -111,9 +111,7 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
     contenders = None
     lora.inject(model, rank=16)
     if peer is not None and importlib.util.find_spec("peft"):
-        from peft import LoraConfig
-
-        peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))
+        add_peer_adapter(peer)
         peer.train()
     else:
         peer = None

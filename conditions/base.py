@@ -62,6 +62,7 @@ class Encoder(NamedTuple):
 
 class Sequence:
     """A video that is made clip by clip, each from what the one before left: what clips.py asks of a variant's inputs.
+    What is not defined here is each variant's own.
 
     count: number of clips. size: (width, height) px. fps: of the video. sound: a file whose sound goes into the mp4, or
     None; sound_offset: seconds at which it begins there.

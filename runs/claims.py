@@ -71,14 +71,14 @@ def unchanged_clips(args, rows):
     return torch.load(file).float()
 
 
-def cells(folders):
-    """{name of a cell: what is in its files}, in the order in which they were made."""
+def cells(folder):
+    """{name of a cell: its result with each seed}, in the order in which they were made. folder: of all seeds."""
+    folders = sorted(d for d in folder.iterdir() if d.is_dir())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
     return {f.stem: [json.loads((d / f.name).read_text()) for d in folders if (d / f.name).exists()] for f in files}
 
 
 def table(args):
-    folders = sorted(d for d in args.folder.iterdir() if d.is_dir())
     columns = "row|new words (each seed)|worst word|near words|old words: colour, shape, motion|PSNR, dB"
     columns = [*columns.split("|"), "dW/W", "logit drift", "held-out loss"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -86,7 +86,7 @@ def table(args):
     def average(results, key, form):
         return form.format(mean(r[key] for r in results)) if key in results[0] else ""
 
-    for name, results in cells(folders).items():
+    for name, results in cells(args.folder).items():
         each = [mean(r["new"].values()) for r in results]
         words = {w: mean(r["new"][w] for r in results) for w in results[0]["new"]}
         worst = min(words, key=words.get)
@@ -112,9 +112,8 @@ def plot(args):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    found = cells(sorted(d for d in args.folder.iterdir() if d.is_dir()))
     for part in ("rank", "cap", "preserve"):
-        rows = [r for name, results in found.items() if name.split("_")[0] == part for r in results]
+        rows = [r for name, results in cells(args.folder).items() if name.split("_")[0] == part for r in results]
         moved = [r["moved"] for r in rows]
         left.plot(moved, [mean(r["new"].values()) for r in rows], "o", label=part)
         right.plot(moved, [r["psnr"] for r in rows], "o", label=part)
