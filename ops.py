@@ -10,6 +10,7 @@ An explicit choice that cannot be had raises ImportError with the reason. Models
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -151,13 +152,32 @@ BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 # with a mask not cuDNN's, PyTorch's own choice: it makes a plan for every length, and on Hopper its gradients by q were
 # NaN at some (pytorch/pytorch#196678)
 MASKED_BACKENDS = BACKENDS[2:]
+FLASH_FIRST = [BACKENDS[1], BACKENDS[0], *BACKENDS[2:]]
 
 
-def sdpa(q, k, v, mask=None, scale=None):
-    """Softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d)."""
+def flash_attention():
+    """The name of what SDPBackend.FLASH_ATTENTION is here: FlashAttention 3 from now on, where the package
+    flash_attn_interface is installed, the GPU is a Hopper and this PyTorch can take it.
+    """
+    known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
+    if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
+        return "FlashAttention 2"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "FlashAttention 2"
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+    return "FlashAttention 3"
+
+
+FLASH = flash_attention() if torch.cuda.is_available() else "FlashAttention 2"
+
+
+def sdpa(q, k, v, mask=None, scale=None, backends=BACKENDS):
+    """Softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d). backends:
+    on a GPU and without a mask, which are tried in turn.
+    """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    with sdpa_kernel(BACKENDS if mask is None else MASKED_BACKENDS, set_priority=True):
+    with sdpa_kernel(backends if mask is None else MASKED_BACKENDS, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -169,12 +189,12 @@ def sdpa_backend(q, k, v):
     return next((backend for backend, can in zip(BACKENDS, takes) if can(params)), SDPBackend.MATH)
 
 
-def attention(q, k, v, bias=None):
+def attention(q, k, v, bias=None, backends=BACKENDS):
     """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d)."""
     if bias is not None:
         bias = bias.to(q.dtype)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return sdpa(q, k, v, bias).transpose(1, 2).flatten(2)
+    return sdpa(q, k, v, bias, backends=backends).transpose(1, 2).flatten(2)
 
 
 class NormedAttention(torch.autograd.Function):
@@ -212,8 +232,8 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
     (B,L,D).
     """
-    if CHOSEN.get(q.device.type) in ("triton", "cuda") and fused_is_faster(q, heads):
-        return fused_attention(q, k, v, weights, eps, heads, table, positions)
+    if CHOSEN.get(q.device.type) in ("triton", "cuda"):
+        return contenders()[fastest(q, heads)](q, k, v, weights, eps, heads, table, positions)
     if CHOSEN.get(q.device.type) == "cpp" and torch.is_grad_enabled():
         return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
     return unfused_attention(q, k, v, weights, eps, heads, table, positions)
@@ -226,36 +246,43 @@ def fused_attention(q, k, v, weights, eps, heads, table, positions):
     return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
 
 
-def unfused_attention(q, k, v, weights, eps, heads, table, positions):
+def unfused_attention(q, k, v, weights, eps, heads, table, positions, backends=BACKENDS):
     """PyTorch's, after q and k were normed and rotated."""
     q, k = qk_norm_rope([q, k], weights, eps, heads, table, positions)
-    return attention(q, k, v.unflatten(2, (heads, -1)))
+    return attention(q, k, v.unflatten(2, (heads, -1)), backends=backends)
+
+
+def contenders():
+    """{name: a self-attention on a GPU}."""
+    return {
+        "ours": fused_attention,
+        "PyTorch's": unfused_attention,
+        FLASH: functools.partial(unfused_attention, backends=FLASH_FIRST),
+    }
 
 
 RACED = {}  # what `race` found; a training's state keeps it, and the clips of a long video
 RACE_GRID = (8, 32, 32)  # of tokens in a race; what wins there loses little at other lengths
 
 
-def fused_is_faster(q, heads):
-    """Whether fused_attention is faster than unfused_attention for tokens like q's (B,L,D), with a backward pass where
-    gradients are on.
-    """
+def fastest(q, heads):
+    """Which of `contenders` is the fastest for tokens like q's (B,L,D), with a backward pass where gradients are on."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False  # ranks that work together would each race alone, and disagree
+        return "PyTorch's"  # ranks that work together would each race alone, and disagree
     if not q.is_cuda:
         # nothing to time: in Triton's interpreter the kernel is what is to be tested, in a plan PyTorch's attention
         # takes more
-        return kernels.INTERPRETED
+        return "ours" if kernels.INTERPRETED else "PyTorch's"
     return race(q.device, q.dtype, heads, q.shape[2] // heads, torch.is_grad_enabled())
 
 
 def race(device, dtype, heads, d, learns):
-    """The answer of fused_is_faster for `heads` of width d, timed at the first call; printed. It does not depend on the
+    """The answer of `fastest` for `heads` of width d, timed at the first call; printed. It does not depend on the
     number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
     """
     name = torch.cuda.get_device_name(device)
     key = f"{name}, {dtype}, {heads} heads of {d}{', trained' * learns}"
-    if key not in RACED:
+    if RACED.get(key) not in contenders():  # a state's may not be installed here
         generator, L = torch.Generator(device).manual_seed(0), math.prod(RACE_GRID)  # of its own: a run's draws stay
         like = dict(dtype=dtype, device=device)
         q, k, v = (torch.randn(1, L, heads * d, generator=generator, **like).requires_grad_(learns) for _ in "qkv")
@@ -270,17 +297,20 @@ def race(device, dtype, heads, d, learns):
         # of hooks the innermost count: those of checkpointing would run the block again, and so this
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with torch.set_grad_enabled(learns), no_hooks, torch.cuda.device(device):
-            fused = kernels.milliseconds(lambda: run(fused_attention), 5)
-            unfused = kernels.milliseconds(lambda: run(unfused_attention), 5)
+            times = {who: kernels.milliseconds(functools.partial(run, how), 5) for who, how in contenders().items()}
             backend = sdpa_backend(*(u.unflatten(2, (heads, -1)).transpose(1, 2) for u in (q, k, v)))
             hopper = torch.cuda.get_device_capability() >= (9, 0)
-        RACED[key] = fused < unfused
-        winner = "ours" if RACED[key] else f"PyTorch's by {backend.name}"
-        times = f"{L} tokens{' and back' * learns}: ours {fused:.2f} ms, PyTorch's {unfused:.2f} ms"
-        print(f"ops: attention of {heads} heads of {d} in {dtype}: {winner} ({times})", file=sys.stderr, flush=True)
+        RACED[key] = min(times, key=times.get)
+        each = ", ".join(f"{who} {ms:.2f} ms" for who, ms in times.items())
+        print(
+            f"ops: attention of {heads} heads of {d} in {dtype}: {RACED[key]} ({L} tokens{' and back' * learns}: "
+            f"{each}; PyTorch's is by {backend.name})",
+            file=sys.stderr,
+            flush=True,
+        )
         if hopper and backend != BACKENDS[0]:
             version = torch.backends.cudnn.version()
-            print(f"ops: cuDNN {version} does not take it, whose attention is the fastest on this GPU", file=sys.stderr)
+            print(f"ops: cuDNN {version} does not take it, whose attention is the fastest here", file=sys.stderr)
     return RACED[key]
 
 

@@ -69,9 +69,11 @@ def milliseconds(run, repeats):
     run()
     return next(times)
 
+def recorded(name, real):
+    return lambda *a, **k: ran.append((name, torch.is_grad_enabled())) or real(*a, **k)
+
 for name in ("fused_attention", "unfused_attention"):
-    real = getattr(ops, name)
-    setattr(ops, name, lambda *a, real=real, name=name: ran.append((name, torch.is_grad_enabled())) or real(*a))
+    setattr(ops, name, recorded(name, getattr(ops, name)))
 patches = [
     mock.patch.object(ops.kernels, "milliseconds", milliseconds),
     mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.FLASH_ATTENTION),
@@ -115,8 +117,8 @@ def test_attention_of_a_whole_clip(device, grid, report):
     contenders = {"PyTorch's": ops.unfused_attention}
     if device == "cuda":
         heads = [u.unflatten(2, (2, 128)).transpose(1, 2) for u in (q, k, v)]
-        contenders = {f"PyTorch's by {ops.sdpa_backend(*heads).name}": ops.unfused_attention}
-        contenders["ours"] = ops.fused_attention
+        contenders = ops.contenders()
+        contenders[f"PyTorch's by {ops.sdpa_backend(*heads).name}"] = contenders.pop("PyTorch's")
     for name, attend in contenders.items():
         leaves = [u.clone().requires_grad_() for u in (q, k, v)]
         out = attend(*leaves, weights, 1e-6, 2, table, positions)[:, rows.to(device)]
@@ -125,13 +127,13 @@ def test_attention_of_a_whole_clip(device, grid, report):
             report(f"{name}, {what}", tiny.error(a, b), 3e-2)
 
 
-def test_the_faster_attention_is_found_once():
+def test_the_fastest_attention_is_found_once():
     """With gradients on, their pass is timed too; a run's random numbers stay what they were."""
     out = python(
-        RACE.format(times=[1.0, 2.0, 4.0, 3.0]) + "    with torch.no_grad():\n"
-        "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"
-        "        assert ops.race(device, torch.float32, 2, 12, False) is True\n"  # from memory
-        "    raced = lambda x: x.sin() * (2 if ops.race(device, torch.float32, 2, 12, True) else 1)\n"
+        RACE.format(times=[1.0, 2.0, 3.0, 4.0, 3.0, 2.0]) + "    with torch.no_grad():\n"
+        "        assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n"
+        "        assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n"  # from memory
+        "    raced = lambda x: x.sin() * (1 if ops.race(device, torch.float32, 2, 12, True) == ops.FLASH else 2)\n"
         "    x = torch.ones(3, requires_grad=True)\n"
         "    checkpoint(raced, x, use_reentrant=False).sum().backward()\n"  # which runs it again, not without end
         "    assert torch.equal(x.grad, torch.ones(3).cos())\n"
@@ -139,17 +141,56 @@ def test_the_faster_attention_is_found_once():
         "print(ran)",
         TRITON_INTERPRET="1",
     )
-    names = "fused_attention", "unfused_attention"
+    names = "fused_attention", "unfused_attention", "unfused_attention"
     assert eval(out) == [(name, learns) for learns in (False, True) for name in names]
+
+
+def test_a_winner_that_is_not_installed_any_more_is_raced_anew():
+    python(
+        RACE.format(times=[3.0, 2.0, 1.0, 1.0, 2.0, 3.0]) + "    ops.FLASH = 'FlashAttention 3'\n"
+        "    assert ops.race(device, torch.float32, 2, 12, False) == 'FlashAttention 3'\n"
+        "    ops.FLASH = 'FlashAttention 2'\n"
+        "    assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n",
+        TRITON_INTERPRET="1",
+    )
+
+
+@pytest.mark.parametrize(
+    "installed, generation, known, version",
+    [(True, 9, ["FA3", "FA4"], 3), (False, 9, ["FA3"], 2), (True, 10, ["FA3"], 2), (True, 9, [], 2)],
+)
+def test_flash_attention_3_is_taken_where_it_is(installed, generation, known, version, monkeypatch):
+    """On a Hopper, from the package that it comes in, where PyTorch knows it."""
+    activated = []
+    find = lambda name: installed and name == "flash_attn_interface"  # noqa: E731
+    monkeypatch.setattr(ops.importlib.util, "find_spec", find)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: known, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append, raising=False)
+    assert ops.flash_attention() == f"FlashAttention {version}"
+    assert activated == ["FA3"] * (version == 3)
+
+
+@pytest.mark.parametrize("first", ["CUDNN_ATTENTION", "FLASH_ATTENTION"])
+def test_each_contender_tries_its_own_backend_first(first):
+    with FakeTensorMode(), mock.patch.object(ops, "sdpa_kernel", return_value=contextlib.nullcontext()) as kernel:
+        q, weight = torch.empty(1, 6, 32, device="cuda"), torch.empty(32, device="cuda")
+        table, positions = torch.empty(8, 16, 2, device="cuda"), torch.empty(6, 3, dtype=torch.int32, device="cuda")
+        name = ops.FLASH if first == "FLASH_ATTENTION" else "PyTorch's"
+        with mock.patch.object(ops, "qk_norm_rope", lambda xs, *a: [x.unflatten(2, (2, 16)) for x in xs]):
+            attend = ops.contenders()[name]
+            assert attend(q, q, q, [weight, weight], 1e-6, 2, table, positions).shape == q.shape
+    backends = kernel.call_args[0][0]
+    assert backends[0].name == first and set(backends) == set(ops.BACKENDS)
 
 
 def test_ranks_do_not_race(monkeypatch):
     """Each would find its own winner, and their halves of a clip would differ by more than rounding."""
     q = torch.empty(1, 4, 8)
     monkeypatch.setattr(ops.kernels, "INTERPRETED", True)
-    assert ops.fused_is_faster(q, 2)
+    assert ops.fastest(q, 2) == "ours"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert not ops.fused_is_faster(q, 2)
+    assert ops.fastest(q, 2) == "PyTorch's"
 
 
 def test_a_resumed_run_does_not_race_anew(monkeypatch):
@@ -158,25 +199,25 @@ def test_a_resumed_run_does_not_race_anew(monkeypatch):
 
     p = torch.nn.Parameter(torch.zeros(3))
     args = argparse.Namespace(grad_spike_factor=10, ema=0)
-    monkeypatch.setattr(ops, "RACED", {"torch.bfloat16, 24 heads of 128, trained": True})
+    monkeypatch.setattr(ops, "RACED", {"torch.bfloat16, 24 heads of 128, trained": "ours"})
     state = TrainState([p], adamw([p], 1e-3), args).state_dict() | {"step": 4}
     monkeypatch.setattr(ops, "RACED", {})
     TrainState([p], adamw([p], 1e-3), args).restore(state)
-    assert ops.RACED == {"torch.bfloat16, 24 heads of 128, trained": True}
+    assert ops.RACED == {"torch.bfloat16, 24 heads of 128, trained": "ours"}
 
 
 def test_three_lengths_compile_without_a_break():
     """torch.compile keeps what the race said as a constant, whatever the number of tokens."""
     python(
-        RACE.format(times=[1.0, 2.0]) + "    ops.race = torch.compiler.assume_constant_result(ops.race)\n"
+        RACE.format(times=[1.0, 2.0, 3.0]) + "    ops.race = torch.compiler.assume_constant_result(ops.race)\n"
         "    def model(x):\n"
         "        won = ops.race(x.device, x.dtype, 2, x.shape[2] // 2, torch.is_grad_enabled())\n"
-        "        return x + 1 if won else x\n"
+        "        return x + 1 if won == 'ours' else x\n"
         "    compiled = torch.compile(model, fullgraph=True, backend='eager')\n"
         "    with torch.no_grad():\n"
         "        for L in (5, 7, 11, 17):\n"
         "            x = torch.zeros(1, L, 24)\n"
         "            assert torch.equal(compiled(x), x + 1)\n"
-        "assert len(ran) == 2",
+        "assert len(ran) == 3",
         TRITON_INTERPRET="1",
     )
