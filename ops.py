@@ -137,14 +137,13 @@ class Linear(torch.nn.Linear):
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
 
-def gelu(x):
-    """GELU by its tanh formula."""
-    return gelu_kernel.gelu(x) if x.device.type == "cpu" and CHOSEN["cpu"] == "cpp" else gelu_kernel.gelu_ref(x)
-
-
 class GELU(torch.nn.Module):
+    """GELU by its tanh formula; without gradients in x's place where PyTorch computes it, as nn.ReLU(inplace=True)."""
+
     def forward(self, x):
-        return gelu(x)
+        if x.device.type == "cpu" and CHOSEN["cpu"] == "cpp":
+            return gelu_kernel.gelu(x)
+        return gelu_kernel.gelu_ref(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 # PyTorch's attention on a GPU, best first; from Hopper on cuDNN's is the fastest
