@@ -138,12 +138,13 @@ class Linear(torch.nn.Linear):
 
 
 class GELU(torch.nn.Module):
-    """GELU by its tanh formula; without gradients in x's place where PyTorch computes it, as nn.ReLU(inplace=True)."""
+    """GELU by its tanh formula; without gradients in x's place, which is contiguous, as nn.ReLU(inplace=True)."""
 
     def forward(self, x):
-        if x.device.type == "cpu" and CHOSEN["cpu"] == "cpp":
-            return gelu_kernel.gelu(x)
-        return gelu_kernel.gelu_ref(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x, approximate="tanh")
+        ours = x.device.type == "cpu" and CHOSEN["cpu"] == "cpp"
+        if torch.is_grad_enabled():
+            return (gelu_kernel.gelu if ours else gelu_kernel.gelu_ref)(x)
+        return gelu_kernel.gelu_(x) if ours else torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 # PyTorch's attention on a GPU, best first; from Hopper on cuDNN's is the fastest

@@ -344,7 +344,7 @@ std::vector<Tensor> qk_norm_rope_backward(at::TensorList douts, at::TensorList x
 }
 
 template <typename T>
-__attribute__((noinline)) void gelu_span(const T* __restrict x, T* __restrict out, int64_t n) {
+__attribute__((noinline)) void gelu_span(const T* x, T* out, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) out[i] = T(gelu(float(x[i])));
 }
@@ -355,15 +355,16 @@ __attribute__((noinline)) void gelu_backward_span(const T* __restrict x, T* __re
     for (int64_t i = 0; i < n; i++) grad[i] = T(float(grad[i]) * gelu_slope(float(x[i])));
 }
 
-Tensor gelu_forward(const Tensor& x_) {
+// out may be x
+void gelu_forward(const Tensor& x_, Tensor out) {
     const Tensor x = x_.contiguous();
-    Tensor out = at::empty(x.sizes(), x.options());
+    TORCH_CHECK(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type() && out.is_contiguous(), "out ",
+                out.sizes(), " for x ", x.sizes());
     DISPATCH(x.scalar_type(), [&] {
         at::parallel_for(0, x.numel(), 4096, [&](int64_t a, int64_t b) {
             gelu_span(x.const_data_ptr<scalar_t>() + a, out.mutable_data_ptr<scalar_t>() + a, b - a);
         });
     });
-    return out;
 }
 
 // grad, which is overwritten, times the derivative at x
@@ -381,7 +382,7 @@ void gelu_backward(const Tensor& x_, Tensor grad) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
-    m.def("gelu(Tensor x) -> Tensor", &gelu_forward);
+    m.def("gelu(Tensor x, Tensor(a!) out) -> ()", &gelu_forward);
     m.def("gelu_backward_(Tensor x, Tensor(a!) grad) -> ()");
     m.def(
         "modulate(Tensor x, Tensor? y, Tensor? gate, Tensor? weight, Tensor? shift, Tensor? index, float eps, "

@@ -21,7 +21,14 @@ def gelu_ref(x):
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::gelu", mutates_args=(), device_types="cpu")
 def fused(x: Tensor) -> Tensor:
-    return torch.ops.nanowan_csrc.gelu(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.ops.nanowan_csrc.gelu(x, out)
+    return out
+
+
+@torch.library.custom_op("nanowan::gelu_", mutates_args=("x",), device_types="cpu")
+def fused_(x: Tensor) -> None:
+    torch.ops.nanowan_csrc.gelu(x, x)
 
 
 @torch.library.custom_op("nanowan::gelu_backward", mutates_args=(), device_types="cpu")
@@ -54,6 +61,12 @@ torch.library.register_autograd("nanowan::gelu", differentiate, setup_context=ke
 def gelu(x):
     """As gelu_ref."""
     return fused(x)
+
+
+def gelu_(x):
+    """As gelu_ref, in x's place, which is contiguous; no gradients."""
+    fused_(x)
+    return x
 
 
 def gelu_backward_(x, grad):
