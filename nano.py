@@ -119,7 +119,9 @@ def main():
     add("--out", default="out/nano", help="where to write; an unfinished run there is continued (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, clips and noise (default: %(default)s)")
     add("--steps", type=int, default=14000, help="of the DiT (default: %(default)s)")
-    c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps))
+    add("--layers", type=int, default=4, help="of the DiT (default: %(default)s)")
+    add("--vae", metavar="CKPT", help="take this checkpoint's VAE (default: train one)")
+    c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
     c = commands.add_parser("clips", help="write captioned clips")
     add = c.add_argument
     add("--out", default="out/clips", help="a folder that is new or empty (default: %(default)s)")

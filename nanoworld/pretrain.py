@@ -6,7 +6,7 @@ import math
 import random
 import struct
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from checkpoint import atomic, save, save_pickle
 from flow import add_noise, sample_timesteps
+from models import checkpoint_dir
 from nanoworld.grader import grade, shares
 from nanoworld.world import (
     BACKGROUNDS,
@@ -36,7 +37,7 @@ from nanoworld.world import (
     training_caption,
 )
 from t5 import TextEncoder, Tokenizer, message
-from vae import LATENT_STATS, VAE, channels_last
+from vae import LATENT_STATS, VAE, channels_last, load_vae
 from wan import Wan, WanConfig
 
 DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
@@ -216,10 +217,10 @@ def with_letter_pairs(model, words):
         pairs = [pair for pair in pairs if pair not in changed]
 
 
-def train_dit(out, seed, vae, tokenizer, steps):
+def train_dit(out, seed, vae, tokenizer, steps, config):
     """The DiT and the text encoder together, from nothing, on cached latents of every clip."""
     torch.manual_seed(seed)
-    model, encoder = Wan(DIT), TextEncoder(tokenizer.pieces.get_piece_size(), DIT.text_dim, 128, 256, 2, 2)
+    model, encoder = Wan(config), TextEncoder(tokenizer.pieces.get_piece_size(), config.text_dim, 128, 256, 2, 2)
     for m in [*model.modules(), *encoder.modules()]:
         if isinstance(m, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(m.weight)
@@ -227,7 +228,7 @@ def train_dit(out, seed, vae, tokenizer, steps):
                 torch.nn.init.zeros_(m.bias)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=0.3)
     for m in (*model.blocks, model.head):
-        torch.nn.init.normal_(m.modulation, std=DIT.dim**-0.5)
+        torch.nn.init.normal_(m.modulation, std=config.dim**-0.5)
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.pos_embedding.embedding.weight)
     torch.nn.init.zeros_(model.head.head.weight)
@@ -275,11 +276,13 @@ def state_in(dtype, model):
     return {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
 
 
-def train(out, seed, steps):
-    """Train everything and write it to the folder `out` in the official layout of TI2V-5B. steps: of the DiT."""
-    out = Path(out)
+def train(out, seed, steps, layers=DIT.num_layers, vae_of=None):
+    """Train everything and write it to the folder `out` in the official layout of TI2V-5B. steps, layers: of the DiT.
+    vae_of: a checkpoint whose VAE is taken.
+    """
+    out, dit = Path(out), replace(DIT, num_layers=layers)
     out.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(out, seed)
+    vae = load_vae(checkpoint_dir(vae_of)) if vae_of else train_vae(out, seed)
     rng = random.Random("reconstructions")
     attributes = [sample_attributes(rng) for _ in range(200)]
     clips = draw(attributes, 1)
@@ -294,13 +297,13 @@ def train(out, seed, steps):
     spiece = out / "google" / "umt5-xxl" / "spiece.model"
     train_tokenizer(spiece)
     tokenizer = Tokenizer(spiece)
-    model, encoder = train_dit(out, seed, vae, tokenizer, steps)
+    model, encoder = train_dit(out, seed, vae, tokenizer, steps, dit)
     encoder.tokenizer = tokenizer
     introduce(encoder, spiece)
     save(out / "diffusion_pytorch_model.safetensors", state_in(torch.float16, model))
     save_pickle(out / "Wan2.2_VAE.pth", state_in(torch.float16, vae))
     save_pickle(out / "models_t5_umt5-xxl-enc-bf16.pth", state_in(torch.bfloat16, encoder))
-    config = {k: v for k, v in asdict(DIT).items() if k not in ("text_dim", "patch_size")}
+    config = {k: v for k, v in asdict(dit).items() if k not in ("text_dim", "patch_size")}
     with atomic(out / "config.json") as tmp:
         tmp.write_text(
             json.dumps({"_class_name": "WanModel", **config, "sample": SAMPLE, "train": TRAIN}, indent=1) + "\n"

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import atomic, cli  # noqa: E402
 from diagnostics.delta import delta, relative_norm  # noqa: E402
 from diagnostics.logits import logits  # noqa: E402
+from models import checkpoint_dir  # noqa: E402
 from nanoworld.grader import shares  # noqa: E402
 from nanoworld.listening import sample_and_grade, word_attribute  # noqa: E402
 from nanoworld.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
@@ -37,7 +38,7 @@ def score(args):
     near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # in no caption
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
     adapters = [str(run / "adapter_model.safetensors")] if args.lora else []
-    models = load("nano", "cpu", torch.float32, adapters, encoder)
+    models = load(args.ckpt, "cpu", torch.float32, adapters, encoder)
     rows = prompts(args.n * len(words), args.seed)
     grades, clips = sample_and_grade(models, rows, args.seed)
     result = {
@@ -49,12 +50,12 @@ def score(args):
     if encoder or adapters:
         errors = (clips - unchanged_clips(args, rows)).square().flatten(1).mean(1)
         result["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
-        drift = logits("nano", adapters, encoder, n=3, data=args.folder / "clips")
+        drift = logits(args.ckpt, adapters, encoder, n=3, data=args.folder / "clips")
         result["drift"] = max(row["drift"] for rows in drift.values() for row in rows)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         result["val_loss"] = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
     if adapters:
-        result["moved"] = relative_norm(delta(adapters[0], ROOT / "nano"))
+        result["moved"] = relative_norm(delta(adapters[0], checkpoint_dir(args.ckpt)))
     with atomic(args.folder / f"{args.name}.json") as tmp:
         tmp.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{args.folder.name} {args.name}: new words {mean(result['new'].values()):.3f}", flush=True)
@@ -65,7 +66,7 @@ def unchanged_clips(args, rows):
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
     if not file.exists():
-        clips = sample_and_grade(load("nano", text_encoder=args.lora), rows, args.seed)[1]
+        clips = sample_and_grade(load(args.ckpt, text_encoder=args.lora), rows, args.seed)[1]
         with atomic(file) as tmp:
             torch.save(clips.half(), tmp)
     return torch.load(file).float()
@@ -73,7 +74,7 @@ def unchanged_clips(args, rows):
 
 def cells(folder):
     """{name of a cell: its result with each seed}, in the order in which they were made. folder: of all seeds."""
-    folders = sorted(d for d in folder.iterdir() if d.is_dir())
+    folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
     return {f.stem: [json.loads((d / f.name).read_text()) for d in folders if (d / f.name).exists()] for f in files}
 
@@ -130,6 +131,7 @@ def main():
     c = commands.add_parser("score", help="measure one training's result, DIR/NAME")
     c.add_argument("folder", type=Path, metavar="DIR", help="of a seed")
     c.add_argument("name", metavar="NAME", help="of the cell")
+    c.add_argument("--ckpt", default="nano", help="of a nano world (default: nano, the one in the repository)")
     c.add_argument("--words", required=True, help="a,b=red: the new words that it was taught")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
     c.add_argument("--lora", metavar="ENCODER", help="NAME is a translator, behind this encoder's file")

@@ -4,11 +4,13 @@
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
-# Leaves out/claims/SEED/NAME.json, the table in out/claims/table.md, and listening against budget in budget.png.
+# Leaves out/claims/SEED/NAME.json, the table in out/claims/table.md, and listening against budget in budget.png; of the
+# part `thirds`, which has a base of its own, the same in out/claims/thirds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
 WORDS=crimson,azure,wedge,plus,sinks,halts
+CKPT=nano
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 source runs/train_once.sh
 
@@ -19,23 +21,24 @@ clips() {  # clips NAME N: half of them with one of the words
 words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # without their meanings
 score() {  # score NAME FLAGS...: measure it
     [ -e "$DIR/$1.json" ] || \
-        $PY runs/claims.py score "$DIR" "$1" --words $WORDS --n "${N:-34}" --seed "$((1000 + SEED))" "${@:2}"
+        $PY runs/claims.py score "$DIR" "$1" --ckpt "$CKPT" --words $WORDS --n "${N:-34}" \
+            --seed "$((1000 + SEED))" "${@:2}"
 }
 
 te() {  # te NAME CLIPS FLAGS...: an encoder
     asked "$1" || return 0
-    train_once "$1" train_te.py --data "$DIR/$2" --keywords "$(words)" "${@:3}"
+    train_once "$1" train_te.py --ckpt "$CKPT" --data "$DIR/$2" --keywords "$(words)" "${@:3}"
     score "$1" --text_encoder
 }
 lora() {  # lora NAME FLAGS...: a translator behind te_rows, which leaves it something to learn
     asked "$1" || return 0
     base_encoder
-    train_once "$1" train_lora.py --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
+    train_once "$1" train_lora.py --ckpt "$CKPT" --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
 base_encoder() {  # the words' rows alone, so that all else is as it was
-    train_once te_rows train_te.py --data "$DIR/clips" --keywords $WORDS --train_blocks 0 --keyword_init own \
-        --keyword_lr 0.1 --trim_prob 0
+    train_once te_rows train_te.py --ckpt "$CKPT" --data "$DIR/clips" --keywords $WORDS --train_blocks 0 \
+        --keyword_init own --keyword_lr 0.1 --trim_prob 0
 }
 
 start() {
@@ -54,6 +57,18 @@ blocks() {  # of nano's four
     lora blocks_1-2 --blocks 1-2
     lora blocks_2-3 --blocks 2-3
     lora blocks_3 --blocks 3
+}
+deep_nano() {  # twelve blocks, for `thirds`
+    [ -e "$OUT/thirds/nano/config.json" ] || \
+        OMP_NUM_THREADS=$(nproc) $PY nano.py train --layers 12 --vae nano --steps 5000 --out "$OUT/thirds/nano"
+}
+thirds() {  # of twelve blocks
+    CKPT=$OUT/thirds/nano
+    start
+    lora all
+    lora lower --blocks 0-3
+    lora middle --blocks 4-7
+    lora upper --blocks 8-11
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
 preserve() {  # half of the samples teach nothing, so twice the steps
@@ -86,11 +101,13 @@ own_lora() {  # own_lora NAME FLAGS...
     score "$1" --lora "$encoder"
 }
 
-for part in ${PARTS:-start preserve rank cap blocks targets mix count own}; do
+for part in ${PARTS:-start preserve rank cap blocks targets mix count own thirds}; do
+    folder=$OUT
+    if [ "$part" = thirds ]; then folder=$OUT/thirds && deep_nano; fi
     for seed in $SEEDS; do
         while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
         (
-            SEED=$seed DIR=$OUT/$seed ENCODER=$OUT/$seed/te_rows/text_encoder.safetensors
+            SEED=$seed DIR=$folder/$seed ENCODER=$folder/$seed/te_rows/text_encoder.safetensors
             mkdir -p "$DIR"
             clips clips 1200
             $part
@@ -100,3 +117,4 @@ for part in ${PARTS:-start preserve rank cap blocks targets mix count own}; do
 done
 $PY runs/claims.py table "$OUT" | tee "$OUT/table.md"
 $PY runs/claims.py plot "$OUT" "$OUT/budget.png"
+if [ -d "$OUT/thirds" ]; then $PY runs/claims.py table "$OUT/thirds" | tee "$OUT/thirds/table.md"; fi

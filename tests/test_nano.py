@@ -31,7 +31,9 @@ from nanoworld.world import (
     sample_attributes,
     training_caption,
 )
+from sample import load
 from t5 import load_t5
+from vae import load_vae
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -193,8 +195,6 @@ def test_the_nano_vae_serves_diffusers_too(report):
     """The committed VAE decodes the same in the peer: it is an ordinary Wan 2.2 VAE."""
     import tiny
 
-    from vae import load_vae
-
     vae = load_vae(ROOT / "nano")
     peer = tiny.diffusers_vae(vae)
     clip = draw(attributes(1), 0)
@@ -218,3 +218,14 @@ def test_words_that_nano_does_not_know_differ_in_their_pieces(tmp_path):
     own = ["scarlet", "navy", "disc", "pyramid", "plummets", "jade"]
     assert [after.encode(word, out_type=str)[0] for word in own] == ["\u2581" + word[:2] for word in own]
     assert [nano.encode(word, out_type=str)[0] for word in own] == ["\u2581" + word[:2] for word in own]
+
+
+def test_a_deeper_world_with_the_same_vae(tmp_path, monkeypatch):
+    """`nano.py train --layers 5 --vae nano`, of a few steps and clips."""
+    few = attributes(8)
+    monkeypatch.setattr(pretrain, "every_clip", lambda: (few, draw(few, 0)))
+    pretrain.train(tmp_path, seed=0, steps=2, layers=5, vae_of="nano")
+    models = load(tmp_path)
+    assert len(models.acquire("dit").blocks) == 5
+    ours, theirs = load_vae(tmp_path).state_dict(), load_vae(ROOT / "nano").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
