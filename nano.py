@@ -146,8 +146,9 @@ def main():
     add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
     c.set_defaults(run=evaluate)
     args = p.parse_args()
-    if getattr(args, "n", None) is not None and args.n < 1:
-        raise BadInput(f"--n {args.n}: at least 1")
+    for flag in ("n", "steps", "layers"):
+        if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
+            raise BadInput(f"--{flag} {getattr(args, flag)}: at least 1")
     args.run(args)
 
 

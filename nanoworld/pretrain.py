@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from checkpoint import atomic, save, save_pickle
+from checkpoint import BadInput, atomic, save, save_pickle
 from flow import add_noise, sample_timesteps
 from models import checkpoint_dir
 from nanoworld.grader import grade, shares
@@ -62,6 +62,8 @@ def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
     state = out / f"state_{name}.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if [p.shape for p in params] != [p.shape for p in saved["params"]]:
+            raise BadInput(f"{state}: belongs to a model of another size; choose another --out, or the same --layers")
         start, average = saved["step"], saved["average"]
         opt.load_state_dict(saved["opt"])
         for p, q in zip(params, saved["params"]):
