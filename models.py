@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NANO = Path(__file__).parent / "nano"  # the checkpoint in the repository
 # Bytes of activations at work, from the shapes of the largest layers: the VAE's per pixel of a frame, the DiT's per
 # token and channel.
-VAE_BYTES, DIT_BYTES = 18_000, 30
+VAE_BYTES, DIT_BYTES = 18_000, 27
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"

@@ -155,20 +155,28 @@ MASKED_BACKENDS = BACKENDS[2:]
 FLASH_FIRST = [BACKENDS[1], BACKENDS[0], *BACKENDS[2:]]
 
 
+FLASH = "FlashAttention 2"  # what SDPBackend.FLASH_ATTENTION is; `race` asks flash_attention
+
+
+@functools.cache
 def flash_attention():
-    """The name of what SDPBackend.FLASH_ATTENTION is here: FlashAttention 3 from now on, where the package
-    flash_attn_interface is installed, the GPU is a Hopper and this PyTorch can take it.
+    """Which FlashAttention PyTorch has: 3 from now on, where the package flash_attn_interface is installed, every GPU
+    is a Hopper and PyTorch can take it (2.11).
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
         return "FlashAttention 2"
-    if torch.cuda.get_device_capability()[0] != 9:
+    if any(torch.cuda.get_device_capability(i)[0] != 9 for i in range(torch.cuda.device_count())):
         return "FlashAttention 2"
-    torch.nn.attention.activate_flash_attention_impl("FA3")
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+        q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
+    except Exception as e:  # whatever a package that was built for another PyTorch raises
+        print(f"ops: flash_attn_interface does not work here ({type(e).__name__}: {e})", file=sys.stderr)
+        torch.nn.attention.restore_flash_attention_impl()
+        return "FlashAttention 2"
     return "FlashAttention 3"
-
-
-FLASH = flash_attention() if torch.cuda.is_available() else "FlashAttention 2"
 
 
 def sdpa(q, k, v, mask=None, scale=None, backends=BACKENDS):
@@ -280,6 +288,11 @@ def race(device, dtype, heads, d, learns):
     """The answer of `fastest` for `heads` of width d, timed at the first call; printed. It does not depend on the
     number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
     """
+    global FLASH
+    # of hooks the innermost count: those of checkpointing would run the block again, and so this
+    no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.enable_grad(), no_hooks, torch.cuda.device(device):
+        FLASH = flash_attention()
     name = torch.cuda.get_device_name(device)
     key = f"{name}, {dtype}, {heads} heads of {d}{', trained' * learns}"
     if RACED.get(key) not in contenders():  # a state's may not be installed here
@@ -294,23 +307,22 @@ def race(device, dtype, heads, d, learns):
             if learns:
                 torch.autograd.grad(out, (q, k, v), out)
 
-        # of hooks the innermost count: those of checkpointing would run the block again, and so this
-        no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with torch.set_grad_enabled(learns), no_hooks, torch.cuda.device(device):
-            times = {who: kernels.milliseconds(functools.partial(run, how), 5) for who, how in contenders().items()}
             backend = sdpa_backend(*(u.unflatten(2, (heads, -1)).transpose(1, 2) for u in (q, k, v)))
-            hopper = torch.cuda.get_device_capability() >= (9, 0)
+            hopper, racing = torch.cuda.get_device_capability() >= (9, 0), contenders()
+            if backend != BACKENDS[0]:
+                del racing[FLASH]  # PyTorch's is it already, or neither takes these
+            times = {who: kernels.milliseconds(functools.partial(run, how), 5) for who, how in racing.items()}
         RACED[key] = min(times, key=times.get)
         each = ", ".join(f"{who} {ms:.2f} ms" for who, ms in times.items())
         print(
             f"ops: attention of {heads} heads of {d} in {dtype}: {RACED[key]} ({L} tokens{' and back' * learns}: "
-            f"{each}; PyTorch's is by {backend.name})",
+            f"{each}; PyTorch's is by {FLASH if backend == BACKENDS[1] else backend.name})",
             file=sys.stderr,
             flush=True,
         )
         if hopper and backend != BACKENDS[0]:
-            version = torch.backends.cudnn.version()
-            print(f"ops: cuDNN {version} does not take it, whose attention is the fastest here", file=sys.stderr)
+            print(f"ops: cuDNN {torch.backends.cudnn.version()} does not take it", file=sys.stderr)
     return RACED[key]
 
 

@@ -62,8 +62,6 @@ def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
     state = out / f"state_{name}.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if [p.shape for p in params] != [p.shape for p in saved["params"]]:
-            raise BadInput(f"{state}: belongs to a model of another size; choose another --out, or the same --layers")
         start, average = saved["step"], saved["average"]
         opt.load_state_dict(saved["opt"])
         for p, q in zip(params, saved["params"]):
@@ -284,6 +282,11 @@ def train(out, seed, steps, layers=DIT.num_layers, vae_of=None):
     """
     out, dit = Path(out), replace(DIT, num_layers=layers)
     out.mkdir(parents=True, exist_ok=True)
+    wanted = {"seed": seed, "layers": layers, "vae": vae_of}
+    if (begun := out / "begun.json").exists() and json.loads(begun.read_text()) != wanted:
+        raise BadInput(f"--out {out}: begun with {begun.read_text()}; choose another folder, or these flags again")
+    with atomic(begun) as tmp:
+        tmp.write_text(json.dumps(wanted))
     vae = load_vae(checkpoint_dir(vae_of)) if vae_of else train_vae(out, seed)
     rng = random.Random("reconstructions")
     attributes = [sample_attributes(rng) for _ in range(200)]

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # How small a translator may be, where it must be, and what else it changes: on nano, three seeds (docs/listening.md).
-# A night on two cores; a stopped run goes on where it was. One cell takes some minutes:
+# A night on two cores, half an hour of it for the base of `thirds`; a stopped run goes on where it was. One cell takes
+# some minutes:
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
 # Leaves out/claims/SEED/NAME.json, the table in out/claims/table.md, and listening against budget in budget.png; of the
-# part `thirds`, which has a base of its own, the same in out/claims/thirds.
+# part `thirds`, which has a base of its own, the results and their table in out/claims/thirds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
 WORDS=crimson,azure,wedge,plus,sinks,halts
 CKPT=nano
+if [ -n "$CELLS" ] && [ -z "${PARTS:-}" ]; then echo "CELLS=$CELLS: say in PARTS of which part" >&2 && exit 2; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
 source runs/train_once.sh
 

@@ -63,7 +63,7 @@ from unittest import mock
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 ops.RACE_GRID = (2, 2, 3)
-device, times, ran = torch.device("cpu"), iter({times}), []
+device, times, ran, flash = torch.device("cpu"), iter({times}), [], "FlashAttention 2"
 
 def milliseconds(run, repeats):
     run()
@@ -76,7 +76,8 @@ for name in ("fused_attention", "unfused_attention"):
     setattr(ops, name, recorded(name, getattr(ops, name)))
 patches = [
     mock.patch.object(ops.kernels, "milliseconds", milliseconds),
-    mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.FLASH_ATTENTION),
+    mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.{backend}),
+    mock.patch.object(ops, "flash_attention", lambda: flash),
     mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
     mock.patch("torch.cuda.get_device_capability", lambda: (9, 0)),
     mock.patch("torch.cuda.get_device_name", lambda device: "Some GPU"),
@@ -86,6 +87,11 @@ with contextlib.ExitStack() as stack:
     for p in patches:
         stack.enter_context(p)
 """
+
+
+def race(*times, backend="CUDNN_ATTENTION"):
+    """The beginning of a script in which ops.race times these."""
+    return RACE.format(times=times, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def test_attention_of_a_whole_clip(device, grid, report):
 def test_the_fastest_attention_is_found_once():
     """With gradients on, their pass is timed too; a run's random numbers stay what they were."""
     out = python(
-        RACE.format(times=[1.0, 2.0, 3.0, 4.0, 3.0, 2.0]) + "    with torch.no_grad():\n"
+        race(1.0, 2.0, 3.0, 4.0, 3.0, 2.0) + "    with torch.no_grad():\n"
         "        assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n"
         "        assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n"  # from memory
         "    raced = lambda x: x.sin() * (1 if ops.race(device, torch.float32, 2, 12, True) == ops.FLASH else 2)\n"
@@ -147,28 +153,54 @@ def test_the_fastest_attention_is_found_once():
 
 def test_a_winner_that_is_not_installed_any_more_is_raced_anew():
     python(
-        RACE.format(times=[3.0, 2.0, 1.0, 1.0, 2.0, 3.0]) + "    ops.FLASH = 'FlashAttention 3'\n"
+        race(3.0, 2.0, 1.0, 1.0, 2.0, 3.0) + "    flash = 'FlashAttention 3'\n"
         "    assert ops.race(device, torch.float32, 2, 12, False) == 'FlashAttention 3'\n"
-        "    ops.FLASH = 'FlashAttention 2'\n"
+        "    flash = 'FlashAttention 2'\n"
         "    assert ops.race(device, torch.float32, 2, 12, False) == 'ours'\n",
         TRITON_INTERPRET="1",
     )
 
 
+def test_flash_attention_races_only_where_pytorchs_is_another():
+    python(
+        race(3.0, 2.0, backend="FLASH_ATTENTION")
+        + '    assert ops.race(device, torch.float32, 2, 12, False) == "PyTorch\'s"\n'
+        "assert [name for name, _ in ran] == ['fused_attention', 'unfused_attention']",
+        TRITON_INTERPRET="1",
+    )
+
+
 @pytest.mark.parametrize(
-    "installed, generation, known, version",
-    [(True, 9, ["FA3", "FA4"], 3), (False, 9, ["FA3"], 2), (True, 10, ["FA3"], 2), (True, 9, [], 2)],
+    "installed, generations, known, works, version",
+    [
+        (True, [9, 9], ["FA3", "FA4"], True, 3),
+        (False, [9], ["FA3"], True, 2),
+        (True, [9, 8], ["FA3"], True, 2),
+        (True, [9], [], True, 2),
+        (True, [9], ["FA3"], False, 2),
+    ],
 )
-def test_flash_attention_3_is_taken_where_it_is(installed, generation, known, version, monkeypatch):
-    """On a Hopper, from the package that it comes in, where PyTorch knows it."""
-    activated = []
-    find = lambda name: installed and name == "flash_attn_interface"  # noqa: E731
-    monkeypatch.setattr(ops.importlib.util, "find_spec", find)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
-    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: known, raising=False)
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append, raising=False)
-    assert ops.flash_attention() == f"FlashAttention {version}"
-    assert activated == ["FA3"] * (version == 3)
+def test_flash_attention_3_is_taken_where_it_works(installed, generations, known, works, version, monkeypatch, capsys):
+    """On Hoppers, from the package that it comes in, where PyTorch knows it."""
+    calls = []
+
+    def activate(name):
+        calls.append(name)
+        if not works:
+            raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda n: installed and n == "flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(generations))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (generations[i], 0))
+    implementations = torch.nn.attention
+    monkeypatch.setattr(implementations, "list_flash_attention_impls", lambda: known, raising=False)
+    monkeypatch.setattr(implementations, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(implementations, "restore_flash_attention_impl", lambda: calls.append("2"), raising=False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, device, **how: zeros(*a, **how))
+    assert ops.flash_attention.__wrapped__() == f"FlashAttention {version}"
+    assert calls == (["FA3"] if version == 3 else [] if works else ["FA3", "2"])
+    assert ("does not work here (ImportError: undefined symbol)" in capsys.readouterr().err) == (not works)
 
 
 @pytest.mark.parametrize("first", ["CUDNN_ATTENTION", "FLASH_ATTENTION"])
@@ -209,7 +241,7 @@ def test_a_resumed_run_does_not_race_anew(monkeypatch):
 def test_three_lengths_compile_without_a_break():
     """torch.compile keeps what the race said as a constant, whatever the number of tokens."""
     python(
-        RACE.format(times=[1.0, 2.0, 3.0]) + "    ops.race = torch.compiler.assume_constant_result(ops.race)\n"
+        race(1.0, 2.0, 3.0) + "    ops.race = torch.compiler.assume_constant_result(ops.race)\n"
         "    def model(x):\n"
         "        won = ops.race(x.device, x.dtype, 2, x.shape[2] // 2, torch.is_grad_enabled())\n"
         "        return x + 1 if won == 'ours' else x\n"

@@ -229,5 +229,6 @@ def test_a_deeper_world_with_the_same_vae(tmp_path, monkeypatch):
     assert len(models.acquire("dit").blocks) == 5
     ours, theirs = load_vae(tmp_path).state_dict(), load_vae(ROOT / "nano").state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(BadInput, match="state_dit.pt: belongs to a model of another size"):
-        pretrain.train(tmp_path, seed=0, steps=2, layers=6, vae_of="nano")
+    for flags in ({"layers": 6, "vae_of": "nano"}, {"layers": 5, "vae_of": None}):
+        with pytest.raises(BadInput, match='begun with .*"layers": 5, "vae": "nano"'):
+            pretrain.train(tmp_path, seed=0, steps=2, **flags)
