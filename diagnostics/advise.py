@@ -19,9 +19,9 @@ CONFIG = "the checkpoint's config.json"
 NANO_ONLY = "measured on nano only"
 
 
-def advice(s, ckpt, data, keywords, samples, others):
-    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings. others:
-    whether there are captions without keywords.
+def advice(s, blocks, ckpt, data, keywords, samples, others):
+    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings, whose DiT has
+    so many blocks. others: whether there are captions without keywords.
     """
     te, lora = (recommended_flags(s, script) for script in ("train_te", "train_lora"))
 
@@ -43,6 +43,7 @@ def advice(s, ckpt, data, keywords, samples, others):
         ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: own against own_lora"),
         ("rank", 16, f"rank_16 finds words that rank_4 does not, rank_64 few more; {NANO_ONLY}"),
         ("targets", ",".join(s.conditioning.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
+        ("blocks", f"0-{blocks - 1}", f"the upper third alone finds nearly as much: upper against all; {NANO_ONLY}"),
         *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
         *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
         *common(lora, "train_lora"),
@@ -70,7 +71,8 @@ def run(args):
     if keywords and not others:
         print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
     size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
-    advised, plans = advice(models.settings, args.ckpt, args.data, keywords, len(dataset.items), others), {}
+    blocks, samples = models.config().num_layers, len(dataset.items)
+    advised, plans = advice(models.settings, blocks, args.ckpt, args.data, keywords, samples, others), {}
     for i, (script, flags) in enumerate(advised.items()):
         flags = advised[script] = [*flags[:2], *size, *flags[2:]]
         print(f"\n{i + 1}. {command(script, flags)}")

@@ -476,9 +476,9 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
     x, t, context = inputs("ti2v")
     seen, real = [], ops.attention
 
-    def attention(q, k, v, bias=None):
+    def attention(q, k, v, bias=None, **how):
         seen.append(attention_stats(q, k, bias))
-        return real(q, k, v, bias)
+        return real(q, k, v, bias, **how)
 
     with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "attention", attention)
@@ -510,9 +510,9 @@ def test_logits_of_what_variants_add(variant):
         )
     seen, real = [], ops.attention
 
-    def attention(q, k, v, bias=None):
+    def attention(q, k, v, bias=None, **how):
         seen.append(attention_stats(q, k, bias))
-        return real(q, k, v, bias)
+        return real(q, k, v, bias, **how)
 
     with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "attention", attention)
@@ -807,10 +807,10 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     )
     full = {
         flag: (value, why)
-        for flag, value, why in advice(models.released("ti2v-5B"), "x", "y", [], 40, True)["train_lora"]
+        for flag, value, why in advice(models.released("ti2v-5B"), 30, "x", "y", [], 40, True)["train_lora"]
     }
     assert full["lr"] == ("0.0001", PEER) and full["batch"][0] == 1 and "seen 50 times" in full["steps"][1]
-    assert "preserve" not in full
+    assert "preserve" not in full and full["blocks"][0] == "0-29"
     with pytest.raises(BadInput, match="--keywords zebra: no caption"):
         diag("advise", "--data", media, "--keywords", "zebra")
 
