@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import BadInput, atomic, cli, writing
+from diagnostics.common import check_at_least
 from media import write_grid, write_mp4
 from nanoworld import pretrain
 from nanoworld.grader import shares
@@ -119,7 +120,7 @@ def main():
     add("--out", default="out/nano", help="where to write; an unfinished run there is continued (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, clips and noise (default: %(default)s)")
     add("--steps", type=int, default=14000, help="of the DiT (default: %(default)s)")
-    add("--layers", type=int, default=4, help="of the DiT (default: %(default)s)")
+    add("--layers", type=int, default=pretrain.DIT.num_layers, help="of the DiT (default: %(default)s)")
     add("--vae", metavar="CKPT", help="take this checkpoint's VAE (default: train one)")
     c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
     c = commands.add_parser("clips", help="write captioned clips")
@@ -146,9 +147,7 @@ def main():
     add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
     c.set_defaults(run=evaluate)
     args = p.parse_args()
-    for flag in ("n", "steps", "layers"):
-        if getattr(args, flag, None) is not None and getattr(args, flag) < 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: at least 1")
+    check_at_least(1, **{flag: getattr(args, flag, None) for flag in ("n", "steps", "layers")})
     args.run(args)
 
 

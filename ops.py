@@ -153,15 +153,20 @@ BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 # NaN at some (pytorch/pytorch#196678)
 MASKED_BACKENDS = BACKENDS[2:]
 FLASH_FIRST = [BACKENDS[1], BACKENDS[0], *BACKENDS[2:]]
+FLASH = "FlashAttention 2"  # what FLASH_ATTENTION is; `race` asks flash_attention
 
 
-FLASH = "FlashAttention 2"  # what SDPBackend.FLASH_ATTENTION is; `race` asks flash_attention
+def no_saved_tensor_hooks():
+    """Within, what a backward pass needs is simply kept: of hooks the innermost count, and those of checkpointing would
+    run the block again, and so the race in it.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 @functools.cache
-def flash_attention():
-    """Which FlashAttention PyTorch has: 3 from now on, where the package flash_attn_interface is installed, every GPU
-    is a Hopper and PyTorch can take it (2.11).
+def flash_attention(device):
+    """Which FlashAttention PyTorch has: 3 from now on, where the package flash_attn_interface is installed and works on
+    `device`, every GPU is a Hopper and PyTorch can take it (2.11).
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
@@ -170,8 +175,9 @@ def flash_attention():
         return "FlashAttention 2"
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")
-        q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
+        with torch.enable_grad(), no_saved_tensor_hooks():
+            q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+            torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
     except Exception as e:  # whatever a package that was built for another PyTorch raises
         print(f"ops: flash_attn_interface does not work here ({type(e).__name__}: {e})", file=sys.stderr)
         torch.nn.attention.restore_flash_attention_impl()
@@ -289,10 +295,7 @@ def race(device, dtype, heads, d, learns):
     number of tokens: torch.compile, which runs it while it traces, need not trace anew for another length.
     """
     global FLASH
-    # of hooks the innermost count: those of checkpointing would run the block again, and so this
-    no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with torch.enable_grad(), no_hooks, torch.cuda.device(device):
-        FLASH = flash_attention()
+    FLASH = flash_attention(device)
     name = torch.cuda.get_device_name(device)
     key = f"{name}, {dtype}, {heads} heads of {d}{', trained' * learns}"
     if RACED.get(key) not in contenders():  # a state's may not be installed here
@@ -307,7 +310,7 @@ def race(device, dtype, heads, d, learns):
             if learns:
                 torch.autograd.grad(out, (q, k, v), out)
 
-        with torch.set_grad_enabled(learns), no_hooks, torch.cuda.device(device):
+        with torch.set_grad_enabled(learns), no_saved_tensor_hooks(), torch.cuda.device(device):
             backend = sdpa_backend(*(u.unflatten(2, (heads, -1)).transpose(1, 2) for u in (q, k, v)))
             hopper, racing = torch.cuda.get_device_capability() >= (9, 0), contenders()
             if backend != BACKENDS[0]:

@@ -276,17 +276,18 @@ def state_in(dtype, model):
     return {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
 
 
-def train(out, seed, steps, layers=DIT.num_layers, vae_of=None):
+def train(out, seed, steps, layers, vae_of):
     """Train everything and write it to the folder `out` in the official layout of TI2V-5B. steps, layers: of the DiT.
-    vae_of: a checkpoint whose VAE is taken.
+    vae_of: a checkpoint whose VAE is taken, or None. Raises BadInput where the folder was begun with other flags.
     """
     out, dit = Path(out), replace(DIT, num_layers=layers)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = {"seed": seed, "layers": layers, "vae": vae_of}
-    if (begun := out / "begun.json").exists() and json.loads(begun.read_text()) != wanted:
-        raise BadInput(f"--out {out}: begun with {begun.read_text()}; choose another folder, or these flags again")
-    with atomic(begun) as tmp:
-        tmp.write_text(json.dumps(wanted))
+    flags, begun_file = json.dumps({"seed": seed, "layers": layers, "vae": vae_of}), out / "begun.json"
+    if not begun_file.exists():
+        with atomic(begun_file) as tmp:
+            tmp.write_text(flags)
+    elif (before := begun_file.read_text()) != flags:
+        raise BadInput(f"--out {out}: begun with {before}; choose another folder, or these flags again")
     vae = load_vae(checkpoint_dir(vae_of)) if vae_of else train_vae(out, seed)
     rng = random.Random("reconstructions")
     attributes = [sample_attributes(rng) for _ in range(200)]

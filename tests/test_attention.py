@@ -77,7 +77,7 @@ for name in ("fused_attention", "unfused_attention"):
 patches = [
     mock.patch.object(ops.kernels, "milliseconds", milliseconds),
     mock.patch.object(ops, "sdpa_backend", lambda q, k, v: SDPBackend.{backend}),
-    mock.patch.object(ops, "flash_attention", lambda: flash),
+    mock.patch.object(ops, "flash_attention", lambda device: flash),
     mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
     mock.patch("torch.cuda.get_device_capability", lambda: (9, 0)),
     mock.patch("torch.cuda.get_device_name", lambda device: "Some GPU"),
@@ -198,7 +198,7 @@ def test_flash_attention_3_is_taken_where_it_works(installed, generations, known
     monkeypatch.setattr(implementations, "restore_flash_attention_impl", lambda: calls.append("2"), raising=False)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, device, **how: zeros(*a, **how))
-    assert ops.flash_attention.__wrapped__() == f"FlashAttention {version}"
+    assert ops.flash_attention.__wrapped__("cuda") == f"FlashAttention {version}"
     assert calls == (["FA3"] if version == 3 else [] if works else ["FA3", "2"])
     assert ("does not work here (ImportError: undefined symbol)" in capsys.readouterr().err) == (not works)
 
