@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import ops
 from checkpoint import BadInput, Entry, put
+from kernels.gelu import gelu_backward_
 from kernels.quantize import E4M3, quantize_rows_ref
 
 FP8 = (E4M3, torch.float8_e5m2)
@@ -37,28 +38,42 @@ def has_fp8_matmul(x, weight):
     """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column; in a plan that
     is made without a GPU, yes.
     """
-    if not ops.on_gpu(x) or x.dtype != torch.bfloat16 or weight.dtype != E4M3 or any(n % 16 for n in weight.shape):
-        return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device if x.is_cuda else None) >= (8, 9)
+    fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
+    return fits and ops.on_gpu(x) and ops.capability(x.device) >= (8, 9)
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b; for the backward pass nothing but the 8-bit weight is kept. The weight gets no gradient."""
+    """x W^T + b, or gelu(x) W^T + b: by the 8-bit rows of that and their scales, or where these are None by a dense
+    weight. For the backward pass nothing but the 8-bit weight is kept, and what goes into a GELU. The weight gets no
+    gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias):
-        ctx.save_for_backward(weight, scale)
-        if not has_fp8_matmul(x, weight):
+    def forward(ctx, x, rows, x_scale, weight, scale, bias, activated):
+        ctx.save_for_backward(x if activated else None, weight, scale)
+        if rows is None:
             return F.linear(x, dense(weight, scale, x.dtype), bias)
-        x8, x_scale = ops.quantize_rows(x.flatten(0, -2))
         options = dict(bias=bias, out_dtype=x.dtype, use_fast_accum=True)
-        y = torch._scaled_mm(x8, weight.t(), scale_a=x_scale, scale_b=scale.t().contiguous(), **options)
+        y = torch._scaled_mm(rows, weight.t(), scale_a=x_scale, scale_b=scale.t().contiguous(), **options)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, dy):
-        weight, scale = ctx.saved_tensors
-        return dy @ dense(weight, scale, dy.dtype), None, None, None
+        x, weight, scale = ctx.saved_tensors
+        dx = dy @ dense(weight, scale, dy.dtype)
+        return dx if x is None else gelu_backward_(x, dx), *[None] * 6
+
+
+def rows_in_fp8(x, activated=False):
+    """The rows of x (...,m), or of its GELU, in 8 bits: (n,m), and their scales (n,1)."""
+    return ops.quantize_rows(x.detach().flatten(0, -2), activated)
+
+
+def project(x, *linears):
+    """[m(x) for m in linears], x being rounded once for all that multiply it in 8 bits."""
+    native = [isinstance(m, Fp8Linear) and has_fp8_matmul(x, m.weight) for m in linears]
+    rows = rows_in_fp8(x) if any(native) else None
+    return [m(x, rows=rows) if n else m(x) for m, n in zip(linears, native)]
 
 
 class Fp8Linear(nn.Linear):
@@ -92,8 +107,13 @@ class Fp8Linear(nn.Linear):
         self.error = (weight.float() - dense(weight8, self.scales, torch.float32)).norm()
         put(self, "weight", weight8)
 
-    def forward(self, x):
-        return Fp8Matmul.apply(x, self.weight, self.scales, self.bias)
+    def forward(self, x, activated=False, rows=None):
+        """x W^T + b, of the GELU of x if `activated`. rows: rows_in_fp8(x), where that is known."""
+        if has_fp8_matmul(x, self.weight):
+            rows = rows or rows_in_fp8(x, activated)
+        else:
+            x, activated, rows = ops.GELU()(x) if activated else x, False, (None, None)
+        return Fp8Matmul.apply(x, *rows, self.weight, self.scales, self.bias, activated)
 
 
 # ---- files with scales -------------------------------------------------------------------------------------------

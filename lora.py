@@ -100,11 +100,11 @@ class LoRALinear(nn.Linear):
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
 
-    def forward(self, x):
+    def forward(self, x, **how):
         if not self.enabled:
-            return super().forward(x)
+            return super().forward(x, **how)
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return super().forward(x) + F.linear(low, (self.scale * self.lora_B).to(x.dtype))
+        return super().forward(x, **how) + F.linear(low, (self.scale * self.lora_B).to(x.dtype))
 
 
 def _keep_beside(linear, a, b, weight):

@@ -80,6 +80,13 @@ def on_gpu(x):
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
+def capability(device):
+    """(major, minor) of a GPU; in a plan that is made without one, a Hopper's."""
+    if not torch.cuda.is_available():
+        return 9, 0
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+
+
 def chosen(device):
     """What a device's operations are, for a run's first lines and its record."""
     kind = torch.device(device).type
@@ -145,6 +152,19 @@ class GELU(torch.nn.Module):
         if torch.is_grad_enabled():
             return (gelu_kernel.gelu if ours else gelu_kernel.gelu_ref)(x)
         return gelu_kernel.gelu_(x) if ours else torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def linear_gelu(linear, x):
+    """The GELU of linear(x). Without gradients a GPU computes it with the product, of the sums before they are rounded
+    to bf16: 2 to 3 % of a video DiT's step on an H100, but slower on consumers' Blackwells (sgl-project/sglang#33536,
+    #34350).
+    """
+    plain = type(linear) is Linear and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    if plain and fast(x) and on_gpu(x) and capability(x.device) < (12, 0):
+        # on a GPU its GELU is the tanh formula, whatever library multiplies
+        y = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+    return GELU()(linear(x))
 
 
 # PyTorch's attention on a GPU, best first; from Hopper on cuDNN's is the fastest
@@ -330,13 +350,14 @@ def race(device, dtype, heads, d, learns):
 
 
 if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
-    race = torch.compiler.assume_constant_result(race)  # torch.compile runs it while it traces, and leaves it out
+    # torch.compile runs these while it traces, and leaves them out
+    race, capability = map(torch.compiler.assume_constant_result, (race, capability))
 
 
-def quantize_rows(x):
-    """x (n,m) in e4m3, and each row's scale (n,1) fp32."""
+def quantize_rows(x, activated=False):
+    """x (n,m), or its GELU, in e4m3, and each row's scale (n,1) fp32."""
     fused = CHOSEN.get(x.device.type) in ("triton", "cuda")
-    return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x)
+    return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x, activated)
 
 
 def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):

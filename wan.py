@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 import ops
 from checkpoint import BadInput, count_blocks, load_into
 from formats import expert_folders, official_config, read_json, read_weights, weight_files
-from fp8 import convert, linears_in_fp8
+from fp8 import Fp8Linear, convert, linears_in_fp8, project
 from kernels.rope import grid_positions, rope_table
 
 
@@ -85,7 +85,7 @@ class SelfAttention(Attention):
     def forward(self, x, rope):
         """x (B,L,D) -> (B,L,D)."""
         weights = self.norm_q.weight, self.norm_k.weight
-        return self.o(self.attend(self.q(x), self.k(x), self.v(x), weights, self.eps, self.heads, rope))
+        return self.o(self.attend(*project(x, self.q, self.k, self.v), weights, self.eps, self.heads, rope))
 
 
 class CrossAttention(Attention):
@@ -102,10 +102,10 @@ class CrossAttention(Attention):
 
 class FeedForward(nn.Sequential):
     def forward(self, x):
-        up, gelu, down = self
-        if torch.is_grad_enabled() and type(down) is ops.Linear:
-            return down(up(x), activated=True)  # keeps less for the backward pass
-        return down(gelu(up(x)))  # without one, up's output is gone once gelu has read it
+        up, _, down = self
+        if type(down) is Fp8Linear or type(down) is ops.Linear and torch.is_grad_enabled():
+            return down(up(x), activated=True)  # takes the GELU as it rounds x; keeps less for the backward pass
+        return down(ops.linear_gelu(up, x))
 
 
 class Block(nn.Module):

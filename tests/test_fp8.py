@@ -7,10 +7,12 @@ import tiny
 import tiny_animate
 import tiny_s2v
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import fp8
 import lora
+import ops
 import plan
 from checkpoint import BadInput
 from diagnostics.delta import delta
@@ -281,10 +283,68 @@ def test_scales_in_what_a_variant_adds(tmp_path, variant, parts):
     assert all(torch.equal(got[name], products.get(name, w)) for name, w in model.state_dict().items())
 
 
-def test_a_gpus_product_is_planned():
-    """x in 8 bits with its scales, and what comes out: no second x in fp32, and no dense weight."""
+@pytest.fixture
+def gpus_product(monkeypatch):
+    """A GPU's product of 8-bit matrices, by its definition; a list of what was rounded for it: (shape, whether its
+    GELU).
+    """
+
+    def scaled_mm(rows, weight, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        return ((rows.float() * scale_a) @ (weight.float() * scale_b) + bias.float()).to(out_dtype)
+
+    def quantize_rows(x, activated=False, real=ops.quantize_rows):
+        rounded.append((x.shape[1], activated))
+        return real(x, activated)
+
+    rounded = []
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(fp8, "has_fp8_matmul", lambda x, weight: weight.dtype == fp8.E4M3)
+    monkeypatch.setattr(ops, "quantize_rows", quantize_rows)
+    return rounded
+
+
+@pytest.mark.parametrize("adapted", [(), ("self_attn.k", "ffn.2")])
+def test_products_in_8_bits(tmp_path, gpus_product, adapted, report):
+    """x is rounded once for q, k and v, and a GELU as it is computed, unless an adapter wants it too. Values and
+    gradients are near those of dense weights.
+    """
+    tiny.write_dit(tmp_path, tiny.dit("ti2v", dim=256, layers=1))
+    eight, dense = load_wan(tmp_path, dtype=torch.float32, fp8=True), load_wan(tmp_path, dtype=torch.float32)
+    found, width = [], eight.blocks[0].ffn[0].out_features
+    for model in (eight, dense):
+        torch.manual_seed(0)
+        if adapted:
+            lora.inject(model, adapted, rank=4)
+            for p in model.parameters():
+                if p.requires_grad:
+                    torch.nn.init.normal_(p, std=0.05)
+        text = CONTEXT.clone().requires_grad_()
+        y = model(X, T, text)
+        found.append([y, *torch.autograd.grad(y.square().mean(), text)])
+    qkv, others, down = (256, False), (256, False), (width, not adapted)
+    assert gpus_product == [qkv, others, *[others] * 4, others, down]
+    for name, limit, a, b in zip(("values", "gradient"), (0.05, 0.2), *found):
+        report(name, relative(a, b), limit)
+
+
+def test_a_gelus_gradient_in_8_bits(gpus_product, report):
+    linear = fp8.Fp8Linear(torch.nn.Linear(64, 48))
+    linear.quantize(torch.randn(48, 64))
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    y = linear(x, activated=True)
+    want = F.linear(F.gelu(x, approximate="tanh"), fp8.dense(linear.weight, linear.scales, x.dtype), linear.bias)
+    dy = torch.randn(y.shape)
+    (got,), (exact,) = (torch.autograd.grad(out, x, dy) for out in (y, want))
+    report("gradient", relative(got, exact), 1e-6)
+    report("value", relative(y, want), 0.05)
+    assert gpus_product == [(64, True)]
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_a_gpus_product_is_planned(activated):
+    """x in 8 bits with its scales, and what comes out: no second x in fp32, no GELU of it, and no dense weight."""
     with plan.pretending(True):
         linear = fp8.Fp8Linear(torch.nn.Linear(512, 96, dtype=torch.bfloat16))
         x = torch.empty(1, 1000, 512, dtype=torch.bfloat16)
-        peak = plan.traced(lambda: linear(x))
+        peak = plan.traced(lambda: linear(x, activated))
     assert 1000 * (512 + 4 + 2 * 96) <= peak < 1.01 * 1000 * (512 + 4 + 2 * 96)

@@ -33,7 +33,9 @@ def test_8_bit_adamw(report):
 def test_rows_in_8_bits(dtype, report):
     """A value that rounding has put on the other side of a half may be a step off. An A100 has no e4m3."""
     if torch.cuda.get_device_capability() >= (8, 9):
-        report("error", importlib.import_module("kernels.quantize").check("cuda", dtype), 0.08)
+        kernel = importlib.import_module("kernels.quantize")
+        report("error", kernel.check("cuda", dtype), 0.08)
+        report("of a GELU, in half steps", kernel.check_activated("cuda", dtype)[0], 1.001)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
@@ -65,7 +67,9 @@ def test_convolution_equals_the_reference(dtype, limit, report, monkeypatch):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_dit_with_fast_operations(dtype, limit, report):
-    """Values and the gradient by the text of a DiT with heads of 128, against the reference operations on that GPU."""
+    """Values, with gradients and without, and the gradient by the text of a DiT with heads of 128, against the
+    reference operations on that GPU.
+    """
     model, found = tiny.dit("ti2v", dim=256, heads=2).cuda(), []
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if importlib.import_module("wan").keep_fp32(name) else dtype)
@@ -79,8 +83,9 @@ def test_dit_with_fast_operations(dtype, limit, report):
             text = c.clone().requires_grad_()
             y = model(x, t, text, torch.tensor([40, 7]))
             y.square().sum().backward()
-            found.append((y.detach(), text.grad))
-    for name, a, b in zip(("output", "gradient"), found[1], found[0]):
+            with torch.no_grad():
+                found.append((y.detach(), model(x, t, c, torch.tensor([40, 7])), text.grad))
+    for name, a, b in zip(("output", "without gradients", "gradient"), found[1], found[0]):
         report(name, tiny.error(a, b), limit)
 
 

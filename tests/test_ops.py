@@ -1,5 +1,6 @@
 """The fused operations against their definitions: C++, and Triton in its interpreter and compiled for GPUs."""
 
+import ast
 import importlib
 import os
 import re
@@ -8,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 
 import kernels
+import lora
 import ops
 from checkpoint import BadInput
 from kernels import linear, rope
@@ -81,15 +85,20 @@ def test_triton_equals_the_reference(name, report):
         report(f"size {i % 3}, {dtype}", float(error), LIMITS[getattr(torch, dtype.removeprefix("torch."))])
 
 
-def test_triton_rounds_rows_as_torch_does():
+def test_triton_rounds_rows_as_torch_does(report):
     """To e4m3, on every step and between two, the same bits."""
     out = python(
         "import torch, kernels.quantize as k\n"
         "print([k.check('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)])\n"
-        "torch.library.opcheck(k.fused, (torch.randn(3, 5),))",
+        "print(*(k.check_activated('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)), sep='\\n')\n"
+        "for activated in (False, True): torch.library.opcheck(k.fused, (torch.randn(3, 5), activated))",
         TRITON_INTERPRET="1",
     )
-    assert out == "[0.0, 0.0]\n"
+    rounded, *activated = map(ast.literal_eval, out.splitlines())
+    assert rounded == [0.0, 0.0]
+    for dtype, (steps, scales) in zip(("fp32", "bf16"), activated):  # its GELU: within what e4m3 rounds away
+        report(f"half steps, {dtype}", steps, 1.001)
+        report(f"scales, {dtype}", scales, 1e-6)
 
 
 @pytest.mark.parametrize("name", [*KERNELS, "gelu"])
@@ -279,7 +288,8 @@ build("attention", A.forward_kernel, **how, NORM=True, ROPE=True, **A.tiles(128,
 build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "keys"))
 build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
 types = {"x": half, "out": "*fp8e4nv", "scales": full}
-build("quantize", E.quantize_kernel, types=types, archs=[90], BLOCK=1024)  # an A100 has no e4m3
+for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # an A100 has no e4m3
+    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=[90], ACTIVATED=activated, **E.tuned(M))
 types = all_of("weight compensation grad", half) | {"codes": "*i16", "scales": full}
 types |= all_of("lr keep b1 b2 correction1 correction2 ratio", "fp32")
 how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES)
@@ -304,7 +314,7 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     cubins = sorted(tmp_path.glob("*.cubin"))
-    assert len(cubins) == 33
+    assert len(cubins) == 36
     spilled = {}
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
@@ -323,3 +333,42 @@ def test_a_gelu_keeps_its_input_only_where_gradients_are(choice):
         assert torch.equal(ops.GELU()(x), want) and not torch.equal(x, want)
         with torch.no_grad():
             assert ops.GELU()(x) is x and torch.equal(x, want)
+
+
+@pytest.mark.parametrize(
+    "dtype, gradients, adapted, fused",
+    [
+        (torch.bfloat16, False, False, True),
+        (torch.float32, False, False, False),  # equal to the definition to fp32's rounding
+        (torch.bfloat16, True, False, False),  # a backward pass needs what goes into the GELU
+        (torch.bfloat16, False, True, False),  # an adapter is added in between
+    ],
+)
+def test_where_a_gpu_computes_a_gelu_with_the_product(dtype, gradients, adapted, fused, monkeypatch, report):
+    calls, real = [], torch._addmm_activation
+
+    def addmm_activation(bias, x, weight, use_gelu):
+        calls.append(use_gelu)
+        return real(bias, x, weight, use_gelu=use_gelu)
+
+    monkeypatch.setattr(torch, "_addmm_activation", addmm_activation)
+    model = tiny.dit("ti2v").to(dtype)
+    ffn, x = model.blocks[0].ffn, torch.randn(2, 5, model.config.dim, dtype=dtype)
+    up, _, down = ffn
+    if adapted:
+        lora.inject(model, ("ffn.0",), rank=4, blocks=[0])
+    want = F.linear(F.gelu(F.linear(x, up.weight, up.bias), approximate="tanh"), down.weight, down.bias)
+    with ops.using("triton", pretend=True), torch.set_grad_enabled(gradients):
+        report("feed-forward", tiny.error(ffn(x), want), 2e-2 if dtype == torch.bfloat16 else 2e-6)
+    assert calls == [True] * fused
+
+
+def test_a_feed_forward_compiles_without_a_break(monkeypatch):
+    """At three lengths, with the GELU in the product."""
+    monkeypatch.setattr(ops, "capability", torch.compiler.assume_constant_result(ops.capability))
+    ffn = tiny.dit("ti2v").blocks[0].ffn.bfloat16()
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    with ops.using("triton", pretend=True), torch.no_grad():
+        for L in (5, 7, 11):
+            x = torch.randn(1, L, ffn[0].in_features, dtype=torch.bfloat16)
+            assert torch.equal(compiled(x), ffn(x))
