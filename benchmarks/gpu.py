@@ -162,7 +162,17 @@ def ceilings():
     return results
 
 
-JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step}
+@torch.no_grad()
+def gpu_gelu(rows=27280, dim=3072, ffn_dim=14336):
+    """The first product of 5B's feed-forward and its GELU, in one and apart."""
+    with torch.device(DEVICE):
+        up, x = ops.Linear(dim, ffn_dim).bfloat16(), torch.randn(1, rows, dim).bfloat16()
+    results = {"ms": milliseconds(lambda: ops.linear_gelu(up, x)), "apart_ms": milliseconds(lambda: ops.GELU()(up(x)))}
+    print(f"GELU with the product {results['ms']:.2f} ms, apart {results['apart_ms']:.2f} ms", flush=True)
+    return results
+
+
+JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step, "gelu": gpu_gelu}
 JOBS |= {m.__name__: m.main for m in (modulate, qk_norm_rope, attention, quantize, adamw8bit, causal_conv3d)}
 JOBS |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
 JOBS |= {"vae": gpu_vae}

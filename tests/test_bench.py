@@ -32,7 +32,7 @@ def test_a_job_that_fails_costs_no_other_figure(how, said, tmp_path, monkeypatch
 
 
 def test_what_is_timed_on_a_gpu_runs(monkeypatch):
-    """At a small size on the CPU: ours and the peers, forward and LoRA steps, guided steps."""
+    """At a small size on the CPU: ours and the peers, forward and LoRA steps, guided steps, a GELU."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "full_config", lambda variant: tiny.dit("ti2v").config)
     monkeypatch.setattr(gpu, "measure_on_gpu", run_once)
@@ -41,6 +41,7 @@ def test_what_is_timed_on_a_gpu_runs(monkeypatch):
     measured = gpu.gpu_dit("ti2v-5B", (2, 4, 6), "small", layers=2)
     for work in ("forward", "lora_step", "lora_step_checkpointing"):
         assert measured[work].keys() == names, work
+    assert all(ms > 0 for ms in gpu.gpu_gelu(rows=20, dim=16, ffn_dim=24).values())
 
 
 def run_once(contenders, rounds):
