@@ -39,7 +39,7 @@ def has_fp8_matmul(x, weight):
     is made without a GPU, yes.
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
-    return fits and ops.on_gpu(x) and ops.capability(x.device) >= (8, 9)
+    return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9))
 
 
 class Fp8Matmul(torch.autograd.Function):

@@ -80,11 +80,10 @@ def on_gpu(x):
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
-def capability(device):
-    """(major, minor) of a GPU; in a plan that is made without one, a Hopper's."""
-    if not torch.cuda.is_available():
-        return 9, 0
-    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+def capable(device, least=(0, 0), below=(99, 0)):
+    """Whether least <= a GPU's (major, minor) < below; a plan that is made without one is for a Hopper."""
+    index = device if device.type == "cuda" else None
+    return least <= (torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)) < below
 
 
 def chosen(device):
@@ -160,7 +159,7 @@ def linear_gelu(linear, x):
     #34350).
     """
     plain = type(linear) is Linear and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    if plain and fast(x) and on_gpu(x) and capability(x.device) < (12, 0):
+    if plain and fast(x) and on_gpu(x) and capable(x.device, below=(12, 0)):
         # on a GPU its GELU is the tanh formula, whatever library multiplies
         y = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])
@@ -351,7 +350,7 @@ def race(device, dtype, heads, d, learns):
 
 if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
     # torch.compile runs these while it traces, and leaves them out
-    race, capability = map(torch.compiler.assume_constant_result, (race, capability))
+    race, capable = map(torch.compiler.assume_constant_result, (race, capable))
 
 
 def quantize_rows(x, activated=False):
