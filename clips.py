@@ -186,6 +186,8 @@ def run(args, prompts, models, s, seed, inputs):
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
         callback = preview_writer(models, preview, args.preview_every, prompts[0])
+    encode_prompts(models, s, prompts)
+    models.drop("text")
     sample_clips(models, s, prompts[0], sequence, parts, reuse=args.reuse, callback_on_step_end=callback)
     if world.is_writer:
         write_video(args.out, parts, sequence, json.dumps(used, ensure_ascii=False), args.save_latents)

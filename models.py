@@ -24,7 +24,7 @@ from lora_files import choose_experts, parse_lora_spec, read_lora
 from parallel import World, parallelize
 from t5 import encoder_files, load_t5
 from vae import GEOMETRY, load_vae
-from wan import VARIANTS, load_wan, read_config
+from wan import VARIANTS, keep_fp32, load_wan, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NANO = Path(__file__).parent / "nano"  # the checkpoint in the repository
@@ -388,11 +388,15 @@ class Models:
         nbytes = sum(p.nbytes for p in part.model.parameters())
         if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
             part.to("cpu")
+            torch.cuda.empty_cache()
         else:
             part = None
             self.drop(name)
-        if cuda:
-            torch.cuda.empty_cache()
+
+    def make_way(self, name):
+        """Let a part leave an accelerator though it will come back: what comes now is the largest. A CPU keeps it."""
+        if self.runtime.cuda:
+            self.evict(name)
 
     def drop(self, *names):
         """Give parts up (default: all); they are read again when asked for."""
@@ -402,6 +406,8 @@ class Models:
                 part.close()
                 del part
                 gc.collect()  # a streamed model and its Stream know each other
+        if self.runtime.cuda:
+            torch.cuda.empty_cache()
 
     def loaded(self):
         """The models in memory."""
@@ -416,11 +422,16 @@ class Models:
         if name in self.settings.conditioning.encoders:
             return self.settings.conditioning.encoders[name].bytes(self.dir)
         entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
-        is_dit, itemsize = name in self.headers, 4 if name == "vae" else self.runtime.dtype.itemsize
-        in_blocks = {n: e.numel for n, e in entries.items() if is_dit and n.startswith("blocks.")}
-        outside = sum(e.numel for e in entries.values()) - sum(in_blocks.values())
-        resident = 1 - min(1, self.runtime.stream_blocks / max(1, count_blocks(in_blocks)))
-        return itemsize * outside + round((1 if self.fp8 else itemsize) * sum(in_blocks.values()) * resident)
+        is_dit, dtype = name in self.headers, self.runtime.dtype
+        blocks = {n for n in entries if is_dit and n.startswith("blocks.")}
+        resident = 1 - min(1, self.runtime.stream_blocks / max(1, count_blocks(blocks)))
+
+        def nbytes(n, numel):
+            whole = name == "vae" or is_dit and keep_fp32(n)
+            itemsize = 4 if whole else 1 if self.fp8 and n in blocks else dtype.itemsize
+            return itemsize * numel * (resident if n in blocks else 1)
+
+        return round(sum(nbytes(n, e.numel) for n, e in entries.items()))
 
     def _load(self, name):
         run = self.runtime
@@ -486,6 +497,9 @@ class Models:
         if key != self._conditions[0]:
             vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
+            if vae:
+                vae = None
+                self.make_way("vae")
         return self._conditions[1]
 
     def guidance_mode(self, tokens, batch=1):
@@ -496,5 +510,5 @@ class Models:
             return "parallel"
         need = 2 * activation_bytes(self.config().dim, tokens // self.world.sp_size, batch)
         if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
-            need += self._bytes(self.settings.expert_names[0])
+            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # and what lies beside it
         return "batched" if self.world.all_ranks(free_memory(self.device) > need, "sp") else "sequential"

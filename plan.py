@@ -66,6 +66,7 @@ class Tracker(TorchDispatchMode):
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now + scratch_bytes(func, args))
         return out
 
     def _gone(self, nbytes):
@@ -75,6 +76,16 @@ class Tracker(TorchDispatchMode):
 def storages(tree):
     """The storages of all tensors in a tree."""
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def scratch_bytes(func, args):
+    """What an operation that was traced takes while it runs, and does not return."""
+    if str(func) != "nanowan_csrc.causal_conv3d.default":
+        return 0
+    x, _, weight, _, gamma = args  # x behind the frames before it, normed
+    B, C, T, H, W = x.shape
+    before = weight.shape[2] - 1
+    return B * C * (before + T) * H * W * x.itemsize if before or gamma is not None else 0
 
 
 def traced(f):
@@ -181,6 +192,8 @@ def build_wan(config):
 @contextlib.contextmanager
 def pretending(cuda):
     """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
+    if cuda and torch.cuda.is_available():
+        torch.cuda.init()  # an operation may ask what the GPU can do; within a checkpoint PyTorch forbids to begin then
     gpu_ops = ops.using("cuda" if kernels.BUILT else "triton", pretend=True)
     with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
@@ -297,25 +310,25 @@ def sampling(
         encoder = nbytes(build(builders, "text", dtype))
     if not cuda:
         on_device += on_host
-    experts, (width, height) = len(s.expert_names), request.pixels
-    all_weights = encoder + experts * on_device + vae_bytes
-    one_at_a_time = cuda or all_weights + max(step, decode) > free_memory(device)
-    phases = {"encode prompts": {"encoder": encoder}}
-    if encode:
-        phases["encode images"] = {"VAE": vae_bytes if one_at_a_time else vae_bytes + encoder, "activations": encode}
+    experts, (width, height), free = len(s.expert_names), request.pixels, free_memory(device)
     how = {
         "batched": "both halves of guidance in one batch",
         "sequential": "guidance in two passes",
         "parallel": "guidance on two ranks",
     }
     denoising = "activations" + (f", {how[mode]}" if mode in how else "")
-    phases["denoise"] = {"DiT": on_device if one_at_a_time else all_weights, denoising: step}
-    phases["decode"] = {"VAE": vae_bytes if one_at_a_time else all_weights, "activations and video": decode}
+    # a GPU has one expert at a time; clip by clip the DiT and the VAE take turns and stay where there is room
+    together = 1 if cuda or experts * on_device + vae_bytes + step > free else experts
+    stay = s.conditioning.by_clips and on_device + vae_bytes + max(step, decode) <= free
+    phases = {"encode prompts": {"encoder": encoder}}
+    if encode:
+        phases["encode images"] = {"VAE": vae_bytes, "activations": encode}
+    vae_waits = {"VAE": vae_bytes} if stay or encode and not cuda else {}
+    phases["denoise"] = {"DiT": together * on_device, denoising: step} | vae_waits
+    phases["decode"] = {"VAE": vae_bytes, "activations and video": decode} | ({"DiT": on_device} if stay else {})
     disk = {"mp4, at most about": 3 * s.frames * width * height * batch // 20}
     other_experts = (on_device + on_host) * (experts - 1)
-    return Plan(
-        device, phases, disk, {"streamed blocks": on_host, "the other expert": other_experts, "encoder": encoder}
-    )
+    return Plan(device, phases, disk, {"streamed blocks": on_host, "the other expert": other_experts})
 
 
 def training(

@@ -307,6 +307,7 @@ def run(args, prompts, world):
     # latents of all prompts, so that the DiT comes and goes once
     mine = list(enumerate(prompts))[world.dp_rank :: world.dp_size]
     models.encode_prompts([*(p for _, p in mine), *([s.negative] if s.guided else [])])
+    models.drop("text")
     latents = []
     for i, prompt in mine:
         out, cache, callback = numbered(args.out, i, len(prompts)), EasyCache(args.reuse), None
@@ -322,6 +323,9 @@ def run(args, prompts, world):
             save(numbered(args.save_latents, i, len(prompts)), {"latents": z[0]}, {"prompt": prompt})
 
     # pixels
+    for stream in models.streams():
+        print(stream.report())
+    models.drop(*s.expert_names)
     shown = []
     for (i, prompt), z in zip(mine, latents):
         video = decode(models, z, args.vae_tile)[0].cpu()
@@ -336,8 +340,6 @@ def run(args, prompts, world):
         sheet = numbered(args.grid, world.dp_rank, world.dp_size)
         write_grid(sheet, shown, [p for _, p in mine])
         print(sheet)
-    for stream in models.streams():
-        print(stream.report())
     print(need.compare(world.device))
 
 

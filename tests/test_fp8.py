@@ -340,6 +340,18 @@ def test_a_gelus_gradient_in_8_bits(gpus_product, report):
     assert gpus_product == [(64, True)]
 
 
+def test_a_plan_asks_a_gpu_before_a_checkpoint_begins(monkeypatch):
+    """PyTorch refuses a device that is initialized within one's forward pass."""
+    began = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: began.append("init"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: began.append("asked") or (9, 0))
+    with plan.pretending(True):
+        linear = fp8.Fp8Linear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
+        linear(torch.empty(1, 5, 64, dtype=torch.bfloat16))
+    assert began == ["init", "asked"]
+
+
 @pytest.mark.parametrize("activated", [False, True])
 def test_a_gpus_product_is_planned(activated):
     """x in 8 bits with its scales, and what comes out: no second x in fp32, no GELU of it, and no dense weight."""

@@ -633,7 +633,7 @@ def test_prompts_of_a_file(tmp_path):
 
 def test_a_preview_comes_every_so_many_steps(tmp_path):
     """After the second step and the fourth, and shows that step's estimate."""
-    models, file = SimpleNamespace(acquire=lambda name: None), tmp_path / "p.png"
+    models, file = SimpleNamespace(acquire=lambda name: None, make_way=lambda name: None), tmp_path / "p.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising, "latent_to_rgb", lambda vae: torch.eye(4, 3))
         write, written = preview_writer(models, file, 2, "a cat"), []
