@@ -443,13 +443,17 @@ def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
     return failed
 
 
-def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
-    """Make sure every caption's embedding is cached; returns {caption: file}. `load_encoder()` is called only if one is
-    missing. `encoder_files`: its weights and its tokenizer. Each cache file holds `embedding` (S,D) in the encoder's
-    dtype.
-    """
+def text_files(captions, cache, encoder_files, dtype):
+    """{caption: the cache file of its embedding}, whether it exists yet or not. encoder_files: weights, tokenizer."""
     weights = [digest(f) for f in encoder_files]
-    files = {c: cache_file(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
+    return {c: cache_file(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
+
+
+def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
+    """Make sure every caption's embedding is cached; returns text_files. `load_encoder()` is called only if one is
+    missing. Each cache file holds `embedding` (S,D) in the encoder's dtype.
+    """
+    files = text_files(captions, cache, encoder_files, dtype)
     missing = [c for c, f in files.items() if not f.exists()]
     encoder = load_encoder() if missing else None
     for caption in tqdm(missing, desc="texts", unit="caption", disable=not missing):

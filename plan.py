@@ -342,6 +342,7 @@ def training(
     text=64,
     cache=(0, 0),
     encode=True,
+    encode_texts=True,
     previews=False,
     ranks=1,
     num_results=1,
@@ -351,8 +352,9 @@ def training(
     args, s: resolved flags and Settings. builders: of a checkpoint. make_trainable(dit, encoder) returns what is
     trained, parameters or optimizer groups; where it changes the encoder, that is run too. num_experts: how many DiTs
     are trained through. fp8_files: the checkpoint's own weights are in 8 bits. bucket (width, height, frames): the
-    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode: whether latents are still to
-    be computed. ranks: how many processes there are. num_results: how many copies of what is trained stay on disk.
+    largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode, encode_texts: whether there
+    are some to compute. ranks: how many processes there are. num_results: how many copies of what is trained stay on
+    disk.
     """
     dtype, cuda = DTYPES[args.dtype], torch.device(args.device).type == "cuda"
     width, height, frames = bucket or (*parse_size(args.resolution), args.frames)
@@ -379,7 +381,7 @@ def training(
             encoder_bytes = encoder_bytes // layout.fsdp_size + gathered
         if trains_encoder:
             weights["encoder"] = encoder_bytes
-        else:
+        elif encode_texts or previews:
             phases["cache texts"] = {"encoder": encoder_bytes}
         result = nbytes(encoder) if trains_encoder and args.save != "delta" else None
 

@@ -283,12 +283,16 @@ class Dataset:
         return {"samples": len(self.items), "held_out": len(self.val_items), **self.bytes}
 
     def plan_sizes(self, texts):
-        """What plan.training asks about the data; `texts`: whether these are cached too."""
+        """What plan.training asks about the data and the checkpoint; `texts`: whether these are cached too."""
+        encode = not all(f.exists() for f in self.files + self.val_files)
+        files = data.text_files(*self._texts_to_cache()).values() if texts and not encode else ()
         return {
             "bucket": max((i.bucket for i in self.items), key=math.prod),
             "text": self.tokens,
             "cache": (self.bytes["latents"], self.bytes["texts"] * texts),
-            "encode": not all(f.exists() for f in self.files + self.val_files),
+            "encode": encode,
+            "encode_texts": encode or not all(f.exists() for f in files),
+            "fp8_files": self.models.fp8,
         }
 
     def _latent_files(self, items):
@@ -325,12 +329,16 @@ class Dataset:
 
     def cache_texts(self):
         """Fill the cache of text embeddings, each rank a part of it; returns {text: file}."""
-        models, dtype = self.models, DTYPES[self.args.dtype]
-        sources = [*models.files("text"), *filter(None, [tokenizer_file(models.dir)])]
-        how = self.cache, sources, lambda: models.acquire("text"), dtype
-        data.cache_texts(self.texts[self.world.rank :: self.world.size], *how)
+        texts, cache, sources, dtype = self._texts_to_cache()
+        how = cache, sources, lambda: self.models.acquire("text"), dtype
+        data.cache_texts(texts[self.world.rank :: self.world.size], *how)
         self.world.barrier()
-        return data.cache_texts(self.texts, *how)
+        return data.cache_texts(texts, *how)
+
+    def _texts_to_cache(self):
+        """The arguments of data.text_files."""
+        sources = [*self.models.files("text"), *filter(None, [tokenizer_file(self.models.dir)])]
+        return self.texts, self.cache, sources, DTYPES[self.args.dtype]
 
     def step(self, step, low, high, show_caption, preserved_prompts=()):
         """This rank's Batches of a step, one per accumulation, and the weight of each one's loss, which is its share of

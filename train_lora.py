@@ -248,8 +248,7 @@ def train(args, world):
     if preserved:
         print(f"  {len(preserved)} prompts preserved")
     run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
-    sizes = dataset.plan_sizes(texts=True)
-    sizes |= {"previews": bool(previews.prompts), "ranks": world.size}
+    sizes = dataset.plan_sizes(texts=True) | {"previews": bool(previews.prompts), "ranks": world.size}
     need = choose_checkpointing(args, world, lambda: predict(args, s, plan.builders(models), **sizes))
     print(need)
     run.check(resume_fingerprint(args, models, dataset))

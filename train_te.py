@@ -325,8 +325,7 @@ def train(args, world):
     file = tokenizer_file(models.dir)
     spiece = tokenizer_bytes(file) if file else spiece.read()
     check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
-    sizes = dataset.plan_sizes(texts=False) | {"fp8_files": models.fp8}
-    sizes |= {"previews": bool(previews.prompts), "ranks": world.size}
+    sizes = dataset.plan_sizes(texts=False) | {"previews": bool(previews.prompts), "ranks": world.size}
     need = choose_checkpointing(args, world, lambda: predict(args, s, plan.builders(models), **sizes))
     print(need)
     run.check(resume_fingerprint(args, models, dataset))

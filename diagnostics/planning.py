@@ -46,7 +46,7 @@ def planned(script, argv, ranks=1, mode=None):
         train_te.resolve(args, s)
     absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
     world = World("cpu", distributed=False)
-    how = {"previews": previews, "ranks": ranks}
+    how = {"previews": previews, "ranks": ranks, "fp8_files": bool(models and models.fp8)}
     return choose_checkpointing(
         args, world, lambda: SCRIPTS[script].predict(args, s, builders, **how), ASSUMED_GPU_BYTES if absent else None
     )
@@ -67,7 +67,10 @@ def planned_sampling(args, s, builders, models, ranks, mode):
     elif mode is None:
         here = models and models.device.type == torch.device(args.device).type
         mode = models.guidance_mode(request.tokens // args.ulysses_size) if here else "batched"
-    layout, dtype = plan.ParallelLayout.of(args, ranks), DTYPES[pick_dtype(args.dtype, args.device)]
+    layout, dtype = (
+        plan.ParallelLayout.of(args, ranks, bool(models and models.fp8)),
+        DTYPES[pick_dtype(args.dtype, args.device)],
+    )
     preview = args.preview_every > 0
     return plan.sampling(
         request, builders, args.device, dtype, mode, layout=layout, tile=args.vae_tile, preview=preview

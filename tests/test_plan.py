@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import scripts
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_diag import full_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,6 +99,37 @@ def test_what_is_kept_of_each_adapter_is_planned(checkpoints):
     assert averaged.phases["training"]["states and activations"] - began == pytest.approx(adapter, rel=1e-2)
     for plan, copies in ((one, 3), (both, 6), (averaged, 4)):
         assert plan.disk["states"] == pytest.approx(3 * copies * adapter, rel=1e-2)
+
+
+def test_texts_that_are_cached_need_no_encoder():
+    """A second run on the same clips; previews are embedded all the same."""
+    args, models = train_lora.arguments(["--ckpt", "nano", "--device", "cpu"]), Models("nano")
+    train_lora.resolve(args, models.settings, models.config().num_layers)
+    how = args, models.settings, builders(models)
+    assert "cache texts" in train_lora.predict(*how).phases
+    assert "cache texts" not in train_lora.predict(*how, encode_texts=False).phases
+    assert "cache texts" in train_lora.predict(*how, encode_texts=False, previews=True).phases
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_te", "sample"])
+def test_a_checkpoint_in_8_bits_is_planned_as_such(checkpoints, tmp_path, script):
+    """Its files decide, without a flag."""
+    folder, tensors = shutil.copytree(checkpoints["ti2v"], tmp_path / "eight"), {}
+    for file in folder.glob("diffusion_pytorch_model*"):
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        file.unlink()
+    for name in [n for n, w in tensors.items() if n.startswith("blocks.") and n.endswith("weight") and w.dim() == 2]:
+        tensors[name.removesuffix("weight") + "scale_weight"] = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / tensors[name].abs().max() * 448).to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model_fp8_scaled.safetensors")
+    flags = ["--device", "cpu", *("--size" if script == "sample" else "--resolution", "64x64"), "--frames", "5"]
+    flags += ["--batch", "1"] if script != "sample" else []
+    phase = "denoise" if script == "sample" else "training"
+    whole, eight = (
+        planned(script, ["--ckpt", str(f), *flags]).phases[phase]["DiT"] for f in (checkpoints["ti2v"], folder)
+    )
+    assert eight < 0.6 * whole
 
 
 @pytest.mark.parametrize("script", [train_lora, train_te])
