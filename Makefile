@@ -7,15 +7,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
-# test files side by side, each on one thread
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# test files side by side, each on one thread, on the CPU also where there is a GPU (that is what gpu-check is for)
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
 NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
 .PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-run gpu-build clean
 
 demo: $(VENV)/ready
-	$(PY) runs/demo.py
+	CUDA_VISIBLE_DEVICES= $(PY) runs/demo.py
 
 lint: $(VENV)/ready-tests
 	$(VENV)/bin/ruff format --check -q .
@@ -28,7 +28,7 @@ test-slow: $(VENV)/ready-tests
 	$(PYTEST) --slow tests
 
 test-portable: $(VENV)/ready-tests
-	$(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
+	CUDA_VISIBLE_DEVICES= $(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails or lacks
 # a package does not stop the rest: without csrc's CUDA Triton does what it can
