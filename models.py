@@ -426,12 +426,13 @@ class Models:
         blocks = {n for n in entries if is_dit and n.startswith("blocks.")}
         resident = 1 - min(1, self.runtime.stream_blocks / max(1, count_blocks(blocks)))
 
-        def nbytes(n, numel):
+        def nbytes(n, entry):
             whole = name == "vae" or is_dit and keep_fp32(n)
-            itemsize = 4 if whole else 1 if self.fp8 and n in blocks else dtype.itemsize
-            return itemsize * numel * (resident if n in blocks else 1)
+            in_fp8 = self.fp8 and n in blocks and len(entry.shape) == 2
+            itemsize = 4 if whole else 1 if in_fp8 else dtype.itemsize
+            return itemsize * entry.numel * (resident if n in blocks else 1)
 
-        return round(sum(nbytes(n, e.numel) for n, e in entries.items()))
+        return round(sum(nbytes(n, entry) for n, entry in entries.items()))
 
     def _load(self, name):
         run = self.runtime
