@@ -163,7 +163,8 @@ def smallest_tile(size, least, ranks):
 def preview_writer(models, path, every, label):
     """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
     colors = latent_to_rgb(models.acquire("vae"))
-    models.make_way("vae")
+    if models.runtime.cuda:
+        models.evict("vae")  # the DiT needs the room
 
     def write(step, x0):
         if (step + 1) % every == 0:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import offload
-from checkpoint import BadInput, count_blocks, read_header
+from checkpoint import BadInput, read_header
 from conditions import CONDITIONING
 from formats import expert_folders, index_settings, read_json, read_weights, vae_files, weight_files
 from fp8 import linears_in_fp8
@@ -24,7 +24,7 @@ from lora_files import choose_experts, parse_lora_spec, read_lora
 from parallel import World, parallelize
 from t5 import encoder_files, load_t5
 from vae import GEOMETRY, load_vae
-from wan import VARIANTS, keep_fp32, load_wan, read_config
+from wan import VARIANTS, load_wan, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NANO = Path(__file__).parent / "nano"  # the checkpoint in the repository
@@ -393,11 +393,6 @@ class Models:
             part = None
             self.drop(name)
 
-    def make_way(self, name):
-        """Let a part leave an accelerator though it will come back: what comes now is the largest. A CPU keeps it."""
-        if self.runtime.cuda:
-            self.evict(name)
-
     def drop(self, *names):
         """Give parts up (default: all); they are read again when asked for."""
         for name in names or list(self.placements):
@@ -421,18 +416,11 @@ class Models:
         """What a part's weights take on the device."""
         if name in self.settings.conditioning.encoders:
             return self.settings.conditioning.encoders[name].bytes(self.dir)
-        entries = self.headers.get(name) or {n: e for f in self.files(name) for n, e in read_header(f)[0].items()}
-        is_dit, dtype = name in self.headers, self.runtime.dtype
-        blocks = {n for n in entries if is_dit and n.startswith("blocks.")}
-        resident = 1 - min(1, self.runtime.stream_blocks / max(1, count_blocks(blocks)))
-
-        def nbytes(n, entry):
-            whole = name == "vae" or is_dit and keep_fp32(n)
-            in_fp8 = self.fp8 and n in blocks and len(entry.shape) == 2
-            itemsize = 4 if whole else 1 if in_fp8 else dtype.itemsize
-            return itemsize * entry.numel * (resident if n in blocks else 1)
-
-        return round(sum(nbytes(n, entry) for n, entry in entries.items()))
+        if name in self.headers:
+            run = self.runtime
+            return offload.device_bytes(self.headers[name], run.dtype, self.fp8, run.stream_blocks)
+        numel = sum(e.numel for f in self.files(name) for e in read_header(f)[0].values())
+        return numel * (4 if name == "vae" else self.runtime.dtype.itemsize)
 
     def _load(self, name):
         run = self.runtime
@@ -456,11 +444,7 @@ class Models:
                 merge(model, file, weight, name)
         if self.world.is_main and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
-        buffer = (
-            offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
-            if share
-            else None
-        )
+        buffer = share and offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
         if run.stream_blocks:
             part = StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:
@@ -498,9 +482,9 @@ class Models:
         if key != self._conditions[0]:
             vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
-            if vae:
+            if vae and self.runtime.cuda:  # it will come back, but what comes now is the largest
                 vae = None
-                self.make_way("vae")
+                self.evict("vae")
         return self._conditions[1]
 
     def guidance_mode(self, tokens, batch=1):

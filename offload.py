@@ -15,7 +15,8 @@ import weakref
 
 import torch
 
-from checkpoint import BadInput
+from checkpoint import BadInput, count_blocks
+from wan import keep_fp32
 
 ALIGNED = 256  # bytes, where each tensor of a flat buffer begins: kernels choose by alignment
 PAGE = 4096
@@ -24,6 +25,20 @@ PAGE = 4096
 def spread(count, total):
     """`count` block numbers of `total`, evenly apart: between two copies as much is computed everywhere."""
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
+
+
+def device_bytes(entries, dtype, fp8, streamed):
+    """What a DiT's weights take on the device, of which so many blocks wait on the host. entries: of its headers; fp8:
+    whether the matrices in blocks are in 8 bits.
+    """
+    blocks = {n for n in entries if n.startswith("blocks.")}
+    resident = 1 - min(1, streamed / max(1, count_blocks(blocks)))
+
+    def nbytes(name, entry):
+        in_fp8 = fp8 and name in blocks and len(entry.shape) == 2
+        return entry.numel * (4 if keep_fp32(name) else 1 if in_fp8 else dtype.itemsize)
+
+    return round(sum(nbytes(n, e) * (resident if n in blocks else 1) for n, e in entries.items()))
 
 
 def frozen(module):

@@ -633,9 +633,21 @@ def test_prompts_of_a_file(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
 
 
+def test_parts_that_are_done_are_given_up(tmp_path, monkeypatch):
+    """The encoder before the DiT comes, the DiT before the VAE: also where there is room for all, as the plan says."""
+    there, sampling, decoding = [], sample.sample_latents, sample.decode
+    noted = lambda models, call, *a, **k: there.append(list(models.placements)) or call(models, *a, **k)  # noqa: E731
+    monkeypatch.setattr(sample, "sample_latents", lambda m, *a, **k: noted(m, sampling, *a, **k))
+    monkeypatch.setattr(sample, "decode", lambda m, *a, **k: noted(m, decoding, *a, **k))
+    words = f"sample.py --device cpu --prompt x --size 32x32 --frames 5 --steps 1 --out {tmp_path / 'a.mp4'}"
+    monkeypatch.setattr("sys.argv", words.split())
+    sample.main()
+    assert there == [[], []]
+
+
 def test_a_preview_comes_every_so_many_steps(tmp_path):
     """After the second step and the fourth, and shows that step's estimate."""
-    models, file = SimpleNamespace(acquire=lambda name: None, make_way=lambda name: None), tmp_path / "p.png"
+    models, file = SimpleNamespace(acquire=lambda name: None, runtime=models_module.Runtime()), tmp_path / "p.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising, "latent_to_rgb", lambda vae: torch.eye(4, 3))
         write, written = preview_writer(models, file, 2, "a cat"), []

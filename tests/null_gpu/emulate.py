@@ -1,0 +1,162 @@
+"""Computes on the CPU what a null GPU's kernels leave out, in the same memory: PyTorch runs its CUDA operations, with
+all their checks, and each result is then replaced by that of the same operation on CPU tensors.
+"""
+
+import ctypes
+import math
+import sys
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
+NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
+SHAPE_DEPENDS_ON_DATA = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
+RACE_GRID = (1, 4, 4)  # of ops.py; a race of the real length takes a minute
+
+
+def host(t):
+    """A CPU tensor in the memory of a CUDA one."""
+    storage = t.untyped_storage()
+    if not storage.nbytes():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+    memory = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
+    raw = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=t.dtype).set_(raw, t.storage_offset(), t.shape, t.stride())
+
+
+def on_host(tree):
+    """The arguments of an operation, for the CPU."""
+
+    def one(x):
+        if isinstance(x, torch.Tensor):
+            return host(x) if x.is_cuda else x
+        if isinstance(x, torch.Generator) and x.device.type == "cuda":
+            return None
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    return tree_map(one, tree)
+
+
+def put(out, *values):
+    """Copy values to where the results `out` are."""
+    for r, v in zip(out, values):
+        if r is not None and v is not None and r.numel():
+            host(r).copy_(v)
+
+
+# ---- operations that the CPU does not have, or not so ------------------------------------------------------------
+def attend(q, k, v, bias=None, scale=None):
+    """(B,N,L,d) each -> attention's output, and log of the softmax's sum (B,N,L)."""
+    logits = q.float() @ k.float().transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    logits = logits if bias is None else logits + bias.float()
+    return (logits.softmax(-1) @ v.float()).to(q.dtype), logits.logsumexp(-1)
+
+
+def attend_backward(grad, q, k, v, bias=None, scale=None):
+    """-> the gradients of q, k and v."""
+    dtype, scale = q.dtype, scale or q.shape[-1] ** -0.5
+    grad, q, k, v = (u.float() for u in (grad, q, k, v))
+    logits = q @ k.transpose(-1, -2) * scale
+    p = (logits if bias is None else logits + bias.float()).softmax(-1)
+    dp = grad @ v.transpose(-1, -2)
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    return [u.to(dtype) for u in (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad)]
+
+
+def rms_norm_backward(out, grad, x, shape, rstd, weight, mask):
+    dims = tuple(range(-len(shape), 0))
+    g, y = grad.float(), x.float() * rstd
+    gw = g if weight is None else g * weight.float()
+    put(out, rstd * (gw - y * (gw * y).mean(dims, keepdim=True)), (g * y).sum(tuple(range(x.dim() - len(shape)))))
+
+
+def addmm_gelu(out, bias, x, weight, use_gelu=False):
+    y = x.float() @ weight.float() + bias.float()
+    put([out], torch.nn.functional.gelu(y, approximate="tanh"))
+
+
+def scaled_mm(out, a, b, scale_a, scale_b, bias=None, *_, **__):
+    put([out], (a.float() * scale_a) @ (b.float() * scale_b) + (0 if bias is None else bias.float()))
+
+
+SPECIAL = {
+    aten._fused_rms_norm_backward.default: rms_norm_backward,
+    aten._addmm_activation.default: addmm_gelu,
+    aten._scaled_mm.default: scaled_mm,
+}
+# of PyTorch's attentions: where the bias stands among the arguments behind v, forward and backward
+for _name, _at in {"cudnn": (0, 4), "efficient": (0, 0), "flash": (None, None)}.items():
+
+    def _forward(out, q, k, v, *more, scale=None, at=_at[0], **_):
+        put(out[:1], attend(q, k, v, None if at is None else more[at], scale)[0])  # its backward here needs no more
+
+    def _backward(out, grad, q, k, v, *more, scale=None, at=_at[1], **_):
+        put(out[:3], *attend_backward(grad, q, k, v, None if at is None else more[at], scale))
+
+    SPECIAL[getattr(aten, f"_scaled_dot_product_{_name}_attention").default] = _forward
+    SPECIAL[getattr(aten, f"_scaled_dot_product_{_name}_attention_backward").default] = _backward
+
+
+def add_ours():
+    """This project's operations, by their definitions."""
+    from kernels import adamw8bit, attention, qk_norm_rope, quantize
+
+    def attention_forward(out, q, k, v, bias, weight, eps, table, positions):
+        if weight is not None:
+            (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
+        bias = None if bias is None else bias[:, None, None]
+        o, lse = attend(*(u.transpose(1, 2) for u in (q, k, v)), bias)
+        put(out, o.transpose(1, 2), lse / math.log(2))
+
+    def attention_backward(out, grad, q, k, v, bias, *_):
+        bias = None if bias is None else bias[:, None, None]
+        grads = attend_backward(*(u.transpose(1, 2) for u in (grad, q, k, v)), bias)
+        put(out, *(g.transpose(1, 2) for g in grads))
+
+    def adamw(_, weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_decay):
+        adamw8bit.step_ref(weight, compensation, grad, codes, scale, step, lr, (b1, b2), eps, weight_decay)
+
+    ours = torch.ops.nanowan
+    SPECIAL[ours.attention.default], SPECIAL[ours.attention_backward.default] = attention_forward, attention_backward
+    SPECIAL[ours.adamw8bit_step.default] = adamw
+    SPECIAL[ours.quantize_rows.default] = lambda out, *a: put(out, *quantize.quantize_rows_ref(*a))
+    sys.modules["ops"].RACE_GRID = RACE_GRID
+    assert attention.triton, "Triton is not there"
+
+
+class Emulation(TorchDispatchMode):
+    """While it lasts, what CUDA operations return is right."""
+
+    ours = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.__name__.split(".")[0]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
+        if given and name in SHAPE_DEPENDS_ON_DATA:
+            return tree_map(lambda t: t.cuda(), func(*on_host(args), **on_host(kwargs)))
+        out = func(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
+        if not given and not made or name in EMPTY or name in NO_RESULT:
+            return out
+        if func.namespace == "nanowan" and not self.ours:
+            Emulation.ours = True
+            add_ours()
+        if func in SPECIAL:
+            SPECIAL[func](out, *on_host(args), **on_host(kwargs))
+            return out
+        memory = {t.untyped_storage().data_ptr() for t in given}
+        if not func._schema.is_mutable and made and all(t.untyped_storage().data_ptr() in memory for t in made):
+            return out  # views
+        moved = ("pin_memory", "non_blocking", *(("device",) if name == "_to_copy" else ()))
+        done = func(*on_host(args), **{k: v for k, v in on_host(kwargs).items() if k not in moved})
+        if func._schema.is_mutable:
+            return out
+        if name == "equal":
+            return done
+        for r, v in zip(tree_leaves(out), tree_leaves(done)):
+            if isinstance(r, torch.Tensor):
+                (host(r) if r.is_cuda else r).copy_(v)
+        return out
