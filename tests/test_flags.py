@@ -136,9 +136,9 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
     for folder in (checkpoints["ti2v"], tmp_path / "other"):
         parts = Models(folder)
         models = SimpleNamespace(files=parts.files, dir=parts.dir, acquire=lambda name: encoder)
-        args = SimpleNamespace(dtype="fp32")
-        dataset = SimpleNamespace(models=models, args=args, texts=["a"], world=world, cache=tmp_path / "cache")
-        files += train.Dataset.cache_texts(dataset).values()
+        dataset, args = object.__new__(train.Dataset), SimpleNamespace(dtype="fp32")
+        vars(dataset).update(models=models, args=args, texts=["a"], world=world, cache=tmp_path / "cache")
+        files += dataset.cache_texts().values()
     assert files[0].exists() and files[1].exists() and files[0] != files[1]
 
 
