@@ -17,7 +17,7 @@ from tqdm import tqdm
 import ops
 import plan
 from checkpoint import BadInput, load, save
-from denoising import EasyCache, decode, denoise, encode_prompts, preview_writer
+from denoising import EasyCache, decode, denoise, encode_prompts, preview_colors, preview_writer
 from media import to_uint8, write_frames
 from models import Request
 
@@ -185,8 +185,8 @@ def run(args, prompts, models, s, seed, inputs):
     callback = None
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
-        callback = preview_writer(models, preview, args.preview_every, prompts[0])
-    encode_prompts(models, s, prompts)
+        callback = preview_writer(preview_colors(models), preview, args.preview_every, prompts[0])
+    models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
     models.drop("text")
     sample_clips(models, s, prompts[0], sequence, parts, reuse=args.reuse, callback_on_step_end=callback)
     if world.is_writer:

@@ -160,11 +160,16 @@ def smallest_tile(size, least, ranks):
     return side
 
 
-def preview_writer(models, path, every, label):
-    """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
+def preview_colors(models):
+    """What a preview_writer draws with (latent_to_rgb); the VAE, which it is from, leaves a GPU to the DiT."""
     colors = latent_to_rgb(models.acquire("vae"))
     if models.runtime.cuda:
-        models.evict("vae")  # the DiT needs the room
+        models.evict("vae")
+    return colors
+
+
+def preview_writer(colors, path, every, label):
+    """A callback for denoise that writes a small picture of the clip to come, to `path`, every so many steps."""
 
     def write(step, x0):
         if (step + 1) % every == 0:

@@ -43,9 +43,8 @@ def has_fp8_matmul(x, weight):
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b, or gelu(x) W^T + b: by the 8-bit rows of that and their scales, or where these are None by a dense
-    weight. For the backward pass nothing but the 8-bit weight is kept, and what goes into a GELU. The weight gets no
-    gradient.
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x, or its GELU, in 8 bits; None: the weight is made
+    dense. For the backward pass the 8-bit weight is kept, and x where its GELU is taken. The weight gets no gradient.
     """
 
     @staticmethod
@@ -109,11 +108,10 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x, activated=False, rows=None):
         """x W^T + b, of the GELU of x if `activated`. rows: rows_in_fp8(x), where that is known."""
+        weight = self.weight, self.scales, self.bias
         if has_fp8_matmul(x, self.weight):
-            rows = rows or rows_in_fp8(x, activated)
-        else:
-            x, activated, rows = ops.GELU()(x) if activated else x, False, (None, None)
-        return Fp8Matmul.apply(x, *rows, self.weight, self.scales, self.bias, activated)
+            return Fp8Matmul.apply(x, *(rows or rows_in_fp8(x, activated)), *weight, activated)
+        return Fp8Matmul.apply(ops.GELU()(x) if activated else x, None, None, *weight, False)
 
 
 # ---- files with scales -------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
 
     def forward(self, x, **how):
+        """how: what the linear's own class takes beside x, but for `activated`: A is given x as it is."""
+        assert not how.get("activated")
         if not self.enabled:
             return super().forward(x, **how)
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))

@@ -254,61 +254,6 @@ class Runtime:
         return self.device.type == "cuda"
 
 
-# ---- where a part lies -------------------------------------------------------------------------------------------
-class Placement:
-    """A part in memory: on the accelerator while it runs, on the host while it makes room for others."""
-
-    shared = False  # with the other ranks of this machine
-
-    def __init__(self, model):
-        self.model = model
-
-    def is_on(self, device):
-        return next(self.model.parameters()).device.type == device.type
-
-    def to(self, device):
-        """Move all but what is trained: adapters stay where their optimizer's states are."""
-        trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]
-        self.model.to(device)
-        for p, data in trained:
-            p.data = data
-
-    def close(self):
-        """Called before the part is given up."""
-
-
-class SharedPlacement(Placement):
-    """A part whose host copy is that of all ranks of a machine: since nothing in it changes, it is only returned to."""
-
-    shared = True
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.host = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
-
-    def to(self, device):
-        if torch.device(device).type != "cpu":
-            super().to(device)
-            return
-        for t, data in self.host:
-            t.data = data
-
-
-class StreamedPlacement(Placement):
-    """A DiT of which some blocks stay on the host (offload.Stream); the rest moves as any part does."""
-
-    def __init__(self, model, count, device, buffer=None):
-        super().__init__(model)
-        self.shared = buffer is not None
-        self.stream = offload.Stream(model, count, device, buffer)
-
-    def to(self, device):
-        self.stream.to(device)
-
-    def close(self):
-        self.stream.close()
-
-
 class Models:
     """The parts of one checkpoint (see the top of this file), with `loras` merged into its DiTs.
 
@@ -410,7 +355,7 @@ class Models:
 
     def streams(self):
         """The offload.Streams of the DiTs in memory."""
-        return [part.stream for part in self.placements.values() if isinstance(part, StreamedPlacement)]
+        return [part.stream for part in self.placements.values() if isinstance(part, offload.StreamedPlacement)]
 
     def _bytes(self, name):
         """What a part's weights take on the device."""
@@ -425,15 +370,15 @@ class Models:
     def _load(self, name):
         run = self.runtime
         if name == "text":
-            return Placement(load_t5(self.dir, run.device, run.dtype, self.text_encoder))
+            return offload.Placement(load_t5(self.dir, run.device, run.dtype, self.text_encoder))
         if name == "vae":
             # fp32 is the official precision, and bf16 does harm to the encoder; to the decoder it does none, and
             # halves its memory
             vae = load_vae(self.dir, run.device, torch.float32)
-            return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+            return offload.Placement(vae.decode_in(run.dtype) if run.cuda else vae)
         if name in self.settings.conditioning.encoders:
             encoder = self.settings.conditioning.encoders[name]
-            return Placement(encoder.load(self.dir / encoder.folder, run.device))
+            return offload.Placement(encoder.load(self.dir / encoder.folder, run.device))
         shares_host = run.stream_blocks or run.cuda and self.settings.is_moe  # weights that wait on the host
         share = self.world.host_share() if shares_host else None
         host_first = "cpu" if share is None or share.is_first else "meta"
@@ -444,14 +389,16 @@ class Models:
                 merge(model, file, weight, name)
         if self.world.is_main and (error := fp8_report(model)):
             print(f"{self.folder(name)}: {error}")
-        buffer = share and offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
+        buffer = None
+        if share:
+            buffer = offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
         if run.stream_blocks:
-            part = StreamedPlacement(model, run.stream_blocks, run.device, buffer)
+            part = offload.StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:
-            part = SharedPlacement(model)
+            part = offload.SharedPlacement(model, buffer, run.cuda)
             part.to(run.device)
         else:
-            part = Placement(model)
+            part = offload.Placement(model)
         if run.compile == "blocks":  # they are all alike: compiled once
             for block in model.blocks:
                 block.compile()
@@ -482,7 +429,7 @@ class Models:
         if key != self._conditions[0]:
             vae = image and self.acquire_vae(size)
             self._conditions = key, self.settings.conditioning.encode(vae, image, size, frames)
-            if vae and self.runtime.cuda:  # it will come back, but what comes now is the largest
+            if vae and self.runtime.cuda:  # the VAE will come back, but the DiT, which comes now, is the largest
                 vae = None
                 self.evict("vae")
         return self._conditions[1]

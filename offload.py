@@ -268,6 +268,8 @@ class Stream:
         self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest one that will run again
         self.cuda = self.device.type == "cuda"
         self.flats = {i: Flat(model.blocks[i], self.cuda, shared) for i in self.numbers}
+        hosts = [flat.host for flat in self.flats.values()] if shared is None else [shared]
+        self.pinned = hosts if self.cuda else []
         self.copier = torch.cuda.Stream(self.device) if self.cuda else None
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         self.inputs = InputsOnHost(self.device, self.copier)
@@ -313,8 +315,8 @@ class Stream:
             hook.remove()
         self.model.surround_blocks()
         self.inputs.close()
-        for flat in self.flats.values() if self.cuda else ():
-            unpin(flat.host)
+        for flat in self.pinned:
+            unpin(flat)
 
     def ring_bytes(self):
         """Bytes of the two buffers on the device."""
@@ -387,3 +389,63 @@ class Stream:
             f"streaming: {len(self.copies)} copies, {self.bytes / 1e9:.2f} GB, "
             f"computing waited {self.waited():.2f} s for them"
         )
+
+
+# ---- where a part lies -------------------------------------------------------------------------------------------
+class Placement:
+    """A part in memory: on the accelerator while it runs, on the host while it makes room for others."""
+
+    shared = False  # with the other ranks of this machine
+
+    def __init__(self, model):
+        self.model = model
+
+    def is_on(self, device):
+        return next(self.model.parameters()).device.type == device.type
+
+    def to(self, device):
+        """Move all but what is trained: adapters stay where their optimizer's states are."""
+        trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]
+        self.model.to(device)
+        for p, data in trained:
+            p.data = data
+
+    def close(self):
+        """Called before the part is given up."""
+
+
+class SharedPlacement(Placement):
+    """A part whose host copy is that of all ranks of a machine: since nothing in it changes, it is only returned to."""
+
+    shared = True
+
+    def __init__(self, model, buffer, cuda):
+        super().__init__(model)
+        self.pinned = [buffer] if cuda else []
+        self.host = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
+
+    def to(self, device):
+        if torch.device(device).type != "cpu":
+            super().to(device)
+            return
+        for t, data in self.host:
+            t.data = data
+
+    def close(self):
+        for flat in self.pinned:
+            unpin(flat)
+
+
+class StreamedPlacement(Placement):
+    """A DiT of which some blocks stay on the host (offload.Stream); the rest moves as any part does."""
+
+    def __init__(self, model, count, device, buffer=None):
+        super().__init__(model)
+        self.shared = buffer is not None
+        self.stream = Stream(model, count, device, buffer)
+
+    def to(self, device):
+        self.stream.to(device)
+
+    def close(self):
+        self.stream.close()

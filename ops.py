@@ -81,9 +81,11 @@ def on_gpu(x):
 
 
 def capable(device, least=(0, 0), below=(99, 0)):
-    """Whether least <= a GPU's (major, minor) < below; a plan that is made without one is for a Hopper."""
-    index = device if device.type == "cuda" else None
-    return least <= (torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)) < below
+    """Whether least <= a GPU's (major, minor) < below; a plan that is made without a GPU is for a Hopper."""
+    capability = 9, 0
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+    return least <= capability < below
 
 
 def chosen(device):

@@ -323,9 +323,12 @@ def sampling(
     phases = {"encode prompts": {"encoder": encoder}}
     if encode:
         phases["encode images"] = {"VAE": vae_bytes, "activations": encode}
-    vae_waits = {"VAE": vae_bytes} if stay or encode and not cuda else {}
-    phases["denoise"] = {"DiT": together * on_device, denoising: step} | vae_waits
-    phases["decode"] = {"VAE": vae_bytes, "activations and video": decode} | ({"DiT": on_device} if stay else {})
+    phases["denoise"] = {"DiT": together * on_device, denoising: step}
+    phases["decode"] = {"VAE": vae_bytes, "activations and video": decode}
+    if stay:
+        phases["decode"]["DiT"] = on_device
+    if stay or (encode and not cuda):  # a CPU keeps the VAE that has encoded, a GPU sends it away until it decodes
+        phases["denoise"]["VAE"] = vae_bytes
     disk = {"mp4, at most about": 3 * s.frames * width * height * batch // 20}
     other_experts = (on_device + on_host) * (experts - 1)
     return Plan(device, phases, disk, {"streamed blocks": on_host, "the other expert": other_experts})

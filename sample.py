@@ -22,7 +22,7 @@ import ops
 import plan
 from checkpoint import BadInput, cli, save
 from conditions import CONDITIONING
-from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_writer
+from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_colors, preview_writer
 from media import open_image, write_grid, write_mp4
 from models import DTYPES, Models, Request, Runtime, parse_size, pick_device, pick_dtype
 from parallel import World
@@ -300,7 +300,14 @@ def run(args, prompts, world):
     layout = plan.ParallelLayout.of(args, world.size, models.fp8)
     mode = models.guidance_mode(request.tokens) if s.guided else "none"
     need = plan.sampling(
-        request, plan.builders(models), world.device, DTYPES[dtype], mode, layout=layout, tile=args.vae_tile
+        request,
+        plan.builders(models),
+        world.device,
+        DTYPES[dtype],
+        mode,
+        layout=layout,
+        tile=args.vae_tile,
+        preview=args.preview_every > 0,
     )
     print(need)
 
@@ -308,11 +315,12 @@ def run(args, prompts, world):
     mine = list(enumerate(prompts))[world.dp_rank :: world.dp_size]
     models.encode_prompts([*(p for _, p in mine), *([s.negative] if s.guided else [])])
     models.drop("text")
+    colors = preview_colors(models) if args.preview_every and world.is_writer else None
     latents = []
     for i, prompt in mine:
         out, cache, callback = numbered(args.out, i, len(prompts)), EasyCache(args.reuse), None
-        if args.preview_every and world.is_writer:
-            callback = preview_writer(models, out.with_name(f"{out.stem}_preview.png"), args.preview_every, prompt)
+        if colors is not None:
+            callback = preview_writer(colors, out.with_name(f"{out.stem}_preview.png"), args.preview_every, prompt)
         z = sample_latents(
             models, [prompt], [seed], args.image, step_cache=cache, callback_on_step_end=callback, **overrides
         )

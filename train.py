@@ -285,13 +285,13 @@ class Dataset:
     def plan_sizes(self, texts):
         """What plan.training asks about the data and the checkpoint; `texts`: whether these are cached too."""
         encode = not all(f.exists() for f in self.files + self.val_files)
-        files = data.text_files(*self._texts_to_cache()).values() if texts and not encode else ()
+        files = data.text_files(*self._texts_to_cache()).values() if texts else ()
         return {
             "bucket": max((i.bucket for i in self.items), key=math.prod),
             "text": self.tokens,
             "cache": (self.bytes["latents"], self.bytes["texts"] * texts),
             "encode": encode,
-            "encode_texts": encode or not all(f.exists() for f in files),
+            "encode_texts": not all(f.exists() for f in files),
             "fp8_files": self.models.fp8,
         }
 

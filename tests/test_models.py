@@ -12,7 +12,8 @@ import torch
 import flow
 import models as models_module
 from checkpoint import BadInput
-from models import Models, Placement, Runtime, StreamedPlacement, activation_bytes, released, settings
+from models import Models, Runtime, activation_bytes, released, settings
+from offload import Placement, StreamedPlacement
 from plan import SINGLE_DEVICE, ParallelLayout, build, denoising_bytes, full_builders, pretending
 from wan import VARIANTS
 

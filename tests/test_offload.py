@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -296,3 +297,27 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
         assert torch.equal(a, want) and torch.equal(b, want) and not (tmp_path / "shared").exists()
         buffers[True].fill_(1)
         assert (buffers[False] == 1).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
+    """A block of its own each, of a host copy that ranks share all of it; a driver refuses what it did not lock."""
+    pinned = set()
+    monkeypatch.setattr(offload, "pin", lambda flat: pinned.add(flat.data_ptr()))
+    monkeypatch.setattr(offload, "unpin", lambda flat: pinned.remove(flat.data_ptr()))
+    monkeypatch.setattr(offload, "InputsOnHost", lambda *_: SimpleNamespace(hooks=None, close=lambda: None))
+    monkeypatch.setattr(offload.Stream, "to", lambda self, device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+
+    def host_copy(model):
+        return offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, True) if shared else None
+
+    model = tiny.dit("ti2v").requires_grad_(False)
+    stream = offload.Stream(model, 3, "cuda", host_copy(model))
+    assert len(pinned) == (1 if shared else 3)
+    stream.close()
+    assert not pinned
+    if shared:
+        model = tiny.dit("ti2v").requires_grad_(False)
+        offload.SharedPlacement(model, host_copy(model), True).close()
+        assert not pinned

@@ -16,7 +16,6 @@ from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
-import denoising
 import flow
 import models as models_module
 import sample
@@ -534,7 +533,7 @@ def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     for memory in (1 << 50, 0):
         monkeypatch.setattr(models_module, "free_memory", lambda device, memory=memory: memory)
-        models.placements["dit"] = models_module.Placement(model)
+        models.placements["dit"] = models_module.offload.Placement(model)
         found.append(sample_latents(models, ["a cat"], [1], **given))
     assert sizes == [2] * 3 + [1] * 6
     report("latents", tiny.error(*found), 2e-6)
@@ -647,10 +646,8 @@ def test_parts_that_are_done_are_given_up(tmp_path, monkeypatch):
 
 def test_a_preview_comes_every_so_many_steps(tmp_path):
     """After the second step and the fourth, and shows that step's estimate."""
-    models, file = SimpleNamespace(acquire=lambda name: None, runtime=models_module.Runtime()), tmp_path / "p.png"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoising, "latent_to_rgb", lambda vae: torch.eye(4, 3))
-        write, written = preview_writer(models, file, 2, "a cat"), []
+    file = tmp_path / "p.png"
+    write, written = preview_writer(torch.eye(4, 3), file, 2, "a cat"), []
     for step in range(5):
         write(step, torch.full((1, 3, 2, 2, 2), 0.2 * step - 0.5))
         if file.exists():
