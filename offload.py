@@ -1,11 +1,12 @@
-"""Streaming frozen blocks from host memory: two at a time are on the device, one copied while the other runs.
+"""Where a part lies: on the device, on the host, or in frozen blocks streamed from there, two at a time on the device.
 
 A streamed block is one flat buffer on the host, pinned for a GPU, and one copy, on a CUDA stream of its own, started a
-block ahead: upwards in the forward pass, downwards in the backward pass, where checkpointing runs each block again
-before its gradient. The two blocks that are on the device where the direction turns serve both ways. Nothing is copied
-back, since nothing streamed is trained. What checkpointing keeps of each block, its input, waits on the host as well:
-of a long clip that is more than the weights. On a CPU the same ring works without CUDA streams. Used by --stream_blocks
-N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+block ahead, while the other computes: upwards in the forward pass, downwards in the backward pass, where checkpointing
+runs each block again before its gradient. The two blocks that are on the device where the direction turns serve both
+ways. Nothing is copied back, since nothing streamed is trained. What checkpointing keeps of each block, its input,
+waits on the host as well: of a long clip that is more than the weights. On a CPU the same ring works without CUDA
+streams. Used by --stream_blocks N of sample.py and train_lora.py; after the idea of ZeRO-Infinity (Rajbhandari et al.,
+2021).
 """
 
 import contextlib
