@@ -22,8 +22,8 @@ import sample
 from checkpoint import BadInput
 from checkpoint import load as load_tensors
 from conditions import best_size
-from denoising import EasyCache, GuidedModel, preview_writer
-from media import latent_to_rgb, open_image, to_uint8, write_grid, write_mp4
+from denoising import EasyCache, GuidedModel, preview_colors, preview_writer
+from media import open_image, to_uint8, write_grid, write_mp4
 from models import NEGATIVE, Models
 from sample import arguments, generate, load, read_prompts, sample_latents, sampling_overrides
 
@@ -557,13 +557,13 @@ def test_preview_shows_what_the_clip_will_be(tmp_path):
     preview is on disk.
     """
     models = load("nano")
-    colors = latent_to_rgb(models.acquire("vae"))
+    colors = preview_colors(models)
     z = sample_latents(
         models,
         ["a red square moves left"],
         [0],
         progress=False,
-        callback_on_step_end=preview_writer(models, tmp_path / "p.png", 4, "a red square"),
+        callback_on_step_end=preview_writer(colors, tmp_path / "p.png", 4, "a red square"),
     )
     rough = torch.einsum("cthw,cd->dthw", torch.cat([z[0], torch.ones_like(z[0, :1])]), colors)
     video = models.acquire("vae").decode(z)[0]
