@@ -186,7 +186,7 @@ def run(args, prompts, models, s, seed, inputs):
     if args.preview_every and world.is_writer:
         preview = Path(args.out).with_name(f"{Path(args.out).stem}_preview.png")
         callback = preview_writer(preview_colors(models), preview, args.preview_every, prompts[0])
-    models.encode_prompts([*prompts, *([s.negative] if s.guided else [])])
+    encode_prompts(models, s, prompts)  # which `models` keeps, so that the encoder can go
     models.drop("text")
     sample_clips(models, s, prompts[0], sequence, parts, reuse=args.reuse, callback_on_step_end=callback)
     if world.is_writer:

@@ -318,16 +318,16 @@ def sampling(
     }
     denoising = "activations" + (f", {how[mode]}" if mode in how else "")
     # a GPU has one expert at a time; clip by clip the DiT and the VAE take turns and stay where there is room
-    together = 1 if cuda or experts * on_device + vae_bytes + step > free else experts
-    stay = s.conditioning.by_clips and on_device + vae_bytes + max(step, decode) <= free
+    resident_experts = 1 if cuda or experts * on_device + vae_bytes + step > free else experts
+    both_stay = s.conditioning.by_clips and on_device + vae_bytes + max(step, decode) <= free
     phases = {"encode prompts": {"encoder": encoder}}
     if encode:
         phases["encode images"] = {"VAE": vae_bytes, "activations": encode}
-    phases["denoise"] = {"DiT": together * on_device, denoising: step}
+    phases["denoise"] = {"DiT": resident_experts * on_device, denoising: step}
     phases["decode"] = {"VAE": vae_bytes, "activations and video": decode}
-    if stay:
+    if both_stay:
         phases["decode"]["DiT"] = on_device
-    if stay or (encode and not cuda):  # a CPU keeps the VAE that has encoded, a GPU sends it away until it decodes
+    if both_stay or (encode and not cuda):  # a CPU keeps the VAE that has encoded, a GPU sends it away until it decodes
         phases["denoise"]["VAE"] = vae_bytes
     disk = {"mp4, at most about": 3 * s.frames * width * height * batch // 20}
     other_experts = (on_device + on_host) * (experts - 1)

@@ -67,10 +67,8 @@ def planned_sampling(args, s, builders, models, ranks, mode):
     elif mode is None:
         here = models and models.device.type == torch.device(args.device).type
         mode = models.guidance_mode(request.tokens // args.ulysses_size) if here else "batched"
-    layout, dtype = (
-        plan.ParallelLayout.of(args, ranks, bool(models and models.fp8)),
-        DTYPES[pick_dtype(args.dtype, args.device)],
-    )
+    layout = plan.ParallelLayout.of(args, ranks, bool(models and models.fp8))
+    dtype = DTYPES[pick_dtype(args.dtype, args.device)]
     preview = args.preview_every > 0
     return plan.sampling(
         request, builders, args.device, dtype, mode, layout=layout, tile=args.vae_tile, preview=preview

@@ -34,8 +34,8 @@ def build(folder):
 
 def environment(folder, how, **more):
     paths = f"{HERE}:{ROOT}:{ROOT / 'tests'}"
-    found = {"LD_PRELOAD": f"{folder}/libcuda.so.1", "LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
-    return os.environ | found | {"TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": paths, "NULL_GPU": how} | more
+    loader = {"LD_PRELOAD": f"{folder}/libcuda.so.1", "LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
+    return os.environ | loader | {"TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": paths, "NULL_GPU": how} | more
 
 
 def make_sparse():

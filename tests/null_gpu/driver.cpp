@@ -1,5 +1,6 @@
 // A CUDA driver, runtime, cuBLAS and cuDNN that keep memory and compute nothing: preloaded, they let a CUDA build of
-// PyTorch run where there is no GPU. Device memory is the host's, touched only where it is copied to; kernels do not run.
+// PyTorch run where there is no GPU. Device memory is the host's, touched only where it is copied to; kernels do not
+// run.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <cudnn.h>
@@ -305,8 +306,9 @@ DESCRIPTOR(cublasLtMatrixLayout)
 extern "C" int cublasCreate_v2(void** h) { return *h = (void*)64, 0; }
 extern "C" int cublasGetMathMode(void*, int* m) { return *m = 0; }
 extern "C" int cublasGetPointerMode_v2(void*, int* m) { return *m = 0; }
-extern "C" int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* found, int* n) {
-    return memset(found, 0, 96), *n = 1, 0;
+extern "C" int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* results,
+                                              int* n) {
+    return memset(results, 0, 96), *n = 1, 0;
 }
 
 // ---- cuDNN: one engine without knobs takes everything, and needs no workspace

@@ -134,12 +134,12 @@ class Emulation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__.split(".")[0]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
-        if given and name in SHAPE_DEPENDS_ON_DATA:
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
+        if inputs and name in SHAPE_DEPENDS_ON_DATA:
             return tree_map(lambda t: t.cuda(), func(*on_host(args), **on_host(kwargs)))
         out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
-        if not given and not made or name in EMPTY or name in NO_RESULT:
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
+        if not inputs and not outputs or name in EMPTY or name in NO_RESULT:
             return out
         if func.namespace == "nanowan" and not self.ours:
             Emulation.ours = True
@@ -147,8 +147,8 @@ class Emulation(TorchDispatchMode):
         if func in SPECIAL:
             SPECIAL[func](out, *on_host(args), **on_host(kwargs))
             return out
-        memory = {t.untyped_storage().data_ptr() for t in given}
-        if not func._schema.is_mutable and made and all(t.untyped_storage().data_ptr() in memory for t in made):
+        memory = {t.untyped_storage().data_ptr() for t in inputs}
+        if not func._schema.is_mutable and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
             return out  # views
         moved = ("pin_memory", "non_blocking", *(("device",) if name == "_to_copy" else ()))
         done = func(*on_host(args), **{k: v for k, v in on_host(kwargs).items() if k not in moved})
