@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import scattered
+import scripts
 import tiny
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ def whole(state):
 
 def library(out, **ranks):
     """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
-    world = World("cpu", **ranks)
+    world = World(scripts.DEVICE, **ranks)
     checkpoint = sample.load("nano", world=world)
     models.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
     latents = sample.sample_latents(
@@ -74,7 +75,7 @@ def tokens(out, **ranks):
 
 def long_video(out, ckpt, inputs, **ranks):
     """Two clips of S2V or Animate, through the library. inputs: what sample.generate is given."""
-    world = World("cpu", **ranks)
+    world = World(scripts.DEVICE, **ranks)
     _, latents = sample.generate(sample.load(ckpt, world=world), "a prompt", progress=False, **inputs)
     assert ("tokens" in world.sent) == (world.sp_size > 1)
     if world.is_main:
@@ -122,7 +123,7 @@ def first_positions(self, x, c, right=ulysses.Ulysses.scatter):
 
 def equal_weights(self, v, index):
     i = self.order[index]
-    return (v - self.batch.target[i : i + 1]).square().mean()
+    return (v - self.batch.target[i : i + 1].to(v.device)).square().mean()
 
 
 BREAK = {

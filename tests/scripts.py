@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of ranks; cuda: over NCCL, where there are four GPUs
 server = None
 
 
@@ -28,7 +29,9 @@ def run(script, *flags, code=None, check=False, ranks=1):
     """
     global server
     if server is None:
-        server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # else an import takes the GPU from its forks
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
     with tempfile.TemporaryDirectory() as folder:
         argv = [str(a) for a in (script, *flags)]
         server.stdin.write(json.dumps([folder, argv, code, os.getcwd(), ranks]) + "\n")

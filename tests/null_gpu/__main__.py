@@ -1,5 +1,5 @@
-"""Runs the CUDA code where there is no GPU, with a CUDA build of PyTorch, on a device that keeps memory and computes
-nothing (driver.cpp). nvcc is needed, and cuDNN's headers, which come with that PyTorch.
+"""Runs the CUDA code where there is no GPU, with a CUDA build of PyTorch, on four devices that keep memory and compute
+nothing (driver.cpp, nccl.cpp). nvcc is needed, and cuDNN's and NCCL's headers, which come with that PyTorch.
 
     python tests/null_gpu emulate -m pytest -m gpu tests/test_gpu.py    a command; results are computed on the CPU
     python tests/null_gpu plans OUT.json                                the scripts at released size on sparse files,
@@ -18,18 +18,29 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 FITS = ("ti2v-5B: sample", "ti2v-5B: sample, fp8", "ti2v-5B: train_lora", "ti2v-5B: train_te, rows")
 FITS += ("ti2v-5B: sample, compiled", "ti2v-5B: sample, CUDA graphs", "ti2v-5B: train_lora, fp8 and streamed")
 FITS += ("t2v-A14B: sample, fp8",)
+# two ranks
+RANKS = {
+    "ti2v-5B: train_lora, FSDP2 and Ulysses": ("ti2v-5B: train_lora", "--fsdp --ulysses_size 2"),
+    "ti2v-5B: train_lora, FSDP2 and fp8": ("ti2v-5B: train_lora", "--fsdp --base_dtype fp8"),
+    "ti2v-5B: train_lora, pipeline": ("ti2v-5B: train_lora", "--pipeline_stages 2"),
+    "ti2v-5B: train_te, FSDP2": ("ti2v-5B: train_te, rows", "--fsdp --train_blocks 2"),
+    "ti2v-5B: sample, Ulysses": ("ti2v-5B: sample", "--ulysses_size 2"),
+    "ti2v-5B: sample, guidance on two": ("ti2v-5B: sample", "--guidance_parallel"),
+    "t2v-A14B: train_lora, FSDP2 and Ulysses": ("ti2v-5B: train_lora", "--fsdp --ulysses_size 2"),
+}
+TORCHRUN = "-m torch.distributed.run --nproc_per_node 2"
 # what full_size.py streams, which takes more host memory than device memory, here on a large card
 WHOLE = {"s2v-14B: sample": "s2v-14B: sample, streamed", "animate-14B: sample": "animate-14B: sample, streamed"}
 
 
 def build(folder):
-    """driver.cpp as libcuda.so.1, in `folder`."""
+    """driver.cpp and nccl.cpp as libcuda.so.1, in `folder`."""
     import torch
 
-    cudnn = Path(torch.__file__).parent.parent / "nvidia" / "cudnn" / "include"
-    flags = ["-w", "-O1", "-shared", "-std=c++17", "-cudart", "none", "-Xcompiler", "-fPIC", f"-I{cudnn}"]
+    headers = [f"-I{Path(torch.__file__).parent.parent}/nvidia/{name}/include" for name in ("cudnn", "nccl")]
+    flags = ["-w", "-O1", "-shared", "-std=c++17", "-cudart", "none", "-Xcompiler", "-fPIC", *headers]
     flags += ["-Xlinker", "-soname=libcuda.so.1", "-o", Path(folder, "libcuda.so.1"), "-ldl"]
-    subprocess.run(["nvcc", HERE / "driver.cpp", *flags], check=True)
+    subprocess.run(["nvcc", HERE / "driver.cpp", HERE / "nccl.cpp", *flags], check=True)
 
 
 def environment(folder, how, **more):
@@ -78,6 +89,7 @@ def plans(driver, out):
     full_size = make_sparse()
     runs = {name: full_size.RUNS[name] for name in FITS}
     runs |= {name: full_size.RUNS[of].replace(" --stream_blocks 40", "") for name, of in WHOLE.items()}
+    runs |= {name: f"{TORCHRUN} {full_size.RUNS[of]} {flags}" for name, (of, flags) in RANKS.items()}
     runs = {name: f"{line} --device cuda" for name, line in runs.items()}
     with tempfile.TemporaryDirectory() as work:
         full_size.write_inputs(Path(work))

@@ -26,13 +26,15 @@ namespace {
 std::mutex guard;
 std::map<char*, size_t> on_device, pinned;
 size_t in_use = 0;
+thread_local int current = 0;  // device, of which a process uses one
 
 double setting(const char* name, double otherwise) {
     const char* text = getenv(name);
     return text ? atof(text) : otherwise;
 }
 
-// NULL_GPU_GB: the card's memory; NULL_GPU_COPIES=0: what is large is not copied, so that it takes no memory
+// NULL_GPU_GB: a card's memory; NULL_GPU_COPIES=0: what is large is not copied, so that it takes no memory
+const int count = 4;  // devices
 size_t total() { return 1e9 * setting("NULL_GPU_GB", 150); }
 
 void copy(void* to, const void* from, size_t n) {
@@ -74,9 +76,9 @@ int attribute(int a) {  // of an H200, as PyTorch and Triton ask
 }  // namespace
 
 // ---- the device
-CUDA(cudaGetDeviceCount, int* n) { return *n = 1, cudaSuccess; }
-CUDA(cudaGetDevice, int* d) { return *d = 0, cudaSuccess; }
-CUDA(cudaSetDevice, int d) { return d ? cudaErrorInvalidDevice : cudaSuccess; }
+CUDA(cudaGetDeviceCount, int* n) { return *n = count, cudaSuccess; }
+CUDA(cudaGetDevice, int* d) { return *d = current, cudaSuccess; }
+CUDA(cudaSetDevice, int d) { return d < count ? current = d, cudaSuccess : cudaErrorInvalidDevice; }
 CUDA(cudaDeviceGetAttribute, int* v, cudaDeviceAttr a, int) { return *v = attribute(a), cudaSuccess; }
 CUDA(cudaGetDeviceProperties, cudaDeviceProp* p, int) {
     memset(p, 0, sizeof *p);
@@ -151,6 +153,7 @@ CUDA(cudaHostUnregister, void* p) {
 }
 CUDA(cudaPointerGetAttributes, cudaPointerAttributes* a, const void* p) {
     memset(a, 0, sizeof *a);
+    a->device = current;
     if (within(on_device, p))
         a->type = cudaMemoryTypeDevice, a->devicePointer = (void*)p;
     else if (within(pinned, p))
@@ -269,13 +272,13 @@ NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSynchronize) NOTHING(cuCtx
 NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuLaunchKernel) NOTHING(cuLaunchKernelEx)
 NOTHING(cuLaunchCooperativeKernel) NOTHING(cuTensorMapEncodeTiled)
 DRIVER(cuDriverGetVersion, int* v) { return *v = CUDA_VERSION, CUDA_SUCCESS; }
-DRIVER(cuDeviceGet, CUdevice* d, int) { return *d = 0, CUDA_SUCCESS; }
-DRIVER(cuDeviceGetCount, int* n) { return *n = 1, CUDA_SUCCESS; }
+DRIVER(cuDeviceGet, CUdevice* d, int i) { return *d = i, CUDA_SUCCESS; }
+DRIVER(cuDeviceGetCount, int* n) { return *n = count, CUDA_SUCCESS; }
 DRIVER(cuDeviceGetAttribute, int* v, CUdevice_attribute a, CUdevice) { return *v = attribute(a), CUDA_SUCCESS; }
 DRIVER(cuDevicePrimaryCtxGetState, CUdevice, unsigned* f, int* a) { return *f = 0, *a = 1, CUDA_SUCCESS; }
 DRIVER(cuDevicePrimaryCtxRetain, CUcontext* c, CUdevice) { return *c = (CUcontext)64, CUDA_SUCCESS; }
 DRIVER(cuCtxGetCurrent, CUcontext* c) { return *c = (CUcontext)64, CUDA_SUCCESS; }
-DRIVER(cuCtxGetDevice, CUdevice* d) { return *d = 0, CUDA_SUCCESS; }
+DRIVER(cuCtxGetDevice, CUdevice* d) { return *d = current, CUDA_SUCCESS; }
 DRIVER(cuCtxGetLimit, size_t* n, CUlimit) { return *n = 0, CUDA_SUCCESS; }
 DRIVER(cuGetErrorString, CUresult, const char** s) { return *s = "null", CUDA_SUCCESS; }
 DRIVER(cuModuleLoadData, CUmodule* m, const void*) { return *m = (CUmodule)64, CUDA_SUCCESS; }

@@ -7,13 +7,14 @@ import math
 import sys
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
 NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
 SHAPE_DEPENDS_ON_DATA = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp carries data itself
 RACE_GRID = (1, 4, 4)  # of ops.py; a race of the real length takes a minute
 
 
@@ -34,7 +35,7 @@ def on_host(tree):
         if isinstance(x, torch.Tensor):
             return host(x) if x.is_cuda else x
         if isinstance(x, torch.Generator) and x.device.type == "cuda":
-            return None
+            return torch.Generator().manual_seed(x.initial_seed() % 2**40 * 2**20 + x.get_offset())
         return torch.device("cpu") if isinstance(x, torch.device) else x
 
     return tree_map(one, tree)
@@ -134,6 +135,10 @@ class Emulation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__.split(".")[0]
+        if any(is_traceable_wrapper_subclass_type(t) for t in types):
+            return NotImplemented  # what a DTensor does to its shard comes here again
+        if func.namespace in COLLECTIVES:
+            return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
         if inputs and name in SHAPE_DEPENDS_ON_DATA:
             return tree_map(lambda t: t.cuda(), func(*on_host(args), **on_host(kwargs)))
@@ -148,7 +153,8 @@ class Emulation(TorchDispatchMode):
             SPECIAL[func](out, *on_host(args), **on_host(kwargs))
             return out
         memory = {t.untyped_storage().data_ptr() for t in inputs}
-        if not func._schema.is_mutable and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
+        own = func.namespace == "aten" and not func._schema.is_mutable
+        if own and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
             return out  # views
         moved = ("pin_memory", "non_blocking", *(("device",) if name == "_to_copy" else ()))
         done = func(*on_host(args), **{k: v for k, v in on_host(kwargs).items() if k not in moved})

@@ -4,8 +4,15 @@ import os
 
 import emulate
 import torch
+import torch.distributed as dist
 
 torch.cuda.is_available = lambda: True  # PyTorch's own forbids forks to use the device
+
+
+def on_cpu(talk):
+    return lambda *args, device=None, **kwargs: talk(*args, **kwargs)
+
+
 if os.environ["NULL_GPU"] == "emulate":
     emulate.Emulation().__enter__()
 else:  # nothing is computed: the few numbers on which a script's way depends are given
@@ -20,3 +27,5 @@ else:  # nothing is computed: the few numbers on which a script's way depends ar
 
     torch.Tensor.max = length
     torch.Tensor.isfinite = lambda t: torch.ones(1, dtype=torch.bool) if t.is_cuda else finite(t)
+    # by which a pipeline's stages tell each other shapes, on the device if they are let
+    dist.send_object_list, dist.recv_object_list = map(on_cpu, (dist.send_object_list, dist.recv_object_list))
