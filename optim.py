@@ -17,7 +17,8 @@ from kernels.adamw8bit import max_ratio, new_state
 
 def adamw(params, lr, weight_decay=0.01):
     """torch's AdamW (Loshchilov and Hutter, 2019) with betas (0.9, 0.99)."""
-    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    # its own choice on a GPU, foreach, takes as much memory again as the weights while it steps
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def lr_at(step, steps, lr, warmup, schedule):

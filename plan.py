@@ -25,6 +25,7 @@ from formats import read_weights
 from models import DTYPES, free_memory, parse_size
 from offload import spread
 from optim import EMA, AdamW8bit, adamw
+from parallel import FirstRank, apply_ulysses
 from t5 import XXL, TextEncoder, build_t5, read_encoder
 from vae import FULL_WIDTHS, VAE, build_vae, channels_last
 from wan import VARIANTS, full_config, keep_fp32, read_config, wan_class
@@ -138,16 +139,10 @@ class ParallelLayout:
             return outside + sum(mine) // self.fsdp_size + 2 * max(blocks), 0
         return outside + sum(mine), 0
 
-    def grid(self, grid):
-        """Of a token grid (T',H',W'), one rank's part and its padding, as a grid of about as many tokens."""
-        t, h, w = grid
-        tokens = math.ceil(t * h * w / self.sp_size)
-        return grid if self.sp_size == 1 else (t, 1, math.ceil(tokens / t))
-
-    def shape(self, shape):
-        """The same of latents (C,T',h,w)."""
-        t, h, w = self.grid((shape[1], shape[2] // 2, shape[3] // 2))
-        return shape[0], t, 2 * h, 2 * w
+    def share_tokens(self, dit):
+        """Let a DiT compute as one rank of those that share a clip."""
+        if self.sp_size > 1:
+            apply_ulysses(dit, self, FirstRank)
 
 
 SINGLE_DEVICE = ParallelLayout()
@@ -245,19 +240,19 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     "batched", "sequential" or "parallel" (Models.guidance_mode). s: the Settings.
     """
     dit.cache_text_kv = layout.caches_text_kv
-    local, whole = s.conditioning.plan_share(shape, layout), layout.sp_size == 1
+    layout.share_tokens(dit)
     forwards = 2 if mode == "batched" else 1  # how many are in one batch
     prompts = 1 if mode == "none" else 2  # whose keys and values are kept
-    x = torch.empty(batch, dit.config.in_dim, *local[1:])
+    x = torch.empty(batch, dit.config.in_dim, *shape[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
-    fake_inputs = s.conditioning.plan_inputs(dit.config, local, whole)
+    fake_inputs = s.conditioning.plan_inputs(dit.config, shape)
 
     @torch.no_grad()
     def step():
         kept = [prepared(1)] + [prepared(forwards)] * (prompts - 1)
         solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
-        times = (forwards * batch, local[1]) if s.conditioning.trains_first_frame else forwards * batch
+        times = (forwards * batch, shape[1]) if s.conditioning.trains_first_frame else forwards * batch
         if mode == "parallel":  # both halves, exchanged
             solver += [torch.empty(batch, *shape) for _ in range(2)]
         text, inputs = kept[-1]
@@ -378,20 +373,19 @@ def training(
         params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         trains_encoder = any(p.requires_grad for p in encoder.parameters())
         shards_encoder = trains_encoder and layout.fsdp_size > 1
-        encoder_bytes = nbytes(encoder)
-        if shards_encoder:  # the table, which is outside of blocks, and the block at work and the next one are whole
-            gathered = nbytes(encoder.token_embedding) + 2 * max(map(nbytes, encoder.blocks))
-            encoder_bytes = encoder_bytes // layout.fsdp_size + gathered
+        trained = sum(p.nbytes for p in params)
+        encoder_bytes = nbytes(encoder) - trained * trains_encoder  # what is trained is counted by itself
+        if shards_encoder:  # the table, which is outside of blocks, is whole; a block is while none of the DiT's are
+            encoder_bytes = encoder_bytes // layout.fsdp_size + nbytes(encoder.token_embedding)
         if trains_encoder:
             weights["encoder"] = encoder_bytes
         elif encode_texts or previews:
             phases["cache texts"] = {"encoder": encoder_bytes}
         result = nbytes(encoder) if trains_encoder and args.save != "delta" else None
 
-        shape, whole = s.conditioning.plan_share(s.latent_shape((width, height), frames), layout), layout.sp_size == 1
-        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, whole, args.continuation)
+        shape = s.latent_shape((width, height), frames)
+        entry = {"latents": torch.empty(shape)} | s.conditioning.plan_entry(dit.config, shape, args.continuation)
         peak, states = traced_training(args, dit, encoder, groups, params, entry, text, layout, trains_encoder)
-        trained = sum(p.nbytes for p in params)
 
         # an A14B's two adapters and their states are all kept
         adapters = 1 if trains_encoder else num_experts
@@ -406,7 +400,8 @@ def training(
         ):  # inputs of checkpointed blocks wait on the host, but for the block at work and the next
             learns = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
             kept_inputs = max(0, len(learns) - learns.index(True) - 2)
-            offloaded = 4 * args.batch * math.prod(shape[1:]) // 4 * dit.config.dim * kept_inputs
+            tokens = math.prod(shape[1:]) // 4 // layout.sp_size
+            offloaded = 4 * args.batch * tokens * dit.config.dim * kept_inputs
             activations -= offloaded * cuda
         phases["training"] = weights | {"trained": adapters * trained, "states and activations": activations}
 
@@ -434,9 +429,11 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
     sample, as make_noisy_batch takes it.
     """
     dit.checkpointing, batch, shape = args.checkpointing, args.batch, entry["latents"].shape
+    layout.share_tokens(dit)
+    passes, received = 1, 0
     if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
-        batch = min(layout.pp_size, batch)
+        passes, batch, received = layout.pp_size, 1, max(args.batch, layout.pp_size)
     text_dim, text_dtype = dit.config.text_dim, dit.patch_embedding.weight.dtype
     first_frames = args.i2v_prob and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
@@ -451,20 +448,23 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
         eight_bit = getattr(args, "optimizer", "adamw") == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
         ema = EMA(params, args.ema, opt) if args.ema else None
+        # what the next stage sends back has its place from the start
+        gradients = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(received)]
         for _ in range(2):
             noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
-            loss = noisy.loss(dit, embed(), None)
+            losses = [noisy.loss(dit, embed(), None) for _ in range(passes)]
             if getattr(args, "anchor", 0):
-                loss = loss + (embed() - torch.empty(batch, text, text_dim)).square().sum()
+                losses.append((embed() - torch.empty(batch, text, text_dim)).square().sum())
             opt.zero_grad(set_to_none=True)
-            loss.backward()
+            sum(losses).backward()
             if eight_bit:  # works in pieces so small that only its states count
                 opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
             if ema:
                 ema.update()
-            del loss
+            del losses
+        del gradients
     states = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
     return tracker.peak, states + (sum(a.nbytes for a in ema.average) if ema else 0)
 

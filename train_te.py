@@ -391,8 +391,8 @@ def train(args, world):
 
     def save_all(step):
         with state.averaged():
-            tensors = encoder_tensors(encoder, trained, ids, args.save, runtime.dtype)
-            if args.save == "comfyui":
+            tensors = encoder_tensors(encoder, trained, ids, args.save, runtime.dtype, world.is_main)
+            if args.save == "comfyui" and world.is_main:
                 tensors = in_layout(tensors, "comfyui", spiece)
             metadata = {
                 "step": step,
@@ -423,19 +423,24 @@ def train(args, world):
         print(need.compare(args.device), run.out / "text_encoder.safetensors", sep="\n")
 
 
-def encoder_tensors(encoder, trained, ids, how, dtype):
-    """What is saved of an encoder, whole on every rank: all of it, or as a "delta" what was trained."""
-    rows = full_tensor(encoder.token_embedding.rows.detach()).to(dtype) if ids else None
+def encoder_tensors(encoder, trained, ids, how, dtype, is_main):
+    """What is saved of an encoder: all of it, or as a "delta" what was trained. Every rank calls this; the one that
+    writes has it whole, on the host, since a GPU may not have room for it beside the training.
+    """
+
+    def whole(t):
+        t = full_tensor(t).to(dtype)
+        return t.cpu() if is_main else None
+
+    table = encoder.token_embedding
+    rows, row_ids = (whole(table.rows.detach()), table.ids.cpu()) if ids else (None, None)
     if how == "delta":
-        tensors = {k: full_tensor(v).to(dtype) for k, v in trained.items()}
-        return tensors | (
-            {"token_embedding.rows": rows, "token_embedding.ids": encoder.token_embedding.ids} if ids else {}
-        )
+        tensors = {k: whole(v) for k, v in trained.items()}
+        return tensors | ({"token_embedding.rows": rows, "token_embedding.ids": row_ids} if ids else {})
     state = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items()}
-    tensors = {k: full_tensor(v).to(dtype) for k, v in state.items() if k != "token_embedding.rows"}
-    if ids:
-        tensors["token_embedding.weight"] = tensors["token_embedding.weight"].clone()
-        tensors["token_embedding.weight"][encoder.token_embedding.ids] = rows
+    tensors = {k: whole(v) for k, v in state.items() if k != "token_embedding.rows"}
+    if ids and is_main:
+        tensors["token_embedding.weight"] = tensors["token_embedding.weight"].index_copy(0, row_ids, rows)
     return tensors
 
 

@@ -179,24 +179,16 @@ class TextOnly(Samples):
         """T' of the noise for a clip of so many frames."""
         return 1 + (frames - 1) // 4
 
-    def plan_inputs(self, config, shape, whole=True):
-        """Tensors like Conditions.inputs of one clip, for a model of this configuration and latents (C,T',h,w); whole:
-        the shape is not plan_share's.
-        """
+    def plan_inputs(self, config, shape):
+        """Tensors like Conditions.inputs of one clip, for a model of this configuration and latents (C,T',h,w)."""
         return {}
-
-    def plan_share(self, shape, layout):
-        """Latents (C,T',h,w) of about as many tokens as one rank has under a plan.ParallelLayout."""
-        return layout.shape(shape)
 
     def samples(self, models):
         """The Samples of a training run."""
         return self
 
-    def plan_entry(self, config, shape, whole, continuation):
-        """Tensors like those of Samples.entry, but for the latents; whole: as in plan_inputs; continuation: the flag of
-        train.py.
-        """
+    def plan_entry(self, config, shape, continuation):
+        """Tensors like those of Samples.entry, but for the latents; continuation: the flag of train.py."""
         channels = config.in_dim - shape[0]
         return {"y": torch.empty(channels, *shape[1:])} if channels else {}
 

@@ -93,15 +93,15 @@ class Character(TextOnly):
     def latent_frames(self, frames):
         return 2 + (frames - 1) // 4  # the reference's is the first
 
-    def plan_inputs(self, config, shape, whole=True):
+    def plan_inputs(self, config, shape):
         C, frames, h, w = shape
         face = torch.empty(1, 3, 4 * frames - 7, config.face_side, config.face_side)
         return {"pose": torch.empty(1, C, frames - 1, h, w), "face": face, "clip": torch.empty(1, 257, config.clip_dim)}
 
-    def plan_entry(self, config, shape, whole, continuation):
+    def plan_entry(self, config, shape, continuation):
         entry = {k: v[0] for k, v in self.plan_inputs(config, shape).items()}
         motion = torch.empty(entry["face"].shape[1], config.motion_dim)
-        return entry | {"face": motion} | super().plan_entry(config, shape, whole, continuation)
+        return entry | {"face": motion} | super().plan_entry(config, shape, continuation)
 
     def samples(self, models):
         return CharacterSamples(models)

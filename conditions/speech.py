@@ -116,7 +116,6 @@ class SpeechSequence(Sequence):
 
 DROPPED_FRAMES = 3  # of a first clip: they are made with the reference picture before them, and look like it
 MIN_POSE_FRAMES = 3
-CLEAN_FRAMES = 2.5  # latent frames whose tokens are as many as those of the reference picture and of motion
 
 
 class Speech(TextOnly):
@@ -142,23 +141,16 @@ class Speech(TextOnly):
     def latent_frames(self, frames):
         return frames // 4
 
-    def plan_inputs(self, config, shape, whole=True):
+    def plan_inputs(self, config, shape):
         C, frames, h, w = shape
         inputs = {"ref": torch.empty(1, C, 1, h, w), "pose": torch.empty(1, C, frames, h, w)}
         inputs["audio"] = torch.empty(1, s2v.STATES, config.audio_dim, 4 * frames)
-        if whole:
-            inputs["motion"] = torch.empty(1, C, s2v.MOTION_LATENTS, h, w)
+        inputs["motion"] = torch.empty(1, C, s2v.MOTION_LATENTS, h, w)
         return inputs
 
-    def plan_share(self, shape, layout):
-        """Fewer frames and not smaller ones, which motion could not be packed in; its tokens are counted as frames."""
-        C, frames, h, w = shape
-        if layout.sp_size > 1:
-            frames = max(1, math.ceil((frames + CLEAN_FRAMES) / layout.sp_size) - 1)
-        return C, frames, h, w
-
-    def plan_entry(self, config, shape, whole, continuation):
-        return {k: v[0] for k, v in self.plan_inputs(config, shape, whole and continuation > 0).items()}
+    def plan_entry(self, config, shape, continuation):
+        inputs = self.plan_inputs(config, shape)
+        return {k: v[0] for k, v in inputs.items() if continuation or k != "motion"}
 
     def plan_frames(self, frames, continuation):
         return frames + (s2v.MOTION_FRAMES if continuation else 1)

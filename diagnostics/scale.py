@@ -63,7 +63,7 @@ def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, te
     group = max(n for n in (1, 2, 4, 8) if ranks % n == 0 and c.num_heads % n == 0 and n <= per_machine)
     layout = ParallelLayout(sp_size=group)
     exchange = bytes_sent(c, layout, grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
-    padding = math.prod(layout.grid(grid)) * group / tokens
+    padding = math.ceil(tokens / group) * group / tokens
     seconds = compute / group * padding + exchange + all_reduce
     times[f"--ulysses_size {group}"] = seconds / (ranks // group), weights
 

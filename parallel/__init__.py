@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from parallel.fsdp import apply_fsdp, clip_grad_norm, full_tensor, is_sharded, shard, shard_like
 from parallel.pipeline import IdentityBlock, apply_pipeline, pipeline_backward
-from parallel.ulysses import apply_ulysses
+from parallel.ulysses import FirstRank, apply_ulysses
 from parallel.world import HostShare, World
 
 __all__ = [
+    "FirstRank",
     "HostShare",
     "IdentityBlock",
     "World",

@@ -8,13 +8,14 @@ import ops
 from checkpoint import BadInput
 
 
-def apply_ulysses(model, world):
+def apply_ulysses(model, world, ranks=None):
     """Let each rank of a clip compute its slice of the tokens, whatever tokens there are, and in self-attention some
-    heads of all tokens. Slices are equally long: the last is filled up with zeros, which attention never sees.
+    heads of all tokens. Slices are equally long: the last is filled up with zeros, which attention never sees. ranks:
+    Ulysses, or FirstRank for a plan.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
-    ulysses = Ulysses(world)
+    ulysses = (ranks or Ulysses)(world)
     model.share_tokens(ulysses.scatter, ulysses.gather, ulysses.attend)
 
 
@@ -39,7 +40,7 @@ class Ulysses:
         return self.own_slice(x, 1), c._replace(tokens=local)
 
     def own_slice(self, t, dim):
-        """This rank's slice of a dimension of L tokens: L' long, with zeros beyond the last."""
+        """This rank's slice of a dimension of L tokens, in memory of its own: L' long, with zeros beyond the last."""
         length = t.shape[dim]
         part = -(-length // self.size)
         begin, end = (min(part * r, length) for r in (self.rank, self.rank + 1))
@@ -54,19 +55,23 @@ class Ulysses:
     def attend(self, q, k, v, weights, eps, heads, rope):
         """As wan.attend, of this rank's tokens with all others."""
         q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
-        qkv = torch.stack([q, k, v.unflatten(2, (heads, -1))])
-        return self.heads_to_seq(ops.attention(*self.seq_to_heads(qkv, rope.length)))
+        q = self.seq_to_heads(q, rope.length)  # one at a time: these are the largest of a rank's tensors
+        k = self.seq_to_heads(k, rope.length)
+        v = self.seq_to_heads(v.unflatten(2, (heads, -1)), rope.length)
+        return self.heads_to_seq(ops.attention(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Every head of this rank's tokens (3,B,L',N,d) -> this rank's heads of all tokens (3,B,L,N/U,d)."""
-        x = self.exchange(x.unflatten(3, (self.size, -1)).movedim(3, 0))  # (U,3,B,L',N/U,d)
-        return x.movedim(0, 2).flatten(2, 3)[:, :, :length]
+        """Every head of this rank's tokens (B,L',N,d) -> this rank's heads of all tokens (B,L,N/U,d)."""
+        x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
+        return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
         """This rank's heads of all tokens (B,L,D/U) -> every head of this rank's tokens (B,L',D)."""
         part = -(-y.shape[1] // self.size)
-        y = F.pad(y, (0, 0, 0, part * self.size - y.shape[1])).unflatten(1, (self.size, part))
-        return self.exchange(y.movedim(1, 0)).permute(1, 2, 0, 3).flatten(2)  # (U,B,L',D/U), slice i with heads i
+        if missing := part * self.size - y.shape[1]:
+            y = F.pad(y, (0, 0, 0, missing))
+        y = self.exchange(y.unflatten(1, (self.size, part)).movedim(1, 0))  # (U,B,L',D/U), slice i with heads i
+        return y.permute(1, 2, 0, 3).flatten(2)
 
     def exchange(self, x):
         """Slice i of x (U,...) goes to rank i; slice i of the result came from it."""
@@ -95,3 +100,16 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return grads[ctx.rank], None, None, None
+
+
+class FirstRank(Ulysses):
+    """The first of world.sp_size ranks, for plans: takes as much memory as with the others, and waits for nobody."""
+
+    def __init__(self, world):
+        self.rank, self.size = 0, world.sp_size
+
+    def exchange(self, x):
+        return x.contiguous().clone()
+
+    def gather(self, y, c):
+        return torch.cat([y.clone() for _ in range(self.size)], 1)[:, : c.tokens.length]

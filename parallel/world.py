@@ -16,6 +16,7 @@ from checkpoint import BadInput
 
 # Ranks wait for each other's share of the cache; a dead rank ends the job at once, through torchrun.
 TIMEOUT = datetime.timedelta(hours=4)
+BUCKET = 1 << 25  # numbers that are summed over ranks at once, about
 DIMS = ("dp", "cfg", "pp", "sp")  # the mesh, slowest first: neighbours in rank exchange the most
 
 
@@ -156,11 +157,11 @@ class World:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
-        if replicated:
-            flat = torch.cat([p.grad.float().flatten() for p in replicated])
+        for bucket in buckets(replicated):
+            flat = torch.cat([p.grad.float().flatten() for p in bucket])
             dist.all_reduce(flat)
             self.count("gradients", flat.nbytes)
-            for p, g in zip(replicated, flat.split([p.numel() for p in replicated])):
+            for p, g in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad.copy_(g.view_as(p))
         return sums.tolist()
 
@@ -176,3 +177,15 @@ class World:
         dist.all_reduce(t, group=self.group("cfg", "sp"))
         self.count("pixels", t.nbytes)
         return t
+
+
+def buckets(params):
+    """Parameters in lists of about BUCKET numbers: all of a text encoder's gradients in fp32 are 23 GB."""
+    bucket = []
+    for p in params:
+        bucket.append(p)
+        if sum(q.numel() for q in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
 import tiny
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_diag import full_size
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_lora
 import train_te
@@ -21,6 +24,7 @@ from checkpoint import BadInput
 from diagnostics.planning import planned, propose
 from lora import inject
 from models import Models
+from parallel import ulysses
 from plan import Tracker, build, builders, traced
 from wan import Wan, full_config, keep_fp32
 
@@ -82,6 +86,27 @@ def test_released_sizes_are_planned_without_files(variant):
     )  # three copies of weights and two moments
     sampled = planned("sample", ["--ckpt", variant, "--size", "256x256", "--frames", "9"])
     assert sampled.phases["denoise"]["DiT"] == want and sampled.peak > want
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_one_rank_takes_what_it_takes_among_others(trains):
+    """Ulysses as a plan traces it, against Ulysses whose messages go nowhere."""
+    world = SimpleNamespace(sp_size=2, sp_rank=0, group=lambda dim: dist.group.WORLD, count=lambda kind, nbytes: None)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    peaks = []
+    for ranks in (ulysses.Ulysses, ulysses.FirstRank):
+        with FakeTensorMode(), torch.set_grad_enabled(trains):
+            model = Wan(tiny.dit("ti2v", heads=4).config)
+            inject(model, rank=4)
+            ulysses.apply_ulysses(model, world, ranks)
+            x, t, context = torch.zeros(2, 48, 5, 16, 16), torch.zeros(2), torch.zeros(2, 7, tiny.TEXT_DIM)
+            with Tracker() as tracker:
+                loss = model(x, t, context).square().mean()
+                if trains:
+                    loss.backward()
+        peaks.append(tracker.peak)
+    dist.destroy_process_group()
+    assert peaks[0] == peaks[1] > 1e6
 
 
 def test_what_is_kept_of_each_adapter_is_planned(checkpoints):
