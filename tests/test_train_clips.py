@@ -613,9 +613,9 @@ def test_a_continuation_is_planned_with_its_motion(s2v):
 
 @pytest.mark.parametrize("script", ["sample --size 128x128", "train_lora --resolution 128x128 --batch 1"])
 def test_ranks_that_share_a_clip_are_planned(s2v, script):
-    """Each has about a third of the activations, however small the pictures are that motion is packed from."""
+    """Each of three has a third of the blocks' activations, and all of the inputs: much, beside so small a model."""
     name, *flags = f"{script} --ckpt {s2v} --device cpu".split()
     phase = "training" if name == "train_lora" else "denoise"
     one, three = (planned(name, [*flags, "--ulysses_size", n]).phases[phase] for n in "13")
     alone, shared = ([v for k, v in p.items() if "activations" in k][0] for p in (one, three))
-    assert 0.25 * alone < shared < 0.45 * alone
+    assert 0.33 * alone < shared < 0.75 * alone

@@ -67,7 +67,8 @@ struct ncclComm {
     void exchange(const void* mine, size_t n, std::function<void(Read)> take) {
         transfer(files[rank], 0, (void*)mine, carried(n), pwrite);
         barrier();
-        if (carried(n) || !n) take([this](int r, size_t at, void* to, size_t n) { transfer(files[r], at, to, n, pread); });
+        if (carried(n) || !n)
+            take([this](int r, size_t at, void* to, size_t n) { transfer(files[r], at, to, n, pread); });
         barrier();
     }
 
@@ -223,7 +224,8 @@ NCCL(ncclRedOpCreatePreMulSum, ncclRedOp_t* op, void* scalar, ncclDataType_t t, 
 }
 NOTHING(ncclRedOpDestroy)
 
-NCCL(ncclAllReduce, const void* from, void* to, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t) {
+NCCL(ncclAllReduce, const void* from, void* to, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c,
+     cudaStream_t) {
     c->exchange(from, n * size_of(t), [=](ncclComm::Read read) { reduce(c, read, 0, to, n, t, op); });
     return ncclSuccess;
 }
