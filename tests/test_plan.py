@@ -89,10 +89,11 @@ def test_released_sizes_are_planned_without_files(variant):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_one_rank_takes_what_it_takes_among_others(trains):
+def test_one_rank_takes_what_it_takes_among_others(trains, monkeypatch):
     """Ulysses as a plan traces it, against Ulysses whose messages go nowhere."""
     world = SimpleNamespace(sp_size=2, sp_rank=0, group=lambda dim: dist.group.WORLD, count=lambda kind, nbytes: None)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(dist, "all_gather", lambda parts, x, group: None)  # torch 2.9 cannot pretend to
     peaks = []
     for ranks in (ulysses.Ulysses, ulysses.FirstRank):
         with FakeTensorMode(), torch.set_grad_enabled(trains):
