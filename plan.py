@@ -433,7 +433,8 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
     passes, received = 1, 0
     if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
-        passes, batch, received = layout.pp_size, 1, max(args.batch, layout.pp_size)
+        passes, batch = layout.pp_size, 1
+        received = max(args.batch, passes) * (2 if passes > 2 else 1)  # from the next stage; from both in the middle
     text_dim, text_dtype = dit.config.text_dim, dit.patch_embedding.weight.dtype
     first_frames = args.i2v_prob and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
@@ -441,30 +442,31 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
 
     def embed():
         if trains_encoder:
-            return encoder(torch.zeros(batch, text, dtype=torch.long), torch.full((batch,), text))
-        return torch.empty(batch, text, text_dim, dtype=text_dtype)
+            return encoder(torch.zeros(args.batch, text, dtype=torch.long), torch.full((args.batch,), text))
+        return torch.empty(args.batch, text, text_dim, dtype=text_dtype)
 
     with Tracker() as tracker:
         eight_bit = getattr(args, "optimizer", "adamw") == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
         ema = EMA(params, args.ema, opt) if args.ema else None
-        # what the next stage sends back has its place from the start
-        gradients = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(received)]
+        # what other stages send has its place from the start
+        buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(received)]
         for _ in range(2):
             noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
-            losses = [noisy.loss(dit, embed(), None) for _ in range(passes)]
-            if getattr(args, "anchor", 0):
-                losses.append((embed() - torch.empty(batch, text, text_dim)).square().sum())
+            context = embed()
+            losses = [noisy.loss(dit, context[:batch], None) for _ in range(passes)]
             opt.zero_grad(set_to_none=True)
             sum(losses).backward()
+            del losses, context
+            if getattr(args, "anchor", 0):
+                (embed() - torch.empty(args.batch, text, text_dim)).square().sum().backward()
             if eight_bit:  # works in pieces so small that only its states count
                 opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
             if ema:
                 ema.update()
-            del losses
-        del gradients
+        del buffers
     states = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
     return tracker.peak, states + (sum(a.nbytes for a in ema.average) if ema else 0)
 

@@ -422,6 +422,9 @@ class TrainState:
             values[key] = shard_like(values[key], p)
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
+        for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
+            if "fused" in own:  # how a step is computed, which an older version did otherwise, is not part of a state
+                group["fused"] = own["fused"]
         self.opt.load_state_dict(state["opt"])
         self.guard.load_state_dict(state["guard"])
         if self.ema:

@@ -123,7 +123,8 @@ def run_script(command, seconds):
     if done.returncode or not said:
         return f"failed: exit status {done.returncode}: {done.stderr[-300:]}"
     used, planned = map(float, said.groups())
-    print(f"{command[0]}: {used:.1f} GB used, {planned:.1f} GB planned", flush=True)
+    script = next(c for c in command if c.endswith(".py"))
+    print(f"{script}: {used:.1f} GB used, {planned:.1f} GB planned", flush=True)
     return {"seconds": round(time.monotonic() - began, 1), "used_gb": used, "planned_gb": planned}
 
 

@@ -11,7 +11,7 @@ import sample
 import train_lora
 import train_te
 from checkpoint import BadInput
-from diagnostics.common import write_json
+from diagnostics.common import check_at_least, write_json
 from models import DTYPES, Models, Request, Runtime, pick_device, pick_dtype, released
 from parallel import World
 from train import choose_checkpointing
@@ -53,6 +53,7 @@ def planned(script, argv, ranks=1, mode=None):
 
 
 def planned_sampling(args, s, builders, models, ranks, mode):
+    check_at_least(1, ulysses_size=args.ulysses_size)
     overrides = sample.sampling_overrides(args)
     if s.conditioning.by_clips or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
         s = s.with_overrides(**overrides)

@@ -8,14 +8,14 @@ import ops
 from checkpoint import BadInput
 
 
-def apply_ulysses(model, world, ranks=None):
+def apply_ulysses(model, world, kind=None):
     """Let each rank of a clip compute its slice of the tokens, whatever tokens there are, and in self-attention some
-    heads of all tokens. Slices are equally long: the last is filled up with zeros, which attention never sees. ranks:
+    heads of all tokens. Slices are equally long: the last is filled up with zeros, which attention never sees. kind:
     Ulysses, or FirstRank for a plan.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
-    ulysses = (ranks or Ulysses)(world)
+    ulysses = (kind or Ulysses)(world)
     model.share_tokens(ulysses.scatter, ulysses.gather, ulysses.attend)
 
 
@@ -55,7 +55,7 @@ class Ulysses:
     def attend(self, q, k, v, weights, eps, heads, rope):
         """As wan.attend, of this rank's tokens with all others."""
         q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
-        q = self.seq_to_heads(q, rope.length)  # one at a time: these are the largest of a rank's tensors
+        q = self.seq_to_heads(q, rope.length)  # not stacked: these are the largest of a rank's tensors
         k = self.seq_to_heads(k, rope.length)
         v = self.seq_to_heads(v.unflatten(2, (heads, -1)), rope.length)
         return self.heads_to_seq(ops.attention(q, k, v))

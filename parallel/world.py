@@ -181,11 +181,12 @@ class World:
 
 def buckets(params):
     """Parameters in lists of about BUCKET numbers: all of a text encoder's gradients in fp32 are 23 GB."""
-    bucket = []
+    bucket, numbers = [], 0
     for p in params:
         bucket.append(p)
-        if sum(q.numel() for q in bucket) >= BUCKET:
+        numbers += p.numel()
+        if numbers >= BUCKET:
             yield bucket
-            bucket = []
+            bucket, numbers = [], 0
     if bucket:
         yield bucket

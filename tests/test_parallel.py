@@ -186,6 +186,7 @@ def difference(a, b, script):
 def test_training_equals_one_process(runs, report, name):
     script = "train_te" if name.startswith("te") else "train_lora"
     losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
+    # of the encoder, through whose attention rounding grows (smooth_encoder), up to 1.1e-5 was seen
     report("losses and gradients", losses, 2e-5 if script == "train_te" else 1e-5)
     report("weights", weights, 1e-5)
 

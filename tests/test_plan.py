@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_diag import full_size
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed import _functional_collectives
 
 import train_lora
 import train_te
@@ -89,25 +90,35 @@ def test_released_sizes_are_planned_without_files(variant):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_one_rank_takes_what_it_takes_among_others(trains, monkeypatch):
-    """Ulysses as a plan traces it, against Ulysses whose messages go nowhere."""
-    world = SimpleNamespace(sp_size=2, sp_rank=0, group=lambda dim: dist.group.WORLD, count=lambda kind, nbytes: None)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    monkeypatch.setattr(dist, "all_gather", lambda parts, x, group: None)  # torch 2.9 cannot pretend to
-    peaks = []
-    for ranks in (ulysses.Ulysses, ulysses.FirstRank):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_rank_takes_what_it_takes_among_others(trains, batch, monkeypatch):
+    """Ulysses as a plan traces it, against Ulysses whose messages go nowhere, where attention takes the most."""
+    monkeypatch.setattr(dist, "all_gather", lambda parts, x, group: None)
+    monkeypatch.setattr(_functional_collectives, "all_to_all_single_autograd", lambda x, *sizes: x.clone())
+    ranks = SimpleNamespace(sp_size=2, sp_rank=0, group=lambda dim: None, count=lambda kind, nbytes: None)
+    config, peaks = replace(tiny.dit("ti2v", heads=4).config, ffn_dim=8, dim=512, num_layers=2), []
+    for kind in (ulysses.Ulysses, ulysses.FirstRank):
         with FakeTensorMode(), torch.set_grad_enabled(trains):
-            model = Wan(tiny.dit("ti2v", heads=4).config)
+            model = Wan(config)
             inject(model, rank=4)
-            ulysses.apply_ulysses(model, world, ranks)
-            x, t, context = torch.zeros(2, 48, 5, 16, 16), torch.zeros(2), torch.zeros(2, 7, tiny.TEXT_DIM)
+            ulysses.apply_ulysses(model, ranks, kind)
+            x, t, context = torch.zeros(batch, 48, 5, 16, 16), torch.zeros(batch), torch.zeros(batch, 7, tiny.TEXT_DIM)
             with Tracker() as tracker:
                 loss = model(x, t, context).square().mean()
                 if trains:
                     loss.backward()
         peaks.append(tracker.peak)
-    dist.destroy_process_group()
     assert peaks[0] == peaks[1] > 1e6
+
+
+def test_a_pipelines_first_stage_has_a_sample_for_each_stage():
+    """Which it has under way at once, however many are in the batch."""
+    flags = "--resolution 128x128 --checkpointing --device cpu --ckpt nano --pipeline_stages"
+    one, two, many = (
+        planned("train_lora", [*flags.split(), *more.split()]).phases["training"]["states and activations"]
+        for more in ("2 --batch 1", "2 --batch 2", "2 --batch 4")
+    )
+    assert abs(one - two) < 0.05 * two and 0 < many - two < 0.5 * two
 
 
 def test_what_is_kept_of_each_adapter_is_planned(checkpoints):

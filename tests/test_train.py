@@ -1,5 +1,6 @@
 """What both trainers share: exact resumes, bad steps, held-out losses, previews, both experts, the plan."""
 
+import copy
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ import tiny
 import torch
 from test_data import clip, photo
 
+import optim
 import plan
 import train as shared
 from checkpoint import load, save
@@ -760,6 +762,23 @@ def test_what_the_guard_has_seen_is_restored():
     new.restore(old.state_dict() | {"step": 31, "shards": False})
     assert new.step == 31 and new.guard.skipped == 1
     assert new.guard.should_skip(1.0, 50.0) and not new.guard.should_skip(1.0, 3.0)
+
+
+def test_how_a_step_is_computed_is_no_part_of_a_state():
+    """One that an AdamW wrote which was not fused goes on fused, and the same but for rounding."""
+    args, states = SimpleNamespace(grad_spike_factor=10, ema=0), []
+    for optimizer in (lambda params: torch.optim.AdamW(params, 1e-3, (0.9, 0.99), weight_decay=0.1, fused=False), None):
+        p = torch.nn.Parameter(torch.ones(3))
+        states.append(TrainState([p], optimizer([p]) if optimizer else optim.adamw([p], 1e-3, 0.1), args))
+    old, new = states
+    for step in range(3):
+        if step == 2:
+            new.restore(copy.deepcopy(old.state_dict()) | {"step": 2, "shards": False})
+        for state in states[: 1 + (step == 2)]:
+            state.params[0].grad = torch.tensor([1.0, -2.0, 3.0]) * (step + 1)
+            state.opt.step()
+    assert new.opt.param_groups[0]["fused"] and not old.opt.param_groups[0]["fused"]
+    assert (new.params[0] - old.params[0]).abs().max() < 1e-6
 
 
 def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):

@@ -17,7 +17,16 @@ from captions import augment_caption, has_keyword, replace_keyword
 from checkpoint import BadInput, load
 from nanoworld import world
 from t5 import load_t5
-from train_te import RowEmbedding, arguments, check_keywords, keyword_token_ids, resolve, trainable
+from train_te import (
+    RowEmbedding,
+    arguments,
+    check_keywords,
+    encoder_tensors,
+    keyword_token_ids,
+    resolve,
+    trainable,
+    unfreeze,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -277,6 +286,21 @@ def test_what_it_refuses(checkpoints, media, tmp_path, flags, message):
     assert run.returncode == 1 and message in run.stderr.strip().splitlines()[-1] and "Traceback" not in run.stderr, (
         run.stderr
     )
+
+
+@pytest.mark.parametrize("how", ["full", "delta"])
+def test_only_the_rank_that_writes_holds_the_encoder(how):
+    encoder = load_t5(ROOT / "nano", dtype=torch.float32)
+    trained, _ = unfreeze(encoder, SimpleNamespace(train_blocks=1, lr=1e-4, keyword_lr=1e-4), {5})
+    with torch.no_grad():
+        encoder.token_embedding.rows += 1
+    held = encoder_tensors(encoder, trained, {5}, how, torch.bfloat16, True)
+    others = encoder_tensors(encoder, trained, {5}, how, torch.bfloat16, False)
+    others.pop("token_embedding.ids", None)
+    assert all(t is None for t in others.values()) and others.keys() <= held.keys()
+    table = held["token_embedding.weight"][5:6] if how == "full" else held["token_embedding.rows"]
+    assert torch.equal(table, encoder.token_embedding.rows.to(torch.bfloat16))
+    assert not torch.equal(table, encoder.token_embedding.table.weight[5:6].to(torch.bfloat16))
 
 
 def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
