@@ -430,11 +430,11 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
     """
     dit.checkpointing, batch, shape = args.checkpointing, args.batch, entry["latents"].shape
     layout.share_tokens(dit)
-    passes, received = 1, 0
+    passes, num_buffers = 1, 0
     if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
         passes, batch = layout.pp_size, 1
-        received = max(args.batch, passes) * (2 if passes > 2 else 1)  # from the next stage; from both in the middle
+        num_buffers = max(args.batch, passes) * (2 if passes > 2 else 1)  # from the next stage; from both in the middle
     text_dim, text_dtype = dit.config.text_dim, dit.patch_embedding.weight.dtype
     first_frames = args.i2v_prob and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
@@ -450,7 +450,7 @@ def traced_training(args, dit, encoder, groups, params, entry, text, layout, tra
         opt = (AdamW8bit if eight_bit else adamw)(groups, args.lr)
         ema = EMA(params, args.ema, opt) if args.ema else None
         # what other stages send has its place from the start
-        buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(received)]
+        buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(num_buffers)]
         for _ in range(2):
             noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
             context = embed()

@@ -428,17 +428,17 @@ def encoder_tensors(encoder, trained, ids, how, dtype, is_main):
     writes has it whole, on the host, since a GPU may not have room for it beside the training.
     """
 
-    def whole(t):
+    def gather(t):
         t = full_tensor(t).to(dtype)
         return t.cpu() if is_main else None
 
     table = encoder.token_embedding
-    rows, row_ids = (whole(table.rows.detach()), table.ids.cpu()) if ids else (None, None)
+    rows, row_ids = (gather(table.rows.detach()), table.ids.cpu()) if ids else (None, None)
     if how == "delta":
-        tensors = {k: whole(v) for k, v in trained.items()}
+        tensors = {k: gather(v) for k, v in trained.items()}
         return tensors | ({"token_embedding.rows": rows, "token_embedding.ids": row_ids} if ids else {})
     state = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items()}
-    tensors = {k: whole(v) for k, v in state.items() if k != "token_embedding.rows"}
+    tensors = {k: gather(v) for k, v in state.items() if k != "token_embedding.rows"}
     if ids and is_main:
         tensors["token_embedding.weight"] = tensors["token_embedding.weight"].index_copy(0, row_ids, rows)
     return tensors

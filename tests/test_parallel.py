@@ -322,8 +322,8 @@ def test_broken_on_purpose(media, runs, tmp_path):
 
 def test_gradients_are_summed_in_pieces(monkeypatch):
     """What is summed at once is no copy of all gradients."""
-    together = []
-    monkeypatch.setattr(dist, "all_reduce", lambda t: together.append(t.numel()) or t.mul_(2))
+    sizes = []
+    monkeypatch.setattr(dist, "all_reduce", lambda t: sizes.append(t.numel()) or t.mul_(2))
     monkeypatch.setattr(world, "BUCKET", 32)
     ranks = world.World("cpu", distributed=False)
     ranks.distributed = True  # of two alike
@@ -333,7 +333,7 @@ def test_gradients_are_summed_in_pieces(monkeypatch):
     before = [p.grad.clone() for p in params]
     assert ranks.all_reduce_grads(params, 3.0) == [6.0]
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(params, before))
-    assert together == [1, 279, 45, 3] and ranks.sent["gradients"] == 4 * 327
+    assert sizes == [1, 279, 45, 3] and ranks.sent["gradients"] == 4 * 327
 
 
 def test_bytes_sent(media, tmp_path, report):

@@ -34,7 +34,7 @@ def on_host(tree):
     def one(x):
         if isinstance(x, torch.Tensor):
             return host(x) if x.is_cuda else x
-        if isinstance(x, torch.Generator) and x.device.type == "cuda":
+        if isinstance(x, torch.Generator) and x.device.type == "cuda":  # as far on, the same numbers
             return torch.Generator().manual_seed(x.initial_seed() % 2**40 * 2**20 + x.get_offset())
         return torch.device("cpu") if isinstance(x, torch.device) else x
 
@@ -153,8 +153,8 @@ class Emulation(TorchDispatchMode):
             SPECIAL[func](out, *on_host(args), **on_host(kwargs))
             return out
         memory = {t.untyped_storage().data_ptr() for t in inputs}
-        own = func.namespace == "aten" and not func._schema.is_mutable
-        if own and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
+        may_be_view = func.namespace == "aten" and not func._schema.is_mutable  # FSDP2's write into what they return
+        if may_be_view and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
             return out  # views
         moved = ("pin_memory", "non_blocking", *(("device",) if name == "_to_copy" else ()))
         done = func(*on_host(args), **{k: v for k, v in on_host(kwargs).items() if k not in moved})
