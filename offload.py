@@ -296,6 +296,7 @@ class Stream:
         """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else
         the ring is given up.
         """
+        self._finish()
         streamed = {id(t) for flat in self.flats.values() for t in flat.tensors}
         for t in [*self.model.parameters(), *self.model.buffers()]:
             if id(t) not in streamed and not t.requires_grad:
@@ -310,8 +311,14 @@ class Stream:
         if not here:
             self.inputs.release()
 
+    def _finish(self):
+        """Before memory is given up: wait for the copy that the last block began ahead, for a pass that never came."""
+        if self.cuda:
+            self.copier.synchronize()
+
     def close(self):
         """Unlock the host's copies and let go of the model, before both are given up."""
+        self._finish()
         for hook in self.hooks:
             hook.remove()
         self.model.surround_blocks()

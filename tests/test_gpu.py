@@ -208,3 +208,44 @@ def test_streaming_equals_resident_weights():
             found.append([y, *grads, model(x, t, context)])
     assert all(torch.equal(a, b) for a, b in zip(*found)) and stream.waited() >= 0
     assert stream.ring_bytes() < 0.2 * sum(f.host.numel() for f in stream.flats.values())
+
+
+def stream_every_way():
+    """Trains and samples with all blocks streamed, at two sizes, gives a graph up halfway, moves the model, ends."""
+    import lora
+    from offload import Stream
+
+    model = tiny.dit("ti2v", dim=512, heads=4, layers=12)
+    params = lora.inject(model, rank=4, device="cuda")
+    stream = Stream(model, 12, "cuda")
+    t, context = torch.tensor([500.0], device="cuda"), torch.randn(1, 7, tiny.TEXT_DIM, device="cuda")
+    for side, wanted in ((16, params), (16, params[-4:]), (24, params)):
+        x = torch.randn(1, 48, 3, side, side, device="cuda")
+        torch.autograd.grad(model(x, t, context).square().mean(), wanted)
+    for device in ("cuda", "cpu", "cuda"):
+        stream.to(device)
+        if device == "cuda":
+            with torch.no_grad():
+                model(x, t, context)
+    stream.close()
+
+
+def test_streams_wait_for_each_other():
+    """No memory is in use on two streams, or on one and the host, that do not wait for each other."""
+    code = "import sys, races, test_gpu\nsys.exit('\\n'.join(races.watch(test_gpu.stream_every_way)) or 0)"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_lora.py"])
+def test_streams_of_scripts_wait_for_each_other(script, checkpoints, media, tmp_path):
+    pytest.importorskip("ftfy")
+    flags = ["--ckpt", checkpoints["t2v"], "--device", "cuda", "--stream_blocks", "2", "--frames", "9", "--steps", "4"]
+    flags += {
+        "sample.py": ["--prompt", "a red square", "--size", "64x64", "--out", tmp_path / "s.mp4"],
+        "train_lora.py": ["--data", media, "--cache", tmp_path / "cache", "--resolution", "64x64", "--out", tmp_path],
+    }[script]
+    command = [sys.executable, ROOT / "tests" / "races.py", ROOT / script, *flags]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -307,7 +307,7 @@ def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "unpin", lambda flat: pinned.remove(flat.data_ptr()))
     monkeypatch.setattr(offload, "InputsOnHost", lambda *_: SimpleNamespace(hooks=None, close=lambda: None))
     monkeypatch.setattr(offload.Stream, "to", lambda self, device: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
 
     def host_copy(model):
         return offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, True) if shared else None

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
 NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
-SHAPE_DEPENDS_ON_DATA = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
+# of the CPU alone: what has a shape that depends on data, and what PyTorch would compile with a driver that is none
+ON_HOST_ALONE = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave", "exp2")
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp carries data itself
 RACE_GRID = (1, 4, 4)  # of ops.py; a race of the real length takes a minute
 
@@ -140,7 +141,7 @@ class Emulation(TorchDispatchMode):
         if func.namespace in COLLECTIVES:
             return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
-        if inputs and name in SHAPE_DEPENDS_ON_DATA:
+        if inputs and name in ON_HOST_ALONE:
             return tree_map(lambda t: t.cuda(), func(*on_host(args), **on_host(kwargs)))
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
