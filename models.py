@@ -341,10 +341,7 @@ class Models:
     def drop(self, *names):
         """Give parts up (default: all); they are read again when asked for."""
         for name in names or list(self.placements):
-            part = self.placements.pop(name, None)
-            if part:
-                part.close()
-                del part
+            if self.placements.pop(name, None):
                 gc.collect()  # a streamed model and its Stream know each other
         if self.runtime.cuda:
             torch.cuda.empty_cache()
@@ -391,11 +388,11 @@ class Models:
             print(f"{self.folder(name)}: {error}")
         buffer = None
         if share:
-            buffer = offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.cuda)
+            buffer = offload.share_host_copy(model, share.path_of(name), share.is_first, share.barrier, run.device)
         if run.stream_blocks:
             part = offload.StreamedPlacement(model, run.stream_blocks, run.device, buffer)
         elif share:
-            part = offload.SharedPlacement(model, buffer, run.cuda)
+            part = offload.SharedPlacement(model)
             part.to(run.device)
         else:
             part = offload.Placement(model)

@@ -10,7 +10,9 @@ streams. Used by --stream_blocks N of sample.py and train_lora.py; after the ide
 """
 
 import contextlib
+import mmap
 import os
+import sys
 import time
 import weakref
 
@@ -20,7 +22,6 @@ from checkpoint import BadInput, count_blocks
 from wan import keep_fp32
 
 ALIGNED = 256  # bytes, where each tensor of a flat buffer begins: kernels choose by alignment
-PAGE = 4096
 
 
 def spread(count, total):
@@ -67,28 +68,45 @@ def views(flat, slots):
     return [flat[begin : begin + n].view(dtype).view(shape) for begin, n, dtype, shape in slots]
 
 
-def pin(flat):
-    """Lock a buffer in memory, for copies to a GPU; PyTorch's own pinned memory comes in powers of two."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0))
+def pin(address, nbytes):
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
 
 
-def unpin(flat):
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
+def unpin(address):
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
-def host_buffer(nbytes, cuda):
-    """A buffer (nbytes,) uint8 in host memory, for a GPU pinned. Its pages hold nothing else: the driver locks whole
-    ones, and none twice.
+class HostPages(mmap.mmap):
+    """Pages of host memory, which for a GPU are locked until nothing refers to them any more. PyTorch's own pinned
+    memory comes in powers of two.
     """
-    flat = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
-    begin = -flat.data_ptr() % PAGE
-    flat = flat[begin : begin + nbytes]
-    if cuda:
-        pin(flat)
+
+    device = None
+
+    def pin(self, address, device):
+        pin(address, len(self))
+        self.address, self.device = address, device
+
+    def __del__(self):
+        if self.device is not None and not sys.is_finalizing():
+            torch.cuda.synchronize(self.device)  # a copy may be under way
+            unpin(self.address)
+
+
+def tensor_of(pages, device):
+    """The tensor (bytes,) uint8 in these pages, which end with it."""
+    flat = torch.frombuffer(pages, dtype=torch.uint8)
+    if device.type == "cuda":
+        pages.pin(flat.data_ptr(), device)
     return flat
 
 
-def share_host_copy(model, file, is_first, barrier, cuda):
+def host_buffer(nbytes, device):
+    """A buffer (nbytes,) uint8 in host memory, for copies to a device."""
+    return tensor_of(HostPages(-1, nbytes, flags=mmap.MAP_PRIVATE), device)
+
+
+def share_host_copy(model, file, is_first, barrier, device):
     """One host copy of a model's frozen tensors for all ranks of a machine, in the shared memory `file`: the first rank
     fills it, the others, whose model is empty, take theirs from it. Returns the buffer. The file has no name any more
     once all have it, and ends with the last of them. Raises BadInput where the machine has too little shared memory.
@@ -106,10 +124,9 @@ def share_host_copy(model, file, is_first, barrier, cuda):
                 f"{file}: {end / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its "
                 "limit (docker: --shm-size)"
             ) from None
-        flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
     barrier()
-    if not is_first:
-        flat = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
+    with open(file, "r+b") as f:
+        flat = tensor_of(HostPages(f.fileno(), end), device)
     for (values, k), view in zip(order, views(flat, slots)):
         if is_first:
             view.copy_(values[k])
@@ -117,8 +134,6 @@ def share_host_copy(model, file, is_first, barrier, cuda):
     barrier()
     if is_first:
         file.unlink()
-    if cuda:
-        pin(flat)
     return flat
 
 
@@ -127,14 +142,14 @@ class Flat:
     in a shared one.
     """
 
-    def __init__(self, block, cuda, shared=None):
+    def __init__(self, block, device, shared=None):
         self.tensors = [values[k] for values, k in frozen(block)]
         self.slots, end = flat_layout(self.tensors)
         if shared is not None:
             begin = self.tensors[0].data_ptr() - shared.data_ptr()
             self.host = shared[begin : begin + end]
             return
-        self.host = host_buffer(end, cuda)
+        self.host = host_buffer(end, device)
         for t, view in zip(self.tensors, views(self.host, self.slots)):
             t.data = view.copy_(t.data)
 
@@ -153,7 +168,7 @@ class InputsOnHost:
 
     def __init__(self, device, copier):
         self.device, self.copier = device, copier
-        self.free, self.closed = [], False
+        self.free = []
         self.last, self.leaving = None, None  # weakref of the newest Kept; (event, tensor) of a copy to the host
 
     def hooks(self):
@@ -173,28 +188,8 @@ class InputsOnHost:
             if len(flat) >= nbytes:
                 return self.free.pop(i)
         if self.free:
-            self._drop(self.free.pop())
-        return host_buffer(nbytes, self.copier is not None)
-
-    def give_back(self, flat):
-        if self.closed:
-            self._drop(flat)
-        else:
-            self.free.append(flat)
-
-    def _drop(self, flat):
-        if self.copier is not None:
-            self.copier.synchronize()  # which may still read it
-            unpin(flat)
-
-    def release(self):
-        """Give all free buffers up."""
-        while self.free:
-            self._drop(self.free.pop())
-
-    def close(self):
-        self.closed, self.leaving = True, None
-        self.release()
+            del self.free[-1]
+        return host_buffer(nbytes, self.device)
 
     def copy(self, to, source):
         """Copy after what the device was given so far, and beside what comes -> an event; None on a CPU."""
@@ -236,7 +231,7 @@ class Kept:
         if self.back is not None:
             self.store.wait(self.back[1])
         if self.flat is not None:
-            self.store.give_back(self.flat)
+            self.store.free.append(self.flat)
 
     def fetch(self):
         """Begin to copy the tensor back."""
@@ -261,6 +256,8 @@ class Stream:
     model's checkpointing on. shared: the buffer that `share_host_copy` has put the model into.
     """
 
+    copier = None  # the CUDA stream that copies
+
     def __init__(self, model, count, device, shared=None):
         self.model, self.device = model, torch.device(device)
         if count > len(model.blocks):
@@ -268,17 +265,15 @@ class Stream:
         self.numbers = spread(count, len(model.blocks))
         self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest one that will run again
         self.cuda = self.device.type == "cuda"
-        self.flats = {i: Flat(model.blocks[i], self.cuda, shared) for i in self.numbers}
-        hosts = [flat.host for flat in self.flats.values()] if shared is None else [shared]
-        self.pinned = hosts if self.cuda else []
-        self.copier = torch.cuda.Stream(self.device) if self.cuda else None
+        if self.cuda:
+            self.copier = torch.cuda.Stream(self.device)
+        self.flats = {i: Flat(model.blocks[i], self.device, shared) for i in self.numbers}
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         self.inputs = InputsOnHost(self.device, self.copier)
         model.checkpointing, model.cache_text_kv = True, False
         model.surround_blocks(self.inputs.hooks, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
-        self.hooks = [
-            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i)) for i in self.numbers
-        ]
+        for i in self.numbers:
+            model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i))
         self.to(device)
 
     @contextlib.contextmanager
@@ -309,22 +304,15 @@ class Stream:
         )
         self.resident, self.copied, self.current, self.lowest = [None, None], [None, None], None, None
         if not here:
-            self.inputs.release()
+            self.inputs.free.clear()
 
     def _finish(self):
         """Before memory is given up: wait for the copy that the last block began ahead, for a pass that never came."""
-        if self.cuda:
+        if self.copier is not None:
             self.copier.synchronize()
 
-    def close(self):
-        """Unlock the host's copies and let go of the model, before both are given up."""
+    def __del__(self):
         self._finish()
-        for hook in self.hooks:
-            hook.remove()
-        self.model.surround_blocks()
-        self.inputs.close()
-        for flat in self.pinned:
-            unpin(flat)
 
     def ring_bytes(self):
         """Bytes of the two buffers on the device."""
@@ -418,18 +406,14 @@ class Placement:
         for p, data in trained:
             p.data = data
 
-    def close(self):
-        """Called before the part is given up."""
-
 
 class SharedPlacement(Placement):
     """A part whose host copy is that of all ranks of a machine: since nothing in it changes, it is only returned to."""
 
     shared = True
 
-    def __init__(self, model, buffer, cuda):
+    def __init__(self, model):
         super().__init__(model)
-        self.pinned = [buffer] if cuda else []
         self.host = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
 
     def to(self, device):
@@ -438,10 +422,6 @@ class SharedPlacement(Placement):
             return
         for t, data in self.host:
             t.data = data
-
-    def close(self):
-        for flat in self.pinned:
-            unpin(flat)
 
 
 class StreamedPlacement(Placement):
@@ -454,6 +434,3 @@ class StreamedPlacement(Placement):
 
     def to(self, device):
         self.stream.to(device)
-
-    def close(self):
-        self.stream.close()

@@ -51,14 +51,14 @@ def word_attribute(row):
 
 
 def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
-    """Sample every row's prompt (row i from seed + i) and grade it: (grades, clips (N,3,9,64,64)). overrides: as
-    sample.sample_latents takes them.
+    """Sample every row's prompt (row i from seed + i) and grade it: (grades, clips (N,3,9,64,64), on the host).
+    overrides: as sample.sample_latents takes them.
     """
     clips = []
     for i in range(0, len(rows), batch):
         prompts = [r["prompt"] for r in rows[i : i + batch]]
         seeds = [seed + i + j for j in range(len(prompts))]
-        clips.append(decode(models, sample_latents(models, prompts, seeds, progress=False, **overrides)))
+        clips.append(decode(models, sample_latents(models, prompts, seeds, progress=False, **overrides)).cpu())
     clips = torch.cat(clips)
     return [grade(c) for c in clips], clips
 

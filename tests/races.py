@@ -7,6 +7,7 @@ tensors begin; here every byte of them counts, pinned host memory, and memory th
 still uses it.
 """
 
+import gc
 import runpy
 import sys
 import traceback
@@ -100,9 +101,8 @@ class Races(TorchDispatchMode):
             if not self.done(a, stream):
                 self.say("memory is given back", a)
 
-    def unlocked(self, flat):
+    def unlocked(self, begin):
         """The host may use pinned memory otherwise."""
-        begin = flat.data_ptr()
         end = self.pinned.pop(begin)
         for a in self.host:
             if begin <= a.begin < end and not self.done(a, None):
@@ -148,10 +148,12 @@ def watch(run):
     import offload
 
     races, (pin, unpin) = Races(), (offload.pin, offload.unpin)
-    offload.pin = lambda flat: (races.pinned.update([extent(flat)]), pin(flat))
-    offload.unpin = lambda flat: (races.unlocked(flat), unpin(flat))
+    offload.pin = lambda address, nbytes: (races.pinned.update({address: address + nbytes}), pin(address, nbytes))
+    offload.unpin = lambda address: (races.unlocked(address), unpin(address))
     with races:
-        run()
+        kept = run()
+        gc.collect()
+        del kept
     return list(dict.fromkeys(races.found))
 
 

@@ -108,6 +108,13 @@ def test_nano_draws_the_same_clip_in_fp32(report, monkeypatch):
     report("latents", tiny.error(found[1], found[0]), 1e-2)
 
 
+def test_what_is_drawn_here_is_graded():
+    from nanoworld.listening import sample_and_grade
+
+    grades, clips = sample_and_grade(load("nano", "cuda"), [{"prompt": "a red square moves left"}])
+    assert clips.device.type == "cpu" and (grades[0]["color"], grades[0]["shape"]) == ("red", "square")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -211,7 +218,9 @@ def test_streaming_equals_resident_weights():
 
 
 def stream_every_way():
-    """Trains and samples with all blocks streamed, at two sizes, gives a graph up halfway, moves the model, ends."""
+    """Trains and samples with all blocks streamed, at two sizes, gives a graph up halfway, moves the model, and lets it
+    go, but not what it has on the host: that is returned.
+    """
     import lora
     from offload import Stream
 
@@ -227,7 +236,7 @@ def stream_every_way():
         if device == "cuda":
             with torch.no_grad():
                 model(x, t, context)
-    stream.close()
+    return [flat.host for flat in stream.flats.values()]
 
 
 def test_streams_wait_for_each_other():

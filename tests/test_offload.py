@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 import lora
 import offload
 from checkpoint import BadInput
-from offload import ALIGNED, PAGE, Stream, host_buffer, share_host_copy, spread
+from offload import ALIGNED, Stream, host_buffer, share_host_copy, spread
 from sample import load, sample_latents
 from wan import load_wan
 
@@ -89,17 +90,16 @@ def test_memory_on_the_device():
 
 
 def test_buffers_of_kept_inputs_are_used_again(monkeypatch):
-    """One for the input of each block that runs again, on pages of its own, for all steps; given up with the stream."""
+    """One for the input of each block that runs again, on pages of its own, for all steps."""
     made = []
-    monkeypatch.setattr(offload, "host_buffer", lambda n, cuda: made.append(host_buffer(n, cuda)) or made[-1])
+    monkeypatch.setattr(offload, "host_buffer", lambda n, to: made.append(host_buffer(n, to)) or made[-1])
     dit, _, stream = model(6)
     made.clear()
     for _ in range(3):
         dit(X, T, CONTEXT).square().mean().backward()
     assert len(made) == 6 and {f.numel() for f in made} == {4 * X.numel() // 48 // 4 * dit.config.dim}
     assert len(stream.inputs.free) == 6
-    pages = [{f.data_ptr() // PAGE, (f.data_ptr() + f.numel() - 1) // PAGE} for f in made]
-    assert all(f.data_ptr() % PAGE == 0 for f in made) and len(set.union(*pages)) == sum(map(len, pages))
+    assert not any(f.data_ptr() % mmap.PAGESIZE for f in made)
     for batch, count in (
         (slice(1), 6),
         (slice(None), 6),
@@ -107,8 +107,6 @@ def test_buffers_of_kept_inputs_are_used_again(monkeypatch):
     ):  # smaller clips use them, larger need others
         dit(X[batch], T[batch], CONTEXT[batch]).square().mean().backward()
         assert len(made) == count and len(stream.inputs.free) == 6
-    stream.close()
-    assert stream.inputs.free == []
 
 
 def test_the_input_below_comes_back_early():
@@ -172,7 +170,7 @@ with FakeTensorMode():
 before = resident("RssAnon")
 dit = build(dim=768, heads=6, layers=12)
 dit.zero_grad(set_to_none=True)
-Stream(dit, 12, "cpu", share_host_copy(dit, Path({file!r}), True, lambda: None, False))
+Stream(dit, 12, "cpu", share_host_copy(dit, Path({file!r}), True, lambda: None, torch.device("cpu")))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 step(dit, (16, 16))
 print(*planned, whole, resident("VmHWM") - resident("RssShmem") - resident("RssFile") - before)
@@ -262,7 +260,9 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(BadInput, match="shared memory are needed .No space left"):
-        share_host_copy(tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, False)
+        share_host_copy(
+            tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, torch.device("cpu")
+        )
 
 
 def test_a_released_stream_is_gone(checkpoints):
@@ -279,7 +279,7 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
 
     def rank(first):
         models[first] = load_wan(checkpoints["ti2v"], "cpu" if first else "meta", torch.float32, fp8)
-        buffers[first] = share_host_copy(models[first], tmp_path / "shared", first, meeting.wait, False)
+        buffers[first] = share_host_copy(models[first], tmp_path / "shared", first, meeting.wait, torch.device("cpu"))
         stream = Stream(models[first], 2, "cpu", buffers[first])
         assert all(
             f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr()
@@ -301,23 +301,22 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
-    """A block of its own each, of a host copy that ranks share all of it; a driver refuses what it did not lock."""
-    pinned = set()
-    monkeypatch.setattr(offload, "pin", lambda flat: pinned.add(flat.data_ptr()))
-    monkeypatch.setattr(offload, "unpin", lambda flat: pinned.remove(flat.data_ptr()))
-    monkeypatch.setattr(offload, "InputsOnHost", lambda *_: SimpleNamespace(hooks=None, close=lambda: None))
+    """A block of its own each, of a host copy that ranks share all of it; when nothing refers to it any more, and after
+    the copies that are under way.
+    """
+    pinned, done = {}, []
+    monkeypatch.setattr(offload, "pin", lambda address, nbytes: pinned.setdefault(address, nbytes))
+    monkeypatch.setattr(offload, "unpin", lambda address: done.append(("unlocked", pinned.pop(address))))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("waited", device)))
     monkeypatch.setattr(offload.Stream, "to", lambda self, device: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
-
-    def host_copy(model):
-        return offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, True) if shared else None
-
-    model = tiny.dit("ti2v").requires_grad_(False)
-    stream = offload.Stream(model, 3, "cuda", host_copy(model))
-    assert len(pinned) == (1 if shared else 3)
-    stream.close()
-    assert not pinned
-    if shared:
-        model = tiny.dit("ti2v").requires_grad_(False)
-        offload.SharedPlacement(model, host_copy(model), True).close()
-        assert not pinned
+    model, cuda = tiny.dit("ti2v").requires_grad_(False), torch.device("cuda")
+    buffer = offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, cuda) if shared else None
+    stream = offload.Stream(model, 3, cuda, buffer)
+    hosts = [buffer] if shared else [f.host for f in stream.flats.values()]
+    want = {f.data_ptr(): f.numel() for f in hosts}
+    assert pinned == want and len(want) == (1 if shared else 3) and not done
+    del model, stream, buffer, hosts
+    gc.collect()
+    assert not pinned and done[::2] == [("waited", cuda)] * len(want)
+    assert sorted(done[1::2]) == sorted(("unlocked", n) for n in want.values())

@@ -141,7 +141,8 @@ class Emulation(TorchDispatchMode):
         if func.namespace in COLLECTIVES:
             return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
-        if inputs and name in ON_HOST_ALONE:
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if inputs and (name in ON_HOST_ALONE or by_mask):
             return tree_map(lambda t: t.cuda(), func(*on_host(args), **on_host(kwargs)))
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
