@@ -36,6 +36,7 @@ gpu: gpu-check gpu-bench gpu-run
 
 gpu-check: gpu-build
 	-$(PYTHON) -m pytest -q -m gpu $$(grep -l mark.gpu tests/test_*.py)
+	-TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/test_clips.py -k official
 
 gpu-bench: gpu-build
 	-$(PYTHON) bench.py --gpu --json bench/gpu.json

@@ -17,7 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of ranks; cuda: over NCCL, where there are four GPUs
+DEVICE = os.environ.get(
+    "TEST_DEVICE", "cpu"
+)  # of long videos, and of ranks: cuda, over NCCL, where there are four GPUs
 server = None
 
 

@@ -1,11 +1,12 @@
-"""sample.py for the variants that go clip by clip, S2V and Animate: latents of the official pipelines, sound."""
+"""sample.py for the variants that go clip by clip, S2V and Animate: latents of the official pipelines, sound. With
+TEST_DEVICE=cuda on a GPU.
+"""
 
 import json
 import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +14,7 @@ import tiny_animate
 import tiny_s2v
 import torch
 from PIL import Image
+from scripts import DEVICE
 from test_animate_source import LATENTS, C
 from test_s2v_clips import PIPELINES, RUNS
 
@@ -23,6 +25,19 @@ from checkpoint import load as load_tensors
 from conditions import Sequence
 from media import read_frames, write_frames
 from models import Models
+
+av = pytest.importorskip("av")  # a machine for `make gpu-check` may lack it
+HOW = f"--device {DEVICE} --dtype fp32"
+
+
+@pytest.fixture(autouse=True)
+def as_the_official_runs_were(monkeypatch):
+    """On a CPU: with its noise, and without TF32."""
+    if DEVICE != "cpu":
+        generator, randn = torch.Generator, torch.randn
+        monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+        monkeypatch.setattr(torch, "randn", lambda *size, device=None, **how: randn(*size, **how).to(device))
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def run(monkeypatch, *flags, main=sample.main):
@@ -44,7 +59,8 @@ def official_prompts(monkeypatch):
 
     def encode(self, prompts):
         rows = tiny_s2v.prompts()[: len(prompts)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows])
+        embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return embeddings.to(self.device), torch.tensor([len(r) for r in rows], device=self.device)
 
     monkeypatch.setattr(Models, "encode_prompts", encode)
 
@@ -63,7 +79,7 @@ def speech(folder, ckpt, name, video="v"):
         tiny_s2v.write_pose_video(folder / "pose.mkv", 50, 100, 140, 30)
         flags += ["--solver dpm++ --pose_video", folder / "pose.mkv"]
     flags += ["--image", folder / "picture.png", "--audio", folder / "sound.wav"]
-    return ["--prompt any --device cpu --ckpt", ckpt, *flags, *outputs(folder, video)]
+    return [f"--prompt any {HOW} --ckpt", ckpt, *flags, *outputs(folder, video)]
 
 
 def outputs(folder, name):
@@ -112,7 +128,7 @@ def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, na
 
 def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, report):
     speech(tmp_path, s2v, "pose")  # writes the files
-    models, given = sample.load(s2v), RUNS["pose"][0]
+    models, given = sample.load(s2v, DEVICE, torch.float32), RUNS["pose"][0]
     video, latents = sample.generate(
         models,
         "any",
@@ -130,8 +146,8 @@ def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, repor
     )
     assert len(latents) == 2 and video.shape[1] == RUNS["pose"][1]
     for r, z in enumerate(latents):
-        report(f"latents of clip {r}", tiny.error(z, PIPELINES[f"pose_latents_{r}"]), 1e-3)
-    means = video.mean((0, 2, 3)) - PIPELINES["pose_frame_means"]
+        report(f"latents of clip {r}", tiny.error(z.cpu(), PIPELINES[f"pose_latents_{r}"]), 1e-3)
+    means = video.cpu().mean((0, 2, 3)) - PIPELINES["pose_frame_means"]
     report("mean of a frame", means.abs().max().item(), 1e-3)
     with pytest.raises(BadInput, match="src_root_path x: .* takes no such input"):
         sample.generate(models, "any", src_root_path="x")
@@ -218,7 +234,7 @@ def character(folder, animate, name, video="v"):
     """Flags of sample.py for one of test_animate_source's runs."""
     ckpt, source = animate
     mode, overlap, solver, guidance = name.split(".")
-    flags = [f"--frames {C} --steps 3 --seed 7 --device cpu --solver {solver} --refert_num {overlap}"]
+    flags = [f"--frames {C} --steps 3 --seed 7 {HOW} --solver {solver} --refert_num {overlap}"]
     flags += ["--replace_flag"] if mode == "replace" else []
     flags += [f"--guidance {guidance[1:]}"] if guidance != "relit" else []
     if guidance == "relit":
@@ -232,7 +248,7 @@ def test_character_equals_official(animate, tmp_path, monkeypatch, name, report)
     latents = load_tensors(tmp_path / "v.safetensors")[0]
     assert sorted(latents) == ["latents_0", "latents_1"]
     for key, z in latents.items():
-        report(key, tiny.error(z, LATENTS[f"{name}.{key}"]), 1e-3)
+        report(key, tiny.error(z.cpu(), LATENTS[f"{name}.{key}"]), 1e-3)
     frames = list(read_frames(tmp_path / "v.mp4"))
     assert len(frames) == 20 and abs(frames[-1].seconds - 19 / 25) < 1e-3  # as many as the driving video has
     got = np.stack([np.asarray(f.image).mean((0, 1, 2)) for f in frames]) / 127.5 - 1
@@ -249,11 +265,11 @@ def test_character_equals_official(animate, tmp_path, monkeypatch, name, report)
 def test_a_character_in_python_equals_official(animate, report):
     ckpt, source = animate
     how = dict(steps=3, guidance=3, solver="dpm++", seed=7, frames=C, progress=False)
-    models = sample.load(ckpt)
+    models = sample.load(ckpt, DEVICE, torch.float32)
     video, latents = sample.generate(models, models.settings.prompt, src_root_path=source, refert_num=5, **how)
     assert video.shape[1] == 20 and len(latents) == 2
     for r, z in enumerate(latents):
-        report(f"latents of clip {r}", tiny.error(z, LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
+        report(f"latents of clip {r}", tiny.error(z.cpu(), LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
 
 
 def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_plan):
@@ -389,11 +405,11 @@ def test_flags_of_one_variant_are_refused_by_another(
 ):
     folder = {"s2v": s2v, "animate": animate[0], **checkpoints}[kind]
     with pytest.raises(BadInput, match=message) as e:
-        run(monkeypatch, "--device cpu --ckpt", folder, "--out", tmp_path / "v.mp4", flags)
+        run(monkeypatch, f"{HOW} --ckpt", folder, "--out", tmp_path / "v.mp4", flags)
     assert "\n" not in str(e.value)
 
 
 def test_several_prompts_for_one_video_are_refused(s2v, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     with pytest.raises(BadInput, match="2 prompts: .* one video at a time"):
-        run(monkeypatch, "--device cpu --ckpt", s2v, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "v.mp4")
+        run(monkeypatch, f"{HOW} --ckpt", s2v, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "v.mp4")

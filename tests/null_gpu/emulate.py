@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
 
-aten = torch.ops.aten
+aten, Generator = torch.ops.aten, torch.Generator
 EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
 NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
 # of the CPU alone: what has a shape that depends on data, and what PyTorch would compile with a driver that is none
@@ -35,7 +35,7 @@ def on_host(tree):
     def one(x):
         if isinstance(x, torch.Tensor):
             return host(x) if x.is_cuda else x
-        if isinstance(x, torch.Generator) and x.device.type == "cuda":  # as far on, the same numbers
+        if isinstance(x, Generator) and x.device.type == "cuda":  # as far on, the same numbers
             return torch.Generator().manual_seed(x.initial_seed() % 2**40 * 2**20 + x.get_offset())
         return torch.device("cpu") if isinstance(x, torch.device) else x
 
