@@ -83,27 +83,32 @@ class HostPages(mmap.mmap):
 
     device = None
 
-    def pin(self, address, device):
-        pin(address, len(self))
-        self.address, self.device = address, device
+    def tensor(self):
+        """All of it, uint8. It lives as long as this tensor or a view of it."""
+        return torch.frombuffer(self, dtype=torch.uint8)
+
+    def lock(self, device):
+        address = self.tensor().data_ptr()
+        if device.type == "cuda":
+            pin(address, len(self))
+            self.address, self.device = address, torch.cuda.current_device() if device.index is None else device.index
 
     def __del__(self):
         if self.device is not None and not sys.is_finalizing():
-            torch.cuda.synchronize(self.device)  # a copy may be under way
-            unpin(self.address)
-
-
-def tensor_of(pages, device):
-    """The tensor (bytes,) uint8 in these pages, which end with it."""
-    flat = torch.frombuffer(pages, dtype=torch.uint8)
-    if device.type == "cuda":
-        pages.pin(flat.data_ptr(), device)
-    return flat
+            try:
+                torch.cuda.synchronize(self.device)  # a copy may be under way
+            finally:
+                unpin(self.address)
 
 
 def host_buffer(nbytes, device):
-    """A buffer (nbytes,) uint8 in host memory, for copies to a device."""
-    return tensor_of(HostPages(-1, nbytes, flags=mmap.MAP_PRIVATE), device)
+    """A buffer (nbytes,) uint8 in host memory, for copies to a device. Raises BadInput where there is no room."""
+    try:
+        pages = HostPages(-1, nbytes, flags=mmap.MAP_PRIVATE)
+    except OSError as e:
+        raise BadInput(f"--stream_blocks: {nbytes / 1e9:.2f} GB of host memory are needed ({e.strerror})") from None
+    pages.lock(device)
+    return pages.tensor()
 
 
 def share_host_copy(model, file, is_first, barrier, device):
@@ -126,7 +131,8 @@ def share_host_copy(model, file, is_first, barrier, device):
             ) from None
     barrier()
     with open(file, "r+b") as f:
-        flat = tensor_of(HostPages(f.fileno(), end), device)
+        pages = HostPages(f.fileno(), end)
+    flat = pages.tensor()
     for (values, k), view in zip(order, views(flat, slots)):
         if is_first:
             view.copy_(values[k])
@@ -134,6 +140,7 @@ def share_host_copy(model, file, is_first, barrier, device):
     barrier()
     if is_first:
         file.unlink()
+    pages.lock(device)
     return flat
 
 
@@ -291,7 +298,7 @@ class Stream:
         """All that is neither streamed nor trained to a device, with a ring there if that is where the model runs; else
         the ring is given up.
         """
-        self._finish()
+        self.wait_for_copy()
         streamed = {id(t) for flat in self.flats.values() for t in flat.tensors}
         for t in [*self.model.parameters(), *self.model.buffers()]:
             if id(t) not in streamed and not t.requires_grad:
@@ -306,13 +313,13 @@ class Stream:
         if not here:
             self.inputs.free.clear()
 
-    def _finish(self):
+    def wait_for_copy(self):
         """Before memory is given up: wait for the copy that the last block began ahead, for a pass that never came."""
         if self.copier is not None:
             self.copier.synchronize()
 
     def __del__(self):
-        self._finish()
+        self.wait_for_copy()
 
     def ring_bytes(self):
         """Bytes of the two buffers on the device."""

@@ -3,10 +3,11 @@
     python tests/races.py SCRIPT FLAGS      runs a script; ends with status 9 where it has found some, and says what
 
 After CUDA's order of events, as torch.cuda._sanitizer has it (of which the clocks are). That one compares only where
-tensors begin; here every byte of them counts, pinned host memory, and memory that is given back while another stream
-still uses it.
+tensors begin; here every byte of them counts, host memory that offload.py has pinned, and memory that is given back, or
+taken, while another stream uses it. For one GPU, PyTorch's own operations, and without record_stream.
 """
 
+import functools
 import gc
 import runpy
 import sys
@@ -42,7 +43,8 @@ def extent(t):
 
 def where():
     """The line of this project that is being run."""
-    ours = [f for f in traceback.extract_stack() if "torch/" not in f.filename and f.filename != __file__]
+    other = str(Path(torch.__file__).parent), __file__
+    ours = [f for f in traceback.extract_stack() if not f.filename.startswith(other)]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
 
 
@@ -57,6 +59,7 @@ class Races(TorchDispatchMode):
         self.begins, self.blocks = [], {}  # of device memory in use: {address: (stream, accesses)}
         self.host, self.pinned = [], {}  # accesses of streams to pinned host memory; {its first address: the last}
         clocks = self.clocks
+        self.failed = None  # an exception of a callback, which PyTorch only logs
         torch._C._activate_gpu_trace()
         trace.register_callback_for_event_creation(clocks.create_event)
         trace.register_callback_for_event_deletion(clocks.delete_event)
@@ -66,8 +69,14 @@ class Races(TorchDispatchMode):
         trace.register_callback_for_device_synchronization(clocks.sync_all_streams)
         trace.register_callback_for_stream_synchronization(clocks.all_streams_wait_for_stream)
         trace.register_callback_for_event_synchronization(clocks.all_streams_wait_for_event)
-        trace.register_callback_for_memory_allocation(self.allocated)
-        trace.register_callback_for_memory_deallocation(self.freed)
+        trace.register_callback_for_memory_allocation(functools.partial(self.call, self.allocated))
+        trace.register_callback_for_memory_deallocation(functools.partial(self.call, self.freed))
+
+    def call(self, f, address):
+        try:
+            f(address)
+        except Exception as e:
+            self.failed = e
 
     def say(self, what, access):
         self.found.append(f"{where()}: {what}, while stream {access.stream} runs {access.what}")
@@ -83,14 +92,22 @@ class Races(TorchDispatchMode):
             same = old.begin < new.end and new.begin < old.end
             if same and (old.writes or new.writes) and not self.done(old, stream):
                 self.say(f"{'host' if stream is None else f'stream {stream}'} runs {new.what}", old)
-        if new.writes:  # who comes after this one comes after what it covers
-            earlier[:] = [a for a in earlier if a.begin < new.begin or a.end > new.end]
+        # who comes after this one comes after what it covers
+        covered = [a for a in earlier if new.begin <= a.begin and a.end <= new.end]
+        for a in covered:
+            if new.writes or a.stream == stream and not a.writes:
+                earlier.remove(a)
         if stream is not None:
             earlier.append(new)
 
     def allocated(self, address):
+        """The stream that it belongs to may still use it as what it was before."""
         insort(self.begins, address)
-        self.blocks[address] = torch.cuda.current_stream().cuda_stream, []
+        stream = torch.cuda.current_stream().cuda_stream
+        self.number += 1
+        self.clocks.update_seq_num(stream, self.number)
+        taken = Access(address, sys.maxsize, True, stream, self.number, f"what this memory was before ({where()})")
+        self.blocks[address] = stream, [taken]
 
     def freed(self, address):
         """The stream that allocated it may use it again at once."""
@@ -113,6 +130,10 @@ class Races(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__
+        self.number += 1
+        number = self.number  # what the host waits for in `func` includes it
+        if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves((args, kwargs))):
+            self.clocks.update_seq_num(torch.cuda.current_stream().cuda_stream, number)
         out = func(*args, **kwargs)
         if name.startswith(UNREAD):
             return out
@@ -127,13 +148,9 @@ class Races(TorchDispatchMode):
         if not new and not any(writes for _, writes in used) and results:
             return out  # views
         used += [(t, True) for t in new]
-        self.number += 1
-        on_device = any(t.is_cuda for t, _ in used)
-        stream = torch.cuda.current_stream().cuda_stream if on_device else None
-        if on_device:
-            self.clocks.update_seq_num(stream, self.number)
+        stream = torch.cuda.current_stream().cuda_stream if any(t.is_cuda for t, _ in used) else None
         for t, writes in used:
-            access = Access(*extent(t), writes, stream, self.number, f"{name} ({where()})")
+            access = Access(*extent(t), writes, stream, number, f"{name} ({where()})")
             if t.is_cuda:
                 i = bisect_right(self.begins, access.begin) - 1
                 if i >= 0:
@@ -144,22 +161,26 @@ class Races(TorchDispatchMode):
 
 
 def watch(run):
-    """Call `run` -> what was found, each once."""
+    """Call `run`; print what was found, and return it."""
     import offload
 
     races, (pin, unpin) = Races(), (offload.pin, offload.unpin)
     offload.pin = lambda address, nbytes: (races.pinned.update({address: address + nbytes}), pin(address, nbytes))
     offload.unpin = lambda address: (races.unlocked(address), unpin(address))
-    with races:
-        kept = run()
-        gc.collect()
-        del kept
-    return list(dict.fromkeys(races.found))
+    kept = None
+    try:
+        with races:
+            kept = run()
+            gc.collect()
+            del kept
+    finally:
+        print(*dict.fromkeys(races.found), sep="\n", file=sys.stderr)
+    if races.failed:
+        raise races.failed
+    return races.found
 
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    found = watch(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
-    print(*found, sep="\n", file=sys.stderr)
-    sys.exit(9 if found else 0)
+    sys.exit(9 if watch(lambda: runpy.run_path(sys.argv[0], run_name="__main__")) else 0)

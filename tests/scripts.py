@@ -17,9 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
-DEVICE = os.environ.get(
-    "TEST_DEVICE", "cpu"
-)  # of long videos, and of ranks: cuda, over NCCL, where there are four GPUs
+# of test_clips.py's long videos, and of ranks, which on cuda need four GPUs
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 server = None
 
 

@@ -210,6 +210,7 @@ def test_speech_that_was_killed_goes_on(s2v, tmp_path, monkeypatch, official_pro
 @pytest.fixture(scope="module")
 def animate(tmp_path_factory):
     """(checkpoint, source folder whose sound begins after a tenth of a second)."""
+    pytest.importorskip("ftfy")
     folder = tmp_path_factory.mktemp("animate")
     source = tiny_animate.source_folder(folder / "source")
     poses = np.stack(tiny_animate.frames(20, 32, 48, 1))

@@ -136,8 +136,8 @@ def test_what_is_not_on_the_device_is_kept_as_it_is():
 
 def test_a_buffer_that_cannot_be_made_is_one_error(monkeypatch, recwarn):
     """Nothing half made complains when it is given up."""
-    monkeypatch.setattr(offload, "host_buffer", mock.Mock(side_effect=RuntimeError("no room")))
-    with pytest.raises(RuntimeError, match="no room"):
+    monkeypatch.setattr(offload, "HostPages", mock.Mock(side_effect=OSError(12, "no room")))
+    with pytest.raises(BadInput, match="--stream_blocks: 0.00 GB of host memory are needed .no room"):
         offload.Kept(offload.InputsOnHost(torch.device("cpu"), None), torch.ones(3))
     gc.collect()
     assert not recwarn.list
@@ -299,6 +299,15 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
         assert (buffers[False] == 1).all()
 
 
+def test_shared_memory_that_cannot_be_pinned_is_given_back(tmp_path, monkeypatch):
+    """It has no name any more by then."""
+    monkeypatch.setattr(offload, "pin", mock.Mock(side_effect=RuntimeError("not allowed")))
+    with pytest.raises(RuntimeError, match="not allowed"):
+        model = tiny.dit("ti2v").requires_grad_(False)
+        share_host_copy(model, tmp_path / "copy", True, lambda: None, torch.device("cuda:0"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
     """A block of its own each, of a host copy that ranks share all of it; when nothing refers to it any more, and after
@@ -310,7 +319,7 @@ def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("waited", device)))
     monkeypatch.setattr(offload.Stream, "to", lambda self, device: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
-    model, cuda = tiny.dit("ti2v").requires_grad_(False), torch.device("cuda")
+    model, cuda = tiny.dit("ti2v").requires_grad_(False), torch.device("cuda:1")
     buffer = offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, cuda) if shared else None
     stream = offload.Stream(model, 3, cuda, buffer)
     hosts = [buffer] if shared else [f.host for f in stream.flats.values()]
@@ -318,5 +327,5 @@ def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
     assert pinned == want and len(want) == (1 if shared else 3) and not done
     del model, stream, buffer, hosts
     gc.collect()
-    assert not pinned and done[::2] == [("waited", cuda)] * len(want)
+    assert not pinned and done[::2] == [("waited", 1)] * len(want)
     assert sorted(done[1::2]) == sorted(("unlocked", n) for n in want.values())

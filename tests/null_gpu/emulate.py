@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten, Generator = torch.ops.aten, torch.Generator
 EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
 NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
-# of the CPU alone: what has a shape that depends on data, and what PyTorch would compile with a driver that is none
+# only the CPU's are run: where the shape of what is returned depends on data, as if a mask chooses; and exp2,
+# which PyTorch would compile at its first call, with a driver that is none
 ON_HOST_ALONE = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave", "exp2")
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp carries data itself
 RACE_GRID = (1, 4, 4)  # of ops.py; a race of the real length takes a minute
