@@ -81,17 +81,18 @@ class HostPages(mmap.mmap):
     memory comes in powers of two.
     """
 
-    device = None
+    device = None  # the number of the GPU for which they are locked
 
     def tensor(self):
         """All of it, uint8. It lives as long as this tensor or a view of it."""
         return torch.frombuffer(self, dtype=torch.uint8)
 
     def lock(self, device):
-        address = self.tensor().data_ptr()
+        """For copies to `device`, if that is a GPU."""
         if device.type == "cuda":
-            pin(address, len(self))
-            self.address, self.device = address, torch.cuda.current_device() if device.index is None else device.index
+            self.address = self.tensor().data_ptr()
+            pin(self.address, len(self))
+            self.device = torch.cuda.current_device() if device.index is None else device.index
 
     def __del__(self):
         if self.device is not None and not sys.is_finalizing():

@@ -49,17 +49,17 @@ def where():
 
 
 class Races(TorchDispatchMode):
-    """While it lasts, operations are recorded; `found`: what is wrong, a line each. One per process: PyTorch's trace
-    has no end.
+    """While it lasts, operations are recorded; `conflicts`: a line for each. One per process: PyTorch's trace has no
+    end.
     """
 
     def __init__(self):
         super().__init__()
-        self.clocks, self.number, self.found = StreamSynchronizations(), 0, []
+        self.clocks, self.number, self.conflicts = StreamSynchronizations(), 0, []
         self.begins, self.blocks = [], {}  # of device memory in use: {address: (stream, accesses)}
         self.host, self.pinned = [], {}  # accesses of streams to pinned host memory; {its first address: the last}
         clocks = self.clocks
-        self.failed = None  # an exception of a callback, which PyTorch only logs
+        self.callback_error = None  # an exception of a callback, which PyTorch only logs
         torch._C._activate_gpu_trace()
         trace.register_callback_for_event_creation(clocks.create_event)
         trace.register_callback_for_event_deletion(clocks.delete_event)
@@ -76,10 +76,10 @@ class Races(TorchDispatchMode):
         try:
             f(address)
         except Exception as e:
-            self.failed = e
+            self.callback_error = e
 
     def say(self, what, access):
-        self.found.append(f"{where()}: {what}, while stream {access.stream} runs {access.what}")
+        self.conflicts.append(f"{where()}: {what}, while stream {access.stream} runs {access.what}")
 
     def done(self, access, stream):
         """Whether what a stream (None: the host) does next comes after an access."""
@@ -174,10 +174,10 @@ def watch(run):
             gc.collect()
             del kept
     finally:
-        print(*dict.fromkeys(races.found), sep="\n", file=sys.stderr)
-    if races.failed:
-        raise races.failed
-    return races.found
+        print(*dict.fromkeys(races.conflicts), sep="\n", file=sys.stderr)
+    if races.callback_error:
+        raise races.callback_error
+    return races.conflicts
 
 
 if __name__ == "__main__":

@@ -128,21 +128,21 @@ def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, na
 
 def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, report):
     speech(tmp_path, s2v, "pose")  # writes the files
-    models, given = sample.load(s2v, DEVICE, torch.float32), RUNS["pose"][0]
+    models, settings = sample.load(s2v, DEVICE, torch.float32), RUNS["pose"][0]
     video, latents = sample.generate(
         models,
         "any",
         image=tmp_path / "picture.png",
         size=(128, 64),
-        steps=given["steps"],
-        guidance=given["scale"],
+        steps=settings["steps"],
+        guidance=settings["scale"],
         solver="dpm++",
-        seed=given["seed"],
+        seed=settings["seed"],
         progress=False,
         audio=tmp_path / "sound.wav",
         pose_video=tmp_path / "pose.mkv",
-        infer_frames=given["frames"],
-        num_clip=given["clips"],
+        infer_frames=settings["frames"],
+        num_clip=settings["clips"],
     )
     assert len(latents) == 2 and video.shape[1] == RUNS["pose"][1]
     for r, z in enumerate(latents):
