@@ -28,7 +28,7 @@ test-slow: $(VENV)/ready-tests
 	$(PYTEST) --slow tests
 
 test-portable: $(VENV)/ready-tests
-	CUDA_VISIBLE_DEVICES= $(PY) tests/portable.py $(NUMERIC:%=tests/test_%.py)
+	CUDA_VISIBLE_DEVICES= $(PY) tests/helpers/portable.py $(NUMERIC:%=tests/test_%.py)
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails or lacks
 # a package does not stop the rest: without csrc's CUDA Triton does what it can

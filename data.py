@@ -1,55 +1,39 @@
-"""A folder of images and clips with captions -> buckets -> a cache of latents and text embeddings -> batches.
+"""A folder of images and clips with captions -> buckets -> cached latents and text embeddings -> batches.
 
-Captions lie beside the media as NAME.txt, one per line; where there are several, one is drawn at random. Or a list
-names files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder.
-Media are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate
-and cut to 4k+1 frames. Cache entries are named by a hash of everything that decides their contents, so nothing stale is
-ever used.
+Captions lie beside the media as NAME.txt, one per line; if there are several, one is drawn at random. Or a list names
+files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder. Media
+are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate and cut
+to 4k+1 frames. What a step sees depends on the seed and the step's number alone, so a resumed run sees what an
+uninterrupted one would have seen.
 """
 
-import csv
-import functools
-import hashlib
-import json
 import math
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from checkpoint import BadInput, atomic, remove_leftovers, save
-from media import Skip, cover, open_photo, read_frames, why
+from flow import eval_timesteps, make_noisy_batch, sample_timesteps
+from nanowan import cache
+from nanowan.errors import BadInput
+from nanowan.files import remove_leftovers
+from nanowan.formats.header import load
+from nanowan.formats.t5 import read_encoder, tokenizer_file
+from nanowan.training.sources import check_usable, find_media, report
+from nanowan.video import Skip
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-# what is not read, but named where it lies, so that nobody believes it was
-OTHER_MEDIA = set(
-    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
-    ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
-)
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
 MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
 MAX_GAP = 60  # seconds between two frames: more is a damaged clock, and would fill hours with one picture
-CLIP_MODES = {
-    "first": "from its beginning",
-    "middle": "around its middle",
-    "uniform": "spread evenly over its whole length",
-    "several": "one after the other, as many as it holds",
-}  # which frames of a clip
-PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
-CAPTION_COLUMNS = ("caption", "prompt", "text")
-REPEAT_COLUMNS = ("repeat", "num_repeats")
+PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
 
 
 @dataclass
 class Item:
     """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. `source_size`: (width,
-    height) in px at which the file is shown. `companions`: {kind: (file, digest)} of what belongs to it.
+    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. source_size: (width,
+    height) in px at which the file is shown. sidecars: {kind: (file, digest)} of the files that belong to it.
     """
 
     path: Path
@@ -63,15 +47,11 @@ class Item:
     repeat: int = 1
     source_size: tuple = (0, 0)
     frames_after: int = 0
-    companions: dict = field(default_factory=dict)
+    sidecars: dict = field(default_factory=dict)
 
     @property
     def bucket(self):
         return self.width, self.height, self.frames
-
-
-def is_image(path):
-    return path.suffix.lower() in IMAGES
 
 
 # ---- buckets and windows -----------------------------------------------------------------------------------------
@@ -114,239 +94,28 @@ def frames_from(start, times, fps):
     return int((max(times) - start) * fps + 0.05) + 1
 
 
-# ---- looking at files --------------------------------------------------------------------------------------------
-def decode_bytes(items):
-    """Host memory that decoding the largest of some items takes, beside the frames that are kept of it. Measured per
-    pixel: of a photograph 4 bytes, 8 where it is turned, 9 where it is transparent; of a clip in 4K 32.
-    """
-    return max((math.prod(i.source_size) * (9 if is_image(i.path) else 32) for i in items), default=0)
-
-
-def probe(path):
-    """[width, height, times of its frames in seconds, or None for an image] of a media file as it is shown, by decoding
-    it once. Raises Skip.
-    """
-    if is_image(path):
-        return [*open_photo(path).size, None]
-    frames = [(f.seconds, f.size) for f in read_frames(path, images=False)]
-    if not frames:
-        raise Skip("has no frames")
-    return [*frames[-1][1], [seconds for seconds, _ in frames]]
-
-
-def cached_probe(path, digest, cache):
-    """`probe`, kept in the cache by the file's digest: a clip is decoded once, not at every start."""
-    if cache is None:
-        return probe(path)
-    file = cache_file(cache, ".json", shown=digest, kind=path.suffix.lower())
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # not there, or damaged
-        found = probe(path)
-    try:
-        with atomic(file) as tmp:
-            tmp.write_text(json.dumps(found))
-    except OSError as e:  # not the clip's fault
-        raise BadInput(f"--cache {cache}: {e.filename} {e.strerror}") from None
-    return found
-
-
-def nearest_frames(path, wanted, width, height):
-    """The frames (height,width,3) uint8 of a clip that are nearest to the times `wanted`, in seconds and ascending."""
-    chosen, before = [], None
-    for frame in read_frames(path):
-        while before and len(chosen) < len(wanted):
-            at = wanted[len(chosen)]
-            if abs(frame.seconds - at) <= abs(before.seconds - at):
-                break
-            chosen.append(np.array(cover(before.image, width, height, before.size)))
-        if len(chosen) == len(wanted):
-            break
-        before = frame
-    if before is None:
-        raise Skip("has no frames")
-    last = np.array(cover(before.image, width, height, before.size))
-    return chosen + [last] * (len(wanted) - len(chosen))
-
-
-def companion_frames(item, kind=None, size=None):
-    """The frames (H,W,3) uint8 of a clip, or of its companion of this kind at the same times, those after the sample
-    included. size: (width, height), if it is not the bucket's.
-    """
-    wanted = [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
-    file = item.companions[kind][0] if kind else item.path
-    return nearest_frames(file, wanted, *(size or (item.width, item.height)))
-
-
-def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item. Raises Skip where its file is not what it was when it was looked at."""
-    if is_image(item.path):
-        frames = [np.array(cover(open_photo(item.path), item.width, item.height))]
-    else:
-        frames = companion_frames(item)
-    return to_video(frames)
-
-
-def to_video(frames):
-    """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1]."""
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-# ---- what there is -----------------------------------------------------------------------------------------------
-def read_captions(path):
-    """The lines of the text file beside a media file. Raises Skip."""
-    file = path.with_suffix(".txt")
-    try:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise Skip(f"its caption {file.name} is not UTF-8") from None
-    except OSError:
-        raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
-    if not captions:
-        raise Skip(f"its caption {file.name} is empty")
-    return captions
-
-
-def csv_rows(lines):
-    """Yield (line number, {column: value}) of a CSV with a header. Raises ValueError."""
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise csv.Error("more fields than the header has; texts with commas in them need quotes")
-            yield reader.line_num, row
-    except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e}") from None
-
-
-def json_rows(lines):
-    """Yield (line number, {column: value}) of a JSONL. Raises ValueError."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"line {number}: {e}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number}: {line.strip()[:60]} is no object")
-            yield number, row
-
-
-def read_list(file):
-    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in
-    one of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises
-    BadInput.
-    """
-    is_csv = file.suffix.lower() == ".csv"
-    try:
-        with open(file, encoding="utf-8-sig", newline="" if is_csv else "\n") as f:
-            rows = list(csv_rows(f) if is_csv else json_rows(f))
-    except (OSError, ValueError) as e:
-        form = "a CSV with a header" if is_csv else 'lines of {"path": ..., "caption": ...}'
-        raise BadInput(f"--data {file}: not {form}: {why(e)}") from None
-    return [list_entry(file, number, row) for number, row in rows]
-
-
-def list_entry(file, number, row):
-    """An entry of `read_list`."""
-    where = f"--data {file}, line {number}"
-    path, captions, repeat = (
-        next((row[c] for c in columns if row.get(c) not in (None, "")), None)
-        for columns in (PATH_COLUMNS, CAPTION_COLUMNS, REPEAT_COLUMNS)
-    )
-    if not isinstance(path, str):
-        raise BadInput(
-            f"{where}: names no file; of {', '.join(PATH_COLUMNS)} one should hold a path, "
-            f"and its columns are {', '.join(row)[:200]}"
-        )
-    captions = [] if captions is None else captions if isinstance(captions, list) else [captions]
-    if not all(isinstance(c, str) for c in captions):
-        raise BadInput(f"{where}: its caption is neither a text nor a list of texts")
-    repeat = "1" if repeat is None else str(repeat)
-    if not repeat.isdecimal() or repeat == "0":
-        raise BadInput(f"{where}: repeat {repeat}: should be a whole number from 1 on")
-    captions = [c.strip() for c in captions if c.strip()]
-    none = Skip(f"has no caption on line {number} of {file.name}, in {', '.join(CAPTION_COLUMNS)}")
-    return file.parent / path, captions or none, int(repeat)
-
-
-def walk(folder):
-    """The paths of all that is in a folder, recursively, but for what is hidden, and [(folder, reason)] of those that
-    cannot be opened. Links to folders are followed; a folder that was seen is not entered again.
-    """
-    found, unreadable, seen = [], [], set()
-    for where, folders, files in os.walk(
-        folder, followlinks=True, onerror=lambda e: unreadable.append((Path(e.filename), e.strerror))
-    ):
-        state = os.stat(where)
-        if (state.st_dev, state.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(where, name) for name in (*folders, *files) if not name.startswith(".")]
-    return sorted(found), unreadable
-
-
-def find_media(source):
-    """[(path, captions, repeat)] of everything in a list, or of a folder, that is media or looks like it. captions: a
-    Skip where there can be none, None where they lie beside the file.
-    """
-    if source.is_file():
-        return read_list(source)
-    if not source.is_dir():
-        raise BadInput(f"--data {source}: no such folder, JSONL or CSV file")
-    listed = [
-        e for name in ("metadata.jsonl", "metadata.csv") if (source / name).is_file() for e in read_list(source / name)
-    ]
-    listed_paths = {os.path.abspath(path) for path, _, _ in listed}
-    paths, unreadable = walk(source)
-    return (
-        listed
-        + [
-            (p, None, 1)
-            for p in paths
-            if p.suffix.lower() in IMAGES | CLIPS | OTHER_MEDIA and os.path.abspath(p) not in listed_paths
-        ]
-        + [(p, Skip(f"cannot be opened ({reason})"), 1) for p, reason in unreadable]
-    )
-
-
-def check_usable(path, captions):
-    """A file's captions. Raises Skip for what can be known without decoding it."""
-    if isinstance(captions, Skip):
-        raise captions
-    if not path.is_file():
-        raise Skip("is not a file" if path.exists() or path.is_symlink() else "does not exist")
-    if path.suffix.lower() not in IMAGES | CLIPS:
-        raise Skip(f"is none of {', '.join(sorted(IMAGES | CLIPS))}")
-    captions = read_captions(path) if captions is None else captions
-    if path.stat().st_size == 0:
-        raise Skip("is empty")
-    return captions
-
-
-def scan(source, area, multiple, max_frames, fps, mode="first", cache=None, samples=None):
+def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
     """Look through a folder, recursively, or a list: ([Item], [(path, reason)] of what is skipped).
 
-    area px, max_frames per sample at fps, mode: one of CLIP_MODES, samples: a conditions.Samples. Raises BadInput, with
-    the reasons, where nothing is left."""
-    if cache is not None:
-        remove_leftovers(cache)
+    area: px of a frame. max_frames: of a sample, at fps. mode: one of sources.CLIP_MODES. samples: of
+    variants/samples.py. Raises BadInput, with the reasons, if nothing is left.
+    """
+    if cache_dir is not None:
+        remove_leftovers(cache_dir)
     items, skipped = [], []
     over, after = (samples.frames_over, samples.frames_after) if samples else (1, 0)
     for path, captions, repeat in find_media(Path(source)):
-        if samples and captions is None and samples.is_companion(path):
+        if samples and captions is None and samples.is_sidecar(path):
             continue
         try:
             captions = check_usable(path, captions)
-            name = digest(path)
-            width, height, times = shown = cached_probe(path, name, cache)
+            name = cache.digest(path)
+            width, height, times = shown = cache.cached_probe(path, name, cache_dir)
             bucket = nearest_bucket(width, height, area, multiple)
-            companions = samples.companions(path, shown, cache) if samples else {}
+            sidecars = samples.sidecars(path, shown, cache_dir) if samples else {}
             windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode, over)
             for start, n, rate in windows:
-                item = Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height), 0, companions)
+                item = Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height), 0, sidecars)
                 if after and frames_from(start, times, rate) >= n + after:
                     item.frames_after = after
                 items.append(item)
@@ -358,109 +127,6 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache=None, samp
         reasons = "; ".join(f"{p.name} {reason}" for p, reason in skipped[:20])
         raise BadInput(f"--data {source}: nothing to train on; {reasons or 'there are no images or clips in it'}")
     return items, skipped
-
-
-def report(items, skipped):
-    """What will be trained on and what will not, as text."""
-    counts = {}
-    for item in items:
-        counts[item.bucket] = counts.get(item.bucket, 0) + 1
-    files, seen = len({i.path for i in items}), sum(i.repeat for i in items)
-    lines = [
-        f"data: {files} files"
-        + f" in {len(items)} samples" * (len(items) > files)
-        + f", seen {seen} times an epoch" * (seen > len(items))
-        + f", {len(skipped)} skipped"
-    ]
-    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
-    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in skipped])
-
-
-# ---- the cache ---------------------------------------------------------------------------------------------------
-def digest(path):
-    """A hash of a file's bytes, computed once for each state of the file."""
-    stat = Path(path).stat()
-    return _digest(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.cache
-def _digest(path, *_):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()
-
-
-def cache_file(cache, suffix=".safetensors", **parts):
-    """The cache file for something decided by `parts`."""
-    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
-    return Path(cache) / (name + suffix)
-
-
-def latent_files(items, cache, vae_file, conditioning=None):
-    """The cache files of some items' latents, whether they exist yet or not."""
-    weights = digest(vae_file)
-    return [
-        cache_file(
-            cache,
-            media=i.digest,
-            size=i.bucket,
-            start=i.start,
-            fps=i.fps,
-            vae=weights,
-            dtype="fp32",
-            conditioning=conditioning.cache_key(i) if conditioning else "",
-        )
-        for i in items
-    ]
-
-
-def cache_latents(items, cache, vae_file, load_vae, conditioning=None):
-    """Cache the latents of every item that is not yet in the cache. `load_vae()` is called only if something is
-    missing. Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
-    `latent_files` names for them does not exist.
-
-    Each file holds `latents` (C,T',h,w) fp32, and what `conditioning`, a conditions.Samples, adds to them:
-        conditioning.cache_key(item) -> what decides its tensors, for the file's name: plain values, such as digests
-        conditioning.cached(vae, video (1,3,T,H,W), item) -> {name: tensor}, other latents too; may raise Skip
-    Several processes may do this at once: a file appears whole or not at all, and what another one has done meanwhile
-    is left out.
-    """
-    missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, conditioning)) if not f.exists()]
-    vae, failed = load_vae() if missing else None, []
-    for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
-        if file.exists():
-            continue
-        try:
-            video = pixels(item)[None].to(next(vae.parameters()).device)
-            if digest(item.path) != item.digest:
-                raise Skip("has changed since it was looked at")
-            tensors = conditioning.cached(vae, video, item) if conditioning else {}
-            if "latents" not in tensors:
-                tensors["latents"] = vae.encode(video)[0]
-        except Skip as e:
-            failed.append((item.path, str(e)))
-        else:
-            save(file, tensors)
-    return failed
-
-
-def text_files(captions, cache, encoder_files, dtype):
-    """{caption: the cache file of its embedding}, whether it exists yet or not. encoder_files: weights, tokenizer."""
-    weights = [digest(f) for f in encoder_files]
-    return {c: cache_file(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
-
-
-def cache_texts(captions, cache, encoder_files, load_encoder, dtype):
-    """Make sure every caption's embedding is cached; returns text_files. `load_encoder()` is called only if one is
-    missing. Each cache file holds `embedding` (S,D) in the encoder's dtype.
-    """
-    files = text_files(captions, cache, encoder_files, dtype)
-    missing = [c for c, f in files.items() if not f.exists()]
-    encoder = load_encoder() if missing else None
-    for caption in tqdm(missing, desc="texts", unit="caption", disable=not missing):
-        if not files[caption].exists():
-            with torch.no_grad():
-                save(files[caption], {"embedding": encoder.encode([caption])[0][0]})
-    return files
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -494,3 +160,193 @@ class Batches:
 def collate(embeddings):
     """list of (S,D) -> (B,S,D) zero-padded, lens (B,)."""
     return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), torch.tensor([len(e) for e in embeddings])
+
+
+def eval_batches(items, files, samples, shift, low, high):
+    """(0..3, Batch of one) for each sample at four fixed timesteps, under a noise that its file decides, with its
+    first caption; half of those that can be are continuation segments.
+    """
+    for item, file in zip(items, files):
+        g = torch.Generator().manual_seed(int(item.digest[:15], 16))
+        entry = samples.entry(load(file)[0], *samples.draw([item], 0.5, random.Random(item.digest)), True)
+        for i, t in enumerate(eval_timesteps(4, shift, low, high)):
+            noise = torch.randn(1, *entry["latents"].shape, generator=g)
+            yield i, make_noisy_batch([entry], item.captions[:1], t[None], noise, frame_weights(samples, noise))
+
+
+def frame_weights(samples, noise):
+    """The loss's weight (B,1,T',1,1) of each latent frame of noise (B,C,T',h,w), of mean 1; None where all count."""
+    if not samples.loss_from:
+        return None
+    counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
+    return (counts / counts.mean()).view(1, 1, -1, 1, 1).repeat(len(noise), 1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a Dataset is made of: the flags of these names (nanowan/training/flags.py), `resolution` as (width, height).
+    source: folder or list. cache: its cache folder.
+    """
+
+    source: Path
+    cache: Path
+    resolution: tuple
+    frames: int
+    clip_mode: str
+    held_out: float
+    batch: int
+    accumulate: int
+    seed: int
+    shift: float
+    t_distribution: str
+    caption_dropout: float
+    i2v_prob: float
+    continuation: float | None = None
+    preserve: float = 0.0
+
+
+class Dataset:
+    """The samples of a run, and what each step sees of them. `items` are trained on, `val_items` are not."""
+
+    def __init__(self, config, pipe, limit=None, prompts=()):
+        """Scan and report; nothing is computed yet. limit: take only so many samples, by their digests. prompts: that
+        are needed beside the captions.
+        """
+        self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
+        self.samples = s.parts.samples(pipe)
+        area = math.prod(config.resolution)
+        look = config.source, area, s.size_multiple, config.frames, s.fps, config.clip_mode, config.cache, self.samples
+        items, skipped = self.world.broadcast_from_rank0(lambda: scan(*look))
+        items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
+        digests = sorted({i.digest for i in items})
+        held_out = set(digests[: min(16, int(config.held_out * len(digests)))])
+        self.items = [i for i in items if i.digest not in held_out]
+        self.val_items = [i for i in items if i.digest in held_out]
+        self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
+        self.texts = list(dict.fromkeys([*self.captions, *prompts]))
+        self._choose_batches()
+        print(report(items, skipped))
+        if self.samples.frames_after:
+            long = sum(i.frames_after > 0 for i in items)
+            print(
+                f"  {long} of {len(items)} are followed by {self.samples.frames_after} frames: trained as continuation "
+                "segments too"
+            )
+        print(f"  {len(self.val_items)} samples held out; cache in {config.cache}")
+
+    # ---- the cache -----------------------------------------------------------------------------------------------
+    def sizes(self):
+        """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
+        caption, about, "cache": bytes of (latents, texts)}.
+        """
+        s, items = self.pipe.settings, self.items + self.val_items
+        width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
+        latents = sum(self.samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
+        tokens = [2 + len(c) // 3 for c in self.texts]
+        texts = sum(tokens) * width * self.pipe.runtime.dtype.itemsize
+        bucket = max((i.bucket for i in self.items), key=math.prod)
+        return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, texts)}
+
+    def summary(self, sizes):
+        """What a run's record says of its data."""
+        latents, texts = sizes["cache"]
+        return {"samples": len(self.items), "held_out": len(self.val_items), "latents": latents, "texts": texts}
+
+    def _latent_files(self, items):
+        return cache.latent_files(items, self.config.cache, self.pipe.files("vae")[0], self.samples)
+
+    def text_files(self):
+        """{text: the cache file of its embedding}, whether it exists yet or not."""
+        sources = [*self.pipe.files("text"), *filter(None, [tokenizer_file(self.pipe.dir)])]
+        return cache.text_files(self.texts, self.config.cache, sources, self.pipe.runtime.dtype)
+
+    def is_cached(self):
+        """Whether all latents are."""
+        return all(f.exists() for f in self.files + self.val_files)
+
+    def cache_latents(self):
+        """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
+        mine, pipe = (self.items + self.val_items)[self.world.rank :: self.world.size], self.pipe
+        vae_file = pipe.files("vae")[0]
+        failed = cache.cache_latents(mine, self.config.cache, vae_file, lambda: pipe.acquire("vae"), self.samples)
+        for path, reason in failed:
+            print(f"  skipped {path}: {reason}", flush=True)
+        pipe.drop("vae", *pipe.settings.conditioning.encoders)
+        self.world.barrier()
+        self._drop_uncached()
+
+    def _drop_uncached(self):
+        """Leave out, on all ranks alike, the samples that could not be encoded."""
+        files = self.files + self.val_files
+        cached = self.world.broadcast_from_rank0(lambda: {f for f in files if f.exists()})
+        if len(cached) == len(set(files)):
+            return
+        self.items = [i for i, f in zip(self.items, self.files) if f in cached]
+        self.val_items = [i for i, f in zip(self.val_items, self.val_files) if f in cached]
+        if not self.items:
+            raise BadInput(f"--data {self.config.source}: nothing is left to train on")
+        self._choose_batches()
+
+    def cache_texts(self):
+        """Fill the cache of text embeddings, each rank a part of it; returns {text: file}."""
+        files, pipe = self.text_files(), self.pipe
+        mine = dict(list(files.items())[self.world.rank :: self.world.size])
+        cache.cache_texts(mine, lambda: pipe.acquire("text"))
+        self.world.barrier()
+        return files
+
+    # ---- what a step sees ----------------------------------------------------------------------------------------
+    def _choose_batches(self):
+        global_batch = self.config.batch * self.world.dp_size
+        self.batches = Batches(self.items, global_batch, self.config.seed, self.samples.group)
+        self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
+
+    def step(self, step, low, high, show_caption=None, preserved_prompts=()):
+        """This rank's Batches of a step, one per accumulation, and the weight of each one's loss, which is its share of
+        the step's samples. Timesteps are in [low, high).
+
+        show_caption(captions, rng) -> what is shown of a sample's captions (default: one of them). preserved_prompts:
+        if there are any, PRESERVED_SHARE of the samples are shown one of these, with the weight config.preserve.
+        """
+        c = self.config
+        indices_of = [self.batches.at(step * c.accumulate + i) for i in range(c.accumulate)]
+        total = sum(map(len, indices_of))
+        for i, indices in enumerate(indices_of):
+            # drawn for the global batch, of which a rank takes its samples
+            rng = random.Random(f"{c.seed} step {step} {i}")
+            g = torch.Generator().manual_seed(rng.getrandbits(62))
+            items = [self.items[j] for j in indices]
+            preserved = [bool(preserved_prompts) and rng.random() < PRESERVED_SHARE for _ in items]
+            captions = []
+            for item, keep in zip(items, preserved):
+                if rng.random() < c.caption_dropout:
+                    captions.append("")
+                elif keep:
+                    captions.append(rng.choice(preserved_prompts))
+                else:
+                    captions.append((show_caption or choose)(item.captions, rng))
+            first_frame_given = torch.tensor([rng.random() < c.i2v_prob and item.frames > 1 for item in items])
+            t, loss_mask = sample_timesteps(len(items), c.shift, c.t_distribution, low, high, g), None
+            if first_frame_given.any():  # it is clean
+                t = t[:, None].repeat(1, 1 + (items[0].frames - 1) // 4)
+                t[first_frame_given, 0] = 0
+                loss_mask = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
+
+            # this rank's share, read from the cache
+            local, fraction = self.world.local_indices(len(items))
+            drawn = self.samples.draw(items, c.continuation, rng)
+            entries = [self.samples.entry(load(self.files[indices[j]])[0], drawn[j], captions[j] != "") for j in local]
+            noise = torch.stack([torch.randn(entries[0]["latents"].shape, generator=g) for _ in items])
+            loss_mask = frame_weights(self.samples, noise) if loss_mask is None else loss_mask
+            preserved = torch.tensor(preserved)
+            if preserved.any():
+                weight = torch.where(preserved, float(c.preserve), 1.0).view(-1, 1, 1, 1, 1)
+                loss_mask = weight if loss_mask is None else weight * loss_mask
+            mask = None if loss_mask is None else loss_mask[local]
+            chosen = preserved[local] if preserved.any() else None
+            batch = make_noisy_batch(entries, [captions[j] for j in local], t[local], noise[local], mask, chosen)
+            yield batch, fraction * len(items) / total
+
+
+def choose(captions, rng):
+    return rng.choice(captions)

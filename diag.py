@@ -18,10 +18,10 @@ python diag.py report RUN                  everything about a training run in on
 
 import argparse
 
-from checkpoint import cli
-from diagnostics import advise, convert, delta, drift, inspect, listen, logits, planning, report, reuse, scale
-from models import DTYPES
-from t5 import LAYOUTS
+from diagnostics import advise, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
+from nanowan.devices import DTYPES
+from nanowan.errors import cli
+from nanowan.formats.t5 import LAYOUTS
 from wan import VARIANTS
 
 
@@ -53,10 +53,10 @@ def arguments(argv=None):
     add("paths", nargs="+", metavar="PATH", help="any mix of them")
     add("--json", help="also write what was found to this file")
 
-    add = command("plan", planning, "memory and disk of a run, before it starts")
+    add = command("plan", plan, "memory and disk of a run, before it starts")
     add("--json", help="also write the plan, in bytes, to this file")
     add("--gpus", help="COUNTxGB, such as 8x80: propose flags that fit, and plan with these")
-    add("script", type=script_name, choices=list(planning.SCRIPTS), help="which script is to run")
+    add("script", type=script_name, choices=list(plan.SCRIPTS), help="which script is to run")
     add("flags", nargs=argparse.REMAINDER, help="as that script takes them; these come last")
 
     add = command("advise", advise, "the two training commands for some clips, and what their numbers rest on")
@@ -68,7 +68,7 @@ def arguments(argv=None):
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--json", help="also write the commands to this file")
 
-    add = command("scale", scale, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy")
+    add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy")
     add("--ckpt", default="ti2v-5B", help=f"a released variant, of {', '.join(VARIANTS)} (default: %(default)s)")
     add("--size", help="WxH px (default: the variant's)")
     add("--frames", type=int, help="4k+1 (default: the variant's)")

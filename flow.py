@@ -9,8 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import BadInput
-
 
 # ---- training ----------------------------------------------------------------------------------------------------
 def shift_t(t, shift):
@@ -26,7 +24,7 @@ def unshift_t(t, shift):
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); BadInput for another name. The range is kept by
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); ValueError for another name. The range is kept by
     drawing only from the part of the base distribution that lands in it, so no draw is rejected and the density inside
     is unchanged.
     """
@@ -38,7 +36,7 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
     elif distribution == "uniform":
         base = edges[0] + (edges[1] - edges[0]) * u
     else:
-        raise BadInput(f"--t_distribution {distribution}: uniform or logit-normal")
+        raise ValueError(f"distribution {distribution!r}: uniform or logit-normal")
     return shift_t(base, shift).float()
 
 
@@ -75,23 +73,6 @@ class Batch(NamedTuple):
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
 
-    @torch.no_grad()
-    def with_base_targets(self, base, context, lens):
-        """This Batch, in which the samples to be preserved have the prediction of `base` as their target: prior
-        preservation (after Ruiz et al., 2022, DreamBooth), of predictions instead of pictures. Every rank computes
-        where any has such samples, since others may wait for it.
-        """
-        if self.preserved is None:
-            return self
-        chosen = self.preserved.nonzero().flatten()
-        run = chosen if len(chosen) else torch.tensor([0])
-        part = self._replace(x=self.x[run], t=self.t[run], inputs={k: v[run] for k, v in self.inputs.items()})
-        on_device = run.to(context.device)
-        v = part.velocity(base, context[on_device], lens[on_device])
-        target = self.target.clone()
-        target[chosen] = v[: len(chosen)].to(target)
-        return self._replace(target=target)
-
     def loss(self, model, context, lens):
         """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
         v = self.velocity(model, context, lens)
@@ -127,7 +108,7 @@ class Solver:
 
     def __init__(self, steps, shift):
         if steps < 1:
-            raise BadInput(f"--steps {steps}: at least 1")
+            raise ValueError(f"{steps} steps: at least 1")
         sigmas = shift_t(np.linspace(self.start, 0, steps + 1)[:-1], shift)
         self.timesteps = torch.from_numpy((sigmas * 1000).astype(np.int64))
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
@@ -231,7 +212,7 @@ SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler, "heun": Heun}
 
 
 def solver(name, steps, shift):
-    """A fresh solver: "unipc", "dpm++", "euler" or "heun"; BadInput for another name or less than one step."""
+    """A fresh solver: "unipc", "dpm++", "euler" or "heun"; ValueError for another name or fewer than one step."""
     if name not in SOLVERS:
-        raise BadInput(f"--solver {name}: one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver {name!r}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)

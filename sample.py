@@ -1,154 +1,70 @@
-"""Videos from prompts, images, sound and driving videos, with the flags of all of that.
+"""Sample videos from prompts, images, sound and driving videos.
 
-python sample.py --ckpt DIR --prompt "a red square moves left"
-python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE --device cuda
+python sample.py --ckpt Wan2.2-TI2V-5B --prompt "a fox in the snow" --device cuda
+python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE
 python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high.safetensors \\
     --lora adapter_model_low.safetensors
+python sample.py --prompt "a red square moves left"        on nano, the toy checkpoint in the repository
 
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 
 import argparse
 import json
-import os
+import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-import clips
 import flow
-import ops
-import plan
-from checkpoint import BadInput, cli, save
-from conditions import CONDITIONING
-from denoising import EasyCache, decode, denoise, draw_noise, encode_prompts, preview_colors, preview_writer
-from media import open_image, write_grid, write_mp4
-from models import DTYPES, Models, Request, Runtime, parse_size, pick_device, pick_dtype
-from parallel import World
-
-
-def load(
-    ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, fp8=False, stream_blocks=0, world=None
-):
-    """A checkpoint folder (or "nano") ready for `generate`.
-
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own encoder. fp8:
-    the DiT's blocks in 8 bits. stream_blocks: how many of them stay on the host. world: the ranks that share a clip.
-    Weights are read when first needed; a LoRA that cannot be read raises BadInput here.
-    """
-    runtime = Runtime(device, dtype, fp8, stream_blocks, world=world)
-    return Models(ckpt_dir, runtime, lora, text_encoder)
-
-
-def resolve(settings, ckpt, image=None, **overrides):
-    """A Request: a checkpoint's recommended Settings with what is given (not None) over them, checked."""
-    s = settings.with_overrides(**overrides)
-    s.conditioning.check(ckpt, image)
-    flow.solver(s.solver, s.steps, s.shift)
-    image = None if image is None else open_image(image)
-    return Request(s, image, s.conditioning.video_size(s.size, image))
-
-
-@torch.no_grad()
-def sample_latents(
-    models, prompts, seeds, image=None, progress=True, step_cache=None, callback_on_step_end=None, **overrides
-):
-    """Latents (B,C,T',h,w) fp32 of B prompts, each from its own seed; a clip does not depend on what it is batched
-    with, but for rounding. Arguments as in `generate` and `denoise`.
-    """
-    # prompts and conditions: the encoders are done before the DiT comes
-    request = resolve(models.settings, models.dir, image, **overrides)
-    s = request.settings
-    embeds, negative = encode_prompts(models, s, prompts)
-    conditions = models.encode_conditions(request.image, request.pixels, s.frames)
-    x = torch.stack([draw_noise(request.shape, seed, models.device) for seed in seeds])
-    return denoise(models, s, x, embeds, negative, conditions, progress, step_cache, callback_on_step_end)
-
-
-def generate(
-    models,
-    prompt,
-    image=None,
-    size=None,
-    frames=None,
-    steps=None,
-    shift=None,
-    guidance=None,
-    solver=None,
-    seed=0,
-    negative=None,
-    progress=True,
-    **inputs,
-):
-    """One video. Whatever is None comes from the checkpoint's recommended settings.
-
-    models: from `load`. prompt: str. image: file or PIL image to start from (then `size` gives the area and the image
-    the aspect). size: (width, height) px. frames: 4k+1. shift: of the sigma grid. guidance: scale, or (low-noise,
-    high-noise) scales; 1 means without. solver: a name in flow.SOLVERS. Returns (video (3,T,H,W) in [-1,1],
-    latents (C,T',h,w)), both fp32.
-
-    inputs: what only S2V (audio, pose_video, infer_frames, num_clip, start_from_ref) or Animate (src_root_path,
-    replace_flag, refert_num) take, as the script's flags; latents is then a list, of those of each clip.
-    """
-    overrides = dict(
-        size=size, frames=frames, steps=steps, shift=shift, guidance=guidance, solver=solver, negative=negative
-    )
-    conditioning = models.settings.conditioning
-    if conditioning.by_clips:
-        s = models.settings.with_overrides(**overrides)
-        return clips.generate(models, s, prompt, image, seed, progress, inputs)
-    if inputs:
-        raise BadInput(f"{next(iter(inputs))}: {models.dir} takes no such input")
-    latents = sample_latents(models, [prompt], [seed], image, progress, **overrides)
-    return decode(models, latents)[0], latents[0]
-
-
-# ---- the script --------------------------------------------------------------------------------------------------
-def read_prompts(file, flag="--prompts"):
-    """The lines of a text file that are not empty."""
-    try:
-        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{flag} {file}: {e}") from None
-    if not prompts:
-        raise BadInput(f"{flag} {file}: holds no prompts")
-    return prompts
-
-
-def parse_guidance(text):
-    try:
-        values = tuple(float(v) for v in text.split(","))
-        assert len(values) in (1, 2)
-        return values
-    except (ValueError, AssertionError):
-        raise BadInput(f"--guidance {text}: give one number, or LOW,HIGH") from None
+from kernels import backend
+from nanowan import memory_estimate
+from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype
+from nanowan.errors import BadInput, check_at_least, cli
+from nanowan.files import check_output, numbered
+from nanowan.formats.header import save
+from nanowan.long_video import SegmentFiles, SegmentsInMemory, check_disk
+from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_overlap
+from nanowan.parallel import World
+from nanowan.pipeline import Pipeline, Runtime
+from nanowan.prompts import read_prompts
+from nanowan.settings import parse_guidance, parse_size
+from nanowan.step_cache import EasyCache
+from nanowan.variants.registry import PARTS, parts_of
+from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--prompt", help="what to show (default, without --prompts: the checkpoint's)")
-    add("--prompts", help="a text file, one prompt per line")
-    add("--image", help="start from this image")
-    add("--size", help="WxH px; with --image the area (default: the checkpoint's)")
-    add("--frames", type=int, help="of the clip, 4k+1 (default: the checkpoint's)")
+    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
+    add("--prompt", help="text to sample from (default, without --prompts: the checkpoint's)")
+    add("--prompts", help="text file, one prompt per line")
+    add("--image", help="image to start from")
+    add("--size", help="WIDTHxHEIGHT in px; with --image it gives the area (default: the checkpoint's)")
+    add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
     add(
         "--steps",
         type=int,
-        help="of the sigma grid; heun evaluates the model twice in each (default: the checkpoint's)",
+        help="steps of the sigma grid; heun runs the model twice in each (default: the checkpoint's)",
     )
-    add("--shift", type=float, help="of the sigma grid, above 1 towards noise (default: the checkpoint's)")
-    add("--guidance", help="G or LOW,HIGH, by noise; 1 is without (default: the checkpoint's)")
-    add("--solver", choices=list(flow.SOLVERS), help="of the sampling ODE (default: the checkpoint's)")
-    add("--seed", type=int, default=0, help="of the noise; -1: at random (default: 0)")
-    add("--negative", help='negative prompt (default: the checkpoint\'s; "" is an empty one)')
-    add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
-    add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
-    add("--dtype", choices=list(DTYPES), help="of weights and products (default: bf16 on cuda, fp32 on cpu)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    for conditioning in CONDITIONING.values():
+    add("--shift", type=float, help="shift of the sigma grid, above 1 towards noise (default: the checkpoint's)")
+    add("--guidance", help="guidance scale, or LOW,HIGH for the two experts; 1 is off (default: the checkpoint's)")
+    add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="random seed of the noise; -1 draws one (default: 0)")
+    add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
+    add("--lora", action="append", default=[], help="LoRA file, FILE[:weight][:high|low|both]; may be repeated")
+    add("--text_encoder", help="text encoder file to use (default: the checkpoint's own)")
+    add(
+        "--dtype",
+        choices=list(DTYPES),
+        help="dtype of weights and matrix products (default: bf16 on cuda, fp32 on cpu)",
+    )
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    for conditioning in (parts_of(kind).conditioning for kind in PARTS):
         if conditioning.flags:
             group = p.add_argument_group(conditioning.title)
             for name, how in conditioning.flags.items():
@@ -156,10 +72,7 @@ def arguments(argv=None):
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
-        "--stream_blocks",
-        type=int,
-        default=0,
-        help="keep N of the DiT's blocks in host memory, on the device only while they run (default: 0)",
+        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
     )
     add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
@@ -167,49 +80,233 @@ def arguments(argv=None):
         "--reuse",
         type=float,
         default=0.0,
-        help="skip steps whose velocity is expected to change by less than this share, such as 0.1 (inexact; see "
-        "diag.py reuse; default: 0, none)",
+        help="skip steps whose velocity is expected to change by less than this share, such as 0.1; an approximation, "
+        "see diag.py reuse (default: 0, none)",
     )
     add(
         "--vae_tile",
         type=int,
         default=0,
-        help="decode in windows of N latent pixels a side, for less memory; exact from about 13 (default: 0, whole)",
+        help="decode in tiles of N latent px a side, for less memory; exact from about 13 (default: 0, whole frames)",
     )
     add = p.add_argument_group(
-        "several GPUs, under torchrun (parallel/); ranks beyond those that share a clip take other prompts"
+        "several GPUs, under torchrun; ranks beyond those that share a clip take other prompts"
     ).add_argument
     add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip (default: 1)")
-    add("--guidance_parallel", action="store_true", help="the two halves of guidance on different ranks")
+    add("--guidance_parallel", action="store_true", help="compute the two halves of guidance on different ranks")
     add = p.add_argument_group("results").add_argument
-    add("--out", default="out/sample.mp4", help="the video; of several prompts NAME_000.mp4 ... (default: %(default)s)")
+    add("--out", default="out/sample.mp4", help="video file; several prompts: NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
-    add("--resume", action="store_true", help="go on with a video of several clips that was stopped")
+    add("--resume", action="store_true", help="continue a video of several segments that was stopped")
     add(
         "--preview_every",
         type=int,
         default=0,
-        help="every N steps write what the clip will be, roughly, to OUT's name with _preview.png (default: 0, never)",
+        help="every N steps write a rough picture of the clip to OUT's name with _preview.png (default: 0, never)",
     )
     return p.parse_args(argv)
 
 
-def check_flags(args):
-    """Refuse flags that are out of range or exclude each other."""
+# ---- denoising ---------------------------------------------------------------------------------------------------
+@dataclass
+class Clip:
+    """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)), negative None if no
+    step is guided. conditions: a Conditions. on_step(i, x0): is shown the estimate of the clean latents after each step.
+    """
+
+    x: torch.Tensor  # (B,C,T',h,w)
+    text: tuple
+    negative: tuple | None
+    conditions: object
+    solver: flow.Solver
+    cache: EasyCache
+    on_step: object = None
+    progress: bool = True
+
+
+class GuidedModel:
+    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what else
+    does not change from step to step, is computed here, once.
+    """
+
+    def __init__(self, pipe, expert, clip):
+        batch, tokens = len(clip.x), math.prod(clip.x.shape[2:]) // 4
+        self.model = pipe.acquire(
+            expert, activation_bytes(pipe.config(expert).dim, tokens // pipe.world.sp_size, batch)
+        )
+        self.mode, self.world, self.conditions = pipe.guidance_mode(tokens, batch), pipe.world, clip.conditions
+        self.copies_output = pipe.runtime.compile == "graphs"  # a graph's next replay overwrites its output
+        inputs = clip.conditions.inputs
+        uncond_inputs = inputs if clip.conditions.uncond_inputs is None else clip.conditions.uncond_inputs
+        self.cond, self.uncond, self.both = self._embed(clip.text, inputs), None, None
+        if clip.negative is not None and self.mode == "batched":
+            pairs = [torch.cat([a, b]) for a, b in zip(clip.text, clip.negative)]
+            self.both = self._embed(pairs, {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()})
+        elif clip.negative is not None:
+            self.uncond = self._embed(clip.negative, uncond_inputs)
+
+    def _embed(self, text, inputs):
+        context, lens = text
+        text = self.model.embed_text(context[:, : lens.max()], lens, cache=True)
+        return text, self.model.prepare_inputs(**inputs)
+
+    def _forward(self, x, times, half):
+        text, inputs = half
+        v = self.model(x, times, text, **inputs)
+        return v.clone() if self.copies_output else v
+
+    def velocity(self, x, t, scale):
+        """Velocity (B,C,T',h,w) of latents x (B,C,T',h,w) at time t in 0..1000: uncond + scale (cond - uncond)."""
+        x, times = self.conditions.model_inputs(x, t)
+        if scale == 1:
+            return self._forward(x, times, self.cond)
+        if self.mode == "parallel":
+            half = self.uncond if self.world.cfg_rank else self.cond
+            cond, uncond = self.world.exchange_cfg(self._forward(x, times, half))
+        elif self.mode == "batched":
+            cond, uncond = self._forward(torch.cat([x, x]), torch.cat([times, times]), self.both).chunk(2)
+        else:
+            cond, uncond = self._forward(x, times, self.cond), self._forward(x, times, self.uncond)
+        return uncond + scale * (cond - uncond)
+
+
+@torch.no_grad()
+def denoise(pipe, settings, clip, expert):
+    """Take a Clip through those of its remaining steps that `expert` serves."""
+    timesteps, cache = clip.solver.timesteps.tolist(), clip.cache
+    steps = [i for i in range(clip.solver.i, len(timesteps)) if settings.expert_at(timesteps[i])[0] == expert]
+    if not steps:
+        return
+    model, x = GuidedModel(pipe, expert, clip), clip.conditions.put_known(clip.x)
+    cache.reset()
+    for i in tqdm(steps, initial=steps[0], total=len(timesteps), disable=not clip.progress, unit="step"):
+        # the velocity, computed or as the step cache expects it
+        v = cache.predict(x) if i < len(timesteps) - 1 else None
+        if v is None:
+            v = model.velocity(x, timesteps[i], settings.expert_at(timesteps[i])[1])
+            cache.update(x, v)
+        if clip.on_step:
+            clip.on_step(i, clip.conditions.put_known(x - float(clip.solver.sigma) * v))
+        # one step towards the clip
+        x = clip.conditions.put_known(clip.solver.step(v, x))
+    if not x.isfinite().all():
+        raise BadInput(
+            f"{pipe.dir}: the latents are not finite; with these settings, or this dtype, the model overflows"
+        )
+    clip.x = x
+
+
+def encode_text(pipe, settings, prompts):
+    """(embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt or None if no step is guided."""
+    embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])])
+    B = len(prompts)
+    negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
+    return (embeddings[:B], lens[:B]), negative
+
+
+def new_clip(settings, x, text, conditions, cache=None, **more):
+    """A Clip at its first step; text: of encode_text."""
+    solver = flow.solver(settings.solver, settings.steps, settings.shift)
+    return Clip(x, *text, conditions, solver, cache or EasyCache(), **more)
+
+
+def decode(pipe, latents, tile=0):
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks that share a clip share it."""
+    _, sh, sw = pipe.settings.stride
+    vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
+    if ranks and not tile:
+        tile = smallest_tile(latents.shape[3:], receptive_radius(vae.decoder), ranks[1])
+    return decode_tiled(vae, latents, tile, ranks) if tile else vae.decode(latents)
+
+
+# ---- videos ------------------------------------------------------------------------------------------------------
+def load(
+    ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, fp8=False, stream_blocks=0, world=None
+):
+    """A Pipeline for `generate`, of a checkpoint folder or "nano"; weights are read when first needed.
+
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own. fp8,
+    stream_blocks, world: as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
+    """
+    return Pipeline(ckpt_dir, Runtime(device, dtype, fp8, stream_blocks, world=world), lora, text_encoder)
+
+
+def open_video(pipe, settings, image=None, **inputs):
+    """The Video of an image (file, PIL or None) and a variant's own inputs, checked. Raises BadInput."""
+    if strange := sorted(inputs.keys() - {*settings.conditioning.flags}):
+        raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
+    settings.conditioning.check(pipe.dir, image)
+    return settings.conditioning.video(pipe, settings, None if image is None else open_image(image), **inputs)
+
+
+def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
+    """Latents (B,C,T',h,w) fp32 of B clips, each from its own seed; a clip does not depend on what it is batched with,
+    but for rounding. prompts: list of str, or what encode_text made of them. settings: as in `generate`.
+    """
+    s = pipe.settings.with_overrides(**settings)
+    text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
+    video = open_video(pipe, s, image)
+    conditions = video.conditions(0)
+    x = torch.stack([video.noise(0, seed) for seed in seeds])
+    clip = new_clip(s, x, text, conditions, cache, on_step=on_step, progress=progress)
+    for expert in s.expert_names:
+        denoise(pipe, s, clip, expert)
+    return clip.x
+
+
+def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
+    """One video: (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
+
+    pipe: from `load`. image: file or PIL image to start from (then `size` gives the area and the image the aspect).
+    settings, each from the checkpoint's recommended ones if it is not given: size (width, height) px, frames 4k+1,
+    steps, shift of the sigma grid, guidance scale or (low-noise, high-noise) scales (1: off), solver of flow.SOLVERS,
+    negative prompt; and, named like sample.py's flags, the inputs that only S2V (audio, pose_video, infer_frames,
+    num_clip, start_from_ref, sync_sound) or Animate (src_root_path, replace_flag, refert_num) take. Of these two,
+    latents is a list, of each segment's.
+    """
+    overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
+    s = pipe.settings.with_overrides(**overrides)
+    video, segments = open_video(pipe, s, image, **settings), SegmentsInMemory()
+    text = encode_text(pipe, s, [prompt])
+    sample_segments(pipe, s, video, text, seed, segments, progress=progress)
+    latents = segments.latents if s.conditioning.by_segments else segments.latents[0]
+    return torch.cat(segments.frames, 1), latents
+
+
+def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **more):
+    """Sample the segments of a Video that are not done yet; `segments` keeps them: on each rank in memory, or one rank
+    in files. more: further fields of new_clip.
+    """
+    done = segments.count()
+    if done:
+        video.restore(segments.state(done - 1))
+    for r in range(done, video.count):
+        if video.count > 1:
+            print(f"segment {r + 1} of {video.count}", flush=True)
+        x = video.noise(r, seed)[None]
+        clip = new_clip(settings, x, text, video.conditions(r), EasyCache(reuse), **more)
+        for expert in settings.expert_names:
+            denoise(pipe, settings, clip, expert)
+        latents, clip = clip.x, None  # the DiT's inputs go before the VAE comes
+        frames = video.decode(r, latents, lambda z: decode(pipe, z))
+        if pipe.world.is_writer or segments.on_every_rank:
+            segments.save(r, video.output(latents[0]), frames, video.state())
+        latents = frames = None
+        pipe.world.barrier()
+
+
+# ---- the script --------------------------------------------------------------------------------------------------
+def check_flags(args, device):
+    """Raise BadInput for flags that are out of range or exclude each other."""
     if not -1 <= args.seed < 2**63:
         raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
     if not 0 <= args.reuse < 1:
         raise BadInput(f"--reuse {args.reuse}: from 0 to below 1")
-    for flag in ("preview_every", "vae_tile", "stream_blocks"):
-        if getattr(args, flag) < 0:
-            raise BadInput(f"--{flag} {getattr(args, flag)}: 0 or more")
+    check_at_least(0, preview_every=args.preview_every, vae_tile=args.vae_tile, stream_blocks=args.stream_blocks)
     for flag, suffix in (("out", ".mp4"), ("save_latents", ".safetensors"), ("grid", ".png")):
         if getattr(args, flag) is not None:
             check_output(f"--{flag}", Path(getattr(args, flag)), suffix)
-
-
-def check_compilation(args, device):
     if args.cuda_graphs and (args.compile or not device.startswith("cuda")):
         raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
     if (args.compile or args.cuda_graphs) and (args.stream_blocks or args.ulysses_size > 1):
@@ -219,33 +316,8 @@ def check_compilation(args, device):
         )
 
 
-def check_output(flag, path, suffix):
-    """Refuse a path that cannot be written, before anything is computed for it."""
-    parent = next((d for d in path.absolute().parents if d.exists()), Path("/"))
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"{flag} {path}: a file is to be written there, and it is a folder or may not be written")
-    if path.suffix != suffix:
-        raise BadInput(f"{flag} {path}: should end in {suffix}")
-
-
-def numbered(path, i, count):
-    """PATH for one result, PATH_000 and so on for several."""
-    path = Path(path)
-    return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")
-
-
-def clip_inputs(args, conditioning):
-    """{flag: value} of the flags that only some variants take. Raises BadInput for one that this one does not."""
-    names = [name for c in CONDITIONING.values() for name in c.flags]
-    inputs = {name: getattr(args, name) for name in names if getattr(args, name)}
-    strange = [name for name in inputs if name not in conditioning.flags]
-    if strange:
-        raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {args.ckpt} takes no such input")
-    return inputs
-
-
-def sampling_overrides(args):
-    """The flags that override a checkpoint's settings, as `resolve` takes them."""
+def given_settings(args):
+    """The flags that override a checkpoint's settings, as Settings.with_overrides takes them."""
     return dict(
         size=None if args.size is None else parse_size(args.size),
         frames=args.frames,
@@ -257,108 +329,135 @@ def sampling_overrides(args):
     )
 
 
+def given_inputs(args):
+    """{flag: value} of the flags that only some variants take and that were given."""
+    names = [name for kind in PARTS for name in parts_of(kind).conditioning.flags]
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
 def main():
     args = arguments()
-    check_flags(args)
+    device = pick_device(args.device)
+    check_flags(args, device)
     prompts = [args.prompt] if args.prompt is not None else []
     prompts += read_prompts(args.prompts) if args.prompts else []
-    device = pick_device(args.device)
-    check_compilation(args, device)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
         run(args, prompts, world)
 
 
 def run(args, prompts, world):
-    # the models
+    # the checkpoint, and what is asked of it
     seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
     dtype = pick_dtype(args.dtype, world.device)
     compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
-    models = Models(args.ckpt, runtime, args.lora, args.text_encoder)
-    prompts = prompts or [models.settings.prompt]
+    pipe = Pipeline(args.ckpt, runtime, args.lora, args.text_encoder)
+    prompts = prompts or [pipe.settings.prompt]
+    s, inputs = pipe.settings.with_overrides(**given_settings(args)), given_inputs(args)
+    by_segments = s.conditioning.by_segments
+    if by_segments and len(prompts) > 1:
+        raise BadInput(f"{len(prompts)} prompts: {args.ckpt} makes one video at a time; start it once for each")
     if len(prompts) < world.dp_size:
         raise BadInput(
-            f"{len(prompts)} prompts for {world.dp_size} groups of ranks: fewer processes, or --ulysses_size and "
-            "--guidance_parallel, which share a prompt"
+            f"{len(prompts)} prompts for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
+            "video by --ulysses_size and --guidance_parallel"
         )
+    video = open_video(pipe, s, args.image, **inputs)
+    used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
+    used |= {"size": video.size, "fps": video.fps, "seed": seed, "ckpt": str(args.ckpt), "dtype": dtype}
+    used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder")} | inputs
+    approximations = {"base_dtype": "fp8" if pipe.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
+    used |= {k: v for k, v in approximations.items() if v}
+    print(json.dumps(used, ensure_ascii=False), backend.chosen(world.device), sep="\n")
 
-    # what is asked of them, and what that will need
-    overrides = sampling_overrides(args)
-    inputs = clip_inputs(args, models.settings.conditioning)
-    if models.settings.conditioning.by_clips:
-        s = models.settings.with_overrides(**overrides)
-        clips.run(args, prompts, models, s, seed, inputs)
-        return
-    request = resolve(models.settings, models.dir, args.image, **overrides)
-    s = request.settings
-    used = {k: getattr(s, k) for k in ("variant", "size", "frames", "fps", "steps", "shift", "guidance", "solver")}
-    used |= {"pixels": request.pixels, "negative": s.negative, "ckpt": str(args.ckpt), "seed": seed, "dtype": dtype}
-    used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder")}
-    inexact = {"base_dtype": "fp8" if models.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
-    used |= {k: v for k, v in inexact.items() if v}
-    print(json.dumps(used, ensure_ascii=False), ops.chosen(world.device), sep="\n")
-    layout = plan.ParallelLayout.of(args, world.size, models.fp8)
-    mode = models.guidance_mode(request.tokens) if s.guided else "none"
-    need = plan.sampling(
-        request,
-        plan.builders(models),
-        world.device,
-        DTYPES[dtype],
-        mode,
-        layout=layout,
+    # what that will need
+    spec = memory_estimate.SamplingSpec(
+        settings=s,
+        shape=video.shape,
+        size=video.size,
+        image=video.image is not None,
+        mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
+        layout=memory_estimate.ParallelLayout(pipe.fp8, args.stream_blocks, sp_size=args.ulysses_size),
         tile=args.vae_tile,
         preview=args.preview_every > 0,
     )
+    need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), world.device, DTYPES[dtype])
     print(need)
 
-    # latents of all prompts, so that the DiT comes and goes once
+    # text, encoded once; then its encoder leaves memory
     mine = list(enumerate(prompts))[world.dp_rank :: world.dp_size]
-    models.encode_prompts([*(p for _, p in mine), *([s.negative] if s.guided else [])])
-    models.drop("text")
-    colors = preview_colors(models) if args.preview_every and world.is_writer else None
-    latents = []
-    for i, prompt in mine:
-        out, cache, callback = numbered(args.out, i, len(prompts)), EasyCache(args.reuse), None
-        if colors is not None:
-            callback = preview_writer(colors, out.with_name(f"{out.stem}_preview.png"), args.preview_every, prompt)
-        z = sample_latents(
-            models, [prompt], [seed], args.image, step_cache=cache, callback_on_step_end=callback, **overrides
-        )
-        latents.append(z)
-        if args.reuse:
-            print(f"{cache.computed} of {len(flow.solver(s.solver, s.steps, s.shift).timesteps)} steps computed")
-        if args.save_latents and world.is_writer:
-            save(numbered(args.save_latents, i, len(prompts)), {"latents": z[0]}, {"prompt": prompt})
+    (embeddings, lens), negative = encode_text(pipe, s, [prompt for _, prompt in mine])
+    negative = negative and tuple(t[:1] for t in negative)
+    texts = [((embeddings[j : j + 1], lens[j : j + 1]), negative) for j in range(len(mine))]
+    pipe.drop("text")
+    colors = None
+    if args.preview_every and world.is_writer:
+        colors = latent_to_rgb(pipe.acquire("vae"))
+        if pipe.runtime.cuda:
+            pipe.evict("vae")
 
-    # pixels
-    for stream in models.streams():
-        print(stream.report())
-    models.drop(*s.expert_names)
-    shown = []
-    for (i, prompt), z in zip(mine, latents):
-        video = decode(models, z, args.vae_tile)[0].cpu()
-        if args.vae_tile and not i and world.clip_group_size == 1:
-            print(tile_report(models, z, video, args.vae_tile))
+    def previewer(out, prompt):
+        file = out.with_name(f"{out.stem}_preview.png")
+        return None if colors is None else preview_writer(colors, file, args.preview_every, prompt)
+
+    if by_segments:
+        out, prompt = Path(args.out), prompts[0]
+        used["prompt"] = prompt
+        segments = SegmentFiles.open(out, used, args.resume, world)
+        check_disk(out, video, segments.count())
+        sample_segments(pipe, s, video, texts[0], seed, segments, reuse=args.reuse, on_step=previewer(out, prompt))
         if world.is_writer:
-            out = numbered(args.out, i, len(prompts))
-            write_mp4(out, video, s.fps, json.dumps({"prompt": prompt, **used}, ensure_ascii=False))
+            segments.write_video(video, json.dumps(used, ensure_ascii=False), args.save_latents)
             print(out)
-            shown.append(video[:, [0, video.shape[1] // 2, -1]])
+        print(need.compare(world.device))
+        return
+
+    # clips: all of an A14B's through one expert, then through the other; else each is written before the next begins
+    conditions, jobs, shown = video.conditions(0), [], []
+    for (i, prompt), text in zip(mine, texts):
+        out = numbered(args.out, i, len(prompts))
+        x = video.noise(0, seed)[None]
+        jobs.append(
+            (new_clip(s, x, text, conditions, EasyCache(args.reuse), on_step=previewer(out, prompt)), out, prompt)
+        )
+    for group in [jobs] if s.is_moe else [[job] for job in jobs]:
+        for expert in s.expert_names:
+            for clip, out, prompt in group:
+                denoise(pipe, s, clip, expert)
+                if expert != s.expert_names[-1]:
+                    continue
+                if prompt is mine[-1][1]:  # the DiT is not needed any more
+                    for stream in pipe.streams():
+                        print(stream.report())
+                    pipe.drop(*s.expert_names)
+                frames = decode(pipe, clip.x, args.vae_tile)[0].cpu()
+                if args.reuse:
+                    print(f"{clip.cache.computed} of {len(clip.solver.timesteps)} steps computed")
+                if args.vae_tile and not shown and world.clip_group_size == 1:
+                    print(tile_report(pipe, clip.x, frames, args.vae_tile))
+                if world.is_writer:
+                    comment = json.dumps({"prompt": prompt, **used}, ensure_ascii=False)
+                    write_mp4(out, frames, video.fps, comment)
+                    if args.save_latents:
+                        file = numbered(args.save_latents, mine[len(shown)][0], len(prompts))
+                        save(file, {"latents": clip.x[0]}, {"prompt": prompt})
+                    print(out)
+                shown.append(frames[:, [0, frames.shape[1] // 2, -1]])
     if args.grid and world.is_writer:
         sheet = numbered(args.grid, world.dp_rank, world.dp_size)
-        write_grid(sheet, shown, [p for _, p in mine])
+        write_grid(sheet, shown, [prompt for _, prompt in mine])
         print(sheet)
     print(need.compare(world.device))
 
 
-def tile_report(models, latents, video, tile):
+def tile_report(pipe, latents, frames, tile):
     """How a decode in tiles differs from a whole one: not at all, or by how much in the first frame."""
-    overlap, exact = models.acquire("vae").tile_overlap(tile)
-    off = "exact"
+    overlap, exact = tile_overlap(pipe.acquire("vae").decoder, tile)
+    error = "exact"
     if not exact:
-        whole = decode(models, latents[:, :, :1])[0].cpu()
-        off = f"blended; the first frame differs by at most {(whole - video[:, :1]).abs().max():.3f} of 2"
-    return f"tiles of {tile} latent pixels overlap by {overlap} on each side: {off}"
+        whole = decode(pipe, latents[:, :, :1])[0].cpu()
+        error = f"blended; the first frame differs by at most {(whole - frames[:, :1]).abs().max():.3f} of 2"
+    return f"tiles of {tile} latent pixels overlap by {overlap} on each side: {error}"
 
 
 if __name__ == "__main__":

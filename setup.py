@@ -1,4 +1,4 @@
-"""`pip install --no-build-isolation -e .`: puts the modules on the path, and builds csrc/ into nanowan_csrc.
+"""`python setup.py build_ext --inplace`: builds csrc/ into nanowan_csrc. No modules are installed: scripts run from here.
 
 Where that cannot be built, for want of a compiler or of what it needs, one line says so and PyTorch's operations are
 used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1
@@ -12,7 +12,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 HERE = Path(__file__).parent
 CUDA = os.environ.get("NANOWAN_CUDA", "auto")
@@ -103,10 +103,10 @@ setup(
     name="nanowan",
     version="0.1.0",
     python_requires=">=3.11",
-    packages=find_packages(str(HERE)),
+    packages=[],
     ext_modules=modules,
     cmdclass=commands,
     # to read GGUF checkpoints; for prepare.py --process_checkpoint, where onnxruntime-gpu does as well
     extras_require={"gguf": ["gguf"], "pose": ["onnxruntime"]},
-    py_modules=sorted(f.stem for f in HERE.glob("*.py") if f.stem != "setup"),
+    py_modules=[],
 )

@@ -1,13 +1,13 @@
-"""Train a LoRA "translator": small changes to the DiT's cross-attention keys and values, so that it listens better.
+"""Train a LoRA "translator" on the DiT's cross-attention keys and values, to follow prompts and an updated encoder better.
 
 python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
 python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
-python train_lora.py                                   on nano and clips it draws itself
+python train_lora.py                                   on nano and clips that it draws itself
 
-The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one then
-need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B:
-adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers; beside it the adapter of every save is kept,
-OUT/adapter_model_000100.safetensors and so on, for the best step to be chosen by eye.
+The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one need no
+gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B: adapter_model_high and
+_low), is read by ComfyUI, lightx2v and diffusers; the adapter of every save is kept beside it, as
+OUT/adapter_model_000100.safetensors and so on, so that the best step can be chosen by eye.
 """
 
 import argparse
@@ -17,44 +17,40 @@ from pathlib import Path
 
 import torch
 
-import data
-import ops
-import plan
-from captions import has_keyword, without_keywords
-from checkpoint import BadInput, cli, load
-from lora import (
-    ANIMATE_TARGETS,
-    S2V_TARGETS,
-    TARGETS,
-    adapter,
-    attach,
-    changes_to_start_from,
-    clamp_weight_norm,
-    inject,
-    parse_blocks,
-    start_from,
-    weight_norms,
-    write_lora,
-)
-from lora_files import choose_experts, parse_lora_spec
-from models import DTYPES, Models, Runtime, pick_device, pick_dtype
-from nanoworld.default_clips import DEFAULT_KEYWORDS
-from optim import adamw
-from parallel import World, gather_state
-from previews import Previews
-from run import Run, TrainState, adapter_file, remove_older_adapters, resume_fingerprint
-from sample import read_prompts
-from train import (
+from data import DataConfig, Dataset, collate
+from kernels import backend
+from lora import TARGETS, adapter, adapter_off, clamp_weight_norm, weight_norms
+from nano.default_clips import DEFAULT_KEYWORDS, default_clips
+from nanowan import memory_estimate
+from nanowan.devices import DTYPES, pick_device, pick_dtype
+from nanowan.errors import BadInput, cli
+from nanowan.formats.dit import new_dit
+from nanowan.formats.header import load
+from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec, start_from, write_lora
+from nanowan.parallel import World, backward, gather_state
+from nanowan.pipeline import Adapter, Pipeline, Runtime
+from nanowan.prompts import read_prompts
+from nanowan.settings import parse_size
+from nanowan.training.captions import has_keyword, without_keywords
+from nanowan.training.flags import (
     POSITIVE,
-    Dataset,
     add_flags,
     check_ranges,
     choose_checkpointing,
-    evaluate,
+    comma_list,
     expert_schedule,
-    fit,
-    resolve_flags,
+    parallel_layout,
+    parse_blocks,
+    pick,
+    resolve,
+    training_spec,
 )
+from nanowan.training.optim import adamw
+from nanowan.training.previews import Previews
+from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
+from nanowan.training.state import TrainState, resume_fingerprint
+from nanowan.training.step import Stopwatch, due, held_out_loss, update
+from sample import decode, sample_latents
 
 
 def arguments(argv=None):
@@ -62,94 +58,83 @@ def arguments(argv=None):
     add = p.add_argument_group("adapter").add_argument
     add(
         "--targets",
-        help=f"linears of a block, of {', '.join(TARGETS)}; Animate: {', '.join(ANIMATE_TARGETS)}; S2V, in the "
-        f"injector behind a block: {', '.join(S2V_TARGETS)} (default: cross_attn.k,cross_attn.v, and for S2V "
+        type=comma_list,
+        help=f"linears to adapt, comma-separated, of {', '.join(TARGETS)}; Animate also: cross_attn.k_img, "
+        "cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
         "audio_injector.k,audio_injector.v too)",
     )
-    add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change how the model draws")
-    add("--blocks", help="such as 20-29 or 0,3,5-7 (default: all)")
-    add("--rank", type=int, default=16, help="of each change B A (default: %(default)s)")
-    add("--alpha", type=float, help="the change is scaled by alpha / rank (default: the rank)")
-    add("--dropout", type=float, default=0.0, help="of the adapter's input (default: %(default)s)")
+    add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change the drawing style")
+    add("--blocks", help="blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
+    add("--rank", type=int, default=16, help="rank of each weight change B A (default: %(default)s)")
+    add("--alpha", type=float, help="scale the weight change by alpha / rank (default: the rank)")
+    add("--dropout", type=float, default=0.0, help="dropout on the adapter's input (default: %(default)s)")
     add(
         "--init_lora",
         action="append",
         default=[],
-        help="FILE[:high|low|both]: start from this LoRA; of an A14B one per expert, or one that holds both",
+        help="LoRA to start from, FILE[:high|low|both]; for an A14B one per expert, or one that holds both",
     )
-    add(
-        "--delta_cap",
-        type=float,
-        help="no matrix moves further than this share of its norm, ||dW||/||W|| (default: none)",
-    )
-    add("--name", default="adapter_model", help="of the files, NAME.safetensors and so on (default: %(default)s)")
-    add("--keep", type=int, help="leave the adapters of the last N saves beside the result (default: all)")
+    add("--delta_cap", type=float, help="largest relative weight change ||dW||/||W|| of any matrix (default: no limit)")
+    add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
+    add("--keep", type=int, help="number of saved adapters to keep beside the result (default: all)")
     add(
         "--trigger",
-        help="a,b,c: the words to prompt with, which LoRA managers show; --preserve is for captions without them",
+        type=comma_list,
+        help="trigger words a,b,c, written into the file for LoRA managers; --preserve is for captions without them",
     )
-    add = p.add_argument_group("what must not change").add_argument
+    add = p.add_argument_group("prior preservation").add_argument
     add(
         "--preserve",
         type=float,
         default=0.0,
-        help="weight of prior preservation: half of the samples are shown a prompt that must not change, and their "
-        "target is what the base predicts without the adapter (default: 0, none)",
+        help="weight of prior preservation: half of the samples are shown a prompt that must not change, with the "
+        "base's own prediction as their target (default: 0, none)",
     )
     add(
         "--preserve_prompts",
-        help="a text file of such prompts, one per line; with --trigger, captions without these words are such too",
+        help="text file of prompts that must not change, one per line; with --trigger, captions without its words are "
+        "preserved too",
     )
-    add = p.add_argument_group("base").add_argument
+    add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
-        "--stream_blocks",
-        type=int,
-        default=0,
-        help="keep N of the DiT's blocks in host memory, on the device only while they run (default: 0)",
+        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
     )
     add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 
 
-def resolve(args, s, num_blocks):
-    """Fill in what the checkpoint recommends and check what was given; targets and blocks become lists."""
-    resolve_flags(args, s, "train_lora")
-    args.alpha = args.alpha if args.alpha is not None else args.rank
-    if args.stream_blocks and not args.checkpointing:
-        if args.checkpointing is False:
-            raise BadInput(
-                "--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here"
-            )
-        args.checkpointing = True
-    check_ranges(
-        args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf), dropout=(0, 0.999)
-    )
-    if args.delta_cap is not None:
-        check_ranges(args, delta_cap=(POSITIVE, math.inf))
+def check(args, s, num_blocks):
+    """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
+    resolve(args, s, "train_lora")
+    args.alpha = args.rank if args.alpha is None else args.alpha
+    if args.stream_blocks and args.checkpointing is False:
+        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
+    args.checkpointing = True if args.stream_blocks else args.checkpointing
+    check_ranges(args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf))
+    check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
+    for flag, least in (("delta_cap", POSITIVE), ("keep", 1)):
+        if getattr(args, flag) is not None:
+            check_ranges(args, **{flag: (least, math.inf)})
     if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
         raise BadInput(
             f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
             "only a part of the blocks"
         )
-    args.targets = args.targets.split(",") if args.targets else list(s.conditioning.lora_targets)
-    known = TARGETS + ANIMATE_TARGETS + S2V_TARGETS
+    args.targets = args.targets or list(s.parts.samples.lora_targets)
+    known = (*TARGETS, *s.parts.samples.extra_lora_targets)
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
         raise BadInput(f"--targets {','.join(args.targets)}: choose from {', '.join(known)}, each once")
     if any(t.startswith("self_attn") for t in args.targets) and not args.allow_self_attn:
         raise BadInput(
             f"--targets {','.join(args.targets)}: LoRA on self-attention has repeatedly caused artifacts (it changes "
-            "how the model draws, not how it listens); add --allow_self_attn to do it all the same"
+            "the drawing style, not prompt adherence); add --allow_self_attn to do it all the same"
         )
-    args.blocks = parse_blocks(args.blocks, num_blocks)
     if not args.name or Path(args.name).name != args.name or args.name.startswith("."):
         raise BadInput(f"--name {args.name}: a file's name without folder and ending, such as my_style")
-    if args.keep is not None:
-        check_ranges(args, keep=(1, math.inf))
     if args.data is None and args.trigger is None:
-        args.trigger = DEFAULT_KEYWORDS
-    args.trigger = [word.strip() for word in (args.trigger or "").split(",") if word.strip()]
-    check_ranges(args, preserve=(0, math.inf))
+        args.trigger = comma_list(DEFAULT_KEYWORDS)
+    args.trigger = args.trigger or []
     if args.preserve_prompts and not args.preserve:
         raise BadInput(f"--preserve_prompts {args.preserve_prompts}: needs --preserve WEIGHT, such as 1")
     if args.preserve and not args.trigger and not args.preserve_prompts:
@@ -157,21 +142,21 @@ def resolve(args, s, num_blocks):
             f"--preserve {args.preserve}: of what? give --trigger WORD,WORD, and captions without them are preserved, "
             "or --preserve_prompts FILE"
         )
+    return parse_blocks(args.blocks, num_blocks)
 
 
-def predict(args, s, builders, **sizes):
-    """The Plan of a run."""
+def predict(args, s, builders, blocks, **more):
+    """The Plan of a run; more: fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
-    sizes["num_results"] = 1 + min(saves, args.keep or saves)
-
-    def make_trainable(dit, encoder):
-        return inject(dit, args.targets, args.rank, args.alpha, args.dropout, args.blocks)
-
-    return plan.training(args, s, builders, make_trainable, len(expert_schedule(args, s)), **sizes)
+    spec = training_spec(args, s, num_results=1 + min(saves, args.keep or saves), **more)
+    make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
+    return memory_estimate.training(spec, builders, lambda dit, encoder: make_trainable(dit, None))
 
 
-def initial_loras(specs, schedule):
-    """{expert: file} of --init_lora. A file that does not say for which expert it is, is for the only one trained."""
+def initial_loras(specs, pipe, schedule, new_adapter):
+    """{expert: file} of --init_lora. A file that does not say which expert it is for goes to the only one trained.
+    Raises BadInput, before anything is computed, for a file that is no start for the adapter new_adapter.
+    """
     files = {}
     for spec in specs:
         lora = parse_lora_spec(spec, "--init_lora")
@@ -181,20 +166,16 @@ def initial_loras(specs, schedule):
             if expert in files:
                 raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
             files[expert] = lora.file
+    for expert, file in files.items():
+        with torch.device("meta"):
+            dit = new_dit(pipe.config(expert))
+            new_adapter.inject(dit, None)
+        changes_to_start_from(adapter(dit), file, expert)
     return files
 
 
-def check_initial_loras(files, args, models):
-    """Refuse, before anything is computed, a file of `initial_loras` that is no start for its expert's adapter."""
-    for expert, file in files.items():
-        with torch.device("meta"):
-            model = plan.build_wan(models.config(expert))
-            inject(model, args.targets, args.rank, blocks=args.blocks)
-        changes_to_start_from(adapter(model), file, expert)
-
-
 def prompts_to_preserve(args, captions, prompts):
-    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput where there are none."""
+    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput if there are none."""
     if not args.preserve:
         return []
     others = [c for c in without_keywords(captions, args.trigger) if c] if args.trigger else []
@@ -206,96 +187,121 @@ def prompts_to_preserve(args, captions, prompts):
     return list(dict.fromkeys([*prompts, *others]))
 
 
+@torch.no_grad()
+def with_base_targets(batch, dit, context, lens):
+    """The Batch with the base's own predictions as targets of its preserved samples: prior preservation (after Ruiz et
+    al., 2022, DreamBooth), of predictions instead of pictures. context (B,S,D), lens (B,). A rank that has no such
+    sample computes one all the same, since others may wait for it.
+    """
+    if batch.preserved is None:
+        return batch
+    chosen = batch.preserved.nonzero().flatten()
+    run = chosen if len(chosen) else torch.tensor([0])
+    part = batch._replace(x=batch.x[run], t=batch.t[run], inputs={k: v[run] for k, v in batch.inputs.items()})
+    on_device = run.to(context.device)
+    with adapter_off(dit):
+        v = part.velocity(dit, context[on_device], lens[on_device])
+    target = batch.target.clone()
+    target[chosen] = v[: len(chosen)].to(target)
+    return batch._replace(target=target)
+
+
 def main():
     args = arguments()
     with World(pick_device(args.device), args.fsdp, args.ulysses_size, args.pipeline_stages) as world:
-        args.device = str(world.device)
-        args.dtype = pick_dtype(args.dtype, args.device)
         train(args, world)
 
 
 def train(args, world):
-    # flags
-    adapters, norms = (
-        {},
-        {},
-    )  # of each expert: they stay, where the expert leaves the device, or memory, between its turns
-
-    def add_adapter(name, model):
-        """Into a DiT that has no weights yet; one that is loaded again takes the adapter that it had."""
-        model.checkpointing = args.checkpointing
-        if name in schedule:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.seed + (name == "low"))
-                inject(model, args.targets, args.rank, args.alpha, args.dropout, args.blocks, args.device)
-            attach(model, adapters.setdefault(name, adapter(model)))
-
-    dtype, fp8 = DTYPES[args.dtype], args.base_dtype == "fp8"
-    runtime = Runtime(args.device, dtype, fp8, args.stream_blocks, world=world, on_model_built=add_adapter)
-    models = Models(args.ckpt, runtime, text_encoder=args.text_encoder)
-    s, args.base_dtype = models.settings, "fp8" if models.fp8 else None
-    resolve(args, s, models.config().num_layers)
-    schedule = expert_schedule(args, s)
-    init_loras = initial_loras(args.init_lora, schedule)
-    check_initial_loras(init_loras, args, models)
-    print(json.dumps(vars(args)), ops.chosen(args.device), sep="\n")
+    # checkpoint and flags
+    args.device = str(world.device)
+    dtype = DTYPES[pick_dtype(args.dtype, args.device)]
+    runtime = Runtime(args.device, dtype, args.base_dtype == "fp8", args.stream_blocks, world=world)
+    pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
+    s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
+    blocks = check(args, s, pipe.config().num_layers)
+    schedule = expert_schedule(args.expert, s)
+    pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
+    init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
+    print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main)
 
-    # data: latents and texts cached
-    prompts = read_prompts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
-    dataset, previews = Dataset(args, models, prompts=prompts), Previews(args, models)
-    preserved = prompts_to_preserve(args, dataset.captions, prompts)
+    # data, and the memory that the run will need
+    source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
+    preserve_prompts = read_prompts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
+    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
+    size = parse_size(args.resolution, "--resolution")
+    dataset = Dataset(
+        pick(DataConfig, args, source=source, cache=cache, resolution=size), pipe, prompts=preserve_prompts
+    )
+    preserved = prompts_to_preserve(args, dataset.captions, preserve_prompts)
     if preserved:
         print(f"  {len(preserved)} prompts preserved")
-    run.metadata |= {"ops": ops.chosen(args.device), "data": dataset.summary()}
-    sizes = dataset.plan_sizes(texts=True) | {"previews": bool(previews.prompts), "ranks": world.size}
-    need = choose_checkpointing(args, world, lambda: predict(args, s, plan.builders(models), **sizes))
+    sizes = dataset.sizes()
+    missing = dict(
+        encode=not dataset.is_cached(), encode_texts=not all(f.exists() for f in dataset.text_files().values())
+    )
+    how = sizes | missing | dict(layout=parallel_layout(args, world.size, pipe.fp8), previews=bool(preview_prompts))
+
+    def plan(checkpointing):
+        return predict(args, s, memory_estimate.builders(pipe), blocks, checkpointing=checkpointing, **how)
+
+    args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
+    pipe.checkpointing = args.checkpointing
     print(need)
-    run.check(resume_fingerprint(args, models, dataset))
+    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
+    run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
+    run.check(fingerprint)
+
+    # latents and text embeddings, cached
     dataset.cache_latents()
     texts = dataset.cache_texts()
     if args.cache_only:
         return
-    if previews.prompts:
-        previews.embed(models.acquire("text"))
-    models.drop()  # the encoder is not needed any more
+    previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
+    if preview_prompts:
+        previews.embed(pipe.acquire("text"))
+    pipe.drop()  # the encoder is not needed any more
 
-    # models and adapters
-    scale = args.alpha / args.rank
+    def embed(captions):
+        context, lens = collate([load(texts[c])[0]["embedding"] for c in captions])
+        return context.to(args.device), lens.to(args.device)
+
+    # adapters, optimizer, state
+    adapters, norms, scale = pipe.adapters, {}, args.alpha / args.rank
     for name in schedule:
-        model = models.acquire(name)
-        norms[name] = gather_state(world, weight_norms(model)) if args.delta_cap else {}
-        model = None  # so that it can make room for the other expert
-    for name, file in init_loras.items():
+        dit = pipe.acquire(name)
+        norms[name] = gather_state(world, weight_norms(dit)) if args.delta_cap else {}
+        dit = None  # so that it can be evicted for the other expert
+    for name, file in init_files.items():
         start_from(adapters[name], file, scale, name)
     params_of = {name: [p for pair in adapters[name].values() for p in pair] for name in schedule}
     params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
-
-    # optimizer and state
-    state = TrainState(params, adamw(params, args.lr, args.weight_decay), args)
-    triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
-    captions = sorted(f.name for f in texts.values())
-    more = {"captions": captions} | ({"preserved": [texts[p].name for p in preserved]} if preserved else {})
-    saved = run.restore(resume_fingerprint(args, models, dataset, **more))
-    if saved:
+    state = TrainState(params, adamw(params, args.lr, args.weight_decay), args.grad_spike_factor, args.ema)
+    fingerprint["captions"] = sorted(f.name for f in texts.values())
+    if preserved:
+        fingerprint["preserved"] = [texts[p].name for p in preserved]
+    if saved := run.restore(fingerprint):
         state.restore(saved)
 
-    def embed(captions):
-        context, lens = data.collate([load(texts[c])[0]["embedding"] for c in captions])
-        return context.to(args.device), lens.to(args.device)
-
-    def show_caption(captions, rng):
-        return rng.choice(captions)
-
-    def clamp(expert):
-        return {"n_clamped": clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)}
+    def evaluate(step):
+        """What is due of held-out loss and previews after a step, with the weights that would be saved."""
+        metrics = {}
+        with state.averaged():
+            if dataset.val_items and due(step, args.eval_every, args.steps):
+                metrics = held_out_loss(dataset, schedule, embed)
+            if preview_prompts and due(step, args.preview_every, args.steps):
+                previews.write(step)
+        return metrics
 
     def save(step):
+        triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
         with state.averaged():
             for name in schedule if world.is_main else ():
-                if state.ema and args.delta_cap:  # an average of factors may leave the budget that each of them kept
-                    clamp(name)
+                if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
+                    clamp_weight_norm(adapters[name], scale, norms[name], args.delta_cap)
                 metadata = {"variant": s.variant, "date": run.date, "trained_words": triggers}
                 for file in (adapter_file(run.out, args.name, name, n) for n in (step, None)):
                     write_lora(file, adapters[name], scale, step=step, expert=name, **metadata)
@@ -304,26 +310,49 @@ def train(args, world):
             remove_older_adapters(run.out, args.name, step, args.keep)
 
     # training
-    finished = fit(
-        args,
-        run,
-        models,
-        dataset,
-        state,
-        schedule,
-        params_of,
-        embed,
-        show_caption,
-        evaluate=lambda step: evaluate(args, state, dataset, previews, schedule, embed, step),
-        save=save,
-        after_update=clamp if args.delta_cap else None,
-        preserved_prompts=preserved,
-    )
-    if finished:
-        for stream in models.streams():
-            print(stream.report())
-        results = [adapter_file(run.out, args.name, name) for name in schedule]
-        print(need.compare(args.device), *results, sep="\n")
+    if not state.step and (metrics := evaluate(0)):
+        run.log(0, **metrics)
+    for step in range(state.step, args.steps):
+        watch, loss, taught = Stopwatch(), 0.0, 0
+        world.seed(args.seed, step)
+        expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
+        dit = pipe.acquire(expert).train()
+
+        # gradients: the sum over ranks is that of the global batch
+        state.opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
+        for batch, weight in dataset.step(step, *schedule[expert], preserved_prompts=preserved):
+            context, lens = embed(batch.captions)
+            taught += len(batch.x) if batch.preserved is None else int((~batch.preserved).sum())
+            batch = with_base_targets(batch, dit, context, lens) if preserved else batch
+            loss += backward(world, dit, batch, context, lens, weight)
+            watch.count(batch, weight)
+        tokens = watch.tokens * world.dp_size / world.size
+        loss, watch.tokens, taught, stop = world.all_reduce_grads(params_of[expert], loss, tokens, taught, run.stop)
+
+        # one update; samples that are only preserved have gradients far smaller than others
+        metrics, skipped = update(state, world, step, args, loss, typical=taught > 0)
+        if not skipped and args.delta_cap:
+            metrics["n_clamped"] = clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)
+        if not skipped and state.ema:
+            state.ema.update()
+
+        # log, evaluate, save
+        if len(schedule) > 1:
+            metrics["expert"] = expert
+        metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
+        dit = None  # the other expert may be next
+        run.log(step + 1, loss=loss, **metrics, **evaluate(step + 1))
+        too_many = state.guard.skipped >= args.max_skipped
+        if due(step + 1, args.save_every, args.steps) or stop or too_many:
+            save(step + 1)
+        state.guard.raise_if_stuck(args.max_skipped, skipped, args.lr, run.out)
+        if stop:
+            return
+
+    for stream in pipe.streams():
+        print(stream.report())
+    results = [adapter_file(run.out, args.name, name) for name in schedule]
+    print(need.compare(args.device), *results, sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ What a layer must remember of the chunk before lies in `past`, a dictionary owne
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import ops
-from checkpoint import BadInput, load_into
-from formats import check_latent_stats, read_weights, vae_files
+from kernels import ops
 
 
 class Geometry(NamedTuple):
@@ -33,7 +30,6 @@ class Geometry(NamedTuple):
 
 
 GEOMETRY = {"2.1": Geometry(16, (4, 8, 8)), "2.2": Geometry(48, (4, 16, 16))}
-FULL_WIDTHS = {"2.1": (96, 96), "2.2": (160, 256)}  # dim and dec_dim of the released ones
 
 # fmt: off
 LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw latents
@@ -231,24 +227,6 @@ class Stage(nn.Module):
         return add_dup_up(y, x, self.factors, first)
 
 
-REPEATS = "repeats"  # key in `past`: each layer's last input and output, for a video that stands still
-
-
-def forward_unless_repeated(layer, x, past):
-    """layer(x, past), or, where x and all that the layer remembers are to the bit what they were a chunk ago, its
-    output of then.
-    """
-    last_x, out, settled = past[REPEATS].get(layer, (None, None, False))
-    same = last_x is not None and torch.equal(last_x, x)
-    if same and settled:
-        return out
-    before = {m: past[m] for m in layer.modules() if m in past}
-    out = layer(x, past)
-    settled = same and all(a is past[m] or torch.is_tensor(a) and torch.equal(a, past[m]) for m, a in before.items())
-    past[REPEATS][layer] = x, out, settled
-    return out
-
-
 class Coder(nn.Module):
     """Encoder or decoder. `dims` are the widths from the input of the first stage to the output of the last."""
 
@@ -278,7 +256,7 @@ class Coder(nn.Module):
             return self.forward_up(self.forward_mid(x, past), past)
         x = self.conv1(x, past)
         for layer in (*self.downsamples, *self.middle):
-            x = forward_unless_repeated(layer, x, past) if REPEATS in past else layer(x, past)
+            x = layer(x, past)
         return self.forward_head(x, past)
 
     def forward_mid(self, x, past):
@@ -297,33 +275,6 @@ class Coder(nn.Module):
     def forward_head(self, x, past):
         norm, _, conv = self.head
         return conv(x, past, norm)
-
-    def receptive_radius(self):
-        """How many latent pixels away a decoder's `forward_up` looks: 3x3 convolutions, each at its scale."""
-        radius, scale = 0.0, 1
-        for m in self.upsamples.modules():
-            if isinstance(m, Resample):
-                scale *= 2
-            radius += (isinstance(m, Resample) or isinstance(m, CausalConv3d) and m.kernel_size[1] == 3) / scale
-        return math.ceil(radius + 1 / scale)
-
-
-def tile_weights(start, end, overlap, exact, side, scale):
-    """What the pixels of a decoded tile count for, along one axis of a frame of `side` latent pixels: (n,) fp32 for the
-    latent pixels [start, end) and `overlap` more beside them where the frame goes on, each of them `scale` pixels.
-
-    exact: 1 within the tile, 0 in its overlaps. Otherwise two neighbours are cross-faded: across their common edge, and
-    as far as the overlaps go, one rises in a straight line while the other falls. All tiles' weights add up to 1.
-    """
-    pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
-
-    def ramp(edge):
-        """From 0 before a tile's edge to 1 behind it; there is nothing to fade to at the frame's own edges."""
-        if edge in (0, side):
-            return torch.full_like(pixel, edge == 0)
-        return ((pixel - edge * scale) / (1 if exact else 2 * overlap * scale) + 0.5).clamp(0, 1)
-
-    return ramp(start) - ramp(end)
 
 
 class VAE(nn.Module):
@@ -354,12 +305,9 @@ class VAE(nn.Module):
             for s in LATENT_STATS[self.z_dim]
         ]
 
-    def moment_chunks(self, video, still=False):
-        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time. still:
-        most of the video repeats; layers whose part of it has settled are not computed again, which is exact, and takes
-        the memory of their last outputs.
-        """
-        past = {REPEATS: {}} if still else {}
+    def moment_chunks(self, video):
+        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time."""
+        past = {}
         for i in range(0, video.shape[2], 4):
             x = self.patchify(video[:, :, max(i - 3, 0) : i + 1])
             yield self.conv1(self.encoder(x, past), past)
@@ -385,79 +333,39 @@ class VAE(nn.Module):
             yield self.unpatchify(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
 
     @torch.no_grad()
-    def encode(self, video, still=False):
-        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride, else BadInput -> (B,z,T',h,w) fp32,
-        normalised per channel. still: as in moment_chunks.
+    def encode(self, video):
+        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride, else ValueError -> (B,z,T',h,w) fp32,
+        normalised per channel.
         """
         B, _, T, H, W = video.shape
         st, sh, sw = self.stride
         if T % st != 1 or H % sh or W % sw:
-            raise BadInput(
+            raise ValueError(
                 f"video of {T} frames, {W}x{H} px: frames must be {st}k+1, width a multiple of {sw}, height of {sh}"
             )
         mean, std = self._stats(video)
         z = torch.empty(B, self.z_dim, 1 + T // st, H // sh, W // sw, device=video.device)
-        for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype), still)):
+        for i, moments in enumerate(self.moment_chunks(video.to(self.conv1.weight.dtype))):
             z[:, :, i : i + 1] = (moments[:, : self.z_dim].float() - mean) / std
         return z
 
-    def condition(self, image, frames):
-        """I2V-A14B's 20 extra input channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent
-        frame 0, and the encoding of the image followed by frames-1 grey frames.
-        """
-        z = self.encode(F.pad(image, (0, 0, 0, 0, 0, frames - 1)), still=True)
-        mask = torch.zeros_like(z[:, :4])
-        mask[:, :, 0] = 1
-        return torch.cat([mask, z], 1)
+    def raw_latents(self, z):
+        """Normalised latents (B,z,T',h,w) as the decoder takes them."""
+        mean, std = self._stats(z)
+        return (z.float() * std + mean).to(self.conv2.weight.dtype)
 
     @torch.no_grad()
-    def decode(self, z, tile=0, split_tiles=None):
+    def decode(self, z):
         """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow
-        with T'.
-
-        tile: decode the frame in tiles of so many latent pixels a side, which takes memory for one of them. They
-        overlap by as many pixels as a result depends on, which is exact; where `tile` is less than that, by half a
-        tile, and are cross-faded, which is not. split_tiles: of several ranks that hold z, (this one's number, how many
-        there are, a function that adds a tensor up over them): each decodes some of the tiles.
+        with T'. In tiles: nanowan/memory/tiled_vae.py.
         """
-        mean, std = self._stats(z)
         B, _, T, h, w = z.shape
         st, sh, sw = self.stride
-        z = (z.float() * std + mean).to(self.conv2.weight.dtype)
-        video = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
-        if tile and (tile < h or tile < w):
-            index, count, add_up = split_tiles or (0, 1, None)
-            self._decode_tiles(z, video.zero_(), tile, index, count)
-            return (add_up(video) if add_up else video).clamp_(-1, 1)
-        frame = 0
-        for x in self.frame_chunks(z):
+        video, frame = torch.empty(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device), 0
+        for x in self.frame_chunks(self.raw_latents(z)):
             torch.clamp(x.float(), -1, 1, out=video[:, :, frame : frame + x.shape[2]])
             frame += x.shape[2]
         return video
-
-    def tile_overlap(self, tile):
-        """(latent pixels by which tiles overlap on each side, whether that is exact)."""
-        radius = self.decoder.receptive_radius()
-        return (radius, True) if tile >= radius else (max(1, tile // 2), False)
-
-    def _decode_tiles(self, z, video, tile, index, count):
-        """Adds tiles index, index + count, ... of raw latents z to the pixels of `video`, unclamped and weighted."""
-        (h, w), (_, sh, sw), past = z.shape[3:], self.stride, {}
-        maps = [self.decoder.forward_mid(self.conv2(z[:, :, i : i + 1], past), past) for i in range(z.shape[2])]
-        overlap, exact = self.tile_overlap(tile)
-        corners = [(y, x) for y in range(0, h, tile) for x in range(0, w, tile)]
-        for y, x in corners[index::count]:
-            y_end, x_end = min(y + tile, h), min(x + tile, w)
-            top, bottom = max(0, y - overlap), min(h, y_end + overlap)
-            left, right = max(0, x - overlap), min(w, x_end + overlap)
-            weights = tile_weights(y, y_end, overlap, exact, h, sh)[:, None]
-            weights = (weights * tile_weights(x, x_end, overlap, exact, w, sw)).to(video.device)
-            target = video[..., top * sh : bottom * sh, left * sw : right * sw]
-            past, frame = {}, 0
-            for m in maps:
-                pixels = self.unpatchify(self.decoder.forward_up(m[..., top:bottom, left:right], past))
-                target[:, :, frame : frame + pixels.shape[2]] += pixels.float() * weights
-                frame += pixels.shape[2]
 
 
 def channels_last(model):
@@ -470,31 +378,3 @@ def channels_last(model):
                 memory_format=torch.channels_last_3d if m.weight.dim() == 5 else torch.channels_last
             )
     return model
-
-
-def build_vae(entries, path):
-    """The VAE whose headers {official name: Entry} these are, its version and widths from the shapes. BadInput, naming
-    `path`, for another model's.
-    """
-
-    def width(name, axis=0):
-        if name not in entries:
-            raise BadInput(f"{path}: not a Wan VAE, it has no {name}")
-        return entries[name].shape[axis]
-
-    version = "2.2" if width("encoder.conv1.weight", 1) == 12 else "2.1"
-    dim, dec_dim, z_dim = width("encoder.conv1.weight"), width("decoder.head.2.weight", 1), width("conv2.weight")
-    if z_dim != GEOMETRY[version].z_dim:
-        raise BadInput(f"{path}: {z_dim} latent channels; a Wan {version} VAE has {GEOMETRY[version].z_dim}")
-    stages = [f"{i}.downsamples.0" for i in range(4)] if version == "2.2" else [3 * i for i in range(4)]
-    mult = [width(f"encoder.downsamples.{stage}.residual.2.weight") // dim for stage in stages]
-    return VAE(version, dim, dec_dim, mult)
-
-
-def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE from a file or the checkpoint folder that holds it, channels-last. Or BadInput."""
-    check_latent_stats(path, LATENT_STATS)
-    entries = read_weights(vae_files(path))
-    with torch.device("meta"):
-        model = build_vae(entries, path)
-    return channels_last(load_into(model, entries, device, dtype))

@@ -14,11 +14,8 @@ official wan/modules/model.py. The time MLP runs on the F rows only, never on ev
 """
 
 import contextlib
-import importlib
 import math
-import re
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -26,10 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-import ops
-from checkpoint import BadInput, count_blocks, load_into
-from formats import expert_folders, official_config, read_json, read_weights, weight_files
-from fp8 import Fp8Linear, convert, linears_in_fp8, project
+from kernels import ops
 from kernels.rope import grid_positions, rope_table
 
 
@@ -84,8 +78,9 @@ class SelfAttention(Attention):
 
     def forward(self, x, rope):
         """x (B,L,D) -> (B,L,D)."""
-        weights = self.norm_q.weight, self.norm_k.weight
-        return self.o(self.attend(*project(x, self.q, self.k, self.v), weights, self.eps, self.heads, rope))
+        rows, weights = self.q.round_input(x), (self.norm_q.weight, self.norm_k.weight)
+        q, k, v = (linear(x, rows=rows) for linear in (self.q, self.k, self.v))
+        return self.o(self.attend(q, k, v, weights, self.eps, self.heads, rope))
 
 
 class CrossAttention(Attention):
@@ -102,10 +97,8 @@ class CrossAttention(Attention):
 
 class FeedForward(nn.Sequential):
     def forward(self, x):
-        up, _, down = self
-        if type(down) is Fp8Linear or type(down) is ops.Linear and torch.is_grad_enabled():
-            return down(up(x), activated=True)  # takes the GELU as it rounds x; keeps less for the backward pass
-        return down(ops.linear_gelu(up, x))
+        up, gelu, down = self  # down(gelu(up(x))), the GELU fused with the one or the other
+        return down(up(x), activated=True) if down.takes_gelu else down(up.with_gelu(x, gelu))
 
 
 class Block(nn.Module):
@@ -172,45 +165,26 @@ class WanConfig:
 # fmt: off
 _A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
              size=(1280, 720))
-# what differs; boundary: the high-noise expert serves t/1000 >= boundary; guidance: (low noise, high noise); model: the
-# class, where it is not Wan, and signature, a tensor by which its files are known
+# sizes and recommended settings of the released models; boundary: the high-noise expert serves t/1000 >= boundary;
+# guidance: (low noise, high noise). nanowan/variants/registry.py adds S2V-14B and Animate-14B
 VARIANTS = {
     "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48,
                     vae="2.2", fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None,
                     guidance=(5.0, 5.0)),
     "t2v-A14B": dict(_A14B, model_type="t2v", in_dim=16, shift=12.0, boundary=0.875, guidance=(3.0, 4.0)),
     "i2v-A14B": dict(_A14B, model_type="i2v", in_dim=36, shift=5.0, boundary=0.900, guidance=(3.5, 3.5)),
-    "s2v-14B": dict(_A14B, model_type="s2v", model="s2v.WanS2V",
-                    signature="casual_audio_encoder.encoder.final_linear.weight", in_dim=16, frames=80,
-                    size=(1024, 704), shift=3.0, boundary=None, guidance=(4.5, 4.5), negative=(
-                        "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
-                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")),
-    "animate-14B": dict(_A14B, model_type="animate", model="animate.WanAnimate",
-                        signature="pose_patch_embedding.weight", in_dim=36, fps=30, frames=77, steps=20,
-                        shift=5.0, boundary=None, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
 }
 # fmt: on
 
 
-def wan_class(model_type):
-    """Wan, or the subclass that the row of this model type names. Its module imports this one, so it is loaded here by
-    name, when it is first asked for.
-    """
-    names = [row["model"] for row in VARIANTS.values() if row["model_type"] == model_type and "model" in row]
-    module, name = (names or ["wan.Wan"])[0].split(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def full_config(variant):
-    """The configuration of one of VARIANTS at its released size."""
-    row = VARIANTS[variant]
-    config_class = wan_class(row["model_type"]).config_class
+def config_of(row, config_class=WanConfig):
+    """The configuration of a row of VARIANTS at its released size."""
     return config_class(**{f.name: row[f.name] for f in fields(config_class) if f.name in row})
 
 
 def build(variant):
-    """The model of one of VARIANTS at its released size, on the current default device."""
-    return wan_class(VARIANTS[variant]["model_type"])(full_config(variant))
+    """The DiT of one of VARIANTS at its released size, on the current default device, without weights."""
+    return Wan(config_of(VARIANTS[variant]))
 
 
 class Text(NamedTuple):
@@ -227,13 +201,13 @@ class Tokens(NamedTuple):
     """The list of tokens that the blocks compute, or the part of it that is here where ranks share it."""
 
     positions: torch.Tensor  # (L,3) int32: time, height, width; of the clip's own the time is the latent frame
-    own: int  # the first so many are the clip's own, T'H'W' in all; a variant's come behind them
+    num_video: int  # video tokens, T'H'W' in all, come first; a variant's extra tokens follow
     length: int  # tokens in all, here or not
     extent: int  # 1 + the largest |position|: how long a rope_table must be
     row: torch.Tensor | None = None  # (L,) int32: which row modulates each; None: L/F tokens each, in order
 
 
-class Conditioning(NamedTuple):
+class BlockInputs(NamedTuple):
     """What the blocks are given beside the tokens."""
 
     time: torch.Tensor  # (B,F,D)
@@ -251,20 +225,6 @@ class Wan(nn.Module):
 
     config_class = WanConfig
     block_class = Block
-
-    @classmethod
-    def read_sizes(cls, shape, entries):
-        """{field: value} of what config_class has beyond WanConfig, from the tensors' headers; shape(name) is that of
-        one, or BadInput.
-        """
-        return {}
-
-    @classmethod
-    def read_settings(cls, settings, entries, path):
-        """{field: value} of what config_class has beyond WanConfig and the tensors do not tell. settings: config.json's
-        entries, none where there is no such file. Raises BadInput for what the class does not implement.
-        """
-        return {}
 
     def __init__(self, config):
         super().__init__()
@@ -291,7 +251,7 @@ class Wan(nn.Module):
         -> (B,out_dim,T',h,w) fp32.
         """
         grid = self.check(x, t)
-        c = self.prepare_conditioning(t, context, context_lens, grid, **inputs)
+        c = self.prepare_block_inputs(t, context, context_lens, grid, **inputs)
         x = self.patchify(x, c)  # (B,L,D)
         x, local = self.scatter_tokens(x, c)
         x = self.forward_blocks(x, local)
@@ -300,10 +260,10 @@ class Wan(nn.Module):
         return self.unpatchify(x, grid)  # (B,out_dim,T',h,w)
 
     def check(self, x, t):
-        """The token grid of x; BadInput where x or t has a shape that the model does not take."""
+        """The token grid of x; ValueError where x or t has a shape that the model does not take."""
         c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
         if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
-            raise BadInput(
+            raise ValueError(
                 f"x {tuple(x.shape)}, t {tuple(t.shape)}: this model takes x (B,{c.in_dim},T',h,w) with h, w multiples "
                 f"of {ph}, {pw}, and t (B,) or (B,T')"
             )
@@ -322,7 +282,7 @@ class Wan(nn.Module):
         longest = S if lens is None else int(lens.max())
         lens = torch.full((B,), S, device=context.device) if lens is None else lens.to(context.device)
         if S > self.config.text_len or longest > S:
-            raise BadInput(
+            raise ValueError(
                 f"text of {max(S, longest)} tokens in a batch {S} wide; the model takes {self.config.text_len}"
             )
         real = torch.arange(S, device=context.device) < lens[:, None]
@@ -336,18 +296,18 @@ class Wan(nn.Module):
             kv = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
         return Text(context, torch.cat(bias, 1)[:, None, None], kv)
 
-    def prepare_conditioning(self, t, context, context_lens, grid, **inputs):
-        """What every block is given beside the tokens, for a clip of the token grid (T',H',W'): Conditioning."""
+    def prepare_block_inputs(self, t, context, context_lens, grid, **inputs):
+        """What every block is given beside the tokens, for a clip of the token grid (T',H',W'): BlockInputs."""
         inputs = self.embed_inputs(**inputs)
         text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
         time = self.time_embedding(sinusoid(self.times(t), self.config.freq_dim))
         tokens = self.list_tokens(grid, t.device, inputs)
         table = rope_table(tokens.extent, self.config.dim // self.config.num_heads, t.device)
         adaln = self.time_projection(time).unflatten(2, (6, -1))
-        return Conditioning(time, adaln, table, tokens, self.join_text(text, inputs), inputs)
+        return BlockInputs(time, adaln, table, tokens, self.join_text(text, inputs), inputs)
 
     def forward_blocks(self, x, c, numbers=None):
-        """The blocks, or those with these numbers. x (B,L,D), c: the Conditioning of these tokens -> (B,L,D)."""
+        """The blocks, or those with these numbers. x (B,L,D), c: the BlockInputs of these tokens -> (B,L,D)."""
         with self.around_blocks():
             for i in range(len(self.blocks)) if numbers is None else numbers:
                 learns = x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
@@ -373,7 +333,7 @@ class Wan(nn.Module):
     # ---- what a subclass overrides -------------------------------------------------------------------------------
     def embed_inputs(self):
         """The further inputs of forward, which a subclass names as keyword arguments, made ready: all that does not
-        depend on t or x. What comes out stands in Conditioning.inputs.
+        depend on t or x. What comes out stands in BlockInputs.inputs.
         """
 
     def prepare_inputs(self, **inputs):
@@ -393,15 +353,19 @@ class Wan(nn.Module):
     def list_tokens(self, grid, device, inputs):
         """The Tokens of a clip of the grid (T',H',W')."""
         n = math.prod(grid)
-        return Tokens(grid_positions(grid, device), own=n, length=n, extent=max(grid))
+        return Tokens(grid_positions(grid, device), num_video=n, length=n, extent=max(grid))
 
     def patchify(self, x, c):
         """x (B,C,T',h,w) -> the tokens (B,L,D) fp32, as list_tokens has them, all of them on every rank."""
         return embed_patches(x, self.patch_embedding)
 
     def after_block(self, i, x, c):
-        """x (B,L,D) after block i. Of the L tokens that are here the first c.tokens.own are the clip's."""
+        """x (B,L,D) after block i. Of the L tokens that are here the first c.tokens.num_video are the clip's."""
         return x
+
+    def linear_name(self, block, target):
+        """The full name of the linear that a LoRA's `target` means in a block, or None where this block has none."""
+        return f"blocks.{block}.{target}"
 
     def cross_attentions(self):
         """[(block, kind, CrossAttention)] in the order in which they are computed."""
@@ -409,7 +373,7 @@ class Wan(nn.Module):
 
     # ---- what parallel/ and offload.py put in --------------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
-        """Let ranks share the tokens. scatter(x, c) -> this rank's x and Conditioning; gather(y, c) -> the head's
+        """Let ranks share the tokens. scatter(x, c) -> this rank's x and BlockInputs; gather(y, c) -> the head's
         output y of all tokens, c being that of all; attend: as `attend` above, of this rank's tokens with all others.
         """
         self.scatter_tokens, self.gather_tokens = scatter, gather
@@ -419,82 +383,3 @@ class Wan(nn.Module):
     def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
         """around() is a context manager around all blocks; recompute_contexts is checkpoint's context_fn."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
-
-
-# whole parts that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
-FP32_PARTS = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
-
-
-def keep_fp32(name):
-    """Tensors that stay fp32 whatever the model's dtype."""
-    return "norm" in name or "modulation" in name or name.startswith(FP32_PARTS)
-
-
-def read_config(path, entries):
-    """The configuration of a model folder (its config.json, checked against the weights by the strict load) or of one
-    file alone. BadInput where the tensors are of another model.
-    """
-
-    def shape(name):
-        if name not in entries:
-            raise BadInput(f"{path}: not a Wan DiT, it has no {name}")
-        return entries[name].shape
-
-    path = Path(path)
-    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
-        raise BadInput(f"{path}: this is Wan-Animate-2, another model; of the two, Wan2.2-Animate-14B can be loaded")
-    dim, in_dim, *patch = shape("patch_embedding.weight")
-    text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
-    layers = count_blocks(entries)
-    out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    signed = next((r["model_type"] for r in VARIANTS.values() if r.get("signature") in entries), None)
-    kind = signed or ("i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v")
-    config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
-    if not file.exists():
-        if dim % 128:
-            raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
-        return of_class(config, shape, entries, {}, path)
-    settings = official_config(read_json(file), file)
-    named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
-    config = replace(config, **{name: settings[name] for name in named if name in settings})
-    measured = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
-    wrong = [
-        f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in measured.items() if getattr(config, k) != v
-    ]
-    uneven = f"{config.num_heads} heads do not divide width {dim} evenly"
-    if wrong or dim % config.num_heads or dim // config.num_heads % 2:
-        raise BadInput(f"{file}: does not fit {path}: {'; '.join(wrong) or uneven}")
-    return of_class(replace(config, model_type=signed or config.model_type), shape, entries, settings, file)
-
-
-def of_class(config, shape, entries, settings, path):
-    """A WanConfig as its model's class has it, with the further sizes and settings that this reads."""
-    cls = wan_class(config.model_type)
-    further = cls.read_sizes(shape, entries) | cls.read_settings(settings, entries, path)
-    return cls.config_class(**vars(config), **further)
-
-
-def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False, prepare=lambda model: None):
-    """Load one DiT: `path` is a model folder (config.json and weights; of A14B the folder of one expert), a checkpoint
-    folder with a single DiT, or one file, .safetensors or .gguf. Frozen, in eval mode. fp8: hold the blocks' linears in
-    8 bits; those that a file has in fp8 with scales always are. prepare(model) may change the model while it is still
-    empty. Raises BadInput naming what does not fit.
-    """
-    folders = expert_folders(path)
-    if "dit" not in folders:
-        raise BadInput(f"{path}: holds two experts; give {folders['high']} or {folders['low']}")
-    path = folders["dit"]
-    entries = read_weights(weight_files(path))
-    entries = {name: e for name, e in entries.items() if not name.endswith(".kernel")}  # of Animate's blurs: constants
-    in_fp8 = linears_in_fp8(entries)
-    config = read_config(path, entries)
-    with torch.device("meta"):
-        model = wan_class(config.model_type)(config).requires_grad_(False)
-
-    def prepared(model):
-        if fp8 or in_fp8:
-            convert(model, in_fp8)
-        prepare(model)
-
-    return load_into(model, entries, device, dtype, keep_fp32, prepared)

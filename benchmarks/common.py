@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 
-import ops
-import plan
 from diagnostics.common import write_json
+from kernels import backend
+from nanowan import memory_estimate
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,9 +61,9 @@ def print_memory(make, name):
     contenders[name]()  # once for what is imported and set up on first use
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = plan.resident()
+    before = memory_estimate.resident()
     contenders[name]()
-    print(plan.resident("VmHWM") - before)
+    print(memory_estimate.resident("VmHWM") - before)
 
 
 def peak_memory(work, name):
@@ -71,7 +71,8 @@ def peak_memory(work, name):
     keeps no freed memory.
     """
     out = subprocess.run(
-        [sys.executable, ROOT / "bench.py", work, "--memory_of", name],
+        [sys.executable, "-m", "benchmarks", work, "--memory_of", name],
+        cwd=ROOT,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
@@ -84,7 +85,7 @@ def add_reference(contenders):
     """The contenders and, second, ours with every op as its plain definition."""
 
     def ref():
-        with ops.using("ref"):
+        with backend.using("ref"):
             return contenders["ours"]()
 
     return {"ours": contenders["ours"], "ref": ref, **{k: v for k, v in contenders.items() if k != "ours"}}

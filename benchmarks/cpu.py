@@ -1,7 +1,6 @@
 """bench.py on this CPU, fp32: the DiT, training steps, the encoders, whole samples, loading."""
 
 import functools
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from benchmarks.common import ROOT, add_peer_adapter, add_reference, interleaved, peak_memory, seconds_of, trainable
-from clips import Parts, sample_clips
+from benchmarks import tiny, tiny_animate, tiny_s2v
+from benchmarks.common import add_peer_adapter, add_reference, interleaved, peak_memory, seconds_of, trainable
 from flow import make_noisy_batch
-from s2v import WanS2V
-from sample import generate, load
+from nanowan.formats.dit import load_wan
+from nanowan.long_video import SegmentFiles
+from nanowan.variants.s2v.model import WanS2V
+from sample import encode_text, generate, load, open_video, sample_segments
 from t5 import TextEncoder
 from vae import VAE
-from wan import Wan, WanConfig, load_wan
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tiny  # noqa: E402  fills the peers with our weights
-import tiny_animate  # noqa: E402
-import tiny_s2v  # noqa: E402
+from wan import Wan, WanConfig
 
 GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
 
@@ -167,7 +162,6 @@ def sample_video():
     size = dict(height=128, width=128, num_frames=9, num_inference_steps=10, guidance_scale=5.0)
 
     def sample_ours():
-        ours.prompt_embeds.clear()
         how = dict(size=(128, 128), frames=9, steps=10, shift=5.0, guidance=5.0, negative="")
         return generate(ours, prompt, progress=False, **how)
 
@@ -196,15 +190,16 @@ def speech_step():
 def speech_clips():
     """Videos of ten clips and of two: a long one takes more time, and no more memory."""
     folder = Path(tempfile.mkdtemp())
-    models = load(tiny_s2v.checkpoint(folder / "s2v"))
+    pipe = load(tiny_s2v.checkpoint(folder / "s2v"))
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(10)[None])
     tiny_s2v.write_picture(folder / "picture.png", 64, 64)
-    s = models.settings.with_overrides(size=(64, 64), steps=1, guidance=1.0)
+    s = pipe.settings.with_overrides(size=(64, 64), steps=1, guidance=1.0)
 
     def clips(count):
-        how = dict(image=folder / "picture.png", audio=folder / "sound.wav", infer_frames=16, num_clip=count)
-        sequence = s.conditioning.sequence(models, s, 0, **how)
-        sample_clips(models, s, "a prompt", sequence, Parts(folder / f"{count}.mp4", {}, resume=False), progress=False)
+        how = dict(audio=str(folder / "sound.wav"), infer_frames=16, num_clip=count)
+        video = open_video(pipe, s, folder / "picture.png", **how)
+        segments = SegmentFiles(folder / f"{count}.mp4", {}, resume=False)
+        sample_segments(pipe, s, video, encode_text(pipe, s, ["a prompt"]), 0, segments, progress=False)
 
     return {"ours": lambda: clips(10), "two clips": lambda: clips(2)}, None
 

@@ -13,19 +13,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tiny, tiny_animate, tiny_s2v
 from benchmarks.common import ROOT, keep_results
-from clip import CLIP
-from media import write_mp4
-from t5 import XXL, TextEncoder
-from vae import FULL_WIDTHS, VAE
+from nanowan.formats.t5 import XXL
+from nanowan.formats.vae import FULL_WIDTHS
+from nanowan.variants.animate.clip_vision import CLIP
+from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2
+from nanowan.video import write_mp4
+from t5 import TextEncoder
+from vae import VAE
 from wan import VARIANTS, build
-from wav2vec2 import STRIDES, Wav2Vec2
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tiny  # noqa: E402  writes the official layout
-import tiny_animate  # noqa: E402
-import tiny_s2v  # noqa: E402
 
 CLIP_SIZE = "--size 1280x704 --frames 121 --steps 4"
 SHORT = "--size 832x480 --frames 17 --steps 4"

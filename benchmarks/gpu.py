@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import lora
-import ops
-from benchmarks.common import ROOT, add_peer_adapter, add_reference, interleaved, keep_results, trainable
-from kernels import adamw8bit, attention, bandwidth, causal_conv3d, milliseconds, modulate, qk_norm_rope, quantize
-from vae import FULL_WIDTHS, VAE, channels_last
-from wan import Wan, full_config, keep_fp32
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tiny  # noqa: E402  fills the peers with our weights
+from benchmarks import tiny
+from benchmarks.common import add_peer_adapter, add_reference, interleaved, keep_results, trainable
+from kernels import adamw8bit, attention, attention_backends, causal_conv3d, modulate, ops, qk_norm_rope, quantize
+from kernels.testing import bandwidth, milliseconds
+from nanowan.formats.dit import full_config, keep_fp32
+from nanowan.formats.vae import FULL_WIDTHS
+from vae import VAE, channels_last
+from wan import Wan
 
 DEVICE = "cuda"
 # bf16 FLOP/s that an H100 reaches in practice: on large products, in flash attention
@@ -74,7 +73,7 @@ def peers(peer, run):
     """{name: run} of diffusers' model: as it comes, and with PyTorch's attention by cuDNN first, as ours has it."""
 
     def by_cudnn():
-        with sdpa_kernel(ops.BACKENDS, set_priority=True):
+        with sdpa_kernel(attention_backends.CUDNN_FIRST, set_priority=True):
             run()
 
     return {} if peer is None else {"diffusers": run, "diffusers, cuDNN": by_cudnn}
@@ -167,7 +166,10 @@ def gpu_gelu(rows=27280, dim=3072, ffn_dim=14336):
     """The first product of 5B's feed-forward and its GELU, in one and apart."""
     with torch.device(DEVICE):
         up, x = ops.Linear(dim, ffn_dim).bfloat16(), torch.randn(1, rows, dim).bfloat16()
-    results = {"ms": milliseconds(lambda: ops.linear_gelu(up, x)), "apart_ms": milliseconds(lambda: ops.GELU()(up(x)))}
+    results = {
+        "ms": milliseconds(lambda: up.with_gelu(x, ops.GELU())),
+        "apart_ms": milliseconds(lambda: ops.GELU()(up(x))),
+    }
     print(f"GELU with the product {results['ms']:.2f} ms, apart {results['apart_ms']:.2f} ms", flush=True)
     return results
 
@@ -190,7 +192,7 @@ def run_apart(name, seconds):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result.json")
         try:
-            command = [sys.executable, ROOT / "bench.py", "--gpu", "--job", name, "--json", file]
+            command = [sys.executable, "-m", "benchmarks", "--gpu", "--job", name, "--json", file]
             done = subprocess.run(command, timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"failed: not done after {seconds:.0f} s"

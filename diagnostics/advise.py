@@ -2,15 +2,16 @@
 
 import shlex
 
-from captions import without_keywords
 from diagnostics.common import write_json
 from diagnostics.logits import open_dataset
-from diagnostics.planning import planned
-from models import Models, Runtime, pick_device
-from plan import gb
-from recommended import recommended_flags
-from t5 import load_tokenizer, read_encoder
-from train_te import check_keywords
+from diagnostics.plan import planned
+from nanowan.devices import pick_device
+from nanowan.formats.t5 import load_tokenizer, read_encoder
+from nanowan.memory_estimate import gb
+from nanowan.pipeline import Pipeline, Runtime
+from nanowan.training.captions import without_keywords
+from nanowan.training.flags import recommended_flags
+from nanowan.training.keywords import check_keywords
 
 # DiffSynth-Studio's script for Wan 2.2: rank 32, 1e-4, five epochs of a hundred repeats
 PEER, PEER_VIEWS = "DiffSynth-Studio's published LoRA script for Wan 2.2", 500
@@ -42,7 +43,7 @@ def advice(s, blocks, ckpt, data, keywords, samples, others):
         ("out", "out/lora", None),
         ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: own against own_lora"),
         ("rank", 16, f"rank_16 finds words that rank_4 does not, rank_64 few more; {NANO_ONLY}"),
-        ("targets", ",".join(s.conditioning.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
+        ("targets", ",".join(s.parts.samples.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
         ("blocks", f"0-{blocks - 1}", f"the upper third alone finds nearly as much: upper against all; {NANO_ONLY}"),
         *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
         *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
@@ -58,11 +59,11 @@ def command(script, flags):
 def run(args):
     keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
     device = pick_device(args.device)
-    models = Models(args.ckpt, Runtime(device))
+    pipe = Pipeline(args.ckpt, Runtime(device))
     where = {"data": args.data, "resolution": args.resolution, "frames": args.frames}
-    _, dataset = open_dataset(models, args.ckpt, **where)
+    dataset = open_dataset(pipe, **where)
     if keywords:
-        tokenizer = load_tokenizer(models.dir, read_encoder(models.files("text")).spiece)
+        tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece)
         counts = check_keywords(keywords, dataset.captions, tokenizer, True)
         for keyword, count in counts.items():
             if count < FEW:
@@ -71,8 +72,8 @@ def run(args):
     if keywords and not others:
         print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
     size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
-    blocks, samples = models.config().num_layers, len(dataset.items)
-    advised, plans = advice(models.settings, blocks, args.ckpt, args.data, keywords, samples, others), {}
+    blocks, samples = pipe.config().num_layers, len(dataset.items)
+    advised, plans = advice(pipe.settings, blocks, args.ckpt, args.data, keywords, samples, others), {}
     for i, (script, flags) in enumerate(advised.items()):
         flags = advised[script] = [*flags[:2], *size, *flags[2:]]
         print(f"\n{i + 1}. {command(script, flags)}")

@@ -2,10 +2,11 @@
 
 import json
 
-from checkpoint import BadInput, atomic
-from models import DTYPES, Runtime, pick_device, pick_dtype
-from nanoworld.world import prompts
-from sample import read_prompts
+from nano.world import prompts
+from nanowan.devices import DTYPES, pick_device, pick_dtype
+from nanowan.files import atomic
+from nanowan.pipeline import Runtime
+from nanowan.prompts import read_prompts
 
 
 def write_json(path, value):
@@ -24,10 +25,3 @@ def runtime(args):
 def given_prompts(file, n):
     """The prompts of a text file, or n of the nano world's."""
     return read_prompts(file) if file else [row["prompt"] for row in prompts(n, 0)]
-
-
-def check_at_least(least, **flags):
-    """Refuse a number below `least`; None is a flag that was not given."""
-    for flag, value in flags.items():
-        if value is not None and not value >= least:
-            raise BadInput(f"--{flag} {value}: at least {least}")

@@ -1,16 +1,19 @@
 """diag.py convert: a text encoder's file, or a DiT's files, in another layout, with the same bits."""
 
 import contextlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import BadInput, atomic, save
+from diagnostics.common import write_json
 from diagnostics.inspect import files_of, kind_of
-from formats import cast, diffusers_config, diffusers_dit_name, expert_folders, read_weights
-from models import checkpoint_dir
-from t5 import convert_t5, own_encoder, tokenizer_file
-from wan import Wan, load_wan
+from nanowan.errors import BadInput
+from nanowan.formats.dit import load_wan
+from nanowan.formats.header import save
+from nanowan.formats.layouts import diffusers_config, diffusers_dit_name, expert_folders, read_weights
+from nanowan.formats.load import cast
+from nanowan.formats.t5 import convert_t5, own_encoder, tokenizer_file
+from nanowan.settings import checkpoint_dir
+from wan import Wan
 
 DIT_LAYOUTS = ("official", "diffusers")
 STEM = "diffusion_pytorch_model"  # both layouts' name of a DiT's files
@@ -45,11 +48,6 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
         index = {key: name for name, part in zip(names, files) for key in part}
         write_json(out / f"{STEM}.safetensors.index.json", {"metadata": {}, "weight_map": index})
     write_json(out / "config.json", config)
-
-
-def write_json(path, value):
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def is_dit(source, part):

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from checkpoint import BadInput
-from diagnostics.common import check_at_least, write_json
+from diagnostics.common import write_json
 from diagnostics.inspect import kind_of
-from formats import expert_folders, read_weights, vae_files, weight_files
-from lora import check_fit, write_changes
-from lora_files import choose_experts, parse_lora_spec, read_lora
-from models import checkpoint_dir
-from t5 import own_encoder, read_encoder
+from nanowan.errors import BadInput, check_at_least
+from nanowan.formats.layouts import expert_folders, read_weights, vae_files, weight_files
+from nanowan.formats.lora import check_fit, choose_experts, parse_lora_spec, read_lora, write_changes
+from nanowan.formats.t5 import own_encoder, read_encoder
+from nanowan.settings import checkpoint_dir
 
 
 class Weights:

@@ -5,10 +5,10 @@ import re
 import torch
 import torch.nn.functional as F
 
-from checkpoint import BadInput
 from diagnostics.common import given_prompts, write_json
-from models import checkpoint_dir
-from t5 import load_t5
+from nanowan.errors import BadInput
+from nanowan.formats.t5 import load_t5
+from nanowan.settings import checkpoint_dir
 
 
 @torch.no_grad()

@@ -9,15 +9,17 @@ from typing import NamedTuple
 import av
 import torch
 
-from checkpoint import BadInput, read_header
-from data import CLIPS
 from diagnostics.common import write_json
-from formats import clean_key, expert_folders, is_diffusers, read_weights, weight_files
 from lora import TARGETS
-from lora_files import describe
-from t5 import build_t5, is_delta, read_encoder
+from nanowan.errors import BadInput
+from nanowan.formats.dit import full_config, read_config
+from nanowan.formats.header import read_header
+from nanowan.formats.layouts import clean_key, expert_folders, is_diffusers, read_weights, weight_files
+from nanowan.formats.lora import describe
+from nanowan.formats.t5 import build_t5, is_delta, read_encoder
+from nanowan.video import CLIPS
 from vae import GEOMETRY
-from wan import VARIANTS, full_config, read_config
+from wan import VARIANTS
 
 LORA_TARGETS = {
     "cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"),

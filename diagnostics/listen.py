@@ -1,13 +1,14 @@
 """diag.py listen: does a changed model follow its prompts better? Graded on nano, a contact sheet for other models."""
 
-from denoising import decode
-from diagnostics.common import check_at_least, runtime, write_json
-from media import write_grid
-from models import Models
-from nanoworld.grader import wilson
-from nanoworld.listening import gradable, sample_and_grade
-from nanoworld.world import ATTRIBUTES, NEW_WORDS, parse_words, prompts
-from sample import read_prompts, sample_latents
+from diagnostics.common import runtime, write_json
+from nano.evaluate import gradable, sample_and_grade
+from nano.grader import wilson
+from nano.world import ATTRIBUTES, NEW_WORDS, parse_words, prompts
+from nanowan.errors import check_at_least
+from nanowan.pipeline import Pipeline
+from nanowan.prompts import read_prompts
+from nanowan.video import write_grid
+from sample import decode, sample_latents
 
 DEFAULT_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
 
@@ -56,7 +57,7 @@ def show_scores(scores):
 
 
 def draw_sheet(sides, prompts, seed, out):
-    """Clips of the prompts by each of the {name: Models}, side by side."""
+    """Clips of the prompts by each of the {name: Pipeline}, side by side."""
     clips, labels = [], []
     made = {
         name: [decode(models, sample_latents(models, [p], [seed + i]))[0].cpu() for i, p in enumerate(prompts)]
@@ -75,9 +76,9 @@ def run(args):
     changed = bool(args.lora or args.text_encoder)
     how, sides = runtime(args), {}
     if not changed or not args.skip_before:
-        sides["before"] = Models(args.ckpt, how)
+        sides["before"] = Pipeline(args.ckpt, how)
     if changed:
-        sides["after"] = Models(args.ckpt, how, args.lora, args.text_encoder)
+        sides["after"] = Pipeline(args.ckpt, how, args.lora, args.text_encoder)
     if gradable(next(iter(sides.values())).settings) and not args.prompts:
         words = parse_words(args.words) or list(NEW_WORDS)
         result = {name: listen(models, words, args.n, args.seed) for name, models in sides.items()}

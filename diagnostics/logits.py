@@ -2,15 +2,18 @@
 
 import contextlib
 import math
+from pathlib import Path
 
 import torch
 
-import ops
-import train_lora
-from checkpoint import BadInput
-from diagnostics.common import check_at_least, runtime, write_json
-from models import Models, Runtime
-from train import Dataset, eval_batches, expert_schedule, resolve_flags
+from data import DataConfig, Dataset, eval_batches
+from diagnostics.common import runtime, write_json
+from kernels import ops
+from nano.default_clips import default_clips
+from nanowan.errors import BadInput, check_at_least
+from nanowan.pipeline import Pipeline, Runtime
+from nanowan.settings import check_frames, parse_size
+from nanowan.training.flags import expert_schedule, recommended_flags
 
 
 @torch.no_grad()
@@ -92,13 +95,30 @@ def logit_rows(before, after):
     return rows
 
 
-def open_dataset(models, ckpt, limit=None, **where):
-    """(flags, train.Dataset) as train_lora.py has them on these data. where: data, cache, resolution, frames."""
-    given = [word for flag, value in where.items() if value is not None for word in (f"--{flag}", str(value))]
-    flags = train_lora.arguments(["--ckpt", str(ckpt), "--held_out", "0", *given])
-    flags.device = str(models.device)
-    resolve_flags(flags, models.settings, "train_lora")
-    return flags, Dataset(flags, models, limit)
+def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
+    """The Dataset that train_lora.py has on these data, without held-out samples; what is None as it is there."""
+    s = pipe.settings
+    given = {"resolution": resolution, "frames": frames}
+    values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
+    check_frames(values["frames"], s.parts.samples.frames_over)
+    source = Path(data) if data else default_clips()
+    config = DataConfig(
+        source=source,
+        cache=Path(cache or (source if source.is_dir() else source.parent) / "cache"),
+        resolution=parse_size(values["resolution"], "--resolution"),
+        frames=values["frames"],
+        clip_mode="first",
+        held_out=0.0,
+        batch=1,
+        accumulate=1,
+        seed=0,
+        shift=s.shift,
+        t_distribution="logit-normal",
+        caption_dropout=0.0,
+        i2v_prob=0.0,
+        continuation=0.5 if s.conditioning.by_segments else None,
+    )
+    return Dataset(config, pipe, limit)
 
 
 def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, **where):
@@ -106,21 +126,23 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
     under fixed noise: {expert: rows of logit_rows}. where: as in open_dataset.
     """
     # both at once, so that a file that does not fit is refused before any work
-    sides = [Models(ckpt, Runtime(device, dtype), *changes) for changes in ((), (loras, text_encoder))]
+    sides = [Pipeline(ckpt, Runtime(device, dtype), *changes) for changes in ((), (loras, text_encoder))]
     stats = {}
-    for models in sides:
-        flags, dataset = open_dataset(models, ckpt, n, **where)
+    for pipe in sides:
+        dataset = open_dataset(pipe, n, **where)
         dataset.cache_latents()
-        models.encode_prompts([item.captions[0] for item in dataset.items])
-        for name, (low, high) in expert_schedule(flags, models.settings).items():
-            model = models.acquire(name)
+        texts = {item.captions[0]: pipe.encode_prompts([item.captions[0]]) for item in dataset.items}
+        pipe.drop("text")
+        schedule = expert_schedule("both" if pipe.settings.is_moe else None, pipe.settings)
+        for name, (low, high) in schedule.items():
+            model = pipe.acquire(name)
             with torch.no_grad(), record_attention(model) as recorded:
-                shift = models.settings.shift
+                shift = pipe.settings.shift
                 for _, batch in eval_batches(dataset.items, dataset.files, dataset.samples, shift, low, high):
-                    batch.loss(model, *models.encode_prompts(batch.captions))
+                    batch.loss(model, *texts[batch.captions[0]])
             stats.setdefault(name, []).append(recorded)
-            model = None  # so that it can make room for the other expert
-        models.drop()
+            model = None  # so that it can be evicted for the other expert
+        pipe.drop()
     return {name: logit_rows(before, after) for name, (before, after) in stats.items()}
 
 

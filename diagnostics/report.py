@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import BadInput, atomic, read_header
-from diagnostics.common import check_at_least
 from diagnostics.delta import delta, relative_norm
 from diagnostics.drift import drift, open_encoder
 from diagnostics.listen import listen
 from diagnostics.logits import logits, open_dataset
-from models import Models, checkpoint_dir
-from nanoworld.listening import gradable
-from nanoworld.world import NEW_WORDS, prompts
-from run import adapter_file
-from sample import read_prompts
+from nano.evaluate import gradable
+from nano.world import NEW_WORDS, prompts
+from nanowan.errors import BadInput, check_at_least
+from nanowan.files import atomic
+from nanowan.formats.header import read_header
+from nanowan.pipeline import Pipeline
+from nanowan.prompts import read_prompts
+from nanowan.settings import checkpoint_dir
+from nanowan.training.run_dir import adapter_file
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em} h2{margin-top:2em;font-size:1.15em;border-bottom:1px solid #ddd}
@@ -139,7 +141,7 @@ def loss_section(run):
 
 def adapter_section(run, file):
     expert = read_header(file)[1].get("expert", "dit")
-    rows = delta(file, Models(run.ckpt).folder(expert))
+    rows = delta(file, Pipeline(run.ckpt).folder(expert))
     ranks = [r["rank"] for r in rows]
     return [
         f"<h2>How far the weights moved: {file.name}</h2>",
@@ -154,7 +156,7 @@ def encoder_section(run):
     rows = [r for r in delta(run.encoder, run.ckpt) if r["block"] is not None]
     if rows:
         parts += ["<h2>How far the encoder's weights moved</h2>", heat_map(rows, "ratio", "||dW|| / ||W||, %", 100)]
-    if gradable(Models(run.ckpt).settings):
+    if gradable(Pipeline(run.ckpt).settings):
         texts = [row["prompt"] for row in prompts(20, 0)]
     else:
         texts = read_prompts(run.flags["previews"]) if run.flags["previews"] else []
@@ -191,7 +193,7 @@ def previews_section(run):
 
 def words_of(run):
     """The new words of the nano world that the run's captions hold."""
-    captions = open_dataset(Models(run.ckpt), run.flags["ckpt"], **run.data)[1].captions
+    captions = open_dataset(Pipeline(run.ckpt), run.flags["ckpt"], **run.data)[1].captions
     words = {word for caption in captions for word in caption.split()}
     return [word for word in NEW_WORDS if word in words]
 
@@ -201,7 +203,7 @@ def listening_section(run, n):
     scores = []
     for changes in ({}, run.changes):
         print("listening after training" if changes else "listening before training", flush=True)
-        scores.append(listen(Models(run.flags["ckpt"], **changes), words, n, progress=True))
+        scores.append(listen(Pipeline(run.flags["ckpt"], **changes), words, n, progress=True))
     before, after = scores
     rows = []
     for suite, kinds in before.items():
@@ -231,7 +233,7 @@ def report(folder, n=20):
     print("attention logits before and after", flush=True)
     parts += logits_section(run)
     parts += previews_section(run)
-    if n and gradable(Models(run.ckpt).settings):
+    if n and gradable(Pipeline(run.ckpt).settings):
         parts += listening_section(run, n)
     parts += ["<h2>Flags</h2>", table(("flag", "value"), run.flags.items())]
     versions = [(key, value) for key, value in run.record.items() if key != "flags"]

@@ -4,11 +4,11 @@ import math
 
 import torch.nn.functional as F
 
-from checkpoint import BadInput
-from denoising import EasyCache, decode
 from diagnostics.common import given_prompts, runtime, write_json
-from models import Models
-from sample import sample_latents
+from nanowan.errors import BadInput
+from nanowan.pipeline import Pipeline
+from nanowan.step_cache import EasyCache
+from sample import decode, sample_latents
 
 
 def reuse(models, prompts, threshold, exact):
@@ -18,7 +18,7 @@ def reuse(models, prompts, threshold, exact):
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):
         cache = EasyCache(threshold)
-        other = sample_latents(models, [prompt], [seed], progress=False, step_cache=cache)
+        other = sample_latents(models, [prompt], [seed], progress=False, cache=cache)
         computed += cache.computed / len(prompts)
         error += ((other - z).norm() / z.norm()).item() / len(prompts)
         square += F.mse_loss(decode(models, other), video).item() / len(prompts)
@@ -31,7 +31,7 @@ def run(args):
     if wrong := [t for t in args.thresholds if not 0 <= t < 1]:
         raise BadInput(f"--thresholds {wrong[0]}: from 0 to below 1")
     prompts = given_prompts(args.prompts, 4)
-    models = Models(args.ckpt, runtime(args), args.lora, args.text_encoder)
+    models = Pipeline(args.ckpt, runtime(args), args.lora, args.text_encoder)
     exact, rows = [], []
     for seed, prompt in enumerate(prompts):
         z = sample_latents(models, [prompt], [seed], progress=False)

@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, report, timed, triton
+from kernels import INTERPRETED, launchable, triton
+from kernels.testing import report, timed
 
 if triton:
     import triton.language as tl

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, milliseconds, qk_norm_rope, report, seeded, triton, worst
+from kernels import INTERPRETED, launchable, qk_norm_rope, triton
 from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, scattered_positions
+from kernels.testing import milliseconds, report, seeded, worst
 
 if triton:
     import triton.language as tl

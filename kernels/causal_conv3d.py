@@ -10,7 +10,8 @@ of 3x3x3, 3x1x1 or 1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,
 import torch
 import torch.nn.functional as F
 
-from kernels import BUILT, milliseconds, report, seeded, worst
+from kernels import BUILT
+from kernels.testing import milliseconds, report, seeded, worst
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import BUILT, milliseconds, report, worst
+from kernels import BUILT
+from kernels.testing import milliseconds, report, worst
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from kernels import BUILT, milliseconds, report, seeded, worst
+from kernels import BUILT
 from kernels.gelu import gelu, gelu_backward_, gelu_ref
+from kernels.testing import milliseconds, report, seeded, worst
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------

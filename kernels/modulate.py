@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launchable, register, report, seeded, timed, triton, worst
+from kernels import launchable, register, triton
+from kernels.testing import report, seeded, timed, worst
 
 if triton:
     import triton.language as tl

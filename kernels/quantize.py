@@ -13,8 +13,9 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels import INTERPRETED, launchable, report, seeded, timed, triton
+from kernels import INTERPRETED, launchable, triton
 from kernels.gelu import gelu_ref
+from kernels.testing import report, seeded, timed
 
 if triton:
     import triton.language as tl

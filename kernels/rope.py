@@ -8,17 +8,15 @@ rope_params and rope_apply; negative times are S2V's.
 
 import torch
 
-from checkpoint import BadInput
-
 MAX_POSITIONS = 1024  # per axis, as the official tables have it
 
 
 def rope_table(n, d, device):
     """The table (n,d/2,2), fp32, of positions 0..n-1 for heads of width d; computed in fp64, base 10000. Raises
-    BadInput beyond 1024.
+    ValueError beyond 1024.
     """
     if n > MAX_POSITIONS:
-        raise BadInput(f"{n} token positions along one axis: Wan's end at {MAX_POSITIONS}")
+        raise ValueError(f"{n} token positions along one axis: Wan's end at {MAX_POSITIONS}")
     frequency = torch.cat(
         [torch.pow(10000, -torch.arange(w, dtype=torch.float64, device=device) / w) for w in widths(d)]
     )

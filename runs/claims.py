@@ -12,13 +12,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import atomic, cli  # noqa: E402
 from diagnostics.delta import delta, relative_norm  # noqa: E402
 from diagnostics.logits import logits  # noqa: E402
-from models import checkpoint_dir  # noqa: E402
-from nanoworld.grader import shares  # noqa: E402
-from nanoworld.listening import sample_and_grade, word_attribute  # noqa: E402
-from nanoworld.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
+from nano.evaluate import sample_and_grade, word_attribute  # noqa: E402
+from nano.grader import shares  # noqa: E402
+from nano.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
+from nanowan.errors import cli
+from nanowan.files import atomic
+from nanowan.settings import checkpoint_dir
 from sample import load  # noqa: E402
 
 

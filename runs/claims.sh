@@ -18,7 +18,7 @@ source runs/train_once.sh
 
 asked() { [ -z "$CELLS" ] || [[ " $CELLS " == *" $1 "* ]]; }
 clips() {  # clips NAME N: half of them with one of the words
-    [ -d "$DIR/$1" ] || $PY nano.py clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
+    [ -d "$DIR/$1" ] || $PY -m nano clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
 }
 words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # without their meanings
 score() {  # score NAME FLAGS...: measure it
@@ -62,7 +62,7 @@ blocks() {  # of nano's four
 }
 deep_nano() {  # twelve blocks, for `thirds`
     [ -e "$OUT/thirds/nano/config.json" ] || \
-        OMP_NUM_THREADS=$(nproc) $PY nano.py train --layers 12 --vae nano --steps 5000 --out "$OUT/thirds/nano"
+        OMP_NUM_THREADS=$(nproc) $PY -m nano train --layers 12 --vae nano --steps 5000 --out "$OUT/thirds/nano"
 }
 thirds() {  # of twelve blocks
     CKPT=$OUT/thirds/nano

@@ -17,12 +17,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import atomic, cli  # noqa: E402
 from diagnostics.delta import delta, relative_norm  # noqa: E402
-from media import write_grid, write_mp4  # noqa: E402
-from nanoworld.grader import shares  # noqa: E402
-from nanoworld.listening import print_scores, sample_and_grade, word_attribute  # noqa: E402
-from nanoworld.world import FPS, prompts  # noqa: E402
+from nano.evaluate import print_scores, sample_and_grade, word_attribute  # noqa: E402
+from nano.grader import shares  # noqa: E402
+from nano.world import FPS, prompts  # noqa: E402
+from nanowan.errors import cli
+from nanowan.files import atomic
+from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
 WORDS = ("crimson", "wedge", "halts")
@@ -77,7 +78,7 @@ def plot(logs, file):
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     clips, words = OUT / "clips", ",".join(WORDS)
-    run(ROOT / "nano.py", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
+    run("-m", "nano", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
     before, first = listen("before")
     data = "--ckpt", "nano", "--data", clips
     flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 400]  # rows need no varied captions

@@ -33,7 +33,7 @@ adapter() { echo --lora "$DIR/$1/adapter_model.safetensors"; }
 use() {  # use SEED: its folder, clips and words
     SEED=$1 DIR=$OUT/$1 KEYS=$WORDS DATA=$OUT/$1/clips
     mkdir -p "$DIR"
-    [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 1200 --seed "$((70 + SEED))" --words $WORDS
+    [ -d "$DATA" ] || $PY -m nano clips --out "$DATA" --n 1200 --seed "$((70 + SEED))" --words $WORDS
 }
 main_line() {
     use "$1"
@@ -60,7 +60,7 @@ claims() {
 orange() {  # a colour that the DiT has never drawn
     use "$1"
     KEYS=orange DATA=$DIR/clips_orange
-    [ -d "$DATA" ] || $PY nano.py clips --out "$DATA" --n 240 --seed "$((80 + SEED))" --words orange
+    [ -d "$DATA" ] || $PY -m nano clips --out "$DATA" --n 240 --seed "$((80 + SEED))" --words orange
     N=100 score orange_base
     te orange_te --steps 400;                       N=100 score orange_te $(encoder orange_te)
     lora orange_te_lora $(encoder orange_te)

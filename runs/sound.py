@@ -19,16 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_lora  # noqa: E402
-from checkpoint import cli, load  # noqa: E402
-from conditions.speech import DROPPED_FRAMES  # noqa: E402
-from data import collate  # noqa: E402
-from media import to_uint8  # noqa: E402
-from models import Models  # noqa: E402
-from nanoworld import sound as world  # noqa: E402
-from nanoworld.pretrain import run_stage  # noqa: E402
-from nanoworld.world import caption_of  # noqa: E402
+from data import (
+    DataConfig,
+    Dataset,
+    collate,  # noqa: E402
+)
+from nano import sound as world  # noqa: E402
+from nano.pretrain import run_stage  # noqa: E402
+from nano.world import caption_of  # noqa: E402
+from nanowan.errors import cli
+from nanowan.formats.header import load
+from nanowan.pipeline import Pipeline  # noqa: E402
+from nanowan.settings import parse_size
+from nanowan.training.flags import pick, resolve
+from nanowan.variants.s2v.conditioning import DROPPED_FRAMES  # noqa: E402
+from nanowan.video import to_uint8  # noqa: E402
 from sample import generate  # noqa: E402
-from train import Dataset, resolve_flags  # noqa: E402
 
 OUT = ROOT / "out" / "sound"
 HELD_OUT = range(9000, 9008)  # seeds of the sounds and pictures to sample
@@ -37,16 +43,18 @@ HELD_OUT = range(9000, 9008)  # seeds of the sounds and pictures to sample
 def train(ckpt, clips, steps, seed):
     """All of the DiT, in place, on the batches that train_lora.py would show it."""
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
-    args, models = train_lora.arguments(flags.split()), Models(ckpt)
-    resolve_flags(args, models.settings, "train_lora")
-    dataset = Dataset(args, models)
+    args, models = train_lora.arguments(flags.split()), Pipeline(ckpt)
+    resolve(args, models.settings, "train_lora")
+    size = parse_size(args.resolution)
+    config = pick(DataConfig, args, source=Path(clips), cache=Path(clips) / "cache", resolution=size)
+    dataset = Dataset(config, models)
     dataset.cache_latents()
     texts = {caption: load(file)[0]["embedding"] for caption, file in dataset.cache_texts().items()}
     models.drop()
     model = models.acquire("dit").requires_grad_(True).train()
 
     def loss_at(step):
-        ((batch, _),) = dataset.step(step, 0.0, 1.0, lambda captions, rng: rng.choice(captions))
+        ((batch, _),) = dataset.step(step, 0.0, 1.0)
         return batch.loss(model, *collate([texts[caption] for caption in batch.captions]))
 
     run_stage(ckpt, "dit", steps, model.parameters(), 1e-3, loss_at, ema=0.99)
@@ -59,12 +67,12 @@ def sample(ckpt):
     """
     from PIL import Image
 
-    models, results = Models(ckpt), []
+    models, results = Pipeline(ckpt), []
     for seed in HELD_OUT:
         (a, _, clip), sound = world.example(seed), world.voice(seed + len(HELD_OUT))
         world.write_wav(OUT / f"{seed}.wav", sound)
         picture, caption = Image.fromarray(to_uint8(clip[:, :1])[0]), caption_of(a, random.Random(seed))
-        video, _ = generate(models, caption, picture, seed=seed, progress=False, audio=OUT / f"{seed}.wav")
+        video, _ = generate(models, caption, picture, seed=seed, progress=False, audio=str(OUT / f"{seed}.wav"))
         results.append((video, world.loudness(sound)))
     return results
 
@@ -72,7 +80,7 @@ def sample(ckpt):
 @torch.no_grad()
 def reconstruct(ckpt):
     """The same of the held-out clips as drawn, through the VAE alone: more than that no sample can follow."""
-    vae, results = Models(ckpt).acquire("vae"), []
+    vae, results = Pipeline(ckpt).acquire("vae"), []
     for seed in HELD_OUT:
         _, sound, clip = world.example(seed)
         again = vae.decode(vae.encode(torch.cat([clip[:, :1], clip], 1)[None]))[0, :, 1:]

@@ -24,7 +24,7 @@ def threads(request):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{"ti2v", "t2v", "i2v"}: folders of tiny random checkpoints in the official layout."""
-    import tiny
+    from benchmarks import tiny
 
     root = tmp_path_factory.mktemp("checkpoints")
     return {kind: tiny.checkpoint(root / kind, kind) for kind in ("ti2v", "t2v", "i2v")}

@@ -4,14 +4,15 @@ import json
 import re
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_animate import CLIP_SIZES, animate, diffusers_animate, write_dit
 
-from animate import WanAnimate
-from checkpoint import BadInput
-from wan import build, load_wan
+from benchmarks import tiny
+from benchmarks.tiny_animate import CLIP_SIZES, animate, diffusers_animate, write_dit
+from nanowan.errors import BadInput
+from nanowan.formats.dit import load_wan
+from nanowan.variants.animate.model import WanAnimate
+from wan import build
 
 
 def inputs(model, frames=3, h=6, w=10, S=40, B=2, n=5):

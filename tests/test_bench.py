@@ -5,11 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
-import tiny_animate
-import tiny_s2v
 
-from benchmarks import full_size, gpu
+from benchmarks import full_size, gpu, tiny, tiny_animate, tiny_s2v
 from t5 import Tokenizer
 
 SPIECE = full_size.ROOT / "nano" / "google" / "umt5-xxl" / "spiece.model"

@@ -9,15 +9,17 @@ from unittest import mock
 import av
 import numpy as np
 import pytest
-import scripts
-import tiny
 import torch
+from helpers import scripts
 from PIL import Image
 
 import data
-from checkpoint import BadInput, load
-from conditions import ImageChannels
-from media import write_mp4
+from benchmarks import tiny
+from nanowan import video
+from nanowan.errors import BadInput
+from nanowan.formats.header import load
+from nanowan.variants.image import ImageChannels
+from nanowan.video import write_mp4
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +153,7 @@ def test_photographs_are_read_upright_and_whole(tmp_path):
 
     def level(name):
         (tmp_path / name).with_suffix(".txt").write_text("x")
-        return data.open_photo(tmp_path / name)
+        return video.open_photo(tmp_path / name)
 
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -413,7 +415,7 @@ def test_a_conditioning_says_what_its_tensors_depend_on(tmp_path):
 
 
 def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
-    from t5 import load_t5
+    from nanowan.formats.t5 import load_t5
 
     encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
     file = [
@@ -596,7 +598,7 @@ def test_entries_that_repeat_are_seen_as_often(tmp_path):
 def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "b.mp4", frames=3)
-    calls, real = [], data.probe
+    calls, real = [], video.probe
     monkeypatch.setattr(data, "probe", lambda p: calls.append(p.name) or real(p))
 
     def look():

@@ -11,24 +11,28 @@ import sys
 from pathlib import Path
 
 import pytest
-import scripts
-import tiny
 import torch
+from helpers import scripts
 from test_lora import trained
 
-import models
 import train_lora
 import train_te
-from checkpoint import BadInput, load, read_header, save
+from benchmarks import tiny
 from diag import arguments
 from diagnostics.advise import PEER, advice
 from diagnostics.inspect import inspect
-from diagnostics.planning import candidate_flags, planned
-from diagnostics.scale import linear_flops, step_times
-from lora import TARGETS, save_lora
-from media import write_mp4
-from nanoworld.world import NEW_WORDS
-from wan import VARIANTS, build, full_config
+from diagnostics.plan import candidate_flags, planned
+from diagnostics.scaling import linear_flops, step_times
+from kernels import backend
+from lora import TARGETS
+from nano.world import NEW_WORDS
+from nanowan import settings
+from nanowan.errors import BadInput
+from nanowan.formats.dit import full_config
+from nanowan.formats.header import load, read_header, save
+from nanowan.formats.lora import save_lora
+from nanowan.video import write_mp4
+from wan import VARIANTS, build
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,7 +225,7 @@ def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
 def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
     from diagnostics.delta import delta, relative_norm
     from lora import merge
-    from wan import load_wan
+    from nanowan.formats.dit import load_wan
 
     save_lora(tmp_path / "a.safetensors", trained(TARGETS, rank=rank))
     rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
@@ -271,7 +275,7 @@ def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
 
 def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, report):
     from diagnostics.delta import delta
-    from t5 import load_t5
+    from nanowan.formats.t5 import load_t5
 
     model, encoder = tiny.dit("ti2v"), load_t5(checkpoints["ti2v"], dtype=torch.float32)
     w = model.blocks[1].ffn[0].weight
@@ -306,7 +310,7 @@ def delta_rows(tmp_path, *argv):
 def test_delta_of_every_kind_of_change(checkpoints, tmp_path, report):
     """Differences of a weight, a bias and a modulation, and a LoKr, beside what merging the file moves."""
     from lora import merge
-    from wan import load_wan
+    from nanowan.formats.dit import load_wan
 
     g = torch.Generator().manual_seed(3)
     changes = {
@@ -341,7 +345,7 @@ def test_delta_between_sharded_folders(checkpoints, tmp_path):
 
 def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
     """The expert that a file is for is the one that it is compared with; two experts are compared with each other's."""
-    from wan import load_wan
+    from nanowan.formats.dit import load_wan
 
     norms = {
         half: load_wan(checkpoints["t2v"] / f"{half}_noise_model", dtype=torch.float32)
@@ -370,7 +374,7 @@ def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
 def test_delta_of_a_file_with_both_experts(checkpoints, tmp_path):
     """Each half on its own expert, as sampling takes them and inspect says; or the one that is asked for."""
     from lora import merge
-    from wan import load_wan
+    from nanowan.formats.dit import load_wan
 
     g = torch.Generator().manual_seed(4)
     key, tensors = "blocks.1.cross_attn.v", {}
@@ -468,9 +472,9 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
     """The recorded maximum and deviation, against q and k as the reference operations hand them to attention."""
     from test_wan import inputs
 
-    import ops
     from diagnostics.logits import attention_stats, record_attention
-    from wan import load_wan
+    from kernels import ops
+    from nanowan.formats.dit import load_wan
 
     model = load_wan(checkpoints["ti2v"], dtype=torch.float32)
     x, t, context = inputs("ti2v")
@@ -480,7 +484,7 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
         seen.append(attention_stats(q, k, bias))
         return real(q, k, v, bias, **how)
 
-    with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "attention", attention)
         model(x, t, context)
     order = [(block, kind) for block in range(3) for kind in ("self_attn", "cross_attn")]
@@ -493,11 +497,10 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
 def test_logits_of_what_variants_add(variant):
     """S2V's injectors hear the sound of their frame alone; Animate's picture has a softmax of its own."""
     import test_animate
-    import tiny_animate
-    import tiny_s2v
+    from helpers import tiny_animate, tiny_s2v
 
-    import ops
     from diagnostics.logits import attention_stats, record_attention
+    from kernels import ops
 
     if variant == "s2v":
         model, args, given = tiny_s2v.dit(), (), tiny_s2v.inputs()
@@ -514,7 +517,7 @@ def test_logits_of_what_variants_add(variant):
         seen.append(attention_stats(q, k, bias))
         return real(q, k, v, bias, **how)
 
-    with torch.no_grad(), ops.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "attention", attention)
         model(*args, **given)
     assert [key for key in stats if key[1] != "self_attn"] == want
@@ -541,7 +544,7 @@ def test_logits_that_are_no_numbers_fail_ci(tmp_path, checkpoints, one_clip, cap
 
 def test_drift_of_an_encoder(tmp_path, checkpoints, report):
     from diagnostics.drift import drift
-    from t5 import load_t5
+    from nanowan.formats.t5 import load_t5
 
     old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
     still = drift(old, new, ["a red square", "a dog"], ["fox"])
@@ -620,7 +623,7 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
     """Of new words it grades those that the run's captions hold."""
     (tmp_path / "p.txt").write_text("a crimson box sinks\na red circle moves left\n")
     clips = ["--out", tmp_path / "clips", "--n", "40", "--words", "crimson"]
-    scripts.run(ROOT / "nano.py", "clips", *clips, check=True)
+    scripts.run("-m", "nano", "clips", *clips, check=True)
     flags = ["--data", tmp_path / "clips", "--out", tmp_path / "run", "--steps", "4", "--batch", "4", "--device", "cpu"]
     flags += ["--previews", tmp_path / "p.txt", "--eval_every", "2"]
     flags += ["--keywords", "crimson"] if script == "train_te" else ["--name", "mine", "--save_every", "2"]
@@ -807,7 +810,7 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     )
     full = {
         flag: (value, why)
-        for flag, value, why in advice(models.released("ti2v-5B"), 30, "x", "y", [], 40, True)["train_lora"]
+        for flag, value, why in advice(settings.released("ti2v-5B"), 30, "x", "y", [], 40, True)["train_lora"]
     }
     assert full["lr"] == ("0.0001", PEER) and full["batch"][0] == 1 and "seen 50 times" in full["steps"][1]
     assert "preserve" not in full and full["blocks"][0] == "0-29"

@@ -10,20 +10,22 @@ import torch
 from test_data import photo
 
 import data
-import run as run_module
-import train
+import flow
 import train_lora
 import train_te
-from checkpoint import load, save
-from conditions import CONDITIONING, TextOnly
-from data import cached_probe, latent_files
 from diagnostics import listen
 from diagnostics.logits import open_dataset
 from flow import eval_timesteps
-from models import Models, released
-from optim import EMA
-from previews import Previews
-from recommended import recommended_flags
+from nanowan.cache import cached_probe, latent_files
+from nanowan.formats.header import load, save
+from nanowan.pipeline import Pipeline
+from nanowan.settings import released
+from nanowan.training import flags, state, step
+from nanowan.training.flags import recommended_flags
+from nanowan.training.optim import EMA
+from nanowan.training.previews import Previews
+from nanowan.variants.conditioning import Conditioning
+from nanowan.variants.registry import CONDITIONING
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
     is another one at each step, and where each adapter begins.
     """
     steps, captions, masks = [], [], []
-    adamw_step, noisy, dropout = torch.optim.AdamW.step, train.make_noisy_batch, torch.nn.Dropout.forward
+    adamw_step, noisy, dropout = torch.optim.AdamW.step, flow.make_noisy_batch, torch.nn.Dropout.forward
 
     def step(self, *args):
         (group,) = self.param_groups
@@ -105,12 +107,12 @@ def test_the_averages_are_what_is_evaluated_and_seen():
     dataset = SimpleNamespace(val_items=[1], val_loss=lambda *_: seen.update(loss=p.data.clone()) or {"val_loss": 1.0})
     previews = SimpleNamespace(prompts=["a"], write=lambda *_: seen.update(preview=p.data.clone()))
     args = SimpleNamespace(steps=10, eval_every=5, preview_every=5)
-    assert train.evaluate(args, state, dataset, previews, {}, None, 5) == {"val_loss": 1.0}
+    assert step.evaluate(args, state, dataset, previews, {}, None, 5) == {"val_loss": 1.0}
     assert torch.equal(p.data, torch.ones(2))
     for name in ("loss", "preview"):
         assert ((seen[name] > 0) & (seen[name] < 1)).all(), name
     seen.clear()
-    assert train.evaluate(args, state, dataset, previews, {}, None, 6) == {} and not seen
+    assert step.evaluate(args, state, dataset, previews, {}, None, 6) == {} and not seen
 
 
 def test_held_out_times_are_those_of_the_shift(tmp_path):
@@ -118,7 +120,7 @@ def test_held_out_times_are_those_of_the_shift(tmp_path):
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
     items = [SimpleNamespace(digest="1a" * 20, captions=["x", "y"])]
     for shift in (1.0, 5.0):
-        batches = list(train.eval_batches(items, [tmp_path / "a.safetensors"], TextOnly(), shift, 0.0, 0.9))
+        batches = list(data.eval_batches(items, [tmp_path / "a.safetensors"], Conditioning(), shift, 0.0, 0.9))
         times = torch.cat([batch.t for _, batch in batches])
         assert torch.equal(times, eval_timesteps(4, shift, 0.0, 0.9)) and times.max() < 0.9
         assert [i for i, _ in batches] == [0, 1, 2, 3] and all(batch.captions == ["x"] for _, batch in batches)
@@ -134,9 +136,9 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
     encoder = SimpleNamespace(encode=lambda texts: (torch.zeros(1, 2, 3), [2]))
     files = []
     for folder in (checkpoints["ti2v"], tmp_path / "other"):
-        parts = Models(folder)
+        parts = Pipeline(folder)
         models = SimpleNamespace(files=parts.files, dir=parts.dir, acquire=lambda name: encoder)
-        dataset, args = object.__new__(train.Dataset), SimpleNamespace(dtype="fp32")
+        dataset, args = object.__new__(data.Dataset), SimpleNamespace(dtype="fp32")
         vars(dataset).update(models=models, args=args, texts=["a"], world=world, cache=tmp_path / "cache")
         files += dataset.cache_texts().values()
     assert files[0].exists() and files[1].exists() and files[0] != files[1]
@@ -145,7 +147,7 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
 def test_a_variants_latents_are_not_anothers(checkpoints, tmp_path):
     """T2V and I2V have one VAE, and I2V's entries hold a first frame's channels beside the latents."""
     item = SimpleNamespace(digest="1a" * 20, bucket=(32, 32, 5), start=0.0, fps=16.0)
-    vae = Models(checkpoints["t2v"]).files("vae")[0]
+    vae = Pipeline(checkpoints["t2v"]).files("vae")[0]
     t2v, i2v = (latent_files([item], tmp_path, vae, CONDITIONING[kind])[0] for kind in ("t2v", "i2v"))
     assert t2v != i2v
 
@@ -169,13 +171,13 @@ def test_which_flags_a_continuation_may_change():
         "anchor optimizer caption_mode_probs trim_prob preserve"
     ).split()
     flags = {*vars(train_lora.arguments([])), *vars(train_te.arguments([]))}
-    assert not set(learned) & set(run_module.RESUME_MAY_CHANGE)
-    assert flags == {*learned, *run_module.RESUME_MAY_CHANGE}  # each is one or the other
+    assert not set(learned) & set(state.RESUME_MAY_CHANGE)
+    assert flags == {*learned, *state.RESUME_MAY_CHANGE}  # each is one or the other
 
 
 def test_logits_look_at_all_samples(checkpoints, photos, tmp_path):
     where = {"data": photos, "cache": tmp_path, "resolution": "32x32", "frames": 1}
-    models = Models(checkpoints["ti2v"])
+    models = Pipeline(checkpoints["ti2v"])
     _, dataset = open_dataset(models, checkpoints["ti2v"], 3, **where)
     assert len(dataset.items) == 3 and not dataset.val_items
 
@@ -189,11 +191,11 @@ def test_both_sides_of_a_sheet_begin_from_the_same_noise(tmp_path, monkeypatch):
 
 
 def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():
-    s = replace(Models("nano").settings, train={"shift": 2.5, "t_distribution": "uniform", "resolution": "64x32"})
+    s = replace(Pipeline("nano").settings, train={"shift": 2.5, "t_distribution": "uniform", "resolution": "64x32"})
     for given, shift in (([], 2.5), (["--shift", "7"], 7.0)):
         args = train_lora.arguments(given)
         args.device = "cpu"
-        train.resolve_flags(args, s, "train_lora")
+        flags.resolve(args, s, "train_lora")
         assert (args.shift, args.t_distribution, args.resolution, args.frames) == (shift, "uniform", "64x32", s.frames)
 
 
@@ -201,12 +203,12 @@ def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():
 def test_at_full_size_the_defaults_are_not_nanos(module, lr):
     args = module.arguments(["--ckpt", "ti2v-5B"])
     args.device = "cpu"
-    train.resolve_flags(args, released("ti2v-5B"), module.__name__)
+    flags.resolve(args, released("ti2v-5B"), module.__name__)
     assert (args.batch, args.lr, args.steps, args.t_distribution) == (1, lr, 2000, "logit-normal")
     nano = module.arguments(["--lr", "7"])
     nano.device = "cpu"
-    settings = Models("nano").settings
-    train.resolve_flags(nano, settings, module.__name__)
+    settings = Pipeline("nano").settings
+    flags.resolve(nano, settings, module.__name__)
     own = settings.train[module.__name__]
     assert nano.lr == 7 and (nano.batch, nano.shift) == (own["batch"], own["shift"]) and own["batch"] > 1
     assert recommended_flags(replace(settings, train={}), module.__name__)["batch"] == 1
@@ -218,7 +220,7 @@ def test_at_full_size_the_defaults_are_not_nanos(module, lr):
 def test_checkpointing_is_chosen_where_the_plan_asks_for_it(given, memory, chosen):
     args = SimpleNamespace(checkpointing=given, device="cpu")
     world = SimpleNamespace(all_ranks=bool)
-    need = train.choose_checkpointing(
+    need = flags.choose_checkpointing(
         args, world, lambda: SimpleNamespace(peak=4 if args.checkpointing else 10), memory
     )
     assert args.checkpointing is chosen and need.peak == (4 if chosen else 10)
@@ -235,11 +237,11 @@ def test_only_some_clips_have_their_first_frame_given(tmp_path):
         args=args,
         items=items,
         files=[tmp_path / "a.safetensors"] * count,
-        samples=TextOnly(),
+        samples=Conditioning(),
         batches=SimpleNamespace(at=lambda step: list(range(count))),
         world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0)),
     )
-    ((batch, weight),) = train.Dataset.step(dataset, 0, 0.0, 1.0, lambda captions, rng: captions[0])
+    ((batch, weight),) = data.Dataset.step(dataset, 0, 0.0, 1.0, lambda captions, rng: captions[0])
     given = batch.t[:, 0] == 0
     assert weight == 1 and batch.t.shape == (count, 3) and 2 <= given.sum() <= count - 2
     assert (batch.t[:, 1:] > 0).all() and torch.equal(batch.t[:, 1], batch.t[:, 2])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import BadInput
 from flow import SOLVERS, add_noise, eval_timesteps, sample_timesteps, shift_t, solver, unshift_t
+from nanowan.errors import BadInput
 
 
 def peer(name, steps, shift):

@@ -8,24 +8,25 @@ import sys
 import gguf
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diag
-import formats
-import gguf_file
-from checkpoint import BadInput, read_header
+from benchmarks import tiny
 from diagnostics.convert import convert_dit
 from diagnostics.delta import pair_up
 from diagnostics.inspect import inspect
-from diagnostics.planning import planned
-from formats import official_vae_name, read_weights
+from diagnostics.plan import planned
+from nanowan.errors import BadInput
+from nanowan.formats import gguf, load
+from nanowan.formats.dit import load_wan
+from nanowan.formats.header import read_header
+from nanowan.formats.layouts import official_vae_name, read_weights
+from nanowan.formats.t5 import load_t5
+from nanowan.formats.vae import load_vae
 from sample import generate, load
-from t5 import Tokenizer, load_t5
-from vae import load_vae
-from wan import load_wan
+from t5 import Tokenizer
 
 
 def same(a, b):
@@ -431,7 +432,7 @@ def test_decoding_goes_block_by_block(monkeypatch):
     out, calls = np.empty(values.size, dtype=np.float32), []
     real = gguf.quants.dequantize
     monkeypatch.setattr(gguf.quants, "dequantize", lambda d, kind: calls.append(d.shape) or real(d, kind))
-    gguf_file.decode(data, "Q8_0", out)
+    gguf.decode(data, "Q8_0", out)
     assert len(calls) == 3 and np.array_equal(out.reshape(values.shape), real(data, gguf.GGMLQuantizationType.Q8_0))
 
 
@@ -450,5 +451,5 @@ def test_gguf_weights_are_cast_in_slices(tmp_path, monkeypatch, size):
     entries, _ = read_header(tmp_path / "m.gguf")
     monkeypatch.setattr(formats, "SLICE", size)
     for dtype in (torch.float32, torch.bfloat16):
-        for name, entry in formats.cast(entries, dtype).items():
+        for name, entry in load.cast(entries, dtype).items():
             assert torch.equal(entry.read(), want[name].to(dtype))

@@ -3,22 +3,20 @@
 import json
 
 import pytest
-import tiny
-import tiny_animate
-import tiny_s2v
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import fp8
 import lora
-import ops
-import plan
-from checkpoint import BadInput
+from benchmarks import tiny, tiny_animate, tiny_s2v
 from diagnostics.delta import delta
-from formats import read_weights
+from kernels import fp8, ops
+from nanowan import memory_estimate
+from nanowan.errors import BadInput
+from nanowan.formats import lora
+from nanowan.formats.dit import load_wan
+from nanowan.formats.layouts import read_weights
 from sample import load
-from wan import load_wan
 
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
 
@@ -346,7 +344,7 @@ def test_a_plan_asks_a_gpu_before_a_checkpoint_begins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: began.append("init"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: began.append("asked") or (9, 0))
-    with plan.pretending(True):
+    with memory_estimate.pretending(True):
         linear = fp8.Fp8Linear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
         linear(torch.empty(1, 5, 64, dtype=torch.bfloat16))
     assert began == ["init", "asked"]
@@ -355,8 +353,8 @@ def test_a_plan_asks_a_gpu_before_a_checkpoint_begins(monkeypatch):
 @pytest.mark.parametrize("activated", [False, True])
 def test_a_gpus_product_is_planned(activated):
     """x in 8 bits with its scales, and what comes out: no second x in fp32, no GELU of it, and no dense weight."""
-    with plan.pretending(True):
+    with memory_estimate.pretending(True):
         linear = fp8.Fp8Linear(torch.nn.Linear(512, 96, dtype=torch.bfloat16))
         x = torch.empty(1, 1000, 512, dtype=torch.bfloat16)
-        peak = plan.traced(lambda: linear(x, activated))
+        peak = memory_estimate.traced(lambda: linear(x, activated))
     assert 1000 * (512 + 4 + 2 * 96) <= peak < 1.01 * 1000 * (512 + 4 + 2 * 96)

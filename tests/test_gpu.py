@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import kernels
-import ops
+from benchmarks import tiny
+from kernels import backend
 from sample import generate, load
 
 pytestmark = pytest.mark.gpu
@@ -79,7 +79,7 @@ def test_dit_with_fast_operations(dtype, limit, report):
         torch.randn(2, 40, tiny.TEXT_DIM, device="cuda"),
     )
     for choice in ("ref", "auto"):
-        with ops.using(choice):
+        with backend.using(choice):
             text = c.clone().requires_grad_()
             y = model(x, t, text, torch.tensor([40, 7]))
             y.square().sum().backward()
@@ -110,7 +110,7 @@ def test_nano_draws_the_same_clip_in_fp32(report, monkeypatch):
 
 def test_what_is_drawn_here_is_graded():
     pytest.importorskip("ftfy")
-    from nanoworld.listening import sample_and_grade
+    from nano.evaluate import sample_and_grade
 
     grades, clips = sample_and_grade(load("nano", "cuda"), [{"prompt": "a red square moves left"}])
     assert clips.device.type == "cpu" and (grades[0]["color"], grades[0]["shape"]) == ("red", "square")
@@ -180,7 +180,7 @@ def test_an_expert_comes_back_to_its_moments_and_averages(checkpoints, media, tm
 
 def test_8_bit_products(report):
     """The GPU's own fp8 matrix product, where it has one, against the weight made dense; and the gradient."""
-    import fp8
+    from kernels import fp8
 
     linear = torch.nn.Linear(512, 1024, dtype=torch.bfloat16, device="cuda")
     eight = fp8.Fp8Linear(linear)
@@ -196,7 +196,7 @@ def test_8_bit_products(report):
 def test_streaming_equals_resident_weights():
     """The same bits, with copies on their own stream; the device holds two blocks of twelve."""
     import lora
-    from offload import Stream
+    from nanowan.memory.offload import Stream
 
     x, t, context = (
         torch.randn(1, 48, 3, 16, 16, device="cuda"),
@@ -223,7 +223,7 @@ def stream_every_way():
     go, but not what it has on the host: that is returned.
     """
     import lora
-    from offload import Stream
+    from nanowan.memory.offload import Stream
 
     model = tiny.dit("ti2v", dim=512, heads=4, layers=12)
     params = lora.inject(model, rank=4, device="cuda")
@@ -262,6 +262,6 @@ def test_streams_of_scripts_wait_for_each_other(script, checkpoints, media, tmp_
         "sample.py": ["--prompt", "a red square", "--size", "64x64", "--out", tmp_path / "s.mp4"],
         "train_lora.py": ["--data", media, "--cache", tmp_path / "cache", "--resolution", "64x64", "--out", tmp_path],
     }[script]
-    command = [sys.executable, ROOT / "tests" / "races.py", ROOT / script, *flags]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "races.py", ROOT / script, *flags]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

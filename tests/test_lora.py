@@ -8,14 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_wan import inputs, padded
 
-from checkpoint import BadInput
-from fp8 import convert
+from benchmarks import tiny
+from kernels.fp8 import convert
 from lora import (
     ANIMATE_TARGETS,
     S2V_TARGETS,
@@ -25,13 +24,21 @@ from lora import (
     inject,
     lora_layers,
     merge,
-    parse_blocks,
+    weight_norms,
+)
+from nanowan.errors import BadInput
+from nanowan.formats.lora import (
+    choose_experts,
+    describe,
+    expert_in_name,
+    official_name,
+    parse_lora_spec,
+    read_lora,
     save_lora,
     start_from,
-    weight_norms,
     write_changes,
 )
-from lora_files import choose_experts, describe, expert_in_name, official_name, parse_lora_spec, read_lora
+from nanowan.training.flags import parse_blocks
 from wan import build
 
 
@@ -427,7 +434,7 @@ def test_both_experts_in_one_file(tmp_path, first, second):
     assert choose_experts(parse_lora_spec(str(alone)), ("high", "low")) == ({"low"}, "its keys")
 
 
-class Parts(torch.nn.Module):
+class SegmentFiles(torch.nn.Module):
     """What of Animate and S2V LoRAs can change."""
 
     def __init__(self, width=48, image=True, injectors=()):
@@ -465,9 +472,9 @@ def test_the_image_branch_is_applied_or_skipped(tmp_path, capsys):
     own["blocks.1.cross_attn.norm_k_img.weight"] = tensors[f"{prefix}.norm_k_img.diff"]
     own["img_emb.proj.3.bias"] = tensors["diffusion_model.img_emb.proj.3.diff_b"]
     own["img_emb.proj.1.weight"] = tensors["diffusion_model.img_emb.proj.1.diff"]
-    check_changes(changes_of(path, model=Parts()), shared | own)
+    check_changes(changes_of(path, model=SegmentFiles()), shared | own)
     assert capsys.readouterr().out == ""
-    check_changes(changes_of(path, model=Parts(image=False)), shared)
+    check_changes(changes_of(path, model=SegmentFiles(image=False)), shared)
     assert "5 changes of an image branch skipped" in capsys.readouterr().out
     assert describe(path)["image_keys"] == 7
     del tensors[f"{prefix}.k.lora_A.weight"], tensors[f"{prefix}.k.lora_B.weight"]
@@ -483,7 +490,7 @@ def test_image_names_of_diffusers(tmp_path):
     want = {f"blocks.2.cross_attn.{p}_img.weight": product(tensors, key.format(p)) for p in "kv"}
     want["img_emb.proj.1.weight"] = tensors["transformer.condition_embedder.image_embedder.ff.net.0.proj.diff"]
     want["blocks.0.cross_attn.norm_k_img.weight"] = tensors["transformer.blocks.0.attn2.norm_added_k.diff"]
-    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors), model=Parts()), want)
+    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors), model=SegmentFiles()), want)
 
 
 def test_injectors(tmp_path):
@@ -493,8 +500,8 @@ def test_injectors(tmp_path):
     want = {"audio_injector.injector.1.q.weight": product(tensors, dotted)}
     want["audio_injector.injector.0.o.weight"] = product(tensors, flat)
     path = file_of(tmp_path / "x.safetensors", tensors)
-    check_changes(changes_of(path, model=Parts(image=False, injectors=(0, 2))), want)
-    model = Parts(injectors=(0, 2))
+    check_changes(changes_of(path, model=SegmentFiles(image=False, injectors=(0, 2))), want)
+    model = SegmentFiles(injectors=(0, 2))
     inject(model, ("cross_attn.k_img", "audio_injector.v"), rank=2, blocks=[1, 2])
     names = ["blocks.1.cross_attn.k_img", "blocks.2.cross_attn.k_img", "audio_injector.injector.1.v"]
     assert sorted(lora_layers(model)) == sorted(names)
@@ -506,15 +513,14 @@ def test_injectors(tmp_path):
         with pytest.raises(BadInput, match=f"{targets[0]}: this model has no"):
             inject(tiny.dit("t2v"), targets)
     with pytest.raises(BadInput, match="there are none in blocks 1"):
-        inject(Parts(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
+        inject(SegmentFiles(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
 
 
 @pytest.mark.parametrize("kind, modules", [("s2v", 4 * 10 + 3 * 4), ("animate", 10 * 12)])
 def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
     """On all modules that the field's LoRAs of them have: trained, saved and merged, the model's output is the same."""
     import test_animate
-    import tiny_animate
-    import tiny_s2v
+    from helpers import tiny_animate, tiny_s2v
 
     targets = TARGETS + (S2V_TARGETS if kind == "s2v" else ANIMATE_TARGETS)
     make = tiny_s2v.dit if kind == "s2v" else tiny_animate.animate

@@ -7,15 +7,14 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import scripts
 import sentencepiece
 import torch
+from helpers import scripts
 
-from checkpoint import BadInput
-from nanoworld import pretrain, world
-from nanoworld.grader import grade, shares, wilson
-from nanoworld.listening import read_graded_prompts
-from nanoworld.world import (
+from nano import pretrain, world
+from nano.evaluate import read_graded_prompts
+from nano.grader import grade, shares, wilson
+from nano.world import (
     ATTRIBUTES,
     COLORS,
     FPS,
@@ -31,9 +30,10 @@ from nanoworld.world import (
     sample_attributes,
     training_caption,
 )
+from nanowan.errors import BadInput
+from nanowan.formats.t5 import load_t5
+from nanowan.formats.vae import load_vae
 from sample import load
-from t5 import load_t5
-from vae import load_vae
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -84,7 +84,8 @@ def test_compositions_and_captions_are_held_out():
 
 
 def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
-    from data import Item, pixels
+    from data import Item
+    from nanowan.cache import pixels
 
     for name in ("a", "b"):
         scripts.run(
@@ -154,7 +155,7 @@ def test_prompts_file_errors(tmp_path):
 
 def test_folding_the_statistics_changes_only_the_scale():
     """Latents get the full-size VAE's mean and deviation per channel; what is decoded stays the same."""
-    import tiny
+    from benchmarks import tiny
 
     vae = tiny.vae(True)
     clips = torch.rand(4, 3, 5, 32, 32) * 2 - 1
@@ -174,7 +175,7 @@ def test_the_committed_checkpoint_is_small_and_in_the_official_layout():
 
 def test_the_committed_checkpoint_listens(tmp_path):
     """40 held-out prompts: enough to notice a broken model; `python nano.py eval` gives the figures."""
-    scripts.run(ROOT / "nano.py", "eval", "--n", "40", "--json", tmp_path / "e.json", check=True)
+    scripts.run("-m", "nano", "eval", "--n", "40", "--json", tmp_path / "e.json", check=True)
     scores = json.loads((tmp_path / "e.json").read_text())
     assert scores["n"] == 40
     for suite in scores["suites"].values():
@@ -186,14 +187,14 @@ def test_any_prompts_are_graded_by_what_is_given(tmp_path):
         '{"prompt": "a red square moves left", "color": "red"}\n'
         '{"prompt": "a blue circle rises", "color": "blue", "motion": "up"}\n'
     )
-    scripts.run(ROOT / "nano.py", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json", check=True)
+    scripts.run("-m", "nano", "eval", "--prompts", tmp_path / "p.jsonl", "--json", tmp_path / "e.json", check=True)
     scores = json.loads((tmp_path / "e.json").read_text())
     assert scores["n"] == 2 and set(scores["accuracy"]) == {"color", "motion"}
 
 
 def test_the_nano_vae_serves_diffusers_too(report):
     """The committed VAE decodes the same in the peer: it is an ordinary Wan 2.2 VAE."""
-    import tiny
+    from benchmarks import tiny
 
     vae = load_vae(ROOT / "nano")
     peer = tiny.diffusers_vae(vae)

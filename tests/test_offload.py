@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import tiny
 import torch
 
 import lora
-import offload
-from checkpoint import BadInput
-from offload import ALIGNED, Stream, host_buffer, share_host_copy, spread
+from benchmarks import tiny
+from nanowan.errors import BadInput
+from nanowan.formats.dit import load_wan
+from nanowan.memory import offload
+from nanowan.memory.offload import ALIGNED, Stream, host_buffer, share_host_copy, spread
 from sample import load, sample_latents
-from wan import load_wan
 
 ROOT = Path(__file__).parent.parent
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
@@ -211,7 +211,7 @@ def test_sampling_with_streamed_blocks(checkpoints, fp8):
 
 
 def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
-    from checkpoint import load as read
+    from nanowan.formats.header import load as read
 
     found = []
     for flags in ([], ["--stream_blocks", "3"]):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_ops import python
+from test_kernels import python
 
-from checkpoint import BadInput
 from kernels.adamw8bit import BLOCK, decode_moments, encode_moments, max_ratio
-from optim import EMA, AdamW8bit, Guard, adamw, lr_at
+from nanowan.errors import BadInput
+from nanowan.training.optim import EMA, AdamW8bit, Guard, adamw, lr_at
 
 BETAS = (0.9, 0.99)
 

@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import scripts
 import torch
 import torch.distributed as dist
+from helpers import scripts
 
-from checkpoint import load, save
-from diagnostics.scale import bytes_sent
-from formats import read_headers, weight_files
-from parallel import world
-from plan import ParallelLayout
-from t5 import load_t5
-from wan import read_config
+from diagnostics.scaling import bytes_sent
+from nanowan.formats.dit import read_config
+from nanowan.formats.header import load, save
+from nanowan.formats.layouts import read_headers, weight_files
+from nanowan.formats.t5 import load_t5
+from nanowan.memory_estimate import ParallelLayout
+from nanowan.parallel import world
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
@@ -149,7 +149,7 @@ def job(media, folder, name, what):
 
 def run_jobs(n, folder, jobs):
     (folder / f"jobs{n}.json").write_text(json.dumps(jobs))
-    scripts.run(ROOT / "tests" / "ranks.py", folder / f"jobs{n}.json", ranks=n, check=True)
+    scripts.run(ROOT / "tests" / "helpers" / "ranks.py", folder / f"jobs{n}.json", ranks=n, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_clips import read_sound, run
-from tiny_animate import frames, write_video
+from test_long_video import read_sound, run
 
-import prepare
-from animate_source import (
+from benchmarks.tiny_animate import frames, write_video
+from nanowan.errors import BadInput
+from nanowan.formats.header import load
+from nanowan.variants.animate import prepare
+from nanowan.variants.animate.inputs import (
     FACE_SIDE,
     area_size,
     face_crop,
@@ -31,9 +33,8 @@ from animate_source import (
     read_source,
     resize,
 )
-from checkpoint import BadInput, load
-from media import read_frames, sound_delay, write_frames
-from pose import Networks, draw_pose, suppress
+from nanowan.variants.animate.pose import Networks, draw_pose, suppress
+from nanowan.video import read_frames, sound_delay, write_frames
 
 FILE = Path(__file__).parent / "data" / "prepare.safetensors"
 FIGURES = load(FILE)[0] if FILE.exists() else {}

@@ -8,18 +8,18 @@ import json
 from pathlib import Path
 
 import pytest
-import scripts
-import tiny
-import tiny_s2v
 import torch
 import torch.nn.functional as F
+from helpers import scripts
 from safetensors.torch import load_file, save_file
-from tiny_s2v import AUDIO_DIM, LAYERS, inputs
 
-from checkpoint import BadInput
+from benchmarks import tiny, tiny_s2v
+from benchmarks.tiny_s2v import AUDIO_DIM, LAYERS, inputs
 from kernels.rope import angles
-from s2v import INJECT_LAYERS, PUBLISHED, WanS2V, spread
-from wan import VARIANTS, build, keep_fp32, load_wan
+from nanowan.errors import BadInput
+from nanowan.formats.dit import keep_fp32, load_wan
+from nanowan.variants.s2v.model import INJECT_LAYERS, PUBLISHED, WanS2V, spread
+from wan import VARIANTS, build
 
 FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
 DIM, HEADS, INJECTED = tiny_s2v.CONFIG.dim, tiny_s2v.CONFIG.num_heads, tiny_s2v.CONFIG.audio_inject_layers
@@ -270,7 +270,7 @@ def test_ranks_that_share_a_clip_give_one_ranks_result(tmp_path, report):
     """Three ranks, of which one has no noise tokens: outputs, and the gradients of injectors that alone are trained."""
     for name, ranks in (("one", 1), ("three", 3)):
         file = tmp_path / f"{name}.safetensors"
-        scripts.run(Path(__file__).parent / "s2v_ranks.py", file, ranks=ranks, check=True)
+        scripts.run(Path(__file__).parent / "helpers" / "s2v_ranks.py", file, ranks=ranks, check=True)
     one, three = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "three"))
     assert one.keys() == three.keys()
     report("outputs", max(tiny.error(three[k], one[k]) for k in ("clip", "first")), 1e-5)

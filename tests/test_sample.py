@@ -8,24 +8,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scripts
-import tiny
 import torch
 import torch.nn.functional as F
+from helpers import scripts
+from nanowan.step_cache import EasyCache
+from nanowan.video import latent_to_rgb, preview_writer
+from sample import GuidedModel
 from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
 
 import flow
-import models as models_module
 import sample
-from checkpoint import BadInput
-from checkpoint import load as load_tensors
-from conditions import best_size
-from denoising import EasyCache, GuidedModel, preview_colors, preview_writer
-from media import open_image, to_uint8, write_grid, write_mp4
-from models import NEGATIVE, Models
-from sample import arguments, generate, load, read_prompts, sample_latents, sampling_overrides
+from benchmarks import tiny
+from nanowan import pipeline as models_module
+from nanowan.errors import BadInput
+from nanowan.formats.header import load as load_tensors
+from nanowan.pipeline import Pipeline
+from nanowan.prompts import read_prompts
+from nanowan.settings import NEGATIVE
+from nanowan.variants.image import best_size
+from nanowan.video import open_image, to_uint8, write_grid, write_mp4
+from sample import arguments, generate, load, sample_latents, given_settings
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -182,7 +186,7 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
     """What is trained on, cached and held out goes by these bytes."""
     import random
 
-    from nanoworld.world import draw, sample_attributes
+    from nano.world import draw, sample_attributes
 
     rng = random.Random(0)
     for _ in range(60):
@@ -196,7 +200,7 @@ def test_mp4_holds_the_pixels(tmp_path):
     """Crf 10 keeps smooth pictures, and textures of every other pixel, within a grey level or two."""
     import av
 
-    from media import to_uint8
+    from nanowan.video import to_uint8
 
     ramp = torch.linspace(-0.8, 0.8, 64)
     smooth = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
@@ -255,7 +259,7 @@ def test_another_picture_is_encoded_anew(checkpoints):
         steps=2,
         guidance=1.0,
         progress=False,
-        callback_on_step_end=lambda step, x0: seen.append(x0[0]),
+        on_step=lambda step, x0: seen.append(x0[0]),
     )
     assert len(seen) == 2 and all(torch.equal(x0[:, :1], after[:, :1]) for x0 in seen)
 
@@ -351,7 +355,7 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
     plenty = small(load(checkpoints[kind]))  # both halves of guidance in one batch, which rounds a little differently
     held, alive = [], weakref.WeakValueDictionary()
     monkeypatch.setattr(models_module, "free_memory", lambda device: 0)
-    real = models_module.Models._load
+    real = models_module.Pipeline._load
 
     def watched(self, name):
         gc.collect()
@@ -360,7 +364,7 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
         alive[name] = part.model
         return part
 
-    monkeypatch.setattr(models_module.Models, "_load", watched)
+    monkeypatch.setattr(models_module.Pipeline, "_load", watched)
     models = load(checkpoints[kind])
     assert tiny.error(small(models), plenty) < 2e-6
     assert held == [
@@ -382,8 +386,9 @@ def test_an_updated_text_encoder(checkpoints, tmp_path):
 
 def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
     """Merged LoRAs change exactly the expert they are for: by the file's metadata, or by :high and :low."""
-    from lora import inject, merge, save_lora
-    from wan import load_wan
+    from lora import inject, merge
+    from nanowan.formats.dit import load_wan
+    from nanowan.formats.lora import save_lora
 
     for name, seed in (("a", 1), ("b", 2)):
         model = tiny.dit("t2v")
@@ -414,7 +419,7 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     from lora import inject
 
     runtime = models_module.Runtime(on_model_built=lambda name, model: inject(model, rank=2, device="cpu"))
-    models = models_module.Models(checkpoints["t2v"], runtime)
+    models = models_module.Pipeline(checkpoints["t2v"], runtime)
     model = models.acquire("high")
     before = {p: p.data_ptr() for p in model.parameters()}
 
@@ -433,7 +438,7 @@ def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
     """Whatever its files' prefixes are, with blocks on the host and in 8 bits."""
     from safetensors.torch import save_file
 
-    from wan import load_wan
+    from nanowan.formats.dit import load_wan
 
     for file in checkpoints["ti2v"].iterdir():
         if "diffusion_pytorch_model" not in file.name:
@@ -462,7 +467,7 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
 
     def run(threshold, callback=None):
         cache = EasyCache(threshold)
-        return cache, sample_latents(models, ["a cat"], [3], step_cache=cache, callback_on_step_end=callback, **given)
+        return cache, sample_latents(models, ["a cat"], [3], cache=cache, on_step=callback, **given)
 
     plain = sample_latents(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
     off, exact = run(0.0)
@@ -513,7 +518,7 @@ def test_the_model_is_asked_for_the_first_step_of_each_expert_and_the_last_of_al
 
     monkeypatch.setattr(GuidedModel, "velocity", velocity)
     models, given = load(checkpoints["t2v"]), dict(size=(32, 32), frames=1, steps=8, guidance=1.0, progress=False)
-    sample_latents(models, ["a cat"], [0], step_cache=Stubborn(0.5), **given)
+    sample_latents(models, ["a cat"], [0], cache=Stubborn(0.5), **given)
     timesteps = flow.solver("unipc", 8, models.settings.shift).timesteps.tolist()
     assert asked == [timesteps[0], next(t for t in timesteps if t < 875), timesteps[-1]]
 
@@ -542,7 +547,7 @@ def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
 def test_compiled_blocks_give_the_same(checkpoints, report, monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # as "default", Inductor's C++ does not compile
     models = load(checkpoints["ti2v"])
-    compiled = models_module.Models(checkpoints["ti2v"], models_module.Runtime(compile="blocks"))
+    compiled = models_module.Pipeline(checkpoints["ti2v"], models_module.Runtime(compile="blocks"))
     assert all(b._compiled_call_impl is not None for b in compiled.acquire("dit").blocks)
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
     report(
@@ -563,7 +568,7 @@ def test_preview_shows_what_the_clip_will_be(tmp_path):
         ["a red square moves left"],
         [0],
         progress=False,
-        callback_on_step_end=preview_writer(colors, tmp_path / "p.png", 4, "a red square"),
+        on_step=preview_writer(colors, tmp_path / "p.png", 4, "a red square"),
     )
     rough = torch.einsum("cthw,cd->dthw", torch.cat([z[0], torch.ones_like(z[0, :1])]), colors)
     video = models.acquire("vae").decode(z)[0]
@@ -596,10 +601,10 @@ def test_wrong_speed_flags_are_named(flags, said):
 # ---- what its flags promise ------------------------------------------------------------------------------------------
 def test_every_flag_of_the_settings_reaches_them():
     flags = "--size 64x32 --frames 5 --steps 3 --shift 7 --guidance 2,3 --solver euler"
-    given = sampling_overrides(arguments([*flags.split(), "--negative", "blurred"]))
+    given = given_settings(arguments([*flags.split(), "--negative", "blurred"]))
     wanted = dict(size=(64, 32), frames=5, steps=3, shift=7.0, guidance=(2.0, 3.0), solver="euler", negative="blurred")
-    assert given == wanted and set(sampling_overrides(arguments([])).values()) == {None}
-    assert sampling_overrides(arguments(["--negative", ""]))["negative"] == ""  # an empty one is one too
+    assert given == wanted and set(given_settings(arguments([])).values()) == {None}
+    assert given_settings(arguments(["--negative", ""]))["negative"] == ""  # an empty one is one too
 
 
 def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatch):
@@ -608,9 +613,9 @@ def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatc
 
     def keep_models(ckpt, runtime, loras, text_encoder=None):
         made.append((runtime, text_encoder))
-        return Models(ckpt, runtime, loras, None)
+        return Pipeline(ckpt, runtime, loras, None)
 
-    monkeypatch.setattr(sample, "Models", keep_models)
+    monkeypatch.setattr(sample, "Pipeline", keep_models)
     monkeypatch.setattr(sample, "decode", lambda models, z, tile=0: tiles.append(tile) or videos)
     monkeypatch.setattr(sample, "tile_report", lambda *_: "")
     real = sample.sample_latents

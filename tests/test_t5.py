@@ -6,14 +6,15 @@ import weakref
 from functools import partial
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config
 
-import formats
-from checkpoint import BadInput
-from t5 import Norm, Tokenizer, convert_t5, encoder_files, load_t5, read_encoder
+from benchmarks import tiny
+from nanowan.errors import BadInput
+from nanowan.formats import load
+from nanowan.formats.t5 import convert_t5, encoder_files, load_t5, read_encoder
+from t5 import Norm, Tokenizer
 
 
 @pytest.mark.parametrize("lens", [(1, 2), (40, 7), (130, 300), (512, 511)])
@@ -376,7 +377,7 @@ def test_transformers_loads_what_is_converted(tmp_path, official, report):
 @pytest.fixture
 def reads(monkeypatch):
     """The tensors that are read from files, as weak references; at each read, how many earlier ones are still alive."""
-    from checkpoint import Entry
+    from nanowan.formats.header import Entry
 
     real, tensors, alive = Entry.read, [], []
 
@@ -405,7 +406,7 @@ def test_weights_are_cast_slice_by_slice(tmp_path, monkeypatch, reads, make):
     monkeypatch.setattr(formats, "SLICE", 300)
     whole = []
     monkeypatch.setattr(
-        formats.CastEntry, "read", lambda self, scratch=None, real=formats.CastEntry.read: whole.append(1) or real(self)
+        load.CastEntry, "read", lambda self, scratch=None, real=load.CastEntry.read: whole.append(1) or real(self)
     )
     got = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
     assert len(whole) == len(want) and all(torch.equal(got[n], want[n]) for n in want)

@@ -13,19 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import scripts
-import tiny
 import torch
+from helpers import scripts
 from test_data import clip, photo
 
-import optim
-import plan
-import train as shared
-from checkpoint import load, save
-from conditions import TextOnly
-from models import Models
-from parallel import World
-from run import TrainState, resume_fingerprint
+import data
+from benchmarks import tiny
+from nanowan import memory_estimate
+from nanowan.formats.header import load, save
+from nanowan.parallel import World
+from nanowan.pipeline import Pipeline
+from nanowan.training import optim
+from nanowan.training.state import TrainState, resume_fingerprint
+from nanowan.variants.conditioning import Conditioning
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a red fox jumps over", "a dog runs", "a cat sleeps"]
@@ -93,7 +93,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
     """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit
     for bit.
     """
-    scripts.run(ROOT / "nano.py", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson", check=True)
+    scripts.run("-m", "nano", "clips", "--out", tmp_path / "clips", "--n", "40", "--words", "crimson", check=True)
     steps, results = 10 * kills + 20, []
     for times in (0, kills):
         out = tmp_path / f"{times}"
@@ -217,7 +217,7 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
 
     module = importlib.import_module(script)
     seen = {}
-    real_step, real_clip = shared.Dataset.step, torch.nn.utils.clip_grad_norm_
+    real_step, real_clip = data.Dataset.step, torch.nn.utils.clip_grad_norm_
     kept = []
 
     def keep(self, step, *a):
@@ -239,7 +239,7 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
         7  # four batches are an epoch: six clips and an image, whose batch is dropped here, its bucket being another
     )
     for name, step, n in (("many", keep, 4), ("one", together, 1)):
-        monkeypatch.setattr(shared.Dataset, "step", step)
+        monkeypatch.setattr(data.Dataset, "step", step)
         monkeypatch.setattr(
             "sys.argv",
             [
@@ -295,8 +295,8 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
             seen.append((x.detach(), t, out.detach()))
         return out
 
-    batches, real_step = [], shared.Dataset.step
-    monkeypatch.setattr(shared.Dataset, "step", lambda self, *a: (batches.append(b) or b for b in real_step(self, *a)))
+    batches, real_step = [], data.Dataset.step
+    monkeypatch.setattr(data.Dataset, "step", lambda self, *a: (batches.append(b) or b for b in real_step(self, *a)))
     monkeypatch.setattr(Wan, "forward", spy)
     monkeypatch.setattr(
         "sys.argv",
@@ -452,7 +452,8 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
 
 
 def test_which_expert_starts_from_a_file(tmp_path):
-    from checkpoint import BadInput, save
+    from nanowan.errors import BadInput
+    from nanowan.formats.header import save
     from train_lora import initial_loras
 
     foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
@@ -469,12 +470,12 @@ def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path
     code = (
         "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "import models, importlib\n"
-        "models.free_memory, real, alive = lambda device: 0, models.Models._load, weakref.WeakValueDictionary()\n"
+        "models.free_memory, real, alive = lambda device: 0, models.Pipeline._load, weakref.WeakValueDictionary()\n"
         "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n"
         "    part = real(self, name)\n"
         "    if name in ('high', 'low'):\n        alive[name] = part.model\n    print('LOADED', name)\n"
         "    return part\n"
-        "models.Models._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
+        "models.Pipeline._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
     )
     for script in ("train_lora", "train_te"):
         run = train(
@@ -572,7 +573,7 @@ def test_blocks_below_the_first_adapted_one_keep_no_activations(report):
     for blocks in ([*range(8)], [6, 7]):
         model = Wan(WanConfig("ti2v", 384, 1536, 4, 8, 48, 48, text_dim=32)).eval()
         inject(model, rank=4, blocks=blocks)
-        peak[len(blocks)] = plan.traced(lambda model=model: model(x, t, context).square().mean().backward())
+        peak[len(blocks)] = memory_estimate.traced(lambda model=model: model(x, t, context).square().mean().backward())
     report(f"of {peak[8] / 1e6:.0f} MB", peak[2] / peak[8], 0.3)
 
 
@@ -636,7 +637,7 @@ def medium(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano") / "clips"
-    scripts.run(ROOT / "nano.py", "clips", "--out", folder, "--n", "130", "--words", "crimson", check=True)
+    scripts.run("-m", "nano", "clips", "--out", folder, "--n", "130", "--words", "crimson", check=True)
     return folder
 
 
@@ -704,11 +705,11 @@ def test_the_share_of_a_gpus_peak(monkeypatch):
     B, L, T, d, f, n = 2, 3 * 4 * 2, 7, 48, 104, 3
     adds = n * (L * (6 * d * d + 2 * d * f) + T * 2 * d * d + 2 * d * L * (L + T))
     dit, x = tiny.dit("ti2v"), torch.empty(B, 48, 3, 8, 4)
-    assert plan.mfu(dit, x, T, 1.0, "cpu") is None
+    assert memory_estimate.mfu(dit, x, T, 1.0, "cpu") is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert plan.mfu(dit, x, T, 0.5, "cuda") == pytest.approx(4 * B * adds / 0.5 / 989e12)
+    assert memory_estimate.mfu(dit, x, T, 0.5, "cuda") == pytest.approx(4 * B * adds / 0.5 / 989e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
-    assert plan.mfu(dit, x, T, 0.5, "cuda") is None
+    assert memory_estimate.mfu(dit, x, T, 0.5, "cuda") is None
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
@@ -739,7 +740,7 @@ def test_held_out_samples_have_noise_of_their_own(tmp_path):
     items = [SimpleNamespace(digest=digest * 20, captions=["x"]) for digest in ("1a", "2b")]
 
     def targets(*which):
-        batches = shared.eval_batches([items[i] for i in which], [files[i] for i in which], TextOnly(), 3.0, 0.0, 1.0)
+        batches = data.eval_batches([items[i] for i in which], [files[i] for i in which], Conditioning(), 3.0, 0.0, 1.0)
         return [batch.target for _, batch in batches]
 
     both = targets(0, 1)
@@ -790,7 +791,7 @@ def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):
     save(file, tensors | {name: tensors[name] + 1})
     args, nothing = SimpleNamespace(batch=2, rank=4), SimpleNamespace(files=[], items=[])
     same, again, other = (
-        resume_fingerprint(args, Models(folder), nothing)
+        resume_fingerprint(args, Pipeline(folder), nothing)
         for folder in (checkpoints["t2v"], checkpoints["t2v"], tmp_path / "other")
     )
     assert same == again and {k for k in same if same[k] != other[k]} == {"base"}

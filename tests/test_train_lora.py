@@ -4,17 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-import scripts
-import tiny
 import torch
+from helpers import scripts
 from test_data import clip
 
-import models
-from checkpoint import BadInput, load, save
-from lora import inject, save_lora
-from lora_files import read_lora
-from run import adapter_file, remove_older_adapters
-from train_lora import arguments, resolve
+from benchmarks import tiny
+from lora import inject
+from nanowan import pipeline, settings
+from nanowan.errors import BadInput
+from nanowan.formats.header import load, save
+from nanowan.formats.lora import read_lora, save_lora
+from nanowan.training.flags import resolve
+from nanowan.training.run_dir import adapter_file, remove_older_adapters
+from train_lora import arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,9 +123,9 @@ def test_which_adapters_are_kept(tmp_path):
     ],
 )
 def test_names_and_numbers_that_are_refused(checkpoints, flags, message):
-    from models import Runtime
+    from nanowan.pipeline import Runtime
 
-    settings = models.Models(checkpoints["ti2v"], Runtime("cpu")).settings
+    settings = pipeline.Pipeline(checkpoints["ti2v"], Runtime("cpu")).settings
     args = arguments(["--ckpt", str(checkpoints["ti2v"]), "--device", "cpu", "--dtype", "fp32", *flags])
     with pytest.raises(BadInput, match=message):
         resolve(args, settings, 3)
@@ -209,9 +211,10 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
     stands behind the noise.
     """
     import train_lora
-    from data import pixels, scan
-    from t5 import load_t5
-    from vae import load_vae
+    from data import scan
+    from nanowan.cache import pixels
+    from nanowan.formats.t5 import load_t5
+    from nanowan.formats.vae import load_vae
     from wan import Wan
 
     seen, real = [], Wan.forward
@@ -299,7 +302,7 @@ def test_a_lora_that_is_no_start_is_refused_before_anything_is_encoded(checkpoin
     def no_work(*args):
         raise AssertionError("something is computed")
 
-    monkeypatch.setattr(models.Models, "acquire", no_work)
+    monkeypatch.setattr(pipeline.Pipeline, "acquire", no_work)
     monkeypatch.setattr(train_lora, "Dataset", no_work)
     for name, kind, rank, expert in (("rank", "ti2v", 2, "dit"), ("other", "t2v", 4, "dit"), ("low", "t2v", 4, "low")):
         model = tiny.dit(kind, dim=96 if name == "other" else 48)
@@ -365,5 +368,5 @@ def test_the_plan_counts_kept_adapters(monkeypatch, flags, number):
 
     monkeypatch.setattr(train_lora.plan, "training", lambda *args, num_results, **sizes: num_results)
     args = arguments(["--steps", "250", "--save_every", "100", *flags])
-    settings = models.Settings("ti2v-5B", "ti2v", 48, (4, 16, 16), 24, 9, 2, (64, 64), 5, (1, 1))
+    settings = settings.Settings("ti2v-5B", "ti2v", 48, (4, 16, 16), 24, 9, 2, (64, 64), 5, (1, 1))
     assert train_lora.predict(args, settings, {}) == number

@@ -8,25 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import scripts
-import tiny
 import torch
+from helpers import scripts
 
-import nano
-from captions import augment_caption, has_keyword, replace_keyword
-from checkpoint import BadInput, load
-from nanoworld import world
-from t5 import load_t5
-from train_te import (
-    RowEmbedding,
-    arguments,
-    check_keywords,
-    encoder_tensors,
-    keyword_token_ids,
-    resolve,
-    trainable,
-    unfreeze,
-)
+from benchmarks import tiny
+from nano import __main__ as nano
+from nano import world
+from nanowan import settings
+from nanowan.errors import BadInput
+from nanowan.formats.header import load
+from nanowan.formats.t5 import load_t5
+from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
+from nanowan.training.flags import resolve
+from nanowan.training.keywords import RowEmbedding, check_keywords, keyword_token_ids
+from train_te import arguments, encoder_tensors, trainable, unfreeze
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,15 +235,14 @@ def test_rates_and_anchors_in_a_run(checkpoints, media, tmp_path):
 )
 def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
     """Plain AdamW's steps of 1e-5 are lost in bf16, unless what is trained is kept in fp32."""
-    import models
 
     args = arguments(["--device", "cuda", "--data", "x", "--ckpt", "ti2v-5B", *flags])
     if optimizer:
-        resolve(args, models.released("ti2v-5B"))
+        resolve(args, settings.released("ti2v-5B"))
         assert args.optimizer == optimizer
     else:
         with pytest.raises(BadInput, match="--optimizer"):
-            resolve(args, models.released("ti2v-5B"))
+            resolve(args, settings.released("ti2v-5B"))
 
 
 def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
@@ -304,7 +298,7 @@ def test_only_the_rank_that_writes_holds_the_encoder(how):
 
 
 def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
-    from checkpoint import save
+    from nanowan.formats.header import save
 
     save(tmp_path / "d.safetensors", {"blocks.9.norm1.weight": torch.ones(3)}, {"delta": True})
     with pytest.raises(BadInput, match="not a delta"):

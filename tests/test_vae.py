@@ -1,12 +1,14 @@
 """Both VAEs against diffusers' AutoencoderKLWan on equal weights, fp32 on CPU."""
 
 import pytest
-import tiny
 import torch
 
-from checkpoint import BadInput
-from plan import traced
-from vae import FULL_WIDTHS, GEOMETRY, LATENT_STATS, VAE, fold_kernel, load_vae, tile_weights, upsample_conv
+from benchmarks import tiny
+from nanowan.errors import BadInput
+from nanowan.formats.vae import FULL_WIDTHS, load_vae
+from nanowan.memory.tiled_vae import tile_weights
+from nanowan.memory_estimate import traced
+from vae import GEOMETRY, LATENT_STATS, VAE, fold_kernel, upsample_conv
 
 # fmt: off
 MEAN_22 = [  # of the 48 channels, as in the official wan/modules/vae2_2.py; diffusers knows those of 2.1

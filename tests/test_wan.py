@@ -1,13 +1,14 @@
 """The DiT against diffusers' WanTransformer3DModel on equal weights, fp32 on CPU."""
 
 import pytest
-import scattered
-import tiny
 import torch
+from helpers import scattered
 
-import ops
-from checkpoint import BadInput
-from wan import VARIANTS, Wan, full_config
+from benchmarks import tiny
+from kernels import backend
+from nanowan.errors import BadInput
+from nanowan.formats.dit import full_config
+from wan import VARIANTS, Wan
 
 
 def per_token(t, grid):
@@ -121,7 +122,7 @@ def test_a_variant_with_tokens_of_its_own_equals_its_formulas(choice, report):
     formulas in fp64.
     """
     model, (given, extra), grads = scattered.model(), scattered.inputs(), []
-    with ops.using(choice):
+    with backend.using(choice):
         for run in (lambda *a: scattered.plain(model, *a), lambda *a: model(*a[:3], extra=a[3])):
             leaves = [v.clone().requires_grad_() for v in (given[0], given[2], extra["extra"])]
             out = run(leaves[0], given[1], *leaves[1:])
@@ -170,7 +171,7 @@ def test_bf16_stays_near_fp32(report):
     """bf16 linears and attention, the rest fp32 (the official default mode)."""
     import copy
 
-    from wan import keep_fp32
+    from nanowan.formats.dit import keep_fp32
 
     model = tiny.dit("ti2v")
     low = copy.deepcopy(model)

@@ -5,14 +5,23 @@ import json
 import av
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_s2v import sound, write_wav
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from checkpoint import BadInput
-from wav2vec2 import UNUSED, Wav2Vec2, count_clips, load_wav2vec2, read_audio, rename, to_feature_rate, to_video_rate
+from benchmarks import tiny
+from benchmarks.tiny_s2v import sound, write_wav
+from nanowan.errors import BadInput
+from nanowan.variants.s2v.wav2vec2 import (
+    UNUSED,
+    Wav2Vec2,
+    count_clips,
+    load_wav2vec2,
+    read_audio,
+    rename,
+    to_feature_rate,
+    to_video_rate,
+)
 
 
 def peer(seed=5):

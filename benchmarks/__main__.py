@@ -1,0 +1,81 @@
+"""Speed and memory beside diffusers, transformers and peft, in one run.
+
+    python -m benchmarks                     on this CPU, fp32 (about ten minutes)
+    python -m benchmarks dit vae_decode      only these works
+    python -m benchmarks --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
+    python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size, which take 60 GB of disk
+    python -m benchmarks s2v-14B --gpu_run --json FILE   only on this one
+    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions; FILE.png
+    shows cost against size
+
+Contenders of a work get equal weights and inputs and take turns; what is printed are medians, and ours / peer. "ref" is
+nanoWan with every op as its plain PyTorch definition. Peak memory is that of a fresh process, above what it holds
+before the work.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import full_size
+from benchmarks.common import machine, print_memory
+from benchmarks.cpu import WORKS, growth, on_cpu, plot
+from benchmarks.gpu import JOBS, on_gpu
+from diagnostics.common import write_json
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}, or with --gpu_run a variant (default: all)"
+    )
+    p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
+    p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
+    p.add_argument("--gpu_run", action="store_true", help="the scripts on random full-size checkpoints instead")
+    p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
+    p.add_argument("--memory_of", help=argparse.SUPPRESS)
+    p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
+    args = p.parse_args()
+    names = sorted({name.split(":")[0] for name in full_size.RUNS}) if args.gpu_run else [*WORKS]
+    if wrong := [w for w in args.works if w not in names]:
+        p.error(f"{wrong[0]}: choose from {', '.join(names)}")
+    torch.manual_seed(0)
+    if args.memory_of:
+        print_memory(WORKS[args.works[0]][0], args.memory_of)
+        return
+    gpu = "--gpu" if args.gpu else "--gpu_run" if args.gpu_run else None
+    if gpu and not torch.cuda.is_available():
+        p.error(f"{gpu}: there is no CUDA device")
+    if gpu and not args.json:
+        p.error(f"{gpu}: needs --json FILE, into which each result is written as soon as it is there")
+    if lacking := [name for name in ("av", "ftfy") if args.gpu_run and not importlib.util.find_spec(name)]:
+        p.error(f"--gpu_run: the scripts need {' and '.join(lacking)}")
+    if args.job:
+        write_json(args.json, JOBS[args.job]())
+        return
+    about = machine()
+    print(json.dumps(about))
+    if gpu:
+        about["gpu"] = torch.cuda.get_device_name()
+    if args.gpu:
+        on_gpu(about, args.json)
+        return
+    if args.gpu_run:
+        with tempfile.TemporaryDirectory() as folder:
+            full_size.write_inputs(Path(folder))
+            runs = {k: v for k, v in full_size.RUNS.items() if not args.works or k.split(":")[0] in args.works}
+            full_size.run_scripts(full_size.Checkpoints(Path(folder)), folder, about, args.json, runs=runs)
+        return
+    result = on_cpu(args.works or WORKS, args.rounds)
+    if args.json:
+        result["growth"] = growth()
+        plot(f"{args.json}.png", result["growth"])
+        write_json(args.json, about | result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""diag.py scale: predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy."""
+
+import math
+
+from nanowan.errors import BadInput, check_at_least
+from nanowan.formats.dit import full_config
+from nanowan.memory_estimate import ParallelLayout
+from nanowan.settings import check_size, parse_size, released
+from wan import VARIANTS
+
+
+def linear_flops(c, tokens, text):
+    """FLOPs of a forward pass of one sample through a DiT of WanConfig c: (in blocks' linears, in attention)."""
+    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim**2
+    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
+
+
+def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
+    """Bytes that one rank gives away in a training step of a k/v translator on every block, by kind, as parallel.World
+    counts them.
+
+    layout: plan.ParallelLayout; grid: tokens (T',H',W') of a clip; batch: samples of a rank; adapter: bytes of the
+    adapters; itemsize: of a weight. The first block's self-attention needs no gradient. "weights": each block's shards
+    are gathered on the way up and once more on the way down.
+    """
+    sent, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
+    if layout.sp_size > 1:
+        others = batch * local * (layout.sp_size - 1)
+        passes = c.num_layers * (2 if checkpointing else 1) + c.num_layers - 1
+        per_token = 4 * c.dim * itemsize // layout.sp_size * passes + 4 * c.out_dim * math.prod(c.patch_size)
+        sent["tokens"] = others * per_token
+    if layout.pp_size > 1:
+        sent["tokens"] = 4 * max(batch, layout.pp_size) * math.prod(grid) * c.dim
+    if layout.fsdp_size > 1:
+        block = 4 * c.dim**2 * 2 + 2 * c.dim * c.ffn_dim
+        sent["weights"] = 2 * c.num_layers * block * itemsize // layout.fsdp_size * (layout.fsdp_size - 1)
+    return sent
+
+
+def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
+    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
+
+    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU.
+    Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
+    the forward pass again, and the gradient by activations.
+    """
+
+    def link(n):
+        """Bytes/s among n neighbours."""
+        return inside if n <= per_machine else between
+
+    tokens = math.prod(grid)
+    compute = 3 * sum(linear_flops(c, tokens, text)) / rate
+    weights = 2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)
+    all_reduce = 2 * (ranks - 1) / ranks * adapter / link(ranks)
+    times = {"data parallel": ((compute + all_reduce) / ranks, weights)}
+    if ranks == 1:
+        return times
+
+    gather = bytes_sent(c, ParallelLayout(fsdp_size=ranks), grid, 1, adapter)["weights"] / link(ranks)
+    times["--fsdp"] = (max(compute, gather) + all_reduce) / ranks, weights // ranks
+
+    group = max(n for n in (1, 2, 4, 8) if ranks % n == 0 and c.num_heads % n == 0 and n <= per_machine)
+    layout = ParallelLayout(sp_size=group)
+    exchange = bytes_sent(c, layout, grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
+    padding = math.ceil(tokens / group) * group / tokens
+    seconds = compute / group * padding + exchange + all_reduce
+    times[f"--ulysses_size {group}"] = seconds / (ranks // group), weights
+
+    stages = min(ranks, per_machine)
+    microbatches, hand_on = 2 * stages, 2 * 4 * tokens * c.dim / link(stages)
+    seconds = (microbatches + stages - 1) * (compute / stages + hand_on) + all_reduce
+    times[f"--pipeline_stages {stages}"] = seconds / microbatches / (ranks // stages), weights // stages
+    return times
+
+
+def run(args):
+    if args.ckpt not in VARIANTS:
+        raise BadInput(f"--ckpt {args.ckpt}: one of {', '.join(VARIANTS)}")
+    check_at_least(1e-9, tflops=args.tflops, inside=args.inside, between=args.between)
+    check_at_least(1, per_machine=args.per_machine, gb=args.gb)
+    c, s = full_config(args.ckpt), released(args.ckpt)
+    size = parse_size(args.size) if args.size else s.size
+    frames = s.frames if args.frames is None else args.frames
+    check_size(size, frames, s.size_multiple)
+    grid, adapter = s.token_grid(size, frames), c.num_layers * 2 * 16 * 2 * c.dim * 4
+    print(
+        f"{args.ckpt}, {size[0]}x{size[1]}x{frames}: seconds per sample, if a GPU sustains {args.tflops:g} TFLOP/s, "
+        f"sends {args.inside:g} GB/s within a machine of {args.per_machine} and {args.between:g} GB/s beyond; in "
+        "brackets, GB of weights on each"
+    )
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        links = args.inside * 1e9, args.between * 1e9, args.per_machine
+        times = step_times(c, grid, ranks, adapter, args.tflops * 1e12, *links)
+        fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}  # the rest is
+        fastest = min(times, key=lambda name: times[name][0])  # for activations
+        fastest_that_fits = min(fits, key=fits.get, default=None)
+        note = ""
+        if fastest_that_fits is None:
+            note = f"; none has weights that fit {args.gb} GB"
+        elif fastest_that_fits != fastest:
+            note = f", and with {args.gb} GB: {fastest_that_fits}"
+        cells = [f"{name} {seconds:.2f} ({size / 1e9:.1f})" for name, (seconds, size) in times.items()]
+        print(f"{ranks:3} GPUs  {'  '.join(cells)}; fastest: {fastest}{note}")

@@ -1,0 +1,165 @@
+"""Which attention runs: PyTorch's (cuDNN, FlashAttention 2 or 3) or this project's Triton kernel, by a table or a flag.
+
+On a GPU `auto` takes the fastest by compute capability: cuDNN's from Hopper to data-centre Blackwell (9.x, 10.x), and
+FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: A100 0.82x, A10G 0.93x,
+RTX PRO 6000 0.88x of FlashAttention). Where the package flash_attn_interface is installed and every GPU is a Hopper,
+PyTorch's FlashAttention is version 3, and is taken.
+"""
+
+import functools
+import importlib.util
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels import attention as attention_kernel
+from kernels import backend
+from kernels import qk_norm_rope as norm_kernel
+
+CHOICES = ("auto", "cudnn", "flash", "triton")
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
+# with a mask not cuDNN's, PyTorch's own choice: it makes a plan for every length, and on Hopper its gradients by q were
+# NaN at some (pytorch/pytorch#196678)
+MASKED_BACKENDS = CUDNN_FIRST[2:]
+SELECTED = "auto"  # by `select`
+
+
+def select(name):
+    """Use one of CHOICES from now on."""
+    global SELECTED
+    SELECTED = name
+
+
+@functools.cache
+def by_capability(device):
+    """What "auto" means on a GPU: "cudnn" or "flash"."""
+    if flash_attention_3(device):
+        return "flash"
+    return "cudnn" if backend.capable(device, least=(9, 0), below=(11, 0)) else "flash"
+
+
+def chosen(device):
+    """Which of CHOICES, but "auto", self-attention uses on a GPU."""
+    return by_capability(device) if SELECTED == "auto" else SELECTED
+
+
+def describe(device):
+    """`chosen` in words, for a run's first lines."""
+    name = chosen(device)
+    flash = "FlashAttention 3" if name == "flash" and flash_attention_3(device) else "FlashAttention 2"
+    return {"cudnn": "cuDNN's attention", "flash": flash, "triton": "this project's Triton attention"}[name]
+
+
+@functools.cache
+def flash_attention_3(device):
+    """Whether PyTorch's FlashAttention is version 3 from now on: the package flash_attn_interface is installed and works
+    on `device`, every GPU is a Hopper, and PyTorch can take it (2.11).
+    """
+    known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
+    if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
+        return False
+    if any(torch.cuda.get_device_capability(i)[0] != 9 for i in range(torch.cuda.device_count())):
+        return False
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # whatever hooks this runs within
+        with torch.enable_grad(), keep:
+            q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+            torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
+    except Exception as e:  # whatever a package that was built for another PyTorch raises
+        print(f"ops: flash_attn_interface does not work here ({type(e).__name__}: {e})", file=sys.stderr)
+        torch.nn.attention.restore_flash_attention_impl()
+        return False
+    return True
+
+
+if torch.cuda.is_available():
+    # constants while torch.compile traces
+    by_capability, flash_attention_3 = map(torch.compiler.assume_constant_result, (by_capability, flash_attention_3))
+
+
+def pytorch_backends(q):
+    """PyTorch's attentions to try in turn for q."""
+    return CUDNN_FIRST if q.is_cuda and chosen(q.device) == "cudnn" else FLASH_FIRST
+
+
+def sdpa(q, k, v, mask=None, scale=None, backends=None):
+    """Softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d). backends: on
+    a GPU and without a mask, which are tried in turn (default: pytorch_backends).
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    order = MASKED_BACKENDS if mask is not None else backends or pytorch_backends(q)
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def attention(q, k, v, bias=None):
+    """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d)."""
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return sdpa(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+class NormedAttention(torch.autograd.Function):
+    """On a CPU, PyTorch's attention of q and k normed and rotated; what is kept are the bare ones, which the backward
+    pass norms once more.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, weight_q, weight_k, eps, heads, table, positions):
+        ctx.how = eps, heads, table, positions
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        transposed = (u.transpose(1, 2) for u in (normed_q, normed_k, v.unflatten(2, (heads, -1))))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*transposed)
+        ctx.save_for_backward(q, k, v, weight_q, weight_k, out, lse)
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, weight_q, weight_k, out, lse = ctx.saved_tensors
+        normed_q, normed_k = norm_kernel.qk_norm_rope([q, k], [weight_q, weight_k], *ctx.how)
+        v = v.unflatten(2, (ctx.how[1], -1))
+        transposed = (u.transpose(1, 2) for u in (grad.reshape(v.shape), normed_q, normed_k, v))
+        attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = attention_backward(*transposed, out, lse, 0.0, False)
+        dnormed_q, dnormed_k, dv = (g.transpose(1, 2).contiguous() for g in grads)
+        need_weights = any(ctx.needs_input_grad[3:5])
+        dq, dk, *dweights = norm_kernel.fused_backward(
+            [dnormed_q, dnormed_k], [q, k], [weight_q, weight_k], *ctx.how, need_weights
+        )
+        dweight_q, dweight_k = dweights[0] if need_weights else (None, None)
+        return dq, dk, dv.flatten(2), dweight_q, dweight_k, None, None, None, None
+
+
+def self_attention(q, k, v, weights, eps, heads, table, positions):
+    """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
+    (B,L,D).
+    """
+    how = backend.CHOSEN.get(q.device.type)
+    # in Triton's interpreter the kernel is what is to be tested; a plan's fake tensors take PyTorch's, which takes more
+    ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
+    if how in ("triton", "cuda") and ours:
+        return fused_attention(q, k, v, weights, eps, heads, table, positions)
+    if how == "cpp" and torch.is_grad_enabled():
+        return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
+    return unfused_attention(q, k, v, weights, eps, heads, table, positions)
+
+
+def fused_attention(q, k, v, weights, eps, heads, table, positions):
+    """This project's, which norms and rotates q as it loads it."""
+    (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
+    q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
+    return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
+
+
+def unfused_attention(q, k, v, weights, eps, heads, table, positions):
+    """PyTorch's, after q and k were normed and rotated."""
+    norm = norm_kernel.qk_norm_rope if backend.fast(q) else norm_kernel.qk_norm_rope_ref
+    q, k = norm([q, k], weights, eps, heads, table, positions)
+    return attention(q, k, v.unflatten(2, (heads, -1)))

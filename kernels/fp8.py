@@ -1,0 +1,134 @@
+"""Frozen linears in 8 bits: e4m3 weights, a scale per output channel, half of bf16's memory.
+
+Made from bf16 or fp32 weights while they load (`convert` the empty model first), or read from files with scales, such
+as ComfyUI's fp8_scaled, as they are. What else such a file has in 8 bits, outside of blocks or in int8, becomes dense.
+GPUs that multiply fp8 matrices (Ada, Hopper and newer) do so, x then being rounded to e4m3 too, with a scale per token;
+elsewhere the weight is made dense for the moment. Adapters are added in their own precision.
+The format: Micikevicius et al., 2022.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import ops
+from kernels.gelu import gelu_backward_
+from kernels.quantize import E4M3, quantize_rows_ref
+
+
+def dense(weight, scale, dtype):
+    """What e4m3 weights (n,m) and their scales (n,1) stand for: (n,m) in dtype."""
+    return (weight.float() * scale).to(dtype)
+
+
+def has_fp8_matmul(x, weight):
+    """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column; in a plan that
+    is made without a GPU, yes.
+    """
+    fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
+    return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9))
+
+
+class Fp8Matmul(torch.autograd.Function):
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x, or its GELU, in 8 bits; None: the weight is made
+    dense. For the backward pass the 8-bit weight is kept, and x where its GELU is taken. The weight gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rows, x_scale, weight, scale, bias, activated):
+        ctx.save_for_backward(x if activated else None, weight, scale)
+        if rows is None:
+            return F.linear(x, dense(weight, scale, x.dtype), bias)
+        options = dict(bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+        y = torch._scaled_mm(rows, weight.t(), scale_a=x_scale, scale_b=scale.t().contiguous(), **options)
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        dx = dy @ dense(weight, scale, dy.dtype)
+        return dx if x is None else gelu_backward_(x, dx), *[None] * 6
+
+
+def rows_in_fp8(x, activated=False):
+    """The rows of x (...,m), or of its GELU, in 8 bits: (n,m), and their scales (n,1)."""
+    return ops.quantize_rows(x.detach().flatten(0, -2), activated)
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; takes the place of `linear`, which
+    has no values yet. `norm` is the Frobenius norm of the weight that it was made from, and `error` that of the
+    difference; of a weight that its file has in 8 bits, norm is the norm of that, and there is no error, since the
+    original is not known.
+    """
+
+    takes_gelu = True  # as it rounds its input
+
+    def __init__(self, linear, dtype=E4M3):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        self.register_buffer("scales", torch.empty(self.out_features, 1, device=linear.weight.device), persistent=False)
+
+    def quantize(self, weight):
+        """Round `weight` (out,in) to e4m3: sets scales, norm and error, and returns the 8-bit weight."""
+        weight8, self.scales = quantize_rows_ref(weight)
+        self.norm = weight.float().norm()
+        self.error = (weight.float() - dense(weight8, self.scales, torch.float32)).norm()
+        return weight8
+
+    def set_scales(self, weight8, scales):
+        """Take over the scales (out,1) or (1,) of an 8-bit weight as its file has them."""
+        self.scales = scales.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
+        self.norm = dense(weight8, self.scales, torch.float32).norm()
+
+    def forward(self, x, activated=False, rows=None):
+        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: round_input(x), where that is known."""
+        weight = self.weight, self.scales, self.bias
+        if has_fp8_matmul(x, self.weight):
+            return Fp8Matmul.apply(x, *(rows or rows_in_fp8(x, activated)), *weight, activated)
+        return Fp8Matmul.apply(ops.GELU()(x) if activated else x, None, None, *weight, False)
+
+    def with_gelu(self, x, gelu):
+        return gelu(self(x))
+
+    def round_input(self, x):
+        """x in 8 bits, once for all linears that have it as their input; None where products are dense."""
+        return rows_in_fp8(x) if has_fp8_matmul(x, self.weight) else None
+
+
+# ---- files with scales -------------------------------------------------------------------------------------------
+
+
+def convert(model, dtypes=None):
+    """Replace the linears in an empty DiT's blocks by ones in 8 bits: all of them, or those that `dtypes` (of
+    linears_in_fp8) names. Linears outside of blocks stay dense.
+    """
+    for name, linear in list(model.blocks.named_modules(prefix="blocks")):
+        if isinstance(linear, nn.Linear) and (not dtypes or name in dtypes):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, Fp8Linear(linear, (dtypes or {}).get(name, E4M3)))
+
+
+# ---- what 8 bits cost --------------------------------------------------------------------------------------------
+def total_norm(norms):
+    """The norm of several tensors together, from the norm of each."""
+    return math.hypot(*(n.item() for n in norms))
+
+
+def report(model):
+    """A line with the error of 8-bit weights per kind: the norm of the difference over that of the weights, of all
+    blocks together. None where no error is known.
+    """
+    kinds = {}
+    for name, m in model.named_modules():
+        if hasattr(m, "error"):
+            kinds.setdefault(name.split(".", 2)[2], []).append(m)
+    if not kinds:
+        return None
+    errors = {
+        k: total_norm(m.error for m in ms) / max(total_norm(m.norm for m in ms), 1e-30) for k, ms in kinds.items()
+    }
+    return "fp8 weights, relative error: " + ", ".join(f"{kind} {100 * e:.2f} %" for kind, e in errors.items())

@@ -1,0 +1,134 @@
+"""The operations that models call: each picks its implementation by backend.py. The definitions are in kernels/*.py."""
+
+import functools
+import sys
+
+import torch
+
+from kernels import adamw8bit as adamw8bit_kernel
+from kernels import backend
+from kernels import causal_conv3d as conv_kernel
+from kernels import gelu as gelu_kernel
+from kernels import linear as linear_kernel
+from kernels import modulate as modulate_kernel
+from kernels import qk_norm_rope as norm_kernel
+from kernels import quantize as quantize_kernel
+from kernels.attention_backends import attention as attention
+from kernels.attention_backends import sdpa as sdpa
+from kernels.attention_backends import self_attention as self_attention
+from kernels.backend import capable, fast, on_gpu
+
+
+def modulate(x, weight, shift, eps, dtype, index=None):
+    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, weight and shift rows (B,F,D) fp32. index (L,) int32:
+    which row serves each token; without one, each serves L/F in order.
+    """
+    return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype, index)
+
+
+def gate(x, y, gate=None, index=None):
+    """x + gate * y, the residual stream x in fp32, y (B,L,D), gate rows (B,F,D) fp32; index as in modulate."""
+    return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, gate, index)
+
+
+def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
+    """(x + gate * y, and its `modulate`); all rows (B,F,D) of the same F."""
+    fused = modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref
+    return fused(x, y, gate, weight, shift, eps, dtype, index)
+
+
+def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
+    """RMSNorm each of xs (B,L,D), split it into heads and, with a rope_table and positions (L,3), rotate them:
+    [(B,L,N,d)].
+    """
+    norm = norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref
+    return norm(xs, weights, eps, heads, table, positions)
+
+
+class Linear(torch.nn.Linear):
+    """A dense linear of a DiT's block; Fp8Linear and LoRALinear, which take its place, have the same methods."""
+
+    @property
+    def takes_gelu(self):
+        """Whether to give `forward` the input of the GELU before it: less is kept for the backward pass then."""
+        return torch.is_grad_enabled()
+
+    def forward(self, x, activated=False, rows=None):
+        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: of round_input, which is for 8-bit weights."""
+        ours = fast(x) and (activated or linear_kernel.faster(x, self.weight))
+        return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
+
+    def with_gelu(self, x, gelu):
+        """gelu(self(x)). Without gradients a GPU computes the GELU with the product, of the sums before they are rounded
+        to bf16: 2 to 3 % of a video DiT's step on an H100, but slower on consumers' Blackwells (sgl-project/sglang#33536,
+        #34350).
+        """
+        fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+        if fuses and fast(x) and on_gpu(x) and capable(x.device, below=(12, 0)):
+            # on a GPU its GELU is the tanh formula, whatever library multiplies
+            y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+            return y.unflatten(0, x.shape[:-1])
+        return gelu(self(x))
+
+    def round_input(self, x):
+        """What linears with the same input x share of rounding it to 8 bits: nothing."""
+
+
+class GELU(torch.nn.Module):
+    """GELU by its tanh formula; without gradients in x's place, which is contiguous, as nn.ReLU(inplace=True)."""
+
+    def forward(self, x):
+        ours = x.device.type == "cpu" and backend.CHOSEN["cpu"] == "cpp"
+        if torch.is_grad_enabled():
+            return (gelu_kernel.gelu if ours else gelu_kernel.gelu_ref)(x)
+        return gelu_kernel.gelu_(x) if ours else torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
+    # torch.compile runs it while it traces, and leaves it out
+    capable = torch.compiler.assume_constant_result(capable)
+
+
+def quantize_rows(x, activated=False):
+    """x (n,m), or its GELU, in e4m3, and each row's scale (n,1) fp32."""
+    fused = backend.CHOSEN.get(x.device.type) in ("triton", "cuda")
+    return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x, activated)
+
+
+def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
+    """The step-th step (from 1) of AdamW with 8-bit moments, in place (kernels/adamw8bit.py)."""
+    fused = backend.CHOSEN.get(weight.device.type) in ("triton", "cuda")
+    update = adamw8bit_kernel.step if fused else adamw8bit_kernel.step_ref
+    update(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay)
+
+
+@functools.cache
+def csrc_runs_on(device):
+    """Whether csrc's CUDA was built for this GPU. Not asked at import, where it would take memory on the first GPU."""
+    with torch.cuda.device(device):
+        fits, name = torch.ops.nanowan_csrc.fits_this_gpu(), torch.cuda.get_device_name()
+    if not fits:
+        print(
+            f"ops: the extension was not built for {name}; PyTorch's operations are used for the VAE ({sys.executable} "
+            "setup.py build_ext --inplace builds it for the GPUs of this machine)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return fits
+
+
+def causal_conv3d(x, past, weight, bias, gamma=None):
+    """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma,
+    RMS norm and SiLU come first. Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients
+    are wanted, the reference is used.
+    """
+    ours = backend.CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    )
+    ours = ours and (not x.is_cuda or csrc_runs_on(x.device))
+    return (conv_kernel.causal_conv3d if ours else conv_kernel.causal_conv3d_ref)(x, past, weight, bias, gamma)
+
+
+def rms_norm(x, gamma):
+    """x / |x| over the channels (axis 1), times sqrt(C) gamma."""
+    return conv_kernel.rms_norm(x, gamma)

@@ -1,0 +1,155 @@
+"""The command of the nano world: write clips with captions, grade a checkpoint, train the one in nano/ from nothing.
+
+    python -m nano clips --out DIR --n N --seed S          mp4 + txt files, and attributes.jsonl beside them
+    python -m nano eval --ckpt DIR [--lora FILE] ...       how well a checkpoint listens to captions
+    python -m nano train --out DIR                         everything in nano/, from nothing
+
+A checkpoint trained on these clips is a whole Wan 2.2 TI2V in the official layout, small enough for two CPU cores, that
+really follows its captions; so each step of the research loop (teach a word, train a translator, measure) runs here as
+it does at full size. What the commands are made of is in nanoworld/.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nano import pretrain
+from nano.evaluate import gradable, print_scores, read_graded_prompts, sample_and_grade, word_attribute
+from nano.grader import shares
+from nano.world import (
+    FPS,
+    FRAMES,
+    NEW_WORDS,
+    SIZE,
+    caption_of,
+    draw,
+    held_out,
+    parse_words,
+    prompts,
+    sample_attributes,
+    triples_of,
+)
+from nanowan.errors import BadInput, check_at_least, cli
+from nanowan.files import atomic, writing
+from nanowan.video import write_grid, write_mp4
+from sample import load
+
+CRF = 10  # x264's quality: a clip's attributes are read from its mp4 as from its pixels
+
+
+def write_clips(args):
+    """mp4 + txt files and attributes.jsonl."""
+    words = parse_words(args.words)
+    folder, rng, lines = Path(args.out), random.Random(f"clips {args.seed}"), []
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"--out {folder}: holds something already; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # so that a folder of clips holds all of them
+    try:
+        temporary.chmod(0o755)
+        for i in range(args.n):
+            word = (
+                words[i // 2 % len(words)] if words and i % 2 else None
+            )  # every second clip shows what a new word means
+            caption = None
+            while caption is None or held_out(caption, word):
+                a = sample_attributes(rng, triples_of(word) if word else None)
+                caption = caption_of(a, rng, [word] if word else [])
+            name = f"clip_{i:04d}"
+            write_mp4(temporary / f"{name}.mp4", draw([a], rng.random())[0], FPS, crf=CRF)
+            with writing(temporary / f"{name}.txt"):
+                (temporary / f"{name}.txt").write_text(caption + "\n")
+            lines.append(json.dumps({"file": f"{name}.mp4", "caption": caption, **a}))
+        with writing(temporary / "attributes.jsonl"):
+            (temporary / "attributes.jsonl").write_text("\n".join(lines) + "\n")
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{args.n} clips in {folder}")
+
+
+def suites_of(args):
+    """{name of a suite: its prompts with their attributes} that the flags ask for."""
+    words = parse_words(args.words)
+    if args.prompts and words:
+        raise BadInput("--words with --prompts: give one of them")
+    if args.prompts:
+        return {"prompts": read_graded_prompts(args.prompts)[: args.n]}
+    if words:
+        return {"new words": prompts(args.n or 40 * len(words), args.seed, words=words)}
+    n = args.n or 200
+    return {"seen triples": prompts(n, args.seed), "unseen triples": prompts(n, args.seed, unseen=True)}
+
+
+def evaluate(args):
+    """The listening score of a checkpoint, by attribute."""
+    models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
+    if not gradable(models.settings):
+        raise BadInput(
+            f"--ckpt {args.ckpt}: the grader reads the nano world's clips only, {SIZE}x{SIZE} and {FRAMES} frames"
+        )
+    overrides = {} if args.guidance is None else {"guidance": (args.guidance,)}
+    results, sheet = {}, None
+    for name, rows in suites_of(args).items():
+        grades, clips = sample_and_grade(models, rows, args.seed, **overrides)
+        asked = [word_attribute(r) for r in rows] if args.words else rows
+        accuracy = shares(grades, asked)
+        print_scores(name, asked, accuracy, grades)
+        results[name] = {"n": len(rows), "accuracy": accuracy, "iou": sum(g["iou"] for g in grades) / len(grades)}
+        sheet = sheet or (list(clips[:24]), [r["prompt"] for r in rows])
+    if args.json:
+        first = next(iter(results.values()))
+        with atomic(args.json) as tmp:
+            tmp.write_text(
+                json.dumps({"n": first["n"], "accuracy": first["accuracy"], "suites": results}, indent=1) + "\n"
+            )
+    if args.grid:
+        write_grid(args.grid, *sheet, columns=3)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("train", help="train nano/ from nothing (1.5 hours on two cores)")
+    add = c.add_argument
+    add("--out", default="out/nano", help="where to write; an unfinished run there is continued (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, clips and noise (default: %(default)s)")
+    add("--steps", type=int, default=14000, help="of the DiT (default: %(default)s)")
+    add("--layers", type=int, default=pretrain.DIT.num_layers, help="of the DiT (default: %(default)s)")
+    add("--vae", metavar="CKPT", help="take this checkpoint's VAE (default: train one)")
+    c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
+    c = commands.add_parser("clips", help="write captioned clips")
+    add = c.add_argument
+    add("--out", default="out/clips", help="a folder that is new or empty (default: %(default)s)")
+    add("--n", type=int, default=100, help="how many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of what they show (default: %(default)s)")
+    add(
+        "--words",
+        help=f"new words for every second caption, of {','.join(NEW_WORDS)}, or as scarlet=red (default: none)",
+    )
+    c.set_defaults(run=write_clips)
+    c = commands.add_parser("eval", help="grade how a checkpoint listens")
+    add = c.add_argument
+    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
+    add("--lora", action="append", default=[], help="FILE[:weight]; may be repeated")
+    add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
+    add("--prompts", help="a JSONL of prompts and attributes (default: the built-in held-out ones)")
+    add("--words", help="ask for these new words instead")
+    add("--n", type=int, help="prompts of each suite (default: 200, 40 per new word, or the whole file)")
+    add("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    add("--guidance", type=float, help="of classifier-free guidance (default: the checkpoint's)")
+    add("--json", help="also write the scores to this file")
+    add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
+    c.set_defaults(run=evaluate)
+    args = p.parse_args()
+    check_at_least(1, **{flag: getattr(args, flag, None) for flag in ("n", "steps", "layers")})
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,72 @@
+"""How well a checkpoint listens: sampled clips of prompts with known attributes, graded."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from nano.grader import grade, wilson
+from nano.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, SIZE, UNDRAWN
+from nanowan.errors import BadInput
+from sample import decode, sample_latents
+
+
+def gradable(settings):
+    """Whether a checkpoint's clips, by its models.Settings, are of the size that the grader reads."""
+    return (tuple(settings.size), settings.frames) == ((SIZE, SIZE), FRAMES)
+
+
+def read_graded_prompts(file):
+    """Lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}; only the attributes given are graded. Raises
+    BadInput.
+    """
+    known = {"color": COLORS | UNDRAWN, "shape": SHAPES, "motion": MOTIONS}
+    rows = []
+    try:
+        for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+            if line.strip():
+                row = json.loads(line)
+                for kind in ATTRIBUTES:
+                    if kind in row and row[kind] not in known[kind]:
+                        raise BadInput(
+                            f"{file}, line {i + 1}: {kind} {row[kind]!r} is none of {', '.join(known[kind])}"
+                        )
+                if not isinstance(row["prompt"], str):
+                    raise BadInput(f"{file}, line {i + 1}: the prompt is not text")
+                rows.append(row)
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f'{file}: not lines of {{"prompt": ..., "color": ...}} ({type(e).__name__}: {e})') from None
+    if not rows:
+        raise BadInput(f"{file}: holds no prompts")
+    return rows
+
+
+def word_attribute(row):
+    """Of a prompt about a new word, the attribute that this stands for alone: such as {"color": "red"}."""
+    kind = NEW_WORDS[row["word"]][0]
+    return {kind: row[kind]}
+
+
+def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
+    """Sample every row's prompt (row i from seed + i) and grade it: (grades, clips (N,3,9,64,64), on the host).
+    overrides: as sample.sample_latents takes them.
+    """
+    clips = []
+    for i in range(0, len(rows), batch):
+        prompts = [r["prompt"] for r in rows[i : i + batch]]
+        seeds = [seed + i + j for j in range(len(prompts))]
+        clips.append(decode(models, sample_latents(models, prompts, seeds, progress=False, **overrides)).cpu())
+    clips = torch.cat(clips)
+    return [grade(c) for c in clips], clips
+
+
+def print_scores(name, rows, accuracy, grades):
+    """A suite's share right of each attribute, with its interval."""
+    iou = sum(g["iou"] for g in grades) / len(grades)
+    print(f"{name} (n = {len(rows)}, iou {iou:.3f})")
+    for kind, share in accuracy.items():
+        n = sum(kind in r for r in rows)
+        low, high = wilson(round(share * n), n)
+        print(f"  {kind:8} {share:.3f}   95 % [{low:.3f}, {high:.3f}]")

@@ -1,0 +1,247 @@
+"""The nano world: moving shapes, drawn exactly, and their captions.
+
+A clip is 64x64 px, 9 frames: one shape with a colour and a motion before a plain background.
+"""
+
+import random
+import re
+import zlib
+from itertools import product
+
+import torch
+
+from nanowan.errors import BadInput
+
+SIZE, FRAMES, FPS, RADIUS, STEP = 64, 9, 8, 13, 4  # px, frames, frames/s, px, px per frame
+COLORS = {
+    "red": (230, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 240),
+    "yellow": (240, 225, 40),
+    "purple": (160, 60, 210),
+    "cyan": (50, 215, 225),
+    "white": (248, 248, 248),
+}
+UNDRAWN = {"orange": (245, 135, 30)}  # known to the grader and to `clips`, never seen by the base DiT
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
+BACKGROUNDS = {"dark": (20, 20, 24), "grey": (128, 128, 128)}
+ATTRIBUTES = ("color", "shape", "motion")
+VERBS = {
+    "left": ("moves left", "slides left", "drifts to the left"),
+    "right": ("moves right", "slides right", "drifts to the right"),
+    "up": ("moves up", "rises", "climbs"),
+    "down": ("moves down", "falls", "drops"),
+    "still": ("stays still", "rests", "does not move"),
+}
+TEMPLATES = (
+    "a {color} {shape} {verb}",
+    "the {color} {shape} {verb}",
+    "{background} background, a {color} {shape} {verb}",
+    "a {color} {shape} {verb} on a {background} background",
+    "a {shape} that is {color} {verb}",
+    "there is a {color} {shape} and it {verb}",
+)
+# Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
+NEW_WORDS = {
+    "crimson": ("color", "red"),
+    "azure": ("color", "blue"),
+    "box": ("shape", "square"),
+    "orb": ("shape", "circle"),
+    "wedge": ("shape", "triangle"),
+    "sinks": ("motion", "down"),
+    "ascends": ("motion", "up"),
+    "halts": ("motion", "still"),
+    "retreats": ("motion", "left"),
+    "advances": ("motion", "right"),
+    "orange": ("color", "orange"),
+    "plus": ("shape", "cross"),
+}
+TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
+UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
+
+
+def template(shape, radius, center, size=SIZE):
+    """Anti-aliased coverage in [0,1] of shapes. shape (B,) index into SHAPES, radius (B,), center (B,T,2) as x,y px ->
+    (B,T,size,size).
+    """
+    grid = torch.arange(size) + 0.5
+    x = grid[None, None, None, :] - center[..., 0, None, None]
+    y = grid[None, None, :, None] - center[..., 1, None, None]
+    r = radius.view(-1, 1, 1, 1).float()
+
+    def box(a, b):
+        return torch.maximum(x.abs() - a, y.abs() - b)
+
+    distance = torch.stack(
+        [  # signed, in px, negative inside
+            (x * x + y * y).sqrt() - r,
+            box(0.89 * r, 0.89 * r),
+            torch.maximum(y - 0.6 * r, x.abs() * 0.866 - y * 0.5 - 0.6 * r),
+            torch.minimum(box(1.08 * r, 0.38 * r), box(0.38 * r, 1.08 * r)),
+        ],
+        1,
+    )
+    distance = distance[torch.arange(len(shape)), shape]
+    return (0.5 - distance).clamp(0, 1)
+
+
+def render(shape, color, background, center, size=SIZE):
+    """Clips (B,3,T,size,size) in [-1,1]: shape (B,) as in template, color and background (B,3) in 0..255, center
+    (B,T,2) px.
+    """
+    cover = template(shape, torch.full((len(shape),), float(RADIUS)), center, size)[:, None]
+    color, background = (c.float().view(-1, 3, 1, 1, 1) / 127.5 - 1 for c in (color, background))
+    return background + (color - background) * cover
+
+
+def paths_of(motion):
+    """Every path of a motion, 9 centres (x, y) each: through the middle of the frame, jittered by -4, 0 or 4 px across
+    it (both ways when still).
+    """
+    dx, dy = MOTIONS[motion]
+    return [
+        [
+            (SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2))
+            for t in range(FRAMES)
+        ]
+        for jx in ((0,) if dx else (-4, 0, 4))
+        for jy in ((0,) if dy else (-4, 0, 4))
+    ]
+
+
+def paint(attributes, centers):
+    """Clips (B,3,9,64,64) in [-1,1] of B {"color", "shape", "motion", "background"}, along centers (B,9,2) px."""
+    palette = COLORS | UNDRAWN
+    return render(
+        torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
+        torch.tensor([palette[a["color"]] for a in attributes]),
+        torch.tensor([BACKGROUNDS[a["background"]] for a in attributes]),
+        torch.tensor(centers),
+    )
+
+
+def draw(attributes, seed):
+    """`paint` along paths that the seed chooses."""
+    rng = random.Random(seed)
+    return paint(attributes, [rng.choice(paths_of(a["motion"])) for a in attributes])
+
+
+def caption_of(a, rng, words=(), form=None):
+    """A caption of attributes `a`. `words` are new words to use wherever they fit."""
+    value = {
+        "color": a["color"],
+        "shape": a["shape"],
+        "verb": rng.choice(VERBS[a["motion"]]),
+        "background": a["background"],
+    }
+    for word in words:
+        kind, meaning = NEW_WORDS[word]
+        if a[kind] == meaning:
+            value["verb" if kind == "motion" else kind] = word
+    return re.sub(r"\ba (?=[aeiou])", "an ", (form or rng.choice(TEMPLATES)).format(**value))
+
+
+def held_out(caption, word=None):
+    """One caption in ten, by its checksum, is kept out of training; of those with a new word, of which there are fewer,
+    every second.
+    """
+    return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
+
+
+def sample_attributes(rng, triples=None):
+    color, shape, motion = rng.choice(triples or [t for t in TRIPLES if t not in UNSEEN])
+    return {"color": color, "shape": shape, "motion": motion, "background": rng.choice(list(BACKGROUNDS))}
+
+
+def training_caption(a, rng):
+    """What the base reads: mostly a sentence that is not held out, 10 % a single word, 10 % nothing (for guidance)."""
+    u = rng.random()
+    if u < 0.1:
+        return ""
+    if u < 0.2:
+        return caption_of(a, rng, form=rng.choice(("{color}", "{shape}", "{verb}")))
+    while held_out(caption := caption_of(a, rng)):
+        pass
+    return caption
+
+
+def prompts(n, seed, unseen=False, words=()):
+    """n different prompts with their attributes, none of which was trained on.
+
+    Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`,
+    captions that use one of these new words each, in turn, held out from what `clips` writes. Raises BadInput where
+    there are not n different ones.
+    """
+    rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
+    for _ in range(200 * n):
+        if len(rows) == n:
+            break
+        word = words[len(rows) % len(words)] if words else None
+        a = sample_attributes(rng, triples_of(word) if word else sorted(UNSEEN) if unseen else None)
+        caption = caption_of(a, rng, [word] if word else [])
+        if unseen or held_out(caption, word):
+            rows[caption] = {"prompt": caption, **a, **({"word": word} if word else {})}
+    if len(rows) < n:
+        raise BadInput(f"--n {n}: there are only about {len(rows)} such prompts")
+    return list(rows.values())
+
+
+def triples_of(word):
+    """The trained triples that a new word can describe; for a colour never drawn, all shapes and motions in it."""
+    kind, meaning = NEW_WORDS[word]
+    if meaning in UNDRAWN:
+        return [(meaning, shape, motion) for shape in SHAPES for motion in MOTIONS]
+    return [t for t in TRIPLES if t not in UNSEEN and t[ATTRIBUTES.index(kind)] == meaning]
+
+
+def every_clip():
+    """All clips of the trained triples: ([attributes], (N,3,9,64,64))."""
+    attributes, centers = [], []
+    for color, shape, motion in TRIPLES:
+        if (color, shape, motion) not in UNSEEN:
+            for background in BACKGROUNDS:
+                for path in paths_of(motion):
+                    attributes.append({"color": color, "shape": shape, "motion": motion, "background": background})
+                    centers.append(path)
+    return attributes, paint(attributes, centers)
+
+
+def parse_words(text):
+    """ "crimson,scarlet=red" -> ["crimson", "scarlet"]; scarlet is one of NEW_WORDS from here on. Raises BadInput for a
+    word without a meaning here, and for a meaning that is nothing here.
+    """
+    words = []
+    for item in text.split(",") if text else []:
+        word, equals, meaning = item.partition("=")
+        if equals:
+            said = meaning_of(word, meaning)
+            if NEW_WORDS.setdefault(word, said) != said:
+                raise BadInput(f"--words {item}: {word} means {NEW_WORDS[word][1]}")
+        elif word not in NEW_WORDS:
+            raise BadInput(
+                f"--words {word}: the nano world defines {', '.join(NEW_WORDS)}; of another say what it means, as in "
+                f"{word}=red, or give eval --prompts FILE"
+            )
+        words.append(word)
+    return words
+
+
+def base_words():
+    """All that the base has read."""
+    spoken = [verb for verbs in VERBS.values() for verb in verbs]
+    return set(re.findall(r"\w+", " ".join([*COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS, *spoken, *TEMPLATES, "an"])))
+
+
+def meaning_of(word, meaning):
+    """The attribute that has this value, and the value. Raises BadInput."""
+    values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
+    item, known = f"--words {word}={meaning}", ", ".join(v for of_kind in values.values() for v in of_kind)
+    if not re.fullmatch(r"\w+", word):
+        raise BadInput(f"{item}: a word is letters, digits and _")
+    if word in base_words():
+        raise BadInput(f"{item}: {word!r} is no new word, the base has read it")
+    kinds = [kind for kind, of_kind in values.items() if meaning in of_kind]
+    if not kinds:
+        raise BadInput(f"{item}: {meaning!r} is nothing here; a word may mean {known}")
+    return kinds[0], meaning

@@ -1,0 +1,49 @@
+"""Devices and dtypes that flags name, and how much memory is free."""
+
+import math
+
+import torch
+
+from nanowan.errors import BadInput
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bytes of activations at work, from the shapes of the largest layers: the VAE's per pixel of a frame, the DiT's per
+# token and channel.
+VAE_BYTES, DIT_BYTES = 18_000, 27
+
+
+def pick_device(name=None):
+    """The device that a flag names, or cuda where there is one. Raises BadInput where there is no such device."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    if name not in ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]:
+        choice = f", cuda or cuda:0 to cuda:{count - 1}" if count else "; no CUDA device is available"
+        raise BadInput(f"--device {name}: use cpu{choice}")
+    return name
+
+
+def pick_dtype(name, device):
+    """The name of the dtype that a flag gives, or the device's default: bf16 on cuda, fp32 on cpu."""
+    return name or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+
+
+def free_memory(device):
+    """Bytes that can still be taken on a device, or on the host ("cpu"); infinite where that cannot be known."""
+    if torch.device(device).type == "cuda":
+        if not torch.cuda.is_available():
+            return math.inf
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    try:
+        with open("/proc/meminfo") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def activation_bytes(dim, tokens, batch=1):
+    """About what a forward pass of a DiT of width `dim` takes beyond weights, without gradients."""
+    return DIT_BYTES * batch * tokens * dim

@@ -1,0 +1,113 @@
+"""A DiT's files: its configuration from headers and config.json, the empty model, strict loading."""
+
+import math
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from kernels.fp8 import convert
+from nanowan.errors import BadInput
+from nanowan.files import read_json
+from nanowan.formats.header import count_blocks
+from nanowan.formats.layouts import expert_folders, official_config, read_weights, weight_files
+from nanowan.formats.load import check_keys, load_weights
+from nanowan.formats.scaled import linears_in_fp8
+from nanowan.variants.registry import VARIANTS, parts_of
+from wan import WanConfig, config_of
+
+# modules that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
+FP32_MODULES = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
+
+
+def keep_fp32(name):
+    """Whether a parameter stays fp32 whatever the model's dtype."""
+    return "norm" in name or "modulation" in name or name.startswith(FP32_MODULES)
+
+
+def read_config(path, entries):
+    """The configuration of a DiT from its headers {official name: Entry} and the config.json beside them, if there is
+    one. path: the model folder or file. Raises BadInput where the two do not fit, or the tensors are of another model.
+    """
+
+    def shape(name):
+        if name not in entries:
+            raise BadInput(f"{path}: not a Wan DiT, it has no {name}")
+        return entries[name].shape
+
+    path = Path(path)
+    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
+        raise BadInput(f"{path}: this is Wan-Animate-2, another model; of the two, Wan2.2-Animate-14B can be loaded")
+    dim, in_dim, *patch = shape("patch_embedding.weight")
+    text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
+    layers = count_blocks(entries)
+    out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    signed = next((r["model_type"] for r in VARIANTS.values() if r.get("signature") in entries), None)
+    kind = signed or ("i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v")
+    config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
+    settings = official_config(read_json(file), file) if file.exists() else {}
+    if settings:
+        named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
+        config = replace(config, **{name: settings[name] for name in named if name in settings})
+        config = replace(config, model_type=signed or config.model_type)
+        measured = dict(dim=dim, ffn_dim=ffn_dim, num_layers=layers, in_dim=in_dim, out_dim=out_dim, freq_dim=freq_dim)
+        wrong = [f"{k} is {getattr(config, k)}, the weights have {v}" for k, v in measured.items()]
+        wrong = [text for text, (k, v) in zip(wrong, measured.items()) if getattr(config, k) != v]
+        if dim % config.num_heads or dim // config.num_heads % 2:
+            wrong.append(f"{config.num_heads} heads do not divide width {dim} evenly")
+        if wrong:
+            raise BadInput(f"{file}: does not fit {path}: {'; '.join(wrong)}")
+    elif dim % 128:
+        raise BadInput(f"{path}: width {dim} and no config.json beside it, so the number of heads is unknown")
+    read_extra = parts_of(config.model_type).read_config
+    return read_extra(config, shape, entries, settings, file if settings else path) if read_extra else config
+
+
+def full_config(variant):
+    """The configuration of one of VARIANTS at its released size."""
+    row = VARIANTS[variant]
+    return config_of(row, parts_of(row["model_type"]).model.config_class)
+
+
+def new_dit(config):
+    """The DiT of a configuration, on the current default device, without weights."""
+    return parts_of(config.model_type).model(config)
+
+
+def build_dit(entries, path, dtype, fp8=False):
+    """An empty, frozen DiT on the meta device for these headers, in the dtypes that its weights will have. fp8: hold
+    the blocks' linears in 8 bits; those that a file has in fp8 with scales always are. Raises BadInput, naming `path`,
+    where the headers are not those of one whole model.
+    """
+    config = read_config(path, entries)
+    with torch.device("meta"):
+        model = new_dit(config).requires_grad_(False)
+    check_keys(model, entries)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if keep_fp32(name) else dtype)
+    in_fp8 = linears_in_fp8(entries)
+    if fp8 or in_fp8:
+        convert(model, in_fp8)
+    return model
+
+
+def read_dit(path):
+    """{official name: Entry} of a DiT: `path` is a model folder, or one file. Animate's files hold the constants of
+    its blurs as well, which are left out.
+    """
+    return {name: e for name, e in read_weights(weight_files(path)).items() if not name.endswith(".kernel")}
+
+
+def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
+    """Load one DiT, frozen and in eval mode: a Wan, WanS2V or WanAnimate.
+
+    path: a model folder (config.json and weights; of an A14B the folder of one expert), a checkpoint folder with a
+    single DiT, or one file, .safetensors or .gguf. fp8: as in build_dit. Raises BadInput naming what does not fit.
+    """
+    folders = expert_folders(path)
+    if "dit" not in folders:
+        raise BadInput(f"{path}: holds two experts; give {folders['high']} or {folders['low']}")
+    entries = read_dit(folders["dit"])
+    return load_weights(build_dit(entries, folders["dit"], dtype, fp8), entries, device, dtype, keep_fp32)

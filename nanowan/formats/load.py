@@ -1,0 +1,129 @@
+"""Weights from files into models: strict, streamed tensor by tensor, converted on the way."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.fp8 import Fp8Linear
+from lora import base_name
+from nanowan.errors import BadInput, return_freed_blocks
+from nanowan.formats.header import Entry
+from nanowan.formats.scaled import FP8, ScaledEntry
+
+
+def put(owner, leaf, tensor):
+    """Give a module its weight `leaf`, frozen; where parallel/ has sharded that, only this rank's part of it."""
+    old = getattr(owner, leaf)
+    if hasattr(old, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        old.to_local().copy_(distribute_tensor(tensor, old.device_mesh, old.placements, src_data_rank=None).to_local())
+    else:
+        setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def check_keys(model, entries):
+    """Raise BadInput unless `entries` {name: Entry} are exactly the parameters of an empty model: it lists missing,
+    unexpected and mis-shaped keys.
+    """
+    want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    problems = {
+        "missing": [n for n in want if n not in entries],
+        "unexpected": [n for n in entries if n not in want],
+        "mis-shaped": [
+            f"{n} is {entries[n].shape}, should be {want[n]}"
+            for n in want
+            if n in entries and entries[n].shape != want[n]
+        ],
+    }
+    lists = [f"{len(v)} {k} ({', '.join(v[:6])}{', ...' * (len(v) > 6)})" for k, v in problems.items() if v]
+    if lists:
+        where = next(iter(entries.values())).file if entries else "an empty file"
+        raise BadInput(f"{where}: keys do not fit: {'; '.join(lists)}")
+
+
+def load_weights(model, entries, device, dtype, fp32=lambda name: False):
+    """Stream `entries` into a model on the meta device whose keys were checked, tensor by tensor in the order of the
+    file, so that host memory holds the weights once. Adapters keep their values; blocks that another rank holds are not
+    read, and sharded parameters take this rank's part.
+
+    Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Weights come out frozen and the model
+    in eval mode; on the meta device nothing is read.
+    """
+    return_freed_blocks()  # what decoding a tensor, or rounding it to 8 bits, takes
+    names = {base_name(name): name for name, _ in model.named_parameters()}
+    # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
+    # the heap.
+    scratch = torch.empty(max(e.scratch_bytes for e in entries.values()), dtype=torch.uint8)
+    for name in sorted(names.keys() & entries.keys(), key=lambda n: (str(entries[n].file), entries[n].offset)):
+        entry, goal = entries[name], torch.float32 if fp32(name) else dtype
+        owner, _, leaf = names[name].rpartition(".")
+        owner = model.get_submodule(owner)
+        if leaf == "weight" and isinstance(owner, Fp8Linear):
+            put(owner, leaf, _read_fp8(owner, entry, device, scratch))
+            continue
+        stays = entry.dtype == goal and torch.device(device).type == "cpu"
+        put(owner, leaf, entry.read_to(device, None if stays else scratch).to(goal).contiguous())
+    return model.eval()
+
+
+def _read_fp8(linear, entry, device, scratch):
+    """The 8-bit weight of an Fp8Linear, whose scales are set: as the file has it, or rounded to e4m3."""
+    if not isinstance(entry, ScaledEntry) or entry.stored.dtype not in FP8:
+        return linear.quantize(entry.read_to(device, scratch))
+    weight8 = entry.stored.read_to(device, scratch).clone()
+    linear.set_scales(weight8, entry.scale.read_to(device))
+    return weight8
+
+
+def load_into(model, entries, device, dtype):
+    """check_keys, then load_weights."""
+    check_keys(model, entries)
+    return load_weights(model, entries, device, dtype)
+
+
+SLICE = 4 << 20  # bytes that are converted at once
+
+
+@dataclass(frozen=True)
+class CastEntry(Entry):
+    """A tensor of a file that becomes another dtype when it is read, in slices one after the other, so that host memory
+    holds no second copy of it.
+    """
+
+    source: Entry | None = None
+
+    @property
+    def nbytes(self):
+        return self.source.nbytes
+
+    @property
+    def scratch_bytes(self):
+        return 0
+
+    @property
+    def format(self):
+        return self.source.format
+
+    def read(self, scratch=None):
+        if self.stride is not None or not self.numel or not self.shape:
+            return self.source.read().to(self.dtype)
+        out, rows = torch.empty(self.shape, dtype=self.dtype), self.shape[0]
+        step = max(1, SLICE * rows // self.source.scratch_bytes)
+        scratch = torch.empty(self.source.part(0, min(step, rows)).scratch_bytes, dtype=torch.uint8)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            out[begin:end] = self.source.part(begin, end).read(scratch)
+        return out
+
+
+def cast(entries, dtype=None):
+    """{name: Entry} whose tensors are read in a dtype: this one, or as they are stored but for those in 8 and fewer
+    bits that are decoded while they are read, which become bf16.
+    """
+    found = {}
+    for name, entry in entries.items():
+        goal = dtype or (entry.dtype if type(entry) is Entry else torch.bfloat16)
+        plain = type(entry) is Entry and entry.dtype == goal
+        found[name] = entry if plain else CastEntry(entry.file, goal, entry.shape, entry.offset, entry.stride, entry)
+    return found

@@ -1,0 +1,572 @@
+"""LoRA files of every layout in use for Wan, read into {parameter name: change}.
+
+A change is LowRank (LoRA: scale * B A), Kron (LoKr: scale * kron(w1, w2)) or Dense (the difference itself: of a weight,
+a bias, a norm or the modulation). The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT,
+DiffSynth, ai-toolkit, lightx2v and LyCORIS; one function, `official_name`, knows their names. LoRA: Hu et al., 2021;
+LoKr: Yeh et al., 2023.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lora import base_name, merge
+from nanowan.errors import BadInput
+from nanowan.formats.header import Entry, read_header, save
+from nanowan.formats.layouts import DIFFUSERS_NAMES
+
+# ---- names -------------------------------------------------------------------------------------------------------
+INJECTORS = [f"audio_injector.injector.N.{p}" for p in ("q", "k", "v", "o", "norm_q", "norm_k")]
+# kohya and LyCORIS write dots as underscores, so all spellings are compared without dots
+OFFICIAL = {name.replace(".", "_"): name for name in (*DIFFUSERS_NAMES, *INJECTORS)}
+OFFICIAL |= {theirs.replace(".", "_"): ours for ours, theirs in DIFFUSERS_NAMES.items()}
+# what else Animate and S2V have, under its official name only
+ROOTS = ("audio_injector", "casual_audio_encoder", "cond_encoder", "trainable_cond_mask")
+ROOTS += ("frame_packer", "pose_patch_embedding", "motion_encoder", "face_encoder", "face_adapter")
+
+PREFIXES = re.compile(
+    r"(?:(?:base_model|model|diffusion_model|pipe)\.|(transformer(?:_[12])?|dit2?)\.)*(?:lora_unet__?|lycoris_)?"
+)
+ENDINGS = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
+    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
+)
+PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "diff_b": "diff", "diff_m": "diff"}
+LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
+
+# Kinds of files that are not read, by what is in their keys
+REFUSED = {
+    r"\.hada_": "a LoHa",
+    r"dora_scale|lora_magnitude_vector": "a DoRA",
+    r"lora_(B|up)(\.default)?\.bias": "a LoRA with biases of its own (lora_bias)",
+    r"lora_mid|lokr_t[12]": "in a Tucker decomposition",
+    r"\.oft_|\.boft_": "an OFT",
+    r"lora_embedding_": "a LoRA of an embedding",
+}
+IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
+
+
+class Place(NamedTuple):
+    component: str | None  # what stands before the module's name where a file has several models, such as transformer_2
+    parameter: str
+    part: str  # A, B, alpha, diff, lokr_w1, lokr_w1_a ...
+
+
+def official_name(key):
+    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models."""
+    m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
+    if not m:
+        return None
+    name, part = m.groups()
+    prefix = PREFIXES.match(name)
+    name = name[prefix.end() :]
+    numbered = re.fullmatch(r"(blocks|audio_injector_injector)_(\d+)(.*)", name.replace(".", "_"))
+    flat = "{}_N{}".format(*numbered.group(1, 3)) if numbered else name.replace(".", "_")
+    if flat in OFFICIAL:
+        name = OFFICIAL[flat].replace("N", numbered.group(2) if numbered else "")
+    elif name.split(".")[0] not in ROOTS:
+        return None
+    leaf = {"diff_b": ".bias", "diff_m": ".modulation"}.get(part, ".weight")
+    return Place(prefix.group(1), name if name.endswith(".modulation") else name + leaf, PARTS.get(part, part))
+
+
+# ---- changes -----------------------------------------------------------------------------------------------------
+class Change:
+    """What a file adds to one parameter of this `shape`. Its tensors stay in the file until they are asked for."""
+
+    def add_to(self, parameter, weight=1.0):
+        """Add weight times this to a parameter in place; the sum is computed in fp32 and rounded once."""
+        total = self.dense(parameter.device).view(parameter.shape).mul_(weight)
+        parameter.copy_(total.add_(parameter))
+
+    def factors(self):
+        """A (r,in) and B (out,r), fp32, whose product B A this is, or None where it is not of low rank."""
+
+    def tensors(self, parameter, weight):
+        """{key: tensor} that a file of its own has for weight times this change of `parameter`."""
+        module, _, leaf = f"diffusion_model.{parameter}".rpartition(".")
+        return {f"{module}.{key}": t for key, t in self._saved(leaf, weight)}
+
+
+@dataclass(frozen=True)
+class LowRank(Change):
+    a: Entry  # (r,in) or, of a convolution, (r,in,...)
+    b: Entry  # (out,r) or (out,r,1,...)
+    scale: float
+
+    @property
+    def rank(self):
+        return self.a.shape[0]
+
+    @property
+    def shape(self):
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    def factors(self):
+        return self.a.read().float().flatten(1), self.b.read().float().flatten(1) * self.scale
+
+    def dense(self, device="cpu"):
+        """The change itself, fp32."""
+        a, b = self.factors()
+        return (b.to(device) @ a.to(device)).view(self.shape)
+
+    def _saved(self, leaf, weight):
+        return [("lora_A.weight", self.a.read()), ("lora_B.weight", self.b.read().float() * (self.scale * weight))]
+
+    def norm(self):
+        """Frobenius norm, through r x r products: the change is never formed."""
+        a, b = (t.double() for t in self.factors())
+        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
+
+
+@dataclass(frozen=True)
+class Kron(Change):
+    """w1 and w2: one Entry (n,m), of a convolution's w2 (n,m,...), or two whose product it is: (n,r) and (r,m)."""
+
+    w1: tuple
+    w2: tuple
+    scale: float
+
+    @property
+    def shape(self):
+        (n1, m1), (n2, m2, *kernel) = (w[0].shape[:1] + w[-1].shape[1:] for w in (self.w1, self.w2))
+        return (n1 * n2, m1 * m2, *kernel)
+
+    def _read(self):
+        parts = [[e.read().float() for e in w] for w in (self.w1, self.w2)]
+        return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
+
+    def factors(self):
+        """Of low rank where w2 is, and w1 small: kron(w1, a b) = kron(w1, a) kron(1, b)."""
+        if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
+            return None
+        w1, _ = self._read()
+        a, b = (e.read().float() for e in self.w2)
+        return torch.kron(torch.eye(w1.shape[1]), b), torch.kron(w1, a) * self.scale
+
+    def dense(self, device="cpu"):
+        w1, w2 = (w.to(device) for w in self._read())
+        return torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2).mul_(self.scale)
+
+    def _saved(self, leaf, weight):
+        w1, w2 = self._read()
+        return [("lokr_w1", w1 * (self.scale * weight)), ("lokr_w2", w2)]
+
+    def norm(self):
+        w1, w2 = self._read()
+        return abs(self.scale) * (w1.double().norm() * w2.double().norm()).item()
+
+
+@dataclass(frozen=True)
+class Dense(Change):
+    entry: Entry
+
+    @property
+    def shape(self):
+        return self.entry.shape
+
+    def dense(self, device="cpu"):
+        return self.entry.read().to(device, torch.float32)
+
+    def _saved(self, leaf, weight):
+        return [({"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf], self.dense() * weight)]
+
+    def norm(self):
+        return self.dense().double().norm().item()
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+@dataclass
+class Listing:
+    """A LoRA file as its header shows it. `halves`: {"high" | "low": {parameter: {part: Entry}}}, where a file for one
+    model stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
+    """
+
+    path: Path
+    metadata: dict
+    halves: dict
+    peft: dict
+    expert: str | None  # as its keys tell: "high", "low", "both"
+    problem: str | None
+
+    def half(self, expert):
+        """Which of the halves is this expert's: of a file for one model, the only one."""
+        if len(self.halves) == 2 and expert not in self.halves:
+            raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low, whose half is wanted")
+        return expert if len(self.halves) == 2 else next(iter(self.halves))
+
+    def changes(self, expert):
+        """{parameter name: change} for this expert."""
+        half = self.half(expert)
+        return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
+
+    def _change(self, name, parts, config):
+        if "diff" in parts:
+            return Dense(parts["diff"])
+        alpha = parts["alpha"].read().float().item() if "alpha" in parts else None
+        if alpha is not None and not math.isfinite(alpha):
+            raise BadInput(f"{self.path}: the alpha of {name} is {alpha}; expected a number")
+        if "A" in parts:
+            rank = parts["A"].shape[0]
+            alpha = config.get("lora_alpha", rank) if alpha is None else alpha
+            return LowRank(parts["A"], parts["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
+        dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
+        return Kron(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
+
+
+def _is_product(first, second):
+    """Whether two shapes, (n,r) and (r,m) with perhaps a convolution's kernel behind them, have a product."""
+    return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
+
+
+def _fits_together(parts):
+    """Whether these tensors, {part: Entry}, make one change."""
+    shapes = {part: e.shape for part, e in parts.items() if part != "alpha"}
+    numbers = all(parts[part].dtype.is_floating_point for part in shapes)
+    if not numbers or "alpha" in parts and parts["alpha"].numel != 1:
+        return False
+    if shapes.keys() == {"A", "B"}:
+        return _is_product(shapes["B"], shapes["A"]) and math.prod(shapes["B"][2:]) == 1
+    if shapes.keys() == {"diff"}:
+        return True
+    for w, most in ("lokr_w1", 2), ("lokr_w2", 5):
+        pair = shapes.pop(f"{w}_a", ()), shapes.pop(f"{w}_b", ())
+        whole = shapes.pop(w, None)
+        if whole is None and not (_is_product(*pair) and len(pair[0]) == len(pair[1]) == 2):
+            return False
+        if whole is not None and (pair != ((), ()) or not 2 <= len(whole) <= most):
+            return False
+    return not shapes
+
+
+def list_lora(path):
+    """The Listing of a file, from its header alone; None for a file without one key of a LoRA or its relatives."""
+    entries, metadata = read_header(path)
+    parts, unknown, twice, components = {}, [], [], set()
+    for key, entry in entries.items():
+        if (place := official_name(key)) is None:
+            unknown.append(key)
+            continue
+        components.add(place.component)
+        half = parts.setdefault("low" if place.component in LOW_NOISE else "high", {})
+        tensors = half.setdefault(place.parameter, {})
+        twice += [key] if place.part in tensors else []
+        tensors[place.part] = entry
+    variants = {why for pattern, why in REFUSED.items() if any(re.search(pattern, key) for key in unknown)}
+    endings = {m.group(2) for key in unknown if (m := ENDINGS.fullmatch(key))}
+    if not parts and not variants and endings <= {"alpha"}:  # other models have parameters named alpha
+        return None
+    broken = [name for half in parts.values() for name, tensors in half.items() if not _fits_together(tensors)]
+    problem = None
+    if variants:
+        problem = f"is {' and '.join(sorted(variants))}, which is not read here"
+    elif unknown:
+        problem = f"{len(unknown)} keys are unknown here, such as {unknown[0]}"
+    elif twice:
+        problem = f"{len(twice)} keys are there twice under different names, such as {twice[0]}"
+    elif broken:
+        problem = (
+            f"{len(broken)} changes are not whole, or their tensors do not fit together, such as that of {broken[0]}"
+        )
+    expert = "both" if len(parts) == 2 else None
+    if expert is None and components <= {"transformer_1", *LOW_NOISE}:
+        expert = next(iter(parts), None)
+    listing = Listing(Path(path), metadata, parts, {}, expert, problem)
+    if problem is None:
+        beside = any(key.startswith("base_model.") for key in entries)
+        if Path(path).stem == "adapter_model" and metadata.get("alpha_folded") != "True":  # PEFT's name for the pair
+            beside |= Path(path).with_name("adapter_config.json").is_file()
+        listing.peft, listing.problem = _peft_config(listing, beside)
+    return listing
+
+
+def _peft_config(listing, beside):
+    """({"high" | "low": LoRA settings}, a problem or None): diffusers keeps PEFT's in the file's metadata, PEFT
+    itself in adapter_config.json `beside` the file.
+    """
+    path, source = listing.path, listing.path
+    needed = any("A" in p and "alpha" not in p for half in listing.halves.values() for p in half.values())
+    config = {}
+    try:
+        if "lora_adapter_metadata" in listing.metadata:
+            config = json.loads(listing.metadata["lora_adapter_metadata"])
+        elif beside and needed:
+            source = path.with_name("adapter_config.json")
+            config = json.loads(source.read_text())
+        by_component = {}
+        for key, value in config.items():
+            component, _, key = key.rpartition(".")
+            by_component.setdefault(component, {})[key] = value
+    except (ValueError, OSError, AttributeError) as e:
+        return {}, f"its alpha should stand in {source.name}, which cannot be read ({e})"
+    for settings in by_component.values():
+        for name in ("use_dora", "alpha_pattern", "rank_pattern"):
+            if settings.get(name):
+                return {}, f"uses PEFT's {name}, which is not read here"
+        alpha = settings.get("lora_alpha")
+        if alpha is None and settings.get("use_rslora") or alpha is not None and not isinstance(alpha, int | float):
+            return {}, f"its lora_alpha is {alpha!r}; expected a number"
+    low = [c for c in by_component if c in LOW_NOISE]
+    others = [c for c in by_component if c not in LOW_NOISE]
+    high, low = (by_component.get((names or [None])[0]) for names in (others or low, low or others))
+    return {"high": high, "low": low}, None
+
+
+def read_listing(path):
+    """The Listing of a file that can be read. Raises BadInput for another."""
+    listing = list_lora(path)
+    if listing is None:
+        raise BadInput(f"{path}: not a LoRA, it has none of its keys (lora_A, lora_down, lokr_w1, diff, ...)")
+    if listing.problem:
+        raise BadInput(f"{path}: {listing.problem}")
+    return listing
+
+
+def read_lora(path, expert=None):
+    """A LoRA file in any of the known layouts -> ({parameter name: change}, metadata).
+
+    expert: "high" or "low", whose changes are wanted of a file that holds both. Raises BadInput for keys that are not
+    known and for kinds that are not read (LoHa, DoRA, ...): a file is never half loaded. Tensors stay in the file until
+    a change is used.
+    """
+    listing = read_listing(path)
+    return listing.changes(expert), listing.metadata
+
+
+def describe(path):
+    """What a LoRA file is, from its header alone, or None for a file that is none.
+
+    {"forms": {"low rank" | "kron" | "difference": number}, "ranks": {rank: number}, "targets": {module: number},
+    "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many are of Wan 2.1's image branch,
+    "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem": why read_lora refuses the file
+    or None, "metadata"}
+    """
+    listing = list_lora(path)
+    if listing is None:
+        return None
+    changes = [(name, parts) for half in listing.halves.values() for name, parts in half.items()]
+    forms = Counter("low rank" if "A" in p else "difference" if "diff" in p else "kron" for _, p in changes)
+    places = [re.match(r"blocks\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
+    expert, source = expert_of(path, listing.metadata, listing.expert and (listing.expert, "its keys"))
+    return {
+        "forms": dict(forms),
+        "ranks": dict(Counter(p["A"].shape[0] for _, p in changes if p.get("A") and p["A"].shape)),
+        "targets": dict(Counter(m.group(2) for m in places if m)),
+        "blocks": sorted({int(m.group(1)) for m in places if m}),
+        "elsewhere": sorted({name for (name, _), m in zip(changes, places) if not m}),
+        "image_keys": sum(len(p) for name, p in changes if IMAGE_BRANCH.match(name)),
+        "alpha_keys": sum("alpha" in p for _, p in changes),
+        "expert": expert,
+        "expert_from": source,
+        "problem": listing.problem,
+        "metadata": listing.metadata,
+    }
+
+
+# ---- which expert ------------------------------------------------------------------------------------------------
+class LoraSpec(NamedTuple):
+    file: str
+    weight: float
+    expert: str | None  # "high", "low", "both", or None: not said
+
+
+def parse_lora_spec(text, flag="--lora"):
+    """FILE[:weight][:high|low|both] -> LoraSpec."""
+    fields, weight = text.split(":"), 1.0
+    expert = fields.pop() if len(fields) > 1 and fields[-1] in ("high", "low", "both") else None
+    if len(fields) > 1:
+        try:
+            weight = float(fields[-1])
+            fields.pop()
+        except ValueError:
+            pass  # a colon of the file's name
+    if not math.isfinite(weight):
+        raise BadInput(f"{flag} {text}: a weight of {weight}; give a number")
+    return LoraSpec(":".join(fields), weight, expert)
+
+
+# after "high" or "low" these mean something else than noise
+OTHER_LEVELS = "rank res resolution quality vram mem memory detail details step steps cfg fps key light contrast angle"
+
+
+def expert_in_name(path):
+    """ "high" or "low", as a file's own name says (x_high_noise, HighNoise, _HIGH, -H-), or None where it says neither
+    or both.
+    """
+    stem = Path(path).stem
+    words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", stem)]
+    found = {"highnoise": "high", "lownoise": "low"}
+    said = {found[w] for w in words if w in found}
+    said |= {
+        w for w, after in zip(words, [*words[1:], ""]) if w in ("high", "low") and after not in OTHER_LEVELS.split()
+    }
+    said |= {{"H": "high", "L": "low"}[letter] for letter in re.findall(r"(?<![A-Za-z0-9])[HL](?![A-Za-z0-9])", stem)}
+    return said.pop() if len(said) == 1 else None
+
+
+def expert_of(path, metadata, chosen=None):
+    """Which expert of an A14B a file is for: ("high" | "low" | "both", where that is said), or (None, None).
+    chosen: such a pair that goes before its metadata and name, or None.
+    """
+    if chosen:
+        return chosen
+    if metadata.get("expert") in ("high", "low"):
+        return metadata["expert"], "its metadata"
+    expert = expert_in_name(path)
+    return (expert, "its name") if expert else (None, None)
+
+
+def choose_experts(spec, experts, flag="--lora"):
+    """Which DiTs a LoRA file is for: (their names, where the file says so, or None).
+
+    spec: LoraSpec. experts: the names of the DiTs that can take it, "high" and "low" of an A14B or another one alone. A
+    single model takes whatever does not say "high" or "low" by flag, keys or metadata. Raises BadInput where an A14B's
+    expert is not known, or is another one.
+    """
+    listing = read_listing(spec.file)
+    keys = (listing.expert, "its keys") if listing.expert else None
+    chosen = (spec.expert, "the flag") if spec.expert else keys
+    expert, source = expert_of(spec.file, listing.metadata, chosen)
+    alone = not {"high", "low"} & set(experts)
+    if expert is None and len(experts) == 1 or alone and source in (None, "its name"):
+        return set(experts), None
+    if expert is None:
+        raise BadInput(
+            f"{flag} {spec.file}: for which expert? Neither its metadata nor its name says; add :high, :low or :both"
+        )
+    wanted = {"high", "low"} if expert == "both" else {expert}
+    if source == "its keys" and not alone and expert == "both":  # each half goes to its own, where that is here
+        wanted &= set(experts)
+    if not wanted <= set(experts):
+        here = "a single model" if alone else f"only {', '.join(experts)}"
+        what = f"the {' and '.join(sorted(wanted))}-noise expert of an A14B"
+        says = "say" if source == "its keys" else "says"
+        raise BadInput(f"{flag} {spec.file}: made for {what}, as {source} {says}, and here is {here}")
+    return wanted, None if spec.expert else source
+
+
+def check_fit(path, changes, shapes):
+    """The changes that a model takes: all but those of Wan 2.1's image branch, where the model has none.
+
+    shapes: {parameter name: shape} of the model. Raises BadInput for a change without a parameter of its shape, and
+    where nothing is left.
+    """
+    branch = any(IMAGE_BRANCH.match(name) for name in shapes)
+    taken = {name: change for name, change in changes.items() if branch or not IMAGE_BRANCH.match(name)}
+    if not taken:
+        raise BadInput(f"{path}: does not fit this model: changes an image branch only, which the model does not have")
+
+    def without_ones(shape):
+        return [n for n in shape if n > 1]
+
+    def fits(change, shape):  # a convolution's change may be flat, and sides of one element may be there or not
+        flat = shape and (shape[0], math.prod(shape[1:]))
+        return flat and without_ones(change.shape) in (without_ones(shape), without_ones(flat))
+
+    def times(shape):
+        return "x".join(map(str, shape))
+
+    bad = [
+        f"{name} ({times(c.shape)} for {times(shapes[name]) if name in shapes else 'no such parameter'})"
+        for name, c in taken.items()
+        if not fits(c, shapes.get(name))
+    ]
+    if bad:
+        raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
+    return taken
+
+
+def merge_file(model, path, weight=1.0, expert=None):
+    """Merge a LoRA file into a model, in place (lora.merge). expert: "high" or "low", which half of a file that holds
+    both. Raises BadInput, before anything is changed, for what read_lora and check_fit refuse, and for a change of an
+    8-bit weight that is not of low rank.
+    """
+    changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
+    taken = check_fit(path, changes, shapes)
+    try:
+        merge(model, taken, weight)
+    except ValueError as e:
+        raise BadInput(f"{path}: {e}") from None
+    if len(taken) < len(changes):
+        print(f"{path}: {len(changes) - len(taken)} changes of an image branch skipped, which this model does not have")
+
+
+def changes_to_start_from(pairs, path, expert=None):
+    """{module name: change} of a LoRA file for an adapter {module name: (A, B)}, whose tensors may be on meta. Raises
+    BadInput unless the file changes the same weights with the same ranks, and nothing else.
+    """
+    changes = {name.removesuffix(".weight"): change for name, change in read_lora(path, expert)[0].items()}
+    want = {name: (tuple(b.shape[:1] + a.shape[1:]), len(a)) for name, (a, b) in pairs.items()}
+    have = {name: (tuple(c.shape), getattr(c, "rank", None)) for name, c in changes.items()}
+    if want != have:
+        odd = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
+        raise BadInput(
+            f"--init_lora {path}: {len(odd)} modules differ from what --targets, --blocks and --rank ask for, such as "
+            f"{odd[0]}: shape and rank are {have.get(odd[0], 'not there')}, asked for are {want.get(odd[0], 'none')}"
+        )
+    return changes
+
+
+@torch.no_grad()
+def start_from(pairs, path, scale, expert=None):
+    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput where
+    changes_to_start_from does.
+    """
+    changes = changes_to_start_from(pairs, path, expert)
+    for name, (a, b) in pairs.items():
+        given_a, given_b = changes[name].factors()
+        a.copy_(given_a)
+        b.copy_(given_b / scale)
+
+
+def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=None, **metadata):
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file).
+
+    variant: of the base, such as ti2v-5B. date (ISO 8601; default: none, so that equal adapters are equal files) and
+    trained_words {word: how many captions have it}: shown by LoRA managers, like the title, which is the file's name.
+    Further metadata is written as it is; rank, targets and blocks join it.
+    """
+    tensors = {}
+    for name, (a, b) in pairs.items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = a
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
+    rank = len(next(iter(pairs.values()))[0])
+    parts = [re.match(r"blocks\.(\d+)\.(.+)|(audio_injector)\.injector\.\d+\.(.)", name).groups() for name in pairs]
+    metadata |= {
+        "format": "pt",
+        "rank": rank,
+        "alpha": scale * rank,
+        "alpha_folded": True,
+        "targets": ",".join(sorted({target or f"{owner}.{leaf}" for _, target, owner, leaf in parts})),
+        "blocks": ",".join(map(str, sorted({int(block) for block, *_ in parts if block}))),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": Path(path).stem,
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": scale * rank,
+    }
+    if variant:
+        base = f"wan2.2-{variant}"
+        metadata |= {"variant": variant, "modelspec.architecture": f"{base}/lora", "ss_base_model_version": base}
+    if date:
+        metadata["modelspec.date"] = date
+    if trained_words:
+        metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
+        metadata["ss_tag_frequency"] = json.dumps({"captions": trained_words}, ensure_ascii=False)
+    save(path, tensors, metadata)
+
+
+def write_changes(path, changes, metadata, factors):
+    """Write {parameter name: change} of lora_files.py, each times factors[name] (default 1)."""
+    tensors = {}
+    for name, change in changes.items():
+        tensors |= change.tensors(name, factors.get(name, 1.0))
+    save(path, tensors, metadata)

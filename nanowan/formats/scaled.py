@@ -1,0 +1,107 @@
+"""Weights in 8 bits with scales beside them, as ComfyUI's fp8_scaled files and others have them."""
+
+import json
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.quantize import E4M3
+from nanowan.errors import BadInput
+from nanowan.formats.header import Entry
+
+FP8 = (E4M3, torch.float8_e5m2)
+# Endings of what stands beside an 8-bit weight: the scale, in ComfyUI's older and its newer files (lightx2v writes both
+# too); what is not needed here; and the second scales that only 4-bit weights have
+SCALES, IGNORED = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+NVFP4_SCALES = (".weight_scale_2", ".weight_global_scale")
+READ = "of those in few bits, fp8 and plain int8, with one scale or one for each row, are read"
+REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats
+
+
+@dataclass(frozen=True)
+class ScaledEntry(Entry):
+    """A tensor that is the product of two in a file: `stored`, in 8 bits, and `scale`, one number or one for each row.
+    Read as fp32.
+    """
+
+    stored: Entry | None = None
+    scale: Entry | None = None
+
+    @property
+    def nbytes(self):
+        return self.stored.nbytes + self.scale.nbytes
+
+    @property
+    def scratch_bytes(self):
+        return 4 * self.numel + self.stored.nbytes
+
+    @property
+    def format(self):
+        return self.stored.format
+
+    def part(self, begin, end):
+        stored, scale = self.stored.part(begin, end), self.scale
+        scale = scale if scale.numel == 1 else scale.part(begin, end)
+        return replace(self, shape=stored.shape, offset=stored.offset, stored=stored, scale=scale)
+
+    def read(self, scratch=None):
+        out = torch.empty(self.numel) if scratch is None else scratch[: 4 * self.numel].view(torch.float32)
+        out = out.view(self.shape).copy_(self.stored.read(None if scratch is None else scratch[4 * self.numel :]))
+        return out.mul_(self.scale.read().float().reshape(-1, *[1] * (len(self.shape) - 1)))
+
+
+def check_quantization(file, text):
+    """Raise BadInput where the JSON by which ComfyUI describes 8-bit weights names a format that is not read. text: str
+    or bytes, of one layer or of all, or None.
+    """
+    try:
+        layers = [json.loads(text or "{}")]
+    except ValueError:
+        raise BadInput(f"{file}: its description of 8-bit weights is not JSON") from None
+    while layers:
+        layer = layers.pop()
+        if not isinstance(layer, dict):
+            continue
+        name = str(layer.get("format"))
+        if layer.get("convrot") or name.startswith("convrot"):
+            name = "ConvRot, which rotates them"
+        if name.startswith("ConvRot") or name in REFUSED:
+            raise BadInput(f"{file}: weights in {name}; {READ}")
+        layers += layer.values()
+
+
+def apply_scales(entries):
+    """Make every weight with a scale in a model's headers a ScaledEntry, and take the scales out, with what else
+    ComfyUI writes beside them. BadInput for formats of 8 and fewer bits that are not read.
+    """
+    scales = {}
+    for name in [n for n in entries if n.endswith(SCALES + IGNORED + NVFP4_SCALES)]:
+        entry = entries.pop(name)
+        if name.endswith(NVFP4_SCALES):
+            raise BadInput(
+                f"{entry.file}: weights in nvfp4; of those in 8 bits, fp8 and plain int8 with scales are read"
+            )
+        if name.endswith(".comfy_quant"):
+            check_quantization(entry.file, entry.read().numpy().tobytes())
+        if name.endswith(SCALES):
+            scales[name.rpartition(".")[0]] = entry
+    for name, scale in scales.items():
+        weight = entries.get(f"{name}.weight")
+        if weight is None or scale.numel not in (1, weight.shape[0]) or not scale.dtype.is_floating_point:
+            what = "no such weight" if weight is None else f"a weight {weight.shape} in {weight.format}"
+            raise BadInput(f"{scale.file}: {name} has scales {scale.shape} in {scale.format} and {what}; {READ}")
+        entries[f"{name}.weight"] = ScaledEntry(
+            weight.file, torch.float32, weight.shape, weight.offset, stored=weight, scale=scale
+        )
+    for name, entry in entries.items():
+        if name.endswith(".weight") and entry.dtype in (torch.int8, torch.uint8):
+            raise BadInput(f"{entry.file}: {name} is in {entry.format} and has no scale")
+
+
+def linears_in_fp8(entries):
+    """{name: dtype} of the linears in a DiT's blocks that a file has in fp8 with scales: those stay in 8 bits."""
+    return {
+        name.removesuffix(".weight"): entry.stored.dtype
+        for name, entry in entries.items()
+        if name.startswith("blocks.") and isinstance(entry, ScaledEntry) and entry.stored.dtype in FP8
+    }

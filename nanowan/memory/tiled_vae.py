@@ -1,0 +1,81 @@
+"""Decoding a video in tiles, for less memory, or with the tiles split over ranks that share a clip."""
+
+import math
+
+import torch
+
+from vae import CausalConv3d, Resample
+
+
+def receptive_radius(decoder):
+    """How many latent pixels away a decoder's second part looks: 3x3 convolutions, each at its scale."""
+    radius, scale = 0.0, 1
+    for m in decoder.upsamples.modules():
+        if isinstance(m, Resample):
+            scale *= 2
+        radius += (isinstance(m, Resample) or isinstance(m, CausalConv3d) and m.kernel_size[1] == 3) / scale
+    return math.ceil(radius + 1 / scale)
+
+
+def tile_overlap(decoder, tile):
+    """(latent pixels by which tiles overlap on each side, whether that is exact)."""
+    radius = receptive_radius(decoder)
+    return (radius, True) if tile >= radius else (max(1, tile // 2), False)
+
+
+def tile_weights(start, end, overlap, exact, side, scale):
+    """The weight of each pixel of a decoded tile along one axis of a frame of `side` latent pixels, each of them `scale`
+    pixels: (n,) fp32 for the latent pixels [start, end) and up to `overlap` more on both sides.
+
+    exact: 1 within the tile, 0 in its overlaps. Otherwise neighbours are cross-faded linearly across their common edge,
+    as far as the overlaps go. The weights of all tiles add up to 1.
+    """
+    pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
+
+    def ramp(edge):
+        """From 0 before a tile's edge to 1 behind it; at the frame's own edges there is nothing to fade to."""
+        if edge in (0, side):
+            return torch.full_like(pixel, edge == 0)
+        return ((pixel - edge * scale) / (1 if exact else 2 * overlap * scale) + 0.5).clamp(0, 1)
+
+    return ramp(start) - ramp(end)
+
+
+@torch.no_grad()
+def decode_tiled(vae, z, tile, ranks=None):
+    """VAE.decode in tiles of `tile` latent pixels a side, which takes the memory of one of them. They overlap by as many
+    pixels as a result depends on, which is exact; if `tile` is smaller than that, by half a tile, and are cross-faded,
+    which is not. ranks: of several ranks that hold z, (this one's number, how many there are, a function that sums a
+    tensor over them); each decodes some of the tiles.
+    """
+    B, _, T, h, w = z.shape
+    st, sh, sw = vae.stride
+    if tile >= h and tile >= w:
+        return vae.decode(z)
+    raw, past = vae.raw_latents(z), {}
+    video = torch.zeros(B, 3, 1 + st * (T - 1), h * sh, w * sw, device=z.device)
+    maps = [vae.decoder.forward_mid(vae.conv2(raw[:, :, i : i + 1], past), past) for i in range(T)]
+    overlap, exact = tile_overlap(vae.decoder, tile)
+    index, count, add_up = ranks or (0, 1, None)
+    corners = [(y, x) for y in range(0, h, tile) for x in range(0, w, tile)]
+    for y, x in corners[index::count]:
+        y_end, x_end = min(y + tile, h), min(x + tile, w)
+        top, bottom = max(0, y - overlap), min(h, y_end + overlap)
+        left, right = max(0, x - overlap), min(w, x_end + overlap)
+        weights = tile_weights(y, y_end, overlap, exact, h, sh)[:, None]
+        weights = (weights * tile_weights(x, x_end, overlap, exact, w, sw)).to(video.device)
+        target, past, frame = video[..., top * sh : bottom * sh, left * sw : right * sw], {}, 0
+        for m in maps:
+            pixels = vae.unpatchify(vae.decoder.forward_up(m[..., top:bottom, left:right], past))
+            target[:, :, frame : frame + pixels.shape[2]] += pixels.float() * weights
+            frame += pixels.shape[2]
+    return (add_up(video) if add_up else video).clamp_(-1, 1)
+
+
+def smallest_tile(size, least, ranks):
+    """The side, `least` or more, of square tiles that cover latents of `size` (h,w), at most one for each rank."""
+    h, w = size
+    side = least
+    while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):
+        side += 1
+    return side

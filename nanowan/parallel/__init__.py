@@ -1,0 +1,73 @@
+"""Training and sampling on several GPUs under torchrun: data parallel, FSDP2, Ulysses, pipeline, guidance halves.
+
+What is computed equals what one process with the same global batch computes.
+
+    torchrun --nproc_per_node=8 train_lora.py ...                       data parallel
+    torchrun --nproc_per_node=8 train_lora.py --fsdp ...                the frozen weights sharded (train_te.py: the
+                                                                        trained ones and the optimizer's states too)
+    torchrun --nproc_per_node=8 train_lora.py --ulysses_size 4 ...      four ranks share each clip's tokens, two groups
+                                                                        share the batch
+    torchrun --nproc_per_node=8 train_lora.py --pipeline_stages 2 ...   each rank holds half of the blocks
+    torchrun --nproc_per_node=2 sample.py --guidance_parallel ...       the two halves of guidance
+
+One rule holds everywhere: every rank holds all adapters (they are small) and computes some part of the gradient, and
+the sum over all ranks is the gradient. So clipping, the optimizer, averages and files are those of one process. The
+engines are PyTorch's: fully_shard, DeviceMesh, all-to-all, pipelining. world.py has the ranks; fsdp.py, ulysses.py and
+pipeline.py one strategy each, a function apply_*(model, world) that is done to a built DiT from outside.
+"""
+
+import torch.distributed as dist
+
+from nanowan.parallel.fsdp import apply_fsdp, clip_grad_norm, full_tensor, is_sharded, shard, shard_like
+from nanowan.parallel.pipeline_parallel import IdentityBlock, apply_pipeline, pipeline_backward
+from nanowan.parallel.ulysses import FirstRank, apply_ulysses
+from nanowan.parallel.world import HostShare, World
+
+__all__ = [
+    "FirstRank",
+    "HostShare",
+    "IdentityBlock",
+    "World",
+    "apply_fsdp",
+    "apply_pipeline",
+    "apply_ulysses",
+    "backward",
+    "clip_grad_norm",
+    "full_tensor",
+    "gather_state",
+    "is_sharded",
+    "parallelize",
+    "shard",
+    "shard_like",
+]
+
+
+def parallelize(model, world):
+    """Split a DiT, still empty or with weights, as the flags ask; adapters, already in place, stay whole."""
+    if world.sp_size > 1:
+        apply_ulysses(model, world)
+    if world.pp_size > 1:
+        apply_pipeline(model, world)
+    if world.fsdp:
+        apply_fsdp(model, world)
+
+
+def backward(world, model, batch, context, lens, loss_weight):
+    """Back-propagate a Batch's loss times `loss_weight`; returns the part of it that this rank adds to the sum over
+    ranks. context (B,S,text_dim) and lens (B,) as Wan.forward takes them.
+    """
+    if world.pp_size > 1:
+        return pipeline_backward(world, model, batch, context, lens, loss_weight)
+    loss = batch.loss(model, context, lens) * loss_weight
+    loss.backward()
+    return loss.item() if world.sp_rank == 0 else 0.0  # ranks that share a clip all know its loss
+
+
+def gather_state(world, tensors):
+    """{name: tensor}, whole and on the CPU, the same on every rank: rank 0's, or those of all stages of a pipeline."""
+    tensors = {k: full_tensor(v).to("cpu") for k, v in tensors.items()}
+    if world.pp_size == 1:
+        return world.broadcast_from_rank0(lambda: tensors)
+    parts = [None] * world.pp_size
+    dist.all_gather_object(parts, tensors, world.group("pp"))
+    return {k: v for part in parts for k, v in part.items()}

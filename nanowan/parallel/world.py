@@ -1,0 +1,192 @@
+"""Which ranks there are, and what they tell each other: the device mesh, all-reduces, broadcasts, bytes counted."""
+
+import contextlib
+import datetime
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from nanowan.errors import BadInput
+
+# Ranks wait for each other's share of the cache; a dead rank ends the job at once, through torchrun.
+TIMEOUT = datetime.timedelta(hours=4)
+BUCKET = 1 << 25  # numbers that are summed over ranks at once, about
+DIMS = ("dp", "cfg", "pp", "sp")  # the mesh, slowest first: neighbours in rank exchange the most
+
+
+class HostShare(NamedTuple):
+    """How a machine's ranks share one host copy of a part's weights: the first fills a file, the others map it."""
+
+    is_first: bool
+    barrier: Callable[[], None]
+    path_of: Callable[[str], Path]
+
+
+class World:
+    """This process among the `size` that torchrun started, as a context manager; without torchrun, or with
+    distributed=False, one rank that communicates with nobody and can be used all the same.
+
+        with World(device, fsdp=args.fsdp, ulysses_size=args.ulysses_size) as world: ...
+
+    rank, size       of all processes; rank 0 `is_main`, and only it prints
+    device           this rank's own
+    dp_rank, dp_size    ranks that see different samples
+    cfg_rank, cfg_size  the two halves of guidance
+    pp_rank, pp_size    stages of a pipeline of blocks
+    sp_rank, sp_size    parts of a clip's tokens (Ulysses)
+    clip_group_size  ranks that work on the same clip while sampling, one of which `is_writer`
+    split_tiles      (index, count, add_up) for VAE.decode where several ranks share a clip, else None
+    sent             bytes that this rank has given to collectives and neighbours, by kind
+
+    Raises BadInput where the number of processes does not fit the flags.
+    """
+
+    def __init__(self, device, fsdp=False, ulysses_size=1, pipeline_stages=1, cfg_parallel=False, distributed=None):
+        distributed = "RANK" in os.environ if distributed is None else distributed
+        self.distributed, self.device, self.fsdp, self.sent = distributed, device, fsdp, {}
+        self.rank, self.size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if distributed else (0, 1)
+        self.cfg_size, self.pp_size, self.sp_size = 2 if cfg_parallel else 1, pipeline_stages, ulysses_size
+        model_size = self.cfg_size * self.pp_size * self.sp_size  # ranks that share a model, or a clip
+        if min(ulysses_size, pipeline_stages) < 1 or self.size % model_size:
+            raise BadInput(
+                f"--ulysses_size {ulysses_size}, --pipeline_stages {pipeline_stages}"
+                f"{', --guidance_parallel' * cfg_parallel}: {self.size} processes do not divide by {model_size}; "
+                f"start torchrun with --nproc_per_node {model_size} or a multiple"
+            )
+        if fsdp and pipeline_stages > 1 or ulysses_size > 1 and pipeline_stages > 1:
+            raise BadInput("--pipeline_stages: not together with --fsdp or --ulysses_size")
+        self.dp_rank, self.dp_size = 0, self.size // model_size
+        self.cfg_rank = self.pp_rank = self.sp_rank = 0
+        self.mesh = self._init_process_group() if distributed else None
+        if distributed:
+            self.dp_rank, self.cfg_rank, self.pp_rank, self.sp_rank = self.mesh.get_coordinate()
+        self.is_main, self.is_writer = self.rank == 0, self.cfg_rank == self.sp_rank == 0
+        self.clip_group_size, self.split_tiles = self.cfg_size * self.sp_size, None
+        if self.clip_group_size > 1:
+            self.split_tiles = self.cfg_rank * self.sp_size + self.sp_rank, self.clip_group_size, self._add_up_tiles
+
+    def _init_process_group(self):
+        """-> the mesh of all ranks, with the dimensions DIMS."""
+        device_type = torch.device(self.device).type
+        if device_type == "cuda":
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(self.device)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's own store still holds the addresses of ranks that it has restarted
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+        sizes = (self.dp_size, self.cfg_size, self.pp_size, self.sp_size)
+        return dist.init_device_mesh(device_type, sizes, mesh_dim_names=DIMS)
+
+    def __enter__(self):
+        self._silence = contextlib.ExitStack()
+        if not self.is_main:  # every line is said once
+            self._silence.enter_context(contextlib.redirect_stdout(self._silence.enter_context(open(os.devnull, "w"))))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self._silence.close()
+        if self.distributed and error is None:  # after an error others may wait in a collective: the process just ends
+            dist.destroy_process_group()
+
+    def group(self, *dims):
+        """The process group along one dimension of the mesh, or along several taken as one."""
+        mesh = self.mesh[dims] if len(dims) == 1 else self.mesh[dims]._flatten("_".join(dims))
+        return mesh.get_group()
+
+    def barrier(self):
+        if self.distributed:
+            dist.all_reduce(torch.zeros(1))
+
+    def host_share(self):
+        """The HostShare of this machine's ranks, or None where there is one rank or each has its own part."""
+        if not self.distributed or self.fsdp or self.pp_size > 1 or int(os.environ["LOCAL_WORLD_SIZE"]) == 1:
+            return None
+        folder = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
+        prefix = f"nanowan-{os.getuid()}-{os.environ['MASTER_PORT']}"
+        return HostShare(os.environ["LOCAL_RANK"] == "0", self.barrier, lambda part: folder / f"{prefix}-{part}")
+
+    def count(self, kind, nbytes):
+        """Note that this rank gave `nbytes` to others."""
+        self.sent[kind] = self.sent.get(kind, 0) + int(nbytes)
+
+    def seed(self, *what, same=False):
+        """Seed torch's generator from these values and this rank's dp_rank; `same`: alike on all ranks."""
+        torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.dp_rank]))).getrandbits(62))
+
+    def all_ranks(self, yes, dim=None):
+        """Whether all ranks say yes, or all along one dimension of the mesh: what each finds by itself, such as its
+        free memory, may differ.
+        """
+        if not self.distributed:
+            return yes
+        lowest = torch.tensor(float(yes), device=self.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.group(dim) if dim else None)
+        return bool(lowest)
+
+    def broadcast_from_rank0(self, f):
+        """f() of rank 0, on every rank: so that all see the same files, which are read once."""
+        value = [f() if self.is_main else None]
+        if self.distributed:
+            dist.broadcast_object_list(value, 0)
+        return value[0]
+
+    # ---- data and gradients --------------------------------------------------------------------------------------
+    def local_indices(self, n):
+        """Which of a global batch's n samples are this rank's, and what fraction of them that is. A rank for which
+        there are none computes the first for nothing, since the others wait for it in every layer.
+        """
+        indices = list(range(self.dp_rank, n, self.dp_size))
+        return indices or [0], len(indices) / n
+
+    def all_reduce_grads(self, params, *numbers):
+        """Sum the gradients of replicated parameters, and numbers, over all ranks; returns the numbers. Every rank gets
+        the same bits. Sharded parameters are left alone: fully_shard has summed theirs.
+        """
+        if not self.distributed:
+            return numbers
+        replicated = [p for p in params if not hasattr(p, "placements")]
+        for p in replicated:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums)
+        for bucket in buckets(replicated):
+            flat = torch.cat([p.grad.float().flatten() for p in bucket])
+            dist.all_reduce(flat)
+            self.count("gradients", flat.nbytes)
+            for p, g in zip(bucket, flat.split([p.numel() for p in bucket])):
+                p.grad.copy_(g.view_as(p))
+        return sums.tolist()
+
+    # ---- sampling ------------------------------------------------------------------------------------------------
+    def exchange_cfg(self, v):
+        """This rank's half of guidance -> (conditional, unconditional), on both."""
+        halves = [torch.empty_like(v) for _ in range(2)]
+        dist.all_gather(halves, v.contiguous(), self.group("cfg"))
+        self.count("halves", v.nbytes)
+        return halves
+
+    def _add_up_tiles(self, t):
+        dist.all_reduce(t, group=self.group("cfg", "sp"))
+        self.count("pixels", t.nbytes)
+        return t
+
+
+def buckets(params):
+    """Parameters in lists of about BUCKET numbers: all of a text encoder's gradients in fp32 are 23 GB."""
+    bucket, numbers = [], 0
+    for p in params:
+        bucket.append(p)
+        numbers += p.numel()
+        if numbers >= BUCKET:
+            yield bucket
+            bucket, numbers = [], 0
+    if bucket:
+        yield bucket

@@ -1,0 +1,265 @@
+"""A checkpoint at work: its text encoder, VAE and DiTs, loaded when first needed and offloaded when memory is short.
+
+A model is "text", "vae", and "dit", or of an A14B "high" and "low", the two experts; S2V and Animate have further
+encoders. If memory is short, and on an accelerator always between two experts, the models that are not in use are
+evicted: from the accelerator to the host, from the host (device "cpu") to nothing, to be read again when needed.
+"""
+
+import gc
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels.fp8 import report as fp8_report
+from lora import adapter, attach, inject
+from nanowan.devices import activation_bytes, free_memory
+from nanowan.formats.dit import build_dit, keep_fp32, read_config, read_dit
+from nanowan.formats.header import read_header
+from nanowan.formats.layouts import expert_folders, vae_files, weight_files
+from nanowan.formats.load import load_weights
+from nanowan.formats.lora import check_fit, choose_experts, merge_file, parse_lora_spec, read_lora
+from nanowan.formats.scaled import linears_in_fp8
+from nanowan.formats.t5 import encoder_files, load_t5
+from nanowan.formats.vae import load_vae
+from nanowan.memory import offload
+from nanowan.memory.placement import Placement, SharedPlacement, StreamedPlacement
+from nanowan.parallel import World, parallelize
+from nanowan.settings import checkpoint_dir, read_settings
+
+VAE_BYTES = 18_000  # of activations per pixel of a frame, from the shapes of the VAE's largest layers
+
+
+@dataclass
+class Runtime:
+    """How a checkpoint's models run.
+
+    fp8: the DiT's blocks in 8 bits (kernels/fp8.py). stream_blocks: how many of the DiT's blocks stay on the host
+    (memory/offload.py). compile: None, "blocks" or "graphs". world: the ranks that work together (default: this
+    process alone).
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    fp8: bool = False
+    stream_blocks: int = 0
+    compile: str | None = None
+    world: World | None = None
+
+    def __post_init__(self):
+        self.device = torch.device(self.device)
+        self.world = self.world or World(str(self.device), distributed=False)
+
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA that training puts into the DiTs `experts`: lora.inject's arguments, and a seed for its values."""
+
+    experts: tuple
+    targets: tuple
+    rank: int
+    alpha: float
+    dropout: float
+    blocks: tuple
+    seed: int
+
+    def inject(self, dit, device):
+        """Put it into a DiT that may still be empty."""
+        return inject(dit, self.targets, self.rank, self.alpha, self.dropout, self.blocks, device)
+
+
+class Pipeline:
+    """The models of one checkpoint (see the top of this file).
+
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", merged into the DiTs. text_encoder: a
+    file to use instead of the folder's own encoder. Raises BadInput for an expert's files, or a LoRA, that cannot be
+    used: now, not after half of the steps.
+
+    For training: `adapter` is what each DiT gets when it is loaded, `checkpointing` whether it recomputes activations.
+    Adapters' parameters {expert: {module: (A, B)}} stay in `adapters` while their DiT leaves memory and returns.
+    """
+
+    def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
+        self.dir, self.runtime, self.text_encoder = checkpoint_dir(ckpt_dir), runtime or Runtime(), text_encoder
+        self.settings = read_settings(self.dir)
+        self.headers = {name: read_dit(self.folder(name)) for name in self.settings.expert_names}
+        self.fp8 = any([self.runtime.fp8, *map(linears_in_fp8, self.headers.values())])
+        self.adapter, self.adapters, self.checkpointing = None, {}, False
+        self.placements = {}
+        if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
+            print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are A14B's")
+        self.loras = [self._check_lora(spec) for spec in loras]
+
+    @property
+    def device(self):
+        return self.runtime.device
+
+    @property
+    def world(self):
+        return self.runtime.world
+
+    def _check_lora(self, spec):
+        """FILE[:weight][:high|low|both] -> (file, weight, names of the DiTs that it is for)."""
+        lora = parse_lora_spec(spec)
+        experts, source = choose_experts(lora, self.settings.expert_names)
+        for name in experts:
+            shapes = {n: e.shape for n, e in self.headers[name].items()}
+            check_fit(lora.file, read_lora(lora.file, name)[0], shapes)
+        if source and self.world.is_main:
+            print(f"{lora.file}: for {' and '.join(sorted(experts))} noise, as {source} says")
+        return lora.file, lora.weight, experts
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+    def folder(self, expert):
+        return expert_folders(self.dir)[expert]
+
+    def files(self, name):
+        """The weight files of a model."""
+        if name == "text":
+            return encoder_files(self.dir, self.text_encoder)
+        return vae_files(self.dir) if name == "vae" else weight_files(self.folder(name))
+
+    def config(self, expert=None):
+        """The WanConfig of a DiT (default: the first expert)."""
+        expert = expert or self.settings.expert_names[0]
+        return read_config(self.folder(expert), self.headers[expert])
+
+    # ---- where models are ----------------------------------------------------------------------------------------
+    def acquire(self, name, activations=1 << 30):
+        """A model on the device, ready to run with this many bytes of activations: loaded if need be, others evicted if
+        they are in the way. Hold no reference to another model meanwhile.
+        """
+        part, device = self.placements.get(name), self.device
+        need = activations + (0 if part and part.is_on(device) else self._bytes(name))
+        for other in [n for n, p in self.placements.items() if n != name and p.is_on(device)]:
+            if free_memory(device) < need or self.runtime.cuda and {other, name} == {"high", "low"}:
+                self.evict(other)
+        if part is None:
+            part = self.placements[name] = self._load(name)
+        elif not part.is_on(device):
+            part.to(device)
+        return part.model
+
+    def acquire_vae(self, size):
+        """The VAE, ready for frames of (width, height) px."""
+        return self.acquire("vae", VAE_BYTES * math.prod(size))
+
+    def evict(self, name):
+        """Free a model's memory on the device: it moves to the host if there is room, else it is dropped."""
+        part, cuda = self.placements[name], self.runtime.cuda
+        if part.shared and not cuda:
+            return  # it is the other ranks' too
+        nbytes = sum(p.nbytes for p in part.model.parameters())
+        if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
+            part.to("cpu")
+            torch.cuda.empty_cache()
+        else:
+            part = None
+            self.drop(name)
+
+    def drop(self, *names):
+        """Free models (default: all); they are read again when asked for."""
+        for name in names or list(self.placements):
+            if self.placements.pop(name, None):
+                gc.collect()  # a streamed model and its Stream refer to each other
+        if self.runtime.cuda:
+            torch.cuda.empty_cache()
+
+    def loaded(self):
+        """The models in memory."""
+        return [part.model for part in self.placements.values()]
+
+    def streams(self):
+        """The offload.Streams of the DiTs in memory."""
+        return [part.stream for part in self.placements.values() if isinstance(part, StreamedPlacement)]
+
+    def _bytes(self, name):
+        """What a model's weights take on the device."""
+        encoders, run = self.settings.conditioning.encoders, self.runtime
+        if name in encoders:
+            return encoders[name].bytes(self.dir)
+        if name in self.headers:
+            return offload.device_bytes(self.headers[name], run.dtype, self.fp8, run.stream_blocks)
+        numel = sum(e.numel for f in self.files(name) for e in read_header(f)[0].values())
+        return numel * (4 if name == "vae" else run.dtype.itemsize)
+
+    # ---- loading -------------------------------------------------------------------------------------------------
+    def _load(self, name):
+        run, encoders = self.runtime, self.settings.conditioning.encoders
+        if name == "text":
+            return Placement(load_t5(self.dir, run.device, run.dtype, self.text_encoder))
+        if name == "vae":
+            # fp32 is the official precision, and bf16 harms the encoder; the decoder it does not, and it halves memory
+            vae = load_vae(self.dir, run.device, torch.float32)
+            return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
+        if name in encoders:
+            return Placement(encoders[name].load(self.dir / encoders[name].folder, run.device))
+        return self._load_dit(name)
+
+    def _load_dit(self, name):
+        """Build, change, load: the adapter goes in and ranks split the model while it is still empty."""
+        run, on_host = self.runtime, self.runtime.stream_blocks or self.runtime.cuda and self.settings.is_moe
+        share = self.world.host_share() if on_host else None
+        where = run.device
+        if run.stream_blocks or share:
+            where = "cpu" if share is None or share.is_first else "meta"
+
+        dit = build_dit(self.headers[name], self.folder(name), run.dtype, self.fp8)
+        dit.checkpointing = self.checkpointing
+        if self.adapter and name in self.adapter.experts:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.adapter.seed + (name == "low"))
+                self.adapter.inject(dit, run.device)
+            attach(dit, self.adapters.setdefault(name, adapter(dit)))
+        parallelize(dit, self.world)
+        load_weights(dit, self.headers[name], where, run.dtype, keep_fp32)
+        for file, weight, experts in self.loras:
+            if name in experts:
+                merge_file(dit, file, weight, name)
+        if self.world.is_main and (error := fp8_report(dit)):
+            print(f"{self.folder(name)}: {error}")
+
+        buffer = None
+        if share:
+            buffer = offload.share_host_copy(dit, share.path_of(name), share.is_first, share.barrier, run.device)
+        if run.stream_blocks:
+            part = StreamedPlacement(dit, run.stream_blocks, run.device, buffer)
+        else:
+            part = SharedPlacement(dit) if share else Placement(dit)
+            if share:
+                part.to(run.device)
+        if run.compile == "blocks":  # they are all alike: compiled once
+            for block in dit.blocks:
+                block.compile()
+        elif run.compile == "graphs":
+            dit.compile(mode="reduce-overhead")
+        return part
+
+    # ---- what models are given -----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """list of str -> (embeddings (B,S,D), lens (B,))."""
+        encoder = self.acquire("text")
+        # one at a time, so that an embedding does not depend on the batch it was computed in
+        return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
+
+    def guidance_mode(self, tokens, batch=1):
+        """How guidance's two halves are computed for clips of so many tokens: "parallel", on two ranks; "batched", in
+        one forward pass; or "sequential", one after the other, if there is no memory for that.
+        """
+        if self.world.cfg_size == 2:
+            return "parallel"
+        need = 2 * activation_bytes(self.config().dim, tokens // self.world.sp_size, batch)
+        if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
+            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # and what lies beside it
+        return "batched" if self.world.all_ranks(free_memory(self.device) > need, "sp") else "sequential"
+
+
+def pad_embeddings(embeddings):
+    """list of (S,D) -> (B,S,D) zero-padded, lens (B,)."""
+    lens = torch.tensor([len(e) for e in embeddings], device=embeddings[0].device)
+    return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lens

@@ -1,0 +1,173 @@
+"""What a checkpoint is and recommends, and the settings that flags put in their place: sizes and frames checked."""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from flow import SOLVERS
+from nanowan.errors import BadInput
+from nanowan.files import read_json
+from nanowan.formats.dit import read_config, read_dit
+from nanowan.formats.layouts import expert_folders, index_settings
+from nanowan.variants.registry import VARIANTS, parts_of
+from vae import GEOMETRY
+
+NANO = Path(__file__).parent.parent / "nano" / "checkpoint"  # the checkpoint in the repository
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint is and recommends: its row of wan.VARIANTS, under the "sample" entry of its config.json.
+
+    size: (width, height) px. guidance: (low noise, high noise). boundary: the high-noise expert serves t/1000 >=
+    boundary; None without experts. z_dim, stride: of the VAE's latents. train: what config.json recommends for
+    training.
+    """
+
+    variant: str
+    model_type: str
+    z_dim: int
+    stride: tuple
+    fps: float
+    frames: int
+    steps: int
+    size: tuple
+    shift: float
+    guidance: tuple
+    boundary: float | None = None
+    solver: str = "unipc"
+    prompt: str = "a red square moves left"
+    negative: str = NEGATIVE
+    is_moe: bool = False
+    train: dict = field(default_factory=dict)
+
+    @property
+    def expert_names(self):
+        return ("high", "low") if self.is_moe else ("dit",)
+
+    @property
+    def parts(self):
+        """The classes that run the model (nanowan/variants/registry.py)."""
+        return parts_of(self.model_type)
+
+    @property
+    def conditioning(self):
+        """What the model is given beside noise, time and text."""
+        return self.parts.conditioning
+
+    @property
+    def size_multiple(self):
+        """The sides of a video are multiples of this, in px: a token is a patch of 2x2 latent pixels."""
+        return max(2 * self.stride[1], self.parts.samples.side_multiple)
+
+    @property
+    def guided(self):
+        return any(scale != 1 for scale in self.guidance)
+
+    def expert_at(self, t):
+        """(name of the DiT that serves time t in 0..1000, its guidance scale)."""
+        high = self.is_moe and t >= self.boundary * 1000
+        return self.expert_names[0 if high else -1], self.guidance[1 if high else 0]
+
+    def latent_shape(self, size, frames):
+        """(C,T',h,w) of a video's latents."""
+        _, sh, sw = self.stride
+        return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
+
+    def token_grid(self, size, frames):
+        """(T',H',W') of a video's tokens."""
+        _, t, h, w = self.latent_shape(size, frames)
+        return t, h // 2, w // 2
+
+    def with_overrides(self, **overrides):
+        """These settings with what is not None over them, checked. Raises BadInput."""
+        s = replace(self, **{k: v for k, v in overrides.items() if v is not None})
+        s = replace(s, guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()), size=tuple(s.size))
+        if not all(map(math.isfinite, s.guidance)) or not 0 < s.shift < math.inf:
+            raise BadInput(
+                f"--guidance {s.guidance}, --shift {s.shift}: guidance must be finite and the shift positive"
+            )
+        if s.steps < 1 or s.solver not in SOLVERS:
+            raise BadInput(f"--steps {s.steps}, --solver {s.solver}: at least 1 step, and one of {', '.join(SOLVERS)}")
+        if not s.conditioning.by_segments:  # those go by their inputs
+            check_size(s.size, s.frames, s.size_multiple)
+        return s
+
+
+def checkpoint_dir(name):
+    """`nano` means the checkpoint in the repository."""
+    return NANO if str(name) == "nano" and not (Path(name) / "config.json").exists() else Path(name)
+
+
+def released(variant):
+    """The Settings of one of wan.VARIANTS at its released size."""
+    row = VARIANTS[variant]
+    own = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
+    z_dim, stride = GEOMETRY[row["vae"]]
+    return Settings(variant=variant, z_dim=z_dim, stride=stride, is_moe=row["boundary"] is not None, **own)
+
+
+def read_settings(ckpt_dir):
+    """The Settings of a checkpoint folder. Raises BadInput where it is none."""
+    folders = expert_folders(ckpt_dir)
+    file = next(iter(folders.values())) / "config.json"
+    if not file.exists():
+        raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
+    config = read_json(file)
+    kind = config.get("model_type")
+    if kind is None:  # Animate's and diffusers' do not say; their tensors do
+        kind = read_config(file.parent, read_dit(file.parent)).model_type
+    variants = {row["model_type"]: name for name, row in VARIANTS.items()}
+    if kind not in variants:
+        raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
+    try:
+        is_moe = "dit" not in folders
+        own = config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **own)
+    except TypeError as e:
+        raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
+    return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))
+
+
+def parse_size(text, flag="--size"):
+    """ "832x480", or the official spelling "832*480", -> (832, 480)."""
+    try:
+        w, h = (int(v) for v in text.lower().replace("*", "x").split("x"))
+        return w, h
+    except ValueError:
+        raise BadInput(f"{flag} {text}: give WIDTHxHEIGHT, such as 1280x704") from None
+
+
+def parse_guidance(text):
+    """ "4" or "3,4" (low noise, high noise) -> a tuple of one or two numbers."""
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 2):
+        raise BadInput(f"--guidance {text}: give one number, or LOW,HIGH")
+    return values
+
+
+def nearest_multiple(value, of):
+    return max(of, round(value / of) * of)
+
+
+def check_size(size, frames, multiple):
+    """Refuse a size (width, height) px or a number of frames that does not fit, naming the nearest that does."""
+    if size[0] % multiple or size[1] % multiple or min(size) < 1:
+        near = "x".join(str(nearest_multiple(side, multiple)) for side in size)
+        raise BadInput(f"--size {size[0]}x{size[1]}: sides must be multiples of {multiple}; nearest {near}")
+    check_frames(frames)
+
+
+def check_frames(frames, over=1):
+    if frames % 4 != over or frames < 1:
+        rule, nearest = "4k+1" if over else "a multiple of 4", round((frames - over) / 4) * 4 + over
+        raise BadInput(f"--frames {frames}: must be {rule}; nearest {nearest if nearest > 0 else over or 4}")

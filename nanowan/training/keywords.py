@@ -1,0 +1,143 @@
+"""Words that train_te.py teaches: their token embeddings, where these start from, and whether captions hold them."""
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import eval_batches
+from nanowan.errors import BadInput
+from nanowan.training.captions import UNITS, has_keyword, replace_keyword, spans, without_keywords
+from t5 import EOS, PAD, UNK
+
+INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyword
+PUNCTUATION = ".,;:!?\"'()[]"
+
+
+class RowEmbedding(nn.Module):
+    """An embedding table, frozen but for the rows `ids`: only those get gradients and optimizer states."""
+
+    def __init__(self, table, ids):
+        super().__init__()
+        self.table, self.ids = table, torch.tensor(sorted(ids), device=table.weight.device)
+        self.rows = nn.Parameter(table.weight[self.ids].detach().clone())
+        self.slot = torch.full((len(table.weight),), -1, device=table.weight.device)
+        self.slot[self.ids] = torch.arange(len(self.ids), device=table.weight.device)
+
+    def forward(self, ids):
+        slot = self.slot[ids]
+        # not rows[slot]: the gradient of indexing is added up by several threads in any order
+        return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp(min=0), self.rows), self.table(ids))
+
+
+def keyword_token_ids(keywords, captions, tokenizer):
+    """{keyword: ids of the pieces that spell it}, as it is given and as captions write it, but for those that a caption
+    without a keyword uses; all of a spelling's where it has none of its own. Never the unknown, the end, a bare space.
+    """
+    shared = shared_token_ids(keywords, captions, tokenizer)
+    ids = {}
+    for keyword in keywords:
+        spellings = {keyword, *(c[begin:end] for c in captions for begin, end in spans(c, keyword))}
+        pieces = [{i for i in tokenizer.ids(spelling) if is_own_piece(i, tokenizer)} for spelling in spellings]
+        ids[keyword] = {i for found in pieces for i in (found - shared or found)}
+    return ids
+
+
+def own_pieces(word, tokenizer):
+    """The ids of a word that stand for letters."""
+    return [i for i in tokenizer.ids(word) if is_own_piece(i, tokenizer)]
+
+
+def is_own_piece(i, tokenizer):
+    """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
+    return i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
+
+
+def shared_token_ids(keywords, captions, tokenizer):
+    """Ids of the pieces of all captions without a keyword."""
+    return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
+
+
+@torch.no_grad()
+def search_initial_words(keywords, encoder, dataset, name, low, high):
+    """{keyword: the known word to start from}: the words of captions without keywords take a keyword's place in its own
+    captions, and the one with the lowest loss is it; keywords whose own loss is lower are left out. It is what textual
+    inversion (Gal et al., 2022) has its user give as an initializer token.
+
+    Losses are of at most INIT_SAMPLES training samples, one of a file, at two times in [low, high) under fixed noise,
+    through the DiT `name`.
+    """
+    others = without_keywords(dataset.captions, keywords)
+    counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
+    readable = [w for w, _ in counts.most_common() if own_pieces(w, encoder.tokenizer)]
+    candidates = readable[:INIT_CANDIDATES]
+    if not candidates:
+        return {}
+    model, chosen = dataset.pipe.acquire(name).eval(), {}
+    for keyword in keywords:
+        shown = {}  # one sample of each file whose caption has the word
+        for item, file in zip(dataset.items, dataset.files):
+            if captions := [c for c in item.captions if has_keyword(c, [keyword])]:
+                shown.setdefault(item.path, (replace(item, captions=captions[:1]), file))
+        if not shown:
+            continue
+        shown = list(shown.values())[:INIT_SAMPLES]
+        held = eval_batches(*zip(*shown), dataset.samples, dataset.pipe.settings.shift, low, high)
+        batches, losses = [batch for i, batch in held if i % 2], {}
+        captions = {caption for batch in batches for caption in batch.captions}
+        for word in [keyword, *candidates]:
+            texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
+            losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
+        if (best := min(losses, key=losses.get)) != keyword:
+            chosen[keyword] = best
+    return chosen
+
+
+@torch.no_grad()
+def initialize_rows(words, ids_of, shared, encoder):
+    """Set each keyword's trained rows, but for those in `shared`, which other captions use too, to the mean of its
+    word's; a row of several keywords to the mean of theirs. words: of search_initial_words; ids_of: of
+    keyword_token_ids.
+    """
+    embedding, starts = encoder.token_embedding, {}
+    for keyword, word in words.items():
+        start = embedding.table.weight[own_pieces(word, encoder.tokenizer)].float().mean(0)
+        for i in ids_of[keyword] - shared:
+            starts.setdefault(i, []).append(start)
+    for i, rows in starts.items():
+        embedding.rows[embedding.slot[i]] = torch.stack(rows).mean(0).to(embedding.rows)
+
+
+def check_keywords(keywords, captions, tokenizer, trains_blocks):
+    """Say how many captions hold each keyword; returns {keyword: count}. Raises BadInput for one that none holds, or of
+    which nothing can be trained: it has no piece, or, where no blocks are trained, none that other captions do not use
+    too.
+    """
+    ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
+    counts = {}
+    for keyword in keywords:
+        holding = [c for c in captions if has_keyword(c, [keyword])]
+        cut_off = sum(is_cut_off(c, keyword, tokenizer) for c in holding)
+        counts[keyword] = len(holding) - cut_off
+        print(
+            f"keyword {keyword!r}: in {len(holding)} captions, {len(ids[keyword])} embedding rows"
+            + f"; in {cut_off} of them beyond the {tokenizer.length} tokens that are read" * (cut_off > 0)
+        )
+        if len(holding) == cut_off:
+            raise BadInput(f"--keywords {keyword}: no caption of --data holds it where it is read")
+        if not ids[keyword]:
+            raise BadInput(f"--keywords {keyword}: the tokenizer has no piece for it, so nothing of it can be trained")
+        if not trains_blocks and not ids[keyword] - shared:
+            raise BadInput(
+                f"--keywords {keyword}: with --train_blocks 0 only its own pieces are trained, and all of them are in "
+                "captions without it too; train blocks as well"
+            )
+    return counts
+
+
+def is_cut_off(caption, keyword, tokenizer):
+    """Whether a caption is so long that no token of the keyword's first place in it is read."""
+    begin = spans(caption, keyword)[0][0]
+    return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1

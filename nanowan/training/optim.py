@@ -1,0 +1,152 @@
+"""Optimizers, the learning rate, moving averages, and which steps are not taken.
+
+AdamW8bit holds 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, both moments 2
+(and one fp32 scale per 256 parameters).
+"""
+
+import contextlib
+import math
+import statistics
+
+import torch
+
+from kernels import ops
+from kernels.adamw8bit import max_ratio, new_state
+from nanowan.errors import BadInput
+
+
+def adamw(params, lr, weight_decay=0.01):
+    """torch's AdamW (Loshchilov and Hutter, 2019) with betas (0.9, 0.99)."""
+    # its own choice on a GPU, foreach, takes as much memory again as the weights while it steps
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
+def lr_at(step, steps, lr, warmup, schedule):
+    """Learning rate of a step (0-based): linear warm-up, then "constant", or "cosine" down to a tenth."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8 bits per moment and Kahan-compensated weights, which must be bf16 (kernels/adamw8bit.py)."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01):
+        max_ratio(betas)  # raises where the moments could not be coded
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def new_state(self, p):
+        """The state of a parameter before its first step."""
+        return {"step": 0, **dict(zip(("compensation", "codes", "scale"), new_state(p)))}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p] = self.state[p] or self.new_state(p)
+                state["step"] += 1
+                tensors = p, state["compensation"], p.grad, state["codes"], state["scale"]
+                settings = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
+                ops.adamw8bit_step(*tensors, state["step"], *settings)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        # torch casts a state to its parameter's dtype; codes and scales have their own
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, state in state_dict["state"].items():
+            self.state[params[i]] = {
+                k: v.to(params[i].device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()
+            }
+
+    def exact(self, p):
+        """A parameter's weight proper, in fp32: what bf16 rounds away is in its compensation."""
+        weight = p.detach().float()
+        return weight.sub_(self.state[p]["compensation"]) if self.state.get(p) else weight
+
+
+class EMA:
+    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to
+    the one asked for. What has no gradient, an expert's adapter while the other one is trained, keeps its average.
+
+    optimizer: the AdamW8bit that compensates the parameters, if one does: the compensated weights are averaged.
+    """
+
+    def __init__(self, params, decay, optimizer=None):
+        self.params, self.decay, self.steps = params, decay, [0] * len(params)
+        self.optimizer = optimizer
+        self.average = [self._weight(p).clone() for p in params]
+
+    def _weight(self, p):
+        return self.optimizer.exact(p) if isinstance(self.optimizer, AdamW8bit) else p.detach().float()
+
+    @torch.no_grad()
+    def update(self):
+        for i, (average, p) in enumerate(zip(self.average, self.params)):
+            if p.grad is not None:
+                self.steps[i] += 1
+                average.lerp_(self._weight(p), 1 - min(self.decay, self.steps[i] / (self.steps[i] + 10)))
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The average stands in the parameters' place until the block ends."""
+        kept = [p.data.clone() for p in self.params]
+        for p, a in zip(self.params, self.average):
+            p.data.copy_(a)
+        try:
+            yield
+        finally:
+            for p, k in zip(self.params, kept):
+                p.data.copy_(k)
+
+    def state_dict(self):
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state):
+        self.steps = list(state["steps"])
+        for a, b in zip(self.average, state["average"], strict=True):
+            a.copy_(b)
+
+
+class Guard:
+    """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is
+    more than `grad_spike_factor` times the median of the last 100 that were taken (once 20 were). Norms of zero, of
+    steps in which nothing that is trained took part, say nothing about the others and are left out of the median; so
+    are those that are not `typical`.
+
+    skipped: how many steps were skipped in a row up to now.
+    """
+
+    def __init__(self, grad_spike_factor):
+        self.grad_spike_factor, self.norms, self.skipped = grad_spike_factor, [], 0
+
+    def should_skip(self, loss, norm, typical=True):
+        """Why the step with this loss and gradient norm must be skipped, or None."""
+        reason = None
+        median = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            reason = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
+        elif norm > self.grad_spike_factor * median:
+            reason = f"the gradient's norm is {norm:.4g}, {norm / median:.0f} times the recent median"
+        elif norm > 0 and typical:
+            self.norms = [*self.norms[-99:], norm]
+        self.skipped = self.skipped + 1 if reason else 0
+        return reason
+
+    def raise_if_stuck(self, max_skipped, reason, lr, out):
+        """Raises BadInput after max_skipped skipped steps in a row, the last for this reason (from should_skip)."""
+        if self.skipped >= max_skipped:
+            raise BadInput(
+                f"{self.skipped} steps in a row skipped, the last because {reason}; the weights from before them are "
+                f"saved in {out}. A lower --lr than {lr:g} may help, or a lower --grad_clip"
+            )
+
+    def state_dict(self):
+        return {"norms": self.norms, "skipped": self.skipped}
+
+    def load_state_dict(self, state):
+        self.norms, self.skipped = list(state["norms"]), state["skipped"]

@@ -1,0 +1,353 @@
+"""A training run's folder: log, lock, the states from which it resumes, and which flags may change then.
+
+OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt. States are written whole
+or not at all; the last few stay, so that there is another one where the newest is damaged.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from nanowan.errors import BadInput
+from nanowan.files import atomic, remove_leftovers, save_pickle, writing
+
+
+class Scalars:
+    """TensorBoard's file of a run's numbers. Its own writer works in a thread, where a full disk is a traceback."""
+
+    def __init__(self, folder, purge_step):
+        """Of what earlier files in the folder hold, TensorBoard drops the steps from purge_step on."""
+        folder = Path(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = AppendedFile(folder / name)
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **event):
+        RecordWriter(self.file).write(Event(wall_time=time.time(), **event).SerializeToString())
+
+    def write(self, step, values):
+        """values: {name: number}."""
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+
+    def close(self):
+        self.file.close()
+
+
+class AppendedFile:
+    """A file to whose end each write goes at once, so that nothing waits in a buffer when the process dies."""
+
+    def __init__(self, path):
+        self.path = path
+        with writing(path):
+            self.file = open(path, "ab", buffering=0)
+
+    def write(self, data):
+        view = memoryview(data)
+        with writing(self.path):
+            while view:  # a nearly full disk takes a part
+                view = view[self.file.write(view) :]
+
+    def close(self):
+        self.file.close()
+
+
+def shown(value):
+    """A number, or a list of them, for the screen."""
+    if isinstance(value, list):
+        return "/".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def differences(before, now):
+    """What has changed between two resume fingerprints {name: value or list}, in a few words each, for the names in
+    `now`.
+    """
+    found = []
+    for name, new in now.items():
+        old = before.get(name)
+        if old == new:
+            continue
+        if isinstance(old, list) and isinstance(new, list) and len(str(old)) + len(str(new)) > 100:
+            seen = set(map(str, old))
+            fresh = sum(str(v) not in seen for v in new)
+            found.append(f"{name} was {len(old)} entries, is {len(new)}, {fresh} of them others")
+        else:
+            found.append(f"{name} was {str(old)[:60]}, is {str(new)[:60]}")
+    return found[:12] + [f"{len(found) - 12} more"] * (len(found) > 12)
+
+
+def state_step(file):
+    """The step of a file such as step_000100.pt."""
+    return int(file.stem.removeprefix("step_"))
+
+
+def state_damage(file):
+    """Why a state cannot be read, or None: its checksums, and that its shards have the length that their list says."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            if bad := z.testzip():
+                return f"the checksum of {bad} is wrong"
+        if torch.load(file, weights_only=True, map_location="cpu", mmap=True)["shards"]:
+            from torch.distributed.checkpoint import FileSystemReader
+
+            folder = file.with_suffix(".shards")
+            for part in FileSystemReader(folder).read_metadata().storage_data.values():
+                if (folder / part.relative_path).stat().st_size < part.offset + part.length:
+                    return f"{folder.name}/{part.relative_path} is cut off"
+    except Exception as e:  # whatever reading a damaged file comes to
+        return str(e).splitlines()[0] if str(e) else type(e).__name__
+    return None
+
+
+class Run:
+    """One training run on the folder OUT; a context manager. Of several ranks, only the main one writes.
+
+    From here on Ctrl-C and SIGTERM end the run in order: before `restore` at once, since what was cached so far is on
+    the disk; after it `stop` is True, and the loop saves and leaves. Another one, later, ends it at once.
+    Raises BadInput where another process runs on OUT; where OUT holds a run and `resume` is not asked for, unless this
+    same job wrote it before torchrun started its processes anew; and where flags["steps"] are fewer than are done.
+    """
+
+    def __init__(self, out, flags, resume, is_main=True, keep=2):
+        self.out, self.keep, self.is_main, self.flags = Path(out), keep, is_main, flags
+        self.stop, self.asked_at, self.training = False, 0.0, False
+        self.states, self.log_file, self.scalars, self.lock_file = self.out / "checkpoints", None, None, None
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.job = (
+            f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+        )
+        try:
+            if is_main:
+                self._take_folder(resume)
+            self.state_file = self._newest_state()
+            self._compare_steps()
+        except BaseException:
+            self.close()
+            raise
+        if resume and is_main and self.state_file is None:
+            print(f"--resume: {self.out} holds no state yet; beginning", flush=True)
+        self.metadata = {
+            "flags": flags,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "commit": self._commit(),
+            "job": self.job,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self.date = self.metadata["started"][:10]  # on which the run began, whenever it went on
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Let go of the folder and of the signals."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in (self.log_file, self.scalars, self.lock_file):
+            if file is not None:
+                file.close()
+
+    # ---- who may run here, and until when ------------------------------------------------------------------------
+    def _take_folder(self, resume):
+        with writing(self.states):
+            self.states.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self._saved() and not resume and (self.job is None or self._last_job() != self.job):
+            raise BadInput(
+                f"--out {self.out}: holds a run already; add --resume to continue it, or choose another folder"
+            )
+        self._remove_leftovers()
+
+    def _lock(self):
+        """Refuse a second process on this folder. The system drops the lock when this one ends, however it does."""
+        path = self.out / ".lock"
+        with writing(path):
+            self.lock_file = open(path, "a+")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock_file.seek(0)
+            owner = self.lock_file.read().strip()
+            raise BadInput(f"--out {self.out}: another run is writing there ({owner or 'just started'})") from None
+        except OSError as e:
+            print(f"{path}: this disk has no locks ({e.strerror}); do not start a second run on {self.out}", flush=True)
+        with writing(path):
+            self.lock_file.truncate(0)
+            self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.lock_file.flush()
+
+    def _last_job(self):
+        """The torchrun job that wrote this folder last."""
+        try:
+            return json.loads((self.out / "flags.json").read_text()).get("job")
+        except (OSError, ValueError):
+            return None
+
+    @staticmethod
+    def _commit():
+        try:
+            found = subprocess.run(
+                ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
+            )
+        except OSError:  # no git here
+            return None
+        return found.stdout.strip() or None
+
+    def _on_signal(self, number, _):
+        # os.write: print may have been interrupted in the middle of a line, and cannot be entered twice
+        now = time.monotonic()
+        if (
+            self.stop and now - self.asked_at > 1
+        ):  # sooner it is torchrun, which passes on what the terminal sent to all
+            os._exit(128 + number)
+        if self.stop:
+            return
+        self.stop, self.asked_at = True, now
+        if not self.training:
+            os.write(2, b"stopped before the first step; what is cached so far stays\n")
+            sys.exit(128 + number)
+        os.write(1, b"stopping after this step; the state is saved, go on with --resume\n")
+
+    # ---- states --------------------------------------------------------------------------------------------------
+    def _saved(self):
+        """The files of all states, oldest first."""
+        return sorted((f for f in self.states.glob("step_*.pt") if re.fullmatch(r"step_\d+", f.stem)), key=state_step)
+
+    def _remove_leftovers(self):
+        """What killed processes left here: unfinished files, and shards whose state was never finished."""
+        for folder in (self.out, self.states, self.out / "previews"):
+            remove_leftovers(folder)
+        for folder in self.states.glob("step_*.shards"):
+            if not folder.with_suffix(".pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _newest_state(self):
+        """The newest state that is whole, or None where there is none at all. Damaged ones are named and set aside."""
+        damaged = {}
+        for file in reversed(self._saved()):
+            if not (why := state_damage(file)):
+                for bad in damaged if self.is_main else ():
+                    bad.rename(f"{bad}.damaged")
+                return file
+            damaged[file] = why
+            if self.is_main:
+                print(f"{file}: damaged ({why}); looking at the state before it", flush=True)
+        if damaged:
+            raise BadInput(f"{self.states}: none of the {len(damaged)} states can be read; choose another --out")
+        return None
+
+    def _compare_steps(self):
+        steps, done = self.flags.get("steps"), state_step(self.state_file) if self.state_file else 0
+        if steps and steps < done:
+            raise BadInput(f"--steps {steps}: the run in {self.out} has done {done} already; give at least as many")
+        if steps == done and self.is_main:
+            print(f"the run in {self.out} has done all of its {done} steps; with more --steps it goes on", flush=True)
+
+    def check(self, fingerprint):
+        """Refuse to go on from a state that was made otherwise. `fingerprint` {name: value} is what must not have
+        changed, or the part of it that is known so far; BadInput lists what has. Reads no tensors.
+        """
+        if self.state_file is None:
+            return
+        saved = torch.load(self.state_file, weights_only=True, map_location="cpu", mmap=True)["fingerprint"]
+        if changed := differences(saved, json.loads(json.dumps(fingerprint))):
+            raise BadInput(f"--resume: {self.state_file} is of another run: " + "; ".join(changed))
+
+    def restore(self, fingerprint):
+        """The newest state, or None, after `check`; training begins. state["shards"] is the folder of its shards, or
+        False. What was logged after the state is dropped, since it will be logged again.
+        """
+        self.check(fingerprint)
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        state = torch.load(self.state_file, weights_only=True, map_location="cpu") if self.state_file else None
+        if state and state["shards"]:
+            state["shards"] = self.state_file.with_suffix(".shards")
+        self.date = state.get("date", self.date) if state else self.date
+        if self.is_main:
+            self._begin_log(state["step"] if state else 0)
+        self.training = True
+        return state
+
+    def save(self, step, state, shards=None):
+        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them
+        count last.
+        """
+        file = self.states / f"step_{step:06d}.pt"
+        folder = file.with_suffix(".shards")
+        if shards:
+            import torch.distributed.checkpoint as dcp
+
+            with writing(folder):
+                try:
+                    dcp.save(shards, checkpoint_id=folder)
+                except dcp.CheckpointException as e:  # which is no Exception
+                    raise next(iter(e.failures.values()))[0] from None
+        if self.is_main:
+            about = {"step": step, "date": self.date, "fingerprint": self.fingerprint, "shards": bool(shards)}
+            save_pickle(file, about | state)
+            for old in self._saved()[: -self.keep]:
+                old.unlink()
+                shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
+
+    # ---- log -----------------------------------------------------------------------------------------------------
+    def _begin_log(self, step):
+        """Write flags.json, and open the log and TensorBoard's file behind what they hold up to `step`."""
+        with atomic(self.out / "flags.json") as tmp:
+            tmp.write_text(json.dumps(self.metadata, indent=1) + "\n")
+        log, kept = self.out / "log.jsonl", []
+        for line in log.read_text().splitlines() if step and log.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        with atomic(log) as tmp:
+            tmp.write_text("".join(kept))
+        self.log_file = AppendedFile(log)
+        self.scalars = Scalars(self.out / "tensorboard", step + 1)
+
+    def log(self, step, **values):
+        """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
+        if not self.is_main:
+            return
+        print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
+        self.log_file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self.scalars.write(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+
+
+def adapter_file(out, name, expert, step=None):
+    """Where a run's adapter lies: OUT/NAME.safetensors, the newest, or NAME_000250.safetensors, that of a step; for the
+    experts of an A14B with _high or _low behind it.
+    """
+    number = "" if step is None else f"_{step:06d}"
+    return Path(out) / f"{name}{number}{'' if expert == 'dit' else '_' + expert}.safetensors"
+
+
+def remove_older_adapters(out, name, step, keep):
+    """Of the adapters that were kept under their steps, up to this one, leave the last `keep` steps."""
+    pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
+    files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
+    kept = sorted({s for s, _ in files if s <= step})[-keep:]
+    for s, file in files:
+        if s < kept[0]:
+            file.unlink()

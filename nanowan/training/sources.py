@@ -1,0 +1,168 @@
+"""Where training data come from: a folder of media with captions beside them, a JSONL or a CSV; the report of it."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from nanowan.errors import BadInput
+from nanowan.video import CLIPS, IMAGES, OTHER_MEDIA, Skip, why
+
+CLIP_MODES = {
+    "first": "from its beginning",
+    "middle": "around its middle",
+    "uniform": "spread evenly over its whole length",
+    "several": "one after the other, as many as it holds",
+}  # which frames of a clip
+PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
+CAPTION_COLUMNS = ("caption", "prompt", "text")
+REPEAT_COLUMNS = ("repeat", "num_repeats")
+
+
+def read_captions(path):
+    """The lines of the text file beside a media file. Raises Skip."""
+    file = path.with_suffix(".txt")
+    try:
+        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise Skip(f"its caption {file.name} is not UTF-8") from None
+    except OSError:
+        raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
+    if not captions:
+        raise Skip(f"its caption {file.name} is empty")
+    return captions
+
+
+def csv_rows(lines):
+    """Yield (line number, {column: value}) of a CSV with a header. Raises ValueError."""
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise csv.Error("more fields than the header has; texts with commas in them need quotes")
+            yield reader.line_num, row
+    except csv.Error as e:
+        raise ValueError(f"line {reader.line_num}: {e}") from None
+
+
+def json_rows(lines):
+    """Yield (line number, {column: value}) of a JSONL. Raises ValueError."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise ValueError(f"line {number}: {e}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: {line.strip()[:60]} is no object")
+            yield number, row
+
+
+def read_list(file):
+    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in
+    one of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises
+    BadInput.
+    """
+    is_csv = file.suffix.lower() == ".csv"
+    try:
+        with open(file, encoding="utf-8-sig", newline="" if is_csv else "\n") as f:
+            rows = list(csv_rows(f) if is_csv else json_rows(f))
+    except (OSError, ValueError) as e:
+        form = "a CSV with a header" if is_csv else 'lines of {"path": ..., "caption": ...}'
+        raise BadInput(f"--data {file}: not {form}: {why(e)}") from None
+    return [list_entry(file, number, row) for number, row in rows]
+
+
+def list_entry(file, number, row):
+    """An entry of `read_list`."""
+    where = f"--data {file}, line {number}"
+    path, captions, repeat = (
+        next((row[c] for c in columns if row.get(c) not in (None, "")), None)
+        for columns in (PATH_COLUMNS, CAPTION_COLUMNS, REPEAT_COLUMNS)
+    )
+    if not isinstance(path, str):
+        raise BadInput(
+            f"{where}: names no file; of {', '.join(PATH_COLUMNS)} one should hold a path, "
+            f"and its columns are {', '.join(row)[:200]}"
+        )
+    captions = [] if captions is None else captions if isinstance(captions, list) else [captions]
+    if not all(isinstance(c, str) for c in captions):
+        raise BadInput(f"{where}: its caption is neither a text nor a list of texts")
+    repeat = "1" if repeat is None else str(repeat)
+    if not repeat.isdecimal() or repeat == "0":
+        raise BadInput(f"{where}: repeat {repeat}: should be a whole number from 1 on")
+    captions = [c.strip() for c in captions if c.strip()]
+    none = Skip(f"has no caption on line {number} of {file.name}, in {', '.join(CAPTION_COLUMNS)}")
+    return file.parent / path, captions or none, int(repeat)
+
+
+def walk(folder):
+    """The paths of all that is in a folder, recursively, but for what is hidden, and [(folder, reason)] of those that
+    cannot be opened. Links to folders are followed; a folder that was seen is not entered again.
+    """
+    found, unreadable, seen = [], [], set()
+    for where, folders, files in os.walk(
+        folder, followlinks=True, onerror=lambda e: unreadable.append((Path(e.filename), e.strerror))
+    ):
+        state = os.stat(where)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(where, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(found), unreadable
+
+
+def find_media(source):
+    """[(path, captions, repeat)] of everything in a list, or of a folder, that is media or looks like it. captions: a
+    Skip where there can be none, None where they lie beside the file.
+    """
+    if source.is_file():
+        return read_list(source)
+    if not source.is_dir():
+        raise BadInput(f"--data {source}: no such folder, JSONL or CSV file")
+    listed = [
+        e for name in ("metadata.jsonl", "metadata.csv") if (source / name).is_file() for e in read_list(source / name)
+    ]
+    listed_paths = {os.path.abspath(path) for path, _, _ in listed}
+    paths, unreadable = walk(source)
+    return (
+        listed
+        + [
+            (p, None, 1)
+            for p in paths
+            if p.suffix.lower() in IMAGES | CLIPS | OTHER_MEDIA and os.path.abspath(p) not in listed_paths
+        ]
+        + [(p, Skip(f"cannot be opened ({reason})"), 1) for p, reason in unreadable]
+    )
+
+
+def check_usable(path, captions):
+    """A file's captions. Raises Skip for what can be known without decoding it."""
+    if isinstance(captions, Skip):
+        raise captions
+    if not path.is_file():
+        raise Skip("is not a file" if path.exists() or path.is_symlink() else "does not exist")
+    if path.suffix.lower() not in IMAGES | CLIPS:
+        raise Skip(f"is none of {', '.join(sorted(IMAGES | CLIPS))}")
+    captions = read_captions(path) if captions is None else captions
+    if path.stat().st_size == 0:
+        raise Skip("is empty")
+    return captions
+
+
+def report(items, skipped):
+    """What will be trained on and what will not, as text."""
+    counts = {}
+    for item in items:
+        counts[item.bucket] = counts.get(item.bucket, 0) + 1
+    files, seen = len({i.path for i in items}), sum(i.repeat for i in items)
+    lines = [
+        f"data: {files} files"
+        + f" in {len(items)} samples" * (len(items) > files)
+        + f", seen {seen} times an epoch" * (seen > len(items))
+        + f", {len(skipped)} skipped"
+    ]
+    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
+    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in skipped])

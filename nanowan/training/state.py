@@ -1,0 +1,101 @@
+"""What a run needs to go on exactly where it stopped: parameters, optimizer, averages; and what must not change then."""
+
+import contextlib
+
+import torch
+
+from nanowan.cache import digest
+from nanowan.parallel import is_sharded, shard_like
+from nanowan.training.optim import EMA, Guard
+
+# Flags that may differ between a run and its continuation: they do not decide what is learned.
+RESUME_MAY_CHANGE = (
+    "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
+    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages "
+    "keep name trigger preserve_prompts keyword_init"
+).split()
+
+
+class TrainState:
+    """All that a run needs to go on exactly: parameters, the optimizer, the guard and the averages; what is drawn
+    follows from the step.
+    """
+
+    def __init__(self, params, opt, grad_spike_factor, ema=0.0):
+        """ema: the decay of a moving average, 0 for none."""
+        self.params, self.opt, self.guard, self.step = params, opt, Guard(grad_spike_factor), 0
+        self.ema = EMA(params, ema, opt) if ema else None
+        for group in opt.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+
+    def averaged(self):
+        """A context in which the averages, if there are any, stand in the parameters' place: what is saved and seen."""
+        return self.ema.in_place() if self.ema else contextlib.nullcontext()
+
+    def state_dict(self):
+        opt = self.opt.state_dict()
+        return {
+            "params": [p.data for p in self.params],
+            "opt": {**opt, "state": {i: {**s} for i, s in opt["state"].items()}},
+            "guard": self.guard.state_dict(),
+            "ema": self.ema and {**self.ema.state_dict(), "average": [*self.ema.average]},
+        }
+
+    def param_slots(self, state):
+        """Where a state holds something in the shape of a parameter: (container, key, that parameter)."""
+        slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
+        for i, moments in state["opt"]["state"].items():
+            p = self.params[i]
+            keys = [k for k, v in moments.items() if isinstance(v, str) or torch.is_tensor(v) and v.shape == p.shape]
+            slots += [(moments, k, p) for k in keys]
+        return slots
+
+    def save(self, run, step):
+        """Write a run's state; every rank calls this. What is sharded goes into a folder beside it, from all ranks at
+        once, and its number into its place.
+        """
+        state, shards = self.state_dict(), {}
+        for n, (values, key, _) in enumerate(self.param_slots(state)):
+            if is_sharded(values[key]):
+                shards[f"{n}"], values[key] = values[key], f"{n}"
+        run.save(step, state, shards)
+
+    def restore(self, state):
+        """Put a saved state back, from any number of ranks on any number."""
+        slots = [(values, key, p) for values, key, p in self.param_slots(state) if isinstance(values[key], str)]
+        if slots:
+            import torch.distributed.checkpoint as dcp
+
+            tensors = {values[key]: torch.empty_like(p, requires_grad=False) for values, key, p in slots}
+            reader = dcp.FileSystemReader(state["shards"])
+            dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+            for values, key, _ in slots:
+                values[key] = tensors[values[key]]
+        for values, key, p in self.param_slots(state):
+            values[key] = shard_like(values[key], p)
+        for p, saved in zip(self.params, state["params"], strict=True):
+            p.data.copy_(saved)
+        for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
+            if "fused" in own:  # how a step is computed, which an older version did otherwise, is not part of a state
+                group["fused"] = own["fused"]
+        self.opt.load_state_dict(state["opt"])
+        self.guard.load_state_dict(state["guard"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]
+        print(f"resumed at step {self.step}")
+
+
+def lists_of(state):
+    """The lists of a state that hold one tensor for each parameter."""
+    return [state["params"], *([state["ema"]["average"]] if state["ema"] else [])]
+
+
+def resume_fingerprint(args, pipe, dataset):
+    """{name: value} of what must not change between a run and its continuation: all flags but RESUME_MAY_CHANGE, the
+    global batch, the samples, and the base's weights. args: resolved flags.
+    """
+    flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
+    base = [digest(f) for name in pipe.settings.expert_names for f in pipe.files(name)]
+    samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
+    return flags | {"batch": args.batch * pipe.world.dp_size, "samples": samples, "base": base}

@@ -1,0 +1,69 @@
+"""What the two training loops share: held-out loss, previews, one update of the weights, what a step logs."""
+
+import time
+
+import torch
+
+from data import eval_batches
+from nanowan import memory_estimate
+from nanowan.parallel import clip_grad_norm
+from nanowan.training.optim import lr_at
+
+
+def due(step, every, last):
+    """Whether something that is done every so many steps, and after the last, is done after this one."""
+    return step % every == 0 or step == last
+
+
+@torch.no_grad()
+def held_out_loss(dataset, schedule, embed):
+    """{name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and `val_loss_by_t`, that
+    at each of four timesteps. Comparable between runs on the same data, whatever their seeds. embed(captions) ->
+    context (B,S,D), lens (B,).
+    """
+    metrics, pipe = {}, dataset.pipe
+    for name, (low, high) in schedule.items():
+        shift = pipe.settings.shift
+        batches = eval_batches(dataset.val_items, dataset.val_files, dataset.samples, shift, low, high)
+        model, by_t, suffix = pipe.acquire(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
+        for i, batch in batches:
+            by_t[i] += batch.loss(model, *embed(batch.captions)).item() / len(dataset.val_items)
+        model = None  # so that it can be evicted for the other expert
+        metrics |= {f"val_loss{suffix}": sum(by_t) / 4, f"val_loss_by_t{suffix}": by_t}
+    return metrics
+
+
+class Stopwatch:
+    """Time and tokens of one step, for its log line."""
+
+    def __init__(self):
+        self.began, self.tokens = time.monotonic(), 0
+
+    def count(self, batch, weight):
+        """A Batch that was back-propagated with this weight; 0 is a rank that computed for nothing."""
+        self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
+
+    def metrics(self, model, batch, text, accumulate, device):
+        """{"ms", "tokens_per_s", "peak_gb"}, and "mfu" where the device's peak rate is known; text: tokens of it."""
+        seconds = time.monotonic() - self.began
+        found = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
+        found["peak_gb"] = round(memory_estimate.used(device) / 1e9, 2)
+        if mfu := memory_estimate.mfu(model, batch.x, text, seconds / accumulate, device):
+            found["mfu"] = round(mfu, 3)
+        return found
+
+
+def update(state, world, step, args, loss, typical=True):
+    """One optimizer step, unless the gradient is not to be trusted: ({name: value} to log, why it was skipped or None).
+    args: steps, warmup, schedule, grad_clip, seed. typical: whether the step's samples have gradients of usual size.
+    """
+    for group in state.opt.param_groups:
+        group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)
+    grad_norm = clip_grad_norm(state.params, args.grad_clip)
+    metrics = {"lr": state.opt.param_groups[0]["lr"], "grad_norm": grad_norm}
+    if reason := state.guard.should_skip(loss, grad_norm, typical=typical):
+        print(f"step {step + 1} skipped: {reason}", flush=True)
+        return metrics | {"skipped": state.guard.skipped}, reason
+    world.seed(args.seed, step, "optimizer", same=True)
+    state.opt.step()
+    return metrics, None

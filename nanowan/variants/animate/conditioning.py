@@ -1,0 +1,127 @@
+"""Animate-14B: a character, and the poses and faces of a driving video; sampled segment by segment."""
+
+from pathlib import Path
+
+import torch
+
+from nanowan.errors import BadInput
+from nanowan.formats.layouts import read_headers, weight_files
+from nanowan.formats.load import load_into
+from nanowan.variants.animate import inputs
+from nanowan.variants.animate.clip_vision import load_clip
+from nanowan.variants.animate.model import MOTION_PREFIX, MotionEncoder, motion_sizes
+from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video
+from nanowan.variants.examples import Examples
+from nanowan.video import has_sound, sound_delay
+
+
+class CharacterVideo(Video):
+    """A character that moves as a video does, or takes a person's place in it: segments that share their first
+    `overlap` frames with the end of the one before.
+    """
+
+    def __init__(self, pipe, settings, folder, replace, overlap):
+        self.pipe, self.overlap, self.device = pipe, overlap, pipe.device
+        self.source = inputs.read_source(folder, replace, pipe.config().face_side)
+        self.fps, self.n = self.source.fps, len(self.source.pose)
+        self.spans = inputs.clip_ranges(self.n, settings.frames, overlap)
+        self.count, height, width = len(self.spans), *self.source.pose[0].shape[:2]
+        self.size, (_, sh, sw) = (width, height), settings.stride
+        self.shape = settings.z_dim, 2 + (settings.frames - 1) // 4, height // sh, width // sw
+        pose_file = Path(folder) / "src_pose.mp4"
+        if has_sound(pose_file):
+            self.sound, self.sound_offset = pose_file, sound_delay(pose_file)
+        vae, clip = pipe.acquire_vae(self.size), pipe.acquire("clip")
+        self.reference, self.clip = inputs.encode_reference(vae, clip, self.source, self.device)
+        vae = clip = None
+        pipe.drop("clip")
+        self.known = None  # the last frames (1,3,overlap,H,W) of the segment before
+
+    def noise(self, r, seed):
+        generator = torch.Generator(self.device).manual_seed(seed)  # one for all segments
+        for _ in range(r + 1):
+            noise = torch.randn(self.shape, generator=generator, device=self.device)
+        return noise
+
+    def conditions(self, r):
+        vae = self.pipe.acquire_vae(self.size)
+        y, pose, face = inputs.encode_clip(vae, self.source, self.spans[r], self.reference, self.known)
+        model_inputs = {"pose": pose, "face": face, "clip": self.clip}
+        return Conditions(
+            channels=y, inputs=model_inputs, uncond_inputs=model_inputs | {"face": torch.full_like(face, -1.0)}
+        )
+
+    def decode(self, r, latents, decode):
+        video = decode(latents[:, :, 1:])  # but for the reference
+        begin = self.overlap if r else 0
+        self.known = video[:, :, -self.overlap :].clone()  # a view would keep all of it
+        return video[0, :, begin : self.n - self.spans[r][0]]
+
+    def output(self, latents):
+        return latents[:, 1:]
+
+    def state(self):
+        return {"known": self.known}
+
+    def restore(self, state):
+        self.known = state["known"].to(self.device)
+
+
+def load_motion_encoder(path, device="cpu"):
+    """The motion encoder alone of a model folder or file, frozen, in fp32 as the whole model has it."""
+    entries = {n: e for n, e in read_headers(weight_files(path)).items() if not n.endswith(".kernel")}
+    with torch.device("meta"):
+        model = MotionEncoder(*motion_sizes(lambda name: entries[name].shape, entries).values())
+    entries = {n.removeprefix(MOTION_PREFIX): e for n, e in entries.items() if n.startswith(MOTION_PREFIX)}
+    return load_into(model, entries, device, torch.float32)
+
+
+class Character(Conditioning):
+    """Animate-14B: the folder that its preprocessing writes; in segments."""
+
+    by_segments = True
+    title = "Animate-14B: a character that moves as a video does"
+    flags = {
+        "src_root_path": dict(
+            help="folder written by nanowan.variants.animate.prepare or the official preprocessing (src_pose.mp4, "
+            "src_face.mp4, src_ref.png)"
+        ),
+        "replace_flag": dict(
+            action="store_true", help="put the character in the place of the video's person (needs src_bg, src_mask)"
+        ),
+        "refert_num": dict(
+            type=int, choices=(1, 5), help="frames that a segment takes over from the one before (default: 1)"
+        ),
+    }
+    encoders = {
+        "clip": Encoder("", "models_clip*", load_clip),
+        "motion": Encoder("", "diffusion_pytorch_model*.safetensors", load_motion_encoder, MOTION_PREFIX),
+    }
+
+    def check(self, ckpt_dir, image):
+        if image is not None:
+            raise BadInput(f"--image {image}: {ckpt_dir} takes its picture from --src_root_path")
+
+    def latent_frames(self, frames):
+        return 2 + (frames - 1) // 4  # the reference's is the first
+
+    def video(self, pipe, settings, image=None, src_root_path=None, replace_flag=False, refert_num=1):
+        self.check(pipe.dir, image)
+        if src_root_path is None:
+            raise BadInput(f"{pipe.dir}: a character that moves as a video does, --src_root_path is needed")
+        return CharacterVideo(pipe, settings, src_root_path, replace_flag, refert_num)
+
+
+class CharacterExamples(Examples):
+    def inputs(self, config, shape):
+        C, frames, h, w = shape
+        face = torch.empty(1, 3, 4 * frames - 7, config.face_side, config.face_side)
+        return {"pose": torch.empty(1, C, frames - 1, h, w), "face": face, "clip": torch.empty(1, 257, config.clip_dim)}
+
+    def entry(self, config, shape, continuation):
+        entry = {k: v[0] for k, v in self.inputs(config, shape).items()}
+        motion = torch.empty(entry["face"].shape[1], config.motion_dim)
+        return entry | {"face": motion} | super().entry(config, shape, continuation)
+
+    def decoded_frames(self, latent_frames):
+        return latent_frames - 1

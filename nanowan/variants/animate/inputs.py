@@ -1,0 +1,281 @@
+"""The folder that Animate's preprocessing writes, and what the model is given of it, clip by clip.
+
+n real frames, H W px (the pose video's)    c frames of a clip (4k+1), r of them known from the clip before (1 or 5)
+T' = 1 + (c-1)/4 latent frames, h w latent pixels    S side of the face crops
+
+src_pose.mp4 and src_face.mp4 drive; src_ref.png is the character. To replace a person in the driving video there are
+src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was. prepare.py makes such a folder,
+by the rules in the middle of this file.
+Source: official wan/animate.py and wan/modules/animate/preprocess.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanowan.errors import BadInput
+from nanowan.variants.image import encode_still
+from nanowan.video import Skip, open_image, read_frames
+
+OVERLAPS = 1, 5  # how many frames a clip can take over from the one before
+SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
+FACE_SIDE = 512  # of the crops that the released model takes
+FACE_AREA = 1.3  # of a crop, in areas of the box around the landmarks
+
+
+@dataclass
+class Source:
+    """Frames as lists of uint8 arrays, all of length n: pose (H,W,3), face (S,S,3), and to replace a person background
+    (H,W,3) and mask (H,W), else None. reference: the character, letterboxed (H,W,3). fps: of the pose video.
+    """
+
+    pose: list
+    face: list
+    reference: np.ndarray
+    background: list | None
+    mask: list | None
+    fps: float
+
+
+class ClipInputs(NamedTuple):
+    """What the DiT is given of one clip: y (1,4+z,1+T',h,w) behind the noise, pose latents (1,z,T',h,w), and the face
+    crops (1,3,c,S,S) in [-1,1].
+    """
+
+    y: torch.Tensor
+    pose: torch.Tensor
+    face: torch.Tensor
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def read_source(folder, replace, face_side):
+    """The Source in a folder; replace: with background and mask; face_side: what the model takes (512). Raises BadInput
+    where a file is missing or cannot be read, or sizes and lengths do not fit each other or the model.
+    """
+    folder, names = Path(folder), ["pose", "face", *(["bg", "mask"] if replace else [])]
+    files = {name: folder / f"src_{name}.mp4" for name in names} | {"ref": folder / "src_ref.png"}
+    missing = [file.name for file in files.values() if not file.is_file()]
+    if missing:
+        raise BadInput(
+            f"--src_root_path {folder}: has no {', '.join(missing)}; it should be the folder that Wan2.2-Animate's "
+            f"preprocessing wrote{', with its --replace_flag' * replace}"
+        )
+    videos, fps = {}, 0.0
+    for name in names:
+        videos[name], rate = read_video(files[name])
+        fps = rate if name == "pose" else fps
+    height, width = videos["pose"][0].shape[:2]
+    if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+        raise BadInput(f"{files['pose']}: {width}x{height} px; both sides should be multiples of {SIZE_MULTIPLE}")
+    for name, video in videos.items():
+        h, w = (face_side, face_side) if name == "face" else (height, width)
+        if video[0].shape[:2] != (h, w):
+            raise BadInput(
+                f"{files[name]}: {video[0].shape[1]}x{video[0].shape[0]} px, should be {w}x{h} "
+                f"(ffmpeg -vf scale={w}:{h} makes it so)"
+            )
+        if len(video) != len(videos["pose"]):
+            raise BadInput(f"{files[name]}: {len(video)} frames, should be {len(videos['pose'])} as in src_pose.mp4")
+    reference = letterbox(np.array(open_image(files["ref"], "--src_root_path")), width, height)
+    mask = [frame[..., 0] for frame in videos["mask"]] if replace else None
+    return Source(videos["pose"], videos["face"], reference, videos.get("bg"), mask, fps)
+
+
+def read_video(file):
+    """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
+    images, last = [], 0.0
+    try:
+        for frame in read_frames(file):
+            images.append(np.array(frame.image.convert("RGB")))
+            last = frame.seconds
+    except Skip as e:
+        raise BadInput(f"{file}: {e}") from None
+    if not images:
+        raise BadInput(f"{file}: has no frames")
+    return images, (len(images) - 1) / last if last else 0.0
+
+
+# ---- the rules by which the folder is made ---------------------------------------------------------------------------
+def frame_indices(count, video_fps, fps):
+    """Which frames of a video of `count` frames make one of another rate: the nearest in time, [index]."""
+    times = np.arange(int(count / video_fps * fps)) / fps
+    return np.clip(np.round(times * video_fps).astype(int), 0, count - 1).tolist()
+
+
+def area_size(width, height, area):
+    """(width, height) px of an area in the aspect of width x height, both rounded down to multiples of 16."""
+    h = math.sqrt(area / (width / height))
+    w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
+    if not w or not h:
+        raise BadInput(f"--size of {area} px is too small for {width}x{height}: a side would be under {SIZE_MULTIPLE}")
+    return w, h
+
+
+def resize(image, width, height, area=False):
+    """An image (h,w,...) uint8 or float32 resized without antialiasing (OpenCV's INTER_LINEAR), or with `area`, which
+    only shrinks, to the mean of what a pixel covers (INTER_AREA). Bytes may differ from OpenCV's by 1.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
+    if area:
+        x = shrink(shrink(x, width).transpose(1, 2), height).transpose(1, 2)
+    else:
+        x = F.interpolate(x[None], (height, width), mode="bilinear", align_corners=False)[0]
+    x = x.permute(1, 2, 0).reshape(height, width, *image.shape[2:])
+    return (x if image.dtype == np.float32 else x.round().byte()).numpy()
+
+
+def shrink(x, pixels):
+    """x (...,n) -> (...,pixels): the mean of what each pixel covers, from the running sum at its edges."""
+    n = x.shape[-1]
+    sums = F.pad(x.double().cumsum(-1), (1, 0))
+    edges = torch.arange(pixels + 1).double() * n / pixels
+    i = edges.long().clamp(max=n - 1)
+    at = torch.lerp(sums[..., i], sums[..., i + 1], edges - i)
+    return (at.diff() * pixels / n).float()
+
+
+def letterbox_place(w, h, width, height):
+    """(left, top, width, height) px at which an image of w x h px stands in one of width x height. Raises BadInput."""
+    if h / w > height / width:
+        new_w, new_h = int(height / h * w), height
+    else:
+        new_w, new_h = width, int(width / w * h)
+    if not new_h or not new_w:
+        raise BadInput(f"a picture of {w}x{h} px is too narrow for a video of {width}x{height}")
+    return (width - new_w) // 2, (height - new_h) // 2, new_w, new_h
+
+
+def letterbox(image, width, height, area=False):
+    """An image (h,w,...) uint8 resized into width x height px, with black bars where its aspect differs. area: as in
+    `resize`.
+    """
+    left, top, w, h = letterbox_place(image.shape[1], image.shape[0], width, height)
+    framed = np.zeros((height, width, *image.shape[2:]), np.uint8)
+    framed[top : top + h, left : left + w] = resize(image, w, h, area)
+    return framed
+
+
+def fit_frame(image, width, height):
+    """A frame (h,w,...) of a video in which somebody is replaced, letterboxed to the size of the result."""
+    return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
+
+
+def face_crop(image, box):
+    """What is around a box (x1,y1,x2,y2) px that a face's landmarks fill, from the brows to the chin: sides longer by
+    sqrt(1.3), of what the height gains a quarter below and the rest above, cut at the edges of the image (h,w,3), and
+    resized to FACE_SIDE x FACE_SIDE. Raises BadInput where nothing is left.
+    """
+    x1, y1, x2, y2 = box
+    dx, dy = ((math.sqrt(FACE_AREA) - 1) * side for side in (x2 - x1, y2 - y1))
+    left, right = int(max(x1 - dx / 2, 0)), int(min(x2 + dx / 2, image.shape[1]))
+    top, bottom = int(max(y1 - dy * 3 / 4, 0)), int(min(y2 + dy / 4, image.shape[0]))
+    if left >= right or top >= bottom:
+        raise BadInput(f"the face at {x1:.0f},{y1:.0f} to {x2:.0f},{y2:.0f} px is not in the picture")
+    return resize(image[top:bottom, left:right], FACE_SIDE, FACE_SIDE)
+
+
+def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
+    """A mask (H,W) of 0 and 1 that hides more of a person: dilated `iterations` times by k x k px (k odd), then each of
+    the w_len x h_len cells of its bounding box filled if any of it is set. The box's last row and column belong to no
+    cell. No iterations: the mask itself.
+    """
+    if not iterations or not mask.any():
+        return mask
+    reach = iterations * (k // 2)
+    x = torch.from_numpy(mask)[None].float()
+    for across in (0, 1):  # first along the columns, then along the rows
+        kernel, padding = [1, 1], [0, 0]
+        kernel[across], padding[across] = 2 * reach + 1, reach
+        x = F.max_pool2d(x, kernel, 1, padding)
+    mask = x[0].byte().numpy()
+    (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+    top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
+    height, width = (max(1, int(side)) for side in ((bottom - top) / h_len, (right - left) / w_len))
+    for y in range(top, bottom, height):
+        for x in range(left, right, width):
+            cell = mask[y : min(y + height, bottom), x : min(x + width, right)]
+            cell[:] = cell.any()
+    return mask
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+def clip_ranges(n, length, overlap):
+    """[(start, end)] of the clips of `length` frames in which n real frames are made; each begins with the last
+    `overlap` frames of the one before. The last one may end behind frame n: see `ping_pong`. Raises BadInput.
+    """
+    if overlap not in OVERLAPS:
+        raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
+    if length % 4 != 1 or length < 2 * overlap:
+        raise BadInput(
+            f"--frames {length}: should be 4k+1, and at least {2 * overlap} with --refert_num {overlap}, which is how "
+            "many of them the clip before has made already"
+        )
+    if n <= overlap:
+        raise BadInput(f"src_pose.mp4: {n} frames, should be more than --refert_num {overlap}")
+    return [(start, start + length) for start in range(0, n - overlap, length - overlap)]
+
+
+def ping_pong(video, span):
+    """The frames start..end-1 of a video that is played forwards, then backwards, and so on, its ends never twice."""
+    last = len(video) - 1
+    return [video[last - abs(last - i % (2 * last))] for i in range(*span)]
+
+
+# ---- conditions ------------------------------------------------------------------------------------------------------
+def fold_mask(mask):
+    """A mask (c,h,w) per frame -> (4,T',h,w) per latent frame, whose channels are its four frames; latent frame 0 has
+    frame 0 four times.
+    """
+    mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
+    return mask.unflatten(0, (-1, 4)).transpose(0, 1)
+
+
+def pixels(images, device):
+    """uint8 arrays (H,W,3) -> (1,3,len(images),H,W) in [-1,1]."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
+
+
+def encode_reference(vae, clip, source, device):
+    """What all clips share: y of the reference's latent frame (1,4+z,1,h,w), and CLIP's tokens of it (1,n,C)."""
+    image = pixels([source.reference], device)  # (1,3,1,H,W)
+    return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
+
+
+def mark_given(z):
+    """Latents (1,z,T,h,w) behind a mask that says that all of them are given: (1,4+z,T,h,w)."""
+    return torch.cat([torch.ones_like(z[:, :4]), z], 1)
+
+
+def encode_clip(vae, source, span, reference, known=None):
+    """ClipInputs of one of clip_ranges. reference: the y of encode_reference, on the device to use. known (1,3,r,H,W):
+    the last frames of the clip before as the VAE decoded them.
+    """
+    pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
+    scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]
+    return ClipInputs(encode_scene(vae, pose.shape, reference, scene, known), vae.encode(pose), face)
+
+
+def encode_scene(vae, shape, reference, scene=None, known=None):
+    """The y of ClipInputs, of a clip of pixels `shape` (1,3,c,H,W). scene: its background and its mask, two lists of
+    arrays as in Source, or None where nobody is replaced. reference, known: as in encode_clip.
+
+    What y encodes is the known frames and then the background, or grey where there is none; its mask is 1 where that
+    is to stay.
+    """
+    device, latent_size = reference.device, reference.shape[3:]
+    if scene is None:
+        video, mask = torch.zeros(shape, device=device), torch.zeros(shape[2], *latent_size, device=device)
+    else:
+        video, stride = pixels(scene[0], device), shape[3] // latent_size[0]
+        persons = np.stack([frame[::stride, ::stride] for frame in scene[1]])
+        mask = 1 - torch.from_numpy(persons).to(device) / 255  # (c,h,w)
+    if known is not None:
+        video[:, :, : known.shape[2]] = known.to(video)
+        mask[: known.shape[2]] = 1
+    z = encode_still(vae, video) if scene is None else vae.encode(video)
+    return torch.cat([reference, torch.cat([fold_mask(mask)[None], z], 1)], 2)

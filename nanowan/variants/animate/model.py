@@ -1,0 +1,405 @@
+"""WanAnimate, the DiT of Wan2.2-Animate-14B: with a character's picture, and a driving video's pose and face.
+
+The letters of wan.py, and  F frames of the driving video (4k+1)    T' latent frames of the DiT: the reference, then k+1
+S side of the face crops (512)   W width of a motion vector (512)   J face tokens per latent frame (5)   n image tokens
+
+The reference picture is latent frame 0. Pose latents are added to the tokens behind it. CLIP's tokens of the picture
+are a second softmax in every cross-attention. The face crops become motion vectors, one per frame, these become J
+tokens per latent frame, and after every fifth block an adapter lets each token attend to those of its own frame.
+Nothing of that depends on t: encode_motion, embed_motion and embed_image do it once per clip.
+Source: official wan/modules/animate/{model_animate,face_blocks,motion_encoder}.py, whose tensor names are kept.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import ops
+from nanowan.errors import BadInput
+from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, embed_patches
+
+EVERY = 5  # an adapter stands behind every fifth block
+MOTION_PREFIX = "motion_encoder."
+
+
+# ---- motion encoder: one face crop -> one vector -------------------------------------------------------------
+class EqualConv2d(nn.Conv2d):
+    """A convolution that divides its weight by sqrt(fan-in) when it uses it."""
+
+    def forward(self, x):
+        weight = self.weight * self.weight[0].numel() ** -0.5
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class EqualLinear(nn.Linear):
+    """A linear that divides its weight by sqrt(fan-in) when it uses it."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.in_features**-0.5, self.bias)
+
+
+class BiasedLeakyReLU(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x):
+        return F.leaky_relu(x + self.bias, 0.2) * math.sqrt(2)
+
+
+class Blur(nn.Module):
+    """[1 3 3 1] x [1 3 3 1] / 64 over each channel, after zeros on all sides. Released files hold the kernel as a
+    buffer; it is this constant.
+    """
+
+    def __init__(self, padding, stride=1):
+        super().__init__()
+        self.padding, self.stride = padding, stride
+
+    def forward(self, x):
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
+        kernel = (row[:, None] * row / 64).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, None, self.stride, self.padding, groups=x.shape[1])
+
+
+class ResidualBlock(nn.Module):
+    """Halves the picture."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv1 = nn.Sequential(EqualConv2d(cin, cin, 3, padding=1, bias=False), BiasedLeakyReLU(cin))
+        self.conv2 = nn.Sequential(Blur(2), EqualConv2d(cin, cout, 3, stride=2, bias=False), BiasedLeakyReLU(cout))
+        self.skip = nn.Sequential(Blur(1, stride=2), EqualConv2d(cin, cout, 1, bias=False))
+
+    def forward(self, x):
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+
+
+class Direction(nn.Module):
+    """The directions (W,20) of which a motion vector is a sum."""
+
+    def __init__(self, dim, directions):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, directions))
+
+    def forward(self, alpha):
+        """alpha (B,20) -> motion (B,W). The directions are made orthonormal by a QR with Householder reflections, whose
+        signs are part of the model: other ways to orthogonalise flip some. On the CPU, so that they are the same
+        everywhere.
+        """
+        q = torch.linalg.qr(self.weight.float().cpu() + 1e-8).Q
+        return alpha @ q.T.to(alpha)
+
+
+class MotionEncoder(nn.Module):
+    """channels: width of the first map, then of each halved one; style: width of what the convolutions end in."""
+
+    def __init__(self, channels, style, linears, dim, directions):
+        super().__init__()
+        first = nn.Sequential(EqualConv2d(3, channels[0], 1, bias=False), BiasedLeakyReLU(channels[0]))
+        halve = [ResidualBlock(*pair) for pair in zip(channels, channels[1:])]
+        convs = nn.Sequential(first, *halve, EqualConv2d(channels[-1], style, 4, bias=False))
+        widths = [style] * linears + [directions]
+        fc = nn.Sequential(*(EqualLinear(*pair) for pair in zip(widths, widths[1:])))  # no activation between them
+        self.enc = nn.ModuleDict({"net_app": nn.ModuleDict({"convs": convs}), "fc": fc})
+        self.dec = nn.ModuleDict({"direction": Direction(dim, directions)})
+        self.side = 4 * 2 ** len(halve)
+
+    def encode_clip(self, face):
+        """Face crops (B,3,F,S,S) in [-1,1] -> motion vectors (B,F,W). Raises BadInput for another side."""
+        B, C, frames, *sides = face.shape
+        if C != 3 or frames % 4 != 1 or sides != [self.side] * 2:
+            raise BadInput(f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.side}")
+        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
+        return torch.cat([self(part) for part in crops]).unflatten(0, (B, frames))
+
+    def forward(self, face):
+        """Face crops (B,3,S,S) in [-1,1] -> motion vectors (B,W), each crop by itself."""
+        maps = self.enc.net_app.convs(face.to(self.dec.direction.weight.dtype))  # (B,style,1,1)
+        return self.dec.direction(self.enc.fc(maps.flatten(1)))
+
+
+# ---- face encoder and adapters -------------------------------------------------------------------------------
+class CausalConv1d(nn.Module):
+    """A convolution over time that sees each frame and the two before it; before the first one it sees that again."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.conv = nn.Conv1d(cin, cout, 3, stride)
+
+    def forward(self, x):
+        """x (B,F,C) -> (B,F/stride rounded up,C')."""
+        return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
+
+
+def norm_silu(x):
+    """SiLU of a LayerNorm without weights over the last axis, in fp32 -> x's dtype."""
+    return F.silu(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
+
+
+class FaceEncoder(nn.Module):
+    """motion: width W of a motion vector; hidden: width of each of the `heads`."""
+
+    def __init__(self, motion, hidden, heads, dim):
+        super().__init__()
+        self.heads = heads
+        self.conv1_local = CausalConv1d(motion, hidden * heads, 1)
+        self.conv2, self.conv3 = CausalConv1d(hidden, hidden, 2), CausalConv1d(hidden, hidden, 2)
+        self.out_proj = nn.Linear(hidden, dim)
+        self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, motion):
+        """Motion vectors (B,F,W), F = 4k+1 -> face tokens (B,k+1,J,D): one from each head, and a learned one."""
+        x = self.conv1_local(motion.to(self.out_proj.weight.dtype))  # (B,F,heads*hidden)
+        x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # the heads go on alone: (B*heads,F,hidden)
+        x = norm_silu(self.conv2(norm_silu(x)))
+        x = self.out_proj(norm_silu(self.conv3(x)))  # (B*heads,k+1,D)
+        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)  # (B,k+1,heads,D)
+        return torch.cat([x, self.padding_tokens.expand(*x.shape[:2], -1, -1)], 2)
+
+
+class FaceAdapter(nn.Module):
+    """Attention of the video tokens of each latent frame to the face tokens of that frame."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.linear1_kv, self.linear1_q, self.linear2 = (
+            ops.Linear(dim, 2 * dim),
+            ops.Linear(dim, dim),
+            ops.Linear(dim, dim),
+        )
+        self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))  # over one head's width
+
+    def split(self, x, norm):
+        """(...,D) -> heads (...,N,d), normed in fp32 -> x's dtype."""
+        x = x.unflatten(-1, (self.heads, -1))
+        return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps).to(x.dtype)
+
+    def keys_values(self, face):
+        """Face tokens (B,T',J,D) -> k, v (B,T',J,N,d)."""
+        face = F.layer_norm(face.float(), face.shape[-1:], eps=1e-6).to(self.linear2.weight.dtype)
+        k, v = self.linear1_kv(face).chunk(2, -1)
+        return self.split(k, self.k_norm), v.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x, keys_values, frame):
+        """x (B,L,D) fp32, frame (L,): the latent frame of each token -> what is to be added to x (B,L,D)."""
+        k, v = keys_values
+        q = self.linear1_q(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(v.dtype))
+        other = frame[:, None] != torch.arange(k.shape[1], device=x.device).repeat_interleave(k.shape[2])  # (L,T'J)
+        bias = torch.zeros(other.shape, dtype=v.dtype, device=x.device).masked_fill(other, -torch.inf)[None, None]
+        return self.linear2(ops.attention(self.split(q, self.q_norm), k.flatten(1, 2), v.flatten(1, 2), bias))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's tokens (B,n,C) -> (B,n,D)."""
+
+    def __init__(self, clip, dim):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip), nn.Linear(clip, clip), nn.GELU(), nn.Linear(clip, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, clip):
+        norm1, up, gelu, down, norm2 = self.proj
+        dtype = up.weight.dtype
+        return norm2(down(gelu(up(norm1(clip.float()).to(dtype)))).float()).to(dtype)
+
+
+# ---- the DiT -------------------------------------------------------------------------------------------------
+@dataclass
+class AnimateConfig(WanConfig):
+    """A WanConfig, and the sizes of what Animate adds."""
+
+    clip_dim: int = 1280
+    motion_channels: tuple = (32, 64, 128, 256, 512, 512, 512, 512)
+    motion_style: int = 512
+    motion_linears: int = 5
+    motion_dim: int = 512
+    motion_directions: int = 20
+    face_hidden: int = 1024
+    face_heads: int = 4
+
+    @property
+    def face_side(self):
+        """Side in px of the face crops that the motion encoder takes."""
+        return 4 * 2 ** (len(self.motion_channels) - 1)
+
+
+class Context(NamedTuple):
+    """What a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
+
+    text: torch.Tensor
+    image: torch.Tensor
+
+    @property
+    def dtype(self):
+        return self.text.dtype
+
+
+class Image(NamedTuple):
+    """A picture made ready for the blocks: embedded tokens (B,n,D), and per block its k and v, or None."""
+
+    tokens: torch.Tensor
+    keys_values: tuple
+
+
+class Face(NamedTuple):
+    """A clip's faces made ready for the adapters: face tokens (B,T',J,D), and per adapter its k and v, or None."""
+
+    tokens: torch.Tensor
+    keys_values: tuple
+
+
+class Inputs(NamedTuple):
+    """WanAnimate's further inputs, made ready."""
+
+    pose: torch.Tensor
+    face: Face
+    image: Image
+
+
+class ImageCrossAttention(CrossAttention):
+    """Attention to the text and, in a softmax of its own, to the image: one q, one o."""
+
+    def __init__(self, dim, heads, eps):
+        super().__init__(dim, heads, eps)
+        self.k_img, self.v_img = ops.Linear(dim, dim), ops.Linear(dim, dim)
+        self.norm_k_img = RMSNorm(dim)
+
+    def image_keys_values(self, image):
+        """Embedded image tokens (B,n,D) -> k, v (B,n,N,d)."""
+        (k,) = ops.qk_norm_rope([self.k_img(image)], [self.norm_k_img.weight], self.eps, self.heads)
+        return k, self.v_img(image).unflatten(2, (self.heads, -1))
+
+    def keys_values(self, context):
+        """Embedded text (B,S,D) -> its k, v; a Context -> the text's and then the image's."""
+        if isinstance(context, Context):
+            return *super().keys_values(context.text), *self.image_keys_values(context.image)
+        return super().keys_values(context)
+
+    def forward(self, x, kv, bias):
+        k, v, k_img, v_img = kv
+        (q,) = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
+        return self.o(ops.attention(q, k, v, bias) + ops.attention(q, k_img, v_img))
+
+
+class ImageBlock(Block):
+    cross_attention = ImageCrossAttention
+
+
+class WanAnimate(Wan):
+    """forward(x, t, context, context_lens=None, *, pose, face, clip), the inputs as embed_inputs names them; x
+    (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the reference frame too.
+    """
+
+    config_class = AnimateConfig
+    block_class = ImageBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.pose_patch_embedding = nn.Conv3d(c.out_dim, c.dim, c.patch_size, c.patch_size)
+        self.img_emb = ImageEmbedding(c.clip_dim, c.dim)
+        self.motion_encoder = MotionEncoder(
+            c.motion_channels, c.motion_style, c.motion_linears, c.motion_dim, c.motion_directions
+        )
+        self.face_encoder = FaceEncoder(c.motion_dim, c.face_hidden, c.face_heads, c.dim)
+        adapters = (FaceAdapter(c.dim, c.num_heads) for _ in range(0, c.num_layers, EVERY))
+        self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
+
+    def embed_image(self, clip, cache=False):
+        """CLIP's tokens (B,n,C) of the reference picture -> Image. With `cache`, every block's keys and values too."""
+        tokens = self.img_emb(clip)
+        if not (cache and self.cache_text_kv):
+            return Image(tokens, (None,) * len(self.blocks))
+        return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
+
+    def encode_motion(self, face):
+        """Face crops (B,3,F,S,S) in [-1,1], or what this made of them -> motion vectors (B,F,W). Raises BadInput where
+        crops have another side than the motion encoder takes.
+        """
+        return face if face.dim() == 3 else self.motion_encoder.encode_clip(face)
+
+    def embed_motion(self, motion, cache=False):
+        """Motion vectors (B,F,W), F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's keys and
+        values too.
+        """
+        tokens = F.pad(
+            self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
+        )  # zeros for the reference: attended to all the same
+        adapters = self.face_adapter.fuser_blocks
+        kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
+        return Face(tokens, tuple(kv))
+
+    def prepare_inputs(self, *, pose, face, clip):
+        face = self.embed_motion(self.encode_motion(face), cache=True)
+        return {"pose": pose, "face": face, "clip": self.embed_image(clip, cache=True)}
+
+    # ---- wan.py's hooks ------------------------------------------------------------------------------------------
+    def embed_inputs(self, *, pose, face, clip):
+        """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], their motion vectors, or a Face; clip
+        (B,n,C), CLIP's tokens of the reference picture, or an Image. T' counts the reference, which is latent frame 0
+        of x.
+        """
+        face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
+        image = clip if isinstance(clip, Image) else self.embed_image(clip)
+        frames = face.tokens.shape[1]
+        if pose.shape[1:3] != (self.pose_patch_embedding.in_channels, frames - 1):
+            raise BadInput(
+                f"pose {tuple(pose.shape)} and face crops for {frames} latent frames: pose should be "
+                f"(B,{self.pose_patch_embedding.in_channels},T'-1,h,w), and the face crops 4T'-7"
+            )
+        return Inputs(pose, face, image)
+
+    def join_text(self, text, inputs):
+        image = inputs.image
+        kv = tuple(a and b and (*a, *b) for a, b in zip(text.keys_values, image.keys_values))
+        return Text(Context(text.context, image.tokens), text.bias, kv)
+
+    def patchify(self, x, c):
+        pose, want = c.inputs.pose, (len(x), x.shape[2] - 1, *x.shape[3:])
+        if (len(pose), *pose.shape[2:]) != want:
+            raise BadInput(f"pose {tuple(pose.shape)}: should be {(len(x), pose.shape[1], *want[1:])} for this x")
+        tokens, pose = super().patchify(x, c), embed_patches(pose, self.pose_patch_embedding)
+        tokens[:, -pose.shape[1] :] += pose  # all but the reference's
+        return tokens
+
+    def after_block(self, i, x, c):
+        if i % EVERY:
+            return x
+        adapter, face = self.face_adapter.fuser_blocks[i // EVERY], c.inputs.face
+        kv = face.keys_values[i // EVERY] or adapter.keys_values(face.tokens)
+        return x + adapter(x, kv, c.tokens.positions[:, 0])
+
+
+def motion_sizes(shape, entries):
+    """{field of AnimateConfig: value} of what a DiT's headers tell of its motion encoder; shape(name): of a tensor."""
+    convs = "motion_encoder.enc.net_app.convs"
+    halvings = sum(name.startswith(convs) and name.endswith(".conv2.1.weight") for name in entries)
+    channels = [f"{convs}.0.0.weight", *(f"{convs}.{i + 1}.conv2.1.weight" for i in range(halvings))]
+    dim, directions = shape("motion_encoder.dec.direction.weight")
+    return dict(
+        motion_channels=tuple(shape(name)[0] for name in channels),
+        motion_style=shape(f"{convs}.{halvings + 1}.weight")[0],
+        motion_linears=sum(bool(re.fullmatch(r"motion_encoder\.enc\.fc\.\d+\.weight", name)) for name in entries),
+        motion_dim=dim,
+        motion_directions=directions,
+    )
+
+
+def read_config(config, shape, entries, settings, path):
+    """The AnimateConfig of a model folder; arguments as of nanowan/variants/s2v/model.py."""
+    hidden = shape("face_encoder.conv2.conv.weight")[1]
+    return AnimateConfig(
+        **vars(config),
+        **motion_sizes(shape, entries),
+        clip_dim=shape("img_emb.proj.0.weight")[0],
+        face_hidden=hidden,
+        face_heads=shape("face_encoder.conv1_local.conv.weight")[0] // hidden,
+    )

@@ -1,0 +1,221 @@
+"""A person's whole-body keypoints: drawn as the skeleton that Animate follows, and found by the official networks.
+
+133 points of x y px and score, COCO's whole body: 17 of the body, 6 of the feet, 68 of the face, 21 of each hand.
+Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
+"""
+
+import math
+from colorsys import hsv_to_rgb
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanowan.errors import BadInput
+from nanowan.variants.animate.inputs import resize
+
+KEYPOINTS, FACE, HANDS = 133, slice(23, 91), (slice(91, 112), slice(112, 133))
+
+# ---- the skeleton ----------------------------------------------------------------------------------------------------
+# The skeleton's 20 joints (nose, neck; right, left: shoulder, elbow, wrist; right, left: hip, knee, ankle; eyes, ears,
+# toes) are means of two of these points: the neck lies between the shoulders, a toe is its big and its small one
+JOINTS = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20]
+JOINTS_TOO = [0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 18, 21]
+LIMBS = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)]
+LIMBS += [(1, 0), (0, 14), (14, 16), (0, 15), (15, 17), (13, 18), (10, 19)]
+# of joints, and at 0.6 of limbs: around the colour circle in eighteen steps, then the feet's
+COLORS = [(255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0)]
+COLORS += [(0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255)]
+COLORS += [(0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)]
+COLORS += [(200, 200, 0), (100, 100, 0)]
+FINGERS = [(0 if i % 4 == 0 else i, i + 1) for i in range(20)]
+MIN_SCORE = 0.5  # of what is drawn
+
+
+def draw_pose(points, width, height):
+    """Whole-body keypoints (133,3), x y px and score, as the skeleton (height,width,3) uint8 that the model was trained
+    on: body and hands, no face. As OpenCV draws it, but for the edges of fingers where both sides have 1000 px or more.
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (width, height))
+    pen = ImageDraw.Draw(image)
+    body = (points[JOINTS] + points[JOINTS_TOO]) / 2
+    radius = max(min(width, height) // 200 - 1, 1)
+    for (a, b), color in zip(LIMBS, COLORS):
+        if min(body[a, 2], body[b, 2]) >= MIN_SCORE:
+            fill_convex(pen, limb(body[a], body[b], radius), tuple(int(c * 0.6) for c in color))
+    for joint, color in zip(body, COLORS):
+        if joint[2] >= MIN_SCORE:
+            pen.point(disk(joint, radius), fill=color)
+    for hand in HANDS:
+        draw_hand(pen, points[hand], max(radius // 2, 1))
+    return np.array(image)
+
+
+def limb(a, b, radius):
+    """The corners [(x, y)] of an ellipse from point a to b, 2 * radius px wide."""
+    x, y = (int(v) for v in (a[:2] + b[:2]) / 2)
+    dx, dy = a[:2] - b[:2]
+    angle = math.radians(int(math.degrees(math.atan2(dy, dx))))
+    t = np.radians(np.arange(361))
+    along, across = int(math.hypot(dx, dy) / 2) * np.cos(t), radius * np.sin(t)
+    xs, ys = (
+        x + along * math.cos(angle) - across * math.sin(angle),
+        y + along * math.sin(angle) + across * math.cos(angle),
+    )
+    return list(zip(xs.round().astype(int).tolist(), ys.round().astype(int).tolist()))
+
+
+def fill_convex(pen, corners, color):
+    """A convex polygon, its edges included, with OpenCV's rounding: PIL's is narrower by a pixel here and there."""
+    spans = {}
+    for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
+        pen.line(sorted(((x1, y1), (x2, y2)), reverse=True), fill=color)
+        for y in range(min(y1, y2), max(y1, y2) + 1):
+            x = math.floor(x1 + (x2 - x1) * (y - y1) / (y2 - y1) + 0.5) if y1 != y2 else x1
+            spans[y] = min(spans.get(y, (x, x))[0], x), max(spans.get(y, (x, x))[1], x)
+    for y, (left, right) in spans.items():
+        pen.line((left, y, right, y), fill=color)
+
+
+def disk(point, radius):
+    """The pixels [(x, y)] within `radius` of a point."""
+    x, y, steps = int(point[0]), int(point[1]), range(-radius, radius + 1)
+    return [(x + i, y + j) for i in steps for j in steps if i * i + j * j <= radius * radius]
+
+
+def draw_hand(pen, points, radius):
+    """21 points (21,3): the wrist and four of each finger, thumb first."""
+    seen = (points[:, 2] >= MIN_SCORE) & (points[:, :2].astype(int) > 0).all(1)
+    ends = [(int(x), int(y)) for x, y, _ in points]
+    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # what OpenCV makes of a thickness above 1
+    for i, (a, b) in enumerate(FINGERS):
+        if seen[a] and seen[b]:
+            color = tuple(round(255 * c) for c in hsv_to_rgb(i / len(FINGERS), 1, 1))
+            pen.line(sorted((ends[a], ends[b]), reverse=True), fill=color, width=width)
+    for i in seen.nonzero()[0]:
+        pen.point(disk(points[i], radius), fill=(0, 0, 255))
+
+
+# ---- the official networks -------------------------------------------------------------------------------------------
+PERSON_SIDE = 640  # px that yolov10m takes
+PERSON_SCORE = 0.05  # of what is taken for a person
+POSE_SIZE = 192, 256  # (width, height) px that vitpose takes
+HEATMAP_BLUR = 11, 2.0  # taps and sigma, of the Gaussian with which the heatmaps were trained
+
+
+class Networks:
+    """yolov10m and vitpose of a process_checkpoint folder, which find a person's keypoints in a picture."""
+
+    def __init__(self, folder):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise BadInput("--process_checkpoint needs onnxruntime: pip install onnxruntime") from None
+        self.folder, self.sessions = Path(folder), []
+        for name in ("det/yolov10m.onnx", "pose2d/vitpose_h_wholebody.onnx"):
+            file = self.folder / name
+            file = file / "end2end.onnx" if file.is_dir() else file  # weights beside it, in many files
+            if not file.is_file():
+                raise BadInput(f"--process_checkpoint {folder}: has no {name}")
+            usable = onnxruntime.get_available_providers()
+            providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in usable]
+            try:
+                self.sessions.append(onnxruntime.InferenceSession(str(file), providers=providers))
+            except Exception as e:  # of onnxruntime's own many kinds
+                raise BadInput(f"{file}: cannot be read ({str(e).splitlines()[0]})") from None
+
+    def run(self, index, x, shape):
+        """The first output of a session for x (3,H,W), which should have this shape (None: any length)."""
+        session = self.sessions[index]
+        try:
+            y = session.run(None, {session.get_inputs()[0].name: x[None].astype(np.float32)})[0][0]
+        except Exception as e:  # as above
+            raise BadInput(f"--process_checkpoint {self.folder}: {str(e).splitlines()[0]}") from None
+        if len(y.shape) != len(shape) or any(want not in (None, n) for n, want in zip(y.shape, shape)):
+            raise BadInput(f"--process_checkpoint {self.folder}: a network gave {y.shape}, should be {shape}")
+        return y
+
+    def keypoints(self, image):
+        """An image (H,W,3) uint8 -> the keypoints (133,3) of its largest person, x y px and score."""
+        height, width = image.shape[:2]
+        x = resize(image, PERSON_SIDE, PERSON_SIDE).transpose(2, 0, 1) / 255
+        box = largest_person(self.run(0, x, (None, 6)), width, height)
+        (left, top, w, h), x = pose_input(image, box)
+        points = heatmap_points(self.run(1, x, (KEYPOINTS, None, None)))
+        return points * [w, h, 1] + [left, top, 0]
+
+
+def largest_person(rows, width, height):
+    """Detections (n,6), x1 y1 x2 y2 score class in px of PERSON_SIDE -> the box (4,) of the person to follow, or of all
+    of a picture of width x height px where nobody is found.
+    """
+    rows = rows[rows[:, 4] > PERSON_SCORE]
+    x1, y1, x2, y2 = (rows[:, :4] * np.float32([width, height, width, height]) / PERSON_SIDE).T
+    boxes = np.stack([x1, y1, x2 - x1, y2 - y1], 1).astype(int)
+    boxes[:, 2:] += boxes[:, :2]
+    kept = suppress(boxes, rows[:, 4])
+    boxes = boxes[[i for i in kept if rows[i, 5] == 0]]  # class 0 is a person
+    sides = boxes[:, 2:] - boxes[:, :2]
+    longest, best, area = sides.max(initial=-1), None, -math.inf
+    for box, (w, h) in zip(boxes, sides):
+        if w * h > area and max(w, h) >= 0.4 * longest:  # a broad one that is low does not count
+            best, area, longest = box, w * h, max(w, h)
+    return np.array([0, 0, width, height]) if best is None or min(best[2:] - best[:2]) < 10 else best
+
+
+def suppress(boxes, scores, overlap=0.5):
+    """Indices of the boxes (n,4), best first, that overlap no better one by more than this share of their union."""
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        for j in kept:
+            w, h = (np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])).clip(0)
+            areas = sum(np.prod(boxes[k, 2:] - boxes[k, :2]) for k in (i, j))
+            if areas <= 0 or w * h / (areas - w * h) > overlap:
+                break
+        else:
+            kept.append(i)
+    return kept
+
+
+def pose_input(image, box):
+    """What vitpose is given of an image (H,W,3) and a box (4,): (the place (left, top, width, height) px that its
+    heatmaps stand for, x (3,256,192)). The box with a margin of a quarter, widened to 3:4, black outside of the image.
+    The official code gives it blue, green, red, with the means and deviations of red, green, blue.
+    """
+    w, h = POSE_SIZE
+    center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    size = 1.25 * max(sides[0] * h / w, sides[1]) * np.array([w / h, 1])
+    (x1, y1), (x2, y2) = ((center + sign * size / 2).round().astype(int) for sign in (-1, 1))
+    crop = np.zeros((y2 - y1, x2 - x1, 3), np.float32)
+    top, bottom, left, right = max(y1, 0), min(y2, image.shape[0]), max(x1, 0), min(x2, image.shape[1])
+    crop[top - y1 : bottom - y1, left - x1 : right - x1] = image[top:bottom, left:right, ::-1]
+    x = (resize(crop, w, h) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return (*(center - size / 2), *size), x.transpose(2, 0, 1)
+
+
+def heatmap_points(maps):
+    """Heatmaps (K,h,w) -> (K,3): where each is highest, as shares of its width and height, and how high. Between pixels
+    by one Newton step on the logarithm of the blurred map, as for a Gaussian (Zhang et al. 2020, arXiv:1910.06278).
+    """
+    K, h, w = maps.shape
+    scores, at = maps.reshape(K, -1).max(1), maps.reshape(K, -1).argmax(1)
+    points = np.stack([at % w, at // w], 1).astype(float)
+    taps, sigma = HEATMAP_BLUR
+    g = torch.exp(-((torch.arange(taps).double() - taps // 2) ** 2) / (2 * sigma**2))
+    g = (g / g.sum()).float()
+    blurred = F.conv2d(torch.from_numpy(maps)[:, None], (g[:, None] * g)[None, None], padding=taps // 2)[:, 0].numpy()
+    peaks = blurred.reshape(K, -1).max(1)
+    logs = np.log(np.maximum(blurred * (scores / np.where(peaks > 0, peaks, 1))[:, None, None], 1e-10).astype(float))
+    for k, (x, y) in enumerate(points.astype(int)):
+        if scores[k] > 0 and 1 < x < w - 2 and 1 < y < h - 2:
+            m = logs[k, y - 2 : y + 3, x - 2 : x + 3]
+            slope = np.array([m[2, 3] - m[2, 1], m[3, 2] - m[1, 2]]) / 2
+            xx, yy = (m[2, 4] - 2 * m[2, 2] + m[2, 0]) / 4, (m[4, 2] - 2 * m[2, 2] + m[0, 2]) / 4
+            xy = (m[3, 3] - m[1, 3] - m[3, 1] + m[1, 1]) / 4
+            if xx * yy - xy * xy:
+                points[k] -= np.linalg.solve([[xx, xy], [xy, yy]], slope)
+    points[scores <= 0] = -1
+    return np.concatenate([points / [w, h], scores[:, None]], 1)

@@ -1,0 +1,357 @@
+"""The folder that sample.py --src_root_path reads for Animate-14B, from a driving video and a picture of a character.
+
+python prepare.py --video V.mp4 --image I.png --out DIR --process_checkpoint Wan2.2-Animate-14B/process_checkpoint
+python prepare.py --video V.mp4 --image I.png --out DIR --pose_video POSE.mp4 --faces FACES.json
+python prepare.py ... --mask_video MASK.mp4      # to put the character in the place of the video's person
+
+Written losslessly: src_pose.mp4 (with the sound of V), src_face.mp4, src_ref.png, and with --mask_video src_bg.mp4 and
+src_mask.mp4. The poses come from a video, from keypoints, or from the official networks, for which onnxruntime is
+needed. Not done here: masks by SAM2, poses fitted to the character's proportions (--retarget_flag), FLUX. The JSON
+files are described in docs/animate.md. Source: official wan/modules/animate/preprocess.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nanowan.errors import BadInput, cli
+from nanowan.settings import parse_size
+from nanowan.variants.animate.inputs import (
+    area_size,
+    face_crop,
+    fit_frame,
+    frame_indices,
+    grow_mask,
+    letterbox,
+    letterbox_place,
+)
+from nanowan.variants.animate.pose import FACE, KEYPOINTS, Networks, draw_pose
+from nanowan.video import Skip, frame_rate, has_sound, open_image, read_frames, sound_delay, write_frames
+
+
+# ---- what is given ---------------------------------------------------------------------------------------------------
+class Clip(NamedTuple):
+    """A video file: its number of frames, width and height in px, and frames per second."""
+
+    file: str
+    flag: str
+    count: int
+    width: int
+    height: int
+    fps: float
+
+    def frames(self, indices, desc=None):
+        """Yield the frames (H,W,3) uint8 of rising indices, of which some may be repeated. desc: of a progress bar."""
+        repeats = np.bincount(indices)
+        with tqdm(total=len(indices), desc=desc, unit="frame", disable=not desc) as bar, decoding(self.file, self.flag):
+            for times, frame in zip(repeats, read_frames(self.file)):
+                for _ in range(times):
+                    yield np.array(frame.image.convert("RGB"))
+                    bar.update()
+
+
+@contextlib.contextmanager
+def decoding(file, flag):
+    """Around the reading of a video: what cannot be read raises BadInput."""
+    try:
+        yield
+    except Skip as e:
+        raise BadInput(f"{flag} {file}: {e}") from None
+
+
+def open_clip(file, flag, like=None):
+    """The Clip in a file, read through once. like: a Clip whose size and length it should have. Raises BadInput."""
+    with decoding(file, flag):
+        seconds = [frame.seconds for frame in read_frames(file, images=False)]
+        if not seconds:
+            raise Skip("has no frames")
+        width, height = next(read_frames(file)).image.size
+    fps = frame_rate(file) or (len(seconds) - 1) / (seconds[-1] or math.inf)
+    if not fps:
+        raise BadInput(f"{flag} {file}: says no frame rate")
+    clip = Clip(file, flag, len(seconds), width, height, fps)
+    if like and (width, height) != (like.width, like.height):
+        raise BadInput(f"{flag} {file}: {width}x{height} px, should be {like.width}x{like.height} as in {like.file}")
+    if like and clip.count != like.count:
+        raise BadInput(f"{flag} {file}: {clip.count} frames, should be {like.count} as in {like.file}")
+    return clip
+
+
+def read_json(file, flag):
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{flag} {file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def to_array(value, file, flag):
+    """Nested lists as an array of finite numbers. Raises BadInput."""
+    try:
+        array = np.array(value, float)
+    except (ValueError, TypeError):
+        array = np.array(np.nan)
+    if not np.isfinite(array).all():
+        raise BadInput(f"{flag} {file}: should hold lists of equal lengths of numbers; docs/animate.md shows them")
+    return array
+
+
+def read_keypoints(file, video):
+    """Whole-body keypoints (count,133,3), x y px and score, one set per frame of a Clip. Raises BadInput."""
+    points = to_array(read_json(file, "--keypoints"), file, "--keypoints")
+    if points.shape != (video.count, KEYPOINTS, 3):
+        raise BadInput(
+            f"--keypoints {file}: {'x'.join(map(str, points.shape)) or 'one'} numbers, should be {video.count} frames "
+            f"of {KEYPOINTS} points of x, y and score, as {video.file} has {video.count} frames"
+        )
+    return points
+
+
+def read_faces(file, video):
+    """Boxes (count,4), x1 y1 x2 y2 px, around the landmarks of a face, one per frame of a Clip, of a JSON with boxes or
+    points: one for all, a list, or boxes by frame number, between which the box moves evenly. Raises BadInput.
+    """
+    value = read_json(file, "--faces")
+    if isinstance(value, dict):
+        boxes = between_frames(value, file, video.count)
+    else:
+        boxes = to_array(value, file, "--faces")
+        if boxes.ndim == 1 or (boxes.ndim == 2 and boxes.shape[1] in (2, 3)):
+            boxes = np.broadcast_to(boxes, (video.count, *boxes.shape))
+    points = boxes.ndim == 3 and boxes.shape[1] > 1 and boxes.shape[2] in (2, 3)
+    if not points and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise BadInput(f"--faces {file}: should hold boxes [x1,y1,x2,y2] or points [[x,y],...]; see docs/animate.md")
+    if len(boxes) != video.count:
+        raise BadInput(f"--faces {file}: {len(boxes)} entries, should be {video.count}, one per frame of {video.file}")
+    if points:
+        return landmark_boxes(boxes)
+    x1, y1, x2, y2 = boxes.T
+    inside = (x1 >= 0) & (y1 >= 0) & (x1 < x2) & (y1 < y2) & (x2 <= video.width) & (y2 <= video.height)
+    if not inside.all():
+        i = inside.argmin()
+        raise BadInput(
+            f"--faces {file}: box {boxes[i].tolist()} of frame {i}, should have x1 < x2 and y1 < y2 within "
+            f"{video.width}x{video.height} px"
+        )
+    return boxes
+
+
+def between_frames(boxes, file, count):
+    """{frame number: box} -> boxes (count,4), interpolated; before the first and after the last they stay."""
+    wrong = [key for key in boxes if not (key.isdecimal() and int(key) < count)]
+    if wrong or not boxes:
+        raise BadInput(f"--faces {file}: frame {wrong[0] if wrong else 'none'}, should be 0 to {count - 1}")
+    boxes = {int(key): box for key, box in boxes.items()}
+    known = sorted(boxes)
+    sides = to_array([boxes[i] for i in known], file, "--faces")
+    if sides.shape != (len(known), 4):
+        raise BadInput(f"--faces {file}: by frame number there should be boxes [x1,y1,x2,y2]")
+    return np.stack([np.interp(range(count), known, side) for side in sides.T], 1)
+
+
+def landmark_boxes(points):
+    """Points (n,p,2 or 3) -> the boxes (n,4) that they fill."""
+    return np.concatenate([points[..., :2].min(1), points[..., :2].max(1)], 1)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+def check_out(path):
+    """Refuse a folder that has something in it already."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BadInput(f"--out {path}: is there already, should be a new or an empty folder")
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder under a temporary name, which gets its own when the block ends well, and else is removed; as is one that
+    a killed run has left.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Work(NamedTuple):
+    """What the files of a folder are made of.
+
+    indices: the frames of `video` that are taken, in time. size: (width, height) px of the result. mask_video: a Clip,
+    if somebody is replaced. pose_video: a Clip or None. keypoints (n,133,3) and faces (n,4) of the n taken frames, in
+    px of `frame_size`, None where not given.
+    """
+
+    video: Clip
+    indices: list
+    fps: float
+    size: tuple
+    pose_video: Clip | None
+    mask_video: Clip | None
+    keypoints: np.ndarray | None
+    faces: np.ndarray | None
+
+    @property
+    def frame_size(self):
+        """(width, height) px in which poses and faces are found: where somebody is replaced, the result's."""
+        return self.size if self.mask_video else (self.video.width, self.video.height)
+
+    def frames(self, desc):
+        """Yield the taken frames at frame_size."""
+        for image in self.video.frames(self.indices, desc):
+            yield fit_frame(image, *self.size) if self.mask_video else image
+
+    def find_keypoints(self, networks):
+        return np.stack([networks.keypoints(image) for image in self.frames("keypoints")])
+
+    def face_images(self):
+        """Yield (1,S,S,3) per frame."""
+        for i, (image, box) in enumerate(zip(self.frames("src_face"), self.faces)):
+            try:
+                yield face_crop(image, box)[None]
+            except BadInput as e:
+                raise BadInput(
+                    f"{self.video.file}, frame {self.indices[i]}: {e}; --faces FILE says where it is"
+                ) from None
+
+    def pose_images(self):
+        """Yield (1,H,W,3) per frame."""
+        if self.pose_video:
+            images = self.pose_video.frames(self.indices, "src_pose")
+        else:
+            images = (draw_pose(points, *self.frame_size) for points in tqdm(self.keypoints, "src_pose", unit="frame"))
+        for image in images:
+            yield letterbox(image, *self.size)[None]
+
+    def masks(self, desc=None, **growth):
+        """Yield (H,W) of 0 and 1 per frame. growth: of grow_mask."""
+        for image in self.mask_video.frames(self.indices, desc):
+            yield grow_mask((fit_frame(image[..., 0], *self.size) > 127).astype(np.uint8), **growth)
+
+    def background_images(self, **growth):
+        """Yield (1,H,W,3) per frame."""
+        for image, mask in zip(self.frames("src_bg"), self.masks(**growth)):
+            yield (image * (1 - mask)[..., None])[None]
+
+    def mask_images(self, **growth):
+        """Yield (1,H,W,3) per frame."""
+        for mask in self.masks("src_mask", **growth):
+            yield np.repeat(mask[None, ..., None] * np.uint8(255), 3, -1)
+
+
+def gather(args, reference):
+    """The Work of the flags; reference: the size (width, height) px of the character's picture. Raises BadInput."""
+    video = open_clip(args.video, "--video")
+    pose_video, mask_video = (
+        open_clip(file, f"--{flag}", video) if (file := getattr(args, flag)) else None
+        for flag in ("pose_video", "mask_video")
+    )
+    fps = video.fps if args.fps == -1 else args.fps
+    indices = frame_indices(video.count, video.fps, fps)
+    if len(indices) < 2:
+        raise BadInput(f"--video {video.file}: {len(indices)} frames at {fps:g} per second, should be at least 2")
+    w, h = parse_size(args.size)
+    if w < 1 or h < 1:
+        raise BadInput(f"--size {args.size}: should be above 0")
+    size = area_size(*((video.width, video.height) if mask_video else reference), w * h)
+    keypoints = read_keypoints(args.keypoints, video) if args.keypoints else None
+    faces = read_faces(args.faces, video) if args.faces else None
+    if faces is None and keypoints is not None:
+        faces = landmark_boxes(keypoints[:, FACE])
+    scale, shift = np.ones(2), np.zeros(2)
+    if mask_video:
+        *shift, w, h = letterbox_place(video.width, video.height, *size)
+        scale = np.array([w / video.width, h / video.height])
+    if keypoints is not None:
+        keypoints = keypoints[indices] * [*scale, 1] + [*shift, 0]
+    if faces is not None:
+        faces = faces[indices] * [*scale, *scale] + [*shift, *shift]
+    work = Work(video, indices, fps, size, pose_video, mask_video, keypoints, faces)
+    if args.process_checkpoint:
+        found = work.find_keypoints(Networks(args.process_checkpoint))
+        work = work._replace(keypoints=found, faces=landmark_boxes(found[:, FACE]) if faces is None else faces)
+    return work
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--video", help="the driving video, whose sound is kept")
+    add("--image", help="a picture of the character, which is copied as it is")
+    add("--out", help="the folder to make")
+    add(
+        "--size",
+        default="1280x720",
+        help="WxH px, of which only the area counts; the aspect is the picture's, or with --mask_video the video's "
+        "(default: %(default)s)",
+    )
+    add("--fps", type=float, default=30, help="frames per second; -1: the video's own (default: 30)")
+    add = p.add_argument_group("poses and faces").add_argument
+    add("--process_checkpoint", help="the official folder of that name, whose yolov10m and vitpose find both")
+    add("--keypoints", help="a JSON file of 133 whole-body keypoints per frame, for both")
+    add("--pose_video", help="poses drawn already, of the size and length of --video")
+    add("--faces", help="a JSON file of boxes or points of the face")
+    add = p.add_argument_group("replacing a person").add_argument
+    add("--mask_video", help="white where the person is, of the size and length of --video")
+    add("--iterations", type=int, default=3, help="how often the mask is dilated; 0: taken as it is (default: 3)")
+    add("--k", type=int, default=7, help="by how many px, odd (default: 7)")
+    add("--w_len", type=int, default=1, help="columns of cells that are filled in the mask's box (default: 1)")
+    add("--h_len", type=int, default=1, help="rows of them (default: 1)")
+    return p.parse_args(argv)
+
+
+def check_flags(args):
+    """Refuse flags that are missing, out of range or exclude each other."""
+    for flag in ("video", "image", "out"):
+        if not getattr(args, flag):
+            raise BadInput(f"--{flag} is needed")
+    if not (args.fps == -1 or 0 < args.fps < math.inf):
+        raise BadInput(f"--fps {args.fps}: should be above 0, or -1 for the video's own")
+    if args.keypoints and args.process_checkpoint:
+        raise BadInput("--keypoints and --process_checkpoint both give keypoints; give one of them")
+    keypoints = args.keypoints or args.process_checkpoint
+    if keypoints and args.pose_video and args.faces:
+        flag = "keypoints" if args.keypoints else "process_checkpoint"
+        raise BadInput(f"--{flag} is not used beside --pose_video and --faces; leave one of the three out")
+    for flag, what in (("pose_video", "poses"), ("faces", "faces")):
+        if not (keypoints or getattr(args, flag)):
+            raise BadInput(f"the {what} are missing: give --{flag}, --keypoints or --process_checkpoint")
+    for flag, least in (("iterations", 0), ("k", 1), ("w_len", 1), ("h_len", 1)):
+        if getattr(args, flag) < least:
+            raise BadInput(f"--{flag} {getattr(args, flag)}: at least {least}")
+    if args.k % 2 == 0:
+        raise BadInput(f"--k {args.k}: should be odd")
+
+
+def main():
+    args = arguments()
+    check_flags(args)
+    out = Path(args.out).absolute()
+    check_out(out)
+    work = gather(args, open_image(args.image).size)
+    print(f"{len(work.indices)} frames of {work.size[0]}x{work.size[1]} px at {work.fps:g} per second")
+    with new_folder(out) as folder:
+        growth = dict(iterations=args.iterations, k=args.k, w_len=args.w_len, h_len=args.h_len)
+        sound = {"sound": args.video, "sound_offset": sound_delay(args.video)} if has_sound(args.video) else {}
+        settings = json.dumps(vars(args), ensure_ascii=False)
+        write_frames(folder / "src_pose.mp4", work.pose_images(), work.fps, settings, lossless=True, **sound)
+        write_frames(folder / "src_face.mp4", work.face_images(), work.fps, lossless=True)
+        if work.mask_video:
+            write_frames(folder / "src_bg.mp4", work.background_images(**growth), work.fps, lossless=True)
+            write_frames(folder / "src_mask.mp4", work.mask_images(**growth), work.fps, lossless=True)
+        shutil.copyfile(args.image, folder / "src_ref.png")
+    print(f"{args.out}: for sample.py --src_root_path{' and --replace_flag' * bool(args.mask_video)}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,84 @@
+"""Animate-14B's training samples: clips with the poses and faces that preprocessing draws of them."""
+
+import functools
+import hashlib
+
+import torch
+
+from nanowan.cache import sidecar_frames
+from nanowan.variants.animate import inputs
+from nanowan.variants.sidecars import ClipSamples
+from nanowan.video import Skip, to_video
+
+
+class CharacterSamples(ClipSamples):
+    """Clips with what preprocessing draws of them: NAME.pose.mp4 and NAME.face.mp4, and for a character that takes a
+    person's place also NAME.bg.mp4 and NAME.mask.mp4.
+
+    The reference picture is a frame of the clip itself, which one its file decides. A sample that goes on from another
+    is one whose first 1 or 5 frames are known.
+    """
+
+    videos = ("pose", "face", "bg", "mask")
+    squares = ("face",)
+    extra_lora_targets = ("cross_attn.k_img", "cross_attn.v_img")
+    loss_from = 1  # behind the reference: what the model says of that is thrown away
+
+    def find(self, path):
+        files = super().find(path)
+        needed = {"pose", "face"} | ({"bg", "mask"} if files.keys() & {"bg", "mask"} else set())
+        if missing := sorted(needed - files.keys()):
+            names = ", ".join(path.with_suffix(f".{kind}.mp4").name for kind in missing)
+            raise Skip(f"has no {names} beside it")
+        return files
+
+    @functools.cached_property
+    def _motion_key(self):
+        """What identifies the motion encoder: its weights, since the files that hold them are the whole DiT's."""
+        weights = hashlib.blake2b()
+        for _, p in sorted(self.pipe.acquire("motion").named_parameters()):
+            weights.update(p.cpu().numpy().tobytes())
+        return weights.hexdigest()
+
+    def cache_key(self, item):
+        names = {kind: name for kind, (_, name) in item.sidecars.items()}
+        return ["character", names, self.encoder_key("clip"), self._motion_key]
+
+    def cached(self, vae, video, item):
+        at = int(item.digest[:8], 16) % item.frames
+        picture, device = video[:, :, at : at + 1], video.device
+        tensors = {"clip": self.pipe.acquire("clip").encode(picture[:, :, 0])[0]}
+        side = self.pipe.config().face_side
+        face = to_video(sidecar_frames(item, "face", (side, side)))[None].to(device)
+        with torch.no_grad():
+            motion = self.pipe.acquire("motion").encode_clip
+            tensors["face"], tensors["face.blank"] = motion(face)[0], motion(torch.full_like(face[:, :, :1], -1))[0, 0]
+        vae = self.pipe.acquire("vae")  # the others may have made it leave
+        z = vae.encode(picture)
+        tensors["latents"] = torch.cat([z, vae.encode(video)], 2)[0]
+        tensors["pose"] = vae.encode(to_video(sidecar_frames(item, "pose"))[None].to(device))[0]
+        scene = None
+        if "bg" in item.sidecars:
+            scene = sidecar_frames(item, "bg"), [frame[..., 0] for frame in sidecar_frames(item, "mask")]
+        for known in (0, *known_frames(item)):
+            given = video[:, :, :known] if known else None
+            y = inputs.encode_scene(vae, video.shape, inputs.mark_given(z), scene, given)
+            tensors[f"y.{known}"] = y[0]
+        return tensors
+
+    def cached_bytes(self, item, shape):
+        C, config = shape[0], self.pipe.config()
+        conditions = (1 + len(known_frames(item))) * (C + 4)
+        return 4 * ((2 * C + conditions) * shape[1] * shape[2] * shape[3] + item.frames * config.motion_dim)
+
+    def draw(self, items, share, rng):
+        return [rng.choice(known_frames(item)) if rng.random() < share else 0 for item in items]
+
+    def entry(self, tensors, drawn, has_caption):
+        face = tensors["face"] if has_caption else tensors["face.blank"].expand_as(tensors["face"])
+        return {k: tensors[k] for k in ("latents", "pose", "clip")} | {"y": tensors[f"y.{drawn}"], "face": face}
+
+
+def known_frames(item):
+    """How many frames a sample may take over from the one before it, as --refert_num: at most half of its own."""
+    return [n for n in inputs.OVERLAPS if item.frames >= 2 * n]

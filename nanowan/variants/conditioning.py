@@ -1,0 +1,151 @@
+"""What a DiT is given beside noise, time and text when it samples: of a clip its Conditions, of a video its segments.
+
+Conditioning is text-to-video's, and the base of each variant's own. It answers sample.py's questions; what training
+caches of a clip is samples.py, and stand-ins for the memory estimate are examples.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nanowan.errors import BadInput
+from nanowan.formats.layouts import read_headers
+
+
+class Conditions(NamedTuple):
+    """What a DiT is given at every step of a clip.
+
+    first_frame (1,C,1,h,w): a known latent frame, which stays as it is, at t = 0. channels (1,c,T',h,w): stand behind
+    the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those of guidance's unconditional half,
+    where they differ.
+    """
+
+    first_frame: torch.Tensor | None = None
+    channels: torch.Tensor | None = None
+    inputs: dict = {}
+    uncond_inputs: dict | None = None
+
+    def put_known(self, x):
+        """Latents (B,C,T',h,w) with the known frame in its place (x itself is changed)."""
+        if self.first_frame is not None:
+            x[:, :, :1] = self.first_frame
+        return x
+
+    def model_inputs(self, x, t):
+        """Latents (B,C,T',h,w) at time t in 0..1000 -> what the DiT takes: x (B,C+c,T',h,w), t (B,) or (B,T')."""
+        times = torch.full((len(x),), float(t), device=x.device)
+        if self.first_frame is not None:
+            times = times[:, None].repeat(1, x.shape[2])
+            times[:, 0] = 0
+        if self.channels is not None:
+            x = torch.cat([x, self.channels.expand(len(x), -1, -1, -1, -1)], 1)
+        return x, times
+
+
+class Encoder(NamedTuple):
+    """A further model in a checkpoint: its folder there, a pattern of its files' names, and load(folder, device).
+    prefix: of its tensors' names, where it is stored with the DiT.
+    """
+
+    folder: str
+    pattern: str
+    load: Callable
+    prefix: str = ""
+
+    def files(self, ckpt_dir):
+        return sorted((ckpt_dir / self.folder).glob(self.pattern))
+
+    def bytes(self, ckpt_dir):
+        if self.prefix:
+            entries = read_headers(self.files(ckpt_dir))
+            return sum(4 * e.numel for n, e in entries.items() if n.startswith(self.prefix))
+        return sum(f.stat().st_size for f in self.files(ckpt_dir))
+
+
+def draw_noise(shape, seed, device):
+    """Normal noise of this shape, fp32, from a seed and nothing else."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+class Video:
+    """A video to be sampled, segment by segment; a single clip is a video of one segment, and that is what this class
+    makes. S2V's and Animate's continue each segment from the one before.
+
+    count: number of segments. size: (width, height) px. shape: (C,T',h,w) of a segment's latents. fps. sound: a file
+    whose sound goes into the mp4, or None; sound_offset: seconds at which it begins there.
+    """
+
+    count = 1
+    image = None  # with which a clip begins
+    sound = None
+    sound_offset = 0.0
+
+    def __init__(self, pipe, settings, image=None):
+        """image: PIL image or None, already opened."""
+        self.pipe, self.image, self.frames, self.fps = pipe, image, settings.frames, settings.fps
+        self.conditioning = settings.conditioning
+        self.size = self.conditioning.video_size(settings.size, image)
+        self.shape = settings.latent_shape(self.size, settings.frames)
+
+    def noise(self, r, seed):
+        """(C,T',h,w) fp32 from which segment r begins."""
+        return draw_noise(self.shape, seed, self.pipe.device)
+
+    def conditions(self, r):
+        """The Conditions of segment r; encodes what they need."""
+        vae = self.image and self.pipe.acquire_vae(self.size)
+        conditions = self.conditioning.encode(vae, self.image, self.size, self.frames)
+        if vae and self.pipe.runtime.cuda:  # the VAE will be needed again, but the DiT comes next, and is the largest
+            vae = None
+            self.pipe.evict("vae")
+        return conditions
+
+    def decode(self, r, latents, decode):
+        """Latents (1,C,T',h,w) of segment r -> its new frames (3,n,H,W) in [-1,1]; keeps what segment r+1 needs of
+        them. decode: from latents to video (1,3,T,H,W).
+        """
+        return decode(latents)[0]
+
+    def output(self, latents):
+        """What --save_latents writes of a segment's latents (C,T',h,w)."""
+        return latents
+
+    def state(self):
+        """{name: tensor}: what the next segment needs of the ones before it."""
+        return {}
+
+    def restore(self, state):
+        """Take over what `state` returned."""
+
+
+class Conditioning:
+    """Text-to-video: nothing but the prompt."""
+
+    title, flags = "", {}  # of sample.py's flags for a variant's own inputs: {name: argparse's arguments}
+    by_segments = False  # whether a video is made of any number of segments
+    encoders = {}  # further models of the checkpoint, {name: Encoder}
+    takes_image = needs_image = False  # with a prompt
+
+    def check(self, ckpt_dir, image):
+        """Raise BadInput where an image is missing, or there is one that the model does not take."""
+        if image is None and self.needs_image:
+            raise BadInput(f"{ckpt_dir}: an image-to-video model, --image is needed")
+        if image is not None and not self.takes_image:
+            raise BadInput(f"--image {image}: {ckpt_dir} is a text-to-video model and takes none")
+
+    def video_size(self, size, image):
+        """(width, height) px of the video: `size`, or with a PIL image its area in the image's aspect."""
+        return size
+
+    def latent_frames(self, frames):
+        """T' of the noise for a clip of so many frames."""
+        return 1 + (frames - 1) // 4
+
+    def video(self, pipe, settings, image=None):
+        """The Video of sample.py's inputs: the opened image, and the flags of `flags`."""
+        return Video(pipe, settings, image)
+
+    def encode(self, vae, image, size, frames):
+        """Conditions of a clip of `frames` at `size` (width, height) px; image: PIL or None."""
+        return Conditions()

@@ -1,0 +1,103 @@
+"""Image-to-video: TI2V-5B's clean first frame, and the channels of I2V-A14B."""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanowan.errors import BadInput
+from nanowan.variants.conditioning import Conditioning, Conditions
+from nanowan.video import cover, to_tensor
+
+
+class FirstFrame(Conditioning):
+    """TI2V: an image, if there is one, is the first latent frame, clean, at t = 0."""
+
+    takes_image = True
+
+    def video_size(self, size, image):
+        return size if image is None else best_size(*image.size, size[0] * size[1], 32)
+
+    def encode(self, vae, image, size, frames):
+        if image is None:
+            return Conditions()
+        pixels = to_tensor(cover(image, *size))[None, :, None]
+        return Conditions(first_frame=vae.encode(pixels.to(next(vae.parameters()).device)))
+
+
+class ImageChannels(Conditioning):
+    """I2V-A14B: 20 channels behind the noise, a mask (4) and the latents (16) of the image before grey frames."""
+
+    takes_image = needs_image = True
+
+    def video_size(self, size, image):
+        area, aspect = size[0] * size[1], image.height / image.width
+        h, w = (8 * round(np.sqrt(a) // 8 // 2 * 2) for a in (area * aspect, area / aspect))
+        if not h or not w:
+            raise BadInput(too_small(area, image.width, image.height, 16))
+        return w, h
+
+    def encode(self, vae, image, size, frames):
+        (w, h), device = size, next(vae.parameters()).device
+        pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
+        return Conditions(channels=image_channels(vae, pixels.to(device), frames))
+
+
+def image_channels(vae, image, frames):
+    """I2V-A14B's 20 channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and the
+    encoding of the image followed by frames-1 grey frames.
+    """
+    z = encode_still(vae, F.pad(image, (0, 0, 0, 0, 0, frames - 1)))
+    mask = torch.zeros_like(z[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, z], 1)
+
+
+def encode_still(vae, video):
+    """vae.encode of a video most of which stands still. A layer whose input, and what it remembers of the chunk before,
+    are to the bit what they were a chunk ago is not run again: its last output is. Exact; takes the memory of those.
+    """
+    encoder, known = vae.encoder, {}  # {layer: (input, output, whether what it remembers has settled)}
+    layers = [*encoder.downsamples, *encoder.middle]
+
+    def forward_once(layer, forward, x, past):
+        last_x, out, settled = known.get(layer, (None, None, False))
+        same = last_x is not None and torch.equal(last_x, x)
+        if same and settled:
+            return out
+        before = {m: past[m] for m in layer.modules() if m in past}
+        out = forward(x, past)
+        settled = same and all(
+            a is past[m] or torch.is_tensor(a) and torch.equal(a, past[m]) for m, a in before.items()
+        )
+        known[layer] = x, out, settled
+        return out
+
+    for layer in layers:
+        layer.forward = functools.partial(forward_once, layer, layer.forward)
+    try:
+        return vae.encode(video)
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's again
+
+
+def too_small(area, width, height, side):
+    return f"--size of {area} px is too small for an image of {width}x{height}: a side would be under {side}"
+
+
+def best_size(width, height, area, step):
+    """The size nearest an image's aspect with sides multiples of `step` and no more than `area` px (official
+    best_output_size). Raises BadInput where a side would be 0.
+    """
+    ratio = width / height
+    ow = (area * ratio) ** 0.5
+    oh = area / ow
+    w1 = int(ow // step * step)
+    h2 = int(oh // step * step)
+    if not w1 or not h2:
+        raise BadInput(too_small(area, width, height, step))
+    h1, w2 = int(area / w1 // step * step), int(area / h2 // step * step)
+    off = [max(ratio / (w / h), (w / h) / ratio) for w, h in ((w1, h1), (w2, h2))]
+    return (w1, h1) if off[0] < off[1] else (w2, h2)

@@ -1,0 +1,71 @@
+"""The five Wan 2.2 models: a row of numbers for each in VARIANTS, and the classes that run it, imported when asked for.
+
+A new model is a folder here, a row in VARIANTS and a function in PARTS.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nanowan.variants.conditioning import Conditioning
+from nanowan.variants.examples import Examples
+from nanowan.variants.image import FirstFrame, ImageChannels
+from nanowan.variants.samples import FirstFrameSamples, ImageChannelsSamples, Samples
+from wan import VARIANTS as TEXT_AND_IMAGE
+from wan import Wan
+
+# fmt: off
+# further entries of a row: signature, a tensor by which its files are known; negative and prompt, the defaults
+_14B = TEXT_AND_IMAGE["t2v-A14B"] | dict(boundary=None)
+VARIANTS = TEXT_AND_IMAGE | {
+    "s2v-14B": dict(_14B, model_type="s2v", signature="casual_audio_encoder.encoder.final_linear.weight", frames=80,
+                    size=(1024, 704), shift=3.0, guidance=(4.5, 4.5), negative=(
+                        "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+                        "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")),
+    "animate-14B": dict(_14B, model_type="animate", signature="pose_patch_embedding.weight", in_dim=36, fps=30,
+                        frames=77, steps=20, shift=5.0, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
+}
+# fmt: on
+
+
+class Parts(NamedTuple):
+    """What runs a kind of model: the DiT's class, its Conditioning (sampling), the class of its Samples (training), its
+    Examples (memory estimate), and a function that completes its configuration from its files, or None.
+    """
+
+    model: type
+    conditioning: Conditioning
+    samples: type
+    examples: Examples
+    read_config: Callable | None = None
+
+
+def _s2v():
+    from nanowan.variants.s2v.conditioning import Speech, SpeechExamples
+    from nanowan.variants.s2v.model import WanS2V, read_config
+    from nanowan.variants.s2v.samples import SpeechSamples
+
+    return Parts(WanS2V, Speech(), SpeechSamples, SpeechExamples(), read_config)
+
+
+def _animate():
+    from nanowan.variants.animate.conditioning import Character, CharacterExamples
+    from nanowan.variants.animate.model import WanAnimate, read_config
+    from nanowan.variants.animate.samples import CharacterSamples
+
+    return Parts(WanAnimate, Character(), CharacterSamples, CharacterExamples(), read_config)
+
+
+PARTS = {
+    "t2v": lambda: Parts(Wan, Conditioning(), Samples, Examples()),
+    "ti2v": lambda: Parts(Wan, FirstFrame(), FirstFrameSamples, Examples()),
+    "i2v": lambda: Parts(Wan, ImageChannels(), ImageChannelsSamples, Examples()),
+    "s2v": _s2v,
+    "animate": _animate,
+}
+
+
+@functools.cache
+def parts_of(model_type):
+    """The Parts of a model_type, as config.json names it."""
+    return PARTS[model_type]()

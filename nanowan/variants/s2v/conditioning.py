@@ -1,0 +1,181 @@
+"""S2V-14B: a picture, a sound and, if wanted, a pose video; sampled segment by segment."""
+
+import itertools
+import math
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from nanowan.errors import BadInput
+from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video, draw_noise
+from nanowan.variants.examples import Examples
+from nanowan.variants.s2v import model, wav2vec2
+from nanowan.video import Skip, read_frames, to_tensor
+
+DROPPED_FRAMES = 3  # of a first segment: made with the reference picture before them, they look like it
+MIN_POSE_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class SpeechInputs:
+    """sample.py's flags for S2V."""
+
+    audio: str | None = None
+    pose_video: str | None = None
+    infer_frames: int | None = None
+    num_clip: int | None = None
+    start_from_ref: bool = False
+    sync_sound: bool = False
+
+    def __post_init__(self):
+        if self.infer_frames is not None and (self.infer_frames % 4 or self.infer_frames < 4):
+            raise BadInput(f"--infer_frames {self.infer_frames}: must be a multiple of 4")
+        if self.num_clip is not None and self.num_clip < 1:
+            raise BadInput(f"--num_clip {self.num_clip}: at least 1")
+
+
+class SpeechVideo(Video):
+    """A picture that speaks: segments of `frames` frames at 16 per second, each after the 73 frames before it.
+
+    Officially the first three frames are dropped while the sound begins with the file, so lips lead by 3/16 s;
+    sync_sound delays the sound by as much.
+    """
+
+    fps = model.VIDEO_RATE
+
+    def __init__(self, pipe, settings, picture, inputs):
+        self.pipe, self.frames, self.device = pipe, inputs.infer_frames or settings.frames, pipe.device
+        self.sound, self.sound_offset = inputs.audio, DROPPED_FRAMES / self.fps if inputs.sync_sound else 0.0
+        self.size = model.fit_size(*picture.size, settings.size[0] * settings.size[1])
+        self._write_audio(pipe.acquire("audio"), inputs.num_clip)
+        pipe.drop("audio")
+        self.pose = inputs.pose_video
+        if self.pose is not None:
+            self.pose_step = self._pose_step()
+        self.picture = to_tensor(model.fit_picture(picture, self.size))[None, :, None].to(self.device)  # (1,3,1,H,W)
+        _, sh, sw = settings.stride
+        self.shape = settings.z_dim, self.frames // 4, self.size[1] // sh, self.size[0] // sw
+        self.ref = pipe.acquire_vae(self.size).encode(self.picture)
+        self.has_motion = inputs.start_from_ref  # whether the segment at hand has motion tokens
+        self.last = model.first_motion(self.picture, inputs.start_from_ref)  # (1,3,73,H,W)
+        self.motion = pipe.acquire_vae(self.size).encode(self.last)
+
+    def _write_audio(self, encoder, num_clip):
+        """Put the speech features of all segments into a file, where they wait for their turn and take no memory."""
+        features = wav2vec2.to_feature_rate(encoder.features(wav2vec2.read_audio(self.sound)))
+        self.count = wav2vec2.count_clips(features.shape[1], self.frames)
+        self.count = min(self.count, num_clip or self.count)
+        features = wav2vec2.to_video_rate(features, self.count * self.frames)[None].cpu()
+        self.audio_shape, self.audio_file = (*features.shape[:3], self.frames), tempfile.TemporaryFile()
+        for segment in features.split(self.frames, -1):
+            self.audio_file.write(segment.contiguous().numpy())
+
+    def _read_audio(self, r):
+        """The speech features (1,S,A,frames) of segment r."""
+        nbytes = 4 * math.prod(self.audio_shape)
+        self.audio_file.seek(r * nbytes)
+        return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
+
+    def _pose_frames(self, images=True):
+        try:
+            yield from read_frames(self.pose, images)
+        except Skip as e:
+            raise BadInput(f"--pose_video {self.pose}: {e}") from None
+
+    def _pose_step(self):
+        """Every how many-th frame of the pose video is followed."""
+        frames = list(self._pose_frames(images=False))
+        if len(frames) < MIN_POSE_FRAMES:
+            raise BadInput(f"--pose_video {self.pose}: {len(frames)} frames; at least {MIN_POSE_FRAMES} are needed")
+        return model.pose_step((len(frames) - 1) / frames[-1].seconds)
+
+    def _read_pose(self, r):
+        """The poses (T,3,H,W) of segment r, T <= frames. The file is read from its beginning each time."""
+        begin, end = (i * self.frames * self.pose_step for i in (r, r + 1))
+        taken = itertools.islice(self._pose_frames(), begin, end, self.pose_step)
+        none = torch.empty(0, 3, *self.size[::-1])
+        return torch.cat([none, *(model.fit_pose(to_tensor(f.image)[None], self.size) for f in taken)])
+
+    def noise(self, r, seed):
+        return draw_noise(self.shape, seed + r, self.device)
+
+    def conditions(self, r):
+        audio = self._read_audio(r).to(self.device)
+        inputs = {"ref": self.ref, "audio": audio}
+        if self.has_motion:
+            inputs["motion"] = self.motion
+        if self.pose is not None:
+            pose = model.pose_clip(self._read_pose(r), self.frames).to(self.device)
+            inputs["pose"] = self.pipe.acquire_vae(self.size).encode(pose)[:, :, 1:]
+        return Conditions(inputs=inputs, uncond_inputs=inputs | {"audio": torch.zeros_like(audio)})
+
+    def decode(self, r, latents, decode):
+        # all of what is before: the decoder sees further back than that; with the last 14 of 20 latent frames a clip of
+        # a random decoder is off by 0.6 %
+        prefix = self.motion if self.has_motion else self.ref
+        begin = -self.frames if self.has_motion else DROPPED_FRAMES - self.frames
+        video = decode(torch.cat([prefix, latents], 2))[:, :, begin:].clone()  # a view would keep the prefix's frames
+        self.last = model.next_motion(self.last, video)
+        if r + 1 < self.count:
+            self._continue()
+        return video[0]
+
+    def _continue(self):
+        self.motion, self.has_motion = self.pipe.acquire_vae(self.size).encode(self.last), True
+
+    def state(self):
+        return {"last": self.last}
+
+    def restore(self, state):
+        self.last = state["last"].to(self.device)
+        self._continue()
+
+
+class Speech(Conditioning):
+    """S2V-14B: a picture, a sound and, if wanted, a pose video; in segments."""
+
+    takes_image = needs_image = by_segments = True
+    title = "S2V-14B: a picture that speaks (--size is the area)"
+    flags = {
+        "audio": dict(help="sound file to speak: anything with a sound track"),
+        "pose_video": dict(help="video whose poses are followed"),
+        "infer_frames": dict(type=int, help="frames per segment, a multiple of 4 (default: 80)"),
+        "num_clip": dict(type=int, help="make only the first N segments (default: as many as the sound fills)"),
+        "start_from_ref": dict(action="store_true", help="begin with the picture itself"),
+        "sync_sound": dict(
+            action="store_true", help="delay the sound by 3/16 s, to match the lips (the official code does not)"
+        ),
+    }
+    encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
+
+    def check(self, ckpt_dir, image):
+        if image is None:
+            raise BadInput(f"{ckpt_dir}: a picture that speaks, --image and --audio are needed")
+
+    def latent_frames(self, frames):
+        return frames // 4
+
+    def video(self, pipe, settings, image=None, **inputs):
+        if image is None or inputs.get("audio") is None:
+            raise BadInput(f"{pipe.dir}: a picture that speaks, --image and --audio are needed")
+        return SpeechVideo(pipe, settings, image, SpeechInputs(**inputs))
+
+
+class SpeechExamples(Examples):
+    def inputs(self, config, shape):
+        C, frames, h, w = shape
+        inputs = {"ref": torch.empty(1, C, 1, h, w), "pose": torch.empty(1, C, frames, h, w)}
+        inputs["audio"] = torch.empty(1, model.STATES, config.audio_dim, 4 * frames)
+        inputs["motion"] = torch.empty(1, C, model.MOTION_LATENTS, h, w)
+        return inputs
+
+    def entry(self, config, shape, continuation):
+        inputs = self.inputs(config, shape)
+        return {k: v[0] for k, v in inputs.items() if continuation or k != "motion"}
+
+    def encoded_frames(self, frames, continuation):
+        return frames + (model.MOTION_FRAMES if continuation else 1)
+
+    def decoded_frames(self, latent_frames):
+        return latent_frames + model.MOTION_LATENTS

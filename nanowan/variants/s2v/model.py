@@ -1,0 +1,445 @@
+"""WanS2V, the DiT of Wan2.2-S2V-14B: with a sound, a reference picture, the clip before, and a pose video.
+
+The letters of wan.py, and  A width of a speech feature (1024)    S hidden states of the speech encoder (25)
+F video frames of a clip, 4T'   K audio tokens per latent frame (5)   M reference and motion tokens   n tokens per frame
+
+Behind the noise tokens stand those of the reference picture and, from the second clip on, of the 19 latent frames
+before, packed the coarser the older they are. These are clean: their modulation is that of t = 0. In time the noise
+stands at 0 and up, the reference at 30, motion at negative positions. After some blocks the noise tokens of each latent
+frame attend to that frame's audio tokens. Only the noise and the time change from step to step: embed_audio and
+embed_reference do the rest once per clip.
+Source: official wan/modules/s2v/*, whose tensor names are kept, `casual` included.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import ops
+from kernels.rope import grid_positions
+from nanowan.errors import BadInput
+from nanowan.formats.header import count_blocks
+from wan import CrossAttention, Tokens, Wan, WanConfig, embed_patches
+
+MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
+VIDEO_RATE = 16
+REFERENCE_TIME = 30
+NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
+STATES = 25  # hidden states of the speech encoder
+INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released weights, which do not tell them
+# settings of config.json that decide what the tensors mean; there are no published weights with others
+PUBLISHED = dict(
+    enable_adain=True,
+    adain_mode="attn_norm",
+    enable_framepack=True,
+    framepack_drop_mode="padd",
+    enable_motioner=False,
+    enable_tsm=False,
+    add_last_motion=True,
+    zero_timestep=True,
+    trainable_token_pos_emb=False,
+)
+
+
+# ---- sound -> audio tokens -------------------------------------------------------------------------------------
+class CausalConv1d(nn.Module):
+    """A convolution over time that sees each vector and the two before it; before the first one it sees that again."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.conv = nn.Conv1d(cin, cout, 3, stride)
+
+    def forward(self, x):
+        """x (B,T,C) -> (B,T/stride rounded up,C')."""
+        return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
+
+
+def norm_silu(x):
+    return F.silu(F.layer_norm(x, x.shape[-1:], eps=1e-6))
+
+
+class AudioTokenizer(nn.Module):
+    """tokens: how many are computed per latent frame; one learned token joins them."""
+
+    def __init__(self, audio_dim, dim, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.conv1_local = CausalConv1d(audio_dim, tokens * dim // 4, 1)
+        self.conv1_global = CausalConv1d(audio_dim, dim // 4, 1)
+        self.conv2, self.conv3 = CausalConv1d(dim // 4, dim // 2, 2), CausalConv1d(dim // 2, dim, 2)
+        self.final_linear = nn.Linear(dim, dim)
+        self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def downsample(self, x):
+        """(B,T,D/4) -> (B,T/4 rounded up,D); both paths go through these convolutions."""
+        return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
+
+    def forward(self, x):
+        """x (B,T,A) -> per latent frame one vector (B,T',D), and K tokens (B,T',K,D)."""
+        local = self.conv1_local(x).unflatten(2, (self.tokens, -1)).transpose(1, 2)  # (B,K-1,T,D/4)
+        local = self.downsample(local.flatten(0, 1)).unflatten(0, (-1, self.tokens)).transpose(1, 2)  # (B,T',K-1,D)
+        padding = self.padding_tokens.expand(*local.shape[:2], 1, -1)
+        return self.final_linear(self.downsample(self.conv1_global(x))), torch.cat([local, padding], 2)
+
+
+class AudioEncoder(nn.Module):
+    """Runs in fp32, whatever the model's dtype."""
+
+    def __init__(self, audio_dim, dim, tokens):
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((1, STATES, 1, 1), 0.01))
+        self.encoder = AudioTokenizer(audio_dim, dim, tokens)
+
+    def forward(self, features):
+        """Speech features (B,S,A,T), one vector per video frame -> (B,T',D), (B,T',K,D) for T' = T/4 rounded up."""
+        weights = F.silu(self.weights)
+        x = (features.float() * weights).sum(1) / weights.sum(1)  # (B,A,T)
+        return self.encoder(x.transpose(1, 2))
+
+    def encode_clip(self, features):
+        """A clip's F features -> the vector and the tokens of each of its F/4 latent frames. In front stands the first
+        feature, again and again, in place of the past: in every clip, also where the past is known.
+        """
+        first = features[..., :1].expand(-1, -1, -1, MOTION_FRAMES)
+        return [x[:, MOTION_LATENTS:] for x in self(torch.cat([first, features], -1))]
+
+
+class AdaLayerNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+
+class Injection(NamedTuple):
+    """What one injector makes of a clip's sound."""
+
+    keys_values: tuple  # two (B,T'K,N,d)
+    weight: torch.Tensor  # (B,T',D) and the next, fp32: the rows of its norm
+    shift: torch.Tensor
+
+
+class AudioInjector(nn.Module):
+    """count: how many blocks are followed by one."""
+
+    def __init__(self, count, dim, heads, eps):
+        super().__init__()
+        self.injector = nn.ModuleList(CrossAttention(dim, heads, eps) for _ in range(count))
+        self.injector_adain_layers = nn.ModuleList(AdaLayerNorm(dim) for _ in range(count))
+
+    def embed(self, vectors, tokens):
+        """vectors (B,T',D), tokens (B,T',K,D) of AudioEncoder -> one Injection for each injector."""
+        injections = []
+        for attention, norm in zip(self.injector, self.injector_adain_layers):
+            dtype = norm.linear.weight.dtype
+            shift, scale = norm.linear(F.silu(vectors).to(dtype)).float().chunk(2, -1)
+            kv = attention.keys_values(tokens.flatten(1, 2).to(dtype))
+            injections.append(Injection(kv, 1 + scale, shift))
+        return tuple(injections)
+
+    def forward(self, i, x, injection, frame):
+        """x (B,L,D) fp32, noise tokens of the latent frames `frame` (L,) -> x + what each finds in the sound of its
+        frame. One attention over the audio tokens of all frames, those of others masked: that costs next to nothing,
+        and the tokens may be any part of a clip.
+        """
+        (k, v), frames = injection.keys_values, injection.shift.shape[1]
+        frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
+        bias = torch.zeros(len(frame), len(frame_of_key), device=x.device)
+        bias = bias.masked_fill_(frame[:, None] != frame_of_key, -torch.inf)
+        y = ops.modulate(x, injection.weight, injection.shift, 1e-5, k.dtype, frame)
+        return ops.gate(x, self.injector[i](y, (k, v), bias[None, None]))
+
+
+# ---- reference and motion tokens -------------------------------------------------------------------------------
+def positions_of(times, rows, columns, device):
+    """(L,3) of the tokens of a grid whose axes have these coordinates, the columns first to move."""
+    axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
+    return torch.cartesian_prod(*axes).view(-1, 3)
+
+
+def spread(n, size):
+    """n of the coordinates 0..size-1, evenly apart, cut off as the official code does it (some are 58.99... there)."""
+    return np.linspace(0, size - 1, n).astype(int).tolist()
+
+
+class FramePacker(nn.Module):
+    """The clip before: its latest latent frame in full, the two before that in patches of 2x4x4, and the 16 before
+    those in patches of 4x8x8.
+    """
+
+    def __init__(self, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, (1, 2, 2), (1, 2, 2))
+        self.proj_2x = nn.Conv3d(channels, dim, (2, 4, 4), (2, 4, 4))
+        self.proj_4x = nn.Conv3d(channels, dim, (4, 8, 8), (4, 8, 8))
+
+    def forward(self, motion):
+        """motion (B,C,f,h,w), the latents before the clip: the last 19 are used, zeros stand before fewer -> tokens and
+        their positions (L,3).
+        """
+        (h, w), device = motion.shape[3:], motion.device
+        motion = motion[:, :, -MOTION_LATENTS:]
+        motion = F.pad(motion, (0, 0, 0, 0, MOTION_LATENTS - motion.shape[2], 0))
+        far, middle, latest = motion.split((16, 2, 1), 2)
+        convs = (self.proj, latest), (self.proj_2x, middle), (self.proj_4x, far)
+        tokens = torch.cat([embed_patches(x, conv) for conv, x in convs], 1)
+        H, W = h // 2, w // 2
+        at = [
+            positions_of([-1], range(H), range(W), device),
+            positions_of([-3], spread(h // 4, H), spread(w // 4, W), device),
+            positions_of([-19, -14, -9, -4], spread(h // 8, H), spread(w // 8, W), device),
+        ]
+        return tokens, torch.cat(at)
+
+
+# ---- pictures and clips: what is given, in pixels ----------------------------------------------------------------
+def fit_size(width, height, area):
+    """(width, height) px of the video for a reference picture: sides multiples of 64, about the picture's aspect, at
+    most `area` px, and no larger than the picture but for the rounding. Raises BadInput where a side would be under 64
+    (the official code's fallback, from the aspect alone, then gives a side of 0).
+    """
+    pixels, longest = width * height, 1.0
+    shortest = 0.1
+    if pixels > area:
+        longest = math.sqrt(area / pixels)  # without any rounding up
+        b, c = 63 * (height + width), 63**2 - area  # with the most of it; the official formula has 2ac, not 4ac
+        shortest = (math.sqrt(b * b - 2 * pixels * c) - b) / (2 * pixels)
+    for i in range(100):
+        scale = longest - (longest - shortest) * i / 100
+        h, w = (-(-int(side * scale) // 64) * 64 for side in (height, width))
+        if h and w and w * h <= area:
+            return w, h
+    raise BadInput(f"--size of {area} px for a picture of {width}x{height}: a side would be under 64")
+
+
+def scale_to_shorter(width, height, size):
+    """(width, height) of a picture resized until its shorter side is that of `size` (width, height)."""
+    short = min(size)
+    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+
+
+def crop_start(n, size):
+    """Where along a side of n px the `size` px in its middle begin: before its begin, if it is too short."""
+    return round((n - size) / 2) if n >= size else -((size - n) // 2)
+
+
+def fit_picture(image, size):
+    """PIL image -> RGB of `size` (width, height): bilinear, the shorter sides alike, cropped in the middle; black bars
+    where it is too short.
+    """
+    from PIL import Image
+
+    w, h = scale_to_shorter(*image.size, size)
+    image = image if image.size == (w, h) else image.resize((w, h), Image.BILINEAR)
+    left, top = crop_start(w, size[0]), crop_start(h, size[1])
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def fit_pose(frames, size):
+    """Frames (T,3,H,W) in [-1,1] -> of `size` (width, height), as fit_picture does it, but for grey bars."""
+    w, h = scale_to_shorter(frames.shape[3], frames.shape[2], size)
+    if frames.shape[2:] != (h, w):
+        frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False, antialias=True)
+    left, top = crop_start(w, size[0]), crop_start(h, size[1])
+    return F.pad(frames, (-left, left + size[0] - w, -top, top + size[1] - h))
+
+
+def pose_step(fps):
+    """Every how many-th frame of a pose video is taken: its speed is kept only where fps is a multiple of 16."""
+    return max(1, round(fps / VIDEO_RATE))
+
+
+def pose_clip(frames, infer_frames):
+    """What of a pose is encoded for a clip, (1,3,1+F,H,W), whose first latent frame is then dropped: its frames
+    (T,3,H,W), T <= F, black after their end, and the first of them once more in front.
+    """
+    frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, infer_frames - len(frames)), value=-1.0)
+    return torch.cat([frames[:1], frames]).transpose(0, 1)[None]
+
+
+def first_motion(picture, start_from_picture=False):
+    """The 73 frames (1,3,73,H,W) before the first clip of a reference picture (1,3,1,H,W): grey; the last 6 of them are
+    the picture where the clip is to start from it.
+    """
+    motion = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)
+    if start_from_picture:
+        motion[:, :, -6:] = picture
+    return motion
+
+
+def next_motion(last, video):
+    """The last 73 frames of `last` (1,3,73,H,W) and the frames `video` (1,3,T,H,W) made after it."""
+    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:].clone()  # not a view, which would keep all
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+@dataclass
+class S2VConfig(WanConfig):
+    """audio_inject_layers: the blocks that an injector stands behind, ascending."""
+
+    audio_dim: int = 1024
+    num_audio_token: int = 4
+    cond_dim: int = 16
+    audio_inject_layers: tuple = INJECT_LAYERS
+
+
+class Audio(NamedTuple):
+    """A clip's sound made ready for the blocks: for each injector its Injection."""
+
+    injections: tuple
+
+
+class Reference(NamedTuple):
+    """The clean tokens (B,M,D) of a reference picture and of the clip before, their positions (M,3), and the latents'
+    height and width.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    size: tuple
+
+
+class Inputs(NamedTuple):
+    reference: Reference
+    audio: Audio
+    pose: torch.Tensor | None
+
+
+class WanS2V(Wan):
+    """forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None), the inputs as embed_inputs
+    names them; t (B,).
+    """
+
+    config_class = S2VConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.cond_encoder = nn.Conv3d(c.cond_dim, c.dim, c.patch_size, c.patch_size)
+        self.trainable_cond_mask = nn.Embedding(3, c.dim)
+        self.frame_packer = FramePacker(c.in_dim, c.dim)
+        self.casual_audio_encoder = AudioEncoder(c.audio_dim, c.dim, c.num_audio_token)
+        self.audio_injector = AudioInjector(len(c.audio_inject_layers), c.dim, c.num_heads, c.eps)
+
+    def embed_audio(self, audio):
+        """A clip's speech features (B,S,A,F), F a multiple of 4 -> Audio. Guidance's second half has zeros here."""
+        if audio.shape[1:3] != (STATES, self.config.audio_dim) or audio.shape[3] % 4 or not audio.shape[3]:
+            raise BadInput(
+                f"speech features {tuple(audio.shape)}: should be (B,{STATES},{self.config.audio_dim},F), F frames of "
+                "video, a multiple of 4"
+            )
+        return Audio(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio)))
+
+    def embed_reference(self, ref, motion=None):
+        """The reference picture's latents (B,C,1,h,w) and, but for a first clip, the latents before the clip
+        (B,C,<=19,h,w) -> Reference.
+        """
+        H, W = ref.shape[3] // 2, ref.shape[4] // 2
+        tokens = [embed_patches(ref, self.patch_embedding) + self.mask(REFERENCE)]
+        at = [positions_of([REFERENCE_TIME], range(H), range(W), ref.device)]
+        if motion is not None:
+            if min(motion.shape[3:]) < 8 or motion.shape[3:] != ref.shape[3:]:
+                raise BadInput(
+                    f"motion latents {tuple(motion.shape)}: should be as high and wide as ref's {tuple(ref.shape)}, "
+                    "and 8 or more"
+                )
+            packed, packed_at = self.frame_packer(motion)
+            tokens, at = [*tokens, packed + self.mask(MOTION)], [*at, packed_at]
+        return Reference(torch.cat(tokens, 1), torch.cat(at), tuple(ref.shape[3:]))
+
+    def mask(self, row):
+        return self.trainable_cond_mask.weight[row].float()
+
+    def prepare_inputs(self, *, ref, audio, motion=None, pose=None):
+        return {"ref": self.embed_reference(ref, motion), "audio": self.embed_audio(audio), "pose": pose}
+
+    # ---- wan.py's hooks ------------------------------------------------------------------------------------------
+    def embed_inputs(self, *, ref, audio, motion=None, pose=None):
+        """ref (B,C,1,h,w) the reference picture's latents and motion (B,C,<=19,h,w) those before the clip, or None; or
+        as ref what embed_reference made of both. audio (B,S,A,4T') speech features, or what embed_audio made of them.
+        pose (B,C,T',h,w) latents or None.
+        """
+        ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
+        return Inputs(ref, audio if isinstance(audio, Audio) else self.embed_audio(audio), pose)
+
+    def times(self, t):
+        if t.dim() != 1:
+            raise BadInput(f"t {tuple(t.shape)}: S2V takes one time for a clip, (B,)")
+        return torch.stack([t, torch.zeros_like(t)], 1)
+
+    def list_tokens(self, grid, device, inputs):
+        n, frames, clean = math.prod(grid), inputs.audio.injections[0].shift.shape[1], inputs.reference.positions
+        if frames != grid[0]:
+            raise BadInput(f"sound for {frames} latent frames, noise of {grid[0]}")
+        row = torch.arange(n + len(clean), device=device) >= n  # of t, then of 0
+        positions = torch.cat([grid_positions(grid, device), clean])
+        return Tokens(positions, num_video=n, length=len(row), extent=max(*grid, REFERENCE_TIME + 1), row=row.int())
+
+    def patchify(self, x, c):
+        ref, _, pose = c.inputs
+        want = (len(x), self.config.cond_dim, *x.shape[2:])
+        if ref.size != x.shape[3:] or pose is not None and pose.shape != want:
+            shape = None if pose is None else tuple(pose.shape)
+            raise BadInput(
+                f"x {tuple(x.shape)}, ref {ref.size[0]}x{ref.size[1]}, pose {shape}: ref should be as high and wide as "
+                f"x, and pose None or {want}"
+            )
+        # no pose is one of zeros, whose tokens are the bias
+        pose = self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
+        return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
+
+    def linear_name(self, block, target):
+        if not target.startswith("audio_injector."):
+            return super().linear_name(block, target)
+        layers = self.config.audio_inject_layers
+        leaf = target.partition(".")[2]
+        return f"audio_injector.injector.{layers.index(block)}.{leaf}" if block in layers else None
+
+    def cross_attentions(self):
+        audio = zip(self.config.audio_inject_layers, self.audio_injector.injector)
+        return sorted([*super().cross_attentions(), *((i, "audio_attn", a) for i, a in audio)], key=lambda row: row[0])
+
+    def after_block(self, i, x, c):
+        if i not in self.config.audio_inject_layers:
+            return x
+        j = self.config.audio_inject_layers.index(i)
+        injection = c.inputs.audio.injections[j]
+        # Of ranks that share a clip, one that has none of the noise computes another token for nothing: the ranks have
+        # the same gradients to exchange then.
+        n = max(c.tokens.num_video, 1)
+        frame = c.tokens.positions[:n, 0].clamp(0, injection.shift.shape[1] - 1)
+        noise = self.audio_injector(j, x[:, :n], injection, frame)
+        if not c.tokens.num_video:
+            noise = x[:, :n] + 0 * noise
+        return torch.cat([noise, x[:, n:]], 1)
+
+
+def read_config(config, shape, entries, settings, path):
+    """The S2VConfig of a model folder. config: the WanConfig that its files give; shape(name): that of a tensor, or
+    BadInput; entries: {name: Entry} of all tensors; settings: of config.json, {} where there is none. Raises BadInput,
+    naming `path`, where the injectors do not fit the weights, and for settings that no released weights have.
+    """
+    dim = shape("patch_embedding.weight")[0]
+    local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")
+    wrong = [f"{k} is {settings[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if settings.get(k, v) != v]
+    if wrong:
+        raise BadInput(f"{path}: not the released S2V model: {'; '.join(wrong)}")
+    layers, blocks = list(settings.get("audio_inject_layers", INJECT_LAYERS)), count_blocks(entries)
+    count = sum(re.fullmatch(r"audio_injector\.injector\.\d+\.q\.weight", name) is not None for name in entries)
+    if len(layers) != count or layers != sorted({*layers} & {*range(blocks)}):
+        raise BadInput(
+            f"{path}: audio_inject_layers {layers} (the released ones, without a config.json): should name {count} "
+            f"of the {blocks} blocks, ascending"
+        )
+    return S2VConfig(
+        **vars(config),
+        audio_dim=audio_dim,
+        num_audio_token=local * 4 // dim,
+        cond_dim=shape("cond_encoder.weight")[1],
+        audio_inject_layers=tuple(layers),
+    )

@@ -1,0 +1,278 @@
+"""wav2vec2-large, the speech encoder of Wan2.2-S2V-14B, and the way from a sound file to one vector per video frame.
+
+N samples at 16 kHz     T_a encoder frames, about 50 per second     A frames at 30 per second
+D width (1024)          S = layers + 1 (25) hidden states           F video frames per clip at 16 per second
+
+Source: official wan/modules/s2v/audio_encoder.py over transformers 4.51's Wav2Vec2ForCTC, whose tensor names are kept.
+The last hidden state is the one after the final LayerNorm, as transformers up to 4.51 gives it; 5.x gives the one
+before it, which the released DiT has never seen.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import ops
+from nanowan.errors import BadInput
+from nanowan.formats.layouts import read_headers, weight_files
+from nanowan.formats.load import load_into
+
+SAMPLE_RATE, FEATURE_RATE, VIDEO_RATE = 16000, 30, 16
+ENCODER_RATE = 50  # nominal: the encoder gives 49.9 frames per second, and the official code does not correct for it
+STRIDES = (5, 2, 2, 2, 2, 2, 2)
+MIN_SAMPLES = 720  # two encoder frames, the fewest that give one at 30 per second
+
+
+def read_audio(path):
+    """The sound of any file that FFmpeg reads (wav, mp3, mp4, ...), whole, mono at 16 kHz: (N,) float32, about [-1,1].
+
+    Channels are averaged, as librosa does. Raises BadInput for a file without sound, or with less than 0.045 s of it.
+    """
+    import av
+
+    chunks = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise BadInput(f"{path}: has no sound track; give a file with sound (wav, mp3, mp4, ...)")
+            # to 16 kHz with all channels: their mean commutes with it, and FFmpeg's own downmix does not halve
+            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+            for frame in container.decode(container.streams.audio[0]):
+                chunks += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
+            if chunks:
+                chunks += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
+    except (av.FFmpegError, OSError) as e:
+        raise BadInput(f"{path}: its sound cannot be decoded ({e})") from None
+    samples = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *chunks]))
+    if len(samples) < MIN_SAMPLES:
+        seconds, least = len(samples) / SAMPLE_RATE, MIN_SAMPLES / SAMPLE_RATE
+        raise BadInput(f"{path}: holds {seconds:.3f} s of sound; at least {least} s are needed")
+    return samples
+
+
+class ConvLayer(nn.Module):
+    """Convolution without padding, LayerNorm over the channels, GELU."""
+
+    def __init__(self, cin, cout, kernel, stride):
+        super().__init__()
+        self.conv = nn.Conv1d(cin, cout, kernel, stride)
+        self.layer_norm = nn.LayerNorm(cout)
+
+    def forward(self, x):
+        return F.gelu(self.layer_norm(self.conv(x).transpose(1, 2)).transpose(1, 2))
+
+
+class FeatureExtractor(nn.Module):
+    def __init__(self, dim, kernels, strides):
+        super().__init__()
+        widths = zip((1, *[dim] * len(kernels)), [dim] * len(kernels))
+        self.conv_layers = nn.ModuleList(ConvLayer(*w, k, s) for w, k, s in zip(widths, kernels, strides))
+        self.stride, self.reach = 1, 1  # samples from one frame to the next, and those that a frame sees
+        for k, s in zip(kernels, strides):
+            self.reach += (k - 1) * self.stride
+            self.stride *= s
+
+    def forward(self, samples, chunk=1000):
+        """(N,) -> (1,T_a,C), `chunk` frames at a time: a frame depends on its `reach` samples only, and the first layer
+        alone takes 6.5 MB per second of sound.
+        """
+        frames = (len(samples) - self.reach) // self.stride + 1
+        parts = []
+        for first in range(0, frames, chunk):
+            last = min(first + chunk, frames) - 1
+            x = samples[None, None, first * self.stride : last * self.stride + self.reach]
+            for layer in self.conv_layers:
+                x = layer(x)
+            parts.append(x)
+        return torch.cat(parts, 2).transpose(1, 2)
+
+
+class FeatureProjection(nn.Module):
+    def __init__(self, cin, dim):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(cin)
+        self.projection = nn.Linear(cin, dim)
+
+    def forward(self, x):
+        return self.projection(self.layer_norm(x))
+
+
+class WeightNormConv(nn.Module):
+    """Grouped convolution along time whose weight is g v / |v|, the norm taken for each of the kernel's taps."""
+
+    def __init__(self, dim, groups, kernel):
+        super().__init__()
+        self.groups = groups
+        self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
+        self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x):
+        kernel = self.weight_v.shape[2]
+        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(0, 1), keepdim=True)
+        x = F.conv1d(x, weight, self.bias, padding=kernel // 2, groups=self.groups)
+        return x[..., :-1] if kernel % 2 == 0 else x
+
+
+class PositionalConv(nn.Module):
+    def __init__(self, dim, groups, kernel):
+        super().__init__()
+        self.conv = WeightNormConv(dim, groups, kernel)
+
+    def forward(self, x):
+        return F.gelu(self.conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(ops.sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.intermediate_dense, self.output_dense = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+
+    def forward(self, x):
+        return self.output_dense(F.gelu(self.intermediate_dense(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, dim, ffn_dim, heads):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(dim, heads), FeedForward(dim, ffn_dim)
+        self.layer_norm, self.final_layer_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x = x + self.attention(self.layer_norm(x))
+        return x + self.feed_forward(self.final_layer_norm(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, dim, ffn_dim, heads, layers, groups, kernel):
+        super().__init__()
+        self.pos_conv_embed = PositionalConv(dim, groups, kernel)
+        self.layers = nn.ModuleList(Layer(dim, ffn_dim, heads) for _ in range(layers))
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        """(1,T_a,D) -> S hidden states (1,T_a,D): what the first layer is given, and what each layer gives."""
+        x = x + self.pos_conv_embed(x)
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return [*states[:-1], self.layer_norm(states[-1])]
+
+
+class Wav2Vec2(nn.Module):
+    def __init__(self, conv_dim, kernels, strides, dim, ffn_dim, heads, layers, pos_groups, pos_kernel):
+        super().__init__()
+        self.feature_extractor = FeatureExtractor(conv_dim, kernels, strides)
+        self.feature_projection = FeatureProjection(conv_dim, dim)
+        self.encoder = Encoder(dim, ffn_dim, heads, layers, pos_groups, pos_kernel)
+
+    @torch.no_grad()
+    def features(self, samples):
+        """A whole sound (N,) at 16 kHz, of any loudness -> hidden states (S,T_a,D) in the weights' dtype."""
+        samples = samples.to(self.encoder.layer_norm.weight.device, torch.float32)
+        samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
+        x = self.feature_extractor(samples.to(self.encoder.layer_norm.weight.dtype))
+        return torch.cat(self.encoder(self.feature_projection(x)))
+
+
+def to_feature_rate(states):
+    """Hidden states (S,T_a,D) at nominally 50 per second -> (S,A,D) at 30, A = int(T_a / 50 * 30)."""
+    size = int(states.shape[1] / ENCODER_RATE * FEATURE_RATE)
+    return F.interpolate(states.transpose(1, 2), size=size, mode="linear", align_corners=True).transpose(1, 2)
+
+
+def count_clips(frames, infer_frames=80):
+    """How many clips of `infer_frames` video frames cover `frames` features at 30 per second. One more where they fit
+    exactly, which is then all silent: as the official pipeline does.
+    """
+    return int(frames / (infer_frames * FEATURE_RATE / VIDEO_RATE)) + 1
+
+
+def to_video_rate(features, n):
+    """Features (S,A,D) at 30 per second -> (S,D,n), one vector for each of n video frames at 16 per second: the nearest
+    one (halves to even), zeros behind the end.
+    """
+    at = torch.arange(n, dtype=torch.float64).mul(FEATURE_RATE / VIDEO_RATE).round().long().to(features.device)
+    inside = at < features.shape[1]
+    picked = features[:, at.clamp(max=features.shape[1] - 1)] * inside[:, None]
+    return picked.transpose(1, 2)
+
+
+UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "masked_spec_embed"}  # of speech recognition
+
+
+def rename(key):
+    """The model's name of a tensor in transformers' file, whose weight norm is spelled in two ways."""
+    key = key.removeprefix("wav2vec2.")
+    key = key.replace("parametrizations.weight.original0", "weight_g")
+    return key.replace("parametrizations.weight.original1", "weight_v")
+
+
+def read_config(path):
+    """What the shapes do not tell: (strides, number of heads or None), of the config.json in or beside `path`."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.exists():
+        return STRIDES, None
+    try:
+        config = json.loads(file.read_text())
+        wanted = dict(model_type="wav2vec2", feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+        wrong = [f"{k} is {config.get(k)!r}, should be {v!r}" for k, v in wanted.items() if config.get(k) != v]
+        strides, heads = tuple(config.get("conv_stride", STRIDES)), config.get("num_attention_heads")
+    except (ValueError, AttributeError, TypeError) as e:
+        raise BadInput(f"{file}: not a model configuration ({e})") from None
+    if wrong:
+        raise BadInput(f"{file}: of another model than wav2vec2-large-xlsr-53-english: {'; '.join(wrong)}")
+    return strides, heads
+
+
+def build_wav2vec2(entries, path):
+    """The encoder whose tensors' headers these are; widths, kernels and layers are read from their shapes."""
+
+    def shape(name):
+        if name not in entries:
+            raise BadInput(f"{path}: not a wav2vec2 encoder with layer norms, it has no {name}")
+        return entries[name].shape
+
+    def count(prefix):
+        return 1 + max((int(n.split(".")[2]) for n in entries if n.startswith(prefix)), default=-1)
+
+    strides, heads = read_config(Path(path))
+    conv = [
+        shape(f"feature_extractor.conv_layers.{i}.conv.weight") for i in range(count("feature_extractor.conv_layers."))
+    ]
+    dim, conv_dim = shape("feature_projection.projection.weight")
+    _, per_group, pos_kernel = shape("encoder.pos_conv_embed.conv.weight_v")
+    ffn_dim = shape("encoder.layers.0.feed_forward.intermediate_dense.weight")[0]
+    heads = heads or dim // 64
+    if not heads or len(strides) != len(conv) or dim % heads or dim % per_group:
+        raise BadInput(f"{path}: config.json ({len(strides)} strides, {heads} heads) does not fit the weights")
+    kernels = [s[2] for s in conv]
+    return Wav2Vec2(
+        conv_dim, kernels, strides, dim, ffn_dim, heads, count("encoder.layers."), dim // per_group, pos_kernel
+    )
+
+
+def load_wav2vec2(folder, device="cpu", dtype=torch.float32):
+    """Load wav2vec2-large-xlsr-53-english from its folder (config.json, model.safetensors) or one .safetensors file.
+    Frozen, in eval mode. The official pipeline runs it in fp32. Raises BadInput naming what does not fit.
+    """
+    entries = read_headers(weight_files(folder, "model"))
+    entries = {rename(name): entry for name, entry in entries.items() if name not in UNUSED}
+    with torch.device("meta"):
+        model = build_wav2vec2(entries, folder)
+    return load_into(model, entries, device, dtype)

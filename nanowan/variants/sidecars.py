@@ -1,0 +1,62 @@
+"""Files beside a training clip NAME.mp4 that belong to it: NAME.wav, NAME.pose.mp4, and the like."""
+
+from nanowan.cache import cached_probe, digest
+from nanowan.variants.samples import Samples
+from nanowan.video import CLIPS, Skip
+
+MAX_DIFFERENCE = 0.1  # seconds that a sidecar may be longer or shorter than its clip
+MAX_STRETCH = 1.02  # of its aspect: preprocessing rounds the sides to multiples of 16
+
+
+class ClipSamples(Samples):
+    """Samples of clips that are nothing by themselves: each has sidecars, videos of the same frames.
+
+    videos: the kinds of sidecars that there may be. squares: those of them that are square whatever the clip is.
+    """
+
+    videos = ()
+    squares = ()
+
+    def is_sidecar(self, path):
+        return path.stem.rpartition(".")[2] in self.videos and "." in path.stem
+
+    def sidecars(self, path, shown, cache):
+        if shown[2] is None:
+            raise Skip(f"is an image; {self.pipe.settings.variant} is trained on clips")
+        files = self.find(path)
+        found = {kind: (file, digest(file)) for kind, file in files.items()}
+        for kind in found.keys() & {*self.videos}:
+            self._check(kind, *found[kind], shown, cache)
+        return found
+
+    def find(self, path):
+        """{kind: file} of a clip's sidecars. Raises Skip for a missing one."""
+        files = {kind: video_beside(path, kind) for kind in self.videos}
+        return {kind: file for kind, file in files.items() if file}
+
+    def _check(self, kind, file, name, shown, cache):
+        try:
+            width, height, times = cached_probe(file, name, cache)
+        except Skip as e:
+            raise Skip(f"its {file.name} {e}") from None
+        end, own_end = max(shown[2]), max(times)
+        if abs(end - own_end) > MAX_DIFFERENCE:
+            raise Skip(f"its {file.name} ends at {own_end:.2f} s, the clip at {end:.2f} s")
+        aspect, own = (1 if kind in self.squares else shown[0] / shown[1]), width / height
+        if max(aspect / own, own / aspect) > MAX_STRETCH:
+            shape = "a square" if kind in self.squares else f"the clip's {shown[0]}x{shown[1]}"
+            raise Skip(f"its {file.name} is {width}x{height} px, should have the shape of {shape}")
+
+    def encoder_key(self, name):
+        """What identifies a part of the checkpoint that a cache depends on."""
+        encoder = self.pipe.settings.conditioning.encoders[name]
+        files = encoder.files(self.pipe.dir)
+        if encoder.folder:
+            files += (self.pipe.dir / encoder.folder).glob("config.json")
+        return [digest(file) for file in files]
+
+
+def video_beside(path, kind):
+    """The file NAME.kind.mp4, or with another suffix of a clip, beside NAME.mp4; None where there is none."""
+    files = (path.with_suffix(f".{kind}{suffix}") for suffix in sorted(CLIPS))
+    return next((f for f in files if f.is_file()), None)

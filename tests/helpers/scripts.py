@@ -1,0 +1,107 @@
+"""Runs the project's scripts as `python SCRIPT FLAGS` does, in forks of one process that has imported what they need.
+
+Importing PyTorch takes longer than most of these runs. What depends on the environment, on memory or on signals starts
+a Python of its own instead.
+"""
+
+import itertools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent.parent
+# of test_clips.py's long videos, and of ranks, which on cuda need four GPUs
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+server = None
+
+
+def run(script, *flags, code=None, check=False, ranks=1):
+    """subprocess.run of a script with these flags -> returncode, stdout, stderr (text). code: what runs instead, as
+    `python -c` has it, with the script and flags as its arguments. check: it must succeed. ranks: that many at once,
+    each on one thread with the environment that torchrun gives, one after the other in stdout and stderr; where one
+    fails the others are ended.
+    """
+    global server
+    if server is None:
+        env = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # else an import takes the GPU from its forks
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [str(a) for a in (script, *flags)]
+        server.stdin.write(json.dumps([folder, argv, code, os.getcwd(), ranks]) + "\n")
+        server.stdin.flush()
+        returncode = int(server.stdout.readline())
+        files = [[Path(folder) / f"{name}{rank}" for rank in range(ranks)] for name in ("stdout", "stderr")]
+        stdout, stderr = ("".join(f.read_text() for f in kind) for kind in files)
+    assert not check or returncode == 0, stderr
+    return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
+
+
+def serve():
+    """Fork for each line of stdin; the first exit status that is not 0, or 0, is a line of stdout. Returns in the
+    children, with their job and rank.
+    """
+    numbers = itertools.count()
+    for line in sys.stdin:
+        job, children, number = json.loads(line), set(), next(numbers)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(job[-1]):
+            child = os.fork()
+            if child == 0:
+                if job[-1] > 1:
+                    torch.set_num_threads(1)
+                    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "TORCHELASTIC_RUN_ID": f"{number}"}
+                    os.environ |= {"WORLD_SIZE": f"{job[-1]}", "LOCAL_WORLD_SIZE": f"{job[-1]}"}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+                signal.alarm(600)  # ends what hangs, as ranks do that wait for one that has died
+                return *job, rank
+            children.add(child)
+        returncode = 0
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            returncode = returncode or os.waitstatus_to_exitcode(status)
+            if status:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+        print(returncode, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    import torch._dynamo  # noqa: F401  optimizers and checkpointing import it
+    import torch.distributed.fsdp  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import diag  # noqa: F401
+    import sample  # noqa: F401
+    import train_lora  # noqa: F401
+    import train_te  # noqa: F401
+    from nano import __main__ as nano  # noqa: F401
+
+    folder, argv, code, cwd, _, rank = serve()
+    os.chdir(cwd)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        with open(f"{folder}/{name}{rank}", "wb") as file:
+            os.dup2(file.fileno(), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = argv if code is None else ["-c", *argv]
+    if code is None and argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif code is None:
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
+    else:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
