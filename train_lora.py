@@ -49,7 +49,7 @@ from nanowan.training.optim import adamw
 from nanowan.training.previews import Previews
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.training.step import Stopwatch, due, held_out_loss, update
+from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
 from sample import decode, sample_latents
 
 
@@ -268,6 +268,12 @@ def train(args, world):
         context, lens = collate([load(texts[c])[0]["embedding"] for c in captions])
         return context.to(args.device), lens.to(args.device)
 
+    def expert_of(step):
+        return list(schedule)[step // args.steps_per_expert % len(schedule)]
+
+    def prepare(step):
+        return list(dataset.step(step, *schedule[expert_of(step)], preserved_prompts=preserved))
+
     # adapters, optimizer, state
     adapters, norms, scale = pipe.adapters, {}, args.alpha / args.rank
     for name in schedule:
@@ -312,15 +318,14 @@ def train(args, world):
     # training
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
-    for step in range(state.step, args.steps):
-        watch, loss, taught = Stopwatch(), 0.0, 0
+    for step, batches in ahead(prepare, range(state.step, args.steps)):
+        watch, loss, taught, expert = Stopwatch(), 0.0, 0, expert_of(step)
         world.seed(args.seed, step)
-        expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
         dit = pipe.acquire(expert).train()
 
         # gradients: the sum over ranks is that of the global batch
         state.opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
-        for batch, weight in dataset.step(step, *schedule[expert], preserved_prompts=preserved):
+        for batch, weight in batches:
             context, lens = embed(batch.captions)
             taught += len(batch.x) if batch.preserved is None else int((~batch.preserved).sum())
             batch = with_base_targets(batch, dit, context, lens) if preserved else batch

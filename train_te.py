@@ -53,7 +53,7 @@ from nanowan.training.optim import AdamW8bit, adamw
 from nanowan.training.previews import Previews
 from nanowan.training.run_dir import Run
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.training.step import Stopwatch, due, held_out_loss, update
+from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
 from sample import decode, sample_latents
 
 
@@ -291,16 +291,26 @@ def train(args, world):
     def show_caption(captions, rng):
         return augment_caption(rng.choice(captions), args.keywords, args.caption_mode_probs, args.trim_prob, rng)
 
+    def expert_of(step):
+        return list(schedule)[step // args.steps_per_expert % len(schedule)]
+
+    def prepare(step):
+        return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
+
     def anchor_loss(step):
         """Back-propagate how far prompts without keywords have moved, relative to their size; a part on each rank."""
-        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.dp_size)
-        local, fraction = world.local_indices(len(prompts))
-        now, _ = encoder.encode([prompts[i] for i in local])
-        before = collate([anchor_embeds[prompts[i]] for i in local])[0].to(now)
-        size = sum(anchor_embeds[p].float().square().sum() for p in prompts).to(now) * (world.size // world.dp_size)
-        moved = (now.float() - before.float()).square().sum() / size * (fraction > 0)
-        (args.anchor * moved).backward()
-        return moved.item()
+        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=dataset.batches.size)
+        size = sum(anchor_embeds[p].float().square().sum() for p in prompts) * (world.size // world.dp_size)
+        at_once, total = args.batch * world.dp_size, 0.0
+        for i in range(0, len(prompts), at_once):
+            local, fraction = world.local_indices(len(prompts[i : i + at_once]))
+            mine = [prompts[i + j] for j in local]
+            now, _ = encoder.encode(mine)
+            before = collate([anchor_embeds[p] for p in mine])[0].to(now)
+            moved = (now.float() - before.float()).square().sum() / size.to(now) * (fraction > 0)
+            (args.anchor * moved).backward()
+            total += moved.item()
+        return total
 
     def evaluate(step):
         """What is due of held-out loss and previews after a step, with the weights that would be saved."""
@@ -325,15 +335,14 @@ def train(args, world):
     # training
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
-    for step in range(state.step, args.steps):
-        watch, loss, moved = Stopwatch(), 0.0, 0.0
+    for step, batches in ahead(prepare, range(state.step, args.steps)):
+        watch, loss, moved, expert = Stopwatch(), 0.0, 0.0, expert_of(step)
         world.seed(args.seed, step)
-        expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
         dit = pipe.acquire(expert).train()
 
         # gradients: the sum over ranks is that of the global batch
         state.opt.zero_grad(set_to_none=True)
-        for batch, weight in dataset.step(step, *schedule[expert], show_caption):
+        for batch, weight in batches:
             context, lens = encoder.encode(batch.captions)
             loss += backward(world, dit, batch, context, lens, weight)
             watch.count(batch, weight)

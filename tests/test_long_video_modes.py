@@ -15,7 +15,6 @@ from nanowan.formats.header import load
 from nanowan.long_video import sample_clips
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.variants.animate.conditioning import CharacterVideo
-from nanowan.variants.registry import Parts
 from nanowan.variants.s2v.conditioning import SpeechVideo
 from nanowan.variants.s2v.model import WanS2V
 

@@ -11,9 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import scripts
-from nanowan.step_cache import EasyCache
-from nanowan.video import latent_to_rgb, preview_writer
-from sample import GuidedModel
 from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
@@ -27,9 +24,10 @@ from nanowan.formats.header import load as load_tensors
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import read_prompts
 from nanowan.settings import NEGATIVE
+from nanowan.step_cache import EasyCache
 from nanowan.variants.image import best_size
-from nanowan.video import open_image, to_uint8, write_grid, write_mp4
-from sample import arguments, generate, load, sample_latents, given_settings
+from nanowan.video import open_image, preview_writer, to_uint8, write_grid, write_mp4
+from sample import GuidedModel, arguments, generate, given_settings, load, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 

@@ -273,6 +273,9 @@ class Run:
         if self.state_file is None:
             return
         saved = torch.load(self.state_file, weights_only=True, map_location="cpu", mmap=True)["fingerprint"]
+        if saved.get("draws", 1) != fingerprint.get("draws", 1):
+            print(f"{self.state_file}: of an older version; from here on steps draw their samples and noise anew")
+        saved["draws"] = fingerprint.get("draws")
         if changed := differences(saved, json.loads(json.dumps(fingerprint))):
             raise BadInput(f"--resume: {self.state_file} is of another run: " + "; ".join(changed))
 

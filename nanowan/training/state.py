@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from data import DRAWS
 from nanowan.cache import digest
 from nanowan.parallel import is_sharded, shard_like
 from nanowan.training.optim import EMA, Guard
@@ -98,4 +99,5 @@ def resume_fingerprint(args, pipe, dataset):
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     base = [digest(f) for name in pipe.settings.expert_names for f in pipe.files(name)]
     samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
-    return flags | {"batch": args.batch * pipe.world.dp_size, "samples": samples, "base": base}
+    batch = args.batch * pipe.world.dp_size
+    return flags | {"batch": batch, "samples": samples, "base": base, "draws": DRAWS}
