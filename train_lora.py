@@ -36,6 +36,7 @@ from nanowan.training.flags import (
     POSITIVE,
     add_flags,
     check_ranges,
+    check_streaming,
     choose_checkpointing,
     comma_list,
     expert_schedule,
@@ -108,19 +109,12 @@ def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
     resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
-    if args.stream_blocks and args.checkpointing is False:
-        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
-    args.checkpointing = True if args.stream_blocks else args.checkpointing
-    check_ranges(args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf))
+    check_streaming(args, num_blocks)
+    check_ranges(args, rank=(1, math.inf), alpha=(POSITIVE, math.inf))
     check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
     for flag, least in (("delta_cap", POSITIVE), ("keep", 1)):
         if getattr(args, flag) is not None:
             check_ranges(args, **{flag: (least, math.inf)})
-    if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
-        raise BadInput(
-            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
-            "only a part of the blocks"
-        )
     args.targets = args.targets or list(s.parts.samples.lora_targets)
     known = (*TARGETS, *s.parts.samples.extra_lora_targets)
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
@@ -224,7 +218,7 @@ def train(args, world):
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.is_main)
+    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)

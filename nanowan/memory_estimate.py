@@ -413,7 +413,7 @@ def training(spec, builders, make_trainable):
         if (
             layout.stream_blocks
         ):  # inputs of checkpointed blocks wait on the host, but for the block at work and the next
-            learns = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
+            learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
             kept_inputs = max(0, len(learns) - learns.index(True) - 2)
             tokens = math.prod(shape[1:]) // 4 // layout.sp_size
             offloaded = 4 * spec.batch * tokens * dit.config.dim * kept_inputs

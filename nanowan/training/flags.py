@@ -220,6 +220,21 @@ def check_ranges(args, **ranges):
             raise BadInput(f"--{flag} {value}: must be {least}" + (f" and at most {high}" if high < math.inf else ""))
 
 
+def check_streaming(args, num_blocks):
+    """Check --stream_blocks of a DiT with so many blocks: it needs checkpointing, and whole blocks on each rank."""
+    check_ranges(args, stream_blocks=(0, num_blocks))
+    if not args.stream_blocks:
+        return
+    if args.checkpointing is False:
+        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
+    args.checkpointing = True
+    if args.fsdp or args.pipeline_stages > 1:
+        raise BadInput(
+            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
+            "only a part of the blocks"
+        )
+
+
 def parse_blocks(text, total):
     """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
     if not text:
