@@ -29,7 +29,7 @@ from nanowan.formats.header import load
 from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec, start_from, write_lora
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.settings import parse_size
 from nanowan.training.captions import has_keyword, without_keywords
 from nanowan.training.flags import (
@@ -222,8 +222,8 @@ def train(args, world):
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
-    preserve_prompts = read_prompts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
-    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
+    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
     cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(

@@ -26,7 +26,7 @@ from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.settings import parse_size
 from nanowan.training.captions import augment_caption, without_keywords
 from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
@@ -209,7 +209,7 @@ def train(args, world):
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
-    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
     cache_dir = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(pick(DataConfig, args, source=source, cache=cache_dir, resolution=size), pipe)

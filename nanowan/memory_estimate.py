@@ -337,11 +337,11 @@ def sampling(spec, builders, device, dtype):
 class TrainingSpec:
     """What `training` plans, per rank.
 
-    batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether --ema,
-    --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through. bucket
-    (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode,
-    encode_texts: whether there are some to compute. previews: whether there are any. num_results: how many copies of
-    what is trained stay on disk. save_delta: whether an encoder is saved as its changes alone.
+    batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether
+    --ema, --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through.
+    bucket (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts.
+    encode, encode_texts: whether there are some to compute. previews: whether there are any. num_results: how many
+    copies of what is trained stay on disk. save_delta: whether an encoder is saved as its changes alone.
     """
 
     settings: Settings
