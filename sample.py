@@ -426,7 +426,7 @@ def run(args, prompts, world):
                 denoise(pipe, s, clip, expert)
                 if expert != s.expert_names[-1]:
                     continue
-                if prompt is mine[-1][1]:  # the DiT is not needed any more
+                if clip is jobs[-1][0]:  # the DiT is not needed any more
                     for stream in pipe.streams():
                         print(stream.report())
                     pipe.drop(*s.expert_names)
