@@ -236,7 +236,7 @@ def open_video(pipe, settings, image=None, **inputs):
     """The Video of an image (file, PIL or None) and a variant's own inputs, checked. Raises BadInput."""
     if strange := sorted(inputs.keys() - {*settings.conditioning.flags}):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
-    settings.conditioning.check(pipe.dir, image)
+    settings.conditioning.check(pipe.dir, image, **inputs)
     return settings.conditioning.video(pipe, settings, None if image is None else open_image(image), **inputs)
 
 

@@ -127,8 +127,10 @@ class Conditioning:
     encoders = {}  # further models of the checkpoint, {name: Encoder}
     takes_image = needs_image = False  # with a prompt
 
-    def check(self, ckpt_dir, image):
-        """Raise BadInput where an image is missing, or there is one that the model does not take."""
+    def check(self, ckpt_dir, image, **inputs):
+        """Raise BadInput where an image, or one of the flags' `inputs`, is missing, or there is one that the model does
+        not take: before any of them is opened.
+        """
         if image is None and self.needs_image:
             raise BadInput(f"{ckpt_dir}: an image-to-video model, --image is needed")
         if image is not None and not self.takes_image:
@@ -143,7 +145,7 @@ class Conditioning:
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None):
-        """The Video of sample.py's inputs: the opened image, and the flags of `flags`."""
+        """The Video of sample.py's inputs, which `check` has passed: the opened image, and the flags of `flags`."""
         return Video(pipe, settings, image)
 
     def encode(self, vae, image, size, frames):
