@@ -21,7 +21,7 @@ from nanowan.variants.s2v.model import WanS2V
 
 @pytest.fixture(scope="module", params=["s2v", "animate"])
 def video(request, tmp_path_factory):
-    """(checkpoint, what sample.generate is given): two segments of a DiT with four heads, which four ranks can share."""
+    """(checkpoint, what sample.generate is given): two segments, of a DiT whose four heads four ranks can share."""
     folder = tmp_path_factory.mktemp(request.param)
     how = dict(steps=2, guidance=3.0, seed=5)
     if request.param == "animate":
