@@ -18,12 +18,13 @@ import torch.distributed as dist
 from helpers import scripts
 
 from diagnostics.scaling import bytes_sent
-from nanowan.formats.dit import read_config
+from nanowan.formats.dit import read_config, read_dit
 from nanowan.formats.header import load, save
 from nanowan.formats.layouts import read_headers, weight_files
 from nanowan.formats.t5 import load_t5
 from nanowan.memory_estimate import ParallelLayout
 from nanowan.parallel import world
+from nanowan.settings import NANO
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
@@ -66,7 +67,7 @@ def smooth_encoder(folder):
     """
     file = folder / "encoder.safetensors"
     if not file.exists():
-        tensors = load_t5(ROOT / "nano", dtype=torch.float32).state_dict()
+        tensors = load_t5(NANO, dtype=torch.float32).state_dict()
         save(file, {k: t / 64 if k.endswith(("attn.q.weight", "attn.k.weight")) else t for k, t in tensors.items()})
     return file
 
@@ -200,7 +201,7 @@ def test_the_frozen_dit_is_sharded_in_both(runs):
     lora, te = (json.loads((runs / f"{name}_fsdp" / "sent.json").read_text())["weights"] for name in ("lora", "te"))
     encoder = sum(
         5 * 2 * e.nbytes // 2
-        for f in weight_files(ROOT / "nano" / "models_t5_umt5-xxl-enc-bf16.pth")
+        for f in weight_files(NANO / "models_t5_umt5-xxl-enc-bf16.pth")
         for e in read_headers([f]).values()
     )
     assert te > lora + 0.8 * encoder
@@ -358,7 +359,7 @@ def test_bytes_sent(media, tmp_path, report):
         ],
     )
     adapter = sum(t.nbytes for t in load(tmp_path / "data" / RESULT["train_lora"])[0].values())
-    config = read_config(ROOT / "nano", read_headers(weight_files(ROOT / "nano")))
+    config = read_config(NANO, read_dit(NANO))
     for name, (layout, _, flags) in cases.items():
         counted = json.loads((tmp_path / name / "sent.json").read_text())
         told = bytes_sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)
