@@ -311,6 +311,8 @@ def train(args, world):
             if preview_prompts and due(step, args.preview_every, args.steps):
                 previews.embed(encoder)
                 previews.write(step)
+        if world.fsdp:
+            encoder.reshard()  # without a backward pass what is outside of its blocks stays whole, as it was then
         return metrics
 
     def save(step):
