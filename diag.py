@@ -22,7 +22,7 @@ from diagnostics import advise, convert, delta, drift, inspect, listen, logits, 
 from nanowan.devices import DTYPES
 from nanowan.errors import cli
 from nanowan.formats.t5 import LAYOUTS
-from wan import VARIANTS
+from nanowan.variants.registry import VARIANTS
 
 
 def script_name(text):

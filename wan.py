@@ -1,11 +1,11 @@
-"""The Wan 2.2 DiT with the official tensor names, and VARIANTS: the numbers and defaults of each of the five models.
+"""The Wan 2.2 DiT with the official tensor names, and VARIANTS: numbers and defaults of the text and image models.
 
 B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
 L tokens           D width            N heads              d = D/N head width
 S text tokens      F rows of modulation: 1 for the whole clip, or T', one per latent frame
 
 The tokens of a clip are its T' H' W' patches; a variant may put others behind them (S2V-14B and Animate-14B are
-subclasses, in s2v.py and animate.py). Each token has a position (time, height, width), by which self-attention rotates
+subclasses, in nanowan/variants/). Each token has a position (time, height, width), by which self-attention rotates
 it, and one of the F rows modulates it.
 
 Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run

@@ -30,9 +30,9 @@ from nanowan.memory.tiled_vae import decode_tiled
 from nanowan.parallel import FirstRank, apply_ulysses
 from nanowan.settings import Settings
 from nanowan.training.optim import EMA, AdamW8bit, adamw
+from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
-from wan import VARIANTS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
