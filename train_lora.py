@@ -35,6 +35,7 @@ from nanowan.training.captions import has_keyword, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
+    check_data,
     check_ranges,
     choose_checkpointing,
     comma_list,
@@ -220,6 +221,7 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     blocks = check(args, s, pipe.config().num_layers)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)

@@ -32,6 +32,7 @@ from nanowan.training.captions import augment_caption, without_keywords
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
+    check_data,
     check_ranges,
     choose_checkpointing,
     comma_list,
@@ -214,6 +215,7 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, Runtime(args.device, dtype, world=world), text_encoder=args.text_encoder)
     s = pipe.settings
     check(args, s)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main)

@@ -22,7 +22,9 @@ from test_s2v import plain
 
 import data
 import train_lora
+import train_te
 from benchmarks import tiny, tiny_animate, tiny_s2v
+from diagnostics.logits import open_dataset
 from diagnostics.plan import planned
 from lora import inject, lora_layers
 from nanowan import cache, memory_estimate
@@ -323,15 +325,20 @@ def test_single_clips_have_no_continuations(checkpoints, talk, tmp_path):
         resolve(args, Pipeline(checkpoints["t2v"]).settings, "train_lora")
 
 
-def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path):
-    args = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"])
+def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path, monkeypatch):
+    """Said before anything is written, by both trainers, and by diag.py logits."""
+    for script in (train_lora, train_te):
+        monkeypatch.setattr("sys.argv", [script.__name__, "--ckpt", str(s2v), "--out", str(tmp_path / "out")])
+        with pytest.raises(BadInput, match="--data: needed"):
+            script.main()
     with pytest.raises(BadInput, match="--data: needed"):
-        resolve(args, Pipeline(s2v).settings, "train_lora")
+        open_dataset(Pipeline(s2v))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_is_put_where_the_variant_listens(s2v):
     """Without --targets: on the text's keys and values, and on those of the sound."""
-    args = train_lora.arguments(["--ckpt", str(s2v), "--data", "x", "--device", "cpu"])
+    args = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"])
     train_lora.check(args, Pipeline(s2v).settings, 4)
     assert tuple(args.targets) == TARGETS
 
