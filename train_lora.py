@@ -252,9 +252,8 @@ def train(args, world):
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
     pipe.checkpointing = args.checkpointing
     print(need)
-    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 
     # latents and text embeddings, cached
     dataset.cache_latents()
@@ -282,6 +281,7 @@ def train(args, world):
     params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     fingerprint["captions"] = sorted(f.name for f in texts.values())
     if preserved:
         fingerprint["preserved"] = [texts[p].name for p in preserved]

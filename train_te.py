@@ -242,8 +242,7 @@ def train(args, world):
     pipe.checkpointing = args.checkpointing
     print(need)
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    fingerprint = resume_fingerprint(args, pipe, dataset)
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
     if args.cache_only:
         return
@@ -283,6 +282,7 @@ def train(args, world):
     optimizer = adamw if args.optimizer == "adamw" else AdamW8bit
     opt = optimizer(groups, args.lr, weight_decay=args.weight_decay)
     state = TrainState(params, opt, args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
     fingerprint["encoder"] = world.broadcast_from_rank0(lambda: [cache.digest(f) for f in pipe.files("text")])

@@ -698,14 +698,39 @@ def test_a_clock_that_jumps_changes_nothing(lives, tmp_path):
         assert 0 < json.loads(line)["ms"] < 600_000
 
 
+CUT = """
+whole = cache.pixels
+def pixels(item):
+    if item.path.name == "1.mp4":
+        raise cache.Skip("cannot be decoded to its end")
+    return whole(item)
+cache.pixels = pixels
+"""
+
+
+def test_a_clip_that_turns_out_not_to_be_usable_is_left_out_for_good(lives, tmp_path):
+    """The run goes on without it, as often as it is stopped; and not with it, if it can be decoded later."""
+    patch, _ = phase("step", "TERM", 2)[0]
+    chain = [(CUT + patch, "--resume"), (CUT, "--resume"), ("", "--resume", "--steps", "6")]
+    (first, second, third) = lives[0](tmp_path / "out", chain, tmp_path / "cache")
+    assert first[0] == second[0] == 0 and "resumed at step 2" in second[1], second[1]
+    assert first[1].count("1.mp4: cannot be decoded") == second[1].count("1.mp4: cannot be decoded") == 1
+    assert [line["step"] for line in map(json.loads, open(tmp_path / "out" / "log.jsonl"))] == [1, 2, 3, 4]
+    assert third[0] == 1 and "samples was 2 entries, is 3, 1 of them others" in third[1]
+
+
 def test_a_changed_run_is_refused_before_anything_is_computed(lives, tmp_path):
     """Other data, and other flags: said in one short line, without a look at the VAE."""
     run, whole = lives
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    never = "cache.pixels = None"
-    found = run(out, [(never, "--resume", "--frames", "5"), (never, "--resume", "--seed", "5")], tmp_path / "cache")
-    for (code, output), words in zip(found, ("frames was 9, is 5; samples was", "seed was 0, is 5")):
+    shutil.copytree(whole.parent / "media", tmp_path / "fewer")
+    (tmp_path / "fewer" / "1.mp4").unlink()
+    fewer = "--data", str(tmp_path / "fewer")
+    changes = [("--frames", "5"), ("--seed", "5"), fewer]
+    found = run(out, [("cache.pixels = None", "--resume", *flags) for flags in changes], whole.parent / "cache")
+    told = "frames was 9, is 5", "seed was 0, is 5", "samples was 3 entries, is 2, 0 of them others"
+    for (code, output), words in zip(found, told, strict=True):
         last = output.strip().splitlines()[-1]
         assert code == 1 and last.startswith("error: --resume: ") and words in last and len(last) < 600, output
     assert results(out) == results(whole)

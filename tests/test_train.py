@@ -801,7 +801,8 @@ def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):
     tensors = load(file)[0]
     name = max(tensors)
     save(file, tensors | {name: tensors[name] + 1})
-    args, nothing = SimpleNamespace(batch=2, rank=4), SimpleNamespace(files=[], items=[])
+    args = SimpleNamespace(batch=2, rank=4)
+    nothing = SimpleNamespace(files=[], items=[], is_cached=lambda: True)
     same, again, other = (
         resume_fingerprint(args, Pipeline(folder), nothing)
         for folder in (checkpoints["t2v"], checkpoints["t2v"], tmp_path / "other")

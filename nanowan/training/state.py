@@ -93,9 +93,12 @@ def lists_of(state):
 
 def resume_fingerprint(args, pipe, dataset):
     """{name: value} of what must not change between a run and its continuation: all flags but RESUME_MAY_CHANGE, the
-    global batch, the samples, and the base's weights. args: resolved flags.
+    global batch, the base's weights, and the samples, once all are cached: some may turn out not to be usable. args:
+    resolved flags.
     """
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     base = [digest(f) for name in pipe.settings.expert_names for f in pipe.files(name)]
-    samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
-    return flags | {"batch": args.batch * pipe.world.dp_size, "samples": samples, "base": base}
+    fingerprint = flags | {"batch": args.batch * pipe.world.dp_size, "base": base}
+    if dataset.is_cached():
+        fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
+    return fingerprint
