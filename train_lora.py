@@ -35,6 +35,7 @@ from nanowan.training.captions import has_keyword, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
+    check_data,
     check_ranges,
     check_streaming,
     choose_checkpointing,
@@ -214,6 +215,7 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     blocks = check(args, s, pipe.config().num_layers)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
@@ -244,9 +246,8 @@ def train(args, world):
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
     pipe.checkpointing = args.checkpointing
     print(need)
-    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 
     # latents and text embeddings, cached
     dataset.cache_latents()
@@ -280,6 +281,7 @@ def train(args, world):
     params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     fingerprint["captions"] = sorted(f.name for f in texts.values())
     if preserved:
         fingerprint["preserved"] = [texts[p].name for p in preserved]

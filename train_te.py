@@ -33,6 +33,7 @@ from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
+    check_data,
     check_ranges,
     check_streaming,
     choose_checkpointing,
@@ -203,6 +204,7 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     check(args, s, pipe.config().num_layers)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
@@ -233,8 +235,7 @@ def train(args, world):
     pipe.checkpointing = args.checkpointing
     print(need)
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    fingerprint = resume_fingerprint(args, pipe, dataset)
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
     if args.cache_only:
         return
@@ -282,6 +283,7 @@ def train(args, world):
     optimizer = adamw if args.optimizer == "adamw" else AdamW8bit
     opt = optimizer(groups, args.lr, weight_decay=args.weight_decay)
     state = TrainState(params, opt, args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
     fingerprint["encoder"] = world.broadcast_from_rank0(lambda: [cache.digest(f) for f in pipe.files("text")])
@@ -322,6 +324,8 @@ def train(args, world):
             if preview_prompts and due(step, args.preview_every, args.steps):
                 previews.embed(encoder)
                 previews.write(step)
+        if world.fsdp:
+            encoder.reshard()  # without a backward pass what is outside of its blocks stays whole, as it was then
         return metrics
 
     def save(step):

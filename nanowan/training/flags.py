@@ -190,8 +190,6 @@ def resolve(args, s, script):
     if not by_segments and args.continuation is not None:
         raise BadInput(f"--continuation {args.continuation}: {args.ckpt} makes single clips")
     if by_segments:
-        if not args.data:
-            raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {args.ckpt}")
         args.continuation = 0.5 if args.continuation is None else args.continuation
         check_ranges(args, continuation=(0, 1))
         if args.pipeline_stages > 1:
@@ -209,6 +207,12 @@ def resolve(args, s, script):
     check_ranges(args, **dict.fromkeys(("grad_clip", "shift"), (POSITIVE, math.inf)))
     check_ranges(args, **dict.fromkeys(("caption_dropout", "i2v_prob"), (0, 1)))
     check_ranges(args, grad_spike_factor=(2, math.inf), held_out=(0, 0.5), ema=(0, 0.99999), seed=(0, 2**63 - 1))
+
+
+def check_data(data, pipe):
+    """Raise BadInput where --data is not given and the nano world has no clips for the checkpoint of a Pipeline."""
+    if not data and pipe.settings.conditioning.by_segments:
+        raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {pipe.dir}")
 
 
 def check_ranges(args, **ranges):
