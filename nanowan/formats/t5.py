@@ -205,13 +205,13 @@ def load_tokenizer(ckpt_dir, spiece=None):
     if file is None and spiece is None:
         file = Path(ckpt_dir) / TOKENIZERS[0]
         raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
-    special, byte_fallback = {}, False
-    if file is not None and (config := file.parent / "tokenizer.json").exists():  # what the official pipelines read
-        config = json.loads(config.read_text(encoding="utf-8"))
-        special = {t["content"]: t["id"] for t in config.get("added_tokens", [])}
-        byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
     try:
         model = spiece.read().numpy().tobytes() if file is None else sentencepiece_model(file)
+        special, byte_fallback = {}, False
+        if file is not None and (config := file.parent / "tokenizer.json").exists():  # what the official pipelines read
+            config = json.loads(config.read_text(encoding="utf-8"))
+            special = {t["content"]: t["id"] for t in config.get("added_tokens", [])}
+            byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
         return Tokenizer(model, special, byte_fallback)
     except ValueError as e:
         if isinstance(e, BadInput):
