@@ -9,37 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.adapters import save_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_wan import inputs, padded
 
-from benchmarks import tiny
+from benchmarks import tiny, tiny_animate, tiny_s2v
 from kernels.fp8 import convert
-from lora import (
-    ANIMATE_TARGETS,
-    S2V_TARGETS,
-    TARGETS,
-    adapter,
-    clamp_weight_norm,
-    inject,
-    lora_layers,
-    merge,
-    weight_norms,
-)
+from lora import TARGETS, adapter, clamp_weight_norm, inject, lora_layers, weight_norms
 from nanowan.errors import BadInput
+from nanowan.formats.dit import full_config, new_dit
 from nanowan.formats.lora import (
     choose_experts,
     describe,
     expert_in_name,
+    merge_file,
     official_name,
     parse_lora_spec,
     read_lora,
-    save_lora,
     start_from,
     write_changes,
 )
 from nanowan.training.flags import parse_blocks
-from wan import build
+from nanowan.variants.registry import parts_of
+from nanowan.variants.s2v.model import WanS2V
 
 
 def trained(targets=("cross_attn.k", "cross_attn.v"), rank=4, alpha=8, blocks=None, kind="ti2v"):
@@ -80,11 +73,11 @@ def test_merging_gives_the_same_output(tmp_path, report):
     model = trained(TARGETS)
     save_lora(tmp_path / "a.safetensors", model)
     base = tiny.dit("ti2v")
-    merge(base, tmp_path / "a.safetensors")
+    merge_file(base, tmp_path / "a.safetensors")
     report("relative error", tiny.error(run(base), run(model)), 2e-6)
     back = tiny.dit("ti2v")
-    merge(back, tmp_path / "a.safetensors", 0.75)
-    merge(back, tmp_path / "a.safetensors", -0.75)
+    merge_file(back, tmp_path / "a.safetensors", 0.75)
+    merge_file(back, tmp_path / "a.safetensors", -0.75)
     report("merged and taken out again", tiny.error(run(back), run(tiny.dit("ti2v"))), 2e-6)
 
 
@@ -108,7 +101,7 @@ def changes_of(path, kind="t2v", weight=1.0, expert=None, model=None):
     """{parameter: what merging this file added to it} of a tiny model, in fp32; unchanged ones are left out."""
     model = model or tiny.dit(kind)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    merge(model, path, weight, expert)
+    merge_file(model, path, weight, expert)
     return {n: p - before[n] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
 
@@ -279,7 +272,7 @@ def test_differences_without_sides_of_one(tmp_path, shape):
     check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors)), want)
     tensors["lora_unet_patch_embedding.diff"] = d.view(48, 64).t()
     with pytest.raises(BadInput, match="does not fit this model: 1 of 2 changes, patch_embedding.weight"):
-        merge(tiny.dit("t2v"), file_of(tmp_path / "x.safetensors", tensors))
+        merge_file(tiny.dit("t2v"), file_of(tmp_path / "x.safetensors", tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -425,7 +418,7 @@ def test_both_experts_in_one_file(tmp_path, first, second):
     scale = 3 if first == "transformer" else 1
     check_changes(changes_of(path, expert="low"), {name: product(tensors, low) * scale})
     with pytest.raises(BadInput, match=":high or :low"):
-        merge(tiny.dit("t2v"), path)
+        merge_file(tiny.dit("t2v"), path)
     assert choose_experts(parse_lora_spec(str(path)), ("high", "low"))[0] == {"high", "low"}
     assert choose_experts(parse_lora_spec(f"{path}:low"), ("high", "low"))[0] == {"low"}
     with pytest.raises(BadInput, match="single model"):
@@ -434,11 +427,11 @@ def test_both_experts_in_one_file(tmp_path, first, second):
     assert choose_experts(parse_lora_spec(str(alone)), ("high", "low")) == ({"low"}, "its keys")
 
 
-class SegmentFiles(torch.nn.Module):
+class OtherVariant(WanS2V):
     """What of Animate and S2V LoRAs can change."""
 
     def __init__(self, width=48, image=True, injectors=()):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.config = SimpleNamespace(audio_inject_layers=injectors)
         self.blocks = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
         for block in self.blocks:
@@ -472,14 +465,14 @@ def test_the_image_branch_is_applied_or_skipped(tmp_path, capsys):
     own["blocks.1.cross_attn.norm_k_img.weight"] = tensors[f"{prefix}.norm_k_img.diff"]
     own["img_emb.proj.3.bias"] = tensors["diffusion_model.img_emb.proj.3.diff_b"]
     own["img_emb.proj.1.weight"] = tensors["diffusion_model.img_emb.proj.1.diff"]
-    check_changes(changes_of(path, model=SegmentFiles()), shared | own)
+    check_changes(changes_of(path, model=OtherVariant()), shared | own)
     assert capsys.readouterr().out == ""
-    check_changes(changes_of(path, model=SegmentFiles(image=False)), shared)
+    check_changes(changes_of(path, model=OtherVariant(image=False)), shared)
     assert "5 changes of an image branch skipped" in capsys.readouterr().out
     assert describe(path)["image_keys"] == 7
     del tensors[f"{prefix}.k.lora_A.weight"], tensors[f"{prefix}.k.lora_B.weight"]
     with pytest.raises(BadInput, match="changes an image branch only"):
-        merge(tiny.dit("t2v"), file_of(tmp_path / "y.safetensors", tensors))
+        merge_file(tiny.dit("t2v"), file_of(tmp_path / "y.safetensors", tensors))
 
 
 def test_image_names_of_diffusers(tmp_path):
@@ -490,7 +483,7 @@ def test_image_names_of_diffusers(tmp_path):
     want = {f"blocks.2.cross_attn.{p}_img.weight": product(tensors, key.format(p)) for p in "kv"}
     want["img_emb.proj.1.weight"] = tensors["transformer.condition_embedder.image_embedder.ff.net.0.proj.diff"]
     want["blocks.0.cross_attn.norm_k_img.weight"] = tensors["transformer.blocks.0.attn2.norm_added_k.diff"]
-    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors), model=SegmentFiles()), want)
+    check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors), model=OtherVariant()), want)
 
 
 def test_injectors(tmp_path):
@@ -500,8 +493,8 @@ def test_injectors(tmp_path):
     want = {"audio_injector.injector.1.q.weight": product(tensors, dotted)}
     want["audio_injector.injector.0.o.weight"] = product(tensors, flat)
     path = file_of(tmp_path / "x.safetensors", tensors)
-    check_changes(changes_of(path, model=SegmentFiles(image=False, injectors=(0, 2))), want)
-    model = SegmentFiles(injectors=(0, 2))
+    check_changes(changes_of(path, model=OtherVariant(image=False, injectors=(0, 2))), want)
+    model = OtherVariant(injectors=(0, 2))
     inject(model, ("cross_attn.k_img", "audio_injector.v"), rank=2, blocks=[1, 2])
     names = ["blocks.1.cross_attn.k_img", "blocks.2.cross_attn.k_img", "audio_injector.injector.1.v"]
     assert sorted(lora_layers(model)) == sorted(names)
@@ -510,19 +503,22 @@ def test_injectors(tmp_path):
     metadata = read_lora(tmp_path / "y.safetensors")[1]
     assert (metadata["targets"], metadata["blocks"]) == ("audio_injector.v,cross_attn.k_img", "1,2")
     for targets in (("audio_injector.q",), ("cross_attn.v_img",)):
-        with pytest.raises(BadInput, match=f"{targets[0]}: this model has no"):
+        with pytest.raises(ValueError, match=f"{targets[0]}: this model has no"):
             inject(tiny.dit("t2v"), targets)
-    with pytest.raises(BadInput, match="there are none in blocks 1"):
-        inject(SegmentFiles(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
+    with pytest.raises(ValueError, match="there are none in blocks 1"):
+        inject(OtherVariant(injectors=(0, 2)), ("audio_injector.q",), blocks=[1])
+
+
+def all_targets(model_type):
+    return (*TARGETS, *parts_of(model_type).samples.extra_lora_targets)
 
 
 @pytest.mark.parametrize("kind, modules", [("s2v", 4 * 10 + 3 * 4), ("animate", 10 * 12)])
 def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
     """On all modules that the field's LoRAs of them have: trained, saved and merged, the model's output is the same."""
     import test_animate
-    from helpers import tiny_animate, tiny_s2v
 
-    targets = TARGETS + (S2V_TARGETS if kind == "s2v" else ANIMATE_TARGETS)
+    targets = all_targets(kind)
     make = tiny_s2v.dit if kind == "s2v" else tiny_animate.animate
     model, base = make(), make()
     if kind == "s2v":
@@ -537,7 +533,7 @@ def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
     save_lora(tmp_path / "a.safetensors", model)
     with torch.no_grad():
         before, want = base(*args, **given), model(*args, **given)
-        merge(base, tmp_path / "a.safetensors")
+        merge_file(base, tmp_path / "a.safetensors")
         report("merged against injected", tiny.error(base(*args, **given), want), 5e-6)
     assert tiny.error(want, before) > 0.02, "the adapter does next to nothing: the comparison would be empty"
 
@@ -545,14 +541,14 @@ def test_every_target_of_the_other_variants(tmp_path, kind, modules, report):
 @pytest.mark.parametrize(
     "variant, targets, parameters",
     [
-        ("animate-14B", TARGETS + ANIMATE_TARGETS, 718_274_560),  # of the released relighting LoRA
-        ("s2v-14B", TARGETS + S2V_TARGETS, 128 * (4_792_320 + 491_520)),
+        ("animate-14B", all_targets("animate"), 718_274_560),  # of the released relighting LoRA
+        ("s2v-14B", all_targets("s2v"), 128 * (4_792_320 + 491_520)),
         ("ti2v-5B", ("cross_attn.k", "cross_attn.v"), 8 * 5_898_240),  # 60 matrices of 3072 x 3072
     ],
 )
 def test_counts_at_full_size(variant, targets, parameters):
     with torch.device("meta"):
-        model = build(variant)
+        model = new_dit(full_config(variant))
     assert sum(p.numel() for p in inject(model, targets, rank=128)) == parameters
 
 
@@ -726,7 +722,7 @@ def test_a_merge_rounds_once(tmp_path):
     tensors, want = step_distilled()
     model = tiny.dit("t2v").bfloat16()
     before = {n: p.float() for n, p in model.named_parameters()}
-    merge(model, file_of(tmp_path / "x.safetensors", tensors), 0.3)
+    merge_file(model, file_of(tmp_path / "x.safetensors", tensors), 0.3)
     for name, p in model.named_parameters():
         exact = before[name] + 0.3 * want.get(name, torch.zeros(()))
         step = torch.finfo(torch.bfloat16).eps * exact.abs() / 2 + 1e-6  # half of the distance of bf16 numbers
@@ -751,22 +747,24 @@ def test_beside_8_bit_weights(tmp_path):
     before = {p: getattr(attn, p)(x) for p in want}
     bias = attn.k.bias.clone()
     path = file_of(tmp_path / "x.safetensors", tensors)
-    merge(model, path, 0.5)
-    assert attn.k.weight.dtype == torch.float8_e4m3fn
-    assert torch.equal(attn.k.bias, bias + 0.5 * tensors[f"{key}.k.diff_b"])
+    merge_file(model, path, 0.5)
+    assert attn.k.base.weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(attn.k.base.bias, bias + 0.5 * tensors[f"{key}.k.diff_b"])
     for p, d in want.items():
         extra = 0.5 * x @ d.t() + (0.5 * tensors[f"{key}.k.diff_b"] if p == "k" else 0)
         assert (getattr(attn, p)(x) - before[p] - extra).abs().max() < 2e-6
     lost = file_of(tmp_path / "y.safetensors", {f"{key}.k.diff_b": random(48), f"{key}.q.diff": random(48, 48)})
-    bias = attn.k.bias.clone()
+    bias = attn.k.base.bias.clone()
     with pytest.raises(BadInput, match="1 weights that are in 8 bits"):
-        merge(model, lost)
-    assert torch.equal(attn.k.bias, bias)
-    merge(model, file_of(tmp_path / "z.safetensors", {f"{key}.k.lora_A.weight": a, f"{key}.k.lora_B.weight": b}), -2)
+        merge_file(model, lost)
+    assert torch.equal(attn.k.base.bias, bias)
+    merge_file(
+        model, file_of(tmp_path / "z.safetensors", {f"{key}.k.lora_A.weight": a, f"{key}.k.lora_B.weight": b}), -2
+    )
     extra = x @ (0.5 * want["k"] - 2 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
     assert (attn.k(x) - before["k"] - extra).abs().max() < 4e-6
     model.blocks[1].cross_attn.k.scale = 3  # an adapter in training
-    merge(model, tmp_path / "z.safetensors")
+    merge_file(model, tmp_path / "z.safetensors")
     extra = x @ (1.5 * want["k"] - 5 * b @ a).t() + 0.5 * tensors[f"{key}.k.diff_b"]
     assert (attn.k(x) - before["k"] - extra).abs().max() < 8e-6
 
@@ -778,7 +776,7 @@ def test_dropout(report):
     for p in inject(model, ("cross_attn.k",), rank=4, alpha=8, dropout=0.5)[1::2]:
         p.data.normal_(0, 0.3)
     layer, x = model.blocks[0].cross_attn.k, torch.ones(4000, 48)
-    base, delta = x @ layer.weight.t() + layer.bias, 2 * layer.lora_B @ layer.lora_A
+    base, delta = x @ layer.base.weight.t() + layer.base.bias, 2 * layer.lora_B @ layer.lora_A
     report("in evaluation", tiny.error(layer(x), base + x @ delta.t()), 2e-6)
     layer.train()
     out = layer(x) - base
@@ -800,7 +798,7 @@ def test_the_norm_is_clamped(rank, alpha):
     assert clamp_weight_norm(pairs, alpha / rank, norms, 0.05) == 2
     for name, (a, b) in pairs.items():
         now = alpha / rank * (b @ a)
-        limit = 0.05 * model.get_submodule(name).weight.norm()
+        limit = 0.05 * model.get_submodule(name).base.weight.norm()
         if before[name].norm() > limit:
             assert now.norm() == pytest.approx(limit.item(), rel=1e-5)
             assert tiny.error(now / now.norm(), before[name] / before[name].norm()) < 1e-5
@@ -830,7 +828,7 @@ def test_starting_from_a_file(tmp_path):
 WRITE_TWICE = """
 import sys, torch
 sys.path[:0] = sys.argv[1:3]
-from lora import write_lora
+from nanowan.formats.lora import write_lora
 pairs = {f"blocks.{i}.cross_attn.k": (torch.ones(2, 4), torch.ones(4, 2)) for i in (1, 0)}
 shown = dict(variant="t2v-A14B", date="2026-01-01", trained_words={"a b": 3, "c": 1})
 write_lora(sys.argv[3], pairs, 0.5, expert="high", step=3, **shown)
@@ -913,7 +911,7 @@ def test_another_width_changes_nothing(tmp_path):
     other = tiny.dit("ti2v", dim=96)
     before = run(other)
     with pytest.raises(BadInput, match="48x48 for 96x96"):
-        merge(other, tmp_path / "a.safetensors")
+        merge_file(other, tmp_path / "a.safetensors")
     assert torch.equal(run(other), before)
 
 
@@ -969,8 +967,8 @@ def test_bad_block_ranges(text):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message", [(dict(targets=["cross_attn.z"]), "--targets cross_attn.z"), (dict(rank=0), "--rank 0")]
+    "kwargs, message", [(dict(targets=["cross_attn.z"]), "target blocks.0.cross_attn.z"), (dict(rank=0), "rank 0: at")]
 )
 def test_bad_adapters(kwargs, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         inject(tiny.dit("t2v"), **kwargs)

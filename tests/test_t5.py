@@ -12,8 +12,9 @@ from transformers import UMT5Config
 
 from benchmarks import tiny
 from nanowan.errors import BadInput
-from nanowan.formats import load
-from nanowan.formats.t5 import convert_t5, encoder_files, load_t5, read_encoder
+from nanowan.formats.header import read_header
+from nanowan.formats.load import CastEntry
+from nanowan.formats.t5 import convert_t5, encoder_files, load_t5, load_tokenizer, read_encoder
 from t5 import Norm, Tokenizer
 
 
@@ -152,7 +153,7 @@ def test_tokens_equal_transformers(tmp_path, byte_fallback):
     from transformers import T5Tokenizer
 
     (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback))
-    ours = Tokenizer(tmp_path / "spiece.model")
+    ours = Tokenizer(tiny.spiece(byte_fallback))
     peer = T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
     texts = strings()
     assert len(texts) >= 500
@@ -165,9 +166,8 @@ def test_tokens_equal_transformers(tmp_path, byte_fallback):
     assert not wrong, f"{len(wrong)} of {len(texts)} differ: {wrong[:3]}"
 
 
-def test_a_long_prompt_keeps_its_end_token(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(tiny.spiece())
-    ids, lens = Tokenizer(tmp_path / "spiece.model")(["word " * 600, "cat"])
+def test_a_long_prompt_keeps_its_end_token():
+    ids, lens = Tokenizer(tiny.spiece())(["word " * 600, "cat"])
     assert (
         ids.shape[1] == 512 == lens[0] and ids[0, -1] == 1 and ids[1, lens[1] - 1] == 1 and ids[1, lens[1] :].sum() == 0
     )
@@ -184,16 +184,21 @@ def test_missing_tokenizer_is_named(checkpoints, tmp_path):
 
 def test_what_a_tokenizer_json_adds(tmp_path):
     """More special tokens, and bytes for what no piece spells; only to the tokenizer that is a file beside it."""
-    (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback=True))
-    plain = Tokenizer(tmp_path / "spiece.model")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(tiny.spiece(byte_fallback=True))
+    plain = load_tokenizer(tmp_path)
     text = "<extra_id_0>🐱"
     assert plain.ids("🐱")[-1] == 2 and 150 not in plain.ids(text)
     added = {"added_tokens": [{"content": "<extra_id_0>", "id": 150}], "model": {"byte_fallback": True}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
-    beside = Tokenizer(tmp_path / "spiece.model")
+    (folder / "tokenizer.json").write_text(json.dumps(added))
+    beside = load_tokenizer(tmp_path)
     pieces = [beside.pieces.id_to_piece(i) for i in beside.ids(text)[1:]]
     assert beside.ids(text)[0] == 150 and pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x90>", "<0xB1>"]
-    inside = Tokenizer(tmp_path / "x.safetensors", model=tiny.spiece(byte_fallback=True))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    spiece = torch.frombuffer(bytearray(tiny.spiece(byte_fallback=True)), dtype=torch.uint8)
+    save_file({"spiece_model": spiece}, tmp_path / "x.safetensors")
+    inside = load_tokenizer(tmp_path / "elsewhere", read_header(tmp_path / "x.safetensors")[0]["spiece_model"])
     assert inside.ids(text) == plain.ids(text)
 
 
@@ -245,7 +250,7 @@ def embedded(encoder):
 @pytest.fixture(scope="module")
 def official():
     model = tiny.text_encoder()
-    model.tokenizer = Tokenizer("inside", model=tiny.spiece())
+    model.tokenizer = Tokenizer(tiny.spiece())
     return embedded(model)
 
 
@@ -361,7 +366,7 @@ def test_transformers_loads_what_is_converted(tmp_path, official, report):
     config = tiny.transformers_t5(tiny.text_encoder()).config
     for name in json.loads((folder / "config.json").read_text()).keys() - {"architectures", "tie_word_embeddings"}:
         assert getattr(peer.config, name) == getattr(config, name), name
-    ids, lens = Tokenizer("inside", model=tiny.spiece())(PROMPTS)
+    ids, lens = Tokenizer(tiny.spiece())(PROMPTS)
     mask = torch.arange(ids.shape[1]) < lens[:, None]
     with torch.no_grad():
         want = peer.eval()(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
@@ -403,10 +408,10 @@ def test_weights_are_cast_slice_by_slice(tmp_path, monkeypatch, reads, make):
     """The loader holds no second copy of any of them, and the slices make the same whole."""
     make(tmp_path / "x.safetensors")
     want = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
-    monkeypatch.setattr(formats, "SLICE", 300)
+    monkeypatch.setattr("nanowan.formats.load.SLICE", 300)
     whole = []
     monkeypatch.setattr(
-        load.CastEntry, "read", lambda self, scratch=None, real=load.CastEntry.read: whole.append(1) or real(self)
+        CastEntry, "read", lambda self, scratch=None, real=CastEntry.read: whole.append(1) or real(self)
     )
     got = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
     assert len(whole) == len(want) and all(torch.equal(got[n], want[n]) for n in want)
