@@ -392,22 +392,35 @@ def parse_lora_spec(text, flag="--lora"):
     return LoraSpec(":".join(fields), weight, expert)
 
 
-# after "high" or "low" these mean something else than noise
-OTHER_LEVELS = "rank res resolution quality vram mem memory detail details step steps cfg fps key light contrast angle"
+# Which expert a file's name says; the name in lower case, its words joined by "_"
+LEVELS = {"high": "high", "hn": "high", "h": "high", "高": "high", "low": "low", "ln": "low", "l": "low", "低": "low"}
+MODEL = r"(?:wan[\d_]*|w?2_?2|a?14b|ti2v|[tis]2v)"
+VERSION = r"(?:(?:v|e|ep|epochs?|s|steps?|fp|bf)?_?\d+(?:steps?|epochs?)?(?![a-z0-9])|e\dm\d)"
+LAST = rf"(?:_(?:lora|model|final|last|ema|{MODEL}))*_?$"
+EXPERT_IN_NAME = (
+    r"_(high|low|h|l)_?noise(?=_|\d|$)",
+    r"_noise_?(high|low|h|l)(?=_|$)",
+    rf"_(high|low|hn|ln)(?=_?{VERSION}|{LAST})",
+    rf"_(h|l)(?=_{VERSION}|{LAST})",
+    rf"{MODEL}_?(hn|ln|h|l)(?=_|$)",
+    r"(高|低)噪",
+)
+BOTH_IN_NAME = r"_(high|hn|h)(_(and|n|plus|or))?_(low|ln|l)(?=_|$)|_(low|ln|l)(_(and|n|plus|or))?_(high|hn|h)(?=_|$)"
+COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # thigh_high is no expert
 
 
 def expert_in_name(path):
-    """ "high" or "low", as a file's own name says (x_high_noise, HighNoise, _HIGH, -H-), or None where it says neither
-    or both.
+    """ "high" or "low", as a file's own name says, or None where it says neither or both.
+
+    "high" and "low" count beside "noise"; alone, like HN, LN, H and L, only at the end or before a number or version
+    (x_HIGH, style-H-e8), and the short ones behind the model's name (wan22_h_style). high_heels is no expert.
     """
-    stem = Path(path).stem
-    words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", stem)]
-    found = {"highnoise": "high", "lownoise": "low"}
-    said = {found[w] for w in words if w in found}
-    said |= {
-        w for w, after in zip(words, [*words[1:], ""]) if w in ("high", "low") and after not in OTHER_LEVELS.split()
-    }
-    said |= {{"H": "high", "L": "low"}[letter] for letter in re.findall(r"(?<![A-Za-z0-9])[HL](?![A-Za-z0-9])", stem)}
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
+    words = "_" + re.sub(r"[\W_]+", "_", words).lower()
+    if re.search(BOTH_IN_NAME, words):
+        return None
+    found = [m for pattern in EXPERT_IN_NAME for m in re.finditer(pattern, words)]
+    said = {LEVELS[m[1]] for m in found if words[: m.start()].rpartition("_")[2] not in COMPOUNDS}
     return said.pop() if len(said) == 1 else None
 
 
