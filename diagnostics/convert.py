@@ -29,7 +29,7 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
     """
     model = load_wan(source, "meta")  # raises, unless all tensors are there with their shapes
     if type(model) is not Wan:
-        raise BadInput(f"{source}: a {model.config.model_type} model; ti2v, t2v and i2v are converted")
+        raise BadInput(f"{source}: of the kind {model.config.model_type}; DiTs of ti2v, t2v and i2v are converted")
     entries, out = cast(read_weights(files_of(next(iter(expert_folders(source).values()))))), Path(out)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config = diffusers_config(model.config) if layout == "diffusers" else {"_class_name": "WanModel", **config}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diag
-from benchmarks import tiny
+from benchmarks import tiny, tiny_animate
 from diagnostics.convert import convert_dit
 from diagnostics.delta import pair_up
 from diagnostics.inspect import inspect
@@ -219,6 +219,28 @@ def test_wan_21_is_said(checkpoints, tmp_path, capsys):
     assert "a Wan 2.1 model, for which use --shift 5 --guidance 5" in capsys.readouterr().out
 
 
+IMAGE_BRANCH = ("img_emb.proj.1.weight", "blocks.0.cross_attn.k_img.weight")
+
+
+@pytest.mark.parametrize(
+    "added, metadata, name",
+    [
+        (IMAGE_BRANCH, None, "Wan 2.1's I2V"),
+        (IMAGE_BRANCH, {"config": json.dumps({"transformer": {"model_type": "animate2"}})}, "Wan-Animate-2"),
+        ((*IMAGE_BRANCH, "img_emb.emb_pos"), None, "Wan 2.1's FLF2V"),
+        (("vace_patch_embedding.weight",), None, "a VACE"),
+        (("blocks.0.block.0.weight",), None, "Wan-Animate-2"),
+    ],
+)
+def test_other_models_of_the_family_are_named(tmp_path, added, metadata, name):
+    """In ComfyUI's layout."""
+    state = tiny.dit("i2v").state_dict() | {key: torch.zeros(2, 2) for key in added}
+    state = {f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}
+    save_file(state, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(BadInput, match=f"m.safetensors: this is {name}, another model; loaded are ti2v-5B"):
+        load_wan(tmp_path / "m.safetensors")
+
+
 # ---- conversion --------------------------------------------------------------------------------------------------
 def test_conversion_there_and_back_is_the_same_bits(checkpoints, tmp_path, monkeypatch):
     from diffusers import WanTransformer3DModel
@@ -249,6 +271,9 @@ def test_what_is_not_converted(checkpoints, tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             diag.convert.run(diag.arguments(["convert", str(checkpoints["ti2v"]), str(tmp_path / "x"), *flags]))
+    tiny_animate.write_dit(tmp_path / "animate", tiny_animate.animate())
+    with pytest.raises(BadInput, match="animate: of the kind animate; DiTs of ti2v, t2v and i2v are converted"):
+        convert_dit(tmp_path / "animate", tmp_path / "x", "diffusers")
     with pytest.raises(BadInput, match="not a Wan DiT"):
         convert_dit(checkpoints["t2v"] / "Wan2.1_VAE.pth", tmp_path / "x", "diffusers")
     assert not (tmp_path / "x").exists()
