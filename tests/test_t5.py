@@ -275,6 +275,13 @@ def test_comfyui_as_text_encoder(checkpoints, tmp_path, official):
     assert load_t5(tmp_path, weights=file).tokenizer.ids("<x>") == [7], "the folder's own tokenizer goes first"
 
 
+def test_what_comfyuis_clipsave_adds_is_ignored(tmp_path, official):
+    save_file(transformers_state() | {"logit_scale": torch.tensor(4.6)}, tmp_path / "umt5_xxl_saved.safetensors")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
+    assert torch.equal(embedded(load_t5(tmp_path, dtype=torch.float32)), official)
+
+
 @pytest.mark.parametrize("end, rows", [(".scale_weight", False), (".weight_scale", True)])
 def test_8_bits_with_scales(tmp_path, official, end, rows, report):
     """Exactly the products; e4m3's own error, up to 1/16 of each weight, remains."""

@@ -124,6 +124,7 @@ def read_encoder(files):
         raise BadInput(f"{next(iter(delta.values())).file}: a delta, not a whole encoder")
     entries = read_headers(files)
     spiece = entries.pop("spiece_model", None)
+    entries.pop("logit_scale", None)  # ComfyUI's CLIPSave adds it to any encoder
     if spiece is not None and (spiece.dtype != torch.uint8 or len(spiece.shape) != 1):
         raise BadInput(f"{files[0]}: spiece_model is {spiece.dtype} {spiece.shape}; expected the tokenizer's bytes")
     apply_scales(entries)
