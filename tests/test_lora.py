@@ -129,6 +129,11 @@ SPELLINGS = {
     "DiffSynth, full pipeline": ("pipe.dit.{}.lora_A.default.weight", "pipe.dit.{}.lora_B.default.weight", None),
     "PEFT's name": ("diffusion_model.{}.lora_A.my_style.weight", "diffusion_model.{}.lora_B.my_style.weight", None),
     "without prefix": ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha"),
+    "SimpleTuner's older names": (
+        "transformer.base_model.model.{}.lora.down.weight",
+        "transformer.base_model.model.{}.lora.up.weight",
+        None,
+    ),
 }
 PLACES = ("blocks.1.cross_attn.k", "blocks.2.self_attn.o", "blocks.0.ffn.2")
 KOHYA = ("blocks_1_cross_attn_k", "blocks_2_self_attn_o", "blocks_0_ffn_2")
@@ -141,6 +146,7 @@ LAYOUTS += [
 ]
 LAYOUTS += [
     (DIFFUSERS, "transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", None),
+    (DIFFUSERS, "transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight", None),
     (LYCORIS, "lycoris_{}.lora_down.weight", "lycoris_{}.lora_up.weight", "lycoris_{}.alpha"),
 ]
 
@@ -400,6 +406,82 @@ def test_peft_without_its_configuration_is_refused(tmp_path):
     check_changes(changes_of(file_of(tmp_path / "adapter_model.safetensors", tensors)), want)
 
 
+class Linears(torch.nn.Module):
+    """The two linears of a cross-attention, under their names in the DiT."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross_attn = torch.nn.ModuleDict({p: torch.nn.Linear(48, 48) for p in "kv"})
+
+
+def peft_file(folder, config):
+    """What peft saves of adapters with random values on blocks.1's keys and values, and what they change, by the
+    forward pass.
+    """
+    import peft
+
+    base = torch.nn.Module()
+    base.blocks = torch.nn.ModuleList([torch.nn.Module(), Linears()])
+    base.forward = None
+    weights = tiny.dit("t2v").blocks[1].cross_attn
+    for p, linear in base.blocks[1].cross_attn.items():
+        linear.weight.data, linear.bias.data = weights.get_submodule(p).weight.data, weights.get_submodule(p).bias.data
+    model = peft.get_peft_model(base, config)
+    g = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=g) / (30 if "oft_R" in name else 8)
+    model.save_pretrained(folder)
+    want = {}
+    with torch.no_grad():
+        for p, layer in model.base_model.model.blocks[1].cross_attn.eval().items():
+            outputs = layer(torch.eye(48)) - layer(torch.zeros(1, 48))
+            want[f"blocks.1.cross_attn.{p}.weight"] = outputs.t() - weights.get_submodule(p).weight
+    return Path(folder) / "adapter_model.safetensors", want
+
+
+@pytest.mark.parametrize("form", ["factored", "both factored", "whole"])
+def test_the_scale_of_pefts_lokr(tmp_path, form):
+    """alpha/r, whatever is factored; it stands in adapter_config.json only."""
+    from peft import LoKrConfig
+
+    both = form == "both factored"
+    config = LoKrConfig(r=40 if form == "whole" else 2, alpha=3, target_modules=["k", "v"], decompose_both=both)
+    if both:
+        config.decompose_factor = 6
+    path, want = peft_file(tmp_path, config)
+    parts = {key.rsplit(".", 1)[1] for key in load_file(path)}
+    assert {"whole": {"lokr_w1", "lokr_w2"}, "both factored": {"lokr_w1_a", "lokr_w2_b"}}.get(
+        form, {"lokr_w2_a"}
+    ) <= parts
+    check_changes(changes_of(path), want)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"alpha": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="its alpha is None; expected a number"):
+        read_lora(path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(BadInput, match="its alpha should stand in adapter_config.json"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("where", ["metadata", "beside"])
+def test_a_lora_of_a_changed_base_is_refused(tmp_path, start, where):
+    """Unless peft has converted it; then its configuration says True."""
+    key = "base_model.model.blocks.1.cross_attn.v"
+    for value in (start, True):
+        config = {"lora_alpha": 4, "r": 4, "init_lora_weights": value}
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        tensors = pair_for(key)
+        path = file_of(tmp_path / "adapter_model.safetensors", tensors, metadata if where == "metadata" else None)
+        if value is True:
+            check_changes(changes_of(path), {"blocks.1.cross_attn.v.weight": product(tensors, key)})
+        else:
+            with pytest.raises(BadInput, match=f"a base that init_lora_weights '{start}' changed"):
+                read_lora(path)
+
+
 @pytest.mark.parametrize(
     "first, second",
     [
@@ -468,11 +550,29 @@ def test_the_image_branch_is_applied_or_skipped(tmp_path, capsys):
     check_changes(changes_of(path, model=OtherVariant()), shared | own)
     assert capsys.readouterr().out == ""
     check_changes(changes_of(path, model=OtherVariant(image=False)), shared)
-    assert "5 changes of an image branch skipped" in capsys.readouterr().out
+    assert "skipped 5 changes of an image branch" in capsys.readouterr().out
     assert describe(path)["image_keys"] == 7
     del tensors[f"{prefix}.k.lora_A.weight"], tensors[f"{prefix}.k.lora_B.weight"]
-    with pytest.raises(BadInput, match="changes an image branch only"):
+    with pytest.raises(BadInput, match="only changes of an image branch"):
         merge_file(tiny.dit("t2v"), file_of(tmp_path / "y.safetensors", tensors))
+
+
+@pytest.mark.parametrize("form", ["diff", "low rank", "flat"])
+def test_a_patch_embedding_for_other_channels_is_skipped(tmp_path, capsys, form):
+    """Of Wan 2.1's T2V, 16 channels, on I2V's 36; the rest is merged, its bias too."""
+    k, patch = "diffusion_model.blocks.1.cross_attn.k", "diffusion_model.patch_embedding"
+    tensors = pair_for(k) | {f"{patch}.diff_b": random(48)}
+    want = {"blocks.1.cross_attn.k.weight": product(tensors, k), "patch_embedding.bias": tensors[f"{patch}.diff_b"]}
+    shape = (48, 64) if form == "flat" else (48, 16, 1, 2, 2)
+    if form == "low rank":
+        tensors |= {f"{patch}.lora_A.weight": random(2, 16, 1, 2, 2), f"{patch}.lora_B.weight": random(48, 2, 1, 1, 1)}
+    else:
+        tensors[f"{patch}.diff"] = random(*shape)
+    path = file_of(tmp_path / "x.safetensors", tensors)
+    check_changes(changes_of(path, kind="i2v"), want)
+    assert "skipped 1 change of a patch embedding for 16 channels, where this model has 36" in capsys.readouterr().out
+    assert changes_of(path, kind="t2v").keys() == want.keys() | {"patch_embedding.weight"}
+    assert capsys.readouterr().out == ""
 
 
 def test_image_names_of_diffusers(tmp_path):

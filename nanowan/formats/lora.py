@@ -34,10 +34,11 @@ PREFIXES = re.compile(
     r"(?:(?:base_model|model|diffusion_model|pipe)\.|(transformer(?:_[12])?|dit2?)\.)*(?:lora_unet__?|lycoris_)?"
 )
 ENDINGS = re.compile(
-    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
+    r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
     r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
 )
-PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "diff_b": "diff", "diff_m": "diff"}
+PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+PARTS |= {"diff_b": "diff", "diff_m": "diff"}
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
 
 # Kinds of files that are not read, by what is in their keys
@@ -49,6 +50,11 @@ REFUSED = {
     r"\.oft_|\.boft_": "an OFT",
     r"lora_embedding_": "a LoRA of an embedding",
 }
+# What PEFT's LoRA can be set to that makes a file mean something else than B A
+PEFT_OPTIONS = ("use_dora", "alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens")
+PEFT_OPTIONS += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+# Its initialisations that change the base as well
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
 
 
@@ -217,6 +223,8 @@ class Listing:
             alpha = config.get("lora_alpha", rank) if alpha is None else alpha
             return LowRank(parts["A"], parts["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
         w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
+        if config:  # PEFT's scale is that of all its forms; LyCORIS has none where both are whole
+            return Kron(w1, w2, config["alpha"] / config["r"])
         dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
         return Kron(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
 
@@ -292,7 +300,8 @@ def _peft_config(listing, beside):
     itself in adapter_config.json `beside` the file.
     """
     path, source = listing.path, listing.path
-    needed = any("A" in p and "alpha" not in p for half in listing.halves.values() for p in half.values())
+    changes = [parts for half in listing.halves.values() for parts in half.values()]
+    needed = any(not parts.keys() & {"alpha", "diff"} for parts in changes)
     config = {}
     try:
         if "lora_adapter_metadata" in listing.metadata:
@@ -306,13 +315,21 @@ def _peft_config(listing, beside):
             by_component.setdefault(component, {})[key] = value
     except (ValueError, OSError, AttributeError) as e:
         return {}, f"its alpha should stand in {source.name}, which cannot be read ({e})"
+    kron = any(part.startswith("lokr_w1") for parts in changes for part in parts)
     for settings in by_component.values():
-        for name in ("use_dora", "alpha_pattern", "rank_pattern"):
-            if settings.get(name):
-                return {}, f"uses PEFT's {name}, which is not read here"
-        alpha = settings.get("lora_alpha")
-        if alpha is None and settings.get("use_rslora") or alpha is not None and not isinstance(alpha, int | float):
-            return {}, f"its lora_alpha is {alpha!r}; expected a number"
+        if used := [name for name in PEFT_OPTIONS if settings.get(name)]:
+            return {}, f"uses PEFT's {used[0]}, which is not read here"
+        start = str(settings.get("init_lora_weights"))
+        if start.lower().startswith(BASE_CHANGING):
+            return {}, (
+                f"belongs to a base that init_lora_weights {start!r} changed, and means nothing on another one; have "
+                "PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
+            )
+        required = {"lora_alpha": settings.get("use_rslora"), "alpha": kron, "r": kron}
+        for name in required:
+            value = settings.get(name)
+            if not isinstance(value, int | float) and (required[name] or value is not None):
+                return {}, f"its {name} is {value!r}; expected a number"
     low = [c for c in by_component if c in LOW_NOISE]
     others = [c for c in by_component if c not in LOW_NOISE]
     high, low = (by_component.get((names or [None])[0]) for names in (others or low, low or others))
@@ -465,23 +482,41 @@ def choose_experts(spec, experts, flag="--lora"):
     return wanted, None if spec.expert else source
 
 
+def _without_ones(shape):
+    return [n for n in shape if n > 1]
+
+
+def _fits(change, shape):
+    """A convolution's change may be flat, and sides of one element may be there or not."""
+    flat = shape and (shape[0], math.prod(shape[1:]))
+    return flat and _without_ones(change.shape) in (_without_ones(shape), _without_ones(flat))
+
+
+def left_out(changes, shapes):
+    """{parameter name: why} of the changes that a model has no use for, and that others skip as well: those of Wan
+    2.1's image branch where it has none, and one of the patch embedding for another number of input channels.
+    """
+    skipped, patch = {}, "patch_embedding.weight"
+    if not any(IMAGE_BRANCH.match(name) for name in shapes):
+        skipped = {n: "of an image branch, which this model does not have" for n in changes if IMAGE_BRANCH.match(n)}
+    if patch in changes and patch in shapes and not _fits(changes[patch], shapes[patch]):
+        (width, channels, *kernel), given = shapes[patch], changes[patch].shape
+        theirs, rest = divmod(math.prod(given[1:]), math.prod(kernel))
+        if given[0] == width and not rest:
+            skipped[patch] = f"of a patch embedding for {theirs} channels, where this model has {channels}"
+    return skipped
+
+
 def check_fit(path, changes, shapes):
-    """The changes that a model takes: all but those of Wan 2.1's image branch, where the model has none.
+    """The changes that a model takes: all but those of left_out.
 
     shapes: {parameter name: shape} of the model. Raises BadInput for a change without a parameter of its shape, and
     where nothing is left.
     """
-    branch = any(IMAGE_BRANCH.match(name) for name in shapes)
-    taken = {name: change for name, change in changes.items() if branch or not IMAGE_BRANCH.match(name)}
+    skipped = left_out(changes, shapes)
+    taken = {name: change for name, change in changes.items() if name not in skipped}
     if not taken:
-        raise BadInput(f"{path}: does not fit this model: changes an image branch only, which the model does not have")
-
-    def without_ones(shape):
-        return [n for n in shape if n > 1]
-
-    def fits(change, shape):  # a convolution's change may be flat, and sides of one element may be there or not
-        flat = shape and (shape[0], math.prod(shape[1:]))
-        return flat and without_ones(change.shape) in (without_ones(shape), without_ones(flat))
+        raise BadInput(f"{path}: does not fit this model: only changes {', '.join(sorted(set(skipped.values())))}")
 
     def times(shape):
         return "x".join(map(str, shape))
@@ -489,7 +524,7 @@ def check_fit(path, changes, shapes):
     bad = [
         f"{name} ({times(c.shape)} for {times(shapes[name]) if name in shapes else 'no such parameter'})"
         for name, c in taken.items()
-        if not fits(c, shapes.get(name))
+        if not _fits(c, shapes.get(name))
     ]
     if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
@@ -507,8 +542,8 @@ def merge_file(model, path, weight=1.0, expert=None):
         merge(model, taken, weight)
     except ValueError as e:
         raise BadInput(f"{path}: {e}") from None
-    if len(taken) < len(changes):
-        print(f"{path}: {len(changes) - len(taken)} changes of an image branch skipped, which this model does not have")
+    for reason, count in Counter(left_out(changes, shapes).values()).items():
+        print(f"{path}: skipped {count} change{'s' * (count > 1)} {reason}")
 
 
 def changes_to_start_from(pairs, path, expert=None):
