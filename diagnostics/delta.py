@@ -75,8 +75,8 @@ def lora_moves(path, base, expert):
     """Yield (parameter name, base weight, Norms of its change) of a LoRA file. A low-rank change is never formed."""
     shapes = {name: entry.shape for name, entry in base.entries.items()}
     for name, change in check_fit(path, read_lora(path, expert)[0], shapes).items():
-        factors = change.factors()
-        yield name, base.read(name), factor_norms(*factors) if factors else dense_norms(change.dense())
+        factors, weight = change.factors(), base.read(name)
+        yield name, weight, factor_norms(*factors) if factors else dense_norms(change.of(weight))
 
 
 def weight_moves(path, base):

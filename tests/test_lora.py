@@ -353,6 +353,102 @@ def test_lokr_of_diffusers_names_and_of_a_convolution(tmp_path):
     check_changes(changes_of(file_of(tmp_path / "x.safetensors", tensors)), want)
 
 
+def weight_of(place, kind="t2v"):
+    return tiny.dit(kind).get_submodule(place).weight.detach().double()
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_loha(tmp_path, alpha):
+    """dW = (a1 b1) * (a2 b2) alpha/rank; of a convolution flat, or with a core tensor for each half."""
+    k, patch = "lora_unet_blocks_1_cross_attn_k", "diffusion_model.patch_embedding"
+    flat, tucker = (
+        {f"hada_w{i}_{p}": random(*shape) * 8 for i in (1, 2) for p, shape in zip("ab", shapes)}
+        for shapes in (((48, 3), (3, 48)), ((3, 48), (3, 16)))
+    )
+    tucker |= {f"hada_t{i}": random(3, 3, 1, 2, 2) for i in (1, 2)}
+    tensors = {f"{k}.{p}": t for p, t in flat.items()} | {f"{patch}.{p}": t for p, t in tucker.items()}
+    if alpha:
+        tensors |= {f"{k}.alpha": torch.tensor(alpha), f"{patch}.alpha": torch.tensor(alpha)}
+    scale = alpha / 3 if alpha else 1
+    one, two = (
+        sum(
+            tucker[f"hada_t{i}"][p, q]
+            * tucker[f"hada_w{i}_a"][p].view(48, 1, 1, 1, 1)
+            * tucker[f"hada_w{i}_b"][q].view(1, 16, 1, 1, 1)
+            for p in range(3)
+            for q in range(3)
+        )
+        for i in (1, 2)
+    )
+    want = {
+        "blocks.1.cross_attn.k.weight": scale
+        * (flat["hada_w1_a"] @ flat["hada_w1_b"])
+        * (flat["hada_w2_a"] @ flat["hada_w2_b"]),
+        "patch_embedding.weight": scale * one * two,
+    }
+    got = changes_of(file_of(tmp_path / "x.safetensors", tensors), weight=-0.7)
+    for name, d in want.items():
+        assert tiny.error(got[name], -0.7 * d) < 2e-6
+    assert got.keys() == want.keys()
+
+
+@pytest.mark.parametrize("inner", ["low rank", "kron", "hadamard"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora(tmp_path, inner, axis):
+    """LyCORIS': W + dW gets the norms of dora_scale, (out,1) of its rows or (1,in) of its columns."""
+    key, place = "lycoris_blocks_0_ffn_0", "blocks.0.ffn.0"
+    if inner == "low rank":
+        parts = {"lora_down.weight": random(4, 48), "lora_up.weight": random(104, 4), "alpha": torch.tensor(2.0)}
+        d = parts["lora_up.weight"] @ parts["lora_down.weight"] / 2
+    elif inner == "kron":
+        parts = {"lokr_w1": random(8, 6), "lokr_w2": random(13, 8)}
+        d = kron(parts["lokr_w1"], parts["lokr_w2"])
+    else:
+        parts = {f"hada_w{i}_{p}": random(*s) for i in (1, 2) for p, s in zip("ab", ((104, 2), (2, 48)))}
+        d = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    parts["dora_scale"] = torch.rand(104, 1) + 0.5 if axis == 0 else torch.rand(1, 48) + 0.5
+    base = weight_of(place)
+    merged = base + d
+    want = merged / merged.norm(dim=1 - axis, keepdim=True) * parts["dora_scale"] - base
+    path = file_of(tmp_path / "x.safetensors", {f"{key}.{p}": t for p, t in parts.items()})
+    check_changes(changes_of(path), {f"{place}.weight": want})
+    check_changes(changes_of(path, weight=-0.3), {f"{place}.weight": -0.3 * want})
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("constraint", [None, 0.0, 1e-3])
+def test_oft(tmp_path, rescaled, constraint):
+    """LyCORIS': each block of rows is turned by R^T, R = (1+Q)(1-Q)^-1, Q held to a norm of alpha times the rows."""
+    key, place = "diffusion_model.blocks.2.ffn.0", "blocks.2.ffn.0"
+    blocks, rescale = random(8, 13, 13), torch.rand(104, 1) + 0.5
+    q = (blocks - blocks.mT).double()
+    if constraint:
+        assert q.norm() > 104 * constraint
+        q = q * (104 * constraint / q.norm())
+    turned = torch.cat(
+        [
+            ((torch.eye(13) + q[i]) @ torch.inverse(torch.eye(13) - q[i])).mT @ weight_of(place)[13 * i : 13 * i + 13]
+            for i in range(8)
+        ]
+    )
+    tensors = {f"{key}.oft_blocks": blocks} | ({f"{key}.rescale": rescale} if rescaled else {})
+    tensors |= {f"{key}.alpha": torch.tensor(constraint)} if constraint is not None else {}
+    path = file_of(tmp_path / "x.safetensors", tensors)
+    want = (rescale if rescaled else 1) * turned - weight_of(place)
+    check_changes(changes_of(path), {f"{place}.weight": want})
+    check_changes(changes_of(path, weight=0.5), {f"{place}.weight": 0.5 * want})
+
+
+def test_glora(tmp_path):
+    key, place = "lora_unet_blocks_0_ffn_0", "blocks.0.ffn.0"
+    a1, a2, b1, b2 = random(48, 4), random(4, 48), random(104, 4), random(4, 48)
+    tensors = {f"{key}.{p}.weight": t for p, t in zip(("a1", "a2", "b1", "b2"), (a1, a2, b1, b2))}
+    tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    want = (weight_of(place) @ a1.double() @ a2.double() + b1 @ b2) / 2
+    path = file_of(tmp_path / "x.safetensors", tensors)
+    check_changes(changes_of(path, weight=0.8), {f"{place}.weight": 0.8 * want})
+
+
 def pair_for(key, alpha=None, rank=4):
     tensors = {f"{key}.lora_A.weight": random(rank, 48), f"{key}.lora_B.weight": random(48, rank)}
     return tensors | ({f"{key}.alpha": torch.tensor(alpha)} if alpha else {})
@@ -462,6 +558,33 @@ def test_the_scale_of_pefts_lokr(tmp_path, form):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(BadInput, match="its alpha should stand in adapter_config.json"):
         read_lora(path)
+
+
+PEFT_FORMS = {
+    "LoHa": lambda p: p.LoHaConfig(r=3, alpha=5, target_modules=["k", "v"]),
+    "DoRA": lambda p: p.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["k", "v"]),
+    "DoRA, rank-stabilised": lambda p: p.LoraConfig(
+        r=4, lora_alpha=6, use_dora=True, use_rslora=True, target_modules=["k", "v"]
+    ),
+    "OFT": lambda p: p.OFTConfig(oft_block_size=12, target_modules=["k", "v"]),
+    "OFT, 2 terms": lambda p: p.OFTConfig(oft_block_size=8, num_cayley_neumann_terms=2, target_modules=["k", "v"]),
+    "OFT, 4 terms": lambda p: p.OFTConfig(oft_block_size=8, num_cayley_neumann_terms=4, target_modules=["k", "v"]),
+    "OFT, exact": lambda p: p.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=["k", "v"]),
+    "OFT, shared": lambda p: p.OFTConfig(oft_block_size=16, block_share=True, target_modules=["k", "v"]),
+    "OFT, constrained": lambda p: p.OFTConfig(oft_block_size=16, coft=True, eps=0.1, target_modules=["k", "v"]),
+}
+
+
+@pytest.mark.parametrize("form", PEFT_FORMS)
+def test_what_peft_saves_is_what_it_computes(tmp_path, form):
+    """Of each kind, against peft's own forward pass; at half the strength half of the change."""
+    import peft
+
+    path, want = peft_file(tmp_path, PEFT_FORMS[form](peft))
+    assert all(d.abs().max() > 0.01 for d in want.values()), "next to nothing changes: the comparison would be empty"
+    assert describe(path)["forms"] == {{"LoHa": "hadamard"}.get(form, form.split(",")[0]): 2}
+    check_changes(changes_of(path), want)
+    check_changes(changes_of(path, weight=0.5), {name: 0.5 * d for name, d in want.items()})
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -658,13 +781,14 @@ K = "diffusion_model.blocks.0.cross_attn.k"
 @pytest.mark.parametrize(
     "tensors, metadata, message",
     [
-        ({f"{K}.hada_{w}": (4, 4) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}, None, "is a LoHa"),
-        ({f"{K}.lora_A.weight": (4, 48), f"{K}.lora_B.weight": (48, 4), f"{K}.dora_scale": (1, 48)}, None, "a DoRA"),
-        (
-            {f"{K}.lora_A.weight": (4, 48), f"{K}.lora_B.weight": (48, 4), f"{K}.lora_magnitude_vector": (48,)},
-            None,
-            "a DoRA",
-        ),
+        ({f"{K}.hada_{w}": (4, 4) for w in ("w1_a", "w1_b", "w2_a")}, None, "1 changes are not whole"),
+        ({f"{K}.lora_A.weight": (4, 48), f"{K}.dora_scale": (1, 48)}, None, "1 changes are not whole"),
+        ({f"{K}.oft_blocks": (2, 4, 12, 12)}, None, "is a BOFT"),
+        ({f"{K}.oft_blocks": (4, 12, 11)}, None, "do not fit together"),
+        ({f"base_model.model.{PLACES[0]}.boft_R": (1, 4, 12, 12)}, None, "is a BOFT"),
+        ({f"base_model.model.{PLACES[0]}.oft_R.weight": (4, 66)}, None, "should stand in adapter_config.json"),
+        ({f"{K}.{p}.weight": (4, 48) for p in ("a1", "a2", "b1", "b2")}, None, "do not fit together"),
+        ({f"decoder.{K}.a1.weight": (4, 48)}, None, "not a LoRA"),
         (
             {f"{K}.lora_A.weight": (4, 48), f"{K}.lora_B.weight": (48, 4), f"{K}.lora_B.bias": (48,)},
             None,
@@ -929,11 +1053,17 @@ def test_beside_8_bit_weights(tmp_path):
     for p, d in want.items():
         extra = 0.5 * x @ d.t() + (0.5 * tensors[f"{key}.k.diff_b"] if p == "k" else 0)
         assert (getattr(attn, p)(x) - before[p] - extra).abs().max() < 2e-6
-    lost = file_of(tmp_path / "y.safetensors", {f"{key}.k.diff_b": random(48), f"{key}.q.diff": random(48, 48)})
     bias = attn.k.base.bias.clone()
-    with pytest.raises(BadInput, match="1 weights that are in 8 bits"):
-        merge_file(model, lost)
-    assert torch.equal(attn.k.base.bias, bias)
+    for parts in (
+        {"diff": random(48, 48)},
+        {f"hada_w{i}_{p}": random(*s) for i in (1, 2) for p, s in zip("ab", ((48, 2), (2, 48)))},
+        {"lora_A.weight": random(2, 48), "lora_B.weight": random(48, 2), "dora_scale": random(48, 1)},
+        {"oft_blocks": random(4, 12, 12)},
+    ):
+        lost = {f"{key}.k.diff_b": random(48)} | {f"{key}.q.{part}": t for part, t in parts.items()}
+        with pytest.raises(BadInput, match="1 weights that are in 8 bits"):
+            merge_file(model, file_of(tmp_path / "y.safetensors", lost))
+        assert torch.equal(attn.k.base.bias, bias)
     merge_file(
         model, file_of(tmp_path / "z.safetensors", {f"{key}.k.lora_A.weight": a, f"{key}.k.lora_B.weight": b}), -2
     )
@@ -1062,6 +1192,26 @@ def test_changes_written_again(tmp_path):
     check_changes(changes_of(tmp_path / "y.safetensors"), {n: d * factors.get(n, 1) for n, d in want.items()})
     for name, change in changes.items():
         assert change.norm() == pytest.approx(want[name].norm().item(), rel=1e-5)
+
+
+def test_other_forms_written_again(tmp_path):
+    """A LoHa and a GLoRA scaled; a DoRA and an OFT as they are, or refused: they are no multiple of anything."""
+    k, v, q, o = (f"diffusion_model.blocks.1.cross_attn.{p}" for p in "kvqo")
+    tensors = {f"{k}.hada_w{i}_{p}": random(*s) for i in (1, 2) for p, s in zip("ab", ((48, 2), (2, 48)))}
+    tensors |= {f"{v}.{p}.weight": random(*s) for p, s in zip(("a1", "a2", "b1", "b2"), ((48, 2), (2, 48)) * 2)}
+    tensors |= {f"{k}.alpha": torch.tensor(3.0), f"{v}.alpha": torch.tensor(3.0)}
+    fixed = pair_for(q, alpha=2.0) | {f"{q}.dora_scale": torch.rand(1, 48) + 0.5, f"{o}.oft_blocks": random(4, 12, 12)}
+    fixed |= {f"{o}.rescale": torch.rand(48, 1) + 0.5, f"{o}.alpha": torch.tensor(1e-3)}
+    path = file_of(tmp_path / "x.safetensors", tensors | fixed)
+    changes, want = read_lora(path)[0], changes_of(path)
+    factors = {f"blocks.1.cross_attn.{p}.weight": factor for p, factor in (("k", 0.5), ("v", 2.0))}
+    write_changes(tmp_path / "y.safetensors", changes, {}, factors)
+    check_changes(changes_of(tmp_path / "y.safetensors"), {n: d * factors.get(n, 1) for n, d in want.items()})
+    for p, form in (("q", "a DoRA"), ("o", "an OFT")):
+        factors = {f"blocks.1.cross_attn.{p}.weight": 0.5}
+        with pytest.raises(BadInput, match=f"cross_attn.{p}.weight is not written: {form} cannot be scaled"):
+            write_changes(tmp_path / "z.safetensors", changes, {}, factors)
+    assert not (tmp_path / "z.safetensors").exists()
 
 
 def test_the_written_file(tmp_path):

@@ -1,9 +1,7 @@
-"""LoRA files of every layout in use for Wan, read into {parameter name: change}.
+"""LoRA files of every layout in use for Wan, read into {parameter name: Change} (formats/changes.py), and written.
 
-A change is LowRank (LoRA: scale * B A), Kron (LoKr: scale * kron(w1, w2)) or Dense (the difference itself: of a weight,
-a bias, a norm or the modulation). The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT,
-DiffSynth, ai-toolkit, lightx2v and LyCORIS; one function, `official_name`, knows their names. LoRA: Hu et al., 2021;
-LoKr: Yeh et al., 2023.
+The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT, DiffSynth, ai-toolkit, lightx2v and
+LyCORIS; one function, `official_name`, knows their names.
 """
 
 import json
@@ -18,7 +16,8 @@ import torch
 
 from lora import base_name, merge
 from nanowan.errors import BadInput
-from nanowan.formats.header import Entry, read_header, save
+from nanowan.formats.changes import NORMS, change_of, form_of
+from nanowan.formats.header import read_header, save
 from nanowan.formats.layouts import DIFFUSERS_NAMES
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -34,25 +33,27 @@ PREFIXES = re.compile(
     r"(?:(?:base_model|model|diffusion_model|pipe)\.|(transformer(?:_[12])?|dit2?)\.)*(?:lora_unet__?|lycoris_)?"
 )
 ENDINGS = re.compile(
-    r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
+    r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|"
+    r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector)"
     r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 PARTS |= {"diff_b": "diff", "diff_m": "diff"}
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
 
+SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2"}  # that parameters of other models have too
+
 # Kinds of files that are not read, by what is in their keys
 REFUSED = {
-    r"\.hada_": "a LoHa",
-    r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"lora_(B|up)(\.default)?\.bias": "a LoRA with biases of its own (lora_bias)",
     r"lora_mid|lokr_t[12]": "in a Tucker decomposition",
-    r"\.oft_|\.boft_": "an OFT",
+    r"boft_[Rs]": "a BOFT",
+    r"\.oft_r": "an OFT of PEFT before 0.16",
     r"lora_embedding_": "a LoRA of an embedding",
 }
 # What PEFT's LoRA can be set to that makes a file mean something else than B A
-PEFT_OPTIONS = ("use_dora", "alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens")
-PEFT_OPTIONS += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+PEFT_OPTIONS = ("alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora")
+PEFT_OPTIONS += ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 # Its initialisations that change the base as well
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
@@ -82,111 +83,6 @@ def official_name(key):
     return Place(prefix.group(1), name if name.endswith(".modulation") else name + leaf, PARTS.get(part, part))
 
 
-# ---- changes -----------------------------------------------------------------------------------------------------
-class Change:
-    """What a file adds to one parameter of this `shape`. Its tensors stay in the file until they are asked for."""
-
-    def add_to(self, parameter, weight=1.0):
-        """Add weight times this to a parameter in place; the sum is computed in fp32 and rounded once."""
-        total = self.dense(parameter.device).view(parameter.shape).mul_(weight)
-        parameter.copy_(total.add_(parameter))
-
-    def factors(self):
-        """A (r,in) and B (out,r), fp32, whose product B A this is, or None where it is not of low rank."""
-
-    def tensors(self, parameter, weight):
-        """{key: tensor} that a file of its own has for weight times this change of `parameter`."""
-        module, _, leaf = f"diffusion_model.{parameter}".rpartition(".")
-        return {f"{module}.{key}": t for key, t in self._saved(leaf, weight)}
-
-
-@dataclass(frozen=True)
-class LowRank(Change):
-    a: Entry  # (r,in) or, of a convolution, (r,in,...)
-    b: Entry  # (out,r) or (out,r,1,...)
-    scale: float
-
-    @property
-    def rank(self):
-        return self.a.shape[0]
-
-    @property
-    def shape(self):
-        return (self.b.shape[0], *self.a.shape[1:])
-
-    def factors(self):
-        return self.a.read().float().flatten(1), self.b.read().float().flatten(1) * self.scale
-
-    def dense(self, device="cpu"):
-        """The change itself, fp32."""
-        a, b = self.factors()
-        return (b.to(device) @ a.to(device)).view(self.shape)
-
-    def _saved(self, leaf, weight):
-        return [("lora_A.weight", self.a.read()), ("lora_B.weight", self.b.read().float() * (self.scale * weight))]
-
-    def norm(self):
-        """Frobenius norm, through r x r products: the change is never formed."""
-        a, b = (t.double() for t in self.factors())
-        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
-
-
-@dataclass(frozen=True)
-class Kron(Change):
-    """w1 and w2: one Entry (n,m), of a convolution's w2 (n,m,...), or two whose product it is: (n,r) and (r,m)."""
-
-    w1: tuple
-    w2: tuple
-    scale: float
-
-    @property
-    def shape(self):
-        (n1, m1), (n2, m2, *kernel) = (w[0].shape[:1] + w[-1].shape[1:] for w in (self.w1, self.w2))
-        return (n1 * n2, m1 * m2, *kernel)
-
-    def _read(self):
-        parts = [[e.read().float() for e in w] for w in (self.w1, self.w2)]
-        return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
-
-    def factors(self):
-        """Of low rank where w2 is, and w1 small: kron(w1, a b) = kron(w1, a) kron(1, b)."""
-        if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
-            return None
-        w1, _ = self._read()
-        a, b = (e.read().float() for e in self.w2)
-        return torch.kron(torch.eye(w1.shape[1]), b), torch.kron(w1, a) * self.scale
-
-    def dense(self, device="cpu"):
-        w1, w2 = (w.to(device) for w in self._read())
-        return torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2).mul_(self.scale)
-
-    def _saved(self, leaf, weight):
-        w1, w2 = self._read()
-        return [("lokr_w1", w1 * (self.scale * weight)), ("lokr_w2", w2)]
-
-    def norm(self):
-        w1, w2 = self._read()
-        return abs(self.scale) * (w1.double().norm() * w2.double().norm()).item()
-
-
-@dataclass(frozen=True)
-class Dense(Change):
-    entry: Entry
-
-    @property
-    def shape(self):
-        return self.entry.shape
-
-    def dense(self, device="cpu"):
-        return self.entry.read().to(device, torch.float32)
-
-    def _saved(self, leaf, weight):
-        return [({"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf], self.dense() * weight)]
-
-    def norm(self):
-        return self.dense().double().norm().item()
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
@@ -213,45 +109,10 @@ class Listing:
         return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
 
     def _change(self, name, parts, config):
-        if "diff" in parts:
-            return Dense(parts["diff"])
         alpha = parts["alpha"].read().float().item() if "alpha" in parts else None
         if alpha is not None and not math.isfinite(alpha):
             raise BadInput(f"{self.path}: the alpha of {name} is {alpha}; expected a number")
-        if "A" in parts:
-            rank = parts["A"].shape[0]
-            alpha = config.get("lora_alpha", rank) if alpha is None else alpha
-            return LowRank(parts["A"], parts["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-        w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
-        if config:  # PEFT's scale is that of all its forms; LyCORIS has none where both are whole
-            return Kron(w1, w2, config["alpha"] / config["r"])
-        dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
-        return Kron(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
-
-
-def _is_product(first, second):
-    """Whether two shapes, (n,r) and (r,m) with perhaps a convolution's kernel behind them, have a product."""
-    return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
-
-
-def _fits_together(parts):
-    """Whether these tensors, {part: Entry}, make one change."""
-    shapes = {part: e.shape for part, e in parts.items() if part != "alpha"}
-    numbers = all(parts[part].dtype.is_floating_point for part in shapes)
-    if not numbers or "alpha" in parts and parts["alpha"].numel != 1:
-        return False
-    if shapes.keys() == {"A", "B"}:
-        return _is_product(shapes["B"], shapes["A"]) and math.prod(shapes["B"][2:]) == 1
-    if shapes.keys() == {"diff"}:
-        return True
-    for w, most in ("lokr_w1", 2), ("lokr_w2", 5):
-        pair = shapes.pop(f"{w}_a", ()), shapes.pop(f"{w}_b", ())
-        whole = shapes.pop(w, None)
-        if whole is None and not (_is_product(*pair) and len(pair[0]) == len(pair[1]) == 2):
-            return False
-        if whole is not None and (pair != ((), ()) or not 2 <= len(whole) <= most):
-            return False
-    return not shapes
+        return change_of(parts, alpha, config)
 
 
 def list_lora(path):
@@ -268,10 +129,16 @@ def list_lora(path):
         twice += [key] if place.part in tensors else []
         tensors[place.part] = entry
     variants = {why for pattern, why in REFUSED.items() if any(re.search(pattern, key) for key in unknown)}
+    variants |= {
+        "a BOFT"
+        for half in parts.values()
+        for p in half.values()
+        if "oft_blocks" in p and len(p["oft_blocks"].shape) == 4
+    }
     endings = {m.group(2) for key in unknown if (m := ENDINGS.fullmatch(key))}
-    if not parts and not variants and endings <= {"alpha"}:  # other models have parameters named alpha
+    if not parts and not variants and endings <= SHARED_ENDINGS:
         return None
-    broken = [name for half in parts.values() for name, tensors in half.items() if not _fits_together(tensors)]
+    broken = [name for half in parts.values() for name, tensors in half.items() if not form_of(tensors)]
     problem = None
     if variants:
         problem = f"is {' and '.join(sorted(variants))}, which is not read here"
@@ -300,13 +167,13 @@ def _peft_config(listing, beside):
     itself in adapter_config.json `beside` the file.
     """
     path, source = listing.path, listing.path
-    changes = [parts for half in listing.halves.values() for parts in half.values()]
+    changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
     needed = any(not parts.keys() & {"alpha", "diff"} for parts in changes)
-    config = {}
+    has = {part for parts in changes for part in parts}
     try:
         if "lora_adapter_metadata" in listing.metadata:
             config = json.loads(listing.metadata["lora_adapter_metadata"])
-        elif beside and needed:
+        elif beside and needed or "oft_R" in has:
             source = path.with_name("adapter_config.json")
             config = json.loads(source.read_text())
         by_component = {}
@@ -315,9 +182,9 @@ def _peft_config(listing, beside):
             by_component.setdefault(component, {})[key] = value
     except (ValueError, OSError, AttributeError) as e:
         return {}, f"its alpha should stand in {source.name}, which cannot be read ({e})"
-    kron = any(part.startswith("lokr_w1") for parts in changes for part in parts)
+    options = PEFT_OPTIONS + (() if has & {*NORMS} else ("use_dora",))
     for settings in by_component.values():
-        if used := [name for name in PEFT_OPTIONS if settings.get(name)]:
+        if used := [name for name in options if settings.get(name)]:
             return {}, f"uses PEFT's {used[0]}, which is not read here"
         start = str(settings.get("init_lora_weights"))
         if start.lower().startswith(BASE_CHANGING):
@@ -325,7 +192,8 @@ def _peft_config(listing, beside):
                 f"belongs to a base that init_lora_weights {start!r} changed, and means nothing on another one; have "
                 "PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
             )
-        required = {"lora_alpha": settings.get("use_rslora"), "alpha": kron, "r": kron}
+        by_r = has & {"lokr_w1", "lokr_w1_a", "hada_w1_a"}
+        required = {"lora_alpha": settings.get("use_rslora"), "alpha": by_r, "r": by_r, "eps": settings.get("coft")}
         for name in required:
             value = settings.get(name)
             if not isinstance(value, int | float) and (required[name] or value is not None):
@@ -350,7 +218,7 @@ def read_lora(path, expert=None):
     """A LoRA file in any of the known layouts -> ({parameter name: change}, metadata).
 
     expert: "high" or "low", whose changes are wanted of a file that holds both. Raises BadInput for keys that are not
-    known and for kinds that are not read (LoHa, DoRA, ...): a file is never half loaded. Tensors stay in the file until
+    known and for kinds that are not read: a file is never half loaded. Tensors stay in the file until
     a change is used.
     """
     listing = read_listing(path)
@@ -360,7 +228,7 @@ def read_lora(path, expert=None):
 def describe(path):
     """What a LoRA file is, from its header alone, or None for a file that is none.
 
-    {"forms": {"low rank" | "kron" | "difference": number}, "ranks": {rank: number}, "targets": {module: number},
+    {"forms": {"low rank" | "kron" | "DoRA" | ...: number}, "ranks": {rank: number}, "targets": {module: number},
     "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many are of Wan 2.1's image branch,
     "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem": why read_lora refuses the file
     or None, "metadata"}
@@ -369,7 +237,7 @@ def describe(path):
     if listing is None:
         return None
     changes = [(name, parts) for half in listing.halves.values() for name, parts in half.items()]
-    forms = Counter("low rank" if "A" in p else "difference" if "diff" in p else "kron" for _, p in changes)
+    forms = Counter("DoRA" if p.keys() & {*NORMS} else getattr(form_of(p), "form", "broken") for _, p in changes)
     places = [re.match(r"blocks\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
     expert, source = expert_of(path, listing.metadata, listing.expert and (listing.expert, "its keys"))
     return {
@@ -482,16 +350,6 @@ def choose_experts(spec, experts, flag="--lora"):
     return wanted, None if spec.expert else source
 
 
-def _without_ones(shape):
-    return [n for n in shape if n > 1]
-
-
-def _fits(change, shape):
-    """A convolution's change may be flat, and sides of one element may be there or not."""
-    flat = shape and (shape[0], math.prod(shape[1:]))
-    return flat and _without_ones(change.shape) in (_without_ones(shape), _without_ones(flat))
-
-
 def left_out(changes, shapes):
     """{parameter name: why} of the changes that a model has no use for, and that others skip as well: those of Wan
     2.1's image branch where it has none, and one of the patch embedding for another number of input channels.
@@ -499,7 +357,7 @@ def left_out(changes, shapes):
     skipped, patch = {}, "patch_embedding.weight"
     if not any(IMAGE_BRANCH.match(name) for name in shapes):
         skipped = {n: "of an image branch, which this model does not have" for n in changes if IMAGE_BRANCH.match(n)}
-    if patch in changes and patch in shapes and not _fits(changes[patch], shapes[patch]):
+    if patch in changes and patch in shapes and not changes[patch].fits(shapes[patch]):
         (width, channels, *kernel), given = shapes[patch], changes[patch].shape
         theirs, rest = divmod(math.prod(given[1:]), math.prod(kernel))
         if given[0] == width and not rest:
@@ -524,7 +382,7 @@ def check_fit(path, changes, shapes):
     bad = [
         f"{name} ({times(c.shape)} for {times(shapes[name]) if name in shapes else 'no such parameter'})"
         for name, c in taken.items()
-        if not _fits(c, shapes.get(name))
+        if not (name in shapes and c.fits(shapes[name]))
     ]
     if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
@@ -613,8 +471,14 @@ def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=No
 
 
 def write_changes(path, changes, metadata, factors):
-    """Write {parameter name: change} of lora_files.py, each times factors[name] (default 1)."""
+    """Write {parameter name: Change}, each times factors[name] (default 1). Raises BadInput for one that depends on its
+    weight and is to be scaled.
+    """
     tensors = {}
     for name, change in changes.items():
-        tensors |= change.tensors(name, factors.get(name, 1.0))
+        module, _, leaf = f"diffusion_model.{name}".rpartition(".")
+        try:
+            tensors |= {f"{module}.{part}": t for part, t in change.saved(leaf, factors.get(name, 1.0))}
+        except ValueError as e:
+            raise BadInput(f"{path}: {name} is not written: {e}") from None
     save(path, tensors, metadata)
