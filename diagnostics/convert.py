@@ -1,4 +1,4 @@
-"""diag.py convert: a text encoder's file, or a DiT's files, in another layout, with the same bits."""
+"""diag.py convert: a text encoder's file, a DiT's files or a LoRA in another layout, with the same bits."""
 
 import contextlib
 from dataclasses import asdict
@@ -11,7 +11,8 @@ from nanowan.formats.dit import load_wan
 from nanowan.formats.header import save
 from nanowan.formats.layouts import diffusers_config, diffusers_dit_name, expert_folders, read_weights
 from nanowan.formats.load import cast
-from nanowan.formats.t5 import convert_t5, own_encoder, tokenizer_file
+from nanowan.formats.lora import LORA_LAYOUTS, parse_lora_spec, read_lora, write_changes
+from nanowan.formats.t5 import LAYOUTS, convert_t5, own_encoder, tokenizer_file
 from nanowan.settings import checkpoint_dir
 from wan import Wan
 
@@ -59,8 +60,28 @@ def is_dit(source, part):
     return kind_of(source) == "dit"
 
 
+def convert_lora(text, out, layout):
+    """Write a DiT's LoRA, FILE or, of one that holds both experts, FILE:high or FILE:low, anew: as "comfyui" reads it,
+    and diffusers, or as "musubi", musubi-tuner. LoRA pairs keep their bits, unless alpha has to be multiplied in.
+    """
+    if out.suffix != ".safetensors":
+        raise BadInput(f"{out}: should end in .safetensors")
+    if layout not in LORA_LAYOUTS:
+        raise BadInput(f"--to {layout}: of a LoRA, one of {', '.join(LORA_LAYOUTS)}")
+    spec = parse_lora_spec(text, "convert")
+    if spec.weight != 1:
+        raise BadInput(f"convert {text}: a weight means nothing here; give FILE, FILE:high or FILE:low")
+    changes, metadata = read_lora(spec.file, spec.expert)
+    write_changes(out, changes, metadata | ({"expert": spec.expert} if spec.expert else {}), layout=layout)
+
+
 def run(args):
     source, out = checkpoint_dir(args.source), Path(args.out)
+    file = Path(parse_lora_spec(args.source, "convert").file)
+    if file.is_file() and kind_of(file) == "lora":
+        convert_lora(args.source, out, args.to)
+        print(out)
+        return
     if is_dit(source, args.part):
         if args.to not in DIT_LAYOUTS:
             raise BadInput(f"--to {args.to}: of a DiT, one of {', '.join(DIT_LAYOUTS)}")
@@ -69,6 +90,8 @@ def run(args):
         convert_dit(source, out, args.to)
         print(out)
         return
+    if args.to not in LAYOUTS:
+        raise BadInput(f"--to {args.to}: of a text encoder, one of {', '.join(LAYOUTS)}")
     if args.tokenizer and not Path(args.tokenizer).is_file():
         raise BadInput(f"--tokenizer {args.tokenizer}: no such file")
     files, tokenizer = [source], args.tokenizer

@@ -218,8 +218,7 @@ def cap_lora(file, rows, cap, out, expert=None):
         raise BadInput(f"{file}: {broken[0]} and {len(broken) - 1} more are not finite; nothing is written")
     changes, metadata = read_lora(file, expert)
     factors = {r["name"]: min(1.0, cap / r["ratio"]) if r["ratio"] else 1.0 for r in rows}
-    metadata = {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"}  # the alpha in it is folded below
-    metadata |= {"alpha_folded": True, "delta_cap": cap, **({"expert": expert} if expert else {})}
+    metadata = metadata | {"delta_cap": cap, **({"expert": expert} if expert else {})}
     write_changes(out, changes, metadata, {name: factors.get(name.removesuffix(".weight"), 1.0) for name in changes})
     return sum(factor < 1 for factor in factors.values())
 

@@ -1,5 +1,6 @@
 """LoRA against diffusers and peft; injecting, merging, file layouts, and what training keeps in memory."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_wan import inputs, padded
 
+import diag
 from benchmarks import tiny, tiny_animate, tiny_s2v
 from kernels.fp8 import convert
 from lora import TARGETS, adapter, clamp_weight_norm, inject, lora_layers, weight_norms
 from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, new_dit
 from nanowan.formats.lora import (
+    AdapterInfo,
     choose_experts,
     describe,
     expert_in_name,
@@ -29,9 +32,10 @@ from nanowan.formats.lora import (
     read_lora,
     start_from,
     write_changes,
+    write_lora,
 )
 from nanowan.training.flags import parse_blocks
-from nanowan.variants.registry import parts_of
+from nanowan.variants.registry import VARIANTS, parts_of
 from nanowan.variants.s2v.model import WanS2V
 
 
@@ -1134,10 +1138,10 @@ def test_starting_from_a_file(tmp_path):
 WRITE_TWICE = """
 import sys, torch
 sys.path[:0] = sys.argv[1:3]
-from nanowan.formats.lora import write_lora
+from nanowan.formats.lora import AdapterInfo, write_lora
 pairs = {f"blocks.{i}.cross_attn.k": (torch.ones(2, 4), torch.ones(4, 2)) for i in (1, 0)}
-shown = dict(variant="t2v-A14B", date="2026-01-01", trained_words={"a b": 3, "c": 1})
-write_lora(sys.argv[3], pairs, 0.5, expert="high", step=3, **shown)
+info = AdapterInfo("t2v-A14B", "2026-01-01", {"a b": 3, "c": 1}, (832, 480), 100, 1e-4, 2, 8)
+write_lora(sys.argv[3], pairs, 0.5, info, expert="high", step=3)
 """
 
 
@@ -1152,6 +1156,8 @@ def test_equal_runs_write_equal_files(tmp_path):
     assert first == second
     with safe_open(tmp_path / "0" / "x.safetensors", "pt") as f:
         metadata = f.metadata()
+    raw = (tmp_path / "0" / "x.safetensors").read_bytes()
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
     assert metadata == {
         "format": "pt",
         "variant": "t2v-A14B",
@@ -1166,11 +1172,20 @@ def test_equal_runs_write_equal_files(tmp_path):
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": "x",
         "modelspec.date": "2026-01-01",
-        "modelspec.architecture": "wan2.2-t2v-A14B/lora",
+        "modelspec.architecture": "wan-2_1-text2video-14b/lora",
+        "modelspec.resolution": "832x480",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
         "modelspec.trigger_phrase": "a b, c",
         "ss_tag_frequency": '{"captions": {"a b": 3, "c": 1}}',
-        "ss_base_model_version": "wan2.2-t2v-A14B",
+        "ss_base_model_version": "Wan Video 2.2 T2V-A14B",
+        "ss_output_name": "x",
+        "ss_steps": "3",
+        "ss_max_train_steps": "100",
+        "ss_learning_rate": "0.0001",
+        "ss_batch_size_per_device": "2",
+        "ss_total_batch_size": "8",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "2",
         "ss_network_alpha": "1.0",
@@ -1192,6 +1207,76 @@ def test_changes_written_again(tmp_path):
     check_changes(changes_of(tmp_path / "y.safetensors"), {n: d * factors.get(n, 1) for n, d in want.items()})
     for name, change in changes.items():
         assert change.norm() == pytest.approx(want[name].norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_managers_names(tmp_path, variant):
+    """Every base has an id of SwarmUI and a label."""
+    info = AdapterInfo(variant)
+    write_lora(tmp_path / "x.safetensors", {"blocks.0.cross_attn.k": (torch.ones(2, 4), torch.ones(4, 2))}, info=info)
+    metadata = read_lora(tmp_path / "x.safetensors")[1]
+    id = "wan-2_2-ti2v-5b" if variant == "ti2v-5B" else "wan-2_1-text2video-14b"
+    assert metadata["modelspec.architecture"] == f"{id}/lora" and metadata["variant"] == variant
+    assert metadata["ss_base_model_version"].lower().endswith(variant.lower())
+
+
+def test_a_changed_copy_has_its_own_hash(tmp_path):
+    save_lora(tmp_path / "a.safetensors", trained())
+    changes, metadata = read_lora(tmp_path / "a.safetensors")
+    write_changes(
+        tmp_path / "b.safetensors", changes, metadata | {"sshs_legacy_hash": "x"}, dict.fromkeys(changes, 0.5)
+    )
+    b = read_lora(tmp_path / "b.safetensors")[1]
+    raw = (tmp_path / "b.safetensors").read_bytes()
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert b["sshs_model_hash"] == digest != metadata["sshs_model_hash"] and "sshs_legacy_hash" not in b
+
+
+def run_convert(*args):
+    diag.convert.run(diag.arguments(["convert", *map(str, args)]))
+
+
+def test_musubi_tuners_names(tmp_path):
+    """As its wan_generate_video looks for them: each weight's name with underscores, down, up and alpha; the same bits
+    there and back.
+    """
+    ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
+    model = trained(TARGETS)
+    save_lora(ours, model, expert="high")
+    run_convert(ours, theirs, "--to", "musubi")
+    state, rank = load_file(theirs), 4
+    assert len(state) == 3 * len(lora_layers(model))
+    for name, layer in lora_layers(model).items():
+        key = "lora_unet_" + name.replace(".", "_")
+        assert state[f"{key}.alpha"] == rank
+        assert torch.equal(state[f"{key}.lora_down.weight"], layer.lora_A)
+        assert torch.equal(state[f"{key}.lora_up.weight"], layer.lora_B * layer.scale)
+    assert read_lora(theirs)[1]["expert"] == "high"
+    run_convert(theirs, back, "--to", "comfyui")
+    got, want = load_file(back), load_file(ours)
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_what_is_not_written_for_musubi_tuner(tmp_path):
+    tensors = pair_for(K) | {f"{K}.diff_b": random(48)}
+    mixed = file_of(tmp_path / "x.safetensors", tensors)
+    rotation = file_of(tmp_path / "y.safetensors", {f"{K}.oft_blocks": random(4, 12, 12)})
+    both = {
+        k.replace("diffusion_model", p): v for p in ("transformer", "transformer_2") for k, v in pair_for(K).items()
+    }
+    both = file_of(tmp_path / "z.safetensors", both)
+    for source, flags, message in (
+        (mixed, ["--to", "musubi"], "reads files of one kind, LoRA, LoHa or LoKr; this has"),
+        (rotation, ["--to", "musubi"], "reads files of one kind"),
+        (mixed, ["--to", "official"], "of a LoRA, one of comfyui, musubi"),
+        (f"{mixed}:0.5", ["--to", "musubi"], "a weight means nothing here"),
+        (both, ["--to", "musubi"], "holds both experts"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run_convert(source, tmp_path / "out.safetensors", *flags)
+    assert not (tmp_path / "out.safetensors").exists()
+    run_convert(f"{both}:low", tmp_path / "out.safetensors", "--to", "musubi")
+    assert read_lora(tmp_path / "out.safetensors")[1]["expert"] == "low"
 
 
 def test_other_forms_written_again(tmp_path):

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from lora import base_name, merge
 from nanowan.errors import BadInput
 from nanowan.formats.changes import NORMS, change_of, form_of
-from nanowan.formats.header import read_header, save
+from nanowan.formats.header import hash_of, read_header, save
 from nanowan.formats.layouts import DIFFUSERS_NAMES
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -432,12 +432,68 @@ def start_from(pairs, path, scale, expert=None):
         b.copy_(given_b / scale)
 
 
-def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=None, **metadata):
-    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file).
+# ---- writing -----------------------------------------------------------------------------------------------------
+# What LoRA managers call a base: SwarmUI's id, one for all 14B models, and CivitAI's label, which S2V and Animate lack
+MANAGERS_NAMES = {
+    "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
+    "t2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 T2V-A14B"),
+    "i2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 I2V-A14B"),
+    "s2v-14B": ("wan-2_1-text2video-14b", "wan2.2-s2v-14B"),
+    "animate-14B": ("wan-2_1-text2video-14b", "wan2.2-animate-14B"),
+}
 
-    variant: of the base, such as ti2v-5B. date (ISO 8601; default: none, so that equal adapters are equal files) and
-    trained_words {word: how many captions have it}: shown by LoRA managers, like the title, which is the file's name.
-    Further metadata is written as it is; rank, targets and blocks join it.
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter's file tells LoRA managers of its training.
+
+    variant: of the base, one of VARIANTS. date: ISO 8601. trained_words: {word: how many captions have it}. resolution:
+    (width, height) px. steps: planned. batch: samples per step and rank; total_batch: of all ranks and --accumulate.
+    """
+
+    variant: str | None = None
+    date: str | None = None
+    trained_words: dict = field(default_factory=dict)
+    resolution: tuple | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    total_batch: int | None = None
+
+    def metadata(self):
+        """The entries under the names that kohya's scripts and the ModelSpec standard use."""
+        found = {
+            "variant": self.variant,
+            "modelspec.date": self.date,
+            "modelspec.resolution": self.resolution and "{}x{}".format(*self.resolution),
+            "ss_max_train_steps": self.steps,
+            "ss_learning_rate": self.learning_rate,
+            "ss_batch_size_per_device": self.batch,
+            "ss_total_batch_size": self.total_batch,
+        }
+        if self.variant:
+            architecture, found["ss_base_model_version"] = MANAGERS_NAMES[self.variant]
+            found["modelspec.architecture"] = f"{architecture}/lora"
+        if self.trained_words:
+            found["trained_words"] = found["modelspec.trigger_phrase"] = ", ".join(self.trained_words)
+            found["ss_tag_frequency"] = json.dumps({"captions": self.trained_words}, ensure_ascii=False)
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def save_adapter(path, tensors, metadata):
+    """Write an adapter's tensors with what managers find it by: its title, the file's name, and its hash (AutoV3)."""
+    digest = hash_of(tensors)
+    hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    metadata = {k: v for k, v in metadata.items() if k != "sshs_legacy_hash"} | hashes
+    metadata |= {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": Path(path).stem}
+    save(path, tensors, metadata | {"ss_output_name": Path(path).stem})
+
+
+def write_lora(path, pairs, scale=1.0, info=None, **metadata):
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A, under the names that ComfyUI and diffusers read.
+
+    info: AdapterInfo. Further metadata is written as it is; rank, targets and blocks join it. Equal adapters with equal
+    metadata are equal files.
     """
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -445,40 +501,49 @@ def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=No
         tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
     rank = len(next(iter(pairs.values()))[0])
     parts = [re.match(r"blocks\.(\d+)\.(.+)|(audio_injector)\.injector\.\d+\.(.)", name).groups() for name in pairs]
-    metadata |= {
-        "format": "pt",
+    metadata |= (info or AdapterInfo()).metadata() | {
         "rank": rank,
         "alpha": scale * rank,
         "alpha_folded": True,
         "targets": ",".join(sorted({target or f"{owner}.{leaf}" for _, target, owner, leaf in parts})),
         "blocks": ",".join(map(str, sorted({int(block) for block, *_ in parts if block}))),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": Path(path).stem,
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": scale * rank,
     }
-    if variant:
-        base = f"wan2.2-{variant}"
-        metadata |= {"variant": variant, "modelspec.architecture": f"{base}/lora", "ss_base_model_version": base}
-    if date:
-        metadata["modelspec.date"] = date
-    if trained_words:
-        metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
-        metadata["ss_tag_frequency"] = json.dumps({"captions": trained_words}, ensure_ascii=False)
-    save(path, tensors, metadata)
+    if "step" in metadata:
+        metadata["ss_steps"] = metadata["step"]
+    save_adapter(path, tensors, metadata)
 
 
-def write_changes(path, changes, metadata, factors):
-    """Write {parameter name: Change}, each times factors[name] (default 1). Raises BadInput for one that depends on its
-    weight and is to be scaled.
+LORA_LAYOUTS = ("comfyui", "musubi")
+KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def write_changes(path, changes, metadata, factors=None, layout="comfyui"):
+    """Write {parameter name: Change}, each times factors[name] (default 1), in one of LORA_LAYOUTS. Raises BadInput for
+    what that has no form for, and for one that depends on its weight and is to be scaled.
     """
     tensors = {}
     for name, change in changes.items():
-        module, _, leaf = f"diffusion_model.{name}".rpartition(".")
+        module, _, leaf = name.rpartition(".")
         try:
-            tensors |= {f"{module}.{part}": t for part, t in change.saved(leaf, factors.get(name, 1.0))}
+            saved = dict(change.saved(leaf, (factors or {}).get(name, 1.0)))
         except ValueError as e:
             raise BadInput(f"{path}: {name} is not written: {e}") from None
-    save(path, tensors, metadata)
+        if layout == "musubi":
+            module = f"lora_unet_{module.replace('.', '_')}"
+            saved = {KOHYA_PARTS.get(part, part): t for part, t in saved.items()}
+            saved |= {"alpha": torch.tensor(float(change.rank))} if change.form == "low rank" else {}
+        else:
+            module = f"diffusion_model.{module}"
+        tensors |= {f"{module}.{part}": t for part, t in saved.items()}
+    forms = {change.form if name.endswith(".weight") else "difference" for name, change in changes.items()}
+    if layout == "musubi" and (len(forms) > 1 or not forms <= {"low rank", "kron", "hadamard"}):
+        raise BadInput(
+            f"{path}: musubi-tuner reads files of one kind, LoRA, LoHa or LoKr; this has {', '.join(sorted(forms))}"
+        )
+    save_adapter(
+        path, tensors, {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {"alpha_folded": True}
+    )
