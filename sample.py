@@ -57,7 +57,12 @@ def arguments(argv=None):
     add("--seed", type=int, default=0, help="random seed of the noise; -1 draws one (default: 0)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
     add("--lora", action="append", default=[], help="LoRA file, FILE[:weight][:high|low|both]; may be repeated")
-    add("--text_encoder", help="text encoder file to use (default: the checkpoint's own)")
+    add(
+        "--text_encoder",
+        action="append",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the one "
+        "before (default: the checkpoint's own)",
+    )
     add(
         "--dtype",
         choices=list(DTYPES),
@@ -226,7 +231,7 @@ def load(
 ):
     """A Pipeline for `generate`, of a checkpoint folder or "nano"; weights are read when first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own. fp8,
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. fp8,
     stream_blocks, world: as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
     """
     return Pipeline(ckpt_dir, Runtime(device, dtype, fp8, stream_blocks, world=world), lora, text_encoder)
@@ -335,6 +340,11 @@ def given_inputs(args):
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
+def one_or_all(values):
+    """A repeatable flag as a video's settings have it: what was given once is no list."""
+    return values[0] if values and len(values) == 1 else values
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -365,7 +375,7 @@ def run(args, prompts, world):
     video = open_video(pipe, s, args.image, **inputs)
     used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
     used |= {"size": video.size, "fps": video.fps, "seed": seed, "ckpt": str(args.ckpt), "dtype": dtype}
-    used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder")} | inputs
+    used |= {k: getattr(args, k) for k in ("image", "lora")} | {"text_encoder": one_or_all(args.text_encoder)} | inputs
     approximations = {"base_dtype": "fp8" if pipe.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
     used |= {k: v for k, v in approximations.items() if v}
     print(json.dumps(used, ensure_ascii=False), backend.chosen(world.device), sep="\n")

@@ -283,7 +283,7 @@ def train(args, world):
     state = TrainState(params, opt, args.grad_spike_factor, args.ema)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
-    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: [cache.digest(f) for f in pipe.files("text")])
+    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
     if saved := run.restore(fingerprint):
         state.restore(saved)
     previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)

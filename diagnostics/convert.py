@@ -11,8 +11,8 @@ from nanowan.formats.dit import load_wan
 from nanowan.formats.header import save
 from nanowan.formats.layouts import diffusers_config, diffusers_dit_name, expert_folders, read_weights
 from nanowan.formats.load import cast
-from nanowan.formats.lora import LORA_LAYOUTS, parse_lora_spec, read_lora, write_changes
-from nanowan.formats.t5 import LAYOUTS, convert_t5, own_encoder, tokenizer_file
+from nanowan.formats.lora import LORA_LAYOUTS, kind_of_lora, parse_lora_spec, read_lora, write_changes
+from nanowan.formats.t5 import LAYOUTS, convert_encoder_lora, convert_t5, own_encoder, tokenizer_file
 from nanowan.settings import checkpoint_dir
 from wan import Wan
 
@@ -61,8 +61,8 @@ def is_dit(source, part):
 
 
 def convert_lora(text, out, layout):
-    """Write a DiT's LoRA, FILE or, of one that holds both experts, FILE:high or FILE:low, anew: as "comfyui" reads it,
-    and diffusers, or as "musubi", musubi-tuner. LoRA pairs keep their bits, unless alpha has to be multiplied in.
+    """Write a LoRA, FILE or, of one that holds both experts, FILE:high or FILE:low, anew: as "comfyui" reads it, and
+    diffusers, or, of a DiT, as "musubi", musubi-tuner. LoRA pairs keep their bits, unless alpha is multiplied in.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")
@@ -71,6 +71,11 @@ def convert_lora(text, out, layout):
     spec = parse_lora_spec(text, "convert")
     if spec.weight != 1:
         raise BadInput(f"convert {text}: a weight means nothing here; give FILE, FILE:high or FILE:low")
+    if kind_of_lora(spec.file) == "text":
+        if layout != "comfyui":
+            raise BadInput(f"--to {layout}: of a LoRA of the text encoder, comfyui")
+        convert_encoder_lora(spec.file, out)
+        return
     changes, metadata = read_lora(spec.file, spec.expert)
     write_changes(out, changes, metadata | ({"expert": spec.expert} if spec.expert else {}), layout=layout)
 
@@ -78,7 +83,7 @@ def convert_lora(text, out, layout):
 def run(args):
     source, out = checkpoint_dir(args.source), Path(args.out)
     file = Path(parse_lora_spec(args.source, "convert").file)
-    if file.is_file() and kind_of(file) == "lora":
+    if file.is_file() and kind_of(file).endswith("lora"):
         convert_lora(args.source, out, args.to)
         print(out)
         return

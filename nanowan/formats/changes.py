@@ -424,14 +424,100 @@ class Dense(Change):
         return read(self.entry).double().norm().item()
 
 
-FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense)
+@dataclass(frozen=True)
+class Rows(Change):
+    """Of an embedding table: `values` (n,D) are added to the rows `ids` (n), or put in their place."""
+
+    values: Entry
+    ids: Entry
+    replaces: bool = False
+    form = "rows"
+
+    @classmethod
+    def matches(cls, shapes):
+        a, ids = shapes.get("A", ()), shapes.get("ids", ())
+        return shapes.keys() == {"A", "ids"} and len(a) == 2 and ids == a[:1]
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        return cls(parts["A"], parts["ids"])
+
+    def read(self, device="cpu"):
+        """(ids (n) int64, values (n,D) fp32)."""
+        return self.ids.read().to(device, torch.int64), read(self.values, device)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    def fits(self, shape):
+        return len(shape) == 2 and shape[1] == self.shape[1] and int(self.read()[0].max()) < shape[0]
+
+    def of(self, weight):
+        ids, values = self.read(weight.device)
+        change = torch.zeros_like(weight, dtype=torch.float32)
+        change[ids] = values - weight[ids].float() if self.replaces else values
+        return change
+
+    def add_to(self, parameter, strength=1.0):
+        ids, values = self.read(parameter.device)
+        now = parameter[ids].float()
+        if self.replaces:
+            values = values if strength == 1 else now + strength * (values - now)
+        else:
+            values = now + strength * values
+        parameter[ids] = values.to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class TableLowRank(LowRank):
+    """B A of an embedding table, added to those rows only for which B is not zero: no second table is formed."""
+
+    def rows(self):
+        """(ids (n) int64, values (n,D) fp32) of the rows that change."""
+        a, b = self.factors()
+        ids = b.any(1).nonzero().flatten()
+        return ids, b[ids] @ a
+
+    def add_to(self, parameter, strength=1.0):
+        ids, values = (t.to(parameter.device) for t in self.rows())
+        parameter[ids] = (parameter[ids].float() + strength * values).to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class Value(Change):
+    """What a parameter is in another checkpoint; the change is the way there."""
+
+    entry: Entry
+    form = "value"
+
+    @property
+    def shape(self):
+        return self.entry.shape
+
+    def fits(self, shape):
+        return tuple(shape) == tuple(self.shape)
+
+    def of(self, weight):
+        return read(self.entry, weight.device) - weight.float()
+
+    def add_to(self, parameter, strength=1.0):
+        step = max(1, SLICE // (4 * math.prod(self.shape[1:])))
+        for begin in range(0, len(parameter), step):
+            part = parameter[begin : begin + step]
+            there, here = read(self.entry.part(begin, begin + len(part)), part.device), part.float()
+            part.copy_(there if strength == 1 else here + strength * (there - here))
+
+
+SLICE = 64 << 20  # bytes in fp32 that are changed at once
+FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)
 NORMS = ("dora_scale", "lora_magnitude_vector")  # DoRA's: LyCORIS', (out,1) or (1,in), and PEFT's, (out)
 
 
 def form_of(parts):
     """The class of FORMS that these tensors, {part: Entry}, make one change of, DoRA's norms aside, or None."""
     shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
-    numbers = all(e.dtype.is_floating_point for part, e in parts.items() if part != "alpha")
+    numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
     if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
         return None
     return next((form for form in FORMS if form.matches(shapes)), None)

@@ -34,14 +34,16 @@ PREFIXES = re.compile(
 )
 ENDINGS = re.compile(
     r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|"
-    r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector)"
+    r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector|ids)"
     r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 PARTS |= {"diff_b": "diff", "diff_m": "diff"}
+# ComfyUI's names of the text encoder's weights are transformers' behind this
+TEXT_PREFIX = re.compile(r"text_encoders\.(?:umt5xxl\.)?transformer\.")
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
 
-SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2"}  # that parameters of other models have too
+SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # that parameters of other models have too
 
 # Kinds of files that are not read, by what is in their keys
 REFUSED = {
@@ -59,6 +61,9 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
 
 
+MODELS = {"dit": "a DiT", "text": "the text encoder"}
+
+
 class Place(NamedTuple):
     component: str | None  # what stands before the module's name where a file has several models, such as transformer_2
     parameter: str
@@ -66,11 +71,15 @@ class Place(NamedTuple):
 
 
 def official_name(key):
-    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models."""
+    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models. The
+    text encoder's are of the component "text" and keep transformers' names.
+    """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
         return None
     name, part = m.groups()
+    if text := TEXT_PREFIX.match(name):
+        return Place("text", f"{name[text.end() :]}.weight", PARTS.get(part, part))
     prefix = PREFIXES.match(name)
     name = name[prefix.end() :]
     numbered = re.fullmatch(r"(blocks|audio_injector_injector)_(\d+)(.*)", name.replace(".", "_"))
@@ -86,8 +95,8 @@ def official_name(key):
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """A LoRA file as its header shows it. `halves`: {"high" | "low": {parameter: {part: Entry}}}, where a file for one
-    model stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
+    """A LoRA file as its header shows it. `halves`: {"high" | "low" | "text": {parameter: {part: Entry}}}, where a file
+    for one DiT stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
     """
 
     path: Path
@@ -96,6 +105,11 @@ class Listing:
     peft: dict
     expert: str | None  # as its keys tell: "high", "low", "both"
     problem: str | None
+
+    @property
+    def model(self):
+        """What it changes: the "dit", or the "text" encoder."""
+        return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
         """Which of the halves is this expert's: of a file for one model, the only one."""
@@ -124,7 +138,8 @@ def list_lora(path):
             unknown.append(key)
             continue
         components.add(place.component)
-        half = parts.setdefault("low" if place.component in LOW_NOISE else "high", {})
+        name = "low" if place.component in LOW_NOISE else "text" if place.component == "text" else "high"
+        half = parts.setdefault(name, {})
         tensors = half.setdefault(place.parameter, {})
         twice += [key] if place.part in tensors else []
         tensors[place.part] = entry
@@ -142,6 +157,8 @@ def list_lora(path):
     problem = None
     if variants:
         problem = f"is {' and '.join(sorted(variants))}, which is not read here"
+    elif "text" in parts and len(parts) > 1:
+        problem = "changes a DiT and the text encoder; give them as two files"
     elif unknown:
         problem = f"{len(unknown)} keys are unknown here, such as {unknown[0]}"
     elif twice:
@@ -150,7 +167,7 @@ def list_lora(path):
         problem = (
             f"{len(broken)} changes are not whole, or their tensors do not fit together, such as that of {broken[0]}"
         )
-    expert = "both" if len(parts) == 2 else None
+    expert = "both" if len(parts) == 2 and "text" not in parts else None
     if expert is None and components <= {"transformer_1", *LOW_NOISE}:
         expert = next(iter(parts), None)
     listing = Listing(Path(path), metadata, parts, {}, expert, problem)
@@ -204,14 +221,22 @@ def _peft_config(listing, beside):
     return {"high": high, "low": low}, None
 
 
-def read_listing(path):
-    """The Listing of a file that can be read. Raises BadInput for another."""
+def read_listing(path, model="dit"):
+    """The Listing of a file that can be read, for the "dit" or the "text" encoder. Raises BadInput for another."""
     listing = list_lora(path)
     if listing is None:
         raise BadInput(f"{path}: not a LoRA, it has none of its keys (lora_A, lora_down, lokr_w1, diff, ...)")
     if listing.problem:
         raise BadInput(f"{path}: {listing.problem}")
+    if listing.model != model:
+        raise BadInput(f"{path}: a LoRA of {MODELS[listing.model]}, where one of {MODELS[model]} is wanted")
     return listing
+
+
+def kind_of_lora(path):
+    """Which model a LoRA file changes: "dit" or "text". Raises BadInput for a file that is none."""
+    listing = list_lora(path)
+    return listing.model if listing and not listing.problem else read_listing(path).model
 
 
 def read_lora(path, expert=None):
@@ -228,19 +253,20 @@ def read_lora(path, expert=None):
 def describe(path):
     """What a LoRA file is, from its header alone, or None for a file that is none.
 
-    {"forms": {"low rank" | "kron" | "DoRA" | ...: number}, "ranks": {rank: number}, "targets": {module: number},
-    "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many are of Wan 2.1's image branch,
-    "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem": why read_lora refuses the file
-    or None, "metadata"}
+    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: number}, "ranks": {rank: number},
+    "targets": {module: number}, "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many
+    are of Wan 2.1's image branch, "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem":
+    why the file is not read, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
         return None
     changes = [(name, parts) for half in listing.halves.values() for name, parts in half.items()]
     forms = Counter("DoRA" if p.keys() & {*NORMS} else getattr(form_of(p), "form", "broken") for _, p in changes)
-    places = [re.match(r"blocks\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
+    places = [re.match(r"(?:encoder\.)?blocks?\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
     expert, source = expert_of(path, listing.metadata, listing.expert and (listing.expert, "its keys"))
     return {
+        "model": listing.model,
         "forms": dict(forms),
         "ranks": dict(Counter(p["A"].shape[0] for _, p in changes if p.get("A") and p["A"].shape)),
         "targets": dict(Counter(m.group(2) for m in places if m)),
