@@ -131,8 +131,8 @@ def check(args, s):
         )
     if args.save == "delta" and args.text_encoder:
         raise BadInput(
-            f"--save delta --text_encoder {args.text_encoder}: a delta is read on top of the checkpoint's own encoder "
-            "and would lose this one's changes; use --save full"
+            f"--save delta --text_encoder {' '.join(args.text_encoder)}: a delta is read on top of the checkpoint's own "
+            "encoder and would lose this one's changes; use --save full"
         )
     check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
 
@@ -363,6 +363,8 @@ def train(args, world):
             return
 
     print(need.compare(args.device), run.out / "text_encoder.safetensors", sep="\n")
+    if args.save in ("full", "delta"):
+        print("not for ComfyUI: its CLIPLoader takes it without an error, as a random CLIP; use --save comfyui")
 
 
 if __name__ == "__main__":
