@@ -34,12 +34,12 @@ def script_name(text):
 def add_model_flags(add):
     """Flags of a command that runs a checkpoint with changes."""
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
+    add("--lora", action="append", default=[], help="LoRA, FILE[:weight][:high|low|both]; may be repeated")
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the one "
-        "before (default: the checkpoint's own)",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
     )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")

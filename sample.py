@@ -56,12 +56,17 @@ def arguments(argv=None):
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="random seed of the noise; -1 draws one (default: 0)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
-    add("--lora", action="append", default=[], help="LoRA file, FILE[:weight][:high|low|both]; may be repeated")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        help="LoRA of the DiT or the text encoder, FILE[:weight][:high|low|both]; may be repeated",
+    )
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the one "
-        "before (default: the checkpoint's own)",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
     )
     add(
         "--dtype",

@@ -131,7 +131,7 @@ def check(args, s):
         )
     if args.save == "delta" and args.text_encoder:
         raise BadInput(
-            f"--save delta --text_encoder {' '.join(args.text_encoder)}: a delta is read on top of the checkpoint's own "
+            f"--save delta --text_encoder {' '.join(args.text_encoder)}: a delta is read over the checkpoint's own "
             "encoder and would lose this one's changes; use --save full"
         )
     check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))

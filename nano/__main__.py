@@ -140,8 +140,8 @@ def main():
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the one "
-        "before (default: the checkpoint's own)",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
     )
     add("--prompts", help="a JSONL of prompts and attributes (default: the built-in held-out ones)")
     add("--words", help="ask for these new words instead")

@@ -44,8 +44,8 @@ def add_flags(p, script, out):
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the one "
-        "before (default: the checkpoint's own)",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add = p.add_argument_group("data").add_argument
