@@ -278,8 +278,9 @@ class Dataset:
 
     def text_files(self):
         """{text: the cache file of its embedding}, whether it exists yet or not."""
-        sources = [*self.pipe.files("text"), *filter(None, [tokenizer_file(self.pipe.dir)])]
-        return cache.text_files(self.texts, self.config.cache, sources, self.pipe.runtime.dtype)
+        encoder, tokenizer = self.pipe.encoder_source().digests(cache.digest), tokenizer_file(self.pipe.dir)
+        encoder += [cache.digest(tokenizer)] if tokenizer else []
+        return cache.text_files(self.texts, self.config.cache, encoder, self.pipe.runtime.dtype)
 
     def is_cached(self):
         """Whether all latents are."""

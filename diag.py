@@ -12,7 +12,7 @@ python diag.py logits --ckpt DIR --lora FILE     attention logits per head, befo
 python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and what its words are near
 python diag.py listen --ckpt DIR --lora FILE     does it follow prompts better? nano: graded; others: a sheet
 python diag.py reuse --ckpt DIR --prompts FILE   what sample.py --reuse saves and costs, at several thresholds
-python diag.py convert IN OUT --to comfyui a text encoder's file, or a DiT (--to diffusers), in another layout
+python diag.py convert IN OUT --to comfyui a text encoder, DiT or LoRA in another layout
 python diag.py report RUN                  everything about a training run in one HTML file
 """
 
@@ -21,6 +21,7 @@ import argparse
 from diagnostics import advise, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
 from nanowan.devices import DTYPES
 from nanowan.errors import cli
+from nanowan.formats.lora import LORA_LAYOUTS
 from nanowan.formats.t5 import LAYOUTS
 from nanowan.variants.registry import VARIANTS
 
@@ -33,8 +34,13 @@ def script_name(text):
 def add_model_flags(add):
     """Flags of a command that runs a checkpoint with changes."""
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--lora", action="append", default=[], help="FILE[:weight][:high|low|both]; may be repeated")
-    add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
+    add("--lora", action="append", default=[], help="LoRA, FILE[:weight][:high|low|both]; may be repeated")
+    add(
+        "--text_encoder",
+        action="append",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
+    )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--json", help="also write the result to this file")
@@ -120,12 +126,16 @@ def arguments(argv=None):
     thresholds = [0.02, 0.05, 0.1, 0.2]
     add("--thresholds", type=float, nargs="+", default=thresholds, help="of --reuse (default: 0.02 0.05 0.1 0.2)")
 
-    add = command("convert", convert, "a text encoder, or a DiT, in another layout, with the same bits")
-    add("source", metavar="IN", help="an encoder's or a DiT's file or folder, or a checkpoint folder")
+    add = command("convert", convert, "a text encoder, a DiT or a LoRA in another layout, with the same bits")
+    add("source", metavar="IN", help="file or folder of an encoder or DiT, a checkpoint folder, or a LoRA's file")
+    add("out", metavar="OUT", help="a .safetensors file; for a DiT, or an encoder of diffusers, a folder")
+    layouts = list(dict.fromkeys([*LAYOUTS, *LORA_LAYOUTS]))
     add(
-        "out", metavar="OUT", help="the folder of a DiT; of an encoder a .safetensors file, for diffusers also a folder"
+        "--to",
+        required=True,
+        choices=layouts,
+        help="DiT: official, diffusers; encoder: also comfyui; LoRA: comfyui, musubi",
     )
-    add("--to", required=True, choices=LAYOUTS, help="official is read by others too; comfyui: an encoder only")
     add("--part", choices=["dit", "text"], help="default: what IN is; of a checkpoint folder, the encoder (text)")
     add("--tokenizer", help="a spiece.model to put inside, for comfyui (default: the one of IN)")
 

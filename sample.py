@@ -65,8 +65,18 @@ def arguments(argv=None):
     )
     add("--num_videos", type=int, default=1, help="videos per prompt, from successive seeds (default: %(default)s)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
-    add("--lora", action="append", default=[], help="LoRA file, FILE[:weight][:high|low|both]; may be repeated")
-    add("--text_encoder", help="text encoder file to use (default: the checkpoint's own)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        help="LoRA of the DiT or the text encoder, FILE[:weight][:high|low|both]; may be repeated",
+    )
+    add(
+        "--text_encoder",
+        action="append",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
+    )
     add(
         "--dtype",
         choices=list(DTYPES),
@@ -243,7 +253,7 @@ def load(
 ):
     """A Pipeline for `generate`, of a checkpoint folder or "nano"; weights are read when first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: a file to use instead of the folder's own. fp8,
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. fp8,
     stream_blocks, world: as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
     """
     return Pipeline(ckpt_dir, Runtime(device, dtype, fp8, stream_blocks, world=world), lora, text_encoder)
@@ -351,8 +361,7 @@ def run(args, prompts, world):
     mine = requests[world.dp_rank :: world.dp_size]
     videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
-    record = mine[0].record(pipe, videos[0]) | {k: v for k in ("reuse", "vae_tile") if (v := getattr(args, k))}
-    print(json.dumps(record, ensure_ascii=False), backend.chosen(world.device), f"{len(requests)} videos", sep="\n")
+    print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False), backend.chosen(world.device), f"{len(requests)} videos", sep="\n")
 
     # what the largest will need
     video, s = max(((v, r.settings) for v, r in zip(videos, mine)), key=lambda pair: math.prod(pair[0].shape))
@@ -383,7 +392,7 @@ def run(args, prompts, world):
         return None if colors is None else preview_writer(colors, file, args.preview_every, r.prompt)
 
     def comment(r, video):
-        return json.dumps(r.record(pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
+        return json.dumps(r.record(args, pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
 
     def latents_file(r):
         place = list(keys).index(r.out)

@@ -26,7 +26,14 @@ from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
 from nanowan.formats.dit import new_dit
 from nanowan.formats.header import load
-from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec, start_from, write_lora
+from nanowan.formats.lora import (
+    AdapterInfo,
+    changes_to_start_from,
+    choose_experts,
+    parse_lora_spec,
+    start_from,
+    write_lora,
+)
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_texts
@@ -300,13 +307,14 @@ def train(args, world):
 
     def save(step):
         triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
+        total_batch = args.batch * args.accumulate * world.dp_size
+        info = AdapterInfo(s.variant, run.date, triggers, size, args.steps, args.lr, args.batch, total_batch)
         with state.averaged():
             for name in schedule if world.is_main else ():
                 if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
                     clamp_weight_norm(adapters[name], scale, norms[name], args.delta_cap)
-                metadata = {"variant": s.variant, "date": run.date, "trained_words": triggers}
                 for file in (adapter_file(run.out, args.name, name, n) for n in (step, None)):
-                    write_lora(file, adapters[name], scale, step=step, expert=name, **metadata)
+                    write_lora(file, adapters[name], scale, info, step=step, expert=name)
         state.save(run, step)
         if args.keep and world.is_main:
             remove_older_adapters(run.out, args.name, step, args.keep)

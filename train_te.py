@@ -23,7 +23,14 @@ from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
 from nanowan.formats.header import save as save_tensors
-from nanowan.formats.t5 import in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
+from nanowan.formats.t5 import (
+    in_layout,
+    load_tokenizer,
+    read_encoder,
+    tokenizer_bytes,
+    tokenizer_file,
+    write_encoder_lora,
+)
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_texts
@@ -162,8 +169,8 @@ def check(args, s, num_blocks):
         raise BadInput("--save lora: whole blocks are trained; give --rank N, or --train_blocks 0 for embeddings alone")
     if args.save in ("delta", "lora") and args.text_encoder:
         raise BadInput(
-            f"--save {args.save} --text_encoder {args.text_encoder}: its result is read on top of the checkpoint's own "
-            "encoder and would lose this one's changes; use --save full"
+            f"--save {args.save} --text_encoder {' '.join(args.text_encoder)}: its result is read on top of the "
+            "checkpoint's own encoder and would lose this one's changes; use --save full"
         )
     check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
 
@@ -220,8 +227,8 @@ def train(args, world):
     spiece = tokenizer_bytes(file) if file else spiece.read()
     keywords = [parse_keyword(text) for text in args.keywords]
     names = [k.name for k in keywords]
-    rows = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
-    placeholders = add_placeholders(keywords, tokenizer, rows)
+    vocab = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
+    placeholders = add_placeholders(keywords, tokenizer, vocab)
     check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
@@ -286,7 +293,7 @@ def train(args, world):
     fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
-    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: [cache.digest(f) for f in pipe.files("text")])
+    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
     if saved := run.restore(fingerprint):
         state.restore(saved)
     previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
@@ -336,7 +343,7 @@ def train(args, world):
             if args.save == "lora":
                 changes = encoder_changes(encoder, base_rows)
                 if world.is_main:
-                    write_encoder_lora(result, *changes, metadata)
+                    write_encoder_lora(result, *changes, metadata, vocab=vocab)
             else:
                 tensors = encoder_tensors(encoder, args.save, dtype, world.is_main)
                 if world.is_main:
@@ -388,6 +395,8 @@ def train(args, world):
             return
 
     print(need.compare(args.device), result, sep="\n")
+    if args.save in ("full", "delta"):
+        print("not for ComfyUI: its CLIPLoader takes it without an error, as a random CLIP; use --save comfyui")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""diag.py convert: a text encoder's file, or a DiT's files, in another layout, with the same bits."""
+"""diag.py convert: a text encoder's file, a DiT's files or a LoRA in another layout, with the same bits."""
 
 import contextlib
 from dataclasses import asdict
@@ -11,7 +11,8 @@ from nanowan.formats.dit import load_wan
 from nanowan.formats.header import save
 from nanowan.formats.layouts import diffusers_config, diffusers_dit_name, expert_folders, read_weights
 from nanowan.formats.load import cast
-from nanowan.formats.t5 import convert_t5, own_encoder, tokenizer_file
+from nanowan.formats.lora import LORA_LAYOUTS, kind_of_lora, parse_lora_spec, read_lora, write_changes
+from nanowan.formats.t5 import LAYOUTS, convert_encoder_lora, convert_t5, own_encoder, tokenizer_file
 from nanowan.settings import checkpoint_dir
 from wan import Wan
 
@@ -29,7 +30,7 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
     """
     model = load_wan(source, "meta")  # raises, unless all tensors are there with their shapes
     if type(model) is not Wan:
-        raise BadInput(f"{source}: a {model.config.model_type} model; ti2v, t2v and i2v are converted")
+        raise BadInput(f"{source}: of the kind {model.config.model_type}; DiTs of ti2v, t2v and i2v are converted")
     entries, out = cast(read_weights(files_of(next(iter(expert_folders(source).values()))))), Path(out)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config = diffusers_config(model.config) if layout == "diffusers" else {"_class_name": "WanModel", **config}
@@ -59,8 +60,33 @@ def is_dit(source, part):
     return kind_of(source) == "dit"
 
 
+def convert_lora(text, out, layout):
+    """Write a LoRA, FILE or, of one that holds both experts, FILE:high or FILE:low, anew: as "comfyui" reads it, and
+    diffusers, or, of a DiT, as "musubi", musubi-tuner. LoRA pairs keep their bits, unless alpha is multiplied in.
+    """
+    if out.suffix != ".safetensors":
+        raise BadInput(f"{out}: should end in .safetensors")
+    if layout not in LORA_LAYOUTS:
+        raise BadInput(f"--to {layout}: of a LoRA, one of {', '.join(LORA_LAYOUTS)}")
+    spec = parse_lora_spec(text, "convert")
+    if spec.weight != 1:
+        raise BadInput(f"convert {text}: a weight means nothing here; give FILE, FILE:high or FILE:low")
+    if kind_of_lora(spec.file) == "text":
+        if layout != "comfyui":
+            raise BadInput(f"--to {layout}: of a LoRA of the text encoder, comfyui")
+        convert_encoder_lora(spec.file, out)
+        return
+    changes, metadata = read_lora(spec.file, spec.expert)
+    write_changes(out, changes, metadata | ({"expert": spec.expert} if spec.expert else {}), layout=layout)
+
+
 def run(args):
     source, out = checkpoint_dir(args.source), Path(args.out)
+    file = Path(parse_lora_spec(args.source, "convert").file)
+    if file.is_file() and kind_of(file).endswith("lora"):
+        convert_lora(args.source, out, args.to)
+        print(out)
+        return
     if is_dit(source, args.part):
         if args.to not in DIT_LAYOUTS:
             raise BadInput(f"--to {args.to}: of a DiT, one of {', '.join(DIT_LAYOUTS)}")
@@ -69,6 +95,8 @@ def run(args):
         convert_dit(source, out, args.to)
         print(out)
         return
+    if args.to not in LAYOUTS:
+        raise BadInput(f"--to {args.to}: of a text encoder, one of {', '.join(LAYOUTS)}")
     if args.tokenizer and not Path(args.tokenizer).is_file():
         raise BadInput(f"--tokenizer {args.tokenizer}: no such file")
     files, tokenizer = [source], args.tokenizer

@@ -13,7 +13,7 @@ from diagnostics.inspect import kind_of
 from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.layouts import expert_folders, read_weights, vae_files, weight_files
 from nanowan.formats.lora import check_fit, choose_experts, parse_lora_spec, read_lora, write_changes
-from nanowan.formats.t5 import own_encoder, read_encoder
+from nanowan.formats.t5 import EncoderSource, EncoderSpec, check_encoder_changes, own_encoder, read_encoder
 from nanowan.settings import checkpoint_dir
 
 
@@ -71,12 +71,19 @@ def relative_norm(rows):
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
-def lora_moves(path, base, expert):
-    """Yield (parameter name, base weight, Norms of its change) of a LoRA file. A low-rank change is never formed."""
-    shapes = {name: entry.shape for name, entry in base.entries.items()}
-    for name, change in check_fit(path, read_lora(path, expert)[0], shapes).items():
-        factors = change.factors()
-        yield name, base.read(name), factor_norms(*factors) if factors else dense_norms(change.dense())
+def lora_moves(path, base, expert, kind):
+    """Yield (parameter name, base weight, Norms of its change) of a LoRA file; kind: as kind_of says. A low-rank change
+    is never formed.
+    """
+    if kind == "lora":
+        shapes = {name: entry.shape for name, entry in base.entries.items()}
+        changes = check_fit(path, read_lora(path, expert)[0], shapes)
+    else:
+        files = sorted({entry.file for entry in base.entries.values()})
+        ((changes, _),) = check_encoder_changes(EncoderSource(files, [EncoderSpec(Path(path))]), base.entries)
+    for name, change in changes.items():
+        factors, weight = change.factors(), base.read(name)
+        yield name, weight, factor_norms(*factors) if factors else dense_norms(change.of(weight))
 
 
 def weight_moves(path, base):
@@ -117,7 +124,7 @@ def delta(path, base, expert=None):
     files = own_encoder(base) if is_encoder and Path(base).is_dir() else weight_files(base)
     weights, rows = Weights(files, is_encoder), []
     for parameter, weight, norms in (
-        lora_moves(path, weights, expert) if kind == "lora" else weight_moves(path, weights)
+        lora_moves(path, weights, expert, kind) if kind.endswith("lora") else weight_moves(path, weights)
     ):
         name, size = parameter.removesuffix(".weight"), weight.norm().item()
         in_block = re.match(r"blocks\.(\d+)\.(.+)", name)
@@ -218,8 +225,7 @@ def cap_lora(file, rows, cap, out, expert=None):
         raise BadInput(f"{file}: {broken[0]} and {len(broken) - 1} more are not finite; nothing is written")
     changes, metadata = read_lora(file, expert)
     factors = {r["name"]: min(1.0, cap / r["ratio"]) if r["ratio"] else 1.0 for r in rows}
-    metadata = {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"}  # the alpha in it is folded below
-    metadata |= {"alpha_folded": True, "delta_cap": cap, **({"expert": expert} if expert else {})}
+    metadata = metadata | {"delta_cap": cap, **({"expert": expert} if expert else {})}
     write_changes(out, changes, metadata, {name: factors.get(name.removesuffix(".weight"), 1.0) for name in changes})
     return sum(factor < 1 for factor in factors.values())
 
@@ -232,7 +238,7 @@ def run(args):
     if args.out and len(pairs) > 1:
         raise BadInput(f"--out {args.out}: one expert's at a time; give {args.changed}:high or :low")
     if args.out and kind_of(pairs[0].path) != "lora":
-        raise BadInput(f"--out {args.out}: only a LoRA file can be held to a cap")
+        raise BadInput(f"--out {args.out}: only a DiT's LoRA can be held to a cap")
     all_rows = []
     for pair in pairs:
         rows = delta(pair.path, pair.base, pair.expert)

@@ -15,7 +15,7 @@ from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, read_config
 from nanowan.formats.header import read_header
 from nanowan.formats.layouts import clean_key, expert_folders, is_diffusers, read_weights, weight_files
-from nanowan.formats.lora import describe
+from nanowan.formats.lora import TEXT_PREFIX, describe
 from nanowan.formats.t5 import build_t5, is_delta, read_encoder
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import CLIPS
@@ -106,7 +106,7 @@ def inspect_dit(path, entries):
 
 
 def inspect_encoder(entries):
-    """entries: those of t5.read_encoder, whatever the file's layout. Raises BadInput for one that is no UMT5."""
+    """entries: those of read_encoder, whatever the file's layout. Raises BadInput for one that is no UMT5."""
     with torch.device("meta"):
         model = build_t5(entries, next(iter(entries.values())).file)
     layers, (vocabulary, width) = len(model.blocks), model.token_embedding.weight.shape
@@ -158,21 +158,25 @@ def inspect_vae(entries):
     }
 
 
-def inspect_lora(entries, lora):
-    """entries: {key: Entry} of the file; lora: what lora_files.describe says of it."""
+def inspect_lora(kind, entries, lora):
+    """entries: {key: Entry} of the file; lora: what describe of formats/lora.py says of it."""
     blocks = lora["blocks"]
-    text = "a LoRA: " + ", ".join(f"{form} {n}" for form, n in lora["forms"].items())
+    text = f"a LoRA{' of the text encoder' if lora['model'] == 'text' else ''}: " + ", ".join(
+        f"{form} {n}" for form, n in lora["forms"].items()
+    )
     if lora["ranks"]:
         text += f", rank {', '.join(map(str, lora['ranks']))}"
     if blocks:
         text += f", on {', '.join(lora['targets'])} of {len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"
-    if lora["elsewhere"]:
+    if lora["model"] == "text" and (rows := entries.get("shared.lora_A.weight")):
+        text += f", and {rows.shape[0]} embedding rows"
+    elif lora["elsewhere"]:
         text += f", {len(lora['elsewhere'])} outside of blocks"
     if lora["expert"]:
         text += f"; for {lora['expert']} noise ({lora['expert_from']})"
     if lora["problem"]:
         text += f"; not read: {lora['problem']}"
-    return {"kind": "lora", "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
+    return {"kind": kind, "matrices": sum(lora["forms"].values()), **lora, **totals(entries), "summary": text}
 
 
 def files_of(path):
@@ -184,11 +188,11 @@ def files_of(path):
 
 
 class Contents(NamedTuple):
-    """What weight files hold; entries: {name: Entry}, under official names but for an encoder's; lora: what
-    lora_files.describe says of a LoRA.
+    """What weight files hold; entries: {name: Entry}, under official names but for an encoder's; lora: what describe of
+    formats/lora.py says of a LoRA.
     """
 
-    kind: str  # "lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"
+    kind: str  # "lora", "text_encoder_lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"
     files: list
     entries: dict
     lora: dict | None = None
@@ -198,7 +202,9 @@ def contents(path):
     """The Contents of a weight file, or of a folder of one model's. Raises BadInput where none can be read."""
     files = files_of(path)
     if len(files) == 1 and (lora := describe(files[0])):
-        return Contents("lora", files, {clean_key(name): e for name, e in read_header(files[0])[0].items()}, lora)
+        kind = "text_encoder_lora" if lora["model"] == "text" else "lora"
+        entries = {TEXT_PREFIX.sub("", clean_key(name)): e for name, e in read_header(files[0])[0].items()}
+        return Contents(kind, files, entries, lora)
     entries = read_weights(files)
     if len(files) == 1 and is_delta(files[0]):
         return Contents("text_encoder_delta", files, entries)
@@ -220,8 +226,8 @@ def kind_of(path):
 def inspect_weights(path):
     """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
     kind, files, entries, lora = contents(path)
-    if kind == "lora":
-        return inspect_lora(entries, lora)
+    if lora:
+        return inspect_lora(kind, entries, lora)
     if kind == "text_encoder_delta":
         return inspect_encoder_delta(entries, read_header(files[0])[1])
     if kind == "dit":

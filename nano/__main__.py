@@ -137,7 +137,12 @@ def main():
     add = c.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
     add("--lora", action="append", default=[], help="FILE[:weight]; may be repeated")
-    add("--text_encoder", help="an updated text encoder's file (default: the checkpoint's own)")
+    add(
+        "--text_encoder",
+        action="append",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
+    )
     add("--prompts", help="a JSONL of prompts and attributes (default: the built-in held-out ones)")
     add("--words", help="ask for these new words instead")
     add("--n", type=int, help="prompts of each suite (default: 200, 40 per new word, or the whole file)")

@@ -113,10 +113,11 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None):
     return failed
 
 
-def text_files(captions, cache, encoder_files, dtype):
-    """{caption: the cache file of its embedding}, whether it exists yet or not. encoder_files: weights, tokenizer."""
-    weights = [digest(f) for f in encoder_files]
-    return {c: cache_file(cache, text=c, encoder=weights, dtype=str(dtype)) for c in dict.fromkeys(captions)}
+def text_files(captions, cache, encoder, dtype):
+    """{caption: the cache file of its embedding}, whether it exists yet or not. encoder: digests of its weights and
+    tokenizer.
+    """
+    return {c: cache_file(cache, text=c, encoder=encoder, dtype=str(dtype)) for c in dict.fromkeys(captions)}
 
 
 def cache_texts(files, load_encoder):

@@ -8,19 +8,21 @@ evicted: from the accelerator to the host, from the host (device "cpu") to nothi
 import gc
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kernels.fp8 import report as fp8_report
 from lora import adapter, attach, inject
 from nanowan.devices import activation_bytes, free_memory
+from nanowan.errors import BadInput
 from nanowan.formats.dit import build_dit, keep_fp32, read_config, read_dit
 from nanowan.formats.header import read_header
 from nanowan.formats.layouts import expert_folders, vae_files, weight_files
 from nanowan.formats.load import load_weights
-from nanowan.formats.lora import check_fit, choose_experts, merge_file, parse_lora_spec, read_lora
+from nanowan.formats.lora import check_fit, choose_experts, kind_of_lora, merge_file, parse_lora_spec, read_lora
 from nanowan.formats.scaled import linears_in_fp8
-from nanowan.formats.t5 import encoder_files, load_t5
+from nanowan.formats.t5 import EncoderSpec, check_encoder_changes, encoder_source, encoder_specs, load_t5, read_encoder
 from nanowan.formats.vae import load_vae
 from nanowan.memory import offload
 from nanowan.memory.placement import Placement, SharedPlacement, StreamedPlacement
@@ -75,16 +77,17 @@ class Adapter:
 class Pipeline:
     """The models of one checkpoint (see the top of this file).
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", merged into the DiTs. text_encoder: a
-    file to use instead of the folder's own encoder. Raises BadInput for an expert's files, or a LoRA, that cannot be
-    used: now, not after half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", merged into the DiTs or, where they
+    are the text encoder's, into that. text_encoder: "FILE[:strength]", or a list of such, to use instead of the
+    folder's own encoder or over it (formats/t5.py, load_t5). Raises BadInput for an expert's files, or a LoRA, that
+    cannot be used: now, not after half of the steps.
 
     For training: `adapter` is what each DiT gets when it is loaded, `checkpointing` whether it recomputes activations.
     Adapters' parameters {expert: {module: (A, B)}} stay in `adapters` while their DiT leaves memory and returns.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
-        self.dir, self.runtime, self.text_encoder = checkpoint_dir(ckpt_dir), runtime or Runtime(), text_encoder
+        self.dir, self.runtime = checkpoint_dir(ckpt_dir), runtime or Runtime()
         self.settings = read_settings(self.dir)
         self.headers = {name: read_dit(self.folder(name)) for name in self.settings.expert_names}
         self.fp8 = any([self.runtime.fp8, *map(linears_in_fp8, self.headers.values())])
@@ -92,7 +95,12 @@ class Pipeline:
         self.placements = {}
         if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
             print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are A14B's")
-        self.loras = [self._check_lora(spec) for spec in loras]
+        self.loras, self.text_encoder = [], encoder_specs(text_encoder)
+        for lora in map(parse_lora_spec, loras):
+            if kind_of_lora(lora.file) == "text":
+                self._add_to_text(lora)
+            else:
+                self.loras.append(self._check_lora(lora))
 
     @property
     def device(self):
@@ -102,9 +110,16 @@ class Pipeline:
     def world(self):
         return self.runtime.world
 
-    def _check_lora(self, spec):
-        """FILE[:weight][:high|low|both] -> (file, weight, names of the DiTs that it is for)."""
-        lora = parse_lora_spec(spec)
+    def _add_to_text(self, lora):
+        """Put a LoRA of the text encoder behind what else changes that."""
+        if lora.expert:
+            raise BadInput(f"--lora {lora.file}:{lora.expert}: a LoRA of the text encoder, which has no experts")
+        self.text_encoder.append(EncoderSpec(Path(lora.file), lora.weight))
+        source = self.encoder_source()
+        check_encoder_changes(source, read_encoder(source.base).entries)
+
+    def _check_lora(self, lora):
+        """A LoraSpec -> (file, weight, names of the DiTs that it is for)."""
         experts, source = choose_experts(lora, self.settings.expert_names)
         for name in experts:
             shapes = {n: e.shape for n, e in self.headers[name].items()}
@@ -117,10 +132,14 @@ class Pipeline:
     def folder(self, expert):
         return expert_folders(self.dir)[expert]
 
+    def encoder_source(self):
+        """The files of the text encoder, and those of its changes."""
+        return encoder_source(self.dir, self.text_encoder)
+
     def files(self, name):
-        """The weight files of a model."""
+        """The weight files of a whole model, without changes to it."""
         if name == "text":
-            return encoder_files(self.dir, self.text_encoder)
+            return self.encoder_source().base
         return vae_files(self.dir) if name == "vae" else weight_files(self.folder(name))
 
     def config(self, expert=None):

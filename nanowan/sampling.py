@@ -1,5 +1,4 @@
-"""What sample.py is asked for: its flags checked, and the Requests, one for each video, that they and the prompts make.
-"""
+"""What sample.py is asked for: its flags checked, and the Requests, one for each video, that they and the prompts make."""
 
 import hashlib
 import json
@@ -32,12 +31,13 @@ class Request:
     inputs: dict
     out: Path
 
-    def record(self, pipe, video):
+    def record(self, args, pipe, video):
         """What the mp4 says of itself."""
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
-        used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch."), "base_dtype": "fp8" if pipe.fp8 else None}
+        used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch.")} | ({"base_dtype": "fp8"} if pipe.fp8 else {})
+        used |= {k: v for k in ("lora", "text_encoder", "reuse", "vae_tile") if (v := getattr(args, k))}
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):
@@ -47,7 +47,7 @@ class Request:
         files += [
             f for folder in {pipe.dir, *(pipe.folder(n) for n in pipe.settings.expert_names)} for f in _configs(folder)
         ]
-        files += [file for file, _, _ in pipe.loras]
+        files += [file for file, _, _ in pipe.loras] + [change.file for change in pipe.encoder_source().changes]
         files += [v for v in self.inputs.values() if isinstance(v, str) and Path(v).exists()]
         parts = {"flags": flags, "prompt": self.prompt, "seed": self.seed, "settings": asdict(self.settings)}
         parts |= {"inputs": self.inputs, "files": sorted(_identity(Path(f)) for f in files)}
@@ -120,8 +120,7 @@ def given_prompts(args):
 
 
 def requests_of(args, prompts, settings, seeds):
-    """A Request for each prompt and seed, in this order; prompts' own settings, inputs and seeds go before the flags'.
-    """
+    """A Request for each prompt and seed, in this order; prompts' own settings, inputs and seeds go before the flags'."""
     flags, inputs = given_settings(args), given_inputs(args)
     pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]
     return [

@@ -13,17 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diag
-from benchmarks import tiny
+from benchmarks import tiny, tiny_animate
 from diagnostics.convert import convert_dit
 from diagnostics.delta import pair_up
 from diagnostics.inspect import inspect
 from diagnostics.plan import planned
 from nanowan.errors import BadInput
-from nanowan.formats import gguf, load
 from nanowan.formats.dit import load_wan
+from nanowan.formats.gguf import decode
 from nanowan.formats.header import read_header
 from nanowan.formats.layouts import official_vae_name, read_weights
-from nanowan.formats.t5 import load_t5
+from nanowan.formats.load import cast
+from nanowan.formats.t5 import load_t5, load_tokenizer
 from nanowan.formats.vae import load_vae
 from sample import generate, load
 from t5 import Tokenizer
@@ -38,7 +39,8 @@ def latents(folder, kind):
     """Those of a clip of 5 frames, in one step of each expert."""
     image = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)) if kind != "t2v" else None
     size = (64, 64) if kind == "ti2v" else (64, 48)
-    return generate(load(folder), "a cat", image, size, 5, 2, 1.0, seed=3, progress=False)[1]
+    settings = dict(size=size, frames=5, steps=2, shift=1.0)
+    return generate(load(folder), "a cat", image, seed=3, progress=False, **settings)[1]
 
 
 # ---- folders of diffusers ----------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def test_the_encoder_and_the_tokenizer_of_diffusers(diffusers_folders):
     from transformers import T5Tokenizer
 
     theirs = T5Tokenizer.from_pretrained(diffusers_folders["t2v"] / "tokenizer")
-    plain = Tokenizer("inside", model=tiny.spiece())
+    plain = Tokenizer(tiny.spiece())
     for text in ("a red square moves left", "一只猫 </s> cat", "", "naïve café, 50% & more! ﬁ Ａ ½ ☃☃ x", "zzz\nqq"):
         assert encoder.tokenizer([text])[0][0].tolist() == theirs(Tokenizer.clean(text)).input_ids
         assert encoder.tokenizer.ids(text) == plain.ids(text)
@@ -103,10 +105,11 @@ def test_the_encoder_and_the_tokenizer_of_diffusers(diffusers_folders):
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
     for model in ({"type": "BPE", "vocab": {}}, {"type": "Unigram", "vocab": [["a"]]}, []):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": model}))
         with pytest.raises(BadInput, match="tokenizer.json: not a tokenizer of T5's kind"):
-            Tokenizer(tmp_path / "tokenizer.json")
+            load_tokenizer(tmp_path)
 
 
 def test_experts_of_diffusers_alone(diffusers_folders):
@@ -213,7 +216,29 @@ def test_wan_21_is_said(checkpoints, tmp_path, capsys):
         shutil.move(file, tmp_path / "c")
     shutil.rmtree(tmp_path / "c" / "high_noise_model")
     assert load(tmp_path / "c").settings.shift == 12
-    assert "of Wan 2.1, and shift and guidance are A14B's" in capsys.readouterr().out
+    assert "a Wan 2.1 model, for which use --shift 5 --guidance 5" in capsys.readouterr().out
+
+
+IMAGE_BRANCH = ("img_emb.proj.1.weight", "blocks.0.cross_attn.k_img.weight")
+
+
+@pytest.mark.parametrize(
+    "added, metadata, name",
+    [
+        (IMAGE_BRANCH, None, "Wan 2.1's I2V"),
+        (IMAGE_BRANCH, {"config": json.dumps({"transformer": {"model_type": "animate2"}})}, "Wan-Animate-2"),
+        ((*IMAGE_BRANCH, "img_emb.emb_pos"), None, "Wan 2.1's FLF2V"),
+        (("vace_patch_embedding.weight",), None, "a VACE"),
+        (("blocks.0.block.0.weight",), None, "Wan-Animate-2"),
+    ],
+)
+def test_other_models_of_the_family_are_named(tmp_path, added, metadata, name):
+    """In ComfyUI's layout."""
+    state = tiny.dit("i2v").state_dict() | {key: torch.zeros(2, 2) for key in added}
+    state = {f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}
+    save_file(state, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(BadInput, match=f"m.safetensors: this is {name}, another model; loaded are ti2v-5B"):
+        load_wan(tmp_path / "m.safetensors")
 
 
 # ---- conversion --------------------------------------------------------------------------------------------------
@@ -246,6 +271,9 @@ def test_what_is_not_converted(checkpoints, tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             diag.convert.run(diag.arguments(["convert", str(checkpoints["ti2v"]), str(tmp_path / "x"), *flags]))
+    tiny_animate.write_dit(tmp_path / "animate", tiny_animate.animate())
+    with pytest.raises(BadInput, match="animate: of the kind animate; DiTs of ti2v, t2v and i2v are converted"):
+        convert_dit(tmp_path / "animate", tmp_path / "x", "diffusers")
     with pytest.raises(BadInput, match="not a Wan DiT"):
         convert_dit(checkpoints["t2v"] / "Wan2.1_VAE.pth", tmp_path / "x", "diffusers")
     assert not (tmp_path / "x").exists()
@@ -432,7 +460,7 @@ def test_decoding_goes_block_by_block(monkeypatch):
     out, calls = np.empty(values.size, dtype=np.float32), []
     real = gguf.quants.dequantize
     monkeypatch.setattr(gguf.quants, "dequantize", lambda d, kind: calls.append(d.shape) or real(d, kind))
-    gguf.decode(data, "Q8_0", out)
+    decode(data, "Q8_0", out)
     assert len(calls) == 3 and np.array_equal(out.reshape(values.shape), real(data, gguf.GGMLQuantizationType.Q8_0))
 
 
@@ -449,7 +477,7 @@ def test_gguf_weights_are_cast_in_slices(tmp_path, monkeypatch, size):
     """Of some rows each, or of one: the same as the whole."""
     want = write_gguf(tmp_path / "m.gguf", {"blocks.0.ffn.0.weight": torch.randn(37, 64)}, "Q4_0")
     entries, _ = read_header(tmp_path / "m.gguf")
-    monkeypatch.setattr(formats, "SLICE", size)
+    monkeypatch.setattr("nanowan.formats.load.SLICE", size)
     for dtype in (torch.float32, torch.bfloat16):
-        for name, entry in load.cast(entries, dtype).items():
+        for name, entry in cast(entries, dtype).items():
             assert torch.equal(entry.read(), want[name].to(dtype))

@@ -10,10 +10,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config
 
+import diag
 from benchmarks import tiny
+from diagnostics.inspect import inspect
 from nanowan.errors import BadInput
-from nanowan.formats import load
-from nanowan.formats.t5 import convert_t5, encoder_files, load_t5, read_encoder
+from nanowan.formats.header import read_header
+from nanowan.formats.load import CastEntry
+from nanowan.formats.lora import describe, kind_of_lora, read_lora
+from nanowan.formats.t5 import (
+    EncoderSpec,
+    convert_t5,
+    encoder_source,
+    encoder_specs,
+    load_t5,
+    load_tokenizer,
+    read_encoder_change,
+    write_encoder_lora,
+)
+from nanowan.pipeline import Pipeline
 from t5 import Norm, Tokenizer
 
 
@@ -152,7 +166,7 @@ def test_tokens_equal_transformers(tmp_path, byte_fallback):
     from transformers import T5Tokenizer
 
     (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback))
-    ours = Tokenizer(tmp_path / "spiece.model")
+    ours = Tokenizer(tiny.spiece(byte_fallback))
     peer = T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
     texts = strings()
     assert len(texts) >= 500
@@ -165,9 +179,8 @@ def test_tokens_equal_transformers(tmp_path, byte_fallback):
     assert not wrong, f"{len(wrong)} of {len(texts)} differ: {wrong[:3]}"
 
 
-def test_a_long_prompt_keeps_its_end_token(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(tiny.spiece())
-    ids, lens = Tokenizer(tmp_path / "spiece.model")(["word " * 600, "cat"])
+def test_a_long_prompt_keeps_its_end_token():
+    ids, lens = Tokenizer(tiny.spiece())(["word " * 600, "cat"])
     assert (
         ids.shape[1] == 512 == lens[0] and ids[0, -1] == 1 and ids[1, lens[1] - 1] == 1 and ids[1, lens[1] :].sum() == 0
     )
@@ -184,16 +197,21 @@ def test_missing_tokenizer_is_named(checkpoints, tmp_path):
 
 def test_what_a_tokenizer_json_adds(tmp_path):
     """More special tokens, and bytes for what no piece spells; only to the tokenizer that is a file beside it."""
-    (tmp_path / "spiece.model").write_bytes(tiny.spiece(byte_fallback=True))
-    plain = Tokenizer(tmp_path / "spiece.model")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(tiny.spiece(byte_fallback=True))
+    plain = load_tokenizer(tmp_path)
     text = "<extra_id_0>🐱"
     assert plain.ids("🐱")[-1] == 2 and 150 not in plain.ids(text)
     added = {"added_tokens": [{"content": "<extra_id_0>", "id": 150}], "model": {"byte_fallback": True}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
-    beside = Tokenizer(tmp_path / "spiece.model")
+    (folder / "tokenizer.json").write_text(json.dumps(added))
+    beside = load_tokenizer(tmp_path)
     pieces = [beside.pieces.id_to_piece(i) for i in beside.ids(text)[1:]]
     assert beside.ids(text)[0] == 150 and pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x90>", "<0xB1>"]
-    inside = Tokenizer(tmp_path / "x.safetensors", model=tiny.spiece(byte_fallback=True))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    spiece = torch.frombuffer(bytearray(tiny.spiece(byte_fallback=True)), dtype=torch.uint8)
+    save_file({"spiece_model": spiece}, tmp_path / "x.safetensors")
+    inside = load_tokenizer(tmp_path / "elsewhere", read_header(tmp_path / "x.safetensors")[0]["spiece_model"])
     assert inside.ids(text) == plain.ids(text)
 
 
@@ -245,7 +263,7 @@ def embedded(encoder):
 @pytest.fixture(scope="module")
 def official():
     model = tiny.text_encoder()
-    model.tokenizer = Tokenizer("inside", model=tiny.spiece())
+    model.tokenizer = Tokenizer(tiny.spiece())
     return embedded(model)
 
 
@@ -262,12 +280,19 @@ def test_comfyui_in_a_folder(tmp_path, official, name, report):
 def test_comfyui_as_text_encoder(checkpoints, tmp_path, official):
     """Known by its content, whatever it is called."""
     file = comfyui(tmp_path / "clip.safetensors", torch.float32)
-    assert encoder_files(checkpoints["ti2v"], file) == [file]
+    assert encoder_source(checkpoints["ti2v"], file) == ([file], [])
     assert torch.equal(embedded(load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=file)), official)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
     (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"added_tokens": [{"content": "<x>", "id": 7}]}')
     assert load_t5(tmp_path, weights=file).tokenizer.ids("<x>") == [7], "the folder's own tokenizer goes first"
+
+
+def test_what_comfyuis_clipsave_adds_is_ignored(tmp_path, official):
+    save_file(transformers_state() | {"logit_scale": torch.tensor(4.6)}, tmp_path / "umt5_xxl_saved.safetensors")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(tiny.spiece())
+    assert torch.equal(embedded(load_t5(tmp_path, dtype=torch.float32)), official)
 
 
 @pytest.mark.parametrize("end, rows", [(".scale_weight", False), (".weight_scale", True)])
@@ -361,7 +386,7 @@ def test_transformers_loads_what_is_converted(tmp_path, official, report):
     config = tiny.transformers_t5(tiny.text_encoder()).config
     for name in json.loads((folder / "config.json").read_text()).keys() - {"architectures", "tie_word_embeddings"}:
         assert getattr(peer.config, name) == getattr(config, name), name
-    ids, lens = Tokenizer("inside", model=tiny.spiece())(PROMPTS)
+    ids, lens = Tokenizer(tiny.spiece())(PROMPTS)
     mask = torch.arange(ids.shape[1]) < lens[:, None]
     with torch.no_grad():
         want = peer.eval()(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
@@ -403,10 +428,10 @@ def test_weights_are_cast_slice_by_slice(tmp_path, monkeypatch, reads, make):
     """The loader holds no second copy of any of them, and the slices make the same whole."""
     make(tmp_path / "x.safetensors")
     want = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
-    monkeypatch.setattr(formats, "SLICE", 300)
+    monkeypatch.setattr("nanowan.formats.load.SLICE", 300)
     whole = []
     monkeypatch.setattr(
-        load.CastEntry, "read", lambda self, scratch=None, real=load.CastEntry.read: whole.append(1) or real(self)
+        CastEntry, "read", lambda self, scratch=None, real=CastEntry.read: whole.append(1) or real(self)
     )
     got = load_t5(tmp_path, dtype=torch.float32, weights=tmp_path / "x.safetensors").state_dict()
     assert len(whole) == len(want) and all(torch.equal(got[n], want[n]) for n in want)
@@ -455,4 +480,270 @@ def test_refused_files_say_why(tmp_path):
     (tmp_path / "models_t5_a.pth").touch()
     (tmp_path / "models_t5_b.pth").touch()
     with pytest.raises(BadInput, match="found 2"):
-        read_encoder(encoder_files(tmp_path))
+        encoder_source(tmp_path)
+
+
+# ---- changes to an encoder ---------------------------------------------------------------------------------------
+BLOCKS = ("blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.ffn.gate.0", "blocks.1.ffn.fc1", "blocks.1.ffn.fc2")
+THEIRS = (
+    "encoder.block.0.layer.0.SelfAttention.q",
+    "encoder.block.1.layer.0.SelfAttention.o",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0",
+    "encoder.block.1.layer.1.DenseReluDense.wi_1",
+    "encoder.block.1.layer.1.DenseReluDense.wo",
+)
+PREFIX = "text_encoders.umt5xxl.transformer."
+IDS = torch.tensor([9, 5, 101])
+
+
+def trained_encoder(seed=3):
+    """(an encoder that was tuned, {module: (A, B)}, the rows' differences): what write_encoder_lora is given."""
+    g = torch.Generator().manual_seed(seed)
+    model, blocks = tiny.text_encoder(), {}
+    for name in BLOCKS:
+        weight = model.get_submodule(name).weight
+        a, b = torch.randn(2, weight.shape[1], generator=g) / 8, torch.randn(len(weight), 2, generator=g) / 8
+        weight.add_(b @ a)
+        blocks[name] = a, b
+    rows = torch.randn(3, tiny.TEXT_DIM, generator=g)
+    model.token_embedding.weight[IDS] += rows
+    return model, blocks, rows
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    torch.save(tiny.text_encoder().state_dict(), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+    (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(tiny.spiece())
+    return tmp_path
+
+
+def encoder_lora(path, seed=3, **more):
+    _, blocks, rows = trained_encoder(seed)
+    write_encoder_lora(path, blocks, rows, IDS, {"step": 7}, vocab=200, **more)
+    return path
+
+
+def weights_of(ckpt, weights):
+    return load_t5(ckpt, dtype=torch.float32, weights=weights).state_dict()
+
+
+def largest_difference(got, want):
+    assert got.keys() == want.keys()
+    return max((got[name] - want[name]).abs().max().item() for name in want)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_an_encoder_with_its_lora_is_the_trained_one(ckpt, compact, report):
+    file = encoder_lora(ckpt / "words.safetensors", compact=compact)
+    want = trained_encoder()[0]
+    got = load_t5(ckpt, dtype=torch.float32, weights=file)
+    report("weights", largest_difference(got.state_dict(), want.state_dict()), 1e-6)
+    want.tokenizer = got.tokenizer
+    report("embeddings", tiny.error(embedded(got), embedded(want)), 2e-6)
+    base = load_t5(ckpt, dtype=torch.float32)
+    assert tiny.error(embedded(base), embedded(want)) > 0.05, "next to nothing changes: the comparison would be empty"
+    others = torch.ones(200, dtype=torch.bool).index_fill(0, IDS, False)
+    assert torch.equal(got.token_embedding.weight[others], base.token_embedding.weight[others])
+
+
+def test_the_names_that_comfyui_reads(ckpt):
+    """transformers' behind its own prefix, scaled, without alpha; the rows as a LoRA of the table with a one-hot B."""
+    _, blocks, rows = trained_encoder()
+    state = load_file(encoder_lora(ckpt / "words.safetensors"))
+    want = {
+        f"{PREFIX}{theirs}.lora_{p}.weight": t
+        for ours, theirs in zip(BLOCKS, THEIRS)
+        for p, t in zip("AB", blocks[ours])
+    }
+    assert state.keys() == want.keys() | {f"{PREFIX}shared.lora_{p}.weight" for p in "AB"}
+    assert all(torch.equal(state[key], want[key]) for key in want)
+    assert torch.equal(state[f"{PREFIX}shared.lora_A.weight"], rows)
+    one_hot = state[f"{PREFIX}shared.lora_B.weight"]
+    assert one_hot.shape == (200, 3) and one_hot.sum() == 3 and all(one_hot[i, j] == 1 for j, i in enumerate(IDS))
+    compact = encoder_lora(ckpt / "small.safetensors", compact=True)
+    assert load_file(compact).keys() == state.keys() - {f"{PREFIX}shared.lora_B.weight"} | {f"{PREFIX}shared.ids"}
+
+
+def whole(path, seed):
+    save_file(tiny.text_encoder(seed).state_dict(), path)
+    return path
+
+
+def delta(path):
+    tensors = {"blocks.1.ffn.fc1.weight": torch.full((40, 32), 0.5), "token_embedding.rows": torch.full((3, 32), 3.0)}
+    save_file(tensors | {"token_embedding.ids": IDS}, path, {"delta": "True"})
+    return path
+
+
+def test_strengths_and_order(ckpt):
+    """Of whole encoders and deltas W + s (W_file - W), of a LoRA W + s B A, one after the other."""
+    full, words, tuned = (
+        whole(ckpt / "f.safetensors", 77),
+        encoder_lora(ckpt / "w.safetensors"),
+        delta(ckpt / "d.safetensors"),
+    )
+    base, other = tiny.text_encoder().state_dict(), tiny.text_encoder(77).state_dict()
+    change = {name: t - base[name] for name, t in trained_encoder()[0].state_dict().items()}
+    fc1, table = "blocks.1.ffn.fc1.weight", "token_embedding.weight"
+
+    def check(weights, want):
+        assert largest_difference(weights_of(ckpt, weights), want) < 2e-6
+
+    check(None, base)
+    check(f"{full}", other)
+    check(f"{full}:0.3", {n: w + 0.3 * (other[n] - w) for n, w in base.items()})
+    check([f"{words}:-0.5"], {n: w - 0.5 * change[n] for n, w in base.items()})
+    check([full, (words, 2.0)], {n: w + 2 * change[n] for n, w in other.items()})
+    assert torch.equal(weights_of(ckpt, [words, full])[table], other[table]), "a whole encoder replaces what was before"
+    blended = {n: w + change[n] for n, w in base.items()}
+    blended = {n: w + 0.25 * (other[n] - w) for n, w in blended.items()}
+    for half in (1.0, 0.5):
+        want = {n: w.clone() for n, w in blended.items()}
+        want[fc1] += half * (0.5 - want[fc1])
+        want[table][IDS] += half * (3 - want[table][IDS])
+        check([str(words), f"{full}:0.25", f"{tuned}:{half}"], want)
+
+
+@pytest.mark.parametrize("make", [comfyui, scaled, partial(scaled, rows=True)])
+def test_changes_over_encoders_of_other_layouts(ckpt, monkeypatch, make):
+    """Slice by slice too."""
+    make(ckpt / "x.safetensors")
+    words = encoder_lora(ckpt / "w.safetensors")
+    base, other = weights_of(ckpt, ckpt / "x.safetensors"), tiny.text_encoder().state_dict()
+    change = {name: t - other[name] for name, t in trained_encoder()[0].state_dict().items()}
+    want = {n: w + change[n] for n, w in base.items()}
+    assert largest_difference(weights_of(ckpt, [ckpt / "x.safetensors", words]), want) < 1e-6
+    monkeypatch.setattr("nanowan.formats.changes.SLICE", 300)
+    want = {n: w + 0.5 * (base[n] - w) for n, w in other.items()}
+    assert largest_difference(weights_of(ckpt, f"{ckpt / 'x.safetensors'}:0.5"), want) < 1e-6
+
+
+def test_a_text_encoder_folder_as_a_change(ckpt, tmp_path):
+    convert_t5(whole(ckpt / "f.safetensors", 77), ckpt / "folder", "diffusers")
+    assert torch.equal(weights_of(ckpt, ckpt / "folder")["norm.weight"], tiny.text_encoder(77).norm.weight)
+    want = (tiny.text_encoder().norm.weight + tiny.text_encoder(77).norm.weight) / 2
+    assert (weights_of(ckpt, f"{ckpt / 'folder'}:0.5")["norm.weight"] - want).abs().max() < 1e-6
+
+
+def test_digests_of_an_encoder(ckpt):
+    """One for each file, as ever; a strength other than 1 stands behind its file's, and the order counts."""
+    own = ckpt / "models_t5_umt5-xxl-enc-bf16.pth"
+    full, words, tuned = (
+        whole(ckpt / "f.safetensors", 77),
+        encoder_lora(ckpt / "w.safetensors"),
+        delta(ckpt / "d.safetensors"),
+    )
+
+    def digests(weights):
+        return encoder_source(ckpt, weights).digests(lambda file: file.name)
+
+    assert digests(None) == [own.name] and digests(full) == digests([words, full]) == ["f.safetensors"]
+    assert digests(str(tuned)) == [own.name, "d.safetensors"]
+    assert digests([f"{words}:0.5", f"{full}:0.5", tuned]) == [
+        own.name,
+        "w.safetensors:0.5",
+        "f.safetensors:0.5",
+        "d.safetensors",
+    ]
+    assert digests([tuned, words]) != digests([words, tuned])
+
+
+def test_specs_of_an_encoder(tmp_path):
+    (tmp_path / "x:2").touch()
+    for text, want in (
+        ("a.safetensors", ("a.safetensors", 1)),
+        ("a.safetensors:0.5", ("a.safetensors", 0.5)),
+        ("d:/a.safetensors", ("d:/a.safetensors", 1)),
+        ("d:/a.safetensors:-1", ("d:/a.safetensors", -1)),
+        (f"{tmp_path}/x:2", (f"{tmp_path}/x:2", 1)),
+    ):
+        assert [(str(s.file), s.strength) for s in encoder_specs(text)] == [want]
+    assert encoder_specs(None) == [] and encoder_specs([("a", 2.0)]) == encoder_specs(["a:2"])
+    with pytest.raises(BadInput, match="--text_encoder a:nan: a strength of nan; give a number"):
+        encoder_specs(["a:nan"])
+
+
+def test_loras_of_both_models(checkpoints, tmp_path, ckpt):
+    """--lora takes them: each goes to its model; a text encoder's is none for an expert, nor a DiT's one for it."""
+    words = encoder_lora(tmp_path / "words.safetensors")
+    a, b = torch.randn(2, 48), torch.randn(48, 2)
+    key = "diffusion_model.blocks.0.cross_attn.k"
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    style = tmp_path / "style.safetensors"
+    save_file(tensors, style)
+    save_file(tensors | load_file(words), tmp_path / "both.safetensors")
+    assert (kind_of_lora(words), kind_of_lora(style)) == ("text", "dit")
+    pipe = Pipeline(checkpoints["ti2v"], loras=[f"{style}:0.5", f"{words}:0.5"], text_encoder=[str(words)])
+    assert pipe.loras == [(str(style), 0.5, {"dit"})]
+    assert pipe.text_encoder == [EncoderSpec(words, 1.0), EncoderSpec(words, 0.5)]
+    base, change = tiny.text_encoder().state_dict(), trained_encoder()[0].state_dict()
+    want = {n: w + 1.5 * (change[n] - w) for n, w in base.items()}
+    assert largest_difference(pipe.acquire("text").state_dict(), want) < 2e-6
+    assert not torch.equal(
+        pipe.acquire("dit").blocks[0].cross_attn.k.weight, tiny.dit("ti2v").blocks[0].cross_attn.k.weight
+    )
+    with pytest.raises(BadInput, match="a LoRA of the text encoder, which has no experts"):
+        Pipeline(checkpoints["t2v"], loras=[f"{words}:high"])
+    with pytest.raises(BadInput, match="both.safetensors: changes a DiT and the text encoder; give them as two files"):
+        Pipeline(checkpoints["ti2v"], loras=[str(tmp_path / "both.safetensors")])
+    with pytest.raises(BadInput, match="a LoRA of the text encoder, where one of a DiT is wanted"):
+        read_lora(words)
+    with pytest.raises(BadInput, match="a LoRA of a DiT, where one of the text encoder is wanted"):
+        load_t5(ckpt, weights=style)
+
+
+def test_a_change_of_another_encoder_is_refused(checkpoints, tmp_path, ckpt):
+    _, blocks, rows = trained_encoder()
+    for change, what in (
+        ({"blocks": {"blocks.7.attn.q": blocks["blocks.0.attn.q"]}}, "blocks.7.attn.q.weight is not there"),
+        ({"blocks": {"blocks.0.attn.k": blocks["blocks.1.ffn.fc2"]}}, r"blocks.0.attn.k.weight is \(24, 32\) there"),
+        ({"blocks": {}, "rows": rows, "ids": IDS + 150}, r"token_embedding.weight is \(200, 32\) there"),
+        ({"blocks": {}, "rows": rows[:, :8], "ids": IDS}, r"token_embedding.weight is \(200, 32\) there"),
+    ):
+        write_encoder_lora(tmp_path / "x.safetensors", **change, vocab=400, compact=True)
+        with pytest.raises(BadInput, match=f"x.safetensors: not a change of .*models_t5.*: {what}"):
+            load_t5(ckpt, weights=tmp_path / "x.safetensors")
+        with pytest.raises(BadInput, match="not a change of"):
+            Pipeline(checkpoints["ti2v"], loras=[str(tmp_path / "x.safetensors")])
+
+
+def test_other_changes_under_comfyuis_names(ckpt):
+    """alpha, differences of norms and position tables, and names without umt5xxl."""
+    key, a, b = "text_encoders.transformer.encoder.block.0.layer.0", torch.randn(2, 32), torch.randn(24, 2)
+    d, e = torch.randn(32) / 8, torch.randn(32, 3)
+    tensors = {f"{key}.SelfAttention.k.lora_down.weight": a, f"{key}.SelfAttention.k.lora_up.weight": b}
+    tensors |= {f"{key}.SelfAttention.k.alpha": torch.tensor(6.0), f"{key}.layer_norm.diff": d}
+    tensors[f"{key}.SelfAttention.relative_attention_bias.diff"] = e
+    save_file(tensors, ckpt / "x.safetensors")
+    want = tiny.text_encoder().state_dict()
+    for name, change in (("attn.k", 3 * b @ a), ("norm1", d), ("pos_embedding.embedding", e)):
+        want[f"blocks.0.{name}.weight"] += change
+    assert largest_difference(weights_of(ckpt, ckpt / "x.safetensors"), want) < 2e-6
+
+
+def test_a_lora_of_the_encoder_is_described_measured_and_converted(ckpt, tmp_path, report):
+    words, small = encoder_lora(tmp_path / "w.safetensors"), encoder_lora(tmp_path / "c.safetensors", compact=True)
+    for file in (words, small):
+        (model,) = inspect(file)
+        assert (model["kind"], model["model"], model["blocks"]) == ("text_encoder_lora", "text", [0, 1])
+        assert "a LoRA of the text encoder" in model["summary"] and "3 embedding rows" in model["summary"]
+        trained, base = trained_encoder()[0].state_dict(), tiny.text_encoder().state_dict()
+        rows = {r["name"]: r for r in diag.delta.delta(file, ckpt)}
+        assert rows.keys() == {*BLOCKS, "token_embedding"}
+        for name, row in rows.items():
+            moved, weight = trained[f"{name}.weight"] - base[f"{name}.weight"], base[f"{name}.weight"]
+            report(name, abs(row["ratio"] / (moved.norm() / weight.norm()).item() - 1), 1e-5)
+    for file in (words, small):
+        diag.convert.run(diag.arguments(["convert", str(file), str(tmp_path / "out.safetensors"), "--to", "comfyui"]))
+        got, want = load_file(tmp_path / "out.safetensors"), load_file(words)
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    with pytest.raises(BadInput, match="--to musubi: of a LoRA of the text encoder, comfyui"):
+        diag.convert.run(diag.arguments(["convert", str(words), str(tmp_path / "o.safetensors"), "--to", "musubi"]))
+    with pytest.raises(BadInput, match="only a DiT's LoRA can be held to a cap"):
+        diag.delta.run(
+            diag.arguments(["delta", str(words), "--ckpt", str(ckpt), "--cap", "1", "--out", "o.safetensors"])
+        )
+    assert describe(words)["metadata"]["step"] == "7" and set(read_encoder_change(small)) == set(
+        read_encoder_change(words)
+    )

@@ -227,7 +227,7 @@ def test_a_broken_checkpoint_is_one_clear_line(checkpoints, tmp_path, how, messa
 
 LOAD = r"""
 import re, sys, torch
-from wan import load_wan
+from nanowan.formats.dit import load_wan
 def peak():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before = peak()

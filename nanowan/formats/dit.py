@@ -10,7 +10,7 @@ import torch
 from kernels.fp8 import convert
 from nanowan.errors import BadInput
 from nanowan.files import read_json
-from nanowan.formats.header import count_blocks
+from nanowan.formats.header import count_blocks, read_header
 from nanowan.formats.layouts import expert_folders, official_config, read_weights, weight_files
 from nanowan.formats.load import check_keys, load_weights
 from nanowan.formats.scaled import linears_in_fp8
@@ -19,6 +19,33 @@ from wan import WanConfig, config_of
 
 # modules that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
 FP32_MODULES = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
+
+
+# models of the family that are not loaded, by a tensor that only they have
+OTHER_MODELS = {
+    "vace_patch_embedding.weight": "a VACE",
+    "control_adapter.conv.weight": "a camera-control model",
+    "ref_conv.weight": "a Fun-Control model",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "patch_embedding_mask.weight": "SCAIL-2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "img_emb.emb_pos": "Wan 2.1's FLF2V",
+    "img_emb.proj.1.weight": "Wan 2.1's I2V",
+}
+
+
+def other_model(entries):
+    """What else of the Wan family a DiT's headers {official name: Entry} are of, in words, or None."""
+    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
+        return "Wan-Animate-2"
+    if any(r.get("signature") in entries for r in VARIANTS.values()):
+        return None
+    name = next((name for name in OTHER_MODELS if name in entries), None)
+    if name == "img_emb.proj.1.weight":  # Wan-Animate-2 in ComfyUI's layout has the same names
+        config = read_header(entries[name].file)[1].get("config", "")
+        return "Wan-Animate-2" if '"animate2"' in config else OTHER_MODELS[name]
+    return OTHER_MODELS.get(name)
 
 
 def keep_fp32(name):
@@ -37,8 +64,8 @@ def read_config(path, entries):
         return entries[name].shape
 
     path = Path(path)
-    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
-        raise BadInput(f"{path}: this is Wan-Animate-2, another model; of the two, Wan2.2-Animate-14B can be loaded")
+    if other := other_model(entries):
+        raise BadInput(f"{path}: this is {other}, another model; loaded are {', '.join(VARIANTS)} of Wan 2.2")
     dim, in_dim, *patch = shape("patch_embedding.weight")
     text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
     layers = count_blocks(entries)

@@ -3,6 +3,7 @@
 No tensor is read until its Entry is asked for it. Small files are written and read whole by `save` and `load`.
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -242,13 +243,31 @@ def count_blocks(entries):
     return 1 + max((int(n.split(".")[1]) for n in entries if re.match(r"blocks\.\d+\.", n)), default=-1)
 
 
+def in_file_order(tensors):
+    """{name: tensor} in the order in which `save` writes them: so that all are aligned."""
+    return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))}
+
+
+def raw_bytes(tensor):
+    """The bytes (n,) uint8 of a tensor, or of an Entry's."""
+    tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def hash_of(tensors):
+    """SHA-256 in hex of what `save` writes behind the header: it does not depend on the metadata."""
+    digest = hashlib.sha256()
+    for tensor in in_file_order(tensors).values():
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
 def save(path, tensors, metadata=None):
     """Write tensors as safetensors, atomically. One of another file may be given as its Entry, which is read in its
     turn. Metadata values become strings. Equal contents give equal bytes, which safetensors' own writer does not: it
     shuffles the metadata.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
-    tensors = {name: tensors[name] for name in order}
+    tensors = in_file_order(tensors)
     header, end = {}, 0
     if metadata:
         header["__metadata__"] = {k: str(v) for k, v in sorted(metadata.items())}
@@ -260,8 +279,7 @@ def save(path, tensors, metadata=None):
     with atomic(path) as tmp, open(tmp, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for t in tensors.values():
-            t = t if isinstance(t, torch.Tensor) else t.read()
-            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            f.write(raw_bytes(t))
 
 
 def load(path):

@@ -1,16 +1,14 @@
-"""LoRA files of every layout in use for Wan, read into {parameter name: change}.
+"""LoRA files of every layout in use for Wan, read into {parameter name: Change} (formats/changes.py), and written.
 
-A change is LowRank (LoRA: scale * B A), Kron (LoKr: scale * kron(w1, w2)) or Dense (the difference itself: of a weight,
-a bias, a norm or the modulation). The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT,
-DiffSynth, ai-toolkit, lightx2v and LyCORIS; one function, `official_name`, knows their names. LoRA: Hu et al., 2021;
-LoKr: Yeh et al., 2023.
+The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT, DiffSynth, ai-toolkit, lightx2v and
+LyCORIS; one function, `official_name`, knows their names.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +16,8 @@ import torch
 
 from lora import base_name, merge
 from nanowan.errors import BadInput
-from nanowan.formats.header import Entry, read_header, save
+from nanowan.formats.changes import NORMS, change_of, form_of
+from nanowan.formats.header import hash_of, read_header, save
 from nanowan.formats.layouts import DIFFUSERS_NAMES
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -34,22 +33,35 @@ PREFIXES = re.compile(
     r"(?:(?:base_model|model|diffusion_model|pipe)\.|(transformer(?:_[12])?|dit2?)\.)*(?:lora_unet__?|lycoris_)?"
 )
 ENDINGS = re.compile(
-    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?)"
+    r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|"
+    r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector|ids)"
     r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
 )
-PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "diff_b": "diff", "diff_m": "diff"}
+PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+PARTS |= {"diff_b": "diff", "diff_m": "diff"}
+# ComfyUI's names of the text encoder's weights are transformers' behind this
+TEXT_PREFIX = re.compile(r"text_encoders\.(?:umt5xxl\.)?transformer\.")
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
+
+SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # that parameters of other models have too
 
 # Kinds of files that are not read, by what is in their keys
 REFUSED = {
-    r"\.hada_": "a LoHa",
-    r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"lora_(B|up)(\.default)?\.bias": "a LoRA with biases of its own (lora_bias)",
     r"lora_mid|lokr_t[12]": "in a Tucker decomposition",
-    r"\.oft_|\.boft_": "an OFT",
+    r"boft_[Rs]": "a BOFT",
+    r"\.oft_r": "an OFT of PEFT before 0.16",
     r"lora_embedding_": "a LoRA of an embedding",
 }
+# What PEFT's LoRA can be set to that makes a file mean something else than B A
+PEFT_OPTIONS = ("alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora")
+PEFT_OPTIONS += ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+# Its initialisations that change the base as well
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
+
+
+MODELS = {"dit": "a DiT", "text": "the text encoder"}
 
 
 class Place(NamedTuple):
@@ -59,11 +71,15 @@ class Place(NamedTuple):
 
 
 def official_name(key):
-    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models."""
+    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models. The
+    text encoder's are of the component "text" and keep transformers' names.
+    """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
         return None
     name, part = m.groups()
+    if text := TEXT_PREFIX.match(name):
+        return Place("text", f"{name[text.end() :]}.weight", PARTS.get(part, part))
     prefix = PREFIXES.match(name)
     name = name[prefix.end() :]
     numbered = re.fullmatch(r"(blocks|audio_injector_injector)_(\d+)(.*)", name.replace(".", "_"))
@@ -76,116 +92,11 @@ def official_name(key):
     return Place(prefix.group(1), name if name.endswith(".modulation") else name + leaf, PARTS.get(part, part))
 
 
-# ---- changes -----------------------------------------------------------------------------------------------------
-class Change:
-    """What a file adds to one parameter of this `shape`. Its tensors stay in the file until they are asked for."""
-
-    def add_to(self, parameter, weight=1.0):
-        """Add weight times this to a parameter in place; the sum is computed in fp32 and rounded once."""
-        total = self.dense(parameter.device).view(parameter.shape).mul_(weight)
-        parameter.copy_(total.add_(parameter))
-
-    def factors(self):
-        """A (r,in) and B (out,r), fp32, whose product B A this is, or None where it is not of low rank."""
-
-    def tensors(self, parameter, weight):
-        """{key: tensor} that a file of its own has for weight times this change of `parameter`."""
-        module, _, leaf = f"diffusion_model.{parameter}".rpartition(".")
-        return {f"{module}.{key}": t for key, t in self._saved(leaf, weight)}
-
-
-@dataclass(frozen=True)
-class LowRank(Change):
-    a: Entry  # (r,in) or, of a convolution, (r,in,...)
-    b: Entry  # (out,r) or (out,r,1,...)
-    scale: float
-
-    @property
-    def rank(self):
-        return self.a.shape[0]
-
-    @property
-    def shape(self):
-        return (self.b.shape[0], *self.a.shape[1:])
-
-    def factors(self):
-        return self.a.read().float().flatten(1), self.b.read().float().flatten(1) * self.scale
-
-    def dense(self, device="cpu"):
-        """The change itself, fp32."""
-        a, b = self.factors()
-        return (b.to(device) @ a.to(device)).view(self.shape)
-
-    def _saved(self, leaf, weight):
-        return [("lora_A.weight", self.a.read()), ("lora_B.weight", self.b.read().float() * (self.scale * weight))]
-
-    def norm(self):
-        """Frobenius norm, through r x r products: the change is never formed."""
-        a, b = (t.double() for t in self.factors())
-        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
-
-
-@dataclass(frozen=True)
-class Kron(Change):
-    """w1 and w2: one Entry (n,m), of a convolution's w2 (n,m,...), or two whose product it is: (n,r) and (r,m)."""
-
-    w1: tuple
-    w2: tuple
-    scale: float
-
-    @property
-    def shape(self):
-        (n1, m1), (n2, m2, *kernel) = (w[0].shape[:1] + w[-1].shape[1:] for w in (self.w1, self.w2))
-        return (n1 * n2, m1 * m2, *kernel)
-
-    def _read(self):
-        parts = [[e.read().float() for e in w] for w in (self.w1, self.w2)]
-        return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
-
-    def factors(self):
-        """Of low rank where w2 is, and w1 small: kron(w1, a b) = kron(w1, a) kron(1, b)."""
-        if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
-            return None
-        w1, _ = self._read()
-        a, b = (e.read().float() for e in self.w2)
-        return torch.kron(torch.eye(w1.shape[1]), b), torch.kron(w1, a) * self.scale
-
-    def dense(self, device="cpu"):
-        w1, w2 = (w.to(device) for w in self._read())
-        return torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2).mul_(self.scale)
-
-    def _saved(self, leaf, weight):
-        w1, w2 = self._read()
-        return [("lokr_w1", w1 * (self.scale * weight)), ("lokr_w2", w2)]
-
-    def norm(self):
-        w1, w2 = self._read()
-        return abs(self.scale) * (w1.double().norm() * w2.double().norm()).item()
-
-
-@dataclass(frozen=True)
-class Dense(Change):
-    entry: Entry
-
-    @property
-    def shape(self):
-        return self.entry.shape
-
-    def dense(self, device="cpu"):
-        return self.entry.read().to(device, torch.float32)
-
-    def _saved(self, leaf, weight):
-        return [({"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf], self.dense() * weight)]
-
-    def norm(self):
-        return self.dense().double().norm().item()
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """A LoRA file as its header shows it. `halves`: {"high" | "low": {parameter: {part: Entry}}}, where a file for one
-    model stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
+    """A LoRA file as its header shows it. `halves`: {"high" | "low" | "text": {parameter: {part: Entry}}}, where a file
+    for one DiT stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
     """
 
     path: Path
@@ -194,6 +105,11 @@ class Listing:
     peft: dict
     expert: str | None  # as its keys tell: "high", "low", "both"
     problem: str | None
+
+    @property
+    def model(self):
+        """What it changes: the "dit", or the "text" encoder."""
+        return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
         """Which of the halves is this expert's: of a file for one model, the only one."""
@@ -207,43 +123,10 @@ class Listing:
         return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
 
     def _change(self, name, parts, config):
-        if "diff" in parts:
-            return Dense(parts["diff"])
         alpha = parts["alpha"].read().float().item() if "alpha" in parts else None
         if alpha is not None and not math.isfinite(alpha):
             raise BadInput(f"{self.path}: the alpha of {name} is {alpha}; expected a number")
-        if "A" in parts:
-            rank = parts["A"].shape[0]
-            alpha = config.get("lora_alpha", rank) if alpha is None else alpha
-            return LowRank(parts["A"], parts["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-        w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
-        dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
-        return Kron(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
-
-
-def _is_product(first, second):
-    """Whether two shapes, (n,r) and (r,m) with perhaps a convolution's kernel behind them, have a product."""
-    return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
-
-
-def _fits_together(parts):
-    """Whether these tensors, {part: Entry}, make one change."""
-    shapes = {part: e.shape for part, e in parts.items() if part != "alpha"}
-    numbers = all(parts[part].dtype.is_floating_point for part in shapes)
-    if not numbers or "alpha" in parts and parts["alpha"].numel != 1:
-        return False
-    if shapes.keys() == {"A", "B"}:
-        return _is_product(shapes["B"], shapes["A"]) and math.prod(shapes["B"][2:]) == 1
-    if shapes.keys() == {"diff"}:
-        return True
-    for w, most in ("lokr_w1", 2), ("lokr_w2", 5):
-        pair = shapes.pop(f"{w}_a", ()), shapes.pop(f"{w}_b", ())
-        whole = shapes.pop(w, None)
-        if whole is None and not (_is_product(*pair) and len(pair[0]) == len(pair[1]) == 2):
-            return False
-        if whole is not None and (pair != ((), ()) or not 2 <= len(whole) <= most):
-            return False
-    return not shapes
+        return change_of(parts, alpha, config)
 
 
 def list_lora(path):
@@ -255,18 +138,27 @@ def list_lora(path):
             unknown.append(key)
             continue
         components.add(place.component)
-        half = parts.setdefault("low" if place.component in LOW_NOISE else "high", {})
+        name = "low" if place.component in LOW_NOISE else "text" if place.component == "text" else "high"
+        half = parts.setdefault(name, {})
         tensors = half.setdefault(place.parameter, {})
         twice += [key] if place.part in tensors else []
         tensors[place.part] = entry
     variants = {why for pattern, why in REFUSED.items() if any(re.search(pattern, key) for key in unknown)}
+    variants |= {
+        "a BOFT"
+        for half in parts.values()
+        for p in half.values()
+        if "oft_blocks" in p and len(p["oft_blocks"].shape) == 4
+    }
     endings = {m.group(2) for key in unknown if (m := ENDINGS.fullmatch(key))}
-    if not parts and not variants and endings <= {"alpha"}:  # other models have parameters named alpha
+    if not parts and not variants and endings <= SHARED_ENDINGS:
         return None
-    broken = [name for half in parts.values() for name, tensors in half.items() if not _fits_together(tensors)]
+    broken = [name for half in parts.values() for name, tensors in half.items() if not form_of(tensors)]
     problem = None
     if variants:
         problem = f"is {' and '.join(sorted(variants))}, which is not read here"
+    elif "text" in parts and len(parts) > 1:
+        problem = "changes a DiT and the text encoder; give them as two files"
     elif unknown:
         problem = f"{len(unknown)} keys are unknown here, such as {unknown[0]}"
     elif twice:
@@ -275,7 +167,7 @@ def list_lora(path):
         problem = (
             f"{len(broken)} changes are not whole, or their tensors do not fit together, such as that of {broken[0]}"
         )
-    expert = "both" if len(parts) == 2 else None
+    expert = "both" if len(parts) == 2 and "text" not in parts else None
     if expert is None and components <= {"transformer_1", *LOW_NOISE}:
         expert = next(iter(parts), None)
     listing = Listing(Path(path), metadata, parts, {}, expert, problem)
@@ -292,12 +184,13 @@ def _peft_config(listing, beside):
     itself in adapter_config.json `beside` the file.
     """
     path, source = listing.path, listing.path
-    needed = any("A" in p and "alpha" not in p for half in listing.halves.values() for p in half.values())
-    config = {}
+    changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
+    needed = any(not parts.keys() & {"alpha", "diff"} for parts in changes)
+    has = {part for parts in changes for part in parts}
     try:
         if "lora_adapter_metadata" in listing.metadata:
             config = json.loads(listing.metadata["lora_adapter_metadata"])
-        elif beside and needed:
+        elif beside and needed or "oft_R" in has:
             source = path.with_name("adapter_config.json")
             config = json.loads(source.read_text())
         by_component = {}
@@ -306,34 +199,51 @@ def _peft_config(listing, beside):
             by_component.setdefault(component, {})[key] = value
     except (ValueError, OSError, AttributeError) as e:
         return {}, f"its alpha should stand in {source.name}, which cannot be read ({e})"
+    options = PEFT_OPTIONS + (() if has & {*NORMS} else ("use_dora",))
     for settings in by_component.values():
-        for name in ("use_dora", "alpha_pattern", "rank_pattern"):
-            if settings.get(name):
-                return {}, f"uses PEFT's {name}, which is not read here"
-        alpha = settings.get("lora_alpha")
-        if alpha is None and settings.get("use_rslora") or alpha is not None and not isinstance(alpha, int | float):
-            return {}, f"its lora_alpha is {alpha!r}; expected a number"
+        if used := [name for name in options if settings.get(name)]:
+            return {}, f"uses PEFT's {used[0]}, which is not read here"
+        start = str(settings.get("init_lora_weights"))
+        if start.lower().startswith(BASE_CHANGING):
+            return {}, (
+                f"belongs to a base that init_lora_weights {start!r} changed, and means nothing on another one; have "
+                "PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
+            )
+        by_r = has & {"lokr_w1", "lokr_w1_a", "hada_w1_a"}
+        required = {"lora_alpha": settings.get("use_rslora"), "alpha": by_r, "r": by_r, "eps": settings.get("coft")}
+        for name in required:
+            value = settings.get(name)
+            if not isinstance(value, int | float) and (required[name] or value is not None):
+                return {}, f"its {name} is {value!r}; expected a number"
     low = [c for c in by_component if c in LOW_NOISE]
     others = [c for c in by_component if c not in LOW_NOISE]
     high, low = (by_component.get((names or [None])[0]) for names in (others or low, low or others))
     return {"high": high, "low": low}, None
 
 
-def read_listing(path):
-    """The Listing of a file that can be read. Raises BadInput for another."""
+def read_listing(path, model="dit"):
+    """The Listing of a file that can be read, for the "dit" or the "text" encoder. Raises BadInput for another."""
     listing = list_lora(path)
     if listing is None:
         raise BadInput(f"{path}: not a LoRA, it has none of its keys (lora_A, lora_down, lokr_w1, diff, ...)")
     if listing.problem:
         raise BadInput(f"{path}: {listing.problem}")
+    if listing.model != model:
+        raise BadInput(f"{path}: a LoRA of {MODELS[listing.model]}, where one of {MODELS[model]} is wanted")
     return listing
+
+
+def kind_of_lora(path):
+    """Which model a LoRA file changes: "dit" or "text". Raises BadInput for a file that is none."""
+    listing = list_lora(path)
+    return listing.model if listing and not listing.problem else read_listing(path).model
 
 
 def read_lora(path, expert=None):
     """A LoRA file in any of the known layouts -> ({parameter name: change}, metadata).
 
     expert: "high" or "low", whose changes are wanted of a file that holds both. Raises BadInput for keys that are not
-    known and for kinds that are not read (LoHa, DoRA, ...): a file is never half loaded. Tensors stay in the file until
+    known and for kinds that are not read: a file is never half loaded. Tensors stay in the file until
     a change is used.
     """
     listing = read_listing(path)
@@ -343,19 +253,20 @@ def read_lora(path, expert=None):
 def describe(path):
     """What a LoRA file is, from its header alone, or None for a file that is none.
 
-    {"forms": {"low rank" | "kron" | "difference": number}, "ranks": {rank: number}, "targets": {module: number},
-    "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many are of Wan 2.1's image branch,
-    "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem": why read_lora refuses the file
-    or None, "metadata"}
+    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: number}, "ranks": {rank: number},
+    "targets": {module: number}, "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many
+    are of Wan 2.1's image branch, "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem":
+    why the file is not read, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
         return None
     changes = [(name, parts) for half in listing.halves.values() for name, parts in half.items()]
-    forms = Counter("low rank" if "A" in p else "difference" if "diff" in p else "kron" for _, p in changes)
-    places = [re.match(r"blocks\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
+    forms = Counter("DoRA" if p.keys() & {*NORMS} else getattr(form_of(p), "form", "broken") for _, p in changes)
+    places = [re.match(r"(?:encoder\.)?blocks?\.(\d+)\.(.+?)(\.weight)?$", name) for name, _ in changes]
     expert, source = expert_of(path, listing.metadata, listing.expert and (listing.expert, "its keys"))
     return {
+        "model": listing.model,
         "forms": dict(forms),
         "ranks": dict(Counter(p["A"].shape[0] for _, p in changes if p.get("A") and p["A"].shape)),
         "targets": dict(Counter(m.group(2) for m in places if m)),
@@ -392,22 +303,35 @@ def parse_lora_spec(text, flag="--lora"):
     return LoraSpec(":".join(fields), weight, expert)
 
 
-# after "high" or "low" these mean something else than noise
-OTHER_LEVELS = "rank res resolution quality vram mem memory detail details step steps cfg fps key light contrast angle"
+# Which expert a file's name says; the name in lower case, its words joined by "_"
+LEVELS = {"high": "high", "hn": "high", "h": "high", "高": "high", "low": "low", "ln": "low", "l": "low", "低": "low"}
+MODEL = r"(?:wan[\d_]*|w?2_?2|a?14b|ti2v|[tis]2v)"
+VERSION = r"(?:(?:v|e|ep|epochs?|s|steps?|fp|bf)?_?\d+(?:steps?|epochs?)?(?![a-z0-9])|e\dm\d)"
+LAST = rf"(?:_(?:lora|model|final|last|ema|{MODEL}))*_?$"
+EXPERT_IN_NAME = (
+    r"_(high|low|h|l)_?noise(?=_|\d|$)",
+    r"_noise_?(high|low|h|l)(?=_|$)",
+    rf"_(high|low|hn|ln)(?=_?{VERSION}|{LAST})",
+    rf"_(h|l)(?=_{VERSION}|{LAST})",
+    rf"{MODEL}_?(hn|ln|h|l)(?=_|$)",
+    r"(高|低)噪",
+)
+BOTH_IN_NAME = r"_(high|hn|h)(_(and|n|plus|or))?_(low|ln|l)(?=_|$)|_(low|ln|l)(_(and|n|plus|or))?_(high|hn|h)(?=_|$)"
+COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # thigh_high is no expert
 
 
 def expert_in_name(path):
-    """ "high" or "low", as a file's own name says (x_high_noise, HighNoise, _HIGH, -H-), or None where it says neither
-    or both.
+    """ "high" or "low", as a file's own name says, or None where it says neither or both.
+
+    "high" and "low" count beside "noise"; alone, like HN, LN, H and L, only at the end or before a number or version
+    (x_HIGH, style-H-e8), and the short ones behind the model's name (wan22_h_style). high_heels is no expert.
     """
-    stem = Path(path).stem
-    words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", stem)]
-    found = {"highnoise": "high", "lownoise": "low"}
-    said = {found[w] for w in words if w in found}
-    said |= {
-        w for w, after in zip(words, [*words[1:], ""]) if w in ("high", "low") and after not in OTHER_LEVELS.split()
-    }
-    said |= {{"H": "high", "L": "low"}[letter] for letter in re.findall(r"(?<![A-Za-z0-9])[HL](?![A-Za-z0-9])", stem)}
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
+    words = "_" + re.sub(r"[\W_]+", "_", words).lower()
+    if re.search(BOTH_IN_NAME, words):
+        return None
+    found = [m for pattern in EXPERT_IN_NAME for m in re.finditer(pattern, words)]
+    said = {LEVELS[m[1]] for m in found if words[: m.start()].rpartition("_")[2] not in COMPOUNDS}
     return said.pop() if len(said) == 1 else None
 
 
@@ -452,23 +376,31 @@ def choose_experts(spec, experts, flag="--lora"):
     return wanted, None if spec.expert else source
 
 
+def left_out(changes, shapes):
+    """{parameter name: why} of the changes that a model has no use for, and that others skip as well: those of Wan
+    2.1's image branch where it has none, and one of the patch embedding for another number of input channels.
+    """
+    skipped, patch = {}, "patch_embedding.weight"
+    if not any(IMAGE_BRANCH.match(name) for name in shapes):
+        skipped = {n: "of an image branch, which this model does not have" for n in changes if IMAGE_BRANCH.match(n)}
+    if patch in changes and patch in shapes and not changes[patch].fits(shapes[patch]):
+        (width, channels, *kernel), given = shapes[patch], changes[patch].shape
+        theirs, rest = divmod(math.prod(given[1:]), math.prod(kernel))
+        if given[0] == width and not rest:
+            skipped[patch] = f"of a patch embedding for {theirs} channels, where this model has {channels}"
+    return skipped
+
+
 def check_fit(path, changes, shapes):
-    """The changes that a model takes: all but those of Wan 2.1's image branch, where the model has none.
+    """The changes that a model takes: all but those of left_out.
 
     shapes: {parameter name: shape} of the model. Raises BadInput for a change without a parameter of its shape, and
     where nothing is left.
     """
-    branch = any(IMAGE_BRANCH.match(name) for name in shapes)
-    taken = {name: change for name, change in changes.items() if branch or not IMAGE_BRANCH.match(name)}
+    skipped = left_out(changes, shapes)
+    taken = {name: change for name, change in changes.items() if name not in skipped}
     if not taken:
-        raise BadInput(f"{path}: does not fit this model: changes an image branch only, which the model does not have")
-
-    def without_ones(shape):
-        return [n for n in shape if n > 1]
-
-    def fits(change, shape):  # a convolution's change may be flat, and sides of one element may be there or not
-        flat = shape and (shape[0], math.prod(shape[1:]))
-        return flat and without_ones(change.shape) in (without_ones(shape), without_ones(flat))
+        raise BadInput(f"{path}: does not fit this model: only changes {', '.join(sorted(set(skipped.values())))}")
 
     def times(shape):
         return "x".join(map(str, shape))
@@ -476,7 +408,7 @@ def check_fit(path, changes, shapes):
     bad = [
         f"{name} ({times(c.shape)} for {times(shapes[name]) if name in shapes else 'no such parameter'})"
         for name, c in taken.items()
-        if not fits(c, shapes.get(name))
+        if not (name in shapes and c.fits(shapes[name]))
     ]
     if bad:
         raise BadInput(f"{path}: does not fit this model: {len(bad)} of {len(changes)} changes, {', '.join(bad[:3])}")
@@ -494,8 +426,8 @@ def merge_file(model, path, weight=1.0, expert=None):
         merge(model, taken, weight)
     except ValueError as e:
         raise BadInput(f"{path}: {e}") from None
-    if len(taken) < len(changes):
-        print(f"{path}: {len(changes) - len(taken)} changes of an image branch skipped, which this model does not have")
+    for reason, count in Counter(left_out(changes, shapes).values()).items():
+        print(f"{path}: skipped {count} change{'s' * (count > 1)} {reason}")
 
 
 def changes_to_start_from(pairs, path, expert=None):
@@ -526,12 +458,68 @@ def start_from(pairs, path, scale, expert=None):
         b.copy_(given_b / scale)
 
 
-def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=None, **metadata):
-    """Write an adapter {module name: (A, B)} whose dW is scale * B A (see the top of this file).
+# ---- writing -----------------------------------------------------------------------------------------------------
+# What LoRA managers call a base: SwarmUI's id, one for all 14B models, and CivitAI's label, which S2V and Animate lack
+MANAGERS_NAMES = {
+    "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
+    "t2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 T2V-A14B"),
+    "i2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 I2V-A14B"),
+    "s2v-14B": ("wan-2_1-text2video-14b", "wan2.2-s2v-14B"),
+    "animate-14B": ("wan-2_1-text2video-14b", "wan2.2-animate-14B"),
+}
 
-    variant: of the base, such as ti2v-5B. date (ISO 8601; default: none, so that equal adapters are equal files) and
-    trained_words {word: how many captions have it}: shown by LoRA managers, like the title, which is the file's name.
-    Further metadata is written as it is; rank, targets and blocks join it.
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter's file tells LoRA managers of its training.
+
+    variant: of the base, one of VARIANTS. date: ISO 8601. trained_words: {word: how many captions have it}. resolution:
+    (width, height) px. steps: planned. batch: samples per step and rank; total_batch: of all ranks and --accumulate.
+    """
+
+    variant: str | None = None
+    date: str | None = None
+    trained_words: dict = field(default_factory=dict)
+    resolution: tuple | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    total_batch: int | None = None
+
+    def metadata(self):
+        """The entries under the names that kohya's scripts and the ModelSpec standard use."""
+        found = {
+            "variant": self.variant,
+            "modelspec.date": self.date,
+            "modelspec.resolution": self.resolution and "{}x{}".format(*self.resolution),
+            "ss_max_train_steps": self.steps,
+            "ss_learning_rate": self.learning_rate,
+            "ss_batch_size_per_device": self.batch,
+            "ss_total_batch_size": self.total_batch,
+        }
+        if self.variant:
+            architecture, found["ss_base_model_version"] = MANAGERS_NAMES[self.variant]
+            found["modelspec.architecture"] = f"{architecture}/lora"
+        if self.trained_words:
+            found["trained_words"] = found["modelspec.trigger_phrase"] = ", ".join(self.trained_words)
+            found["ss_tag_frequency"] = json.dumps({"captions": self.trained_words}, ensure_ascii=False)
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def save_adapter(path, tensors, metadata):
+    """Write an adapter's tensors with what managers find it by: its title, the file's name, and its hash (AutoV3)."""
+    digest = hash_of(tensors)
+    hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    metadata = {k: v for k, v in metadata.items() if k != "sshs_legacy_hash"} | hashes
+    metadata |= {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": Path(path).stem}
+    save(path, tensors, metadata | {"ss_output_name": Path(path).stem})
+
+
+def write_lora(path, pairs, scale=1.0, info=None, **metadata):
+    """Write an adapter {module name: (A, B)} whose dW is scale * B A, under the names that ComfyUI and diffusers read.
+
+    info: AdapterInfo. Further metadata is written as it is; rank, targets and blocks join it. Equal adapters with equal
+    metadata are equal files.
     """
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -539,34 +527,49 @@ def write_lora(path, pairs, scale=1.0, variant=None, date=None, trained_words=No
         tensors[f"diffusion_model.{name}.lora_B.weight"] = b * scale
     rank = len(next(iter(pairs.values()))[0])
     parts = [re.match(r"blocks\.(\d+)\.(.+)|(audio_injector)\.injector\.\d+\.(.)", name).groups() for name in pairs]
-    metadata |= {
-        "format": "pt",
+    metadata |= (info or AdapterInfo()).metadata() | {
         "rank": rank,
         "alpha": scale * rank,
         "alpha_folded": True,
         "targets": ",".join(sorted({target or f"{owner}.{leaf}" for _, target, owner, leaf in parts})),
         "blocks": ",".join(map(str, sorted({int(block) for block, *_ in parts if block}))),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": Path(path).stem,
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.2",
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": scale * rank,
     }
-    if variant:
-        base = f"wan2.2-{variant}"
-        metadata |= {"variant": variant, "modelspec.architecture": f"{base}/lora", "ss_base_model_version": base}
-    if date:
-        metadata["modelspec.date"] = date
-    if trained_words:
-        metadata["trained_words"] = metadata["modelspec.trigger_phrase"] = ", ".join(trained_words)
-        metadata["ss_tag_frequency"] = json.dumps({"captions": trained_words}, ensure_ascii=False)
-    save(path, tensors, metadata)
+    if "step" in metadata:
+        metadata["ss_steps"] = metadata["step"]
+    save_adapter(path, tensors, metadata)
 
 
-def write_changes(path, changes, metadata, factors):
-    """Write {parameter name: change} of lora_files.py, each times factors[name] (default 1)."""
+LORA_LAYOUTS = ("comfyui", "musubi")
+KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def write_changes(path, changes, metadata, factors=None, layout="comfyui"):
+    """Write {parameter name: Change}, each times factors[name] (default 1), in one of LORA_LAYOUTS. Raises BadInput for
+    what that has no form for, and for one that depends on its weight and is to be scaled.
+    """
     tensors = {}
     for name, change in changes.items():
-        tensors |= change.tensors(name, factors.get(name, 1.0))
-    save(path, tensors, metadata)
+        module, _, leaf = name.rpartition(".")
+        try:
+            saved = dict(change.saved(leaf, (factors or {}).get(name, 1.0)))
+        except ValueError as e:
+            raise BadInput(f"{path}: {name} is not written: {e}") from None
+        if layout == "musubi":
+            module = f"lora_unet_{module.replace('.', '_')}"
+            saved = {KOHYA_PARTS.get(part, part): t for part, t in saved.items()}
+            saved |= {"alpha": torch.tensor(float(change.rank))} if change.form == "low rank" else {}
+        else:
+            module = f"diffusion_model.{module}"
+        tensors |= {f"{module}.{part}": t for part, t in saved.items()}
+    forms = {change.form if name.endswith(".weight") else "difference" for name, change in changes.items()}
+    if layout == "musubi" and (len(forms) > 1 or not forms <= {"low rank", "kron", "hadamard"}):
+        raise BadInput(
+            f"{path}: musubi-tuner reads files of one kind, LoRA, LoHa or LoKr; this has {', '.join(sorted(forms))}"
+        )
+    save_adapter(
+        path, tensors, {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"} | {"alpha_folded": True}
+    )

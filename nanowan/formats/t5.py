@@ -1,8 +1,9 @@
-"""The text encoder's files: official, transformers' (diffusers), ComfyUI's and llama.cpp's; read, written, converted."""
+"""The text encoder's files, read, written and converted: official, transformers', ComfyUI's, llama.cpp's."""
 
 import base64
 import fnmatch
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from nanowan.errors import BadInput
 from nanowan.files import atomic
+from nanowan.formats.changes import LowRank, Rows, TableLowRank, Value
 from nanowan.formats.header import Entry, count_blocks, read_header, save
 from nanowan.formats.layouts import find, read_headers, weight_files
 from nanowan.formats.load import cast, load_into
+from nanowan.formats.lora import list_lora, read_listing, save_adapter
 from nanowan.formats.scaled import apply_scales
 from t5 import EOS, PAD, TextEncoder, Tokenizer
 
@@ -102,11 +105,12 @@ def official_name(name):
     return name
 
 
+TABLE = "token_embedding.weight"
+
+
 class EncoderFile(NamedTuple):
     entries: dict  # {official name: Entry}
     spiece: Entry | None  # the tokenizer inside, as bytes
-    rows: Entry | None  # of a delta: the embedding rows (n,D) that replace those with these ids (n)
-    ids: Entry | None
 
 
 def is_delta(file):
@@ -115,24 +119,17 @@ def is_delta(file):
 
 
 def read_encoder(files):
-    """The EncoderFile of what encoder_files gives: one file or several shards in any of the layouts, and perhaps a
-    delta behind them. Reads headers only.
-    """
+    """The EncoderFile of a whole encoder: one file or several shards in any of the layouts. Reads headers only."""
     files = list(files)
-    delta = read_headers([files.pop()]) if is_delta(files[-1]) else {}
-    if not files:
-        raise BadInput(f"{next(iter(delta.values())).file}: a delta, not a whole encoder")
+    if is_delta(files[0]):
+        raise BadInput(f"{files[0]}: a delta, not a whole encoder")
     entries = read_headers(files)
     spiece = entries.pop("spiece_model", None)
+    entries.pop("logit_scale", None)  # ComfyUI's CLIPSave adds it to any encoder
     if spiece is not None and (spiece.dtype != torch.uint8 or len(spiece.shape) != 1):
         raise BadInput(f"{files[0]}: spiece_model is {spiece.dtype} {spiece.shape}; expected the tokenizer's bytes")
     apply_scales(entries)
-    entries = {official_name(name): e for name, e in entries.items()}
-    rows, ids = (delta.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
-    stray = [name for name in delta if name not in entries]
-    if stray:
-        raise BadInput(f"{delta[stray[0]].file}: not a delta of {files[0]}, which has no {stray[0]}")
-    return EncoderFile(entries | delta, spiece, rows, ids)
+    return EncoderFile({official_name(name): e for name, e in entries.items()}, spiece)
 
 
 def own_encoder(ckpt_dir):
@@ -149,15 +146,93 @@ def own_encoder(ckpt_dir):
     return [find(folder, pattern, "the text encoder (models_t5_umt5-xxl-enc-bf16, .pth or .safetensors)")]
 
 
-def encoder_files(ckpt_dir, weights=None):
-    """The files that an encoder comes from: `weights` alone, a file or a text_encoder folder, or the folder's own, and
-    behind them `weights` where that is a delta.
+# ---- an encoder and changes to it --------------------------------------------------------------------------------
+class EncoderSpec(NamedTuple):
+    file: Path  # or a folder
+    strength: float = 1.0
+
+
+def encoder_specs(weights):
+    """The EncoderSpecs of --text_encoder: None, FILE[:strength], or a list of such or of (file, strength)."""
+    if weights is None or isinstance(weights, str | Path):
+        weights = [] if weights is None else [weights]
+    return [EncoderSpec(Path(w[0]), w[1]) if isinstance(w, tuple) else _parse_encoder_spec(str(w)) for w in weights]
+
+
+def _parse_encoder_spec(text):
+    file, _, strength = text.rpartition(":")
+    try:
+        number = float(strength)
+    except ValueError:
+        number = None
+    if not file or number is None or Path(text).exists():
+        return EncoderSpec(Path(text))
+    if not math.isfinite(number):
+        raise BadInput(f"--text_encoder {text}: a strength of {strength}; give a number")
+    return EncoderSpec(Path(file), number)
+
+
+class EncoderSource(NamedTuple):
+    """Where an encoder comes from: the files of a whole one, and EncoderSpecs of what changes it, in their order."""
+
+    base: list
+    changes: list
+
+    def digests(self, digest):
+        """[digest(file)] of everything that decides the encoder; strengths other than 1 stand behind their file's."""
+        changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
+        return [digest(f) for f in self.base] + [digest(f) + (f":{s:g}" if s != 1 else "") for f, s in changed]
+
+
+def _files_of(file):
+    return own_encoder(file) if file.is_dir() else [file]
+
+
+def _is_whole(file):
+    return file.is_dir() or not is_delta(file) and list_lora(file) is None
+
+
+def encoder_source(ckpt_dir, weights=None):
+    """The EncoderSource of a checkpoint folder with --text_encoder's `weights`, as encoder_specs takes them: the last
+    whole encoder of them at full strength, else the folder's own, and what follows.
     """
-    if weights is not None and Path(weights).is_dir():
-        return own_encoder(weights)
-    if weights is not None and not is_delta(weights):
-        return [Path(weights)]
-    return own_encoder(ckpt_dir) + ([] if weights is None else [Path(weights)])
+    specs = encoder_specs(weights)
+    whole = [i for i, (file, strength) in enumerate(specs) if strength == 1 and _is_whole(file)]
+    base = _files_of(specs[whole[-1]].file) if whole else own_encoder(ckpt_dir)
+    return EncoderSource(base, specs[whole[-1] + 1 :] if whole else specs)
+
+
+def read_encoder_change(file):
+    """{official parameter name: Change} that a file makes to an encoder: a whole one's values, those of train_te.py
+    --save delta, or a LoRA with ComfyUI's names. Reads headers only.
+    """
+    file = Path(file)
+    if _is_whole(file):
+        return {name: Value(entry) for name, entry in read_encoder(_files_of(file)).entries.items()}
+    if is_delta(file):
+        entries = read_headers([file])
+        rows, ids = (entries.pop(f"token_embedding.{k}", None) for k in ("rows", "ids"))
+        changes = {name: Value(entry) for name, entry in entries.items()}
+        return changes | ({TABLE: Rows(rows, ids, replaces=True)} if rows else {})
+    changes = {official_name(name): change for name, change in read_listing(file, "text").changes("text").items()}
+    if type(table := changes.get(TABLE)) is LowRank:
+        changes[TABLE] = TableLowRank(table.a, table.b, table.scale)
+    return changes
+
+
+def check_encoder_changes(source, entries):
+    """[({name: Change}, strength)] of an EncoderSource, whose base has these `entries`. Raises BadInput where a change
+    does not fit that.
+    """
+    found = []
+    for file, strength in source.changes:
+        changes = read_encoder_change(file)
+        strays = [n for n, change in changes.items() if not (n in entries and change.fits(entries[n].shape))]
+        if strays:
+            there = f"is {entries[strays[0]].shape} there" if strays[0] in entries else "is not there"
+            raise BadInput(f"{file}: not a change of {source.base[0]}: {strays[0]} {there}")
+        found.append((changes, strength))
+    return found
 
 
 def tokenizer_file(ckpt_dir):
@@ -181,22 +256,32 @@ def build_t5(entries, path):
     return TextEncoder(vocab, dim, inner, ffn, heads, count_blocks(entries), buckets)
 
 
+@torch.no_grad()
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer.
 
-    weights: a file to use: a whole encoder in any layout, or a delta of train_te.py, whose tensors and embedding rows
-    replace the folder's. The tokenizer is the folder's spiece.model, else the one inside the encoder's file.
+    weights: as --text_encoder: FILE[:strength] or a list of such, applied in their order. A file is a whole encoder in
+    any layout, train_te.py's delta, or a LoRA; of the first two, strength s gives W + s (W_file - W), where W is the
+    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file.
     """
-    files = encoder_files(ckpt_dir, weights)
-    entries, spiece, rows, ids = read_encoder(files)
+    source = encoder_source(ckpt_dir, weights)
+    entries, spiece = read_encoder(source.base)
+    changes = check_encoder_changes(source, entries)
     with torch.device("meta"):
-        model = build_t5(entries, files[0])
+        model = build_t5(entries, source.base[0])
     model = load_into(model, cast(entries, dtype), device, dtype)
-    if rows:
-        table = model.token_embedding.weight
-        table[ids.read().to(device)] = rows.read().to(table)
+    for part, strength in changes:
+        for name, change in part.items():
+            change.add_to(model.get_parameter(name), strength)
     model.tokenizer = load_tokenizer(ckpt_dir, spiece)
+    for file in [*source.base, *(f for spec in source.changes for f in _files_of(spec.file))]:
+        model.tokenizer.add_words(placeholder_words(file))
     return model
+
+
+def placeholder_words(file):
+    """{word: [id]} of an encoder's file whose words were given rows of their own (train_te.py, --placeholders)."""
+    return json.loads(read_header(file)[1].get("placeholders", "{}"))
 
 
 def load_tokenizer(ckpt_dir, spiece=None):
@@ -205,13 +290,13 @@ def load_tokenizer(ckpt_dir, spiece=None):
     if file is None and spiece is None:
         file = Path(ckpt_dir) / TOKENIZERS[0]
         raise BadInput(f"{file}: no such file; the tokenizer is the checkpoint's google/umt5-xxl/spiece.model")
-    special, byte_fallback = {}, False
-    if file is not None and (config := file.parent / "tokenizer.json").exists():  # what the official pipelines read
-        config = json.loads(config.read_text(encoding="utf-8"))
-        special = {t["content"]: t["id"] for t in config.get("added_tokens", [])}
-        byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
     try:
         model = spiece.read().numpy().tobytes() if file is None else sentencepiece_model(file)
+        special, byte_fallback = {}, False
+        if file is not None and (config := file.parent / "tokenizer.json").exists():  # what the official pipelines read
+            config = json.loads(config.read_text(encoding="utf-8"))
+            special = {t["content"]: t["id"] for t in config.get("added_tokens", [])}
+            byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
         return Tokenizer(model, special, byte_fallback)
     except ValueError as e:
         if isinstance(e, BadInput):
@@ -284,3 +369,48 @@ def convert_t5(source, out, layout, tokenizer=None):
             tmp.write_text(json.dumps(transformers_config(model), indent=2) + "\n")
         out = out / "model.safetensors"
     save(out, in_layout(cast(encoder.entries), layout, spiece), {"format": "pt"})
+
+
+# ---- LoRAs of the encoder ----------------------------------------------------------------------------------------
+LORA_PREFIX = "text_encoders.umt5xxl.transformer."
+
+
+def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab=XXL[0], compact=False):
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads, with no change to prompts.
+
+    blocks: {official module name: (A (r,in), B (out,r))} whose dW is B A. rows (n,D) are added to the rows `ids` (n) of
+    the token embeddings: a LoRA of the table, whose B (vocab,n) is one-hot. compact: write the ids instead of that B,
+    0.5 MB less for each row, which only nanoWan reads.
+    """
+    tensors = {}
+    for name, (a, b) in blocks.items():
+        module = LORA_PREFIX + transformers_name(f"{name}.weight").removesuffix(".weight")
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    if rows is not None:
+        tensors[f"{LORA_PREFIX}shared.lora_A.weight"] = rows
+        if compact:
+            tensors[f"{LORA_PREFIX}shared.ids"] = ids
+        else:
+            tensors[f"{LORA_PREFIX}shared.lora_B.weight"] = one_hot(ids, vocab)
+    save_adapter(path, tensors, {**(metadata or {}), "vocab": vocab})
+
+
+def one_hot(ids, vocab):
+    """(vocab,n) fp16 with one 1 in each column j, at row ids[j]."""
+    found = torch.zeros(vocab, len(ids), dtype=torch.float16)
+    found[ids.cpu(), torch.arange(len(ids))] = 1
+    return found
+
+
+def convert_encoder_lora(file, out):
+    """Write a LoRA of the encoder anew as ComfyUI reads it: a compact one gets its one-hot B."""
+    listing = read_listing(file, "text")
+    tensors = {}
+    for name, change in listing.changes("text").items():
+        module = LORA_PREFIX + name.removesuffix(".weight")
+        if isinstance(change, Rows):
+            tensors[f"{module}.lora_A.weight"] = change.values
+            tensors[f"{module}.lora_B.weight"] = one_hot(change.read()[0], int(listing.metadata.get("vocab", XXL[0])))
+        else:
+            tensors |= {f"{module}.{part}": t for part, t in change.saved("weight", 1)}
+    save_adapter(out, tensors, listing.metadata)

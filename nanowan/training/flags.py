@@ -41,7 +41,12 @@ def add_flags(p, script, out):
         default=50,
         help="steps on one expert before the other's turn (default: %(default)s)",
     )
-    add("--text_encoder", help="text encoder file to start from (default: the checkpoint's own)")
+    add(
+        "--text_encoder",
+        action="append",
+        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
+        "one before (default: the checkpoint's own)",
+    )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add = p.add_argument_group("data").add_argument
     add(

@@ -1,0 +1,536 @@
+"""What an adapter file does to one parameter: LoRA, LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
+
+A Change is made of a few tensors, {part: Entry}; formats/lora.py tells the parts by the file's keys. Some changes
+depend on the weight that they change: they rotate it (OFT), mix its columns (GLoRA) or set its norms (DoRA).
+Sources: Hu et al., 2021 (LoRA); Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024 (DoRA);
+formulas and scales as in the forward passes of lycoris-lora 4.1 and peft 0.21.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanowan.formats.header import Entry
+
+
+def read(entry, device="cpu"):
+    return entry.read().to(device, torch.float32)
+
+
+def is_product(first, second):
+    """Whether two shapes, (n,r) and (r,m) with perhaps a convolution's kernel behind them, have a product."""
+    return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
+
+
+class Change:
+    """What a file adds to one parameter of this `shape`. Its tensors stay in the file until they are asked for."""
+
+    def of(self, weight):
+        """The change, fp32, of a parameter that holds `weight`, with its shape and on its device."""
+        raise NotImplementedError
+
+    def add_to(self, parameter, strength=1.0):
+        """Add strength times this to a parameter in place; the sum is computed in fp32 and rounded once."""
+        parameter.copy_(self.of(parameter).mul_(strength).add_(parameter))
+
+    def factors(self):
+        """A (r,in) and B (out,r), fp32, whose product B A this is, or None where it is not of low rank."""
+
+    def fits(self, shape):
+        """Whether this can change a parameter of this shape. A convolution's change may be flat, and sides of one
+        element may be there or not.
+        """
+        ours, *theirs = ([n for n in s if n > 1] for s in (self.shape, shape, (shape[0], math.prod(shape[1:]))))
+        return ours in theirs
+
+    def saved(self, leaf, strength):
+        """[(part of a key, tensor)] that ComfyUI reads as strength times this. leaf: "weight", "bias" or "modulation".
+        Raises ValueError where there is no such form.
+        """
+        raise ValueError(f"others read no {self.form} of this kind")
+
+
+@dataclass(frozen=True)
+class LowRank(Change):
+    """scale * B A."""
+
+    a: Entry  # (r,in) or, of a convolution, (r,in,...)
+    b: Entry  # (out,r) or (out,r,1,...)
+    scale: float
+    form = "low rank"
+
+    @classmethod
+    def matches(cls, shapes):
+        a, b = (shapes.get(part, ()) for part in "AB")
+        return shapes.keys() == {"A", "B"} and is_product(b, a) and math.prod(b[2:]) == 1
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        rank = parts["A"].shape[0]
+        alpha = peft.get("lora_alpha", rank) if alpha is None else alpha
+        return cls(parts["A"], parts["B"], alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank))
+
+    @property
+    def rank(self):
+        return self.a.shape[0]
+
+    @property
+    def shape(self):
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    def factors(self):
+        return read(self.a).flatten(1), read(self.b).flatten(1) * self.scale
+
+    def of(self, weight):
+        a, b = (t.to(weight.device) for t in self.factors())
+        return (b @ a).view(weight.shape)
+
+    def saved(self, leaf, strength):
+        scale = self.scale * strength
+        return [("lora_A.weight", self.a.read()), ("lora_B.weight", scaled(self.b, scale))]
+
+    def norm(self):
+        """Frobenius norm, through r x r products: the change is never formed."""
+        a, b = (t.double() for t in self.factors())
+        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
+
+
+def scaled(entry, scale):
+    """A tensor of a file times a number: in its own type where that is 1, else fp32."""
+    return entry.read() if scale == 1 else read(entry) * scale
+
+
+@dataclass(frozen=True)
+class Kron(Change):
+    """scale * kron(w1, w2). w1 and w2: one Entry (n,m), of a convolution's w2 (n,m,...), or two whose product it is:
+    (n,r) and (r,m).
+    """
+
+    w1: tuple
+    w2: tuple
+    scale: float
+    form = "kron"
+
+    @classmethod
+    def matches(cls, shapes):
+        shapes = dict(shapes)
+        for w, most in ("lokr_w1", 2), ("lokr_w2", 5):
+            pair = shapes.pop(f"{w}_a", ()), shapes.pop(f"{w}_b", ())
+            whole = shapes.pop(w, None)
+            if whole is None and not (is_product(*pair) and len(pair[0]) == len(pair[1]) == 2):
+                return False
+            if whole is not None and (pair != ((), ()) or not 2 <= len(whole) <= most):
+                return False
+        return not shapes
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
+        if peft:  # scales all of its forms; LyCORIS does not where both are whole
+            return cls(w1, w2, peft["alpha"] / peft["r"])
+        dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
+        return cls(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
+
+    @property
+    def shape(self):
+        (n1, m1), (n2, m2, *kernel) = (w[0].shape[:1] + w[-1].shape[1:] for w in (self.w1, self.w2))
+        return (n1 * n2, m1 * m2, *kernel)
+
+    def _read(self):
+        parts = [[read(e) for e in w] for w in (self.w1, self.w2)]
+        return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
+
+    def factors(self):
+        """Of low rank where w2 is, and w1 small: kron(w1, a b) = kron(w1, a) kron(1, b)."""
+        if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
+            return None
+        w1, _ = self._read()
+        a, b = (read(e) for e in self.w2)
+        return torch.kron(torch.eye(w1.shape[1]), b), torch.kron(w1, a) * self.scale
+
+    def of(self, weight):
+        w1, w2 = (w.to(weight.device) for w in self._read())
+        return torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2).mul_(self.scale).view(weight.shape)
+
+    def saved(self, leaf, strength):
+        w1, w2 = self._read()
+        return [("lokr_w1", w1 * (self.scale * strength)), ("lokr_w2", w2)]
+
+    def norm(self):
+        w1, w2 = self._read()
+        return abs(self.scale) * (w1.double().norm() * w2.double().norm()).item()
+
+
+@dataclass(frozen=True)
+class Hadamard(Change):
+    """LoHa: scale * (a1 b1) * (a2 b2), elementwise. pairs: ((a1, b1), (a2, b2)), (n,r) and (r,m); or, of a convolution,
+    three: a (r,n), b (r,m) and t (r,r,...), for t contracted with both.
+    """
+
+    pairs: tuple
+    scale: float
+    form = "hadamard"
+
+    @classmethod
+    def matches(cls, shapes):
+        names = [tuple(f"hada_{part.format(i)}" for part in ("w{}_a", "w{}_b", "t{}")) for i in (1, 2)]
+        found = [[shapes[name] for name in pair if name in shapes] for pair in names]
+        if len(shapes) != sum(map(len, found)) or len(found[0]) != len(found[1]) or len(found[0]) < 2:
+            return False
+        if len(found[0]) == 3:
+            return (
+                found[0] == found[1]
+                and all(len(s) >= 2 for s in found[0])
+                and 1 == len({found[0][0][0], found[0][1][0], *found[0][2][:2]})
+            )
+        return all(is_product(a, b) and len(a) == len(b) == 2 for a, b in found) and 1 == len(
+            {(a[0], b[1]) for a, b in found}
+        )
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        names = [[f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}"] for i in (1, 2)]
+        pairs = tuple(tuple(parts[name] for name in pair if name in parts) for pair in names)
+        rank = pairs[0][1].shape[0]
+        scale = peft["alpha"] / peft["r"] if peft else 1.0 if alpha is None else alpha / rank
+        return cls(pairs, scale)
+
+    @property
+    def shape(self):
+        a, b, *t = (e.shape for e in self.pairs[0])
+        return (a[1], b[1], *t[0][2:]) if t else (a[0], b[1])
+
+    def of(self, weight):
+        one, two = (self._product(*(read(e, weight.device) for e in pair)) for pair in self.pairs)
+        return one.mul_(two).mul_(self.scale).view(weight.shape)
+
+    @staticmethod
+    def _product(a, b, t=None):
+        return a @ b if t is None else torch.einsum("ij...,in,jm->nm...", t, a, b)
+
+    def saved(self, leaf, strength):
+        names = [f"hada_{part}" for part in ("w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2")]
+        entries = [e for pair in self.pairs for e in (*pair, None)[:3]]
+        first = scaled(self.pairs[0][0], self.scale * strength)
+        return [("hada_w1_a", first)] + [(n, e.read()) for n, e in list(zip(names, entries))[1:] if e is not None]
+
+
+@dataclass(frozen=True)
+class GLora(Change):
+    """scale * (W a1 a2 + b1 b2). a1 (in,r), b1 (out,r), a2 and b2 (r,in)."""
+
+    a1: Entry
+    a2: Entry
+    b1: Entry
+    b2: Entry
+    scale: float
+    form = "GLoRA"
+
+    @classmethod
+    def matches(cls, shapes):
+        if shapes.keys() != {"a1", "a2", "b1", "b2"} or any(len(s) != 2 for s in shapes.values()):
+            return False
+        a1, a2, b1, b2 = (shapes[part] for part in ("a1", "a2", "b1", "b2"))
+        return is_product(a1, a2) and is_product(b1, b2) and a1[0] == a2[1] == b2[1]
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        scale = 1.0 if alpha is None else alpha / parts["b2"].shape[0]
+        return cls(parts["a1"], parts["a2"], parts["b1"], parts["b2"], scale)
+
+    @property
+    def shape(self):
+        return self.b1.shape[0], self.b2.shape[1]
+
+    def of(self, weight):
+        a1, a2, b1, b2 = (read(e, weight.device) for e in (self.a1, self.a2, self.b1, self.b2))
+        return (weight.float() @ a1 @ a2).add_(b1 @ b2).mul_(self.scale)
+
+    def saved(self, leaf, strength):
+        scale = self.scale * strength
+        tensors = scaled(self.a1, scale), self.a2.read(), scaled(self.b1, scale), self.b2.read()
+        return [(f"{part}.weight", t) for part, t in zip(("a1", "a2", "b1", "b2"), tensors)]
+
+
+@dataclass(frozen=True)
+class Rotation(Change):
+    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, q = blocks - blocks^T, and perhaps scaled.
+    blocks (k,s,s); rescale (out,1), or None; constraint: the largest norm of q, 0 for none.
+    """
+
+    blocks: Entry
+    rescale: Entry | None
+    constraint: float
+    form = "OFT"
+
+    @classmethod
+    def matches(cls, shapes):
+        k, s, *last = shapes.get("oft_blocks", (0, 0))
+        return (
+            last == [s]
+            and shapes.keys() <= {"oft_blocks", "rescale"}
+            and math.prod(shapes.get("rescale", (k, s))) == k * s
+        )
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        k, s, _ = parts["oft_blocks"].shape
+        return cls(parts["oft_blocks"], parts.get("rescale"), (alpha or 0.0) * k * s)
+
+    @property
+    def shape(self):
+        return (self.blocks.shape[0] * self.blocks.shape[1],)
+
+    def fits(self, shape):
+        return len(shape) > 1 and shape[0] == self.shape[0]
+
+    def of(self, weight):
+        blocks, base = read(self.blocks, weight.device), weight.float()
+        q = blocks - blocks.mT
+        if self.constraint > 0:
+            q = q * (self.constraint / (q.norm() + 1e-8)).clamp(max=1)
+        one = torch.eye(q.shape[1], device=q.device)
+        rotated = torch.linalg.solve(one - q, one + q).mT @ base.reshape(*q.shape[:2], -1)
+        if self.rescale is not None:
+            rotated = rotated * read(self.rescale, weight.device).view(*q.shape[:2], 1)
+        return rotated.view(weight.shape) - base
+
+    def saved(self, leaf, strength):
+        if strength != 1:
+            raise ValueError("an OFT cannot be scaled in its file")
+        tensors = [("oft_blocks", self.blocks.read()), ("alpha", torch.tensor(self.constraint / self.shape[0]))]
+        return tensors + ([] if self.rescale is None else [("rescale", self.rescale.read())])
+
+
+@dataclass(frozen=True)
+class InputRotation(Change):
+    """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew matrices q.
+
+    terms: of the Neumann series that PEFT takes for (1 + q)(1 - q)^-1, or None for (1 - q)(1 + q)^-1 itself, which
+    turns the other way. limit: the largest norm of a q (COFT), or None. shared: one block serves all columns.
+    """
+
+    vectors: Entry
+    terms: int | None
+    limit: float | None
+    shared: bool
+    form = "OFT"
+
+    @classmethod
+    def matches(cls, shapes):
+        shape = shapes.get("oft_R", ())
+        return len(shape) == 2 and len(shapes) == 1 and cls._side(shape) ** 2 - cls._side(shape) == 2 * shape[1] > 0
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        terms = peft.get("num_cayley_neumann_terms", 5) if peft.get("use_cayley_neumann") else None
+        limit = peft["eps"] / math.sqrt(parts["oft_R"].shape[0]) if peft.get("coft") else None
+        return cls(parts["oft_R"], terms, limit, bool(peft.get("block_share")))
+
+    @staticmethod
+    def _side(shape):
+        return round((1 + math.sqrt(1 + 8 * shape[1])) / 2)
+
+    @property
+    def shape(self):
+        return (self.vectors.shape[0] * self._side(self.vectors.shape),)
+
+    def fits(self, shape):
+        return len(shape) == 2 and (shape[1] % self.shape[0] == 0 if self.shared else shape[1] == self.shape[0])
+
+    def of(self, weight):
+        vectors, base, s = read(self.vectors, weight.device), weight.float(), self._side(self.vectors.shape)
+        q = torch.zeros(len(vectors), s, s, device=weight.device)
+        rows, columns = torch.triu_indices(s, s, 1)
+        q[:, rows, columns] = vectors
+        q = q - q.mT
+        if self.limit is not None:
+            q = q * (self.limit / q.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        rotated = torch.einsum(
+            "okc,krc->okr", base.unflatten(1, (-1, s)), self._rotations(q).expand(base.shape[1] // s, s, s)
+        )
+        return rotated.flatten(1) - base
+
+    def _rotations(self, q):
+        one = torch.eye(q.shape[1], device=q.device)
+        if self.terms is None:
+            return torch.linalg.solve(one + q, one - q)
+        rotation, power = one + 2 * q * (self.terms > 1), q
+        if self.terms > 2:
+            for _ in range(2, max(3, self.terms - 1)):
+                power = power @ q
+                rotation = rotation + 2 * power
+            rotation = rotation + power @ q
+        return rotation
+
+
+@dataclass(frozen=True)
+class Dora(Change):
+    """DoRA: the weight with another change, rescaled to given norms: along axis 0 of its rows (each output's), along
+    axis 1 of its columns (each input's).
+    """
+
+    inner: Change
+    norms: Entry
+    axis: int
+    form = "DoRA"
+
+    @property
+    def shape(self):
+        return self.inner.shape
+
+    def fits(self, shape):
+        return self.inner.fits(shape) and shape[self.axis] == self.norms.numel
+
+    def of(self, weight):
+        base = weight.float()
+        merged = base + self.inner.of(weight)
+        others = [d for d in range(merged.dim()) if d != self.axis]
+        now = torch.linalg.vector_norm(merged, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+        return merged.mul_(read(self.norms, weight.device).view(now.shape) / now).sub_(base)
+
+    def saved(self, leaf, strength):
+        if strength != 1:
+            raise ValueError("a DoRA cannot be scaled in its file")
+        norms = self.norms.read()
+        return [*self.inner.saved(leaf, 1), ("dora_scale", norms.view(-1, 1) if self.axis == 0 else norms.view(1, -1))]
+
+
+@dataclass(frozen=True)
+class Dense(Change):
+    entry: Entry
+    form = "difference"
+
+    @classmethod
+    def matches(cls, shapes):
+        return shapes.keys() == {"diff"}
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        return cls(parts["diff"])
+
+    @property
+    def shape(self):
+        return self.entry.shape
+
+    def of(self, weight):
+        return read(self.entry, weight.device).view(weight.shape)
+
+    def saved(self, leaf, strength):
+        return [({"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf], scaled(self.entry, strength))]
+
+    def norm(self):
+        return read(self.entry).double().norm().item()
+
+
+@dataclass(frozen=True)
+class Rows(Change):
+    """Of an embedding table: `values` (n,D) are added to the rows `ids` (n), or put in their place."""
+
+    values: Entry
+    ids: Entry
+    replaces: bool = False
+    form = "rows"
+
+    @classmethod
+    def matches(cls, shapes):
+        a, ids = shapes.get("A", ()), shapes.get("ids", ())
+        return shapes.keys() == {"A", "ids"} and len(a) == 2 and ids == a[:1]
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        return cls(parts["A"], parts["ids"])
+
+    def read(self, device="cpu"):
+        """(ids (n) int64, values (n,D) fp32)."""
+        return self.ids.read().to(device, torch.int64), read(self.values, device)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    def fits(self, shape):
+        return len(shape) == 2 and shape[1] == self.shape[1] and int(self.read()[0].max()) < shape[0]
+
+    def of(self, weight):
+        ids, values = self.read(weight.device)
+        change = torch.zeros_like(weight, dtype=torch.float32)
+        change[ids] = values - weight[ids].float() if self.replaces else values
+        return change
+
+    def add_to(self, parameter, strength=1.0):
+        ids, values = self.read(parameter.device)
+        now = parameter[ids].float()
+        if self.replaces:
+            values = values if strength == 1 else now + strength * (values - now)
+        else:
+            values = now + strength * values
+        parameter[ids] = values.to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class TableLowRank(LowRank):
+    """B A of an embedding table, added to those rows only for which B is not zero: no second table is formed."""
+
+    def rows(self):
+        """(ids (n) int64, values (n,D) fp32) of the rows that change."""
+        a, b = self.factors()
+        ids = b.any(1).nonzero().flatten()
+        return ids, b[ids] @ a
+
+    def add_to(self, parameter, strength=1.0):
+        ids, values = (t.to(parameter.device) for t in self.rows())
+        parameter[ids] = (parameter[ids].float() + strength * values).to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class Value(Change):
+    """What a parameter is in another checkpoint; the change is the way there."""
+
+    entry: Entry
+    form = "value"
+
+    @property
+    def shape(self):
+        return self.entry.shape
+
+    def fits(self, shape):
+        return tuple(shape) == tuple(self.shape)
+
+    def of(self, weight):
+        return read(self.entry, weight.device) - weight.float()
+
+    def add_to(self, parameter, strength=1.0):
+        step = max(1, SLICE // (4 * math.prod(self.shape[1:])))
+        for begin in range(0, len(parameter), step):
+            part = parameter[begin : begin + step]
+            there, here = read(self.entry.part(begin, begin + len(part)), part.device), part.float()
+            part.copy_(there if strength == 1 else here + strength * (there - here))
+
+
+SLICE = 64 << 20  # bytes in fp32 that are changed at once
+FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)
+NORMS = ("dora_scale", "lora_magnitude_vector")  # DoRA's: LyCORIS', (out,1) or (1,in), and PEFT's, (out)
+
+
+def form_of(parts):
+    """The class of FORMS that these tensors, {part: Entry}, make one change of, DoRA's norms aside, or None."""
+    shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
+    numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
+    if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
+        return None
+    return next((form for form in FORMS if form.matches(shapes)), None)
+
+
+def change_of(parts, alpha=None, peft=None):
+    """The Change that these tensors make. alpha: a number, or None; peft: the settings of PEFT's adapter_config.json
+    where it wrote the file.
+    """
+    inner = form_of(parts).made_of(parts, alpha, peft or {})
+    if "lora_magnitude_vector" in parts:
+        return Dora(inner, parts["lora_magnitude_vector"], 0)
+    if "dora_scale" in parts:
+        norms = parts["dora_scale"]
+        return Dora(inner, norms, 1 if norms.shape[0] == 1 else 0)
+    return inner
