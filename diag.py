@@ -9,6 +9,7 @@ python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoR
 python diag.py delta FILE --ckpt DIR       how far a LoRA, another checkpoint or an encoder moves each weight
 python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     and a copy held to that
 python diag.py logits --ckpt DIR --lora FILE     attention logits per head, before and after; --ci fails on drift
+python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word: a range for --blocks
 python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and what its words are near
 python diag.py listen --ckpt DIR --lora FILE     does it follow prompts better? nano: graded; others: a sheet
 python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     or judged by CLIP
@@ -20,7 +21,7 @@ python diag.py report RUN                  everything about a training run in on
 
 import argparse
 
-from diagnostics import advise, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
+from diagnostics import advise, blocks, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
 from nanowan.devices import DTYPES
 from nanowan.errors import cli
 from nanowan.formats.t5 import LAYOUTS
@@ -107,6 +108,12 @@ def arguments(argv=None):
     add("--n", type=int, default=4, help="samples, each at four times (default: %(default)s)")
     add("--threshold", type=float, default=0.25, help="a relative change above this is drift (default: %(default)s)")
     add("--ci", action="store_true", help="exit with 1 where a head drifts")
+
+    add = command("blocks", blocks, "which of the DiT's blocks read a word, by hiding it from one at a time")
+    add_model_flags(add)
+    add_data_flags(add)
+    add("--keywords", required=True, help="a,b,c: words that captions of the data hold")
+    add("--n", type=int, default=4, help="samples for each word, each at four timesteps (default: %(default)s)")
 
     add = command("drift", drift, "how far a text encoder's embeddings moved")
     add("old", metavar="OLD", help="a checkpoint folder or an encoder's file")
