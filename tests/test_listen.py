@@ -141,10 +141,10 @@ def pictures(monkeypatch):
     """In the place of what the models make: for each prompt a clip of the nano world, whose colour is its last word."""
 
     def sample_clips(pipe, prompts, seeds, **settings):
-        rng = random.Random(seed)
-        for i, prompt in enumerate(prompts):
+        rng = random.Random(seeds[0])
+        for prompt, seed in zip(prompts, seeds):
             shown = {"color": prompt.split()[-1], "shape": "circle", "motion": "left", "background": "dark"}
-            yield draw([shown | {"motion": rng.choice(["left", "up", "still"])}], seed + i)[0]
+            yield draw([shown | {"motion": rng.choice(["left", "up", "still"])}], seed)[0]
 
     monkeypatch.setattr(listen, "sample_clips", sample_clips)
 
