@@ -19,6 +19,8 @@ python diag.py convert IN OUT --to comfyui a text encoder, DiT or LoRA in anothe
 python diag.py report RUN                  everything about a training run in one HTML file
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 
 from diagnostics import advise, blocks, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling

@@ -9,6 +9,8 @@ python sample.py --prompt "a red square moves left"        on nano, the toy chec
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import json
 import math
 import random
@@ -238,8 +240,7 @@ def new_clip(settings, x, text, conditions, cache=None, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks that share a clip share it.
-    """
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks that share a clip share it."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -361,7 +362,12 @@ def run(args, prompts, world):
     mine = requests[world.dp_rank :: world.dp_size]
     videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
-    print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False), backend.chosen(world.device), f"{len(requests)} videos", sep="\n")
+    print(
+        json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False),
+        backend.chosen(world.device),
+        f"{len(requests)} videos",
+        sep="\n",
+    )
 
     # what the largest will need
     video, s = max(((v, r.settings) for v, r in zip(videos, mine)), key=lambda pair: math.prod(pair[0].shape))

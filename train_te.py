@@ -8,6 +8,8 @@ the embeddings of prompts without keywords where they were. Text is never cached
 bypass the encoder. The result, OUT/text_encoder.safetensors, is used by every script's --text_encoder.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import math
