@@ -32,7 +32,7 @@ from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_ti
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import Prompt
-from nanowan.sampling import check_flags, given_prompts, requests_of
+from nanowan.sampling import check_flags, given_prompts, requests_of, seed_list
 from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
@@ -129,10 +129,6 @@ def arguments(argv=None):
         help="every N steps write a rough picture of the clip to OUT's name with _preview.png (default: 0, never)",
     )
     return p.parse_args(argv)
-
-
-def seed_list(text):
-    return [int(seed) for seed in str(text).split(",")]
 
 
 # ---- denoising ---------------------------------------------------------------------------------------------------
