@@ -112,7 +112,7 @@ def arguments(argv=None):
 @dataclass
 class Clip:
     """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)), negative None if no
-    step is guided. conditions: a Conditions. on_step(i, x0): is shown the estimate of the clean latents after each step.
+    step is guided. conditions: a Conditions. on_step(i, x0): shown the estimate of the clean latents after each step.
     """
 
     x: torch.Tensor  # (B,C,T',h,w)
@@ -126,8 +126,8 @@ class Clip:
 
 
 class GuidedModel:
-    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what else
-    does not change from step to step, is computed here, once.
+    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what
+    else does not change from step to step, is computed here, once.
     """
 
     def __init__(self, pipe, expert, clip):
@@ -212,7 +212,7 @@ def new_clip(settings, x, text, conditions, cache=None, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks that share a clip share it."""
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks of one clip share it."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:

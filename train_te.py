@@ -70,8 +70,8 @@ def arguments(argv=None):
     add(
         "--keyword_init",
         choices=("own", "search"),
-        help="initial embeddings of the keywords. own: as they are; search: each as the word of other captions in whose "
-        "place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
+        help="initial embeddings of the keywords. own: as they are; search: each as the word of other captions in "
+        "whose place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
         f"{recommended['keyword_init']})",
     )
     add(
@@ -89,14 +89,14 @@ def arguments(argv=None):
         "--save",
         choices=("full", "delta", "comfyui"),
         default="full",
-        help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for its "
-        "CLIPLoader, transformers' names and the tokenizer inside (default: %(default)s)",
+        help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for "
+        "its CLIPLoader, transformers' names and the tokenizer inside (default: %(default)s)",
     )
     add(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
-        help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without "
-        "--fsdp; else adamw)",
+        help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 "
+        "without --fsdp; else adamw)",
     )
     add(
         "--caption_mode_probs",

@@ -1,4 +1,4 @@
-"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued."""
+"""The segments of a video while it is made: in memory, or in files, from which a stopped video can be continued."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from nanowan.video import to_uint8, write_frames
 
 
 class SegmentFiles:
-    """The finished segments of one video, each in a file of a folder beside it: OUT.clips/clip_000.safetensors holds its
-    latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Video's state.
+    """The finished segments of one video, each in a file of a folder beside it: OUT.clips/clip_000.safetensors holds
+    its latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Video's state.
     """
 
     on_every_rank = False  # one rank keeps them, in files that all read

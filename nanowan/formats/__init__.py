@@ -1,0 +1,1 @@
+"""Every layout of weight files in use: read, written, converted."""

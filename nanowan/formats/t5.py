@@ -1,4 +1,4 @@
-"""The text encoder's files: official, transformers' (diffusers), ComfyUI's and llama.cpp's; read, written, converted."""
+"""The text encoder's files, read, written and converted: official, transformers', ComfyUI's, llama.cpp's."""
 
 import base64
 import fnmatch
