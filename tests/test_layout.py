@@ -38,7 +38,7 @@ def parse(file):
 
 
 def imported_names(file):
-    """All that a file imports, inside its functions too: `from a import b` is a and a.b, whatever b is."""
+    """All that a file imports, inside its functions too. `from a import b` is a.b if that is a module here, else a."""
     names = set()
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
@@ -47,7 +47,8 @@ def imported_names(file):
             folders = file.parts[:-1]
             base = [*folders[: len(folders) + 1 - node.level], node.module] if node.level else [node.module]
             base = ".".join(filter(None, base))
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            full = [f"{base}.{alias.name}" for alias in node.names]
+            names |= {name if name in MODULES else base for name in full}
     return names
 
 
