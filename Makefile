@@ -36,13 +36,13 @@ gpu: gpu-check gpu-bench gpu-run
 
 gpu-check: gpu-build
 	-$(PYTHON) -m pytest -q -m gpu $$(grep -l mark.gpu tests/test_*.py)
-	-TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/test_clips.py -k official
+	-TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/test_long_video.py -k official
 
 gpu-bench: gpu-build
-	-$(PYTHON) bench.py --gpu --json bench/gpu.json
+	-$(PYTHON) -m benchmarks --gpu --json benchmarks/results/gpu.json
 
 gpu-run: gpu-build
-	-$(PYTHON) bench.py --gpu_run --json bench/gpu_run.json
+	-$(PYTHON) -m benchmarks --gpu_run --json benchmarks/results/gpu_run.json
 
 gpu-build:
 	-NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace

@@ -236,7 +236,7 @@ def new_clip(settings, x, text, conditions, cache=None, **more):
 
 
 def sample_clip(pipe, settings, text, noise, conditions, **more):
-    """Latents (B,C,T',h,w) fp32 of a Clip, from noise of that shape; text as encode_text has it, more: fields of Clip."""
+    """Latents (B,C,T',h,w) fp32 of a Clip, from noise of that shape; text: of encode_text, more: fields of Clip."""
     clip = new_clip(settings, noise, text, conditions, **more)
     for expert in settings.expert_names:
         denoise(pipe, settings, clip, expert)
@@ -244,7 +244,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks that share a clip share it."""
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks of one clip share it."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:

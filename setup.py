@@ -1,4 +1,4 @@
-"""`python setup.py build_ext --inplace`: builds csrc/ into nanowan_csrc. No modules are installed: scripts run from here.
+"""`python setup.py build_ext --inplace`: builds csrc/ into nanowan_csrc. pyproject.toml has the rest.
 
 Where that cannot be built, for want of a compiler or of what it needs, one line says so and PyTorch's operations are
 used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1

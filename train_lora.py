@@ -1,4 +1,4 @@
-"""Train a LoRA "translator" on the DiT's cross-attention keys and values, to follow prompts and an updated encoder better.
+"""Train a LoRA "translator" on the DiT's cross-attention keys and values, to follow prompts and new encoders better.
 
 python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
 python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters

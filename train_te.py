@@ -91,8 +91,8 @@ def arguments(argv=None):
     add(
         "--keyword_init",
         choices=("own", "search"),
-        help="initial embeddings of the keywords. own: as they are; search: each as the word of other captions in whose "
-        "place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
+        help="initial embeddings of the keywords. own: as they are; search: each as the word of other captions in "
+        "whose place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
         f"{recommended['keyword_init']})",
     )
     add(

@@ -20,7 +20,7 @@ from nanowan.formats.t5 import XXL
 from nanowan.formats.vae import FULL_WIDTHS
 from nanowan.variants.animate.clip import VisionEncoder
 from nanowan.variants.registry import VARIANTS
-from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2
+from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2, Wav2Vec2Sizes
 from nanowan.video import write_mp4
 from t5 import TextEncoder
 from vae import VAE
@@ -92,7 +92,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
         model = random_weights(lambda: TextEncoder(*XXL), device)
         torch.save(model.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     if variant == "s2v-14B":
-        speech = random_weights(lambda: Wav2Vec2(*SPEECH), device).float()
+        speech = random_weights(lambda: Wav2Vec2(Wav2Vec2Sizes(*SPEECH)), device).float()
         tiny_s2v.write_wav2vec2(folder / "wav2vec2-large-xlsr-53-english", speech)
     if variant == "animate-14B":
         clip = random_weights(lambda: VisionEncoder(**VISION), device)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from benchmarks import tiny
 from nanowan.variants.s2v.model import S2VConfig, WanS2V
-from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2
+from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2, Wav2Vec2Sizes
 from vae import VAE
 
 AUDIO_DIM, LAYERS = 24, 4
@@ -60,7 +60,8 @@ def dit():
 
 def wav2vec2():
     """24 layers, as S2V wants 25 states."""
-    return fill(Wav2Vec2(16, (10, 3, 3, 3, 3, 2, 2), STRIDES, AUDIO_DIM, 40, 2, 24, 4, 16), 8)
+    sizes = Wav2Vec2Sizes(16, (10, 3, 3, 3, 3, 2, 2), STRIDES, AUDIO_DIM, 40, 2, 24, 4, 16)
+    return fill(Wav2Vec2(sizes), 8)
 
 
 def vae():

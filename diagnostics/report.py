@@ -192,7 +192,7 @@ def previews_section(run):
 
 def words_of(run):
     """The new words of the nano world that the run's captions hold."""
-    captions = open_dataset(Pipeline(run.ckpt), run.flags["ckpt"], **run.data)[1].captions
+    captions = open_dataset(Pipeline(run.ckpt), **run.data).captions
     words = {word for caption in captions for word in caption.split()}
     return [word for word in NEW_WORDS if word in words]
 

@@ -1,6 +1,7 @@
 """diag.py scale: predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy."""
 
 import math
+from typing import NamedTuple
 
 from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
@@ -37,20 +38,31 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
     return sent
 
 
-def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
-    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
+class Cluster(NamedTuple):
+    """GPUs that sustain `rate` FLOP/s each, `per_machine` to a machine. inside, between: bytes/s of a link within a
+    machine and to another one, per GPU.
+    """
 
-    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU.
+    rate: float
+    inside: float
+    between: float
+    per_machine: int = 8
+
+
+def step_times(c, grid, ranks, adapter, cluster, text=64):
+    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs of
+    a Cluster. c: the WanConfig; grid (T',H',W'); adapter: bytes of the LoRA's gradients; text: tokens of a caption.
+
     Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
     the forward pass again, and the gradient by activations.
     """
 
     def link(n):
         """Bytes/s among n neighbours."""
-        return inside if n <= per_machine else between
+        return cluster.inside if n <= cluster.per_machine else cluster.between
 
     tokens = math.prod(grid)
-    compute = 3 * sum(linear_flops(c, tokens, text)) / rate
+    compute = 3 * sum(linear_flops(c, tokens, text)) / cluster.rate
     weights = 2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     all_reduce = 2 * (ranks - 1) / ranks * adapter / link(ranks)
     times = {"data parallel": ((compute + all_reduce) / ranks, weights)}
@@ -60,14 +72,14 @@ def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, te
     gather = bytes_sent(c, ParallelLayout(fsdp_size=ranks), grid, 1, adapter)["weights"] / link(ranks)
     times["--fsdp"] = (max(compute, gather) + all_reduce) / ranks, weights // ranks
 
-    group = max(n for n in (1, 2, 4, 8) if ranks % n == 0 and c.num_heads % n == 0 and n <= per_machine)
+    group = max(n for n in (1, 2, 4, 8) if ranks % n == 0 and c.num_heads % n == 0 and n <= cluster.per_machine)
     layout = ParallelLayout(sp_size=group)
-    exchange = bytes_sent(c, layout, grid, 1, adapter, checkpointing=True).get("tokens", 0) / inside
+    exchange = bytes_sent(c, layout, grid, 1, adapter, checkpointing=True).get("tokens", 0) / cluster.inside
     padding = math.ceil(tokens / group) * group / tokens
     seconds = compute / group * padding + exchange + all_reduce
     times[f"--ulysses_size {group}"] = seconds / (ranks // group), weights
 
-    stages = min(ranks, per_machine)
+    stages = min(ranks, cluster.per_machine)
     microbatches, hand_on = 2 * stages, 2 * 4 * tokens * c.dim / link(stages)
     seconds = (microbatches + stages - 1) * (compute / stages + hand_on) + all_reduce
     times[f"--pipeline_stages {stages}"] = seconds / microbatches / (ranks // stages), weights // stages
@@ -82,16 +94,16 @@ def run(args):
     c, s = full_config(args.ckpt), released(args.ckpt)
     size = parse_size(args.size) if args.size else s.size
     frames = s.frames if args.frames is None else args.frames
-    check_size(size, frames, s.size_multiple)
+    check_size(size, frames, s.size_multiple, s.parts.samples.frames_over)
     grid, adapter = s.token_grid(size, frames), c.num_layers * 2 * 16 * 2 * c.dim * 4
     print(
         f"{args.ckpt}, {size[0]}x{size[1]}x{frames}: seconds per sample, if a GPU sustains {args.tflops:g} TFLOP/s, "
         f"sends {args.inside:g} GB/s within a machine of {args.per_machine} and {args.between:g} GB/s beyond; in "
         "brackets, GB of weights on each"
     )
+    cluster = Cluster(args.tflops * 1e12, args.inside * 1e9, args.between * 1e9, args.per_machine)
     for ranks in (1, 2, 4, 8, 16, 32, 64):
-        links = args.inside * 1e9, args.between * 1e9, args.per_machine
-        times = step_times(c, grid, ranks, adapter, args.tflops * 1e12, *links)
+        times = step_times(c, grid, ranks, adapter, cluster)
         fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}  # the rest is
         fastest = min(times, key=lambda name: times[name][0])  # for activations
         fastest_that_fits = min(fits, key=fits.get, default=None)

@@ -56,8 +56,8 @@ def describe(device):
 
 @functools.cache
 def flash_attention_3(device):
-    """Whether PyTorch's FlashAttention is version 3 from now on: the package flash_attn_interface is installed and works
-    on `device`, every GPU is a Hopper, and PyTorch can take it (2.11).
+    """Whether PyTorch's FlashAttention is version 3 from now on: the package flash_attn_interface is installed and
+    works on `device`, every GPU is a Hopper, and PyTorch can take it (2.11).
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):

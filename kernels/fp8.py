@@ -58,8 +58,8 @@ def rows_in_fp8(x, activated=False):
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; takes the place of `linear`, which
-    has no values yet. `norm` is the Frobenius norm of the weight that it was made from, and `error` that of the
+    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; takes the place of `linear`,
+    which has no values yet. `norm` is the Frobenius norm of the weight that it was made from, and `error` that of the
     difference; of a weight that its file has in 8 bits, norm is the norm of that, and there is no error, since the
     original is not known.
     """

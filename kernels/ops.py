@@ -56,9 +56,9 @@ class Linear(torch.nn.Linear):
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):
-        """gelu(self(x)). Without gradients a GPU computes the GELU with the product, of the sums before they are rounded
-        to bf16: 2 to 3 % of a video DiT's step on an H100, but slower on consumers' Blackwells (sgl-project/sglang#33536,
-        #34350).
+        """gelu(self(x)). Without gradients a GPU computes the GELU with the product, of the sums before they are
+        rounded to bf16: 2 to 3 % of a video DiT's step on an H100, but slower on consumers' Blackwells
+        (sgl-project/sglang#33536, #34350).
         """
         fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         if fuses and fast(x) and on_gpu(x) and capable(x.device, below=(12, 0)):

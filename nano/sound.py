@@ -19,7 +19,7 @@ from nano.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZE, caption_of, s
 from nanowan.formats.header import load, save
 from nanowan.settings import NANO
 from nanowan.variants.s2v.model import STATES, S2VConfig, WanS2V
-from nanowan.variants.s2v.wav2vec2 import SAMPLE_RATE, STRIDES, VIDEO_RATE, Wav2Vec2
+from nanowan.variants.s2v.wav2vec2 import SAMPLE_RATE, STRIDES, VIDEO_RATE, Wav2Vec2, Wav2Vec2Sizes
 from nanowan.video import to_uint8, write_frames
 
 FRAMES, RADII, REACH = 32, (6, 15), 12  # frames of a clip; px, silent and loudest; px from the middle to a path's ends
@@ -138,7 +138,7 @@ def write_checkpoint(folder, seed):
     speech = folder / "wav2vec2-large-xlsr-53-english"
     speech.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    encoder = Wav2Vec2(**SPEECH, layers=STATES - 1, pos_groups=4, pos_kernel=16)
+    encoder = Wav2Vec2(Wav2Vec2Sizes(**SPEECH, layers=STATES - 1, pos_groups=4, pos_kernel=16))
     for p in (encoder.encoder.pos_conv_embed.conv.weight_v, encoder.encoder.pos_conv_embed.conv.bias):
         p.normal_(std=0.1)
     encoder.encoder.pos_conv_embed.conv.weight_g.fill_(1)

@@ -1,4 +1,4 @@
-"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued."""
+"""The segments of a video while it is made: in memory, or in files, from which a stopped video can be continued."""
 
 import math
 import shutil

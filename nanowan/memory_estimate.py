@@ -6,7 +6,6 @@ PyTorch's operators use inside themselves, and an allocator's waste, are not see
 """
 
 import contextlib
-import importlib
 import math
 import resource
 import weakref
@@ -183,6 +182,15 @@ def pretending(cuda):
         yield
 
 
+def import_libraries():
+    """What a run imports sooner or later, so that this process's memory holds it already."""
+    with contextlib.suppress(ImportError):
+        import av  # noqa: F401
+        import ftfy  # noqa: F401
+        import PIL.Image  # noqa: F401
+        import torch.utils.tensorboard  # noqa: F401
+
+
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
     """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, `disk` {what: bytes}, and
@@ -193,9 +201,7 @@ class Plan:
         self.cuda = torch.device(device).type == "cuda"
         self.device, self.phases, self.disk = device, phases, disk
         self.host = {k: v for k, v in (host or {}).items() if v and self.cuda}
-        for name in ("av", "ftfy", "PIL.Image", "torch.utils.tensorboard"):  # a run imports them: its memory holds them
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+        import_libraries()
         self.process = CUDA_CONTEXT if self.cuda else resident() + CPU_LIBRARIES
 
     @property

@@ -159,12 +159,14 @@ def nearest_multiple(value, of):
     return max(of, round(value / of) * of)
 
 
-def check_size(size, frames, multiple):
-    """Refuse a size (width, height) px or a number of frames that does not fit, naming the nearest that does."""
+def check_size(size, frames, multiple, over=1):
+    """Refuse a size (width, height) px or a number of frames, 4k + over, that does not fit, naming the nearest that
+    does.
+    """
     if size[0] % multiple or size[1] % multiple or min(size) < 1:
         near = "x".join(str(nearest_multiple(side, multiple)) for side in size)
         raise BadInput(f"--size {size[0]}x{size[1]}: sides must be multiples of {multiple}; nearest {near}")
-    check_frames(frames)
+    check_frames(frames, over)
 
 
 def check_frames(frames, over=1):

@@ -17,9 +17,9 @@ from diagnostics.logits import logits  # noqa: E402
 from nano.evaluate import sample_and_grade, word_attribute  # noqa: E402
 from nano.grader import shares  # noqa: E402
 from nano.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
-from nanowan.errors import cli
-from nanowan.files import atomic
-from nanowan.settings import checkpoint_dir
+from nanowan.errors import cli  # noqa: E402
+from nanowan.files import atomic  # noqa: E402
+from nanowan.settings import checkpoint_dir  # noqa: E402
 from sample import load  # noqa: E402
 
 

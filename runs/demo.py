@@ -21,8 +21,8 @@ from diagnostics.delta import delta, relative_norm  # noqa: E402
 from nano.evaluate import print_scores, sample_and_grade, word_attribute  # noqa: E402
 from nano.grader import shares  # noqa: E402
 from nano.world import FPS, prompts  # noqa: E402
-from nanowan.errors import cli
-from nanowan.files import atomic
+from nanowan.errors import cli  # noqa: E402
+from nanowan.files import atomic  # noqa: E402
 from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 

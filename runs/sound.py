@@ -19,19 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_lora  # noqa: E402
-from data import (
-    DataConfig,
-    Dataset,
-    collate,  # noqa: E402
-)
+from data import DataConfig, Dataset, collate  # noqa: E402
 from nano import sound as world  # noqa: E402
 from nano.pretrain import run_stage  # noqa: E402
 from nano.world import caption_of  # noqa: E402
-from nanowan.errors import cli
-from nanowan.formats.header import load
+from nanowan.errors import cli  # noqa: E402
+from nanowan.formats.header import load  # noqa: E402
 from nanowan.pipeline import Pipeline  # noqa: E402
-from nanowan.settings import parse_size
-from nanowan.training.flags import pick, resolve
+from nanowan.settings import parse_size  # noqa: E402
+from nanowan.training.flags import pick, resolve  # noqa: E402
 from nanowan.variants.s2v.conditioning import DROPPED_FRAMES  # noqa: E402
 from nanowan.video import to_uint8  # noqa: E402
 from sample import generate  # noqa: E402

@@ -1,6 +1,7 @@
 """diag.py: each command on tiny checkpoints, against brute force; what cannot be done is said in one line."""
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -13,26 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import scripts
+from helpers.adapters import save_lora
 from test_lora import trained
 
 import train_lora
 import train_te
-from benchmarks import tiny
+from benchmarks import tiny, tiny_animate, tiny_s2v
 from diag import arguments
 from diagnostics.advise import PEER, advice
 from diagnostics.inspect import inspect
 from diagnostics.plan import candidate_flags, planned
-from diagnostics.scaling import linear_flops, step_times
+from diagnostics.scaling import Cluster, linear_flops, step_times
 from kernels import backend
 from lora import TARGETS
 from nano.world import NEW_WORDS
-from nanowan import settings
 from nanowan.errors import BadInput
-from nanowan.formats.dit import full_config
+from nanowan.formats.dit import full_config, load_wan, new_dit
 from nanowan.formats.header import load, read_header, save
-from nanowan.formats.lora import save_lora
+from nanowan.formats.lora import merge_file
+from nanowan.settings import NANO
+from nanowan.settings import released as released_settings
+from nanowan.variants.registry import VARIANTS
 from nanowan.video import write_mp4
-from wan import VARIANTS, build
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +60,7 @@ def write_header(file, tensors, kind="F32"):
 
 def full_size(folder, variant, shards=3, kind="F32"):
     with torch.device("meta"):
-        state = list(build(variant).state_dict().items())
+        state = list(new_dit(full_config(variant)).state_dict().items())
     row = VARIANTS[variant]
     config = {k: row[k] for k in ("model_type", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")}
     for sub in ("high_noise_model", "low_noise_model") if row["boundary"] else (".",):
@@ -84,10 +87,11 @@ def released(tmp_path_factory):
 def test_full_size_headers_are_all_that_is_read(released, tmp_path, report):
     """All released models, in one process: bytes read from files, and the growth of memory."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, plan, re\n"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import diag, re\n"
+        "from nanowan.memory_estimate import resident\n"
         "def read(): return int(re.search(r'rchar: (\\d+)', open('/proc/self/io').read())[1])\n"
-        "bytes_before, before = read(), plan.resident(); diag.main()\n"
-        "print('READ', read() - bytes_before); print('PEAK', plan.resident('VmHWM') - before)"
+        "bytes_before, before = read(), resident(); diag.main()\n"
+        "print('READ', read() - bytes_before); print('PEAK', resident('VmHWM') - before)"
     )
     command = [sys.executable, "-c", code, ROOT, "inspect", *released.values(), "--json", tmp_path / "found.json"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -224,13 +228,11 @@ def test_a_missing_expert_and_a_results_folder(checkpoints, tmp_path):
 @pytest.mark.parametrize("rank", [1, 4])
 def test_delta_equals_brute_force(tmp_path, checkpoints, rank, report):
     from diagnostics.delta import delta, relative_norm
-    from lora import merge
-    from nanowan.formats.dit import load_wan
 
     save_lora(tmp_path / "a.safetensors", trained(TARGETS, rank=rank))
     rows = delta(tmp_path / "a.safetensors", checkpoints["ti2v"])
     base, moved = (load_wan(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
-    merge(moved, tmp_path / "a.safetensors")
+    merge_file(moved, tmp_path / "a.safetensors")
     base, moved = dict(base.named_parameters()), dict(moved.named_parameters())
     assert len(rows) == 30
     worst, every = 0, []
@@ -270,7 +272,7 @@ def test_delta_refuses_what_does_not_fit(tmp_path, checkpoints):
 
     save_lora(tmp_path / "a.safetensors", trained())
     with pytest.raises(BadInput, match="does not fit"):
-        delta(tmp_path / "a.safetensors", ROOT / "nano")
+        delta(tmp_path / "a.safetensors", NANO)
 
 
 def test_delta_between_two_checkpoints_and_two_encoders(tmp_path, checkpoints, report):
@@ -309,9 +311,6 @@ def delta_rows(tmp_path, *argv):
 
 def test_delta_of_every_kind_of_change(checkpoints, tmp_path, report):
     """Differences of a weight, a bias and a modulation, and a LoKr, beside what merging the file moves."""
-    from lora import merge
-    from nanowan.formats.dit import load_wan
-
     g = torch.Generator().manual_seed(3)
     changes = {
         "ffn.0.diff": torch.randn(104, 48, generator=g),
@@ -322,7 +321,7 @@ def test_delta_of_every_kind_of_change(checkpoints, tmp_path, report):
     }
     save(tmp_path / "a.safetensors", {f"diffusion_model.blocks.1.{key}": t for key, t in changes.items()})
     base, moved = (load_wan(checkpoints["ti2v"], dtype=torch.float32) for _ in range(2))
-    merge(moved, tmp_path / "a.safetensors")
+    merge_file(moved, tmp_path / "a.safetensors")
     base, moved = dict(base.named_parameters()), dict(moved.named_parameters())
     rows = delta_rows(tmp_path, tmp_path / "a.safetensors", "--ckpt", checkpoints["ti2v"])
     names = {f"blocks.1.{name}" for name in ("ffn.0", "ffn.0.bias", "modulation", "self_attn.q")}
@@ -345,8 +344,6 @@ def test_delta_between_sharded_folders(checkpoints, tmp_path):
 
 def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
     """The expert that a file is for is the one that it is compared with; two experts are compared with each other's."""
-    from nanowan.formats.dit import load_wan
-
     norms = {
         half: load_wan(checkpoints["t2v"] / f"{half}_noise_model", dtype=torch.float32)
         .blocks[0]
@@ -373,9 +370,6 @@ def test_delta_on_an_a14b_folder(checkpoints, tmp_path):
 
 def test_delta_of_a_file_with_both_experts(checkpoints, tmp_path):
     """Each half on its own expert, as sampling takes them and inspect says; or the one that is asked for."""
-    from lora import merge
-    from nanowan.formats.dit import load_wan
-
     g = torch.Generator().manual_seed(4)
     key, tensors = "blocks.1.cross_attn.v", {}
     for component in ("transformer_1", "transformer_2"):
@@ -386,7 +380,7 @@ def test_delta_of_a_file_with_both_experts(checkpoints, tmp_path):
     want = {}
     for half in ("high", "low"):
         base, moved = (load_wan(checkpoints["t2v"] / f"{half}_noise_model", dtype=torch.float32) for _ in range(2))
-        merge(moved, file, expert=half)
+        merge_file(moved, file, expert=half)
         old, new = (dict(m.named_parameters())[f"{key}.weight"].double() for m in (base, moved))
         want[half] = ((new - old).norm() / old.norm()).item()
     (model,) = inspect(file)
@@ -468,24 +462,33 @@ def test_logits_see_a_change_where_it_is_and_nowhere_before(tmp_path, checkpoint
     assert json.loads((tmp_path / "l.json").read_text())["dit"] == rows
 
 
+@contextlib.contextmanager
+def given_to_attention():
+    """Within, a list of the attention_stats of all that attention is given, in order."""
+    from diagnostics.logits import attention_stats
+    from kernels import attention_backends, ops
+
+    seen, real = [], ops.attention
+
+    def attention(q, k, v, bias=None):
+        seen.append(attention_stats(q, k, bias))
+        return real(q, k, v, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ops, attention_backends):  # what models call, and what self_attention does
+            patch.setattr(module, "attention", attention)
+        yield seen
+
+
 def test_logits_are_those_of_the_attention_itself(checkpoints):
     """The recorded maximum and deviation, against q and k as the reference operations hand them to attention."""
     from test_wan import inputs
 
-    from diagnostics.logits import attention_stats, record_attention
-    from kernels import ops
-    from nanowan.formats.dit import load_wan
+    from diagnostics.logits import record_attention
 
     model = load_wan(checkpoints["ti2v"], dtype=torch.float32)
     x, t, context = inputs("ti2v")
-    seen, real = [], ops.attention
-
-    def attention(q, k, v, bias=None, **how):
-        seen.append(attention_stats(q, k, bias))
-        return real(q, k, v, bias, **how)
-
-    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "attention", attention)
+    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, given_to_attention() as seen:
         model(x, t, context)
     order = [(block, kind) for block in range(3) for kind in ("self_attn", "cross_attn")]
     assert list(stats) == order
@@ -497,10 +500,8 @@ def test_logits_are_those_of_the_attention_itself(checkpoints):
 def test_logits_of_what_variants_add(variant):
     """S2V's injectors hear the sound of their frame alone; Animate's picture has a softmax of its own."""
     import test_animate
-    from helpers import tiny_animate, tiny_s2v
 
-    from diagnostics.logits import attention_stats, record_attention
-    from kernels import ops
+    from diagnostics.logits import record_attention
 
     if variant == "s2v":
         model, args, given = tiny_s2v.dit(), (), tiny_s2v.inputs()
@@ -511,14 +512,7 @@ def test_logits_of_what_variants_add(variant):
             test_animate.inputs(model),
             [(i, k) for i in range(5) for k in ("cross_attn", "image_attn")],
         )
-    seen, real = [], ops.attention
-
-    def attention(q, k, v, bias=None, **how):
-        seen.append(attention_stats(q, k, bias))
-        return real(q, k, v, bias, **how)
-
-    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "attention", attention)
+    with torch.no_grad(), backend.using("ref"), record_attention(model) as stats, given_to_attention() as seen:
         model(*args, **given)
     assert [key for key in stats if key[1] != "self_attn"] == want
     seen = [s for s in seen if s.shape == seen[0].shape]
@@ -802,15 +796,17 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     for script, module in (("train_te", train_te), ("train_lora", train_lora)):
         line = found["commands"][script]
         assert line in said and found["peak"][script] > 1e8
-        args, own = module.arguments(line.split()[2:]), json.loads((ROOT / "nano/config.json").read_text())["train"]
+        args, own = module.arguments(line.split()[2:]), json.loads((NANO / "config.json").read_text())["train"]
         assert (args.lr, args.batch, args.steps) == tuple(own[script][k] for k in ("lr", "batch", "steps"))
         assert args.resolution == "64x64"
     assert (
-        args.trigger == "dog,square" and args.preserve == 2 and args.text_encoder.endswith("text_encoder.safetensors")
+        args.trigger == ["dog", "square"]
+        and args.preserve == 2
+        and args.text_encoder.endswith("text_encoder.safetensors")
     )
     full = {
         flag: (value, why)
-        for flag, value, why in advice(settings.released("ti2v-5B"), 30, "x", "y", [], 40, True)["train_lora"]
+        for flag, value, why in advice(released_settings("ti2v-5B"), 30, "x", "y", [], 40, True)["train_lora"]
     }
     assert full["lr"] == ("0.0001", PEER) and full["batch"][0] == 1 and "seen 50 times" in full["steps"][1]
     assert "preserve" not in full and full["blocks"][0] == "0-29"
@@ -821,20 +817,25 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
 def test_step_times():
     """One GPU is the FLOPs over the rate; what is sent costs; weights shrink by the ranks that share them."""
     config = full_config("ti2v-5B")
-    given = dict(c=config, grid=(31, 22, 40), adapter=4 * 16 * 2 * 3072 * 60, rate=4e14, inside=2e11, between=25e9)
-    one = step_times(ranks=1, **given)["data parallel"]
+    cluster = Cluster(rate=4e14, inside=2e11, between=25e9)
+
+    def times(ranks, cluster=cluster):
+        return step_times(config, (31, 22, 40), ranks, 4 * 16 * 2 * 3072 * 60, cluster)
+
+    one = times(1)["data parallel"]
     flops = linear_flops(config, 31 * 22 * 40, 64)
     assert one[0] == 3 * sum(flops) / 4e14 and one[1] > 9e9
     assert abs(flops[0] / 237e12 - 1) < 0.15 and abs(flops[1] / 274e12 - 1) < 0.05  # as published for 1280x704x121
-    eight = step_times(ranks=8, **given)
+    eight = times(8)
     data, ulysses, pipeline = (eight[k][0] for k in ("data parallel", "--ulysses_size 8", "--pipeline_stages 8"))
     assert one[0] / 8 < data < one[0] / 7.9 < ulysses < pipeline
     assert eight["--fsdp"][1] == eight["--pipeline_stages 8"][1] == one[1] // 8
-    slow = step_times(ranks=16, **(given | {"between": 1e8}))
+    slow = times(16, cluster._replace(between=1e8))
     assert slow["--fsdp"][0] > slow["--ulysses_size 8"][0]  # weights cross the slow link, or adapters only
 
 
-def test_the_scale_command(capsys):
-    diag("scale", "--ckpt", "t2v-A14B", "--size", "832x480")
+@pytest.mark.parametrize("variant", ["t2v-A14B", "s2v-14B", "animate-14B"])
+def test_the_scale_command(capsys, variant):
+    diag("scale", "--ckpt", variant, "--size", "1024x704")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[4].startswith("  8 GPUs  data parallel ") and "fastest: " in lines[4]

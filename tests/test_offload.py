@@ -146,12 +146,13 @@ def test_a_buffer_that_cannot_be_made_is_one_error(monkeypatch, recwarn):
 RESIDENT = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-import lora, tiny
-from offload import Stream, share_host_copy
-from plan import ParallelLayout, nbytes, resident, traced
+import lora
+from benchmarks import tiny
+from nanowan.memory.offload import Stream, share_host_copy
+from nanowan.memory_estimate import ParallelLayout, nbytes, resident, traced
 
 def build(**size):
     dit = tiny.dit("ti2v", **size)
@@ -181,7 +182,7 @@ def test_resident_memory_is_that_of_the_plan(tmp_path, report):
     """The host's buffer is a file, which Linux counts apart: what else a process holds stands for the device. Ring,
     other weights, activations.
     """
-    code = RESIDENT.format(root=str(ROOT), tests=str(ROOT / "tests"), file=str(tmp_path / "host"))
+    code = RESIDENT.format(root=str(ROOT), file=str(tmp_path / "host"))
     weights, activations, whole, peak = map(
         int,
         subprocess.run(
@@ -266,10 +267,10 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 
 
 def test_a_released_stream_is_gone(checkpoints):
-    models = load(checkpoints["ti2v"], stream_blocks=2)
-    kept = weakref.ref(models.acquire("dit"))
-    models.evict("dit")
-    assert kept() is None and not models.streams()
+    pipe = load(checkpoints["ti2v"], stream_blocks=2)
+    kept = weakref.ref(pipe.acquire("dit"))
+    pipe.evict("dit")
+    assert kept() is None and not pipe.streams()
 
 
 @pytest.mark.parametrize("fp8", (False, True))

@@ -180,11 +180,12 @@ def test_an_adapter_goes_in_before_the_weights_are_read_and_stays_when_they_go(c
     also after its DiT was dropped and loaded again. The weights are those of the checkpoint.
     """
     devices, real = [], pipeline.parallelize
-    monkeypatch.setattr(
-        pipeline,
-        "parallelize",
-        lambda dit, world: devices.append(next(dit.parameters()).device.type) or real(dit, world),
-    )
+
+    def parallelize(dit, world):
+        devices.append(next(dit.parameters()).device.type)
+        real(dit, world)
+
+    monkeypatch.setattr(pipeline, "parallelize", parallelize)
 
     def loaded(seed):
         pipe = Pipeline(checkpoints["t2v"])

@@ -456,7 +456,7 @@ def test_a_character_is_fed_what_sampling_feeds(animate, acts, tmp_path, scene, 
     for known in (0, 1, 5):
         sequence.known = video(frames[:known]) if known else None
         want = sequence.conditions(0)
-        dataset.samples.draw = lambda items, share, rng, known=known: [known] * len(items)
+        dataset.samples.draw = lambda item, share, rng, known=known: known
         batch = first_batch(dataset)
         assert torch.equal(batch.x[:, 16:], want.channels)
         assert batch.inputs.keys() == want.inputs.keys()
@@ -489,11 +489,11 @@ def test_without_a_caption_the_face_is_blank(animate, acts, tmp_path, report):
 
 def test_the_share_of_known_frames(animate, acts, tmp_path):
     *_, dataset = dataset_of(animate, acts[False], tmp_path / "out", *animate_flags())
-    items, rng = dataset.items, random.Random(1)
-    drawn = [dataset.samples.draw(items, 0.5, rng)[0] for _ in range(400)]
+    (item,), rng = dataset.items, random.Random(1)
+    drawn = [dataset.samples.draw(item, 0.5, rng) for _ in range(400)]
     assert 160 <= drawn.count(0) <= 240 and 60 <= drawn.count(1) <= 140 and 60 <= drawn.count(5) <= 140
-    short = [replace(items[0], frames=9)]  # five of nine would be more than half
-    assert {dataset.samples.draw(short, 1.0, rng)[0] for _ in range(20)} == {1}
+    short = replace(item, frames=9)  # five of nine would be more than half
+    assert {dataset.samples.draw(short, 1.0, rng) for _ in range(20)} == {1}
 
 
 def test_characters_without_what_they_need_are_named(animate, tmp_path, capsys):

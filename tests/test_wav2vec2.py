@@ -15,6 +15,7 @@ from nanowan.errors import BadInput
 from nanowan.variants.s2v.wav2vec2 import (
     UNUSED,
     Wav2Vec2,
+    Wav2Vec2Sizes,
     count_clips,
     load_wav2vec2,
     read_audio,
@@ -92,7 +93,8 @@ def test_full_size_names_and_counts():
     )
     with torch.device("meta"):
         theirs = Wav2Vec2ForCTC(config).state_dict()
-        ours = Wav2Vec2(512, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 1024, 4096, 16, 24, 16, 128)
+        kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+        ours = Wav2Vec2(Wav2Vec2Sizes(512, kernels, strides, 1024, 4096, 16, 24, 16, 128))
     want = {rename(k): tuple(v.shape) for k, v in theirs.items() if k not in UNUSED}
     assert {k: tuple(v.shape) for k, v in ours.state_dict().items()} == want
     assert len(theirs) == 424 and sum(v.numel() for v in theirs.values()) == 315_472_545

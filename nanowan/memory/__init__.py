@@ -1,0 +1,1 @@
+"""Where weights lie, and decoding in less memory."""

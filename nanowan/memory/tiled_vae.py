@@ -24,8 +24,8 @@ def tile_overlap(decoder, tile):
 
 
 def tile_weights(start, end, overlap, exact, side, scale):
-    """The weight of each pixel of a decoded tile along one axis of a frame of `side` latent pixels, each of them `scale`
-    pixels: (n,) fp32 for the latent pixels [start, end) and up to `overlap` more on both sides.
+    """The weight of each pixel of a decoded tile along one axis of a frame of `side` latent pixels, each of them
+    `scale` pixels: (n,) fp32 for the latent pixels [start, end) and up to `overlap` more on both sides.
 
     exact: 1 within the tile, 0 in its overlaps. Otherwise neighbours are cross-faded linearly across their common edge,
     as far as the overlaps go. The weights of all tiles add up to 1.
@@ -43,10 +43,10 @@ def tile_weights(start, end, overlap, exact, side, scale):
 
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
-    """VAE.decode in tiles of `tile` latent pixels a side, which takes the memory of one of them. They overlap by as many
-    pixels as a result depends on, which is exact; if `tile` is smaller than that, by half a tile, and are cross-faded,
-    which is not. ranks: of several ranks that hold z, (this one's number, how many there are, a function that sums a
-    tensor over them); each decodes some of the tiles.
+    """VAE.decode in tiles of `tile` latent pixels a side, which takes the memory of one of them. They overlap by as
+    many pixels as a result depends on, which is exact; if `tile` is smaller than that, by half a tile, and are
+    cross-faded, which is not. ranks: of several ranks that hold z, (this one's number, how many there are, a function
+    that sums a tensor over them); each decodes some of the tiles.
     """
     B, _, T, h, w = z.shape
     st, sh, sw = vae.stride

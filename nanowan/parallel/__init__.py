@@ -13,23 +13,20 @@ What is computed equals what one process with the same global batch computes.
 One rule holds everywhere: every rank holds all adapters (they are small) and computes some part of the gradient, and
 the sum over all ranks is the gradient. So clipping, the optimizer, averages and files are those of one process. The
 engines are PyTorch's: fully_shard, DeviceMesh, all-to-all, pipelining. world.py has the ranks; fsdp.py, ulysses.py and
-pipeline.py one strategy each, a function apply_*(model, world) that is done to a built DiT from outside.
+pipeline_parallel.py one strategy each, a function apply_*(model, world) that is done to a built DiT from outside.
 """
 
 import torch.distributed as dist
 
 from nanowan.parallel.fsdp import apply_fsdp, clip_grad_norm, full_tensor, is_sharded, shard, shard_like
-from nanowan.parallel.pipeline_parallel import IdentityBlock, apply_pipeline, pipeline_backward
 from nanowan.parallel.ulysses import FirstRank, apply_ulysses
 from nanowan.parallel.world import HostShare, World
 
 __all__ = [
     "FirstRank",
     "HostShare",
-    "IdentityBlock",
     "World",
     "apply_fsdp",
-    "apply_pipeline",
     "apply_ulysses",
     "backward",
     "clip_grad_norm",
@@ -47,6 +44,8 @@ def parallelize(model, world):
     if world.sp_size > 1:
         apply_ulysses(model, world)
     if world.pp_size > 1:
+        from nanowan.parallel.pipeline_parallel import apply_pipeline
+
         apply_pipeline(model, world)
     if world.fsdp:
         apply_fsdp(model, world)
@@ -57,6 +56,8 @@ def backward(world, model, batch, context, lens, loss_weight):
     ranks. context (B,S,text_dim) and lens (B,) as Wan.forward takes them.
     """
     if world.pp_size > 1:
+        from nanowan.parallel.pipeline_parallel import pipeline_backward
+
         return pipeline_backward(world, model, batch, context, lens, loss_weight)
     loss = batch.loss(model, context, lens) * loss_weight
     loss.backward()

@@ -1,7 +1,7 @@
 """The flags that both trainers share: definitions, recommended values, checks.
 
-A value comes from, in this order: the flag; the checkpoint's config.json ("train"); RECOMMENDED below; the variant's row
-in VARIANTS. `resolve` applies it, once.
+A value comes from, in this order: the flag; the checkpoint's config.json ("train"); RECOMMENDED below; the variant's
+row in VARIANTS. `resolve` applies it, once.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def add_flags(p, script, out):
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: share of samples trained as a segment that continues another, if long enough (default: 0.5)",
+        help="S2V, Animate: share of long enough samples trained as a segment that continues another (default: 0.5)",
     )
     add(
         "--held_out",
@@ -282,8 +282,8 @@ def parse_blocks(text, total):
 
 
 def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
-    """{name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order of their turns. expert,
-    min_t, max_t: the flags; s: the Settings. Raises BadInput for limits that leave an expert nothing.
+    """{name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order of their turns.
+    expert, min_t, max_t: the flags; s: the Settings. Raises BadInput for limits that leave an expert nothing.
     """
     ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)} if expert else {"dit": (0.0, 1.0)}
     ranges = ranges if expert in (None, "both") else {expert: ranges[expert]}

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it stopped: parameters, optimizer, averages; and what must not change then."""
+"""What a run needs to continue exactly where it stopped, parameters, optimizer, averages; what must not change then."""
 
 import contextlib
 

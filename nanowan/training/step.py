@@ -28,8 +28,8 @@ def ahead(prepare, steps):
 
 @torch.no_grad()
 def held_out_loss(dataset, schedule, embed):
-    """{name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and `val_loss_by_t`, that
-    at each of four timesteps. Comparable between runs on the same data, whatever their seeds. embed(captions) ->
+    """{name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and `val_loss_by_t`,
+    that at each of four timesteps. Comparable between runs on the same data, whatever their seeds. embed(captions) ->
     context (B,S,D), lens (B,).
     """
     metrics, pipe = {}, dataset.pipe

@@ -304,9 +304,9 @@ def arguments(argv=None):
     add = p.add_argument_group("replacing a person").add_argument
     add("--mask_video", help="white where the person is, of the size and length of --video")
     add("--iterations", type=int, default=3, help="how often the mask is dilated; 0: taken as it is (default: 3)")
-    add("--k", type=int, default=7, help="by how many px, odd (default: 7)")
+    add("--k", type=int, default=7, help="side of the square that dilates the mask, px, odd (default: 7)")
     add("--w_len", type=int, default=1, help="columns of cells that are filled in the mask's box (default: 1)")
-    add("--h_len", type=int, default=1, help="rows of them (default: 1)")
+    add("--h_len", type=int, default=1, help="rows of such cells (default: 1)")
     return p.parse_args(argv)
 
 

@@ -1,0 +1,1 @@
+"""S2V-14B: model, speech encoder, conditioning and training samples."""

@@ -9,6 +9,7 @@ before it, which the released DiT has never seen.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -174,12 +175,28 @@ class Encoder(nn.Module):
         return [*states[:-1], self.layer_norm(states[-1])]
 
 
+@dataclass(frozen=True)
+class Wav2Vec2Sizes:
+    """Widths; kernels and strides of the convolutions; groups and kernel of the positional one."""
+
+    conv_dim: int
+    kernels: tuple
+    strides: tuple
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    pos_groups: int
+    pos_kernel: int
+
+
 class Wav2Vec2(nn.Module):
-    def __init__(self, conv_dim, kernels, strides, dim, ffn_dim, heads, layers, pos_groups, pos_kernel):
+    def __init__(self, sizes):
         super().__init__()
-        self.feature_extractor = FeatureExtractor(conv_dim, kernels, strides)
-        self.feature_projection = FeatureProjection(conv_dim, dim)
-        self.encoder = Encoder(dim, ffn_dim, heads, layers, pos_groups, pos_kernel)
+        s = sizes
+        self.feature_extractor = FeatureExtractor(s.conv_dim, s.kernels, s.strides)
+        self.feature_projection = FeatureProjection(s.conv_dim, s.dim)
+        self.encoder = Encoder(s.dim, s.ffn_dim, s.heads, s.layers, s.pos_groups, s.pos_kernel)
 
     @torch.no_grad()
     def features(self, samples):
@@ -262,9 +279,8 @@ def build_wav2vec2(entries, path):
     if not heads or len(strides) != len(conv) or dim % heads or dim % per_group:
         raise BadInput(f"{path}: config.json ({len(strides)} strides, {heads} heads) does not fit the weights")
     kernels = [s[2] for s in conv]
-    return Wav2Vec2(
-        conv_dim, kernels, strides, dim, ffn_dim, heads, count("encoder.layers."), dim // per_group, pos_kernel
-    )
+    layers, groups = count("encoder.layers."), dim // per_group
+    return Wav2Vec2(Wav2Vec2Sizes(conv_dim, kernels, strides, dim, ffn_dim, heads, layers, groups, pos_kernel))
 
 
 def load_wav2vec2(folder, device="cpu", dtype=torch.float32):
