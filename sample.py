@@ -47,8 +47,8 @@ def arguments(argv=None):
     add("--prompt", help="text to sample from (default, without --prompts: the checkpoint's)")
     add(
         "--prompts",
-        help="text file, one prompt per line, with kohya's options behind it (--w 832 --h 480 --f 81 --d 1 --s 20 --l 5 "
-        "--i a.png --n bad), or a JSONL with such keys",
+        help="text file, one prompt per line, with kohya's options behind it (--w 832 --h 480 --f 81 --d 1 --s 20 "
+        "--l 5 --i a.png --n bad), or a JSONL with such keys",
     )
     add("--image", help="image to start from")
     add("--last_image", help="image to end with (TI2V-5B, I2V-A14B)")

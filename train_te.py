@@ -85,8 +85,8 @@ def arguments(argv=None):
     add(
         "--keywords",
         type=comma_list,
-        help="words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N rows "
-        "that no text uses (default on nano's own data: its new words)",
+        help="words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N "
+        "rows that no text uses (default on nano's own data: its new words)",
     )
     add(
         "--keyword_init",
@@ -104,8 +104,8 @@ def arguments(argv=None):
         "--keyword_norm",
         choices=("free", "fixed", "clamp"),
         default="free",
-        help="norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of 99 "
-        "percent of the table (default: %(default)s)",
+        help="norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of "
+        "99 percent of the table (default: %(default)s)",
     )
     add(
         "--anchor",
@@ -116,15 +116,15 @@ def arguments(argv=None):
     add(
         "--save",
         choices=("full", "delta", "comfyui", "lora"),
-        help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for its "
-        "CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
+        help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for "
+        "its CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
         "--train_blocks 0 (default: lora with --rank, else full)",
     )
     add(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
-        help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without "
-        "--fsdp or --rank; else adamw)",
+        help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 "
+        "without --fsdp or --rank; else adamw)",
     )
     add(
         "--caption_mode_probs",

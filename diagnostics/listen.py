@@ -81,7 +81,7 @@ def some_frames(video, n):
 
 
 def draw_sheet(columns, prompts, seed, out, **settings):
-    """A contact sheet of each prompt's clips by the {name: Pipeline}, side by side, all as sample.py --seed makes them."""
+    """A contact sheet of each prompt's clips by the {name: Pipeline}, side by side, as sample.py --seed makes them."""
     seeds = [seed] * len(prompts)
     clips = [[some_frames(clip, 3) for clip in sample_clips(p, prompts, seeds, **settings)] for p in columns.values()]
     labels = [f"{name}: {prompt}" for prompt in prompts for name in columns]

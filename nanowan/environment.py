@@ -2,5 +2,5 @@
 
 import os
 
-# Idle OpenMP threads sleep instead of spinning: beside another busy process, spinning makes a step tens of times slower.
+# Idle OpenMP threads sleep: beside another busy process, spinning makes a step tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,6 +1,4 @@
-"""Lists of prompts: text files, one prompt a line, with kohya's options at a line's end; or JSONL with the same as
-keys.
-"""
+"""Lists of prompts: text files with kohya's options behind each line, or JSONL with the same as keys."""
 
 import json
 import re

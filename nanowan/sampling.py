@@ -1,4 +1,4 @@
-"""What sample.py is asked for: its flags checked, and the Requests, one for each video, that they and the prompts make."""
+"""What sample.py is asked for: its flags, checked, and a Request for each video that flags and prompts ask for."""
 
 import argparse
 import hashlib
@@ -129,7 +129,7 @@ def given_prompts(args):
 
 
 def requests_of(args, prompts, settings, seeds):
-    """A Request for each prompt and seed, in this order; prompts' own settings, inputs and seeds go before the flags'."""
+    """A Request for each prompt and seed, in this order. A prompt's own settings, inputs and seed replace the flags'."""
     flags, inputs = given_settings(args), given_inputs(args)
     pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]
     return [

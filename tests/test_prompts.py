@@ -13,14 +13,7 @@ from sample import arguments
 
 def test_kohyas_options():
     line = "a -- b --w 832 --h 480 --f 81 --d 7 --s 20 --l 5 --fs 3 --n bad, worse"
-    want = {
-        "size": (832, 480),
-        "frames": 81,
-        "steps": 20,
-        "guidance": (5.0,),
-        "shift": 3.0,
-        "negative": "bad, worse",
-    }
+    want = {"size": (832, 480), "frames": 81, "steps": 20, "guidance": (5.0,), "shift": 3.0, "negative": "bad, worse"}
     found = parse_line(line)
     assert found.text == "a -- b" and found.seed == 7 and found.settings == want
     assert parse_line("a --g 5") == parse_line("a --guidance 5")

@@ -168,8 +168,8 @@ def add_flags(p, script, out):
     add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
     add(
         "--previews",
-        help="text file or JSONL of prompts to sample while training, as sample.py --prompts takes them; S2V and Animate "
-        "sample them under the conditions of held-out clips",
+        help="text file or JSONL of prompts to sample while training, as sample.py --prompts takes them; S2V and "
+        "Animate sample them under the conditions of held-out clips",
     )
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
     add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: --resolution)")

@@ -17,8 +17,8 @@ PUNCTUATION = ".,;:!?\"'()[]"
 
 
 class Keyword(NamedTuple):
-    """One of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; NAME=placeholder:N, which gets N rows of the
-    table that no text uses.
+    """One of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; NAME=placeholder:N, which gets N rows of
+    the table that no text uses.
     """
 
     name: str
@@ -53,8 +53,8 @@ def placeholder_tokens(tokenizer, rows, count, taken=()):
 
 
 def add_placeholders(keywords, tokenizer, rows):
-    """Give the Keywords with placeholders rows of their own, in the tokenizer: {name: ids}. Prints how to prompt for them
-    elsewhere.
+    """Give the Keywords with placeholders rows of their own, in the tokenizer: {name: ids}. Prints how to prompt for
+    them elsewhere.
     """
     taken, ids_of = set(), {}
     for keyword in keywords:
@@ -130,10 +130,8 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
             texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
             losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         best = sorted(losses, key=losses.get)
-        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in best[:4])
-        print(
-            f"keyword {keyword!r}: mean loss with other words in its place: {shown_losses}; its own {losses[keyword] / len(batches):.4f}"
-        )
+        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in (*best[:4], keyword))
+        print(f"keyword {keyword!r}: mean loss with the best words in its place, and itself: {shown_losses}")
         if best[0] != keyword:
             chosen[keyword] = best[0]
     return chosen

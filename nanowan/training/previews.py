@@ -20,7 +20,7 @@ from nanowan.video import write_grid, write_mp4
 
 
 def preview_settings(args, s):
-    """The Settings of previews for a trainer's resolved flags: the training's own size and frames, but for the flags."""
+    """The Settings of previews, of a trainer's resolved flags: by default the training's own size and frames."""
     size = parse_size(args.preview_size or args.resolution, "--preview_size")
     return s.with_overrides(size=size, frames=args.preview_frames or args.frames, steps=args.preview_steps)
 

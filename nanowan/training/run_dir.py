@@ -270,7 +270,7 @@ class Run:
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
 
     def leave(self):
-        """End the process as a signal would have: 130 for Ctrl-C, 143 for SIGTERM, also if another rank was asked to."""
+        """End the process as a signal would: 130 for Ctrl-C, 143 for SIGTERM, also if another rank was asked to."""
         sys.exit(128 + (self.stop or signal.SIGTERM))
 
     # ---- log -----------------------------------------------------------------------------------------------------
@@ -297,8 +297,8 @@ class Run:
 
 
 def adapter_file(out, name, expert):
-    """Where a run's adapter lies: OUT/NAME.safetensors; for the experts of an A14B NAME_high and NAME_low. name: --name,
-    the newest, with _000250 behind it that of a step, with _best that of the lowest held-out loss.
+    """Where a run's adapter lies: OUT/NAME.safetensors; for the experts of an A14B NAME_high and NAME_low. name: that
+    of --name for the newest, with _000250 behind it for a step's, with _best for that of the lowest held-out loss.
     """
     return Path(out) / f"{name}{'' if expert == 'dit' else '_' + expert}.safetensors"
 
