@@ -26,6 +26,7 @@ from nanowan.video import Skip
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
 MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
 MAX_GAP = 60  # seconds between two frames: more is a damaged clock, and would fill hours with one picture
+DRAWS = 2  # the version of what steps draw: 1 drew noise and timesteps for a batch at once, not for each sample
 PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
 
 
@@ -129,32 +130,51 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, 
     return items, skipped
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------
+# ---- what a step sees --------------------------------------------------------------------------------------------
 class Batches:
-    """Which items each step sees: every epoch is reshuffled from the seed, a batch holds one bucket, or `group`, and
-    remainders make smaller batches, so that every file is seen once an epoch, or as often as its `repeat` says.
-    `at(step)` needs no history: a resumed run just goes on.
+    """Which items each step sees: `size` of them, or fewer in an epoch's last step. Every epoch sees each item once, or
+    as often as its `repeat` says, in an order that follows from the seed; the items of a step have one bucket, or
+    `group`, as long as there are enough of it. `at(step)` needs no history: a resumed run just goes on.
     """
 
-    def __init__(self, items, batch, seed, group=lambda item: item.bucket):
-        self.seed, self.batch = seed, batch
-        self.groups = {}
+    def __init__(self, items, size, seed, group=lambda item: item.bucket):
+        self.seed, self.groups = seed, {}
         for i, item in enumerate(items):
             self.groups.setdefault(group(item), []).extend([i] * item.repeat)
-        self.per_epoch = sum(-(-len(g) // batch) for g in self.groups.values())
-        self._epoch = None
+        total = sum(map(len, self.groups.values()))
+        self.size, self._epoch = min(size, total), None
+        self.per_epoch = -(-total // self.size)
 
     def at(self, step):
         """Indices of the items of a step (0-based)."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            rng, batches = random.Random(f"{self.seed} epoch {epoch}"), []
+            rng, steps, rest = random.Random(f"{self.seed} epoch {epoch}"), [], []
             for _, group in sorted(self.groups.items()):
                 order = rng.sample(group, len(group))
-                batches += [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
-            rng.shuffle(batches)
-            self._epoch, self._batches = epoch, batches
-        return self._batches[position]
+                full = len(order) // self.size * self.size
+                steps += [order[i : i + self.size] for i in range(0, full, self.size)]
+                rest += order[full:]
+            steps += [rest[i : i + self.size] for i in range(0, len(rest), self.size)]
+            rng.shuffle(steps)
+            self._epoch, self._steps = epoch, steps
+        return self._steps[position]
+
+
+@dataclass
+class Draw:
+    """One sample of a step, and all that is drawn for it: its item and cache file, the caption that is shown, whether
+    it is preserved or has its first frame given, what Samples.draw gave, its timestep, and the generator of its noise.
+    """
+
+    item: Item
+    file: Path
+    caption: str
+    preserved: bool
+    first_frame_given: bool
+    variant: object
+    t: torch.Tensor  # ()
+    generator: torch.Generator
 
 
 def collate(embeddings):
@@ -168,7 +188,8 @@ def eval_batches(items, files, samples, shift, low, high):
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
-        entry = samples.entry(load(file)[0], *samples.draw([item], 0.5, random.Random(item.digest)), True)
+        drawn = samples.draw(item, 0.5, random.Random(item.digest))
+        entry = samples.entry(load(file)[0], drawn, True)
         for i, t in enumerate(eval_timesteps(4, shift, low, high)):
             noise = torch.randn(1, *entry["latents"].shape, generator=g)
             yield i, make_noisy_batch([entry], item.captions[:1], t[None], noise, frame_weights(samples, noise))
@@ -296,58 +317,63 @@ class Dataset:
         self.world.barrier()
         return files
 
-    # ---- what a step sees ----------------------------------------------------------------------------------------
+    # ---- steps ---------------------------------------------------------------------------------------------------
     def _choose_batches(self):
-        global_batch = self.config.batch * self.world.dp_size
-        self.batches = Batches(self.items, global_batch, self.config.seed, self.samples.group)
+        c = self.config
+        self.batches = Batches(self.items, c.batch * c.accumulate * self.world.dp_size, c.seed, self.samples.group)
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
+    def draw(self, step, low, high, show_caption=None, preserved_prompts=()):
+        """The Draws of a step, of all ranks. Each follows from the seed, the step and its place in the step alone, so
+        `--batch 4` is `--batch 2 --accumulate 2`, and `--batch 1` on four ranks. Arguments as of `step`.
+        """
+        c, draws = self.config, []
+        for k, i in enumerate(self.batches.at(step)):
+            rng, item = random.Random(f"{c.seed} step {step} sample {k}"), self.items[i]
+            generator = torch.Generator().manual_seed(rng.getrandbits(62))
+            preserved, caption = bool(preserved_prompts) and rng.random() < PRESERVED_SHARE, ""
+            if rng.random() >= c.caption_dropout:
+                if preserved:
+                    caption = rng.choice(preserved_prompts)
+                else:
+                    caption = show_caption(item.captions, rng) if show_caption else rng.choice(item.captions)
+            given = rng.random() < c.i2v_prob and item.frames > 1
+            variant = self.samples.draw(item, c.continuation, rng)
+            t = sample_timesteps(1, c.shift, c.t_distribution, low, high, generator)[0]
+            draws.append(Draw(item, self.files[i], caption, preserved, given, variant, t, generator))
+        return draws
+
     def step(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """This rank's Batches of a step, one per accumulation, and the weight of each one's loss, which is its share of
-        the step's samples. Timesteps are in [low, high).
+        """This rank's Batches of a step, and the weight of each one's loss: its share of the step's samples, each of
+        which counts alike. Timesteps are in [low, high).
 
         show_caption(captions, rng) -> what is shown of a sample's captions (default: one of them). preserved_prompts:
         if there are any, PRESERVED_SHARE of the samples are shown one of these, with the weight config.preserve.
         """
-        c = self.config
-        indices_of = [self.batches.at(step * c.accumulate + i) for i in range(c.accumulate)]
-        total = sum(map(len, indices_of))
-        for i, indices in enumerate(indices_of):
-            # drawn for the global batch, of which a rank takes its samples
-            rng = random.Random(f"{c.seed} step {step} {i}")
-            g = torch.Generator().manual_seed(rng.getrandbits(62))
-            items = [self.items[j] for j in indices]
-            preserved = [bool(preserved_prompts) and rng.random() < PRESERVED_SHARE for _ in items]
-            captions = []
-            for item, keep in zip(items, preserved):
-                if rng.random() < c.caption_dropout:
-                    captions.append("")
-                elif keep:
-                    captions.append(rng.choice(preserved_prompts))
-                else:
-                    captions.append((show_caption or choose)(item.captions, rng))
-            first_frame_given = torch.tensor([rng.random() < c.i2v_prob and item.frames > 1 for item in items])
-            t, loss_mask = sample_timesteps(len(items), c.shift, c.t_distribution, low, high, g), None
-            if first_frame_given.any():  # it is clean
-                t = t[:, None].repeat(1, 1 + (items[0].frames - 1) // 4)
-                t[first_frame_given, 0] = 0
-                loss_mask = ((t > 0) / (t > 0).float().mean())[:, None, :, None, None]
+        groups = {}
+        for draw in self.draw(step, low, high, show_caption, preserved_prompts):
+            groups.setdefault(self.samples.shape(draw.item, draw.variant), []).append(draw)
+        at_once = self.config.batch * self.world.dp_size
+        for group in groups.values():
+            for i in range(0, len(group), at_once):
+                local, fraction = self.world.local_indices(len(group[i : i + at_once]))
+                draws = [group[i + j] for j in local]
+                yield self._batch(draws), fraction * len(group[i : i + at_once]) / self.batches.size
 
-            # this rank's share, read from the cache
-            local, fraction = self.world.local_indices(len(items))
-            drawn = self.samples.draw(items, c.continuation, rng)
-            entries = [self.samples.entry(load(self.files[indices[j]])[0], drawn[j], captions[j] != "") for j in local]
-            noise = torch.stack([torch.randn(entries[0]["latents"].shape, generator=g) for _ in items])
-            loss_mask = frame_weights(self.samples, noise) if loss_mask is None else loss_mask
-            preserved = torch.tensor(preserved)
-            if preserved.any():
-                weight = torch.where(preserved, float(c.preserve), 1.0).view(-1, 1, 1, 1, 1)
-                loss_mask = weight if loss_mask is None else weight * loss_mask
-            mask = None if loss_mask is None else loss_mask[local]
-            chosen = preserved[local] if preserved.any() else None
-            batch = make_noisy_batch(entries, [captions[j] for j in local], t[local], noise[local], mask, chosen)
-            yield batch, fraction * len(items) / total
-
-
-def choose(captions, rng):
-    return rng.choice(captions)
+    def _batch(self, draws):
+        """The Batch of Draws of one shape, read from the cache."""
+        samples = self.samples
+        entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]
+        noise = torch.stack([torch.randn(e["latents"].shape, generator=d.generator) for d, e in zip(draws, entries)])
+        t, loss_mask = torch.stack([d.t for d in draws]), frame_weights(samples, noise)
+        given = torch.tensor([d.first_frame_given for d in draws])
+        if given.any():  # the first latent frame is clean, and its error does not count
+            t = t[:, None].repeat(1, noise.shape[2])
+            t[given, 0] = 0
+            loss_mask = ((t > 0) / (t > 0).float().mean(1, keepdim=True))[:, None, :, None, None]
+        preserved = torch.tensor([d.preserved for d in draws])
+        if preserved.any():
+            weight = torch.where(preserved, float(self.config.preserve), 1.0).view(-1, 1, 1, 1, 1)
+            loss_mask = weight if loss_mask is None else weight * loss_mask
+        captions, chosen = [d.caption for d in draws], preserved if preserved.any() else None
+        return make_noisy_batch(entries, captions, t, noise, loss_mask, chosen)

@@ -23,7 +23,7 @@ from nanowan.devices import DTYPES
 from nanowan.errors import cli
 from nanowan.formats.lora import LORA_LAYOUTS
 from nanowan.formats.t5 import LAYOUTS
-from wan import VARIANTS
+from nanowan.variants.registry import VARIANTS
 
 
 def script_name(text):

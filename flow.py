@@ -5,7 +5,6 @@ x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the Di
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -109,9 +108,10 @@ class Solver:
     def __init__(self, steps, shift):
         if steps < 1:
             raise ValueError(f"{steps} steps: at least 1")
-        sigmas = shift_t(np.linspace(self.start, 0, steps + 1)[:-1], shift)
-        self.timesteps = torch.from_numpy((sigmas * 1000).astype(np.int64))
-        self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+        grid = torch.arange(steps, dtype=torch.float64) * (-self.start / steps) + self.start
+        sigmas = shift_t(grid, shift)
+        self.timesteps = (sigmas * 1000).long()
+        self.sigmas = F.pad(sigmas, (0, 1)).float()
         # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their
         # result
         self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
@@ -169,7 +169,7 @@ class DPMpp(Solver):
 class UniPC(Solver):
     """UniPC of order 2, B(h) = e^h - 1, predicting x0; lower order at both ends (Zhao et al., 2023)."""
 
-    start = float(np.float32(0.999))  # the official grid starts from the fp32 number
+    start = torch.tensor(0.999).item()  # the official grid starts from the fp32 number
 
     def _update(self, i, x, x0, order, final=None):
         """From sigma i to i+1. With `final`, the prediction x0 at i+1, this is the corrector; without it, the

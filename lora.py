@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x, rows=None):
         """x (...,in) -> (...,out). rows: as in kernels/fp8.py."""
-        y = self.base(x, rows=rows)
+        y = self.base(x) if rows is None else self.base(x, rows=rows)
         if not self.enabled:
             return y
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))

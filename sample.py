@@ -9,12 +9,10 @@ python sample.py --prompt "a red square moves left"        on nano, the toy chec
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 
-import argparse
 import json
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,27 +21,35 @@ import flow
 from kernels import backend
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype
-from nanowan.errors import BadInput, check_at_least, cli
-from nanowan.files import check_output, numbered
+from nanowan.errors import BadInput, cli
+from nanowan.files import numbered
+from nanowan.flags import Parser
 from nanowan.formats.header import save
 from nanowan.long_video import SegmentFiles, SegmentsInMemory, check_disk
 from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_overlap
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.prompts import read_prompts
-from nanowan.settings import parse_guidance, parse_size
+from nanowan.prompts import Prompt
+from nanowan.sampling import check_flags, given_prompts, requests_of
 from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
 
+EXPERT_GROUP = 8  # clips that go through an A14B's expert before they go through the other
+
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
     add("--prompt", help="text to sample from (default, without --prompts: the checkpoint's)")
-    add("--prompts", help="text file, one prompt per line")
+    add(
+        "--prompts",
+        help="text file, one prompt per line, with kohya's options behind it (--w 832 --h 480 --f 81 --d 1 --s 20 --l 5 "
+        "--i a.png --n bad), or a JSONL with such keys",
+    )
     add("--image", help="image to start from")
+    add("--last_image", help="image to end with (TI2V-5B, I2V-A14B)")
     add("--size", help="WIDTHxHEIGHT in px; with --image it gives the area (default: the checkpoint's)")
     add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
     add(
@@ -54,7 +60,10 @@ def arguments(argv=None):
     add("--shift", type=float, help="shift of the sigma grid, above 1 towards noise (default: the checkpoint's)")
     add("--guidance", help="guidance scale, or LOW,HIGH for the two experts; 1 is off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
-    add("--seed", type=int, default=0, help="random seed of the noise; -1 draws one (default: 0)")
+    add(
+        "--seed", type=seed_list, default=[0], help="random seeds of the noise, one or a,b,c; -1 draws one (default: 0)"
+    )
+    add("--num_videos", type=int, default=1, help="videos per prompt, from successive seeds (default: %(default)s)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
     add(
         "--lora",
@@ -108,7 +117,9 @@ def arguments(argv=None):
     add("--out", default="out/sample.mp4", help="video file; several prompts: NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
-    add("--resume", action="store_true", help="continue a video of several segments that was stopped")
+    add(
+        "--resume", action="store_true", help="make only what an earlier, stopped call of the same flags did not finish"
+    )
     add(
         "--preview_every",
         type=int,
@@ -118,11 +129,16 @@ def arguments(argv=None):
     return p.parse_args(argv)
 
 
+def seed_list(text):
+    return [int(seed) for seed in str(text).split(",")]
+
+
 # ---- denoising ---------------------------------------------------------------------------------------------------
 @dataclass
 class Clip:
     """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)), negative None if no
-    step is guided. conditions: a Conditions. on_step(i, x0): is shown the estimate of the clean latents after each step.
+    step is guided. conditions: a Conditions. on_step(i, x0): is shown the estimate of the clean latents after each
+    step.
     """
 
     x: torch.Tensor  # (B,C,T',h,w)
@@ -136,8 +152,8 @@ class Clip:
 
 
 class GuidedModel:
-    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what else
-    does not change from step to step, is computed here, once.
+    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what
+    else does not change from step to step, is computed here, once.
     """
 
     def __init__(self, pipe, expert, clip):
@@ -242,12 +258,14 @@ def load(
     return Pipeline(ckpt_dir, Runtime(device, dtype, fp8, stream_blocks, world=world), lora, text_encoder)
 
 
-def open_video(pipe, settings, image=None, **inputs):
-    """The Video of an image (file, PIL or None) and a variant's own inputs, checked. Raises BadInput."""
-    if strange := sorted(inputs.keys() - {*settings.conditioning.flags}):
+def open_video(pipe, settings, **inputs):
+    """The Video of images (files or PIL) and a variant's own inputs, named like sample.py's flags. Raises BadInput."""
+    known = {"image", "last_image", *settings.conditioning.flags}
+    if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
-    settings.conditioning.check(pipe.dir, image)
-    return settings.conditioning.video(pipe, settings, None if image is None else open_image(image), **inputs)
+    settings.conditioning.check(pipe.dir, **inputs)
+    opened = {k: open_image(v) for k, v in inputs.items() if k.endswith("image") and v is not None}
+    return settings.conditioning.video(pipe, settings, **inputs | opened)
 
 
 def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
@@ -256,7 +274,7 @@ def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, 
     """
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
-    video = open_video(pipe, s, image)
+    video = open_video(pipe, s, **({} if image is None else {"image": image}))
     conditions = video.conditions(0)
     x = torch.stack([video.noise(0, seed) for seed in seeds])
     clip = new_clip(s, x, text, conditions, cache, on_step=on_step, progress=progress)
@@ -277,7 +295,8 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
     """
     overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
     s = pipe.settings.with_overrides(**overrides)
-    video, segments = open_video(pipe, s, image, **settings), SegmentsInMemory()
+    inputs = settings | ({} if image is None else {"image": image})
+    video, segments = open_video(pipe, s, **inputs), SegmentsInMemory()
     text = encode_text(pipe, s, [prompt])
     sample_segments(pipe, s, video, text, seed, segments, progress=progress)
     latents = segments.latents if s.conditioning.by_segments else segments.latents[0]
@@ -307,103 +326,60 @@ def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **mo
 
 
 # ---- the script --------------------------------------------------------------------------------------------------
-def check_flags(args, device):
-    """Raise BadInput for flags that are out of range or exclude each other."""
-    if not -1 <= args.seed < 2**63:
-        raise BadInput(f"--seed {args.seed}: from 0 to 2^63-1, or -1 for one at random")
-    if not 0 <= args.reuse < 1:
-        raise BadInput(f"--reuse {args.reuse}: from 0 to below 1")
-    check_at_least(0, preview_every=args.preview_every, vae_tile=args.vae_tile, stream_blocks=args.stream_blocks)
-    for flag, suffix in (("out", ".mp4"), ("save_latents", ".safetensors"), ("grid", ".png")):
-        if getattr(args, flag) is not None:
-            check_output(f"--{flag}", Path(getattr(args, flag)), suffix)
-    if args.cuda_graphs and (args.compile or not device.startswith("cuda")):
-        raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
-    if (args.compile or args.cuda_graphs) and (args.stream_blocks or args.ulysses_size > 1):
-        raise BadInput(
-            f"--stream_blocks {args.stream_blocks}, --ulysses_size {args.ulysses_size}: not with --compile or "
-            "--cuda_graphs"
-        )
-
-
-def given_settings(args):
-    """The flags that override a checkpoint's settings, as Settings.with_overrides takes them."""
-    return dict(
-        size=None if args.size is None else parse_size(args.size),
-        frames=args.frames,
-        steps=args.steps,
-        shift=args.shift,
-        guidance=None if args.guidance is None else parse_guidance(args.guidance),
-        solver=args.solver,
-        negative=args.negative,
-    )
-
-
-def given_inputs(args):
-    """{flag: value} of the flags that only some variants take and that were given."""
-    names = [name for kind in PARTS for name in parts_of(kind).conditioning.flags]
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
-
-
-def one_or_all(values):
-    """A repeatable flag as a video's settings have it: what was given once is no list."""
-    return values[0] if values and len(values) == 1 else values
-
-
 def main():
     args = arguments()
     device = pick_device(args.device)
     check_flags(args, device)
-    prompts = [args.prompt] if args.prompt is not None else []
-    prompts += read_prompts(args.prompts) if args.prompts else []
+    prompts = given_prompts(args)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
         run(args, prompts, world)
 
 
 def run(args, prompts, world):
-    # the checkpoint, and what is asked of it
-    seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
-    dtype = pick_dtype(args.dtype, world.device)
+    # the checkpoint, and the videos that are asked for
+    dtype = DTYPES[pick_dtype(args.dtype, world.device)]
     compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
-    runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
+    runtime = Runtime(world.device, dtype, args.base_dtype == "fp8", args.stream_blocks, compile, world)
     pipe = Pipeline(args.ckpt, runtime, args.lora, args.text_encoder)
-    prompts = prompts or [pipe.settings.prompt]
-    s, inputs = pipe.settings.with_overrides(**given_settings(args)), given_inputs(args)
-    by_segments = s.conditioning.by_segments
-    if by_segments and len(prompts) > 1:
-        raise BadInput(f"{len(prompts)} prompts: {args.ckpt} makes one video at a time; start it once for each")
-    if len(prompts) < world.dp_size:
+    random_seed = world.broadcast_from_rank0(lambda: random.randrange(2**31))
+    seeds = [random_seed if seed < 0 else seed for seed in args.seed]
+    seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
+    requests = requests_of(args, prompts or [Prompt(pipe.settings.prompt)], pipe.settings, seeds)
+    keys = {r.out: r.key(args, pipe) for r in requests}
+    if args.resume and (done := [r for r in requests if r.is_done(keys[r.out])]):
+        print(f"{len(done)} of {len(requests)} videos are done already")
+        requests = [r for r in requests if r not in done]
+        if not requests:
+            return
+    by_segments = pipe.settings.conditioning.by_segments
+    if len(requests) < world.dp_size:
         raise BadInput(
-            f"{len(prompts)} prompts for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
+            f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
             "video by --ulysses_size and --guidance_parallel"
         )
-    video = open_video(pipe, s, args.image, **inputs)
-    used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
-    used |= {"size": video.size, "fps": video.fps, "seed": seed, "ckpt": str(args.ckpt), "dtype": dtype}
-    used |= {k: getattr(args, k) for k in ("image", "lora")} | {"text_encoder": one_or_all(args.text_encoder)} | inputs
-    approximations = {"base_dtype": "fp8" if pipe.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
-    used |= {k: v for k, v in approximations.items() if v}
-    print(json.dumps(used, ensure_ascii=False), backend.chosen(world.device), sep="\n")
+    mine = requests[world.dp_rank :: world.dp_size]
+    videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
+    videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
+    record = mine[0].record(pipe, videos[0]) | {k: v for k in ("reuse", "vae_tile") if (v := getattr(args, k))}
+    print(json.dumps(record, ensure_ascii=False), backend.chosen(world.device), f"{len(requests)} videos", sep="\n")
 
-    # what that will need
+    # what the largest will need
+    video, s = max(((v, r.settings) for v, r in zip(videos, mine)), key=lambda pair: math.prod(pair[0].shape))
     spec = memory_estimate.SamplingSpec(
         settings=s,
         shape=video.shape,
         size=video.size,
-        image=video.image is not None,
+        image=bool(video.images),
         mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
         layout=memory_estimate.ParallelLayout(pipe.fp8, args.stream_blocks, sp_size=args.ulysses_size),
         tile=args.vae_tile,
         preview=args.preview_every > 0,
     )
-    need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), world.device, DTYPES[dtype])
+    need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), world.device, dtype)
     print(need)
 
     # text, encoded once; then its encoder leaves memory
-    mine = list(enumerate(prompts))[world.dp_rank :: world.dp_size]
-    (embeddings, lens), negative = encode_text(pipe, s, [prompt for _, prompt in mine])
-    negative = negative and tuple(t[:1] for t in negative)
-    texts = [((embeddings[j : j + 1], lens[j : j + 1]), negative) for j in range(len(mine))]
+    texts = [encode_text(pipe, r.settings, [r.prompt]) for r in mine]
     pipe.drop("text")
     colors = None
     if args.preview_every and world.is_writer:
@@ -411,56 +387,59 @@ def run(args, prompts, world):
         if pipe.runtime.cuda:
             pipe.evict("vae")
 
-    def previewer(out, prompt):
-        file = out.with_name(f"{out.stem}_preview.png")
-        return None if colors is None else preview_writer(colors, file, args.preview_every, prompt)
+    def previewer(r):
+        file = r.out.with_name(f"{r.out.stem}_preview.png")
+        return None if colors is None else preview_writer(colors, file, args.preview_every, r.prompt)
 
-    if by_segments:
-        out, prompt = Path(args.out), prompts[0]
-        used["prompt"] = prompt
-        segments = SegmentFiles.open(out, used, args.resume, world)
-        check_disk(out, video, segments.count())
-        sample_segments(pipe, s, video, texts[0], seed, segments, reuse=args.reuse, on_step=previewer(out, prompt))
+    def comment(r, video):
+        return json.dumps(r.record(pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
+
+    def latents_file(r):
+        place = list(keys).index(r.out)
+        return args.save_latents and numbered(args.save_latents, place, len(keys))
+
+    # videos of segments, one after the other
+    for i, (r, text) in enumerate(zip(mine, texts) if by_segments else ()):
+        video = videos[0] if not i else open_video(pipe, r.settings, **r.inputs)
+        segments = SegmentFiles.open(r.out, keys[r.out], args.resume, world)
+        check_disk(r.out, video, segments.count())
+        sample_segments(pipe, r.settings, video, text, r.seed, segments, args.reuse, on_step=previewer(r))
         if world.is_writer:
-            segments.write_video(video, json.dumps(used, ensure_ascii=False), args.save_latents)
-            print(out)
-        print(need.compare(world.device))
-        return
+            segments.write_video(video, comment(r, video), latents_file(r))
+            print(r.out, flush=True)
 
-    # clips: all of an A14B's through one expert, then through the other; else each is written before the next begins
-    conditions, jobs, shown = video.conditions(0), [], []
-    for (i, prompt), text in zip(mine, texts):
-        out = numbered(args.out, i, len(prompts))
-        x = video.noise(0, seed)[None]
-        jobs.append(
-            (new_clip(s, x, text, conditions, EasyCache(args.reuse), on_step=previewer(out, prompt)), out, prompt)
-        )
-    for group in [jobs] if s.is_moe else [[job] for job in jobs]:
-        for expert in s.expert_names:
-            for clip, out, prompt in group:
-                denoise(pipe, s, clip, expert)
-                if expert != s.expert_names[-1]:
+    # clips, several of an A14B through one expert before the other; each is written as it is done
+    shown, group_size = [], EXPERT_GROUP if pipe.settings.is_moe else 1
+    for first in range(0, 0 if by_segments else len(mine), group_size):
+        group = []
+        for r, video, text in list(zip(mine, videos, texts))[first : first + group_size]:
+            x = video.noise(0, r.seed)[None]
+            clip = new_clip(r.settings, x, text, video.conditions(0), EasyCache(args.reuse), on_step=previewer(r))
+            group.append((clip, r, video))
+        for expert in pipe.settings.expert_names:
+            for clip, r, video in group:
+                denoise(pipe, r.settings, clip, expert)
+                if expert != pipe.settings.expert_names[-1]:
                     continue
-                if prompt is mine[-1][1]:  # the DiT is not needed any more
+                if r is mine[-1]:  # the DiT is not needed any more
                     for stream in pipe.streams():
                         print(stream.report())
-                    pipe.drop(*s.expert_names)
+                    pipe.drop(*pipe.settings.expert_names)
                 frames = decode(pipe, clip.x, args.vae_tile)[0].cpu()
                 if args.reuse:
                     print(f"{clip.cache.computed} of {len(clip.solver.timesteps)} steps computed")
                 if args.vae_tile and not shown and world.clip_group_size == 1:
                     print(tile_report(pipe, clip.x, frames, args.vae_tile))
                 if world.is_writer:
-                    comment = json.dumps({"prompt": prompt, **used}, ensure_ascii=False)
-                    write_mp4(out, frames, video.fps, comment)
+                    write_mp4(r.out, frames, video.fps, comment(r, video))
                     if args.save_latents:
-                        file = numbered(args.save_latents, mine[len(shown)][0], len(prompts))
-                        save(file, {"latents": clip.x[0]}, {"prompt": prompt})
-                    print(out)
+                        save(latents_file(r), {"latents": clip.x[0]}, {"prompt": r.prompt})
+                    print(r.out, flush=True)
                 shown.append(frames[:, [0, frames.shape[1] // 2, -1]])
-    if args.grid and world.is_writer:
+            pipe.drop(*([expert] if first + group_size >= len(mine) else []))
+    if args.grid and world.is_writer and shown:
         sheet = numbered(args.grid, world.dp_rank, world.dp_size)
-        write_grid(sheet, shown, [prompt for _, prompt in mine])
+        write_grid(sheet, shown, [r.prompt for r in mine])
         print(sheet)
     print(need.compare(world.device))
 

@@ -33,8 +33,19 @@ class Tokenizer:
         except RuntimeError as e:
             raise ValueError(f"not a sentencepiece model ({str(e).splitlines()[0]})") from None
         self.length, self.byte_fallback = length, byte_fallback
-        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK} | (special or {})
-        self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
+        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK} | (special or {})  # {token: id, or a word's ids}
+        self.add_words({})
+
+    def add_words(self, ids_of):
+        """Read whole words as these ids, {word: [id]}, whatever pieces would spell them."""
+        self.special |= ids_of
+        self.split = re.compile(
+            "(" + "|".join(self._pattern(t) for t in sorted(self.special, key=len, reverse=True)) + ")"
+        )
+
+    def _pattern(self, token):
+        bound = isinstance(self.special[token], list)
+        return rf"(?<!\w){re.escape(token)}(?!\w)" if bound else re.escape(token)
 
     @staticmethod
     def clean(text):
@@ -46,7 +57,8 @@ class Tokenizer:
         """Ids of one cleaned text, without the end token."""
         ids = []
         for part in filter(None, self.split.split(text)):
-            ids += [self.special[part]] if part in self.special else self._encode(part)
+            known = self.special.get(part)
+            ids += self._encode(part) if known is None else known if isinstance(known, list) else [known]
         return ids
 
     def _encode(self, text):
@@ -153,6 +165,10 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x) * real[..., None]
+
+    def linear_name(self, block, target):
+        """The full name of the linear that a LoRA's `target` means in a block."""
+        return f"blocks.{block}.{target}"
 
     def encode(self, texts):
         """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the

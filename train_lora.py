@@ -36,13 +36,15 @@ from nanowan.formats.lora import (
 )
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.settings import parse_size
 from nanowan.training.captions import has_keyword, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
+    check_data,
     check_ranges,
+    check_streaming,
     choose_checkpointing,
     comma_list,
     expert_schedule,
@@ -56,7 +58,7 @@ from nanowan.training.optim import adamw
 from nanowan.training.previews import Previews
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.training.step import Stopwatch, due, held_out_loss, update
+from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
 from sample import decode, sample_latents
 
 
@@ -115,19 +117,12 @@ def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
     resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
-    if args.stream_blocks and args.checkpointing is False:
-        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
-    args.checkpointing = True if args.stream_blocks else args.checkpointing
-    check_ranges(args, stream_blocks=(0, num_blocks), rank=(1, math.inf), alpha=(POSITIVE, math.inf))
+    check_streaming(args, num_blocks)
+    check_ranges(args, rank=(1, math.inf), alpha=(POSITIVE, math.inf))
     check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
     for flag, least in (("delta_cap", POSITIVE), ("keep", 1)):
         if getattr(args, flag) is not None:
             check_ranges(args, **{flag: (least, math.inf)})
-    if args.stream_blocks and (args.fsdp or args.pipeline_stages > 1):
-        raise BadInput(
-            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
-            "only a part of the blocks"
-        )
     args.targets = args.targets or list(s.parts.samples.lora_targets)
     known = (*TARGETS, *s.parts.samples.extra_lora_targets)
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
@@ -227,16 +222,17 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     blocks = check(args, s, pipe.config().num_layers)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.is_main)
+    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
-    preserve_prompts = read_prompts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
-    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
+    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
     cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(
@@ -257,9 +253,8 @@ def train(args, world):
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
     pipe.checkpointing = args.checkpointing
     print(need)
-    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 
     # latents and text embeddings, cached
     dataset.cache_latents()
@@ -275,6 +270,12 @@ def train(args, world):
         context, lens = collate([load(texts[c])[0]["embedding"] for c in captions])
         return context.to(args.device), lens.to(args.device)
 
+    def expert_of(step):
+        return list(schedule)[step // args.steps_per_expert % len(schedule)]
+
+    def prepare(step):
+        return list(dataset.step(step, *schedule[expert_of(step)], preserved_prompts=preserved))
+
     # adapters, optimizer, state
     adapters, norms, scale = pipe.adapters, {}, args.alpha / args.rank
     for name in schedule:
@@ -287,6 +288,7 @@ def train(args, world):
     params = sum(params_of.values(), [])
     print(f"{sum(p.numel() for p in params):,} parameters in {len(params) // 2} matrices")
     state = TrainState(params, adamw(params, args.lr, args.weight_decay), args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset) | {"blocks": blocks}
     fingerprint["captions"] = sorted(f.name for f in texts.values())
     if preserved:
         fingerprint["preserved"] = [texts[p].name for p in preserved]
@@ -320,15 +322,14 @@ def train(args, world):
     # training
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
-    for step in range(state.step, args.steps):
-        watch, loss, taught = Stopwatch(), 0.0, 0
+    for step, batches in ahead(prepare, range(state.step, args.steps)):
+        watch, loss, taught, expert = Stopwatch(), 0.0, 0, expert_of(step)
         world.seed(args.seed, step)
-        expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
         dit = pipe.acquire(expert).train()
 
         # gradients: the sum over ranks is that of the global batch
         state.opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
-        for batch, weight in dataset.step(step, *schedule[expert], preserved_prompts=preserved):
+        for batch, weight in batches:
             context, lens = embed(batch.captions)
             taught += len(batch.x) if batch.preserved is None else int((~batch.preserved).sum())
             batch = with_base_targets(batch, dit, context, lens) if preserved else batch

@@ -24,28 +24,34 @@ from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
 from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
-from nanowan.parallel import World, backward, full_tensor, shard
+from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.settings import parse_size
 from nanowan.training.captions import augment_caption, without_keywords
+from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
+    check_data,
     check_ranges,
+    check_streaming,
     choose_checkpointing,
     comma_list,
     expert_schedule,
     parallel_layout,
     pick,
+    recommended_flags,
     resolve,
     training_spec,
 )
 from nanowan.training.keywords import (
-    RowEmbedding,
+    add_placeholders,
     check_keywords,
     initialize_rows,
+    keyword_norms,
     keyword_token_ids,
+    parse_keyword,
     search_initial_words,
     shared_token_ids,
 )
@@ -53,7 +59,7 @@ from nanowan.training.optim import AdamW8bit, adamw
 from nanowan.training.previews import Previews
 from nanowan.training.run_dir import Run
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.training.step import Stopwatch, due, held_out_loss, update
+from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
 from sample import decode, sample_latents
 
 
@@ -63,9 +69,15 @@ def arguments(argv=None):
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="train only the top N blocks (default: all; 0: none)")
     add(
+        "--rank",
+        type=int,
+        help="train LoRAs of this rank in the blocks instead of the blocks themselves (default: none)",
+    )
+    add(
         "--keywords",
         type=comma_list,
-        help="words a,b,c whose token embeddings are trained too (default on nano's own data: its new words)",
+        help="words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N rows "
+        "that no text uses (default on nano's own data: its new words)",
     )
     add(
         "--keyword_init",
@@ -80,6 +92,13 @@ def arguments(argv=None):
         help="learning rate of the keywords' embeddings (default: the checkpoint's, or --lr)",
     )
     add(
+        "--keyword_norm",
+        choices=("free", "fixed", "clamp"),
+        default="free",
+        help="norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of 99 "
+        "percent of the table (default: %(default)s)",
+    )
+    add(
         "--anchor",
         type=float,
         default=0.01,
@@ -87,16 +106,16 @@ def arguments(argv=None):
     )
     add(
         "--save",
-        choices=("full", "delta", "comfyui"),
-        default="full",
+        choices=("full", "delta", "comfyui", "lora"),
         help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for its "
-        "CLIPLoader, transformers' names and the tokenizer inside (default: %(default)s)",
+        "CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
+        "--train_blocks 0 (default: lora with --rank, else full)",
     )
     add(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
         help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without "
-        "--fsdp; else adamw)",
+        "--fsdp or --rank; else adamw)",
     )
     add(
         "--caption_mode_probs",
@@ -109,30 +128,42 @@ def arguments(argv=None):
         help="probability that a whole caption loses a few words, never a keyword (default: the checkpoint's, or "
         f"{recommended['trim_prob']})",
     )
+    add = p.add_argument_group("base model").add_argument
+    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add(
+        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
+    )
     add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
 
-def check(args, s):
-    """Resolve the flags for a checkpoint with Settings s, and check those of this script."""
+def check(args, s, num_blocks):
+    """Resolve the flags for a checkpoint with Settings s, and check those of this script. num_blocks: of the DiT."""
+    if args.rank is not None:
+        check_ranges(args, rank=(1, math.inf))
+        args.lr = args.lr or 10 * recommended_flags(s, "train_te")["lr"]  # as LoRA takes it
     resolve(args, s, "train_te")
+    check_streaming(args, num_blocks)
     if args.data is None and args.keywords is None:
         args.keywords = comma_list(DEFAULT_KEYWORDS)
     args.keywords = args.keywords or []
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
     # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
-    compensated = args.dtype == "bf16" and not args.fsdp
+    compensated = args.dtype == "bf16" and not args.fsdp and not args.rank
     args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
     if (args.optimizer == "adamw8bit") != compensated:
         raise BadInput(
-            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}: adamw8bit is for bf16 weights, "
-            "whole on each rank, and they need it; adamw for fp32 or --fsdp"
+            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}{' --rank' * bool(args.rank)}: "
+            "adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32, --fsdp or --rank"
         )
-    if args.save == "delta" and args.text_encoder:
+    args.save = args.save or ("lora" if args.rank else "full")
+    if args.save == "lora" and not args.rank and args.train_blocks != 0:
+        raise BadInput("--save lora: whole blocks are trained; give --rank N, or --train_blocks 0 for embeddings alone")
+    if args.save in ("delta", "lora") and args.text_encoder:
         raise BadInput(
-            f"--save delta --text_encoder {' '.join(args.text_encoder)}: a delta is read over the checkpoint's own "
-            "encoder and would lose this one's changes; use --save full"
+            f"--save {args.save} --text_encoder {' '.join(args.text_encoder)}: its result is read on top of the "
+            "checkpoint's own encoder and would lose this one's changes; use --save full"
         )
     check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
 
@@ -147,58 +178,16 @@ def parse_probs(text):
     return probs
 
 
-def unfreeze(encoder, args, ids):
-    """Make the encoder's top blocks and the embedding rows `ids` trainable: ({name: parameter} outside the rows,
-    optimizer groups).
-    """
-    layers = len(encoder.blocks)
-    top = layers if args.train_blocks is None else args.train_blocks
-    if not 0 <= top <= layers or not top and not ids:
-        raise BadInput(f"--train_blocks {args.train_blocks}: from 0 to {layers}, and with 0 --keywords are needed")
-    for part in [*encoder.blocks[layers - top :], encoder.norm] if top else []:
-        part.requires_grad_(True)
-    if ids:
-        encoder.token_embedding = RowEmbedding(encoder.token_embedding, ids)
-    return trainable(encoder, args)
-
-
-def trainable(encoder, args):
-    """What `unfreeze` returns, of an encoder that it has changed."""
-    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
-    rows = trained.pop("token_embedding.rows", None)
-    groups = [{"params": list(trained.values()), "lr": args.lr}] if trained else []
-    if rows is not None:
-        groups.append({"params": [rows], "lr": args.keyword_lr})
-    return trained, groups
-
-
 def predict(args, s, builders, ids=(3,), **more):
     """The Plan of a run; ids: of the trained embeddings; more: fields of TrainingSpec."""
-    spec = training_spec(
-        args, s, optimizer=args.optimizer, anchor=args.anchor > 0, save_delta=args.save == "delta", **more
-    )
-    return memory_estimate.training(spec, builders, lambda dit, encoder: unfreeze(encoder, args, ids)[1])
 
+    def make_trainable(dit, encoder):
+        unfreeze(encoder, ids, args.train_blocks, args.rank)
+        return optimizer_groups(encoder, args.lr, args.keyword_lr)
 
-def encoder_tensors(encoder, trained, ids, how, dtype, is_main):
-    """What is saved of an encoder: all of it, or as a "delta" what was trained. Every rank calls this; the one that
-    writes has it whole, on the host, since a GPU may not have room for it beside the training.
-    """
-
-    def gather(t):
-        t = full_tensor(t).to(dtype)
-        return t.cpu() if is_main else None
-
-    table = encoder.token_embedding
-    rows, row_ids = (gather(table.rows.detach()), table.ids.cpu()) if ids else (None, None)
-    if how == "delta":
-        tensors = {k: gather(v) for k, v in trained.items()}
-        return tensors | ({"token_embedding.rows": rows, "token_embedding.ids": row_ids} if ids else {})
-    state = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items()}
-    tensors = {k: gather(v) for k, v in state.items() if k != "token_embedding.rows"}
-    if ids and is_main:
-        tensors["token_embedding.weight"] = tensors["token_embedding.weight"].index_copy(0, row_ids, rows)
-    return tensors
+    small = args.save in ("delta", "lora")
+    spec = training_spec(args, s, optimizer=args.optimizer, anchor=args.anchor > 0, save_delta=small, **more)
+    return memory_estimate.training(spec, builders, make_trainable)
 
 
 def main():
@@ -211,23 +200,29 @@ def train(args, world):
     # checkpoint and flags
     args.device = str(world.device)
     dtype = DTYPES[pick_dtype(args.dtype, args.device)]
-    pipe = Pipeline(args.ckpt, Runtime(args.device, dtype, world=world), text_encoder=args.text_encoder)
-    s = pipe.settings
-    check(args, s)
+    runtime = Runtime(args.device, dtype, args.base_dtype == "fp8", args.stream_blocks, world=world)
+    pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
+    s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
+    check(args, s, pipe.config().num_layers)
+    check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.is_main)
+    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
-    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
     cache_dir = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(pick(DataConfig, args, source=source, cache=cache_dir, resolution=size), pipe)
     spiece = read_encoder(pipe.files("text")).spiece
     tokenizer, file = load_tokenizer(pipe.dir, spiece), tokenizer_file(pipe.dir)
     spiece = tokenizer_bytes(file) if file else spiece.read()
-    check_keywords(args.keywords, dataset.captions, tokenizer, args.train_blocks != 0)
+    keywords = [parse_keyword(text) for text in args.keywords]
+    names = [k.name for k in keywords]
+    rows = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
+    placeholders = add_placeholders(keywords, tokenizer, rows)
+    check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
     how = sizes | dict(encode=not dataset.is_cached(), layout=parallel_layout(args, world.size, pipe.fp8))
@@ -240,8 +235,7 @@ def train(args, world):
     pipe.checkpointing = args.checkpointing
     print(need)
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
-    fingerprint = resume_fingerprint(args, pipe, dataset)
-    run.check(fingerprint)
+    run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
     if args.cache_only:
         return
@@ -249,38 +243,47 @@ def train(args, world):
     # the encoder learns, the DiT is frozen
     encoder = pipe.acquire("text")
     pipe.drop()  # from here on the encoder is this script's own: it must not be evicted for others
-    anchors = without_keywords(dataset.captions, args.keywords)
-    ids_of = keyword_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
+    encoder.tokenizer.add_words(placeholders)
+    anchors = without_keywords(dataset.captions, names)
+    ids_of = keyword_token_ids(names, dataset.captions, encoder.tokenizer)
     ids = set().union(*ids_of.values())
     with torch.no_grad():
         anchor_embeds = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
     initial_words = {}
-    if args.keyword_init == "search" and run.state_file is None:
-        first, (low, high) = next(iter(schedule.items()))
-        initial_words = search_initial_words(args.keywords, encoder, dataset, first, low, high)
+    if run.state_file is None:
+        initial_words = {k.name: k.initial for k in keywords if k.initial}
+        if args.keyword_init == "search":
+            first, (low, high) = next(iter(schedule.items()))
+            searched = [name for name in names if name not in initial_words]
+            initial_words |= search_initial_words(searched, encoder, dataset, first, low, high)
         initial_words = world.broadcast_from_rank0(lambda: initial_words)  # ranks may round otherwise
         for keyword, word in initial_words.items():
             print(f"keyword {keyword!r}: starts as {word!r}")
         run.metadata["initial_words"] = initial_words
-    trained, groups = unfreeze(encoder, args, ids)
-    shared = shared_token_ids(args.keywords, dataset.captions, encoder.tokenizer)
+    vocab, base_rows = len(encoder.token_embedding.weight), encoder.token_embedding.weight[sorted(ids)].clone()
+    unfreeze(encoder, ids, args.train_blocks, args.rank, args.keyword_norm)
+    shared = shared_token_ids(names, dataset.captions, encoder.tokenizer)
     initialize_rows(initial_words, ids_of, shared, encoder)
     if world.fsdp:
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data
+        whole = {p for p in encoder.parameters() if p.requires_grad} if args.rank else ()
         for module in [*encoder.blocks, encoder]:
-            shard(module, world, dtype=dtype)
-        trained, groups = trainable(encoder, args)
+            shard(module, world, whole, dtype)
+    groups = optimizer_groups(encoder, args.lr, args.keyword_lr)
     params = [p for g in groups for p in g["params"]]
     print(
-        f"{sum(p.numel() for p in params):,} parameters: {len(trained)} tensors, {len(ids)} embedding rows; "
-        f"{len(anchors)} prompts anchored"
+        f"{sum(p.numel() for p in params):,} parameters: {len(params) - bool(ids)} tensors, {len(ids)} embeddings of "
+        f"words; {len(anchors)} prompts anchored"
     )
+    if ids:
+        encoder.token_embedding.hold_norms()
 
     # optimizer, state, previews
     optimizer = adamw if args.optimizer == "adamw" else AdamW8bit
     opt = optimizer(groups, args.lr, weight_decay=args.weight_decay)
     state = TrainState(params, opt, args.grad_spike_factor, args.ema)
+    fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
     fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
@@ -289,18 +292,28 @@ def train(args, world):
     previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
 
     def show_caption(captions, rng):
-        return augment_caption(rng.choice(captions), args.keywords, args.caption_mode_probs, args.trim_prob, rng)
+        return augment_caption(rng.choice(captions), names, args.caption_mode_probs, args.trim_prob, rng)
+
+    def expert_of(step):
+        return list(schedule)[step // args.steps_per_expert % len(schedule)]
+
+    def prepare(step):
+        return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
 
     def anchor_loss(step):
         """Back-propagate how far prompts without keywords have moved, relative to their size; a part on each rank."""
-        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=args.batch * world.dp_size)
-        local, fraction = world.local_indices(len(prompts))
-        now, _ = encoder.encode([prompts[i] for i in local])
-        before = collate([anchor_embeds[prompts[i]] for i in local])[0].to(now)
-        size = sum(anchor_embeds[p].float().square().sum() for p in prompts).to(now) * (world.size // world.dp_size)
-        moved = (now.float() - before.float()).square().sum() / size * (fraction > 0)
-        (args.anchor * moved).backward()
-        return moved.item()
+        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=dataset.batches.size)
+        size = sum(anchor_embeds[p].float().square().sum() for p in prompts) * (world.size // world.dp_size)
+        at_once, total = args.batch * world.dp_size, 0.0
+        for i in range(0, len(prompts), at_once):
+            local, fraction = world.local_indices(len(prompts[i : i + at_once]))
+            mine = [prompts[i + j] for j in local]
+            now, _ = encoder.encode(mine)
+            before = collate([anchor_embeds[p] for p in mine])[0].to(now)
+            moved = (now.float() - before.float()).square().sum() / size.to(now) * (fraction > 0)
+            (args.anchor * moved).backward()
+            total += moved.item()
+        return total
 
     def evaluate(step):
         """What is due of held-out loss and previews after a step, with the weights that would be saved."""
@@ -311,29 +324,38 @@ def train(args, world):
             if preview_prompts and due(step, args.preview_every, args.steps):
                 previews.embed(encoder)
                 previews.write(step)
+        if world.fsdp:
+            encoder.reshard()  # without a backward pass what is outside of its blocks stays whole, as it was then
         return metrics
 
     def save(step):
         with state.averaged():
-            tensors = encoder_tensors(encoder, trained, ids, args.save, dtype, world.is_main)
-            if world.is_main:
-                tensors = in_layout(tensors, "comfyui", spiece) if args.save == "comfyui" else tensors
-                metadata = {"step": step, "keywords": ",".join(args.keywords), "delta": args.save == "delta"}
-                save_tensors(run.out / "text_encoder.safetensors", tensors, metadata | {"format": "pt"})
+            metadata = {"step": step, "keywords": ",".join(names), "delta": args.save == "delta"}
+            if placeholders:
+                metadata["placeholders"] = json.dumps(placeholders)
+            if args.save == "lora":
+                changes = encoder_changes(encoder, base_rows)
+                if world.is_main:
+                    write_encoder_lora(result, *changes, metadata, vocab=vocab)
+            else:
+                tensors = encoder_tensors(encoder, args.save, dtype, world.is_main)
+                if world.is_main:
+                    tensors = in_layout(tensors, "comfyui", spiece) if args.save == "comfyui" else tensors
+                    save_tensors(result, tensors, metadata | {"format": "pt"})
         state.save(run, step)
 
     # training
+    result = run.out / "text_encoder.safetensors"
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
-    for step in range(state.step, args.steps):
-        watch, loss, moved = Stopwatch(), 0.0, 0.0
+    for step, batches in ahead(prepare, range(state.step, args.steps)):
+        watch, loss, moved, expert = Stopwatch(), 0.0, 0.0, expert_of(step)
         world.seed(args.seed, step)
-        expert = list(schedule)[step // args.steps_per_expert % len(schedule)]
         dit = pipe.acquire(expert).train()
 
         # gradients: the sum over ranks is that of the global batch
         state.opt.zero_grad(set_to_none=True)
-        for batch, weight in dataset.step(step, *schedule[expert], show_caption):
+        for batch, weight in batches:
             context, lens = encoder.encode(batch.captions)
             loss += backward(world, dit, batch, context, lens, weight)
             watch.count(batch, weight)
@@ -344,6 +366,9 @@ def train(args, world):
 
         # one update
         metrics, skipped = update(state, world, step, args, loss)
+        if not skipped and ids:
+            encoder.token_embedding.hold_norms()
+            metrics["keyword_norms"] = keyword_norms(encoder, ids_of)
         if not skipped and state.ema:
             state.ema.update()
 
@@ -362,7 +387,7 @@ def train(args, world):
         if stop:
             return
 
-    print(need.compare(args.device), run.out / "text_encoder.safetensors", sep="\n")
+    print(need.compare(args.device), result, sep="\n")
     if args.save in ("full", "delta"):
         print("not for ComfyUI: its CLIPLoader takes it without an error, as a random CLIP; use --save comfyui")
 

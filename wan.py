@@ -1,11 +1,11 @@
-"""The Wan 2.2 DiT with the official tensor names, and VARIANTS: the numbers and defaults of each of the five models.
+"""The Wan 2.2 DiT with the official tensor names, and VARIANTS: numbers and defaults of the text and image models.
 
 B batch            C channels in      T' h w latent frames, height, width    H' W' the same after patching (h/2, w/2)
 L tokens           D width            N heads              d = D/N head width
 S text tokens      F rows of modulation: 1 for the whole clip, or T', one per latent frame
 
 The tokens of a clip are its T' H' W' patches; a variant may put others behind them (S2V-14B and Animate-14B are
-subclasses, in s2v.py and animate.py). Each token has a position (time, height, width), by which self-attention rotates
+subclasses, in nanowan/variants/). Each token has a position (time, height, width), by which self-attention rotates
 it, and one of the F rows modulates it.
 
 Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run
@@ -216,6 +216,7 @@ class BlockInputs(NamedTuple):
     tokens: Tokens
     text: Text
     inputs: object = None  # what embed_inputs made of a variant's inputs
+    text_learns: bool = False  # whether gradients go through the text, so that blocks need them without an adapter
 
 
 class Wan(nn.Module):
@@ -304,13 +305,14 @@ class Wan(nn.Module):
         tokens = self.list_tokens(grid, t.device, inputs)
         table = rope_table(tokens.extent, self.config.dim // self.config.num_heads, t.device)
         adaln = self.time_projection(time).unflatten(2, (6, -1))
-        return BlockInputs(time, adaln, table, tokens, self.join_text(text, inputs), inputs)
+        learns = text.context.requires_grad
+        return BlockInputs(time, adaln, table, tokens, self.join_text(text, inputs), inputs, learns)
 
     def forward_blocks(self, x, c, numbers=None):
         """The blocks, or those with these numbers. x (B,L,D), c: the BlockInputs of these tokens -> (B,L,D)."""
         with self.around_blocks():
             for i in range(len(self.blocks)) if numbers is None else numbers:
-                learns = x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
+                learns = c.text_learns or x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
                 if self.checkpointing and torch.is_grad_enabled() and learns:
                     contexts = self.recompute_contexts
                     x = checkpoint(self.forward_block, x, i, c, use_reentrant=False, context_fn=contexts)

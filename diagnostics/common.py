@@ -6,7 +6,7 @@ from nano.world import prompts
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.files import atomic
 from nanowan.pipeline import Runtime
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 
 
 def write_json(path, value):
@@ -24,4 +24,4 @@ def runtime(args):
 
 def given_prompts(file, n):
     """The prompts of a text file, or n of the nano world's."""
-    return read_prompts(file) if file else [row["prompt"] for row in prompts(n, 0)]
+    return read_texts(file, "--prompts") if file else [row["prompt"] for row in prompts(n, 0)]

@@ -17,9 +17,9 @@ from nanowan.formats.header import read_header
 from nanowan.formats.layouts import clean_key, expert_folders, is_diffusers, read_weights, weight_files
 from nanowan.formats.lora import TEXT_PREFIX, describe
 from nanowan.formats.t5 import build_t5, is_delta, read_encoder
+from nanowan.variants.registry import VARIANTS
 from nanowan.video import CLIPS
 from vae import GEOMETRY
-from wan import VARIANTS
 
 LORA_TARGETS = {
     "cross_attn.{k,v}": ("cross_attn.k", "cross_attn.v"),
@@ -65,7 +65,7 @@ def blocks_with(entries, target):
 
 
 def released_variant(config):
-    """The name in wan.VARIANTS of a WanConfig, or None."""
+    """The name in VARIANTS of a WanConfig, or None."""
 
     def sizes(c):
         return c.model_type, c.dim, c.num_layers, c.in_dim, c.out_dim

@@ -6,7 +6,7 @@ from nano.grader import wilson
 from nano.world import ATTRIBUTES, NEW_WORDS, parse_words, prompts
 from nanowan.errors import check_at_least
 from nanowan.pipeline import Pipeline
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.video import write_grid
 from sample import decode, sample_latents
 
@@ -84,7 +84,7 @@ def run(args):
         result = {name: listen(models, words, args.n, args.seed) for name, models in sides.items()}
         show_scores(result)
     else:
-        texts = read_prompts(args.prompts) if args.prompts else DEFAULT_PROMPTS
+        texts = read_texts(args.prompts, "--prompts") if args.prompts else DEFAULT_PROMPTS
         result = draw_sheet(sides, texts, args.seed, args.out)
         print(args.out)
     write_json(args.json, result)

@@ -13,7 +13,7 @@ from nano.default_clips import default_clips
 from nanowan.errors import BadInput, check_at_least
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.settings import check_frames, parse_size
-from nanowan.training.flags import expert_schedule, recommended_flags
+from nanowan.training.flags import check_data, expert_schedule, recommended_flags
 
 
 @torch.no_grad()
@@ -101,6 +101,7 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     given = {"resolution": resolution, "frames": frames}
     values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
     check_frames(values["frames"], s.parts.samples.frames_over)
+    check_data(data, pipe)
     source = Path(data) if data else default_clips()
     config = DataConfig(
         source=source,

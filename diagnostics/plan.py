@@ -18,8 +18,8 @@ from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.settings import released
 from nanowan.training.flags import choose_checkpointing, parallel_layout
+from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
-from wan import VARIANTS
 
 ASSUMED_GPU_BYTES = 80e9  # bytes of a GPU, where there is none to ask
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}

@@ -19,7 +19,7 @@ from nanowan.errors import BadInput, check_at_least
 from nanowan.files import atomic
 from nanowan.formats.header import read_header
 from nanowan.pipeline import Pipeline
-from nanowan.prompts import read_prompts
+from nanowan.prompts import read_texts
 from nanowan.settings import checkpoint_dir
 from nanowan.training.run_dir import adapter_file
 
@@ -159,7 +159,7 @@ def encoder_section(run):
     if gradable(Pipeline(run.ckpt).settings):
         texts = [row["prompt"] for row in prompts(20, 0)]
     else:
-        texts = read_prompts(run.flags["previews"]) if run.flags["previews"] else []
+        texts = read_texts(run.flags["previews"], "--previews") if run.flags["previews"] else []
     if not texts:
         return parts
     moved = drift(open_encoder(run.ckpt, run.ckpt), open_encoder(run.encoder, run.ckpt), texts, run.flags["keywords"])

@@ -6,7 +6,7 @@ from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
 from nanowan.memory_estimate import ParallelLayout
 from nanowan.settings import check_size, parse_size, released
-from wan import VARIANTS
+from nanowan.variants.registry import VARIANTS
 
 
 def linear_flops(c, tokens, text):

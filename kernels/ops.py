@@ -5,14 +5,11 @@ import sys
 
 import torch
 
-from kernels import adamw8bit as adamw8bit_kernel
 from kernels import backend
-from kernels import causal_conv3d as conv_kernel
 from kernels import gelu as gelu_kernel
 from kernels import linear as linear_kernel
 from kernels import modulate as modulate_kernel
 from kernels import qk_norm_rope as norm_kernel
-from kernels import quantize as quantize_kernel
 from kernels.attention_backends import attention as attention
 from kernels.attention_backends import sdpa as sdpa
 from kernels.attention_backends import self_attention as self_attention
@@ -91,14 +88,18 @@ if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what 
 
 def quantize_rows(x, activated=False):
     """x (n,m), or its GELU, in e4m3, and each row's scale (n,1) fp32."""
+    from kernels import quantize
+
     fused = backend.CHOSEN.get(x.device.type) in ("triton", "cuda")
-    return (quantize_kernel.quantize_rows if fused else quantize_kernel.quantize_rows_ref)(x, activated)
+    return (quantize.quantize_rows if fused else quantize.quantize_rows_ref)(x, activated)
 
 
 def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
     """The step-th step (from 1) of AdamW with 8-bit moments, in place (kernels/adamw8bit.py)."""
+    from kernels import adamw8bit
+
     fused = backend.CHOSEN.get(weight.device.type) in ("triton", "cuda")
-    update = adamw8bit_kernel.step if fused else adamw8bit_kernel.step_ref
+    update = adamw8bit.step if fused else adamw8bit.step_ref
     update(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay)
 
 
@@ -122,13 +123,17 @@ def causal_conv3d(x, past, weight, bias, gamma=None):
     RMS norm and SiLU come first. Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients
     are wanted, the reference is used.
     """
+    from kernels import causal_conv3d as conv
+
     ours = backend.CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (
         torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     )
     ours = ours and (not x.is_cuda or csrc_runs_on(x.device))
-    return (conv_kernel.causal_conv3d if ours else conv_kernel.causal_conv3d_ref)(x, past, weight, bias, gamma)
+    return (conv.causal_conv3d if ours else conv.causal_conv3d_ref)(x, past, weight, bias, gamma)
 
 
 def rms_norm(x, gamma):
     """x / |x| over the channels (axis 1), times sqrt(C) gamma."""
-    return conv_kernel.rms_norm(x, gamma)
+    from kernels import causal_conv3d as conv
+
+    return conv.rms_norm(x, gamma)

@@ -271,7 +271,7 @@ def introduce(encoder, spiece):
     longer = with_letter_pairs(spiece.read_bytes(), words)
     with atomic(spiece) as tmp:
         tmp.write_bytes(longer)
-    encoder.tokenizer = Tokenizer(spiece)
+    encoder.tokenizer = Tokenizer(spiece.read_bytes())
     more = encoder.tokenizer.pieces.get_piece_size() - len(rows)
     encoder.token_embedding.weight.data = torch.cat([rows, 0.3 * torch.randn(more, rows.shape[1], generator=g)])
 
@@ -306,7 +306,7 @@ def train(out, seed, steps, layers, vae_of):
 
     spiece = out / "google" / "umt5-xxl" / "spiece.model"
     train_tokenizer(spiece)
-    tokenizer = Tokenizer(spiece)
+    tokenizer = Tokenizer(spiece.read_bytes())
     model, encoder = train_dit(out, seed, vae, tokenizer, steps, dit)
     encoder.tokenizer = tokenizer
     introduce(encoder, spiece)

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all: written under a temporary name, synced and renamed; errors that name the disk."""
+"""Files that appear whole or not at all: written under a temporary name, synced and renamed; errors that name the disk.
+"""
 
 import contextlib
 import errno

@@ -1,7 +1,6 @@
-"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued."""
+"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued.
+"""
 
-import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
@@ -14,28 +13,27 @@ from nanowan.video import to_uint8, write_frames
 
 
 class SegmentFiles:
-    """The finished segments of one video, each in a file of a folder beside it: OUT.clips/clip_000.safetensors holds its
-    latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Video's state.
+    """The finished segments of one video, each in a file of a folder beside it: OUT.clips/clip_000.safetensors holds
+    its latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Video's state.
     """
 
     on_every_rank = False  # one rank keeps them, in files that all read
 
-    def __init__(self, out, settings, resume):
-        """settings: all that decides the video, as JSON has it. Raises BadInput if the folder is another video's."""
-        self.out, self.folder = Path(out), Path(out).with_suffix(".clips")
-        self.key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
+    def __init__(self, out, key, resume):
+        """key: a hash of all that decides the video. Raises BadInput if the folder is another video's."""
+        self.out, self.folder, self.key = Path(out), Path(out).with_suffix(".clips"), key
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif self.file(0).exists() and load(self.file(0))[1].get("key") != self.key:
             raise BadInput(f"--resume: {self.folder} holds clips of a video with other settings; leave --resume out")
 
     @classmethod
-    def open(cls, out, settings, resume, world):
+    def open(cls, out, key, resume, world):
         """The same on every rank: the first one clears the folder before the others look at it."""
         if world.is_main:
-            segments = cls(out, settings, resume)
+            segments = cls(out, key, resume)
         world.barrier()
-        return segments if world.is_main else cls(out, settings, resume=True)
+        return segments if world.is_main else cls(out, key, resume=True)
 
     def file(self, r):
         return self.folder / f"clip_{r:03d}.safetensors"

@@ -30,9 +30,9 @@ from nanowan.memory.tiled_vae import decode_tiled
 from nanowan.parallel import FirstRank, apply_ulysses
 from nanowan.settings import Settings
 from nanowan.training.optim import EMA, AdamW8bit, adamw
+from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
-from wan import VARIANTS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
@@ -337,11 +337,11 @@ def sampling(spec, builders, device, dtype):
 class TrainingSpec:
     """What `training` plans, per rank.
 
-    batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether --ema,
-    --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through. bucket
-    (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts. encode,
-    encode_texts: whether there are some to compute. previews: whether there are any. num_results: how many copies of
-    what is trained stay on disk. save_delta: whether an encoder is saved as its changes alone.
+    batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether
+    --ema, --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through.
+    bucket (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts.
+    encode, encode_texts: whether there are some to compute. previews: whether there are any. num_results: how many
+    copies of what is trained stay on disk. save_delta: whether an encoder is saved as its changes alone.
     """
 
     settings: Settings
@@ -413,7 +413,7 @@ def training(spec, builders, make_trainable):
         if (
             layout.stream_blocks
         ):  # inputs of checkpointed blocks wait on the host, but for the block at work and the next
-            learns = [any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
+            learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
             kept_inputs = max(0, len(learns) - learns.index(True) - 2)
             tokens = math.prod(shape[1:]) // 4 // layout.sp_size
             offloaded = 4 * spec.batch * tokens * dit.config.dim * kept_inputs

@@ -1,16 +1,114 @@
-"""Lists of prompts: text files, one prompt a line."""
+"""Lists of prompts: text files, one prompt a line, with kohya's options at a line's end; or JSONL with the same as
+keys.
+"""
 
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanowan.errors import BadInput
+from nanowan.settings import parse_guidance, parse_size
+
+# kohya's letters; the names are those of sample.py's flags
+LETTERS = {"d": "seed", "s": "steps", "f": "frames", "l": "guidance", "g": "guidance", "fs": "shift"}
+LETTERS |= {"i": "image", "ei": "last_image", "n": "negative"}
+SETTINGS = {
+    "size": parse_size,
+    "frames": int,
+    "steps": int,
+    "shift": float,
+    "guidance": parse_guidance,
+    "negative": str,
+}
+FILES = ("image", "last_image", "audio", "pose_video", "src_root_path")
+TEXT_KEYS = ("prompt", "text", "caption")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what its line says beside the text: settings as Settings.with_overrides takes them, inputs by
+    sample.py's flags (image, audio, ...), and a seed.
+    """
+
+    text: str
+    settings: dict = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)
+    seed: int | None = None
 
 
 def read_prompts(file, flag="--prompts"):
-    """The lines of a text file that are not empty. Raises BadInput."""
+    """The Prompts of a text file or JSONL. Raises BadInput, naming the line."""
+    file = Path(file)
     try:
-        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # at nothing else that Unicode calls a line's end
     except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{flag} {file}: {e}") from None
+        raise BadInput(f"{flag} {file}: {getattr(e, 'strerror', None) or e}") from None
+    parse = parse_row if file.suffix in (".jsonl", ".json") else parse_line
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                prompts.append(parse(line.strip(), file.parent))
+            except ValueError as e:
+                raise BadInput(f"{flag} {file}, line {number}: {e}") from None
     if not prompts:
         raise BadInput(f"{flag} {file}: holds no prompts")
     return prompts
+
+
+def read_texts(file, flag):
+    """The texts alone of read_prompts."""
+    return [prompt.text for prompt in read_prompts(file, flag)]
+
+
+def parse_line(line, folder="."):
+    """A Prompt from "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"; long names are read too. Raises
+    ValueError for an unknown option.
+    """
+    text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
+    values = {}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        values[LETTERS.get(name, name)] = value.strip()
+    return build_prompt(text.strip(), values, folder)
+
+
+def parse_row(line, folder="."):
+    """A Prompt from a JSON object: the text in one of TEXT_KEYS, the rest as in parse_line."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    text = next((row.pop(key) for key in TEXT_KEYS if key in row), None)
+    if not isinstance(text, str):
+        raise ValueError(f"no text in {', '.join(TEXT_KEYS)}")
+    size = row.get("size")
+    row |= {"size": "x".join(map(str, size))} if isinstance(size, list) else {}
+    row = {{"width": "w", "height": "h"}.get(k, k): v for k, v in row.items()}
+    return build_prompt(text, {LETTERS.get(k, k): v for k, v in row.items()}, folder)
+
+
+def build_prompt(text, values, folder):
+    """A Prompt of these values by flag; w and h make a size. Raises ValueError."""
+    if "w" in values or "h" in values:
+        if not {"w", "h"} <= values.keys():
+            raise ValueError("--w and --h: give both")
+        values["size"] = f"{values.pop('w')}x{values.pop('h')}"
+    settings, inputs, seed = {}, {}, None
+    for name, value in values.items():
+        try:
+            if name == "seed":
+                seed = int(value)
+            elif name in SETTINGS:
+                settings[name] = SETTINGS[name](value if SETTINGS[name] is str else str(value))
+            elif name in FILES:
+                beside = Path(folder) / str(value)
+                inputs[name] = str(beside if beside.exists() and not Path(value).exists() else value)
+            else:
+                known = ", ".join(["w", "h", *LETTERS, "seed", *SETTINGS, *FILES])
+                raise BadInput(f"--{name}: no option of a prompt; known are {known}")
+        except BadInput:
+            raise
+        except ValueError:
+            raise BadInput(f"--{name} {value}: not a number") from None
+    return Prompt(text, settings, inputs, seed)

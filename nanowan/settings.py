@@ -23,7 +23,7 @@ NEGATIVE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint is and recommends: its row of wan.VARIANTS, under the "sample" entry of its config.json.
+    """What a checkpoint is and recommends: its row of VARIANTS, under the "sample" entry of its config.json.
 
     size: (width, height) px. guidance: (low noise, high noise). boundary: the high-noise expert serves t/1000 >=
     boundary; None without experts. z_dim, stride: of the VAE's latents. train: what config.json recommends for
@@ -106,7 +106,7 @@ def checkpoint_dir(name):
 
 
 def released(variant):
-    """The Settings of one of wan.VARIANTS at its released size."""
+    """The Settings of one of VARIANTS at its released size."""
     row = VARIANTS[variant]
     own = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
     z_dim, stride = GEOMETRY[row["vae"]]

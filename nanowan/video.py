@@ -315,3 +315,14 @@ def preview_writer(colors, path, every, label):
             write_grid(path, [video], [f"step {step + 1}: {label}"], shown=min(5, video.shape[1]))
 
     return write
+
+
+def read_comment(path):
+    """What an mp4's metadata say of how it was made, as write_frames wrote it; "" if there is nothing."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment", "")
+    except (OSError, av.error.FFmpegError):
+        return ""

@@ -76,7 +76,9 @@ def pytest_addoption(parser):
 
 
 # files that take longest, which begin first, so that no worker is left alone with one at the end
-LONG_FILES = "test_train test_parallel test_train_lora test_train_te test_plan test_ops test_sample".split()
+LONG_FILES = (
+    "test_train test_parallel test_train_lora test_train_te test_memory_estimate test_kernels test_sample".split()
+)
 
 
 def pytest_collection_modifyitems(config, items):

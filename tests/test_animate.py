@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import tiny
 from benchmarks.tiny_animate import CLIP_SIZES, animate, diffusers_animate, write_dit
 from nanowan.errors import BadInput
-from nanowan.formats.dit import load_wan
+from nanowan.formats.dit import full_config, load_wan, new_dit
 from nanowan.variants.animate.model import WanAnimate
-from wan import build
 
 
 def inputs(model, frames=3, h=6, w=10, S=40, B=2, n=5):
@@ -191,7 +190,7 @@ def test_checkpointing_changes_no_gradient():
 # ---- files ----------------------------------------------------------------------------------------------------------
 def test_released_size():
     with torch.device("meta"):
-        state = build("animate-14B").state_dict()
+        state = new_dit(full_config("animate-14B")).state_dict()
     assert (sum(t.numel() for t in state.values()), len(state)) == (17_274_816_884, 1427)
 
 

@@ -42,8 +42,11 @@ WRITERS = r"""
 import json, os, resource, sys
 from pathlib import Path
 import torch
-import checkpoint, data, media, run, train
-from nanoworld.default_clips import default_clips
+import data
+from nano.default_clips import default_clips
+from nanowan import cache, errors, files, video
+from nanowan.formats import header
+from nanowan.training import run_dir
 how, folder, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 
 class Encoder(torch.nn.Linear):
@@ -52,7 +55,8 @@ class Encoder(torch.nn.Linear):
 
 big, encoder = torch.randn(300, 300), Encoder(1, 1)
 items, _ = data.scan(source, 64 * 64, 16, 9, 8)
-log = run.Run(folder / "out", {"words": ["word"] * 20000}, False)
+texts = cache.text_files(["a"], folder / "texts", [source / "a.txt"], torch.float32)
+log = run_dir.Run(folder / "out", {"words": ["word"] * 20000}, False)
 log.restore({})
 log.save(1, {"w": big})
 (folder / "a.safetensors").write_text("old")
@@ -65,32 +69,32 @@ def fill_log(what):
         what is log.scalars.file and log.scalars.write(step, {"loss": 1.0})
 
 writers = {
-    "a.safetensors": lambda: checkpoint.save(folder / "a.safetensors", {"w": big}),
+    "a.safetensors": lambda: header.save(folder / "a.safetensors", {"w": big}),
     "step_000002.pt": lambda: log.save(2, {"w": big}),
     "flags.json": lambda: log.restore({}),
     "log.jsonl": lambda: fill_log(log.log_file),
     "events.out": lambda: fill_log(log.scalars.file),
-    "clip.mp4": lambda: media.write_mp4(folder / "clip.mp4", torch.rand(3, 60, 128, 128) * 2 - 1, 8),
-    "grid.png": lambda: media.write_grid(folder / "grid.png", [torch.rand(3, 9, 64, 64)] * 5, ["x"] * 5),
-    "latents/": lambda: data.cache_latents(items, folder / "latents", source / "a.txt", lambda: encoder),
-    "texts/": lambda: data.cache_texts(["a"], folder / "texts", [source / "a.txt"], lambda: encoder, torch.float32),
-    "--cache": lambda: data.scan(source, 64 * 64, 16, 9, 8, cache=folder / "probes"),
+    "clip.mp4": lambda: video.write_mp4(folder / "clip.mp4", torch.rand(3, 60, 128, 128) * 2 - 1, 8),
+    "grid.png": lambda: video.write_grid(folder / "grid.png", [torch.rand(3, 9, 64, 64)] * 5, ["x"] * 5),
+    "latents/": lambda: cache.cache_latents(items, folder / "latents", source / "a.txt", lambda: encoder),
+    "texts/": lambda: cache.cache_texts(texts, lambda: encoder),
+    "--cache": lambda: data.scan(source, 64 * 64, 16, 9, 8, cache_dir=folder / "probes"),
 }
 if how == "EFBIG":
     writers["step_000003.shards"] = lambda: log.save(3, {}, {"w": big})
     writers["nano"] = lambda: default_clips(folder / "nano")  # by another process
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
 else:
-    def full(path, real=checkpoint._open_temporary):
+    def full(path, real=files._open_temporary):
         fd, name = real(path)
         os.unlink(name)
         os.symlink("/dev/full", name)
         return fd, name
-    checkpoint._open_temporary = full
+    files._open_temporary = full
 found = {}
 for name, write in writers.items():
     try:
-        checkpoint.cli(write)
+        errors.cli(write)
         found[name] = "no error"
     except SystemExit as e:
         found[name] = e.code
@@ -126,7 +130,7 @@ def test_a_cache_that_may_only_be_read(tmp_path):
     full, empty = folder / "full", folder / "empty"
 
     def look(cache):
-        return data.scan(folder, 64 * 64, 16, 9, 8, cache=cache)
+        return data.scan(folder, 64 * 64, 16, 9, 8, cache_dir=cache)
 
     look(full)
     empty.mkdir()
@@ -285,7 +289,7 @@ def test_a_disk_that_takes_a_part_of_a_line_is_asked_again(tmp_path):
 
 HOLD = """
 import sys, time
-from run import Run
+from nanowan.training.run_dir import Run
 run = Run(sys.argv[1], {}, False)
 print("here", flush=True)
 time.sleep(600)
@@ -351,13 +355,13 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
 KILLED = r"""
 import os, random, signal, sys, time
 import torch
-import run
-from checkpoint import save
+from nanowan.formats.header import save
+from nanowan.training.run_dir import Run
 out, kills, rng = sys.argv[1], int(sys.argv[2]), random.Random(5)
 value = lambda step: torch.arange(300_000) + step
 
 def life(pipe):
-    with run.Run(out, {}, True) as r:
+    with Run(out, {}, True) as r:
         assert not list(r.out.rglob(".tmp-*"))
         state = r.restore({})
         step = state["step"] if state else 0
@@ -414,8 +418,10 @@ MUTATIONS = r"""
 import random, sys
 from pathlib import Path
 import data
-from checkpoint import BadInput
-from media import Skip
+from nanowan.cache import pixels
+from nanowan.errors import BadInput
+from nanowan.training.sources import CLIP_MODES
+from nanowan.video import Skip
 sources, work, count = sorted(Path(sys.argv[1]).iterdir()), Path(sys.argv[2]), int(sys.argv[3])
 
 def mutate(raw, rng):
@@ -447,9 +453,9 @@ for i in range(count):
     (folder / "m.txt").write_text("a caption")
     print(folder, flush=True)
     try:
-        items, _ = data.scan(folder, 32 * 32, 16, 5, 8, rng.choice(list(data.CLIP_MODES)))
+        items, _ = data.scan(folder, 32 * 32, 16, 5, 8, rng.choice(list(CLIP_MODES)))
         for item in items[:3]:
-            x = data.pixels(item)
+            x = pixels(item)
             assert x.shape == (3, item.frames, item.height, item.width) and x.abs().max() <= 1, x.shape
         used += 1
     except BadInput as e:
@@ -490,8 +496,10 @@ def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
 LIVES = r"""
 import json, os, random, resource, signal, sys, threading, time, traceback
 import torch
-import data, previews, run, train, train_lora
-from checkpoint import cli
+import data, t5, train_lora
+from nanowan import cache
+from nanowan.errors import cli
+from nanowan.training import previews, run_dir
 torch.set_num_threads(1)
 
 class NoPlan:  # which takes as long as all the rest
@@ -590,11 +598,16 @@ def results(out):
 
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 BEFORE, TRAINING = (
-    {"looking": "data.probe", "latents": "data.pixels", "texts": "data.cache_texts", "building": "train_lora.adamw"},
+    {
+        "looking": "cache.probe",
+        "latents": "cache.pixels",
+        "texts": "t5.TextEncoder.encode",
+        "building": "train_lora.adamw",
+    },
     {
         "first preview": "previews.Previews.write",
-        "step": "train.make_noisy_batch",
-        "saving": "run.save_pickle",
+        "step": "data.make_noisy_batch",
+        "saving": "run_dir.save_pickle",
         "writing": "torch.save",  # its file lies under a temporary name, and is empty
         "renaming": "os.replace",
     },
@@ -663,9 +676,9 @@ LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))
 
 def test_a_full_disk_in_training_loses_nothing(lives, tmp_path):
     """In caching, and in saving the first and a later state."""
-    later = "real = run.Run.save\n"
+    later = "real = run_dir.Run.save\n"
     later += "def save(self, step, *a):\n    step == 3 and {}\n    real(self, step, *a)\n"
-    later += "run.Run.save = save"
+    later += "run_dir.Run.save = save"
     chain = [((LIMIT.format(n), "--resume"), 1) for n in (100, 2000)]
     check_lives(lives, tmp_path, [*chain, ((later.format(LIMIT.format(3000)), "--resume"), 1), END])
 
@@ -685,14 +698,39 @@ def test_a_clock_that_jumps_changes_nothing(lives, tmp_path):
         assert 0 < json.loads(line)["ms"] < 600_000
 
 
+CUT = """
+whole = cache.pixels
+def pixels(item):
+    if item.path.name == "1.mp4":
+        raise cache.Skip("cannot be decoded to its end")
+    return whole(item)
+cache.pixels = pixels
+"""
+
+
+def test_a_clip_that_turns_out_not_to_be_usable_is_left_out_for_good(lives, tmp_path):
+    """The run goes on without it, as often as it is stopped; and not with it, if it can be decoded later."""
+    patch, _ = phase("step", "TERM", 2)[0]
+    chain = [(CUT + patch, "--resume"), (CUT, "--resume"), ("", "--resume", "--steps", "6")]
+    (first, second, third) = lives[0](tmp_path / "out", chain, tmp_path / "cache")
+    assert first[0] == second[0] == 0 and "resumed at step 2" in second[1], second[1]
+    assert first[1].count("1.mp4: cannot be decoded") == second[1].count("1.mp4: cannot be decoded") == 1
+    assert [line["step"] for line in map(json.loads, open(tmp_path / "out" / "log.jsonl"))] == [1, 2, 3, 4]
+    assert third[0] == 1 and "samples was 2 entries, is 3, 1 of them others" in third[1]
+
+
 def test_a_changed_run_is_refused_before_anything_is_computed(lives, tmp_path):
     """Other data, and other flags: said in one short line, without a look at the VAE."""
     run, whole = lives
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    never = "data.pixels = None"
-    found = run(out, [(never, "--resume", "--frames", "5"), (never, "--resume", "--seed", "5")], tmp_path / "cache")
-    for (code, output), words in zip(found, ("frames was 9, is 5; samples was", "seed was 0, is 5")):
+    shutil.copytree(whole.parent / "media", tmp_path / "fewer")
+    (tmp_path / "fewer" / "1.mp4").unlink()
+    fewer = "--data", str(tmp_path / "fewer")
+    changes = [("--frames", "5"), ("--seed", "5"), fewer]
+    found = run(out, [("cache.pixels = None", "--resume", *flags) for flags in changes], whole.parent / "cache")
+    told = "frames was 9, is 5", "seed was 0, is 5", "samples was 3 entries, is 2, 0 of them others"
+    for (code, output), words in zip(found, told, strict=True):
         last = output.strip().splitlines()[-1]
         assert code == 1 and last.startswith("error: --resume: ") and words in last and len(last) < 600, output
     assert results(out) == results(whole)

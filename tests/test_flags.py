@@ -1,6 +1,7 @@
 """What the trainers' flags promise, one by one, on the smallest runs."""
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,16 +17,16 @@ import train_te
 from diagnostics import listen
 from diagnostics.logits import open_dataset
 from flow import eval_timesteps
-from nanowan.cache import cached_probe, latent_files
+from nanowan.cache import cached_probe, digest, latent_files
 from nanowan.formats.header import load, save
 from nanowan.pipeline import Pipeline
 from nanowan.settings import released
-from nanowan.training import flags, state, step
-from nanowan.training.flags import recommended_flags
-from nanowan.training.optim import EMA
+from nanowan.training import flags, state
+from nanowan.training.flags import pick, recommended_flags
 from nanowan.training.previews import Previews
-from nanowan.variants.conditioning import Conditioning
-from nanowan.variants.registry import CONDITIONING
+from nanowan.training.state import TrainState
+from nanowan.variants.registry import parts_of
+from nanowan.variants.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,11 @@ def photos(tmp_path_factory):
     for i in range(4):
         photo(folder / f"{i}.png", 32 + 32 * (i % 2), 32, caption=f"photo {i}")
     return folder
+
+
+def no_plan(*_, **__):
+    """In the place of a script's `predict`, which takes longer than the rest."""
+    return SimpleNamespace(peak=0, compare=lambda device: "")
 
 
 def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
@@ -61,9 +67,9 @@ def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(train, "make_noisy_batch", make_noisy_batch)
+    monkeypatch.setattr(data, "make_noisy_batch", make_noisy_batch)
     monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
-    monkeypatch.setattr(train_lora, "predict", lambda *_, **__: SimpleNamespace(peak=0, compare=lambda device: ""))
+    monkeypatch.setattr(train_lora, "predict", no_plan)
     words = f"--ckpt {checkpoints['t2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
     words += " --resolution 32x32 --frames 1 --batch 1 --steps 2 --steps_per_expert 1 --held_out 0 --lr 1e-12"
     words += " --grad_clip 1e-6 --weight_decay 0.25 --caption_dropout 1 --dropout 0.5 --rank 2 --dtype fp32"
@@ -78,41 +84,65 @@ def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
     assert begun and high.keys() == low.keys() and not any(torch.equal(high[name], low[name]) for name in begun)
 
 
-def test_previews_have_a_seed_for_each_prompt_and_the_same_each_time(tmp_path, monkeypatch):
+def test_previews_have_a_seed_for_each_prompt_and_the_same_each_time(tmp_path):
     drawn = []
 
-    def sample_latents(models, prompts, seeds, progress):
-        drawn.append((prompts[0], *seeds))
+    def sample_latents(pipe, text, seeds, progress):
+        (embeddings, lens), negative = text
+        drawn.append((chr(int(embeddings[0, 0, 0])), *seeds))
+        assert lens.tolist() == [1] and negative is None
         return torch.zeros(1, 4, 1, 2, 2)
 
-    monkeypatch.setattr("previews.sample_latents", sample_latents)
-    (tmp_path / "p.txt").write_text("a\nb\n")
-    world = SimpleNamespace(is_main=False)
-    models = SimpleNamespace(world=world, loaded=list)
-    previews = Previews(SimpleNamespace(previews=tmp_path / "p.txt", out=tmp_path, seed=5), models)
+    world, settings = SimpleNamespace(is_main=False), SimpleNamespace(guided=False)
+    pipe = SimpleNamespace(world=world, settings=settings, loaded=list)
+    encoder = SimpleNamespace(encode=lambda texts: (torch.full((1, 1, 3), float(ord(texts[0]))), torch.tensor([1])))
+    previews = Previews(pipe, ["a", "b"], tmp_path, 5, sample_latents, None)
+    previews.embed(encoder)
     for step in (10, 20):
         previews.write(step)
     assert drawn[:2] == drawn[2:] and [prompt for prompt, _ in drawn] == list("abab")
     assert drawn[0][1] != drawn[1][1] and drawn[0][1] == 5
 
 
-def test_the_averages_are_what_is_evaluated_and_seen():
-    """Under --ema; the weights themselves are back afterwards."""
-    p = torch.nn.Parameter(torch.zeros(2))
-    ema, seen = EMA([p], 0.5, torch.optim.AdamW([p])), {}
-    p.data.fill_(1.0)
-    p.grad = torch.zeros(2)
-    ema.update()
-    state = SimpleNamespace(averaged=ema.in_place)
-    dataset = SimpleNamespace(val_items=[1], val_loss=lambda *_: seen.update(loss=p.data.clone()) or {"val_loss": 1.0})
-    previews = SimpleNamespace(prompts=["a"], write=lambda *_: seen.update(preview=p.data.clone()))
-    args = SimpleNamespace(steps=10, eval_every=5, preview_every=5)
-    assert step.evaluate(args, state, dataset, previews, {}, None, 5) == {"val_loss": 1.0}
-    assert torch.equal(p.data, torch.ones(2))
-    for name in ("loss", "preview"):
-        assert ((seen[name] > 0) & (seen[name] < 1)).all(), name
-    seen.clear()
-    assert step.evaluate(args, state, dataset, previews, {}, None, 6) == {} and not seen
+@pytest.mark.parametrize("script", [train_lora, train_te])
+def test_the_averages_are_what_is_evaluated_seen_and_saved(checkpoints, photos, tmp_path, monkeypatch, script):
+    """Under --ema, each when it is due and after the last step; the weights themselves are back afterwards."""
+    states, seen, weights = [], [], []
+
+    def new_state(*args):
+        states.append(TrainState(*args))
+        return states[0]
+
+    def look(what):
+        now = [p.detach().clone() for p in states[0].params]
+        assert all(map(torch.equal, now, states[0].ema.average)), what
+        assert not weights or not all(map(torch.equal, now, weights[-1])), what
+        seen.append((what, len(weights)))
+
+    def step(self, adamw_step=torch.optim.AdamW.step):
+        assert not weights or all(map(torch.equal, states[0].params, weights[-1]))
+        adamw_step(self)
+        weights.append([p.detach().clone() for p in states[0].params])
+
+    monkeypatch.setattr(script, "predict", no_plan)
+    monkeypatch.setattr(script, "TrainState", new_state)
+    monkeypatch.setattr(script, "held_out_loss", lambda *_: look("loss") or {"val_loss": 1.0})
+    monkeypatch.setattr(Previews, "write", lambda self, step: look(f"preview {step}"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    writer = "write_lora" if script is train_lora else "save_tensors"
+    monkeypatch.setattr(script, writer, lambda *_, **__: look("save"))
+    (tmp_path / "p.txt").write_text("a fox\n")
+    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
+    words += " --resolution 32x32 --frames 1 --batch 1 --steps 5 --held_out 0.5 --lr 1e-2 --ema 0.9 --dtype fp32"
+    words += f" --warmup 0 --eval_every 2 --preview_every 4 --save_every 3 --previews {tmp_path}/p.txt"
+    monkeypatch.setattr("sys.argv", [script.__name__, *words.split()])
+    script.main()
+    assert len(weights) == 5
+    assert [n for what, n in seen if what == "loss"] == [0, 2, 4, 5]
+    assert [(what, n) for what, n in seen if "preview" in what] == [(f"preview {n}", n) for n in (0, 4, 5)]
+    assert sorted({n for what, n in seen if what == "save"}) == [3, 5]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 2, 4, 5]
 
 
 def test_held_out_times_are_those_of_the_shift(tmp_path):
@@ -120,7 +150,7 @@ def test_held_out_times_are_those_of_the_shift(tmp_path):
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
     items = [SimpleNamespace(digest="1a" * 20, captions=["x", "y"])]
     for shift in (1.0, 5.0):
-        batches = list(data.eval_batches(items, [tmp_path / "a.safetensors"], Conditioning(), shift, 0.0, 0.9))
+        batches = list(data.eval_batches(items, [tmp_path / "a.safetensors"], Samples(None), shift, 0.0, 0.9))
         times = torch.cat([batch.t for _, batch in batches])
         assert torch.equal(times, eval_timesteps(4, shift, 0.0, 0.9)) and times.max() < 0.9
         assert [i for i, _ in batches] == [0, 1, 2, 3] and all(batch.captions == ["x"] for _, batch in batches)
@@ -132,14 +162,13 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
     shutil.copytree(checkpoints["ti2v"], tmp_path / "other")
     pieces = next((tmp_path / "other").rglob("spiece.model"))
     pieces.write_bytes(pieces.read_bytes() + b"\0")
-    world = SimpleNamespace(rank=0, size=1, barrier=lambda: None)
     encoder = SimpleNamespace(encode=lambda texts: (torch.zeros(1, 2, 3), [2]))
     files = []
     for folder in (checkpoints["ti2v"], tmp_path / "other"):
-        parts = Pipeline(folder)
-        models = SimpleNamespace(files=parts.files, dir=parts.dir, acquire=lambda name: encoder)
-        dataset, args = object.__new__(data.Dataset), SimpleNamespace(dtype="fp32")
-        vars(dataset).update(models=models, args=args, texts=["a"], world=world, cache=tmp_path / "cache")
+        pipe = Pipeline(folder)
+        pipe.acquire = lambda name: encoder
+        dataset, config = object.__new__(data.Dataset), SimpleNamespace(cache=tmp_path / "cache")
+        vars(dataset).update(pipe=pipe, config=config, texts=["a"], world=pipe.world)
         files += dataset.cache_texts().values()
     assert files[0].exists() and files[1].exists() and files[0] != files[1]
 
@@ -148,7 +177,7 @@ def test_a_variants_latents_are_not_anothers(checkpoints, tmp_path):
     """T2V and I2V have one VAE, and I2V's entries hold a first frame's channels beside the latents."""
     item = SimpleNamespace(digest="1a" * 20, bucket=(32, 32, 5), start=0.0, fps=16.0)
     vae = Pipeline(checkpoints["t2v"]).files("vae")[0]
-    t2v, i2v = (latent_files([item], tmp_path, vae, CONDITIONING[kind])[0] for kind in ("t2v", "i2v"))
+    t2v, i2v = (latent_files([item], tmp_path, vae, parts_of(kind).samples(None))[0] for kind in ("t2v", "i2v"))
     assert t2v != i2v
 
 
@@ -157,7 +186,7 @@ def test_what_a_file_is_called_decides_how_it_is_looked_at(tmp_path):
     photo(tmp_path / "a.png", 32, 32)
     shutil.copy(tmp_path / "a.png", tmp_path / "b.mkv")
     photograph, clip = (
-        cached_probe(path, data.digest(path), tmp_path / "cache") for path in (tmp_path / "a.png", tmp_path / "b.mkv")
+        cached_probe(path, digest(path), tmp_path / "cache") for path in (tmp_path / "a.png", tmp_path / "b.mkv")
     )
     assert photograph == [32, 32, None] and clip == [32, 32, [0.0]]
 
@@ -177,8 +206,7 @@ def test_which_flags_a_continuation_may_change():
 
 def test_logits_look_at_all_samples(checkpoints, photos, tmp_path):
     where = {"data": photos, "cache": tmp_path, "resolution": "32x32", "frames": 1}
-    models = Pipeline(checkpoints["ti2v"])
-    _, dataset = open_dataset(models, checkpoints["ti2v"], 3, **where)
+    dataset = open_dataset(Pipeline(checkpoints["ti2v"]), 3, **where)
     assert len(dataset.items) == 3 and not dataset.val_items
 
 
@@ -218,12 +246,13 @@ def test_at_full_size_the_defaults_are_not_nanos(module, lr):
     "given, memory, chosen", [(None, 12, False), (None, 11, True), (False, 9, False), (True, 12, True)]
 )
 def test_checkpointing_is_chosen_where_the_plan_asks_for_it(given, memory, chosen):
-    args = SimpleNamespace(checkpointing=given, device="cpu")
     world = SimpleNamespace(all_ranks=bool)
-    need = flags.choose_checkpointing(
-        args, world, lambda: SimpleNamespace(peak=4 if args.checkpointing else 10), memory
-    )
-    assert args.checkpointing is chosen and need.peak == (4 if chosen else 10)
+
+    def predict(checkpointing):
+        return SimpleNamespace(peak=4 if checkpointing else 10)
+
+    found, need = flags.choose_checkpointing(given, world, "cpu", predict, memory)
+    assert found is chosen and need.peak == (4 if chosen else 10)
 
 
 def test_only_some_clips_have_their_first_frame_given(tmp_path):
@@ -234,14 +263,14 @@ def test_only_some_clips_have_their_first_frame_given(tmp_path):
     args = train_lora.arguments("--i2v_prob 0.5 --seed 3".split())
     args.shift, args.t_distribution = 1.0, "uniform"
     dataset = SimpleNamespace(
-        args=args,
+        config=pick(data.DataConfig, args, source=tmp_path, cache=tmp_path, batch=count),
         items=items,
         files=[tmp_path / "a.safetensors"] * count,
-        samples=Conditioning(),
+        samples=Samples(None),
         batches=SimpleNamespace(at=lambda step: list(range(count))),
         world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0)),
     )
-    ((batch, weight),) = data.Dataset.step(dataset, 0, 0.0, 1.0, lambda captions, rng: captions[0])
+    ((batch, weight),) = data.Dataset.step(dataset, 0, 0.0, 1.0)
     given = batch.t[:, 0] == 0
     assert weight == 1 and batch.t.shape == (count, 3) and 2 <= given.sum() <= count - 2
     assert (batch.t[:, 1:] > 0).all() and torch.equal(batch.t[:, 1], batch.t[:, 2])

@@ -1,5 +1,5 @@
-"""sample.py for the variants that go clip by clip, S2V and Animate: latents of the official pipelines, sound. With
-TEST_DEVICE=cuda on a GPU.
+"""sample.py for the variants that go segment by segment, S2V and Animate: latents of the official pipelines, sound.
+With TEST_DEVICE=cuda on a GPU.
 """
 
 import json
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.media import read_sound
 from helpers.scripts import DEVICE
 from PIL import Image
 from test_animate_inputs import LATENTS, C
@@ -17,11 +18,12 @@ from test_s2v_video import PIPELINES, RUNS
 
 import sample
 from benchmarks import tiny, tiny_animate, tiny_s2v
-from nanowan import long_video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load as load_tensors
+from nanowan.long_video import SegmentFiles
 from nanowan.pipeline import Pipeline
-from nanowan.variants.conditioning import Sequence
+from nanowan.settings import released
+from nanowan.variants.conditioning import Video
 from nanowan.video import read_frames, write_frames
 
 av = pytest.importorskip("av")  # a machine for `make gpu-check` may lack it
@@ -84,16 +86,6 @@ def outputs(folder, name):
     return ["--out", folder / f"{name}.mp4", "--save_latents", folder / f"{name}.safetensors"]
 
 
-def read_sound(path):
-    """(the first sample's time in seconds, samples (N,) of a file's sound, mono at 48 kHz)."""
-    resampler, pieces, start = av.AudioResampler("fltp", "mono", 48000), [], None
-    with av.open(str(path)) as file:
-        for frame in (*file.decode(audio=0), None):
-            start = frame.time if start is None else start
-            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-    return start, np.concatenate(pieces)
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, name, report):
     """Latents, the number of frames, and the sound: AAC, where it belongs, as long as the video or the sound is."""
@@ -103,7 +95,7 @@ def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, na
     assert len(latents) == sum(key.startswith(f"{name}_latents") for key in PIPELINES)
     for r in range(len(latents)):
         off = tiny.error(latents[f"latents_{r}"], PIPELINES[f"{name}_latents_{r}"])
-        report(f"latents of clip {r}", off, 1e-3)
+        report(f"latents of segment {r}", off, 1e-3)
 
     given, length = RUNS[name]
     frames = list(read_frames(tmp_path / "v.mp4"))
@@ -126,9 +118,9 @@ def test_speech_equals_official(s2v, tmp_path, monkeypatch, official_prompts, na
 
 def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, report):
     speech(tmp_path, s2v, "pose")  # writes the files
-    models, settings = sample.load(s2v, DEVICE, torch.float32), RUNS["pose"][0]
+    pipe, settings = sample.load(s2v, DEVICE, torch.float32), RUNS["pose"][0]
     video, latents = sample.generate(
-        models,
+        pipe,
         "any",
         image=tmp_path / "picture.png",
         size=(128, 64),
@@ -144,17 +136,17 @@ def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, repor
     )
     assert len(latents) == 2 and video.shape[1] == RUNS["pose"][1]
     for r, z in enumerate(latents):
-        report(f"latents of clip {r}", tiny.error(z.cpu(), PIPELINES[f"pose_latents_{r}"]), 1e-3)
+        report(f"latents of segment {r}", tiny.error(z.cpu(), PIPELINES[f"pose_latents_{r}"]), 1e-3)
     means = video.cpu().mean((0, 2, 3)) - PIPELINES["pose_frame_means"]
     report("mean of a frame", means.abs().max().item(), 1e-3)
     with pytest.raises(BadInput, match="src_root_path x: .* takes no such input"):
-        sample.generate(models, "any", src_root_path="x")
+        sample.generate(pipe, "any", src_root_path="x")
 
 
 @pytest.fixture
 def no_plan(monkeypatch):
     """Without the plan, which takes longer than these videos."""
-    monkeypatch.setattr(long_video.plan, "sampling", lambda *args, **kwargs: NoPlan())
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
 
 
 class NoPlan:
@@ -163,21 +155,23 @@ class NoPlan:
 
 
 def stop_after(monkeypatch, count):
-    """Let the process end when so many clips are done; returns the list of those that were begun."""
-    begun, real = [], long_video.denoise
+    """Let the process end when so many segments are done; returns the list of those that were begun."""
+    begun, real = [], sample.denoise
 
-    def denoise(*args, **kwargs):
+    def denoise(*args):
         if len(begun) == count:
             raise SystemExit("killed")
         begun.append(args)
-        return real(*args, **kwargs)
+        real(*args)
 
-    monkeypatch.setattr(clips, "denoise", denoise)
+    monkeypatch.setattr(sample, "denoise", denoise)
     return begun
 
 
 def check_resume(monkeypatch, folder, flags_of, changed, count):
-    """A video that ends after its first clip and goes on is bit for bit one made at once; not with `changed` flags."""
+    """A video that ends after its first segment and is continued has the bits of one made at once; not with `changed`
+    flags.
+    """
     run(monkeypatch, *flags_of("whole"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_after(patch, 1)
@@ -197,7 +191,7 @@ def check_resume(monkeypatch, folder, flags_of, changed, count):
     assert not list(folder.glob("*.clips"))
 
 
-def test_speech_that_was_killed_goes_on(s2v, tmp_path, monkeypatch, official_prompts, no_plan):
+def test_speech_that_was_killed_is_continued(s2v, tmp_path, monkeypatch, official_prompts, no_plan):
     def flags_of(name):
         return [*speech(tmp_path, s2v, "three_clips", name), "--num_clip 2"]
 
@@ -264,14 +258,14 @@ def test_character_equals_official(animate, tmp_path, monkeypatch, name, report)
 def test_a_character_in_python_equals_official(animate, report):
     ckpt, source = animate
     how = dict(steps=3, guidance=3, solver="dpm++", seed=7, frames=C, progress=False)
-    models = sample.load(ckpt, DEVICE, torch.float32)
-    video, latents = sample.generate(models, models.settings.prompt, src_root_path=source, refert_num=5, **how)
+    pipe = sample.load(ckpt, DEVICE, torch.float32)
+    video, latents = sample.generate(pipe, pipe.settings.prompt, src_root_path=source, refert_num=5, **how)
     assert video.shape[1] == 20 and len(latents) == 2
     for r, z in enumerate(latents):
-        report(f"latents of clip {r}", tiny.error(z.cpu(), LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
+        report(f"latents of segment {r}", tiny.error(z.cpu(), LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
 
 
-def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_plan):
+def test_a_character_that_was_killed_is_continued(animate, tmp_path, monkeypatch, no_plan):
     changed = ["--replace_flag"], ["--base_dtype fp8"]
 
     def flags_of(name):
@@ -280,9 +274,9 @@ def test_a_character_that_was_killed_goes_on(animate, tmp_path, monkeypatch, no_
     check_resume(monkeypatch, tmp_path, flags_of, changed, 2)
 
 
-# ---- the clips of a video --------------------------------------------------------------------------------------------
-class Counting(Sequence):
-    """Three clips, each of one more than the one before."""
+# ---- the segments of a video -----------------------------------------------------------------------------------------
+class Counting(Video):
+    """Three segments, each of one more than the one before."""
 
     count = 3
     shape = (4, 1, 2, 2)
@@ -290,7 +284,7 @@ class Counting(Sequence):
     def __init__(self):
         self.last = torch.zeros(1)
 
-    def noise(self, r):
+    def noise(self, r, seed):
         return torch.zeros(self.shape)
 
     def conditions(self, r):
@@ -310,52 +304,36 @@ class Counting(Sequence):
         self.last = state["last"]
 
 
-def test_clips_go_on_from_the_last_one_that_is_done(tmp_path, monkeypatch):
-    """Whichever it is; its latents are those that the sequence gives out, and the step cache is the one asked for."""
+def test_a_video_is_continued_from_the_last_segment_that_is_done(tmp_path, monkeypatch):
+    """Whichever it is; its latents are those that the Video gives out, and the step cache is the one asked for."""
     thresholds = []
-
-    def denoise(models, s, x, embeds, negative, conditions, progress, step_cache, callback):
-        thresholds.append(step_cache.threshold)
-        return x
-
-    monkeypatch.setattr(clips, "denoise", denoise)
-    monkeypatch.setattr(clips, "encode_prompts", lambda *_: (None, None))
-    models = SimpleNamespace(world=SimpleNamespace(is_writer=True, barrier=lambda: None))
+    monkeypatch.setattr(sample, "denoise", lambda pipe, s, clip, expert: thresholds.append(clip.cache.threshold))
+    pipe = SimpleNamespace(world=SimpleNamespace(is_writer=True, barrier=lambda: None))
     for done in (1, 2, 3):
-        sequence = Counting()
-        sequence.count = done  # as if it had been stopped there
-        parts = long_video.SegmentFiles(tmp_path / "v.mp4", {"seed": 1}, resume=done > 1)
-        assert parts.done() == done - 1
-        long_video.sample_clips(models, None, "a", sequence, parts, progress=False, reuse=0.25)
-        assert parts.state(done - 1)["last"].item() == done
+        video = Counting()
+        video.count = done  # as if it had been stopped there
+        segments = SegmentFiles(tmp_path / "v.mp4", {"seed": 1}, resume=done > 1)
+        assert segments.count() == done - 1
+        sample.sample_segments(pipe, released("s2v-14B"), video, (None, None), 0, segments, reuse=0.25)
+        assert segments.state(done - 1)["last"].item() == done
         assert len(list((tmp_path / "v.clips").glob("after_*"))) == 1  # earlier ones take disk and serve nothing
-    assert thresholds == [0.25] * 3 and (parts.latents(2) == 10).all()
+    assert thresholds == [0.25] * 3 and (load_tensors(segments.file(2))[0]["latents"] == 10).all()
 
 
-def test_a_new_video_takes_none_of_anothers_clips(tmp_path):
-    """Those that a killed one left behind, with other settings or the same, unless it is to go on."""
+def test_a_new_video_takes_none_of_anothers_segments(tmp_path):
+    """Those that a killed one left behind, with other settings or the same, unless it is to be continued."""
     out, tensor = tmp_path / "v.mp4", torch.zeros(3, 1, 4, 4)
-    long_video.SegmentFiles(out, {"seed": 1}, resume=False).save(0, tensor, tensor, {})
-    assert long_video.SegmentFiles(out, {"seed": 1}, resume=True).done() == 1
+    SegmentFiles(out, {"seed": 1}, resume=False).save(0, tensor, tensor, {})
+    assert SegmentFiles(out, {"seed": 1}, resume=True).count() == 1
     with pytest.raises(BadInput, match="other settings"):
-        long_video.SegmentFiles(out, {"seed": 2}, resume=True)
-    assert long_video.SegmentFiles(out, {"seed": 1}, resume=False).done() == 0 and not (tmp_path / "v.clips").exists()
+        SegmentFiles(out, {"seed": 2}, resume=True)
+    assert SegmentFiles(out, {"seed": 1}, resume=False).count() == 0 and not (tmp_path / "v.clips").exists()
 
 
-def test_the_clips_to_come_are_made_as_those_before(tmp_path, monkeypatch):
-    """By the attention that a GPU's first clip found the faster: the other one rounds differently."""
-    raced, tensor = {"a GPU, 24 heads of 128": True}, torch.zeros(3, 1, 4, 4)
-    monkeypatch.setattr(long_video.ops, "RACED", dict(raced))
-    long_video.SegmentFiles(tmp_path / "v.mp4", {}, resume=False).save(0, tensor, tensor, {})
-    long_video.attention_backends.RACED.clear()
-    long_video.SegmentFiles(tmp_path / "v.mp4", {}, resume=True)
-    assert long_video.attention_backends.RACED == raced
-
-
-def test_clips_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):
-    """Ten seconds of 64x64 at the default 80 frames: two clips of 0.98 MB and their latents, and what joins them."""
+def test_segments_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):
+    """Ten seconds of 64x64 at the default 80 frames: two segments of 0.98 MB and their latents, and what joins them."""
     usage, asked = shutil.disk_usage(tmp_path), []
-    monkeypatch.setattr(clips, "denoise", lambda *a, **k: asked.append(1))
+    monkeypatch.setattr(sample, "denoise", lambda *a, **k: asked.append(1))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
     tiny_s2v.write_wav(tmp_path / "a.wav", tiny_s2v.sound(10)[None])
     tiny_s2v.write_picture(tmp_path / "p.png", 64, 64)

@@ -1,4 +1,4 @@
-"""Videos of several clips (S2V, Animate) on ranks, with streamed blocks, in 8 bits, compiled: as on one device."""
+"""Videos of several segments (S2V, Animate) on ranks, with streamed blocks, in 8 bits, compiled: as on one device."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,17 +12,16 @@ import sample
 from benchmarks import tiny, tiny_animate, tiny_s2v
 from nanowan import memory_estimate
 from nanowan.formats.header import load
-from nanowan.long_video import sample_clips
+from nanowan.long_video import SegmentFiles
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.variants.animate.conditioning import CharacterVideo
-from nanowan.variants.registry import Parts
 from nanowan.variants.s2v.conditioning import SpeechVideo
 from nanowan.variants.s2v.model import WanS2V
 
 
 @pytest.fixture(scope="module", params=["s2v", "animate"])
 def video(request, tmp_path_factory):
-    """(checkpoint, what sample.generate is given): two clips, of a DiT with four heads, which four ranks can share."""
+    """(checkpoint, what sample.generate is given): two segments, of a DiT whose four heads four ranks can share."""
     folder = tmp_path_factory.mktemp(request.param)
     how = dict(steps=2, guidance=3.0, seed=5)
     if request.param == "animate":
@@ -39,14 +38,14 @@ def video(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(video):
-    """Of each clip, on one device."""
+    """Of each segment, on one device."""
     return sampled(video)
 
 
 def sampled(video, **runtime):
     ckpt, how = video
-    models = Pipeline(ckpt, Runtime("cpu", torch.float32, **runtime))
-    return sample.generate(models, "a prompt", progress=False, **how)[1]
+    pipe = Pipeline(ckpt, Runtime("cpu", torch.float32, **runtime))
+    return sample.generate(pipe, "a prompt", progress=False, **how)[1]
 
 
 def test_ranks_that_share_a_long_video(video, latents, tmp_path, report):
@@ -72,9 +71,9 @@ def test_streamed_blocks_give_the_same_bits(video, latents):
 
 
 def test_eight_bits_change_little(video, latents, report):
-    """The error of e4m3 in the blocks, and not none. The second clip begins from the first one's."""
+    """The error of e4m3 in the blocks, and not none. The second segment begins from the first one's."""
     found = sampled(video, fp8=True)
-    report("latents of the first clip", tiny.error(found[0], latents[0]), 0.06)
+    report("latents of the first segment", tiny.error(found[0], latents[0]), 0.06)
     assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found, latents, strict=True))
 
 
@@ -85,8 +84,8 @@ def test_compiled_blocks_give_the_same(video, latents, report):
 
 
 @pytest.mark.parametrize("has_motion", [False, True])
-def test_a_clip_keeps_no_more_than_it_hands_on(has_motion):
-    """Neither the new frames nor what the next clip needs hold on to the frames that were decoded before them."""
+def test_a_segment_keeps_no_more_than_it_hands_on(has_motion):
+    """Neither the new frames nor what the next segment needs hold on to the frames that were decoded before them."""
 
     def decode(latents):
         return torch.randn(1, 3, 1 + 4 * (latents.shape[2] - 1), 16, 16)
@@ -104,20 +103,21 @@ def test_a_clip_keeps_no_more_than_it_hands_on(has_motion):
     assert character.known.shape[2] == 5 and held(character.known)
 
 
-def test_more_clips_take_no_more_memory(tmp_path):
-    """The most bytes of tensors at once, with sound and poses, while a video of two and of three clips is made."""
+def test_more_segments_take_no_more_memory(tmp_path):
+    """The most bytes of tensors at once, with sound and poses, while a video of two and of three segments is made."""
     tiny_s2v.write_picture(tmp_path / "picture.png", 64, 64)
     tiny_s2v.write_wav(tmp_path / "sound.wav", tiny_s2v.sound(6)[None])
     tiny_s2v.write_pose_video(tmp_path / "pose.mkv", 80, 64, 64, fps=16)
     files = dict(image=tmp_path / "picture.png", audio=tmp_path / "sound.wav", pose_video=tmp_path / "pose.mkv")
-    models = Pipeline(tiny_s2v.checkpoint(tmp_path / "ckpt"), Runtime("cpu", torch.float32))
-    s = models.settings.with_overrides(size=(64, 64), steps=1, guidance=1.0)
+    pipe = Pipeline(tiny_s2v.checkpoint(tmp_path / "ckpt"), Runtime("cpu", torch.float32))
+    s = pipe.settings.with_overrides(size=(64, 64), steps=1, guidance=1.0)
 
     def make(count):
-        sequence = s.conditioning.sequence(models, s, 0, infer_frames=16, num_clip=count, **files)
-        parts = SegmentFiles(tmp_path / f"{count}.mp4", {}, resume=False)
-        sample_clips(models, s, "a prompt", sequence, parts, progress=False)
-        assert parts.done() == count
+        video = sample.open_video(pipe, s, infer_frames=16, num_clip=count, **files)
+        segments = SegmentFiles(tmp_path / f"{count}.mp4", {}, resume=False)
+        text = sample.encode_text(pipe, s, ["a prompt"])
+        sample.sample_segments(pipe, s, video, text, 0, segments, progress=False)
+        assert segments.count() == count
 
     make(1)  # loads the models
     assert memory_estimate.traced(lambda: make(3)) == memory_estimate.traced(lambda: make(2)) > 0

@@ -4,7 +4,6 @@ import json
 import random
 import re
 from itertools import product
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -33,9 +32,9 @@ from nano.world import (
 from nanowan.errors import BadInput
 from nanowan.formats.t5 import load_t5
 from nanowan.formats.vae import load_vae
+from nanowan.settings import NANO
 from sample import load
 
-ROOT = Path(__file__).parent.parent
 FILES = (
     "config.json",
     "diffusion_pytorch_model.safetensors",
@@ -88,19 +87,8 @@ def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
     from nanowan.cache import pixels
 
     for name in ("a", "b"):
-        scripts.run(
-            ROOT / "nano.py",
-            "clips",
-            "--out",
-            tmp_path / name,
-            "--n",
-            "12",
-            "--seed",
-            "4",
-            "--words",
-            "crimson,box",
-            check=True,
-        )
+        flags = ["--out", tmp_path / name, "--n", "12", "--seed", "4", "--words", "crimson,box"]
+        scripts.run("-m", "nano", "clips", *flags, check=True)
     rows = [json.loads(line) for line in (tmp_path / "a" / "attributes.jsonl").read_text().splitlines()]
     assert (
         rows == [json.loads(line) for line in (tmp_path / "b" / "attributes.jsonl").read_text().splitlines()]
@@ -169,12 +157,12 @@ def test_folding_the_statistics_changes_only_the_scale():
 
 
 def test_the_committed_checkpoint_is_small_and_in_the_official_layout():
-    sizes = [(ROOT / "nano" / f).stat().st_size for f in FILES]
-    assert sum(f.stat().st_size for f in (ROOT / "nano").rglob("*") if f.is_file()) < 12e6 and all(sizes)
+    sizes = [(NANO / f).stat().st_size for f in FILES]
+    assert sum(f.stat().st_size for f in NANO.rglob("*") if f.is_file()) < 12e6 and all(sizes)
 
 
 def test_the_committed_checkpoint_listens(tmp_path):
-    """40 held-out prompts: enough to notice a broken model; `python nano.py eval` gives the figures."""
+    """40 held-out prompts: enough to notice a broken model; `python -m nano eval` gives the figures."""
     scripts.run("-m", "nano", "eval", "--n", "40", "--json", tmp_path / "e.json", check=True)
     scores = json.loads((tmp_path / "e.json").read_text())
     assert scores["n"] == 40
@@ -196,7 +184,7 @@ def test_the_nano_vae_serves_diffusers_too(report):
     """The committed VAE decodes the same in the peer: it is an ordinary Wan 2.2 VAE."""
     from benchmarks import tiny
 
-    vae = load_vae(ROOT / "nano")
+    vae = load_vae(NANO)
     peer = tiny.diffusers_vae(vae)
     clip = draw(attributes(1), 0)
     mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in (peer.config.latents_mean, peer.config.latents_std))
@@ -206,13 +194,13 @@ def test_the_nano_vae_serves_diffusers_too(report):
 
 
 def test_words_that_nano_does_not_know_differ_in_their_pieces(tmp_path):
-    """Each begins with a pair of letters; known words are split as without pairs; what is in nano/ is such a file."""
+    """Each begins with a pair of letters; known words are split as without pairs; the committed file is such a one."""
     pretrain.train_tokenizer(tmp_path / "spiece.model")
     words = {word for caption in pretrain.captions_for_pieces() for word in caption.split()}
     raw = (tmp_path / "spiece.model").read_bytes()
     before = sentencepiece.SentencePieceProcessor(model_proto=raw)
     after = sentencepiece.SentencePieceProcessor(model_proto=pretrain.with_letter_pairs(raw, words))
-    nano = load_t5(ROOT / "nano").tokenizer.pieces
+    nano = load_t5(NANO).tokenizer.pieces
     assert 600 < after.get_piece_size() - before.get_piece_size() < 676
     for word in words | set(NEW_WORDS):
         assert after.encode(word) == before.encode(word) == nano.encode(word)
@@ -222,13 +210,13 @@ def test_words_that_nano_does_not_know_differ_in_their_pieces(tmp_path):
 
 
 def test_a_deeper_world_with_the_same_vae(tmp_path, monkeypatch):
-    """`nano.py train --layers 5 --vae nano`, of a few steps and clips."""
+    """`python -m nano train --layers 5 --vae nano`, of a few steps and clips."""
     few = attributes(8)
     monkeypatch.setattr(pretrain, "every_clip", lambda: (few, draw(few, 0)))
     pretrain.train(tmp_path, seed=0, steps=2, layers=5, vae_of="nano")
     models = load(tmp_path)
     assert len(models.acquire("dit").blocks) == 5
-    ours, theirs = load_vae(tmp_path).state_dict(), load_vae(ROOT / "nano").state_dict()
+    ours, theirs = load_vae(tmp_path).state_dict(), load_vae(NANO).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for flags in ({"layers": 6, "vae_of": "nano"}, {"layers": 5, "vae_of": None}):
         with pytest.raises(BadInput, match='begun with .*"layers": 5, "vae": "nano"'):

@@ -63,7 +63,7 @@ def test_files_hold_picture_and_sound_and_are_accepted_for_training(tmp_path, ex
     assert world.correlation(world.pulse(video), level) > 0.98
 
     models = Pipeline(ckpt)
-    samples = models.settings.conditioning.samples(models)
+    samples = models.settings.parts.samples(models)
     scan = clips, 64 * 64, models.settings.size_multiple, world.FRAMES, 16, "first", tmp_path / "cache", samples
     items, skipped = data.scan(*scan)
     assert not skipped and [(i.frames, i.width, i.height) for i in items] == [(32, 64, 64)] * 2

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from helpers import scripts
 
 from diagnostics.scaling import bytes_sent
-from nanowan.formats.dit import read_config
+from nanowan.formats.dit import read_config, read_dit
 from nanowan.formats.header import load, save
 from nanowan.formats.layouts import read_headers, weight_files
 from nanowan.formats.t5 import load_t5
 from nanowan.memory_estimate import ParallelLayout
 from nanowan.parallel import world
+from nanowan.settings import NANO
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
@@ -66,7 +67,7 @@ def smooth_encoder(folder):
     """
     file = folder / "encoder.safetensors"
     if not file.exists():
-        tensors = load_t5(ROOT / "nano", dtype=torch.float32).state_dict()
+        tensors = load_t5(NANO, dtype=torch.float32).state_dict()
         save(file, {k: t / 64 if k.endswith(("attn.q.weight", "attn.k.weight")) else t for k, t in tensors.items()})
     return file
 
@@ -99,6 +100,8 @@ def sampling(folder, name, *flags):
     }
 
 
+# between steps the encoder is run without gradients, with averages in its weights' place, and saved
+EVALUATED = ("--held_out", "0.4", "--eval_every", "1", "--ema", "0.5", "--save_every", "2")
 # number of processes: {name: job}; every training sees a global batch of 4, of which there are 2 clips and 1 photo
 JOBS = {
     1: {
@@ -106,6 +109,7 @@ JOBS = {
         "te": ("train_te", 4),
         "dropout": ("train_lora", 4, "--dropout", "0.3"),
         "preserve": ("train_lora", 4, "--preserve", "0.7", "--trigger", "dog"),
+        "evaluated": ("train_te", 4, *EVALUATED),
         "video": (),
     },
     2: {
@@ -123,6 +127,7 @@ JOBS = {
         "te_fsdp": ("train_te", 2, "--fsdp"),
         "te_ulysses": ("train_te", 4, "--ulysses_size", "2"),
         "te_pipeline": ("train_te", 4, "--pipeline_stages", "2"),
+        "evaluated_fsdp": ("train_te", 2, "--fsdp", *EVALUATED),
         "video_ulysses": ("--ulysses_size", "2"),
         "video_stream": ("--ulysses_size", "2", "--stream_blocks", "3"),
         "video_guidance": ("--guidance_parallel",),
@@ -166,7 +171,8 @@ def log(folder):
 
 def difference(a, b, script):
     """Worst relative difference of losses and gradient norms, and of the resulting tensors."""
-    pairs = [(x[k], y[k]) for x, y in zip(log(a), log(b), strict=True) for k in ("loss", "grad_norm")]
+    lines = zip(log(a), log(b), strict=True)
+    pairs = [(x[k], y[k]) for x, y in lines for k in ("loss", "grad_norm", "val_loss") if k in x]
     x, y = (load(d / RESULT[script])[0] for d in (a, b))
     assert x.keys() == y.keys()
     return max(abs(u - v) / (abs(u) or 1) for u, v in pairs), max(
@@ -184,8 +190,9 @@ def difference(a, b, script):
     ],
 )
 def test_training_equals_one_process(runs, report, name):
-    script = "train_te" if name.startswith("te") else "train_lora"
-    losses, weights = difference(runs / name.split("_")[0].rstrip("4"), runs / name, script)
+    one = name.split("_")[0].rstrip("4")
+    script = JOBS[1][one][0]
+    losses, weights = difference(runs / one, runs / name, script)
     # of the encoder, through whose attention rounding grows (smooth_encoder), up to 1.1e-5 was seen
     report("losses and gradients", losses, 2e-5 if script == "train_te" else 1e-5)
     report("weights", weights, 1e-5)
@@ -200,7 +207,7 @@ def test_the_frozen_dit_is_sharded_in_both(runs):
     lora, te = (json.loads((runs / f"{name}_fsdp" / "sent.json").read_text())["weights"] for name in ("lora", "te"))
     encoder = sum(
         5 * 2 * e.nbytes // 2
-        for f in weight_files(ROOT / "nano" / "models_t5_umt5-xxl-enc-bf16.pth")
+        for f in weight_files(NANO / "models_t5_umt5-xxl-enc-bf16.pth")
         for e in read_headers([f]).values()
     )
     assert te > lora + 0.8 * encoder
@@ -358,7 +365,7 @@ def test_bytes_sent(media, tmp_path, report):
         ],
     )
     adapter = sum(t.nbytes for t in load(tmp_path / "data" / RESULT["train_lora"])[0].values())
-    config = read_config(ROOT / "nano", read_headers(weight_files(ROOT / "nano")))
+    config = read_config(NANO, read_dit(NANO))
     for name, (layout, _, flags) in cases.items():
         counted = json.loads((tmp_path / name / "sent.json").read_text())
         told = bytes_sent(config, layout, (3, 2, 3), 1, adapter, 4, "--checkpointing" in flags)

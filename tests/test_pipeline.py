@@ -1,4 +1,4 @@
-"""models.py: what a checkpoint folder is, which expert serves when, and where parts lie."""
+"""Pipeline and Settings: what a checkpoint folder is, which expert serves when, and where parts lie."""
 
 import hashlib
 import json
@@ -8,22 +8,23 @@ import torch
 
 import flow
 from benchmarks import tiny, tiny_animate, tiny_s2v
-from nanowan import pipeline as models_module
-from nanowan import settings
+from lora import adapter, base_name
+from nanowan import pipeline
 from nanowan.devices import activation_bytes
 from nanowan.errors import BadInput
+from nanowan.formats.dit import load_wan
 from nanowan.memory.placement import Placement, StreamedPlacement
 from nanowan.memory_estimate import SINGLE_DEVICE, ParallelLayout, build, denoising_bytes, full_builders, pretending
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.settings import released, settings
-from wan import VARIANTS
+from nanowan.settings import NANO, NEGATIVE, read_settings, released
+from nanowan.variants.registry import VARIANTS
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 def test_settings_of_nano():
     """What its config.json recommends stands over its variant's row."""
     s, row = Pipeline("nano").settings, VARIANTS["ti2v-5B"]
-    told = json.loads((settings.NANO / "config.json").read_text())
+    told = json.loads((NANO / "config.json").read_text())
     assert s.variant == "ti2v-5B" and s.train == told["train"] and not s.is_moe and s.expert_names == ("dit",)
     for name, value in told["sample"].items():
         have = getattr(s, name)
@@ -47,7 +48,7 @@ def test_settings_of_a_folder(checkpoints, tmp_path, kind, variant, z_dim, strid
     elif kind == "animate":
         tiny_animate.write_dit(tmp_path, tiny_animate.animate(layers=5))
         assert "model_type" not in json.loads((tmp_path / "config.json").read_text())
-    s = settings(checkpoints.get(kind, tmp_path))
+    s = read_settings(checkpoints.get(kind, tmp_path))
     assert (s.variant, s.z_dim, s.stride, s.expert_names) == (variant, z_dim, stride, names)
     assert s == released(variant)
 
@@ -65,7 +66,7 @@ def test_folders_that_are_refused(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(BadInput, match=message) as e:
-        settings(tmp_path)
+        read_settings(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -102,6 +103,14 @@ def test_guidance_is_a_pair():
             s.with_overrides(guidance=bad)
 
 
+@pytest.mark.parametrize(
+    "wrong, message", [(dict(solver="ddim"), "--solver ddim: .*one of unipc"), (dict(steps=0), "--steps 0.*at least 1")]
+)
+def test_settings_that_no_solver_has_are_refused(wrong, message):
+    with pytest.raises(BadInput, match=message):
+        released("ti2v-5B").with_overrides(**wrong)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("variant, size", [("ti2v-5B", (640, 352)), ("t2v-A14B", (416, 240))])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -122,74 +131,96 @@ def test_the_estimate_of_activations_is_near_the_plans_trace(variant, size, batc
 
 def test_guidance_takes_two_passes_where_one_batch_does_not_fit(checkpoints, monkeypatch):
     """By this model's width, and by the tokens that a rank has of a clip."""
-    models = Pipeline(checkpoints["ti2v"])
-    models.acquire("dit")
+    pipe = Pipeline(checkpoints["ti2v"])
+    pipe.acquire("dit")
     need = 2 * activation_bytes(48, 1000, 3)
     for free, mode in ((need + 1, "batched"), (need, "sequential"), (0, "sequential")):
-        monkeypatch.setattr(models_module, "free_memory", lambda device, free=free: free)
-        assert models.guidance_mode(1000, 3) == mode
-    monkeypatch.setattr(models_module, "free_memory", lambda device: need)
-    models.world.sp_size = 2
-    assert models.guidance_mode(1000, 3) == "batched" and models.guidance_mode(2000, 3) == "sequential"
-    models.world.cfg_size = 2
-    assert models.guidance_mode(1 << 30) == "parallel"
+        monkeypatch.setattr(pipeline, "free_memory", lambda device, free=free: free)
+        assert pipe.guidance_mode(1000, 3) == mode
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: need)
+    pipe.world.sp_size = 2
+    assert pipe.guidance_mode(1000, 3) == "batched" and pipe.guidance_mode(2000, 3) == "sequential"
+    pipe.world.cfg_size = 2
+    assert pipe.guidance_mode(1 << 30) == "parallel"
 
 
 # ---- placements ------------------------------------------------------------------------------------------------------
 def test_parts_come_stay_and_go(checkpoints, monkeypatch):
-    models = Pipeline(checkpoints["t2v"])
-    assert not models.loaded() and models.placements == {}
-    high = models.acquire("high")
-    assert models.acquire("high") is high and models.acquire("low") is not high
-    assert list(models.placements) == ["high", "low"] and type(models.placements["high"]) is Placement
-    models.evict("high")  # from the host there is nowhere to go
-    assert list(models.placements) == ["low"]
-    again = models.acquire("high")
+    pipe = Pipeline(checkpoints["t2v"])
+    assert not pipe.loaded() and pipe.placements == {}
+    high = pipe.acquire("high")
+    assert pipe.acquire("high") is high and pipe.acquire("low") is not high
+    assert list(pipe.placements) == ["high", "low"] and type(pipe.placements["high"]) is Placement
+    pipe.evict("high")  # from the host there is nowhere to go
+    assert list(pipe.placements) == ["low"]
+    again = pipe.acquire("high")
     assert again is not high and all(torch.equal(a, b) for a, b in zip(again.parameters(), high.parameters()))
-    monkeypatch.setattr(models_module, "free_memory", lambda device: 0)
-    models.acquire("vae")
-    assert list(models.placements) == ["vae"]
-    models.drop()
-    assert not models.placements
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 0)
+    pipe.acquire("vae")
+    assert list(pipe.placements) == ["vae"]
+    pipe.drop()
+    assert not pipe.placements
 
 
 def test_a_streamed_part_runs_as_another(checkpoints, report):
     found, x = [], torch.randn(1, 48, 2, 4, 4)
     for count in (0, 2):
-        models = Pipeline(checkpoints["ti2v"], Runtime(stream_blocks=count))
-        model = models.acquire("dit")
-        assert isinstance(models.placements["dit"], StreamedPlacement) == (count > 0)
-        assert len(models.streams()) == (count > 0)
+        pipe = Pipeline(checkpoints["ti2v"], Runtime(stream_blocks=count))
+        model = pipe.acquire("dit")
+        assert isinstance(pipe.placements["dit"], StreamedPlacement) == (count > 0)
+        assert len(pipe.streams()) == (count > 0)
         with torch.no_grad():
             found.append(model(x, torch.tensor([500.0]), torch.ones(1, 5, tiny.TEXT_DIM)))
-        models.drop()
+        pipe.drop()
     report("relative error", tiny.error(*found), 1e-6)
 
 
-def test_what_is_built_is_told_before_its_weights_are_read(checkpoints):
-    told = []
+def test_an_adapter_goes_in_before_the_weights_are_read_and_stays_when_they_go(checkpoints, monkeypatch):
+    """Into an empty model, from the seed alone, the other expert's from another; it is the one that an optimizer has,
+    also after its DiT was dropped and loaded again. The weights are those of the checkpoint.
+    """
+    devices, real = [], pipeline.parallelize
+    monkeypatch.setattr(
+        pipeline,
+        "parallelize",
+        lambda dit, world: devices.append(next(dit.parameters()).device.type) or real(dit, world),
+    )
 
-    def on_model_built(name, model):
-        told.append((name, next(model.parameters()).device.type))
+    def loaded(seed):
+        pipe = Pipeline(checkpoints["t2v"])
+        pipe.adapter = pipeline.Adapter(("high", "low"), ("cross_attn.k",), 2, 2.0, 0.0, (0, 2), seed)
+        return pipe, pipe.acquire("low"), pipe.acquire("high")
 
-    models = Pipeline(checkpoints["t2v"], Runtime(on_model_built=on_model_built))
-    models.acquire("low")
-    models.acquire("high")
-    assert told == [("low", "meta"), ("high", "meta")]
+    state = torch.get_rng_state()
+    pipe, low, high = loaded(3)
+    assert devices == ["meta"] * 2 and torch.equal(torch.get_rng_state(), state)
+    names = ["blocks.0.cross_attn.k", "blocks.2.cross_attn.k"]
+    assert list(adapter(low)) == list(adapter(high)) == names
+    for name in names:
+        (a, b), (other, _) = adapter(low)[name], adapter(high)[name]
+        assert a.abs().sum() > 0 and not b.any() and not torch.equal(a, other)
+        assert torch.equal(a, adapter(loaded(3)[1])[name][0]) and not torch.equal(a, adapter(loaded(4)[1])[name][0])
+    plain = load_wan(checkpoints["t2v"] / "low_noise_model", dtype=torch.float32).state_dict()
+    frozen = {base_name(name): p for name, p in low.named_parameters() if not p.requires_grad}
+    assert plain.keys() == frozen.keys() and all(torch.equal(p, plain[name]) for name, p in frozen.items())
+    trained = [p for p in low.parameters() if p.requires_grad]
+    with torch.no_grad():
+        trained[1].fill_(0.5)
+    pipe.drop("low")
+    again = [p for p in pipe.acquire("low").parameters() if p.requires_grad]
+    assert pipe.acquire("low") is not low and all(p is q for p, q in zip(trained, again, strict=True))
 
 
 def test_the_negative_prompt_is_the_official_one():
     """To the last character: latents are compared with those that it gives (generate.py's sample_neg_prompt)."""
-    assert len(settings.NEGATIVE) == 137
-    assert (
-        hashlib.sha256(settings.NEGATIVE.encode()).hexdigest()
-        == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
-    )
+    assert len(NEGATIVE) == 137
+    digest = hashlib.sha256(NEGATIVE.encode()).hexdigest()
+    assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
 
 
 def test_the_vaes_room_goes_by_the_area_of_a_frame(checkpoints, monkeypatch):
-    models, asked = Pipeline(checkpoints["ti2v"]), []
-    monkeypatch.setattr(models, "acquire", lambda name, activations: asked.append(activations))
+    pipe, asked = Pipeline(checkpoints["ti2v"]), []
+    monkeypatch.setattr(pipe, "acquire", lambda name, activations: asked.append(activations))
     for size in ((64, 32), (32, 64), (128, 64)):
-        models.acquire_vae(size)
+        pipe.acquire_vae(size)
     assert asked[0] == asked[1] == asked[2] / 4

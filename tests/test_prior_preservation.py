@@ -15,10 +15,11 @@ from flow import make_noisy_batch
 from lora import adapter, adapter_off, inject
 from nanowan.errors import BadInput
 from nanowan.formats.header import load, save
-from nanowan.training.flags import resolve
+from nanowan.pipeline import Pipeline
+from nanowan.training.flags import pick
 from nanowan.training.optim import Guard
-from nanowan.variants.conditioning import Conditioning
-from train_lora import arguments, prompts_to_preserve
+from nanowan.variants.samples import Samples
+from train_lora import arguments, check, prompts_to_preserve, with_base_targets
 from wan import Wan, WanConfig
 
 
@@ -47,8 +48,7 @@ def test_it_is_what_two_plain_passes_give(report):
     weight = torch.where(preserved, 0.7, 1.0)
     entries = [{"latents": x} for x in latents]
     batch = make_noisy_batch(entries, ["a"] * 4, t, noise, weight.view(-1, 1, 1, 1, 1), preserved)
-    with adapter_off(model):
-        aimed = batch.with_base_targets(model, context, lens)
+    aimed = with_base_targets(batch, model, context, lens)
     assert torch.equal(aimed.target[1:3], batch.target[1:3]) and not torch.equal(aimed.target, batch.target)
     loss = aimed.loss(model, context, lens)
     loss.backward()
@@ -85,9 +85,10 @@ def dataset(tmp_path, count=16, **flags):
     args = arguments(["--preserve", "0.5"])
     vars(args).update({"shift": 1.0, "t_distribution": "uniform", **flags})
     made = object.__new__(data.Dataset)
-    made.args, made.items, made.files = args, items, [tmp_path / "a.safetensors"] * count
+    made.config = pick(data.DataConfig, args, source=tmp_path, cache=tmp_path)
+    made.items, made.files = items, [tmp_path / "a.safetensors"] * count
     made.batches = SimpleNamespace(at=lambda step: list(range(count)))
-    made.samples, made.world = Conditioning(), SimpleNamespace(local_indices=lambda n: (list(range(n)), 1.0))
+    made.samples, made.world = Samples(None), SimpleNamespace(local_indices=lambda n: (list(range(n)), 1.0))
     return made
 
 
@@ -95,14 +96,14 @@ def test_half_of_the_samples_are_shown_a_prompt_that_must_not_change(tmp_path):
     """With the weight of the flag; dropped captions too, some on either side. Without prompts nothing is preserved."""
     data, seen = dataset(tmp_path, caption_dropout=0.2), []
     for step in range(60):
-        ((batch, _),) = data.step(step, 0, 1, lambda captions, rng: captions[0], ["p", "q"])
+        ((batch, _),) = data.step(step, 0, 1, preserved_prompts=["p", "q"])
         for caption, keep, weight in zip(batch.captions, batch.preserved.tolist(), batch.loss_mask.flatten().tolist()):
             assert caption in (("", "p", "q") if keep else ("", "own")) and weight == (0.5 if keep else 1)
             seen.append((caption, keep))
     assert abs(sum(keep for _, keep in seen) / len(seen) - 0.5) < 0.07
     for caption, keep, share in (("p", True, 0.2), ("q", True, 0.2), ("", True, 0.1), ("", False, 0.1)):
         assert abs(seen.count((caption, keep)) / len(seen) - share) < 0.05
-    ((batch, _),) = data.step(0, 0, 1, lambda captions, rng: captions[0])
+    ((batch, _),) = data.step(0, 0, 1)
     assert batch.preserved is None and batch.loss_mask is None
 
 
@@ -126,11 +127,9 @@ def test_which_prompts_are_preserved():
     ],
 )
 def test_what_is_refused(checkpoints, flags, message):
-    from nanowan.pipeline import Pipeline, Runtime
-
     args = arguments(["--data", "x", "--device", "cpu", "--dtype", "fp32", *flags])
     with pytest.raises(BadInput, match=message):
-        resolve(args, Pipeline(checkpoints["ti2v"], Runtime("cpu")).settings, 3)
+        check(args, Pipeline(checkpoints["ti2v"]).settings, 3)
 
 
 def test_steps_of_preserved_samples_alone_do_not_make_others_look_like_spikes():

@@ -5,6 +5,7 @@ needs a GPU, replaced by PyTorch's in fp32) computed on a CPU from tiny_s2v's we
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from benchmarks import tiny, tiny_s2v
 from benchmarks.tiny_s2v import AUDIO_DIM, LAYERS, inputs
 from kernels.rope import angles
 from nanowan.errors import BadInput
-from nanowan.formats.dit import keep_fp32, load_wan
-from nanowan.variants.s2v.model import INJECT_LAYERS, PUBLISHED, WanS2V, spread
-from wan import VARIANTS, build
+from nanowan.formats.dit import full_config, keep_fp32, load_wan, new_dit
+from nanowan.variants.registry import VARIANTS
+from nanowan.variants.s2v.model import INJECT_LAYERS, PUBLISHED, WanS2V, read_config, spread
+from wan import WanConfig
 
 FIGURES = load_file(Path(__file__).parent / "data" / "s2v.safetensors")
 DIM, HEADS, INJECTED = tiny_s2v.CONFIG.dim, tiny_s2v.CONFIG.num_heads, tiny_s2v.CONFIG.audio_inject_layers
@@ -311,9 +313,13 @@ def test_bf16_follows_fp32(report):
 
 
 # ---- files and bad input -----------------------------------------------------------------------------------------
-def test_full_size_counts_and_names():
+def full_size():
     with torch.device("meta"):
-        model = build("s2v-14B")
+        return new_dit(full_config("s2v-14B"))
+
+
+def test_full_size_counts_and_names():
+    model = full_size()
     state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert len(state) == 1260 and sum(p.numel() for p in model.parameters()) == 16_295_755_609
     own = {k: v for k, v in state.items() if not k.startswith(("blocks.", "text_", "time_", "head.", "patch_"))}
@@ -354,10 +360,16 @@ def test_load_wan_knows_s2v(tmp_path, model):
 def test_one_file_without_config_json_stands_for_the_released_layers(tmp_path):
     """The number of injectors is all that the weights tell: 12 are the released ones."""
     config = tiny_s2v.CONFIG
-    names = [f"audio_injector.injector.{i}.q.weight" for i in range(12)] + ["blocks.39.modulation"]
-    assert WanS2V.read_settings({}, names, "file") == {"audio_inject_layers": INJECT_LAYERS}
+
+    def read(model):
+        plain = WanConfig(**{f.name: getattr(model.config, f.name) for f in fields(WanConfig)})
+        state = model.state_dict()
+        return read_config(plain, lambda name: state[name].shape, state, {}, "file")
+
+    full = full_size()
+    assert read(full) == full.config and full.config.audio_inject_layers == INJECT_LAYERS
     with pytest.raises(BadInput, match="should name 3 of the 4 blocks"):
-        WanS2V.read_settings({}, tiny_s2v.dit().state_dict(), "file")
+        read(tiny_s2v.dit())
     # under another name, with ComfyUI's prefix
     state = {f"model.diffusion_model.{k}": v for k, v in tiny_s2v.dit().state_dict().items()}
     save_file(state, tmp_path / "s2v.safetensors")

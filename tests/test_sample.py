@@ -11,9 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import scripts
-from nanowan.step_cache import EasyCache
-from nanowan.video import latent_to_rgb, preview_writer
-from sample import GuidedModel
+from helpers.adapters import save_lora
 from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
@@ -21,15 +19,21 @@ from test_wan import padded, per_token
 import flow
 import sample
 from benchmarks import tiny
-from nanowan import pipeline as models_module
+from lora import inject
+from nanowan import pipeline
 from nanowan.errors import BadInput
+from nanowan.formats.dit import load_wan
 from nanowan.formats.header import load as load_tensors
+from nanowan.formats.lora import merge_file
+from nanowan.formats.t5 import load_tokenizer
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import read_prompts
 from nanowan.settings import NEGATIVE
+from nanowan.step_cache import EasyCache
 from nanowan.variants.image import best_size
-from nanowan.video import open_image, to_uint8, write_grid, write_mp4
-from sample import arguments, generate, load, sample_latents, given_settings
+from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_grid, write_mp4
+from nanowan.sampling import given_settings
+from sample import GuidedModel, arguments, encode_text, generate, load, open_video, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -48,9 +52,7 @@ def reference(folder, kind, prompt, frames, size, steps, shift, guidance, solver
     vae = tiny.diffusers_vae(tiny.vae(kind == "ti2v"))
     stride = 16 if kind == "ti2v" else 8
     mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in LATENT_STATS[48 if kind == "ti2v" else 16])
-    from t5 import Tokenizer
-
-    tokenizer, encoder = Tokenizer(folder / "google/umt5-xxl/spiece.model"), tiny.transformers_t5(tiny.text_encoder())
+    tokenizer, encoder = load_tokenizer(folder), tiny.transformers_t5(tiny.text_encoder())
 
     def text(p):
         ids, lens = tokenizer([p])
@@ -106,17 +108,17 @@ def test_equals_a_plain_loop_of_peers(checkpoints, kind, picture, solver, report
     shift, guidance = {"ti2v": (5, (5.0, 5.0)), "t2v": (12, (3.0, 4.0)), "i2v": (5, (3.5, 3.5))}[kind]
     size = (96, 64) if kind == "ti2v" else (64, 48)
     want, want_video = reference(folder, kind, "a naïve cat runs", 9, size, 6, shift, guidance, solver, 7, picture)
-    models = load(folder)
+    pipe = load(folder)
     video, latents = generate(
-        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
+        pipe, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
     )
     report("latents", tiny.error(latents, want), 2e-5)
     report("video", (video - want_video).abs().max().item(), 1e-4)
     again = generate(
-        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
+        pipe, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=7, progress=False
     )[1]
     other = generate(
-        models, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=8, progress=False
+        pipe, "a naïve cat runs", image=picture, size=size, frames=9, steps=6, solver=solver, seed=8, progress=False
     )[1]
     assert torch.equal(latents, again) and not torch.equal(latents, other)
 
@@ -238,11 +240,11 @@ def test_image_needed_or_not_taken(checkpoints):
 
 def test_another_picture_is_encoded_anew(checkpoints):
     """Also one in the place of the last one; the estimates on the way begin with it."""
-    models, picture = load(checkpoints["ti2v"]), image()
+    pipe, picture = load(checkpoints["ti2v"]), image()
     given = dict(image=picture, size=(96, 64), steps=1, guidance=1.0, progress=False)
 
     def first():
-        return generate(models, "a", frames=1, **given)[1]
+        return generate(pipe, "a", frames=1, **given)[1]
 
     before = first()
     assert torch.equal(before, first())
@@ -250,7 +252,7 @@ def test_another_picture_is_encoded_anew(checkpoints):
     assert not torch.equal(before, after := first())
     seen = []
     sample_latents(
-        models,
+        pipe,
         ["a"],
         [0],
         image=picture,
@@ -266,10 +268,12 @@ def test_another_picture_is_encoded_anew(checkpoints):
 
 def test_conditions_are_of_the_frames_and_size_asked(checkpoints):
     """Not those that were encoded last for another clip with the same picture."""
-    models, shapes = load(checkpoints["i2v"]), []
+    pipe, shapes = load(checkpoints["i2v"]), []
     for size, frames in (((64, 48), 5), ((64, 48), 9), ((32, 48), 9)):
-        shapes.append(tuple(models.encode_conditions(image(), size, frames).channels.shape))
-    assert shapes == [(1, 20, 2, 6, 8), (1, 20, 3, 6, 8), (1, 20, 3, 6, 4)]
+        video = open_video(pipe, pipe.settings.with_overrides(size=size, frames=frames), image())
+        shapes.append(tuple(video.conditions(0).channels.shape))
+    # the picture's aspect is 5:3, so that the areas become 64x32 and 48x16 px
+    assert shapes == [(1, 20, 2, 4, 8), (1, 20, 3, 4, 8), (1, 20, 3, 2, 6)]
 
 
 def test_a_photo_is_upright(tmp_path):
@@ -297,24 +301,24 @@ def test_size_from_an_images_aspect(w, h, want):
 
 
 def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report):
-    models = load(checkpoints["ti2v"])
+    pipe = load(checkpoints["ti2v"])
     seen = []
-    encode = models.encode_prompts
-    monkeypatch.setattr(models, "encode_prompts", lambda p: seen.extend(p) or encode(p))
-    one = generate(models, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0, progress=False)[1]
+    encode = pipe.encode_prompts
+    monkeypatch.setattr(pipe, "encode_prompts", lambda p: seen.extend(p) or encode(p))
+    one = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0, progress=False)[1]
     assert seen == ["a cat"]
-    near = generate(models, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0 + 1e-7, progress=False)[1]
+    near = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0 + 1e-7, progress=False)[1]
     report("against the guided formula", tiny.error(one, near), 1e-5)
 
 
 def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
     from sample import sample_latents
 
-    models = load(checkpoints["t2v"])
+    pipe = load(checkpoints["t2v"])
     both = sample_latents(
-        models, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False
+        pipe, ["a cat", "a quick brown fox jumps"], [3, 4], size=(32, 32), frames=5, steps=3, progress=False
     )
-    alone = sample_latents(models, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
+    alone = sample_latents(pipe, ["a quick brown fox jumps"], [4], size=(32, 32), frames=5, steps=3, progress=False)
     report("relative error", tiny.error(both[1:], alone), 2e-5)
 
 
@@ -345,8 +349,8 @@ def test_bad_flags_are_one_clear_line(flags, message, checkpoints):
     assert "Traceback" not in run.stderr
 
 
-def small(models, **kwargs):
-    return generate(models, "a cat runs", size=(32, 32), frames=5, steps=4, progress=False, **kwargs)[1]
+def small(pipe, **kwargs):
+    return generate(pipe, "a cat runs", size=(32, 32), frames=5, steps=4, progress=False, **kwargs)[1]
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "t2v"])
@@ -354,8 +358,8 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
     """With no room to spare, one part at a time is in memory: when one is loaded, no other is alive."""
     plenty = small(load(checkpoints[kind]))  # both halves of guidance in one batch, which rounds a little differently
     held, alive = [], weakref.WeakValueDictionary()
-    monkeypatch.setattr(models_module, "free_memory", lambda device: 0)
-    real = models_module.Pipeline._load
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 0)
+    real = pipeline.Pipeline._load
 
     def watched(self, name):
         gc.collect()
@@ -364,13 +368,13 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
         alive[name] = part.model
         return part
 
-    monkeypatch.setattr(models_module.Pipeline, "_load", watched)
-    models = load(checkpoints[kind])
-    assert tiny.error(small(models), plenty) < 2e-6
+    monkeypatch.setattr(pipeline.Pipeline, "_load", watched)
+    pipe = load(checkpoints[kind])
+    assert tiny.error(small(pipe), plenty) < 2e-6
     assert held == [
         (name, []) for name in (["text", "dit", "vae"] if kind == "ti2v" else ["text", "high", "low", "vae"])
     ]
-    assert list(models.placements) == ["vae"]
+    assert list(pipe.placements) == ["vae"]
 
 
 def test_an_updated_text_encoder(checkpoints, tmp_path):
@@ -386,10 +390,6 @@ def test_an_updated_text_encoder(checkpoints, tmp_path):
 
 def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
     """Merged LoRAs change exactly the expert they are for: by the file's metadata, or by :high and :low."""
-    from lora import inject, merge
-    from nanowan.formats.dit import load_wan
-    from nanowan.formats.lora import save_lora
-
     for name, seed in (("a", 1), ("b", 2)):
         model = tiny.dit("t2v")
         torch.manual_seed(seed)
@@ -397,12 +397,12 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
             p.data.normal_(0, 0.2)
         save_lora(tmp_path / f"{name}.safetensors", model, **({"expert": "low"} if name == "a" else {}))
     a, b = (str(tmp_path / f"{n}.safetensors") for n in "ab")
-    models = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", f"{b}:both"])
+    pipe = load(checkpoints["t2v"], lora=[f"{a}:0.5", f"{b}:-1.5:high", f"{b}:both"])
     for expert, applied in (("high", [(b, -1.5), (b, 1.0)]), ("low", [(a, 0.5), (b, 1.0)])):
         want = load_wan(checkpoints["t2v"] / f"{expert}_noise_model", dtype=torch.float32)
         for file, weight in applied:
-            merge(want, file, weight)
-        got = models.acquire(expert)
+            merge_file(want, file, weight)
+        got = pipe.acquire(expert)
         assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters()))
     with pytest.raises(BadInput, match="single model"):
         load(checkpoints["ti2v"], lora=[a])
@@ -416,11 +416,9 @@ def test_several_weighted_loras_each_for_its_expert(checkpoints, tmp_path):
 
 def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     """While its expert makes room for the other one."""
-    from lora import inject
-
-    runtime = models_module.Runtime(on_model_built=lambda name, model: inject(model, rank=2, device="cpu"))
-    models = models_module.Pipeline(checkpoints["t2v"], runtime)
-    model = models.acquire("high")
+    pipe = Pipeline(checkpoints["t2v"])
+    pipe.adapter = pipeline.Adapter(("high", "low"), ("cross_attn.k",), 2, 2.0, 0.0, (0, 1), seed=0)
+    model = pipe.acquire("high")
     before = {p: p.data_ptr() for p in model.parameters()}
 
     def to(device):  # as to another device: new memory for every parameter
@@ -428,7 +426,7 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
             p.data = p.data.clone()
 
     model.to = to
-    models.placements["high"].to("elsewhere")
+    pipe.placements["high"].to("elsewhere")
     assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(
         p.requires_grad for p in before
     )
@@ -437,8 +435,6 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
 def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
     """Whatever its files' prefixes are, with blocks on the host and in 8 bits."""
     from safetensors.torch import save_file
-
-    from nanowan.formats.dit import load_wan
 
     for file in checkpoints["ti2v"].iterdir():
         if "diffusion_pytorch_model" not in file.name:
@@ -462,14 +458,14 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     """A threshold of nothing changes no bit; a large one skips steps at a bounded error; the first two steps and the
     last are always computed.
     """
-    models = load(checkpoints["ti2v"])
+    pipe = load(checkpoints["ti2v"])
     given = dict(size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
 
     def run(threshold, callback=None):
         cache = EasyCache(threshold)
-        return cache, sample_latents(models, ["a cat"], [3], cache=cache, on_step=callback, **given)
+        return cache, sample_latents(pipe, ["a cat"], [3], cache=cache, on_step=callback, **given)
 
-    plain = sample_latents(models, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
+    plain = sample_latents(pipe, ["a cat"], [3], size=(64, 32), frames=5, steps=8, guidance=2.0, progress=False)
     off, exact = run(0.0)
     assert torch.equal(exact, plain) and off.computed == 8
     on, rough = run(0.99)
@@ -517,9 +513,9 @@ def test_the_model_is_asked_for_the_first_step_of_each_expert_and_the_last_of_al
         return real(self, x, t, scale)
 
     monkeypatch.setattr(GuidedModel, "velocity", velocity)
-    models, given = load(checkpoints["t2v"]), dict(size=(32, 32), frames=1, steps=8, guidance=1.0, progress=False)
-    sample_latents(models, ["a cat"], [0], cache=Stubborn(0.5), **given)
-    timesteps = flow.solver("unipc", 8, models.settings.shift).timesteps.tolist()
+    pipe, given = load(checkpoints["t2v"]), dict(size=(32, 32), frames=1, steps=8, guidance=1.0, progress=False)
+    sample_latents(pipe, ["a cat"], [0], cache=Stubborn(0.5), **given)
+    timesteps = flow.solver("unipc", 8, pipe.settings.shift).timesteps.tolist()
     assert asked == [timesteps[0], next(t for t in timesteps if t < 875), timesteps[-1]]
 
 
@@ -531,28 +527,26 @@ def test_pixels_are_rounded_to_the_nearest():
 
 def test_guidance_in_one_batch_and_in_two(checkpoints, monkeypatch, report):
     """Both halves in one forward pass, or, where memory is short, in two."""
-    models, found = load(checkpoints["ti2v"]), []
+    pipe, found, sizes = load(checkpoints["ti2v"]), [], []
     given = dict(size=(64, 32), frames=5, steps=3, guidance=4.0, progress=False)
-    sizes = []
-    model = models.acquire("dit")
-    model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    text = encode_text(pipe, pipe.settings.with_overrides(guidance=4.0), ["a cat"])
+    pipe.acquire("dit").register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     for memory in (1 << 50, 0):
-        monkeypatch.setattr(models_module, "free_memory", lambda device, memory=memory: memory)
-        models.placements["dit"] = models_module.offload.Placement(model)
-        found.append(sample_latents(models, ["a cat"], [1], **given))
+        monkeypatch.setattr(pipeline, "free_memory", lambda device, memory=memory: memory)
+        found.append(sample_latents(pipe, text, [1], **given))
     assert sizes == [2] * 3 + [1] * 6
     report("latents", tiny.error(*found), 2e-6)
 
 
 def test_compiled_blocks_give_the_same(checkpoints, report, monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # as "default", Inductor's C++ does not compile
-    models = load(checkpoints["ti2v"])
-    compiled = models_module.Pipeline(checkpoints["ti2v"], models_module.Runtime(compile="blocks"))
+    pipe = load(checkpoints["ti2v"])
+    compiled = pipeline.Pipeline(checkpoints["ti2v"], pipeline.Runtime(compile="blocks"))
     assert all(b._compiled_call_impl is not None for b in compiled.acquire("dit").blocks)
     given = dict(size=(64, 32), frames=5, steps=2, guidance=2.0, progress=False)
     report(
         "latents",
-        tiny.error(sample_latents(compiled, ["a cat"], [1], **given), sample_latents(models, ["a cat"], [1], **given)),
+        tiny.error(sample_latents(compiled, ["a cat"], [1], **given), sample_latents(pipe, ["a cat"], [1], **given)),
         2e-5,
     )
 
@@ -561,17 +555,17 @@ def test_preview_shows_what_the_clip_will_be(tmp_path):
     """On nano: the linear colours of the finished latents are near the decoded clip's, and the last
     preview is on disk.
     """
-    models = load("nano")
-    colors = preview_colors(models)
+    pipe = load("nano")
+    colors = latent_to_rgb(pipe.acquire("vae"))
     z = sample_latents(
-        models,
+        pipe,
         ["a red square moves left"],
         [0],
         progress=False,
         on_step=preview_writer(colors, tmp_path / "p.png", 4, "a red square"),
     )
     rough = torch.einsum("cthw,cd->dthw", torch.cat([z[0], torch.ones_like(z[0, :1])]), colors)
-    video = models.acquire("vae").decode(z)[0]
+    video = pipe.acquire("vae").decode(z)[0]
     want = F.avg_pool2d(video[:, ::4].transpose(0, 1), 16).transpose(0, 1)
     assert (rough - want).square().mean().sqrt() < 0.3 and torch.corrcoef(
         torch.stack([rough.flatten(), want.flatten()])
@@ -607,28 +601,61 @@ def test_every_flag_of_the_settings_reaches_them():
     assert given_settings(arguments(["--negative", ""]))["negative"] == ""  # an empty one is one too
 
 
+def run_script(monkeypatch, words, *more):
+    monkeypatch.setattr("sys.argv", ["sample.py", *words.split(), *more])
+    sample.main()
+
+
+def note_denoise(monkeypatch, note):
+    """Call note(pipe, clip, expert) before each call of denoise."""
+    real = sample.denoise
+
+    def denoise(pipe, settings, clip, expert):
+        note(pipe, clip, expert)
+        real(pipe, settings, clip, expert)
+
+    monkeypatch.setattr(sample, "denoise", denoise)
+
+
 def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatch):
     """Weights in 8 bits, blocks on the host, tiles, an encoder of another file; one seed for all prompts."""
-    made, tiles, seeds, videos = [], [], [], [torch.zeros(3, 1, 32, 32)]
+    made, tiles, noises, videos = [], [], [], [torch.zeros(3, 1, 32, 32)]
 
     def keep_models(ckpt, runtime, loras, text_encoder=None):
         made.append((runtime, text_encoder))
         return Pipeline(ckpt, runtime, loras, None)
 
     monkeypatch.setattr(sample, "Pipeline", keep_models)
-    monkeypatch.setattr(sample, "decode", lambda models, z, tile=0: tiles.append(tile) or videos)
+    monkeypatch.setattr(sample, "decode", lambda pipe, z, tile=0: tiles.append(tile) or videos)
     monkeypatch.setattr(sample, "tile_report", lambda *_: "")
-    real = sample.sample_latents
-    monkeypatch.setattr(sample, "sample_latents", lambda m, p, s, *a, **k: seeds.append(s) or real(m, p, s, *a, **k))
-    monkeypatch.setattr(sample.plan, "sampling", lambda *_, **__: SimpleNamespace(compare=lambda device: ""))
+    note_denoise(monkeypatch, lambda pipe, clip, expert: noises.append(clip.x.clone()))
+    plan = SimpleNamespace(compare=lambda device: "")
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: plan)
     (tmp_path / "p.txt").write_text("a cat\na dog\n", encoding="utf-8-sig")
     words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"
     words += " --size 32x32 --frames 1 --steps 1 --guidance 1 --base_dtype fp8 --stream_blocks 1 --vae_tile 4"
-    monkeypatch.setattr("sys.argv", ["sample.py", *words.split(), "--text_encoder", "other.safetensors"])
-    sample.main()
+    run_script(monkeypatch, words, "--text_encoder", "other.safetensors")
     ((runtime, encoder),) = made
     assert runtime.fp8 and runtime.stream_blocks == 1 and encoder == "other.safetensors"
-    assert tiles == [4, 4] and seeds == [[3], [3]] and (tmp_path / "v_000.mp4").exists()
+    assert tiles == [4, 4] and (tmp_path / "v_000.mp4").exists()
+    noise = torch.randn(1, 48, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+    assert len(noises) == 2 and all(torch.equal(x, noise) for x in noises)
+
+
+def test_one_expert_serves_all_prompts_before_the_other_comes(checkpoints, tmp_path, monkeypatch):
+    """An A14B's experts are loaded once each, and every clip is the one that its prompt gives alone."""
+    loaded, served, real = [], [], Pipeline._load
+    monkeypatch.setattr(Pipeline, "_load", lambda self, name: loaded.append(name) or real(self, name))
+    note_denoise(monkeypatch, lambda pipe, clip, expert: served.append(expert))
+    (tmp_path / "p.txt").write_text("a\nb\na\n")
+    words = f"--ckpt {checkpoints['t2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"
+    words += f" --size 32x32 --frames 1 --steps 4 --save_latents {tmp_path}/z.safetensors"
+    run_script(monkeypatch, words)
+    assert served == ["high"] * 3 + ["low"] * 3 and sorted(loaded) == ["high", "low", "text", "vae"]
+    pipe = load(checkpoints["t2v"])
+    for i, prompt in enumerate("aba"):
+        alone = generate(pipe, prompt, size=(32, 32), frames=1, steps=4, seed=3, progress=False)[1]
+        assert torch.equal(load_tensors(tmp_path / f"z_{i:03d}.safetensors")[0]["latents"], alone)
 
 
 def test_prompts_of_a_file(tmp_path):
@@ -639,13 +666,10 @@ def test_prompts_of_a_file(tmp_path):
 
 def test_parts_that_are_done_are_given_up(tmp_path, monkeypatch):
     """The encoder before the DiT comes, the DiT before the VAE: also where there is room for all, as the plan says."""
-    there, sampling, decoding = [], sample.sample_latents, sample.decode
-    noted = lambda models, call, *a, **k: there.append(list(models.placements)) or call(models, *a, **k)  # noqa: E731
-    monkeypatch.setattr(sample, "sample_latents", lambda m, *a, **k: noted(m, sampling, *a, **k))
-    monkeypatch.setattr(sample, "decode", lambda m, *a, **k: noted(m, decoding, *a, **k))
-    words = f"sample.py --device cpu --prompt x --size 32x32 --frames 5 --steps 1 --out {tmp_path / 'a.mp4'}"
-    monkeypatch.setattr("sys.argv", words.split())
-    sample.main()
+    there, decoding = [], sample.decode
+    note_denoise(monkeypatch, lambda pipe, clip, expert: there.append(list(pipe.placements)))
+    monkeypatch.setattr(sample, "decode", lambda p, *a, **k: there.append(list(p.placements)) or decoding(p, *a, **k))
+    run_script(monkeypatch, f"--device cpu --prompt x --size 32x32 --frames 5 --steps 1 --out {tmp_path / 'a.mp4'}")
     assert there == [[], []]
 
 

@@ -649,6 +649,19 @@ def test_digests_of_an_encoder(ckpt):
     assert digests([tuned, words]) != digests([words, tuned])
 
 
+def test_words_with_rows_of_their_own(ckpt):
+    """Of train_te.py's placeholders: the tokenizer knows them wherever they are used, also once converted."""
+    _, blocks, rows = trained_encoder()
+    metadata = {"placeholders": json.dumps({"crimson": [9, 101]})}
+    write_encoder_lora(ckpt / "w.safetensors", blocks, rows, IDS, metadata, vocab=200)
+    save_file(tiny.text_encoder().state_dict(), ckpt / "f.safetensors", metadata)
+    convert_t5(ckpt / "f.safetensors", ckpt / "c.safetensors", "comfyui", ckpt / "google" / "umt5-xxl" / "spiece.model")
+    plain = load_t5(ckpt).tokenizer.ids("a crimson square")
+    for name in "wfc":
+        ids = load_t5(ckpt, weights=ckpt / f"{name}.safetensors").tokenizer.ids("a crimson square")
+        assert ids != plain and [i for i in ids if i in (9, 101)] == [9, 101]
+
+
 def test_specs_of_an_encoder(tmp_path):
     (tmp_path / "x:2").touch()
     for text, want in (

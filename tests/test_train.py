@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import scripts
+from helpers.adapters import save_lora
 from test_data import clip, photo
 
 import data
@@ -22,10 +23,10 @@ from benchmarks import tiny
 from nanowan import memory_estimate
 from nanowan.formats.header import load, save
 from nanowan.parallel import World
-from nanowan.pipeline import Pipeline
+from nanowan.pipeline import Adapter, Pipeline
 from nanowan.training import optim
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.variants.conditioning import Conditioning
+from nanowan.variants.samples import Samples
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a red fox jumps over", "a dog runs", "a cat sleeps"]
@@ -99,7 +100,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
         out = tmp_path / f"{times}"
         argv = [
             "--ckpt",
-            ROOT / "nano",
+            "nano",
             "--data",
             tmp_path / "clips",
             "--out",
@@ -137,13 +138,13 @@ POISON = """
 import os, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train, {script}
-real = train.Dataset.step
-def step(self, step, *a):
-    for batch, share in real(self, step, *a):
+import data, {script}
+real = data.Dataset.step
+def step(self, step, *a, **more):
+    for batch, share in real(self, step, *a, **more):
         yield batch._replace(target=batch.target * ({value} if {when} else 1)), share
-train.Dataset.step = step
-from checkpoint import cli
+data.Dataset.step = step
+from nanowan.errors import cli
 cli({script}.main)
 """
 
@@ -220,13 +221,13 @@ def test_accumulated_batches_equal_one_large_batch(checkpoints, media, tmp_path,
     real_step, real_clip = data.Dataset.step, torch.nn.utils.clip_grad_norm_
     kept = []
 
-    def keep(self, step, *a):
-        for batch, share in real_step(self, step, *a):
+    def keep(self, step, *a, **more):
+        for batch, share in real_step(self, step, *a, **more):
             if batch.x.shape[2] == 3:
                 kept.append((batch, share))
                 yield batch, 1 / 3
 
-    def together(self, step, *a):
+    def together(self, step, *a, **more):
         x, t, target = (torch.cat([getattr(b, k) for b, _ in kept]) for k in ("x", "t", "target"))
         yield Batch(x, t, target, None, [c for b, _ in kept for c in b.captions]), 1.0
 
@@ -296,7 +297,13 @@ def test_a_given_first_frame_is_clean_and_not_counted(checkpoints, media, tmp_pa
         return out
 
     batches, real_step = [], data.Dataset.step
-    monkeypatch.setattr(data.Dataset, "step", lambda self, *a: (batches.append(b) or b for b in real_step(self, *a)))
+
+    def spy_step(self, *a, **more):
+        for found in real_step(self, *a, **more):
+            batches.append(found)
+            yield found
+
+    monkeypatch.setattr(data.Dataset, "step", spy_step)
     monkeypatch.setattr(Wan, "forward", spy)
     monkeypatch.setattr(
         "sys.argv",
@@ -352,7 +359,7 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     """
     code = (
         "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import train as m, train_lora; real = m.sample_timesteps\n"
+        "import data as m, train_lora; real = m.sample_timesteps\n"
         "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); "
         "return t\nm.sample_timesteps = spy; train_lora.main()"
     )
@@ -451,31 +458,39 @@ def test_a_lora_goes_on_from_a_file(checkpoints, media, tmp_path):
     assert run.returncode == 1 and "for which expert?" in run.stderr
 
 
-def test_which_expert_starts_from_a_file(tmp_path):
+def test_which_expert_starts_from_a_file(checkpoints, tmp_path):
     from nanowan.errors import BadInput
-    from nanowan.formats.header import save
     from train_lora import initial_loras
 
+    both, high, either = ("high", "low"), ("high",), ("dit",)
+    pipe = Pipeline(checkpoints["t2v"])
+    new_adapter = Adapter(both, ("cross_attn.k", "cross_attn.v"), 2, 2, 0.0, None, 0)
     foreign, low = (str(tmp_path / f"{name}.safetensors") for name in ("foreign", "low"))
-    save(foreign, {"blocks.0.ffn.0.diff": torch.zeros(1)})
-    save(low, {"blocks.0.ffn.0.diff": torch.zeros(1)}, {"expert": "low"})
-    assert initial_loras([f"{foreign}:high", low], {"high": 0, "low": 0}) == {"high": foreign, "low": low}
-    assert initial_loras([foreign], {"high": 0}) == {"high": foreign} and initial_loras([], {"dit": 0}) == {}
-    for specs, turns in (([foreign], ("high", "low")), ([low, f"{foreign}:low"], ("high", "low")), ([low], ("high",))):
+    dit = tiny.dit("t2v")
+    new_adapter.inject(dit, None)
+    save_lora(foreign, dit)
+    save_lora(low, dit, expert="low")
+
+    def starts(specs, turns):
+        return initial_loras(specs, pipe, dict.fromkeys(turns), new_adapter)
+
+    assert starts([f"{foreign}:high", low], both) == {"high": foreign, "low": low}
+    assert starts([foreign], high) == {"high": foreign} and starts([], either) == {}
+    for specs, turns in (([foreign], both), ([low, f"{foreign}:low"], both), ([low], high)):
         with pytest.raises(BadInput, match="--init_lora"):
-            initial_loras(specs, dict.fromkeys(turns))
+            starts(specs, turns)
 
 
 def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path):
     code = (
         "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import models, importlib\n"
-        "models.free_memory, real, alive = lambda device: 0, models.Pipeline._load, weakref.WeakValueDictionary()\n"
+        "import importlib; from nanowan import pipeline as m\n"
+        "m.free_memory, real, alive = lambda device: 0, m.Pipeline._load, weakref.WeakValueDictionary()\n"
         "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n"
         "    part = real(self, name)\n"
         "    if name in ('high', 'low'):\n        alive[name] = part.model\n    print('LOADED', name)\n"
         "    return part\n"
-        "models.Pipeline._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
+        "m.Pipeline._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
     )
     for script in ("train_lora", "train_te"):
         run = train(
@@ -540,9 +555,7 @@ def test_held_out_losses_compare_runs(checkpoints, media, tmp_path):
     assert told["data"]["held_out"] == 2 and told["data"]["samples"] == 5
 
 
-def test_cached_text_is_refused_with_the_reason(checkpoints, media, tmp_path):
-    run = train("train_te", checkpoints["ti2v"], media, tmp_path / "out", "--cache_text", check=False)
-    assert run.returncode == 1 and "bypasses the encoder" in run.stderr
+def test_no_text_is_cached_for_an_encoder_that_is_trained(checkpoints, media, tmp_path):
     train("train_te", checkpoints["ti2v"], media, tmp_path / "out", "--cache", tmp_path / "cache")
     kinds = {next(iter(load(f)[0])) for f in (tmp_path / "cache").glob("*.safetensors")}
     assert kinds == {"latents"}
@@ -690,7 +703,7 @@ def train_here(monkeypatch, script, ckpt, media, out, *flags):
 
 @pytest.mark.parametrize("script", ["train_lora", "train_te"])
 def test_what_is_logged_and_which_flags_are_kept(checkpoints, media, tmp_path, monkeypatch, script):
-    monkeypatch.setattr(plan, "mfu", lambda *args: 0.25)  # as where a device's peak is known
+    monkeypatch.setattr(memory_estimate, "mfu", lambda *args: 0.25)  # as where a device's peak is known
     train_here(monkeypatch, script, checkpoints["ti2v"], media, tmp_path / "out")
     for line in logged(tmp_path / "out"):
         assert line["tokens_per_s"] > 0 and line["mfu"] == 0.25 and line["ms"] > 0 and line["peak_gb"] > 0
@@ -740,7 +753,7 @@ def test_held_out_samples_have_noise_of_their_own(tmp_path):
     items = [SimpleNamespace(digest=digest * 20, captions=["x"]) for digest in ("1a", "2b")]
 
     def targets(*which):
-        batches = data.eval_batches([items[i] for i in which], [files[i] for i in which], Conditioning(), 3.0, 0.0, 1.0)
+        batches = data.eval_batches([items[i] for i in which], [files[i] for i in which], Samples(None), 3.0, 0.0, 1.0)
         return [batch.target for _, batch in batches]
 
     both = targets(0, 1)
@@ -750,11 +763,10 @@ def test_held_out_samples_have_noise_of_their_own(tmp_path):
 
 def test_what_the_guard_has_seen_is_restored():
     """A spike is one after a resume too."""
-    args = SimpleNamespace(grad_spike_factor=10, ema=0)
 
     def state():
         p = torch.nn.Parameter(torch.ones(3))
-        return TrainState([p], torch.optim.AdamW([p]), args)
+        return TrainState([p], torch.optim.AdamW([p]), grad_spike_factor=10)
 
     old, new = state(), state()
     for _ in range(30):
@@ -767,10 +779,10 @@ def test_what_the_guard_has_seen_is_restored():
 
 def test_how_a_step_is_computed_is_no_part_of_a_state():
     """One that an AdamW wrote which was not fused goes on fused, and the same but for rounding."""
-    args, states = SimpleNamespace(grad_spike_factor=10, ema=0), []
+    states = []
     for optimizer in (lambda params: torch.optim.AdamW(params, 1e-3, (0.9, 0.99), weight_decay=0.1, fused=False), None):
         p = torch.nn.Parameter(torch.ones(3))
-        states.append(TrainState([p], optimizer([p]) if optimizer else optim.adamw([p], 1e-3, 0.1), args))
+        states.append(TrainState([p], optimizer([p]) if optimizer else optim.adamw([p], 1e-3, 0.1), 10))
     old, new = states
     for step in range(3):
         if step == 2:
@@ -789,7 +801,8 @@ def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):
     tensors = load(file)[0]
     name = max(tensors)
     save(file, tensors | {name: tensors[name] + 1})
-    args, nothing = SimpleNamespace(batch=2, rank=4), SimpleNamespace(files=[], items=[])
+    args = SimpleNamespace(batch=2, rank=4)
+    nothing = SimpleNamespace(files=[], items=[], is_cached=lambda: True)
     same, again, other = (
         resume_fingerprint(args, Pipeline(folder), nothing)
         for folder in (checkpoints["t2v"], checkpoints["t2v"], tmp_path / "other")

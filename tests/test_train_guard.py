@@ -15,7 +15,7 @@ WITHOUT_PLAN = """
 import sys
 from types import SimpleNamespace
 import train_te
-from checkpoint import cli
+from nanowan.errors import cli
 train_te.predict = lambda *_, **__: SimpleNamespace(peak=0, compare=lambda _: "")  # it takes longer than the rest
 cli(train_te.main)
 """

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import scripts
+from helpers.adapters import save_lora
 from test_data import clip
 
 from benchmarks import tiny
 from lora import inject
-from nanowan import pipeline, settings
+from nanowan import memory_estimate, pipeline
 from nanowan.errors import BadInput
 from nanowan.formats.header import load, save
-from nanowan.formats.lora import read_lora, save_lora
-from nanowan.training.flags import resolve
+from nanowan.formats.lora import read_lora
+from nanowan.pipeline import Adapter, Pipeline
+from nanowan.settings import released
 from nanowan.training.run_dir import adapter_file, remove_older_adapters
-from train_lora import arguments
+from train_lora import arguments, check, initial_loras, predict
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,26 +125,23 @@ def test_which_adapters_are_kept(tmp_path):
     ],
 )
 def test_names_and_numbers_that_are_refused(checkpoints, flags, message):
-    from nanowan.pipeline import Runtime
-
-    settings = pipeline.Pipeline(checkpoints["ti2v"], Runtime("cpu")).settings
     args = arguments(["--ckpt", str(checkpoints["ti2v"]), "--device", "cpu", "--dtype", "fp32", *flags])
     with pytest.raises(BadInput, match=message):
-        resolve(args, settings, 3)
+        check(args, Pipeline(checkpoints["ti2v"]).settings, 3)
 
 
 KILL = """
 import os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train, train_lora
-real, calls = train.sample_timesteps, []
+import data, train_lora
+real, calls = data.sample_timesteps, []
 def killing(*a):
     calls.append(1)
     if len(calls) == 4:  # in the middle of step 4, when step 2 is what was saved
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
-train.sample_timesteps = killing
+data.sample_timesteps = killing
 train_lora.main()
 """
 
@@ -150,7 +149,7 @@ train_lora.main()
 def test_experts_draw_on_their_own_side(checkpoints, media, tmp_path):
     code = (
         "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import train as m, train_lora; real = m.sample_timesteps\n"
+        "import data as m, train_lora; real = m.sample_timesteps\n"
         "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); "
         "return t\nm.sample_timesteps = spy; train_lora.main()"
     )
@@ -215,6 +214,7 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
     from nanowan.cache import pixels
     from nanowan.formats.t5 import load_t5
     from nanowan.formats.vae import load_vae
+    from nanowan.variants.image import image_channels
     from wan import Wan
 
     seen, real = [], Wan.forward
@@ -279,7 +279,7 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
         assert len(said) == 1
         empty += said == [""]
         if kind == "i2v":
-            assert torch.equal(x[:, 16:], vae.condition(pixels(items[item])[None][:, :, :1], items[item].frames))
+            assert torch.equal(x[:, 16:], image_channels(vae, pixels(items[item])[None][:, :, :1], items[item].frames))
     assert set(items_seen) == {0, 1, 2} and 4 <= empty <= 22 and all(0.9 < n < 1.1 for n in noises[:5])
     assert abs(lines[0]["lr"] - 2e-4) < 1e-9 and abs(lines[5]["lr"] - 1e-3) < 1e-9 and lines[-1]["lr"] < 1.1e-4
 
@@ -325,11 +325,9 @@ def test_a_lora_that_is_no_start_is_refused_before_anything_is_encoded(checkpoin
     assert not (tmp_path / "out").exists()
 
 
-def test_halves_and_flags_of_files_to_start_from(tmp_path):
+def test_halves_and_flags_of_files_to_start_from(checkpoints, tmp_path):
     """A file with both experts starts each of those that are trained; one that says no expert needs a flag."""
-    from train_lora import initial_loras
-
-    model, files = tiny.dit("t2v"), {}
+    model, files, pipe = tiny.dit("t2v"), {}, Pipeline(checkpoints["t2v"])
     inject(model, rank=4)
     for name, expert in (("named", "low"), ("plain", None)):
         files[name] = str(tmp_path / f"{name}.safetensors")
@@ -342,7 +340,8 @@ def test_halves_and_flags_of_files_to_start_from(tmp_path):
     save(files["both"], both)
 
     def chosen(*specs, experts=("high", "low")):
-        return initial_loras([spec.format(**files) for spec in specs], dict.fromkeys(experts))
+        adapter = Adapter(tuple(experts), ("cross_attn.k", "cross_attn.v"), 4, 4, 0.0, None, 0)
+        return initial_loras([spec.format(**files) for spec in specs], pipe, dict.fromkeys(experts), adapter)
 
     b, n, p = files["both"], files["named"], files["plain"]
     assert chosen("{both}") == {"high": b, "low": b} and chosen("{both}", experts=["low"]) == {"low": b}
@@ -364,9 +363,7 @@ def test_halves_and_flags_of_files_to_start_from(tmp_path):
 @pytest.mark.parametrize("flags, number", [([], 4), (["--keep", "2"], 3), (["--keep", "9"], 4)])
 def test_the_plan_counts_kept_adapters(monkeypatch, flags, number):
     """250 steps, saved at 100, 200 and at the end, and the result."""
-    import train_lora
-
-    monkeypatch.setattr(train_lora.plan, "training", lambda *args, num_results, **sizes: num_results)
-    args = arguments(["--steps", "250", "--save_every", "100", *flags])
-    settings = settings.Settings("ti2v-5B", "ti2v", 48, (4, 16, 16), 24, 9, 2, (64, 64), 5, (1, 1))
-    assert train_lora.predict(args, settings, {}) == number
+    monkeypatch.setattr(memory_estimate, "training", lambda spec, *_: spec.num_results)
+    args = arguments(["--data", "x", "--device", "cpu", "--steps", "250", "--save_every", "100", *flags])
+    s = released("ti2v-5B")
+    assert predict(args, s, {}, check(args, s, 30)) == number

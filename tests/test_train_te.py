@@ -14,14 +14,13 @@ from helpers import scripts
 from benchmarks import tiny
 from nano import __main__ as nano
 from nano import world
-from nanowan import settings
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.formats.t5 import load_t5
+from nanowan.settings import NANO, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
-from nanowan.training.flags import resolve
 from nanowan.training.keywords import RowEmbedding, check_keywords, keyword_token_ids
-from train_te import arguments, encoder_tensors, trainable, unfreeze
+from train_te import arguments, check, encoder_tensors, trainable, unfreeze
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +89,7 @@ def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import train as m, train_te\n"
+        "import data as m, train_te\n"
         "real, n = m.sample_timesteps, []\n"
         "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*a)\n"
@@ -238,11 +237,11 @@ def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
 
     args = arguments(["--device", "cuda", "--data", "x", "--ckpt", "ti2v-5B", *flags])
     if optimizer:
-        resolve(args, settings.released("ti2v-5B"))
+        check(args, released("ti2v-5B"))
         assert args.optimizer == optimizer
     else:
         with pytest.raises(BadInput, match="--optimizer"):
-            resolve(args, settings.released("ti2v-5B"))
+            check(args, released("ti2v-5B"))
 
 
 def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
@@ -284,7 +283,7 @@ def test_what_it_refuses(checkpoints, media, tmp_path, flags, message):
 
 @pytest.mark.parametrize("how", ["full", "delta"])
 def test_only_the_rank_that_writes_holds_the_encoder(how):
-    encoder = load_t5(ROOT / "nano", dtype=torch.float32)
+    encoder = load_t5(NANO, dtype=torch.float32)
     trained, _ = unfreeze(encoder, SimpleNamespace(train_blocks=1, lr=1e-4, keyword_lr=1e-4), {5})
     with torch.no_grad():
         encoder.token_embedding.rows += 1
@@ -321,7 +320,7 @@ def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypa
     assert "'scarlet': starts as 'red'" in run.stdout
     still = re.search(r"'freezes': starts as '(\w+)'", run.stdout)[1]
     assert still in ("stays", "still", "rests", "does", "not")
-    before, after = load_t5(ROOT / "nano", dtype=torch.float32), load(tmp_path / "out" / "text_encoder.safetensors")[0]
+    before, after = load_t5(NANO, dtype=torch.float32), load(tmp_path / "out" / "text_encoder.safetensors")[0]
     table, new = before.token_embedding.weight, after["token_embedding.weight"]
     captions = [f.read_text().strip() for f in (tmp_path / "clips").glob("*.txt")]
     ids = keyword_token_ids(["scarlet", "freezes"], captions, before.tokenizer)

@@ -1,7 +1,7 @@
-"""Training on the variants that go clip by clip: what is read, cached and fed, and what is learned.
+"""Training on the variants that go segment by segment: what is read, cached and fed, and what is learned.
 
-The oracle of what a step feeds the DiT is the sampler on the same clip: conditions.Sequence, which equals the official
-pipelines (test_clips.py), and direct calls of the encoders.
+The oracle of what a step feeds the DiT is the sampler on the same clip: Conditioning.video, which equals the official
+pipelines (test_long_video.py), and direct calls of the encoders.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import random
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -21,20 +22,22 @@ from test_s2v import plain
 
 import data
 import train_lora
+import train_te
 from benchmarks import tiny, tiny_animate, tiny_s2v
+from diagnostics.logits import open_dataset
 from diagnostics.plan import planned
 from lora import inject, lora_layers
+from nanowan import cache, memory_estimate
 from nanowan.errors import BadInput
-from nanowan.formats.dit import keep_fp32, load_wan
+from nanowan.formats.dit import full_config, keep_fp32, load_wan, new_dit
 from nanowan.formats.header import load
 from nanowan.formats.vae import load_vae
 from nanowan.pipeline import Pipeline
-from nanowan.training import flags
+from nanowan.settings import parse_size
+from nanowan.training.flags import pick, resolve
 from nanowan.training.run_dir import Run
-from nanowan.variants.registry import CONDITIONING
 from nanowan.variants.s2v import wav2vec2
-from nanowan.video import Skip, sound_delay
-from wan import build
+from nanowan.video import Skip, open_image, sound_delay
 
 F = 16  # frames of a sample
 
@@ -69,7 +72,7 @@ def video(frames):
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
 
 
-def flags_of(script, ckpt, folder, out, *flags):
+def flags_of(ckpt, folder, out, *flags):
     words = f"--ckpt {ckpt} --data {folder} --out {out} --cache {folder.parent}/cache --resolution 64x64 --frames {F}"
     words += " --steps 2 --batch 1 --held_out 0 --caption_dropout 0 --device cpu --dtype fp32"
     return [*words.split(), *(word for flag in flags for word in str(flag).split())]
@@ -77,15 +80,20 @@ def flags_of(script, ckpt, folder, out, *flags):
 
 def dataset_of(ckpt, folder, out, *flags):
     """(flags, Pipeline, Dataset) of train_lora.py, its latents cached."""
-    args, models = train_lora.arguments(flags_of("train_lora", ckpt, folder, out, *flags)), Pipeline(ckpt)
-    flags.resolve(args, models.settings, "train_lora")
-    dataset = data.Dataset(args, models)
+    args, pipe, dataset = uncached_dataset(ckpt, folder, out, *flags)
     dataset.cache_latents()
-    return args, models, dataset
+    return args, pipe, dataset
+
+
+def uncached_dataset(ckpt, folder, out, *flags):
+    args, pipe = train_lora.arguments(flags_of(ckpt, folder, out, *flags)), Pipeline(ckpt)
+    resolve(args, pipe.settings, "train_lora")
+    where = {"source": Path(args.data), "cache": Path(args.cache), "resolution": parse_size(args.resolution)}
+    return args, pipe, data.Dataset(pick(data.DataConfig, args, **where), pipe)
 
 
 def first_batch(dataset, step=0):
-    (batch, weight), *more = dataset.step(step, 0.0, 1.0, lambda captions, rng: captions[0])
+    (batch, weight), *more = dataset.step(step, 0.0, 1.0)
     assert weight == 1 and not more
     return batch
 
@@ -99,8 +107,8 @@ class NoPlan:
 
 def train(monkeypatch, script, ckpt, folder, out, *flags):
     """A run in this process, without the plan, which takes longer; returns its log."""
-    monkeypatch.setattr(plan, "training", lambda *args, **kwargs: NoPlan())
-    monkeypatch.setattr("sys.argv", [script, *flags_of(script, ckpt, folder, out, *flags)])
+    monkeypatch.setattr(memory_estimate, "training", lambda *args, **kwargs: NoPlan())
+    monkeypatch.setattr("sys.argv", [script, *flags_of(ckpt, folder, out, *flags)])
     module, runs = importlib.import_module(script), []
     monkeypatch.setattr(module, "Run", lambda *args: runs.append(Run(*args)) or runs[0])
     module.main()
@@ -128,8 +136,8 @@ def sampled(models, ckpt, folder, tmp_path, seconds=6.4):
     Image.fromarray(pictures(1)[0]).save(tmp_path / "picture.png")
     tiny_s2v.write_wav(tmp_path / "sound.wav", tiny_s2v.sound(seconds)[None])
     s = models.settings.with_overrides(size=(64, 64))
-    inputs = dict(image=tmp_path / "picture.png", audio=tmp_path / "sound.wav", pose_video=folder / "a.pose.mkv")
-    return CONDITIONING["s2v"].sequence(models, s, seed=0, infer_frames=F, **inputs)
+    image, inputs = open_image(tmp_path / "picture.png"), {"audio": tmp_path / "sound.wav", "infer_frames": F}
+    return s.conditioning.video(models, s, image, pose_video=folder / "a.pose.mkv", **inputs)
 
 
 @torch.no_grad()
@@ -252,10 +260,10 @@ def test_clips_without_what_they_need_are_named(s2v, tmp_path, capsys):
         "other.mkv: its other.pose.mkv ends at 1.19 s, the clip at 1.44 s",
         "wide.mkv: its wide.pose.mkv is 96x64 px, should have the shape of the clip's 64x64",
         "photo.png: is an image; s2v-14B is trained on clips",
-        "0 of 2 go on for 73 frames",
+        "0 of 2 are followed by 73 frames: trained as continuation segments too",
     ):
         assert reason in said, said
-    assert "other.pose.mkv: has" not in said  # a companion is no sample without a caption
+    assert "other.pose.mkv: has" not in said  # a sidecar is no sample without a caption
 
 
 def test_only_what_changed_is_encoded_again(s2v, talk, tmp_path, monkeypatch):
@@ -274,8 +282,8 @@ def test_only_what_changed_is_encoded_again(s2v, talk, tmp_path, monkeypatch):
 
     def cached(computed):
         with monkeypatch.context() as patch:
-            calls, real = [], data.pixels
-            patch.setattr(data, "pixels", lambda item: calls.append(item) or real(item))
+            calls, real = [], cache.pixels
+            patch.setattr(cache, "pixels", lambda item: calls.append(item) or real(item))
             *_, dataset = dataset_of(ckpt, folder, tmp_path / "out")
             assert bool(calls) == computed
         return dataset.files[0]
@@ -314,21 +322,24 @@ def test_flags_that_do_not_fit_are_refused(s2v, talk, tmp_path, flags, says):
 def test_single_clips_have_no_continuations(checkpoints, talk, tmp_path):
     args = train_lora.arguments(["--ckpt", str(checkpoints["t2v"]), "--continuation", "0.5", "--device", "cpu"])
     with pytest.raises(BadInput, match="--continuation 0.5: .* makes single clips"):
-        flags.resolve(args, Pipeline(checkpoints["t2v"]).settings, "train_lora")
+        resolve(args, Pipeline(checkpoints["t2v"]).settings, "train_lora")
 
 
-def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path):
-    args = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"])
-    models = Pipeline(s2v)
-    flags.resolve(args, models.settings, "train_lora")
+def test_there_are_no_clips_of_the_nano_world(s2v, tmp_path, monkeypatch):
+    """Said before anything is written, by both trainers, and by diag.py logits."""
+    for script in (train_lora, train_te):
+        monkeypatch.setattr("sys.argv", [script.__name__, "--ckpt", str(s2v), "--out", str(tmp_path / "out")])
+        with pytest.raises(BadInput, match="--data: needed"):
+            script.main()
     with pytest.raises(BadInput, match="--data: needed"):
-        data.Dataset(args, models)
+        open_dataset(Pipeline(s2v))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_is_put_where_the_variant_listens(s2v):
     """Without --targets: on the text's keys and values, and on those of the sound."""
-    args, models = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"]), Pipeline(s2v)
-    train_lora.resolve(args, models.settings, 4)
+    args = train_lora.arguments(["--ckpt", str(s2v), "--device", "cpu"])
+    train_lora.check(args, Pipeline(s2v).settings, 4)
     assert tuple(args.targets) == TARGETS
 
 
@@ -371,7 +382,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(s2v, talk, tmp_path, m
     assert whole[-1]["val_loss"] < 0.95 * whole[0]["val_loss"]
     train(monkeypatch, "train_lora", s2v, folder, tmp_path / "cut", *flags, "--steps 3")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "pixels", None)  # all is cached
+        patch.setattr(cache, "pixels", None)  # all is cached
         train(patch, "train_lora", s2v, folder, tmp_path / "cut", *flags, "--steps 6 --resume")
     a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
     assert len(a) == 2 * 14 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -427,7 +438,7 @@ def driven(models, tmp_path, picture, scene):
         tiny_animate.write_video(tmp_path / f"src_{kind}.mp4", tiny_animate.frames(20, h, w, i + 2), 30)
     Image.fromarray(picture).save(tmp_path / "src_ref.png")
     s = models.settings.with_overrides(frames=C)
-    return CONDITIONING["animate"].sequence(models, s, 0, src_root_path=tmp_path, replace_flag=scene)
+    return s.conditioning.video(models, s, src_root_path=tmp_path, replace_flag=scene)
 
 
 @pytest.mark.parametrize("scene", [False, True])
@@ -521,10 +532,7 @@ def test_only_what_changed_of_a_character_is_encoded_again(animate, tmp_path):
     shutil.copytree(animate, ckpt)
 
     def name():
-        args = train_lora.arguments(flags_of("", ckpt, folder, tmp_path / "out", *animate_flags()))
-        models = Pipeline(ckpt)
-        flags.resolve(args, models.settings, "train_lora")
-        return data.Dataset(args, models).files[0]
+        return uncached_dataset(ckpt, folder, tmp_path / "out", *animate_flags())[-1].files[0]
 
     names = [name(), name()]
     assert names[0] == names[1]
@@ -581,7 +589,7 @@ def test_a_characters_training_lowers_the_loss_and_resumes_bit_for_bit(animate, 
     assert whole[-1]["val_loss"] < 0.95 * whole[0]["val_loss"]
     train(monkeypatch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 3")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "pixels", None)  # all is cached
+        patch.setattr(cache, "pixels", None)  # all is cached
         train(patch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 6 --resume")
     a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
     assert len(a) == 2 * 40 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -595,7 +603,7 @@ def test_a_released_size_is_planned(variant, frames, matrices):
     size = f"--resolution 128x128 --frames {frames} --batch 1 --checkpointing --blocks 38-39"
     need = planned("train_lora", ["--ckpt", variant, *size.split()])
     with torch.device("meta"):
-        named = build(variant).named_parameters()
+        named = new_dit(full_config(variant)).named_parameters()
         weights = sum(p.numel() * (4 if keep_fp32(n) else 2) for n, p in named)
     assert need.phases["training"]["DiT"] == weights and 32.6e9 < weights < 36e9
     assert need.phases["training"]["trained"] == 4 * 16 * 2 * 5120 * matrices

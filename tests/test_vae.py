@@ -1,13 +1,17 @@
 """Both VAEs against diffusers' AutoencoderKLWan on equal weights, fp32 on CPU."""
 
+import functools
+
 import pytest
 import torch
 
 from benchmarks import tiny
 from nanowan.errors import BadInput
 from nanowan.formats.vae import FULL_WIDTHS, load_vae
-from nanowan.memory.tiled_vae import tile_weights
+from nanowan.memory import tiled_vae
+from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, tile_overlap, tile_weights
 from nanowan.memory_estimate import traced
+from nanowan.variants.image import encode_still, image_channels
 from vae import GEOMETRY, LATENT_STATS, VAE, fold_kernel, upsample_conv
 
 # fmt: off
@@ -81,7 +85,7 @@ def test_gradients_reach_the_first_layer_through_the_stream():
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 32, 32), (1, 3, 5, 40, 32), (1, 3, 5, 32, 24)])
 def test_sizes_that_do_not_fit_are_named(shape):
-    with pytest.raises(BadInput, match=rf"{shape[2]} frames, {shape[4]}x{shape[3]} px.*multiple"):
+    with pytest.raises(ValueError, match=rf"{shape[2]} frames, {shape[4]}x{shape[3]} px.*multiple"):
         tiny.vae(True).encode(torch.zeros(shape))
 
 
@@ -100,8 +104,8 @@ def test_decode_memory_does_not_grow_with_frames(report):
 def test_tiles_are_exact_where_they_overlap_enough(v22, report):
     """Tiles of 14 latent pixels, whose overlap is all that a result depends on."""
     model, z = tiny.vae(v22).double(), torch.randn(1, 48 if v22 else 16, 2, 3, 28) * 0.5  # fp64, into fp32 pixels
-    assert model.tile_overlap(14) == (model.decoder.receptive_radius(), True)
-    report("tile 14", tiny.error(model.decode(z, tile=14), model.decode(z)), 2e-7)
+    assert tile_overlap(model.decoder, 14) == (receptive_radius(model.decoder), True)
+    report("tile 14", tiny.error(decode_tiled(model, z, 14), model.decode(z)), 2e-7)
 
 
 @pytest.mark.parametrize("v22", [False, True])
@@ -112,8 +116,8 @@ def test_smaller_tiles_are_blended_and_nearly_equal(v22, report):
     model, z = tiny.vae(v22), torch.randn(1, 48 if v22 else 16, 2, 3, 17) * 0.5
     whole, errors = model.decode(z), []
     for tile in (2, 4, 8):
-        assert model.tile_overlap(tile) == (tile // 2, False)
-        errors.append((model.decode(z, tile) - whole).square().mean().sqrt().item() / whole.std().item())
+        assert tile_overlap(model.decoder, tile) == (tile // 2, False)
+        errors.append((decode_tiled(model, z, tile) - whole).square().mean().sqrt().item() / whole.std().item())
     report("tiles of 4, relative to the picture's contrast", errors[1], 0.15)
     report("tiles of 8", errors[2], 0.06)
     assert errors[0] > errors[1] > errors[2] > 1e-4
@@ -148,10 +152,10 @@ def test_tiles_of_a_constant_picture_show_no_seams(v22):
         model.decoder.head[2].weight.zero_()
         model.decoder.head[2].bias[:] = 0.3
     for tile in (1, 2, 6):
-        assert torch.allclose(model.decode(z, tile), torch.tensor(0.3), atol=1e-6)
+        assert torch.allclose(decode_tiled(model, z, tile), torch.tensor(0.3), atol=1e-6)
     parts = []
     for index in range(2):
-        model.decode(z, 3, (index, 2, lambda video: parts.append(video.clone()) or video))
+        decode_tiled(model, z, 3, (index, 2, lambda video: parts.append(video.clone()) or video))
     assert torch.allclose(sum(parts), torch.tensor(0.3), atol=1e-6)
     assert all((p == 0).any() for p in parts)
 
@@ -159,8 +163,8 @@ def test_tiles_of_a_constant_picture_show_no_seams(v22):
 def test_a_shorter_overlap_is_not_exact(monkeypatch):
     """The reach is needed: four pixels less leave a difference."""
     model, z = tiny.vae(False).double(), torch.randn(1, 16, 1, 3, 28) * 0.5
-    monkeypatch.setattr(model, "tile_overlap", lambda tile: (model.decoder.receptive_radius() - 4, True))
-    assert tiny.error(model.decode(z, tile=14), model.decode(z)) > 4e-7
+    monkeypatch.setattr(tiled_vae, "tile_overlap", lambda decoder, tile: (receptive_radius(decoder) - 4, True))
+    assert tiny.error(decode_tiled(model, z, 14), model.decode(z)) > 4e-7
 
 
 def test_doubling_and_convolving_on_the_small_map(report):
@@ -183,12 +187,18 @@ def test_grey_frames_are_not_encoded_twice():
     model, video = tiny.vae(False), torch.zeros(1, 3, 81, 16, 24)
     video[:, :, 0] = torch.rand(3, 16, 24) * 2 - 1
     calls, plain = [0] * len(model.encoder.downsamples), model.encode(video)
-    for i, m in enumerate(model.encoder.downsamples):
-        m.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    assert torch.equal(model.condition(video[:, :, :1], 81)[:, 4:], plain)
+
+    def counted(i, forward, *args):
+        calls[i] += 1
+        return forward(*args)
+
+    for i, layer in enumerate(model.encoder.downsamples):
+        layer.forward = functools.partial(counted, i, layer.forward)
+    assert torch.equal(image_channels(model, video[:, :, :1], 81)[:, 4:], plain)
     assert max(calls[:3]) <= 6 and max(calls[:6]) <= 9 and sum(calls) < 0.75 * 21 * len(calls), calls
     moving = torch.rand(1, 3, 13, 16, 24) * 2 - 1
-    assert torch.equal(model.encode(moving, still=True), model.encode(moving))
+    assert torch.equal(encode_still(model, moving), model.encode(moving))
+    assert torch.equal(model.encode(video), plain)  # nothing of it stays
 
 
 def test_the_decoder_in_another_dtype():
@@ -204,7 +214,7 @@ def test_the_decoder_in_another_dtype():
 
 def test_the_mask_of_a_first_frame():
     """I2V-A14B: four channels, one for each frame of a latent frame, 1 where the video is given."""
-    y = tiny.vae(False).condition(torch.zeros(2, 3, 1, 16, 24), 9)
+    y = image_channels(tiny.vae(False), torch.zeros(2, 3, 1, 16, 24), 9)
     assert y.shape == (2, 20, 3, 2, 3)
     assert (y[:, :4, 0] == 1).all() and (y[:, :4, 1:] == 0).all()
 

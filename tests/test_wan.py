@@ -6,9 +6,10 @@ from helpers import scattered
 
 from benchmarks import tiny
 from kernels import backend
-from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config
-from wan import VARIANTS, Wan
+from nanowan.variants import registry
+from nanowan.variants.registry import parts_of
+from wan import VARIANTS, Wan, build
 
 
 def per_token(t, grid):
@@ -148,22 +149,27 @@ def test_checkpointing_a_variant_changes_no_gradient():
 )
 def test_full_size_counts(variant, params, tensors):
     with torch.device("meta"):
-        state = Wan(full_config(variant)).state_dict()
+        model = build(variant)
+    state = model.state_dict()
+    assert model.config == full_config(variant)
     assert (sum(t.numel() for t in state.values()), len(state)) == (params, tensors)
 
 
 def test_variants_hold_only_what_differs():
-    assert [v["model_type"] for v in VARIANTS.values()] == ["ti2v", "t2v", "i2v", "s2v", "animate"]
+    """One kind of model each, and only the kinds that wan.Wan is the class of stand beside it."""
+    assert [row["model_type"] for row in registry.VARIANTS.values()] == ["ti2v", "t2v", "i2v", "s2v", "animate"]
+    own = {name: row for name, row in registry.VARIANTS.items() if parts_of(row["model_type"]).model is Wan}
+    assert own == VARIANTS
 
 
 @pytest.mark.parametrize("shape, t", [((1, 16, 1, 3, 4), (1,)), ((1, 15, 1, 4, 4), (1,)), ((2, 16, 3, 4, 4), (2, 2))])
 def test_wrong_inputs_are_named(shape, t):
-    with pytest.raises(BadInput, match=r"this model takes x \(B,16"):
+    with pytest.raises(ValueError, match=r"this model takes x \(B,16"):
         tiny.dit("t2v")(torch.zeros(shape), torch.zeros(t), torch.zeros(shape[0], 1, tiny.TEXT_DIM))
 
 
 def test_too_long_text_is_refused():
-    with pytest.raises(BadInput, match="513 tokens"):
+    with pytest.raises(ValueError, match="513 tokens"):
         tiny.dit("t2v")(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 513, tiny.TEXT_DIM))
 
 

@@ -129,7 +129,7 @@ class GgufEntry(Entry):
     def read(self, scratch=None):
         out = torch.empty(self.numel) if scratch is None else scratch[: 4 * self.numel].view(torch.float32)
         data = self.read_bytes(None if scratch is None else scratch[4 * self.numel :])
-        from nanowan.formats import gguf
+        import nanowan.formats.gguf as gguf
 
         try:
             gguf.decode(data.numpy(), self.kind, out.numpy())
@@ -224,7 +224,7 @@ def _pickle_header(path):
 
 
 def _gguf_header(path):
-    from nanowan.formats import gguf
+    import nanowan.formats.gguf as gguf
 
     try:
         tensors, metadata = gguf.read(path)

@@ -59,6 +59,8 @@ class World:
                 f"{', --guidance_parallel' * cfg_parallel}: {self.size} processes do not divide by {model_size}; "
                 f"start torchrun with --nproc_per_node {model_size} or a multiple"
             )
+        if fsdp and not distributed:
+            raise BadInput("--fsdp: shards weights over several processes; start it with torchrun")
         if fsdp and pipeline_stages > 1 or ulysses_size > 1 and pipeline_stages > 1:
             raise BadInput("--pipeline_stages: not together with --fsdp or --ulysses_size")
         self.dp_rank, self.dp_size = 0, self.size // model_size

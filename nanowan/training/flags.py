@@ -195,8 +195,6 @@ def resolve(args, s, script):
     if not by_segments and args.continuation is not None:
         raise BadInput(f"--continuation {args.continuation}: {args.ckpt} makes single clips")
     if by_segments:
-        if not args.data:
-            raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {args.ckpt}")
         args.continuation = 0.5 if args.continuation is None else args.continuation
         check_ranges(args, continuation=(0, 1))
         if args.pipeline_stages > 1:
@@ -216,6 +214,12 @@ def resolve(args, s, script):
     check_ranges(args, grad_spike_factor=(2, math.inf), held_out=(0, 0.5), ema=(0, 0.99999), seed=(0, 2**63 - 1))
 
 
+def check_data(data, pipe):
+    """Raise BadInput where --data is not given and the nano world has no clips for the checkpoint of a Pipeline."""
+    if not data and pipe.settings.conditioning.by_segments:
+        raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {pipe.dir}")
+
+
 def check_ranges(args, **ranges):
     """Raise BadInput for numbers out of range; per flag the lowest and the highest value."""
     for flag, (low, high) in ranges.items():
@@ -223,6 +227,21 @@ def check_ranges(args, **ranges):
         if not low <= value <= high or value == math.inf:
             least = "positive" if low == POSITIVE else f"at least {low}"
             raise BadInput(f"--{flag} {value}: must be {least}" + (f" and at most {high}" if high < math.inf else ""))
+
+
+def check_streaming(args, num_blocks):
+    """Check --stream_blocks of a DiT with so many blocks: it needs checkpointing, and whole blocks on each rank."""
+    check_ranges(args, stream_blocks=(0, num_blocks))
+    if not args.stream_blocks:
+        return
+    if args.checkpointing is False:
+        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
+    args.checkpointing = True
+    if args.fsdp or args.pipeline_stages > 1:
+        raise BadInput(
+            f"--stream_blocks {args.stream_blocks}: not together with --fsdp or --pipeline_stages, which leave a rank "
+            "only a part of the blocks"
+        )
 
 
 def parse_blocks(text, total):

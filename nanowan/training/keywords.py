@@ -1,11 +1,11 @@
 """Words that train_te.py teaches: their token embeddings, where these start from, and whether captions hold them."""
 
+import re
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 from data import eval_batches
 from nanowan.errors import BadInput
@@ -16,20 +16,58 @@ INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyw
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
-class RowEmbedding(nn.Module):
-    """An embedding table, frozen but for the rows `ids`: only those get gradients and optimizer states."""
+class Keyword(NamedTuple):
+    """One of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; NAME=placeholder:N, which gets N rows of the
+    table that no text uses.
+    """
 
-    def __init__(self, table, ids):
-        super().__init__()
-        self.table, self.ids = table, torch.tensor(sorted(ids), device=table.weight.device)
-        self.rows = nn.Parameter(table.weight[self.ids].detach().clone())
-        self.slot = torch.full((len(table.weight),), -1, device=table.weight.device)
-        self.slot[self.ids] = torch.arange(len(self.ids), device=table.weight.device)
+    name: str
+    initial: str | None = None
+    placeholders: int = 0
 
-    def forward(self, ids):
-        slot = self.slot[ids]
-        # not rows[slot]: the gradient of indexing is added up by several threads in any order
-        return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp(min=0), self.rows), self.table(ids))
+
+def parse_keyword(text):
+    """A Keyword from its flag. Raises BadInput."""
+    name, _, value = text.partition("=")
+    match = re.fullmatch(r"placeholder:([1-9]\d?)", value)
+    if not name or (value.startswith("placeholder") and not match):
+        raise BadInput(f"--keywords {text}: give NAME, NAME=WORD, or NAME=placeholder:N with N from 1 to 99")
+    return Keyword(name, None if match else value or None, int(match[1]) if match else 0)
+
+
+def placeholder_tokens(tokenizer, rows, count, taken=()):
+    """`count` rows of an embedding table of `rows` rows that no ordinary text uses and that are not `taken`: [(id, the
+    text that spells it, or None where only this project's tokenizer reaches it)]. Sentencepiece's <extra_id_N> come
+    first, since other software reaches these too. Raises BadInput where there are fewer.
+    """
+    size, found = tokenizer.pieces.get_piece_size(), []
+    for i in reversed(range(size)):
+        if match := re.fullmatch("\u2581?(<extra_id_\\d+>)", tokenizer.pieces.id_to_piece(i)):
+            found.append((i, match[1] if tokenizer.pieces.encode(match[1])[-1:] == [i] else None))
+    known = {i for i in tokenizer.special.values() if isinstance(i, int)}
+    found += [(i, None) for i in range(size, rows) if i not in known]
+    found = sorted((f for f in found if f[0] not in taken), key=lambda f: f[1] is None)
+    if len(found) < count:
+        raise BadInput(f"--keywords: {count} placeholders are asked for, and the table has {len(found)} unused rows")
+    return found[:count]
+
+
+def add_placeholders(keywords, tokenizer, rows):
+    """Give the Keywords with placeholders rows of their own, in the tokenizer: {name: ids}. Prints how to prompt for them
+    elsewhere.
+    """
+    taken, ids_of = set(), {}
+    for keyword in keywords:
+        if not keyword.placeholders:
+            continue
+        tokens = placeholder_tokens(tokenizer, rows, keyword.placeholders, taken)
+        ids_of[keyword.name] = [i for i, _ in tokens]
+        taken |= {*ids_of[keyword.name]}
+        texts = [text for _, text in tokens]
+        how = "only with this project's tokenizer" if None in texts else f"elsewhere as {''.join(texts)}"
+        print(f"keyword {keyword.name!r}: {len(tokens)} placeholder rows; prompted {how}")
+    tokenizer.add_words(ids_of)
+    return ids_of
 
 
 def keyword_token_ids(keywords, captions, tokenizer):
@@ -52,7 +90,8 @@ def own_pieces(word, tokenizer):
 
 def is_own_piece(i, tokenizer):
     """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
-    return i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
+    beyond = i >= tokenizer.pieces.get_piece_size()  # a placeholder
+    return beyond or i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
 
 
 def shared_token_ids(keywords, captions, tokenizer):
@@ -64,7 +103,7 @@ def shared_token_ids(keywords, captions, tokenizer):
 def search_initial_words(keywords, encoder, dataset, name, low, high):
     """{keyword: the known word to start from}: the words of captions without keywords take a keyword's place in its own
     captions, and the one with the lowest loss is it; keywords whose own loss is lower are left out. It is what textual
-    inversion (Gal et al., 2022) has its user give as an initializer token.
+    inversion (Gal et al., 2022) has its user give as an initializer token. Prints the best ones with their losses.
 
     Losses are of at most INIT_SAMPLES training samples, one of a file, at two times in [low, high) under fixed noise,
     through the DiT `name`.
@@ -90,8 +129,13 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         for word in [keyword, *candidates]:
             texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
             losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
-        if (best := min(losses, key=losses.get)) != keyword:
-            chosen[keyword] = best
+        best = sorted(losses, key=losses.get)
+        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in best[:4])
+        print(
+            f"keyword {keyword!r}: mean loss with other words in its place: {shown_losses}; its own {losses[keyword] / len(batches):.4f}"
+        )
+        if best[0] != keyword:
+            chosen[keyword] = best[0]
     return chosen
 
 
@@ -141,3 +185,10 @@ def is_cut_off(caption, keyword, tokenizer):
     """Whether a caption is so long that no token of the keyword's first place in it is read."""
     begin = spans(caption, keyword)[0][0]
     return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
+
+
+def keyword_norms(encoder, ids_of):
+    """The mean norm of each keyword's trained embeddings, as a share of the table's median, in the keywords' order."""
+    embedding = encoder.token_embedding
+    norms = embedding.norms()
+    return [norms[embedding.slot[sorted(ids)]].mean().item() for ids in ids_of.values() if ids]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from nanowan.pipeline import pad_embeddings
 from nanowan.video import write_grid, write_mp4
 
 
@@ -20,9 +21,11 @@ class Previews:
     @torch.no_grad()
     def embed(self, encoder):
         """Embed the prompts, and the negative prompt, with this encoder; all clips from now on are made from that."""
-        s = self.pipe.settings
-        negative = encoder.encode([s.negative]) if s.guided else None
-        self.texts = [(encoder.encode([prompt]), negative) for prompt in self.prompts]
+        s, self.texts = self.pipe.settings, []
+        negative = [encoder.encode([s.negative])[0][0]] if s.guided else []
+        for prompt in self.prompts:
+            context, lens = pad_embeddings([encoder.encode([prompt])[0][0], *negative])
+            self.texts.append(((context[:1], lens[:1]), (context[1:], lens[1:]) if negative else None))
 
     def write(self, step):
         """Sample with the models as they are now."""

@@ -127,8 +127,9 @@ class Run:
     same job wrote it before torchrun started its processes anew; and where flags["steps"] are fewer than are done.
     """
 
-    def __init__(self, out, flags, resume, is_main=True, keep=2):
+    def __init__(self, out, flags, resume, is_main=True, keep=2, defaults=None):
         self.out, self.keep, self.is_main, self.flags = Path(out), keep, is_main, flags
+        self.defaults = {"draws": 1, **(defaults or {})}
         self.stop, self.asked_at, self.training = False, 0.0, False
         self.states, self.log_file, self.scalars, self.lock_file = self.out / "checkpoints", None, None, None
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -273,7 +274,12 @@ class Run:
         if self.state_file is None:
             return
         saved = torch.load(self.state_file, weights_only=True, map_location="cpu", mmap=True)["fingerprint"]
-        if changed := differences(saved, json.loads(json.dumps(fingerprint))):
+        fingerprint = json.loads(json.dumps(fingerprint))
+        saved = {name: saved.get(name, self.defaults.get(name)) for name in fingerprint}
+        if saved.get("draws") != fingerprint.get("draws"):
+            print(f"{self.state_file}: of an older version; from here on steps draw their samples and noise anew")
+            saved["draws"] = fingerprint["draws"]
+        if changed := differences(saved, fingerprint):
             raise BadInput(f"--resume: {self.state_file} is of another run: " + "; ".join(changed))
 
     def restore(self, fingerprint):

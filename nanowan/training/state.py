@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from data import DRAWS
 from nanowan.cache import digest
 from nanowan.parallel import is_sharded, shard_like
 from nanowan.training.optim import EMA, Guard
@@ -11,7 +12,7 @@ from nanowan.training.optim import EMA, Guard
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 RESUME_MAY_CHANGE = (
     "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
-    "init_lora checkpointing max_skipped save cache_text stream_blocks fsdp ulysses_size pipeline_stages "
+    "init_lora checkpointing max_skipped save stream_blocks fsdp ulysses_size pipeline_stages "
     "keep name trigger preserve_prompts keyword_init"
 ).split()
 
@@ -93,9 +94,12 @@ def lists_of(state):
 
 def resume_fingerprint(args, pipe, dataset):
     """{name: value} of what must not change between a run and its continuation: all flags but RESUME_MAY_CHANGE, the
-    global batch, the samples, and the base's weights. args: resolved flags.
+    global batch, the base's weights, and the samples, once all are cached: some may turn out not to be usable. args:
+    resolved flags.
     """
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     base = [digest(f) for name in pipe.settings.expert_names for f in pipe.files(name)]
-    samples = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
-    return flags | {"batch": args.batch * pipe.world.dp_size, "samples": samples, "base": base}
+    fingerprint = flags | {"batch": args.batch * pipe.world.dp_size, "base": base, "draws": DRAWS}
+    if dataset.is_cached():
+        fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
+    return fingerprint

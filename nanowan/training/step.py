@@ -1,5 +1,6 @@
 """What the two training loops share: held-out loss, previews, one update of the weights, what a step logs."""
 
+import concurrent.futures
 import time
 
 import torch
@@ -13,6 +14,16 @@ from nanowan.training.optim import lr_at
 def due(step, every, last):
     """Whether something that is done every so many steps, and after the last, is done after this one."""
     return step % every == 0 or step == last
+
+
+def ahead(prepare, steps):
+    """Yield (step, prepare(step)) for each step; one is prepared in a thread while the one before is trained on."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(prepare, steps[0]) if steps else None
+        for step in steps:
+            prepared = coming.result()
+            coming = pool.submit(prepare, step + 1) if step + 1 in steps else None
+            yield step, prepared
 
 
 @torch.no_grad()

@@ -16,28 +16,28 @@ from nanowan.formats.layouts import read_headers
 class Conditions(NamedTuple):
     """What a DiT is given at every step of a clip.
 
-    first_frame (1,C,1,h,w): a known latent frame, which stays as it is, at t = 0. channels (1,c,T',h,w): stand behind
-    the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those of guidance's unconditional half,
-    where they differ.
+    known {latent frame: (1,C,1,h,w)}: frames that are known, such as 0 or -1, stay as they are, at t = 0. channels
+    (1,c,T',h,w): stand behind the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those of
+    guidance's unconditional half, where they differ.
     """
 
-    first_frame: torch.Tensor | None = None
+    known: dict = {}
     channels: torch.Tensor | None = None
     inputs: dict = {}
     uncond_inputs: dict | None = None
 
     def put_known(self, x):
-        """Latents (B,C,T',h,w) with the known frame in its place (x itself is changed)."""
-        if self.first_frame is not None:
-            x[:, :, :1] = self.first_frame
+        """Latents (B,C,T',h,w) with the known frames in their places (x itself is changed)."""
+        for frame, latents in self.known.items():
+            x[:, :, frame] = latents[:, :, 0]
         return x
 
     def model_inputs(self, x, t):
         """Latents (B,C,T',h,w) at time t in 0..1000 -> what the DiT takes: x (B,C+c,T',h,w), t (B,) or (B,T')."""
         times = torch.full((len(x),), float(t), device=x.device)
-        if self.first_frame is not None:
+        if self.known:
             times = times[:, None].repeat(1, x.shape[2])
-            times[:, 0] = 0
+            times[:, list(self.known)] = 0
         if self.channels is not None:
             x = torch.cat([x, self.channels.expand(len(x), -1, -1, -1, -1)], 1)
         return x, times
@@ -77,13 +77,14 @@ class Video:
     """
 
     count = 1
-    image = None  # with which a clip begins
+    images = ()  # PIL, with which a clip begins and perhaps ends
     sound = None
     sound_offset = 0.0
 
-    def __init__(self, pipe, settings, image=None):
-        """image: PIL image or None, already opened."""
-        self.pipe, self.image, self.frames, self.fps = pipe, image, settings.frames, settings.fps
+    def __init__(self, pipe, settings, image=None, last_image=None):
+        """image, last_image: PIL images or None, already opened."""
+        self.pipe, self.frames, self.fps = pipe, settings.frames, settings.fps
+        self.images = tuple(i for i in (image, last_image) if i is not None)
         self.conditioning = settings.conditioning
         self.size = self.conditioning.video_size(settings.size, image)
         self.shape = settings.latent_shape(self.size, settings.frames)
@@ -94,8 +95,8 @@ class Video:
 
     def conditions(self, r):
         """The Conditions of segment r; encodes what they need."""
-        vae = self.image and self.pipe.acquire_vae(self.size)
-        conditions = self.conditioning.encode(vae, self.image, self.size, self.frames)
+        vae = self.pipe.acquire_vae(self.size) if self.images else None
+        conditions = self.conditioning.encode(vae, self.images, self.size, self.frames)
         if vae and self.pipe.runtime.cuda:  # the VAE will be needed again, but the DiT comes next, and is the largest
             vae = None
             self.pipe.evict("vae")
@@ -127,10 +128,12 @@ class Conditioning:
     encoders = {}  # further models of the checkpoint, {name: Encoder}
     takes_image = needs_image = False  # with a prompt
 
-    def check(self, ckpt_dir, image):
-        """Raise BadInput where an image is missing, or there is one that the model does not take."""
-        if image is None and self.needs_image:
-            raise BadInput(f"{ckpt_dir}: an image-to-video model, --image is needed")
+    def check(self, ckpt_dir, image=None, last_image=None, **inputs):
+        """Raise BadInput where an image, or one of the flags' `inputs`, is missing, or there is one that the model does
+        not take: before any of them is opened.
+        """
+        if image is None and (self.needs_image or last_image is not None):
+            raise BadInput(f"{ckpt_dir}: --image is needed" + ", with --last_image too" * (not self.needs_image))
         if image is not None and not self.takes_image:
             raise BadInput(f"--image {image}: {ckpt_dir} is a text-to-video model and takes none")
 
@@ -142,10 +145,12 @@ class Conditioning:
         """T' of the noise for a clip of so many frames."""
         return 1 + (frames - 1) // 4
 
-    def video(self, pipe, settings, image=None):
-        """The Video of sample.py's inputs: the opened image, and the flags of `flags`."""
-        return Video(pipe, settings, image)
+    def video(self, pipe, settings, image=None, last_image=None):
+        """The Video of sample.py's inputs, which `check` has passed: the opened images, and the flags of `flags`."""
+        return Video(pipe, settings, image, last_image)
 
-    def encode(self, vae, image, size, frames):
-        """Conditions of a clip of `frames` at `size` (width, height) px; image: PIL or None."""
+    def encode(self, vae, images, size, frames):
+        """Conditions of a clip of `frames` at `size` (width, height) px; images: none, the first frame, or also the
+        last, PIL.
+        """
         return Conditions()

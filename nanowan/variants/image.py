@@ -12,18 +12,21 @@ from nanowan.video import cover, to_tensor
 
 
 class FirstFrame(Conditioning):
-    """TI2V: an image, if there is one, is the first latent frame, clean, at t = 0."""
+    """TI2V: an image, if there is one, is the first latent frame, clean, at t = 0; a last image the last one, which is
+    encoded as four frames that stand still.
+    """
 
     takes_image = True
 
     def video_size(self, size, image):
         return size if image is None else best_size(*image.size, size[0] * size[1], 32)
 
-    def encode(self, vae, image, size, frames):
-        if image is None:
-            return Conditions()
-        pixels = to_tensor(cover(image, *size))[None, :, None]
-        return Conditions(first_frame=vae.encode(pixels.to(next(vae.parameters()).device)))
+    def encode(self, vae, images, size, frames):
+        known = {}
+        for frame, image in zip((0, -1), images, strict=False):
+            pixels = to_tensor(cover(image, *size))[None, :, None].to(next(vae.parameters()).device)
+            known[frame] = vae.encode(pixels if frame == 0 else pixels.repeat(1, 1, 5, 1, 1))[:, :, -1:]
+        return Conditions(known=known)
 
 
 class ImageChannels(Conditioning):
@@ -38,19 +41,25 @@ class ImageChannels(Conditioning):
             raise BadInput(too_small(area, image.width, image.height, 16))
         return w, h
 
-    def encode(self, vae, image, size, frames):
+    def encode(self, vae, images, size, frames):
         (w, h), device = size, next(vae.parameters()).device
-        pixels = F.interpolate(to_tensor(image)[None], size=(h, w), mode="bicubic")[:, :, None]
-        return Conditions(channels=image_channels(vae, pixels.to(device), frames))
+        first, *last = (F.interpolate(to_tensor(i)[None], size=(h, w), mode="bicubic")[:, :, None] for i in images)
+        return Conditions(channels=image_channels(vae, first.to(device), frames, *(i.to(device) for i in last)))
 
 
-def image_channels(vae, image, frames):
+def image_channels(vae, image, frames, last_image=None):
     """I2V-A14B's 20 channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and the
-    encoding of the image followed by frames-1 grey frames.
+    encoding of the image followed by frames-1 grey frames. With a last image the last frame is that, and the mask has a
+    1 in the last of the four channels of its latent frame, one for each frame.
     """
-    z = encode_still(vae, F.pad(image, (0, 0, 0, 0, 0, frames - 1)))
+    video = F.pad(image, (0, 0, 0, 0, 0, frames - 1))
+    if last_image is not None:
+        video[:, :, -1:] = last_image
+    z = encode_still(vae, video)
     mask = torch.zeros_like(z[:, :4])
     mask[:, :, 0] = 1
+    if last_image is not None:
+        mask[:, 3, -1] = 1
     return torch.cat([mask, z], 1)
 
 

@@ -33,7 +33,7 @@ class Samples:
         return {}
 
     def group(self, item):
-        """Samples of one group can be in one batch."""
+        """Items of one group can be in one batch, whatever is drawn for them."""
         return item.bucket
 
     def cache_key(self, item):
@@ -48,11 +48,12 @@ class Samples:
         """About what `cached` and the latents (C,T',h,w) take."""
         return 4 * math.prod(shape)
 
-    def draw(self, items, share, rng):
-        """What is drawn for each item of a batch, all of one group. share: of those trained as a segment that continues
-        another.
-        """
-        return [None] * len(items)
+    def draw(self, item, share, rng):
+        """What is drawn for an item of a step. share: of the samples trained as a segment that continues another."""
+
+    def shape(self, item, drawn):
+        """Samples of one shape can be in one batch."""
+        return self.group(item)
 
     def entry(self, tensors, drawn, has_caption):
         """Of what is cached for a sample, what flow.make_noisy_batch is given. A sample without its caption is what the

@@ -1,10 +1,11 @@
 """Looks for memory that two CUDA streams, or a stream and the host, use without waiting for each other.
 
-    python tests/races.py SCRIPT FLAGS      runs a script; ends with status 9 where it has found some, and says what
+    python tests/helpers/races.py SCRIPT FLAGS
 
-After CUDA's order of events, as torch.cuda._sanitizer has it (of which the clocks are). That one compares only where
-tensors begin; here every byte of them counts, host memory that offload.py has pinned, and memory that is given back, or
-taken, while another stream uses it. For one GPU, PyTorch's own operations, and without record_stream.
+runs a script; ends with status 9 where it has found some, and says what. After CUDA's order of events, as
+torch.cuda._sanitizer has it (of which the clocks are). That one compares only where tensors begin; here every byte of
+them counts, host memory that nanowan/memory/offload.py has pinned, and memory that is given back, or taken, while
+another stream uses it. For one GPU, PyTorch's own operations, and without record_stream.
 """
 
 import functools

@@ -47,7 +47,7 @@ class Scattered(Wan):
     def after_block(self, i, x, c):
         if i % 2:
             return x
-        own = c.tokens.own
+        own = c.tokens.num_video
         return torch.cat([x[:, :own] + self.frame_vectors(c.tokens.positions[:own, 0]), x[:, own:]], 1)
 
 

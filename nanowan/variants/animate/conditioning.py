@@ -98,17 +98,16 @@ class Character(Conditioning):
         "motion": Encoder("", "diffusion_pytorch_model*.safetensors", load_motion_encoder, MOTION_PREFIX),
     }
 
-    def check(self, ckpt_dir, image):
-        if image is not None:
-            raise BadInput(f"--image {image}: {ckpt_dir} takes its picture from --src_root_path")
+    def check(self, ckpt_dir, image=None, last_image=None, **inputs):
+        if image is not None or last_image is not None:
+            raise BadInput(f"--image {image or last_image}: {ckpt_dir} takes its picture from --src_root_path")
+        if inputs.get("src_root_path") is None:
+            raise BadInput(f"{ckpt_dir}: a character that moves as a video does, --src_root_path is needed")
 
     def latent_frames(self, frames):
         return 2 + (frames - 1) // 4  # the reference's is the first
 
     def video(self, pipe, settings, image=None, src_root_path=None, replace_flag=False, refert_num=1):
-        self.check(pipe.dir, image)
-        if src_root_path is None:
-            raise BadInput(f"{pipe.dir}: a character that moves as a video does, --src_root_path is needed")
         return CharacterVideo(pipe, settings, src_root_path, replace_flag, refert_num)
 
 

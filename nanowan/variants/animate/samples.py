@@ -71,8 +71,8 @@ class CharacterSamples(ClipSamples):
         conditions = (1 + len(known_frames(item))) * (C + 4)
         return 4 * ((2 * C + conditions) * shape[1] * shape[2] * shape[3] + item.frames * config.motion_dim)
 
-    def draw(self, items, share, rng):
-        return [rng.choice(known_frames(item)) if rng.random() < share else 0 for item in items]
+    def draw(self, item, share, rng):
+        return rng.choice(known_frames(item)) if rng.random() < share else 0
 
     def entry(self, tensors, drawn, has_caption):
         face = tensors["face"] if has_caption else tensors["face.blank"].expand_as(tensors["face"])

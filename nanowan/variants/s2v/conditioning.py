@@ -149,16 +149,17 @@ class Speech(Conditioning):
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
 
-    def check(self, ckpt_dir, image):
-        if image is None:
+    def check(self, ckpt_dir, image=None, **inputs):
+        if image is None or inputs.get("audio") is None:
             raise BadInput(f"{ckpt_dir}: a picture that speaks, --image and --audio are needed")
+        if inputs.pop("last_image", None) is not None:
+            raise BadInput(f"--last_image: {ckpt_dir} takes none")
+        SpeechInputs(**inputs)
 
     def latent_frames(self, frames):
         return frames // 4
 
     def video(self, pipe, settings, image=None, **inputs):
-        if image is None or inputs.get("audio") is None:
-            raise BadInput(f"{pipe.dir}: a picture that speaks, --image and --audio are needed")
         return SpeechVideo(pipe, settings, image, SpeechInputs(**inputs))
 
 

@@ -92,9 +92,11 @@ class SpeechSamples(ClipSamples):
         latents = kinds * (1 + pose) * frames + 1 + bool(item.frames_after) * model.MOTION_LATENTS
         return 4 * (latents * C * h * w + kinds * model.STATES * self.pipe.config().audio_dim * item.frames)
 
-    def draw(self, items, share, rng):
-        goes_on = rng.random() < share and items[0].frames_after > 0  # all of a batch: the tokens are others
-        return [goes_on] * len(items)
+    def draw(self, item, share, rng):
+        return rng.random() < share and item.frames_after > 0  # whether it continues another segment
+
+    def shape(self, item, drawn):
+        return *self.group(item), drawn
 
     def entry(self, tensors, drawn, has_caption):
         names = [f"next.{name}" if drawn else name for name in ("latents", "audio", "motion", "pose")]

@@ -1,0 +1,135 @@
+"""Command lines of the scripts: unknown flags name their nearest, and --config reads the flags of a run from a file.
+
+A config file is TOML or JSON; its keys are the flags without dashes, and flags on the command line take precedence.
+Lists may be written as such. Data sets with settings of their own are `[[data]]` tables (DATA_KEYS).
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from nanowan.errors import BadInput
+from nanowan.files import atomic
+
+# what other tools call a flag
+ELSEWHERE = {
+    "ckpt_dir": "ckpt", "dit": "ckpt", "model": "ckpt", "pretrained_model_name_or_path": "ckpt", "frame_num": "frames",
+    "num_frames": "frames", "video_length": "frames", "sample_steps": "steps", "infer_steps": "steps",
+    "num_inference_steps": "steps", "max_train_steps": "steps", "sample_shift": "shift", "flow_shift": "shift",
+    "discrete_flow_shift": "shift", "sample_guide_scale": "guidance", "guidance_scale": "guidance",
+    "sample_solver": "solver", "base_seed": "seed", "save_file": "out", "save_path": "out", "output_dir": "out",
+    "negative_prompt": "negative", "learning_rate": "lr", "network_dim": "rank", "lora_rank": "rank",
+    "network_alpha": "alpha", "lora_alpha": "alpha", "gradient_accumulation_steps": "accumulate",
+    "train_batch_size": "batch", "batch_size": "batch", "dataset_config": "config", "dataset": "data",
+    "blocks_to_swap": "stream_blocks", "lora_weight": "lora", "t5": "text_encoder", "sample_prompts": "previews",
+    "save_every_n_steps": "save_every", "sample_every_n_steps": "preview_every", "max_grad_norm": "grad_clip",
+    "lr_warmup_steps": "warmup", "lr_scheduler": "schedule", "output_name": "name", "trigger_word": "trigger",
+    "mixed_precision": "dtype", "fp8_base": "base_dtype", "gradient_checkpointing": "checkpointing",
+    "network_weights": "init_lora", "lora_target_modules": "targets", "log_with": "wandb",
+}  # fmt: skip
+UNSAVED = ("help", "config", "resume")  # what a run's own config.toml leaves out
+DATA_KEYS = ("source", "resolution", "frames", "clip_mode", "repeats", "weight")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with --config, whose errors are one line and name the nearest flag."""
+
+    def __init__(self, description):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        self.add_argument("--config", help="TOML or JSON file of flags; flags on the command line take precedence")
+
+    def flags(self):
+        """{name: its action}."""
+        return {a.dest: a for a in self._actions}
+
+    def nearest(self, name):
+        """In words, which flag is meant by one that there is not."""
+        name = name.lstrip("-").split("=")[0].replace("-", "_")
+        if name == "task":
+            return "the task follows from the checkpoint"
+        if ELSEWHERE.get(name) in self.flags():
+            return f"it is --{ELSEWHERE[name]} here"
+        close = difflib.get_close_matches(name, self.flags(), 1, 0.5)
+        return f"did you mean --{close[0]}?" if close else "--help lists all flags"
+
+    def error(self, message):
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            message = f"{match[1]}: there is no such flag; {self.nearest(match[1])}"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else list(argv)
+        before, _ = _only_config(argv)
+        args = super().parse_args([*(self._words(before, argv) if before else []), *argv])
+        return args
+
+    def _words(self, file, argv):
+        """A config file's flags as words of a command line; repeatable flags that the command line has are left out."""
+        words, given = [], {w.split("=")[0] for w in argv}
+        for key, value in read_config(file).items():
+            action = self.flags().get(key)
+            if action is None or key in UNSAVED:
+                raise BadInput(f"--config {file}: {key}: there is no such flag; {self.nearest(key)}")
+            if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+                negated = [o for o in action.option_strings if o.startswith("--no-")]
+                if not isinstance(value, bool):
+                    raise BadInput(f"--config {file}: {key} = {value!r}: should be true or false")
+                words += [f"--{key}"] if value else negated
+            elif isinstance(action, argparse._AppendAction):
+                entries = value if isinstance(value, list) else [value]
+                if f"--{key}" not in given:
+                    words += [f"--{key}={json.dumps(v) if isinstance(v, dict) else v}" for v in entries]
+            else:
+                words.append(f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}")
+        return words
+
+
+def _only_config(argv):
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--config")
+    known, rest = p.parse_known_args(argv)
+    return known.config, rest
+
+
+def read_config(file):
+    """{flag: value} of a TOML or JSON file. Raises BadInput."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        config = json.loads(text) if str(file).endswith(".json") else tomllib.loads(text)
+    except OSError as e:
+        raise BadInput(f"--config {file}: {e.strerror}") from None
+    except ValueError as e:
+        raise BadInput(f"--config {file}: not {'JSON' if str(file).endswith('.json') else 'TOML'} ({e})") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"--config {file}: should hold flags and their values")
+    return config
+
+
+def write_config(file, values):
+    """Write {flag: value} so that read_config gives it back; what is None is left out."""
+    plain = {k: v for k, v in values.items() if v is not None and k not in UNSAVED and not _is_tables(v)}
+    lines = [f"{k} = {_toml(v)}" for k, v in plain.items()]
+    for key, tables in ((k, v) for k, v in values.items() if _is_tables(v)):
+        for table in tables:
+            lines += ["", f"[[{key}]]", *(f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)]
+    with atomic(file) as tmp:
+        tmp.write_text("\n".join(lines) + "\n")
+
+
+def _is_tables(value):
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # JSON's strings and numbers are TOML's too
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

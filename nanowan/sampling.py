@@ -1,0 +1,135 @@
+"""What sample.py is asked for: its flags checked, and the Requests, one for each video, that they and the prompts make."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanowan.cache import digest
+from nanowan.errors import BadInput, check_at_least
+from nanowan.files import check_output, numbered
+from nanowan.prompts import Prompt, read_prompts
+from nanowan.settings import Settings, parse_guidance, parse_size
+from nanowan.variants.registry import PARTS, parts_of
+from nanowan.video import read_comment
+
+# flags that may differ between a video and its continuation: where it goes, how it is computed, what else is written
+RESUME_MAY_CHANGE = (
+    "config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile "
+    "cuda_graphs stream_blocks ulysses_size guidance_parallel"
+).split()
+SMALL = 1 << 30  # files up to so many bytes are told by their contents, larger ones by their size and time
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video: its prompt, seed, Settings in force, the variant's inputs by flag, and the file it goes to."""
+
+    prompt: str
+    seed: int
+    settings: Settings
+    inputs: dict
+    out: Path
+
+    def record(self, pipe, video):
+        """What the mp4 says of itself."""
+        s = self.settings
+        used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
+        used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
+        used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch."), "base_dtype": "fp8" if pipe.fp8 else None}
+        return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
+
+    def key(self, args, pipe):
+        """A hash of everything that decides the video: all flags but RESUME_MAY_CHANGE, settings, inputs, and files."""
+        flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
+        files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
+        files += pipe.encoder_source().files()
+        files += [
+            f for folder in {pipe.dir, *(pipe.folder(n) for n in pipe.settings.expert_names)} for f in _configs(folder)
+        ]
+        files += [file for file, _, _ in pipe.loras]
+        files += [v for v in self.inputs.values() if isinstance(v, str) and Path(v).exists()]
+        parts = {"flags": flags, "prompt": self.prompt, "seed": self.seed, "settings": asdict(self.settings)}
+        parts |= {"inputs": self.inputs, "files": sorted(_identity(Path(f)) for f in files)}
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
+
+    def is_done(self, key):
+        """Whether the file is there and was made by a Request of this key."""
+        try:
+            return self.out.is_file() and json.loads(read_comment(self.out)).get("key") == key
+        except (ValueError, AttributeError):
+            return False
+
+
+def _configs(folder):
+    return [
+        f for pattern in ("*.json", "google/**/*", "tokenizer/*") for f in Path(folder).glob(pattern) if f.is_file()
+    ]
+
+
+def _identity(path):
+    if path.is_dir():
+        return " ".join(sorted(_identity(f) for f in path.iterdir() if f.is_file()))
+    stat = path.stat()
+    return digest(path) if stat.st_size <= SMALL else f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def check_flags(args, device):
+    """Raise BadInput for flags that are out of range or exclude each other."""
+    if not all(-1 <= seed < 2**63 for seed in args.seed):
+        raise BadInput(f"--seed {','.join(map(str, args.seed))}: from 0 to 2^63-1, or -1 for one at random")
+    if not 0 <= args.reuse < 1:
+        raise BadInput(f"--reuse {args.reuse}: from 0 to below 1")
+    check_at_least(1, num_videos=args.num_videos)
+    check_at_least(0, preview_every=args.preview_every, vae_tile=args.vae_tile, stream_blocks=args.stream_blocks)
+    for flag, suffix in (("out", ".mp4"), ("save_latents", ".safetensors"), ("grid", ".png")):
+        if getattr(args, flag) is not None:
+            check_output(f"--{flag}", Path(getattr(args, flag)), suffix)
+    if args.cuda_graphs and (args.compile or not device.startswith("cuda")):
+        raise BadInput("--cuda_graphs: needs --device cuda, and does what --compile does as well; give one of them")
+    if (args.compile or args.cuda_graphs) and (args.stream_blocks or args.ulysses_size > 1):
+        raise BadInput(
+            f"--stream_blocks {args.stream_blocks}, --ulysses_size {args.ulysses_size}: not with --compile or "
+            "--cuda_graphs"
+        )
+
+
+def given_settings(args):
+    """The flags that override a checkpoint's settings, as Settings.with_overrides takes them."""
+    return dict(
+        size=None if args.size is None else parse_size(args.size),
+        frames=args.frames,
+        steps=args.steps,
+        shift=args.shift,
+        guidance=None if args.guidance is None else parse_guidance(args.guidance),
+        solver=args.solver,
+        negative=args.negative,
+    )
+
+
+def given_inputs(args):
+    """{flag: value} of images and of the flags that only some variants take, those that were given."""
+    names = ["image", "last_image", *(name for kind in PARTS for name in parts_of(kind).conditioning.flags)]
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
+def given_prompts(args):
+    """The Prompts of --prompt and --prompts; none if neither was given."""
+    prompts = [Prompt(args.prompt)] if args.prompt is not None else []
+    return prompts + (read_prompts(args.prompts) if args.prompts else [])
+
+
+def requests_of(args, prompts, settings, seeds):
+    """A Request for each prompt and seed, in this order; prompts' own settings, inputs and seeds go before the flags'."""
+    flags, inputs = given_settings(args), given_inputs(args)
+    pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]
+    return [
+        Request(
+            p.text,
+            seed,
+            settings.with_overrides(**flags | p.settings),
+            inputs | p.inputs,
+            numbered(args.out, i, len(pairs)),
+        )
+        for i, (p, seed) in enumerate(pairs)
+    ]

@@ -1,0 +1,151 @@
+"""What train_te.py trains of a text encoder: its blocks or LoRAs in them, and embeddings of words; what is saved of it.
+
+Trained embeddings of words may grow out of the distribution of the table's own, and then drown the rest of a prompt
+(Directional Textual Inversion, arXiv 2512.13672); `keyword_norm` holds them.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lora import LoRALinear, adapter, inject, lora_layers
+from nanowan.errors import BadInput
+from nanowan.parallel import full_tensor, is_sharded
+
+# the linears of a block of UMT5: q, k, v, o, wi_0, wi_1 and wo by transformers' names
+LORA_TARGETS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
+NORM_QUANTILE = 0.99  # of the table's norms, which --keyword_norm clamp allows
+
+
+class RowEmbedding(nn.Module):
+    """An embedding table, frozen but for the rows `ids`: only those get gradients and optimizer states. norm: "free",
+    "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or "clamp" (at most NORM_QUANTILE of
+    the table's norms). dtype: of the trained rows (default: the table's).
+    """
+
+    def __init__(self, table, ids, norm="free", dtype=None):
+        super().__init__()
+        device = table.weight.device
+        self.table, self.norm, self.ids = table, norm, torch.tensor(sorted(ids), device=device)
+        rows = table.weight[self.ids].detach().clone()
+        self.rows = nn.Parameter(rows.to(dtype) if dtype else rows)
+        self.slot = torch.full((len(table.weight),), -1, device=device)
+        self.slot[self.ids] = torch.arange(len(self.ids), device=device)
+        self.limits = self.table_stats = None
+
+    def forward(self, ids):
+        slot = self.slot[ids]
+        # not rows[slot]: the gradient of indexing is added up by several threads in any order
+        rows = F.embedding(slot.clamp(min=0), self.rows).to(self.table.weight.dtype)
+        return torch.where((slot >= 0)[..., None], rows, self.table(ids))
+
+    @torch.no_grad()
+    def norms(self):
+        """Norms (n,) fp32 of the trained rows as shares of the median norm of the table's rows."""
+        return full_tensor(self.rows.detach()).float().norm(dim=1) / self._table_norms()[0]
+
+    def _table_norms(self):
+        """(median, NORM_QUANTILE) of the norms of the table's rows."""
+        if self.table_stats is None:
+            table = full_tensor(self.table.weight.detach())
+            norms = torch.cat([part.float().norm(dim=1) for part in table.split(1 << 16)])
+            norms = norms[norms > 0].sort().values
+            self.table_stats = norms[len(norms) // 2], norms[int(NORM_QUANTILE * (len(norms) - 1))]
+        return self.table_stats
+
+    @torch.no_grad()
+    def hold_norms(self):
+        """After a step: scale each row whose norm exceeds its limit, or is not as it was, to it."""
+        if self.norm == "free":
+            return
+        rows = self.rows.to_local() if is_sharded(self.rows) else self.rows  # sharded by rows
+        norms = rows.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
+        if self.limits is None and self.norm == "fixed":
+            self.limits = norms
+            return
+        if self.limits is None:
+            self.limits = self._table_norms()[1]
+        factor = self.limits / norms
+        rows.mul_((factor if self.norm == "fixed" else factor.clamp(max=1)).to(rows.dtype))
+
+
+def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
+    """Make a frozen encoder trainable, in place: its top `train_blocks` blocks (default: all) and final norm, or with
+    `rank` LoRAs in these blocks, and the embeddings `ids`. Raises BadInput where that would be nothing.
+    """
+    layers = len(encoder.blocks)
+    top = layers if train_blocks is None else train_blocks
+    if not 0 <= top <= layers or not top and not ids:
+        raise BadInput(f"--train_blocks {train_blocks}: from 0 to {layers}, and with 0 --keywords are needed")
+    if rank and top:
+        inject(encoder, LORA_TARGETS, rank, rank, blocks=range(layers - top, layers))
+    for part in [*encoder.blocks[layers - top :], encoder.norm] if top and not rank else []:
+        part.requires_grad_(True)
+    if ids:
+        dtype = torch.float32 if rank else None
+        encoder.token_embedding = RowEmbedding(encoder.token_embedding, ids, keyword_norm, dtype)
+
+
+def trained_parameters(encoder):
+    """({name: parameter} that is trained of an encoder but for embeddings, the trained embeddings or None)."""
+    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+    return trained, trained.pop("token_embedding.rows", None)
+
+
+def optimizer_groups(encoder, lr, keyword_lr):
+    trained, rows = trained_parameters(encoder)
+    groups = [{"params": list(trained.values()), "lr": lr}] if trained else []
+    return groups + ([] if rows is None else [{"params": [rows], "lr": keyword_lr}])
+
+
+@torch.no_grad()
+def encoder_tensors(encoder, form, dtype, is_main):
+    """{name: tensor} to save of an encoder: all of it under official names, LoRAs merged ("full"), or as a "delta" what
+    was trained. Every rank calls this; the one that writes has it whole, on the host, since a GPU may not have room for
+    it beside the training.
+    """
+    if hasattr(encoder, "reshard"):  # FSDP leaves the root whole after a forward pass without a backward pass
+        encoder.reshard()
+
+    def gather(t):
+        t = full_tensor(t.detach()).to(dtype)
+        return t.cpu() if is_main else None
+
+    trained, rows = trained_parameters(encoder)
+    row_ids = None if rows is None else encoder.token_embedding.ids.cpu()
+    layers = lora_layers(encoder)
+    merged = {f"{name}.weight": gather(merged_weight(m)) for name, m in layers.items()}
+    if form == "delta":
+        tensors = merged or {k: gather(v) for k, v in trained.items()}
+        return tensors | (
+            {} if rows is None else {"token_embedding.rows": gather(rows), "token_embedding.ids": row_ids}
+        )
+    state = {k.replace("token_embedding.table.", "token_embedding."): v for k, v in encoder.state_dict().items()}
+    names = [k for k in state if k != "token_embedding.rows" and not any(k.startswith(f"{n}.") for n in layers)]
+    tensors = {k: gather(state[k]) for k in names} | merged
+    if rows is not None:
+        rows = gather(rows)
+        if is_main:
+            tensors["token_embedding.weight"] = tensors["token_embedding.weight"].index_copy(0, row_ids, rows)
+    return tensors
+
+
+def merged_weight(layer: LoRALinear):
+    """The weight of a LoRALinear with its change added, fp32."""
+    weight = full_tensor(layer.base.weight.detach()).float()
+    return weight + layer.scale * (layer.lora_B @ layer.lora_A)
+
+
+@torch.no_grad()
+def encoder_changes(encoder, base_rows):
+    """What nanowan.formats.t5.write_encoder_lora writes of an encoder: ({module: (A, scale * B)}, row changes (n,D) or
+    None, their ids). base_rows: the embeddings (n,D) from before training.
+    """
+    pairs = {
+        n: (a.cpu(), m.scale * b.cpu())
+        for (n, (a, b)), m in zip(adapter(encoder).items(), lora_layers(encoder).values())
+    }
+    rows = trained_parameters(encoder)[1]
+    if rows is None:
+        return pairs, None, None
+    return pairs, full_tensor(rows.detach()).float().cpu() - base_rows.float().cpu(), encoder.token_embedding.ids.cpu()
