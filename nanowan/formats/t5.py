@@ -266,8 +266,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
 
     weights: as --text_encoder: FILE[:strength] or a list of such, applied in their order. A file is a whole encoder in
     any layout, train_te.py's delta, or a LoRA; of the first two, strength s gives W + s (W_file - W), where W is the
-    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file; it knows the words
-    that train_te.py gave rows of their own (`placeholders` in a file's metadata).
+    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file; it also knows
+    the words that train_te.py gave rows of their own (`placeholders` in a file's metadata).
     """
     source = encoder_source(ckpt_dir, weights)
     entries, spiece = read_encoder(source.base)
