@@ -23,7 +23,14 @@ from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
 from nanowan.formats.header import save as save_tensors
-from nanowan.formats.t5 import in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
+from nanowan.formats.t5 import (
+    in_layout,
+    load_tokenizer,
+    read_encoder,
+    tokenizer_bytes,
+    tokenizer_file,
+    write_encoder_lora,
+)
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_texts

@@ -740,6 +740,7 @@ def test_a_lora_of_the_encoder_is_described_measured_and_converted(ckpt, tmp_pat
     for file in (words, small):
         (model,) = inspect(file)
         assert (model["kind"], model["model"], model["blocks"]) == ("text_encoder_lora", "text", [0, 1])
+        assert model["ranks"] == {2: 5}
         assert "a LoRA of the text encoder" in model["summary"] and "3 embedding rows" in model["summary"]
         trained, base = trained_encoder()[0].state_dict(), tiny.text_encoder().state_dict()
         rows = {r["name"]: r for r in diag.delta.delta(file, ckpt)}
