@@ -9,16 +9,21 @@ python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoR
 python diag.py delta FILE --ckpt DIR       how far a LoRA, another checkpoint or an encoder moves each weight
 python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     and a copy held to that
 python diag.py logits --ckpt DIR --lora FILE     attention logits per head, before and after; --ci fails on drift
+python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word: a range for --blocks
 python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and what its words are near
 python diag.py listen --ckpt DIR --lora FILE     does it follow prompts better? nano: graded; others: a sheet
+python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     or judged by CLIP
+python diag.py listen --ckpt DIR --text_encoder FILE:0,0.5,1     or a sheet by strength of the encoder's change
 python diag.py reuse --ckpt DIR --prompts FILE   what sample.py --reuse saves and costs, at several thresholds
 python diag.py convert IN OUT --to comfyui a text encoder, DiT or LoRA in another layout
 python diag.py report RUN                  everything about a training run in one HTML file
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 
-from diagnostics import advise, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
+from diagnostics import advise, blocks, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
 from nanowan.devices import DTYPES
 from nanowan.errors import cli
 from nanowan.formats.lora import LORA_LAYOUTS
@@ -39,11 +44,19 @@ def add_model_flags(add):
         "--text_encoder",
         action="append",
         help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
-        "one before (default: the checkpoint's own)",
+        "one before; listen takes FILE:0,0.5,1 too (default: the checkpoint's own)",
     )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
     add("--json", help="also write the result to this file")
+
+
+def add_data_flags(add):
+    """Flags of a command that looks at training data, as logits.open_dataset takes them."""
+    add("--data", help="a dataset, as in training (default: clips of the nano world)")
+    add("--cache", help="folder of the cache (default: cache/ beside the data)")
+    add("--resolution", help="WxH px: the area that buckets fill (default: the checkpoint's)")
+    add("--frames", type=int, help="4k+1, at most, of each clip (default: the checkpoint's)")
 
 
 def arguments(argv=None):
@@ -95,13 +108,16 @@ def arguments(argv=None):
 
     add = command("logits", logits, "attention logits per block and head, before and after a change")
     add_model_flags(add)
-    add("--data", help="a dataset, as in training (default: clips of the nano world)")
-    add("--cache", help="folder of the cache (default: cache/ beside the data)")
-    add("--resolution", help="WxH px: the area that buckets fill (default: the checkpoint's)")
-    add("--frames", type=int, help="4k+1, at most, of each clip (default: the checkpoint's)")
+    add_data_flags(add)
     add("--n", type=int, default=4, help="samples, each at four times (default: %(default)s)")
     add("--threshold", type=float, default=0.25, help="a relative change above this is drift (default: %(default)s)")
     add("--ci", action="store_true", help="exit with 1 where a head drifts")
+
+    add = command("blocks", blocks, "which of the DiT's blocks read a word, by hiding it from one at a time")
+    add_model_flags(add)
+    add_data_flags(add)
+    add("--keywords", required=True, help="a,b,c: words that captions of the data hold")
+    add("--n", type=int, default=4, help="samples for each word, each at four timesteps (default: %(default)s)")
 
     add = command("drift", drift, "how far a text encoder's embeddings moved")
     add("old", metavar="OLD", help="a checkpoint folder or an encoder's file")
@@ -113,11 +129,26 @@ def arguments(argv=None):
 
     add = command("listen", listen, "does a changed model follow its prompts better?")
     add_model_flags(add)
-    add("--skip_before", action="store_true", help="only the changed model")
-    add("--words", help="nano: new words to ask for (default: all)")
-    add("--prompts", help="a text file: make a contact sheet of these (default: nano is graded, others draw two)")
-    add("--n", type=int, default=40, help="nano: prompts per new word, and as many of old words (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    add("--skip_before", action="store_true", help="only the last column: everything that was changed")
+    add(
+        "--words",
+        nargs="+",
+        default=[],
+        help="words to ask for; with --clip what each should look like and then what not, such as "
+        "crimson=red,blue,green (default: nano's new words)",
+    )
+    add(
+        "--prompts",
+        help="a text file: make a contact sheet of these; with --clip or --grader, {} stands for each word, and "
+        "prompts without a word show what else has changed (default: built-in ones)",
+    )
+    add("--clip", metavar="DIR", help="judge by CLIP: an Animate checkpoint, or a folder with its CLIP and tokenizer")
+    add("--grader", metavar="CMD", help="judge by a command that is given an mp4 and its prompt and prints a number")
+    add("--n", type=int, help="prompts per word; of old words, as many together (default: nano 40, others 8)")
+    add("--size", help="WxH px of the clips (default: the checkpoint's)")
+    add("--frames", type=int, help="4k+1, frames of the clips (default: the checkpoint's)")
+    add("--steps", type=int, help="sampling steps (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     add("--out", default="out/listen.png", help="the contact sheet (default: %(default)s)")
 
     add = command("reuse", reuse, "what sample.py --reuse saves and costs, against exact clips of the same seeds")

@@ -9,6 +9,8 @@ python sample.py --prompt "a red square moves left"        on nano, the toy chec
 With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import json
 import math
 import random
@@ -360,8 +362,12 @@ def run(args, prompts, world):
     mine = requests[world.dp_rank :: world.dp_size]
     videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
-    record = mine[0].record(pipe, videos[0]) | {k: v for k in ("reuse", "vae_tile") if (v := getattr(args, k))}
-    print(json.dumps(record, ensure_ascii=False), backend.chosen(world.device), f"{len(requests)} videos", sep="\n")
+    print(
+        json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False),
+        backend.chosen(world.device),
+        f"{len(requests)} videos",
+        sep="\n",
+    )
 
     # what the largest will need
     video, s = max(((v, r.settings) for v, r in zip(videos, mine)), key=lambda pair: math.prod(pair[0].shape))
@@ -392,7 +398,7 @@ def run(args, prompts, world):
         return None if colors is None else preview_writer(colors, file, args.preview_every, r.prompt)
 
     def comment(r, video):
-        return json.dumps(r.record(pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
+        return json.dumps(r.record(args, pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
 
     def latents_file(r):
         place = list(keys).index(r.out)

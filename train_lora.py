@@ -10,6 +10,8 @@ _low), is read by ComfyUI, lightx2v and diffusers; the adapter of every save is 
 OUT/adapter_model_000100.safetensors and so on, so that the best step can be chosen by eye.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import math

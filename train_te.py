@@ -8,6 +8,8 @@ the embeddings of prompts without keywords where they were. Text is never cached
 bypass the encoder. The result, OUT/text_encoder.safetensors, is used by every script's --text_encoder.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import math
@@ -227,8 +229,8 @@ def train(args, world):
     spiece = tokenizer_bytes(file) if file else spiece.read()
     keywords = [parse_keyword(text) for text in args.keywords]
     names = [k.name for k in keywords]
-    rows = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
-    placeholders = add_placeholders(keywords, tokenizer, rows)
+    vocab = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
+    placeholders = add_placeholders(keywords, tokenizer, vocab)
     check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
@@ -267,7 +269,7 @@ def train(args, world):
         for keyword, word in initial_words.items():
             print(f"keyword {keyword!r}: starts as {word!r}")
         run.metadata["initial_words"] = initial_words
-    vocab, base_rows = len(encoder.token_embedding.weight), encoder.token_embedding.weight[sorted(ids)].clone()
+    base_rows = encoder.token_embedding.weight[sorted(ids)].clone()
     unfreeze(encoder, ids, args.train_blocks, args.rank, args.keyword_norm)
     shared = shared_token_ids(names, dataset.captions, encoder.tokenizer)
     initialize_rows(initial_words, ids_of, shared, encoder)

@@ -13,6 +13,8 @@ nanoWan with every op as its plain PyTorch definition. Peak memory is that of a 
 before the work.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 import importlib.util
 import json

@@ -18,7 +18,7 @@ from benchmarks.common import ROOT, keep_results
 from nanowan.formats.dit import full_config, new_dit
 from nanowan.formats.t5 import XXL
 from nanowan.formats.vae import FULL_WIDTHS
-from nanowan.variants.animate.clip_vision import CLIP
+from nanowan.variants.animate.clip import VisionEncoder
 from nanowan.variants.registry import VARIANTS
 from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2
 from nanowan.video import write_mp4
@@ -95,7 +95,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
         speech = random_weights(lambda: Wav2Vec2(*SPEECH), device).float()
         tiny_s2v.write_wav2vec2(folder / "wav2vec2-large-xlsr-53-english", speech)
     if variant == "animate-14B":
-        clip = random_weights(lambda: CLIP(**VISION), device)
+        clip = random_weights(lambda: VisionEncoder(**VISION), device)
         torch.save(clip.state_dict(), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     shutil.copytree(ROOT / "nano" / "checkpoint" / "google", folder / "google")
 

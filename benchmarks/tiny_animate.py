@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import tiny
-from nanowan.variants.animate.clip_vision import CLIP
+from nanowan.variants.animate.clip import VisionEncoder
 from nanowan.variants.animate.model import AnimateConfig, WanAnimate
 
 CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=7, tokens=5)  # pictures of 14 px
@@ -47,7 +47,7 @@ def animate(seed=20, layers=10, dim=48, heads=2):
 
 def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
     """The tensors of a small file of CLIP: both towers, the last block and the head included."""
-    model = tiny.randomize(CLIP(**sizes, layers=layers), seed)
+    model = tiny.randomize(VisionEncoder(**sizes, layers=layers), seed)
     generator, state = torch.Generator().manual_seed(seed), model.state_dict()
     dim = sizes["dim"]
     for name in ("cls_embedding", "pos_embedding"):

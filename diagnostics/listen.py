@@ -1,90 +1,263 @@
-"""diag.py listen: does a changed model follow its prompts better? Graded on nano, a contact sheet for other models."""
+"""diag.py listen: does a changed model follow its prompts better? Graded on nano, judged by CLIP, or a contact sheet.
+
+Every column (the base, with the encoder, with the encoder and the translator) is sampled from the same seeds.
+"""
+
+import math
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
 
 from diagnostics.common import runtime, write_json
-from nano.evaluate import gradable, sample_and_grade
-from nano.grader import wilson
-from nano.world import ATTRIBUTES, NEW_WORDS, parse_words, prompts
-from nanowan.errors import check_at_least
+from nano.evaluate import gradable, listen, word_suites
+from nano.grader import proportion
+from nano.world import NEW_WORDS, parse_words
+from nanowan.errors import BadInput, check_at_least
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import read_texts
-from nanowan.video import write_grid
-from sample import decode, sample_latents
+from nanowan.settings import parse_size
+from nanowan.training.captions import has_keyword, replace_keyword
+from nanowan.variants.animate.clip import load_clip
+from nanowan.video import to_uint8, write_grid, write_mp4
+from sample import decode, encode_text, sample_latents
 
-DEFAULT_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
-
-
-def score(n_right, n):
-    low, high = wilson(n_right, n)
-    return {"right": n_right / n, "n": n, "low": low, "high": high}
-
-
-def count_right(grades, rows, kind):
-    return sum(grade[kind] == row[kind] for grade, row in zip(grades, rows))
+TEMPLATES = ["a video of {}", "a close-up of {}", "{} in bright daylight", "{} in front of a plain wall"]
+OTHER_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
+FRAMES = 8  # of a clip that CLIP sees
+N_GRADED, N_JUDGED = 40, 8  # prompts of each word; nano's clips take no time
 
 
-def listen(models, words, n, seed=0, progress=False):
-    """The grader's share right of each new word (n prompts), of all of them pooled, and of old words' attributes (as
-    many prompts as for all new words): {suite: {attribute: {"right", "n", "low", "high"}}}, with the 95 % interval.
-    n: 1 or more.
+# ---- columns -----------------------------------------------------------------------------------------------------
+def parse_strengths(files):
+    """--text_encoder's files, the last of which may be FILE:0,0.5,1 -> {strength: files}, or {None: files} of one."""
+    *before, last = files or [""]
+    file, _, numbers = last.rpartition(":")
+    if "," not in numbers or Path(last).exists():
+        return {None: files}
+    return {strength: [*before, f"{file}:{strength}"] for strength in numbers.split(",")}
+
+
+def open_columns(args, how):
+    """{name: Pipeline} of the base and of what was changed, one change after the other; of an encoder at several
+    strengths, one for each.
     """
-    suites, pooled = {}, 0
-    for word in words:
-        if progress:
-            print(f"  {word}: {n} prompts", flush=True)
-        rows, kind = prompts(n, seed, words=[word]), NEW_WORDS[word][0]
-        n_right = count_right(sample_and_grade(models, rows, seed)[0], rows, kind)
-        suites[word] = {kind: score(n_right, n)}
-        pooled += n_right
-    if words:
-        suites["new words"] = {"pooled": score(pooled, n * len(words))}
-    rows = prompts(n * max(1, len(words)), seed)
-    if progress:
-        print(f"  old words: {len(rows)} prompts", flush=True)
-    grades, _ = sample_and_grade(models, rows, seed)
-    suites["old words"] = {kind: score(count_right(grades, rows, kind), len(rows)) for kind in ATTRIBUTES}
-    return suites
+    encoders = parse_strengths(args.text_encoder)
+    if None not in encoders:
+        translator = " + translator" if args.lora else ""
+        return {
+            f"encoder x {strength}{translator}": Pipeline(args.ckpt, how, args.lora, files)
+            for strength, files in encoders.items()
+        }
+    columns, files = {"base": Pipeline(args.ckpt, how)}, encoders[None]
+    if files:
+        columns["+ encoder"] = Pipeline(args.ckpt, how, (), files)
+    if args.lora:
+        name = "+ encoder + translator" if files else "+ translator"
+        columns[name] = Pipeline(args.ckpt, how, args.lora, files)
+    return dict([*columns.items()][-1:]) if args.skip_before else columns
+
+
+def sample_clips(pipe, prompts, seeds, **settings):
+    """Yield the clip (3,T,H,W) of each prompt and seed, on the host; then the models leave memory."""
+    s = pipe.settings.with_overrides(**settings)
+    (embeddings, lens), negative = encode_text(pipe, s, prompts)
+    negative = negative and tuple(t[:1] for t in negative)
+    pipe.drop("text")
+    for i, seed in enumerate(seeds):
+        text = (embeddings[i : i + 1], lens[i : i + 1]), negative
+        yield decode(pipe, sample_latents(pipe, text, [seed], **settings))[0].cpu()
+    pipe.drop()
+
+
+def some_frames(video, n):
+    """n frames of a clip (3,T,H,W), evenly spaced from the first to the last."""
+    return video[:, np.linspace(0, video.shape[1] - 1, n).round().astype(int)]
+
+
+def draw_sheet(columns, prompts, seed, out, **settings):
+    """A contact sheet of each prompt's clips by the {name: Pipeline}, side by side, all as sample.py --seed makes them."""
+    seeds = [seed] * len(prompts)
+    clips = [[some_frames(clip, 3) for clip in sample_clips(p, prompts, seeds, **settings)] for p in columns.values()]
+    labels = [f"{name}: {prompt}" for prompt in prompts for name in columns]
+    write_grid(out, [clip for row in zip(*clips) for clip in row], labels, columns=len(columns))
+    return {"prompts": prompts, "seed": seed, "sheet": str(out)}
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------------
+class Row(NamedTuple):
+    """A prompt; the word that it asks for, or None; and the prompt with each of the word's alternatives in its place,
+    the right one first.
+    """
+
+    prompt: str
+    word: str | None = None
+    texts: tuple = ()
+
+
+def parse_alternatives(items):
+    """["crimson=red,blue"] -> {"crimson": ["red", "blue"]}. Raises BadInput."""
+    words = {}
+    for item in items:
+        word, _, looks = item.partition("=")
+        words[word] = [look.strip() for look in looks.split(",") if look.strip()]
+        if not word or len(set(words[word])) < max(2, len(words[word])):
+            raise BadInput(
+                f"--words {item}: with --clip give what the word should look like and then what not, as in "
+                "crimson=red,blue,green"
+            )
+    return words
+
+
+def rows_of(words, lines, n):
+    """The Rows to sample: n for each word of {word: alternatives}, and those that ask for none.
+
+    lines: prompts. Those with {} are templates of every word, those with a word are that word's, and the rest are to
+    show what else has changed. Where none is of a kind, TEMPLATES and OTHER_PROMPTS take their place.
+    """
+    rows = []
+    for word, alternatives in words.items():
+        own = [line for line in lines if "{}" in line or has_keyword(line, [word])] or TEMPLATES
+        for i in range(n):
+            prompt = own[i % len(own)].replace("{}", word)
+            rows.append(Row(prompt, word, tuple(replace_keyword(prompt, word, a) for a in alternatives)))
+    others = [line for line in lines if "{}" not in line and not has_keyword(line, words)]
+    return rows + [Row(line) for line in others or OTHER_PROMPTS]
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+def average(values):
+    """A mean, with its 95 % interval (1.96 standard errors); one value has none."""
+    n, mean = len(values), sum(values) / len(values)
+    error = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    low, high = (mean - error, mean + error) if n > 1 else (None, None)
+    return {"mean": mean, "n": n, "low": low, "high": high}
+
+
+def cell(score):
+    """A proportion or an average, and its interval, as text."""
+    if score is None:
+        return ""
+    interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score.get('right', score.get('mean')):.3f}{interval}"
 
 
 def show_scores(scores):
-    """scores: {"before" | "after": what `listen` returned}."""
-    for suite, kinds in next(iter(scores.values())).items():
-        for kind, first in kinds.items():
-            cells = []
-            for side, suites in scores.items():
-                s = suites[suite][kind]
-                cells.append(f"{side} {s['right']:.3f} [{s['low']:.3f}, {s['high']:.3f}]")
-            print(f"{suite:10} {kind:7} {'   '.join(cells)}   n = {first['n']}")
+    """scores: {column: {suite: {what: a proportion or an average}}}; the last column has them all."""
+    wide = max(24, *(len(name) + 2 for name in scores))
+    print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
+    for suite, kinds in [*scores.values()][-1].items():
+        for kind, last in kinds.items():
+            cells = [cell(suites.get(suite, {}).get(kind)) for suites in scores.values()]
+            print(f"{suite:14} {kind:8}" + "".join(f"{text:{wide}}" for text in cells) + f"n = {last['n']}")
 
 
-def draw_sheet(sides, prompts, seed, out):
-    """Clips of the prompts by each of the {name: Pipeline}, side by side."""
-    clips, labels = [], []
-    made = {
-        name: [decode(models, sample_latents(models, [p], [seed + i]))[0].cpu() for i, p in enumerate(prompts)]
-        for name, models in sides.items()
-    }
-    for i, prompt in enumerate(prompts):
-        for name in sides:
-            clips.append(made[name][i])
-            labels.append(f"{name}: {prompt}")
-    write_grid(out, clips, labels, columns=len(sides))
-    return {"prompts": prompts, "seed": seed, "sheet": str(out)}
+def run_grader(command, file, prompt):
+    """The number that a command prints about an mp4 and its prompt. Raises BadInput."""
+    done = subprocess.run([*shlex.split(command), str(file), prompt], capture_output=True, text=True)
+    try:
+        if done.returncode == 0:
+            return float(done.stdout)
+    except ValueError:
+        pass
+    said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+    raise BadInput(f"--grader {command}: should print one number and exit with 0, not {done.returncode}; said {said!r}")
+
+
+def sample_rows(pipe, rows, seed, grader, settings):
+    """FRAMES frames (F,3,H,W) uint8 of each Row's clip, and the grader's numbers, if there is one."""
+    frames, numbers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        prompts, seeds = [row.prompt for row in rows], range(seed, seed + len(rows))
+        for i, video in enumerate(sample_clips(pipe, prompts, seeds, **settings)):
+            print(f"  {i + 1} of {len(rows)}: {rows[i].prompt}", flush=True)
+            frames.append(torch.from_numpy(to_uint8(some_frames(video, FRAMES))).permute(0, 3, 1, 2))
+            if grader:
+                write_mp4(file, video, pipe.settings.fps)
+                numbers.append(run_grader(grader, file, rows[i].prompt))
+    return frames, numbers
+
+
+def psnr(a, b):
+    """Of two clips of uint8, in dB."""
+    return -10 * math.log10(max((a.float() - b.float()).div(255).square().mean().item(), 1e-9))
+
+
+def judge(columns, rows, seed, load=None, grader=None, **settings):
+    """{column: {suite: {what: proportion or average}}} of Rows.
+
+    Of each word, and of all: "clip", the share of clips that CLIP takes for what the word should look like (of the
+    row's texts, that of the highest probability, averaged over frames). Of other prompts, against the first column's
+    clips: "psnr" in dB and "clip_i", the cosine of frames' features. Of both: "grader", a command's number.
+
+    columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are made, or None.
+    """
+    frames, numbers = {}, {}
+    for name, pipe in columns.items():
+        print(name)
+        frames[name], numbers[name] = sample_rows(pipe, rows, seed, grader, settings)
+    clip, first, scores = load and load(), next(iter(columns)), {}
+    features = clip and {k: [clip.encode_images(x / 127.5 - 1) for x in side] for k, side in frames.items()}
+    texts = clip and [row.word and clip.encode_texts(row.texts) for row in rows]
+    for name in columns:
+        values = {}
+        for i, row in enumerate(rows):
+            found = {"grader": numbers[name][i]} if grader else {}
+            if row.word and clip:
+                found["clip"] = clip.probabilities(features[name][i], texts[i]).mean(0).argmax().item() == 0
+            if not row.word and name != first:
+                found["psnr"] = psnr(frames[name][i], frames[first][i])
+                if clip:
+                    found["clip_i"] = (features[name][i] * features[first][i]).sum(1).mean().item()
+            for suite in (row.word, "all words") if row.word else ("other prompts",):
+                for what, value in found.items():
+                    values.setdefault(suite, {}).setdefault(what, []).append(value)
+        order = [*dict.fromkeys(row.word for row in rows if row.word), "all words", "other prompts"]
+        scores[name] = {
+            suite: {k: proportion(sum(v), len(v)) if k == "clip" else average(v) for k, v in values[suite].items()}
+            for suite in order
+            if suite in values
+        }
+    return scores
+
+
+def judge_words(args, columns, lines, how, settings):
+    """`judge` as the flags ask for it, checked before any work."""
+    if args.grader and not shutil.which(shlex.split(args.grader)[0]):
+        raise BadInput(f"--grader {args.grader}: no such command")
+    if args.clip:
+        load_clip(args.clip, "meta")
+    words = parse_alternatives(args.words) if args.clip else {w.partition("=")[0]: () for w in args.words}
+    if not words:
+        raise BadInput("--words: say which words to ask for, as in --words crimson=red,blue,green")
+    load = (lambda: load_clip(args.clip, how.device)) if args.clip else None
+    return judge(columns, rows_of(words, lines, args.n or N_JUDGED), args.seed, load, args.grader, **settings)
 
 
 def run(args):
     check_at_least(1, n=args.n)
-    changed = bool(args.lora or args.text_encoder)
-    how, sides = runtime(args), {}
-    if not changed or not args.skip_before:
-        sides["before"] = Pipeline(args.ckpt, how)
-    if changed:
-        sides["after"] = Pipeline(args.ckpt, how, args.lora, args.text_encoder)
-    if gradable(next(iter(sides.values())).settings) and not args.prompts:
-        words = parse_words(args.words) or list(NEW_WORDS)
-        result = {name: listen(models, words, args.n, args.seed) for name, models in sides.items()}
+    how, lines = runtime(args), read_texts(args.prompts, "--prompts") if args.prompts else []
+    columns = open_columns(args, how)
+    settings = {"size": args.size and parse_size(args.size), "frames": args.frames, "steps": args.steps}
+    s = next(iter(columns.values())).settings.with_overrides(**settings)
+    if args.clip or args.grader:
+        result = judge_words(args, columns, lines, how, settings)
+        show_scores(result)
+    elif gradable(s) and not lines:
+        words, n = parse_words(",".join(args.words)) or list(NEW_WORDS), args.n or N_GRADED
+        word_suites(words, n, args.seed)  # raises before any work
+        result = {}
+        for name, pipe in columns.items():
+            print(name)
+            result[name] = listen(pipe, words, n, args.seed, progress=True, **settings)
         show_scores(result)
     else:
-        texts = read_texts(args.prompts, "--prompts") if args.prompts else DEFAULT_PROMPTS
-        result = draw_sheet(sides, texts, args.seed, args.out)
+        result = draw_sheet(columns, lines or OTHER_PROMPTS, args.seed, args.out, **settings)
         print(args.out)
     write_json(args.json, result)

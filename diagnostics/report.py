@@ -11,9 +11,8 @@ import torch
 
 from diagnostics.delta import delta, relative_norm
 from diagnostics.drift import drift, open_encoder
-from diagnostics.listen import listen
 from diagnostics.logits import logits, open_dataset
-from nano.evaluate import gradable
+from nano.evaluate import gradable, listen
 from nano.world import NEW_WORDS, prompts
 from nanowan.errors import BadInput, check_at_least
 from nanowan.files import atomic

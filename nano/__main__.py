@@ -9,6 +9,8 @@ really follows its captions; so each step of the research loop (teach a word, tr
 it does at full size. What the commands are made of is in nanoworld/.
 """
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import random

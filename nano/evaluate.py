@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from nano.grader import grade, wilson
-from nano.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, SIZE, UNDRAWN
+from nano.grader import grade, proportion, wilson
+from nano.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, SIZE, UNDRAWN, prompts
 from nanowan.errors import BadInput
 from sample import decode, sample_latents
 
@@ -55,11 +55,38 @@ def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
     """
     clips = []
     for i in range(0, len(rows), batch):
-        prompts = [r["prompt"] for r in rows[i : i + batch]]
-        seeds = [seed + i + j for j in range(len(prompts))]
-        clips.append(decode(models, sample_latents(models, prompts, seeds, progress=False, **overrides)).cpu())
+        texts = [r["prompt"] for r in rows[i : i + batch]]
+        seeds = [seed + i + j for j in range(len(texts))]
+        clips.append(decode(models, sample_latents(models, texts, seeds, progress=False, **overrides)).cpu())
     clips = torch.cat(clips)
     return [grade(c) for c in clips], clips
+
+
+def word_suites(words, n, seed):
+    """{suite: rows of world.prompts}: n of each new word, and of old words as many as of all new ones, or all there
+    are. Raises BadInput where there are not n of a word.
+    """
+    suites = {word: prompts(n, seed, words=[word]) for word in words}
+    return suites | {"old words": prompts(n * max(1, len(words)), seed, at_most=True)}
+
+
+def listen(models, words, n, seed=0, progress=False, **overrides):
+    """The share right of each new word (n prompts), of all of them pooled, and of old words' attributes (as many
+    prompts as for all new words, or all there are): {suite: {attribute: grader.proportion}}. n: 1 or more.
+    """
+    found, pooled = {}, 0
+    for suite, rows in word_suites(words, n, seed).items():
+        if progress:
+            print(f"  {suite}: {len(rows)} prompts", flush=True)
+        grades, _ = sample_and_grade(models, rows, seed, **overrides)
+        kinds = [NEW_WORDS[suite][0]] if suite in words else ATTRIBUTES
+        right = {kind: sum(grade[kind] == row[kind] for grade, row in zip(grades, rows)) for kind in kinds}
+        if suite in words:
+            pooled += right[kinds[0]]
+        elif words:
+            found["new words"] = {"pooled": proportion(pooled, n * len(words))}
+        found[suite] = {kind: proportion(right[kind], len(rows)) for kind in kinds}
+    return found
 
 
 def print_scores(name, rows, accuracy, grades):

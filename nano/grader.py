@@ -70,6 +70,12 @@ def wilson(right, n):
     return max(0.0, mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
 
 
+def proportion(n_right, n):
+    """A share right, with its 95 % interval."""
+    low, high = wilson(n_right, n)
+    return {"right": n_right / n, "n": n, "low": low, "high": high}
+
+
 def shares(grades, rows):
     """{attribute: share right}, over the rows that ask for it."""
     accuracy = {}

@@ -1,5 +1,7 @@
 """The checkpoint in nano/, trained from nothing on every clip of the nano world."""
 
+import nanowan.environment  # noqa: F401  # isort: skip
+
 import io
 import json
 import math

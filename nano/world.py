@@ -166,12 +166,12 @@ def training_caption(a, rng):
     return caption
 
 
-def prompts(n, seed, unseen=False, words=()):
+def prompts(n, seed, unseen=False, words=(), at_most=False):
     """n different prompts with their attributes, none of which was trained on.
 
     Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`,
-    captions that use one of these new words each, in turn, held out from what `clips` writes. Raises BadInput where
-    there are not n different ones.
+    captions that use one of these new words each, in turn, held out from what `clips` writes. Where there are not n
+    different ones, raises BadInput; with `at_most`, returns fewer.
     """
     rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
     for _ in range(200 * n):
@@ -182,7 +182,7 @@ def prompts(n, seed, unseen=False, words=()):
         caption = caption_of(a, rng, [word] if word else [])
         if unseen or held_out(caption, word):
             rows[caption] = {"prompt": caption, **a, **({"word": word} if word else {})}
-    if len(rows) < n:
+    if len(rows) < n and not at_most:
         raise BadInput(f"--n {n}: there are only about {len(rows)} such prompts")
     return list(rows.values())
 

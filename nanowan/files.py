@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, synced and renamed; errors that name the disk.
-"""
+"""Files that appear whole or not at all: written under a temporary name, synced and renamed; errors that name the disk."""
 
 import contextlib
 import errno

@@ -1,5 +1,4 @@
-"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued.
-"""
+"""The segments of a video while it is made: in memory, or in files, so that a video that was stopped can be continued."""
 
 import math
 import shutil

@@ -31,12 +31,13 @@ class Request:
     inputs: dict
     out: Path
 
-    def record(self, pipe, video):
+    def record(self, args, pipe, video):
         """What the mp4 says of itself."""
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
-        used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch."), "base_dtype": "fp8" if pipe.fp8 else None}
+        used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch.")} | ({"base_dtype": "fp8"} if pipe.fp8 else {})
+        used |= {k: v for k in ("lora", "text_encoder", "reuse", "vae_tile") if (v := getattr(args, k))}
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):

@@ -2,9 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import nanowan.environment  # noqa: F401, E402  # isort: skip
+import torch  # noqa: E402  # isort: skip
 
 
 @pytest.fixture(autouse=True)

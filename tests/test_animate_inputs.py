@@ -26,7 +26,7 @@ from nanowan.formats.t5 import load_t5
 from nanowan.formats.vae import load_vae
 from nanowan.settings import NEGATIVE
 from nanowan.variants.animate import inputs
-from nanowan.variants.animate.clip_vision import load_clip
+from nanowan.variants.animate.clip import load_vision
 from nanowan.variants.animate.inputs import (
     Source,
     clip_ranges,
@@ -226,7 +226,7 @@ def parts(tmp_path_factory):
     """(DiT, VAE, CLIP, text encoder, source folder), all tiny."""
     folder = tmp_path_factory.mktemp("animate")
     tiny_animate.checkpoint(folder / "checkpoint")
-    loaded = (f(folder / "checkpoint", dtype=torch.float32) for f in (load_wan, load_vae, load_clip, load_t5))
+    loaded = (f(folder / "checkpoint", dtype=torch.float32) for f in (load_wan, load_vae, load_vision, load_t5))
     return *loaded, tiny_animate.source_folder(folder / "source")
 
 

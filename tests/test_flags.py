@@ -14,7 +14,6 @@ import data
 import flow
 import train_lora
 import train_te
-from diagnostics import listen
 from diagnostics.logits import open_dataset
 from flow import eval_timesteps
 from nanowan.cache import cached_probe, digest, latent_files
@@ -208,14 +207,6 @@ def test_logits_look_at_all_samples(checkpoints, photos, tmp_path):
     where = {"data": photos, "cache": tmp_path, "resolution": "32x32", "frames": 1}
     dataset = open_dataset(Pipeline(checkpoints["ti2v"]), 3, **where)
     assert len(dataset.items) == 3 and not dataset.val_items
-
-
-def test_both_sides_of_a_sheet_begin_from_the_same_noise(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(listen, "sample_latents", lambda models, prompts, seeds: drawn.append((prompts, seeds)) or [0])
-    monkeypatch.setattr(listen, "decode", lambda models, z: [torch.zeros(3, 1, 8, 8)])
-    listen.draw_sheet({"before": None, "after": None}, ["a", "b"], 3, tmp_path / "sheet.png")
-    assert drawn[:2] == drawn[2:] == [(["a"], [3]), (["b"], [4])]
 
 
 def test_what_a_checkpoint_recommends_stands_where_no_flag_is_given():

@@ -28,11 +28,11 @@ from nanowan.formats.lora import merge_file
 from nanowan.formats.t5 import load_tokenizer
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import read_prompts
+from nanowan.sampling import given_settings
 from nanowan.settings import NEGATIVE
 from nanowan.step_cache import EasyCache
 from nanowan.variants.image import best_size
 from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_grid, write_mp4
-from nanowan.sampling import given_settings
 from sample import GuidedModel, arguments, encode_text, generate, load, open_video, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"

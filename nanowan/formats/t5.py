@@ -280,9 +280,13 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
             change.add_to(model.get_parameter(name), strength)
     model.tokenizer = load_tokenizer(ckpt_dir, spiece)
     for file in source.files():
-        if words := read_header(file)[1].get("placeholders"):
-            model.tokenizer.add_words(json.loads(words))
+        model.tokenizer.add_words(placeholder_words(file))
     return model
+
+
+def placeholder_words(file):
+    """{word: [id]} of an encoder's file: the words that train_te.py gave rows of their own."""
+    return json.loads(read_header(file)[1].get("placeholders", "{}"))
 
 
 def load_tokenizer(ckpt_dir, spiece=None):

@@ -4,8 +4,7 @@ import torch
 
 
 class Examples:
-    """Of text-to-video, TI2V and I2V; the base of each variant's own. All shapes are of one clip, latents (C,T',h,w).
-    """
+    """Of text-to-video, TI2V and I2V; the base of each variant's own. All shapes are of one clip, latents (C,T',h,w)."""
 
     def inputs(self, config, shape):
         """Like Conditions.inputs of one clip, for a model of this configuration."""

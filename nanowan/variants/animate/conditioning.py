@@ -8,7 +8,7 @@ from nanowan.errors import BadInput
 from nanowan.formats.layouts import read_headers, weight_files
 from nanowan.formats.load import load_into
 from nanowan.variants.animate import inputs
-from nanowan.variants.animate.clip_vision import load_clip
+from nanowan.variants.animate.clip import load_vision
 from nanowan.variants.animate.model import MOTION_PREFIX, MotionEncoder, motion_sizes
 from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video
 from nanowan.variants.examples import Examples
@@ -94,7 +94,7 @@ class Character(Conditioning):
         ),
     }
     encoders = {
-        "clip": Encoder("", "models_clip*", load_clip),
+        "clip": Encoder("", "models_clip*", load_vision),
         "motion": Encoder("", "diffusion_pytorch_model*.safetensors", load_motion_encoder, MOTION_PREFIX),
     }
 

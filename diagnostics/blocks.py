@@ -1,0 +1,179 @@
+"""diag.py blocks: which of the DiT's blocks read a word, by hiding its tokens from one cross-attention at a time.
+
+What changes in the prediction is a measured ground for --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755)
+chooses blocks to train by such masks too.
+"""
+
+import contextlib
+import math
+import statistics
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import eval_batches
+from diagnostics.common import runtime, write_json
+from diagnostics.logits import open_dataset
+from nanowan import cache
+from nanowan.errors import BadInput, check_at_least
+from nanowan.pipeline import Pipeline
+from nanowan.training.captions import has_keyword, spans
+from nanowan.training.flags import comma_list, expert_schedule
+
+SHARE = 0.8  # of the effect, that the proposed blocks hold
+
+
+def keyword_tokens(caption, keyword, tokenizer):
+    """(L,) bool: which of a caption's tokens hold a part of the keyword. None does where it is cut off."""
+    found = []
+    for part in filter(None, tokenizer.split.split(tokenizer.clean(caption))):
+        ids = tokenizer.ids(part)
+        if part in tokenizer.special:
+            found += [bool(spans(part, keyword))] * len(ids)
+            continue
+        pieces = [tokenizer.pieces.id_to_piece(i).replace("\u2581", " ") for i in ids]
+        at = spans("".join(pieces), keyword)
+        found += [
+            any(end > a and end - len(p) < b for a, b in at) for p, end in zip(pieces, accumulate(map(len, pieces)))
+        ]
+    return torch.tensor([*found[: tokenizer.length - 1], False])  # the last is the end token
+
+
+@contextlib.contextmanager
+def hide_tokens(attention, hidden):
+    """Within, a CrossAttention does not attend to the text's tokens `hidden` (S,) bool. What a text encoder has carried
+    from them into other tokens is still there.
+    """
+
+    def hook(module, args):
+        x, kv, bias = args
+        mask = F.pad(hidden, (0, bias.shape[3] - len(hidden))).to(bias.device)  # the last keys stand for padding
+        return x, kv, bias.masked_fill(mask, -math.inf)
+
+    handle = attention.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def samples_with(dataset, keyword, n, tokenizer):
+    """At most n samples [(Item with the one caption that holds the keyword, its tokens there)], one of a file."""
+    found = {}
+    for item in sorted(dataset.items, key=lambda item: item.digest):
+        for caption in item.captions:
+            if has_keyword(caption, [keyword]) and (tokens := keyword_tokens(caption, keyword, tokenizer)).any():
+                found.setdefault(item.path, (replace(item, captions=[caption]), tokens))
+    if not found:
+        raise BadInput(f"--keywords {keyword}: no caption of --data holds it where it is read")
+    return list(found.values())[:n]
+
+
+def loss_of(batch, velocity, text):
+    """The loss that a Batch has with a velocity that was computed before."""
+    return batch.loss(lambda *_, **__: velocity, *text).item()
+
+
+@torch.no_grad()
+def sample_effects(model, batches, text, hidden):
+    """(blocks,2), means over some Batches: what hiding tokens from each block changes in the velocity and the loss."""
+    rows = []
+    for batch in batches:
+        whole = batch.velocity(model, *text)
+        for block in model.blocks:
+            with hide_tokens(block.cross_attn, hidden):
+                v = batch.velocity(model, *text)
+            change = ((v - whole).norm() / whole.norm()).item()
+            rows.append((change, loss_of(batch, v, text) - loss_of(batch, whole, text)))
+    return torch.tensor(rows).view(-1, len(model.blocks), 2).mean(0)
+
+
+def block_effects(pipe, keywords, n=4, **where):
+    """What a Pipeline's prediction loses when one block does not see a word, on at most n samples whose caption holds
+    it, at four timesteps under fixed noise.
+
+    {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}: change is ||v' - v|| / ||v|| of the
+    velocity, loss by how much the loss rises; means and standard deviations (None for one sample) are over the samples.
+    where: as in open_dataset. Raises BadInput for a word that is in no caption.
+    """
+    dataset, tokenizer, s = open_dataset(pipe, **where), pipe.acquire("text").tokenizer, pipe.settings
+    shown = {keyword: samples_with(dataset, keyword, n, tokenizer) for keyword in keywords}
+    items = [item for samples in shown.values() for item, _ in samples]
+    texts = {item.captions[0]: pipe.encode_prompts(item.captions) for item in items}
+    pipe.drop("text")
+    kept = dataset.config.cache, pipe.files("vae")[0]
+    for path, reason in cache.cache_latents(items, *kept, lambda: pipe.acquire("vae"), dataset.samples):
+        raise BadInput(f"--data {path}: {reason}")
+    pipe.drop("vae", *s.conditioning.encoders)
+
+    effects = {}
+    for expert, (low, high) in expert_schedule("both" if s.is_moe else None, s).items():
+        effects[expert], model = [], pipe.acquire(expert)
+        for keyword, samples in shown.items():
+            found = []
+            for item, hidden in tqdm(samples, desc=f"{expert} {keyword}", unit="sample"):
+                files = cache.latent_files([item], *kept, dataset.samples)
+                batches = [batch for _, batch in eval_batches([item], files, dataset.samples, s.shift, low, high)]
+                found.append(sample_effects(model, batches, texts[item.captions[0]], hidden))
+            for block, (change, loss) in enumerate(torch.stack(found).permute(1, 2, 0).tolist()):
+                row = {"keyword": keyword, "block": block, "n": len(found)}
+                for what, values in (("change", change), ("loss", loss)):
+                    sd = statistics.stdev(values) if len(values) > 1 else None
+                    row |= {what: statistics.fmean(values), f"{what}_sd": sd}
+                effects[expert].append(row)
+        model = None  # so that it can be evicted for the other expert
+    return effects
+
+
+def shortest_run(effects, share=SHARE):
+    """(first, last, share held) of the shortest run of blocks that holds this share of the sum of their effects; of
+    several the one that holds most. None where there is no effect at all.
+    """
+    count, total = len(effects), sum(effects)
+    if not total > 0:
+        return None
+    runs = [(n, -sum(effects[i : i + n]), i) for n in range(1, count + 1) for i in range(count - n + 1)]
+    length, held, first = min(run for run in runs if -run[1] >= share * total)
+    return first, first + length - 1, -held / total
+
+
+def mean_change(effects):
+    """The change of each block, averaged over experts and keywords."""
+    rows = [row for expert in effects.values() for row in expert]
+    blocks = range(1 + max(row["block"] for row in rows))
+    return [statistics.fmean(row["change"] for row in rows if row["block"] == block) for block in blocks]
+
+
+def show_effects(effects):
+    for expert, rows in effects.items():
+        for keyword in dict.fromkeys(row["keyword"] for row in rows):
+            here = [row for row in rows if row["keyword"] == keyword]
+            print(
+                f"{expert}, {keyword!r} hidden from one block, {here[0]['n']} samples: change of velocity, rise of loss"
+            )
+            for row in here:
+                cells = []
+                for what, digits in (("change", 4), ("loss", 5)):
+                    sd = row[f"{what}_sd"]
+                    cells.append(f"{row[what]:+.{digits}f}" + (f" +- {sd:.{digits}f}" if sd is not None else ""))
+                print(f"  block {row['block']:<3} {'   '.join(cells)}")
+
+
+def run(args):
+    check_at_least(1, n=args.n)
+    keywords = comma_list(args.keywords)
+    if not keywords:
+        raise BadInput(f"--keywords {args.keywords}: give the words to look for, such as crimson,wedge")
+    where = {key: getattr(args, key) for key in ("data", "cache", "resolution", "frames")}
+    effects = block_effects(Pipeline(args.ckpt, runtime(args), args.lora, args.text_encoder), keywords, args.n, **where)
+    show_effects(effects)
+    found = shortest_run(mean_change(effects))
+    if found:
+        first, last, held = found
+        print(f"--blocks {first}-{last}: the shortest range that holds {SHARE:.0%} of the change; it holds {held:.0%}")
+    else:
+        print("no prediction depends on these words")
+    write_json(args.json, {"effects": effects, "blocks": found and [*found[:2]]})
