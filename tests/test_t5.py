@@ -754,7 +754,7 @@ def test_a_lora_of_the_encoder_is_described_measured_and_converted(ckpt, tmp_pat
         assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     with pytest.raises(BadInput, match="--to musubi: of a LoRA of the text encoder, comfyui"):
         diag.convert.run(diag.arguments(["convert", str(words), str(tmp_path / "o.safetensors"), "--to", "musubi"]))
-    with pytest.raises(BadInput, match="only a DiT's LoRA can be held to a cap"):
+    with pytest.raises(BadInput, match="only a LoRA file of a DiT can be held to a cap"):
         diag.delta.run(
             diag.arguments(["delta", str(words), "--ckpt", str(ckpt), "--cap", "1", "--out", "o.safetensors"])
         )
