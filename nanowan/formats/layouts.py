@@ -244,7 +244,8 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """{field: value} of Settings that a diffusers folder's model_index.json says, none for another folder. Raises BadInput where it does not fit the folder.
+    """{field: value} of Settings that a diffusers folder's model_index.json says, none for another folder. Raises
+    BadInput where it does not fit the folder.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):

@@ -184,7 +184,7 @@ class EncoderSource(NamedTuple):
     def digests(self, digest):
         """[digest(file)] of everything that decides the encoder; strengths other than 1 stand behind their file's."""
         changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
-        return [digest(f) for f in self.base] + [digest(f) + (f":{s:g}" if s != 1 else "") for f, s in changed]
+        return [digest(f) for f in self.base] + [digest(f) + (f":{s}" if s != 1 else "") for f, s in changed]
 
 
 def _files_of(file):
