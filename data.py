@@ -83,7 +83,7 @@ def clip_windows(times, max_frames, fps, mode, over=1):
     n = min(max_frames, (available - over) // 4 * 4 + over)
     if min(available, len(times)) < 4 + over <= max_frames:
         raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least {4 + over} are needed")
-    if mode == "uniform" and n > 1:
+    if mode == "spaced" and n > 1:
         return [(0.0, n, (n - 1) / length)]
     if mode == "several":
         return [(k * n / fps, n, fps) for k in range(available // n)]

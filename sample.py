@@ -32,7 +32,7 @@ from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_ti
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import Prompt
-from nanowan.sampling import check_flags, given_prompts, requests_of
+from nanowan.sampling import check_flags, given_prompts, requests_of, seed_list
 from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
@@ -131,10 +131,6 @@ def arguments(argv=None):
     return p.parse_args(argv)
 
 
-def seed_list(text):
-    return [int(seed) for seed in str(text).split(",")]
-
-
 # ---- denoising ---------------------------------------------------------------------------------------------------
 @dataclass
 class Clip:
@@ -225,9 +221,9 @@ def denoise(pipe, settings, clip, expert):
     clip.x = x
 
 
-def encode_text(pipe, settings, prompts):
+def encode_text(pipe, settings, prompts, encoder=None):
     """(embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt or None if no step is guided."""
-    embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])])
+    embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
     return (embeddings[:B], lens[:B]), negative
@@ -237,6 +233,14 @@ def new_clip(settings, x, text, conditions, cache=None, **more):
     """A Clip at its first step; text: of encode_text."""
     solver = flow.solver(settings.solver, settings.steps, settings.shift)
     return Clip(x, *text, conditions, solver, cache or EasyCache(), **more)
+
+
+def sample_clip(pipe, settings, text, noise, conditions, **more):
+    """Latents (B,C,T',h,w) fp32 of a Clip, from noise of that shape; text as encode_text has it, more: fields of Clip."""
+    clip = new_clip(settings, noise, text, conditions, **more)
+    for expert in settings.expert_names:
+        denoise(pipe, settings, clip, expert)
+    return clip.x
 
 
 def decode(pipe, latents, tile=0):
@@ -277,12 +281,8 @@ def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, 
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
     video = open_video(pipe, s, **({} if image is None else {"image": image}))
-    conditions = video.conditions(0)
-    x = torch.stack([video.noise(0, seed) for seed in seeds])
-    clip = new_clip(s, x, text, conditions, cache, on_step=on_step, progress=progress)
-    for expert in s.expert_names:
-        denoise(pipe, s, clip, expert)
-    return clip.x
+    noise = torch.stack([video.noise(0, seed) for seed in seeds])
+    return sample_clip(pipe, s, text, noise, video.conditions(0), cache=cache, on_step=on_step, progress=progress)
 
 
 def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
@@ -307,7 +307,7 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
 
 def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **more):
     """Sample the segments of a Video that are not done yet; `segments` keeps them: on each rank in memory, or one rank
-    in files. more: further fields of new_clip.
+    in files. more: further fields of the Clips.
     """
     done = segments.count()
     if done:
@@ -315,11 +315,8 @@ def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **mo
     for r in range(done, video.count):
         if video.count > 1:
             print(f"segment {r + 1} of {video.count}", flush=True)
-        x = video.noise(r, seed)[None]
-        clip = new_clip(settings, x, text, video.conditions(r), EasyCache(reuse), **more)
-        for expert in settings.expert_names:
-            denoise(pipe, settings, clip, expert)
-        latents, clip = clip.x, None  # the DiT's inputs go before the VAE comes
+        noise, cache = video.noise(r, seed)[None], EasyCache(reuse)
+        latents = sample_clip(pipe, settings, text, noise, video.conditions(r), cache=cache, **more)
         frames = video.decode(r, latents, lambda z: decode(pipe, z))
         if pipe.world.is_writer or segments.on_every_rank:
             segments.save(r, video.output(latents[0]), frames, video.state())

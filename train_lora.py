@@ -12,13 +12,13 @@ OUT/adapter_model_000100.safetensors and so on, so that the best step can be cho
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
-import argparse
 import json
 import math
 from pathlib import Path
 
 import torch
 
+import sample
 from data import DataConfig, Dataset, collate
 from kernels import backend
 from lora import TARGETS, adapter, adapter_off, clamp_weight_norm, weight_norms
@@ -26,19 +26,13 @@ from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
+from nanowan.flags import Parser
 from nanowan.formats.dit import new_dit
 from nanowan.formats.header import load
-from nanowan.formats.lora import (
-    AdapterInfo,
-    changes_to_start_from,
-    choose_experts,
-    parse_lora_spec,
-    start_from,
-    write_lora,
-)
+from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec, start_from, write_lora
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
-from nanowan.prompts import read_texts
+from nanowan.prompts import read_prompts, read_texts
 from nanowan.settings import parse_size
 from nanowan.training.captions import has_keyword, without_keywords
 from nanowan.training.flags import (
@@ -57,15 +51,14 @@ from nanowan.training.flags import (
     training_spec,
 )
 from nanowan.training.optim import adamw
-from nanowan.training.previews import Previews
+from nanowan.training.previews import Previews, preview_requests
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
 from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
-from sample import decode, sample_latents
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
     add(
         "--targets",
@@ -152,7 +145,7 @@ def check(args, s, num_blocks):
 def predict(args, s, builders, blocks, **more):
     """The Plan of a run; more: fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
-    spec = training_spec(args, s, num_results=1 + min(saves, args.keep or saves), **more)
+    spec = training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
     return memory_estimate.training(spec, builders, lambda dit, encoder: make_trainable(dit, None))
 
@@ -225,7 +218,7 @@ def train(args, world):
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     blocks = check(args, s, pipe.config().num_layers)
     check_data(args.data, pipe)
-    schedule = expert_schedule(args.expert, s)
+    schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
@@ -234,7 +227,8 @@ def train(args, world):
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
     preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
-    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
+    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
     cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(
@@ -247,7 +241,7 @@ def train(args, world):
     missing = dict(
         encode=not dataset.is_cached(), encode_texts=not all(f.exists() for f in dataset.text_files().values())
     )
-    how = sizes | missing | dict(layout=parallel_layout(args, world.size, pipe.fp8), previews=bool(preview_prompts))
+    how = sizes | missing | dict(layout=parallel_layout(args, world.size, pipe.fp8), previews=previews.shape())
 
     def plan(checkpointing):
         return predict(args, s, memory_estimate.builders(pipe), blocks, checkpointing=checkpointing, **how)
@@ -263,7 +257,7 @@ def train(args, world):
     texts = dataset.cache_texts()
     if args.cache_only:
         return
-    previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
+    previews.open(dataset)
     if preview_prompts:
         previews.embed(pipe.acquire("text"))
     pipe.drop()  # the encoder is not needed any more
@@ -304,19 +298,24 @@ def train(args, world):
             if dataset.val_items and due(step, args.eval_every, args.steps):
                 metrics = held_out_loss(dataset, schedule, embed)
             if preview_prompts and due(step, args.preview_every, args.steps):
-                previews.write(step)
+                run.log_image(step, "previews", previews.write(step))
+            if step and metrics and run.is_best(metrics):
+                write_adapters(step, f"{args.name}_best")
         return metrics
 
-    def save(step):
+    def write_adapters(step, *names):
         triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
-        total_batch = args.batch * args.accumulate * world.dp_size
-        info = AdapterInfo(s.variant, run.date, triggers, size, args.steps, args.lr, args.batch, total_batch)
+        for expert in schedule if world.is_main else ():
+            if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
+                clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)
+            metadata = {"variant": s.variant, "date": run.date, "trained_words": triggers}
+            for name in names:
+                file = adapter_file(run.out, name, expert)
+                write_lora(file, adapters[expert], scale, step=step, expert=expert, **metadata)
+
+    def save(step):
         with state.averaged():
-            for name in schedule if world.is_main else ():
-                if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
-                    clamp_weight_norm(adapters[name], scale, norms[name], args.delta_cap)
-                for file in (adapter_file(run.out, args.name, name, n) for n in (step, None)):
-                    write_lora(file, adapters[name], scale, info, step=step, expert=name)
+            write_adapters(step, f"{args.name}_{step:06d}", args.name)
         state.save(run, step)
         if args.keep and world.is_main:
             remove_older_adapters(run.out, args.name, step, args.keep)
@@ -351,6 +350,7 @@ def train(args, world):
         if len(schedule) > 1:
             metrics["expert"] = expert
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
+        metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
         dit = None  # the other expert may be next
         run.log(step + 1, loss=loss, **metrics, **evaluate(step + 1))
         too_many = state.guard.skipped >= args.max_skipped
@@ -358,7 +358,7 @@ def train(args, world):
             save(step + 1)
         state.guard.raise_if_stuck(args.max_skipped, skipped, args.lr, run.out)
         if stop:
-            return
+            run.leave()
 
     for stream in pipe.streams():
         print(stream.report())

@@ -10,7 +10,6 @@ bypass the encoder. The result, OUT/text_encoder.safetensors, is used by every s
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
-import argparse
 import json
 import math
 import random
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import torch
 
+import sample
 from data import DataConfig, Dataset, collate
 from kernels import backend
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, cli
+from nanowan.flags import Parser
 from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import (
     in_layout,
@@ -35,7 +36,7 @@ from nanowan.formats.t5 import (
 )
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.prompts import read_texts
+from nanowan.prompts import read_prompts
 from nanowan.settings import parse_size
 from nanowan.training.captions import augment_caption, without_keywords
 from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
@@ -65,15 +66,14 @@ from nanowan.training.keywords import (
     shared_token_ids,
 )
 from nanowan.training.optim import AdamW8bit, adamw
-from nanowan.training.previews import Previews
+from nanowan.training.previews import Previews, preview_requests
 from nanowan.training.run_dir import Run
 from nanowan.training.state import TrainState, resume_fingerprint
 from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
-from sample import decode, sample_latents
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     recommended = RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="train only the top N blocks (default: all; 0: none)")
@@ -194,8 +194,8 @@ def predict(args, s, builders, ids=(3,), **more):
         unfreeze(encoder, ids, args.train_blocks, args.rank)
         return optimizer_groups(encoder, args.lr, args.keyword_lr)
 
-    small = args.save in ("delta", "lora")
-    spec = training_spec(args, s, optimizer=args.optimizer, anchor=args.anchor > 0, save_delta=small, **more)
+    more |= {"save_delta": args.save in ("delta", "lora"), "num_results": 1 + (args.held_out > 0)}
+    spec = training_spec(args, s, optimizer=args.optimizer, anchor=args.anchor > 0, **more)
     return memory_estimate.training(spec, builders, make_trainable)
 
 
@@ -214,13 +214,14 @@ def train(args, world):
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     check(args, s, pipe.config().num_layers)
     check_data(args.data, pipe)
-    schedule = expert_schedule(args.expert, s)
+    schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
     print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
     source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
-    preview_prompts = read_texts(args.previews, "--previews") if args.previews else []
+    preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
+    previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
     cache_dir = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
     size = parse_size(args.resolution, "--resolution")
     dataset = Dataset(pick(DataConfig, args, source=source, cache=cache_dir, resolution=size), pipe)
@@ -238,7 +239,7 @@ def train(args, world):
 
     def plan(checkpointing):
         builders = memory_estimate.builders(pipe)
-        return predict(args, s, builders, checkpointing=checkpointing, previews=bool(preview_prompts), **how)
+        return predict(args, s, builders, checkpointing=checkpointing, previews=previews.shape(), **how)
 
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
     pipe.checkpointing = args.checkpointing
@@ -248,10 +249,13 @@ def train(args, world):
     dataset.cache_latents()
     if args.cache_only:
         return
+    previews.open(dataset)
 
     # the encoder learns, the DiT is frozen
     encoder = pipe.acquire("text")
     pipe.drop()  # from here on the encoder is this script's own: it must not be evicted for others
+    if preview_prompts:
+        previews.embed(encoder)
     encoder.tokenizer.add_words(placeholders)
     anchors = without_keywords(dataset.captions, names)
     ids_of = keyword_token_ids(names, dataset.captions, encoder.tokenizer)
@@ -298,7 +302,7 @@ def train(args, world):
     fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
     if saved := run.restore(fingerprint):
         state.restore(saved)
-    previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
+    result, best = run.out / "text_encoder.safetensors", run.out / "text_encoder_best.safetensors"
 
     def show_caption(captions, rng):
         return augment_caption(rng.choice(captions), names, args.caption_mode_probs, args.trim_prob, rng)
@@ -330,31 +334,36 @@ def train(args, world):
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):
                 metrics = held_out_loss(dataset, schedule, encoder.encode)
+                if step and world.broadcast_from_rank0(lambda: run.is_best(metrics)):
+                    write_encoder(step, best)
             if preview_prompts and due(step, args.preview_every, args.steps):
-                previews.embed(encoder)
-                previews.write(step)
+                if step:  # before the first, they are still embedded as the base does
+                    previews.embed(encoder)
+                run.log_image(step, "previews", previews.write(step))
         if world.fsdp:
             encoder.reshard()  # without a backward pass what is outside of its blocks stays whole, as it was then
         return metrics
 
+    def write_encoder(step, file):
+        metadata = {"step": step, "keywords": ",".join(names), "delta": args.save == "delta"}
+        if placeholders:
+            metadata["placeholders"] = json.dumps(placeholders)
+        if args.save == "lora":
+            changes = encoder_changes(encoder, base_rows)
+            if world.is_main:
+                write_encoder_lora(file, *changes, metadata, vocab=vocab)
+            return
+        tensors = encoder_tensors(encoder, args.save, dtype, world.is_main)
+        if world.is_main:
+            tensors = in_layout(tensors, "comfyui", spiece) if args.save == "comfyui" else tensors
+            save_tensors(file, tensors, metadata | {"format": "pt"})
+
     def save(step):
         with state.averaged():
-            metadata = {"step": step, "keywords": ",".join(names), "delta": args.save == "delta"}
-            if placeholders:
-                metadata["placeholders"] = json.dumps(placeholders)
-            if args.save == "lora":
-                changes = encoder_changes(encoder, base_rows)
-                if world.is_main:
-                    write_encoder_lora(result, *changes, metadata, vocab=vocab)
-            else:
-                tensors = encoder_tensors(encoder, args.save, dtype, world.is_main)
-                if world.is_main:
-                    tensors = in_layout(tensors, "comfyui", spiece) if args.save == "comfyui" else tensors
-                    save_tensors(result, tensors, metadata | {"format": "pt"})
+            write_encoder(step, result)
         state.save(run, step)
 
     # training
-    result = run.out / "text_encoder.safetensors"
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
     for step, batches in ahead(prepare, range(state.step, args.steps)):
@@ -387,6 +396,7 @@ def train(args, world):
         if len(schedule) > 1:
             metrics["expert"] = expert
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
+        metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
         dit = None  # the other expert may be next
         run.log(step + 1, loss=loss, **metrics, **evaluate(step + 1))
         too_many = state.guard.skipped >= args.max_skipped
@@ -394,7 +404,7 @@ def train(args, world):
             save(step + 1)
         state.guard.raise_if_stuck(args.max_skipped, skipped, args.lr, run.out)
         if stop:
-            return
+            run.leave()
 
     print(need.compare(args.device), result, sep="\n")
     if args.save in ("full", "delta"):

@@ -16,8 +16,10 @@ from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
+from nanowan.sampling import given_settings
 from nanowan.settings import released
 from nanowan.training.flags import choose_checkpointing, parallel_layout
+from nanowan.training.previews import preview_settings
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
@@ -43,13 +45,12 @@ def planned(script, argv, ranks=1, mode=None):
     layout = parallel_layout(args, ranks, fp8)
     if script == "sample":
         return planned_sampling(args, s, builders, pipe, layout, mode)
-    how = {"previews": bool(args.previews), "layout": layout}
-    if script == "train_lora":
-        with torch.device("meta"):
-            num_blocks = len(next(iter(builders.values()))().blocks)
-        more = (train_lora.check(args, s, num_blocks),)
-    else:
-        more = train_te.check(args, s) or ()
+    with torch.device("meta"):
+        num_blocks = len(next(iter(builders.values()))().blocks)
+    blocks = SCRIPTS[script].check(args, s, num_blocks)
+    more = (blocks,) if script == "train_lora" else ()
+    shown = preview_settings(args, s)
+    how = {"previews": s.latent_shape(shown.size, shown.frames) if args.previews else (), "layout": layout}
     absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
 
     def predict(checkpointing):
@@ -61,7 +62,7 @@ def planned(script, argv, ranks=1, mode=None):
 
 def planned_sampling(args, s, builders, pipe, layout, mode):
     check_at_least(1, ulysses_size=args.ulysses_size)
-    s = s.with_overrides(**sample.given_settings(args))
+    s = s.with_overrides(**given_settings(args))
     image = None
     if s.conditioning.by_segments or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
         s, size = replace(s, frames=args.infer_frames or s.frames), s.size
@@ -93,7 +94,7 @@ def planned_sampling(args, s, builders, pipe, layout, mode):
 def is_guided(args):
     """Whether any step of sample.py with these flags is guided."""
     s = released(args.ckpt) if args.ckpt in VARIANTS else Pipeline(args.ckpt).settings
-    return s.with_overrides(**sample.given_settings(args)).guided
+    return s.with_overrides(**given_settings(args)).guided
 
 
 def shape_of(ckpt):

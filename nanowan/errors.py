@@ -22,12 +22,16 @@ def return_freed_blocks():
 
 def cli(main):
     """Run a script's `main`. A BadInput, or a file that cannot be read or written, becomes one line on stderr and exit
-    code 1; Ctrl-C ends without a traceback.
+    code 1; Ctrl-C, and a reader that closes the pipe, end without a traceback.
     """
     return_freed_blocks()
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except (BadInput, OSError) as e:
         if rank:  # what all ranks have to say, the first one says, and torchrun ends the others meanwhile
             time.sleep(3)

@@ -340,8 +340,9 @@ class TrainingSpec:
     batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether
     --ema, --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through.
     bucket (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts.
-    encode, encode_texts: whether there are some to compute. previews: whether there are any. num_results: how many
-    copies of what is trained stay on disk. save_delta: whether an encoder is saved as its changes alone.
+    encode, encode_texts: whether there are some to compute. previews: shape (C,T',h,w) of the largest one's latents, or
+    (). num_results: how many copies of what is trained stay on disk. save_delta: whether an encoder is saved as its
+    changes alone.
     """
 
     settings: Settings
@@ -361,7 +362,7 @@ class TrainingSpec:
     cache: tuple = (0, 0)
     encode: bool = True
     encode_texts: bool = True
-    previews: bool = False
+    previews: tuple = ()
     num_results: int = 1
     save_delta: bool = False
 
@@ -421,7 +422,7 @@ def training(spec, builders, make_trainable):
         phases["training"] = weights | {"trained": adapters * trained, "states and activations": activations}
 
         if spec.previews:
-            of = s.latent_shape(s.size, s.frames)
+            of = spec.previews
             dit.checkpointing = False
             step = denoising_bytes(dit, s, of, 1, spec.text, "batched" if s.guided else "none", layout)
             vae = build(builders, "vae", dtype, cuda)
@@ -432,7 +433,7 @@ def training(spec, builders, make_trainable):
                 "activations": max(step, decode),
             }
     states_on_disk = 3 * adapters * (trained + states)
-    result = result or adapters * trained * spec.num_results
+    result = (result or adapters * trained) * spec.num_results
     disk = {"cache": sum(spec.cache), "result": result, "states": states_on_disk}
     other_experts = (on_device + on_host) * (spec.num_experts - 1)
     host = {"streamed blocks": on_host, "their inputs": offloaded, "the other expert": other_experts}

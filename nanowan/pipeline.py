@@ -260,9 +260,9 @@ class Pipeline:
 
     # ---- what models are given -----------------------------------------------------------------------------------
     @torch.no_grad()
-    def encode_prompts(self, prompts):
-        """list of str -> (embeddings (B,S,D), lens (B,))."""
-        encoder = self.acquire("text")
+    def encode_prompts(self, prompts, encoder=None):
+        """list of str -> (embeddings (B,S,D), lens (B,)); encoder: one to use instead of the pipeline's."""
+        encoder = encoder or self.acquire("text")
         # one at a time, so that an embedding does not depend on the batch it was computed in
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 

@@ -1,5 +1,6 @@
 """What sample.py is asked for: its flags checked, and the Requests, one for each video, that they and the prompts make."""
 
+import argparse
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -73,6 +74,14 @@ def _identity(path):
         return " ".join(sorted(_identity(f) for f in path.iterdir() if f.is_file()))
     stat = path.stat()
     return digest(path) if stat.st_size <= SMALL else f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def seed_list(text):
+    """ "1,2,3" -> [1, 2, 3], for argparse."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: whole numbers, one or a,b,c") from None
 
 
 def check_flags(args, device):

@@ -253,7 +253,7 @@ def test_what_resume_says(tmp_path, capsys):
 
 def test_the_log_goes_on_behind_the_state(tmp_path):
     """Steps logged after the last state, and a line that a kill has cut, are not in it twice."""
-    with Run(tmp_path, {}, False) as run:
+    with Run(tmp_path, {"steps": 3}, False) as run:
         run.restore({})
         for step in (1, 2, 3):
             run.log(step, loss=0.5, by_t=[1.0, 2.0], expert="low")
@@ -271,7 +271,7 @@ def test_the_log_goes_on_behind_the_state(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
-    assert board.Tags()["scalars"] == ["loss"]
+    assert board.Tags()["scalars"] == ["loss", "by_t/0", "by_t/1"]
 
 
 def test_a_disk_that_takes_a_part_of_a_line_is_asked_again(tmp_path):

@@ -573,7 +573,7 @@ def test_a_folder_may_hold_its_list(tmp_path, kind):
         ("first", [range(9)]),
         ("middle", [range(6, 15)]),
         ("several", [range(9), range(9, 18)]),
-        ("uniform", [[0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 20]]),
+        ("spaced", [[0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 20]]),
     ],
 )
 def test_which_frames_of_a_longer_clip(tmp_path, mode, want):

@@ -146,7 +146,7 @@ def test_texts_that_are_cached_need_no_encoder():
     how = args, models.settings, builders(models)
     assert "cache texts" in train_lora.predict(*how).phases
     assert "cache texts" not in train_lora.predict(*how, encode_texts=False).phases
-    assert "cache texts" in train_lora.predict(*how, encode_texts=False, previews=True).phases
+    assert "cache texts" in train_lora.predict(*how, encode_texts=False, previews=(48, 3, 4, 4)).phases
 
 
 @pytest.mark.parametrize("script", ["train_lora", "train_te", "sample"])
@@ -178,7 +178,7 @@ def test_a_plan_leaves_the_flags_alone(script):
     else:
         script.resolve(args, models.settings)
     before = dict(vars(args))
-    script.predict(args, models.settings, builders(models), previews=True, ranks=2)
+    script.predict(args, models.settings, builders(models), previews=(48, 3, 4, 4))
     assert vars(args) == before
 
 

@@ -27,7 +27,7 @@ from nanowan.formats.header import load as load_tensors
 from nanowan.formats.lora import merge_file
 from nanowan.formats.t5 import load_tokenizer
 from nanowan.pipeline import Pipeline
-from nanowan.prompts import read_prompts
+from nanowan.prompts import Prompt, read_prompts
 from nanowan.sampling import given_settings
 from nanowan.settings import NEGATIVE
 from nanowan.step_cache import EasyCache
@@ -270,7 +270,7 @@ def test_conditions_are_of_the_frames_and_size_asked(checkpoints):
     """Not those that were encoded last for another clip with the same picture."""
     pipe, shapes = load(checkpoints["i2v"]), []
     for size, frames in (((64, 48), 5), ((64, 48), 9), ((32, 48), 9)):
-        video = open_video(pipe, pipe.settings.with_overrides(size=size, frames=frames), image())
+        video = open_video(pipe, pipe.settings.with_overrides(size=size, frames=frames), image=image())
         shapes.append(tuple(video.conditions(0).channels.shape))
     # the picture's aspect is 5:3, so that the areas become 64x32 and 48x16 px
     assert shapes == [(1, 20, 2, 4, 8), (1, 20, 3, 4, 8), (1, 20, 3, 2, 6)]
@@ -636,7 +636,7 @@ def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatc
     words += " --size 32x32 --frames 1 --steps 1 --guidance 1 --base_dtype fp8 --stream_blocks 1 --vae_tile 4"
     run_script(monkeypatch, words, "--text_encoder", "other.safetensors")
     ((runtime, encoder),) = made
-    assert runtime.fp8 and runtime.stream_blocks == 1 and encoder == "other.safetensors"
+    assert runtime.fp8 and runtime.stream_blocks == 1 and encoder == ["other.safetensors"]
     assert tiles == [4, 4] and (tmp_path / "v_000.mp4").exists()
     noise = torch.randn(1, 48, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     assert len(noises) == 2 and all(torch.equal(x, noise) for x in noises)
@@ -661,7 +661,7 @@ def test_one_expert_serves_all_prompts_before_the_other_comes(checkpoints, tmp_p
 def test_prompts_of_a_file(tmp_path):
     """Without the mark that some editors begin a file with, and without empty lines."""
     (tmp_path / "p.txt").write_text("\n a cat \n\na dog", encoding="utf-8-sig")
-    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    assert read_prompts(tmp_path / "p.txt") == [Prompt("a cat"), Prompt("a dog")]
 
 
 def test_parts_that_are_done_are_given_up(tmp_path, monkeypatch):

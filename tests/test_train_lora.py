@@ -104,7 +104,7 @@ def test_which_adapters_are_kept(tmp_path):
     others = ["style.safetensors", "style_high.safetensors", "style_2_000100.safetensors", "style_000100.txt"]
     for name in [*others, "style_v2_000100_low.safetensors"]:
         (tmp_path / name).touch()
-    files = [adapter_file(tmp_path, "style", e, s) for s in (100, 200, 300, 1_000_000) for e in ("dit", "high", "low")]
+    files = [adapter_file(tmp_path, f"style_{s:06d}", e) for s in (100, 200, 300, 1_000_000) for e in ("dit", "high", "low")]
     assert [f.name for f in files[:3]] == [f"style_000100{e}.safetensors" for e in ("", "_high", "_low")]
     assert [adapter_file(tmp_path, "style", e).name for e in ("dit", "high")] == others[:2]
     for file in files:

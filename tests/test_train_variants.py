@@ -35,9 +35,10 @@ from nanowan.formats.vae import load_vae
 from nanowan.pipeline import Pipeline
 from nanowan.settings import parse_size
 from nanowan.training.flags import pick, resolve
+from nanowan.training.previews import HeldOutVideo
 from nanowan.training.run_dir import Run
 from nanowan.variants.s2v import wav2vec2
-from nanowan.video import Skip, open_image, sound_delay
+from nanowan.video import Skip, open_image, read_frames, sound_delay
 
 F = 16  # frames of a sample
 
@@ -110,7 +111,7 @@ def train(monkeypatch, script, ckpt, folder, out, *flags):
     monkeypatch.setattr(memory_estimate, "training", lambda *args, **kwargs: NoPlan())
     monkeypatch.setattr("sys.argv", [script, *flags_of(ckpt, folder, out, *flags)])
     module, runs = importlib.import_module(script), []
-    monkeypatch.setattr(module, "Run", lambda *args: runs.append(Run(*args)) or runs[0])
+    monkeypatch.setattr(module, "Run", lambda *args, **how: runs.append(Run(*args, **how)) or runs[0])
     module.main()
     runs[0].close()
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -306,8 +307,7 @@ def test_only_what_changed_is_encoded_again(s2v, talk, tmp_path, monkeypatch):
     "flags, says",
     [
         ("--frames 17", "--frames 17: must be a multiple of 4; nearest 16"),
-        ("--clip_mode uniform", "--clip_mode uniform: would play clips faster than their sound"),
-        ("--previews p.txt", "--previews p.txt: prompts alone; .* makes videos of more than a prompt"),
+        ("--clip_mode spaced", "--clip_mode spaced: would play clips faster than their sound"),
         ("--pipeline_stages 2", "--pipeline_stages 2: not for s2v-14B"),
         ("--continuation 1.5", "--continuation 1.5: must be at least 0 and at most 1"),
         ("--resolution 48x64", "--resolution 48x64: each side at least 64"),
@@ -626,3 +626,27 @@ def test_ranks_that_share_a_clip_are_planned(s2v, script):
     one, three = (planned(name, [*flags, "--ulysses_size", n]).phases[phase] for n in "13")
     alone, shared = ([v for k, v in p.items() if "activations" in k][0] for p in (one, three))
     assert 0.33 * alone < shared < 0.75 * alone
+
+
+# ---- previews ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("variant", ["s2v", "animate"])
+def test_previews_are_sampled_under_a_clips_own_conditions(s2v, talk, animate, acts, tmp_path, monkeypatch, variant):
+    """Those of its first segment in training; without the prompt, those of a sample that has lost its caption."""
+    ckpt, folder = (s2v, talk) if variant == "s2v" else (animate, acts[True])
+    flags = () if variant == "s2v" else animate_flags()
+    _, pipe, dataset = dataset_of(ckpt, folder, tmp_path / "out", "--continuation 0", *flags)
+    video, batch = HeldOutVideo(dataset, 0), first_batch(dataset)
+    conditions = video.conditions(0)
+    assert conditions.inputs.keys() == batch.inputs.keys()
+    assert all(torch.equal(v, batch.inputs[k]) for k, v in conditions.inputs.items())
+    changed = {k for k, v in conditions.uncond_inputs.items() if not torch.equal(v, conditions.inputs[k])}
+    assert changed == {"audio"} if variant == "s2v" else changed == {"face"}
+    z_dim = pipe.settings.z_dim
+    if variant == "animate":
+        assert torch.equal(conditions.channels, batch.x[:, z_dim:])
+    assert video.shape == batch.target.shape[1:]
+    (tmp_path / "p.txt").write_text("a person sings\n")
+    more = f"--previews {tmp_path}/p.txt --preview_steps 2 --steps 1"
+    train(monkeypatch, "train_lora", ckpt, folder, tmp_path / "run", more, *flags)
+    shown = list(read_frames(tmp_path / "run" / "previews" / "step_000000_00.mp4"))
+    assert len(shown) in ((F + 1,) if variant == "s2v" else (C,))

@@ -29,6 +29,13 @@ def comma_list(text):
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def clip_mode(text):
+    """A name of CLIP_MODES; what `spaced` was called before, and musubi-tuner calls something else, is refused."""
+    if text == "uniform":
+        raise argparse.ArgumentTypeError("uniform: it is called spaced (one clip of frames far apart)")
+    return text
+
+
 def add_flags(p, script, out):
     """Add the flags of both trainers. script: of RECOMMENDED; out: the default of --out."""
     recommended = RECOMMENDED[script]
@@ -61,6 +68,7 @@ def add_flags(p, script, out):
     modes = "; ".join(f"{k}: {v}" for k, v in CLIP_MODES.items())
     add(
         "--clip_mode",
+        type=clip_mode,
         choices=list(CLIP_MODES),
         default="first",
         help=f"frames to take of a longer clip: {modes} (default: first)",
@@ -126,6 +134,8 @@ def add_flags(p, script, out):
         default=0.0,
         help="decay of a moving average of the weights, which is then what is saved (default: 0, none)",
     )
+    add("--min_t", type=float, default=0.0, help="lowest training timestep, 0 (clean) to 1 (noise) (default: 0)")
+    add("--max_t", type=float, default=1.0, help="highest training timestep (default: 1)")
     add("--shift", type=float, help="shift of the training timesteps towards noise (default: the checkpoint's)")
     add(
         "--t_distribution",
@@ -156,8 +166,17 @@ def add_flags(p, script, out):
     add = p.add_argument_group("logs, previews and saves").add_argument
     add("--save_every", type=int, default=100, help="steps between saves (default: %(default)s)")
     add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
-    add("--previews", help="text file of prompts to sample while training, one per line, always from the same seeds")
+    add(
+        "--previews",
+        help="text file or JSONL of prompts to sample while training, as sample.py --prompts takes them; S2V and Animate "
+        "sample them under the conditions of held-out clips",
+    )
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
+    add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: --resolution)")
+    add("--preview_frames", type=int, help="frames of previews (default: --frames)")
+    add("--preview_steps", type=int, help="steps of previews (default: 20, or the checkpoint's if those are fewer)")
+    add("--log_every", type=int, default=10, help="steps between lines on the screen (default: %(default)s)")
+    add("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases too (needs the package wandb)")
     add("--resume", action="store_true", help="continue from the last state in --out")
 
 
@@ -190,8 +209,6 @@ def resolve(args, s, script):
         raise BadInput(
             f"--i2v_prob {args.i2v_prob}: only TI2V is trained both ways; {args.ckpt} is {s.model_type.upper()}"
         )
-    if args.previews and (s.conditioning.needs_image or by_segments):
-        raise BadInput(f"--previews {args.previews}: prompts alone; {args.ckpt} makes videos of more than a prompt")
     if not by_segments and args.continuation is not None:
         raise BadInput(f"--continuation {args.continuation}: {args.ckpt} makes single clips")
     if by_segments:
@@ -201,16 +218,21 @@ def resolve(args, s, script):
             raise BadInput(
                 f"--pipeline_stages {args.pipeline_stages}: not for {s.variant}; use --fsdp or --ulysses_size"
             )
-        if samples.fixed_speed and args.clip_mode == "uniform":
-            raise BadInput("--clip_mode uniform: would play clips faster than their sound; use another mode")
+        if samples.fixed_speed and args.clip_mode == "spaced":
+            raise BadInput("--clip_mode spaced: would play clips faster than their sound; use another mode")
     if min(parse_size(args.resolution, "--resolution")) < s.size_multiple:
         raise BadInput(f"--resolution {args.resolution}: each side at least {s.size_multiple}")
     check_frames(args.frames, samples.frames_over)
-    at_least_1 = ("steps", "batch", "accumulate", "save_every", "eval_every", "preview_every", "max_skipped")
-    check_ranges(args, **dict.fromkeys((*at_least_1, "steps_per_expert"), (1, math.inf)))
+    args.preview_steps = args.preview_steps or min(20, s.steps)
+    counts = "steps batch accumulate save_every eval_every preview_every preview_steps log_every max_skipped".split()
+    check_ranges(args, **dict.fromkeys((*counts, "steps_per_expert"), (1, math.inf)))
     check_ranges(args, **dict.fromkeys(("lr", "warmup", "weight_decay"), (0, math.inf)))
     check_ranges(args, **dict.fromkeys(("grad_clip", "shift"), (POSITIVE, math.inf)))
     check_ranges(args, **dict.fromkeys(("caption_dropout", "i2v_prob"), (0, 1)))
+    if not 0 <= args.min_t < args.max_t <= 1:
+        raise BadInput(
+            f"--min_t {args.min_t:g} --max_t {args.max_t:g}: from 0 to 1, the lower one first (0.25, not 250)"
+        )
     check_ranges(args, grad_spike_factor=(2, math.inf), held_out=(0, 0.5), ema=(0, 0.99999), seed=(0, 2**63 - 1))
 
 
@@ -259,14 +281,20 @@ def parse_blocks(text, total):
     return sorted(blocks)
 
 
-def expert_schedule(expert, s):
-    """{name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order of their turns. expert:
-    the flag; s: the Settings.
+def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
+    """{name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order of their turns. expert,
+    min_t, max_t: the flags; s: the Settings. Raises BadInput for limits that leave an expert nothing.
     """
-    if not expert:
-        return {"dit": (0.0, 1.0)}
-    ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)}
-    return ranges if expert == "both" else {expert: ranges[expert]}
+    ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)} if expert else {"dit": (0.0, 1.0)}
+    ranges = ranges if expert in (None, "both") else {expert: ranges[expert]}
+    schedule = {name: (max(low, min_t), min(high, max_t)) for name, (low, high) in ranges.items()}
+    for name, (low, high) in schedule.items():
+        if low >= high:
+            serves = "{:g} to {:g}".format(*ranges[name])
+            raise BadInput(
+                f"--min_t {min_t:g} --max_t {max_t:g}: the {name}-noise expert serves {serves}; give --expert"
+            )
+    return schedule
 
 
 def pick(config_class, args, **more):

@@ -1,43 +1,118 @@
-"""Previews of a training run: fixed prompts sampled with the weights as they are, always from the same seeds."""
+"""Previews of a training run: fixed prompts from fixed seeds, sampled with the weights as they are.
 
+What a preview is given beside its prompt comes from its line (--i FILE), or, of models whose videos are made of more
+than that (S2V, Animate), from a held-out sample.
+"""
+
+import math
+import random
 from pathlib import Path
 
 import torch
 
-from nanowan.pipeline import pad_embeddings
+from flow import make_noisy_batch
+from nanowan.errors import BadInput
+from nanowan.formats.header import load
+from nanowan.sampling import Request
+from nanowan.settings import parse_size
+from nanowan.variants.conditioning import Conditions, draw_noise
 from nanowan.video import write_grid, write_mp4
 
 
-class Previews:
-    """Clips of fixed prompts from fixed seeds: OUT/previews/step_NNNNNN.png, and an mp4 of each.
+def preview_settings(args, s):
+    """The Settings of previews for a trainer's resolved flags: the training's own size and frames, but for the flags."""
+    size = parse_size(args.preview_size or args.resolution, "--preview_size")
+    return s.with_overrides(size=size, frames=args.preview_frames or args.frames, steps=args.preview_steps)
 
-    sample_latents, decode: sample.py's.
+
+def preview_requests(args, s, prompts):
+    """A Request for each Prompt; its own settings and seed go before the flags'."""
+    settings, out = preview_settings(args, s) if prompts else s, Path(args.out) / "previews"
+    if s.conditioning.by_segments and (own := next((p for p in prompts if p.inputs), None)):
+        raise BadInput(
+            f"--previews: --{next(iter(own.inputs))} is not taken; previews of {s.variant} are of held-out data"
+        )
+    return [
+        Request(p.text, args.seed if p.seed is None else p.seed, settings.with_overrides(**p.settings), p.inputs, out)
+        for p in prompts
+    ]
+
+
+class HeldOutVideo:
+    """The first segment of a Video (nanowan/variants/conditioning.py) under the conditions of a cached sample."""
+
+    def __init__(self, dataset, i):
+        items, files = (dataset.val_items, dataset.val_files) if dataset.val_items else (dataset.items, dataset.files)
+        self.samples, self.device, self.fps = dataset.samples, dataset.pipe.device, items[i % len(items)].fps
+        self.tensors = load(files[i % len(items)])[0]
+        self.drawn = self.samples.draw(items[i % len(items)], 0.0, random.Random(0))
+        self.shape = self._entry()["latents"].shape
+
+    def _entry(self, has_caption=True):
+        return self.samples.entry(self.tensors, self.drawn, has_caption)
+
+    def noise(self, r, seed):
+        return draw_noise(self.shape, seed, self.device)
+
+    def conditions(self, r):
+        cond, uncond = self._entry(), self._entry(has_caption=False)
+        nothing = torch.zeros(1, *self.shape)
+        inputs, uncond_inputs = (
+            {k: v.to(self.device) for k, v in make_noisy_batch([e], [""], torch.ones(1), nothing).inputs.items()}
+            for e in (cond, uncond)
+        )
+        channels = cond["y"][None].to(self.device) if "y" in cond else None
+        return Conditions(channels=channels, inputs=inputs, uncond_inputs=uncond_inputs)
+
+    def decode(self, r, latents, decode):
+        return decode(self.samples.to_decode(latents, self._entry()))[0]
+
+
+class Previews:
+    """Clips of Requests: OUT/previews/step_NNNNNN.png, and an mp4 of each.
+
+    sampler: sample.py, as a module.
     """
 
-    def __init__(self, pipe, prompts, out, seed, sample_latents, decode):
-        self.pipe, self.prompts, self.out, self.seed = pipe, prompts, Path(out) / "previews", seed
-        self.sample_latents, self.decode, self.texts = sample_latents, decode, []
+    def __init__(self, pipe, requests, sampler):
+        self.pipe, self.requests, self.sampler, self.texts, self.videos = pipe, requests, sampler, [], []
+
+    def shape(self):
+        """(C,T',h,w) of the largest one's latents; () if there are none. What a held-out sample gives is no larger."""
+        shapes = [r.settings.latent_shape(r.settings.size, r.settings.frames) for r in self.requests]
+        return max(shapes, key=math.prod, default=())
+
+    @torch.no_grad()
+    def open(self, dataset):
+        """Encode what is given beside prompts, once the dataset's latents are cached; it stays for the whole run."""
+        for i, r in enumerate(self.requests):
+            if r.settings.conditioning.by_segments:
+                video = HeldOutVideo(dataset, i)
+            else:
+                video = self.sampler.open_video(self.pipe, r.settings, **r.inputs)
+            self.videos.append((video, video.conditions(0)))
 
     @torch.no_grad()
     def embed(self, encoder):
-        """Embed the prompts, and the negative prompt, with this encoder; all clips from now on are made from that."""
-        s, self.texts = self.pipe.settings, []
-        negative = [encoder.encode([s.negative])[0][0]] if s.guided else []
-        for prompt in self.prompts:
-            context, lens = pad_embeddings([encoder.encode([prompt])[0][0], *negative])
-            self.texts.append(((context[:1], lens[:1]), (context[1:], lens[1:]) if negative else None))
+        """Embed the prompts, and the negative prompts, with this encoder; all clips from now on are made from that."""
+        self.texts = [self.sampler.encode_text(self.pipe, r.settings, [r.prompt], encoder) for r in self.requests]
 
     def write(self, step):
-        """Sample with the models as they are now."""
+        """Sample with the models as they are now; returns the contact sheet's file, on the main rank."""
         clips, pipe = [], self.pipe
         for model in pipe.loaded():
             model.eval()
-        for i, (prompt, text) in enumerate(zip(self.prompts, self.texts)):
-            latents = self.sample_latents(pipe, text, [self.seed + i], progress=False)
+        for i, (r, text, (video, conditions)) in enumerate(zip(self.requests, self.texts, self.videos)):
+            latents = self.sampler.sample_clip(
+                pipe, r.settings, text, video.noise(0, r.seed)[None], conditions, progress=False
+            )
             if pipe.world.is_main:
-                clips.append(self.decode(pipe, latents)[0].cpu())
-                write_mp4(self.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], pipe.settings.fps, prompt)
-        if clips:
-            pipe.evict("vae")
-            write_grid(self.out / f"step_{step:06d}.png", clips, self.prompts)
-            print(f"previews: {self.out / f'step_{step:06d}.png'}", flush=True)
+                clips.append(video.decode(0, latents, lambda z: self.sampler.decode(pipe, z)).cpu())
+                write_mp4(r.out / f"step_{step:06d}_{i:02d}.mp4", clips[-1], video.fps, r.prompt)
+        if not clips:
+            return None
+        pipe.evict("vae")
+        sheet = self.requests[0].out / f"step_{step:06d}.png"
+        write_grid(sheet, clips, [r.prompt for r in self.requests])
+        print(f"previews: {sheet}", flush=True)
+        return sheet

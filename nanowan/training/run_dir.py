@@ -1,10 +1,10 @@
 """A training run's folder: log, lock, the states from which it resumes, and which flags may change then.
 
-OUT/flags.json (flags, versions, commit), log.jsonl, tensorboard/, and checkpoints/step_N.pt. States are written whole
-or not at all; the last few stay, so that there is another one where the newest is damaged.
+OUT/config.toml (the flags, for --config), flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
+checkpoints/step_N.pt. States are written whole or not at all; the last few stay, so that there is another one where the
+newest is damaged.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -20,61 +20,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nanowan.errors import BadInput
 from nanowan.files import atomic, remove_leftovers, save_pickle, writing
-
-
-class Scalars:
-    """TensorBoard's file of a run's numbers. Its own writer works in a thread, where a full disk is a traceback."""
-
-    def __init__(self, folder, purge_step):
-        """Of what earlier files in the folder hold, TensorBoard drops the steps from purge_step on."""
-        folder = Path(folder)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = AppendedFile(folder / name)
-        self._write(file_version="brain.Event:2")
-        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **event):
-        RecordWriter(self.file).write(Event(wall_time=time.time(), **event).SerializeToString())
-
-    def write(self, step, values):
-        """values: {name: number}."""
-        self._write(step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
-
-    def close(self):
-        self.file.close()
-
-
-class AppendedFile:
-    """A file to whose end each write goes at once, so that nothing waits in a buffer when the process dies."""
-
-    def __init__(self, path):
-        self.path = path
-        with writing(path):
-            self.file = open(path, "ab", buffering=0)
-
-    def write(self, data):
-        view = memoryview(data)
-        with writing(self.path):
-            while view:  # a nearly full disk takes a part
-                view = view[self.file.write(view) :]
-
-    def close(self):
-        self.file.close()
-
-
-def shown(value):
-    """A number, or a list of them, for the screen."""
-    if isinstance(value, list):
-        return "/".join(map(shown, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+from nanowan.flags import write_config
+from nanowan.training.log import Log
 
 
 def differences(before, now):
@@ -122,7 +72,8 @@ class Run:
     """One training run on the folder OUT; a context manager. Of several ranks, only the main one writes.
 
     From here on Ctrl-C and SIGTERM end the run in order: before `restore` at once, since what was cached so far is on
-    the disk; after it `stop` is True, and the loop saves and leaves. Another one, later, ends it at once.
+    the disk; after it `stop` is the signal's number, and the loop saves and leaves by `leave`. Another one, later, ends
+    it at once.
     Raises BadInput where another process runs on OUT; where OUT holds a run and `resume` is not asked for, unless this
     same job wrote it before torchrun started its processes anew; and where flags["steps"] are fewer than are done.
     """
@@ -130,8 +81,8 @@ class Run:
     def __init__(self, out, flags, resume, is_main=True, keep=2, defaults=None):
         self.out, self.keep, self.is_main, self.flags = Path(out), keep, is_main, flags
         self.defaults = {"draws": 1, **(defaults or {})}
-        self.stop, self.asked_at, self.training = False, 0.0, False
-        self.states, self.log_file, self.scalars, self.lock_file = self.out / "checkpoints", None, None, None
+        self.stop, self.asked_at, self.training = 0, 0.0, False
+        self.states, self.logs, self.lock_file = self.out / "checkpoints", None, None
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.job = (
             f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -167,7 +118,7 @@ class Run:
         """Let go of the folder and of the signals."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        for file in (self.log_file, self.scalars, self.lock_file):
+        for file in (self.logs, self.lock_file):
             if file is not None:
                 file.close()
 
@@ -226,7 +177,7 @@ class Run:
             os._exit(128 + number)
         if self.stop:
             return
-        self.stop, self.asked_at = True, now
+        self.stop, self.asked_at = number, now
         if not self.training:
             os.write(2, b"stopped before the first step; what is cached so far stays\n")
             sys.exit(128 + number)
@@ -318,35 +269,38 @@ class Run:
                 old.unlink()
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
 
+    def leave(self):
+        """End the process as a signal would have: 130 for Ctrl-C, 143 for SIGTERM, also if another rank was asked to."""
+        sys.exit(128 + (self.stop or signal.SIGTERM))
+
     # ---- log -----------------------------------------------------------------------------------------------------
     def _begin_log(self, step):
-        """Write flags.json, and open the log and TensorBoard's file behind what they hold up to `step`."""
+        """Write config.toml and flags.json, and open the logs behind what they hold up to `step`."""
+        write_config(self.out / "config.toml", self.flags)
         with atomic(self.out / "flags.json") as tmp:
             tmp.write_text(json.dumps(self.metadata, indent=1) + "\n")
-        log, kept = self.out / "log.jsonl", []
-        for line in log.read_text().splitlines() if step and log.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        with atomic(log) as tmp:
-            tmp.write_text("".join(kept))
-        self.log_file = AppendedFile(log)
-        self.scalars = Scalars(self.out / "tensorboard", step + 1)
+        flags, record = self.flags, {"flags": self.flags, "began": self.date}
+        self.logs = Log(self.out, step, flags.get("steps", 0), flags.get("log_every", 1), flags.get("wandb"), record)
 
     def log(self, step, **values):
-        """One line on the screen, in log.jsonl, and the numbers in TensorBoard."""
-        if not self.is_main:
-            return
-        print(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
-        self.log_file.write((json.dumps({"step": step, **values}) + "\n").encode())
-        self.scalars.write(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+        """One line in log.jsonl, the numbers in TensorBoard, and now and then a line on the screen."""
+        if self.is_main:
+            self.logs.write(step, **values)
+
+    def log_image(self, step, name, file):
+        if self.is_main:
+            self.logs.image(step, name, file)
+
+    def is_best(self, values):
+        """Log.is_best, on the main rank."""
+        return self.is_main and self.logs.is_best(values)
 
 
-def adapter_file(out, name, expert, step=None):
-    """Where a run's adapter lies: OUT/NAME.safetensors, the newest, or NAME_000250.safetensors, that of a step; for the
-    experts of an A14B with _high or _low behind it.
+def adapter_file(out, name, expert):
+    """Where a run's adapter lies: OUT/NAME.safetensors; for the experts of an A14B NAME_high and NAME_low. name: --name,
+    the newest, with _000250 behind it that of a step, with _best that of the lowest held-out loss.
     """
-    number = "" if step is None else f"_{step:06d}"
-    return Path(out) / f"{name}{number}{'' if expert == 'dit' else '_' + expert}.safetensors"
+    return Path(out) / f"{name}{'' if expert == 'dit' else '_' + expert}.safetensors"
 
 
 def remove_older_adapters(out, name, step, keep):

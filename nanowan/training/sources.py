@@ -11,7 +11,7 @@ from nanowan.video import CLIPS, IMAGES, OTHER_MEDIA, Skip, why
 CLIP_MODES = {
     "first": "from its beginning",
     "middle": "around its middle",
-    "uniform": "spread evenly over its whole length",
+    "spaced": "spread evenly over its whole length",
     "several": "one after the other, as many as it holds",
 }  # which frames of a clip
 PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")

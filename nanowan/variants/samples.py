@@ -61,6 +61,10 @@ class Samples:
         """
         return tensors
 
+    def to_decode(self, latents, entry):
+        """Latents (1,C,T',h,w) that were sampled under the conditions of an entry -> what the VAE decodes of them."""
+        return latents
+
 
 class FirstFrameSamples(Samples):
     """TI2V: trained with and without its first frame given."""

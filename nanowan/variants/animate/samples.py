@@ -78,6 +78,9 @@ class CharacterSamples(ClipSamples):
         face = tensors["face"] if has_caption else tensors["face.blank"].expand_as(tensors["face"])
         return {k: tensors[k] for k in ("latents", "pose", "clip")} | {"y": tensors[f"y.{drawn}"], "face": face}
 
+    def to_decode(self, latents, entry):
+        return latents[:, :, 1:]  # but for the reference
+
 
 def known_frames(item):
     """How many frames a sample may take over from the one before it, as --refert_num: at most half of its own."""

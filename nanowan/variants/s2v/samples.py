@@ -104,3 +104,6 @@ class SpeechSamples(ClipSamples):
         if not has_caption:
             entry["audio"] = torch.zeros_like(entry["audio"])
         return entry | {"ref": tensors["ref"]}
+
+    def to_decode(self, latents, entry):
+        return torch.cat([entry["ref"][None].to(latents), latents], 2)

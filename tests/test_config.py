@@ -1,0 +1,120 @@
+"""Command lines: config files give the same flags, errors are one line and name the nearest flag."""
+
+import argparse
+import json
+
+import pytest
+
+import sample
+import train_lora
+import train_te
+from nanowan.errors import BadInput
+from nanowan.flags import ELSEWHERE, Parser, read_config, write_config
+
+SCRIPTS = {"sample": sample, "train_lora": train_lora, "train_te": train_te}
+GENERATE_PY = {
+    "ckpt_dir": "ckpt",
+    "frame_num": "frames",
+    "sample_steps": "steps",
+    "sample_shift": "shift",
+    "sample_guide_scale": "guidance",
+    "sample_solver": "solver",
+    "base_seed": "seed",
+    "save_file": "out",
+}
+
+
+def error_of(parse, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("theirs, ours", GENERATE_PY.items())
+def test_official_flags_name_their_counterpart(theirs, ours, capsys):
+    err = error_of(lambda: sample.arguments([f"--{theirs}", "x"]), capsys)
+    assert err == f"error: --{theirs}: there is no such flag; it is --{ours} here\n"
+
+
+def test_each_name_of_other_tools_leads_to_a_flag(monkeypatch):
+    parsers = []
+    monkeypatch.setattr(Parser, "parse_args", lambda self, argv=None: parsers.append(self))
+    for script in SCRIPTS.values():
+        script.arguments([])
+    flags = set().union(*(p.flags() for p in parsers))
+    assert set(ELSEWHERE.values()) <= flags and not ELSEWHERE.keys() & flags
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--preview_size=9", "--promtp", "x"], "--promtp: there is no such flag; did you mean --prompt?"),
+        (["--task", "t2v-A14B"], "--task: there is no such flag; the task follows from the checkpoint"),
+        (["--zzzz"], "--zzzz: there is no such flag; --help lists all flags"),
+        (["--seed", "a"], "argument --seed: a: whole numbers, one or a,b,c"),
+    ],
+)
+def test_an_unknown_flag_is_one_line(words, said, capsys):
+    assert said in error_of(lambda: sample.arguments(words[-2:] if "=" in words[0] else words), capsys)
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("sample", "--prompt a --seed 1,2 --lora a.safetensors:0.5 --lora b:1:high --guidance 3,4 --compile"),
+        ("train_lora", "--targets cross_attn.k,ffn.0 --trigger a,b --no-checkpointing --lr 1e-05 --init_lora x:high"),
+        ("train_te", "--keywords maroon=red,blue --keyword_lr 0.5 --caption_mode_probs 1,2,3 --fsdp --checkpointing"),
+    ],
+)
+@pytest.mark.parametrize("form", ["toml", "json"])
+def test_flags_come_back_from_the_file_that_they_write(tmp_path, script, words, form):
+    given = SCRIPTS[script].arguments(words.split())
+    values = {k: v for k, v in vars(given).items() if v is not None}
+    if form == "toml":
+        write_config(tmp_path / "c.toml", values)
+    else:
+        (tmp_path / "c.json").write_text(json.dumps({k: v for k, v in values.items() if k != "resume"}))
+    again = SCRIPTS[script].arguments(["--config", str(tmp_path / f"c.{form}")])
+    assert vars(again) == vars(given) | {"config": str(tmp_path / f"c.{form}")}
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('lora = ["a", "b"]\nsteps = 3\nframes = 5\ncompile = true\n')
+    args = sample.arguments(["--steps", "4", "--lora", "c", "--config", str(file)])
+    assert (args.steps, args.frames, args.lora, args.compile) == (4, 5, ["c"], True)
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("c.toml", "step = 3", "c.toml: step: there is no such flag; did you mean --steps?"),
+        ("c.toml", "base_seed = 3", "base_seed: there is no such flag; it is --seed here"),
+        ("c.toml", "compile = 1", "compile = 1: should be true or false"),
+        ("c.toml", "steps 3", "c.toml: not TOML"),
+        ("c.json", "steps = 3", "c.json: not JSON"),
+        ("c.json", "[3]", "c.json: should hold flags and their values"),
+        ("none.toml", None, "none.toml: No such file"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput) as e:
+        sample.arguments(["--config", str(tmp_path / name)])
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_texts_and_numbers_survive_toml(tmp_path):
+    values = {"a": 'quote " and \\ and ü\n', "b": 1e-7, "c": [1, 2.5], "d": False, "e": None, "help": 1}
+    tables = [{"source": "x", "frames": 5}, {"source": "y", "weight": None}]
+    write_config(tmp_path / "c.toml", values | {"data": tables})
+    want = {k: v for k, v in values.items() if k in "abcd"} | {"data": [tables[0], {"source": "y"}]}
+    assert read_config(tmp_path / "c.toml") == want
+
+
+def test_no_parser_takes_a_part_of_a_flags_name(capsys):
+    assert "did you mean --prompt" in error_of(lambda: sample.arguments(["--promp", "x"]), capsys)
+    assert issubclass(Parser, argparse.ArgumentParser)
