@@ -177,9 +177,3 @@ class TextEncoder(nn.Module):
         ids, lens = self.tokenizer(texts)
         device = self.norm.weight.device
         return self(ids.to(device), lens.to(device)), lens.to(device)
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-# ---- writing -----------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def run(args):
     if args.out and len(pairs) > 1:
         raise BadInput(f"--out {args.out}: one expert's at a time; give {args.changed}:high or :low")
     if args.out and kind_of(pairs[0].path) != "lora":
-        raise BadInput(f"--out {args.out}: only a DiT's LoRA can be held to a cap")
+        raise BadInput(f"--out {args.out}: only a LoRA file of a DiT can be held to a cap")
     all_rows = []
     for pair in pairs:
         rows = delta(pair.path, pair.base, pair.expert)

@@ -100,7 +100,7 @@ def inspect_dit(path, entries):
         "blocks_with": counts,
         "image_conditioning_keys": image_keys > 0,
         "lora_budget": lora_budget(entries),
-        "summary": f"a {c.model_type.upper()} DiT {size}, {image}; "
+        "summary": f"{'an' if c.model_type[0] in 'ais' else 'a'} {c.model_type.upper()} DiT {size}, {image}; "
         + (parts if complete else "some blocks lack projections"),
     }
 

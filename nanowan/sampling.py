@@ -44,11 +44,12 @@ class Request:
     def key(self, args, pipe):
         """A hash of everything that decides the video: all flags but RESUME_MAY_CHANGE, settings, inputs, and files."""
         flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
-        files = [f for name in ("text", "vae", *pipe.settings.expert_names) for f in pipe.files(name)]
+        files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
+        files += pipe.encoder_source().files()
         files += [
             f for folder in {pipe.dir, *(pipe.folder(n) for n in pipe.settings.expert_names)} for f in _configs(folder)
         ]
-        files += [file for file, _, _ in pipe.loras] + [change.file for change in pipe.encoder_source().changes]
+        files += [file for file, _, _ in pipe.loras]
         files += [v for v in self.inputs.values() if isinstance(v, str) and Path(v).exists()]
         parts = {"flags": flags, "prompt": self.prompt, "seed": self.seed, "settings": asdict(self.settings)}
         parts |= {"inputs": self.inputs, "files": sorted(_identity(Path(f)) for f in files)}

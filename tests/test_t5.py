@@ -649,6 +649,19 @@ def test_digests_of_an_encoder(ckpt):
     assert digests([tuned, words]) != digests([words, tuned])
 
 
+def test_words_with_rows_of_their_own(ckpt):
+    """Of train_te.py's placeholders: the tokenizer knows them wherever they are used, also once converted."""
+    _, blocks, rows = trained_encoder()
+    metadata = {"placeholders": json.dumps({"crimson": [9, 101]})}
+    write_encoder_lora(ckpt / "w.safetensors", blocks, rows, IDS, metadata, vocab=200)
+    save_file(tiny.text_encoder().state_dict(), ckpt / "f.safetensors", metadata)
+    convert_t5(ckpt / "f.safetensors", ckpt / "c.safetensors", "comfyui", ckpt / "google" / "umt5-xxl" / "spiece.model")
+    plain = load_t5(ckpt).tokenizer.ids("a crimson square")
+    for name in "wfc":
+        ids = load_t5(ckpt, weights=ckpt / f"{name}.safetensors").tokenizer.ids("a crimson square")
+        assert ids != plain and [i for i in ids if i in (9, 101)] == [9, 101]
+
+
 def test_specs_of_an_encoder(tmp_path):
     (tmp_path / "x:2").touch()
     for text, want in (
@@ -727,6 +740,7 @@ def test_a_lora_of_the_encoder_is_described_measured_and_converted(ckpt, tmp_pat
     for file in (words, small):
         (model,) = inspect(file)
         assert (model["kind"], model["model"], model["blocks"]) == ("text_encoder_lora", "text", [0, 1])
+        assert model["ranks"] == {2: 5}
         assert "a LoRA of the text encoder" in model["summary"] and "3 embedding rows" in model["summary"]
         trained, base = trained_encoder()[0].state_dict(), tiny.text_encoder().state_dict()
         rows = {r["name"]: r for r in diag.delta.delta(file, ckpt)}
@@ -740,7 +754,7 @@ def test_a_lora_of_the_encoder_is_described_measured_and_converted(ckpt, tmp_pat
         assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     with pytest.raises(BadInput, match="--to musubi: of a LoRA of the text encoder, comfyui"):
         diag.convert.run(diag.arguments(["convert", str(words), str(tmp_path / "o.safetensors"), "--to", "musubi"]))
-    with pytest.raises(BadInput, match="only a DiT's LoRA can be held to a cap"):
+    with pytest.raises(BadInput, match="only a LoRA file of a DiT can be held to a cap"):
         diag.delta.run(
             diag.arguments(["delta", str(words), "--ckpt", str(ckpt), "--cap", "1", "--out", "o.safetensors"])
         )

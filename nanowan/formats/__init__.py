@@ -4,7 +4,7 @@ import torch
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16):
-    """A DiT, frozen and in eval mode: Wan, WanS2V or WanAnimate. path: model folder or file (nanowan/formats/dit.py)."""
+    """A DiT, frozen and in eval mode: a Wan, WanS2V or WanAnimate. path: model folder or file (formats/dit.py)."""
     from nanowan.formats.dit import load_wan
 
     return load_wan(path, device, dtype)

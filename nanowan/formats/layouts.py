@@ -2,8 +2,8 @@
 
 Folders are laid out as the official ones or as diffusers', one-file DiTs as ComfyUI's. A DiT or VAE comes out of
 `read_weights` as {official name: Entry}, whatever the layout of its files; weights in 8 bits with scales are
-fp8.ScaledEntry, those of a GGUF file checkpoint.GgufEntry. The text encoder's names are in t5.py, a LoRA's in
-lora_files.py. Source of diffusers' names: its convert_wan_to_diffusers script and the models themselves.
+scaled.ScaledEntry, those of a GGUF file header.GgufEntry. The text encoder's names are in t5.py, a LoRA's in
+lora.py. Source of diffusers' names: its convert_wan_to_diffusers script and the models themselves.
 """
 
 import fnmatch
@@ -219,9 +219,6 @@ def read_weights(files):
     return entries
 
 
-# ---- other dtypes ------------------------------------------------------------------------------------------------
-
-
 # ---- the folders of diffusers ------------------------------------------------------------------------------------
 def is_diffusers(ckpt_dir):
     """Whether a checkpoint folder is laid out as diffusers' save_pretrained does."""
@@ -247,8 +244,8 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """{field: value} of models.Settings that a diffusers folder's model_index.json says, none for another folder.
-    Raises BadInput where it does not fit the folder.
+    """{field: value} of Settings that a diffusers folder's model_index.json says, none for another folder. Raises
+    BadInput where it does not fit the folder.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):

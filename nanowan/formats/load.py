@@ -12,7 +12,7 @@ from nanowan.formats.scaled import FP8, ScaledEntry
 
 
 def put(owner, leaf, tensor):
-    """Give a module its weight `leaf`, frozen; where parallel/ has sharded that, only this rank's part of it."""
+    """Give a module its weight `leaf`, frozen; where nanowan/parallel has sharded that, only this rank's part of it."""
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor

@@ -41,6 +41,7 @@ PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora
 PARTS |= {"diff_b": "diff", "diff_m": "diff"}
 # ComfyUI's names of the text encoder's weights are transformers' behind this
 TEXT_PREFIX = re.compile(r"text_encoders\.(?:umt5xxl\.)?transformer\.")
+TEXT_TABLE = "shared.weight"  # the token embeddings
 LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
 
 SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # that parameters of other models have too
@@ -268,7 +269,7 @@ def describe(path):
     return {
         "model": listing.model,
         "forms": dict(forms),
-        "ranks": dict(Counter(p["A"].shape[0] for _, p in changes if p.get("A") and p["A"].shape)),
+        "ranks": dict(Counter(p["A"].shape[0] for n, p in changes if p.get("A") and p["A"].shape and n != TEXT_TABLE)),
         "targets": dict(Counter(m.group(2) for m in places if m)),
         "blocks": sorted({int(m.group(1)) for m in places if m}),
         "elsewhere": sorted({name for (name, _), m in zip(changes, places) if not m}),

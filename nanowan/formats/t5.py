@@ -178,10 +178,13 @@ class EncoderSource(NamedTuple):
     base: list
     changes: list
 
+    def files(self):
+        return [*self.base, *(f for file, _ in self.changes for f in _files_of(file))]
+
     def digests(self, digest):
         """[digest(file)] of everything that decides the encoder; strengths other than 1 stand behind their file's."""
         changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
-        return [digest(f) for f in self.base] + [digest(f) + (f":{s:g}" if s != 1 else "") for f, s in changed]
+        return [digest(f) for f in self.base] + [digest(f) + (f":{s}" if s != 1 else "") for f, s in changed]
 
 
 def _files_of(file):
@@ -230,7 +233,8 @@ def check_encoder_changes(source, entries):
         strays = [n for n, change in changes.items() if not (n in entries and change.fits(entries[n].shape))]
         if strays:
             there = f"is {entries[strays[0]].shape} there" if strays[0] in entries else "is not there"
-            raise BadInput(f"{file}: not a change of {source.base[0]}: {strays[0]} {there}")
+            what = "a delta" if file.is_file() and is_delta(file) else "a change"
+            raise BadInput(f"{file}: not {what} of {source.base[0]}: {strays[0]} {there}")
         found.append((changes, strength))
     return found
 
@@ -262,7 +266,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
 
     weights: as --text_encoder: FILE[:strength] or a list of such, applied in their order. A file is a whole encoder in
     any layout, train_te.py's delta, or a LoRA; of the first two, strength s gives W + s (W_file - W), where W is the
-    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file.
+    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file; it also knows
+    the words that train_te.py gave rows of their own (`placeholders` in a file's metadata).
     """
     source = encoder_source(ckpt_dir, weights)
     entries, spiece = read_encoder(source.base)
@@ -274,13 +279,13 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
         for name, change in part.items():
             change.add_to(model.get_parameter(name), strength)
     model.tokenizer = load_tokenizer(ckpt_dir, spiece)
-    for file in [*source.base, *(f for spec in source.changes for f in _files_of(spec.file))]:
+    for file in source.files():
         model.tokenizer.add_words(placeholder_words(file))
     return model
 
 
 def placeholder_words(file):
-    """{word: [id]} of an encoder's file whose words were given rows of their own (train_te.py, --placeholders)."""
+    """{word: [id]} of an encoder's file: the words that train_te.py gave rows of their own."""
     return json.loads(read_header(file)[1].get("placeholders", "{}"))
 
 
@@ -368,14 +373,15 @@ def convert_t5(source, out, layout, tokenizer=None):
         with atomic(out / "config.json") as tmp:
             tmp.write_text(json.dumps(transformers_config(model), indent=2) + "\n")
         out = out / "model.safetensors"
-    save(out, in_layout(cast(encoder.entries), layout, spiece), {"format": "pt"})
+    words = {k: v for k, v in read_header(files[0])[1].items() if k == "placeholders"}
+    save(out, in_layout(cast(encoder.entries), layout, spiece), {"format": "pt", **words})
 
 
 # ---- LoRAs of the encoder ----------------------------------------------------------------------------------------
 LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
-def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab=XXL[0], compact=False):
+def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
     """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads, with no change to prompts.
 
     blocks: {official module name: (A (r,in), B (out,r))} whose dW is B A. rows (n,D) are added to the rows `ids` (n) of
