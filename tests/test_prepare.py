@@ -14,8 +14,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers.media import read_sound
 from PIL import Image
-from test_long_video import read_sound, run
 
 from benchmarks.tiny_animate import frames, write_video
 from nanowan.errors import BadInput
@@ -141,6 +141,12 @@ def pictures(n=3, width=300, height=220):
     y, x = np.mgrid[:height, :width]
     waves = [[np.sin((x * a + y * b) / 40 + i) for a, b in ((1, 0), (0, 1), (1, -1))] for i in range(n)]
     return [(np.stack(w, -1) * [60, 40, 20] + [150, 100, 60]).round().astype(np.uint8) for w in waves]
+
+
+def run(monkeypatch, *flags):
+    """prepare.py's main with these flags."""
+    monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, flags)])
+    prepare.main()
 
 
 # ---- the official rules ----------------------------------------------------------------------------------------------
@@ -300,7 +306,7 @@ def stack(images):
 
 
 def test_makes_a_folder_to_animate(given, tmp_path, monkeypatch):
-    run(monkeypatch, *flags(given, tmp_path / "out"), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out"))
     assert (tmp_path / "out" / "src_ref.png").read_bytes() == (given / "i.jpg").read_bytes()
     source = read_source(tmp_path / "out", False, FACE_SIDE)
     assert source.pose[0].shape == (64, 32, 3) and abs(source.fps - 30) < 1e-6  # the picture's aspect
@@ -316,7 +322,7 @@ def test_makes_a_folder_to_replace(given, tmp_path, monkeypatch):
     """At half the size and rate, from keypoints."""
     changes = dict(pose_video=None, faces=None, keypoints=given / "points.json", mask_video=given / "mask.mp4")
     more = dict(fps="15", size="48x32", iterations="1", k="3")
-    run(monkeypatch, *flags(given, tmp_path / "out", **changes, **more), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **changes, **more))
     source, taken = read_source(tmp_path / "out", True, FACE_SIDE), [0, 2, 4, 6]
     video = [fit_frame(frames(N, H, W, 1)[i], 48, 32) for i in taken]
     points = [person(W, H, i) * [0.5, 0.5, 1] for i in taken]
@@ -333,7 +339,7 @@ def test_makes_a_folder_to_replace(given, tmp_path, monkeypatch):
 def test_networks_give_poses_and_faces(given, tmp_path, monkeypatch):
     write_video(tmp_path / "v.mp4", pictures(), rate=30)
     made = {"video": tmp_path / "v.mp4", "pose_video": None, "faces": None, "process_checkpoint": given / "networks"}
-    run(monkeypatch, *flags(given, tmp_path / "out", **made), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **made))
     source, networks = read_source(tmp_path / "out", False, FACE_SIDE), Networks(given / "networks")
     for image, pose, face in zip(pictures(), source.pose, source.face):
         points = networks.keypoints(image)
@@ -346,7 +352,7 @@ def test_sound_stays_where_it_is(given, tmp_path, monkeypatch, start):
     """Also in what is made of the folder, by where it begins there."""
     noise = write_with_sound(tmp_path / "v.mkv", 30, start)
     both = {"video": tmp_path / "v.mkv", "pose_video": tmp_path / "v.mkv"}
-    run(monkeypatch, *flags(given, tmp_path / "out", **both), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **both))
     first, second = tmp_path / "out" / "src_pose.mp4", tmp_path / "again.mp4"
     write_frames(second, [np.zeros((24, 16, 16, 3), np.uint8)], 30, sound=first, sound_offset=sound_delay(first))
     for file in (first, second):
@@ -467,7 +473,7 @@ def test_what_does_not_fit_is_refused(given, tmp_path, monkeypatch, changes, mes
             found = [f for f in (folder / value, given / value) if f.exists() and not (flag == "out")]
             changes = changes | {flag: found[0] if found else given if value == "." else value}
     with pytest.raises(BadInput, match=message) as e:
-        run(monkeypatch, *flags(given, **{"out": tmp_path / "out"} | changes), main=prepare.main)
+        run(monkeypatch, *flags(given, **{"out": tmp_path / "out"} | changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -489,10 +495,10 @@ def test_a_killed_run_leaves_nothing_half(given, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare, "write_frames", die)
-        run(patch, *flags(given, out), main=prepare.main)
+        run(patch, *flags(given, out))
     assert not list(tmp_path.iterdir())
     left = tmp_path / ".out.partial"
     left.mkdir()
     (left / "src_bg.mp4").write_text("half")
-    run(monkeypatch, *flags(given, out), main=prepare.main)
+    run(monkeypatch, *flags(given, out))
     assert [f.name for f in tmp_path.iterdir()] == ["out"] and not (out / "src_bg.mp4").exists()
