@@ -20,7 +20,8 @@ from nanowan.errors import BadInput, Skip
 from nanowan.files import remove_leftovers
 from nanowan.formats.header import load
 from nanowan.formats.t5 import read_encoder, tokenizer_file
-from nanowan.training.sources import check_usable, find_media, report
+from nanowan.training import report
+from nanowan.training.sources import check_usable, find_media
 
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
 MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
@@ -252,7 +253,8 @@ class Dataset:
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
         self.texts = list(dict.fromkeys([*self.captions, *prompts]))
         self._choose_batches()
-        print(report(items, skipped))
+        self.skipped = skipped
+        print(report.text(report.describe(self)))
         if self.samples.frames_after:
             long = sum(i.frames_after > 0 for i in items)
             print(
@@ -294,13 +296,17 @@ class Dataset:
 
     def cache_latents(self):
         """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
-        mine, pipe = (self.items + self.val_items)[self.world.rank :: self.world.size], self.pipe
-        vae_file = pipe.files("vae")[0]
-        failed = cache.cache_latents(mine, self.config.cache, vae_file, lambda: pipe.acquire("vae"), self.samples)
+        items, pipe, rank = self.items + self.val_items, self.pipe, self.world.rank
+        files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank decodes a file
+        mine = [item for item in items if item.path in files]
+        self.sheet = report.DataSheet(items)
+        where = self.config.cache, pipe.files("vae")[0]
+        failed = cache.cache_latents(mine, *where, lambda: pipe.acquire("vae"), self.samples, self.sheet.add)
+        pipe.drop("vae", *pipe.settings.conditioning.encoders)
+        failed = self.world.gather_lists(failed)
         for path, reason in failed:
             print(f"  skipped {path}: {reason}", flush=True)
-        pipe.drop("vae", *pipe.settings.conditioning.encoders)
-        self.world.barrier()
+        self.skipped = self.skipped + failed
         self._drop_uncached()
 
     def _drop_uncached(self):

@@ -56,6 +56,7 @@ from nanowan.training.flags import (
 )
 from nanowan.training.optim import adamw
 from nanowan.training.previews import Previews
+from nanowan.training.report import write_report
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
 from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
@@ -259,7 +260,10 @@ def train(args, world):
     # latents and text embeddings, cached
     dataset.cache_latents()
     texts = dataset.cache_texts()
+    if world.is_main:
+        dataset.sheet.write(run.out / "data.png")
     if args.cache_only:
+        write_report(dataset)
         return
     previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)
     if preview_prompts:

@@ -20,7 +20,8 @@ from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
-from nanowan.training.sources import report
+from nanowan.training.report import describe_items, text
+
 from nanowan.variants.samples import ImageChannelsSamples, Samples
 from nanowan.video import Skip, write_mp4
 
@@ -149,7 +150,7 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
         and why["cut.mp4"] == "has no frames"
     )
     assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
-    assert all(p.name in report(items, skipped) for p, _ in skipped)
+    assert all(p.name in text(describe_items(items, skipped)) for p, _ in skipped)
 
 
 def test_photographs_are_read_upright_and_whole(tmp_path):
@@ -534,7 +535,7 @@ def test_lists_of_every_habit(tmp_path, kind, path, caption):
         ("a.png", ["a cat, running"], 1),
         ("b.png", ["b"], 3),
     ]
-    assert not skipped and "seen 4 times an epoch" in report(items, skipped)
+    assert not skipped and "seen 4 times an epoch" in text(describe_items(items, skipped))
 
 
 def test_a_csv_that_cannot_be_understood(tmp_path):
