@@ -127,7 +127,7 @@ def in_threads(jobs, run):
         finally:
             put(None)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(DECODERS)]
+    threads = [threading.Thread(target=work, name="decoder", daemon=True) for _ in range(DECODERS)]
     try:
         for thread in threads:
             thread.start()

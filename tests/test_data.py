@@ -20,9 +20,9 @@ from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
-from nanowan.training.report import describe_items, text
-
+from nanowan.training import report
 from nanowan.variants.samples import ImageChannelsSamples, Samples
+from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import Skip, write_mp4
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,7 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
         and why["cut.mp4"] == "has no frames"
     )
     assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
-    assert all(p.name in text(describe_items(items, skipped)) for p, _ in skipped)
+    assert all(p.name in report.text(report.describe_items(items, skipped)) for p, _ in skipped)
 
 
 def test_photographs_are_read_upright_and_whole(tmp_path):
@@ -245,6 +245,18 @@ def test_frames_far_apart_are_a_damaged_clock(tmp_path):
     with pytest.raises(Skip, match="3600 s apart"):
         data.clip_windows([0, 1, 2, 3, 4, 3604], 9, 8, "several")
     assert len(data.clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
+
+
+def test_a_sidecar_without_its_clip_is_listed(tmp_path):
+    class Posed(ClipSamples):
+        videos = ("pose",)
+
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "a.pose.mp4")
+    clip(tmp_path / "b.pose.mp4")
+    items, skipped = data.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
+    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose")]
+    assert skipped == [(tmp_path / "b.pose.mp4", "belongs to a clip b, which is not there")]
 
 
 def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
@@ -535,7 +547,7 @@ def test_lists_of_every_habit(tmp_path, kind, path, caption):
         ("a.png", ["a cat, running"], 1),
         ("b.png", ["b"], 3),
     ]
-    assert not skipped and "seen 4 times an epoch" in text(describe_items(items, skipped))
+    assert not skipped and "seen 4 times an epoch" in report.text(report.describe_items(items, skipped))
 
 
 def test_a_csv_that_cannot_be_understood(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers.media import read_sound
+from helpers.media import read_sound, write_timed
 from PIL import Image
 
 from benchmarks.tiny_animate import frames, write_video
@@ -347,6 +347,37 @@ def test_networks_give_poses_and_faces(given, tmp_path, monkeypatch):
         assert np.array_equal(face, face_crop(image, (*points[23:91, :2].min(0), *points[23:91, :2].max(0))))
 
 
+def test_videos_of_variable_rate_are_followed_by_time(given, tmp_path, monkeypatch):
+    """30 per second for half a second, then 10; the poses at 30 throughout. At each time stands what is shown then, the
+    face too.
+    """
+    times = [*(k / 30 for k in range(15)), *(0.5 + k / 10 for k in range(10))]
+    write_timed(tmp_path / "v.mp4", [np.full((H, W, 3), round(100 * t), np.uint8) for t in times], times)
+    even = [k / 30 for k in range(44)]
+    write_timed(tmp_path / "pose.mp4", [np.full((H, W, 3), round(100 * t), np.uint8) for t in even], even)
+    both = {"video": tmp_path / "v.mp4", "pose_video": tmp_path / "pose.mp4", "fps": "20"}
+    run(monkeypatch, *flags(given, tmp_path / "out", **both))
+    source = read_source(tmp_path / "out", False, FACE_SIDE)
+    assert len(source.pose) == len(source.face) and 27 <= len(source.pose) <= 29
+    for k, (pose, face) in enumerate(zip(source.pose, source.face)):
+        assert abs(face.mean() / 100 - k / 20) <= 0.05 + 0.006
+        assert abs(pose.max() / 100 - face.mean() / 100) <= 1 / 60 + 0.01
+
+
+def test_pixels_that_are_not_square_are_made_square(given, tmp_path, monkeypatch):
+    """A circle in both videos, which are stored at half of its width."""
+    circle = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 24
+    image = np.repeat(circle[:, ::2, None] * np.uint8(255), 3, 2)
+    write_timed(tmp_path / "v.mp4", [image] * 4, [k / 30 for k in range(4)], aspect=2)
+    Image.new("RGB", (64, 64)).save(tmp_path / "i.png")
+    (tmp_path / "box.json").write_text("[8, 8, 56, 56]")
+    both = {"video": tmp_path / "v.mp4", "pose_video": tmp_path / "v.mp4", "image": tmp_path / "i.png", "size": "64x64"}
+    run(monkeypatch, *flags(given, tmp_path / "out", faces=tmp_path / "box.json", **both))
+    source = read_source(tmp_path / "out", False, FACE_SIDE)
+    for inside in (source.pose[0][..., 0] > 127, source.face[0][..., 0] > 127):
+        assert abs(inside.any(0).sum() / inside.any(1).sum() - 1) < 0.05 and inside.any(0).sum() > 40
+
+
 @pytest.mark.parametrize("start", [0, 0.1])
 def test_sound_stays_where_it_is(given, tmp_path, monkeypatch, start):
     """Also in what is made of the folder, by where it begins there."""
@@ -388,7 +419,9 @@ def test_sound_before_the_pictures_is_left_out(tmp_path):
 )
 def test_faces_are_read(tmp_path, text, want):
     (tmp_path / "f.json").write_text(text)
-    got = prepare.read_faces(tmp_path / "f.json", prepare.Clip("v.mp4", "--video", [k / 30 for k in range(5)], 40, 30, 30.0))
+    got = prepare.read_faces(
+        tmp_path / "f.json", prepare.Clip("v.mp4", "--video", [k / 30 for k in range(5)], 40, 30, 30.0)
+    )
     want = np.array(want, float)
     want[:, 2] = [11, 11, 12, 13, 13] if text[0] == "{" else want[:, 2]
     assert np.array_equal(got, want)

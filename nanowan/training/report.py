@@ -165,7 +165,7 @@ class DataSheet:
         if not self.items or path.exists() and key_of(path) == key:
             return
         w, h = 3 * CELL[0] + 8, CELL[1] + 34
-        sheet = Image.new("RGB", (COLUMNS * w, h * math.ceil(len(self.items) / COLUMNS)), "white")
+        sheet = Image.new("RGB", (COLUMNS * w, h * math.ceil(len(self.items) / COLUMNS)), "lightgrey")
         pen = ImageDraw.Draw(sheet)
         for n, item in enumerate(self.items):
             x, y = n % COLUMNS * w + 4, n // COLUMNS * h
