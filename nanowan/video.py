@@ -262,7 +262,7 @@ def describe(frames, stream):
 
 def orientation(frame):
     """(a, b, c, d) of -1, 0 and 1: a stored pixel at (x, y) is shown at (a x + c y, b x + d y), but for the picture's
-    origin. Raises Skip for an angle between.
+    origin. Raises Skip for other angles.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
@@ -270,7 +270,7 @@ def orientation(frame):
     a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data))
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, turned) > 0.02 * max(straight, turned):  # a degree
-        raise Skip(f"is to be shown turned by {math.degrees(math.atan2(b, a)):.0f} degrees")
+        raise Skip("is to be shown turned by another angle than quarters, or slanted")
     signs = [1 if v >= 0 else -1 for v in (a, b, c, d)]
     return (0, signs[1], signs[2], 0) if turned > straight else (signs[0], 0, 0, signs[3])
 
@@ -684,7 +684,7 @@ def latent_preview(latents, colors):
 
 def to_video(frames, device="cpu"):
     """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1], on a device."""
-    return torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def preview_writer(colors, path, every, label):
