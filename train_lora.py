@@ -38,7 +38,7 @@ from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_texts
 from nanowan.settings import parse_size
-from nanowan.training.captions import has_keyword, without_keywords
+from nanowan.training.captions import count_files, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
@@ -310,7 +310,7 @@ def train(args, world):
         return metrics
 
     def save(step):
-        triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
+        triggers = {word: count_files(dataset.items, word) for word in args.trigger}
         total_batch = args.batch * args.accumulate * world.dp_size
         info = AdapterInfo(s.variant, run.date, triggers, size, args.steps, args.lr, args.batch, total_batch)
         with state.averaged():

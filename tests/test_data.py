@@ -21,6 +21,7 @@ from nanowan import cache, video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.training import report
+from nanowan.training.captions import count_files
 from nanowan.variants.samples import ImageChannelsSamples, Samples
 from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import Skip, write_mp4
@@ -460,6 +461,13 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
         other[i] = tmp_path / "other"
         other[i].write_bytes(file[i].read_bytes() + b"x")
         assert cached(["a cat"], other, torch.float32)["a cat"] != files["a cat"]
+
+
+def test_trained_words_are_counted_by_files():
+    """Not by captions, of which several files may have the same and one may have many; nor by windows."""
+    captions = [["a red cat", "red"], ["a red cat"], ["a red cat"], ["a dog"]]
+    items = [data.Item(Path(f"{i}.mp4"), c, 8, 8, 5, 8, start=s) for i, c in enumerate(captions) for s in (0.0, 1.0)]
+    assert [count_files(items, word) for word in ("red", "dog", "cow")] == [3, 1, 0]
 
 
 def items_of(sizes):
