@@ -16,12 +16,12 @@ import torch
 
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from nanowan import cache
-from nanowan.errors import BadInput
+from nanowan.errors import BadInput, Skip
 from nanowan.files import remove_leftovers
 from nanowan.formats.header import load
 from nanowan.formats.t5 import read_encoder, tokenizer_file
-from nanowan.training.sources import check_usable, find_media, report
-from nanowan.video import Skip
+from nanowan.training import report
+from nanowan.training.sources import check_usable, find_media
 
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
 MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
@@ -33,8 +33,9 @@ PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
 @dataclass
 class Item:
     """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. source_size: (width,
-    height) in px at which the file is shown. sidecars: {kind: (file, digest)} of the files that belong to it.
+    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. sidecars: {kind: (file,
+    digest)} of the files that belong to it. source_size, seconds: (width, height) in px at which the file is shown, and
+    for how long (0: a still). notes, changed: video.Shown's; `changed` by kind of sidecar, "" being the file itself.
     """
 
     path: Path
@@ -49,6 +50,9 @@ class Item:
     source_size: tuple = (0, 0)
     frames_after: int = 0
     sidecars: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: list = field(default_factory=list)
+    changed: dict = field(default_factory=dict)
 
     @property
     def bucket(self):
@@ -106,17 +110,20 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, 
     items, skipped = [], []
     over, after = (samples.frames_over, samples.frames_after) if samples else (1, 0)
     for path, captions, repeat in find_media(Path(source)):
-        if samples and captions is None and samples.is_sidecar(path):
-            continue
         try:
+            if samples and captions is None and samples.is_sidecar(path):
+                continue
             captions = check_usable(path, captions)
             name = cache.digest(path)
-            width, height, times = shown = cache.cached_probe(path, name, cache_dir)
+            width, height, times, notes, _ = shown = cache.cached_probe(path, name, cache_dir)
             bucket = nearest_bucket(width, height, area, multiple)
             sidecars = samples.sidecars(path, shown, cache_dir) if samples else {}
+            changed = samples.changed(path, shown, sidecars, cache_dir) if samples else {"": shown.changed}
+            changed = {kind: what for kind, what in changed.items() if what}
             windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode, over)
+            about = dict(source_size=(width, height), seconds=times[-1] if times else 0.0, notes=notes, changed=changed)
             for start, n, rate in windows:
-                item = Item(path, captions, *bucket, n, rate, start, name, repeat, (width, height), 0, sidecars)
+                item = Item(path, captions, *bucket, n, rate, start, name, repeat, sidecars=sidecars, **about)
                 if after and frames_from(start, times, rate) >= n + after:
                     item.frames_after = after
                 items.append(item)
@@ -246,7 +253,8 @@ class Dataset:
         self.captions = ["", *dict.fromkeys(c for i in items for c in i.captions)]
         self.texts = list(dict.fromkeys([*self.captions, *prompts]))
         self._choose_batches()
-        print(report(items, skipped))
+        self.skipped = skipped
+        print(report.text(report.describe(self)))
         if self.samples.frames_after:
             long = sum(i.frames_after > 0 for i in items)
             print(
@@ -288,13 +296,17 @@ class Dataset:
 
     def cache_latents(self):
         """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
-        mine, pipe = (self.items + self.val_items)[self.world.rank :: self.world.size], self.pipe
-        vae_file = pipe.files("vae")[0]
-        failed = cache.cache_latents(mine, self.config.cache, vae_file, lambda: pipe.acquire("vae"), self.samples)
+        items, pipe, rank = self.items + self.val_items, self.pipe, self.world.rank
+        files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank decodes a file
+        mine = [item for item in items if item.path in files]
+        self.sheet = report.DataSheet(items)
+        where = self.config.cache, pipe.files("vae")[0]
+        failed = cache.cache_latents(mine, *where, lambda: pipe.acquire("vae"), self.samples, self.sheet.add)
+        pipe.drop("vae", *pipe.settings.conditioning.encoders)
+        failed = self.world.gather_lists(failed)
         for path, reason in failed:
             print(f"  skipped {path}: {reason}", flush=True)
-        pipe.drop("vae", *pipe.settings.conditioning.encoders)
-        self.world.barrier()
+        self.skipped = self.skipped + failed
         self._drop_uncached()
 
     def _drop_uncached(self):

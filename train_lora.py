@@ -29,12 +29,19 @@ from nanowan.errors import BadInput, cli
 from nanowan.flags import Parser
 from nanowan.formats.dit import new_dit
 from nanowan.formats.header import load
-from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec, start_from, write_lora
+from nanowan.formats.lora import (
+    AdapterInfo,
+    changes_to_start_from,
+    choose_experts,
+    parse_lora_spec,
+    start_from,
+    write_lora,
+)
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_prompts, read_texts
 from nanowan.settings import parse_size
-from nanowan.training.captions import has_keyword, without_keywords
+from nanowan.training.captions import count_files, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
@@ -52,6 +59,7 @@ from nanowan.training.flags import (
 )
 from nanowan.training.optim import adamw
 from nanowan.training.previews import Previews, preview_requests
+from nanowan.training.report import write_report
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
 from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
@@ -255,7 +263,10 @@ def train(args, world):
     # latents and text embeddings, cached
     dataset.cache_latents()
     texts = dataset.cache_texts()
+    if world.is_main:
+        dataset.sheet.write(run.out / "data.png")
     if args.cache_only:
+        write_report(dataset)
         return
     previews.open(dataset)
     if preview_prompts:
@@ -304,14 +315,14 @@ def train(args, world):
         return metrics
 
     def write_adapters(step, *names):
-        triggers = {word: sum(has_keyword(c, [word]) for c in dataset.captions) for word in args.trigger}
+        triggers = {word: count_files(dataset.items, word) for word in args.trigger}
+        total_batch = args.batch * args.accumulate * world.dp_size
+        info = AdapterInfo(s.variant, run.date, triggers, size, args.steps, args.lr, args.batch, total_batch)
         for expert in schedule if world.is_main else ():
             if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
                 clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)
-            metadata = {"variant": s.variant, "date": run.date, "trained_words": triggers}
             for name in names:
-                file = adapter_file(run.out, name, expert)
-                write_lora(file, adapters[expert], scale, step=step, expert=expert, **metadata)
+                write_lora(adapter_file(run.out, name, expert), adapters[expert], scale, info, step=step, expert=expert)
 
     def save(step):
         with state.averaged():

@@ -67,6 +67,7 @@ from nanowan.training.keywords import (
 )
 from nanowan.training.optim import AdamW8bit, adamw
 from nanowan.training.previews import Previews, preview_requests
+from nanowan.training.report import write_report
 from nanowan.training.run_dir import Run
 from nanowan.training.state import TrainState, resume_fingerprint
 from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
@@ -247,7 +248,10 @@ def train(args, world):
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
+    if world.is_main:
+        dataset.sheet.write(run.out / "data.png")
     if args.cache_only:
+        write_report(dataset)
         return
     previews.open(dataset)
 

@@ -1,29 +1,37 @@
 """Files that are kept between runs, named by a hash of everything that decides their contents."""
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanowan.errors import BadInput
+from nanowan.errors import BadInput, Skip
 from nanowan.files import atomic
 from nanowan.formats.header import save
-from nanowan.video import Skip, cover, is_image, nearest_frames, open_photo, probe, to_video
+from nanowan.video import Shown, cover, is_sound_broken, probe, read_windows, to_video
+
+DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples while others are encoded
 
 
-def cached_probe(path, digest, cache):
-    """`probe`, kept in the cache by the file's digest: a clip is decoded once, not at every start."""
+# ---- what files are shown as -----------------------------------------------------------------------------------------
+def remembered(cache, answer, **question):
+    """answer(), kept in the cache under what it answers, so that a file is looked at once and not at every start."""
     if cache is None:
-        return probe(path)
-    file = cache_file(cache, ".json", shown=digest, kind=path.suffix.lower())
+        return answer()
+    file = cache_file(cache, ".json", **question)
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):  # not there, or damaged
-        found = probe(path)
+        found = answer()
     try:
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(found))
@@ -32,24 +40,109 @@ def cached_probe(path, digest, cache):
     return found
 
 
-def sidecar_frames(item, kind=None, size=None):
-    """The frames (H,W,3) uint8 of a clip, or of its sidecar of this kind at the same times, those after the sample
-    included. size: (width, height), if it is not the bucket's.
+def cached_probe(path, digest, cache):
+    """`video.probe`, remembered by the file's digest."""
+    return Shown(*remembered(cache, lambda: list(probe(path)), shown=digest, kind=path.suffix.lower(), version=2))
+
+
+def cached_is_sound_broken(path, digest, cache):
+    return remembered(cache, lambda: is_sound_broken(path), sound=digest)
+
+
+# ---- samples, decoded ------------------------------------------------------------------------------------------------
+def wanted_times(item):
+    """Seconds at which the frames of an item are taken, those after the sample included."""
+    return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
+
+
+def covering(width, height):
+    """A function from a video.Frame to its picture (height,width,3) uint8, resized and cropped."""
+    return lambda frame: np.array(cover(frame.image, width, height, frame.size))
+
+
+def read_items(items, sizes=None, cache=None):
+    """Yield {kind: frames (H,W,3) uint8} for each of some items of one file, by their start; "" is the file itself, the
+    others are its sidecars at the same times. sizes: {kind: (width, height)} of those. Each file is decoded once, and
+    about one sample of each is held. Raises Skip.
     """
-    wanted = [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
-    file = item.sidecars[kind][0] if kind else item.path
-    return nearest_frames(file, wanted, *(size or (item.width, item.height)))
+    windows, readers = [wanted_times(item) for item in items], {}
+    for item in items[:1]:
+        files = {"": (item.path, item.digest)} | item.sidecars
+        for kind, size in ({"": (item.width, item.height)} | (sizes or {})).items():
+            readers[kind] = read_file(*files[kind], windows, size, cache, f"its {files[kind][0].name} " if kind else "")
+    for parts in zip(*readers.values()):
+        yield dict(zip(readers, parts))
+
+
+def read_file(path, name, windows, size, cache, called):
+    """`video.read_windows` of a file with this digest, covering `size`; a Skip begins with what the file is called."""
+    try:
+        yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
+    except Skip as e:
+        raise Skip(f"{called}{e}") from None
+
+
+def check_unchanged(item):
+    """Raise Skip where a file of an item is not what it was when it was looked at."""
+    for path, name in ((item.path, item.digest), *item.sidecars.values()):
+        own = "" if path == item.path else f"its {path.name} "
+        if not path.exists():
+            raise Skip(f"{own}does not exist any more")
+        if digest(path) != name:
+            raise Skip(f"{own}has changed since it was looked at")
 
 
 def pixels(item):
     """(3,T,H,W) in [-1,1] of an item. Raises Skip where its file is not what it was when it was looked at."""
-    if is_image(item.path):
-        frames = [np.array(cover(open_photo(item.path), item.width, item.height))]
-    else:
-        frames = sidecar_frames(item)
-    return to_video(frames)
+    return to_video(next(read_items([item]))[""])
 
 
+def in_threads(jobs, run):
+    """Yield what run(job) yields, for all jobs, in the order in which it comes from DECODERS threads. DECODERS results
+    wait at most, and each thread holds one more. An exception in a thread is raised here; closing the generator ends
+    the threads.
+    """
+    results, stopped, lock, todo = queue.Queue(DECODERS), threading.Event(), threading.Lock(), iter(jobs)
+
+    def put(result):
+        placed = False
+        while not placed and not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                results.put(result, timeout=0.1)
+                placed = True
+
+    def next_job():
+        with lock:
+            return None if stopped.is_set() else next(todo, None)
+
+    def work():
+        try:
+            while (job := next_job()) is not None:
+                for result in run(job):
+                    put(result)
+                    if stopped.is_set():
+                        return
+        except BaseException as e:
+            put(e)
+        finally:
+            put(None)
+
+    threads = [threading.Thread(target=work, name="decoder", daemon=True) for _ in range(DECODERS)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            while (result := results.get()) is not None:
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path):
     """A hash of a file's bytes, computed once for each state of the file."""
     stat = Path(path).stat()
@@ -81,36 +174,75 @@ def latent_files(items, cache, vae_file, samples=None):
             vae=weights,
             dtype="fp32",
             conditioning=samples.cache_key(i) if samples else "",
+            **({"reading": i.changed} if i.changed else {}),
         )
         for i in items
     ]
 
 
-def cache_latents(items, cache, vae_file, load_vae, samples=None):
+def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     """Cache the latents of every item that is not cached yet. `load_vae()` is called only if something is missing.
     Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
-    `latent_files` names for them does not exist.
+    `latent_files` names for them does not exist. seen(item, frames (H,W,3) uint8): told of each that is decoded.
 
     Each file holds `latents` (C,T',h,w) fp32, and what `samples` (variants/samples.py) adds to them. Several processes
     may do this at once: a file appears whole or not at all, and what another one has done meanwhile is left out.
+
+    Files are decoded in threads, each once for all of its items, while this one encodes and another saves; of samples,
+    2 * DECODERS + 1 are in memory, in 8 bits.
     """
     missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, samples)) if not f.exists()]
-    vae, failed = load_vae() if missing else None, []
-    for item, file in tqdm(missing, desc="latents", unit="sample", disable=not missing):
-        if file.exists():
-            continue
+    by_file = {}
+    for item, file in sorted(missing, key=lambda pair: pair[0].start):
+        by_file.setdefault((item.path, item.width, item.height), {})[file] = item
+
+    def read(group):
+        """Yield (item, cache file, its frames by kind or why there are none)."""
+        left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
-            video = pixels(item)[None].to(next(vae.parameters()).device)
-            if digest(item.path) != item.digest:
-                raise Skip("has changed since it was looked at")
-            tensors = samples.cached(vae, video, item) if samples else {}
+            for item, _ in left[:1]:
+                check_unchanged(item)
+            sizes = samples.sidecar_sizes(left[0][0]) if samples and left else {}
+            for frames in read_items([item for item, _ in left], sizes, cache):
+                check_unchanged(left[0][0])
+                yield *left.pop(0), frames
+        except (Skip, OSError) as e:
+            for item, file in left:
+                yield item, file, Skip(str(e))
+
+    vae, failed, saving = None, [], None
+    groups = [by_file[key] for key in dict.fromkeys((i.path, i.width, i.height) for i, _ in missing)]
+    with (
+        ThreadPoolExecutor(1) as saver,
+        contextlib.closing(in_threads(groups, read)) as decoded,
+        tqdm(total=len(missing), desc="latents", unit="sample", disable=not missing) as bar,
+    ):
+        for item, file, frames in decoded:
+            bar.update()
+            if isinstance(frames, Skip):
+                failed.append((item.path, str(frames)))
+                continue
+            if seen:
+                seen(item, frames[""])
+            if file.exists():
+                continue
+            vae = vae or load_vae()
+            video = to_video(frames.pop(""), next(vae.parameters()).device)[None]
+            try:
+                tensors = samples.cached(vae, video, item, frames) if samples else {}
+            except Skip as e:
+                failed.append((item.path, str(e)))
+                continue
             if "latents" not in tensors:
                 tensors["latents"] = vae.encode(video)[0]
-        except Skip as e:
-            failed.append((item.path, str(e)))
-        else:
-            save(file, tensors)
-    return failed
+            tensors = {name: t.cpu() for name, t in tensors.items()}
+            if saving:
+                saving.result()
+            saving = saver.submit(save, file, tensors)
+        if saving:
+            saving.result()
+    order = {item.path: k for k, (item, _) in enumerate(missing)}
+    return sorted(failed, key=lambda entry: order[entry[0]])
 
 
 def text_files(captions, cache, encoder, dtype):

@@ -12,6 +12,10 @@ class BadInput(ValueError):
     """Something the user gave cannot be used. One line: which file or flag, the value, and what would be right."""
 
 
+class Skip(Exception):
+    """Why a media file cannot be used; what is made of the others goes on."""
+
+
 def return_freed_blocks():
     """From now on give freed blocks above 1 MB back to the system at once. glibc keeps them in holes up to 32 MB wide:
     a training step on a 1 GB model took 0.9 GB of activations for 0.37.

@@ -66,8 +66,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else list(argv)
         before, _ = _only_config(argv)
-        args = super().parse_args([*(self._words(before, argv) if before else []), *argv])
-        return args
+        return super().parse_args([*(self._words(before, argv) if before else []), *argv])
 
     def _words(self, file, argv):
         """A config file's flags as words of a command line; repeatable flags that the command line has are left out."""

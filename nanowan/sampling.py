@@ -130,7 +130,7 @@ def given_prompts(args):
 
 
 def requests_of(args, prompts, settings, seeds):
-    """A Request for each prompt and seed, in this order. A prompt's own settings, inputs and seed replace the flags'."""
+    """A Request for each prompt and seed, in order. A prompt's own settings, inputs and seed replace the flags'."""
     flags, inputs = given_settings(args), given_inputs(args)
     pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]
     return [

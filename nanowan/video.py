@@ -1,6 +1,14 @@
-"""Pictures and clips: read, turned into tensors, written as mp4 and contact sheets."""
+"""Pictures, clips and their sound: read as a player shows them, turned into tensors, written as mp4 and contact sheets.
 
+What a player shows is decided by the file: when a picture is shown, which way up, the shape of its pixels, its colours
+(color.py), fields and transparency; which of several tracks; when a piece of sound is heard.
+"""
+
+import collections
+import contextlib
+import functools
 import math
+import struct
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -8,22 +16,64 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanowan.errors import BadInput
+from nanowan import color
+from nanowan.errors import BadInput, Skip
 from nanowan.files import atomic
 
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+# what is not read, but named where it lies, so that nobody believes it was
+OTHER_MEDIA = set(
+    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
+    ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
+)
+TIMED_CONTAINERS = "mov,mp4", "matroska"  # whose packets say when a picture is shown; others only when it is decoded
+DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth, as FFmpeg chooses
+INTERLACED_ORDERS = range(2, 6)  # of a codec context's field_order
+LOOKED_AT = 8  # pictures of a clip that calls itself interlaced: some encoders begin with a whole one
+MAX_SHIFT = 2.5  # pictures by which times that step back may miss a constant rate: those of AVI say when one is decoded
+SHORTEST_DURATION = 0.011  # seconds of a picture of an animated image; what is shorter takes 0.1, as in browsers
 
-class Skip(Exception):
-    """Why a file cannot be used."""
 
+class Shown(NamedTuple):
+    """How a media file is shown: width and height in px, upright and with square pixels, and the times of its pictures
+    in seconds since the first, ascending (None: a still).
 
-class Frame(NamedTuple):
-    """A frame of a clip: seconds since the first one, (width, height) in px at which a player shows it, upright and
-    with square pixels, and its image, upright but as stored (None where it was not asked for).
+    notes: what the report of the data says of it. changed: those of them that earlier versions did not heed, so that
+    their caches hold something else.
     """
 
-    seconds: float
-    size: tuple
-    image: object
+    width: int
+    height: int
+    times: list | None
+    notes: list = []
+    changed: list = []
+
+
+class Frame:
+    """A picture of a file: `seconds` since the first one, and `size`, (width, height) in px at which a player shows it,
+    upright and with square pixels.
+    """
+
+    def __init__(self, seconds, size, convert):
+        """convert(): the PIL image; called only if it is wanted."""
+        self.seconds, self.size, self._convert = seconds, size, convert
+
+    @functools.cached_property
+    def image(self):
+        """PIL image in RGB, upright, of the pixels that are stored. Raises Skip."""
+        with reading():
+            return self._convert()
+
+    def shown(self):
+        """(H,W,3) uint8 at `size`."""
+        from PIL import Image
+
+        return np.array(self.image if self.image.size == self.size else self.image.resize(self.size, Image.LANCZOS))
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGES
 
 
 def why(error):
@@ -31,58 +81,373 @@ def why(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def read_frames(path, images=True):
-    """Yield the Frames of a clip. Raises Skip where it cannot be decoded."""
-    import av
-
+@contextlib.contextmanager
+def reading(failure="cannot be decoded"):
+    """Around the reading of a file: whatever goes wrong becomes a Skip."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Skip("has no video stream")
-            stream, first = container.streams.video[0], None
-            if stream.codec_context is None:
-                raise Skip("holds video for which there is no decoder here")
-            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise Skip("has frames without a time")
-                first = frame.time if first is None else first
-                turns = round(frame.rotation / 90) % 4
-                size = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1))), frame.height
-                image = frame.to_image().rotate(90 * turns, expand=True) if images else None
-                yield Frame(frame.time - first, size[::-1] if turns % 2 else size, image)
+        yield
     except Skip:
         raise
     except FileNotFoundError:
         raise Skip("does not exist any more") from None
     except Exception as e:  # decoders meet damaged files with errors of every kind
-        raise Skip(f"cannot be decoded ({why(e)})") from None
+        raise Skip(f"{failure} ({why(e)})") from None
+
+
+# ---- any file --------------------------------------------------------------------------------------------------------
+def probe(path):
+    """The Shown of a media file. Raises Skip."""
+    return probe_image(path) if is_image(path) else probe_clip(path)
+
+
+def read_frames(path, shown=None):
+    """Yield the Frames of a clip or an animated image, or the only one of a still, in the order in which they are
+    shown. shown: what `probe` says of the file, if that is known. Raises Skip.
+    """
+    yield from image_frames(path) if is_image(path) else clip_frames(path, shown or probe(path))
+
+
+def read_windows(path, windows, draw, shown=None):
+    """Yield, for each of some lists of times in seconds, [draw(frame)] of the Frames that are shown nearest to them.
+    Times ascend, and so do the first ones of the lists. The file is decoded once, as far as it is needed; a frame that
+    is chosen several times is drawn once. shown: as in read_frames. Raises Skip.
+    """
+    chosen, done, before, drawn = [[] for _ in windows], 0, None, None
+
+    def take(until):
+        """Draw what is wanted of the frame `before`, if the next one is shown at `until`."""
+        nonlocal drawn
+        for wanted, taken in zip(windows[done:], chosen[done:]):
+            while len(taken) < len(wanted):
+                at = wanted[len(taken)]
+                if abs(until - at) <= abs(before.seconds - at):
+                    break
+                drawn = draw(before) if drawn is None else drawn
+                taken.append(drawn)
+            if not taken:
+                break  # nor will the later windows
+
+    for frame in read_frames(path, shown):
+        if before is not None:
+            take(frame.seconds)
+            while done < len(windows) and len(chosen[done]) == len(windows[done]):
+                yield chosen[done]
+                chosen[done], done = None, done + 1
+            if done == len(windows):
+                return
+        before, drawn = frame, None
+    if before is None:
+        raise Skip("has no frames")
+    take(math.inf)
+    yield from chosen[done:]
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def open_clip(path, threads=False):
+    """(container, video stream, decoder) of a clip; threads: whether it decodes on several."""
+    import av
+
+    with reading(), av.open(str(path)) as container:
+        stream = main_track(container.streams.video, lambda s: s.codec_context.width * s.codec_context.height)
+        if stream is None:
+            raise Skip("has no video stream")
+        decoder = stream.codec_context
+        if decoder is None:
+            raise Skip("holds video for which there is no decoder here")
+        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of VP8 and VP9 leave it out
+            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
+            decoder = av.CodecContext.create(name, "r") if name else decoder
+        decoder.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
+        if threads:
+            decoder.thread_type = "AUTO"
+        yield container, stream, decoder
+
+
+def main_track(streams, size):
+    """The one of several streams that FFmpeg takes: the largest, or one that is marked as the default. Pictures of a
+    cover are none.
+    """
+    from av.stream import Disposition
+
+    def score(stream):
+        marked = bool(stream.disposition & Disposition.default)
+        return 1 + size(stream) + DEFAULT_BONUS * marked if stream.codec_context else 0
+
+    covers = Disposition.attached_pic | Disposition.timed_thumbnails
+    return max((s for s in streams if not s.disposition & covers), key=score, default=None)
+
+
+def decode(container, stream, decoder):
+    """Yield the frames of a clip as PyAV has them."""
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
+def probe_clip(path):
+    """The Shown of a clip, of which the first picture is decoded, or all where its container does not say when they are
+    shown.
+    """
+    stamps, looked_at, incomplete = [], [], False
+    with open_clip(path) as (container, stream, decoder):
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+                incomplete = incomplete or packet.is_corrupt
+            if len(looked_at) < (LOOKED_AT if decoder.field_order in INTERLACED_ORDERS else 1):
+                looked_at += decoder.decode(packet)
+        if not looked_at:
+            raise Skip("has no frames")
+        (width, height), notes, changed = describe(looked_at, stream)
+        began = looked_at[0].time
+        distinct = None not in stamps and began is not None and len(set(stamps)) == len(stamps)
+        if distinct and not incomplete and container.format.name.startswith(TIMED_CONTAINERS):
+            unit, reordered = stream.time_base, False
+            times = [float(t) * unit.numerator / unit.denominator - began for t in sorted(stamps)]
+            times = [t for t in times if t >= 0]  # pictures before the first cannot be decoded
+        else:
+            times, reordered = decoded_times(path, stamps)
+    changed += ["reordered"] * reordered
+    notes += ["variable rate"] * varies(times) + ["incomplete"] * incomplete
+    return Shown(width, height, times, notes + changed, changed)
+
+
+def decoded_times(path, stamps):
+    """([seconds of each picture], whether they differ from the frames' own) of a clip that is decoded whole. The k-th
+    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these are near, or
+    repeat.
+    """
+    with open_clip(path, threads=True) as (container, stream, decoder):
+        own = [frame.time for frame in decode(container, stream, decoder)]
+        rate = float(stream.average_rate or 0)
+        packets = [None if t is None else float(t * stream.time_base) for t in stamps]
+    if None not in own and all(a < b for a, b in zip(own, own[1:])):
+        return [t - own[0] for t in own], False
+    even = [k / rate for k in range(len(own))] if rate else None
+    for times in (own, packets):
+        if None not in times and len(set(times)) == len(times) >= len(own):
+            times = [t - min(times) for t in sorted(times)[: len(own)]]
+            near = even and max(abs(a - b) for a, b in zip(times, even)) < MAX_SHIFT / rate
+            return even if near else times, True
+    if not even:
+        raise Skip("says neither when its frames are shown nor at what rate")
+    return even, True
+
+
+def varies(times):
+    """Whether frames are shown at a rate that is not constant; Matroska rounds times to milliseconds."""
+    steps = np.diff(times)
+    return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
+
+
+def describe(frames, stream):
+    """((width, height), notes, changed) of a clip's first frames, as in Shown. Raises Skip."""
+    frame = frames[0]
+    color.check_colors(frame)
+    a, b, c, d = orientation(frame)
+    notes, changed = [], []
+    if color.is_untagged(frame):
+        (changed if color.matrix(frame) else notes).append("untagged")
+    if (a, b, c, d) != (1, 0, 0, 1):
+        (changed if a * d < b * c else notes).append("mirrored" if a * d < b * c else "rotated")
+    found = {
+        "HDR": color.is_hdr(frame),
+        "wide gamut": color.is_wide(frame),
+        "alpha": color.has_alpha(frame),
+        "interlaced": any(f.interlaced_frame for f in frames),
+        "other track": stream is not stream.container.streams.video[0],
+    }
+    return shown_size(frame, stream), notes, changed + [name for name, present in found.items() if present]
+
+
+def orientation(frame):
+    """(a, b, c, d) of -1, 0 and 1: a stored pixel at (x, y) is shown at (a x + c y, b x + d y), but for the picture's
+    origin. Raises Skip for other angles.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data))
+    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, turned) > 0.02 * max(straight, turned):  # a degree
+        raise Skip("is to be shown turned by another angle than quarters, or slanted")
+    signs = [1 if v >= 0 else -1 for v in (a, b, c, d)]
+    return (0, signs[1], signs[2], 0) if turned > straight else (signs[0], 0, 0, signs[3])
+
+
+def orient(image, matrix):
+    """(H,W,...) as the matrix of `orientation` has it shown."""
+    a, b, c, d = matrix
+    if not a:
+        image = image.swapaxes(0, 1)
+    image = image[:, ::-1] if a + c < 0 else image
+    return np.ascontiguousarray(image[::-1] if b + d < 0 else image)
+
+
+def shown_size(frame, stream):
+    width = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))
+    return (width, frame.height) if orientation(frame)[0] else (frame.height, width)
+
+
+def clip_frames(path, shown):
+    """Yield the Frames of a clip."""
+    with open_clip(path, threads=True) as (container, stream, decoder):
+        for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decoder), shown)):
+            yield Frame(seconds, shown_size(frame, stream), functools.partial(upright_image, frame))
+
+
+def upright_image(frame):
+    """A frame of PyAV as a PIL image, upright."""
+    from PIL import Image
+
+    return Image.fromarray(orient(color.to_rgb(frame), orientation(frame)))
+
+
+def timed_frames(frames, shown):
+    """Yield (seconds since the first, frame)."""
+    first, last = None, -math.inf
+    for k, frame in enumerate(frames):
+        if "reordered" in shown.changed:
+            seconds = shown.times[min(k, len(shown.times) - 1)]
+        elif frame.time is None:
+            raise Skip("has frames without a time")
+        else:
+            first = frame.time if first is None else first
+            seconds = frame.time - first
+        if seconds < last:
+            raise Skip(f"has frames whose times step back, at {last:.2f} s")
+        last = seconds
+        yield seconds, frame
+
+
+def deinterlaced(timed):
+    """Yield (seconds, frame), the interlaced ones filled by FFmpeg's bwdif from their neighbours, one for each."""
+    graph, waiting = None, collections.deque()
+
+    def pull():
+        with contextlib.suppress(BlockingIOError, EOFError):
+            while True:
+                frame = graph.pull()
+                yield waiting.popleft(), frame
+
+    for seconds, frame in timed:
+        if graph is None:
+            if not frame.interlaced_frame:
+                yield seconds, frame
+                continue
+            graph = bwdif(frame)
+        waiting.append(seconds)
+        frame.pts = round(seconds * 1e6)
+        graph.push(frame)
+        yield from pull()
+    if graph is not None:
+        graph.push(None)
+        yield from pull()
+
+
+def bwdif(frame):
+    """A filter graph that deinterlaces frames like this one, and lets others through."""
+    import av
+
+    graph = av.filter.Graph()
+    like = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1000000"
+    like += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+    graph.link_nodes(
+        graph.add("buffer", like), graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    ).configure()
+    return graph
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+def open_animated(path):
+    """(PIL image, the numbers of its pictures): one, or those of an animated WebP or PNG. Raises Skip."""
+    from PIL import Image
+
+    image = Image.open(path)
+    count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG") else 1
+    first = int(count > 1 and bool(image.info.get("default_image")))  # shown where animations are not
+    return image, range(first, count)
+
+
+def durations(image, numbers):
+    """Yield the seconds for which each picture of an animated image is shown, with the image at this picture."""
+    for k in numbers:
+        image.seek(k)
+        image.load()
+        seconds = image.info.get("duration", 0) / 1000
+        yield seconds if seconds >= SHORTEST_DURATION else 0.1
+
+
+def probe_image(path):
+    """The Shown of an image: of a still, its header alone."""
+    with reading("cannot be read"):
+        image, numbers = open_animated(path)
+        with image:
+            width, height = image.size
+            if image.getexif().get(0x0112, 1) > 4:  # EXIF's orientation
+                width, height = height, width
+            if image.mode == "F":
+                raise Skip("holds floating-point pixels, whose range is unknown")
+            notes, changed = ["alpha"] * has_alpha(image), color.profile_notes(image)
+            if len(numbers) < 2:
+                return Shown(width, height, None, notes + changed, changed)
+            ends = np.cumsum(list(durations(image, numbers)))
+            times = [0.0, *ends[:-1].tolist()]
+            return Shown(
+                width, height, times, [*notes, "animated", *["variable rate"] * varies(times), *changed], changed
+            )
+
+
+def image_frames(path):
+    """Yield the Frames of an image."""
+    with reading("cannot be read"):
+        image, numbers = open_animated(path)
+        if len(numbers) < 2:
+            image.close()
+            still = open_photo(path)
+            yield Frame(0.0, still.size, lambda: still)
+            return
+        from PIL import ImageOps
+
+        seconds = 0.0
+        with image:
+            for duration in durations(image, numbers):
+                picture = to_rgb(ImageOps.exif_transpose(image))
+                yield Frame(seconds, picture.size, lambda picture=picture: picture)
+                seconds += duration
 
 
 def open_photo(path):
-    """A photograph as upright RGB, 16-bit scaled to 8, transparency on white. Raises Skip."""
+    """A photograph as upright RGB, 16-bit scaled to 8, its colours converted to sRGB, transparency on white; the first
+    picture of an animated image. Raises Skip.
+    """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):
-                image = image.convert("I").point(lambda v: v / 257).convert("L")
-            if image.mode == "F":
-                raise Skip("holds floating-point pixels, whose range is unknown")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image if image.mode == "RGBA" else image.convert("RGBA")
-                page = Image.new("RGB", image.size, "white")
-                page.paste(image, mask=image.getchannel("A"))
-                return page
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except Skip:
-        raise
-    except FileNotFoundError:
-        raise Skip("does not exist any more") from None
-    except Exception as e:  # decoders meet damaged files with errors of every kind
-        raise Skip(f"cannot be read ({why(e)})") from None
+    with reading("cannot be read"), Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        return to_rgb(image)
+
+
+def has_alpha(image):
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB in sRGB, transparency on white."""
+    from PIL import Image
+
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda v: v / 257).convert("L")
+    if image.mode == "F":
+        raise Skip("holds floating-point pixels, whose range is unknown")
+    if not has_alpha(image):
+        return color.to_srgb(image, profile)
+    image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(color.to_srgb(image.convert(image.mode[:-1]), profile), mask=image.getchannel("A"))
+    return page
 
 
 def open_image(image, flag="--image"):
@@ -131,27 +496,30 @@ def write_mp4(path, video, fps, comment="", crf=10):
 
 def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
     """The same of frames (T,H,W,3) uint8 that come in several arrays, and with the sound of a file: AAC at 192 kbit/s,
-    beginning at sound_offset seconds, cut to the video's length. lossless: H.264 in RGB, which `read_frames` gives
-    back to the bit, and which browsers and some players do not show.
+    beginning at sound_offset seconds, cut to the video's length. Colours are BT.709's, and say so. lossless: H.264 in
+    RGB, which `read_frames` gives back to the bit, and which browsers and some players do not show.
     """
     import av
 
-    codec, pixels, options = (
-        ("libx264rgb", "rgb24", {"qp": "0"}) if lossless else ("libx264", "yuv420p", {"crf": str(crf)})
-    )
+    codec, pixels, options = ("libx264", "yuv420p", {"crf": str(crf)})
+    if lossless:
+        codec, pixels, options = ("libx264rgb", "rgb24", {"qp": "0"})
     # x264's macroblock tree does not give the same bits each time on small frames
     options["x264-params"] = "mbtree=0"
     rate, stream, count = Fraction(fps).limit_denominator(1001), None, 0
-    with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4") as file:
+    # the index in front, so that a browser can begin before it has all
+    with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4", options={"movflags": "faststart"}) as file:
         if comment:
             file.metadata["comment"] = comment
         for frames in chunks:
             if stream is None:
                 stream = file.add_stream(codec, rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+                color.tag(stream.codec_context, matrix=not lossless)
                 audio = file.add_stream("aac", rate=48000, layout="stereo") if sound else None
             for frame in frames:
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                file.mux(stream.encode(frame if lossless else color.to_yuv(frame)))
             count += len(frames)
         file.mux(stream.encode())
         if sound:
@@ -161,34 +529,99 @@ def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset
 
 def frame_rate(path):
     """Frames per second, as a video file says them; 0 where it does not."""
-    import av
+    with open_clip(path) as (_, stream, _):
+        return float(stream.average_rate or 0)
 
-    with av.open(str(path)) as container:
-        return float(container.streams.video[0].average_rate or 0)
+
+# ---- sound -----------------------------------------------------------------------------------------------------------
+MAX_JITTER = 0.015  # seconds by which a piece of sound may miss the end of the one before without being moved
+MAX_SILENCE = 60  # seconds between two pieces: more is a damaged clock
+
+
+def sound_track(container):
+    """The audio stream that FFmpeg takes of several, or None."""
+    return main_track(container.streams.audio, lambda s: s.codec_context.channels)
 
 
 def has_sound(path):
     import av
 
     with av.open(str(path)) as container:
-        return bool(container.streams.audio)
+        return sound_track(container) is not None
+
+
+def sound_pieces(path):
+    """Yield (AudioFrame, the seconds on the file's clock at which it begins, or None where it follows the one before).
+    Raises Skip.
+    """
+    import av
+
+    with reading("its sound cannot be decoded"), av.open(str(path)) as container:
+        stream, end, kind = sound_track(container), None, None
+        if stream is None:
+            raise Skip("has no sound track")
+        if stream.codec_context is None:
+            raise Skip("holds sound for which there is no decoder here")
+        for frame in container.decode(stream):
+            begin = frame.time if frame.time is not None else end or 0.0
+            if end is not None and abs(begin - end) > MAX_SILENCE:
+                raise Skip(f"has a sound whose times jump from {end:.1f} to {begin:.1f} s; {MAX_SILENCE} s at most")
+            before, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
+            follows = end is not None and abs(begin - end) <= MAX_JITTER and kind == before
+            end = (end if follows else begin) + frame.samples / frame.sample_rate
+            yield frame, None if follows else begin
+
+
+def is_sound_broken(path):
+    """Whether a file's sound has gaps, or pieces that overlap."""
+    return sum(begin is not None for _, begin in sound_pieces(path)) > 1
+
+
+def read_sound(path, rate, layout=None, until=math.inf):
+    """(seconds on the file's clock at which the sound begins, samples (C,N) float32 at `rate` from there on). Where the
+    file's times leave a gap there is silence; where pieces overlap the first one is heard. layout: of the channels;
+    None: their mean. until: seconds from the beginning behind which nothing is needed. Raises Skip.
+    """
+    import av
+
+    runs, resampler = [], None  # [(begin, [samples])]
+
+    def resample(frame):
+        for piece in resampler.resample(frame) if resampler else ():
+            samples = piece.to_ndarray()
+            runs[-1][1].append(samples if layout else samples.mean(0, keepdims=True))
+
+    for frame, begin in sound_pieces(path):
+        if begin is not None:
+            resample(None)
+            runs.append((begin, []))
+            # to the rate with all channels: their mean commutes with it, and FFmpeg's own downmix does not halve
+            resampler = av.AudioResampler("fltp", layout, rate)
+        resample(frame)
+        if frame.time is not None and frame.time - runs[0][0] > until:
+            break
+    resample(None)
+    runs = [(begin, np.concatenate(pieces, 1)) for begin, pieces in runs if pieces]
+    if not runs:
+        return 0.0, np.zeros((2 if layout else 1, 0), np.float32)
+    starts = [round((begin - runs[0][0]) * rate) for begin, _ in runs]
+    sound = np.zeros((len(runs[0][1]), max(at + s.shape[1] for at, (_, s) in zip(starts, runs))), np.float32)
+    end = 0
+    for at, (_, samples) in zip(starts, runs):
+        late = max(at, end)
+        sound[:, late : at + samples.shape[1]] = samples[:, late - at :]
+        end = max(end, at + samples.shape[1])
+    return runs[0][0], sound
 
 
 def sound_delay(path):
     """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before. Raises Skip
     where one of them cannot be decoded.
     """
-    import av
-
-    begins = []
-    for kind in ("video", "audio"):
-        try:
-            with av.open(str(path)) as container:
-                frame = next(container.decode(**{kind: 0}), None)
-        except Exception as e:  # decoders meet damaged files with errors of every kind
-            raise Skip(f"its {kind} cannot be decoded ({why(e)})") from None
-        begins.append(frame.time if frame is not None and frame.time is not None else 0.0)
-    return begins[1] - begins[0]
+    with reading("its video cannot be decoded"), open_clip(path) as clip:
+        frame = next(decode(*clip), None)
+        shown = frame.time if frame is not None and frame.time is not None else 0.0
+    return next((begin for _, begin in sound_pieces(path)), 0.0) - shown
 
 
 def write_sound(file, stream, source, offset, seconds):
@@ -197,23 +630,16 @@ def write_sound(file, stream, source, offset, seconds):
     """
     import av
 
-    resampler = av.AudioResampler(stream.codec_context.format or "fltp", "stereo", 48000)
-    fifo, position, last = av.AudioFifo(), round(48000 * offset), round(48000 * seconds)
-    with av.open(str(source)) as container:
-        for frame in (*container.decode(audio=0), None):
-            for piece in resampler.resample(frame):
-                piece.pts = None
-                fifo.write(piece)
-    if position < 0:
-        fifo.read(-position, partial=True)
-        position = 0
-    while position < last and (piece := fifo.read(min(1024, last - position), partial=True)):
-        piece.pts, piece.time_base = position, Fraction(1, 48000)
-        position += piece.samples
+    begin, last = round(48000 * offset), round(48000 * seconds)
+    samples = read_sound(source, 48000, "stereo", seconds - offset)[1][:, max(0, -begin) : last - begin]
+    for at in range(0, samples.shape[1], 1024):
+        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, at : at + 1024]), "fltp", "stereo")
+        piece.sample_rate, piece.pts, piece.time_base = 48000, max(0, begin) + at, Fraction(1, 48000)
         file.mux(stream.encode(piece))
     file.mux(stream.encode())
 
 
+# ---- sheets and previews ---------------------------------------------------------------------------------------------
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
     """A contact sheet PNG: each video (3,T,H,W) in [-1,1] as `shown` frames in a row, first to last, under its label;
     `columns` videos side by side. scale: of the pixels (default: strips about 384 px wide).
@@ -256,52 +682,9 @@ def latent_preview(latents, colors):
     return F.interpolate(torch.einsum("cthw,cd->dthw", z, colors), scale_factor=8)
 
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-# what is not read, but named where it lies, so that nobody believes it was
-OTHER_MEDIA = set(
-    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
-    ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
-)
-
-
-def is_image(path):
-    return path.suffix.lower() in IMAGES
-
-
-def probe(path):
-    """[width, height, times of its frames in seconds, or None for an image] of a media file as it is shown, by decoding
-    it once. Raises Skip.
-    """
-    if is_image(path):
-        return [*open_photo(path).size, None]
-    frames = [(f.seconds, f.size) for f in read_frames(path, images=False)]
-    if not frames:
-        raise Skip("has no frames")
-    return [*frames[-1][1], [seconds for seconds, _ in frames]]
-
-
-def nearest_frames(path, wanted, width, height):
-    """The frames (height,width,3) uint8 of a clip that are nearest to the times `wanted`, in seconds and ascending."""
-    chosen, before = [], None
-    for frame in read_frames(path):
-        while before and len(chosen) < len(wanted):
-            at = wanted[len(chosen)]
-            if abs(frame.seconds - at) <= abs(before.seconds - at):
-                break
-            chosen.append(np.array(cover(before.image, width, height, before.size)))
-        if len(chosen) == len(wanted):
-            break
-        before = frame
-    if before is None:
-        raise Skip("has no frames")
-    last = np.array(cover(before.image, width, height, before.size))
-    return chosen + [last] * (len(wanted) - len(chosen))
-
-
-def to_video(frames):
-    """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1]."""
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+def to_video(frames, device="cpu"):
+    """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1], on a device."""
+    return torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def preview_writer(colors, path, every, label):

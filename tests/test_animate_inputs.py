@@ -9,6 +9,7 @@ y, the pose latents and one pixel of the face crops, and one pixel of the joined
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from nanowan.variants.animate.inputs import (
     ping_pong,
     read_source,
 )
-from wan import VARIANTS
+from nanowan.variants.registry import VARIANTS
 
 FIGURES = load(Path(__file__).parent / "data" / "animate_source.safetensors")[0]
 H, W, S, N, C = 32, 48, 16, 20, 13  # sides of the video and of the crops, real frames, frames of a clip
@@ -53,8 +54,9 @@ class StandIn:
     """
 
     calls = 0
+    encoder = SimpleNamespace(downsamples=(), middle=())  # the layers that encode_still looks at
 
-    def encode(self, video, still=False):
+    def encode(self, video):
         x = F.avg_pool2d(video[0].double().transpose(0, 1), 8).transpose(0, 1)  # (3,T,h,w)
         channels = torch.sin(1 + torch.arange(16).double()[:, None] + 2.3 * torch.arange(3).double())
         weights, state, z = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()[:, None, None], 0, []

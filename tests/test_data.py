@@ -1,6 +1,8 @@
 """From a folder of media to batches: what is found, skipped, cropped, cached, and in what order it is seen."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -15,11 +17,14 @@ from PIL import Image
 
 import data
 from benchmarks import tiny
-from nanowan import video
+from nanowan import cache, video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
-from nanowan.variants.image import ImageChannels
-from nanowan.video import write_mp4
+from nanowan.training import report
+from nanowan.training.captions import count_files
+from nanowan.variants.samples import ImageChannelsSamples, Samples
+from nanowan.variants.sidecars import ClipSamples
+from nanowan.video import Skip, write_mp4
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +76,7 @@ def test_clips_are_resampled_and_cut_to_4k_plus_1(tmp_path, frames, fps, want):
     clip(tmp_path / "a.mp4", frames, fps=fps)
     (item,), _ = scan(tmp_path)
     assert item.frames == want
-    got = data.pixels(item).mean((0, 2, 3))
+    got = cache.pixels(item).mean((0, 2, 3))
     source = torch.linspace(-0.9, 0.9, frames)
     nearest = [min(int(k * fps / 8 + 0.5), frames - 1) for k in range(want)]
     either = [
@@ -92,24 +97,24 @@ def test_matroska_rounds_times_and_loses_no_frames(tmp_path):
 def test_a_failure_is_not_remembered_and_the_caches_is_not_the_clips(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     with monkeypatch.context() as broken, pytest.raises(BadInput, match="no decoder"):
-        broken.setattr(data, "probe", mock.Mock(side_effect=data.Skip("no decoder")))
-        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
-    assert len(data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")[0]) == 1
+        broken.setattr(cache, "probe", mock.Mock(side_effect=Skip("no decoder")))
+        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
+    assert len(data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")[0]) == 1
     with pytest.raises(BadInput, match="--cache"):
-        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "a.txt")
+        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "a.txt")
 
 
 def test_pixels_are_resized_and_cropped_from_the_middle(tmp_path):
     photo(tmp_path / "a.png", w=160, h=48)
     (item,), _ = scan(tmp_path, area=96 * 96, multiple=48)
-    x = data.pixels(item)
+    x = cache.pixels(item)
     assert x.shape == (3, 1, 48, 144) and x.min() >= -1 and x.max() <= 1
     middle = x[0, 0, 0, 71:73].mean()
     assert abs(middle) < 0.02 and x[0, 0, 0, 0] > -1 + 0.05
     ramp = np.tile(np.linspace(0, 255, 240, dtype=np.uint8)[:, None, None], (1, 48, 3))
     Image.fromarray(ramp).save(tmp_path / "a.png")  # standing, a fifth too long
     (item,), _ = scan(tmp_path, area=96 * 96, multiple=48)
-    x = data.pixels(item)
+    x = cache.pixels(item)
     assert x.shape == (3, 1, 192, 48)
     assert abs(x[0, 0, 95:97, 0].mean()) < 0.02 and abs(x[0, 0, 0, 0] + 0.8) < 0.02 and abs(x[0, 0, -1, 0] - 0.8) < 0.02
 
@@ -120,8 +125,9 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
     clip(tmp_path / "silent.mp4", caption="")
     clip(tmp_path / "alone.mp4")
     (tmp_path / "alone.txt").unlink()
-    clip(tmp_path / "cut.mp4", frames=60, w=320, h=240)
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:200])
+    encode(tmp_path / "cut.mp4", [np.full((48, 64, 3), 4 * k, np.uint8) for k in range(60)])
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-400])
+    (tmp_path / "cut.txt").write_text("x")
     for name in ("empty.mp4", "empty2.jpg"):
         (tmp_path / name).write_bytes(b"")
         (tmp_path / name).with_suffix(".txt").write_text("x")
@@ -142,10 +148,10 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
     assert (
         why["empty.mp4"] == why["empty2.jpg"] == "is empty"
         and "cannot be decoded" in why["page.mp4"]
-        and "cannot be decoded" in why["cut.mp4"]
+        and why["cut.mp4"] == "has no frames"
     )
     assert "not UTF-8" in why["latin.png"] and why["folder.mp4"] == "is not a file"
-    assert all(p.name in data.report(items, skipped) for p, _ in skipped)
+    assert all(p.name in report.text(report.describe_items(items, skipped)) for p, _ in skipped)
 
 
 def test_photographs_are_read_upright_and_whole(tmp_path):
@@ -179,7 +185,7 @@ def test_rotated_and_damaged_clips(tmp_path):
     (item,), _ = scan(tmp_path, area=64 * 64)
     with av.open(str(tmp_path / "a.mp4")) as f:
         assert next(f.decode(video=0)).rotation % 180 == 90
-    x = data.pixels(item)
+    x = cache.pixels(item)
     assert item.height > item.width and x.shape[2:] == (item.height, item.width)
     assert x[:, :, : item.height // 3].mean() > 0.9 and x[:, :, -(item.height // 3) :].mean() < -0.9
     noisy = torch.rand(3, 20, 64, 64) * 2 - 1
@@ -189,8 +195,11 @@ def test_rotated_and_damaged_clips(tmp_path):
     for i in range(len(raw) // 4, len(raw) // 2, 50):
         raw[i] ^= 0xFF
     (tmp_path / "b.mp4").write_bytes(raw)
-    _, skipped = scan(tmp_path)
-    assert [(p.name, why[:17]) for p, why in skipped] == [("b.mp4", "cannot be decoded")]
+    items, _ = scan(tmp_path)
+    vae = tiny.vae(False)
+    torch.save(vae.state_dict(), tmp_path / "VAE.pth")
+    failed = cache.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae)
+    assert [(p.name, why[:17]) for p, why in failed] == [("b.mp4", "cannot be decoded")]
 
 
 @pytest.mark.parametrize("area, multiple", [(832 * 480, 16), (1280 * 704, 32), (64 * 64, 16), (16 * 16, 16), (300, 16)])
@@ -215,7 +224,7 @@ def test_pixels_that_are_not_square_are_shown_as_a_player_would(tmp_path, suffix
     (tmp_path / "a.txt").write_text("x")
     (item,), _ = scan(tmp_path, area=shown[0] * shown[1])
     assert item.bucket == (*shown, 9) and item.source_size == shown
-    x = data.pixels(item)[0, 4]
+    x = cache.pixels(item)[0, 4]
     w = shown[0]
     assert x[30:, : w // 2 - 4].max() < -0.9 and x[30:, w // 2 + 4 :].min() > 0.9 and x[:20].abs().max() < 0.1
 
@@ -234,9 +243,21 @@ def test_a_stream_without_a_decoder_is_skipped(tmp_path):
 
 def test_frames_far_apart_are_a_damaged_clock(tmp_path):
     """An hour between two frames would be an hour of one picture in every mode that counts windows."""
-    with pytest.raises(data.Skip, match="3600 s apart"):
+    with pytest.raises(Skip, match="3600 s apart"):
         data.clip_windows([0, 1, 2, 3, 4, 3604], 9, 8, "several")
     assert len(data.clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
+
+
+def test_a_sidecar_without_its_clip_is_listed(tmp_path):
+    class Posed(ClipSamples):
+        videos = ("pose",)
+
+    clip(tmp_path / "a.mp4")
+    clip(tmp_path / "a.pose.mp4")
+    clip(tmp_path / "b.pose.mp4")
+    items, skipped = data.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
+    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose")]
+    assert skipped == [(tmp_path / "b.pose.mp4", "belongs to a clip b, which is not there")]
 
 
 def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
@@ -269,14 +290,14 @@ def test_a_file_that_is_gone_or_another_when_it_is_encoded_is_named(tmp_path):
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
     (tmp_path / "b.png").unlink()
     photo(tmp_path / "c.png", w=70)
-    (tmp_path / "e.mp4").write_bytes((tmp_path / "e.mp4").read_bytes()[:300])
-    failed = data.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae)
+    (tmp_path / "e.mp4").write_bytes((tmp_path / "e.mp4").read_bytes()[:-300])
+    failed = cache.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae)
     assert [p.name for p, _ in failed] == ["b.png", "c.png", "e.mp4"]
     reasons = [why for _, why in failed]
-    assert reasons[0] == "does not exist any more" and "has changed" in reasons[1] and "cannot be decoded" in reasons[2]
-    files = data.latent_files(items, tmp_path / "cache", tmp_path / "VAE.pth")
+    assert reasons == ["does not exist any more", *["has changed since it was looked at"] * 2]
+    files = cache.latent_files(items, tmp_path / "cache", tmp_path / "VAE.pth")
     assert [f.exists() for f in files] == [True, False, False, True, False]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
 PEAK = r"""
@@ -284,32 +305,26 @@ import re, sys
 from pathlib import Path
 import torch
 import data
+from nanowan import cache
 def peak():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-item = data.Item(Path(sys.argv[1]), ["x"], 64, 64, 1, 8, source_size=(6000, 5000))
+item = data.Item(Path(sys.argv[1]), ["x"], 64, 64, 1, 8)
 before = peak()
-data.pixels(item)
-print((peak() - before) / data.decode_bytes([item]))
+cache.pixels(item)
+print((peak() - before) / (6000 * 5000))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_the_memory_that_decoding_takes_is_known(tmp_path):
-    import subprocess
-    import sys
-
+def test_decoding_a_photograph_takes_two_copies_of_it(tmp_path):
+    """Of 4 bytes a pixel, turned by its EXIF: as read, and upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6000, 5000)).save(tmp_path / "a.jpg", exif=exif)
     run = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "a.jpg"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert 0.7 < float(run.stdout) <= 1
-    items = [
-        data.Item(Path(n), ["x"], 16, 16, f, 8, source_size=s)
-        for n, f, s in (("a.png", 1, (9, 9)), ("b.mp4", 5, (5, 5)))
-    ]
-    assert data.decode_bytes(items) == max(map(data.decode_bytes, ([items[0]], [items[1]]))) > 0
+    assert 5 < float(run.stdout) <= 9
 
 
 def test_nothing_left_says_so(tmp_path):
@@ -327,13 +342,13 @@ def test_cached_latents_equal_a_direct_encode(tmp_path):
     vae = tiny.vae(False)
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
     how = tmp_path / "cache", tmp_path / "VAE.pth"
-    assert data.cache_latents(items, *how, lambda: vae, ImageChannels()) == []
-    files = data.latent_files(items, *how, ImageChannels())
+    assert cache.cache_latents(items, *how, lambda: vae, ImageChannelsSamples(None)) == []
+    files = cache.latent_files(items, *how, ImageChannelsSamples(None))
     for item, file in zip(items, files):
-        got, want = load(file)[0], vae.encode(data.pixels(item)[None])[0]
+        got, want = load(file)[0], vae.encode(cache.pixels(item)[None])[0]
         assert torch.equal(got["latents"], want)
-        first = torch.zeros(3, *data.pixels(item).shape[1:])
-        first[:, 0] = data.pixels(item)[:, 0]
+        first = torch.zeros(3, *cache.pixels(item).shape[1:])
+        first[:, 0] = cache.pixels(item)[:, 0]
         assert (
             torch.equal(got["y"][4:], vae.encode(first[None])[0])
             and got["y"][:4, 0].min() == 1
@@ -356,8 +371,8 @@ def test_only_what_changed_is_computed_again(tmp_path):
             return vae
 
         items, how = scan(tmp_path, **kwargs)[0], (tmp_path / "cache", tmp_path / "VAE.pth")
-        assert not data.cache_latents(items, *how, loader)
-        return data.latent_files(items, *how)
+        assert not cache.cache_latents(items, *how, loader)
+        return cache.latent_files(items, *how)
 
     first = cached()
     assert calls == ["loaded"] and cached() == first and not calls
@@ -378,27 +393,31 @@ def test_windows_of_one_clip_have_latents_of_their_own(tmp_path):
     vae = tiny.vae(False)
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
     how = tmp_path / "cache", tmp_path / "VAE.pth"
-    assert len(items) == 3 and not data.cache_latents(items, *how, lambda: vae)
-    for item, file in zip(items, data.latent_files(items, *how)):
+    assert len(items) == 3 and not cache.cache_latents(items, *how, lambda: vae)
+    for item, file in zip(items, cache.latent_files(items, *how)):
         tensors = load(file)[0]
-        assert tensors.keys() == {"latents"} and torch.equal(tensors["latents"], vae.encode(data.pixels(item)[None])[0])
-    assert not data.cache_latents(items, *how, lambda: vae, ImageChannels())
-    assert all(load(f)[0].keys() == {"latents", "y"} for f in data.latent_files(items, *how, ImageChannels()))
+        assert tensors.keys() == {"latents"} and torch.equal(
+            tensors["latents"], vae.encode(cache.pixels(item)[None])[0]
+        )
+    assert not cache.cache_latents(items, *how, lambda: vae, ImageChannelsSamples(None))
+    assert all(
+        load(f)[0].keys() == {"latents", "y"} for f in cache.latent_files(items, *how, ImageChannelsSamples(None))
+    )
 
 
 def test_a_conditioning_says_what_its_tensors_depend_on(tmp_path):
     """Its key is in the file's name; a sample that it cannot encode is named, and the rest is cached."""
 
-    class Sound:
+    class Sound(Samples):
         def __init__(self, of):
             self.of = of
 
         def cache_key(self, item):
             return self.of[item.path.name]
 
-        def cached(self, vae, video, item):
+        def cached(self, vae, video, item, sidecars):
             if item.path.name == "b.png":
-                raise data.Skip("has no sound")
+                raise Skip("has no sound")
             return {"sound": torch.full((3,), self.of[item.path.name])}
 
     photo(tmp_path / "a.png")
@@ -408,9 +427,9 @@ def test_a_conditioning_says_what_its_tensors_depend_on(tmp_path):
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
     how = tmp_path / "cache", tmp_path / "VAE.pth"
     for of in ({"a.png": 1.0, "b.png": 2.0}, {"a.png": 3.0, "b.png": 2.0}):
-        failed = data.cache_latents(items, *how, lambda: vae, Sound(of))
+        failed = cache.cache_latents(items, *how, lambda: vae, Sound(of))
         assert failed == [(tmp_path / "b.png", "has no sound")]
-        file, missing = data.latent_files(items, *how, Sound(of))
+        file, missing = cache.latent_files(items, *how, Sound(of))
         assert load(file)[0]["sound"].tolist() == [of["a.png"]] * 3 and not missing.exists()
 
 
@@ -422,23 +441,33 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
         checkpoints["ti2v"] / "models_t5_umt5-xxl-enc-bf16.pth",
         checkpoints["ti2v"] / "google" / "umt5-xxl" / "spiece.model",
     ]
-    files = data.cache_texts(["a cat", "", "a cat"], tmp_path, file, lambda: encoder, torch.float32)
+
+    def cached(captions, encoder_files, dtype, load_encoder=lambda: encoder):
+        files = cache.text_files(captions, tmp_path, encoder_files, dtype)
+        cache.cache_texts(files, load_encoder)
+        return files
+
+    files = cached(["a cat", "", "a cat"], file, torch.float32)
     assert list(files) == ["a cat", ""]
     assert torch.equal(load(files["a cat"])[0]["embedding"], encoder.encode(["a cat"])[0][0])
 
     def never():
         raise AssertionError("everything is cached already")
 
-    assert data.cache_texts(["", "a cat"], tmp_path, file, never, torch.float32) == {
-        "": files[""],
-        "a cat": files["a cat"],
-    }
-    assert data.cache_texts(["a cat"], tmp_path, file, lambda: encoder, torch.bfloat16)["a cat"] != files["a cat"]
+    assert cached(["", "a cat"], file, torch.float32, never) == {"": files[""], "a cat": files["a cat"]}
+    assert cached(["a cat"], file, torch.bfloat16)["a cat"] != files["a cat"]
     for i in range(2):  # other weights, another tokenizer
         other = [*file]
         other[i] = tmp_path / "other"
         other[i].write_bytes(file[i].read_bytes() + b"x")
-        assert data.cache_texts(["a cat"], tmp_path, other, lambda: encoder, torch.float32)["a cat"] != files["a cat"]
+        assert cached(["a cat"], other, torch.float32)["a cat"] != files["a cat"]
+
+
+def test_trained_words_are_counted_by_files():
+    """Not by captions, of which several files may have the same and one may have many; nor by windows."""
+    captions = [["a red cat", "red"], ["a red cat"], ["a red cat"], ["a dog"]]
+    items = [data.Item(Path(f"{i}.mp4"), c, 8, 8, 5, 8, start=s) for i, c in enumerate(captions) for s in (0.0, 1.0)]
+    assert [count_files(items, word) for word in ("red", "dog", "cow")] == [3, 1, 0]
 
 
 def items_of(sizes):
@@ -526,7 +555,7 @@ def test_lists_of_every_habit(tmp_path, kind, path, caption):
         ("a.png", ["a cat, running"], 1),
         ("b.png", ["b"], 3),
     ]
-    assert not skipped and "seen 4 times an epoch" in data.report(items, skipped)
+    assert not skipped and "seen 4 times an epoch" in report.text(report.describe_items(items, skipped))
 
 
 def test_a_csv_that_cannot_be_understood(tmp_path):
@@ -582,7 +611,7 @@ def test_which_frames_of_a_longer_clip(tmp_path, mode, want):
     level = torch.linspace(-0.9, 0.9, 21)
     assert len(items) == len(want) and len({i.start for i in items}) == len(items)
     for item, frames in zip(items, want):
-        got = data.pixels(item).mean((0, 2, 3))
+        got = cache.pixels(item).mean((0, 2, 3))
         assert item.frames == 9
         assert all(min(abs(g - level[int(f)]), abs(g - level[-int(-f // 1)])) < 0.02 for g, f in zip(got, frames))
 
@@ -599,10 +628,10 @@ def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "b.mp4", frames=3)
     calls, real = [], video.probe
-    monkeypatch.setattr(data, "probe", lambda p: calls.append(p.name) or real(p))
+    monkeypatch.setattr(cache, "probe", lambda p: calls.append(p.name) or real(p))
 
     def look():
-        return data.scan(tmp_path, 64 * 48, 16, 9, 8, cache=tmp_path / "cache")
+        return data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
 
     first = look()
     assert (
@@ -620,9 +649,6 @@ def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
 
 def test_two_processes_may_fill_one_cache_at_once(tmp_path, checkpoints):
     """Both start on an empty cache; what they leave equals what one alone computes, and nothing half-written."""
-    import subprocess
-    import sys
-
     (tmp_path / "d").mkdir()
     for i in range(6):
         clip(tmp_path / "d" / f"{i}.mp4", 30 + i, 64, 64, caption=f"clip {i}")

@@ -156,7 +156,7 @@ def test_embeddings_are_of_their_tokenizer_too(checkpoints, tmp_path):
 
 def test_a_variants_latents_are_not_anothers(checkpoints, tmp_path):
     """T2V and I2V have one VAE, and I2V's entries hold a first frame's channels beside the latents."""
-    item = SimpleNamespace(digest="1a" * 20, bucket=(32, 32, 5), start=0.0, fps=16.0)
+    item = SimpleNamespace(digest="1a" * 20, bucket=(32, 32, 5), start=0.0, fps=16.0, changed={})
     vae = Pipeline(checkpoints["t2v"]).files("vae")[0]
     t2v, i2v = (latent_files([item], tmp_path, vae, parts_of(kind).samples(None))[0] for kind in ("t2v", "i2v"))
     assert t2v != i2v
@@ -169,7 +169,7 @@ def test_what_a_file_is_called_decides_how_it_is_looked_at(tmp_path):
     photograph, clip = (
         cached_probe(path, digest(path), tmp_path / "cache") for path in (tmp_path / "a.png", tmp_path / "b.mkv")
     )
-    assert photograph == [32, 32, None] and clip == [32, 32, [0.0]]
+    assert photograph[:3] == (32, 32, None) and clip[:3] == (32, 32, [0.0])
 
 
 def test_which_flags_a_continuation_may_change():

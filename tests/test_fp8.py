@@ -13,7 +13,6 @@ from diagnostics.delta import delta
 from kernels import fp8, ops
 from nanowan import memory_estimate
 from nanowan.errors import BadInput
-from nanowan.formats import lora
 from nanowan.formats.dit import load_wan
 from nanowan.formats.layouts import read_weights
 from sample import load

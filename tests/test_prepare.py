@@ -14,8 +14,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers.media import read_sound, write_timed
 from PIL import Image
-from test_long_video import read_sound, run
 
 from benchmarks.tiny_animate import frames, write_video
 from nanowan.errors import BadInput
@@ -143,12 +143,18 @@ def pictures(n=3, width=300, height=220):
     return [(np.stack(w, -1) * [60, 40, 20] + [150, 100, 60]).round().astype(np.uint8) for w in waves]
 
 
+def run(monkeypatch, *flags):
+    """prepare.py's main with these flags."""
+    monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, flags)])
+    prepare.main()
+
+
 # ---- the official rules ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rate", RATES)
 def test_frames_are_the_official_ones(rate):
-    indices = frame_indices(*rate)
-    assert indices == FIGURES["indices.{}.{}.{}".format(*rate)].tolist()
     count, old, new = rate
+    indices = frame_indices([k / old for k in range(count)], old, new)
+    assert indices == FIGURES["indices.{}.{}.{}".format(*rate)].tolist()
     assert all(abs(i / old - j / new) <= 0.5 / old + 1e-9 for j, i in enumerate(indices) if i < count - 1)
 
 
@@ -300,7 +306,7 @@ def stack(images):
 
 
 def test_makes_a_folder_to_animate(given, tmp_path, monkeypatch):
-    run(monkeypatch, *flags(given, tmp_path / "out"), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out"))
     assert (tmp_path / "out" / "src_ref.png").read_bytes() == (given / "i.jpg").read_bytes()
     source = read_source(tmp_path / "out", False, FACE_SIDE)
     assert source.pose[0].shape == (64, 32, 3) and abs(source.fps - 30) < 1e-6  # the picture's aspect
@@ -316,7 +322,7 @@ def test_makes_a_folder_to_replace(given, tmp_path, monkeypatch):
     """At half the size and rate, from keypoints."""
     changes = dict(pose_video=None, faces=None, keypoints=given / "points.json", mask_video=given / "mask.mp4")
     more = dict(fps="15", size="48x32", iterations="1", k="3")
-    run(monkeypatch, *flags(given, tmp_path / "out", **changes, **more), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **changes, **more))
     source, taken = read_source(tmp_path / "out", True, FACE_SIDE), [0, 2, 4, 6]
     video = [fit_frame(frames(N, H, W, 1)[i], 48, 32) for i in taken]
     points = [person(W, H, i) * [0.5, 0.5, 1] for i in taken]
@@ -333,7 +339,7 @@ def test_makes_a_folder_to_replace(given, tmp_path, monkeypatch):
 def test_networks_give_poses_and_faces(given, tmp_path, monkeypatch):
     write_video(tmp_path / "v.mp4", pictures(), rate=30)
     made = {"video": tmp_path / "v.mp4", "pose_video": None, "faces": None, "process_checkpoint": given / "networks"}
-    run(monkeypatch, *flags(given, tmp_path / "out", **made), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **made))
     source, networks = read_source(tmp_path / "out", False, FACE_SIDE), Networks(given / "networks")
     for image, pose, face in zip(pictures(), source.pose, source.face):
         points = networks.keypoints(image)
@@ -341,12 +347,43 @@ def test_networks_give_poses_and_faces(given, tmp_path, monkeypatch):
         assert np.array_equal(face, face_crop(image, (*points[23:91, :2].min(0), *points[23:91, :2].max(0))))
 
 
+def test_videos_of_variable_rate_are_followed_by_time(given, tmp_path, monkeypatch):
+    """30 per second for half a second, then 10; the poses at 30 throughout. At each time stands what is shown then, the
+    face too.
+    """
+    times = [*(k / 30 for k in range(15)), *(0.5 + k / 10 for k in range(10))]
+    write_timed(tmp_path / "v.mp4", [np.full((H, W, 3), round(100 * t), np.uint8) for t in times], times)
+    even = [k / 30 for k in range(44)]
+    write_timed(tmp_path / "pose.mp4", [np.full((H, W, 3), round(100 * t), np.uint8) for t in even], even)
+    both = {"video": tmp_path / "v.mp4", "pose_video": tmp_path / "pose.mp4", "fps": "20"}
+    run(monkeypatch, *flags(given, tmp_path / "out", **both))
+    source = read_source(tmp_path / "out", False, FACE_SIDE)
+    assert len(source.pose) == len(source.face) and 27 <= len(source.pose) <= 29
+    for k, (pose, face) in enumerate(zip(source.pose, source.face)):
+        assert abs(face.mean() / 100 - k / 20) <= 0.05 + 0.006
+        assert abs(pose.max() / 100 - face.mean() / 100) <= 1 / 60 + 0.01
+
+
+def test_pixels_that_are_not_square_are_made_square(given, tmp_path, monkeypatch):
+    """A circle in both videos, which are stored at half of its width."""
+    circle = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 24
+    image = np.repeat(circle[:, ::2, None] * np.uint8(255), 3, 2)
+    write_timed(tmp_path / "v.mp4", [image] * 4, [k / 30 for k in range(4)], aspect=2)
+    Image.new("RGB", (64, 64)).save(tmp_path / "i.png")
+    (tmp_path / "box.json").write_text("[8, 8, 56, 56]")
+    both = {"video": tmp_path / "v.mp4", "pose_video": tmp_path / "v.mp4", "image": tmp_path / "i.png", "size": "64x64"}
+    run(monkeypatch, *flags(given, tmp_path / "out", faces=tmp_path / "box.json", **both))
+    source = read_source(tmp_path / "out", False, FACE_SIDE)
+    for inside in (source.pose[0][..., 0] > 127, source.face[0][..., 0] > 127):
+        assert abs(inside.any(0).sum() / inside.any(1).sum() - 1) < 0.05 and inside.any(0).sum() > 40
+
+
 @pytest.mark.parametrize("start", [0, 0.1])
 def test_sound_stays_where_it_is(given, tmp_path, monkeypatch, start):
     """Also in what is made of the folder, by where it begins there."""
     noise = write_with_sound(tmp_path / "v.mkv", 30, start)
     both = {"video": tmp_path / "v.mkv", "pose_video": tmp_path / "v.mkv"}
-    run(monkeypatch, *flags(given, tmp_path / "out", **both), main=prepare.main)
+    run(monkeypatch, *flags(given, tmp_path / "out", **both))
     first, second = tmp_path / "out" / "src_pose.mp4", tmp_path / "again.mp4"
     write_frames(second, [np.zeros((24, 16, 16, 3), np.uint8)], 30, sound=first, sound_offset=sound_delay(first))
     for file in (first, second):
@@ -382,7 +419,9 @@ def test_sound_before_the_pictures_is_left_out(tmp_path):
 )
 def test_faces_are_read(tmp_path, text, want):
     (tmp_path / "f.json").write_text(text)
-    got = prepare.read_faces(tmp_path / "f.json", prepare.Clip("v.mp4", "--video", 5, 40, 30, 30.0))
+    got = prepare.read_faces(
+        tmp_path / "f.json", prepare.Clip("v.mp4", "--video", [k / 30 for k in range(5)], 40, 30, 30.0)
+    )
     want = np.array(want, float)
     want[:, 2] = [11, 11, 12, 13, 13] if text[0] == "{" else want[:, 2]
     assert np.array_equal(got, want)
@@ -467,7 +506,7 @@ def test_what_does_not_fit_is_refused(given, tmp_path, monkeypatch, changes, mes
             found = [f for f in (folder / value, given / value) if f.exists() and not (flag == "out")]
             changes = changes | {flag: found[0] if found else given if value == "." else value}
     with pytest.raises(BadInput, match=message) as e:
-        run(monkeypatch, *flags(given, **{"out": tmp_path / "out"} | changes), main=prepare.main)
+        run(monkeypatch, *flags(given, **{"out": tmp_path / "out"} | changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -489,10 +528,10 @@ def test_a_killed_run_leaves_nothing_half(given, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare, "write_frames", die)
-        run(patch, *flags(given, out), main=prepare.main)
+        run(patch, *flags(given, out))
     assert not list(tmp_path.iterdir())
     left = tmp_path / ".out.partial"
     left.mkdir()
     (left / "src_bg.mp4").write_text("half")
-    run(monkeypatch, *flags(given, out), main=prepare.main)
+    run(monkeypatch, *flags(given, out))
     assert [f.name for f in tmp_path.iterdir()] == ["out"] and not (out / "src_bg.mp4").exists()

@@ -224,5 +224,5 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "text.wav").write_text("not a sound")
     with pytest.raises(BadInput, match=r"text.wav: its sound cannot be decoded"):
         read_audio(tmp_path / "text.wav")
-    with pytest.raises(BadInput, match=r"none.wav: its sound cannot be decoded"):
+    with pytest.raises(BadInput, match=r"none.wav: does not exist"):
         read_audio(tmp_path / "none.wav")

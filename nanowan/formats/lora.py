@@ -474,7 +474,7 @@ MANAGERS_NAMES = {
 class AdapterInfo:
     """What an adapter's file tells LoRA managers of its training.
 
-    variant: of the base, one of VARIANTS. date: ISO 8601. trained_words: {word: how many captions have it}. resolution:
+    variant: of the base, one of VARIANTS. date: ISO 8601. trained_words: {word: how many files have it}. resolution:
     (width, height) px. steps: planned. batch: samples per step and rank; total_batch: of all ranks and --accumulate.
     """
 

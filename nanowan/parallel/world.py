@@ -140,6 +140,14 @@ class World:
             dist.broadcast_object_list(value, 0)
         return value[0]
 
+    def gather_lists(self, values):
+        """The lists of all ranks, one after the other, on every rank."""
+        if not self.distributed:
+            return values
+        lists = [None] * self.size
+        dist.all_gather_object(lists, values)
+        return sum(lists, [])
+
     # ---- data and gradients --------------------------------------------------------------------------------------
     def local_indices(self, n):
         """Which of a global batch's n samples are this rank's, and what fraction of them that is. A rank for which

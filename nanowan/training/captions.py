@@ -18,6 +18,11 @@ def has_keyword(caption, keywords):
     return any(spans(caption, k) for k in keywords)
 
 
+def count_files(items, keyword):
+    """How many files of some data.Items have a caption with the keyword."""
+    return len({item.path for item in items if any(has_keyword(c, [keyword]) for c in item.captions)})
+
+
 def without_keywords(captions, keywords):
     """Those of some captions that hold none of the keywords."""
     return [c for c in captions if not has_keyword(c, keywords)]

@@ -1,4 +1,4 @@
-"""Where training data come from: a folder of media with captions beside them, a JSONL or a CSV; the report of it."""
+"""Where training data come from: a folder of media with captions beside them, a JSONL or a CSV."""
 
 import csv
 import json
@@ -150,19 +150,3 @@ def check_usable(path, captions):
     if path.stat().st_size == 0:
         raise Skip("is empty")
     return captions
-
-
-def report(items, skipped):
-    """What will be trained on and what will not, as text."""
-    counts = {}
-    for item in items:
-        counts[item.bucket] = counts.get(item.bucket, 0) + 1
-    files, seen = len({i.path for i in items}), sum(i.repeat for i in items)
-    lines = [
-        f"data: {files} files"
-        + f" in {len(items)} samples" * (len(items) > files)
-        + f", seen {seen} times an epoch" * (seen > len(items))
-        + f", {len(skipped)} skipped"
-    ]
-    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for (w, h, f), n in sorted(counts.items())]
-    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in skipped])

@@ -23,13 +23,23 @@ class Samples:
         self.pipe = pipe
 
     def is_sidecar(self, path):
-        """Whether a file in the folder belongs to a clip and is no sample of its own."""
+        """Whether a file in the folder belongs to a clip and is no sample of its own. Raises Skip where there is no
+        such clip.
+        """
         return False
 
     def sidecars(self, path, shown, cache):
         """{kind: (file, digest)} of what belongs to a clip; `shown`: what cache.cached_probe tells of it. Raises Skip
         where something is missing or does not fit.
         """
+        return {}
+
+    def changed(self, path, shown, sidecars, cache):
+        """{kind: video.Shown's `changed`} of a clip, under "", and of what belongs to it."""
+        return {"": shown.changed}
+
+    def sidecar_sizes(self, item):
+        """{kind: (width, height) px} at which `cached` is given the videos that belong to a data.Item."""
         return {}
 
     def group(self, item):
@@ -40,8 +50,10 @@ class Samples:
         """What decides `cached`, as plain values, for the name of the cache file of a data.Item."""
         return ""
 
-    def cached(self, vae, video, item):
-        """{name: tensor} that is cached beside an item's latents; video (1,3,T,H,W) in [-1,1]. May raise Skip."""
+    def cached(self, vae, video, item, sidecars):
+        """{name: tensor} that is cached beside an item's latents; video (1,3,T,H,W) in [-1,1]; sidecars: {kind: frames
+        (H,W,3) uint8} of what belongs to it, at the same times. May raise Skip.
+        """
         return {}
 
     def cached_bytes(self, item, shape):
@@ -80,7 +92,7 @@ class ImageChannelsSamples(Samples):
     def cache_key(self, item):
         return "first frame"
 
-    def cached(self, vae, video, item):
+    def cached(self, vae, video, item, sidecars):
         return {"y": image_channels(vae, video[:, :, :1], video.shape[2])[0]}
 
     def cached_bytes(self, item, shape):

@@ -1,8 +1,9 @@
 """Files beside a training clip NAME.mp4 that belong to it: NAME.wav, NAME.pose.mp4, and the like."""
 
 from nanowan.cache import cached_probe, digest
+from nanowan.errors import Skip
 from nanowan.variants.samples import Samples
-from nanowan.video import CLIPS, Skip
+from nanowan.video import CLIPS, IMAGES
 
 MAX_DIFFERENCE = 0.1  # seconds that a sidecar may be longer or shorter than its clip
 MAX_STRETCH = 1.02  # of its aspect: preprocessing rounds the sides to multiples of 16
@@ -18,7 +19,12 @@ class ClipSamples(Samples):
     squares = ()
 
     def is_sidecar(self, path):
-        return path.stem.rpartition(".")[2] in self.videos and "." in path.stem
+        name, dot, kind = path.stem.rpartition(".")
+        if not dot or kind not in self.videos:
+            return False
+        if not any(path.with_name(name + suffix).exists() for suffix in sorted(CLIPS | IMAGES)):
+            raise Skip(f"belongs to a clip {name}, which is not there")
+        return True
 
     def sidecars(self, path, shown, cache):
         if shown[2] is None:
@@ -29,6 +35,13 @@ class ClipSamples(Samples):
             self._check(kind, *found[kind], shown, cache)
         return found
 
+    def changed(self, path, shown, sidecars, cache):
+        videos = {kind: cached_probe(*found, cache).changed for kind, found in sidecars.items() if kind in self.videos}
+        return super().changed(path, shown, sidecars, cache) | videos
+
+    def sidecar_sizes(self, item):
+        return {kind: (item.width, item.height) for kind in item.sidecars if kind in self.videos}
+
     def find(self, path):
         """{kind: file} of a clip's sidecars. Raises Skip for a missing one."""
         files = {kind: video_beside(path, kind) for kind in self.videos}
@@ -36,7 +49,7 @@ class ClipSamples(Samples):
 
     def _check(self, kind, file, name, shown, cache):
         try:
-            width, height, times = cached_probe(file, name, cache)
+            width, height, times, *_ = cached_probe(file, name, cache)
         except Skip as e:
             raise Skip(f"its {file.name} {e}") from None
         end, own_end = max(shown[2]), max(times)

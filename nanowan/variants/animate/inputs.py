@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanowan.errors import BadInput
+from nanowan.errors import BadInput, Skip
 from nanowan.variants.image import encode_still
-from nanowan.video import Skip, open_image, read_frames
+from nanowan.video import open_image, read_frames
 
 OVERLAPS = 1, 5  # how many frames a clip can take over from the one before
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
@@ -90,8 +90,8 @@ def read_video(file):
     """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
     images, last = [], 0.0
     try:
-        for frame in read_frames(file):
-            images.append(np.array(frame.image.convert("RGB")))
+        for frame in read_frames(Path(file)):
+            images.append(frame.shown())
             last = frame.seconds
     except Skip as e:
         raise BadInput(f"{file}: {e}") from None
@@ -101,10 +101,13 @@ def read_video(file):
 
 
 # ---- the rules by which the folder is made ---------------------------------------------------------------------------
-def frame_indices(count, video_fps, fps):
-    """Which frames of a video of `count` frames make one of another rate: the nearest in time, [index]."""
-    times = np.arange(int(count / video_fps * fps)) / fps
-    return np.clip(np.round(times * video_fps).astype(int), 0, count - 1).tolist()
+def frame_indices(times, video_fps, fps):
+    """Which frames of a video make one of another rate: the nearest in time, [index]. times: when its frames are shown,
+    in seconds; video_fps: how many of them per second, on the average.
+    """
+    wanted = np.arange(int(len(times) / video_fps * fps)) / fps
+    between = np.interp(wanted, times, range(len(times)))
+    return between.round(6).round().astype(int).tolist()  # halves to even
 
 
 def area_size(width, height, area):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from nanowan.errors import BadInput, cli
+from nanowan.errors import BadInput, Skip, cli
 from nanowan.settings import parse_size
 from nanowan.variants.animate.inputs import (
     area_size,
@@ -34,28 +34,33 @@ from nanowan.variants.animate.inputs import (
     letterbox_place,
 )
 from nanowan.variants.animate.pose import FACE, KEYPOINTS, Networks, draw_pose
-from nanowan.video import Skip, frame_rate, has_sound, open_image, read_frames, sound_delay, write_frames
+from nanowan.variants.sidecars import MAX_DIFFERENCE
+from nanowan.video import Frame, frame_rate, has_sound, open_image, probe, read_windows, sound_delay, write_frames
 
 
 # ---- what is given ---------------------------------------------------------------------------------------------------
 class Clip(NamedTuple):
-    """A video file: its number of frames, width and height in px, and frames per second."""
+    """A video file: when its frames are shown, in seconds, its width and height in px, with square pixels, and frames
+    per second.
+    """
 
     file: str
     flag: str
-    count: int
+    times: list
     width: int
     height: int
     fps: float
 
-    def frames(self, indices, desc=None):
-        """Yield the frames (H,W,3) uint8 of rising indices, of which some may be repeated. desc: of a progress bar."""
-        repeats = np.bincount(indices)
-        with tqdm(total=len(indices), desc=desc, unit="frame", disable=not desc) as bar, decoding(self.file, self.flag):
-            for times, frame in zip(repeats, read_frames(self.file)):
-                for _ in range(times):
-                    yield np.array(frame.image.convert("RGB"))
-                    bar.update()
+    @property
+    def count(self):
+        return len(self.times)
+
+    def frames(self, seconds, desc=None):
+        """Yield the frames (H,W,3) uint8 that are shown nearest to some rising times. desc: of a progress bar."""
+        with tqdm(total=len(seconds), desc=desc, unit="frame", disable=not desc) as bar, decoding(self.file, self.flag):
+            for (frame,) in read_windows(Path(self.file), [[t] for t in seconds], Frame.shown):
+                yield frame
+                bar.update()
 
 
 @contextlib.contextmanager
@@ -67,22 +72,34 @@ def decoding(file, flag):
         raise BadInput(f"{flag} {file}: {e}") from None
 
 
-def open_clip(file, flag, like=None):
-    """The Clip in a file, read through once. like: a Clip whose size and length it should have. Raises BadInput."""
+def open_video(file, flag, like=None):
+    """The Clip in a file. like: a Clip whose size and length it should have. Raises BadInput."""
     with decoding(file, flag):
-        seconds = [frame.seconds for frame in read_frames(file, images=False)]
-        if not seconds:
-            raise Skip("has no frames")
-        width, height = next(read_frames(file)).image.size
-    fps = frame_rate(file) or (len(seconds) - 1) / (seconds[-1] or math.inf)
-    if not fps:
-        raise BadInput(f"{flag} {file}: says no frame rate")
-    clip = Clip(file, flag, len(seconds), width, height, fps)
-    if like and (width, height) != (like.width, like.height):
-        raise BadInput(f"{flag} {file}: {width}x{height} px, should be {like.width}x{like.height} as in {like.file}")
-    if like and clip.count != like.count:
+        shown = probe(Path(file))
+        if not shown.times:
+            raise Skip("is no video")
+        fps = rate(shown, file)
+    clip = Clip(file, flag, shown.times, shown.width, shown.height, fps)
+    if like and (clip.width, clip.height) != (like.width, like.height):
+        raise BadInput(
+            f"{flag} {file}: {clip.width}x{clip.height} px, should be {like.width}x{like.height} as in {like.file}"
+        )
+    if (
+        like
+        and clip.count != like.count
+        and (math.isclose(fps, like.fps, rel_tol=0.01) or abs(clip.times[-1] - like.times[-1]) > MAX_DIFFERENCE)
+    ):
         raise BadInput(f"{flag} {file}: {clip.count} frames, should be {like.count} as in {like.file}")
     return clip
+
+
+def rate(shown, file):
+    """Frames per second of a video.Shown: as its file says, or the mean where that varies."""
+    if "variable rate" not in shown.notes and (fps := frame_rate(file)):
+        return fps
+    if len(shown.times) < 2:
+        raise Skip("says no frame rate")
+    return (len(shown.times) - 1) / shown.times[-1]
 
 
 def read_json(file, flag):
@@ -201,13 +218,18 @@ class Work(NamedTuple):
     faces: np.ndarray | None
 
     @property
+    def seconds(self):
+        """When the taken frames are shown; of the other videos those are taken that are nearest."""
+        return [self.video.times[i] for i in self.indices]
+
+    @property
     def frame_size(self):
         """(width, height) px in which poses and faces are found: where somebody is replaced, the result's."""
         return self.size if self.mask_video else (self.video.width, self.video.height)
 
     def frames(self, desc):
         """Yield the taken frames at frame_size."""
-        for image in self.video.frames(self.indices, desc):
+        for image in self.video.frames(self.seconds, desc):
             yield fit_frame(image, *self.size) if self.mask_video else image
 
     def find_keypoints(self, networks):
@@ -226,7 +248,7 @@ class Work(NamedTuple):
     def pose_images(self):
         """Yield (1,H,W,3) per frame."""
         if self.pose_video:
-            images = self.pose_video.frames(self.indices, "src_pose")
+            images = self.pose_video.frames(self.seconds, "src_pose")
         else:
             images = (draw_pose(points, *self.frame_size) for points in tqdm(self.keypoints, "src_pose", unit="frame"))
         for image in images:
@@ -234,7 +256,7 @@ class Work(NamedTuple):
 
     def masks(self, desc=None, **growth):
         """Yield (H,W) of 0 and 1 per frame. growth: of grow_mask."""
-        for image in self.mask_video.frames(self.indices, desc):
+        for image in self.mask_video.frames(self.seconds, desc):
             yield grow_mask((fit_frame(image[..., 0], *self.size) > 127).astype(np.uint8), **growth)
 
     def background_images(self, **growth):
@@ -250,13 +272,13 @@ class Work(NamedTuple):
 
 def gather(args, reference):
     """The Work of the flags; reference: the size (width, height) px of the character's picture. Raises BadInput."""
-    video = open_clip(args.video, "--video")
+    video = open_video(args.video, "--video")
     pose_video, mask_video = (
-        open_clip(file, f"--{flag}", video) if (file := getattr(args, flag)) else None
+        open_video(file, f"--{flag}", video) if (file := getattr(args, flag)) else None
         for flag in ("pose_video", "mask_video")
     )
     fps = video.fps if args.fps == -1 else args.fps
-    indices = frame_indices(video.count, video.fps, fps)
+    indices = frame_indices(video.times, video.fps, fps)
     if len(indices) < 2:
         raise BadInput(f"--video {video.file}: {len(indices)} frames at {fps:g} per second, should be at least 2")
     w, h = parse_size(args.size)

@@ -5,10 +5,10 @@ import hashlib
 
 import torch
 
-from nanowan.cache import sidecar_frames
+from nanowan.errors import Skip
 from nanowan.variants.animate import inputs
 from nanowan.variants.sidecars import ClipSamples
-from nanowan.video import Skip, to_video
+from nanowan.video import to_video
 
 
 class CharacterSamples(ClipSamples):
@@ -44,22 +44,25 @@ class CharacterSamples(ClipSamples):
         names = {kind: name for kind, (_, name) in item.sidecars.items()}
         return ["character", names, self.encoder_key("clip"), self._motion_key]
 
-    def cached(self, vae, video, item):
+    def sidecar_sizes(self, item):
+        sizes, side = super().sidecar_sizes(item), self.pipe.config().face_side
+        return sizes | {"face": (side, side)}
+
+    def cached(self, vae, video, item, sidecars):
         at = int(item.digest[:8], 16) % item.frames
         picture, device = video[:, :, at : at + 1], video.device
         tensors = {"clip": self.pipe.acquire("clip").encode(picture[:, :, 0])[0]}
-        side = self.pipe.config().face_side
-        face = to_video(sidecar_frames(item, "face", (side, side)))[None].to(device)
+        face = to_video(sidecars["face"], device)[None]
         with torch.no_grad():
             motion = self.pipe.acquire("motion").encode_clip
             tensors["face"], tensors["face.blank"] = motion(face)[0], motion(torch.full_like(face[:, :, :1], -1))[0, 0]
         vae = self.pipe.acquire("vae")  # the others may have made it leave
         z = vae.encode(picture)
         tensors["latents"] = torch.cat([z, vae.encode(video)], 2)[0]
-        tensors["pose"] = vae.encode(to_video(sidecar_frames(item, "pose"))[None].to(device))[0]
+        tensors["pose"] = vae.encode(to_video(sidecars["pose"], device)[None])[0]
         scene = None
-        if "bg" in item.sidecars:
-            scene = sidecar_frames(item, "bg"), [frame[..., 0] for frame in sidecar_frames(item, "mask")]
+        if "bg" in sidecars:
+            scene = sidecars["bg"], [frame[..., 0] for frame in sidecars["mask"]]
         for known in (0, *known_frames(item)):
             given = video[:, :, :known] if known else None
             y = inputs.encode_scene(vae, video.shape, inputs.mark_given(z), scene, given)

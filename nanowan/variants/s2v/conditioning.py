@@ -1,17 +1,18 @@
 """S2V-14B: a picture, a sound and, if wanted, a pose video; sampled segment by segment."""
 
-import itertools
+import contextlib
 import math
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanowan.errors import BadInput
+from nanowan.errors import BadInput, Skip
 from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video, draw_noise
 from nanowan.variants.examples import Examples
 from nanowan.variants.s2v import model, wav2vec2
-from nanowan.video import Skip, read_frames, to_tensor
+from nanowan.video import probe, read_windows, to_tensor
 
 DROPPED_FRAMES = 3  # of a first segment: made with the reference picture before them, they look like it
 MIN_POSE_FRAMES = 3
@@ -52,7 +53,7 @@ class SpeechVideo(Video):
         pipe.drop("audio")
         self.pose = inputs.pose_video
         if self.pose is not None:
-            self.pose_step = self._pose_step()
+            self.pose_times = self._pose_times()
         self.picture = to_tensor(model.fit_picture(picture, self.size))[None, :, None].to(self.device)  # (1,3,1,H,W)
         _, sh, sw = settings.stride
         self.shape = settings.z_dim, self.frames // 4, self.size[1] // sh, self.size[0] // sw
@@ -77,25 +78,36 @@ class SpeechVideo(Video):
         self.audio_file.seek(r * nbytes)
         return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
 
-    def _pose_frames(self, images=True):
+    def _pose_times(self):
+        """The times at which the pose video is followed, of all segments. Officially every pose_step-th frame is taken;
+        where the rate varies, the frame that is shown then.
+        """
+        with self._reading_pose():
+            shown = probe(Path(self.pose))
+        times, count = shown.times or [0.0], self.count * self.frames
+        if len(times) < MIN_POSE_FRAMES:
+            raise BadInput(f"--pose_video {self.pose}: {len(times)} frames; at least {MIN_POSE_FRAMES} are needed")
+        if "variable rate" in shown.notes:
+            return [t for t in (k / self.fps for k in range(count)) if t <= times[-1]]
+        return times[:: model.pose_step((len(times) - 1) / times[-1])][:count]
+
+    @contextlib.contextmanager
+    def _reading_pose(self):
         try:
-            yield from read_frames(self.pose, images)
+            yield
         except Skip as e:
             raise BadInput(f"--pose_video {self.pose}: {e}") from None
 
-    def _pose_step(self):
-        """Every how many-th frame of the pose video is followed."""
-        frames = list(self._pose_frames(images=False))
-        if len(frames) < MIN_POSE_FRAMES:
-            raise BadInput(f"--pose_video {self.pose}: {len(frames)} frames; at least {MIN_POSE_FRAMES} are needed")
-        return model.pose_step((len(frames) - 1) / frames[-1].seconds)
-
     def _read_pose(self, r):
         """The poses (T,3,H,W) of segment r, T <= frames. The file is read from its beginning each time."""
-        begin, end = (i * self.frames * self.pose_step for i in (r, r + 1))
-        taken = itertools.islice(self._pose_frames(), begin, end, self.pose_step)
-        none = torch.empty(0, 3, *self.size[::-1])
-        return torch.cat([none, *(model.fit_pose(to_tensor(f.image)[None], self.size) for f in taken)])
+        wanted, poses = self.pose_times[r * self.frames : (r + 1) * self.frames], []
+        with self._reading_pose():
+            for (pose,) in read_windows(Path(self.pose), [[t] for t in wanted], self._fit_pose) if wanted else ():
+                poses.append(pose)
+        return torch.cat([torch.empty(0, 3, *self.size[::-1]), *poses])
+
+    def _fit_pose(self, frame):
+        return model.fit_pose(to_tensor(frame.shown())[None], self.size)
 
     def noise(self, r, seed):
         return draw_noise(self.shape, seed + r, self.device)

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from nanowan.cache import sidecar_frames
-from nanowan.errors import BadInput
+from nanowan.cache import cached_is_sound_broken, digest
+from nanowan.errors import BadInput, Skip
 from nanowan.variants.s2v import model, wav2vec2
 from nanowan.variants.sidecars import ClipSamples
-from nanowan.video import Skip, has_sound, sound_delay, to_video
+from nanowan.video import has_sound, sound_delay, to_video
 
 
 class SpeechSamples(ClipSamples):
@@ -35,6 +35,12 @@ class SpeechSamples(ClipSamples):
             raise Skip(f"has no sound track, and there is no {sound.name} beside it")
         return files
 
+    def changed(self, path, shown, sidecars, cache):
+        """Sounds with gaps too, which were not heeded."""
+        sound = sidecars.get("sound", (path, digest(path)))
+        gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}
+        return super().changed(path, shown, sidecars, cache) | gaps
+
     def group(self, item):
         """With and without motion tokens, and poses."""
         return *item.bucket, item.frames_after, "pose" in item.sidecars
@@ -43,7 +49,7 @@ class SpeechSamples(ClipSamples):
         names = {kind: name for kind, (_, name) in item.sidecars.items()}
         return ["speech", names, item.frames_after, self.encoder_key("audio")]
 
-    def cached(self, vae, video, item):
+    def cached(self, vae, video, item, sidecars):
         audio = self._audio(item)
         vae = self.pipe.acquire("vae")  # it may have made room for the speech encoder
         n, picture = item.frames, video[:, :, :1]
@@ -56,8 +62,8 @@ class SpeechSamples(ClipSamples):
             z = vae.encode(video)[0]
             tensors["next.motion"], tensors["next.latents"] = z[:, : model.MOTION_LATENTS], z[:, model.MOTION_LATENTS :]
             tensors["next.audio"] = audio[..., -n:].contiguous()
-        if "pose" in item.sidecars:
-            frames = to_video(sidecar_frames(item, "pose")).transpose(0, 1)  # (T,3,H,W)
+        if "pose" in sidecars:
+            frames = to_video(sidecars["pose"]).transpose(0, 1)  # (T,3,H,W)
             for prefix, part in {"": frames[:n], "next.": frames[-n:]}.items():
                 if not prefix or item.frames_after:
                     pose = vae.encode(model.pose_clip(part, n).to(video.device))

@@ -12,15 +12,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import ops
-from nanowan.errors import BadInput
+from nanowan.errors import BadInput, Skip
 from nanowan.formats.layouts import read_headers, weight_files
 from nanowan.formats.load import load_into
+from nanowan.video import read_sound
 
 SAMPLE_RATE, FEATURE_RATE, VIDEO_RATE = 16000, 30, 16
 ENCODER_RATE = 50  # nominal: the encoder gives 49.9 frames per second, and the official code does not correct for it
@@ -31,24 +31,13 @@ MIN_SAMPLES = 720  # two encoder frames, the fewest that give one at 30 per seco
 def read_audio(path):
     """The sound of any file that FFmpeg reads (wav, mp3, mp4, ...), whole, mono at 16 kHz: (N,) float32, about [-1,1].
 
-    Channels are averaged, as librosa does. Raises BadInput for a file without sound, or with less than 0.045 s of it.
+    Channels are averaged, as librosa does; where the file's times leave a gap there is silence. Raises BadInput for a
+    file without sound, or with less than 0.045 s of it.
     """
-    import av
-
-    chunks = []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise BadInput(f"{path}: has no sound track; give a file with sound (wav, mp3, mp4, ...)")
-            # to 16 kHz with all channels: their mean commutes with it, and FFmpeg's own downmix does not halve
-            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
-            for frame in container.decode(container.streams.audio[0]):
-                chunks += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
-            if chunks:
-                chunks += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
-    except (av.FFmpegError, OSError) as e:
-        raise BadInput(f"{path}: its sound cannot be decoded ({e})") from None
-    samples = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *chunks]))
+        samples = torch.from_numpy(read_sound(path, SAMPLE_RATE)[1][0])
+    except Skip as e:
+        raise BadInput(f"{path}: {e}; give a file with sound (wav, mp3, mp4, ...)") from None
     if len(samples) < MIN_SAMPLES:
         seconds, least = len(samples) / SAMPLE_RATE, MIN_SAMPLES / SAMPLE_RATE
         raise BadInput(f"{path}: holds {seconds:.3f} s of sound; at least {least} s are needed")

@@ -1,0 +1,225 @@
+"""Colours of decoded pictures as a player shows them: 8-bit RGB with BT.709's primaries, from whatever matrix, range,
+primaries, transfer function or ICC profile a file names; and the way back to the file that is written.
+"""
+
+import functools
+import io
+
+import numpy as np
+
+from nanowan.errors import Skip
+
+# codes of ITU-T H.273, as FFmpeg has them
+UNSPECIFIED = 2
+MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
+PQ, HLG = 16, 18
+NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # which no player undoes
+HD_LINES = 720  # of untagged pictures, from which they are BT.709; below they are BT.601
+WHITE = 203  # cd/m2 of HDR that become SDR's white (ITU-R BT.2408)
+GAMMA = 2.4  # of an SDR display (ITU-R BT.1886)
+# (x, y) of red, green, blue and white
+D65 = (0.3127, 0.3290)
+BT709 = (0.640, 0.330), (0.300, 0.600), (0.150, 0.060), D65
+WIDE = {
+    9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), D65),  # BT.2020
+    11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
+    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65),  # Display P3
+}
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+STRIP = 64  # rows of a picture that are converted at once, so that they stay in the processor's cache
+
+
+# ---- video -----------------------------------------------------------------------------------------------------------
+def is_yuv(frame):
+    return not frame.format.is_rgb and frame.format.name != "pal8" and len(frame.format.components) >= 3
+
+
+def has_alpha(frame):
+    return any(c.is_alpha for c in frame.format.components)
+
+
+def is_hdr(frame):
+    return frame.color_trc in (PQ, HLG)
+
+
+def is_wide(frame):
+    """Whether an SDR frame has primaries that BT.709 does not cover."""
+    return frame.color_primaries in WIDE and not is_hdr(frame)
+
+
+def is_untagged(frame):
+    """Whether a frame does not say by which matrix its colours were made."""
+    return is_yuv(frame) and frame.colorspace == UNSPECIFIED
+
+
+def check_colors(frame):
+    """Raise Skip for colours that cannot be converted."""
+    if is_yuv(frame) and frame.colorspace not in (UNSPECIFIED, *MATRICES):
+        raise Skip(f"has colours by matrix {int(frame.colorspace)} of H.273, which is not read")
+    if frame.color_trc in NOT_DISPLAYED:
+        raise Skip(f"holds {NOT_DISPLAYED[frame.color_trc]}, not pictures for a display")
+    if frame.colorspace == UNSPECIFIED and frame.color_trc == UNSPECIFIED and frame.side_data.get("DOVI_METADATA"):
+        raise Skip("is Dolby Vision without a base layer in HDR10 or HLG")
+
+
+def matrix(frame):
+    """The argument of PyAV's reformat that names the matrix of an untagged frame: BT.2020 behind its primaries, else
+    BT.709 from HD_LINES lines on; below that FFmpeg takes BT.601.
+    """
+    from av.video.reformatter import Colorspace
+
+    if not is_untagged(frame):
+        return {}
+    if is_hdr(frame) or frame.color_primaries == 9:
+        return {"src_colorspace": Colorspace.BT2020}
+    return {"src_colorspace": Colorspace.ITU709} if frame.height >= HD_LINES else {}
+
+
+def to_rgb(frame):
+    """A frame of PyAV as (H,W,3) uint8, alpha on white. Raises Skip."""
+    check_colors(frame)
+    converted = is_hdr(frame) or is_wide(frame)
+    if converted:
+        kind = frame.color_trc if is_hdr(frame) else 1
+        primaries = frame.color_primaries if frame.color_primaries in WIDE else 9
+        image = to_bt709(frame.to_ndarray(format="rgb48le", **matrix(frame)), kind, primaries)
+    if has_alpha(frame):
+        layers = frame.to_ndarray(format="rgba", **matrix(frame))
+        return on_white(image if converted else layers[..., :3], layers[..., 3:])
+    return image if converted else frame.to_ndarray(format="rgb24", **matrix(frame))
+
+
+def on_white(image, alpha):
+    """(H,W,3) uint8 before white, where alpha (H,W,1) uint8 lets it through."""
+    if alpha.min() == 255:
+        return np.ascontiguousarray(image)
+    image, alpha = image.astype(np.uint32), alpha.astype(np.uint32)
+    return ((image * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def to_yuv(frame):
+    """An RGB frame of PyAV as 4:2:0 by BT.709's matrix in limited range."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+
+
+def tag(encoder, matrix):
+    """Have an encoder's file say BT.709; matrix: of YUV too, in limited range."""
+    encoder.color_primaries = encoder.color_trc = 1
+    if matrix:
+        encoder.colorspace, encoder.color_range = 1, 1
+
+
+# ---- primaries and transfer functions --------------------------------------------------------------------------------
+def to_xyz(primaries):
+    """The matrix (3,3) from linear RGB of these primaries to CIE XYZ."""
+    columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
+    return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
+
+
+@functools.cache
+def primaries_to_bt709(code):
+    """The matrix (3,3) from linear RGB of one of WIDE to BT.709's, white to white (Bradford's adaptation)."""
+    white, own = (BRADFORD @ to_xyz(p).sum(1) for p in (BT709, WIDE[code]))
+    adapted = np.linalg.solve(BRADFORD, np.diag(white / own) @ BRADFORD)
+    return (np.linalg.inv(to_xyz(BT709)) @ adapted @ to_xyz(WIDE[code])).astype(np.float32)
+
+
+def linear_light(transfer, signal):
+    """What a display makes of a signal in [0,1], 1 being SDR's white. HLG's system gamma is applied to each channel, as
+    zscale does by default, and not to the luminance, as ITU-R BT.2100 has it.
+    """
+    if transfer == PQ:
+        m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+        power = signal ** (1 / m2)
+        return (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1) * 10000 / WHITE
+    if transfer == HLG:
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+        return scene**1.2 * 1000 / WHITE
+    return signal**GAMMA
+
+
+@functools.cache
+def linear_table(transfer):
+    return linear_light(transfer, np.arange(65536) / 65535).astype(np.float32)
+
+
+@functools.cache
+def display_table():
+    """The 8-bit signal of a display by the square root of linear light in 4096 steps."""
+    return ((np.arange(4096) / 4095) ** (2 / GAMMA) * 255).round().astype(np.uint8)
+
+
+def to_bt709(image, transfer, primaries):
+    """(H,W,3) uint16 with this transfer function and these primaries -> uint8 for an SDR display with BT.709's. What is
+    brighter or more saturated than that can show is clipped.
+    """
+    to_linear, to_signal, rotate = linear_table(transfer), display_table(), primaries_to_bt709(primaries).T
+    out = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), STRIP):
+        light = to_linear[image[top : top + STRIP]] @ rotate
+        steps = np.sqrt(light.clip(0, 1)) * 4095 + 0.5
+        out[top : top + STRIP] = to_signal[steps.astype(np.uint16)]
+    return out
+
+
+# ---- photographs -----------------------------------------------------------------------------------------------------
+PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # PIL's, of the colour spaces that ICC profiles are for
+
+
+@functools.lru_cache(8)
+def profile_transform(profile):
+    """(PIL's mode, transform to sRGB) of an ICC profile (bytes); no transform where it changes nothing, as sRGB's own
+    does. Raises ValueError for a profile that cannot be used.
+    """
+    from PIL import Image, ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = PROFILED_MODES[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, TypeError, AttributeError):
+        raise ValueError("has a colour profile that cannot be used") from None
+    if mode == "CMYK":
+        return mode, transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
+    sample = Image.fromarray(colors if mode == "RGB" else colors[..., 0])
+    moved = np.array(ImageCms.applyTransform(sample, transform)).astype(int) - np.array(sample.convert("RGB"))
+    return mode, transform if abs(moved).max() > 2 else None
+
+
+def transform_for(image, profile):
+    """(mode, transform) of a profile, or None, for a PIL image. Raises ValueError where they do not fit each other."""
+    if not profile:
+        return "RGB", None
+    mode, transform = profile_transform(profile)
+    given = image.mode if image.mode in ("L", "CMYK") else "RGB"
+    if mode not in (given, "RGB") or (given, mode) == ("CMYK", "RGB"):
+        raise ValueError("has a colour profile for pictures of another kind")
+    return mode, transform
+
+
+def to_srgb(image, profile):
+    """A PIL image in mode L, RGB or CMYK with an ICC profile (bytes or None) -> RGB in sRGB. A profile that does not
+    fit is ignored, as browsers do.
+    """
+    from PIL import ImageCms
+
+    try:
+        mode, transform = transform_for(image, profile)
+    except ValueError:
+        mode, transform = "RGB", None
+    if transform is None:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    return ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
+
+
+def profile_notes(image):
+    """What video.Shown says of a PIL image's profile."""
+    try:
+        return ["colour profile"] if transform_for(image, image.info.get("icc_profile"))[1] else []
+    except ValueError:
+        return ["unusable profile"]
