@@ -9,7 +9,7 @@ uninterrupted one would have seen.
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
 @dataclass
 class Item:
     """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times. sidecars: {kind: (file,
+    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times, and its loss counts
+    `weight` times. sidecars: {kind: (file,
     digest)} of the files that belong to it. source_size, seconds: (width, height) in px at which the file is shown, and
     for how long (0: a still). notes, changed: video.Shown's; `changed` by kind of sidecar, "" being the file itself.
     """
@@ -47,6 +48,7 @@ class Item:
     start: float = 0.0
     digest: str = ""
     repeat: int = 1
+    weight: float = 1.0
     source_size: tuple = (0, 0)
     frames_after: int = 0
     sidecars: dict = field(default_factory=dict)
@@ -211,16 +213,26 @@ def frame_weights(samples, noise):
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What a Dataset is made of: the flags of these names (nanowan/training/flags.py), `resolution` as (width, height).
-    source: folder or list. cache: its cache folder.
+class DataSource:
+    """A folder or list of media, and how samples are taken from it: in buckets of the area of `resolution` (width,
+    height) in px, of at most so many frames, by one of CLIP_MODES; each is seen `repeats` times an epoch, and its loss
+    counts `weight` times.
     """
 
     source: Path
-    cache: Path
     resolution: tuple
     frames: int
-    clip_mode: str
+    clip_mode: str = "first"
+    repeats: int = 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a Dataset is made of: DataSources, a cache folder, and flags of these names (nanowan/training/flags.py)."""
+
+    sources: tuple
+    cache: Path
     held_out: float
     batch: int
     accumulate: int
@@ -242,9 +254,8 @@ class Dataset:
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
-        area = math.prod(config.resolution)
-        look = config.source, area, s.size_multiple, config.frames, s.fps, config.clip_mode, config.cache, self.samples
-        items, skipped = self.world.broadcast_from_rank0(lambda: scan(*look))
+        found = self.world.broadcast_from_rank0(lambda: [self._scan(source) for source in config.sources])
+        items, skipped = (sum(lists, []) for lists in zip(*found))
         items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
         digests = sorted({i.digest for i in items})
         held_out = set(digests[: min(16, int(config.held_out * len(digests)))])
@@ -262,6 +273,12 @@ class Dataset:
                 "segments too"
             )
         print(f"  {len(self.val_items)} samples held out; cache in {config.cache}")
+
+    def _scan(self, source):
+        s, area = self.pipe.settings, math.prod(source.resolution)
+        how = area, s.size_multiple, source.frames, s.fps, source.clip_mode
+        items, skipped = scan(source.source, *how, self.config.cache, self.samples)
+        return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
 
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
@@ -318,7 +335,7 @@ class Dataset:
         self.items = [i for i, f in zip(self.items, self.files) if f in cached]
         self.val_items = [i for i, f in zip(self.val_items, self.val_files) if f in cached]
         if not self.items:
-            raise BadInput(f"--data {self.config.source}: nothing is left to train on")
+            raise BadInput(f"--data {self.config.sources[0].source}: nothing is left to train on")
         self._choose_batches()
 
     def cache_texts(self):
@@ -384,8 +401,9 @@ class Dataset:
             t[given, 0] = 0
             loss_mask = ((t > 0) / (t > 0).float().mean(1, keepdim=True))[:, None, :, None, None]
         preserved = torch.tensor([d.preserved for d in draws])
-        if preserved.any():
-            weight = torch.where(preserved, float(self.config.preserve), 1.0).view(-1, 1, 1, 1, 1)
+        weight = torch.tensor([d.item.weight * (self.config.preserve if d.preserved else 1.0) for d in draws])
+        if (weight != 1).any():
+            weight = weight.view(-1, 1, 1, 1, 1)
             loss_mask = weight if loss_mask is None else weight * loss_mask
         captions, chosen = [d.caption for d in draws], preserved if preserved.any() else None
         return make_noisy_batch(entries, captions, t, noise, loss_mask, chosen)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import sample
-from data import DataConfig, Dataset, collate
+from data import Dataset, collate
 from kernels import backend
 from lora import TARGETS, adapter, adapter_off, clamp_weight_norm, weight_norms
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
@@ -40,7 +40,6 @@ from nanowan.formats.lora import (
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_prompts, read_texts
-from nanowan.settings import parse_size
 from nanowan.training.captions import count_files, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
@@ -50,10 +49,10 @@ from nanowan.training.flags import (
     check_streaming,
     choose_checkpointing,
     comma_list,
+    data_config,
     expert_schedule,
     parallel_layout,
     parse_blocks,
-    pick,
     resolve,
     training_spec,
 )
@@ -233,15 +232,11 @@ def train(args, world):
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
-    source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
     preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
-    cache = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
-    size = parse_size(args.resolution, "--resolution")
-    dataset = Dataset(
-        pick(DataConfig, args, source=source, cache=cache, resolution=size), pipe, prompts=preserve_prompts
-    )
+    config = data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
+    dataset = Dataset(config, pipe, prompts=preserve_prompts)
     preserved = prompts_to_preserve(args, dataset.captions, preserve_prompts)
     if preserved:
         print(f"  {len(preserved)} prompts preserved")
@@ -317,7 +312,9 @@ def train(args, world):
     def write_adapters(step, *names):
         triggers = {word: count_files(dataset.items, word) for word in args.trigger}
         total_batch = args.batch * args.accumulate * world.dp_size
-        info = AdapterInfo(s.variant, run.date, triggers, size, args.steps, args.lr, args.batch, total_batch)
+        info = AdapterInfo(
+            s.variant, run.date, triggers, config.sources[0].resolution, args.steps, args.lr, args.batch, total_batch
+        )
         for expert in schedule if world.is_main else ():
             if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
                 clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)

@@ -13,12 +13,11 @@ import nanowan.environment  # noqa: F401  # isort: skip
 import json
 import math
 import random
-from pathlib import Path
 
 import torch
 
 import sample
-from data import DataConfig, Dataset, collate
+from data import Dataset, collate
 from kernels import backend
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
@@ -37,7 +36,6 @@ from nanowan.formats.t5 import (
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_prompts
-from nanowan.settings import parse_size
 from nanowan.training.captions import augment_caption, without_keywords
 from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
 from nanowan.training.flags import (
@@ -48,9 +46,9 @@ from nanowan.training.flags import (
     check_streaming,
     choose_checkpointing,
     comma_list,
+    data_config,
     expert_schedule,
     parallel_layout,
-    pick,
     recommended_flags,
     resolve,
     training_spec,
@@ -220,12 +218,10 @@ def train(args, world):
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
-    source = Path(args.data) if args.data else world.broadcast_from_rank0(default_clips)
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
-    cache_dir = Path(args.cache or (source if source.is_dir() else source.parent) / "cache")
-    size = parse_size(args.resolution, "--resolution")
-    dataset = Dataset(pick(DataConfig, args, source=source, cache=cache_dir, resolution=size), pipe)
+    config = data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
+    dataset = Dataset(config, pipe)
     spiece = read_encoder(pipe.files("text")).spiece
     tokenizer, file = load_tokenizer(pipe.dir, spiece), tokenizer_file(pipe.dir)
     spiece = tokenizer_bytes(file) if file else spiece.read()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import DataConfig, Dataset, eval_batches
+from data import DataConfig, Dataset, DataSource, eval_batches
 from diagnostics.common import runtime, write_json
 from kernels import ops
 from nano.default_clips import default_clips
@@ -104,11 +104,8 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     check_data(data, pipe)
     source = Path(data) if data else default_clips()
     config = DataConfig(
-        source=source,
+        sources=(DataSource(source, parse_size(values["resolution"], "--resolution"), values["frames"]),),
         cache=Path(cache or (source if source.is_dir() else source.parent) / "cache"),
-        resolution=parse_size(values["resolution"], "--resolution"),
-        frames=values["frames"],
-        clip_mode="first",
         held_out=0.0,
         batch=1,
         accumulate=1,

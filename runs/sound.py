@@ -19,15 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_lora  # noqa: E402
-from data import DataConfig, Dataset, collate  # noqa: E402
+from data import Dataset, collate  # noqa: E402
 from nano import sound as world  # noqa: E402
 from nano.pretrain import run_stage  # noqa: E402
 from nano.world import caption_of  # noqa: E402
 from nanowan.errors import cli  # noqa: E402
 from nanowan.formats.header import load  # noqa: E402
 from nanowan.pipeline import Pipeline  # noqa: E402
-from nanowan.settings import parse_size  # noqa: E402
-from nanowan.training.flags import pick, resolve  # noqa: E402
+from nanowan.training.flags import data_config, resolve  # noqa: E402
 from nanowan.variants.s2v.conditioning import DROPPED_FRAMES  # noqa: E402
 from nanowan.video import to_uint8  # noqa: E402
 from sample import generate  # noqa: E402
@@ -41,9 +40,7 @@ def train(ckpt, clips, steps, seed):
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
     args, models = train_lora.arguments(flags.split()), Pipeline(ckpt)
     resolve(args, models.settings, "train_lora")
-    size = parse_size(args.resolution)
-    config = pick(DataConfig, args, source=Path(clips), cache=Path(clips) / "cache", resolution=size)
-    dataset = Dataset(config, models)
+    dataset = Dataset(data_config(args, models.settings, None), models)
     dataset.cache_latents()
     texts = {caption: load(file)[0]["embedding"] for caption, file in dataset.cache_texts().items()}
     models.drop()

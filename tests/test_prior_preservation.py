@@ -81,11 +81,11 @@ def test_an_adapter_that_is_off_is_none():
 
 def dataset(tmp_path, count=16, **flags):
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
-    items = [SimpleNamespace(captions=["own"], frames=1)] * count
+    items = [SimpleNamespace(captions=["own"], frames=1, weight=1.0, bucket=(32, 32, 1))] * count
     args = arguments(["--preserve", "0.5"])
     vars(args).update({"shift": 1.0, "t_distribution": "uniform", **flags})
     made = object.__new__(data.Dataset)
-    made.config = pick(data.DataConfig, args, source=tmp_path, cache=tmp_path)
+    made.config = pick(data.DataConfig, args, sources=(), cache=tmp_path)
     made.items, made.files = items, [tmp_path / "a.safetensors"] * count
     made.batches = SimpleNamespace(at=lambda step: list(range(count)))
     made.samples, made.world = Samples(None), SimpleNamespace(local_indices=lambda n: (list(range(n)), 1.0))

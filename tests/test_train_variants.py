@@ -10,7 +10,6 @@ import random
 import shutil
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -33,8 +32,7 @@ from nanowan.formats.dit import full_config, keep_fp32, load_wan, new_dit
 from nanowan.formats.header import load
 from nanowan.formats.vae import load_vae
 from nanowan.pipeline import Pipeline
-from nanowan.settings import parse_size
-from nanowan.training.flags import pick, resolve
+from nanowan.training.flags import data_config, resolve
 from nanowan.training.previews import HeldOutVideo
 from nanowan.training.run_dir import Run
 from nanowan.variants.s2v import wav2vec2
@@ -89,8 +87,7 @@ def dataset_of(ckpt, folder, out, *flags):
 def uncached_dataset(ckpt, folder, out, *flags):
     args, pipe = train_lora.arguments(flags_of(ckpt, folder, out, *flags)), Pipeline(ckpt)
     resolve(args, pipe.settings, "train_lora")
-    where = {"source": Path(args.data), "cache": Path(args.cache), "resolution": parse_size(args.resolution)}
-    return args, pipe, data.Dataset(pick(data.DataConfig, args, **where), pipe)
+    return args, pipe, data.Dataset(data_config(args, pipe.settings, None), pipe)
 
 
 def first_batch(dataset, step=0):

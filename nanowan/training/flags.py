@@ -5,13 +5,17 @@ row in VARIANTS. `resolve` applies it, once.
 """
 
 import argparse
+import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 
+from data import DataConfig, DataSource
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
+from nanowan.flags import DATA_KEYS
 from nanowan.settings import check_frames, parse_size
 from nanowan.training.sources import CLIP_MODES
 
@@ -36,6 +40,16 @@ def clip_mode(text):
     return text
 
 
+def data_set(text):
+    """--data's value as {"source": FILE}; a JSON object, as config files are read, has other DATA_KEYS too."""
+    values = json.loads(text) if text.startswith("{") else {"source": text}
+    if strange := [k for k in values if k not in DATA_KEYS]:
+        raise argparse.ArgumentTypeError(f"{strange[0]}: no setting of a data set, which are {', '.join(DATA_KEYS)}")
+    if "source" not in values:
+        raise argparse.ArgumentTypeError(f"{text}: no source, a folder or list")
+    return values
+
+
 def add_flags(p, script, out):
     """Add the flags of both trainers. script: of RECOMMENDED; out: the default of --out."""
     recommended = RECOMMENDED[script]
@@ -58,10 +72,12 @@ def add_flags(p, script, out):
     add = p.add_argument_group("data").add_argument
     add(
         "--data",
-        help="folder of images and clips with .txt captions, or a JSONL or CSV of paths and captions (default: clips "
-        "of the nano toy world)",
+        type=data_set,
+        action="append",
+        help="folder of images and clips with .txt captions, or a JSONL or CSV of paths and captions; may be repeated, "
+        "and in a --config file have settings of its own (default: clips of the nano toy world)",
     )
-    add("--cache", help="cache folder (default: cache/ beside the data)")
+    add("--cache", help="cache folder (default: cache/ beside the first of the data)")
     add("--cache_only", action="store_true", help="fill the cache and exit")
     add("--resolution", help="WIDTHxHEIGHT in px; buckets of other aspects have its area (default: the checkpoint's)")
     add("--frames", type=int, help="frames per sample at most, 4k+1 (default: the checkpoint's)")
@@ -218,11 +234,7 @@ def resolve(args, s, script):
             raise BadInput(
                 f"--pipeline_stages {args.pipeline_stages}: not for {s.variant}; use --fsdp or --ulysses_size"
             )
-        if samples.fixed_speed and args.clip_mode == "spaced":
-            raise BadInput("--clip_mode spaced: would play clips faster than their sound; use another mode")
-    if min(parse_size(args.resolution, "--resolution")) < s.size_multiple:
-        raise BadInput(f"--resolution {args.resolution}: each side at least {s.size_multiple}")
-    check_frames(args.frames, samples.frames_over)
+    data_source({"source": "of the flags"}, args, s)
     args.preview_steps = args.preview_steps or min(20, s.steps)
     counts = "steps batch accumulate save_every eval_every preview_every preview_steps log_every max_skipped".split()
     check_ranges(args, **dict.fromkeys((*counts, "steps_per_expert"), (1, math.inf)))
@@ -234,6 +246,42 @@ def resolve(args, s, script):
             f"--min_t {args.min_t:g} --max_t {args.max_t:g}: from 0 to 1, the lower one first (0.25, not 250)"
         )
     check_ranges(args, grad_spike_factor=(2, math.inf), held_out=(0, 0.5), ema=(0, 0.99999), seed=(0, 2**63 - 1))
+
+
+def data_source(values, args, s):
+    """The DataSource of one of --data's values, with what it leaves out from the resolved flags. Raises BadInput."""
+    name = f"--data {values['source']}"
+    size = values.get("resolution", args.resolution)
+    size = tuple(size) if isinstance(size, list) else parse_size(size, "--resolution")
+    found = DataSource(
+        Path(values["source"]),
+        size,
+        values.get("frames", args.frames),
+        values.get("clip_mode", args.clip_mode),
+        values.get("repeats", 1),
+        values.get("weight", 1.0),
+    )
+    samples = s.parts.samples
+    if min(size) < s.size_multiple:
+        raise BadInput(f"{name}, --resolution {size[0]}x{size[1]}: each side at least {s.size_multiple}")
+    check_frames(found.frames, samples.frames_over)
+    if found.clip_mode not in CLIP_MODES:
+        raise BadInput(f"{name}, --clip_mode {found.clip_mode}: one of {', '.join(CLIP_MODES)}")
+    if samples.fixed_speed and found.clip_mode == "spaced":
+        raise BadInput(f"{name}, --clip_mode spaced: would play clips faster than their sound; use another mode")
+    if not isinstance(found.repeats, int) or found.repeats < 1 or not 0 < found.weight < math.inf:
+        raise BadInput(
+            f"{name}: repeats {found.repeats}, weight {found.weight}: a whole number from 1 on, and a positive one"
+        )
+    return found
+
+
+def data_config(args, s, default):
+    """The DataConfig of resolved flags. default(): the folder to take without --data."""
+    sources = tuple(data_source(values, args, s) for values in args.data or [{"source": default()}])
+    first = sources[0].source
+    cache = Path(args.cache or (first if first.is_dir() else first.parent) / "cache")
+    return pick(DataConfig, args, sources=sources, cache=cache)
 
 
 def check_data(data, pipe):
