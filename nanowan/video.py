@@ -618,9 +618,12 @@ def sound_delay(path):
     """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before. Raises Skip
     where one of them cannot be decoded.
     """
-    with reading("its video cannot be decoded"), open_clip(path) as clip:
-        frame = next(decode(*clip), None)
-        shown = frame.time if frame is not None and frame.time is not None else 0.0
+    try:
+        with open_clip(path) as clip:
+            frame = next(decode(*clip), None)
+    except Skip as e:
+        raise Skip(f"its video {e}") from None
+    shown = frame.time if frame is not None and frame.time is not None else 0.0
     return next((begin for _, begin in sound_pieces(path)), 0.0) - shown
 
 
