@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import math
+import os
 import struct
 from fractions import Fraction
 from typing import NamedTuple
@@ -160,7 +161,7 @@ def open_clip(path, threads=False):
             decoder = av.CodecContext.create(name, "r") if name else decoder
         decoder.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
         if threads:
-            decoder.thread_type = "AUTO"
+            decoder.thread_type, decoder.thread_count = "AUTO", min(4, os.cpu_count() or 1)
         yield container, stream, decoder
 
 
