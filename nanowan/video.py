@@ -144,8 +144,10 @@ def read_windows(path, windows, draw, shown=None):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def open_clip(path, threads=False):
-    """(container, video stream, decoder) of a clip; threads: whether it decodes on several."""
+def open_clip(path):
+    """(container, video stream, decoder) of a clip. It decodes in as many threads as a picture has slices: of pictures
+    that are decoded in threads of their own FFmpeg loses errors in the last ones.
+    """
     import av
 
     with reading(), av.open(str(path)) as container:
@@ -159,8 +161,6 @@ def open_clip(path, threads=False):
             name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
             decoder = av.CodecContext.create(name, "r") if name else decoder
         decoder.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
-        if threads:
-            decoder.thread_type = "AUTO"
         yield container, stream, decoder
 
 
@@ -188,12 +188,12 @@ def probe_clip(path):
     """The Shown of a clip, of which the first picture is decoded, or all where its container does not say when they are
     shown.
     """
-    stamps, looked_at, incomplete = [], [], False
+    stamps, looked_at, intact = [], [], True
     with open_clip(path) as (container, stream, decoder):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 stamps.append(packet.pts)
-                incomplete = incomplete or packet.is_corrupt
+                intact = intact and not packet.is_corrupt  # one is, where a file breaks off
             if len(looked_at) < (LOOKED_AT if decoder.field_order in INTERLACED_ORDERS else 1):
                 looked_at += decoder.decode(packet)
         if not looked_at:
@@ -201,14 +201,14 @@ def probe_clip(path):
         (width, height), notes, changed = describe(looked_at, stream)
         began = looked_at[0].time
         distinct = None not in stamps and began is not None and len(set(stamps)) == len(stamps)
-        if distinct and not incomplete and container.format.name.startswith(TIMED_CONTAINERS):
+        if distinct and intact and container.format.name.startswith(TIMED_CONTAINERS):
             unit, reordered = stream.time_base, False
             times = [float(t) * unit.numerator / unit.denominator - began for t in sorted(stamps)]
             times = [t for t in times if t >= 0]  # pictures before the first cannot be decoded
         else:
             times, reordered = decoded_times(path, stamps)
     changed += ["reordered"] * reordered
-    notes += ["variable rate"] * varies(times) + ["incomplete"] * incomplete
+    notes += ["variable rate"] * varies(times)
     return Shown(width, height, times, notes + changed, changed)
 
 
@@ -217,7 +217,7 @@ def decoded_times(path, stamps):
     picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these are near, or
     repeat.
     """
-    with open_clip(path, threads=True) as (container, stream, decoder):
+    with open_clip(path) as (container, stream, decoder):
         own = [frame.time for frame in decode(container, stream, decoder)]
         rate = float(stream.average_rate or 0)
         packets = [None if t is None else float(t * stream.time_base) for t in stamps]
@@ -291,7 +291,7 @@ def shown_size(frame, stream):
 
 def clip_frames(path, shown):
     """Yield the Frames of a clip."""
-    with open_clip(path, threads=True) as (container, stream, decoder):
+    with open_clip(path) as (container, stream, decoder):
         for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decoder), shown)):
             yield Frame(seconds, shown_size(frame, stream), functools.partial(upright_image, frame))
 
@@ -618,9 +618,12 @@ def sound_delay(path):
     """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before. Raises Skip
     where one of them cannot be decoded.
     """
-    with reading("its video cannot be decoded"), open_clip(path) as clip:
-        frame = next(decode(*clip), None)
-        shown = frame.time if frame is not None and frame.time is not None else 0.0
+    try:
+        with open_clip(path) as clip:
+            frame = next(decode(*clip), None)
+    except Skip as e:
+        raise Skip(f"its video {e}") from None
+    shown = frame.time if frame is not None and frame.time is not None else 0.0
     return next((begin for _, begin in sound_pieces(path)), 0.0) - shown
 
 

@@ -600,7 +600,7 @@ SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 BEFORE, TRAINING = (
     {
         "looking": "cache.probe",
-        "latents": "cache.pixels",
+        "latents": "cache.read_items",
         "texts": "t5.TextEncoder.encode",
         "building": "train_lora.adamw",
     },
@@ -699,12 +699,12 @@ def test_a_clock_that_jumps_changes_nothing(lives, tmp_path):
 
 
 CUT = """
-whole = cache.pixels
-def pixels(item):
-    if item.path.name == "1.mp4":
+whole = cache.read_items
+def read_items(items, *how):
+    if items and items[0].path.name == "1.mp4":
         raise cache.Skip("cannot be decoded to its end")
-    return whole(item)
-cache.pixels = pixels
+    return whole(items, *how)
+cache.read_items = read_items
 """
 
 
@@ -728,7 +728,7 @@ def test_a_changed_run_is_refused_before_anything_is_computed(lives, tmp_path):
     (tmp_path / "fewer" / "1.mp4").unlink()
     fewer = "--data", str(tmp_path / "fewer")
     changes = [("--frames", "5"), ("--seed", "5"), fewer]
-    found = run(out, [("cache.pixels = None", "--resume", *flags) for flags in changes], whole.parent / "cache")
+    found = run(out, [("cache.read_items = None", "--resume", *flags) for flags in changes], whole.parent / "cache")
     told = "frames was 9, is 5", "seed was 0, is 5", "samples was 3 entries, is 2, 0 of them others"
     for (code, output), words in zip(found, told, strict=True):
         last = output.strip().splitlines()[-1]

@@ -280,8 +280,8 @@ def test_only_what_changed_is_encoded_again(s2v, talk, tmp_path, monkeypatch):
 
     def cached(computed):
         with monkeypatch.context() as patch:
-            calls, real = [], cache.pixels
-            patch.setattr(cache, "pixels", lambda item: calls.append(item) or real(item))
+            calls, real = [], cache.read_items
+            patch.setattr(cache, "read_items", lambda items, *how: calls.extend(items) or real(items, *how))
             *_, dataset = dataset_of(ckpt, folder, tmp_path / "out")
             assert bool(calls) == computed
         return dataset.files[0]
@@ -379,7 +379,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(s2v, talk, tmp_path, m
     assert whole[-1]["val_loss"] < 0.95 * whole[0]["val_loss"]
     train(monkeypatch, "train_lora", s2v, folder, tmp_path / "cut", *flags, "--steps 3")
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "pixels", None)  # all is cached
+        patch.setattr(cache, "read_items", None)  # all is cached
         train(patch, "train_lora", s2v, folder, tmp_path / "cut", *flags, "--steps 6 --resume")
     a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
     assert len(a) == 2 * 14 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -586,7 +586,7 @@ def test_a_characters_training_lowers_the_loss_and_resumes_bit_for_bit(animate, 
     assert whole[-1]["val_loss"] < 0.95 * whole[0]["val_loss"]
     train(monkeypatch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 3")
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "pixels", None)  # all is cached
+        patch.setattr(cache, "read_items", None)  # all is cached
         train(patch, "train_lora", animate, folder, tmp_path / "cut", *flags, "--steps 6 --resume")
     a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
     assert len(a) == 2 * 40 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -30,7 +30,6 @@ NOTES = {
     "colour profile": "with a colour profile, converted to sRGB",
     "unusable profile": "with a colour profile that cannot be used, taken for sRGB",
     "other track": "with several video tracks, of which the first is not the main one",
-    "incomplete": "that break off, read as far as they go",
     "gaps": "with gaps in their sound, which are silence",
 }
 MAX_TOKENS = 512  # of a caption that the encoder reads, the end token included
