@@ -13,6 +13,7 @@ import torch
 import kernels
 from benchmarks import tiny
 from kernels import backend
+from nanowan.formats.dit import keep_fp32
 from sample import generate, load
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +73,7 @@ def test_dit_with_fast_operations(dtype, limit, report):
     """
     model, found = tiny.dit("ti2v", dim=256, heads=2).cuda(), []
     for name, p in model.named_parameters():
-        p.data = p.data.to(torch.float32 if importlib.import_module("wan").keep_fp32(name) else dtype)
+        p.data = p.data.to(torch.float32 if keep_fp32(name) else dtype)
     x, t, c = (
         torch.randn(2, 48, 3, 6, 10, device="cuda"),
         torch.rand(2, 3, device="cuda") * 1000,
@@ -247,7 +248,7 @@ def test_streams_wait_for_each_other(left_out):
     """No memory is in use on two streams, or on one and the host, that do not wait for each other; and where one of the
     waits is left out, that is found.
     """
-    code = "import sys, offload, races, test_gpu, torch\n" + (f"{left_out} = lambda *args: None\n" if left_out else "")
+    code = "import sys, test_gpu, torch\nfrom helpers import races\nfrom nanowan.memory import offload\n" + (f"{left_out} = lambda *args: None\n" if left_out else "")
     code += "sys.exit(9 if races.watch(test_gpu.stream_every_way) else 0)"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

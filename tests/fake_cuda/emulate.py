@@ -4,7 +4,6 @@ all their checks, and each result is then replaced by that of the same operation
 
 import ctypes
 import math
-import sys
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
@@ -17,7 +16,6 @@ NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
 # which PyTorch would compile at its first call, with a driver that is none
 ON_HOST_ALONE = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave", "exp2")
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp carries data itself
-RACE_GRID = (1, 4, 4)  # of ops.py; a race of the real length takes a minute
 
 
 def host(t):
@@ -126,7 +124,6 @@ def add_ours():
     SPECIAL[ours.attention.default], SPECIAL[ours.attention_backward.default] = attention_forward, attention_backward
     SPECIAL[ours.adamw8bit_step.default] = adamw
     SPECIAL[ours.quantize_rows.default] = lambda out, *a: put(out, *quantize.quantize_rows_ref(*a))
-    sys.modules["ops"].RACE_GRID = RACE_GRID
     assert attention.triton, "Triton is not there"
 
 
