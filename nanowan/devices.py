@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
+import nanowan.environment  # noqa: F401  PyTorch reads it when CUDA starts
 from nanowan.errors import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of activations at work, from the shapes of the largest layers: the VAE's per pixel of a frame, the DiT's per
 # token and channel.
 VAE_BYTES, DIT_BYTES = 18_000, 27
+ROOM = 1 << 30  # bytes that stay free beside a model: on the device for activations, on the host for everything else
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
