@@ -42,13 +42,12 @@ from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
+    check_blocks,
     check_data,
     check_ranges,
-    check_streaming,
     choose_checkpointing,
     comma_list,
     expert_schedule,
-    parallel_layout,
     pick,
     recommended_flags,
     resolve,
@@ -152,7 +151,7 @@ def check(args, s, num_blocks):
         check_ranges(args, rank=(1, math.inf))
         args.lr = args.lr or 10 * recommended_flags(s, "train_te")["lr"]  # as LoRA takes it
     resolve(args, s, "train_te")
-    check_streaming(args, num_blocks)
+    check_blocks(args, num_blocks)
     if args.data is None and args.keywords is None:
         args.keywords = comma_list(DEFAULT_KEYWORDS)
     args.keywords = args.keywords or []
@@ -234,15 +233,18 @@ def train(args, world):
     check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
-    how = sizes | dict(encode=not dataset.is_cached(), layout=parallel_layout(args, world.size, pipe.fp8))
+    how = sizes | dict(
+        encode=not dataset.is_cached(), layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8)
+    )
 
     def plan(checkpointing):
         builders = memory_estimate.builders(pipe)
         return predict(args, s, builders, checkpointing=checkpointing, previews=bool(preview_prompts), **how)
 
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
-    pipe.checkpointing = args.checkpointing
+    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
     print(need)
+    need.check_host()
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
@@ -250,6 +252,7 @@ def train(args, world):
         return
 
     # the encoder learns, the DiT is frozen
+    pipe.trains_text = True
     encoder = pipe.acquire("text")
     pipe.drop()  # from here on the encoder is this script's own: it must not be evicted for others
     encoder.tokenizer.add_words(placeholders)

@@ -17,7 +17,7 @@ from nanowan.formats.dit import full_config
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.settings import released
-from nanowan.training.flags import choose_checkpointing, parallel_layout
+from nanowan.training.flags import choose_checkpointing
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
@@ -40,7 +40,7 @@ def planned(script, argv, ranks=1, mode=None):
         pipe = Pipeline(args.ckpt, Runtime(args.device if here else "cpu"), text_encoder=args.text_encoder)
         s, builders = pipe.settings, memory_estimate.builders(pipe)
     fp8 = getattr(args, "base_dtype", None) == "fp8" or bool(pipe and pipe.fp8)
-    layout = parallel_layout(args, ranks, fp8)
+    layout = memory_estimate.parallel_layout(args, ranks, fp8)
     if script == "sample":
         return planned_sampling(args, s, builders, pipe, layout, mode)
     how = {"previews": bool(args.previews), "layout": layout}
