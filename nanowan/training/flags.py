@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import fields
 
+from data import nearest_bucket
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
@@ -17,9 +18,12 @@ from nanowan.training.sources import CLIP_MODES
 
 # for released sizes; nano's config.json has its own, under "train"
 RECOMMENDED = {
-    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01},
+    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
+    | {"save_every": 100},
+    # a save of the whole encoder is 39 GB and takes about a minute, as long as a hundred steps
     "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
-    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None},
+    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
+    | {"save_every": 500},
 }
 POSITIVE = 1e-9  # as a lowest value
 
@@ -146,7 +150,7 @@ def add_flags(p, script, out):
         const=True,
         type=parse_checkpointing,
         metavar="N",
-        help="DiT blocks whose activations are recomputed in the backward pass: a number, all (also: no value), none or "
+        help="DiT blocks that recompute their activations in the backward pass: a number, all (or no value), none, or "
         "auto, as few as memory allows (default: auto)",
     )
     add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
@@ -167,7 +171,11 @@ def add_flags(p, script, out):
     add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip (default: %(default)s)")
     add("--pipeline_stages", type=int, default=1, help="ranks that share the blocks (default: %(default)s)")
     add = p.add_argument_group("logs, previews and saves").add_argument
-    add("--save_every", type=int, default=100, help="steps between saves (default: %(default)s)")
+    add(
+        "--save_every",
+        type=int,
+        help=f"steps between saves (default: the checkpoint's, or {recommended['save_every']})",
+    )
     add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
     add("--previews", help="text file of prompts to sample while training, one per line, always from the same seeds")
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
@@ -253,7 +261,7 @@ def check_blocks(args, num_blocks):
         return
     if args.checkpointing not in (None, True, num_blocks):
         raise BadInput(
-            f"--checkpointing {args.checkpointing}: not with --stream_blocks, whose blocks are run again while they are "
+            f"--checkpointing {args.checkpointing}: not with --stream_blocks, whose blocks run again while they are "
             "here"
         )
     args.checkpointing = True
@@ -297,13 +305,14 @@ def pick(config_class, args, **more):
 
 def training_spec(args, s, **more):
     """The memory_estimate.TrainingSpec of resolved flags; more: its further fields, over what flags alone say."""
+    width, height = parse_size(args.resolution, "--resolution")
     return memory_estimate.TrainingSpec(
         **dict(
             settings=s,
             device=args.device,
             dtype=DTYPES[args.dtype],
             batch=args.batch,
-            bucket=(*parse_size(args.resolution, "--resolution"), args.frames),
+            bucket=(*nearest_bucket(width, height, width * height, s.size_multiple), args.frames),
             checkpointing=args.checkpointing or 0,
             ema=args.ema > 0,
             first_frames=args.i2v_prob > 0,
