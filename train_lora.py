@@ -246,11 +246,8 @@ def train(args, world):
     missing = dict(
         encode=not dataset.is_cached(), encode_texts=not all(f.exists() for f in dataset.text_files().values())
     )
-    how = (
-        sizes
-        | missing
-        | dict(layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8), previews=bool(preview_prompts))
-    )
+    layout = memory_estimate.parallel_layout(args, world.size, pipe.fp8)
+    how = sizes | missing | dict(layout=layout, previews=bool(preview_prompts))
 
     def plan(checkpointing):
         return predict(args, s, memory_estimate.builders(pipe), blocks, checkpointing=checkpointing, **how)

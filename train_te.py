@@ -298,7 +298,7 @@ def train(args, world):
     fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
-    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
+    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(dataset.digest))
     if saved := run.restore(fingerprint):
         state.restore(saved)
     previews = Previews(pipe, preview_prompts, args.out, args.seed, sample_latents, decode)

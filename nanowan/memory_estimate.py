@@ -6,7 +6,6 @@ PyTorch's operators use inside themselves, and an allocator's waste, are not see
 """
 
 import contextlib
-import importlib
 import math
 import os
 import resource
@@ -203,6 +202,15 @@ def pretending(cuda):
         yield
 
 
+def import_libraries():
+    """What a run imports sooner or later, so that this process's memory holds it already."""
+    with contextlib.suppress(ImportError):
+        import av  # noqa: F401
+        import ftfy  # noqa: F401
+        import PIL.Image  # noqa: F401
+        import torch.utils.tensorboard  # noqa: F401
+
+
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
     """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides; `host`, the same of what the
@@ -217,9 +225,7 @@ class Plan:
     def __init__(self, device, phases, disk, host, layout):
         self.cuda = torch.device(device).type == "cuda"
         self.device, self.phases, self.disk, self.layout = device, phases, disk, layout
-        for name in ("av", "ftfy", "PIL.Image", "torch.utils.tensorboard"):  # a run imports them: its memory holds them
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+        import_libraries()
         process = resident() + CPU_LIBRARIES
         self.process = CUDA_CONTEXT if self.cuda else process
         self.host = {"process": {}} | {name: {k: n for k, n in parts.items() if n} for name, parts in host.items()}

@@ -124,3 +124,15 @@ def test_what_returns_without_a_turn_is_copied_down_once(checkpoints, log, memor
         for name in ("high", "low"):
             run(pipe, name)
     assert [e for e in log if e[0] == "down"] == [("down", "high"), ("down", "low")]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_text_encoder_that_does_not_fit_is_streamed(trained, checkpoints, log, memory):
+    """To the same bits; but not one that is to be trained."""
+    whole, short = Pipeline(checkpoints["ti2v"], Card()), Pipeline(checkpoints["ti2v"], Card())
+    want, _ = whole.encode_prompts(["a red square", "a dog runs"])
+    memory["device"], short.trains_text = 1 << 30, trained
+    found, _ = short.encode_prompts(["a red square", "a dog runs"])
+    part = short.placements["text"]
+    assert torch.equal(found, want) and whole.placements["text"].stream is None
+    assert len(part.streamed) == (0 if trained else len(part.model.blocks))
