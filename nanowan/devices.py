@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-import nanowan.environment  # noqa: F401  PyTorch reads it when CUDA starts
 from nanowan.errors import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
