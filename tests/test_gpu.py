@@ -102,10 +102,10 @@ def test_nano_draws_the_same_clip_in_fp32(report, monkeypatch):
     """From the CPU's noise, so only rounding differs."""
     pytest.importorskip("ftfy")
     noise, found = torch.randn(48, 3, 4, 4), []
-    monkeypatch.setattr("sample.draw_noise", lambda shape, seed, device: noise.to(device))
+    monkeypatch.setattr("nanowan.variants.conditioning.draw_noise", lambda shape, seed, device: noise.to(device))
     for device in ("cpu", "cuda"):
-        models = load("nano", device, torch.float32)
-        found.append(generate(models, "a red square moves left", progress=False)[1].cpu())
+        pipe = load("nano", device, torch.float32)
+        found.append(generate(pipe, "a red square moves left", progress=False)[1].cpu())
     report("latents", tiny.error(found[1], found[0]), 1e-2)
 
 

@@ -50,7 +50,9 @@ class Placement:
                 begin = end
 
     def nbytes(self, whole):
-        """Bytes on the host that `settle` still takes."""
+        """Bytes on the host that `settle` still takes; where parallel/ has sharded the model, of this rank's part."""
+        if self.sharded:
+            return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in self.model.parameters())
         return sum(f.nbytes for f in self.flats(whole) if f.home is None)
 
     def start(self):
