@@ -303,9 +303,13 @@ class Dataset:
 
     def text_files(self):
         """{text: the cache file of its embedding}, whether it exists yet or not."""
-        encoder, tokenizer = self.pipe.encoder_source().digests(cache.digest), tokenizer_file(self.pipe.dir)
-        encoder += [cache.digest(tokenizer)] if tokenizer else []
+        encoder, tokenizer = self.pipe.encoder_source().digests(self.digest), tokenizer_file(self.pipe.dir)
+        encoder += [self.digest(tokenizer)] if tokenizer else []
         return cache.text_files(self.texts, self.config.cache, encoder, self.pipe.runtime.dtype)
+
+    def digest(self, file):
+        """A hash of a file's bytes, kept in the cache from run to run."""
+        return cache.digest(file, self.config.cache)
 
     def is_cached(self):
         """Whether all latents are."""

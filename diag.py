@@ -75,6 +75,7 @@ def arguments(argv=None):
     add = command("plan", plan, "memory and disk of a run, before it starts")
     add("--json", help="also write the plan, in bytes, to this file")
     add("--gpus", help="COUNTxGB, such as 8x80: propose flags that fit, and plan with these")
+    add("--host", type=float, help="with --gpus: GB of host memory that a machine has (default: as many as it takes)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="which script is to run")
     add("flags", nargs=argparse.REMAINDER, help="as that script takes them; these come last")
 

@@ -152,10 +152,12 @@ def _add_beside(model, name, a, b, weight):
     """Add weight * B A beside the linear `name`; a second one raises the rank."""
     linear = model.get_submodule(name)
     device = linear.lora_A.device if isinstance(linear, LoRALinear) else linear.weight.device
-    a, b = a.to(device), weight * b.to(device)
+    if device.type != "meta":  # else the weight is still to come, from another rank
+        a, b = a.to(device), b.to(device)
+    b = weight * b
     if isinstance(linear, LoRALinear):
         a, b, linear = torch.cat([linear.lora_A, a]), torch.cat([linear.scale * linear.lora_B, b], 1), linear.base
-    layer = LoRALinear(linear, len(a), len(a)).requires_grad_(False)
+    layer = LoRALinear(linear, len(a), len(a), device=a.device).requires_grad_(False)
     layer.lora_A.copy_(a)
     layer.lora_B.copy_(b)
     model.set_submodule(name, layer)

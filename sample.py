@@ -374,12 +374,13 @@ def run(args, prompts, world):
         size=video.size,
         image=bool(video.images),
         mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
-        layout=memory_estimate.ParallelLayout(pipe.fp8, args.stream_blocks, sp_size=args.ulysses_size),
+        layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8),
         tile=args.vae_tile,
         preview=args.preview_every > 0,
     )
     need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), world.device, dtype)
     print(need)
+    need.check_host()
 
     # text, encoded once; then its encoder leaves memory
     texts = [encode_text(pipe, r.settings, [r.prompt]) for r in mine]

@@ -44,14 +44,13 @@ from nanowan.training.captions import count_files, without_keywords
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
+    check_blocks,
     check_data,
     check_ranges,
-    check_streaming,
     choose_checkpointing,
     comma_list,
     data_config,
     expert_schedule,
-    parallel_layout,
     parse_blocks,
     resolve,
     training_spec,
@@ -119,7 +118,7 @@ def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
     resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
-    check_streaming(args, num_blocks)
+    check_blocks(args, num_blocks)
     check_ranges(args, rank=(1, math.inf), alpha=(POSITIVE, math.inf))
     check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
     for flag, least in (("delta_cap", POSITIVE), ("keep", 1)):
@@ -244,14 +243,16 @@ def train(args, world):
     missing = dict(
         encode=not dataset.is_cached(), encode_texts=not all(f.exists() for f in dataset.text_files().values())
     )
-    how = sizes | missing | dict(layout=parallel_layout(args, world.size, pipe.fp8), previews=previews.shape())
+    layout = memory_estimate.parallel_layout(args, world.size, pipe.fp8)
+    how = sizes | missing | dict(layout=layout, previews=previews.shape())
 
     def plan(checkpointing):
         return predict(args, s, memory_estimate.builders(pipe), blocks, checkpointing=checkpointing, **how)
 
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
-    pipe.checkpointing = args.checkpointing
+    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
     print(need)
+    need.check_host()
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 

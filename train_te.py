@@ -41,14 +41,13 @@ from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
+    check_blocks,
     check_data,
     check_ranges,
-    check_streaming,
     choose_checkpointing,
     comma_list,
     data_config,
     expert_schedule,
-    parallel_layout,
     recommended_flags,
     resolve,
     training_spec,
@@ -151,7 +150,7 @@ def check(args, s, num_blocks):
         check_ranges(args, rank=(1, math.inf))
         args.lr = args.lr or 10 * recommended_flags(s, "train_te")["lr"]  # as LoRA takes it
     resolve(args, s, "train_te")
-    check_streaming(args, num_blocks)
+    check_blocks(args, num_blocks)
     if args.data is None and args.keywords is None:
         args.keywords = comma_list(DEFAULT_KEYWORDS)
     args.keywords = args.keywords or []
@@ -232,15 +231,18 @@ def train(args, world):
     check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
-    how = sizes | dict(encode=not dataset.is_cached(), layout=parallel_layout(args, world.size, pipe.fp8))
+    how = sizes | dict(
+        encode=not dataset.is_cached(), layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8)
+    )
 
     def plan(checkpointing):
         builders = memory_estimate.builders(pipe)
         return predict(args, s, builders, checkpointing=checkpointing, previews=previews.shape(), **how)
 
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
-    pipe.checkpointing = args.checkpointing
+    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
     print(need)
+    need.check_host()
     run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
@@ -252,6 +254,7 @@ def train(args, world):
     previews.open(dataset)
 
     # the encoder learns, the DiT is frozen
+    pipe.trains_text = True
     encoder = pipe.acquire("text")
     pipe.drop()  # from here on the encoder is this script's own: it must not be evicted for others
     if preview_prompts:
@@ -299,7 +302,7 @@ def train(args, world):
     fingerprint = resume_fingerprint(args, pipe, dataset)
     fingerprint["captions"] = cache.cache_file("", "", captions=sorted(dataset.captions)).name
     fingerprint["rows"] = sorted(ids)
-    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(cache.digest))
+    fingerprint["encoder"] = world.broadcast_from_rank0(lambda: pipe.encoder_source().digests(dataset.digest))
     if saved := run.restore(fingerprint):
         state.restore(saved)
     result, best = run.out / "text_encoder.safetensors", run.out / "text_encoder_best.safetensors"

@@ -236,7 +236,8 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
         self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
-        self.checkpointing = False  # recompute each block's activations in the backward pass
+        # how many blocks recompute their activations in the backward pass: of those that learn the first; True: all
+        self.checkpointing = 0
         # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py,
         # parallel/)
         self.cache_text_kv = True
@@ -310,11 +311,13 @@ class Wan(nn.Module):
 
     def forward_blocks(self, x, c, numbers=None):
         """The blocks, or those with these numbers. x (B,L,D), c: the BlockInputs of these tokens -> (B,L,D)."""
+        recomputed = 0
         with self.around_blocks():
             for i in range(len(self.blocks)) if numbers is None else numbers:
                 learns = c.text_learns or x.requires_grad or any(p.requires_grad for p in self.blocks[i].parameters())
-                if self.checkpointing and torch.is_grad_enabled() and learns:
-                    contexts = self.recompute_contexts
+                chosen = self.checkpointing is True or recomputed < self.checkpointing
+                if chosen and torch.is_grad_enabled() and learns:
+                    recomputed, contexts = recomputed + 1, self.recompute_contexts
                     x = checkpoint(self.forward_block, x, i, c, use_reentrant=False, context_fn=contexts)
                 else:
                     x = self.forward_block(x, i, c)

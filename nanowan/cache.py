@@ -143,16 +143,25 @@ def in_threads(jobs, run):
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
-def digest(path):
-    """A hash of a file's bytes, computed once for each state of the file."""
-    stat = Path(path).stat()
-    return _digest(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
+def digest(path, cache=None):
+    """A hash of a file's bytes, computed once for each state of it (its inode, time and size), by this process or,
+    with a cache folder, by any: a checkpoint is not read whole at every start.
+    """
+    path, stat = Path(path).absolute(), Path(path).stat()
+    return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.cache
-def _digest(path, *_):
+def _digest(path, cache, *state):
+    kept = cache and cache_file(cache, ".digest", file=str(path), state=state)
+    if kept and kept.exists():
+        return kept.read_text()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()
+        found = hashlib.file_digest(f, "blake2b").hexdigest()
+    if kept:
+        with atomic(kept) as tmp:
+            tmp.write_text(found)
+    return found
 
 
 def cache_file(cache, suffix=".safetensors", **parts):
@@ -163,7 +172,7 @@ def cache_file(cache, suffix=".safetensors", **parts):
 
 def latent_files(items, cache, vae_file, samples=None):
     """The cache files of some items' latents, whether they exist yet or not."""
-    weights = digest(vae_file)
+    weights = digest(vae_file, cache)
     return [
         cache_file(
             cache,

@@ -1,6 +1,7 @@
 """Devices and dtypes that flags name, and how much memory is free."""
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of activations at work, from the shapes of the largest layers: the VAE's per pixel of a frame, the DiT's per
 # token and channel.
 VAE_BYTES, DIT_BYTES = 18_000, 27
+ROOM = 1 << 30  # bytes that stay free beside a model: on the device for activations, on the host for everything else
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def pick_device(name=None):
@@ -38,10 +41,41 @@ def free_memory(device):
             - torch.cuda.memory_allocated(device)
         )
     try:
-        with open("/proc/meminfo") as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+        lines = (PROC / "meminfo").read_text().splitlines()
+        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return math.inf
+        available = math.inf
+    return min(available, cgroup_memory())
+
+
+def cgroup_memory():
+    """Bytes that the control groups of this process still allow it (a container's limit, a batch job's); infinite
+    without a limit. Page cache gives way, and is not counted as used.
+    """
+    free = math.inf
+    for line in _read(PROC / "self" / "cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit, usage, prefix = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        elif number == "0":
+            root, limit, usage, prefix = CGROUPS, "memory.max", "memory.current", ""
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents][: len(group.parts) - len(root.parts) + 1]:
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit() and used.isdigit():  # else "max", or a group that is not seen from in here
+                stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+                cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                free = min(free, int(most) - int(used) + cache)
+    return free
+
+
+def _read(file):
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def activation_bytes(dim, tokens, batch=1):

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: peak memory and bytes on disk.
+"""What a run will need, before it starts: peak memory of the device and of the host, and bytes on disk.
 
 The models are built as fake tensors, which have shapes but no memory, and really run: a step forward, backward and
 through the optimizer, an encode, a decode. Every tensor made on the way is counted from its birth to its death. What
@@ -7,6 +7,7 @@ PyTorch's operators use inside themselves, and an allocator's waste, are not see
 
 import contextlib
 import math
+import os
 import resource
 import weakref
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from flow import make_noisy_batch
 from kernels import backend, fp8
-from nanowan.devices import free_memory
+from nanowan.devices import ROOM, free_memory
+from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, keep_fp32, new_dit, read_config
 from nanowan.formats.layouts import read_weights
 from nanowan.formats.t5 import XXL, build_t5, read_encoder
@@ -35,6 +37,7 @@ from vae import VAE, channels_last
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
+CUDA_LIBRARIES = 500 << 20  # bytes that the same process then takes on the host, about
 CPU_LIBRARIES = 50 << 20  # what MKL, oneDNN and the heap's holes take once work begins, as measured on small runs
 
 
@@ -106,7 +109,7 @@ def nbytes(model):
 @dataclass(frozen=True)
 class ParallelLayout:
     """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
-    its tokens over sp_size, its blocks over pp_size.
+    its tokens over sp_size, its blocks over pp_size. ranks: processes in all.
     """
 
     fp8: bool = False
@@ -114,6 +117,17 @@ class ParallelLayout:
     fsdp_size: int = 1
     sp_size: int = 1
     pp_size: int = 1
+    ranks: int = 1
+
+    @property
+    def local_ranks(self):
+        """Processes on one machine, which share its memory."""
+        return min(self.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks)))
+
+    @property
+    def shares_host_copy(self):
+        """Whether ranks that need a DiT on the host have one copy of it for all (World.host_share)."""
+        return self.local_ranks > 1 and self.fsdp_size == self.pp_size == 1
 
     @property
     def caches_text_kv(self):
@@ -138,6 +152,12 @@ class ParallelLayout:
 
 
 SINGLE_DEVICE = ParallelLayout()
+
+
+def parallel_layout(args, ranks, fp8=False):
+    """The ParallelLayout of a script's flags on so many ranks; fp8: also if the files are in 8 bits."""
+    fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
+    return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)
 
 
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
@@ -193,33 +213,94 @@ def import_libraries():
 
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
-    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides, `disk` {what: bytes}, and
-    `host`, the same of what a GPU's rank keeps in host memory.
+    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides; `host`, the same of what the
+    ranks of a machine with GPUs keep in its memory; `disk` {what: bytes}. layout: the ParallelLayout.
+
+    takes_turns: whether experts leave the device for each other (Pipeline). learning_blocks: how many of a rank's
+    blocks get gradients, and so may recompute activations.
     """
 
-    def __init__(self, device, phases, disk, host=None):
+    takes_turns, learning_blocks = False, 0
+
+    def __init__(self, device, phases, disk, host, layout):
         self.cuda = torch.device(device).type == "cuda"
-        self.device, self.phases, self.disk = device, phases, disk
-        self.host = {k: v for k, v in (host or {}).items() if v and self.cuda}
+        self.device, self.phases, self.disk, self.layout = device, phases, disk, layout
         import_libraries()
-        self.process = CUDA_CONTEXT if self.cuda else resident() + CPU_LIBRARIES
+        process = resident() + CPU_LIBRARIES
+        self.process = CUDA_CONTEXT if self.cuda else process
+        self.host = {"process": {}} | {name: {k: n for k, n in parts.items() if n} for name, parts in host.items()}
+        self.host_process = layout.local_ranks * (process + CUDA_LIBRARIES)
 
     @property
     def peak(self):
+        """Bytes on the device."""
         return self.process + max(sum(p.values()) for p in self.phases.values())
+
+    @property
+    def host_peak(self):
+        """Bytes in the memory of a machine."""
+        if not self.cuda:
+            return self.layout.local_ranks * self.peak
+        return self.host_process + max(sum(p.values()) for p in self.host.values())
 
     def __str__(self):
         lines = [f"plan: peak memory {gb(self.peak)} on {self.device}, {gb(self.process)} of it the process itself"]
         lines += [f"  {name}: {gb(sum(parts.values()))} ({itemized(parts)})" for name, parts in self.phases.items()]
-        if self.host:
-            lines.append("  in host memory: " + itemized(self.host))
+        if self.cuda:
+            lines.append(f"  in host memory: {gb(self.host_peak)} ({self._host_parts()})")
         return "\n".join([*lines, "  on disk: " + itemized(self.disk)])
+
+    def _host_parts(self):
+        return itemized({"process": self.host_process} | max(self.host.values(), key=lambda p: sum(p.values())))
+
+    def check_host(self, free=None):
+        """Raise BadInput where a machine has less memory than is needed. free: bytes (default: what is free here)."""
+        if free is None:
+            free = free_memory("cpu") + self.layout.local_ranks * resident()
+        if self.host_peak <= free:
+            return
+        needs, streamed = f"{gb(self.host_peak)} of host memory are needed", self.layout.stream_blocks
+        if not self.cuda:
+            raise BadInput(
+                f"--device cpu: {needs}, {gb(free)} are free; use a smaller size, fewer frames or --dtype bf16"
+            )
+        less = "fewer blocks, or a smaller size" if self.layout.fp8 else "--base_dtype fp8 halves the weights"
+        flag = f"--stream_blocks {streamed}" if streamed else f"--device {self.device}"
+        raise BadInput(f"{flag}: {needs} ({self._host_parts()}), {gb(free)} are free; {less}")
 
     def compare(self, device):
         """After the run: what it used beside what was planned."""
         planned = self.peak - self.process * self.cuda  # a GPU's context is not among its allocated bytes
-        share = 100 * (planned / used(device) - 1)
-        return f"peak memory {used(device) / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({share:+.0f} %)"
+        text = "peak memory " + beside(used(device), planned)
+        if self.cuda:
+            text += f", {gb(torch.cuda.max_memory_reserved(device))} reserved"
+            if self.layout.ranks == 1:
+                text += "; host memory " + beside(resident("VmHWM"), self.host_peak)
+        return text
+
+
+def beside(measured, planned):
+    return f"{measured / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB ({100 * (planned / measured - 1):+.0f} %)"
+
+
+def free_beside_plan(spec, device):
+    """Bytes that a plan may count on: (on the device, on the host); infinite where they are not known."""
+    here = torch.device(device).type == "cpu" or torch.cuda.is_available()
+    share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
+    memory = free_memory(device) / share if spec.memory is None and here else spec.memory or math.inf
+    host = free_memory("cpu") if spec.host is None and here else spec.host or math.inf
+    return memory, host
+
+
+def encoder_at_work(encoder, memory, cuda):
+    """({what: bytes} on the device, the same on the host) of a text encoder that is not trained; as the pipeline does,
+    streamed where it does not fit.
+    """
+    whole, blocks = nbytes(encoder), [nbytes(b) for b in encoder.blocks]
+    if cuda and whole + ROOM > memory:
+        on_host = {"encoder, read": whole + max(blocks)}  # and then block by block moved to where it is copied from
+        return {"encoder, streamed": whole - sum(blocks) + 2 * max(blocks)}, on_host
+    return {"encoder": whole}, {"loading": max(p.nbytes for p in encoder.parameters())}
 
 
 def gb(n):
@@ -283,7 +364,7 @@ def encoding_bytes(vae, width, height, frames):
 class SamplingSpec:
     """What `sampling` plans: clips of latents `shape` (C,T',h,w) and `size` (width, height) px, `batch` at once, with a
     prompt of `text` tokens, and an image or not. mode: of guidance, as in denoising_bytes. tile: --vae_tile. preview:
-    whether --preview_every is on.
+    whether --preview_every is on. memory, host: bytes that are free on the device and on the host (default: here).
     """
 
     settings: Settings
@@ -296,47 +377,60 @@ class SamplingSpec:
     layout: ParallelLayout = SINGLE_DEVICE
     tile: int = 0
     preview: bool = False
+    memory: float | None = None
+    host: float | None = None
 
 
 def sampling(spec, builders, device, dtype):
     """The Plan of a SamplingSpec. builders: of a checkpoint."""
     cuda, s, layout = torch.device(device).type == "cuda", spec.settings, spec.layout
+    free, _ = free_beside_plan(spec, device)
     with pretending(cuda):
         dit, vae = build(builders, s.expert_names[0], dtype), build(builders, "vae", dtype, cuda)
+        read = 4 * max(p.numel() for p in dit.parameters())
         if layout.fp8:
             fp8.convert(dit, {})
         on_device, on_host = layout.weights(dit)
+        whole = nbytes(dit)
         step = denoising_bytes(dit, s, spec.shape, spec.batch, spec.text, spec.mode, layout)
         C, frames, h, w = spec.shape
         decode = decoding_bytes(vae, (C, s.parts.examples.decoded_frames(frames), h, w), spec.batch, spec.tile)
         vae_bytes = nbytes(vae)
         still = max(32 * vae.stride[1] if spec.preview else 0, *(spec.size if spec.image else (0, 0)))
         encode = encoding_bytes(vae, still, still, 9 if spec.preview else 1) if still else 0
-        encoder = nbytes(build(builders, "text", dtype))
+        encoder, encoder_on_host = encoder_at_work(build(builders, "text", dtype), free, cuda)
     if not cuda:
         on_device += on_host
-    experts, (width, height), free = len(s.expert_names), spec.size, free_memory(device)
+    width, height = spec.size
     how = {
         "batched": "both halves of guidance in one batch",
         "sequential": "guidance in two passes",
         "parallel": "guidance on two ranks",
     }
     denoising = "activations" + (f", {how[spec.mode]}" if spec.mode in how else "")
-    # a GPU has one expert at a time; segment by segment the DiT and the VAE take turns and stay where there is room
-    resident_experts = 1 if cuda or experts * on_device + vae_bytes + step > free else experts
+    # segment by segment the DiT and the VAE take turns, and stay where there is room; an expert is dropped for the next
     both_stay = s.conditioning.by_segments and on_device + vae_bytes + max(step, decode) <= free
-    phases = {"encode prompts": {"encoder": encoder}}
+    phases = {"encode prompts": encoder}
     if encode:
         phases["encode images"] = {"VAE": vae_bytes, "activations": encode}
-    phases["denoise"] = {"DiT": resident_experts * on_device, denoising: step}
+    phases["denoise"] = {"DiT": on_device, denoising: step}
     phases["decode"] = {"VAE": vae_bytes, "activations and video": decode}
     if both_stay:
         phases["decode"]["DiT"] = on_device
     if both_stay or (encode and not cuda):  # a CPU keeps the VAE that has encoded, a GPU sends it away until it decodes
         phases["denoise"]["VAE"] = vae_bytes
     disk = {"mp4, at most about": 3 * s.frames * width * height * spec.batch // 20}
-    other_experts = (on_device + on_host) * (experts - 1)
-    return Plan(device, phases, disk, {"streamed blocks": on_host, "the other expert": other_experts})
+    ranks, on_turns = layout.local_ranks, s.conditioning.by_segments and not both_stay
+    shared = layout.shares_host_copy and (on_host or s.is_moe)
+    kept = {"DiT": whole if shared or on_turns else on_host}
+    if encode or on_turns:
+        kept["VAE"] = ranks * vae_bytes
+    host = {
+        "encode prompts": {k: ranks * n for k, n in encoder_on_host.items()},
+        "load": kept | {"loading": ranks * read},
+        "decode": kept | {"video": 8 * ranks * spec.batch * 3 * s.frames * width * height},
+    }
+    return Plan(device, phases, disk, host, layout)
 
 
 @dataclass(frozen=True)
@@ -348,7 +442,7 @@ class TrainingSpec:
     bucket (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts.
     encode, encode_texts: whether there are some to compute. previews: shape (C,T',h,w) of the largest one's latents, or
     (). num_results: how many copies of what is trained stay on disk. save_delta: whether an encoder is saved as its
-    changes alone.
+    changes alone. memory, host: bytes that are free on the device and on the host (default: here).
     """
 
     settings: Settings
@@ -356,7 +450,7 @@ class TrainingSpec:
     dtype: torch.dtype
     batch: int
     bucket: tuple
-    checkpointing: bool = False
+    checkpointing: bool | int = 0
     layout: ParallelLayout = SINGLE_DEVICE
     optimizer: str = "adamw"
     ema: bool = False
@@ -371,13 +465,16 @@ class TrainingSpec:
     previews: tuple = ()
     num_results: int = 1
     save_delta: bool = False
+    memory: float | None = None
+    host: float | None = None
 
 
 def training(spec, builders, make_trainable):
     """The Plan of a TrainingSpec. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
     parameters or optimizer groups; where it changes the encoder, that is run too.
     """
-    s, dtype, layout, phases = spec.settings, spec.dtype, spec.layout, {}
+    s, dtype, layout, phases, host = spec.settings, spec.dtype, spec.layout, {}, {}
+    memory, free_on_host = free_beside_plan(spec, spec.device)
     cuda, (width, height, frames) = torch.device(spec.device).type == "cuda", spec.bucket
     encoded_frames = s.parts.examples.encoded_frames(frames, spec.continuation)
     with pretending(cuda):
@@ -387,10 +484,11 @@ def training(spec, builders, make_trainable):
                 "VAE": nbytes(vae),
                 "activations and video": encoding_bytes(vae, width, height, encoded_frames),
             }
+        read = 4 * max(p.numel() for p in dit.parameters())
         if layout.fp8:
             fp8.convert(dit, {})
         on_device, on_host = layout.weights(dit)
-        weights = {"DiT": on_device if cuda else (on_device + on_host) * spec.num_experts}
+        whole = nbytes(dit)
         groups = make_trainable(dit, encoder)
         params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         trains_encoder = any(p.requires_grad for p in encoder.parameters())
@@ -399,13 +497,14 @@ def training(spec, builders, make_trainable):
         encoder_bytes = nbytes(encoder) - trained * trains_encoder  # what is trained is counted by itself
         if shards_encoder:  # the table, which is outside of blocks, is whole; a block is while none of the DiT's are
             encoder_bytes = encoder_bytes // layout.fsdp_size + nbytes(encoder.token_embedding)
-        if trains_encoder:
-            weights["encoder"] = encoder_bytes
-        elif spec.encode_texts or spec.previews:
-            phases["cache texts"] = {"encoder": encoder_bytes}
+        if not trains_encoder and (spec.encode_texts or spec.previews):
+            phases["cache texts"], on_host_then = encoder_at_work(encoder, memory, cuda)
+            host["cache texts"] = {k: n * layout.local_ranks for k, n in on_host_then.items()}
         result = nbytes(encoder) if trains_encoder and not spec.save_delta else None
 
-        shape = s.latent_shape((width, height), frames)
+        learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
+        learning = min(len(learns) - learns.index(True), math.ceil(len(learns) / layout.pp_size))  # blocks of a rank
+        shape, inputs = s.latent_shape((width, height), frames), 0
         entry = {"latents": torch.empty(shape)} | s.parts.examples.entry(dit.config, shape, spec.continuation)
         peak, states = traced_training(spec, dit, encoder, groups, entry, trains_encoder)
 
@@ -416,20 +515,17 @@ def training(spec, builders, make_trainable):
             sharded = {k: n * 4 // dtype.itemsize // layout.fsdp_size for k, n in (("p", trained), ("s", states))}
             activations += sum(sharded.values()) - trained - states
             trained, states = sharded["p"], sharded["s"]
-        offloaded = 0
-        if (
-            layout.stream_blocks
-        ):  # inputs of checkpointed blocks wait on the host, but for the block at work and the next
-            learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
-            kept_inputs = max(0, len(learns) - learns.index(True) - 2)
+        if layout.stream_blocks:  # inputs of blocks lie on the host; that of the one at work and the next also here
             tokens = math.prod(shape[1:]) // 4 // layout.sp_size
-            offloaded = 4 * spec.batch * tokens * dit.config.dim * kept_inputs
-            activations -= offloaded * cuda
+            inputs = 4 * spec.batch * tokens * dit.config.dim * learning
+            activations -= inputs * max(0, learning - 2) // learning * cuda
+        weights = {"DiT": on_device if cuda else on_device + on_host}
+        if trains_encoder:
+            weights["encoder"] = encoder_bytes
         phases["training"] = weights | {"trained": adapters * trained, "states and activations": activations}
-
         if spec.previews:
             of = spec.previews
-            dit.checkpointing = False
+            dit.checkpointing = 0
             step = denoising_bytes(dit, s, of, 1, spec.text, "batched" if s.guided else "none", layout)
             vae = build(builders, "vae", dtype, cuda)
             decode = decoding_bytes(vae, of, 1, 0)
@@ -438,12 +534,30 @@ def training(spec, builders, make_trainable):
                 "VAE": nbytes(vae),
                 "activations": max(step, decode),
             }
+
+    # all experts lie on the device if they fit; else they take turns, and a GPU returns to copies on the host
+    others = (spec.num_experts - 1) * weights["DiT"]
+    takes_turns = others > 0 and not others + sum(phases["training"].values()) <= 0.9 * memory < math.inf
+    if not takes_turns:
+        for name in phases.keys() & {"training", "previews"}:
+            phases[name]["DiT"] += others
+    copies, per_rank = spec.num_experts * (takes_turns or layout.shares_host_copy and s.is_moe), layout.local_ranks
+    expert = whole - on_host
+    if layout.fsdp_size > 1 or layout.pp_size > 1:
+        expert = on_device * per_rank
+        copies -= layout.fsdp_size > 1 and copies > 0  # what is sharded moves, and has no copy
+    kept = {"streamed blocks": spec.num_experts * on_host, "inputs of blocks": per_rank * inputs}
+    while copies and copies * expert + sum(kept.values()) + ROOM > free_on_host:
+        copies -= 1  # it is read anew at each of its turns
+    kept["experts"] = copies * expert
+    host["load"] = kept | {"inputs of blocks": 0, "loading": per_rank * read}
+    host["training"] = kept
     states_on_disk = 3 * adapters * (trained + states)
     result = (result or adapters * trained) * spec.num_results
     disk = {"cache": sum(spec.cache), "result": result, "states": states_on_disk}
-    other_experts = (on_device + on_host) * (spec.num_experts - 1)
-    host = {"streamed blocks": on_host, "their inputs": offloaded, "the other expert": other_experts}
-    return Plan(spec.device, phases, disk, host)
+    plan = Plan(spec.device, phases, disk, host, layout)
+    plan.takes_turns, plan.learning_blocks = takes_turns, learning
+    return plan
 
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
@@ -474,21 +588,27 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
         ema = EMA(params, 0.9, opt) if spec.ema else None
         # what other stages send has its place from the start
         buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(num_buffers)]
-        for _ in range(2):
-            noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
-            context = embed()
-            losses = [noisy.loss(dit, context[:batch], None) for _ in range(passes)]
-            opt.zero_grad(set_to_none=True)
-            sum(losses).backward()
-            del losses, context
-            if spec.anchor:
-                (embed() - torch.empty(spec.batch, spec.text, text_dim)).square().sum().backward()
+
+        def update():
             if eight_bit:  # works in pieces so small that only its states count
                 opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
             if ema:
                 ema.update()
+
+        for p in params:
+            p.grad = torch.empty_like(p)
+        update()  # states and gradients are there when the second step begins
+        noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
+        context = embed()
+        losses = [noisy.loss(dit, context[:batch], None) for _ in range(passes)]
+        opt.zero_grad(set_to_none=True)
+        sum(losses).backward()
+        del losses, context
+        if spec.anchor:
+            (embed() - torch.empty(spec.batch, spec.text, text_dim)).square().sum().backward()
+        update()
         del buffers
     states = sum(v.nbytes for s in opt.state.values() for v in s.values() if torch.is_tensor(v))
     return tracker.peak, states + (sum(a.nbytes for a in ema.average) if ema else 0)

@@ -1,10 +1,11 @@
 """A checkpoint at work: its text encoder, VAE and DiTs, loaded when first needed and offloaded when memory is short.
 
 A model is "text", "vae", and "dit", or of an A14B "high" and "low", the two experts; S2V and Animate have further
-encoders. If memory is short, and on an accelerator always between two experts, the models that are not in use are
-evicted: from the accelerator to the host, from the host (device "cpu") to nothing, to be read again when needed.
+encoders. Where memory is short, the models that are not in use are evicted: from the accelerator to the host, from the
+host (device "cpu") to nothing, to be read again when needed. A text encoder that does not fit is streamed.
 """
 
+import functools
 import gc
 import math
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from kernels.fp8 import report as fp8_report
 from lora import adapter, attach, inject
-from nanowan.devices import activation_bytes, free_memory
+from nanowan.devices import ROOM, VAE_BYTES, activation_bytes, free_memory
 from nanowan.errors import BadInput
 from nanowan.formats.dit import build_dit, keep_fp32, read_config, read_dit
 from nanowan.formats.header import read_header
@@ -24,12 +25,11 @@ from nanowan.formats.lora import check_fit, choose_experts, kind_of_lora, merge_
 from nanowan.formats.scaled import linears_in_fp8
 from nanowan.formats.t5 import EncoderSpec, check_encoder_changes, encoder_source, encoder_specs, load_t5, read_encoder
 from nanowan.formats.vae import load_vae
-from nanowan.memory import offload
-from nanowan.memory.placement import Placement, SharedPlacement, StreamedPlacement
+from nanowan.memory.host import Copier, shared_buffer
+from nanowan.memory.offload import device_bytes
+from nanowan.memory.placement import Placement
 from nanowan.parallel import World, parallelize
 from nanowan.settings import checkpoint_dir, read_settings
-
-VAE_BYTES = 18_000  # of activations per pixel of a frame, from the shapes of the VAE's largest layers
 
 
 @dataclass
@@ -82,8 +82,10 @@ class Pipeline:
     folder's own encoder or over it (formats/t5.py, load_t5). Raises BadInput for an expert's files, or a LoRA, that
     cannot be used: now, not after half of the steps.
 
-    For training: `adapter` is what each DiT gets when it is loaded, `checkpointing` whether it recomputes activations.
-    Adapters' parameters {expert: {module: (A, B)}} stay in `adapters` while their DiT leaves memory and returns.
+    For training: `adapter` is what each DiT gets when it is loaded, `checkpointing` as in Wan. Adapters' parameters
+    {expert: {module: (A, B)}} stay in `adapters` while their DiT leaves memory and returns. takes_turns: the experts
+    leave the device for each other, and each keeps a copy on the host, to return from. trains_text: the text encoder
+    lies on the device whole.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -92,6 +94,7 @@ class Pipeline:
         self.headers = {name: read_dit(self.folder(name)) for name in self.settings.expert_names}
         self.fp8 = any([self.runtime.fp8, *map(linears_in_fp8, self.headers.values())])
         self.adapter, self.adapters, self.checkpointing = None, {}, False
+        self.takes_turns = self.trains_text = False
         self.placements = {}
         if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
             print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are A14B's")
@@ -109,6 +112,10 @@ class Pipeline:
     @property
     def world(self):
         return self.runtime.world
+
+    @functools.cached_property
+    def copier(self):
+        return Copier(self.device)
 
     def _add_to_text(self, lora):
         """Put a LoRA of the text encoder behind what else changes that."""
@@ -148,17 +155,17 @@ class Pipeline:
         return read_config(self.folder(expert), self.headers[expert])
 
     # ---- where models are ----------------------------------------------------------------------------------------
-    def acquire(self, name, activations=1 << 30):
+    def acquire(self, name, activations=ROOM):
         """A model on the device, ready to run with this many bytes of activations: loaded if need be, others evicted if
         they are in the way. Hold no reference to another model meanwhile.
         """
         part, device = self.placements.get(name), self.device
         need = activations + (0 if part and part.is_on(device) else self._bytes(name))
         for other in [n for n, p in self.placements.items() if n != name and p.is_on(device)]:
-            if free_memory(device) < need or self.runtime.cuda and {other, name} == {"high", "low"}:
+            if free_memory(device) < need or self.takes_turns and {other, name} == {"high", "low"}:
                 self.evict(other)
         if part is None:
-            part = self.placements[name] = self._load(name)
+            part = self.placements[name] = self._load(name, need)
         elif not part.is_on(device):
             part.to(device)
         return part.model
@@ -172,8 +179,7 @@ class Pipeline:
         part, cuda = self.placements[name], self.runtime.cuda
         if part.shared and not cuda:
             return  # it is the other ranks' too
-        nbytes = sum(p.nbytes for p in part.model.parameters())
-        if cuda and (part.shared or free_memory("cpu") > nbytes + (1 << 30)):
+        if cuda and has_host_room(part):
             part.to("cpu")
             torch.cuda.empty_cache()
         else:
@@ -194,7 +200,7 @@ class Pipeline:
 
     def streams(self):
         """The offload.Streams of the DiTs in memory."""
-        return [part.stream for part in self.placements.values() if isinstance(part, StreamedPlacement)]
+        return [self.placements[n].stream for n in self.headers if n in self.placements and self.placements[n].stream]
 
     def _bytes(self, name):
         """What a model's weights take on the device."""
@@ -202,31 +208,33 @@ class Pipeline:
         if name in encoders:
             return encoders[name].bytes(self.dir)
         if name in self.headers:
-            return offload.device_bytes(self.headers[name], run.dtype, self.fp8, run.stream_blocks)
+            return device_bytes(self.headers[name], run.dtype, self.fp8, run.stream_blocks)
         numel = sum(e.numel for f in self.files(name) for e in read_header(f)[0].values())
         return numel * (4 if name == "vae" else run.dtype.itemsize)
 
     # ---- loading -------------------------------------------------------------------------------------------------
-    def _load(self, name):
+    def _load(self, name, need):
+        """The Placement of a model. need: bytes that are to be free on the device for it to lie there whole."""
         run, encoders = self.runtime, self.settings.conditioning.encoders
+        if name in self.headers:
+            return self._load_dit(name)
         if name == "text":
-            return Placement(load_t5(self.dir, run.device, run.dtype, self.text_encoder))
+            streamed = run.cuda and free_memory(run.device) < need and not self.trains_text
+            model = load_t5(self.dir, "cpu" if streamed else run.device, run.dtype, self.text_encoder)
+            return Placement(model, self.copier, len(model.blocks) if streamed else 0).start()
         if name == "vae":
             # fp32 is the official precision, and bf16 harms the encoder; the decoder it does not, and it halves memory
-            vae = load_vae(self.dir, run.device, torch.float32)
-            return Placement(vae.decode_in(run.dtype) if run.cuda else vae)
-        if name in encoders:
-            return Placement(encoders[name].load(self.dir / encoders[name].folder, run.device))
-        return self._load_dit(name)
+            model = load_vae(self.dir, run.device, torch.float32)
+            model = model.decode_in(run.dtype) if run.cuda else model
+        else:
+            model = encoders[name].load(self.dir / encoders[name].folder, run.device)
+        return Placement(model, self.copier).start()
 
     def _load_dit(self, name):
-        """Build, change, load: the adapter goes in and ranks split the model while it is still empty."""
-        run, on_host = self.runtime, self.runtime.stream_blocks or self.runtime.cuda and self.settings.is_moe
-        share = self.world.host_share() if on_host else None
-        where = run.device
-        if run.stream_blocks or share:
-            where = "cpu" if share is None or share.is_first else "meta"
-
+        """Build, change, load: the adapter goes in, ranks split the model, and what lies on the host gets its place
+        there, while the model is still empty.
+        """
+        run = self.runtime
         dit = build_dit(self.headers[name], self.folder(name), run.dtype, self.fp8)
         dit.checkpointing = self.checkpointing
         if self.adapter and name in self.adapter.experts:
@@ -235,22 +243,33 @@ class Pipeline:
                 self.adapter.inject(dit, run.device)
             attach(dit, self.adapters.setdefault(name, adapter(dit)))
         parallelize(dit, self.world)
-        load_weights(dit, self.headers[name], where, run.dtype, keep_fp32)
+
+        part = Placement(dit, self.copier, run.stream_blocks)
+        share = self.world.host_share() if run.stream_blocks or run.cuda and self.settings.is_moe else None
+        is_first, part.shared = share is None or share.is_first, bool(share)
+
+        def memory_of_all():
+            return shared_buffer(share.path_of(name), part.nbytes(whole=True), run.device, create=is_first)
+
+        if share and is_first:
+            part.settle(True, memory_of_all())
+        elif is_first:
+            part.settle(self.takes_turns and has_host_room(part))
+        load_weights(dit, self.headers[name], run.device if is_first else "meta", run.dtype, keep_fp32)
         for file, weight, experts in self.loras:
             if name in experts:
                 merge_file(dit, file, weight, name)
         if self.world.is_main and (error := fp8_report(dit)):
             print(f"{self.folder(name)}: {error}")
+        if share:  # the first one's memory loses its name once all have it, and ends with the last of them
+            share.barrier()
+            if not is_first:
+                part.settle(True, memory_of_all())
+            share.barrier()
+            if is_first:
+                share.path_of(name).unlink()
+        part.start()
 
-        buffer = None
-        if share:
-            buffer = offload.share_host_copy(dit, share.path_of(name), share.is_first, share.barrier, run.device)
-        if run.stream_blocks:
-            part = StreamedPlacement(dit, run.stream_blocks, run.device, buffer)
-        else:
-            part = SharedPlacement(dit) if share else Placement(dit)
-            if share:
-                part.to(run.device)
         if run.compile == "blocks":  # they are all alike: compiled once
             for block in dit.blocks:
                 block.compile()
@@ -276,6 +295,12 @@ class Pipeline:
         if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
             need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # and what lies beside it
         return "batched" if self.world.all_ranks(free_memory(self.device) > need, "sp") else "sequential"
+
+
+def has_host_room(part):
+    """Whether the host has room for a Placement's weights, or has them already."""
+    missing = part.nbytes(whole=True)
+    return not missing or free_memory("cpu") > missing + ROOM
 
 
 def pad_embeddings(embeddings):

@@ -194,11 +194,16 @@ def test_8_bit_products(report):
     report("gradient", tiny.error(torch.autograd.grad(y.square().sum(), x)[0], gradient), 5e-2)
 
 
-def test_streaming_equals_resident_weights():
-    """The same bits, with copies on their own stream; the device holds two blocks of twelve."""
+@pytest.mark.parametrize("can_pin", [True, False])
+def test_streaming_equals_resident_weights(can_pin, monkeypatch):
+    """The same bits, with copies on their own stream, pinned or through a thread; the device holds two blocks of
+    twelve.
+    """
     import lora
-    from nanowan.memory.offload import Stream
+    from nanowan.memory.host import Copier, HostPages
+    from nanowan.memory.placement import Placement
 
+    monkeypatch.setattr(HostPages, "can_pin", can_pin)
     x, t, context = (
         torch.randn(1, 48, 3, 16, 16, device="cuda"),
         torch.tensor([500.0], device="cuda"),
@@ -209,14 +214,15 @@ def test_streaming_equals_resident_weights():
         torch.manual_seed(0)
         model = tiny.dit("ti2v", dim=512, heads=4, layers=12)
         params = lora.inject(model, rank=4, device="cuda")
-        stream = Stream(model, streamed, "cuda") if streamed else model.cuda()
+        part = Placement(model, Copier("cuda"), streamed).start()
         for _ in range(3):
             y = model(x, t, context)
             grads = torch.autograd.grad(y.square().mean(), params)
         with torch.no_grad():
             found.append([y, *grads, model(x, t, context)])
-    assert all(torch.equal(a, b) for a, b in zip(*found)) and stream.waited() >= 0
-    assert stream.ring_bytes() < 0.2 * sum(f.host.numel() for f in stream.flats.values())
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and part.stream.waited() >= 0
+    assert part.stream.ring_bytes() < 0.2 * sum(f.nbytes for f in part.streamed.values())
+    assert all(f.home.is_pinned() == can_pin for f in part.streamed.values())
 
 
 def stream_every_way():
@@ -224,32 +230,49 @@ def stream_every_way():
     go, but not what it has on the host: that is returned.
     """
     import lora
-    from nanowan.memory.offload import Stream
+    from nanowan.memory.host import Copier
+    from nanowan.memory.placement import Placement
 
     model = tiny.dit("ti2v", dim=512, heads=4, layers=12)
     params = lora.inject(model, rank=4, device="cuda")
-    stream = Stream(model, 12, "cuda")
+    part = Placement(model, Copier("cuda"), 12).start()
     t, context = torch.tensor([500.0], device="cuda"), torch.randn(1, 7, tiny.TEXT_DIM, device="cuda")
     for side, wanted in ((16, params), (16, params[-4:]), (24, params)):
         x = torch.randn(1, 48, 3, side, side, device="cuda")
         torch.autograd.grad(model(x, t, context).square().mean(), wanted)
-    for device in ("cuda", "cpu", "cuda"):
-        stream.to(device)
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        part.to(device)
         if device == "cuda":
             with torch.no_grad():
                 model(x, t, context)
-    return [flat.host for flat in stream.flats.values()]
+    return [flat.home for flat in part.flats(whole=True)]
+
+
+# where nothing can be pinned, with the thread's work done at once, since races.py follows one thread
+UNPINNED = """
+from concurrent.futures import Future
+class Inline:
+    def __init__(self, *args):
+        pass
+    def submit(self, f, *args):
+        done = Future()
+        done.set_result(f(*args))
+        return done
+host.HostPages.can_pin, host.RING_SLOT, host.concurrent.futures.ThreadPoolExecutor = False, 1 << 21, Inline
+"""
+WAITS = [None, "host.Copier.synchronize", "host.Copier.wait", "torch.cuda.Stream.wait_event"]
 
 
 @pytest.mark.parametrize(
-    "left_out", [None, "offload.Stream.wait_for_copy", "offload.InputsOnHost.wait", "torch.cuda.Stream.wait_stream"]
+    "left_out, can_pin",
+    [*((w, True) for w in WAITS), *((w, False) for w in (None, *WAITS[2:], "torch.cuda.Event.synchronize"))],
 )
-def test_streams_wait_for_each_other(left_out):
+def test_streams_wait_for_each_other(left_out, can_pin):
     """No memory is in use on two streams, or on one and the host, that do not wait for each other; and where one of the
     waits is left out, that is found.
     """
-    code = "import sys, test_gpu, torch\nfrom helpers import races\nfrom nanowan.memory import offload\n"
-    code += f"{left_out} = lambda *args: None\n" if left_out else ""
+    code = "import sys, test_gpu, torch\nfrom helpers import races\nfrom nanowan.memory import host\n"
+    code += ("" if can_pin else UNPINNED) + (f"{left_out} = lambda *args: None\n" if left_out else "")
     code += "sys.exit(9 if races.watch(test_gpu.stream_every_way) else 0)"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

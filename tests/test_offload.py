@@ -19,8 +19,12 @@ import lora
 from benchmarks import tiny
 from nanowan.errors import BadInput
 from nanowan.formats.dit import load_wan
-from nanowan.memory import offload
-from nanowan.memory.offload import ALIGNED, Stream, host_buffer, share_host_copy, spread
+from nanowan.memory import host, offload
+from nanowan.memory.host import Copier, host_buffer, shared_buffer
+from nanowan.memory.offload import ALIGNED, spread
+from nanowan.memory.placement import Placement
+from nanowan.parallel import HostShare, World
+from nanowan.pipeline import Pipeline, Runtime
 from sample import load, sample_latents
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +37,7 @@ def model(streamed=0, blocks=None):
     params = lora.inject(dit, rank=4, blocks=blocks)
     for p in params:
         torch.nn.init.normal_(p, std=0.1)
-    return dit, params, Stream(dit, streamed, "cpu") if streamed else None
+    return dit, params, Placement(dit, Copier("cpu"), streamed).start().stream
 
 
 @pytest.mark.parametrize("streamed,blocks", [(6, None), (6, [4, 5]), (4, None), (3, [2]), (2, None), (1, None)])
@@ -84,7 +88,7 @@ def test_memory_on_the_device():
     )
     assert stream.ring_bytes() == 2 * block
     homes = {r.untyped_storage().data_ptr() for r in stream.ring} | {
-        f.host.untyped_storage().data_ptr() for f in stream.flats.values()
+        f.home.untyped_storage().data_ptr() for f in stream.flats.values()
     }
     assert {p.untyped_storage().data_ptr() for b in dit.blocks for p in b.parameters() if not p.requires_grad} <= homes
 
@@ -111,7 +115,7 @@ def test_buffers_of_kept_inputs_are_used_again(monkeypatch):
 
 def test_the_input_below_comes_back_early():
     """While a block runs again, the one that will run after it has its input."""
-    kept = offload.InputsOnHost(torch.device("cpu"), None)
+    kept = offload.InputsOnHost(Copier("cpu"))
     xs = [torch.randn(4, 5), torch.randn(2, 3).t(), torch.randn(7).bfloat16()]
     handles = [offload.Kept(kept, x) for x in xs]
     for i in (2, 1, 0):
@@ -123,12 +127,12 @@ def test_the_input_below_comes_back_early():
 
 def test_what_is_not_on_the_device_is_kept_as_it_is():
     """As the empty tensor of the CPU that older versions of torch save with each checkpoint."""
-    kept = offload.InputsOnHost(torch.device("cuda"), None)
+    kept = offload.InputsOnHost(SimpleNamespace(device=torch.device("cuda")))
     with kept.hooks():
         x = torch.ones(3, requires_grad=True)
         y = x.sin().sum()
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.ones(3).cos()) and kept.last is None
-    kept = offload.InputsOnHost(torch.device("cpu"), None)
+    kept = offload.InputsOnHost(Copier("cpu"))
     with kept.hooks():
         torch.empty(0, requires_grad=True).sin()
     assert kept.last is None
@@ -136,9 +140,9 @@ def test_what_is_not_on_the_device_is_kept_as_it_is():
 
 def test_a_buffer_that_cannot_be_made_is_one_error(monkeypatch, recwarn):
     """Nothing half made complains when it is given up."""
-    monkeypatch.setattr(offload, "HostPages", mock.Mock(side_effect=OSError(12, "no room")))
-    with pytest.raises(BadInput, match="--stream_blocks: 0.00 GB of host memory are needed .no room"):
-        offload.Kept(offload.InputsOnHost(torch.device("cpu"), None), torch.ones(3))
+    monkeypatch.setattr(host, "HostPages", mock.Mock(side_effect=OSError(12, "no room")))
+    with pytest.raises(BadInput, match="0.00 GB of host memory are needed .no room"):
+        offload.Kept(offload.InputsOnHost(Copier("cpu")), torch.ones(3))
     gc.collect()
     assert not recwarn.list
 
@@ -151,7 +155,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 import lora
 from benchmarks import tiny
-from nanowan.memory.offload import Stream, share_host_copy
+from nanowan.memory.host import Copier, shared_buffer
+from nanowan.memory.placement import Placement
 from nanowan.memory_estimate import ParallelLayout, nbytes, resident, traced
 
 def build(**size):
@@ -171,7 +176,9 @@ with FakeTensorMode():
 before = resident("RssAnon")
 dit = build(dim=768, heads=6, layers=12)
 dit.zero_grad(set_to_none=True)
-Stream(dit, 12, "cpu", share_host_copy(dit, Path({file!r}), True, lambda: None, torch.device("cpu")))
+part = Placement(dit, Copier("cpu"), 12)
+part.settle(True, shared_buffer(Path({file!r}), part.nbytes(True), "cpu", create=True))
+part.start()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 step(dit, (16, 16))
 print(*planned, whole, resident("VmHWM") - resident("RssShmem") - resident("RssFile") - before)
@@ -252,7 +259,7 @@ def test_training_with_streamed_blocks(checkpoints, media, tmp_path):
 
 def test_too_many_blocks():
     with pytest.raises(BadInput, match="--stream_blocks 7: this model has 6"):
-        Stream(tiny.dit("ti2v", layers=6), 7, "cpu")
+        Placement(tiny.dit("ti2v", layers=6), Copier("cpu"), 7)
 
 
 def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
@@ -261,9 +268,7 @@ def test_no_room_for_the_shared_copy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(BadInput, match="shared memory are needed .No space left"):
-        share_host_copy(
-            tiny.dit("ti2v").requires_grad_(False), tmp_path / "shared", True, lambda: None, torch.device("cpu")
-        )
+        shared_buffer(tmp_path / "shared", 1000, "cpu", create=True)
 
 
 def test_a_released_stream_is_gone(checkpoints):
@@ -276,16 +281,14 @@ def test_a_released_stream_is_gone(checkpoints):
 @pytest.mark.parametrize("fp8", (False, True))
 def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
     """Two ranks, here threads: the first reads the weights, both have them, and they are the same memory."""
-    meeting, models, buffers = threading.Barrier(2), {}, {}
+    meeting, models, read = threading.Barrier(2), {}, []
 
     def rank(first):
-        models[first] = load_wan(checkpoints["ti2v"], "cpu" if first else "meta", torch.float32, fp8)
-        buffers[first] = share_host_copy(models[first], tmp_path / "shared", first, meeting.wait, torch.device("cpu"))
-        stream = Stream(models[first], 2, "cpu", buffers[first])
-        assert all(
-            f.host.untyped_storage().data_ptr() == buffers[first].untyped_storage().data_ptr()
-            for f in stream.flats.values()
-        )
+        world = World("cpu", distributed=False)
+        world.host_share = lambda: HostShare(first, meeting.wait, lambda part: tmp_path / part)
+        pipe = Pipeline(checkpoints["ti2v"], Runtime(fp8=fp8, stream_blocks=2, world=world))
+        models[first] = pipe.acquire("dit")
+        read.append(pipe.placements["dit"].flats(whole=True)[0].home)
 
     ranks = [threading.Thread(target=rank, args=(first,)) for first in (True, False)]
     for t in ranks:
@@ -295,18 +298,9 @@ def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
     whole = load_wan(checkpoints["ti2v"], dtype=torch.float32, fp8=fp8)
     with torch.no_grad():
         want, (a, b) = whole(X, T, CONTEXT), (models[first](X, T, CONTEXT) for first in (True, False))
-        assert torch.equal(a, want) and torch.equal(b, want) and not (tmp_path / "shared").exists()
-        buffers[True].fill_(1)
-        assert (buffers[False] == 1).all()
-
-
-def test_shared_memory_that_cannot_be_pinned_is_given_back(tmp_path, monkeypatch):
-    """It has no name any more by then."""
-    monkeypatch.setattr(offload, "pin", mock.Mock(side_effect=RuntimeError("not allowed")))
-    with pytest.raises(RuntimeError, match="not allowed"):
-        model = tiny.dit("ti2v").requires_grad_(False)
-        share_host_copy(model, tmp_path / "copy", True, lambda: None, torch.device("cuda:0"))
-    assert not list(tmp_path.iterdir())
+        assert torch.equal(a, want) and torch.equal(b, want) and not (tmp_path / "dit").exists()
+        read[0].fill_(1)
+        assert (read[1] == 1).all()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -315,18 +309,16 @@ def test_what_is_pinned_is_unpinned_once(shared, tmp_path, monkeypatch):
     the copies that are under way.
     """
     pinned, done = {}, []
-    monkeypatch.setattr(offload, "pin", lambda address, nbytes: pinned.setdefault(address, nbytes))
-    monkeypatch.setattr(offload, "unpin", lambda address: done.append(("unlocked", pinned.pop(address))))
+    monkeypatch.setattr(host, "pin", lambda address, nbytes: pinned.setdefault(address, nbytes))
+    monkeypatch.setattr(host, "unpin", lambda address: done.append(("unlocked", pinned.pop(address))))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("waited", device)))
-    monkeypatch.setattr(offload.Stream, "to", lambda self, device: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     model, cuda = tiny.dit("ti2v").requires_grad_(False), torch.device("cuda:1")
-    buffer = offload.share_host_copy(model, tmp_path / "copy", True, lambda: None, cuda) if shared else None
-    stream = offload.Stream(model, 3, cuda, buffer)
-    hosts = [buffer] if shared else [f.host for f in stream.flats.values()]
-    want = {f.data_ptr(): f.numel() for f in hosts}
-    assert pinned == want and len(want) == (1 if shared else 3) and not done
-    del model, stream, buffer, hosts
+    part = Placement(model, SimpleNamespace(device=cuda), 3)
+    total = part.nbytes(whole=True)
+    part.settle(shared, shared_buffer(tmp_path / "copy", total, cuda, create=True) if shared else None)
+    assert list(pinned.values()) == ([total] if shared else [f.nbytes for f in part.streamed.values()]) and not done
+    want = list(pinned.values())
+    del model, part
     gc.collect()
     assert not pinned and done[::2] == [("waited", 1)] * len(want)
-    assert sorted(done[1::2]) == sorted(("unlocked", n) for n in want.values())
+    assert sorted(done[1::2]) == sorted(("unlocked", n) for n in want)

@@ -9,17 +9,23 @@ from lora import base_name
 from nanowan.errors import BadInput, return_freed_blocks
 from nanowan.formats.header import Entry
 from nanowan.formats.scaled import FP8, ScaledEntry
+from nanowan.memory.host import host_buffer
 
 
-def put(owner, leaf, tensor):
-    """Give a module its weight `leaf`, frozen; where nanowan/parallel has sharded that, only this rank's part of it."""
+def put(owner, leaf, tensor, dtype):
+    """Give a module its weight `leaf`, frozen: where that lies already, as on the host, into its memory; where
+    nanowan/parallel has sharded it, only this rank's part.
+    """
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
-        old.to_local().copy_(distribute_tensor(tensor, old.device_mesh, old.placements, src_data_rank=None).to_local())
+        tensor = distribute_tensor(tensor.to(dtype), old.device_mesh, old.placements, src_data_rank=None)
+        old.to_local().copy_(tensor.to_local())
+    elif old.is_meta:
+        setattr(owner, leaf, torch.nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False))
     else:
-        setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        old.data.copy_(tensor)
 
 
 def check_keys(model, entries):
@@ -43,9 +49,10 @@ def check_keys(model, entries):
 
 
 def load_weights(model, entries, device, dtype, fp32=lambda name: False):
-    """Stream `entries` into a model on the meta device whose keys were checked, tensor by tensor in the order of the
-    file, so that host memory holds the weights once. Adapters keep their values; blocks that another rank holds are not
-    read, and sharded parameters take this rank's part.
+    """Stream `entries` into a model whose keys were checked, tensor by tensor in the order of the file, so that memory
+    holds the weights once. What is on the meta device goes to `device`, what has a place already, on the host, goes
+    there, rounded to 8 bits on the device on its way. Adapters keep their values; blocks that another rank holds are
+    not read, and sharded parameters take this rank's part.
 
     Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Weights come out frozen and the model
     in eval mode; on the meta device nothing is read.
@@ -53,27 +60,33 @@ def load_weights(model, entries, device, dtype, fp32=lambda name: False):
     return_freed_blocks()  # what decoding a tensor, or rounding it to 8 bits, takes
     names = {base_name(name): name for name, _ in model.named_parameters()}
     # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
-    # the heap.
-    scratch = torch.empty(max(e.scratch_bytes for e in entries.values()), dtype=torch.uint8)
+    # the heap. For a GPU it is pinned, if that can be.
+    scratch = host_buffer(max(e.scratch_bytes for e in entries.values()), device, quiet=True)
     for name in sorted(names.keys() & entries.keys(), key=lambda n: (str(entries[n].file), entries[n].offset)):
         entry, goal = entries[name], torch.float32 if fp32(name) else dtype
         owner, _, leaf = names[name].rpartition(".")
         owner = model.get_submodule(owner)
         if leaf == "weight" and isinstance(owner, Fp8Linear):
-            put(owner, leaf, _read_fp8(owner, entry, device, scratch))
+            _load_fp8(owner, entry, device, scratch)
             continue
-        stays = entry.dtype == goal and torch.device(device).type == "cpu"
-        put(owner, leaf, entry.read_to(device, None if stays else scratch).to(goal).contiguous())
+        place = getattr(owner, leaf)
+        where = device if place.is_meta or hasattr(place, "placements") else place.device
+        stays = place.is_meta and entry.dtype == goal and torch.device(device).type == "cpu"
+        put(owner, leaf, entry.read_to(where, None if stays else scratch), goal)
     return model.eval()
 
 
-def _read_fp8(linear, entry, device, scratch):
-    """The 8-bit weight of an Fp8Linear, whose scales are set: as the file has it, or rounded to e4m3."""
+def _load_fp8(linear, entry, device, scratch):
+    """Give an Fp8Linear its weight and scales: as the file has them, or rounded to e4m3."""
+    place = linear.scales  # which become others below
     if not isinstance(entry, ScaledEntry) or entry.stored.dtype not in FP8:
-        return linear.quantize(entry.read_to(device, scratch))
-    weight8 = entry.stored.read_to(device, scratch).clone()
-    linear.set_scales(weight8, entry.scale.read_to(device))
-    return weight8
+        weight8 = linear.quantize(entry.read_to(device, scratch))
+    else:
+        weight8 = entry.stored.read_to(device, scratch).clone()
+        linear.set_scales(weight8, entry.scale.read_to(device))
+    put(linear, "weight", weight8, weight8.dtype)
+    if not place.is_meta and not hasattr(linear.weight, "placements"):
+        linear.scales = place.copy_(linear.scales)
 
 
 def load_into(model, entries, device, dtype):

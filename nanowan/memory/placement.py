@@ -1,53 +1,99 @@
-"""Where a model lies: on the accelerator, on the host, or with some of its blocks streamed from there."""
+"""Where a model lies: on the device, on the host, or with some of its blocks streamed from there."""
 
 import torch
 
-from nanowan.memory.offload import Stream
+from nanowan.errors import BadInput
+from nanowan.memory.host import host_buffer
+from nanowan.memory.offload import Flat, Stream, frozen, spread
 
 
 class Placement:
-    """A part in memory: on the accelerator while it runs, on the host while it makes room for others."""
+    """A model in memory: on the device while it runs, on the host while others need the room, `count` of its blocks
+    always there and streamed. Frozen weights do not change, so the host keeps its copy once there is one, and they are
+    only ever copied up. What is trained stays where its optimizer's states are.
 
-    shared = False  # with the other ranks of this machine
+    copier: a Copier. shared: whether the copy on the host is that of all ranks of this machine.
+    """
 
-    def __init__(self, model):
-        self.model = model
+    shared, stream = False, None
+
+    def __init__(self, model, copier, count=0):
+        self.model, self.copier = model, copier
+        self.sharded = any(hasattr(p, "placements") for p in model.parameters())
+        blocks = getattr(model, "blocks", [])
+        if count > len(blocks):
+            raise BadInput(f"--stream_blocks {count}: this model has {len(blocks)} blocks")
+        self.streamed = {i: Flat(frozen(blocks[i])) for i in spread(count, len(blocks))}
+        self.resident = []  # what is not streamed
+        self._group()
+
+    def _group(self):
+        """Put what is in no Flat yet, all that is not streamed and what has been added to the model, into one."""
+        if self.sharded:
+            return
+        known = {(id(values), k) for f in [*self.streamed.values(), *self.resident] for values, k in f.entries}
+        if new := [(values, k) for values, k in frozen(self.model) if (id(values), k) not in known]:
+            self.resident.append(Flat(new))
+
+    def flats(self, whole):
+        return [*self.streamed.values(), *(self.resident if whole else [])]
+
+    def settle(self, whole=False, buffer=None):
+        """Give the tensors of streamed blocks, or all if `whole`, their place on the host, in new memory or in
+        `buffer`; those of an empty model get their values there when they are loaded.
+        """
+        begin = 0
+        for flat in self.flats(whole):
+            if flat.home is None:
+                end = begin + flat.nbytes
+                flat.settle(host_buffer(flat.nbytes, self.copier.device) if buffer is None else buffer[begin:end])
+                begin = end
+
+    def nbytes(self, whole):
+        """Bytes on the host that `settle` still takes; where parallel/ has sharded the model, of this rank's part."""
+        if self.sharded:
+            return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in self.model.parameters())
+        return sum(f.nbytes for f in self.flats(whole) if f.home is None)
+
+    def start(self):
+        """Have the model ready to run, once all its weights are loaded."""
+        self._group()
+        if self.streamed:
+            self.settle()
+            self.stream = Stream(self.model, self.streamed, self.copier)
+        self.to(self.copier.device)
+        return self
 
     def is_on(self, device):
         return next(self.model.parameters()).device.type == device.type
 
     def to(self, device):
-        """Move all but what is trained: adapters stay where their optimizer's states are."""
-        trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]
-        self.model.to(device)
-        for p, data in trained:
-            p.data = data
+        """Have the model on the device where it runs, or else on the host."""
+        device = torch.device(device)
+        if self.sharded:
+            trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]
+            self.model.to(device)
+            for p, data in trained:
+                p.data = data
+        elif device.type != self.copier.device.type:
+            if self.stream:
+                self.stream.close()
+            self.settle(whole=True)
+            for flat in self.resident:
+                flat.use(flat.home)
+        else:
+            for flat in self.resident:
+                self._up(flat, device)
+            if self.stream:
+                self.stream.open()
 
-
-class SharedPlacement(Placement):
-    """A part whose host copy is that of all ranks of a machine: since nothing in it changes, it is only returned to."""
-
-    shared = True
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.host = [(t, t.data) for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
-
-    def to(self, device):
-        if torch.device(device).type != "cpu":
-            super().to(device)
-            return
-        for t, data in self.host:
-            t.data = data
-
-
-class StreamedPlacement(Placement):
-    """A DiT of which some blocks stay on the host (offload.Stream); the rest moves as any part does."""
-
-    def __init__(self, model, count, device, buffer=None):
-        super().__init__(model)
-        self.shared = buffer is not None
-        self.stream = Stream(model, count, device, buffer)
-
-    def to(self, device):
-        self.stream.to(device)
+    def _up(self, flat, device):
+        if flat.home is None:
+            for t in flat.tensors():
+                t.data = t.data.to(device)
+        elif device.type == "cpu":
+            flat.use(flat.home)
+        else:
+            copy = torch.empty(flat.nbytes, dtype=torch.uint8, device=device)
+            self.copier.wait(self.copier.copy(copy, flat.home))
+            flat.use(copy)

@@ -127,11 +127,15 @@ class World:
         """Whether all ranks say yes, or all along one dimension of the mesh: what each finds by itself, such as its
         free memory, may differ.
         """
+        return bool(self.least(yes, dim))
+
+    def least(self, value, dim=None):
+        """The smallest of all ranks' numbers, or of those along one dimension of the mesh."""
         if not self.distributed:
-            return yes
-        lowest = torch.tensor(float(yes), device=self.device)
-        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.group(dim) if dim else None)
-        return bool(lowest)
+            return value
+        smallest = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group(dim) if dim else None)
+        return smallest.item()
 
     def broadcast_from_rank0(self, f):
         """f() of rank 0, on every rank: so that all see the same files, which are read once."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from data import DataConfig, DataSource
+from data import DataConfig, DataSource, nearest_bucket
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
@@ -21,9 +21,12 @@ from nanowan.training.sources import CLIP_MODES
 
 # for released sizes; nano's config.json has its own, under "train"
 RECOMMENDED = {
-    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01},
+    "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
+    | {"save_every": 100},
+    # a save of the whole encoder is 39 GB and takes about a minute, as long as a hundred steps
     "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
-    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None},
+    | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
+    | {"save_every": 500},
 }
 POSITIVE = 1e-9  # as a lowest value
 
@@ -48,6 +51,14 @@ def data_set(text):
     if "source" not in values:
         raise argparse.ArgumentTypeError(f"{text}: no source, a folder or list")
     return values
+
+
+def parse_checkpointing(text):
+    """--checkpointing: a number of blocks; True for all; None for auto."""
+    words = {"auto": None, "all": True, "none": 0}
+    if text not in words and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: give a number of blocks, all, none or auto")
+    return words[text] if text in words else int(text)
 
 
 def add_flags(p, script, out):
@@ -160,9 +171,14 @@ def add_flags(p, script, out):
     )
     add(
         "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="recompute the DiT's activations in the backward pass (default: only if memory would not do without)",
+        nargs="?",
+        const=True,
+        type=parse_checkpointing,
+        metavar="N",
+        help="DiT blocks that recompute their activations in the backward pass: a number, all (or no value), none, or "
+        "auto, as few as memory allows (default: auto)",
     )
+    add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
     add(
         "--seed",
         type=int,
@@ -180,7 +196,11 @@ def add_flags(p, script, out):
     add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip (default: %(default)s)")
     add("--pipeline_stages", type=int, default=1, help="ranks that share the blocks (default: %(default)s)")
     add = p.add_argument_group("logs, previews and saves").add_argument
-    add("--save_every", type=int, default=100, help="steps between saves (default: %(default)s)")
+    add(
+        "--save_every",
+        type=int,
+        help=f"steps between saves (default: the checkpoint's, or {recommended['save_every']})",
+    )
     add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
     add(
         "--previews",
@@ -299,13 +319,20 @@ def check_ranges(args, **ranges):
             raise BadInput(f"--{flag} {value}: must be {least}" + (f" and at most {high}" if high < math.inf else ""))
 
 
-def check_streaming(args, num_blocks):
-    """Check --stream_blocks of a DiT with so many blocks: it needs checkpointing, and whole blocks on each rank."""
+def check_blocks(args, num_blocks):
+    """Check --checkpointing and --stream_blocks of a DiT with so many blocks. Streaming needs all of them to recompute,
+    and whole blocks on each rank.
+    """
     check_ranges(args, stream_blocks=(0, num_blocks))
+    if args.checkpointing not in (None, True):
+        check_ranges(args, checkpointing=(0, num_blocks))
     if not args.stream_blocks:
         return
-    if args.checkpointing is False:
-        raise BadInput("--no-checkpointing: not with --stream_blocks, whose blocks are run again while they are here")
+    if args.checkpointing not in (None, True, num_blocks):
+        raise BadInput(
+            f"--checkpointing {args.checkpointing}: not with --stream_blocks, whose blocks run again while they are "
+            "here"
+        )
     args.checkpointing = True
     if args.fsdp or args.pipeline_stages > 1:
         raise BadInput(
@@ -353,14 +380,15 @@ def pick(config_class, args, **more):
 
 def training_spec(args, s, **more):
     """The memory_estimate.TrainingSpec of resolved flags; more: its further fields, over what flags alone say."""
+    width, height = parse_size(args.resolution, "--resolution")
     return memory_estimate.TrainingSpec(
         **dict(
             settings=s,
             device=args.device,
             dtype=DTYPES[args.dtype],
             batch=args.batch,
-            bucket=(*parse_size(args.resolution, "--resolution"), args.frames),
-            checkpointing=bool(args.checkpointing),
+            bucket=(*nearest_bucket(width, height, width * height, s.size_multiple), args.frames),
+            checkpointing=args.checkpointing or 0,
             ema=args.ema > 0,
             first_frames=args.i2v_prob > 0,
             continuation=args.continuation,
@@ -370,25 +398,43 @@ def training_spec(args, s, **more):
     )
 
 
-def parallel_layout(args, ranks, fp8=False):
-    """The ParallelLayout of a script's flags on so many ranks; fp8: also if the files are in 8 bits."""
-    return memory_estimate.ParallelLayout(
-        fp8,
-        getattr(args, "stream_blocks", 0),
-        ranks if getattr(args, "fsdp", False) else 1,
-        args.ulysses_size,
-        getattr(args, "pipeline_stages", 1),
-    )
-
-
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """(whether to checkpoint, the Plan): if the flag `wanted` is None, only if the run would take more than nine tenths
-    of the memory without. predict(checkpointing) -> a Plan. memory: bytes of the device (default: what is free on it,
-    of a CPU each rank's share).
+    """(how many blocks recompute their activations or True for all, the Plan): as the flag says, or if it is None as
+    few as a run can do with in nine tenths of the memory. predict(checkpointing) -> a Plan. memory: bytes of the device
+    (default: what is free on it, of a CPU each rank's share).
     """
-    need = predict(bool(wanted))
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
-    if wanted is not None or world.all_ranks(need.peak <= 0.9 * memory):
-        return bool(wanted), need
-    print(f"checkpointing: without it {memory_estimate.gb(need.peak)} would be needed of {memory_estimate.gb(memory)}")
-    return True, predict(True)
+    limit, plans = 0.9 * world.least(memory), {}
+
+    def excess(n):
+        plans[n] = predict(n)
+        return plans[n].peak - limit
+
+    if wanted is not None:
+        return wanted, predict(wanted)
+    if excess(0) <= 0:
+        return 0, plans[0]
+    print(
+        f"checkpointing: without it {memory_estimate.gb(plans[0].peak)} would be needed of {memory_estimate.gb(memory)}"
+    )
+    n = fewest(excess, 0, plans[0].learning_blocks, plans[0].peak - limit)
+    return (True, predict(True)) if n is None else (n, plans[n])
+
+
+def fewest(excess, low, high, excess_of_low):
+    """The smallest number in (low, high] at which excess(n), which falls evenly but for the last step, is not positive;
+    None where it is positive even at `high`. excess_of_low, that at `low`, is positive.
+    """
+    (n0, e0), (n1, e1) = (low, excess_of_low), (high, excess(high))
+    if e1 > 0:
+        return None
+    while n1 - n0 > 1:
+        n = n0 + max(1, math.ceil((n1 - n0) * e0 / (e0 - e1)))
+        if n == n1 < high:
+            break
+        n = min(n, n1 - 1)
+        if (e := excess(n)) > 0:
+            n0, e0 = n, e
+        else:
+            n1, e1 = n, e
+    return n1

@@ -5,7 +5,6 @@ import contextlib
 import torch
 
 from data import DRAWS
-from nanowan.cache import digest
 from nanowan.parallel import is_sharded, shard_like
 from nanowan.training.optim import EMA, Guard
 
@@ -98,7 +97,8 @@ def resume_fingerprint(args, pipe, dataset):
     resolved flags.
     """
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
-    base = [digest(f) for name in pipe.settings.expert_names for f in pipe.files(name)]
+    files = [f for name in pipe.settings.expert_names for f in pipe.files(name)]
+    base = pipe.world.broadcast_from_rank0(lambda: [dataset.digest(f) for f in files])
     fingerprint = flags | {"batch": args.batch * pipe.world.dp_size, "base": base, "draws": DRAWS}
     if dataset.is_cached():
         fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]

@@ -25,17 +25,31 @@
 namespace {
 std::mutex guard;
 std::map<char*, size_t> on_device, pinned;
-size_t in_use = 0;
+size_t in_use = 0, pinned_bytes = 0;
 thread_local int current = 0;  // device, of which a process uses one
+thread_local cudaError_t pending = cudaSuccess;
 
 double setting(const char* name, double otherwise) {
     const char* text = getenv(name);
     return text ? atof(text) : otherwise;
 }
 
-// FAKE_CUDA_GB: a card's memory; FAKE_CUDA_COPIES=0: what is large is not copied, so that it takes no memory
+// FAKE_CUDA_GB: a card's memory; FAKE_CUDA_PINNED_GB: what can be pinned of the host's; FAKE_CUDA_COPIES=0: what is
+// large is not copied, so that it takes no memory
 const int count = 4;  // devices
 size_t total() { return 1e9 * setting("FAKE_CUDA_GB", 150); }
+
+bool can_pin(size_t n) {
+    if (pinned_bytes + n > 1e9 * setting("FAKE_CUDA_PINNED_GB", 1e6)) return pending = cudaErrorMemoryAllocation, false;
+    return pinned_bytes += n, true;
+}
+
+template <typename P>
+bool was_pinned(P p) {
+    auto it = pinned.find((char*)p);
+    if (it == pinned.end()) return false;
+    return pinned_bytes -= it->second, pinned.erase(it), true;
+}
 
 void copy(void* to, const void* from, size_t n) {
     if (n < 1 << 20 || setting("FAKE_CUDA_COPIES", 1)) memmove(to, from, n);
@@ -69,7 +83,9 @@ int attribute(int a) {  // of an H200, as PyTorch and Triton ask
         case cudaDevAttrMemoryClockRate: return 3201000;
         case cudaDevAttrGlobalMemoryBusWidth: return 6144;
         case cudaDevAttrL2CacheSize: return 62914560;
-        case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: return 0;
+        case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: return 1;
+        case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED:
+        case CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED: return 0;
     }
     return 1;
 }
@@ -109,7 +125,12 @@ CUDA(cudaDeviceGetStreamPriorityRange, int* least, int* most) { return *least = 
 CUDA(cudaDeviceCanAccessPeer, int* can, int, int) { return *can = 0, cudaSuccess; }
 CUDA(cudaDriverGetVersion, int* v) { return *v = CUDART_VERSION, cudaSuccess; }
 CUDA(cudaRuntimeGetVersion, int* v) { return *v = CUDART_VERSION, cudaSuccess; }
-NOTHING(cudaDeviceSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError)
+CUDA(cudaPeekAtLastError, ) { return pending; }
+CUDA(cudaGetLastError, ) {
+    cudaError_t last = pending;
+    return pending = cudaSuccess, last;
+}
+NOTHING(cudaDeviceSynchronize)
 
 // ---- memory
 CUDA(cudaMalloc, void** p, size_t n) {
@@ -133,23 +154,25 @@ CUDA(cudaMemGetInfo, size_t* free, size_t* all) { return *all = total(), *free =
 CUDA(cudaHostAlloc, void** p, size_t n, unsigned) {
     std::lock_guard<std::mutex> hold(guard);
     n = n ? (size_t)page((void*)n, true) : 4096;
+    if (!can_pin(n)) return cudaErrorMemoryAllocation;
     pinned[(char*)(*p = aligned_alloc(4096, n))] = n;
     return cudaSuccess;
 }
 CUDA(cudaFreeHost, void* p) {
     std::lock_guard<std::mutex> hold(guard);
-    return pinned.erase((char*)p), free(p), cudaSuccess;
+    return was_pinned(p), free(p), cudaSuccess;
 }
 CUDA(cudaHostRegister, void* p, size_t n, unsigned) {
     std::lock_guard<std::mutex> hold(guard);
     char *from = page(p, false), *to = page((char*)p + n, true);
     for (auto& [q, m] : pinned)
-        if (q < to && from < q + m) return cudaErrorHostMemoryAlreadyRegistered;
+        if (q < to && from < q + m) return pending = cudaErrorHostMemoryAlreadyRegistered;
+    if (!can_pin(to - from)) return cudaErrorMemoryAllocation;
     return pinned[from] = to - from, cudaSuccess;
 }
 CUDA(cudaHostUnregister, void* p) {
     std::lock_guard<std::mutex> hold(guard);
-    return pinned.erase(page(p, false)) ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+    return was_pinned(page(p, false)) ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
 }
 CUDA(cudaPointerGetAttributes, cudaPointerAttributes* a, const void* p) {
     memset(a, 0, sizeof *a);
@@ -291,6 +314,36 @@ DRIVER(cuOccupancyMaxActiveClusters, int* n, CUfunction, const CUlaunchConfig*) 
 DRIVER(cuPointerGetAttribute, void* out, CUpointer_attribute, CUdeviceptr p) {
     if (!within(on_device, (void*)p) && !within(pinned, (void*)p)) return CUDA_ERROR_INVALID_VALUE;
     return *(CUdeviceptr*)out = p, CUDA_SUCCESS;
+}
+
+// memory that PyTorch's expandable segments map into addresses of their own; a handle is its size
+NOTHING(cuMemMap) NOTHING(cuMemUnmap) NOTHING(cuMemSetAccess) NOTHING(cuMemsetD32Async) NOTHING(cuStreamWriteValue32)
+NOTHING(cuMemExportToShareableHandle) NOTHING(cuMemImportFromShareableHandle) NOTHING(cuMemRetainAllocationHandle)
+NOTHING(cuMemGetAllocationPropertiesFromHandle) NOTHING(cuMulticastAddDevice) NOTHING(cuMulticastBindMem)
+NOTHING(cuMulticastCreate) NOTHING(cuMulticastUnbind) NOTHING(cuCtxFromGreenCtx) NOTHING(cuCtxPopCurrent)
+NOTHING(cuCtxPushCurrent) NOTHING(cuDevResourceGenerateDesc) NOTHING(cuDevSmResourceSplitByCount)
+NOTHING(cuDeviceGetDevResource) NOTHING(cuGreenCtxCreate) NOTHING(cuGreenCtxDestroy) NOTHING(cuGreenCtxStreamCreate)
+DRIVER(cuMemGetAllocationGranularity, size_t* n, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+    return *n = 2 << 20, CUDA_SUCCESS;
+}
+DRIVER(cuMemAddressReserve, CUdeviceptr* p, size_t n, size_t, CUdeviceptr, unsigned long long) {
+    std::lock_guard<std::mutex> hold(guard);
+    void* q = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (q == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    return on_device[(char*)q] = n, *p = (CUdeviceptr)q, CUDA_SUCCESS;
+}
+DRIVER(cuMemAddressFree, CUdeviceptr p, size_t n) {
+    std::lock_guard<std::mutex> hold(guard);
+    return munmap((void*)p, n), on_device.erase((char*)p), CUDA_SUCCESS;
+}
+DRIVER(cuMemCreate, CUmemGenericAllocationHandle* h, size_t n, const CUmemAllocationProp*, unsigned long long) {
+    std::lock_guard<std::mutex> hold(guard);
+    if (in_use + n > total()) return CUDA_ERROR_OUT_OF_MEMORY;
+    return in_use += n, *h = n, CUDA_SUCCESS;
+}
+DRIVER(cuMemRelease, CUmemGenericAllocationHandle h) {
+    std::lock_guard<std::mutex> hold(guard);
+    return in_use -= h, CUDA_SUCCESS;
 }
 
 // ---- cuBLAS

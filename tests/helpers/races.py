@@ -4,7 +4,7 @@
 
 runs a script; ends with status 9 where it has found some, and says what. After CUDA's order of events, as
 torch.cuda._sanitizer has it (of which the clocks are). That one compares only where tensors begin; here every byte of
-them counts, host memory that nanowan/memory/offload.py has pinned, and memory that is given back, or taken, while
+them counts, host memory that nanowan/memory/host.py has pinned, and memory that is given back, or taken, while
 another stream uses it. For one GPU, PyTorch's own operations, and without record_stream.
 """
 
@@ -163,11 +163,11 @@ class Races(TorchDispatchMode):
 
 def watch(run):
     """Call `run`; print what was found, and return it."""
-    from nanowan.memory import offload
+    from nanowan.memory import host
 
-    races, (pin, unpin) = Races(), (offload.pin, offload.unpin)
-    offload.pin = lambda address, nbytes: (races.pinned.update({address: address + nbytes}), pin(address, nbytes))
-    offload.unpin = lambda address: (races.unlocked(address), unpin(address))
+    races, (pin, unpin) = Races(), (host.pin, host.unpin)
+    host.pin = lambda address, nbytes: (pin(address, nbytes), races.pinned.update({address: address + nbytes}))
+    host.unpin = lambda address: (races.unlocked(address), unpin(address))
     kept = None
     try:
         with races:
