@@ -3,10 +3,10 @@
     python -m benchmarks                     on this CPU, fp32 (about ten minutes)
     python -m benchmarks dit vae_decode      only these works
     python -m benchmarks --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
-    python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size, which take 60 GB of disk
+    python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size (60 GB of disk)
     python -m benchmarks s2v-14B --gpu_run --json FILE   only on this one
-    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions; FILE.png
-    shows cost against size
+    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, and
+                                             FILE.png, which shows cost against size
 
 Contenders of a work get equal weights and inputs and take turns; what is printed are medians, and ours / peer. "ref" is
 nanoWan with every op as its plain PyTorch definition. Peak memory is that of a fresh process, above what it holds

@@ -15,14 +15,15 @@ import torch
 
 from benchmarks import tiny, tiny_animate, tiny_s2v
 from benchmarks.common import ROOT, keep_results
+from nanowan.formats.dit import full_config, new_dit
 from nanowan.formats.t5 import XXL
 from nanowan.formats.vae import FULL_WIDTHS
 from nanowan.variants.animate.clip_vision import CLIP
+from nanowan.variants.registry import VARIANTS
 from nanowan.variants.s2v.wav2vec2 import STRIDES, Wav2Vec2
 from nanowan.video import write_mp4
 from t5 import TextEncoder
 from vae import VAE
-from wan import VARIANTS, build
 
 CLIP_SIZE = "--size 1280x704 --frames 121 --steps 4"
 SHORT = "--size 832x480 --frames 17 --steps 4"
@@ -64,11 +65,15 @@ def random_weights(build_model, device):
     return model
 
 
+def build_dit(variant):
+    return new_dit(full_config(variant))
+
+
 def write_checkpoint(folder, variant, device, encoder=None):
     """A random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34 for
     A14B, whose experts are one under two names. encoder: a text encoder's file that is there already, to link.
     """
-    dit, version = random_weights(lambda: build(variant), device), VARIANTS[variant]["vae"]
+    dit, version = random_weights(lambda: build_dit(variant), device), VARIANTS[variant]["vae"]
     if VARIANTS[variant]["boundary"]:
         tiny.write_dit(folder / "high_noise_model", dit, shards=6)
         (folder / "low_noise_model").symlink_to("high_noise_model")
@@ -92,7 +97,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
     if variant == "animate-14B":
         clip = random_weights(lambda: CLIP(**VISION), device)
         torch.save(clip.state_dict(), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    shutil.copytree(ROOT / "nano" / "google", folder / "google")
+    shutil.copytree(ROOT / "nano" / "checkpoint" / "google", folder / "google")
 
 
 def write_inputs(folder, size=(832, 480), face=512):

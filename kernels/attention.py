@@ -1,23 +1,16 @@
 """Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
 
-    python -m kernels.attention     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
-    only)
-
 q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in
 fp32. With `weight` (N*d,), q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and
 with `table` and `positions` rotated (see rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
 kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import INTERPRETED, launchable, qk_norm_rope, triton
-from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, scattered_positions
-from kernels.testing import milliseconds, report, seeded, worst
 
 if triton:
     import triton.language as tl
@@ -302,7 +295,7 @@ def statistic(q, eps):
 
 
 @torch.library.custom_op("nanowan::attention", mutates_args=(), device_types=("cuda", "cpu"))
-def fused(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -349,7 +342,7 @@ def fused(
 
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
-def fused_backward(
+def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; q normalised and rotated."""
@@ -370,94 +363,40 @@ def fused_backward(
     return dq, dk, dv
 
 
-@fused.register_fake
+@_forward.register_fake
 def _(q, k, v, bias, weight, eps, table, positions):
     B, L, N, d = q.shape
     return q.new_empty(q.shape), q.new_empty(B, N, L, dtype=torch.float32)
 
 
-@fused_backward.register_fake
+@_backward.register_fake
 def _(dout, q, k, v, bias, out, lse):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def keep(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     q, k, v, bias, weight, ctx.eps, table, positions = inputs
     ctx.save_for_backward(q, k, v, bias, weight, table, positions, *output)
     ctx.set_materialize_grads(False)
 
 
-def differentiate(ctx, dout, _):
+def backward(ctx, dout, _):
     q, k, v, bias, weight, table, positions, out, lse = ctx.saved_tensors
     heads, dweight, ready = q.shape[2], None, q
     how = (ctx.eps, heads, table, positions)
     if weight is not None:
-        (ready,) = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
-    dq, dk, dv = fused_backward(dout, ready, k, v, bias, out, lse)
+        (ready,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], *how)
+    dq, dk, dv = _backward(dout, ready, k, v, bias, out, lse)
     if weight is not None:
-        dq, *more = qk_norm_rope.fused_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
+        dq, *more = qk_norm_rope.qk_norm_rope_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
         dq, dweight = dq.view(q.shape), more[0][0] if more else None
     return dq, dk, dv, None, dweight, None, None, None
 
 
-torch.library.register_autograd("nanowan::attention", differentiate, setup_context=keep)
+_forward.register_autograd(backward, setup_context=setup_context)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
     """As attention_ref."""
-    return fused(q, k, v, bias, weight, eps, table, qk_norm_rope.packed(positions))[0]
-
-
-def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Worst relative error of values and gradients against the reference in fp64: bare q and normalised q, which a
-    grid's positions and scattered ones rotate; with and without a bias; odd sizes.
-    """
-    (generator, random), L = seeded(device), math.prod(grid)
-    qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
-    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
-    bias[0, 30:] = -torch.inf
-    ends, results = random(4, B, L, N, d), []
-    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
-    for op, kind in ((attention, None), (attention_ref, torch.float64)):
-        a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
-        q, k, v = a.unbind(2)
-        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), at) for at in places]
-        h += [op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
-        sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
-        results.append([*h, a.grad, c.grad, w.grad])
-    return worst(*results)
-
-
-@torch.no_grad()
-def time_size(grid, N):
-    """{name: {"ms", "tflops"}} of the attention of a clip of this token grid on itself, N heads of 128, in bf16."""
-    L = math.prod(grid)
-    q, k, v = torch.randn(1, L, 3, N, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
-    how = torch.ones(N * 128, device="cuda"), 1e-6, rope_table(max(grid), 128, "cuda"), grid_positions(grid, "cuda")
-
-    def unfused():
-        weight, eps, *rope = how
-        (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
-        return attention_ref(normed, k, v)
-
-    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": unfused}
-    times = {name: milliseconds(run, 10) for name, run in runs.items()}
-    results = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
-    line = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results.items())
-    print(f"attention, {L} tokens, {N} heads: {line}", flush=True)
-    return results
-
-
-def main():
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
-        results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
-    if device == "cuda":
-        for grid, N in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            results[f"{math.prod(grid)}x{N}"] = time_size(grid, N)
-    return results
-
-
-if __name__ == "__main__":
-    main()
+    return _forward(q, k, v, bias, weight, eps, table, qk_norm_rope.packed(positions))[0]

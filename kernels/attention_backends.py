@@ -130,7 +130,7 @@ class NormedAttention(torch.autograd.Function):
         grads = attention_backward(*transposed, out, lse, 0.0, False)
         dnormed_q, dnormed_k, dv = (g.transpose(1, 2).contiguous() for g in grads)
         need_weights = any(ctx.needs_input_grad[3:5])
-        dq, dk, *dweights = norm_kernel.fused_backward(
+        dq, dk, *dweights = norm_kernel.qk_norm_rope_backward(
             [dnormed_q, dnormed_k], [q, k], [weight_q, weight_k], *ctx.how, need_weights
         )
         dweight_q, dweight_k = dweights[0] if need_weights else (None, None)

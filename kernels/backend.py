@@ -81,8 +81,7 @@ def chosen(device):
     kind = torch.device(device).type
     names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's and CUDA's"}
     choice = CHOSEN.get(kind, "ref")
-    products = {"tiles": ", large fp32 products on AMX tiles", "onednn": ", large fp32 products by oneDNN", None: ""}
-    where = products[linear_kernel.FASTER] if choice == "cpp" else ""
+    where = ", large fp32 products by oneDNN" if choice == "cpp" and linear_kernel.PREFERS_ONEDNN else ""
     if kind == "cuda" and torch.__version__ < (2, 10) and (torch.backends.cudnn.version() or 0) < 91500:
         # pytorch/pytorch#166643
         where = "; torch 2.9 makes the VAE's bf16 convolutions without cuDNN, slowly and in much memory: take 2.10"

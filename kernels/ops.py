@@ -55,7 +55,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x, activated=False, rows=None):
         """x W^T + b, or gelu(x) W^T + b if `activated`. rows: of round_input, which is for 8-bit weights."""
-        ours = fast(x) and (activated or linear_kernel.faster(x, self.weight))
+        ours = fast(x) and (activated or linear_kernel.uses_onednn(x, self.weight))
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import kernel_checks
+from helpers.kernel_checks import max_rel_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import lora
 from benchmarks import tiny
-from kernels import backend, linear, ops, rope, testing
+from kernels import backend, linear, ops, rope
 from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
-from nanowan.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("modulate", "qk_norm_rope", "attention")
@@ -60,21 +61,21 @@ def test_the_extension_is_built():
 @pytest.mark.parametrize("name", ["modulate", "qk_norm_rope", "gelu", "linear"])
 def test_cpp_equals_the_reference(name, dtype, report, threads):
     """Values and gradients, odd sizes, strided inputs."""
-    module = importlib.import_module(f"kernels.{name}")
+    error = getattr(kernel_checks, f"{name}_error")
     for i, size in enumerate(SIZES.get(name, [{}])):
-        report(f"size {i}, {dtype}", module.check(*(["cpu"] if size else []), dtype, **size), LIMITS[dtype])
+        report(f"size {i}, {dtype}", error("cpu", dtype, **size), LIMITS[dtype])
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_triton_equals_the_reference(name, report):
     """The same of the Triton kernels, in its interpreter; a second run, in bf16, gives the same bits."""
     out = python(
-        f"import torch, kernels.{name} as k, kernels\n"
+        f"import torch, kernels\nfrom helpers.kernel_checks import {name}_error\n"
         "assert kernels.INTERPRETED\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         f"    for size in {SIZES[name]!r}:\n"
-        "        error = k.check('cpu', dtype, **size)\n"
-        "        assert dtype != torch.bfloat16 or error == k.check('cpu', dtype, **size)\n"
+        f"        error = {name}_error('cpu', dtype, **size)\n"
+        f"        assert dtype != torch.bfloat16 or error == {name}_error('cpu', dtype, **size)\n"
         "        print(dtype, error)",
         TRITON_INTERPRET="1",
     )
@@ -88,10 +89,10 @@ def test_triton_equals_the_reference(name, report):
 def test_triton_rounds_rows_as_torch_does(report):
     """To e4m3, on every step and between two, the same bits."""
     out = python(
-        "import torch, kernels.quantize as k\n"
-        "print([k.check('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)])\n"
-        "print(*(k.check_activated('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)), sep='\\n')\n"
-        "for activated in (False, True): torch.library.opcheck(k.fused, (torch.randn(3, 5), activated))",
+        "import torch, kernels.quantize as k\nfrom helpers.kernel_checks import quantize_error, quantized_gelu_error\n"
+        "print([quantize_error('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)])\n"
+        "print(*(quantized_gelu_error('cpu', dtype) for dtype in (torch.float32, torch.bfloat16)), sep='\\n')\n"
+        "for activated in (False, True): torch.library.opcheck(k._forward, (torch.randn(3, 5), activated))",
         TRITON_INTERPRET="1",
     )
     rounded, *activated = map(ast.literal_eval, out.splitlines())
@@ -129,14 +130,14 @@ def test_torch_checks_the_operator(name):
         python(
             "import torch, kernels.attention as k\n"
             "q, k_, v = torch.randn(3, 1, 4, 2, 16).unbind(0)\n"
-            "torch.library.opcheck(k.fused, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))",
+            "torch.library.opcheck(k._forward, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))",
             TRITON_INTERPRET="1",
         )
         return
     kernel = importlib.import_module(f"kernels.{name}")
-    torch.library.opcheck(kernel.fused, calls[name](None))
+    torch.library.opcheck(kernel._forward, calls[name](None))
     if name == "gelu":
-        torch.library.opcheck(kernel.fused_, (torch.randn(5, 7),))
+        torch.library.opcheck(kernel._forward_, (torch.randn(5, 7),))
 
 
 def complex_rotation(x, positions):
@@ -169,11 +170,11 @@ def test_rotation_equals_complex_numbers(kind, d, report):
     want, ones = complex_rotation(x, positions.double()), [torch.ones(3 * d)]
     table = rope.rope_table(int(positions.abs().max()) + 1, d, "cpu")
     # the table is fp32: cosine and sine are each off by up to 6e-8
-    report("reference, fp64", testing.worst(rope.rotate(x, table.double(), positions), want), 2e-7)
+    report("reference, fp64", max_rel_error(rope.rotate(x, table.double(), positions), want), 2e-7)
     norm = x.flatten(2).square().mean(2).sqrt()[..., None, None]
     for name, op in (("reference", qk_norm_rope_ref), ("C++", qk_norm_rope)):
         (got,) = op([x.flatten(2).float()], ones, 0.0, 3, table, positions)
-        report(f"{name}, fp32", testing.worst(got * norm, want), 1e-6)
+        report(f"{name}, fp32", max_rel_error(got * norm, want), 1e-6)
 
 
 def test_positions_outside_of_the_table_are_named():
@@ -182,56 +183,36 @@ def test_positions_outside_of_the_table_are_named():
         qk_norm_rope(x, w, 1e-6, 1, table, torch.tensor([[0, 4, 1], [0, 0, -5]]))
     with pytest.raises(RuntimeError, match=r"positions int32 \(2,3\) are needed"):
         qk_norm_rope(x, w, 1e-6, 1, table, torch.tensor([[0, 4, 1]]))
-    with pytest.raises(BadInput, match="1025 token positions"):
+    with pytest.raises(ValueError, match="1025 token positions"):
         rope.rope_table(1025, 12, "cpu")
 
 
-@pytest.mark.parametrize("library", ["tiles", "onednn", None])
-def test_which_products_another_library_makes(library, monkeypatch):
-    """Large ones in fp32 and no others; what each library makes is the same product, in values and gradients."""
-    if library == "tiles" and not torch.ops.nanowan_csrc.has_tiles():
-        library = "onednn"
-    monkeypatch.setattr(linear, "FASTER", library)
+@pytest.mark.parametrize("prefers", [True, False])
+def test_which_products_onednn_makes(prefers, monkeypatch):
+    """Large ones in fp32 on AMD's CPUs and no others; what it makes is the same product, in values and gradients."""
+    monkeypatch.setattr(linear, "PREFERS_ONEDNN", prefers)
     x, weight = torch.randn(80, 520), torch.randn(512, 520)
-    few = linear.LEAST_ROWS[library] - 1 if library else 1
-    assert linear.faster(x, weight) == library
-    assert not linear.faster(x[:few], weight) and not linear.faster(x, weight[:511])
-    assert not linear.faster(x.bfloat16(), weight.bfloat16()) and not linear.faster(x, torch.randn(520, 512).t())
-    assert linear.check(torch.float32) < 2e-6
+    assert linear.uses_onednn(x, weight) == linear.uses_onednn(x[:8], weight) == prefers
+    assert not linear.uses_onednn(x[:7], weight) and not linear.uses_onednn(x, weight[:511])
+    assert not linear.uses_onednn(x.bfloat16(), weight.bfloat16())
+    assert not linear.uses_onednn(x, torch.randn(520, 512).t())
+    assert kernel_checks.linear_error("cpu", torch.float32) < 2e-6
     for u in (x, x.to("meta")):
         y = linear.linear(u, weight.to(u.device).requires_grad_(False), None)
         assert y.shape == (80, 512) and y.dtype == torch.float32
-
-
-def test_products_on_tiles(report, threads):
-    """Where the CPU has them, they are as near to fp64 as PyTorch's in fp32; elsewhere nothing asks for them."""
-    x, weight, bias = torch.randn(80, 520), torch.randn(512, 520), torch.randn(512)
-    tiles = torch.ops.nanowan_csrc.linear
-    if not torch.ops.nanowan_csrc.has_tiles():
-        assert linear.FASTER != "tiles"
-        with pytest.raises(RuntimeError, match="AMX"):
-            tiles(x, weight, bias, True, False)
-        return
-    assert linear.FASTER == "tiles"
-    error, reference = linear.check_tiles()
-    report(f"relative error, of PyTorch's {reference:.1e}", error, 2e-6)
-    assert torch.equal(
-        tiles(x, weight, bias, True, False)[:33], tiles(x[:33], weight, bias, True, False)
-    )  # a row does not depend on the others
-    torch.library.opcheck(tiles, (x, weight, bias, True, True))
 
 
 @pytest.mark.parametrize("choice, dim", [("cpp", 512), ("triton", 64)])
 def test_a_model_with_fast_operations_equals_the_reference(choice, dim, report):
     """Outputs and gradients of an input and a whole block's weights, fp32, with t per latent frame."""
     code = (
-        "import torch, tiny, ops\n"
+        "import torch\nfrom benchmarks import tiny\nfrom kernels import backend\n"
         f"model, g = tiny.dit('ti2v', dim={dim}, heads=2, layers=2), torch.Generator().manual_seed(0)\n"
         "x, t = torch.randn(2, 48, 3, 8, 6, generator=g), torch.rand(2, 3, generator=g) * 1000\n"
         "c = torch.randn(2, 9, tiny.TEXT_DIM, generator=g)\n"
         "found, trained = [], list(model.blocks[1].requires_grad_(True).parameters())\n"
         f"for choice in ('ref', {choice!r}):\n"
-        "    with ops.using(choice):\n"
+        "    with backend.using(choice):\n"
         "        a = x.clone().requires_grad_()\n"
         "        y = model(a, t, c, torch.tensor([9, 4]))\n"
         "        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [a, *trained])])\n"
@@ -245,7 +226,7 @@ def test_a_model_with_fast_operations_equals_the_reference(choice, dim, report):
 )
 def test_a_choice_that_cannot_be_had_says_why(choice, why):
     run = subprocess.run(
-        [sys.executable, "-c", "import ops"],
+        [sys.executable, "-c", "import kernels.ops"],
         cwd=ROOT,
         env=os.environ | {"NANOWAN_OPS": choice, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -276,12 +257,12 @@ def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, archs=(80,
 
 for D in (3072, 5120):
     types = all_of("x gate weight shift new dnew dx sums", full) | all_of("y out dout dy", half) | {"index": index}
-    how = dict(types=types, D=D, ADD=True, GATE=True, NORM=True, **M.tuned(D))
+    how = dict(types=types, D=D, ADD=True, GATE=True, NORM=True, **M.launch_config(D))
     for name, given in {"": dict(INDEX=False, index=None), "_index": dict(INDEX=True)}.items():
         build(f"modulate{name}_{D}", M.forward_kernel, **how, **given)
         build(f"modulate_backward{name}_{D}", M.backward_kernel, **how, **given, SUMS=False, y=None, sums=None)
     types = all_of("x0 x1 out0 out1 dout0 dout1 dx0 dx1", half) | all_of("w0 w1 table dw", full) | {"positions": index}
-    how = dict(types=types, D=D, HALF=64, ROPE=True, **Q.tuned(D))
+    how = dict(types=types, D=D, HALF=64, ROPE=True, **Q.launch_config(D))
     build(f"norm_{D}", Q.forward_kernel, **how)
     build(f"norm_backward_{D}", Q.backward_kernel, **how, WEIGHTS=False, dw=None)
 types = all_of("q k v out dout dk dv dq", half) | all_of("bias lse rstd weight table delta", full)
@@ -291,7 +272,7 @@ build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "ke
 build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
 types = {"x": half, "out": "*fp8e4nv", "scales": full}
 for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # an A100 has no e4m3
-    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=[90], ACTIVATED=activated, **E.tuned(M))
+    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=[90], ACTIVATED=activated, **E.launch_config(M))
 types = all_of("weight compensation grad", half) | {"codes": "*i16", "scales": full}
 types |= all_of("lr keep b1 b2 correction1 correction2 ratio", "fp32")
 how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES)
