@@ -13,9 +13,9 @@ from diagnostics.delta import delta
 from kernels import fp8, ops
 from nanowan import memory_estimate
 from nanowan.errors import BadInput
-from nanowan.formats.lora import merge_file, write_lora
 from nanowan.formats.dit import load_wan
 from nanowan.formats.layouts import read_weights
+from nanowan.formats.lora import merge_file, write_lora
 from sample import load
 
 X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
@@ -347,7 +347,7 @@ def test_a_plan_asks_a_gpu_before_a_checkpoint_begins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: began.append("asked") or (9, 0))
     with memory_estimate.pretending(True):
         linear = fp8.Fp8Linear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
-        linear(torch.empty(1, 5, 64, dtype=torch.bfloat16))
+        linear(torch.empty(1, 512, 64, dtype=torch.bfloat16))
     assert began == ["init", "asked"]
 
 
@@ -359,3 +359,37 @@ def test_a_gpus_product_is_planned(activated):
         x = torch.empty(1, 1000, 512, dtype=torch.bfloat16)
         peak = memory_estimate.traced(lambda: linear(x, activated))
     assert 1000 * (512 + 4 + 2 * 96) <= peak < 1.01 * 1000 * (512 + 4 + 2 * 96)
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gpu_that_refuses_a_product_gets_dense_weights(works, monkeypatch, capsys):
+    """Said once, in a line with the reason. Fewer than 512 rows are multiplied by dense weights anyway."""
+    products = []
+
+    def scaled_mm(rows, weight, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=True):
+        products.append(len(rows))
+        if not works:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED\nmore")
+        y = (rows.float() * scale_a) @ (weight.float() * scale_b)
+        return (y if bias is None else y + bias).to(out_dtype)
+
+    fp8.multiplies.cache_clear()
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(ops, "capable", lambda *a, **k: True)
+    linear = fp8.Fp8Linear(torch.nn.Linear(64, 96, dtype=torch.bfloat16))
+    linear.weight.data = linear.quantize(torch.randn(96, 64))
+    for rows in (511, 512, 600):
+        x = torch.randn(1, rows, 64, dtype=torch.bfloat16).as_subclass(OnGPU)
+        want = F.linear(x, fp8.dense(linear.weight, linear.scales, x.dtype), linear.bias)
+        assert relative(linear(x).float(), want.float()) < 0.05
+    fp8.multiplies.cache_clear()
+    assert products == ([512, 512, 600] if works else [512])  # the first is the trial
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (not works)
+    assert works or "CUBLAS_STATUS_NOT_SUPPORTED); weights are made dense" in said[0]
