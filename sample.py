@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 import flow
-from kernels import backend
+from kernels import attention_backends, ops
 from nanowan import memory_estimate
-from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype
+from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, check_at_least, cli
 from nanowan.files import check_output, numbered
 from nanowan.formats.header import save
@@ -73,6 +73,13 @@ def arguments(argv=None):
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
         "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
+    )
+    add(
+        "--attention",
+        choices=attention_backends.CHOICES,
+        default="auto",
+        help="self-attention on a GPU; sage is the package sageattention, in 8 bits and not exact (default: auto, the "
+        "fastest exact one)",
     )
     add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
@@ -349,6 +356,7 @@ def run(args, prompts, world):
     # the checkpoint, and what is asked of it
     seed = args.seed if args.seed >= 0 else world.broadcast_from_rank0(lambda: random.randrange(2**31))
     dtype = pick_dtype(args.dtype, world.device)
+    select_attention(args.attention, world.device, DTYPES[dtype])
     compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     runtime = Runtime(world.device, DTYPES[dtype], args.base_dtype == "fp8", args.stream_blocks, compile, world)
     pipe = Pipeline(args.ckpt, runtime, args.lora, args.text_encoder)
@@ -367,8 +375,9 @@ def run(args, prompts, world):
     used |= {"size": video.size, "fps": video.fps, "seed": seed, "ckpt": str(args.ckpt), "dtype": dtype}
     used |= {k: getattr(args, k) for k in ("image", "lora", "text_encoder")} | inputs
     approximations = {"base_dtype": "fp8" if pipe.fp8 else None, "reuse": args.reuse, "vae_tile": args.vae_tile}
+    approximations["attention"] = "sage" if args.attention == "sage" else None
     used |= {k: v for k, v in approximations.items() if v}
-    print(json.dumps(used, ensure_ascii=False), backend.chosen(world.device), sep="\n")
+    print(json.dumps(used, ensure_ascii=False), ops.describe(world.device), sep="\n")
 
     # what that will need
     spec = memory_estimate.SamplingSpec(

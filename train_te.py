@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from data import DataConfig, Dataset, collate
-from kernels import backend
+from kernels import ops
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
-from nanowan.devices import DTYPES, pick_device, pick_dtype
+from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import in_layout, load_tokenizer, read_encoder, tokenizer_bytes, tokenizer_file
@@ -211,11 +211,12 @@ def train(args, world):
     # checkpoint and flags
     args.device = str(world.device)
     dtype = DTYPES[pick_dtype(args.dtype, args.device)]
+    select_attention(args.attention, args.device, dtype, gradients=True)
     pipe = Pipeline(args.ckpt, Runtime(args.device, dtype, world=world), text_encoder=args.text_encoder)
     s = pipe.settings
     check(args, s)
     schedule = expert_schedule(args.expert, s)
-    print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
+    print(json.dumps(vars(args)), ops.describe(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main)
 
     # data, and the memory that the run will need
@@ -239,7 +240,7 @@ def train(args, world):
     args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
     pipe.checkpointing = args.checkpointing
     print(need)
-    run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
+    run.metadata |= {"ops": ops.describe(args.device), "data": dataset.summary(sizes)}
     fingerprint = resume_fingerprint(args, pipe, dataset)
     run.check(fingerprint)
     dataset.cache_latents()

@@ -54,17 +54,18 @@ LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw l
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk.
-    `norm`: an RMSNorm that, with SiLU, comes before it.
-    """
+    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
-    def forward(self, x, past, norm=None):
-        out, past[self] = ops.causal_conv3d(
-            x, past.get(self), self.weight, self.bias, None if norm is None else norm.gamma
-        )
+    def forward(self, x, past, norm=None, before=None, residual=None, add_bias=True):
+        """norm: an RMSNorm that, with SiLU, comes before it; before: the convolution that made x without its bias;
+        residual: is added to the result.
+        """
+        gamma, input_bias = None if norm is None else norm.gamma, None if before is None else before.bias
+        bias = self.bias if add_bias else None
+        out, past[self] = ops.causal_conv3d(x, past.get(self), self.weight, bias, gamma, input_bias, residual)
         return out
 
 
@@ -89,8 +90,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv2(conv1(x, past, norm1), past, norm2)
-        return y + (x if self.shortcut is None else self.shortcut(x, past))
+        # conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x), each bias added in the pass that comes after it
+        y = conv1(x, past, norm1, add_bias=False)
+        if self.shortcut is None:
+            return conv2(y, past, norm2, before=conv1, residual=x)
+        return self.shortcut(x, past, residual=conv2(y, past, norm2, before=conv1))
 
 
 class AttentionBlock(nn.Module):
@@ -138,8 +142,8 @@ class Resample(nn.Module):
         if self.up:
             conv = self.resample[1]
             if conv not in past:
-                past[conv] = fold_kernel(conv.weight), conv.bias.repeat(4)
-            x = upsample_conv(x, *past[conv])
+                past[conv] = fold_kernel(conv.weight)
+            x = upsample_conv(x, past[conv], conv.bias)
         else:
             x = self.resample(x)
         x = x.unflatten(0, (B, T)).transpose(1, 2)
@@ -166,15 +170,15 @@ def fold_kernel(weight):
 
 
 def upsample_conv(x, weight, bias):
-    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four
-    kernels (`fold_kernel`). Returns (B,N,2H,2W).
+    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight: the four kernels
+    (`fold_kernel`); bias (N). Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
-    y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
+    y = F.conv2d(x, weight, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
     out = y.new_empty(B, 2 * H, 2 * W, y.shape[3]).permute(0, 3, 1, 2)
     for i in (0, 1):
         for j in (0, 1):
-            out[:, :, i::2, j::2] = y[:, i, j, :, i : i + H, j : j + W]
+            torch.add(y[:, i, j, :, i : i + H, j : j + W], bias[:, None, None], out=out[:, :, i::2, j::2])
     return out
 
 

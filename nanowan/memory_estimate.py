@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from flow import make_noisy_batch
 from kernels import backend, fp8
 from nanowan.devices import free_memory
@@ -87,7 +86,7 @@ def scratch_bytes(func, args):
     """What an operation that was traced takes while it runs, and does not return."""
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
-    x, _, weight, _, gamma = args  # x behind the frames before it, normed
+    x, _, weight, _, gamma, *_ = args  # x behind the frames before it, normed
     B, C, T, H, W = x.shape
     before = weight.shape[2] - 1
     return B * C * (before + T) * H * W * x.itemsize if before or gamma is not None else 0
@@ -178,7 +177,7 @@ def pretending(cuda):
     """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
     if cuda and torch.cuda.is_available():
         torch.cuda.init()  # an operation may ask what the GPU can do; within a checkpoint PyTorch forbids to begin then
-    gpu_ops = backend.using("cuda" if kernels.BUILT else "triton", pretend=True)
+    gpu_ops = backend.using("triton", pretend=True)
     with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
 

@@ -54,7 +54,7 @@ def python(code, **env):
 
 def test_the_extension_is_built():
     """`make` builds it wherever there is a compiler; the tests below would be empty without."""
-    assert kernels.BUILT and backend.resolve("auto")["cpu"] == "cpp"
+    assert kernels.BUILT and backend.resolve("auto", "cpu") == "cpp"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,6 +235,24 @@ def test_a_choice_that_cannot_be_had_says_why(choice, why):
     assert run.returncode and why in run.stderr.splitlines()[-1], run.stderr[-500:]
 
 
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+def test_triton_without_a_compiler_is_not_chosen(choice, tmp_path):
+    """It is installed everywhere, and compiles C when it first launches a kernel: on a machine with a GPU and without a
+    compiler, PyTorch's operations are used, and a line says why and what helps.
+    """
+    code = "import torch\ntorch.cuda.is_available = lambda: True\n"
+    code += "from kernels import backend\nprint(backend.implementation('cuda'), backend.implementation('cuda'))"
+    paths = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    env = paths | {"PATH": "", "HOME": str(tmp_path), "NANOWAN_OPS": choice}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    said = run.stderr.splitlines()[-1]
+    assert "C compiler" in said and "apt install gcc python3-dev" in said
+    if choice == "auto":
+        assert run.stdout.split() == ["ref", "ref"] and run.stderr.count("\n") == 1
+    else:
+        assert run.returncode and said.startswith("ImportError: NANOWAN_OPS=triton: ")
+
+
 COMPILE = """
 import sys, torch, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
 import kernels.adamw8bit as W, kernels.quantize as E
@@ -321,15 +339,22 @@ def test_a_gelu_keeps_its_input_only_where_gradients_are(choice):
 
 
 @pytest.mark.parametrize(
-    "dtype, gradients, adapted, fused",
+    "dtype, gradients, adapted, capability, fused",
     [
-        (torch.bfloat16, False, False, True),
-        (torch.float32, False, False, False),  # equal to the definition to fp32's rounding
-        (torch.bfloat16, True, False, False),  # a backward pass needs what goes into the GELU
-        (torch.bfloat16, False, True, False),  # an adapter is added in between
+        (torch.bfloat16, False, False, (9, 0), True),
+        (torch.bfloat16, False, False, (10, 3), True),
+        (torch.bfloat16, False, False, (8, 9), False),  # measured to be slower there
+        (torch.bfloat16, False, False, (12, 0), False),
+        (torch.float32, False, False, (9, 0), False),  # equal to the definition to fp32's rounding
+        (torch.bfloat16, True, False, (9, 0), False),  # a backward pass needs what goes into the GELU
+        (torch.bfloat16, False, True, (9, 0), False),  # an adapter is added in between
     ],
 )
-def test_where_a_gpu_computes_a_gelu_with_the_product(dtype, gradients, adapted, fused, report):
+def test_where_a_gpu_computes_a_gelu_with_the_product(
+    dtype, gradients, adapted, capability, fused, report, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = tiny.dit("ti2v").to(dtype)
     ffn, x = model.blocks[0].ffn, torch.randn(2, 5, model.config.dim, dtype=dtype)
     up, _, down = ffn

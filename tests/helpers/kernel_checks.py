@@ -130,23 +130,56 @@ def linear_error(device, dtype):
     return max_rel_error(*results)
 
 
-def causal_conv3d_error(device, dtype):
-    """Over kernels, odd sizes, layouts, with and without past, bias and norm; whole and streaming."""
+CONVOLUTIONS = ((16, 24, (3, 3, 3)), (17, 5, (3, 3, 3)), (48, 96, (3, 1, 1)), (33, 12, (1, 1, 1)))
+CONVOLUTIONS += ((130, 100, (3, 3, 3)),)
+
+
+def causal_conv3d_error(op, device, dtype, sizes=CONVOLUTIONS):
+    """`op`, as causal_conv3d_ref, over kernels, odd sizes, layouts, with and without past, biases, norm and residual;
+    whole and streaming, a frame and two at a time.
+    """
     (_, random), results = seeded(), ([], [])
-    sizes = ((16, 24, (3, 3, 3)), (17, 5, (3, 3, 3)), (48, 96, (3, 1, 1)), (33, 12, (1, 1, 1)), (130, 100, (3, 3, 3)))
-    ops = ((causal_conv3d.causal_conv3d, dtype), (causal_conv3d.causal_conv3d_ref, torch.float64))
     for C, N, kernel in sizes:
         for normed in (False, True):
-            weight = random(N, C, *kernel) * (C * 27) ** -0.5
-            tensors = [t.to(dtype).to(device) for t in (random(2, C, 5, 7, 9), weight, random(N), 1 + 0.1 * random(C))]
-            for (op, kind), out in zip(ops, results):
-                x, w, b, gamma = (t.to(kind) for t in tensors)
+            weight, gamma = random(N, C, *kernel) * (C * 27) ** -0.5, 1 + 0.1 * random(C)
+            tensors = random(2, C, 5, 7, 9), weight, random(N), gamma, random(C), random(2, N, 5, 9, 6)
+            tensors = [t.to(dtype).to(device) for t in tensors]
+            for run, kind, out in (
+                (op, dtype, results[0]),
+                (causal_conv3d.causal_conv3d_ref, torch.float64, results[1]),
+            ):
+                x, w, b, gamma, input_bias, residual = (t.to(kind) for t in tensors)
                 x = x.transpose(3, 4)[..., 1:]  # strided
-                whole, last = op(x, None, w, b, gamma if normed else None)
-                first, past = op(x[:, :, :1], None, w, None, gamma if normed else None)
-                second, past = op(x[:, :, 1:3], past, w, b, gamma if normed else None)
-                out += [whole, first, second, *([] if last is None else [last, past])]
+                gamma, input_bias = (gamma, input_bias) if normed else (None, None)
+                whole, last = run(x, None, w, b, gamma, input_bias)
+                first, past = run(x[:, :, :1], None, w, None, gamma)
+                second, past = run(x[:, :, 1:2], past, w, b, gamma, input_bias, residual[:, :, :1])
+                third, past = run(x[:, :, 2:4], past, w, None, gamma, None, residual[:, :, 1:3])
+                out += [whole, first, second, third, *([] if last is None else [last, past])]
     return max_rel_error(*results)
+
+
+def fill_buffer_error(fill, device, dtype, C):
+    """`fill`, as kernels/causal_conv3d.py's, on two clips of one and of three frames, with and without past, bias and
+    norm. Copied frames, and those that the next chunk will need, are right to the bit.
+    """
+    (_, random), error = seeded(), 0.0
+    like = dict(dtype=dtype, device=device, memory_format=torch.channels_last_3d)
+    past, bias, gamma = (t.to(device, dtype) for t in (random(2, C, 2, 3, 5), random(C), 1 + 0.1 * random(C)))
+    past = past.contiguous(memory_format=torch.channels_last_3d)
+    cases = (3, past, bias, gamma), (3, None, None, gamma), (1, past, None, None), (1, None, bias, gamma)
+    for frames, before, shift, scale in cases:
+        x = random(2, C, frames, 3, 5).to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+        buffer, last = (torch.empty((2, C, n, 3, 5), **like).fill_(7) for n in (2 + frames, 2))
+        fill(x, before, shift, scale, buffer, last)
+        want = x.double()
+        if scale is not None:
+            want = want if shift is None else want + shift.double().view(-1, 1, 1, 1)
+            want = F.silu(causal_conv3d.rms_norm(want, scale.double().view(-1, 1, 1, 1)))
+        error = max(error, max_rel_error([buffer[:, :, 2:]], [want]))
+        assert torch.equal(buffer[:, :, :2], torch.zeros_like(past) if before is None else past)
+        assert torch.equal(last, buffer[:, :, -2:])
+    return error
 
 
 def adamw8bit_error(device, n=5 * adamw8bit.BLOCK + 77, steps=10):
