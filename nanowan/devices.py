@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from kernels import attention_backends
 from nanowan.errors import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -25,6 +26,14 @@ def pick_device(name=None):
 def pick_dtype(name, device):
     """The name of the dtype that a flag gives, or the device's default: bf16 on cuda, fp32 on cpu."""
     return name or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+
+
+def select_attention(name, device, dtype, gradients=False):
+    """Let a run use the attention that a flag names; as kernels.attention_backends.select, but raises BadInput."""
+    try:
+        attention_backends.select(name, device, dtype, gradients)
+    except ValueError as e:
+        raise BadInput(f"--attention {name}: {e}") from None
 
 
 def free_memory(device):

@@ -2,10 +2,14 @@
 
 import contextlib
 import math
+import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import scripts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
@@ -163,3 +167,75 @@ def test_each_generation_of_gpus_has_its_own_fastest(capability, name, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(attention_backends, "flash_attention_3", lambda device: False)
     assert attention_backends.by_capability.__wrapped__(torch.device("cuda", 0)) == name
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+def sage(q, k, v, tensor_layout):
+    """Stands for the package's function: attention of what 8 bits leave of q and k."""
+    assert tensor_layout == "NHD" and q.dtype == torch.bfloat16
+    q, k, v = (torch.Tensor(u.float()).transpose(1, 2) for u in (q, k, v))
+    q, k = ((u / (s := u.abs().amax() / 127)).round() * s for u in (q, k))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).bfloat16()
+
+
+@pytest.fixture
+def selectable(monkeypatch):
+    """A device of type "cuda" whose tensors are on the CPU, and the package sageattention."""
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sage))
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda name: name == "sageattention")
+    monkeypatch.setattr(attention_backends, "SELECTED", "auto")
+    monkeypatch.setattr(attention_backends, "SAGE_ERROR", None)
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: real(t, *[x for x in a if str(x) != "cuda"], **k))
+    return monkeypatch
+
+
+def test_sage_attention_says_how_far_it_is_off(selectable):
+    attention_backends.select("sage", "cuda")
+    assert 1e-4 < attention_backends.SAGE_ERROR < 0.05
+    error = f"{100 * attention_backends.SAGE_ERROR:.2f} %"
+    assert attention_backends.describe(torch.device("cuda")) == f"SageAttention, off by {error} on random inputs"
+
+
+@pytest.mark.parametrize(
+    "name, device, how, why",
+    [
+        ("sage", "cuda", dict(gradients=True), "SageAttention has no gradients"),
+        ("sage", "cuda", dict(lacks="sageattention"), "sageattention is not installed"),
+        ("sage", "cuda", dict(dtype=torch.float32), r"does not run here \(AssertionError"),
+        ("flash", "cpu", {}, "on GPUs only; this is cpu"),
+        ("triton", "cuda", {}, "Triton's operations are not used here"),
+        ("fast", "cuda", {}, "choose from auto, cudnn, flash, triton, sage"),
+    ],
+)
+def test_a_choice_that_cannot_be_had_is_refused_with_the_reason(name, device, how, why, selectable):
+    """And what was chosen before stays."""
+    if how.pop("lacks", None):
+        selectable.setattr(attention_backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=why):
+        attention_backends.select(name, device, **how)
+    assert attention_backends.SELECTED == "auto"
+
+
+def test_sage_attention_is_used_where_there_is_no_mask_and_nothing_learns(selectable):
+    attention_backends.select("sage", "cuda")
+    q = torch.randn(1, 6, 3, 16, dtype=torch.bfloat16).as_subclass(OnGPU)
+    with torch.no_grad():
+        assert torch.equal(ops.attention(q, q, q), sage(q, q, q, "NHD").flatten(2))
+    with pytest.raises(ValueError, match="no gradients"):
+        ops.attention(q.clone().requires_grad_(), q, q)
+    with mock.patch.object(attention_backends, "sdpa_kernel", return_value=contextlib.nullcontext()) as kernel:
+        ops.attention(q, q, q, torch.zeros(1, 1, 1, 6))
+    assert kernel.call_args[0][0] == attention_backends.MASKED_BACKENDS
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_lora.py", "train_te.py"])
+def test_scripts_refuse_an_attention_in_a_line(script):
+    done = scripts.run(script, "--device", "cpu", "--attention", "flash")
+    assert done.returncode and done.stderr.count("\n") == 1
+    assert "--attention flash: attention is chosen on GPUs only" in done.stderr

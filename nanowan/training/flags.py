@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import fields
 
+from kernels.attention_backends import CHOICES
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
@@ -143,6 +144,12 @@ def add_flags(p, script, out):
         "--dtype",
         choices=list(DTYPES),
         help="dtype of frozen weights and matrix products (default: bf16 on cuda, fp32 on cpu)",
+    )
+    add(
+        "--attention",
+        choices=CHOICES,
+        default="auto",
+        help="self-attention on a GPU (default: auto, the fastest exact one)",
     )
     add = p.add_argument_group("several GPUs, under torchrun; --batch is per data-parallel rank").add_argument
     add("--fsdp", action="store_true", help="shard the weights over the ranks (FSDP2)")
