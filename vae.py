@@ -142,8 +142,8 @@ class Resample(nn.Module):
         if self.up:
             conv = self.resample[1]
             if conv not in past:
-                past[conv] = fold_kernel(conv.weight)
-            x = upsample_conv(x, past[conv], conv.bias)
+                past[conv] = fold_kernel(conv.weight), conv.bias.repeat(4)
+            x = upsample_conv(x, *past[conv])
         else:
             x = self.resample(x)
         x = x.unflatten(0, (B, T)).transpose(1, 2)
@@ -170,15 +170,15 @@ def fold_kernel(weight):
 
 
 def upsample_conv(x, weight, bias):
-    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight: the four kernels
-    (`fold_kernel`); bias (N). Returns (B,N,2H,2W).
+    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four
+    kernels (`fold_kernel`). Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
-    y = F.conv2d(x, weight, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
+    y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
     out = y.new_empty(B, 2 * H, 2 * W, y.shape[3]).permute(0, 3, 1, 2)
     for i in (0, 1):
         for j in (0, 1):
-            torch.add(y[:, i, j, :, i : i + H, j : j + W], bias[:, None, None], out=out[:, :, i::2, j::2])
+            out[:, :, i::2, j::2] = y[:, i, j, :, i : i + H, j : j + W]
     return out
 
 

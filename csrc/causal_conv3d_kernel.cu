@@ -41,47 +41,42 @@ __global__ void __launch_bounds__(THREADS)
     using Floats = Pack<float, N>;
     const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = s.before + s.pixels;
     if (row >= s.B * rows) return;
-    const int64_t b = row / rows, i = row % rows, packs = s.C / N;
-    const bool is_new = i >= s.before, normed = is_new && gamma;
-    const T* source = is_new ? x + (b * s.pixels + i - s.before) * s.C : past ? past + (b * s.before + i) * s.C : x;
-    const auto* from = reinterpret_cast<const Values*>(source);
+    const int64_t b = row / rows, i = row % rows;
+    const int lane = threadIdx.x % 32, packs = int(s.C / N);
     auto* to = reinterpret_cast<Values*>(buffer + row * s.C);
-    auto* last = reinterpret_cast<Values*>(next + (b * s.before + i - s.pixels) * s.C);
-    // a pack of the row as it is normed: with the bias, or zeros where there is no past
-    const auto load = [&](int64_t k) {
-        const Values values = from[k];
-        Floats shift, v;
-        if (bias) shift = reinterpret_cast<const Floats*>(bias)[k];
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            v.v[j] = is_new || past ? to_float(values.v[j]) : 0.0f;
-            if (normed && bias) v.v[j] += shift.v[j];
+    auto* last = i < s.pixels ? to : reinterpret_cast<Values*>(next + (b * s.before + i - s.pixels) * s.C);
+    const T* source = i >= s.before ? x + (b * s.pixels + i - s.before) * s.C : past + (b * s.before + i) * s.C;
+    const auto* from = reinterpret_cast<const Values*>(source);
+    if (i < s.before || !gamma) {
+        for (int k = lane; k < packs; k += 32) {
+            Values values{};
+            if (i >= s.before || past) values = from[k];
+            last[k] = to[k] = values;
         }
-        return v;
-    };
-    float r = 1;
-    if (normed) {
-        float squares = 0;
-        for (int64_t k = threadIdx.x % 32; k < packs; k += 32) {
-            const Floats v = load(k);
-#pragma unroll
-            for (int j = 0; j < N; j++) squares += v.v[j] * v.v[j];
-        }
-        for (int other = 16; other; other /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, other);
-        r = sqrtf(float(s.C)) / fmaxf(sqrtf(squares), 1e-12f);
+        return;
     }
-    for (int64_t k = threadIdx.x % 32; k < packs; k += 32) {
-        const Floats v = load(k);
-        Floats scale;
-        if (normed) scale = reinterpret_cast<const Floats*>(gamma)[k];
-        Values results;
+    float squares = 0;
+    for (int k = lane; k < packs; k += 32) {
+        const Values values = from[k];
+        const Floats shift = bias ? reinterpret_cast<const Floats*>(bias)[k] : Floats{};
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float n = normed ? v.v[j] * r * scale.v[j] : v.v[j];
-            results.v[j] = from_float<T>(normed ? n / (1 + __expf(-n)) : n);
+            const float v = to_float(values.v[j]) + shift.v[j];
+            squares += v * v;
         }
-        to[k] = results;
-        if (i >= s.pixels) last[k] = results;
+    }
+    for (int other = 16; other; other /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, other);
+    const float r = sqrtf(float(s.C)) / fmaxf(sqrtf(squares), 1e-12f);
+    for (int k = lane; k < packs; k += 32) {
+        Values values = from[k];
+        const Floats shift = bias ? reinterpret_cast<const Floats*>(bias)[k] : Floats{};
+        const Floats scale = reinterpret_cast<const Floats*>(gamma)[k];
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float v = (to_float(values.v[j]) + shift.v[j]) * r * scale.v[j];
+            values.v[j] = from_float<T>(v / (1 + __expf(-v)));
+        }
+        last[k] = to[k] = values;
     }
 }
 
