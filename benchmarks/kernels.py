@@ -112,7 +112,7 @@ def time_attention(grids=GRIDS):
             (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
             return attention.attention_ref(normed, k, v)
 
-        fused = functools.partial(attention.attention, q, k, v, None, *how)
+        fused = functools.partial(attention.attention, q, k, v, *how)
         results |= compare(f"attention {L}x{N}", fused, unfused, flops=4 * L * L * N * 128, repeats=10)
     return results
 

@@ -1,9 +1,9 @@
 """Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
 
-q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in
-fp32. With `weight` (N*d,), q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and
-with `table` and `positions` rotated (see rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
-kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
+q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. With `weight` (N*d,), q is the bare
+projection: every row is RMS-normed over its whole width N*d, weighted, and with `table` and `positions` rotated (see
+rope.py), then rounded once. The norm's statistic (B,L) is taken by a small kernel before, since no tile sees a whole
+row. The backward pass keeps the bare q only and makes the other again.
 """
 
 import torch
@@ -17,14 +17,12 @@ if triton:
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
-def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
+def attention_ref(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
     """-> (B,L,N,d)."""
     if weight is not None:
         (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)
-    ).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -60,7 +58,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         out,
         lse,
         rstd,
@@ -81,7 +78,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         NORM: tl.constexpr,
         ROPE: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -117,13 +113,10 @@ if triton:
             keys = start + tl.arange(0, NK)
             K = tile(k, b * k_b, head, k_l, keys, S, d, DP)
             logits = dot(Q, tl.trans(K), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
             logits = tl.where((keys < S)[None, :], logits, float("-inf"))
             new = tl.maximum(top, tl.max(logits, 1))
-            safe = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
-            P = tl.exp2(logits - safe[:, None])
-            shrink = tl.exp2(top - safe)
+            P = tl.exp2(logits - new[:, None])
+            shrink = tl.exp2(top - new)
             norm = norm * shrink + tl.sum(P, 1)
             V = tile(v, b * v_b, head, v_l, keys, S, d, DP)
             acc = acc * shrink[:, None] + dot(P.to(V.dtype), V, PRECISION)
@@ -151,7 +144,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         dout,
         lse,
         delta,
@@ -169,7 +161,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
@@ -186,8 +177,6 @@ if triton:
                 tile(dout, b * L * N * d, head, N * d, rows, L, d, DP),
             )
             logits = dot(K, tl.trans(Q), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[:, None]
             top = tl.load(lse + (b * N + head) * L + rows, mask=rows < L, other=0.0)
             P = tl.where((keys < S)[:, None] & (rows < L)[None, :], tl.exp2(logits - top[None, :]), 0.0)
             dV += dot(P.to(dO.dtype), dO, PRECISION)
@@ -208,7 +197,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         dout,
         lse,
         delta,
@@ -225,7 +213,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """Gradients of M queries of one head, over all keys in tiles of NK."""
@@ -243,8 +230,6 @@ if triton:
             keys = start + tl.arange(0, NK)
             K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
             logits = dot(Q, tl.trans(K), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
             P = tl.where((keys < S)[None, :], tl.exp2(logits - top[:, None]), 0.0)
             dS = P * (dot(dO, tl.trans(V), PRECISION) - part[:, None])
             dQ += dot(dS.to(K.dtype), K, PRECISION)
@@ -299,7 +284,6 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     weight: Tensor | None,
     eps: float,
     table: Tensor | None,
@@ -316,8 +300,7 @@ def _forward(
             q,
             k,
             v,
-            bias,
-            out,
+                out,
             lse,
             rstd,
             weight,
@@ -333,7 +316,6 @@ def _forward(
             k.stride(1),
             v.stride(0),
             v.stride(1),
-            BIAS=bias is not None,
             NORM=weight is not None,
             ROPE=table is not None,
             **t,
@@ -343,7 +325,7 @@ def _forward(
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; q normalised and rotated."""
     (B, L, N, d), S = q.shape, k.shape[1]
@@ -355,48 +337,48 @@ def _backward(
     with launchable(q):
         delta_kernel[(B * L * N,)](out, dout, delta, d=d, DP=keys["DP"])
         keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](
-            q, k, v, bias, dout, lse, delta, dk, dv, *at, BIAS=bias is not None, **keys
+            q, k, v, dout, lse, delta, dk, dv, *at, **keys
         )
         queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](
-            q, k, v, bias, dout, lse, delta, dq, *at, BIAS=bias is not None, **queries
+            q, k, v, dout, lse, delta, dq, *at, **queries
         )
     return dq, dk, dv
 
 
 @_forward.register_fake
-def _(q, k, v, bias, weight, eps, table, positions):
+def _(q, k, v, weight, eps, table, positions):
     B, L, N, d = q.shape
     return q.new_empty(q.shape), q.new_empty(B, N, L, dtype=torch.float32)
 
 
 @_backward.register_fake
-def _(dout, q, k, v, bias, out, lse):
+def _(dout, q, k, v, out, lse):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def setup_context(ctx, inputs, output):
-    q, k, v, bias, weight, ctx.eps, table, positions = inputs
-    ctx.save_for_backward(q, k, v, bias, weight, table, positions, *output)
+    q, k, v, weight, ctx.eps, table, positions = inputs
+    ctx.save_for_backward(q, k, v, weight, table, positions, *output)
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dout, _):
-    q, k, v, bias, weight, table, positions, out, lse = ctx.saved_tensors
+    q, k, v, weight, table, positions, out, lse = ctx.saved_tensors
     heads, dweight, ready = q.shape[2], None, q
     how = (ctx.eps, heads, table, positions)
     if weight is not None:
         (ready,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], *how)
-    dq, dk, dv = _backward(dout, ready, k, v, bias, out, lse)
+    dq, dk, dv = _backward(dout, ready, k, v, out, lse)
     if weight is not None:
         dq, *more = qk_norm_rope.qk_norm_rope_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
         dq, dweight = dq.view(q.shape), more[0][0] if more else None
-    return dq, dk, dv, None, dweight, None, None, None
+    return dq, dk, dv, dweight, None, None, None
 
 
 _forward.register_autograd(backward, setup_context=setup_context)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
+def attention(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
     """As attention_ref."""
-    return _forward(q, k, v, bias, weight, eps, table, qk_norm_rope.packed(positions))[0]
+    return _forward(q, k, v, weight, eps, table, qk_norm_rope.packed(positions))[0]

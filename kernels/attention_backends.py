@@ -207,7 +207,7 @@ def fused_attention(q, k, v, weights, eps, heads, table, positions):
     """This project's, which norms and rotates q as it loads it."""
     (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
     q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
-    return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
+    return attention_kernel.attention(q, k, v, weights[0], eps, table, positions).flatten(2)
 
 
 def unfused_attention(q, k, v, weights, eps, heads, table, positions):

@@ -1,6 +1,7 @@
 """Devices and dtypes that flags name, and how much memory is free."""
 
 import math
+import sys
 
 import torch
 
@@ -14,13 +15,29 @@ VAE_BYTES, DIT_BYTES = 18_000, 27
 
 
 def pick_device(name=None):
-    """The device that a flag names, or cuda where there is one. Raises BadInput where there is no such device."""
+    """The device that a flag names, or cuda where there is one. Raises BadInput where there is no such device, or it is
+    older than Ampere: neither bf16 nor Triton's products work there.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
     if name not in ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]:
         choice = f", cuda or cuda:0 to cuda:{count - 1}" if count else "; no CUDA device is available"
         raise BadInput(f"--device {name}: use cpu{choice}")
+    if name != "cpu":
+        check_gpu(torch.device(name))
     return name
+
+
+def check_gpu(device):
+    """Raise BadInput for a GPU that this cannot run on; say so where nobody has tried."""
+    card, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip:
+        print(f"{card}: this has never been tried on ROCm", file=sys.stderr, flush=True)
+    elif major < 8:
+        raise BadInput(
+            f"--device {device}: {card} has compute capability {major}.{minor}; 8.0 (Ampere) or newer is needed, or "
+            "--device cpu"
+        )
 
 
 def pick_dtype(name, device):

@@ -393,3 +393,19 @@ def test_a_gpu_that_refuses_a_product_gets_dense_weights(works, monkeypatch, cap
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (not works)
     assert works or "CUBLAS_STATUS_NOT_SUPPORTED); weights are made dense" in said[0]
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_an_adapter_adds_the_same_where_nothing_learns(eight, folder, report):
+    """In the place of what the base computed, and not to its input."""
+    model = load_wan(folder, dtype=torch.float32, fp8=eight)
+    for p in lora.inject(model, lora.TARGETS, rank=4):
+        torch.nn.init.normal_(p, std=0.1)
+    layer, x = model.blocks[0].self_attn.q, torch.randn(2, 7, 256)
+    before, want = x.clone(), layer(x)
+    assert want.requires_grad
+    video = model(X, T, CONTEXT)
+    with torch.no_grad():
+        report("a linear", relative(layer(x), want), 1e-6)
+        report("a model", relative(model(X, T, CONTEXT), video), 1e-6)
+    assert torch.equal(x, before)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -130,7 +131,7 @@ def test_torch_checks_the_operator(name):
         python(
             "import torch, kernels.attention as k\n"
             "q, k_, v = torch.randn(3, 1, 4, 2, 16).unbind(0)\n"
-            "torch.library.opcheck(k._forward, (q.requires_grad_(), k_, v, None, torch.ones(32), 1e-6, None, None))",
+            "torch.library.opcheck(k._forward, (q.requires_grad_(), k_, v, torch.ones(32), 1e-6, None, None))",
             TRITON_INTERPRET="1",
         )
         return
@@ -254,24 +255,27 @@ def test_triton_without_a_compiler_is_not_chosen(choice, tmp_path):
 
 
 COMPILE = """
-import sys, torch, triton, kernels.attention as A, kernels.modulate as M, kernels.qk_norm_rope as Q
-import kernels.adamw8bit as W, kernels.quantize as E
+import json, sys, torch, triton, kernels.adamw8bit as W, kernels.attention as A, kernels.causal_conv3d as C
+import kernels.modulate as M, kernels.qk_norm_rope as Q, kernels.quantize as E
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes that a program may have there
+ARCHS = 80, 86, 89, 90, 100, 120
 half, full, index = "*bf16", "*fp32", "*i32"
+FLOATS = "eps scale lr keep b1 b2 correction1 correction2 ratio".split()
+STRIDES = "gate_b gate_f weight_b weight_f shift_b shift_f row row0 row1 q_b q_l k_b k_l v_b v_l stride".split()
 def all_of(names, kind):
     return dict.fromkeys(names.split(), kind)
 
-def build(name, fn, stages=1, num_warps=4, num_stages=None, types={}, archs=(80, 90), **const):
-    kinds = lambda n: "constexpr" if n in const else types.get(n, "fp32" if n in ("eps", "scale") else "i32")
-    source = ASTSource(fn, {n: kinds(n) for n in fn.arg_names}, constexprs=const)
-    options = {"num_warps": num_warps, "num_stages": num_stages or stages}
+def build(name, fn, num_warps=4, num_stages=3, types={}, archs=ARCHS, **const):
+    kinds = {n: "constexpr" if n in const else types.get(n, "fp32" if n in FLOATS else "i32") for n in fn.arg_names}
+    # what a launch sees of its arguments: addresses and strides are multiples of 16
+    even = [i for i, n in enumerate(fn.arg_names) if kinds[n].startswith("*") or n in STRIDES and n not in const]
+    source = ASTSource(fn, kinds, constexprs=const, attrs={(i,): [["tt.divisibility", 16]] for i in even})
     for arch in archs:
-        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        assert done.metadata.shared <= SHARED[arch], (name, arch, done.metadata.shared)
+        done = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": num_warps, "num_stages": num_stages})
         open(f"{sys.argv[1]}/{name}_{arch}.cubin", "wb").write(done.asm["cubin"])
+        open(f"{sys.argv[1]}/{name}_{arch}.json", "w").write(json.dumps({"shared": done.metadata.shared}))
 
 for D in (3072, 5120):
     types = all_of("x gate weight shift new dnew dx sums", full) | all_of("y out dout dy", half) | {"index": index}
@@ -279,33 +283,37 @@ for D in (3072, 5120):
     for name, given in {"": dict(INDEX=False, index=None), "_index": dict(INDEX=True)}.items():
         build(f"modulate{name}_{D}", M.forward_kernel, **how, **given)
         build(f"modulate_backward{name}_{D}", M.backward_kernel, **how, **given, SUMS=False, y=None, sums=None)
+        build(f"modulate_sums{name}_{D}", M.backward_kernel, **how, **given, SUMS=True)
     types = all_of("x0 x1 out0 out1 dout0 dout1 dx0 dx1", half) | all_of("w0 w1 table dw", full) | {"positions": index}
     how = dict(types=types, D=D, HALF=64, ROPE=True, **Q.launch_config(D))
     build(f"norm_{D}", Q.forward_kernel, **how)
     build(f"norm_backward_{D}", Q.backward_kernel, **how, WEIGHTS=False, dw=None)
-types = all_of("q k v out dout dk dv dq", half) | all_of("bias lse rstd weight table delta", full)
-how = dict(types=types | {"positions": index}, archs=(80, 89, 90, 120), BIAS=False, bias=None)
-build("attention", A.forward_kernel, **how, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
-build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "keys"))
-build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
+types = all_of("q k v out dout dk dv dq", half) | all_of("lse rstd weight table delta", full) | {"positions": index}
+build("attention", A.forward_kernel, types=types, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
+build("attention_keys", A.keys_kernel, types=types, **A.tiles(128, torch.bfloat16, "keys"))
+build("attention_queries", A.queries_kernel, types=types, **A.tiles(128, torch.bfloat16, "queries"))
+for width in (96, 256, 1024):
+    for kind in (half, full):
+        types, name = all_of("x past bias gamma buffer last out residual", kind), f"{width}_{kind[1:]}"
+        how = dict(types=types, C=width, BIAS=True, **C.launch_config(width))
+        build(f"fill_{name}", C.fill_kernel, **how, PAST=True, NORM=True)
+        build(f"add_{name}", C.add_kernel, **how)
 types = {"x": half, "out": "*fp8e4nv", "scales": full}
-for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # an A100 has no e4m3
-    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=[90], ACTIVATED=activated, **E.launch_config(M))
+for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # before Ada there is no e4m3
+    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=ARCHS[2:], ACTIVATED=activated, **E.launch_config(M))
 types = all_of("weight compensation grad", half) | {"codes": "*i16", "scales": full}
-types |= all_of("lr keep b1 b2 correction1 correction2 ratio", "fp32")
 how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES)
 build("adamw8bit", W.step_kernel, types=types, **how)
 """
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # what a program may have of a card's shared memory
+# bytes of a thread that may be put aside: training alone, where gradients of the rows are summed up on the way
+SPILLS = {}
 
 
-def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
-    """For A100 (sm_80) and H100 (sm_90), at the widths of 5B and A14B; attention also for cards of the RTX 40 and 50
-    series, which have less shared memory; needs no GPU. Registers must hold everything; only the attention's prologue,
-    which turns a whole tile of q once, may put 256 bytes a thread aside (384 on an RTX 4090), and on an A100 the
-    gradient of rows that tokens choose, at the width of A14B, two numbers.
+def test_triton_kernels_compile_for_gpus_within_their_memory(tmp_path, report):
+    """For A100, RTX 30, 40 and 50 series, Hopper and Blackwell, at the widths of 5B and A14B, with the hints that
+    launches have; needs no GPU. Shared memory is what the cards have, and registers hold everything.
     """
-    allowed = {f"attention_{arch}": 256 for arch in (80, 90, 120)} | {"attention_89": 384}
-    allowed["modulate_backward_index_5120_80"] = 8
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "compile.py").write_text(COMPILE)
     run = subprocess.run(
@@ -316,15 +324,17 @@ def test_triton_kernels_compile_for_gpus_without_spills(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    cubins = sorted(tmp_path.glob("*.cubin"))
-    assert len(cubins) == 42
-    spilled = {}
+    cubins, spilled, most = sorted(tmp_path.glob("*.cubin")), {}, {}
     for file in cubins:
         usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
         stack, local = (int(re.search(rf"{w}:(\d+)", usage).group(1)) for w in ("STACK", "LOCAL"))
-        if local or stack > allowed.get(file.stem, 0):
+        arch = int(file.stem.rpartition("_")[2])
+        most[arch] = max(most.get(arch, 0), json.loads(file.with_suffix(".json").read_text())["shared"] / 1024)
+        if local or stack > SPILLS.get(file.stem, 0):
             spilled[file.stem] = (stack, local)
     assert not spilled
+    for arch, limit in SHARED_KB.items():
+        report(f"KB of shared memory, sm_{arch}", most[arch], limit)
 
 
 @pytest.mark.parametrize("choice", ["ref", "cpp"])

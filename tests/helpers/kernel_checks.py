@@ -83,20 +83,17 @@ def qk_norm_rope_error(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
 
 
 def attention_error(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Values and gradients: bare q and normalised q, which a grid's positions and scattered ones rotate; with and
-    without a bias.
-    """
+    """Values and gradients: bare q and normalised q, which a grid's positions and scattered ones rotate."""
     (generator, random), L = seeded(device), math.prod(grid)
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
-    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
-    bias[0, 30:] = -torch.inf
+    weight, table = 1 + 0.1 * random(N * d), rope_table(MAX_POSITIONS, d, device)
     ends, results = random(4, B, L, N, d), []
     places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
     for op, kind in ((attention.attention, None), (attention.attention_ref, torch.float64)):
         a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
         q, k, v = a.unbind(2)
-        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), at) for at in places]
-        h += [op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
+        h = [op(q, k, v, w, 1e-6, table.to(w.dtype), at) for at in places]
+        h += [op(q, *c.unbind(2), w), op(q, k, v)]
         sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
         results.append([*h, a.grad, c.grad, w.grad])
     return max_rel_error(*results)
