@@ -2,17 +2,12 @@
 
 import math
 
+from nanowan import flops
 from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
 from nanowan.memory_estimate import ParallelLayout
 from nanowan.settings import check_size, parse_size, released
-from wan import VARIANTS
-
-
-def linear_flops(c, tokens, text):
-    """FLOPs of a forward pass of one sample through a DiT of WanConfig c: (in blocks' linears, in attention)."""
-    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim**2
-    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
+from nanowan.variants.registry import VARIANTS
 
 
 def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
@@ -37,12 +32,18 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
     return sent
 
 
-def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, text=64):
+def lora_step(c, grid, text=64):
+    """The Flops of a LoRA step with checkpointing on one clip of the token grid (T',H',W')."""
+    translator = [f"blocks.{i}.cross_attn.{p}" for i in range(c.num_layers) for p in "kv"]
+    latents = [n * side for n, side in zip(grid, c.patch_size)]
+    return flops.training_step(c, latents, text, adapted=translator, checkpointing=True)
+
+
+def step_times(c, grid, ranks, adapter, compute, inside, between, per_machine=8):
     """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs.
 
-    rate: FLOP/s that a GPU sustains; inside, between: bytes/s of a link within a machine and to another one, per GPU.
-    Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
-    the forward pass again, and the gradient by activations.
+    compute: seconds that one GPU computes for a sample; inside, between: bytes/s of a link within a machine and to
+    another one, per GPU. Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for.
     """
 
     def link(n):
@@ -50,7 +51,6 @@ def step_times(c, grid, ranks, adapter, rate, inside, between, per_machine=8, te
         return inside if n <= per_machine else between
 
     tokens = math.prod(grid)
-    compute = 3 * sum(linear_flops(c, tokens, text)) / rate
     weights = 2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     all_reduce = 2 * (ranks - 1) / ranks * adapter / link(ranks)
     times = {"data parallel": ((compute + all_reduce) / ranks, weights)}
@@ -89,9 +89,10 @@ def run(args):
         f"sends {args.inside:g} GB/s within a machine of {args.per_machine} and {args.between:g} GB/s beyond; in "
         "brackets, GB of weights on each"
     )
+    step = lora_step(c, grid)
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         links = args.inside * 1e9, args.between * 1e9, args.per_machine
-        times = step_times(c, grid, ranks, adapter, args.tflops * 1e12, *links)
+        times = step_times(c, grid, ranks, adapter, step.total / (args.tflops * 1e12), *links)
         fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}  # the rest is
         fastest = min(times, key=lambda name: times[name][0])  # for activations
         fastest_that_fits = min(fits, key=fits.get, default=None)
@@ -102,3 +103,6 @@ def run(args):
             note = f", and with {args.gb} GB: {fastest_that_fits}"
         cells = [f"{name} {seconds:.2f} ({size / 1e9:.1f})" for name, (seconds, size) in times.items()]
         print(f"{ranks:3} GPUs  {'  '.join(cells)}; fastest: {fastest}{note}")
+    cards = {name: flops.predict_seconds(step, name) for name in flops.CARDS}
+    said = ", ".join(f"{name} {seconds:.2f}" for name, seconds in cards.items())
+    print(f"predicted for one GPU, at rates that are assumed, not measured: {said} s")

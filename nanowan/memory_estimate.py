@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flow import make_noisy_batch
 from kernels import backend, fp8
+from nanowan import flops
 from nanowan.devices import free_memory
 from nanowan.formats.dit import full_config, keep_fp32, new_dit, read_config
 from nanowan.formats.layouts import read_weights
@@ -29,11 +30,10 @@ from nanowan.memory.tiled_vae import decode_tiled
 from nanowan.parallel import FirstRank, apply_ulysses
 from nanowan.settings import Settings
 from nanowan.training.optim import EMA, AdamW8bit, adamw
+from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
-from wan import VARIANTS
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
 CPU_LIBRARIES = 50 << 20  # what MKL, oneDNN and the heap's holes take once work begins, as measured on small runs
 
@@ -487,18 +487,8 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
 
 def mfu(dit, x, text, seconds, device):
-    """Share of the GPU's peak that a training step of this batch reached, counting 4 FLOPs per multiply-add and weight
-    (a forward pass and the gradient by the activations); None where the peak is not known. x (B,C,T',h,w), text:
-    tokens.
+    """Share of the GPU's peak that a training step of this batch reached, recomputation not counted; None where the peak
+    is not known. x (B,C,T',h,w), text: tokens.
     """
-    peak = (
-        next((f for k, f in PEAK_FLOPS.items() if k in torch.cuda.get_device_name(device)), None)
-        if torch.device(device).type == "cuda"
-        else None
-    )
-    c, tokens = dit.config, x.shape[2] * x.shape[3] * x.shape[4] // 4
-    linear = c.num_layers * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
-    flops = (
-        4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
-    )
-    return peak and flops / seconds / peak
+    card = torch.device(device).type == "cuda" and flops.card_of(torch.cuda.get_device_name(device))
+    return flops.step_of(dit, x.shape[2:], text, len(x)).total / seconds / card.peak if card else None

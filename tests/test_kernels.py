@@ -260,14 +260,14 @@ import kernels.modulate as M, kernels.qk_norm_rope as Q, kernels.quantize as E
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHS = 80, 86, 89, 90, 100, 120
+ARCHS, ELEMENTWISE = (80, 86, 89, 90, 100, 120), (80, 90, 120)
 half, full, index = "*bf16", "*fp32", "*i32"
 FLOATS = "eps scale lr keep b1 b2 correction1 correction2 ratio".split()
 STRIDES = "gate_b gate_f weight_b weight_f shift_b shift_f row row0 row1 q_b q_l k_b k_l v_b v_l stride".split()
 def all_of(names, kind):
     return dict.fromkeys(names.split(), kind)
 
-def build(name, fn, num_warps=4, num_stages=3, types={}, archs=ARCHS, **const):
+def build(name, fn, num_warps=4, num_stages=3, types={}, archs=ELEMENTWISE, **const):
     kinds = {n: "constexpr" if n in const else types.get(n, "fp32" if n in FLOATS else "i32") for n in fn.arg_names}
     # what a launch sees of its arguments: addresses and strides are multiples of 16
     even = [i for i, n in enumerate(fn.arg_names) if kinds[n].startswith("*") or n in STRIDES and n not in const]
@@ -289,25 +289,25 @@ for D in (3072, 5120):
     build(f"norm_{D}", Q.forward_kernel, **how)
     build(f"norm_backward_{D}", Q.backward_kernel, **how, WEIGHTS=False, dw=None)
 types = all_of("q k v out dout dk dv dq", half) | all_of("lse rstd weight table delta", full) | {"positions": index}
-build("attention", A.forward_kernel, types=types, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
-build("attention_keys", A.keys_kernel, types=types, **A.tiles(128, torch.bfloat16, "keys"))
-build("attention_queries", A.queries_kernel, types=types, **A.tiles(128, torch.bfloat16, "queries"))
-for width in (96, 256, 1024):
-    for kind in (half, full):
-        types, name = all_of("x past bias gamma buffer last out residual", kind), f"{width}_{kind[1:]}"
-        how = dict(types=types, C=width, BIAS=True, **C.launch_config(width))
-        build(f"fill_{name}", C.fill_kernel, **how, PAST=True, NORM=True)
-        build(f"add_{name}", C.add_kernel, **how)
+how = dict(types=types, archs=ARCHS)
+build("attention", A.forward_kernel, **how, NORM=True, ROPE=True, **A.tiles(128, torch.bfloat16, "forward"))
+build("attention_keys", A.keys_kernel, **how, **A.tiles(128, torch.bfloat16, "keys"))
+build("attention_queries", A.queries_kernel, **how, **A.tiles(128, torch.bfloat16, "queries"))
+for width, kind in ((96, half), (160, full), (1024, half)):
+    types = all_of("x past bias gamma buffer last out residual", kind)
+    how = dict(types=types, C=width, BIAS=True, **C.launch_config(width))
+    build(f"fill_{width}", C.fill_kernel, **how, PAST=True, NORM=True)
+    build(f"add_{width}", C.add_kernel, **how)
 types = {"x": half, "out": "*fp8e4nv", "scales": full}
 for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # before Ada there is no e4m3
-    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=ARCHS[2:], ACTIVATED=activated, **E.launch_config(M))
+    build(f"quantize_{M}", E.quantize_kernel, types=types, archs=(89, 120), ACTIVATED=activated, **E.launch_config(M))
 types = all_of("weight compensation grad", half) | {"codes": "*i16", "scales": full}
 how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES)
 build("adamw8bit", W.step_kernel, types=types, **how)
 """
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # what a program may have of a card's shared memory
-# bytes of a thread that may be put aside: training alone, where gradients of the rows are summed up on the way
-SPILLS = {}
+# bytes of a thread that may be put aside: only where gradients of A14B's modulation are summed up, which nothing trains
+SPILLS = {f"modulate_sums{kind}_5120_{arch}": 176 for kind in ("", "_index") for arch in SHARED_KB}
 
 
 def test_triton_kernels_compile_for_gpus_within_their_memory(tmp_path, report):
