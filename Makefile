@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 # test files side by side, each on one thread, on the CPU also where there is a GPU (that is what gpu-check is for)
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
-NUMERIC := ops csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
+NUMERIC := kernels kernels_attention kernels_csrc flow optim fp8 t5 clip_vision wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
 .PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-run gpu-build clean
 
@@ -48,7 +48,7 @@ gpu-build:
 	-NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 
 # torch first and by itself, so that nothing else chooses its build; the C++ not by pip, which hides what setup.py says
-$(VENV)/ready: requirements.txt setup.py $(wildcard csrc/*)
+$(VENV)/ready: requirements.txt setup.py kernels/sources.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -56,11 +56,10 @@ $(VENV)/ready: requirements.txt setup.py $(wildcard csrc/*)
 	@mkdir -p build
 	$(PY) setup.py -q build_ext --inplace > build/csrc.log 2>&1 || { cat build/csrc.log; false; }
 	@sed -n '/^nanowan:/p' build/csrc.log
-	NANOWAN_CSRC=0 $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/ready-tests: $(VENV)/ready requirements-tests.txt
-	$(PIP) -r requirements-tests.txt
+$(VENV)/ready-tests: $(VENV)/ready pyproject.toml
+	NANOWAN_CSRC=0 $(PIP) --no-build-isolation '.[test]'
 	touch $@
 
 clean:

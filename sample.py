@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 import flow
-from kernels import backend
+from kernels import attention_backends, ops
 from nanowan import memory_estimate
-from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype
+from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.files import numbered
 from nanowan.flags import Parser
@@ -94,6 +94,13 @@ def arguments(argv=None):
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add(
         "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
+    )
+    add(
+        "--attention",
+        choices=attention_backends.CHOICES,
+        default="auto",
+        help="self-attention on a GPU; sage is the package sageattention, in 8 bits and not exact (default: auto, the "
+        "fastest exact one)",
     )
     add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
@@ -337,6 +344,7 @@ def main():
 def run(args, prompts, world):
     # the checkpoint, and the videos that are asked for
     dtype = DTYPES[pick_dtype(args.dtype, world.device)]
+    select_attention(args.attention, world.device, dtype)
     compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
     runtime = Runtime(world.device, dtype, args.base_dtype == "fp8", args.stream_blocks, compile, world)
     pipe = Pipeline(args.ckpt, runtime, args.lora, args.text_encoder)
@@ -361,7 +369,7 @@ def run(args, prompts, world):
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
     print(
         json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False),
-        backend.chosen(world.device),
+        ops.describe(world.device),
         f"{len(requests)} videos",
         sep="\n",
     )

@@ -5,9 +5,9 @@ used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA
 makes their lack, or a failed build, an error, NANOWAN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
-import hashlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+sources_digest = runpy.run_path(str(HERE / "kernels" / "sources.py"))["sources_digest"]
 CUDA = os.environ.get("NANOWAN_CUDA", "auto")
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-finite-math-only"]
 
@@ -36,12 +37,6 @@ def native_features():
     cpuinfo = Path("/proc/cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
     return sorted(f for f in set(flags[1].split() if flags else ()) if f.replace("_", "") in used)
-
-
-def sources_digest():
-    """Of csrc's files; kernels/__init__.py compares it with what the extension was built from."""
-    files = sorted(f for f in (HERE / "csrc").iterdir() if f.suffix in (".cpp", ".cu", ".h"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def cuda_lack(torch_cuda, cuda_home):
@@ -69,7 +64,10 @@ def extension():
             for old in HERE.glob("nanowan_csrc*.so"):  # of other sources, if these cannot be built
                 old.unlink()
             try:
-                made = [f"-DNANOWAN_BUILT_FOR={'.'.join(native_features())}", f"-DNANOWAN_SOURCES={sources_digest()}"]
+                made = [
+                    f"-DNANOWAN_BUILT_FOR={'.'.join(native_features())}",
+                    f"-DNANOWAN_SOURCES={sources_digest(HERE / 'csrc')}",
+                ]
                 for e in self.extensions:
                     e.extra_compile_args["cxx"] += [*made, f"-DNANOWAN_TORCH={torch.__version__}"]
                 super().run()
@@ -99,14 +97,4 @@ def extension():
 
 
 modules, commands = extension()
-setup(
-    name="nanowan",
-    version="0.1.0",
-    python_requires=">=3.11",
-    packages=[],
-    ext_modules=modules,
-    cmdclass=commands,
-    # to read GGUF checkpoints; for prepare.py --process_checkpoint, where onnxruntime-gpu does as well
-    extras_require={"gguf": ["gguf"], "pose": ["onnxruntime"]},
-    py_modules=[],
-)
+setup(ext_modules=modules, cmdclass=commands)

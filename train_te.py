@@ -18,10 +18,10 @@ import torch
 
 import sample
 from data import Dataset, collate
-from kernels import backend
+from kernels import ops
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
-from nanowan.devices import DTYPES, pick_device, pick_dtype
+from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.flags import Parser
 from nanowan.formats.header import save as save_tensors
@@ -207,13 +207,14 @@ def train(args, world):
     # checkpoint and flags
     args.device = str(world.device)
     dtype = DTYPES[pick_dtype(args.dtype, args.device)]
+    select_attention(args.attention, args.device, dtype, gradients=True)
     runtime = Runtime(args.device, dtype, args.base_dtype == "fp8", args.stream_blocks, world=world)
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     check(args, s, pipe.config().num_layers)
     check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
-    print(json.dumps(vars(args)), backend.chosen(args.device), sep="\n")
+    print(json.dumps(vars(args)), ops.describe(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
 
     # data, and the memory that the run will need
@@ -243,7 +244,7 @@ def train(args, world):
     pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
     print(need)
     need.check_host()
-    run.metadata |= {"ops": backend.chosen(args.device), "data": dataset.summary(sizes)}
+    run.metadata |= {"ops": ops.describe(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
     if world.is_main:

@@ -54,17 +54,18 @@ LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw l
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk.
-    `norm`: an RMSNorm that, with SiLU, comes before it.
-    """
+    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
-    def forward(self, x, past, norm=None):
-        out, past[self] = ops.causal_conv3d(
-            x, past.get(self), self.weight, self.bias, None if norm is None else norm.gamma
-        )
+    def forward(self, x, past, norm=None, before=None, residual=None, add_bias=True):
+        """norm: an RMSNorm that, with SiLU, comes before it; before: the convolution that made x without its bias;
+        residual: is added to the result.
+        """
+        gamma, input_bias = None if norm is None else norm.gamma, None if before is None else before.bias
+        bias = self.bias if add_bias else None
+        out, past[self] = ops.causal_conv3d(x, past.get(self), self.weight, bias, gamma, input_bias, residual)
         return out
 
 
@@ -89,8 +90,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv2(conv1(x, past, norm1), past, norm2)
-        return y + (x if self.shortcut is None else self.shortcut(x, past))
+        # conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x), each bias added in the pass that comes after it
+        y = conv1(x, past, norm1, add_bias=False)
+        if self.shortcut is None:
+            return conv2(y, past, norm2, before=conv1, residual=x)
+        return self.shortcut(x, past, residual=conv2(y, past, norm2, before=conv1))
 
 
 class AttentionBlock(nn.Module):

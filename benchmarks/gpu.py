@@ -17,8 +17,8 @@ from torch.nn.attention import sdpa_kernel
 import lora
 from benchmarks import tiny
 from benchmarks.common import add_peer_adapter, add_reference, interleaved, keep_results, trainable
-from kernels import adamw8bit, attention, attention_backends, causal_conv3d, modulate, ops, qk_norm_rope, quantize
-from kernels.testing import bandwidth, milliseconds
+from benchmarks.kernels import KERNELS, bandwidth, milliseconds
+from kernels import attention_backends
 from nanowan.formats.dit import full_config, keep_fp32
 from nanowan.formats.vae import FULL_WIDTHS
 from vae import VAE, channels_last
@@ -161,21 +161,7 @@ def ceilings():
     return results
 
 
-@torch.no_grad()
-def gpu_gelu(rows=27280, dim=3072, ffn_dim=14336):
-    """The first product of 5B's feed-forward and its GELU, in one and apart."""
-    with torch.device(DEVICE):
-        up, x = ops.Linear(dim, ffn_dim).bfloat16(), torch.randn(1, rows, dim).bfloat16()
-    results = {
-        "ms": milliseconds(lambda: up.with_gelu(x, ops.GELU())),
-        "apart_ms": milliseconds(lambda: ops.GELU()(up(x))),
-    }
-    print(f"GELU with the product {results['ms']:.2f} ms, apart {results['apart_ms']:.2f} ms", flush=True)
-    return results
-
-
-JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step, "gelu": gpu_gelu}
-JOBS |= {m.__name__: m.main for m in (modulate, qk_norm_rope, attention, quantize, adamw8bit, causal_conv3d)}
+JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step, **KERNELS}
 JOBS |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
 JOBS |= {"vae": gpu_vae}
 

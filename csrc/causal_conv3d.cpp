@@ -1,18 +1,16 @@
-// nanowan_csrc::causal_conv3d(x, past, weight, bias, gamma) -> (out, new past): the VAE's causal convolution, stride 1,
-// with what comes before it.
-//
-// x (B,C,T,H,W); past (B,C,2,H,W), the two frames before x as this convolution saw them, or none for zeros; weight
-// (N,C,kt,k,k) of 3x3x3, 3x1x1 or 1x1x1, padded with zeros in space; with gamma (C) x is first RMS-normed over its
-// channels, x / max(|x|, 1e-12) * sqrt(C) * gamma, and put through SiLU. out (B,N,T,H,W), and the two frames that stand
-// before the next chunk (none with kt = 1). fp32 or bf16; what is fast is channels-last.
+// nanowan_csrc::causal_conv3d: the VAE's causal convolution, stride 1, with what comes before and after it, on a CPU
+// (kernels/causal_conv3d.py says what it computes; fp32 or bf16, what is fast is channels-last), and
+// nanowan_csrc::fill_buffer: what comes before it, on a GPU.
 //
 // The frames before and the normed chunk are written once into one buffer, which winograd.cpp or oneDNN convolves on a
-// CPU and cuDNN on a GPU, where causal_conv3d_kernel.cu norms.
+// CPU and cuDNN on a GPU.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -30,7 +28,8 @@ constexpr auto LAST = at::MemoryFormat::ChannelsLast3d;
 
 namespace {
 
-void check(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias, const Maybe& gamma) {
+void check(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias, const Maybe& gamma,
+           const Maybe& input_bias, const Maybe& residual) {
     TORCH_CHECK(x.dim() == 5 && w.dim() == 5 && x.size(1) == w.size(1),
                 "x should be (B,C,T,H,W) and weight (N,C,kt,k,k); x is ", x.sizes(), ", weight ", w.sizes());
     const int64_t kt = w.size(2), k = w.size(3);
@@ -41,105 +40,118 @@ void check(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bia
                               past->size(2) == 2 && past->size(3) == x.size(3) && past->size(4) == x.size(4)),
         "past should be two frames of x ", x.sizes(), " before a kernel of three; it is ",
         past.has_value() ? past->sizes() : x.sizes());
-    TORCH_CHECK(!bias.has_value() || bias->numel() == w.size(0), "bias should have ", w.size(0), " values and has ",
-                bias.has_value() ? bias->numel() : 0);
-    TORCH_CHECK(!gamma.has_value() || gamma->numel() == x.size(1), "gamma should have ", x.size(1), " values and has ",
-                gamma.has_value() ? gamma->numel() : 0);
-    for (const Maybe& other : {past, Maybe(w), bias, gamma})
+    for (const auto& [name, given, size] : {std::tuple("bias", bias, w.size(0)), std::tuple("gamma", gamma, x.size(1)),
+                                            std::tuple("input_bias", input_bias, x.size(1))})
+        TORCH_CHECK(!given.has_value() || given->numel() == size, name, " should have ", size, " values and has ",
+                    given.has_value() ? given->numel() : 0);
+    TORCH_CHECK(!input_bias.has_value() || gamma.has_value(), "input_bias is for a norm; there is no gamma");
+    const std::array<int64_t, 5> result{x.size(0), w.size(0), x.size(2), x.size(3), x.size(4)};
+    TORCH_CHECK(!residual.has_value() || residual->sizes() == at::IntArrayRef(result), "residual should be ",
+                at::IntArrayRef(result), " and is ", residual.has_value() ? residual->sizes() : x.sizes());
+    for (const Maybe& other : {past, Maybe(w), bias, gamma, input_bias, residual})
         TORCH_CHECK(!other.has_value() || (other->device() == x.device() && other->scalar_type() == x.scalar_type()),
                     "everything should be on ", x.device(), " in ", x.scalar_type(), "; something is ",
                     other.has_value() ? other->scalar_type() : x.scalar_type());
 }
 
-// Pixels of C channels each, normed and put through SiLU.
+// One row of C channels, normed and put through SiLU.
 template <typename T>
-__attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restrict gamma, T* __restrict out, int64_t C,
-                                         int64_t pixels) {
-    for (int64_t p = 0; p < pixels; p++, x += C, out += C) {
-        float squares = 0;
-        for (int64_t c = 0; c < C; c++) squares += float(x[c]) * float(x[c]);
-        const float r = std::sqrt(float(C)) / std::max(std::sqrt(squares), 1e-12f);
+__attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restrict bias, const T* __restrict gamma,
+                                         T* __restrict out, int64_t C) {
+    float squares = 0;
+    for (int64_t c = 0; c < C; c++) squares += (float(x[c]) + float(bias[c])) * (float(x[c]) + float(bias[c]));
+    const float r = std::sqrt(float(C)) / std::max(std::sqrt(squares), 1e-12f);
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-            const float v = float(x[c]) * r * float(gamma[c]);
-            out[c] = T(v / (1 + exponential(-v)));
-        }
+    for (int64_t c = 0; c < C; c++) {
+        const float v = (float(x[c]) + float(bias[c])) * r * float(gamma[c]);
+        out[c] = T(v / (1 + exponential(-v)));
     }
 }
 
-void norm_silu_on_cpu(const Tensor& x, const Tensor& gamma, const Tensor& all, const NormedClips& clips) {
-    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "norm_silu", [&] {
-        for (int64_t b = 0; b < clips.B; b++) {
-            const scalar_t* from = x.const_data_ptr<scalar_t>() + b * clips.pixels * clips.C;
-            scalar_t* to =
-                all.mutable_data_ptr<scalar_t>() + (b * (clips.before + clips.pixels) + clips.before) * clips.C;
-            at::parallel_for(0, clips.pixels, 64, [&](int64_t i, int64_t j) {
-                norm_silu(from + i * clips.C, gamma.const_data_ptr<scalar_t>(), to + i * clips.C, clips.C, j - i);
-            });
-        }
+// causal_conv3d.h, nanowan_fill_buffer
+void fill_buffer(const Tensor& x, const Maybe& past, const Maybe& input_bias, const Maybe& gamma, const Tensor& buffer,
+                 const Tensor& next, const Clips& s) {
+    const Tensor bias = input_bias.has_value() ? input_bias->contiguous() : at::zeros({s.C}, x.options());
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "fill_buffer", [&] {
+        const auto* from = x.const_data_ptr<scalar_t>();
+        const auto* before = past.has_value() ? past->const_data_ptr<scalar_t>() : nullptr;
+        const auto* shift = bias.const_data_ptr<scalar_t>();
+        const auto* scale = gamma.has_value() ? gamma->const_data_ptr<scalar_t>() : nullptr;
+        auto* to = buffer.mutable_data_ptr<scalar_t>();
+        auto* last = next.mutable_data_ptr<scalar_t>();
+        const int64_t rows = s.before + s.pixels, bytes = s.C * sizeof(scalar_t);
+        at::parallel_for(0, s.B * rows, 64, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                const int64_t b = row / rows, i = row % rows;
+                const scalar_t* old = from + (b * s.pixels + i - s.before) * s.C;
+                if (i >= s.before && scale)
+                    norm_silu(old, shift, scale, to + row * s.C, s.C);
+                else if (i >= s.before)
+                    std::memcpy(to + row * s.C, old, bytes);
+                else if (before)
+                    std::memcpy(to + row * s.C, before + (b * s.before + i) * s.C, bytes);
+                else
+                    std::memset(to + row * s.C, 0, bytes);
+                if (i >= s.pixels) std::memcpy(last + (b * s.before + i - s.pixels) * s.C, to + row * s.C, bytes);
+            }
+        });
     });
 }
 
 #ifdef NANOWAN_CUDA
-void norm_silu_on_cuda(const Tensor& x, const Tensor& gamma, const Tensor& all, const NormedClips& clips) {
+// buffer (B,C,2+T,H,W) and next (B,C,2,H,W) channels-last, as are x (B,C,T,H,W) and past.
+void fill_buffer_on_cuda(const Tensor& x, const Maybe& past, const Maybe& input_bias, const Maybe& gamma,
+                         Tensor buffer, Tensor next) {
+    const c10::cuda::CUDAGuard guard(x.device());
     const bool half = x.scalar_type() == at::kBFloat16;
     TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bf16 or fp32; x is ", x.scalar_type());
-    TORCH_CHECK(!nanowan_norm_silu(x.const_data_ptr(), gamma.to(at::kFloat).const_data_ptr<float>(),
-                                   all.mutable_data_ptr(), clips, half, c10::cuda::getCurrentCUDAStream().stream()),
-                "norm_silu: launch failed on x ", x.sizes());
+    for (const Tensor& t : {x, past.value_or(x), buffer, next})
+        TORCH_CHECK(t.is_contiguous(LAST) && t.scalar_type() == x.scalar_type() && t.size(1) == x.size(1),
+                    "channels-last tensors like x ", x.sizes(), " are needed; one is ", t.sizes());
+    const Clips clips{x.size(0), x.numel() / x.size(0) / x.size(1), x.size(1), next.numel() / x.size(0) / x.size(1)};
+    TORCH_CHECK(buffer.numel() == x.numel() + next.numel(), "buffer ", buffer.sizes(), " is not x ", x.sizes(),
+                " behind ", next.sizes());
+    auto floats = [](const Maybe& t) { return t.has_value() ? Maybe(t->to(at::kFloat).contiguous()) : t; };
+    auto pointer = [](const Maybe& t) { return t.has_value() ? t->const_data_ptr<float>() : nullptr; };
+    const Maybe bias = floats(input_bias), scale = floats(gamma);
+    TORCH_CHECK(!nanowan_fill_buffer(x.const_data_ptr(), past.has_value() ? past->const_data_ptr() : nullptr,
+                                     pointer(bias), pointer(scale), buffer.mutable_data_ptr(), next.mutable_data_ptr(),
+                                     clips, half, c10::cuda::getCurrentCUDAStream().stream()),
+                "fill_buffer: launch failed on x ", x.sizes());
 }
 #endif
 
-template <typename Norm>
-std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias_,
-                                    const Maybe& gamma, Norm norm) {
-    check(x_, past, w, bias_, gamma);
-    const Maybe bias = bias_.has_value() ? Maybe(bias_->contiguous()) : bias_;
+std::tuple<Tensor, Tensor> on_cpu(const Tensor& x_, const Maybe& past, const Tensor& w, const Maybe& bias_,
+                                  const Maybe& gamma, const Maybe& input_bias, const Maybe& residual) {
+    check(x_, past, w, bias_, gamma, input_bias, residual);
+    auto dense = [](const Maybe& t) { return t.has_value() ? Maybe(t->contiguous()) : t; };
+    const Maybe bias = dense(bias_);
     const Tensor x = x_.contiguous(LAST);
     const int64_t B = x.size(0), C = x.size(1), T = x.size(2), H = x.size(3), W = x.size(4), before = w.size(2) - 1;
-    Tensor all = x;
+    Tensor all = x, next = at::empty({0}, x.options());
     if (before || gamma.has_value()) {
         all = at::empty({B, C, before + T, H, W}, x.options(), LAST);
-        if (before) {
-            if (past.has_value())
-                all.narrow(2, 0, before).copy_(*past);
-            else
-                all.narrow(2, 0, before).zero_();
-        }
-        if (gamma.has_value())
-            norm(x, gamma->contiguous(), all, NormedClips{B, T * H * W, C, before * H * W});
-        else
-            all.narrow(2, before, T).copy_(x);
+        if (before) next = at::empty({B, C, before, H, W}, x.options(), LAST);
+        fill_buffer(x, past.has_value() ? Maybe(past->contiguous(LAST)) : past, input_bias, dense(gamma), all, next,
+                    Clips{B, T * H * W, C, before * H * W});
     }
     const int64_t pad = w.size(3) / 2;
-    const bool fp32_on_cpu = x.is_cpu() && x.scalar_type() == at::kFloat;
+    const bool fp32 = x.scalar_type() == at::kFloat;
     Tensor out;
-    if (fp32_on_cpu && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // with fewer it is no faster
+    if (fp32 && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // with fewer it is no faster
         out = winograd(all, w, bias);
-    else if (fp32_on_cpu && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN())
+    else if (fp32 && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN())
         // PyTorch itself sends small maps to a slow path that oneDNN beats several times over
         out = at::mkldnn_convolution(all, w, bias, {0, pad, pad}, {1, 1, 1}, {1, 1, 1}, 1);
     else
         out = at::conv3d(all, w, bias, {1, 1, 1}, {0, pad, pad});
-    return {out, before ? all.narrow(2, T, before).clone(LAST) : at::empty({0}, x.options())};
+    if (residual.has_value()) out.add_(*residual);
+    return {out, next};
 }
-
-std::tuple<Tensor, Tensor> on_cpu(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
-                                  const Maybe& gamma) {
-    return convolve(x, past, w, bias, gamma, norm_silu_on_cpu);
-}
-
-#ifdef NANOWAN_CUDA
-std::tuple<Tensor, Tensor> on_cuda(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
-                                   const Maybe& gamma) {
-    const c10::cuda::CUDAGuard guard(x.device());
-    return convolve(x, past, w, bias, gamma, norm_silu_on_cuda);
-}
-#endif
 
 std::tuple<Tensor, Tensor> on_meta(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bias,
-                                   const Maybe& gamma) {
-    check(x, past, w, bias, gamma);
+                                   const Maybe& gamma, const Maybe& input_bias, const Maybe& residual) {
+    check(x, past, w, bias, gamma, input_bias, residual);
     auto made = [&](c10::SymInt channels, c10::SymInt frames) {
         return at::empty_symint({x.sym_size(0), channels, frames, x.sym_size(3), x.sym_size(4)}, x.options())
             .contiguous(LAST);
@@ -166,7 +178,12 @@ bool fits_this_gpu() {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nanowan_csrc, m) {
-    m.def("causal_conv3d(Tensor x, Tensor? past, Tensor weight, Tensor? bias, Tensor? gamma) -> (Tensor, Tensor)");
+    m.def(
+        "causal_conv3d(Tensor x, Tensor? past, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? input_bias, "
+        "Tensor? residual) -> (Tensor, Tensor)");
+    m.def(
+        "fill_buffer(Tensor x, Tensor? past, Tensor? input_bias, Tensor? gamma, Tensor(a!) buffer, Tensor(b!) next) "
+        "-> ()");
     m.def("has_cuda() -> bool", &has_cuda);
     m.def("fits_this_gpu() -> bool", &fits_this_gpu);
 }
@@ -178,6 +195,6 @@ TORCH_LIBRARY_IMPL(nanowan_csrc, Meta, m) {
 }
 #ifdef NANOWAN_CUDA
 TORCH_LIBRARY_IMPL(nanowan_csrc, CUDA, m) {
-    m.impl("causal_conv3d", &on_cuda);
+    m.impl("fill_buffer", &fill_buffer_on_cuda);
 }
 #endif

@@ -1,6 +1,6 @@
 // What comes before the VAE's causal convolution on a GPU: RMS norm and SiLU, written where the convolution reads them,
-// behind the frames before the chunk. One warp a pixel, 16 bytes a load. No torch headers: `nvcc -c` compiles this
-// anywhere.
+// behind the frames before the chunk. One warp a row, 16 bytes a load. No torch headers: `nvcc -c` compiles this
+// anywhere. kernels/causal_conv3d.py has the same in Triton.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -35,50 +35,73 @@ struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
 // N: values at once, which divides C
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS)
-    norm_silu(const T* __restrict__ x, const float* __restrict__ gamma, T* __restrict__ out, NormedClips s) {
-    const int64_t p = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, packs = s.C / N;
-    if (p >= s.B * s.pixels) return;
-    const auto* from = reinterpret_cast<const Pack<T, N>*>(x + p * s.C);
-    auto* to = reinterpret_cast<Pack<T, N>*>(out + (p + (p / s.pixels + 1) * s.before) * s.C);
+    fill_buffer(const T* __restrict__ x, const T* __restrict__ past, const float* __restrict__ bias,
+                const float* __restrict__ gamma, T* __restrict__ buffer, T* __restrict__ next, Clips s) {
+    using Values = Pack<T, N>;
+    using Floats = Pack<float, N>;
+    const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = s.before + s.pixels;
+    if (row >= s.B * rows) return;
+    const int64_t b = row / rows, i = row % rows;
+    const int lane = threadIdx.x % 32, packs = int(s.C / N);
+    auto* to = reinterpret_cast<Values*>(buffer + row * s.C);
+    auto* last = i < s.pixels ? to : reinterpret_cast<Values*>(next + (b * s.before + i - s.pixels) * s.C);
+    const T* source = i >= s.before ? x + (b * s.pixels + i - s.before) * s.C : past + (b * s.before + i) * s.C;
+    const auto* from = reinterpret_cast<const Values*>(source);
+    if (i < s.before || !gamma) {
+        for (int k = lane; k < packs; k += 32) {
+            Values values{};
+            if (i >= s.before || past) values = from[k];
+            last[k] = to[k] = values;
+        }
+        return;
+    }
     float squares = 0;
-    for (int64_t i = threadIdx.x % 32; i < packs; i += 32) {
-        const Pack<T, N> values = from[i];
+    for (int k = lane; k < packs; k += 32) {
+        const Values values = from[k];
+        const Floats shift = bias ? reinterpret_cast<const Floats*>(bias)[k] : Floats{};
 #pragma unroll
-        for (int j = 0; j < N; j++) squares += to_float(values.v[j]) * to_float(values.v[j]);
+        for (int j = 0; j < N; j++) {
+            const float v = to_float(values.v[j]) + shift.v[j];
+            squares += v * v;
+        }
     }
     for (int other = 16; other; other /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, other);
     const float r = sqrtf(float(s.C)) / fmaxf(sqrtf(squares), 1e-12f);
-    for (int64_t i = threadIdx.x % 32; i < packs; i += 32) {
-        const Pack<T, N> values = from[i];
-        const Pack<float, N> scale = reinterpret_cast<const Pack<float, N>*>(gamma)[i];
-        Pack<T, N> results;
+    for (int k = lane; k < packs; k += 32) {
+        Values values = from[k];
+        const Floats shift = bias ? reinterpret_cast<const Floats*>(bias)[k] : Floats{};
+        const Floats scale = reinterpret_cast<const Floats*>(gamma)[k];
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float v = to_float(values.v[j]) * r * scale.v[j];
-            results.v[j] = from_float<T>(v / (1 + __expf(-v)));
+            const float v = (to_float(values.v[j]) + shift.v[j]) * r * scale.v[j];
+            values.v[j] = from_float<T>(v / (1 + __expf(-v)));
         }
-        to[i] = results;
+        last[k] = to[k] = values;
     }
 }
 
 template <typename T>
-int launch(const void* x, const float* gamma, void* out, const NormedClips& s, cudaStream_t stream) {
+int launch(const void* x, const void* past, const float* bias, const float* gamma, void* buffer, void* next,
+           const Clips& s, cudaStream_t stream) {
     constexpr int WIDE = 16 / sizeof(T);
-    const unsigned blocks = unsigned((s.B * s.pixels + WARPS - 1) / WARPS);
-    const auto kernel = s.C % WIDE ? norm_silu<T, 1> : norm_silu<T, WIDE>;
-    kernel<<<blocks, THREADS, 0, stream>>>(static_cast<const T*>(x), gamma, static_cast<T*>(out), s);
+    const unsigned blocks = unsigned((s.B * (s.before + s.pixels) + WARPS - 1) / WARPS);
+    const auto kernel = s.C % WIDE ? fill_buffer<T, 1> : fill_buffer<T, WIDE>;
+    kernel<<<blocks, THREADS, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(past), bias, gamma,
+                                           static_cast<T*>(buffer), static_cast<T*>(next), s);
     return int(cudaGetLastError());
 }
 
 }  // namespace
 
-int nanowan_norm_silu(const void* x, const float* gamma, void* out, NormedClips s, bool half, cudaStream_t stream) {
-    return half ? launch<__nv_bfloat16>(x, gamma, out, s, stream) : launch<float>(x, gamma, out, s, stream);
+int nanowan_fill_buffer(const void* x, const void* past, const float* bias, const float* gamma, void* buffer,
+                        void* next, Clips s, bool half, cudaStream_t stream) {
+    return half ? launch<__nv_bfloat16>(x, past, bias, gamma, buffer, next, s, stream)
+                : launch<float>(x, past, bias, gamma, buffer, next, s, stream);
 }
 
 int nanowan_fits_this_gpu() {
     cudaFuncAttributes attributes;
-    const int error = int(cudaFuncGetAttributes(&attributes, norm_silu<float, 4>));
+    const int error = int(cudaFuncGetAttributes(&attributes, fill_buffer<float, 4>));
     cudaGetLastError();  // which else the next launch would report
     return !error;
 }

@@ -3,17 +3,12 @@
 import math
 from typing import NamedTuple
 
+from nanowan import flops
 from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
 from nanowan.memory_estimate import ParallelLayout
 from nanowan.settings import check_size, parse_size, released
 from nanowan.variants.registry import VARIANTS
-
-
-def linear_flops(c, tokens, text):
-    """FLOPs of a forward pass of one sample through a DiT of WanConfig c: (in blocks' linears, in attention)."""
-    linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + 2 * text * c.dim**2
-    return 2 * c.num_layers * linear, 2 * c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text)
 
 
 def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
@@ -39,22 +34,26 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
 
 
 class Cluster(NamedTuple):
-    """GPUs that sustain `rate` FLOP/s each, `per_machine` to a machine. inside, between: bytes/s of a link within a
-    machine and to another one, per GPU.
+    """GPUs, `per_machine` to a machine. inside, between: bytes/s of a link within a machine and to another one, per
+    GPU.
     """
 
-    rate: float
     inside: float
     between: float
     per_machine: int = 8
 
 
-def step_times(c, grid, ranks, adapter, cluster, text=64):
-    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs of
-    a Cluster. c: the WanConfig; grid (T',H',W'); adapter: bytes of the LoRA's gradients; text: tokens of a caption.
+def lora_step(c, grid, text=64):
+    """The Flops of a LoRA step with checkpointing on one clip of the token grid (T',H',W')."""
+    translator = [f"blocks.{i}.cross_attn.{p}" for i in range(c.num_layers) for p in "kv"]
+    latents = [n * side for n, side in zip(grid, c.patch_size)]
+    return flops.training_step(c, latents, text, adapted=translator, checkpointing=True)
 
-    Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for. A step is a forward pass,
-    the forward pass again, and the gradient by activations.
+
+def step_times(c, grid, ranks, adapter, compute, cluster):
+    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs of
+    a Cluster. c: the WanConfig; grid (T',H',W'); adapter: bytes of the LoRA's gradients; compute: seconds that one GPU
+    computes for a sample. Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for.
     """
 
     def link(n):
@@ -62,7 +61,6 @@ def step_times(c, grid, ranks, adapter, cluster, text=64):
         return cluster.inside if n <= cluster.per_machine else cluster.between
 
     tokens = math.prod(grid)
-    compute = 3 * sum(linear_flops(c, tokens, text)) / cluster.rate
     weights = 2 * c.num_layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     all_reduce = 2 * (ranks - 1) / ranks * adapter / link(ranks)
     times = {"data parallel": ((compute + all_reduce) / ranks, weights)}
@@ -101,9 +99,9 @@ def run(args):
         f"sends {args.inside:g} GB/s within a machine of {args.per_machine} and {args.between:g} GB/s beyond; in "
         "brackets, GB of weights on each"
     )
-    cluster = Cluster(args.tflops * 1e12, args.inside * 1e9, args.between * 1e9, args.per_machine)
+    step, cluster = lora_step(c, grid), Cluster(args.inside * 1e9, args.between * 1e9, args.per_machine)
     for ranks in (1, 2, 4, 8, 16, 32, 64):
-        times = step_times(c, grid, ranks, adapter, cluster)
+        times = step_times(c, grid, ranks, adapter, step.total / (args.tflops * 1e12), cluster)
         fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}  # the rest is
         fastest = min(times, key=lambda name: times[name][0])  # for activations
         fastest_that_fits = min(fits, key=fits.get, default=None)
@@ -114,3 +112,6 @@ def run(args):
             note = f", and with {args.gb} GB: {fastest_that_fits}"
         cells = [f"{name} {seconds:.2f} ({size / 1e9:.1f})" for name, (seconds, size) in times.items()]
         print(f"{ranks:3} GPUs  {'  '.join(cells)}; fastest: {fastest}{note}")
+    cards = {name: flops.predict_seconds(step, name) for name in flops.CARDS}
+    said = ", ".join(f"{name} {seconds:.2f}" for name, seconds in cards.items())
+    print(f"predicted for one GPU, at rates that are assumed, not measured: {said} s")

@@ -1,12 +1,10 @@
-"""One fused op per file, each with its reference, Triton kernels, autograd and a check-and-time main.
+"""One fused operation per file: its reference, which is the definition, then C++ or Triton, then autograd.
 
 On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that is built. With TRITON_INTERPRET=1 the
 Triton kernels themselves run on the CPU, slowly, which is how the tests check them.
 """
 
 import contextlib
-import hashlib
-import importlib
 import importlib.util
 import os
 import re
@@ -16,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kernels.sources import sources_digest
+
 ROOT = Path(__file__).parent.parent
 triton = None
 # without a GPU or the interpreter there is nothing to launch, and importing Triton takes a second
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     with contextlib.suppress(ImportError):
-        triton = importlib.import_module("triton")
+        import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -39,12 +39,6 @@ def check_interpreter(triton_version, numpy_version):
 
 if INTERPRETED and triton:
     check_interpreter(triton.__version__, np.__version__)
-
-
-def sources_digest(folder):
-    """Of csrc's files, as setup.py computes it too (which cannot import this)."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".cpp", ".cu", ".h"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def mismatch(file):
@@ -73,7 +67,8 @@ def load_csrc():
     why = mismatch(Path(spec.origin))  # before loading, which can end in SIGILL
     if not why:
         try:
-            importlib.import_module("nanowan_csrc")
+            import nanowan_csrc  # noqa: F401
+
             return True
         except ImportError as e:
             why = f"does not load: {e}"

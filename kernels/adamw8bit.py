@@ -1,8 +1,5 @@
 """A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU one kernel for each parameter.
 
-    python -m kernels.adamw8bit     check against AdamW in fp32, then time it (a GPU; or TRITON_INTERPRET=1 to check
-    only)
-
 weight and compensation (n,) bf16, grad (n,) bf16, of any one shape; codes (blocks,BLOCK) int16, both moments of each
 parameter; scale (blocks,1) fp32, one per block. The weight proper is weight - compensation, to 16 bits of mantissa, the
 last of them rounded at random; decay and update act on that sum, in fp32. Compensation: Kahan, 1965, and Zamirai et
@@ -15,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels import INTERPRETED, launchable, triton
-from kernels.testing import report, timed
 
 if triton:
     import triton.language as tl
@@ -168,7 +164,7 @@ if triton:
 @torch.library.custom_op(
     "nanowan::adamw8bit_step", mutates_args=("weight", "compensation", "codes", "scale"), device_types="cuda"
 )
-def fused(
+def _step(
     weight: Tensor,
     compensation: Tensor,
     grad: Tensor,
@@ -207,10 +203,10 @@ def fused(
 
 
 if INTERPRETED:
-    fused.register_kernel("cpu")(fused._init_fn)
+    _step.register_kernel("cpu")(_step._init_fn)
 
 
-@fused.register_fake
+@_step.register_fake
 def _(weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_decay):
     pass
 
@@ -218,7 +214,7 @@ def _(weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_de
 # ---- public ------------------------------------------------------------------------------------------------------
 def step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
     """As step_ref."""
-    fused(weight, compensation, grad, codes, scale, step, lr, *betas, eps, weight_decay)
+    _step(weight, compensation, grad, codes, scale, step, lr, *betas, eps, weight_decay)
 
 
 def new_state(p):
@@ -226,38 +222,3 @@ def new_state(p):
     blocks = -(-p.numel() // BLOCK)
     codes = torch.full((blocks, BLOCK), pack(0, 0), dtype=torch.int16, device=p.device)
     return torch.zeros_like(p), codes, torch.zeros(blocks, 1, device=p.device)
-
-
-def check(device, n=5 * BLOCK + 77, steps=10):
-    """The relative error of a walk of `steps` steps against torch's AdamW in fp32, whose gradients differ by up to a
-    million in each block.
-    """
-    g = torch.Generator().manual_seed(0)
-    magnitude, direction = 10 ** (-6 * torch.rand(n, generator=g)), torch.randn(n, generator=g).sign()
-    start = torch.randn(n, generator=g).bfloat16()
-    ours, theirs = start.to(device).clone(), torch.nn.Parameter(start.float().to(device))
-    state, settings = new_state(ours), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    peer = torch.optim.AdamW([theirs], **settings)
-    for i in range(1, steps + 1):
-        grad = (magnitude * (direction + torch.randn(n, generator=g))).bfloat16().to(device)
-        step(ours, state[0], grad, *state[1:], i, **settings)
-        theirs.grad = grad.float()
-        peer.step()
-    a, b = (t - start.float().to(device) for t in (ours.float() - state[0].float(), theirs.detach()))
-    return ((a - b).norm() / b.norm()).item()
-
-
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {"check": report("adamw8bit", check(device), 0.06)}
-    if device == "cuda":
-        p = torch.randn(4096, 10240, device="cuda", dtype=torch.bfloat16)
-        compensation, codes, scale = new_state(p)
-        inputs = p, compensation, torch.randn_like(p), codes, scale, 2, 1e-4, (0.9, 0.99), 1e-8, 0.01
-        name = f"adamw8bit {p.numel()}"
-        results[name] = timed(name, lambda: step(*inputs), lambda: step_ref(*inputs), 14 * p.numel())
-    return results
-
-
-if __name__ == "__main__":
-    main()

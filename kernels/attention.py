@@ -1,37 +1,28 @@
 """Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
 
-    python -m kernels.attention     check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
-    only)
-
-q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; bias (B,S) fp32 is added to the logits; softmax in
-fp32. With `weight` (N*d,), q is the bare projection: every row is RMS-normed over its whole width N*d, weighted, and
-with `table` and `positions` rotated (see rope.py), then rounded once. The norm's statistic (B,L) is taken by a small
-kernel before, since no tile sees a whole row. The backward pass keeps the bare q only and makes the other again.
+q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. With `weight` (N*d,), q is the bare
+projection: every row is RMS-normed over its whole width N*d, weighted, and with `table` and `positions` rotated (see
+rope.py), then rounded once. The norm's statistic (B,L) is taken by a small kernel before, since no tile sees a whole
+row. The backward pass keeps the bare q only and makes the other again.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import INTERPRETED, launchable, qk_norm_rope, triton
-from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, scattered_positions
-from kernels.testing import milliseconds, report, seeded, worst
 
 if triton:
     import triton.language as tl
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
-def attention_ref(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
+def attention_ref(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
     """-> (B,L,N,d)."""
     if weight is not None:
         (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if bias is None else bias[:, None, None].to(q.dtype)
-    ).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -67,7 +58,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         out,
         lse,
         rstd,
@@ -88,7 +78,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         NORM: tl.constexpr,
         ROPE: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -124,13 +113,10 @@ if triton:
             keys = start + tl.arange(0, NK)
             K = tile(k, b * k_b, head, k_l, keys, S, d, DP)
             logits = dot(Q, tl.trans(K), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
             logits = tl.where((keys < S)[None, :], logits, float("-inf"))
             new = tl.maximum(top, tl.max(logits, 1))
-            safe = tl.where(new == float("-inf"), 0.0, new)  # every key so far is masked
-            P = tl.exp2(logits - safe[:, None])
-            shrink = tl.exp2(top - safe)
+            P = tl.exp2(logits - new[:, None])
+            shrink = tl.exp2(top - new)
             norm = norm * shrink + tl.sum(P, 1)
             V = tile(v, b * v_b, head, v_l, keys, S, d, DP)
             acc = acc * shrink[:, None] + dot(P.to(V.dtype), V, PRECISION)
@@ -158,7 +144,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         dout,
         lse,
         delta,
@@ -176,7 +161,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
@@ -193,8 +177,6 @@ if triton:
                 tile(dout, b * L * N * d, head, N * d, rows, L, d, DP),
             )
             logits = dot(K, tl.trans(Q), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[:, None]
             top = tl.load(lse + (b * N + head) * L + rows, mask=rows < L, other=0.0)
             P = tl.where((keys < S)[:, None] & (rows < L)[None, :], tl.exp2(logits - top[None, :]), 0.0)
             dV += dot(P.to(dO.dtype), dO, PRECISION)
@@ -215,7 +197,6 @@ if triton:
         q,
         k,
         v,
-        bias,
         dout,
         lse,
         delta,
@@ -232,7 +213,6 @@ if triton:
         DP: tl.constexpr,
         M: tl.constexpr,
         NK: tl.constexpr,
-        BIAS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """Gradients of M queries of one head, over all keys in tiles of NK."""
@@ -250,8 +230,6 @@ if triton:
             keys = start + tl.arange(0, NK)
             K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
             logits = dot(Q, tl.trans(K), PRECISION) * scale2
-            if BIAS:
-                logits += (tl.load(bias + b * S + keys, mask=keys < S, other=0.0) * 1.4426950408889634)[None, :]
             P = tl.where((keys < S)[None, :], tl.exp2(logits - top[:, None]), 0.0)
             dS = P * (dot(dO, tl.trans(V), PRECISION) - part[:, None])
             dQ += dot(dS.to(K.dtype), K, PRECISION)
@@ -302,15 +280,8 @@ def statistic(q, eps):
 
 
 @torch.library.custom_op("nanowan::attention", mutates_args=(), device_types=("cuda", "cpu"))
-def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    table: Tensor | None,
-    positions: Tensor | None,
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, eps: float, table: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """-> out (B,L,N,d), log2 of the softmax's sum (B,N,L)."""
     (B, L, N, d), S = q.shape, k.shape[1]
@@ -323,7 +294,6 @@ def fused(
             q,
             k,
             v,
-            bias,
             out,
             lse,
             rstd,
@@ -340,7 +310,6 @@ def fused(
             k.stride(1),
             v.stride(0),
             v.stride(1),
-            BIAS=bias is not None,
             NORM=weight is not None,
             ROPE=table is not None,
             **t,
@@ -349,9 +318,7 @@ def fused(
 
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
-def fused_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; q normalised and rotated."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, dout, k, v = q.contiguous(), dout.contiguous(), dense(k), dense(v)
@@ -361,103 +328,45 @@ def fused_backward(
     at = (L, S, N, d**-0.5, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     with launchable(q):
         delta_kernel[(B * L * N,)](out, dout, delta, d=d, DP=keys["DP"])
-        keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](
-            q, k, v, bias, dout, lse, delta, dk, dv, *at, BIAS=bias is not None, **keys
-        )
-        queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](
-            q, k, v, bias, dout, lse, delta, dq, *at, BIAS=bias is not None, **queries
-        )
+        keys_kernel[(triton.cdiv(S, keys["NK"]), B * N)](q, k, v, dout, lse, delta, dk, dv, *at, **keys)
+        queries_kernel[(triton.cdiv(L, queries["M"]), B * N)](q, k, v, dout, lse, delta, dq, *at, **queries)
     return dq, dk, dv
 
 
-@fused.register_fake
-def _(q, k, v, bias, weight, eps, table, positions):
+@_forward.register_fake
+def _(q, k, v, weight, eps, table, positions):
     B, L, N, d = q.shape
     return q.new_empty(q.shape), q.new_empty(B, N, L, dtype=torch.float32)
 
 
-@fused_backward.register_fake
-def _(dout, q, k, v, bias, out, lse):
+@_backward.register_fake
+def _(dout, q, k, v, out, lse):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def keep(ctx, inputs, output):
-    q, k, v, bias, weight, ctx.eps, table, positions = inputs
-    ctx.save_for_backward(q, k, v, bias, weight, table, positions, *output)
+def setup_context(ctx, inputs, output):
+    q, k, v, weight, ctx.eps, table, positions = inputs
+    ctx.save_for_backward(q, k, v, weight, table, positions, *output)
     ctx.set_materialize_grads(False)
 
 
-def differentiate(ctx, dout, _):
-    q, k, v, bias, weight, table, positions, out, lse = ctx.saved_tensors
+def backward(ctx, dout, _):
+    q, k, v, weight, table, positions, out, lse = ctx.saved_tensors
     heads, dweight, ready = q.shape[2], None, q
     how = (ctx.eps, heads, table, positions)
     if weight is not None:
-        (ready,) = qk_norm_rope.fused([q.flatten(2)], [weight], *how)
-    dq, dk, dv = fused_backward(dout, ready, k, v, bias, out, lse)
+        (ready,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], *how)
+    dq, dk, dv = _backward(dout, ready, k, v, out, lse)
     if weight is not None:
-        dq, *more = qk_norm_rope.fused_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
+        dq, *more = qk_norm_rope.qk_norm_rope_backward([dq], [q.flatten(2)], [weight], *how, weight.requires_grad)
         dq, dweight = dq.view(q.shape), more[0][0] if more else None
-    return dq, dk, dv, None, dweight, None, None, None
+    return dq, dk, dv, dweight, None, None, None
 
 
-torch.library.register_autograd("nanowan::attention", differentiate, setup_context=keep)
+_forward.register_autograd(backward, setup_context=setup_context)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def attention(q, k, v, bias=None, weight=None, eps=1e-6, table=None, positions=None):
+def attention(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
     """As attention_ref."""
-    return fused(q, k, v, bias, weight, eps, table, qk_norm_rope.packed(positions))[0]
-
-
-def check(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Worst relative error of values and gradients against the reference in fp64: bare q and normalised q, which a
-    grid's positions and scattered ones rotate; with and without a bias; odd sizes.
-    """
-    (generator, random), L = seeded(device), math.prod(grid)
-    qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
-    weight, bias, table = 1 + 0.1 * random(N * d), random(B, S), rope_table(MAX_POSITIONS, d, device)
-    bias[0, 30:] = -torch.inf
-    ends, results = random(4, B, L, N, d), []
-    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
-    for op, kind in ((attention, None), (attention_ref, torch.float64)):
-        a, c, w = (u.detach().to(kind or u.dtype).requires_grad_() for u in (qkv, text, weight))
-        q, k, v = a.unbind(2)
-        h = [op(q, k, v, None, w, 1e-6, table.to(w.dtype), at) for at in places]
-        h += [op(q, *c.unbind(2), bias.to(w.dtype), w), op(q, k, v)]
-        sum((u.to(w.dtype) * e.to(w.dtype)).sum() for u, e in zip(h, ends)).backward()
-        results.append([*h, a.grad, c.grad, w.grad])
-    return worst(*results)
-
-
-@torch.no_grad()
-def time_size(grid, N):
-    """{name: {"ms", "tflops"}} of the attention of a clip of this token grid on itself, N heads of 128, in bf16."""
-    L = math.prod(grid)
-    q, k, v = torch.randn(1, L, 3, N, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
-    how = torch.ones(N * 128, device="cuda"), 1e-6, rope_table(max(grid), 128, "cuda"), grid_positions(grid, "cuda")
-
-    def unfused():
-        weight, eps, *rope = how
-        (normed,) = qk_norm_rope.qk_norm_rope([q.flatten(2)], [weight], eps, N, *rope)
-        return attention_ref(normed, k, v)
-
-    runs = {"fused": lambda: attention(q, k, v, None, *how), "prologue and PyTorch's": unfused}
-    times = {name: milliseconds(run, 10) for name, run in runs.items()}
-    results = {name: {"ms": ms, "tflops": 4 * L * L * N * 128 / ms / 1e9} for name, ms in times.items()}
-    line = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.0f} TFLOP/s)" for name, r in results.items())
-    print(f"attention, {L} tokens, {N} heads: {line}", flush=True)
-    return results
-
-
-def main():
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
-        results[f"check {dtype}"] = report(f"attention, {dtype}", check(device, dtype), limit)
-    if device == "cuda":
-        for grid, N in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            results[f"{math.prod(grid)}x{N}"] = time_size(grid, N)
-    return results
-
-
-if __name__ == "__main__":
-    main()
+    return _forward(q, k, v, weight, eps, table, qk_norm_rope.packed(positions))[0]

@@ -1,9 +1,10 @@
-"""Which attention runs: PyTorch's (cuDNN, FlashAttention 2 or 3) or this project's Triton kernel, by a table or a flag.
+"""Which attention runs: PyTorch's, this project's Triton kernel or SageAttention, by a table or a flag (`select`).
 
 On a GPU `auto` takes the fastest by compute capability: cuDNN's from Hopper to data-centre Blackwell (9.x, 10.x), and
 FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: A100 0.82x, A10G 0.93x,
 RTX PRO 6000 0.88x of FlashAttention). Where the package flash_attn_interface is installed and every GPU is a Hopper,
-PyTorch's FlashAttention is version 3, and is taken.
+PyTorch's FlashAttention is version 3, and is taken. SageAttention (Zhang et al., 2024) multiplies in 8 bits: it is not
+exact, and has no gradients.
 """
 
 import functools
@@ -19,19 +20,56 @@ from kernels import attention as attention_kernel
 from kernels import backend
 from kernels import qk_norm_rope as norm_kernel
 
-CHOICES = ("auto", "cudnn", "flash", "triton")
+CHOICES = ("auto", "cudnn", "flash", "triton", "sage")
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
 # with a mask not cuDNN's, PyTorch's own choice: it makes a plan for every length, and on Hopper its gradients by q were
 # NaN at some (pytorch/pytorch#196678)
 MASKED_BACKENDS = CUDNN_FIRST[2:]
-SELECTED = "auto"  # by `select`
+SELECTED, SAGE_ERROR = "auto", None  # by `select`
 
 
-def select(name):
-    """Use one of CHOICES from now on."""
-    global SELECTED
+# ---- the choice --------------------------------------------------------------------------------------------------
+def select(name, device, dtype=torch.bfloat16, gradients=False):
+    """Use one of CHOICES on a device from now on. dtype: of q, k and v; gradients: whether they will be needed. Raises
+    ValueError, with the reason, for a choice that cannot be had: each is tried on a small clip.
+    """
+    global SELECTED, SAGE_ERROR
+    device = torch.device(device)
+    if name not in CHOICES:
+        raise ValueError(f"choose from {', '.join(CHOICES)}")
+    if name != "auto":
+        if device.type != "cuda":
+            raise ValueError(f"attention is chosen on GPUs only; this is {device.type}")
+        if name == "sage" and gradients:
+            raise ValueError("SageAttention has no gradients; it is for sampling")
+        if name == "sage" and not importlib.util.find_spec("sageattention"):
+            raise ValueError("the package sageattention is not installed (https://github.com/thu-ml/SageAttention)")
+        if name == "triton" and backend.implementation("cuda") == "ref":
+            raise ValueError("Triton's operations are not used here")
+        SAGE_ERROR = sample_error(name, device, dtype)
     SELECTED = name
+
+
+@torch.no_grad()
+def sample_error(name, device, dtype, shape=(1, 2048, 4, 128)):
+    """The relative error of one of CHOICES, but "auto", on normal numbers q, k, v (B,L,N,d). Raises ValueError where it
+    does not run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in "qkv")
+    by_name = {
+        "cudnn": lambda: attention(q, k, v, backends=CUDNN_FIRST[:1]),
+        "flash": lambda: attention(q, k, v, backends=FLASH_FIRST[:1]),
+        "triton": lambda: attention_kernel.attention(q, k, v).flatten(2),
+        "sage": lambda: sage_attention(q, k, v),
+    }
+    try:
+        got = by_name[name]().float()
+    except Exception as e:  # whatever a package or a kernel raises
+        raise ValueError(f"does not run here ({backend.in_one_line(e)})") from None
+    want = F.scaled_dot_product_attention(*(u.float().transpose(1, 2) for u in (q, k, v))).transpose(1, 2).flatten(2)
+    return ((got - want).norm() / want.norm()).item()
 
 
 @functools.cache
@@ -50,8 +88,10 @@ def chosen(device):
 def describe(device):
     """`chosen` in words, for a run's first lines."""
     name = chosen(device)
+    if name == "sage":
+        return f"SageAttention, off by {100 * SAGE_ERROR:.2f} % on random inputs"
     flash = "FlashAttention 3" if name == "flash" and flash_attention_3(device) else "FlashAttention 2"
-    return {"cudnn": "cuDNN's attention", "flash": flash, "triton": "this project's Triton attention"}[name]
+    return {"cudnn": "cuDNN's attention", "flash": flash, "triton": "Triton attention"}[name]
 
 
 @functools.cache
@@ -71,7 +111,7 @@ def flash_attention_3(device):
             q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
             torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
     except Exception as e:  # whatever a package that was built for another PyTorch raises
-        print(f"ops: flash_attn_interface does not work here ({type(e).__name__}: {e})", file=sys.stderr)
+        print(f"ops: flash_attn_interface does not work here ({backend.in_one_line(e)})", file=sys.stderr)
         torch.nn.attention.restore_flash_attention_impl()
         return False
     return True
@@ -82,28 +122,41 @@ if torch.cuda.is_available():
     by_capability, flash_attention_3 = map(torch.compiler.assume_constant_result, (by_capability, flash_attention_3))
 
 
-def pytorch_backends(q):
-    """PyTorch's attentions to try in turn for q."""
-    return CUDNN_FIRST if q.is_cuda and chosen(q.device) == "cudnn" else FLASH_FIRST
-
-
+# ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
-    """Softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d). backends: on
-    a GPU and without a mask, which are tried in turn (default: pytorch_backends).
+    """PyTorch's softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d).
+    backends: on a GPU and without a mask, which are tried in turn (default: those of the choice first).
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    order = MASKED_BACKENDS if mask is not None else backends or pytorch_backends(q)
-    with sdpa_kernel(order, set_priority=True):
+    if mask is not None:
+        backends = MASKED_BACKENDS
+    elif backends is None:
+        name = SELECTED if SELECTED in ("cudnn", "flash") else by_capability(q.device)
+        backends = CUDNN_FIRST if name == "cudnn" else FLASH_FIRST
+    with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def attention(q, k, v, bias=None):
-    """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d)."""
+def sage_attention(q, k, v):
+    """SageAttention of q (B,L,N,d) on k and v (B,S,N,d) -> (B,L,N*d)."""
+    from sageattention import sageattn
+
+    if torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
+        raise ValueError("SageAttention has no gradients; it is for sampling")
+    return sageattn(q, k, v, tensor_layout="NHD").flatten(2)
+
+
+def attention(q, k, v, bias=None, backends=None):
+    """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d).
+    backends: as in sdpa.
+    """
+    if SELECTED == "sage" and q.is_cuda and bias is None and backends is None:
+        return sage_attention(q, k, v)
     if bias is not None:
         bias = bias.to(q.dtype)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return sdpa(q, k, v, bias).transpose(1, 2).flatten(2)
+    return sdpa(q, k, v, bias, backends=backends).transpose(1, 2).flatten(2)
 
 
 class NormedAttention(torch.autograd.Function):
@@ -130,7 +183,7 @@ class NormedAttention(torch.autograd.Function):
         grads = attention_backward(*transposed, out, lse, 0.0, False)
         dnormed_q, dnormed_k, dv = (g.transpose(1, 2).contiguous() for g in grads)
         need_weights = any(ctx.needs_input_grad[3:5])
-        dq, dk, *dweights = norm_kernel.fused_backward(
+        dq, dk, *dweights = norm_kernel.qk_norm_rope_backward(
             [dnormed_q, dnormed_k], [q, k], [weight_q, weight_k], *ctx.how, need_weights
         )
         dweight_q, dweight_k = dweights[0] if need_weights else (None, None)
@@ -141,12 +194,11 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
     (B,L,D).
     """
-    how = backend.CHOSEN.get(q.device.type)
     # in Triton's interpreter the kernel is what is to be tested; a plan's fake tensors take PyTorch's, which takes more
     ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
-    if how in ("triton", "cuda") and ours:
+    if backend.has_triton(q) and ours:
         return fused_attention(q, k, v, weights, eps, heads, table, positions)
-    if how == "cpp" and torch.is_grad_enabled():
+    if backend.implementation(q.device.type) == "cpp" and torch.is_grad_enabled():
         return NormedAttention.apply(q, k, v, *weights, eps, heads, table, norm_kernel.packed(positions))
     return unfused_attention(q, k, v, weights, eps, heads, table, positions)
 
@@ -155,7 +207,7 @@ def fused_attention(q, k, v, weights, eps, heads, table, positions):
     """This project's, which norms and rotates q as it loads it."""
     (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
     q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
-    return attention_kernel.attention(q, k, v, None, weights[0], eps, table, positions).flatten(2)
+    return attention_kernel.attention(q, k, v, weights[0], eps, table, positions).flatten(2)
 
 
 def unfused_attention(q, k, v, weights, eps, heads, table, positions):

@@ -1,66 +1,105 @@
-"""Picks the implementation of every hot operation, once, at import; scripts print which (`chosen`).
+"""Picks the implementation of every hot operation, by the type of device.
 
 NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
            =cuda     Triton, and csrc's CUDA for what comes before the VAE's convolutions
            =cpp      csrc's C++, on a CPU
-           =auto     the fastest that can be had: on a GPU Triton, on a CPU C++ if it was built, else the reference
+           =auto     the fastest that can be had: on a GPU Triton, and CUDA where it was built; on a CPU C++ if it was
+                     built; else the reference
 
-An explicit choice that cannot be had raises ImportError with the reason.
+An explicit choice that cannot be had raises ImportError with the reason. Triton can be had where it launches a kernel:
+it compiles C when it first does, and is installed on many machines that have no compiler.
 """
 
 import contextlib
+import functools
 import os
 import sys
 
 import torch
 
 import kernels
-from kernels import linear as linear_kernel
 
 CHOICES = ("auto", "ref", "cpp", "triton", "cuda")
+REQUESTED = os.environ.get("NANOWAN_OPS", "auto")
+
+if kernels.triton:
+
+    @kernels.triton.jit
+    def probe_kernel():
+        pass
 
 
-def available():
-    """{choice: None, or why it cannot be had}."""
-    gpu, cpp, triton, cuda = torch.cuda.is_available(), None, None, None
-    if not kernels.BUILT:
-        cpp = f"the C++ extension is not built ({sys.executable} -m pip install -e . builds it)"
-    if not gpu and not kernels.INTERPRETED:
-        triton = "no CUDA device, and TRITON_INTERPRET is not 1"
-    elif kernels.triton is None:
-        triton = "triton is not installed"
-    if not gpu:
-        cuda = "no CUDA device"
-    elif cpp or not torch.ops.nanowan_csrc.has_cuda():
-        cuda = cpp or "the extension was built without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
-    return {"auto": None, "ref": None, "cpp": cpp, "triton": triton, "cuda": triton or cuda}
+def in_one_line(error):
+    """An exception's type and its first line."""
+    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), '')[:200]}"
 
 
-def resolve(choice):
-    """{device type: implementation} for one of CHOICES. Raises ImportError where an explicit one cannot be had."""
+@functools.cache
+def launch_error():
+    """Why Triton cannot launch a kernel on the current GPU, in one line, or None."""
+    try:
+        probe_kernel[(1,)]()
+    except Exception as e:  # whatever a compiler, Triton or a driver says
+        return f"Triton cannot launch a kernel ({in_one_line(e)}); try: apt install gcc python3-dev"
+
+
+def lacking(choice):
+    """Why one of CHOICES cannot be had, as far as can be seen without taking memory on a GPU, or None."""
+    gpu = torch.cuda.is_available()
+    if choice == "cpp" and not kernels.BUILT:
+        return f"the C++ extension is not built ({sys.executable} setup.py build_ext --inplace builds it)"
+    if choice == "triton" and not gpu and not kernels.INTERPRETED:
+        return "no CUDA device, and TRITON_INTERPRET is not 1"
+    if choice == "cuda" and not gpu:
+        return "no CUDA device"
+    if choice in ("triton", "cuda") and kernels.triton is None:
+        return "triton is not installed"
+    if choice == "cuda" and not (kernels.BUILT and torch.ops.nanowan_csrc.has_cuda()):
+        return "the extension is not built, or without CUDA (NANOWAN_CUDA=1 makes setup.py say why)"
+    return None
+
+
+def resolve(choice, device_type):
+    """The implementation that one of CHOICES means on a type of device: "ref", "cpp", "triton" or "cuda". Raises
+    ImportError where an explicit choice cannot be had.
+    """
     if choice not in CHOICES:
         raise ImportError(f"NANOWAN_OPS={choice}: choose from {', '.join(CHOICES)}")
-    why = available()
-    if why[choice]:
-        raise ImportError(f"NANOWAN_OPS={choice}: {why[choice]}")
-    if choice == "auto":
-        return {
-            "cpu": "ref" if why["cpp"] else "cpp",
-            "cuda": "cuda" if not why["cuda"] else "ref" if why["triton"] else "triton",
-        }
-    return {
-        "cpu": choice if choice == "cpp" or choice == "triton" and kernels.INTERPRETED else "ref",
-        "cuda": choice if choice in ("triton", "cuda") else "ref",
-    }
+    if why := lacking(choice):
+        raise ImportError(f"NANOWAN_OPS={choice}: {why}")
+    if device_type == "cpu":
+        if choice == "auto":
+            return "cpp" if kernels.BUILT else "ref"
+        return choice if choice == "cpp" or choice == "triton" and kernels.INTERPRETED else "ref"
+    if device_type != "cuda" or choice in ("ref", "cpp") or not torch.cuda.is_available():
+        return "ref"
+    if why := lacking("triton") or launch_error():
+        if choice != "auto":
+            raise ImportError(f"NANOWAN_OPS={choice}: {why}")
+        print(f"ops: {why}; PyTorch's operations are used", file=sys.stderr, flush=True)
+        return "ref"
+    return "triton" if choice == "triton" or lacking("cuda") else "cuda"
 
 
-CHOSEN = resolve(os.environ.get("NANOWAN_OPS", "auto"))
+CHOSEN = {"cpu": resolve(REQUESTED, "cpu")}  # by type of device; a GPU's when it is first used
+
+
+def implementation(device_type):
+    """What operations on a type of device run: "ref", "cpp", "triton" or "cuda"."""
+    if device_type not in CHOSEN:
+        CHOSEN[device_type] = resolve(REQUESTED, device_type)
+    return CHOSEN[device_type]
 
 
 def fast(x):
     """Whether x's device has more than the reference."""
-    return CHOSEN.get(x.device.type, "ref") != "ref"
+    return implementation(x.device.type) != "ref"
+
+
+def has_triton(x):
+    """Whether Triton's kernels run on x's device; on a CPU in its interpreter."""
+    return implementation(x.device.type) in ("triton", "cuda")
 
 
 def on_gpu(x):
@@ -76,25 +115,18 @@ def capable(device, least=(0, 0), below=(99, 0)):
     return least <= capability < below
 
 
-def chosen(device):
-    """What a device's operations are, for a run's first lines and its record."""
-    kind = torch.device(device).type
-    names = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's and CUDA's"}
-    choice = CHOSEN.get(kind, "ref")
-    products = {"tiles": ", large fp32 products on AMX tiles", "onednn": ", large fp32 products by oneDNN", None: ""}
-    where = products[linear_kernel.FASTER] if choice == "cpp" else ""
-    if kind == "cuda" and torch.__version__ < (2, 10) and (torch.backends.cudnn.version() or 0) < 91500:
-        # pytorch/pytorch#166643
-        where = "; torch 2.9 makes the VAE's bf16 convolutions without cuDNN, slowly and in much memory: take 2.10"
-    return f"{names[choice]} operations on {kind}{where}"
+if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
+    # constants while torch.compile traces
+    implementation, capable = map(torch.compiler.assume_constant_result, (implementation, capable))
 
 
 @contextlib.contextmanager
 def using(choice, pretend=False):
     """Another choice for a while: for tests and benchmarks. pretend: on fake CPU tensors, what a GPU would run."""
-    global CHOSEN
-    before, CHOSEN = CHOSEN, {"cpu": choice} if pretend else resolve(choice)
+    global CHOSEN, REQUESTED
+    before = CHOSEN, REQUESTED
+    CHOSEN, REQUESTED = {"cpu": choice if pretend else resolve(choice, "cpu")}, choice
     try:
         yield
     finally:
-        CHOSEN = before
+        CHOSEN, REQUESTED = before

@@ -1,17 +1,25 @@
-"""The VAE's causal 3-D convolution, streaming through time, with the RMS norm and SiLU before it; C++ and CUDA in csrc.
-
-    python -m kernels.causal_conv3d     check against the reference, then time it
+"""The VAE's causal 3-D convolution, streaming through time, with what comes before and after it.
 
 x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k)
-of 3x3x3, 3x1x1 or 1x1x1; gamma (C,...) or None for no norm. Returns out (B,N,T,H,W) and what the next chunk's `past` is
-(None with kt = 1).
+of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...) RMS norm and SiLU come first, and before them input_bias
+(C), which the convolution that made x was not given. residual (B,N,T,H,W) or None is added to the result.
+Returns out (B,N,T,H,W) and what the next chunk's `past` is (None with kt = 1).
+
+On a GPU one kernel writes the frames before and the normed chunk into the buffer that cuDNN convolves, and the last two
+of them where the next chunk will find them. PyTorch adds a bias in a pass of its own after cuDNN; input_bias and
+residual are there to save it. On a CPU all of it is csrc/causal_conv3d.cpp, whose libraries add a bias at no cost.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kernels import BUILT
-from kernels.testing import milliseconds, report, seeded, worst
+from kernels import launchable, triton
+
+if triton:
+    import triton.language as tl
+
+LAST = torch.channels_last_3d
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
@@ -20,86 +28,132 @@ def rms_norm(x, gamma):
     return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * gamma)
 
 
-def causal_conv3d_ref(x, past, weight, bias=None, gamma=None):
+def causal_conv3d_ref(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
     """-> (out, the next chunk's past), as above."""
     if gamma is not None:
+        x = x if input_bias is None else x + input_bias.view(-1, 1, 1, 1)
         x = F.silu(rms_norm(x, gamma.view(-1, 1, 1, 1)))
-    pad = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    if weight.shape[2] == 1:
-        return F.conv3d(x, weight, bias, padding=pad), None
-    x = torch.cat([x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) if past is None else past, x], 2)
-    return F.conv3d(x, weight, bias, padding=pad), x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+    if weight.shape[2] > 1:
+        x = torch.cat([x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) if past is None else past, x], 2)
+        past = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+    out = F.conv3d(x, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
+    return out if residual is None else out + residual, past
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+if triton:
+
+    @triton.jit
+    def fill_kernel(
+        x,
+        past,
+        bias,
+        gamma,
+        buffer,
+        last,
+        pixels,
+        before,
+        C: tl.constexpr,
+        PAST: tl.constexpr,
+        BIAS: tl.constexpr,
+        NORM: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """ROWS rows of C channels of a clip's buffer a program: `before` of past, then `pixels` of x. The last `before`
+        of all go to `last` too.
+        """
+        i, b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+        c = tl.arange(0, BLOCK)[None, :]
+        new, inside = (i >= before)[:, None], (i < before + pixels)[:, None] & (c < C)
+        v = tl.load(x + (b * pixels + i - before)[:, None] * C + c, mask=inside & new, other=0.0)
+        if NORM:
+            y = v.to(tl.float32)
+            if BIAS:
+                y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+            norm = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 1e-12)
+            y *= (tl.sqrt(C * 1.0) / norm)[:, None] * tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)
+            v = (y / (1.0 + tl.exp(-y))).to(v.dtype)
+        if PAST:
+            old = tl.load(past + (b * before + i)[:, None] * C + c, mask=inside & (i < before)[:, None], other=0.0)
+        else:
+            old = tl.zeros((ROWS, BLOCK), v.dtype)
+        v = tl.where(new, v, old)
+        tl.store(buffer + (b * (before + pixels) + i)[:, None] * C + c, v, mask=inside)
+        tl.store(last + (b * before + i - pixels)[:, None] * C + c, v, mask=inside & (i >= pixels)[:, None])
+
+    @triton.jit
+    def add_kernel(
+        out, residual, bias, rows, C: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """out += residual + bias, ROWS of the rows of C channels a program."""
+        i, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+        at, inside = i[:, None] * C + c, (i < rows)[:, None] & (c < C)
+        v = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            v += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_config(C):
+    """For rows of C channels: about 4,096 numbers a program."""
+    block = triton.next_power_of_2(C)
+    return {"BLOCK": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------------
+@torch.library.custom_op("nanowan::fill_buffer", mutates_args=("buffer", "last"), device_types=("cuda", "cpu"))
+def _fill_buffer(
+    x: Tensor, past: Tensor | None, input_bias: Tensor | None, gamma: Tensor | None, buffer: Tensor, last: Tensor
+) -> None:
+    B, C, before = len(x), x.shape[1], last.numel() // (x.shape[0] * x.shape[1])
+    pixels, how = x.numel() // (B * C), launch_config(C)
+    flags = {"PAST": past is not None, "BIAS": input_bias is not None, "NORM": gamma is not None}
+    with launchable(x):
+        fill_kernel[(triton.cdiv(before + pixels, how["ROWS"]), B)](
+            x, past, input_bias, gamma, buffer, last, pixels, before, C=C, **flags, **how
+        )
+
+
+@torch.library.custom_op("nanowan::add_residual", mutates_args=("out",), device_types=("cuda", "cpu"))
+def _add_residual(out: Tensor, residual: Tensor, bias: Tensor | None) -> None:
+    C, how = out.shape[1], launch_config(out.shape[1])
+    rows = out.numel() // C
+    with launchable(out):
+        add_kernel[(triton.cdiv(rows, how["ROWS"]),)](out, residual, bias, rows, C=C, BIAS=bias is not None, **how)
+
+
+@_fill_buffer.register_fake
+def _(x, past, input_bias, gamma, buffer, last):
+    pass
+
+
+@_add_residual.register_fake
+def _(out, residual, bias):
+    pass
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
-def causal_conv3d(x, past, weight, bias=None, gamma=None):
-    """As causal_conv3d_ref; without gradients."""
-    out, past = torch.ops.nanowan_csrc.causal_conv3d(x, past, weight, bias, None if gamma is None else gamma.flatten())
+def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None, fill_buffer=None):
+    """As causal_conv3d_ref, on a GPU, without gradients. fill_buffer: csrc's instead of Triton's."""
+    x, (kt, kh, kw) = x.contiguous(memory_format=LAST), weight.shape[2:]
+    (B, C, T, H, W), before = x.shape, kt - 1
+    buffer, last = x, None
+    if before or gamma is not None:
+        like = dict(dtype=x.dtype, device=x.device, memory_format=LAST)
+        buffer, last = (torch.empty((B, C, n, H, W), **like) for n in (before + T, before))
+        past = None if past is None else past.contiguous(memory_format=LAST)
+        (fill_buffer or _fill_buffer)(x, past, input_bias, None if gamma is None else gamma.flatten(), buffer, last)
+    out = F.conv3d(buffer, weight, bias if residual is None else None, padding=(0, kh // 2, kw // 2))
+    out = out.contiguous(memory_format=LAST)
+    if residual is not None:
+        _add_residual(out, residual.contiguous(memory_format=LAST), bias)
+    return out, last if before else None
+
+
+def causal_conv3d_on_cpu(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
+    """As causal_conv3d_ref, by csrc, without gradients."""
+    gamma = None if gamma is None else gamma.flatten()
+    out, past = torch.ops.nanowan_csrc.causal_conv3d(x, past, weight, bias, gamma, input_bias, residual)
     return out, past if weight.shape[2] > 1 else None
-
-
-def check(device, dtype):
-    """Worst relative error against the reference in fp64 over kernels, odd sizes, layouts, with and without past, bias
-    and norm, and of streaming.
-    """
-    (_, random), results = seeded(), ([], [])
-    for C, N, kernel in (
-        (16, 24, (3, 3, 3)),
-        (17, 5, (3, 3, 3)),
-        (48, 96, (3, 1, 1)),
-        (33, 12, (1, 1, 1)),
-        (130, 100, (3, 3, 3)),
-    ):
-        for normed in (False, True):
-            x, w, b, gamma = (
-                random(2, C, 5, 7, 9),
-                random(N, C, *kernel) * (C * 27) ** -0.5,
-                random(N),
-                1 + 0.1 * random(C),
-            )
-            tensors = [t.to(dtype).to(device) for t in (x, w, b, gamma)]
-            for op, kind, out in ((causal_conv3d, dtype, results[0]), (causal_conv3d_ref, torch.float64, results[1])):
-                x, w, b, gamma = (t.to(kind) for t in tensors)
-                x = x.transpose(3, 4)[..., 1:]  # strided
-                whole, last = op(x, None, w, b, gamma if normed else None)
-                first, past = op(x[:, :, :1], None, w, None, gamma if normed else None)
-                second, past = op(x[:, :, 1:3], past, w, b, gamma if normed else None)
-                out += [whole, first, second, *([] if last is None else [last, past])]
-    return worst(*results)
-
-
-@torch.no_grad()
-def time_size(device, C, T, H, W):
-    """{name: {"ms", "tflops"}} of a convolution of C channels to C, 3x3x3, over (T,H,W): in fp32, on a GPU in bf16."""
-    like = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    sizes = ((1, C, T, H, W), (1, C, 2, H, W), (C, C, 3, 3, 3))
-    tensors = (torch.randn(*size, **like).contiguous(memory_format=torch.channels_last_3d) for size in sizes)
-    inputs = *tensors, torch.zeros(C, **like), torch.ones(C, **like)
-    times = {
-        "ours": milliseconds(lambda: causal_conv3d(*inputs), 5),
-        "reference": milliseconds(lambda: causal_conv3d_ref(*inputs), 5),
-    }
-    results = {name: {"ms": ms, "tflops": 2 * 27 * C * C * T * H * W / ms / 1e9} for name, ms in times.items()}
-    line = ", ".join(f"{name} {r['ms']:.2f} ms ({r['tflops']:.2f} TFLOP/s)" for name, r in results.items())
-    print(f"causal_conv3d {C} channels, {T}x{H}x{W}: {line}", flush=True)
-    return results
-
-
-def main():
-    device, results = "cuda" if torch.cuda.is_available() and torch.ops.nanowan_csrc.has_cuda() else "cpu", {}
-    torch.backends.cudnn.allow_tf32 = False  # for the limit of fp32
-    limits = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
-    for dtype, limit in limits.items():
-        results[f"check {dtype}"] = report(f"causal_conv3d on {device}, {dtype}", check(device, dtype), limit)
-    sizes = ((128, 4, 64, 64), (512, 1, 8, 8))
-    if device == "cuda":
-        sizes = ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160))
-    for C, T, H, W in sizes:
-        results[f"{C}x{T}x{H}x{W}"] = time_size(device, C, T, H, W)
-    return results
-
-
-if __name__ == "__main__":
-    if not BUILT:
-        raise SystemExit("the C++ extension is not built")
-    main()

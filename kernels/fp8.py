@@ -7,15 +7,20 @@ elsewhere the weight is made dense for the moment. Adapters are added in their o
 The format: Micikevicius et al., 2022.
 """
 
+import functools
 import math
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import ops
+from kernels.backend import in_one_line
 from kernels.gelu import gelu_backward_
 from kernels.quantize import E4M3, quantize_rows_ref
+
+MIN_ROWS = 512  # of x, for a product in 8 bits
 
 
 def dense(weight, scale, dtype):
@@ -24,11 +29,35 @@ def dense(weight, scale, dtype):
 
 
 def has_fp8_matmul(x, weight):
-    """Whether x's device multiplies e4m3 matrices of these sizes with a scale for each row and column; in a plan that
-    is made without a GPU, yes.
+    """Whether the rows of x (...,m) are multiplied with this weight (n,m) in 8 bits. Few rows are not: nothing is
+    gained, and cuBLAS refuses some sizes (pytorch/ao#4582).
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
-    return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9))
+    fits = fits and x.numel() >= MIN_ROWS * x.shape[-1]
+    # a plan's fake tensors are on no GPU
+    return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9)) and (not x.is_cuda or multiplies(x.device))
+
+
+@functools.cache
+def multiplies(device):
+    """Whether a GPU really multiplies e4m3 matrices with a scale for each row and column, by doing so once: not every
+    PyTorch does on every card (pytorch/pytorch#192707).
+    """
+    rows, weight = (torch.ones(n, 5120, device=device).to(E4M3) for n in (MIN_ROWS, 3072))
+    scales = {"scale_a": torch.ones(MIN_ROWS, 1, device=device), "scale_b": torch.ones(1, 3072, device=device)}
+    try:
+        torch._scaled_mm(rows, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    except Exception as e:  # whatever PyTorch or cuBLAS says
+        print(
+            f"fp8: no 8-bit products on {device} ({in_one_line(e)}); weights are made dense for the moment",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+if torch.cuda.is_available():
+    multiplies = torch.compiler.assume_constant_result(multiplies)  # while torch.compile traces
 
 
 class Fp8Matmul(torch.autograd.Function):
@@ -99,12 +128,9 @@ class Fp8Linear(nn.Linear):
         return rows_in_fp8(x) if has_fp8_matmul(x, self.weight) else None
 
 
-# ---- files with scales -------------------------------------------------------------------------------------------
-
-
 def convert(model, dtypes=None):
-    """Replace the linears in an empty DiT's blocks by ones in 8 bits: all of them, or those that `dtypes` (of
-    linears_in_fp8) names. Linears outside of blocks stay dense.
+    """Replace the linears in an empty DiT's blocks by ones in 8 bits: all of them, or those that `dtypes`
+    {name: dtype} has. Linears outside of blocks stay dense.
     """
     for name, linear in list(model.blocks.named_modules(prefix="blocks")):
         if isinstance(linear, nn.Linear) and (not dtypes or name in dtypes):

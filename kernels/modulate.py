@@ -1,8 +1,5 @@
 """LayerNorm with rows of scales and shifts, alone or fused with the gated residual before it.
 
-    python -m kernels.modulate      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
-    only)
-
 x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are rows
 (B,F,D) fp32 of any stride: each serves L/F tokens, in order; or where `index` (L,) int32 is given, row index[l] serves
 token l. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each tensor is touched
@@ -14,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launchable, register, triton
-from kernels.testing import report, seeded, timed, worst
 
 if triton:
     import triton.language as tl
@@ -178,7 +174,7 @@ def strides(rows):
     return (0, 0) if rows is None else (rows.stride(0) if len(rows) > 1 else 0, rows.stride(1))
 
 
-def tuned(D):
+def launch_config(D):
     """Block and warps for rows of width D."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
@@ -215,7 +211,7 @@ def triton_forward(x, y, gate, weight, shift, index, eps, dtype):
             GATE=gate is not None,
             NORM=weight is not None,
             INDEX=index is not None,
-            **tuned(D),
+            **launch_config(D),
         )
     return [t for t in (new, out) if t is not None]
 
@@ -255,7 +251,7 @@ def triton_backward(dnew, dout, new, y, gate, weight, index, eps, branch, need_r
             NORM=weight is not None,
             INDEX=index is not None,
             SUMS=need_rows,
-            **tuned(D),
+            **launch_config(D),
         )
     grads = [dx] if dnew is None else [dx, dy]
     return grads + [sums.sum(1).view(B, rows, 3, D)] if need_rows else grads
@@ -263,7 +259,7 @@ def triton_backward(dnew, dout, new, y, gate, weight, index, eps, branch, need_r
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::modulate", mutates_args=(), device_types=())
-def fused(
+def _forward(
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
@@ -277,7 +273,7 @@ def fused(
 
 
 @torch.library.custom_op("nanowan::modulate_backward", mutates_args=(), device_types=())
-def fused_backward(
+def _backward(
     dnew: Tensor | None,
     dout: Tensor | None,
     new: Tensor,
@@ -294,34 +290,34 @@ def fused_backward(
     """
 
 
-register(fused, triton_forward, "modulate")
-register(fused_backward, triton_backward, "modulate_backward")
+register(_forward, triton_forward, "modulate")
+register(_backward, triton_backward, "modulate_backward")
 
 
-@fused.register_fake
+@_forward.register_fake
 def _(x, y, gate, weight, shift, index, eps, dtype):
     new = [] if y is None else [torch.empty_like(x, memory_format=torch.contiguous_format)]
     return new + ([] if weight is None else [torch.empty(x.shape, dtype=dtype, device=x.device)])
 
 
-@fused_backward.register_fake
+@_backward.register_fake
 def _(dnew, dout, new, y, gate, weight, index, eps, branch, need_rows):
     outputs = [new.new_empty(new.shape)] + ([new.new_empty(new.shape, dtype=branch)] if dnew is not None else [])
     return outputs + ([new.new_empty(len(new), count_rows(gate, weight), 3, new.shape[2])] if need_rows else [])
 
 
-def keep(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     x, y, gate, weight, shift, index, ctx.eps, _ = inputs
     ctx.branch, ctx.need_rows = x.dtype if y is None else y.dtype, any(ctx.needs_input_grad[2:5])
     ctx.added, ctx.normed = y is not None, weight is not None
     ctx.save_for_backward(output[0] if ctx.added else x, y if ctx.need_rows else None, gate, weight, index)
 
 
-def differentiate(ctx, grads):
+def backward(ctx, grads):
     new, y, gate, weight, index = ctx.saved_tensors
     grads = [g.contiguous() for g in grads]
     dnew, dout = grads[0] if ctx.added else None, grads[-1] if ctx.normed else None
-    dx, *rest = fused_backward(dnew, dout, new, y, gate, weight, index, ctx.eps, ctx.branch, ctx.need_rows)
+    dx, *rest = _backward(dnew, dout, new, y, gate, weight, index, ctx.eps, ctx.branch, ctx.need_rows)
     dy = rest.pop(0) if ctx.added else None
     dgate, dweight, dshift = rest.pop().unbind(2) if ctx.need_rows else (None,) * 3
     if gate is None:
@@ -331,76 +327,20 @@ def differentiate(ctx, grads):
     return dx, dy, dgate, dweight, dshift, None, None, None
 
 
-torch.library.register_autograd("nanowan::modulate", differentiate, setup_context=keep)
+_forward.register_autograd(backward, setup_context=setup_context)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def modulate(x, weight, shift, eps, dtype, index=None):
     """As modulate_ref."""
-    return fused(x, None, None, weight, shift, index, eps, dtype)[0]
+    return _forward(x, None, None, weight, shift, index, eps, dtype)[0]
 
 
 def gate(x, y, gate=None, index=None):
     """As gate_ref."""
-    return fused(x, y, gate, None, None, index, 0.0, x.dtype)[0]
+    return _forward(x, y, gate, None, None, index, 0.0, x.dtype)[0]
 
 
 def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
     """As gate_modulate_ref. gate, weight and shift have equally many rows F."""
-    return tuple(fused(x, y, gate, weight, shift, index, eps, dtype))
-
-
-def check(device, dtype, B=2, F=3, tokens=5, D=192):
-    """Worst relative error of values and gradients against the reference in fp64, on inputs of odd strides, with rows
-    for equally many tokens and with rows in any order.
-    """
-    (generator, random), L = seeded(device), F * tokens
-    x, y, rows = random(B, L, D), random(B, L, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
-    index = torch.randint(F, (L,), generator=generator, dtype=torch.int32).to(device)
-    ends, results = random(8, B, L, D), []
-    for ops, kind in (
-        ((modulate, gate, gate_modulate), torch.float32),
-        ((modulate_ref, gate_ref, gate_modulate_ref), torch.float64),
-    ):
-        low = dtype if kind == torch.float32 else kind
-        a, b, r = (u.detach().to(v).requires_grad_() for u, v in ((x, kind), (y, low), (rows, kind)))
-        weight, shift, row = r.unbind(2)
-        h = [ops[1](a, b)]
-        for i in (None, index):
-            h += [ops[0](a, weight, shift, 1e-6, low, i), ops[1](a, b, row, i)]
-            h += ops[2](a, b, row, weight, shift, 1e-6, low, i)
-        loss = sum((u.to(kind) * end.to(kind)).sum() for u, end in zip(h, ends))
-        # rows that need no gradient go another way
-        frozen = ops[2](a, b, row.detach(), weight.detach(), shift.detach(), 1e-6, low, index)[1]
-        (loss + (frozen.to(kind) * ends[7].to(kind)).sum()).backward()
-        results.append([*h, a.grad, b.grad, r.grad])
-    return worst(*results)
-
-
-def time_size(L, D):
-    """{name: times} of clips of L tokens of width D, in bf16."""
-    x, y = torch.randn(1, L, D, device="cuda"), torch.randn(1, L, D, device="cuda", dtype=torch.bfloat16)
-    row, *rest = torch.randn(3, 1, 1, D, device="cuda")
-    rest += [1e-6, torch.bfloat16]
-    runs = {
-        "modulate": (lambda: modulate(x, *rest), lambda: modulate_ref(x, *rest), 6),
-        "gate_modulate": (lambda: gate_modulate(x, y, row, *rest), lambda: gate_modulate_ref(x, y, row, *rest), 12),
-    }
-    return {
-        f"{name} {L}x{D}": timed(f"{name} {L}x{D}", ours, reference, floor * x.numel())
-        for name, (ours, reference, floor) in runs.items()
-    }
-
-
-def main():
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
-        results[f"check {dtype}"] = report(f"modulate, {dtype}", check(device, dtype), limit)
-    if device == "cuda":
-        for L, D in ((27280, 3072), (32760, 5120)):
-            results |= time_size(L, D)
-    return results
-
-
-if __name__ == "__main__":
-    main()
+    return tuple(_forward(x, y, gate, weight, shift, index, eps, dtype))

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from kernels import backend
+from kernels import attention_backends
 from kernels import gelu as gelu_kernel
 from kernels import linear as linear_kernel
 from kernels import modulate as modulate_kernel
@@ -13,7 +13,7 @@ from kernels import qk_norm_rope as norm_kernel
 from kernels.attention_backends import attention as attention
 from kernels.attention_backends import sdpa as sdpa
 from kernels.attention_backends import self_attention as self_attention
-from kernels.backend import capable, fast, on_gpu
+from kernels.backend import capable, fast, has_triton, implementation, on_gpu
 
 
 def modulate(x, weight, shift, eps, dtype, index=None):
@@ -52,16 +52,16 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x, activated=False, rows=None):
         """x W^T + b, or gelu(x) W^T + b if `activated`. rows: of round_input, which is for 8-bit weights."""
-        ours = fast(x) and (activated or linear_kernel.faster(x, self.weight))
+        ours = fast(x) and (activated or linear_kernel.uses_onednn(x, self.weight))
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):
-        """gelu(self(x)). Without gradients a GPU computes the GELU with the product, of the sums before they are
-        rounded to bf16: 2 to 3 % of a video DiT's step on an H100, but slower on consumers' Blackwells
-        (sgl-project/sglang#33536, #34350).
+        """gelu(self(x)). Without gradients a data-centre GPU from Hopper on computes the GELU with the product, of the
+        sums before they are rounded to bf16: 2 to 3 % of a video DiT's step on an H100 (sgl-project/sglang#33536). On
+        an RTX 4090 (karpathy/llm.c#591) and consumers' Blackwells (sgl-project/sglang#34350) it was slower.
         """
         fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-        if fuses and fast(x) and on_gpu(x) and capable(x.device, below=(12, 0)):
+        if fuses and fast(x) and on_gpu(x) and capable(x.device, least=(9, 0), below=(11, 0)):
             # on a GPU its GELU is the tanh formula, whatever library multiplies
             y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
             return y.unflatten(0, x.shape[:-1])
@@ -75,31 +75,24 @@ class GELU(torch.nn.Module):
     """GELU by its tanh formula; without gradients in x's place, which is contiguous, as nn.ReLU(inplace=True)."""
 
     def forward(self, x):
-        ours = x.device.type == "cpu" and backend.CHOSEN["cpu"] == "cpp"
+        ours = implementation(x.device.type) == "cpp"
         if torch.is_grad_enabled():
             return (gelu_kernel.gelu if ours else gelu_kernel.gelu_ref)(x)
         return gelu_kernel.gelu_(x) if ours else torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
-    # torch.compile runs it while it traces, and leaves it out
-    capable = torch.compiler.assume_constant_result(capable)
 
 
 def quantize_rows(x, activated=False):
     """x (n,m), or its GELU, in e4m3, and each row's scale (n,1) fp32."""
     from kernels import quantize
 
-    fused = backend.CHOSEN.get(x.device.type) in ("triton", "cuda")
-    return (quantize.quantize_rows if fused else quantize.quantize_rows_ref)(x, activated)
+    return (quantize.quantize_rows if has_triton(x) else quantize.quantize_rows_ref)(x, activated)
 
 
 def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
     """The step-th step (from 1) of AdamW with 8-bit moments, in place (kernels/adamw8bit.py)."""
     from kernels import adamw8bit
 
-    fused = backend.CHOSEN.get(weight.device.type) in ("triton", "cuda")
-    update = adamw8bit.step if fused else adamw8bit.step_ref
+    update = adamw8bit.step if has_triton(weight) else adamw8bit.step_ref
     update(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay)
 
 
@@ -110,26 +103,34 @@ def csrc_runs_on(device):
         fits, name = torch.ops.nanowan_csrc.fits_this_gpu(), torch.cuda.get_device_name()
     if not fits:
         print(
-            f"ops: the extension was not built for {name}; PyTorch's operations are used for the VAE ({sys.executable} "
-            "setup.py build_ext --inplace builds it for the GPUs of this machine)",
+            f"ops: the extension was not built for {name}; Triton is used for the VAE ({sys.executable} setup.py "
+            "build_ext --inplace builds it for the GPUs of this machine)",
             file=sys.stderr,
             flush=True,
         )
     return fits
 
 
-def causal_conv3d(x, past, weight, bias, gamma=None):
+def uses_cuda_kernel(device):
+    """Whether csrc's CUDA kernel comes before the VAE's convolutions on a device."""
+    return device.type == "cuda" and implementation("cuda") == "cuda" and csrc_runs_on(device)
+
+
+def causal_conv3d(x, past, weight, bias, gamma=None, input_bias=None, residual=None):
     """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma,
-    RMS norm and SiLU come first. Returns (B,N,T,H,W) and the next `past`. csrc has no backward pass: where gradients
-    are wanted, the reference is used.
+    RMS norm and SiLU come first, and before them input_bias (C); residual (B,N,T,H,W) is added. Returns (B,N,T,H,W) and
+    the next `past`. What is fused has no backward pass: where gradients are wanted, the reference is used.
     """
     from kernels import causal_conv3d as conv
 
-    ours = backend.CHOSEN.get(x.device.type) in ("cpp", "cuda") and not (
-        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    inputs = x, past, weight, bias, gamma, input_bias, residual
+    if not fast(x) or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return conv.causal_conv3d_ref(*inputs)
+    if not has_triton(x):
+        return conv.causal_conv3d_on_cpu(*inputs)
+    return conv.causal_conv3d(
+        *inputs, fill_buffer=torch.ops.nanowan_csrc.fill_buffer if uses_cuda_kernel(x.device) else None
     )
-    ours = ours and (not x.is_cuda or csrc_runs_on(x.device))
-    return (conv.causal_conv3d if ours else conv.causal_conv3d_ref)(x, past, weight, bias, gamma)
 
 
 def rms_norm(x, gamma):
@@ -137,3 +138,18 @@ def rms_norm(x, gamma):
     from kernels import causal_conv3d as conv
 
     return conv.rms_norm(x, gamma)
+
+
+def describe(device):
+    """What a device's operations are, for a run's first lines and its record."""
+    device = torch.device(device)
+    words = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's"}
+    line = f"{words[implementation(device.type)]} operations on {device.type}"
+    if implementation(device.type) == "cpp" and linear_kernel.PREFERS_ONEDNN:
+        line += ", large fp32 products by oneDNN"
+    if device.type == "cuda":
+        line += f", {attention_backends.describe(device)}"
+        line += ", CUDA's for the VAE" * uses_cuda_kernel(device)
+        if torch.__version__ < (2, 10) and (torch.backends.cudnn.version() or 0) < 91500:  # pytorch/pytorch#166643
+            line += "; torch 2.9 makes the VAE's bf16 convolutions without cuDNN, slowly and in much memory: take 2.10"
+    return line

@@ -1,22 +1,16 @@
 """RMSNorm over the whole width, with weight, then the 3-axis rotation of every head, for q and k in one launch.
 
-    python -m kernels.qk_norm_rope      check against the reference, then time it (a GPU; or TRITON_INTERPRET=1 to check
-    only)
-
 xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes
 from `table` (P,d/2,2) and `positions` (L,3), as rope.py defines them; the kernels read three integers a token, and
 never an (L,d/2) table from memory. Floor in bytes per element of xs: twice its size; each is read and written once.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launchable, register, triton
-from kernels.rope import MAX_POSITIONS, grid_positions, rope_table, rotate, scattered_positions
-from kernels.testing import report, seeded, timed, worst
+from kernels.rope import rotate
 
 if triton:
     import triton.language as tl
@@ -140,7 +134,7 @@ if triton:
             tl.store(dw + (which * tl.num_programs(0) + c).to(tl.int64) * D + d, total, mask=inside)
 
 
-def tuned(D):
+def launch_config(D):
     pairs = triton.next_power_of_2(D) // 2
     return {"PAIRS": pairs, "num_warps": max(1, min(16, pairs // 256))}
 
@@ -171,7 +165,7 @@ def triton_forward(xs, weights, eps, heads, table, positions):
             D=D,
             HALF=D // heads // 2,
             ROPE=table is not None,
-            **tuned(D),
+            **launch_config(D),
         )
     return outs
 
@@ -205,21 +199,21 @@ def triton_backward(douts, xs, weights, eps, heads, table, positions, need_weigh
             HALF=D // heads // 2,
             ROPE=table is not None,
             WEIGHTS=need_weights,
-            **tuned(D),
+            **launch_config(D),
         )
     return dxs + ([dw.sum(1)] if need_weights else [])
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
 @torch.library.custom_op("nanowan::qk_norm_rope", mutates_args=(), device_types=())
-def fused(
+def _forward(
     xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, positions: Tensor | None
 ) -> list[Tensor]:
     """As qk_norm_rope_ref."""
 
 
 @torch.library.custom_op("nanowan::qk_norm_rope_backward", mutates_args=(), device_types=())
-def fused_backward(
+def qk_norm_rope_backward(
     douts: list[Tensor],
     xs: list[Tensor],
     weights: list[Tensor],
@@ -232,88 +226,46 @@ def fused_backward(
     """Gradients of xs, and with need_weights those of the weights (1 or 2,D)."""
 
 
-register(fused, triton_forward, "qk_norm_rope")
-register(fused_backward, triton_backward, "qk_norm_rope_backward")
+register(_forward, triton_forward, "qk_norm_rope")
+register(qk_norm_rope_backward, triton_backward, "qk_norm_rope_backward")
 
 
-@fused.register_fake
+@_forward.register_fake
 def _(xs, weights, eps, heads, table, positions):
     return [x.new_empty(*x.shape[:2], heads, x.shape[2] // heads) for x in xs]
 
 
-@fused_backward.register_fake
+@qk_norm_rope_backward.register_fake
 def _(douts, xs, weights, eps, heads, table, positions, need_weights):
     return [x.new_empty(x.shape) for x in xs] + (
         [weights[0].new_empty(len(xs), xs[0].shape[2])] if need_weights else []
     )
 
 
-def keep(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     xs, weights, ctx.eps, ctx.heads, table, positions = inputs
     ctx.need_weights = any(w.requires_grad for w in weights)
     ctx.save_for_backward(*xs, *weights, table, positions)
 
 
-def differentiate(ctx, douts):
+def backward(ctx, douts):
     *both, table, positions = ctx.saved_tensors
     xs, weights = both[: len(both) // 2], both[len(both) // 2 :]
-    results = fused_backward(
+    results = qk_norm_rope_backward(
         [g.contiguous() for g in douts], list(xs), list(weights), ctx.eps, ctx.heads, table, positions, ctx.need_weights
     )
     return list(results[: len(xs)]), list(results[-1]) if ctx.need_weights else [None] * len(xs), None, None, None, None
 
 
-torch.library.register_autograd("nanowan::qk_norm_rope", differentiate, setup_context=keep)
+_forward.register_autograd(backward, setup_context=setup_context)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
     """As qk_norm_rope_ref."""
-    return fused(xs, weights, eps, heads, table, packed(positions))
+    return _forward(xs, weights, eps, heads, table, packed(positions))
 
 
 def packed(positions):
     """Positions as the kernels read them: int32, three to a token side by side."""
     return None if positions is None else positions.int().contiguous()
-
-
-def check(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
-    """Worst relative error of values and gradients against the reference in fp64, on strided inputs: without rotation,
-    at a grid's positions and at scattered ones.
-    """
-    (generator, random), L, D = seeded(device), math.prod(grid), heads * d
-    x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(MAX_POSITIONS, d, device)
-    ends, results = random(4, B, L, heads, d), []
-    places = grid_positions(grid, device), scattered_positions(L, generator).to(device)
-    for op, kind in ((qk_norm_rope, None), (qk_norm_rope_ref, torch.float64)):
-        a, u = x.detach().to(kind or dtype).requires_grad_(), w.detach().to(kind or w.dtype).requires_grad_()
-        q, k, _ = a.chunk(3, -1)
-        h = [*op([q, k], list(u), 1e-6, heads, table.to(u.dtype), places[0])]
-        h += [*op([q], [u[0]], 1e-6, heads, table.to(u.dtype), places[1]), *op([k], [u[1]], 1e-6, heads)]
-        sum((v.to(u.dtype) * e.to(u.dtype)).sum() for v, e in zip(h, ends)).backward()
-        results.append([*h, a.grad, u.grad])
-    return worst(*results)
-
-
-def time_size(grid, heads):
-    """Times of q and k of a clip of this token grid, in bf16."""
-    L, D = math.prod(grid), heads * 128
-    q, k, _ = torch.randn(1, L, 3 * D, device="cuda", dtype=torch.bfloat16).chunk(3, -1)
-    weights, table = list(torch.ones(2, D, device="cuda")), rope_table(max(grid), 128, "cuda")
-    inputs = [q, k], weights, 1e-6, heads, table, grid_positions(grid, "cuda")
-    name = f"qk_norm_rope {L}x{D}"
-    return {name: timed(name, lambda: qk_norm_rope(*inputs), lambda: qk_norm_rope_ref(*inputs), 8 * L * D)}
-
-
-def main():
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
-        results[f"check {dtype}"] = report(f"qk_norm_rope, {dtype}", check(device, dtype), limit)
-    if device == "cuda":
-        for grid, heads in (((31, 22, 40), 24), ((21, 30, 52), 40)):
-            results |= time_size(grid, heads)
-    return results
-
-
-if __name__ == "__main__":
-    main()

@@ -36,14 +36,6 @@ def grid_positions(grid, device):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-def scattered_positions(count, generator):
-    """Positions (count,3) of no grid, for checks: in no order, some twice, some negative, some at the table's ends."""
-    positions = torch.randint(-9, 40, (count, 3), dtype=torch.int32, generator=generator)
-    positions[count // 2] = positions[0]
-    positions[-1] = torch.tensor([1 - MAX_POSITIONS, MAX_POSITIONS - 1, -1])
-    return positions
-
-
 # ---- reference ---------------------------------------------------------------------------------------------------
 def angles(table, positions):
     """The table (P,d/2,2) at every token: (L,d/2,2). Raises IndexError where a position is outside of it."""

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from flow import make_noisy_batch
 from kernels import backend, fp8
+from nanowan import flops
 from nanowan.devices import ROOM, free_memory
 from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, keep_fp32, new_dit, read_config
@@ -35,7 +35,6 @@ from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 of the data sheets
 CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
 CUDA_LIBRARIES = 500 << 20  # bytes that the same process then takes on the host, about
 CPU_LIBRARIES = 50 << 20  # what MKL, oneDNN and the heap's holes take once work begins, as measured on small runs
@@ -89,7 +88,7 @@ def scratch_bytes(func, args):
     """What an operation that was traced takes while it runs, and does not return."""
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
-    x, _, weight, _, gamma = args  # x behind the frames before it, normed
+    x, _, weight, _, gamma, *_ = args  # x behind the frames before it, normed
     B, C, T, H, W = x.shape
     before = weight.shape[2] - 1
     return B * C * (before + T) * H * W * x.itemsize if before or gamma is not None else 0
@@ -197,7 +196,7 @@ def pretending(cuda):
     """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
     if cuda and torch.cuda.is_available():
         torch.cuda.init()  # an operation may ask what the GPU can do; within a checkpoint PyTorch forbids to begin then
-    gpu_ops = backend.using("cuda" if kernels.BUILT else "triton", pretend=True)
+    gpu_ops = backend.using("triton", pretend=True)
     with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
 
@@ -615,18 +614,8 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
 
 def mfu(dit, x, text, seconds, device):
-    """Share of the GPU's peak that a training step of this batch reached, counting 4 FLOPs per multiply-add and weight
-    (a forward pass and the gradient by the activations); None where the peak is not known. x (B,C,T',h,w), text:
-    tokens.
+    """Share of the GPU's peak that a training step of this batch reached, recomputation not counted; None where the
+    peak is not known. x (B,C,T',h,w), text: tokens.
     """
-    peak = (
-        next((f for k, f in PEAK_FLOPS.items() if k in torch.cuda.get_device_name(device)), None)
-        if torch.device(device).type == "cuda"
-        else None
-    )
-    c, tokens = dit.config, x.shape[2] * x.shape[3] * x.shape[4] // 4
-    linear = c.num_layers * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
-    flops = (
-        4 * x.shape[0] * (tokens * linear + c.num_layers * 2 * c.dim * (tokens * tokens + tokens * text + text * c.dim))
-    )
-    return peak and flops / seconds / peak
+    card = torch.device(device).type == "cuda" and flops.card_of(torch.cuda.get_device_name(device))
+    return flops.step_of(dit, x.shape[2:], text, len(x)).total / seconds / card.peak if card else None

@@ -39,6 +39,7 @@ class Request:
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
         used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch.")} | ({"base_dtype": "fp8"} if pipe.fp8 else {})
         used |= {k: v for k in ("lora", "text_encoder", "reuse", "vae_tile") if (v := getattr(args, k))}
+        used |= {"attention": "sage"} if args.attention == "sage" else {}  # the one choice that is not exact
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):

@@ -1,4 +1,4 @@
-"""What bench.py does on a GPU: it keeps what it has, whatever a job does; its runs of the scripts, at a small size."""
+"""What benchmarks do on a GPU: keep what there is, whatever a job does; their runs of the scripts, at a small size."""
 
 import json
 import subprocess
@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from benchmarks import full_size, gpu, tiny, tiny_animate, tiny_s2v
+from benchmarks import full_size, gpu, kernels, tiny, tiny_animate, tiny_s2v
 from t5 import Tokenizer
 
-SPIECE = full_size.ROOT / "nano" / "google" / "umt5-xxl" / "spiece.model"
+SPIECE = full_size.ROOT / "nano" / "checkpoint" / "google" / "umt5-xxl" / "spiece.model"
 
 
 @pytest.mark.parametrize("how, said", [("crash", "failed: exit status -11"), ("hang", "failed: not done after")])
@@ -29,7 +29,7 @@ def test_a_job_that_fails_costs_no_other_figure(how, said, tmp_path, monkeypatch
 
 
 def test_what_is_timed_on_a_gpu_runs(monkeypatch):
-    """At a small size on the CPU: ours and the peers, forward and LoRA steps, guided steps, a GELU."""
+    """At a small size on the CPU: ours and the peers, forward and LoRA steps, guided steps."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "full_config", lambda variant: tiny.dit("ti2v").config)
     monkeypatch.setattr(gpu, "measure_on_gpu", run_once)
@@ -38,7 +38,22 @@ def test_what_is_timed_on_a_gpu_runs(monkeypatch):
     measured = gpu.gpu_dit("ti2v-5B", (2, 4, 6), "small", layers=2)
     for work in ("forward", "lora_step", "lora_step_checkpointing"):
         assert measured[work].keys() == names, work
-    assert all(ms > 0 for ms in gpu.gpu_gelu(rows=20, dim=16, ffn_dim=24).values())
+
+
+@pytest.mark.parametrize(
+    "name, small",
+    [
+        ("modulate", dict(grids=[((1, 2, 3), 2)])),
+        ("qk_norm_rope", dict(grids=[((1, 2, 3), 2)])),
+        ("causal_conv3d", dict(sizes=[(8, 2, 4, 6)])),
+        ("gelu", dict(rows=20, dim=16, ffn_dim=24)),
+        ("linear", dict(sizes=[(20, 16, 24)])),
+    ],
+)
+def test_what_is_timed_of_a_kernel_runs(name, small):
+    """Those that have a CPU's version, at a small size."""
+    for result in getattr(kernels, f"time_{name}")(**small).values():
+        assert result["ms"] > 0 and result["ref_ms"] > 0
 
 
 def run_once(contenders, rounds):
@@ -58,7 +73,7 @@ class Lacking:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Lacking())
-import bench, pytest
+import benchmarks.__main__, pytest
 files = [f for f in glob.glob("tests/test_*.py") if "mark" + ".gpu" in open(f).read()]
 assert len(files) > 1 and pytest.main(["-q", "-p", "no:cacheprovider", "--co", *files]) == 0
 """
@@ -77,8 +92,8 @@ def test_runs_of_the_scripts_say_what_they_planned_and_used(tmp_path, monkeypatc
     """
     dits = {"ti2v-5B": tiny.dit("ti2v"), "t2v-A14B": tiny.dit("t2v"), "s2v-14B": tiny_s2v.dit()}
     dits |= {"animate-14B": tiny_animate.animate()}
-    monkeypatch.setattr(full_size, "build", dits.get)
-    vocabulary = Tokenizer(SPIECE).pieces.get_piece_size()
+    monkeypatch.setattr(full_size, "build_dit", dits.get)
+    vocabulary = Tokenizer(SPIECE.read_bytes()).pieces.get_piece_size()
     monkeypatch.setattr(full_size, "XXL", (vocabulary, tiny.TEXT_DIM, 24, 40, 3, 2))
     monkeypatch.setattr(full_size, "FULL_WIDTHS", {"2.1": (8, 8), "2.2": (8, 8)})
     monkeypatch.setattr(full_size, "SPEECH", (16, *full_size.SPEECH[1:3], tiny_s2v.AUDIO_DIM, 40, 2, 24, 4, 16))

@@ -1,6 +1,6 @@
 """What only a GPU can show. Deselected where there is none; `make gpu-check` runs these."""
 
-import importlib
+import functools
 import os
 import shutil
 import subprocess
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import kernel_checks
 
 import kernels
 from benchmarks import tiny
-from kernels import backend
+from kernels import backend, causal_conv3d
 from nanowan.formats.dit import keep_fp32
 from sample import generate, load
 
@@ -23,20 +24,19 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("name", ["modulate", "qk_norm_rope"])
 def test_triton_equals_the_reference(name, dtype, limit, report):
-    report(f"{dtype}", importlib.import_module(f"kernels.{name}").check("cuda", dtype), limit)
+    report(f"{dtype}", getattr(kernel_checks, f"{name}_error")("cuda", dtype), limit)
 
 
 def test_8_bit_adamw(report):
-    report("ten steps", importlib.import_module("kernels.adamw8bit").check("cuda"), 0.06)
+    report("ten steps", kernel_checks.adamw8bit_error("cuda"), 0.06)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_8_bits(dtype, report):
     """A value that rounding has put on the other side of a half may be a step off. An A100 has no e4m3."""
     if torch.cuda.get_device_capability() >= (8, 9):
-        kernel = importlib.import_module("kernels.quantize")
-        report("error", kernel.check("cuda", dtype), 0.08)
-        report("of a GELU, in half steps", kernel.check_activated("cuda", dtype)[0], 1.001)
+        report("error", kernel_checks.quantize_error("cuda", dtype), 0.08)
+        report("of a GELU, in half steps", kernel_checks.quantized_gelu_error("cuda", dtype)[0], 1.001)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
@@ -44,26 +44,35 @@ def test_rows_in_8_bits(dtype, report):
     "size", [dict(), dict(B=1, grid=(5, 9, 13), N=3, d=128, S=512), dict(B=2, grid=(1, 7, 11), N=2, d=128, S=33)]
 )
 def test_attention_equals_the_reference(size, dtype, limit, report):
-    report(f"{dtype}", importlib.import_module("kernels.attention").check("cuda", dtype, **size), limit)
+    report(f"{dtype}", kernel_checks.attention_error("cuda", dtype, **size), limit)
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer comes with the CUDA toolkit")
 def test_the_vaes_kernel_stays_inside_its_tensors():
     """On odd sizes, in fp32 and bf16, each tensor in memory of its own."""
-    code = "import torch\nfrom kernels.causal_conv3d import check\n"
-    code += "for dtype in (torch.float32, torch.bfloat16): check('cuda', dtype)"
-    command = ["compute-sanitizer", "--kernel-name", "regex=norm_silu", "--report-api-errors", "no"]
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    code = "import torch\nfrom helpers.kernel_checks import fill_buffer_error as error\n"
+    code += "fill = torch.ops.nanowan_csrc.fill_buffer\n"
+    code += (
+        "for dtype in (torch.float32, torch.bfloat16): error(fill, 'cuda', dtype, 70), error(fill, 'cuda', dtype, 264)"
+    )
+    command = ["compute-sanitizer", "--kernel-name", "regex=fill_buffer", "--report-api-errors", "no"]
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     how = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=240)
     run = subprocess.run([*command, "--error-exitcode", "9", sys.executable, "-c", code], **how)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-def test_convolution_equals_the_reference(dtype, limit, report, monkeypatch):
+@pytest.mark.parametrize("kernel", ["CUDA", "Triton"])
+def test_convolution_equals_the_reference(kernel, dtype, limit, report, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert kernels.BUILT and torch.ops.nanowan_csrc.has_cuda()
-    report(f"{dtype}", importlib.import_module("kernels.causal_conv3d").check("cuda", dtype), limit)
+    fill = torch.ops.nanowan_csrc.fill_buffer if kernel == "CUDA" else causal_conv3d._fill_buffer
+    if kernel == "CUDA" and not (kernels.BUILT and torch.ops.nanowan_csrc.has_cuda()):
+        return
+    convolve = functools.partial(causal_conv3d.causal_conv3d, fill_buffer=fill)
+    report(f"{dtype}", kernel_checks.causal_conv3d_error(convolve, "cuda", dtype), limit)
+    for C in (70, 96, 264):
+        report(f"{C} channels", kernel_checks.fill_buffer_error(fill, "cuda", dtype, C), limit)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -185,8 +194,8 @@ def test_8_bit_products(report):
 
     linear = torch.nn.Linear(512, 1024, dtype=torch.bfloat16, device="cuda")
     eight = fp8.Fp8Linear(linear)
-    eight.quantize(linear.weight.data)
-    x = torch.randn(3, 40, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    eight.weight.data = eight.quantize(linear.weight.data)
+    x = torch.randn(3, 400, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     want = torch.nn.functional.linear(x, fp8.dense(eight.weight, eight.scales, x.dtype), linear.bias)
     (gradient,) = torch.autograd.grad(want.square().sum(), x)
     y = eight(x)

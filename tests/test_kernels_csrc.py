@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kernel_checks import causal_conv3d_error, fill_buffer_error, max_rel_error
+from test_kernels import python
 
-from benchmarks import tiny
 from kernels import causal_conv3d as conv
 from kernels import ops
-from kernels.testing import worst
 
 CSRC = Path(__file__).parent.parent / "csrc"
 EMULATION = Path(__file__).parent / "fake_cuda"
@@ -21,7 +21,7 @@ EMULATION = Path(__file__).parent / "fake_cuda"
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
 def test_cpu_equals_the_reference(dtype, limit, report, threads):
-    report(f"{dtype}", conv.check("cpu", dtype), limit)
+    report(f"{dtype}", causal_conv3d_error(conv.causal_conv3d_on_cpu, "cpu", dtype), limit)
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -33,9 +33,9 @@ def test_large_maps_go_in_strips(T, report, threads):
     x = torch.randn(2, 96, T, 41, 75, generator=random)
     weight = torch.randn(140, 96, 3, 3, 3, generator=random) * (96 * 27) ** -0.5
     with torch.inference_mode():
-        out, past = conv.causal_conv3d(x, None, weight)
+        out, past = conv.causal_conv3d_on_cpu(x, None, weight)
     exact, last = conv.causal_conv3d_ref(x.double(), None, weight.double())
-    report("strips", worst([out], [exact]), 1e-6)
+    report("strips", max_rel_error([out], [exact]), 1e-6)
     assert torch.equal(past, last.float())
 
 
@@ -47,11 +47,12 @@ def test_fake_tensors_and_compile():
         torch.rand(8),
     )
     out, last = torch.ops.nanowan_csrc.causal_conv3d(
-        x.to("meta"), past.to("meta"), w.to("meta"), None, gamma.to("meta")
+        x.to("meta"), past.to("meta"), w.to("meta"), None, gamma.to("meta"), None, None
     )
     assert out.shape == (1, 6, 2, 4, 4) and last.shape == past.shape
-    compiled = torch.compile(lambda *a: [2 * y for y in conv.causal_conv3d(*a)], backend="aot_eager", fullgraph=True)
-    for a, b in zip(compiled(x, past, w, None, gamma), conv.causal_conv3d(x, past, w, None, gamma)):
+    convolve = conv.causal_conv3d_on_cpu
+    compiled = torch.compile(lambda *a: [2 * y for y in convolve(*a)], backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(x, past, w, None, gamma), convolve(x, past, w, None, gamma)):
         assert torch.equal(a, 2 * b)
 
 
@@ -63,10 +64,13 @@ def test_fake_tensors_and_compile():
         (dict(w=torch.zeros(6, 8, 5, 5, 5)), "3x3x3"),
         (dict(gamma=torch.zeros(3)), "8 values and has 3"),
         (dict(x=torch.zeros(8, 2, 4, 4)), "x is \\[8, 2"),
+        (dict(input_bias=torch.zeros(8)), "there is no gamma"),
+        (dict(residual=torch.zeros(1, 8, 2, 4, 4)), r"residual should be \[1, 6, 2, 4, 4\] and is \[1, 8"),
     ],
 )
 def test_wrong_sizes_are_named(change, said):
-    given = dict(x=torch.zeros(1, 8, 2, 4, 4), past=None, w=torch.zeros(6, 8, 3, 3, 3), bias=None, gamma=None) | change
+    given = dict(x=torch.zeros(1, 8, 2, 4, 4), past=None, w=torch.zeros(6, 8, 3, 3, 3), bias=None, gamma=None)
+    given |= dict(input_bias=None, residual=None) | change
     with pytest.raises(RuntimeError, match=said):
         torch.ops.nanowan_csrc.causal_conv3d(*given.values())
 
@@ -174,20 +178,55 @@ class Clips(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("B", "pixels", "C", "before")]
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("C", [70, 96, 264])
-def test_cuda_source_norms_into_the_buffer(emulated, C, dtype, limit, report):
-    """Every thread of the kernel run as a CPU thread: widths with and without whole 16 bytes, two clips, of which each
-    keeps its place behind the rows before it.
+WIDTHS = (70, 96, 264)  # with and without whole 16 bytes
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype, limit",
+    [
+        ("CUDA", torch.float32, 1e-6),
+        ("CUDA", torch.bfloat16, 5e-3),
+        ("Triton", torch.float32, 1e-6),
+        ("Triton", torch.bfloat16, 1e-2),  # the interpreter's casts cut off
+    ],
+)
+def test_kernels_fill_the_buffer_that_is_convolved(kernel, dtype, limit, report, request):
+    """csrc's CUDA source, every thread of which runs as a CPU thread, and Triton in its interpreter, against the same
+    reference.
     """
-    x, gamma, before = torch.randn(2, 21, C).to(dtype), 1 + 0.1 * torch.randn(C), 6
-    out = torch.full((2, before + 21, C), 7.0, dtype=dtype)
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, gamma, out))
-    clips = Clips(2, 21, C, before)
-    assert emulated.nanowan_norm_silu(*pointers, clips, ctypes.c_bool(dtype == torch.bfloat16), None) == 0
-    want = torch.nn.functional.silu(conv.rms_norm(x.double().flatten(0, 1), gamma.double())).view(2, 21, C)
-    report("relative error", tiny.error(out[:, before:].double(), want), limit)
-    assert (out[:, :before] == 7).all()
+    if kernel == "Triton":
+        code = "import torch\nfrom helpers.kernel_checks import fill_buffer_error as error\n"
+        code += "from kernels.causal_conv3d import _fill_buffer\n"
+        code += f"print(*(error(_fill_buffer, 'cpu', {dtype}, C) for C in {WIDTHS}))"
+        errors = map(float, python(code, TRITON_INTERPRET="1").split())
+    else:
+        library = request.getfixturevalue("emulated")
+
+        def fill(x, past, bias, gamma, buffer, last):
+            floats = [t if t is None else t.float() for t in (bias, gamma)]
+            tensors = x, past, *floats, buffer, last
+            pointers = (ctypes.c_void_p(t if t is None else t.data_ptr()) for t in tensors)
+            B, C, T, H, W = x.shape
+            clips, half = Clips(B, T * H * W, C, 2 * H * W), ctypes.c_bool(dtype == torch.bfloat16)
+            assert library.nanowan_fill_buffer(*pointers, clips, half, None) == 0
+
+        errors = [fill_buffer_error(fill, "cpu", dtype, C) for C in WIDTHS]
+    for C, error in zip(WIDTHS, errors, strict=True):
+        report(f"{C} channels", error, limit)
+
+
+def test_triton_around_a_convolution_equals_the_reference(report):
+    """Norm, bias and residual, by the GPU's path, in the interpreter; two sizes."""
+    code = "import torch\nfrom helpers.kernel_checks import CONVOLUTIONS, causal_conv3d_error\n"
+    code += "from kernels import causal_conv3d as conv\n"
+    code += "error = lambda dtype: causal_conv3d_error(conv.causal_conv3d, 'cpu', dtype, CONVOLUTIONS[1:4])\n"
+    code += "print(error(torch.float32), error(torch.bfloat16))\n"
+    code += "x, last = (torch.randn(1, 8, n, 3, 3).to(memory_format=torch.channels_last_3d) for n in (3, 2))\n"
+    code += "torch.library.opcheck(conv._fill_buffer, (x, None, None, torch.ones(8), torch.cat([last, x], 2), last))\n"
+    code += "torch.library.opcheck(conv._add_residual, (x, x.clone(), torch.ones(8)))"
+    single, half = map(float, python(code, TRITON_INTERPRET="1").split())
+    report("fp32", single, 3e-6)
+    report("bf16", half, 1e-2)
 
 
 def test_a_gpu_without_code_here_is_noticed(monkeypatch, capsys):

@@ -22,7 +22,9 @@ case "$*" in *-E*) exec c++ "$@";; *" -c "*) echo "fatal error: omp.h: no such f
 def build(folder, cxx, **environment):
     """setup.py's build in a copy of what it needs, with this compiler."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(ROOT / "setup.py", folder)
+    (folder / "kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "kernels/sources.py"):
+        shutil.copy(ROOT / name, folder / name)
     (folder / f"nanowan_csrc{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of older sources")
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
@@ -95,8 +97,7 @@ def set_up(monkeypatch):
     return module
 
 
-def test_the_digest_is_of_every_source(set_up, tmp_path):
-    assert set_up.sources_digest() == SOURCES
+def test_the_digest_is_of_every_source(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for file in (tmp_path / "csrc").iterdir():
         before = file.read_bytes()

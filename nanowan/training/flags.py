@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data import DataConfig, DataSource, nearest_bucket
+from kernels.attention_backends import CHOICES
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
@@ -190,6 +191,12 @@ def add_flags(p, script, out):
         "--dtype",
         choices=list(DTYPES),
         help="dtype of frozen weights and matrix products (default: bf16 on cuda, fp32 on cpu)",
+    )
+    add(
+        "--attention",
+        choices=CHOICES,
+        default="auto",
+        help="self-attention on a GPU (default: auto, the fastest exact one)",
     )
     add = p.add_argument_group("several GPUs, under torchrun; --batch is per data-parallel rank").add_argument
     add("--fsdp", action="store_true", help="shard the weights over the ranks (FSDP2)")

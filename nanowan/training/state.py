@@ -11,7 +11,7 @@ from nanowan.training.optim import EMA, Guard
 # Flags that may differ between a run and its continuation: they do not decide what is learned.
 RESUME_MAY_CHANGE = (
     "steps out cache cache_only device save_every eval_every previews preview_every resume data ckpt text_encoder "
-    "init_lora checkpointing max_skipped save stream_blocks fsdp ulysses_size pipeline_stages "
+    "init_lora checkpointing max_skipped save attention stream_blocks fsdp ulysses_size pipeline_stages "
     "keep name trigger preserve_prompts keyword_init config preview_size preview_frames preview_steps log_every wandb"
 ).split()
 

@@ -103,26 +103,38 @@ for _name, _at in {"cudnn": (0, 4), "efficient": (0, 0), "flash": (None, None)}.
 
 def add_ours():
     """This project's operations, by their definitions."""
-    from kernels import adamw8bit, attention, qk_norm_rope, quantize
+    import kernels
+    from kernels import adamw8bit, attention, causal_conv3d, qk_norm_rope, quantize
 
-    def attention_forward(out, q, k, v, bias, weight, eps, table, positions):
+    def attention_forward(out, q, k, v, weight, eps, table, positions):
         if weight is not None:
             (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
-        bias = None if bias is None else bias[:, None, None]
-        o, lse = attend(*(u.transpose(1, 2) for u in (q, k, v)), bias)
+        o, lse = attend(*(u.transpose(1, 2) for u in (q, k, v)))
         put(out, o.transpose(1, 2), lse / math.log(2))
 
-    def attention_backward(out, grad, q, k, v, bias, *_):
-        bias = None if bias is None else bias[:, None, None]
-        grads = attend_backward(*(u.transpose(1, 2) for u in (grad, q, k, v)), bias)
+    def attention_backward(out, grad, q, k, v, *_):
+        grads = attend_backward(*(u.transpose(1, 2) for u in (grad, q, k, v)))
         put(out, *(g.transpose(1, 2) for g in grads))
 
     def adamw(_, weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_decay):
         adamw8bit.step_ref(weight, compensation, grad, codes, scale, step, lr, (b1, b2), eps, weight_decay)
 
+    def fill_buffer(_, x, past, input_bias, gamma, buffer, last):
+        if gamma is not None:
+            x = x if input_bias is None else x + input_bias.view(-1, 1, 1, 1)
+            x = torch.nn.functional.silu(causal_conv3d.rms_norm(x, gamma.view(-1, 1, 1, 1)))
+        buffer.copy_(torch.cat([torch.zeros_like(last) if past is None else past, x], 2))
+        last.copy_(buffer[:, :, -last.shape[2] :])
+
+    def add_residual(_, out, residual, bias):
+        out.copy_(out + residual + (0 if bias is None else bias.view(-1, 1, 1, 1)))
+
     ours = torch.ops.nanowan
     SPECIAL[ours.attention.default], SPECIAL[ours.attention_backward.default] = attention_forward, attention_backward
     SPECIAL[ours.adamw8bit_step.default] = adamw
+    SPECIAL[ours.fill_buffer.default], SPECIAL[ours.add_residual.default] = fill_buffer, add_residual
+    if kernels.BUILT:
+        SPECIAL[torch.ops.nanowan_csrc.fill_buffer.default] = fill_buffer
     SPECIAL[ours.quantize_rows.default] = lambda out, *a: put(out, *quantize.quantize_rows_ref(*a))
     assert attention.triton, "Triton is not there"
 
@@ -146,7 +158,7 @@ class Emulation(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
         if not inputs and not outputs or name in EMPTY or name in NO_RESULT:
             return out
-        if func.namespace == "nanowan" and not self.ours:
+        if func.namespace.startswith("nanowan") and not self.ours:
             Emulation.ours = True
             add_ours()
         if func in SPECIAL:
