@@ -20,7 +20,8 @@ from test_data import clip, encode, photo
 from nanowan.errors import BadInput
 from nanowan.files import remove_leftovers
 from nanowan.formats.header import load, save
-from nanowan.training.run_dir import AppendedFile, Run, differences
+from nanowan.training.log import AppendedFile
+from nanowan.training.run_dir import Run, differences
 
 ROOT = Path(__file__).parent.parent
 

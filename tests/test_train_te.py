@@ -19,7 +19,8 @@ from nanowan.formats.header import load
 from nanowan.formats.t5 import load_t5
 from nanowan.settings import NANO, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
-from nanowan.training.keywords import RowEmbedding, check_keywords, keyword_token_ids
+from nanowan.training.encoder import RowEmbedding
+from nanowan.training.keywords import check_keywords, keyword_token_ids
 from train_te import arguments, check, encoder_tensors, trainable, unfreeze
 
 ROOT = Path(__file__).parent.parent
