@@ -3,17 +3,17 @@
 import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from data import DataConfig, Dataset, DataSource, eval_batches
+from data import DataConfig, Dataset, eval_batches
 from diagnostics.common import runtime, write_json
 from kernels import ops
 from nano.default_clips import default_clips
 from nanowan.errors import BadInput, check_at_least
 from nanowan.pipeline import Pipeline, Runtime
-from nanowan.settings import check_frames, parse_size
-from nanowan.training.flags import check_data, expert_schedule, recommended_flags
+from nanowan.training.flags import check_data, data_source, expert_schedule, recommended_flags
 
 
 @torch.no_grad()
@@ -100,11 +100,11 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}
     values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
-    check_frames(values["frames"], s.parts.samples.frames_over)
-    check_data(data, pipe)
-    source = Path(data) if data else default_clips()
+    sets = [{"source": data}] if isinstance(data, str | Path) else data or [{"source": default_clips()}]
+    check_data(sets, pipe)
+    source, flags = Path(sets[0]["source"]), SimpleNamespace(clip_mode="first", **values)
     config = DataConfig(
-        sources=(DataSource(source, parse_size(values["resolution"], "--resolution"), values["frames"]),),
+        sources=tuple(data_source(given, flags, s) for given in sets),
         cache=Path(cache or (source if source.is_dir() else source.parent) / "cache"),
         held_out=0.0,
         batch=1,

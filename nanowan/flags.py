@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def flags(self):
         """{name: its action}."""
-        return {a.dest: a for a in self._actions}
+        return {a.dest: a for a in self._actions if f"--{a.dest}" in a.option_strings}
 
     def nearest(self, name):
         """In words, which flag is meant by one that there is not."""
@@ -85,7 +85,8 @@ class Parser(argparse.ArgumentParser):
                 if f"--{key}" not in given:
                     words += [f"--{key}={json.dumps(v) if isinstance(v, dict) else v}" for v in entries]
             else:
-                words.append(f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}")
+                value = ",".join(map(str, value)) if isinstance(value, list) else value
+                words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
         return words
 
 

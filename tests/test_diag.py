@@ -819,8 +819,8 @@ def test_step_times():
     config = full_config("ti2v-5B")
     cluster = Cluster(inside=2e11, between=25e9)
 
-    def times(ranks, compute=5.0, cluster=cluster):
-        return step_times(config, (31, 22, 40), ranks, 4 * 16 * 2 * 3072 * 60, compute, cluster)
+    def times(ranks, cluster=cluster):
+        return step_times(config, (31, 22, 40), ranks, 4 * 16 * 2 * 3072 * 60, 5.0, cluster)
 
     one = times(1)["data parallel"]
     assert one[0] == 5 and one[1] > 9e9

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.scripts import NoPlan
 from test_data import photo
 
 import data
@@ -40,7 +41,7 @@ def photos(tmp_path_factory):
 
 def no_plan(*_, **__):
     """In the place of a script's `predict`, which takes longer than the rest."""
-    return SimpleNamespace(peak=0, compare=lambda device: "")
+    return NoPlan()
 
 
 def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_which_flags_a_continuation_may_change():
         "lr weight_decay warmup schedule grad_clip grad_spike_factor ema shift t_distribution seed dtype batch "
         "accumulate caption_dropout i2v_prob continuation held_out resolution frames clip_mode expert steps_per_expert "
         "targets blocks rank alpha dropout delta_cap base_dtype allow_self_attn train_blocks keywords keyword_lr "
-        "anchor optimizer caption_mode_probs trim_prob preserve"
+        "anchor optimizer caption_mode_probs trim_prob preserve keyword_norm min_t max_t"
     ).split()
     flags = {*vars(train_lora.arguments([])), *vars(train_te.arguments([]))}
     assert not set(learned) & set(state.RESUME_MAY_CHANGE)
@@ -215,35 +216,23 @@ def test_at_full_size_the_defaults_are_not_nanos(module, lr):
     assert recommended_flags(replace(settings, train={}), module.__name__)["batch"] == 1
 
 
-@pytest.mark.parametrize(
-    "given, memory, chosen", [(None, 12, False), (None, 11, True), (False, 9, False), (True, 12, True)]
-)
-def test_checkpointing_is_chosen_where_the_plan_asks_for_it(given, memory, chosen):
-    world = SimpleNamespace(all_ranks=bool)
-
-    def predict(checkpointing):
-        return SimpleNamespace(peak=4 if checkpointing else 10)
-
-    found, need = flags.choose_checkpointing(given, world, "cpu", predict, memory)
-    assert found is chosen and need.peak == (4 if chosen else 10)
-
-
 def test_only_some_clips_have_their_first_frame_given(tmp_path):
     """At --i2v_prob, clip by clip: its first time is 0 and does not count, and all other times of a clip are one."""
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 3, 2, 2)})
     count = 16
-    items = [SimpleNamespace(captions=["x"], frames=9)] * count
+    items = [SimpleNamespace(captions=["x"], frames=9, bucket=(32, 32, 9))] * count
     args = train_lora.arguments("--i2v_prob 0.5 --seed 3".split())
     args.shift, args.t_distribution = 1.0, "uniform"
-    dataset = SimpleNamespace(
-        config=pick(data.DataConfig, args, source=tmp_path, cache=tmp_path, batch=count),
+    dataset = object.__new__(data.Dataset)
+    vars(dataset).update(
+        config=pick(data.DataConfig, args, sources=(), cache=tmp_path, batch=count),
         items=items,
         files=[tmp_path / "a.safetensors"] * count,
         samples=Samples(None),
-        batches=SimpleNamespace(at=lambda step: list(range(count))),
-        world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0)),
+        batches=SimpleNamespace(at=lambda step: list(range(count)), size=count),
+        world=SimpleNamespace(local_indices=lambda n: (range(n), 1.0), dp_size=1),
     )
-    ((batch, weight),) = data.Dataset.step(dataset, 0, 0.0, 1.0)
+    ((batch, weight),) = dataset.step(0, 0.0, 1.0)
     given = batch.t[:, 0] == 0
     assert weight == 1 and batch.t.shape == (count, 3) and 2 <= given.sum() <= count - 2
     assert (batch.t[:, 1:] > 0).all() and torch.equal(batch.t[:, 1], batch.t[:, 2])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.media import read_sound
-from helpers.scripts import DEVICE
+from helpers.scripts import DEVICE, NoPlan
 from PIL import Image
 from test_animate_inputs import LATENTS, C
 from test_s2v_video import PIPELINES, RUNS
@@ -147,11 +147,6 @@ def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, repor
 def no_plan(monkeypatch):
     """Without the plan, which takes longer than these videos."""
     monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
-
-
-class NoPlan:
-    def compare(self, device):
-        return ""
 
 
 def stop_after(monkeypatch, count):

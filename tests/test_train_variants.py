@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import NoPlan
 from PIL import Image
 from test_animate import peer_run
 from test_s2v import plain
@@ -94,13 +95,6 @@ def first_batch(dataset, step=0):
     (batch, weight), *more = dataset.step(step, 0.0, 1.0)
     assert weight == 1 and not more
     return batch
-
-
-class NoPlan:
-    peak = 0
-
-    def compare(self, device):
-        return ""
 
 
 def train(monkeypatch, script, ckpt, folder, out, *flags):

@@ -55,8 +55,8 @@ def data_set(text):
 
 
 def parse_checkpointing(text):
-    """--checkpointing: a number of blocks; True for all; None for auto."""
-    words = {"auto": None, "all": True, "none": 0}
+    """--checkpointing: a number of blocks; True for all, which config files say as true; None for auto."""
+    words = {"auto": None, "all": True, "none": 0, "true": True, "false": 0}
     if text not in words and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text}: give a number of blocks, all, none or auto")
     return words[text] if text in words else int(text)
