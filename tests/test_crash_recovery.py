@@ -612,7 +612,7 @@ BEFORE, TRAINING = (
     },
     {
         "first preview": "previews.Previews.write",
-        "step": "train_lora.update",
+        "step": "train_lora.backward",
         "saving": "run_dir.save_pickle",
         "writing": "torch.save",  # its file lies under a temporary name, and is empty
         "renaming": "os.replace",

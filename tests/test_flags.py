@@ -220,7 +220,7 @@ def test_only_some_clips_have_their_first_frame_given(tmp_path):
     """At --i2v_prob, clip by clip: its first time is 0 and does not count, and all other times of a clip are one."""
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 3, 2, 2)})
     count = 16
-    items = [SimpleNamespace(captions=["x"], frames=9, bucket=(32, 32, 9))] * count
+    items = [SimpleNamespace(captions=["x"], frames=9, bucket=(32, 32, 9), weight=1.0)] * count
     args = train_lora.arguments("--i2v_prob 0.5 --seed 3".split())
     args.shift, args.t_distribution = 1.0, "uniform"
     dataset = object.__new__(data.Dataset)
