@@ -9,134 +9,21 @@ uninterrupted one would have seen.
 
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from flow import eval_timesteps, make_noisy_batch, sample_timesteps
 from nanowan import cache
-from nanowan.errors import BadInput, Skip
-from nanowan.files import remove_leftovers
+from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.formats.t5 import read_encoder, tokenizer_file
 from nanowan.training import report
-from nanowan.training.sources import check_usable, find_media
+from nanowan.training.scan import Item, scan
 
-MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
-MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
-MAX_GAP = 60  # seconds between two frames: more is a damaged clock, and would fill hours with one picture
 DRAWS = 2  # the version of what steps draw: 1 drew noise and timesteps for a batch at once, not for each sample
 PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
-
-
-@dataclass
-class Item:
-    """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times, and its loss counts
-    `weight` times. sidecars: {kind: (file,
-    digest)} of the files that belong to it. source_size, seconds: (width, height) in px at which the file is shown, and
-    for how long (0: a still). notes, changed: video.Shown's; `changed` by kind of sidecar, "" being the file itself.
-    """
-
-    path: Path
-    captions: list
-    width: int
-    height: int
-    frames: int
-    fps: float
-    start: float = 0.0
-    digest: str = ""
-    repeat: int = 1
-    weight: float = 1.0
-    source_size: tuple = (0, 0)
-    frames_after: int = 0
-    sidecars: dict = field(default_factory=dict)
-    seconds: float = 0.0
-    notes: list = field(default_factory=list)
-    changed: dict = field(default_factory=dict)
-
-    @property
-    def bucket(self):
-        return self.width, self.height, self.frames
-
-
-# ---- buckets and windows -----------------------------------------------------------------------------------------
-def buckets(area, multiple):
-    """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, within MAX_ASPECT."""
-    found = set()
-    for w in range(multiple, int((MAX_ASPECT * area) ** 0.5) + multiple, multiple):
-        h = max(multiple, round(area / w / multiple) * multiple)
-        if w * h <= area * 1.1 and 1 / MAX_ASPECT <= w / h <= MAX_ASPECT:
-            found.add((w, h))
-    return sorted(found) or [(multiple, multiple)]
-
-
-def nearest_bucket(width, height, area, multiple):
-    if not 1 / MAX_CROPPED_ASPECT <= width / height <= MAX_CROPPED_ASPECT:
-        raise Skip(f"{width}x{height} is too long and thin; buckets go from 1:{MAX_ASPECT} to {MAX_ASPECT}:1")
-    return min(buckets(area, multiple), key=lambda b: (abs(math.log(b[0] / b[1] * height / width)), -b[0] * b[1]))
-
-
-def clip_windows(times, max_frames, fps, mode, over=1):
-    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`, by one of CLIP_MODES.
-    frames: a multiple of 4 and `over`. Raises Skip where the clip is too short.
-    """
-    ordered = sorted(times)
-    if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:
-        raise Skip(f"has frames that are {gap:.0f} s apart; {MAX_GAP} at most")
-    length, available = ordered[-1], frames_from(0.0, times, fps)
-    n = min(max_frames, (available - over) // 4 * 4 + over)
-    if min(available, len(times)) < 4 + over <= max_frames:
-        raise Skip(f"too short: {len(times)} frames, {available} at {fps:g} fps; at least {4 + over} are needed")
-    if mode == "spaced" and n > 1:
-        return [(0.0, n, (n - 1) / length)]
-    if mode == "several":
-        return [(k * n / fps, n, fps) for k in range(available // n)]
-    return [((available - n) // 2 / fps if mode == "middle" else 0.0, n, fps)]
-
-
-def frames_from(start, times, fps):
-    """How many frames at a model's rate a clip holds from `start` seconds on; Matroska rounds times to milliseconds."""
-    return int((max(times) - start) * fps + 0.05) + 1
-
-
-def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
-    """Look through a folder, recursively, or a list: ([Item], [(path, reason)] of what is skipped).
-
-    area: px of a frame. max_frames: of a sample, at fps. mode: one of sources.CLIP_MODES. samples: of
-    variants/samples.py. Raises BadInput, with the reasons, if nothing is left.
-    """
-    if cache_dir is not None:
-        remove_leftovers(cache_dir)
-    items, skipped = [], []
-    over, after = (samples.frames_over, samples.frames_after) if samples else (1, 0)
-    for path, captions, repeat in find_media(Path(source)):
-        try:
-            if samples and captions is None and samples.is_sidecar(path):
-                continue
-            captions = check_usable(path, captions)
-            name = cache.digest(path)
-            width, height, times, notes, _ = shown = cache.cached_probe(path, name, cache_dir)
-            bucket = nearest_bucket(width, height, area, multiple)
-            sidecars = samples.sidecars(path, shown, cache_dir) if samples else {}
-            changed = samples.changed(path, shown, sidecars, cache_dir) if samples else {"": shown.changed}
-            changed = {kind: what for kind, what in changed.items() if what}
-            windows = [(0.0, 1, fps)] if times is None else clip_windows(times, max_frames, fps, mode, over)
-            about = dict(source_size=(width, height), seconds=times[-1] if times else 0.0, notes=notes, changed=changed)
-            for start, n, rate in windows:
-                item = Item(path, captions, *bucket, n, rate, start, name, repeat, sidecars=sidecars, **about)
-                if after and frames_from(start, times, rate) >= n + after:
-                    item.frames_after = after
-                items.append(item)
-        except Skip as e:
-            skipped.append((path, str(e)))
-        except OSError as e:
-            skipped.append((path, e.strerror or str(e)))
-    if not items:
-        reasons = "; ".join(f"{p.name} {reason}" for p, reason in skipped[:20])
-        raise BadInput(f"--data {source}: nothing to train on; {reasons or 'there are no images or clips in it'}")
-    return items, skipped
 
 
 # ---- what a step sees --------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.training import report
 from nanowan.training.captions import count_files
+from nanowan.training.scan import Item, buckets, clip_windows, nearest_bucket
 from nanowan.variants.samples import ImageChannelsSamples, Samples
 from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import Skip, write_mp4
@@ -204,14 +205,26 @@ def test_rotated_and_damaged_clips(tmp_path):
 
 @pytest.mark.parametrize("area, multiple", [(832 * 480, 16), (1280 * 704, 32), (64 * 64, 16), (16 * 16, 16), (300, 16)])
 def test_a_bucket_fills_the_area_as_well_as_its_width_allows(area, multiple):
-    """For each width the height nearest to area / width, of aspects from 1:4 to 4:1, none much above the area."""
-    found = dict(data.buckets(area, multiple))
-    for w in range(multiple, 4 * int(area**0.5) + multiple, multiple):
-        heights = range(multiple, 5 * int(area**0.5) + multiple, multiple)
-        h = min(heights, key=lambda h: abs(h - area / w))
+    """For each width the height nearest to area / width, of aspects from 1:4 to 4:1, none much above the area; and
+    each on its side.
+    """
+    found, sides = {*buckets(area, multiple)}, range(multiple, 5 * int(area**0.5) + multiple, multiple)
+    assert found == {(h, w) for w, h in found}
+    rest = {*found}
+    for w in sides:
+        h = min(sides, key=lambda h: abs(h - area / w))
         if abs(h - area / w) < multiple / 2 and max(w / h, h / w) <= 4 and w * h <= 1.1 * area:
-            assert found.pop(w) == h
-    assert all(abs(h - area / w) == multiple / 2 for w, h in found.items()) or dict(found) == {multiple: multiple}
+            assert {(w, h), (h, w)} <= found
+            rest -= {(w, h), (h, w)}
+    ties = {(w, h) for w, h in rest if abs(h - area / w) == multiple / 2}
+    assert rest == ties | {(h, w) for w, h in ties} or found == {(multiple, multiple)}
+
+
+@pytest.mark.parametrize("area, multiple", [(832 * 480, 16), (1280 * 704, 32), (480 * 640, 32), (64 * 64, 16)])
+def test_a_picture_on_its_side_has_its_bucket_on_its_side(area, multiple):
+    for width, height in ((1920, 1080), (640, 480), (1000, 800), (2000, 1000), (1021, 1019)):
+        w, h = nearest_bucket(width, height, area, multiple)
+        assert nearest_bucket(height, width, area, multiple) == (h, w)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -244,8 +257,8 @@ def test_a_stream_without_a_decoder_is_skipped(tmp_path):
 def test_frames_far_apart_are_a_damaged_clock(tmp_path):
     """An hour between two frames would be an hour of one picture in every mode that counts windows."""
     with pytest.raises(Skip, match="3600 s apart"):
-        data.clip_windows([0, 1, 2, 3, 4, 3604], 9, 8, "several")
-    assert len(data.clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
+        clip_windows([0, 1, 2, 3, 4, 3604], 9, 8, "several")
+    assert len(clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
 
 
 def test_a_sidecar_without_its_clip_is_listed(tmp_path):
@@ -304,11 +317,11 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import torch
-import data
 from nanowan import cache
+from nanowan.training.scan import Item
 def peak():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-item = data.Item(Path(sys.argv[1]), ["x"], 64, 64, 1, 8)
+item = Item(Path(sys.argv[1]), ["x"], 64, 64, 1, 8)
 before = peak()
 cache.pixels(item)
 print((peak() - before) / (6000 * 5000))
@@ -466,12 +479,12 @@ def test_texts_are_cached_by_caption_and_encoder(tmp_path, checkpoints):
 def test_trained_words_are_counted_by_files():
     """Not by captions, of which several files may have the same and one may have many; nor by windows."""
     captions = [["a red cat", "red"], ["a red cat"], ["a red cat"], ["a dog"]]
-    items = [data.Item(Path(f"{i}.mp4"), c, 8, 8, 5, 8, start=s) for i, c in enumerate(captions) for s in (0.0, 1.0)]
+    items = [Item(Path(f"{i}.mp4"), c, 8, 8, 5, 8, start=s) for i, c in enumerate(captions) for s in (0.0, 1.0)]
     assert [count_files(items, word) for word in ("red", "dog", "cow")] == [3, 1, 0]
 
 
 def items_of(sizes):
-    return [data.Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
+    return [Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
 
 
 def test_every_file_is_seen_once_an_epoch_in_a_new_order():

@@ -83,8 +83,8 @@ def test_compositions_and_captions_are_held_out():
 
 
 def test_clips_are_reproducible_and_graded_from_their_mp4(tmp_path):
-    from data import Item
     from nanowan.cache import pixels
+    from nanowan.training.scan import Item
 
     for name in ("a", "b"):
         flags = ["--out", tmp_path / name, "--n", "12", "--seed", "4", "--words", "crimson,box"]

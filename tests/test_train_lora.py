@@ -212,10 +212,10 @@ def test_what_the_model_is_shown(checkpoints, media, tmp_path, monkeypatch, kind
     stands behind the noise.
     """
     import train_lora
-    from data import scan
     from nanowan.cache import pixels
     from nanowan.formats.t5 import load_t5
     from nanowan.formats.vae import load_vae
+    from nanowan.training.scan import scan
     from nanowan.variants.image import image_channels
     from wan import Wan
 

@@ -19,7 +19,7 @@ def has_keyword(caption, keywords):
 
 
 def count_files(items, keyword):
-    """How many files of some data.Items have a caption with the keyword."""
+    """How many files of some scan.Items have a caption with the keyword."""
     return len({item.path for item in items if any(has_keyword(c, [keyword]) for c in item.captions)})
 
 

@@ -11,13 +11,14 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from data import DataConfig, DataSource, nearest_bucket
+from data import DataConfig, DataSource
 from kernels.attention_backends import CHOICES
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, free_memory, pick_dtype
 from nanowan.errors import BadInput
 from nanowan.flags import DATA_KEYS
 from nanowan.settings import check_frames, parse_size
+from nanowan.training.scan import nearest_bucket
 from nanowan.training.sources import CLIP_MODES
 
 # for released sizes; nano's config.json has its own, under "train"

@@ -39,7 +39,7 @@ class Samples:
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
-        """{kind: (width, height) px} at which `cached` is given the videos that belong to a data.Item."""
+        """{kind: (width, height) px} at which `cached` is given the videos that belong to a scan.Item."""
         return {}
 
     def group(self, item):
@@ -47,7 +47,7 @@ class Samples:
         return item.bucket
 
     def cache_key(self, item):
-        """What decides `cached`, as plain values, for the name of the cache file of a data.Item."""
+        """What decides `cached`, as plain values, for the name of the cache file of a scan.Item."""
         return ""
 
     def cached(self, vae, video, item, sidecars):
