@@ -57,7 +57,7 @@ def s2v(tmp_path_factory):
 def official_prompts(monkeypatch):
     """The embeddings of the official runs in the prompts' place."""
 
-    def encode(self, prompts):
+    def encode(self, prompts, encoder=None):
         rows = tiny_s2v.prompts()[: len(prompts)]
         embeddings = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return embeddings.to(self.device), torch.tensor([len(r) for r in rows], device=self.device)
@@ -307,7 +307,7 @@ def test_a_video_is_continued_from_the_last_segment_that_is_done(tmp_path, monke
     for done in (1, 2, 3):
         video = Counting()
         video.count = done  # as if it had been stopped there
-        segments = SegmentFiles(tmp_path / "v.mp4", {"seed": 1}, resume=done > 1)
+        segments = SegmentFiles(tmp_path / "v.mp4", "seed 1", resume=done > 1)
         assert segments.count() == done - 1
         sample.sample_segments(pipe, released("s2v-14B"), video, (None, None), 0, segments, reuse=0.25)
         assert segments.state(done - 1)["last"].item() == done
@@ -318,11 +318,11 @@ def test_a_video_is_continued_from_the_last_segment_that_is_done(tmp_path, monke
 def test_a_new_video_takes_none_of_anothers_segments(tmp_path):
     """Those that a killed one left behind, with other settings or the same, unless it is to be continued."""
     out, tensor = tmp_path / "v.mp4", torch.zeros(3, 1, 4, 4)
-    SegmentFiles(out, {"seed": 1}, resume=False).save(0, tensor, tensor, {})
-    assert SegmentFiles(out, {"seed": 1}, resume=True).count() == 1
+    SegmentFiles(out, "seed 1", resume=False).save(0, tensor, tensor, {})
+    assert SegmentFiles(out, "seed 1", resume=True).count() == 1
     with pytest.raises(BadInput, match="other settings"):
-        SegmentFiles(out, {"seed": 2}, resume=True)
-    assert SegmentFiles(out, {"seed": 1}, resume=False).count() == 0 and not (tmp_path / "v.clips").exists()
+        SegmentFiles(out, "seed 2", resume=True)
+    assert SegmentFiles(out, "seed 1", resume=False).count() == 0 and not (tmp_path / "v.clips").exists()
 
 
 def test_segments_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):
@@ -379,9 +379,3 @@ def test_flags_of_one_variant_are_refused_by_another(
     with pytest.raises(BadInput, match=message) as e:
         run(monkeypatch, f"{HOW} --ckpt", folder, "--out", tmp_path / "v.mp4", flags)
     assert "\n" not in str(e.value)
-
-
-def test_several_prompts_for_one_video_are_refused(s2v, tmp_path, monkeypatch):
-    (tmp_path / "p.txt").write_text("one\ntwo\n")
-    with pytest.raises(BadInput, match="2 prompts: .* one video at a time"):
-        run(monkeypatch, f"{HOW} --ckpt", s2v, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "v.mp4")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.scripts import NoPlan
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -72,7 +73,8 @@ def read_log(out):
 @pytest.mark.parametrize("name", ABOUT["runs"])
 def test_a_run_goes_on_from_its_state_and_its_cache(old, monkeypatch, capsys, name):
     """Parameters, moments, averages and the guard to the bit, and nothing is decoded or encoded again; then two steps
-    and a result like those that the old code took from there. A run of two ranks goes on in one process.
+    at the old rates, on noise that is drawn anew (data.DRAWS), and a result of the same form. A run of two ranks goes
+    on in one process.
     """
     script_name, flags = ABOUT["runs"][name]
     script, runs, restored = importlib.import_module(script_name), [], []
@@ -90,10 +92,9 @@ def test_a_run_goes_on_from_its_state_and_its_cache(old, monkeypatch, capsys, na
 
     monkeypatch.setattr(TrainState, "restore", restore)
     monkeypatch.setattr(Pipeline, "acquire", acquire)
-    for looks in ("probe", "pixels"):
-        monkeypatch.setattr(cache, looks, None)
-    monkeypatch.setattr(script, "predict", lambda *_, **__: SimpleNamespace(peak=0, compare=lambda device: ""))
-    monkeypatch.setattr(script, "Run", lambda *args: runs.append(Run(*args)) or runs[0])
+    monkeypatch.setattr(cache, "read_items", None)  # nothing is decoded
+    monkeypatch.setattr(script, "predict", lambda *_, **__: NoPlan())
+    monkeypatch.setattr(script, "Run", lambda *args, **how: runs.append(Run(*args, **how)) or runs[0])
     where = f"--ckpt nano --data {old}/media --cache {old}/cache --out {out} --resume"
     flags = f"{where} {ABOUT['both']} {flags.replace('--fsdp --batch 1', '')}"
     monkeypatch.setattr("sys.argv", [script_name, *flags.split()])
@@ -111,14 +112,13 @@ def test_a_run_goes_on_from_its_state_and_its_cache(old, monkeypatch, capsys, na
         assert same, place
     kept = [line for line, r in zip(lines, before) if r["step"] <= 2]
     assert (out / "log.jsonl").read_text().splitlines()[: len(kept)] == kept
-    rough = 0.05 if "bf16" in name else 1e-3
     for line, old_line in zip(read_log(out), before, strict=True):
-        for k in old_line.keys() & {"step", "loss", "lr", "val_loss", "n_clamped"}:
-            assert line[k] == pytest.approx(old_line[k], rel=rough), (k, line["step"])
+        assert (line["step"], line["lr"]) == (old_line["step"], pytest.approx(old_line["lr"]))
+        assert old_line["loss"] / 5 < line["loss"] < 5 * old_line["loss"], line["step"]
     found = load_file(out / RESULT[script_name])
     assert found.keys() == result.keys()
     for k, v in result.items():
-        assert found[k].dtype == v.dtype and (found[k] - v).float().norm() <= rough * v.float().norm(), k
+        assert found[k].dtype == v.dtype and found[k].shape == v.shape and found[k].float().isfinite().all(), k
 
 
 def test_an_adapter_is_merged_and_started_from(old):
@@ -168,11 +168,13 @@ def test_files_in_the_cache_have_the_names_that_they_had(tmp_path):
     for kind in ("t2v", "ti2v", "i2v", "s2v", "animate"):
         sidecars = {k: ("file", digest) for k, digest in files.get(kind, {}).items()}
         how = {"bucket": (64, 48, 17), "start": 0.5, "fps": 16.0, "frames_after": 73 if kind == "s2v" else 0}
+        how["changed"] = {}
         item = SimpleNamespace(digest="1a" * 64, sidecars=sidecars, **how)
         settings = SimpleNamespace(conditioning=parts_of(kind).conditioning)
         pipe = SimpleNamespace(dir=tmp_path, acquire=lambda name: motion, settings=settings)
         samples = parts_of(kind).samples(pipe)
         found[kind] = cache.latent_files([item], tmp_path, tmp_path / "vae", samples)[0].name
     for dtype in (torch.float32, torch.bfloat16):
-        found[str(dtype)] = cache.text_files(["a fox, 狐狸"], tmp_path, [tmp_path / "t5"], dtype)["a fox, 狐狸"].name
+        (file,) = cache.text_files(["a fox, 狐狸"], tmp_path, [cache.digest(tmp_path / "t5")], dtype).values()
+        found[str(dtype)] = file.name
     assert found == ABOUT["names"]
