@@ -11,6 +11,7 @@ With --device cpu --dtype fp32 and a seed the latents equal the official pipelin
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
+import functools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import flow
-from kernels import attention_backends, ops
+from kernels import ops
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
@@ -28,11 +29,11 @@ from nanowan.files import numbered
 from nanowan.flags import Parser
 from nanowan.formats.header import save
 from nanowan.long_video import SegmentFiles, SegmentsInMemory, check_disk
-from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_overlap
+from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_report
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import Prompt
-from nanowan.sampling import check_flags, given_prompts, requests_of, seed_list
+from nanowan.sampling import add_flags, check_flags, given_prompts, requests_of, seed_list
 from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
@@ -90,51 +91,7 @@ def arguments(argv=None):
             group = p.add_argument_group(conditioning.title)
             for name, how in conditioning.flags.items():
                 group.add_argument(f"--{name}", **how)
-    add = p.add_argument_group("speed and memory").add_argument
-    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add(
-        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
-    )
-    add(
-        "--attention",
-        choices=attention_backends.CHOICES,
-        default="auto",
-        help="self-attention on a GPU; sage is the package sageattention, in 8 bits and not exact (default: auto, the "
-        "fastest exact one)",
-    )
-    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
-    add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
-    add(
-        "--reuse",
-        type=float,
-        default=0.0,
-        help="skip steps whose velocity is expected to change by less than this share, such as 0.1; an approximation, "
-        "see diag.py reuse (default: 0, none)",
-    )
-    add(
-        "--vae_tile",
-        type=int,
-        default=0,
-        help="decode in tiles of N latent px a side, for less memory; exact from about 13 (default: 0, whole frames)",
-    )
-    add = p.add_argument_group(
-        "several GPUs, under torchrun; ranks beyond those that share a clip take other prompts"
-    ).add_argument
-    add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip (default: 1)")
-    add("--guidance_parallel", action="store_true", help="compute the two halves of guidance on different ranks")
-    add = p.add_argument_group("results").add_argument
-    add("--out", default="out/sample.mp4", help="video file; several prompts: NAME_000.mp4 ... (default: %(default)s)")
-    add("--save_latents", help="also write the final latents to this .safetensors file")
-    add("--grid", help="also write a contact sheet of all results to this .png file")
-    add(
-        "--resume", action="store_true", help="make only what an earlier, stopped call of the same flags did not finish"
-    )
-    add(
-        "--preview_every",
-        type=int,
-        default=0,
-        help="every N steps write a rough picture of the clip to OUT's name with _preview.png (default: 0, never)",
-    )
+    add_flags(p)
     return p.parse_args(argv)
 
 
@@ -441,7 +398,8 @@ def run(args, prompts, world):
                 if args.reuse:
                     print(f"{clip.cache.computed} of {len(clip.solver.timesteps)} steps computed")
                 if args.vae_tile and not shown and world.clip_group_size == 1:
-                    print(tile_report(pipe, clip.x, frames, args.vae_tile))
+                    whole = functools.partial(decode, pipe, clip.x[:, :, :1])
+                    print(tile_report(pipe.acquire("vae").decoder, args.vae_tile, frames, whole))
                 if world.is_writer:
                     write_mp4(r.out, frames, video.fps, comment(r, video))
                     if args.save_latents:
@@ -454,16 +412,6 @@ def run(args, prompts, world):
         write_grid(sheet, shown, [r.prompt for r in mine])
         print(sheet)
     print(need.compare(world.device))
-
-
-def tile_report(pipe, latents, frames, tile):
-    """How a decode in tiles differs from a whole one: not at all, or by how much in the first frame."""
-    overlap, exact = tile_overlap(pipe.acquire("vae").decoder, tile)
-    error = "exact"
-    if not exact:
-        whole = decode(pipe, latents[:, :, :1])[0].cpu()
-        error = f"blended; the first frame differs by at most {(whole - frames[:, :1]).abs().max():.3f} of 2"
-    return f"tiles of {tile} latent pixels overlap by {overlap} on each side: {error}"
 
 
 if __name__ == "__main__":

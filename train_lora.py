@@ -16,31 +16,22 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 import sample
 from data import Dataset, collate
 from kernels import ops
-from lora import TARGETS, adapter, adapter_off, clamp_weight_norm, weight_norms
+from lora import TARGETS, clamp_weight_norm, weight_norms
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.flags import Parser
-from nanowan.formats.dit import new_dit
 from nanowan.formats.header import load
-from nanowan.formats.lora import (
-    AdapterInfo,
-    changes_to_start_from,
-    choose_experts,
-    parse_lora_spec,
-    start_from,
-    write_lora,
-)
+from nanowan.formats.lora import AdapterInfo, start_from, write_lora
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_prompts, read_texts
-from nanowan.training.captions import count_files, without_keywords
+from nanowan.training.adapters import initial_loras
+from nanowan.training.captions import count_files
 from nanowan.training.flags import (
     POSITIVE,
     add_flags,
@@ -56,6 +47,7 @@ from nanowan.training.flags import (
     training_spec,
 )
 from nanowan.training.optim import adamw
+from nanowan.training.preservation import prompts_to_preserve, with_base_targets
 from nanowan.training.previews import Previews, preview_requests
 from nanowan.training.report import write_report
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
@@ -154,59 +146,6 @@ def predict(args, s, builders, blocks, **more):
     spec = training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
     return memory_estimate.training(spec, builders, lambda dit, encoder: make_trainable(dit, None))
-
-
-def initial_loras(specs, pipe, schedule, new_adapter):
-    """{expert: file} of --init_lora. A file that does not say which expert it is for goes to the only one trained.
-    Raises BadInput, before anything is computed, for a file that is no start for the adapter new_adapter.
-    """
-    files = {}
-    for spec in specs:
-        lora = parse_lora_spec(spec, "--init_lora")
-        if lora.weight != 1:
-            raise BadInput(f"--init_lora {spec}: a weight means nothing here; give FILE, FILE:high, :low or :both")
-        for expert in choose_experts(lora, tuple(schedule), "--init_lora")[0]:
-            if expert in files:
-                raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
-            files[expert] = lora.file
-    for expert, file in files.items():
-        with torch.device("meta"):
-            dit = new_dit(pipe.config(expert))
-            new_adapter.inject(dit, None)
-        changes_to_start_from(adapter(dit), file, expert)
-    return files
-
-
-def prompts_to_preserve(args, captions, prompts):
-    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput if there are none."""
-    if not args.preserve:
-        return []
-    others = [c for c in without_keywords(captions, args.trigger) if c] if args.trigger else []
-    if not prompts and not others:
-        raise BadInput(
-            f"--preserve {args.preserve}: every caption holds a word of --trigger {','.join(args.trigger)}; give "
-            "--preserve_prompts FILE"
-        )
-    return list(dict.fromkeys([*prompts, *others]))
-
-
-@torch.no_grad()
-def with_base_targets(batch, dit, context, lens):
-    """The Batch with the base's own predictions as targets of its preserved samples: prior preservation (after Ruiz et
-    al., 2022, DreamBooth), of predictions instead of pictures. context (B,S,D), lens (B,). A rank that has no such
-    sample computes one all the same, since others may wait for it.
-    """
-    if batch.preserved is None:
-        return batch
-    chosen = batch.preserved.nonzero().flatten()
-    run = chosen if len(chosen) else torch.tensor([0])
-    part = batch._replace(x=batch.x[run], t=batch.t[run], inputs={k: v[run] for k, v in batch.inputs.items()})
-    on_device = run.to(context.device)
-    with adapter_off(dit):
-        v = part.velocity(dit, context[on_device], lens[on_device])
-    target = batch.target.clone()
-    target[chosen] = v[: len(chosen)].to(target)
-    return batch._replace(target=target)
 
 
 def main():

@@ -12,12 +12,9 @@ import nanowan.environment  # noqa: F401  # isort: skip
 
 import json
 import math
-import random
-
-import torch
 
 import sample
-from data import Dataset, collate
+from data import Dataset
 from kernels import ops
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
@@ -36,7 +33,8 @@ from nanowan.formats.t5 import (
 from nanowan.parallel import World, backward, shard
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_prompts
-from nanowan.training.captions import augment_caption, without_keywords
+from nanowan.training.anchor import Anchor
+from nanowan.training.captions import augment_caption, parse_probs, without_keywords
 from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
 from nanowan.training.flags import (
     RECOMMENDED,
@@ -55,11 +53,11 @@ from nanowan.training.flags import (
 from nanowan.training.keywords import (
     add_placeholders,
     check_keywords,
+    initial_words,
     initialize_rows,
     keyword_norms,
     keyword_token_ids,
     parse_keyword,
-    search_initial_words,
     shared_token_ids,
 )
 from nanowan.training.optim import AdamW8bit, adamw
@@ -175,16 +173,6 @@ def check(args, s, num_blocks):
     check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
 
 
-def parse_probs(text):
-    try:
-        probs = [float(v) for v in text.split(",")]
-    except ValueError:
-        probs = []
-    if len(probs) != 3 or min(probs) < 0 or not 0 < sum(probs) < math.inf:
-        raise BadInput(f"--caption_mode_probs {text}: three shares such as 15,35,50")
-    return probs
-
-
 def predict(args, s, builders, ids=(3,), **more):
     """The Plan of a run; ids: of the trained embeddings; more: fields of TrainingSpec."""
 
@@ -264,23 +252,15 @@ def train(args, world):
     anchors = without_keywords(dataset.captions, names)
     ids_of = keyword_token_ids(names, dataset.captions, encoder.tokenizer)
     ids = set().union(*ids_of.values())
-    with torch.no_grad():
-        anchor_embeds = {c: encoder.encode([c])[0][0].cpu() for c in anchors} if args.anchor else {}
-    initial_words = {}
+    anchor = Anchor(encoder, anchors, args.anchor, args.seed) if args.anchor else None
+    initial = {}
     if run.state_file is None:
-        initial_words = {k.name: k.initial for k in keywords if k.initial}
-        if args.keyword_init == "search":
-            first, (low, high) = next(iter(schedule.items()))
-            searched = [name for name in names if name not in initial_words]
-            initial_words |= search_initial_words(searched, encoder, dataset, first, low, high)
-        initial_words = world.broadcast_from_rank0(lambda: initial_words)  # ranks may round otherwise
-        for keyword, word in initial_words.items():
-            print(f"keyword {keyword!r}: starts as {word!r}")
-        run.metadata["initial_words"] = initial_words
+        initial = initial_words(keywords, args.keyword_init == "search", encoder, dataset, schedule)
+        run.metadata["initial_words"] = initial
     base_rows = encoder.token_embedding.weight[sorted(ids)].clone()
     unfreeze(encoder, ids, args.train_blocks, args.rank, args.keyword_norm)
     shared = shared_token_ids(names, dataset.captions, encoder.tokenizer)
-    initialize_rows(initial_words, ids_of, shared, encoder)
+    initialize_rows(initial, ids_of, shared, encoder)
     if world.fsdp:
         for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
             p.data = p.data.float() if p.requires_grad else p.data
@@ -316,21 +296,6 @@ def train(args, world):
 
     def prepare(step):
         return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
-
-    def anchor_loss(step):
-        """Back-propagate how far prompts without keywords have moved, relative to their size; a part on each rank."""
-        prompts = random.Random(f"{args.seed} anchors {step}").choices(anchors, k=dataset.batches.size)
-        size = sum(anchor_embeds[p].float().square().sum() for p in prompts) * (world.size // world.dp_size)
-        at_once, total = args.batch * world.dp_size, 0.0
-        for i in range(0, len(prompts), at_once):
-            local, fraction = world.local_indices(len(prompts[i : i + at_once]))
-            mine = [prompts[i + j] for j in local]
-            now, _ = encoder.encode(mine)
-            before = collate([anchor_embeds[p] for p in mine])[0].to(now)
-            moved = (now.float() - before.float()).square().sum() / size.to(now) * (fraction > 0)
-            (args.anchor * moved).backward()
-            total += moved.item()
-        return total
 
     def evaluate(step):
         """What is due of held-out loss and previews after a step, with the weights that would be saved."""
@@ -381,8 +346,8 @@ def train(args, world):
             context, lens = encoder.encode(batch.captions)
             loss += backward(world, dit, batch, context, lens, weight)
             watch.count(batch, weight)
-        if args.anchor:
-            moved = anchor_loss(step)
+        if anchor:
+            moved = anchor.back_propagate(step, dataset.batches.size, args.batch, world)
         tokens = watch.tokens * world.dp_size / world.size
         loss, moved, watch.tokens, stop = world.all_reduce_grads(params, loss, moved, tokens, run.stop)
 
@@ -395,7 +360,7 @@ def train(args, world):
             state.ema.update()
 
         # log, evaluate, save
-        if args.anchor:
+        if anchor:
             metrics["anchor"] = moved
         if len(schedule) > 1:
             metrics["expert"] = expert

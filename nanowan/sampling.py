@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kernels.attention_backends import CHOICES
 from nanowan.cache import digest
 from nanowan.errors import BadInput, check_at_least
 from nanowan.files import check_output, numbered
@@ -75,6 +76,55 @@ def _identity(path):
         return " ".join(sorted(_identity(f) for f in path.iterdir() if f.is_file()))
     stat = path.stat()
     return digest(path) if stat.st_size <= SMALL else f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def add_flags(p):
+    """Add those of sample.py's flags that say how videos are computed and where they go, not what is in them."""
+    add = p.add_argument_group("speed and memory").add_argument
+    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add(
+        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
+    )
+    add(
+        "--attention",
+        choices=CHOICES,
+        default="auto",
+        help="self-attention on a GPU; sage is the package sageattention, in 8 bits and not exact (default: auto, the "
+        "fastest exact one)",
+    )
+    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
+    add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
+    add(
+        "--reuse",
+        type=float,
+        default=0.0,
+        help="skip steps whose velocity is expected to change by less than this share, such as 0.1; an approximation, "
+        "see diag.py reuse (default: 0, none)",
+    )
+    add(
+        "--vae_tile",
+        type=int,
+        default=0,
+        help="decode in tiles of N latent px a side, for less memory; exact from about 13 (default: 0, whole frames)",
+    )
+    add = p.add_argument_group(
+        "several GPUs, under torchrun; ranks beyond those that share a clip take other prompts"
+    ).add_argument
+    add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip (default: 1)")
+    add("--guidance_parallel", action="store_true", help="compute the two halves of guidance on different ranks")
+    add = p.add_argument_group("results").add_argument
+    add("--out", default="out/sample.mp4", help="video file; several prompts: NAME_000.mp4 ... (default: %(default)s)")
+    add("--save_latents", help="also write the final latents to this .safetensors file")
+    add("--grid", help="also write a contact sheet of all results to this .png file")
+    add(
+        "--resume", action="store_true", help="make only what an earlier, stopped call of the same flags did not finish"
+    )
+    add(
+        "--preview_every",
+        type=int,
+        default=0,
+        help="every N steps write a rough picture of the clip to OUT's name with _preview.png (default: 0, never)",
+    )
 
 
 def seed_list(text):

@@ -1,6 +1,9 @@
 """Keywords in captions: where they stand, and what a training step shows of a caption."""
 
+import math
 import re
+
+from nanowan.errors import BadInput
 
 
 def spans(caption, keyword):
@@ -74,3 +77,14 @@ def join_units(caption, units):
         spaced = m.start() > 0 and caption[m.start() - 1].isspace()
         text += (" " if text and spaced else "") + m.group()
     return text
+
+
+def parse_probs(text):
+    """--caption_mode_probs: three shares, of a keyword alone, a shortened caption and a whole one. Raises BadInput."""
+    try:
+        probs = [float(v) for v in text.split(",")]
+    except ValueError:
+        probs = []
+    if len(probs) != 3 or min(probs) < 0 or not 0 < sum(probs) < math.inf:
+        raise BadInput(f"--caption_mode_probs {text}: three shares such as 15,35,50")
+    return probs

@@ -99,6 +99,21 @@ def shared_token_ids(keywords, captions, tokenizer):
     return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 
+def initial_words(keywords, search, encoder, dataset, schedule):
+    """{keyword: the word that it starts as}, of Keywords: as they say, and the others as `search_initial_words` finds
+    if `search`, at the timesteps of the first expert of `schedule` {name: (low, high)}. The same on all ranks.
+    """
+    found = {k.name: k.initial for k in keywords if k.initial}
+    if search:
+        first, (low, high) = next(iter(schedule.items()))
+        searched = [k.name for k in keywords if k.name not in found]
+        found |= search_initial_words(searched, encoder, dataset, first, low, high)
+    found = dataset.world.broadcast_from_rank0(lambda: found)  # ranks may round otherwise
+    for keyword, word in found.items():
+        print(f"keyword {keyword!r}: starts as {word!r}")
+    return found
+
+
 @torch.no_grad()
 def search_initial_words(keywords, encoder, dataset, name, low, high):
     """{keyword: the known word to start from}: the words of captions without keywords take a keyword's place in its own

@@ -1,0 +1,29 @@
+"""Adapters that a training of a LoRA starts from."""
+
+import torch
+
+from lora import adapter
+from nanowan.errors import BadInput
+from nanowan.formats.dit import new_dit
+from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec
+
+
+def initial_loras(specs, pipe, schedule, new_adapter):
+    """{expert: file} of --init_lora. A file that does not say which expert it is for goes to the only one trained.
+    Raises BadInput, before anything is computed, for a file that is no start for the adapter new_adapter.
+    """
+    files = {}
+    for spec in specs:
+        lora = parse_lora_spec(spec, "--init_lora")
+        if lora.weight != 1:
+            raise BadInput(f"--init_lora {spec}: a weight means nothing here; give FILE, FILE:high, :low or :both")
+        for expert in choose_experts(lora, tuple(schedule), "--init_lora")[0]:
+            if expert in files:
+                raise BadInput(f"--init_lora {spec}: {files[expert]} is for the same expert; give one file for each")
+            files[expert] = lora.file
+    for expert, file in files.items():
+        with torch.device("meta"):
+            dit = new_dit(pipe.config(expert))
+            new_adapter.inject(dit, None)
+        changes_to_start_from(adapter(dit), file, expert)
+    return files

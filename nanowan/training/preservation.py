@@ -1,0 +1,42 @@
+"""Prior preservation: samples that are shown prompts of other things, whose targets are the base's own predictions."""
+
+import torch
+
+from lora import adapter_off
+from nanowan.errors import BadInput
+from nanowan.training.captions import has_keyword, without_keywords
+
+
+def prompts_to_preserve(args, captions, prompts):
+    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput if there are none."""
+    if not args.preserve:
+        return []
+    for word in args.trigger:
+        if not any(has_keyword(c, [word]) for c in captions):
+            raise BadInput(f"--trigger {word}: no caption holds it, and --preserve needs those that do")
+    others = [c for c in without_keywords(captions, args.trigger) if c] if args.trigger else []
+    if not prompts and not others:
+        raise BadInput(
+            f"--preserve {args.preserve}: every caption holds a word of --trigger {','.join(args.trigger)}; give "
+            "--preserve_prompts FILE"
+        )
+    return list(dict.fromkeys([*prompts, *others]))
+
+
+@torch.no_grad()
+def with_base_targets(batch, dit, context, lens):
+    """The Batch with the base's own predictions as targets of its preserved samples: prior preservation (after Ruiz et
+    al., 2022, DreamBooth), of predictions instead of pictures. context (B,S,D), lens (B,). A rank that has no such
+    sample computes one all the same, since others may wait for it.
+    """
+    if batch.preserved is None:
+        return batch
+    chosen = batch.preserved.nonzero().flatten()
+    run = chosen if len(chosen) else torch.tensor([0])
+    part = batch._replace(x=batch.x[run], t=batch.t[run], inputs={k: v[run] for k, v in batch.inputs.items()})
+    on_device = run.to(context.device)
+    with adapter_off(dit):
+        v = part.velocity(dit, context[on_device], lens[on_device])
+    target = batch.target.clone()
+    target[chosen] = v[: len(chosen)].to(target)
+    return batch._replace(target=target)
