@@ -1,5 +1,7 @@
-"""Colours of decoded pictures as a player shows them: 8-bit RGB with BT.709's primaries, from whatever matrix, range,
-primaries, transfer function or ICC profile a file names; and the way back to the file that is written.
+"""Colours of decoded pictures as a player shows them, and the way back to the file that is written.
+
+They become 8-bit RGB with BT.709's primaries, from whatever matrix, range, primaries, transfer function or ICC profile
+a file names.
 """
 
 import functools

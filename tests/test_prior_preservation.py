@@ -83,12 +83,12 @@ def dataset(tmp_path, count=16, **flags):
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
     items = [SimpleNamespace(captions=["own"], frames=1, weight=1.0, bucket=(32, 32, 1))] * count
     args = arguments(["--preserve", "0.5"])
-    vars(args).update({"shift": 1.0, "t_distribution": "uniform", **flags})
+    vars(args).update({"shift": 1.0, "t_distribution": "uniform", "batch": count, **flags})
     made = object.__new__(data.Dataset)
     made.config = pick(data.DataConfig, args, sources=(), cache=tmp_path)
     made.items, made.files = items, [tmp_path / "a.safetensors"] * count
-    made.batches = SimpleNamespace(at=lambda step: list(range(count)))
-    made.samples, made.world = Samples(None), SimpleNamespace(local_indices=lambda n: (list(range(n)), 1.0))
+    made.batches = SimpleNamespace(at=lambda step: list(range(count)), size=count)
+    made.samples, made.world = Samples(None), SimpleNamespace(local_indices=lambda n: (list(range(n)), 1.0), dp_size=1)
     return made
 
 

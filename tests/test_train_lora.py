@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     assert a[1]["modelspec.date"] == began[:10] and "trained_words" not in a[1]
     assert (b[1]["modelspec.title"], kept[1]["modelspec.title"]) == ("my style", "my style_000006")
     assert b[1]["trained_words"] == b[1]["modelspec.trigger_phrase"] == "red, dog"
-    assert json.loads(b[1]["ss_tag_frequency"]) == {"captions": {"red": 2, "dog": 1}}
+    assert json.loads(b[1]["ss_tag_frequency"]) == {"captions": {"red": 1, "dog": 1}}
     losses = [
         [
             (json.loads(line)["step"], json.loads(line)["loss"])
@@ -136,14 +136,14 @@ KILL = """
 import os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import data, train_lora
-real, calls = data.sample_timesteps, []
-def killing(*a):
+import train_lora
+real, calls = train_lora.update, []
+def killing(*a, **how):
     calls.append(1)
     if len(calls) == 4:  # in the middle of step 4, when step 2 is what was saved
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*a)
-data.sample_timesteps = killing
+    return real(*a, **how)
+train_lora.update = killing
 train_lora.main()
 """
 
@@ -202,7 +202,7 @@ def test_a_finished_run_is_not_overwritten_but_may_go_on(checkpoints, media, tmp
     train(checkpoints["ti2v"], media, tmp_path / "out")
     run = train(checkpoints["ti2v"], media, tmp_path / "out", check=False)
     assert run.returncode == 1 and "--resume" in run.stderr
-    assert "step 8 " in train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", "--steps", 8).stdout
+    assert "step 8/8 " in train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", "--steps", 8).stdout
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
@@ -362,9 +362,9 @@ def test_halves_and_flags_of_files_to_start_from(checkpoints, tmp_path):
         chosen("{both}:both", experts=["low"])
 
 
-@pytest.mark.parametrize("flags, number", [([], 4), (["--keep", "2"], 3), (["--keep", "9"], 4)])
+@pytest.mark.parametrize("flags, number", [([], 5), (["--keep", "2"], 4), (["--keep", "9"], 5)])
 def test_the_plan_counts_kept_adapters(monkeypatch, flags, number):
-    """250 steps, saved at 100, 200 and at the end, and the result."""
+    """250 steps, saved at 100, 200 and at the end, the result, and the best by held-out loss."""
     monkeypatch.setattr(memory_estimate, "training", lambda spec, *_: spec.num_results)
     args = arguments(["--data", "x", "--device", "cpu", "--steps", "250", "--save_every", "100", *flags])
     s = released("ti2v-5B")

@@ -90,11 +90,11 @@ def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import data as m, train_te\n"
-        "real, n = m.sample_timesteps, []\n"
+        "import train_te\n"
+        "real, n = train_te.update, []\n"
         "def kill(*a):\n    n.append(1)\n    if len(n) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*a)\n"
-        "m.sample_timesteps = kill; train_te.main()"
+        "train_te.update = kill; train_te.main()"
     )
     train(checkpoints["ti2v"], media, tmp_path / "whole")
     assert (
