@@ -281,11 +281,11 @@ def test_a_released_stream_is_gone(checkpoints):
 @pytest.mark.parametrize("fp8", (False, True))
 def test_one_host_copy_for_two_ranks(checkpoints, tmp_path, fp8):
     """Two ranks, here threads: the first reads the weights, both have them, and they are the same memory."""
-    meeting, models, read = threading.Barrier(2), {}, []
+    meeting, models, read = threading.Barrier(2, timeout=60), {}, []  # one that fails must not leave the other waiting
 
     def rank(first):
         world = World("cpu", distributed=False)
-        world.host_share = lambda: HostShare(first, meeting.wait, lambda part: tmp_path / part)
+        world.is_main, world.host_share = first, lambda: HostShare(first, meeting.wait, lambda part: tmp_path / part)
         pipe = Pipeline(checkpoints["ti2v"], Runtime(fp8=fp8, stream_blocks=2, world=world))
         models[first] = pipe.acquire("dit")
         read.append(pipe.placements["dit"].flats(whole=True)[0].home)
