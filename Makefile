@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
 # test files side by side, each on one thread, on the CPU also where there is a GPU (that is what gpu-check is for)
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
-NUMERIC := kernels kernels_attention kernels_csrc flow optim fp8 t5 clip_vision wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
+NUMERIC := kernels kernels_attention kernels_csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
 .PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-run gpu-build clean
 
