@@ -32,6 +32,7 @@ DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth
 INTERLACED_ORDERS = range(2, 6)  # of a codec context's field_order
 LOOKED_AT = 8  # pictures of a clip that calls itself interlaced: some encoders begin with a whole one
 MAX_SHIFT = 2.5  # pictures by which times that step back may miss a constant rate: those of AVI say when one is decoded
+GAP = 4  # px between the frames of a contact sheet
 SHORTEST_DURATION = 0.011  # seconds of a picture of an animated image; what is shorter takes 0.1, as in browsers
 
 
@@ -647,21 +648,26 @@ def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
     """A contact sheet PNG: each video (3,T,H,W) in [-1,1] as `shown` frames in a row, first to last, under its label;
     `columns` videos side by side. scale: of the pixels (default: strips about 384 px wide).
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     strips = []
     for video in videos:
         frames = to_uint8(video)[np.linspace(0, video.shape[1] - 1, shown).round().astype(int)]
-        strip = Image.fromarray(np.concatenate(list(frames), 1))
-        factor = scale or max(1, round(384 / strip.width))
-        strips.append(strip.resize((strip.width * factor, strip.height * factor), Image.NEAREST))
-    w, h = strips[0].width + 8, strips[0].height + 22
+        factor = scale or max(1, round(384 / (frames.shape[2] * shown)))
+        width, height = frames.shape[2] * factor, frames.shape[1] * factor
+        strip = Image.new("RGB", ((width + GAP) * shown - GAP, height), "white")
+        for i, frame in enumerate(frames):
+            strip.paste(Image.fromarray(frame).resize((width, height), Image.NEAREST), (i * (width + GAP), 0))
+        strips.append(strip)
+    w, h, font = strips[0].width + 12, strips[0].height + 26, ImageFont.load_default(13)
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(strips) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (strip, label) in enumerate(zip(strips, labels)):
-        x, y = i % columns * w + 4, i // columns * h
-        sheet.paste(strip, (x, y + 18))
-        pen.text((x, y + 2), label if len(label) * 6 < w else label[: w // 6 - 3] + "...", fill="black")
+        x, y = i % columns * w + 6, i // columns * h
+        sheet.paste(strip, (x, y + 20))
+        while pen.textlength(label, font) > strip.width:
+            label = label.removesuffix("...")[:-1] + "..."
+        pen.text((x, y + 2), label, fill="black", font=font)
     with atomic(path) as tmp:
         sheet.save(tmp, format="PNG")
 

@@ -1,9 +1,10 @@
 """`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
 
-It shows how much better the model listens, and what became of words that nobody trained.
+It shows what each of them adds: the encoder teaches words for what the base can draw, and the translator helps it to
+draw what it never has, an orange figure. And it shows what became of words that nobody trained.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
-Leaves mp4s, a before/after contact sheet and a plot of the losses in out/demo.
+Leaves mp4s, a contact sheet and a plot of the losses in out/demo.
 """
 
 import json
@@ -26,7 +27,7 @@ from nanowan.files import atomic  # noqa: E402
 from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
-WORDS = ("crimson", "wedge", "halts")
+WORDS = ("crimson", "wedge", "halts", "orange")  # the last is a colour that the base has never drawn
 NEAR = ("box", "orb", "sinks", "ascends")  # of the same kinds; no caption has them, and they should be left alone
 OUT = ROOT / "out" / "demo"
 
@@ -78,31 +79,37 @@ def plot(logs, file):
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     clips, words = OUT / "clips", ",".join(WORDS)
-    run("-m", "nano", "clips", "--out", clips, "--n", 144, "--seed", 7, "--words", words)
-    before, first = listen("before")
-    data = "--ckpt", "nano", "--data", clips
+    encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
+    run("-m", "nano", "clips", "--out", clips, "--n", 192, "--seed", 7, "--words", words)
+    data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
     flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 400]  # rows need no varied captions
     run(ROOT / "train_te.py", *data, "--out", OUT / "te", *flags)
-    encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
-    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 200]
+    stages["+ encoder"] = listen("encoder", encoder=encoder)
+    flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 300]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
-    after, second = listen("after", [str(adapter)], encoder)
-    moved = relative_norm(delta(adapter, ROOT / "nano"))
-    pairs = [pair for couple in zip(first, second) for pair in couple]
-    labels = [f"{when}: {p}" for (p, _), when in zip(pairs, ("before", "after") * len(first))]
-    write_grid(OUT / "before_after.png", [clip for _, clip in pairs], labels, columns=4, scale=2)
+    stages["+ encoder + translator"] = listen("translator", [str(adapter)], encoder)
+
+    shown = [0, 2, 4, 6, 8, 10]  # the first clip of each word, of known words, and of one that nobody trained
+    rows = [(stage, *clips[i]) for i in shown for stage, (_, clips) in stages.items()]
+    labels = [f"{stage}: {prompt}" for stage, prompt, _ in rows]
+    write_grid(OUT / "before_after.png", [clip for *_, clip in rows], labels, columns=len(stages), scale=2)
     plot(
         {name: OUT / folder / "log.jsonl" for name, folder in (("train_te", "te"), ("train_lora", "lora"))},
         OUT / "loss.png",
     )
-    print("\nlistening, before -> after")
-    for suite in before:
-        changes = [f"{kind} {old:.2f} -> {after[suite][kind]:.2f}" for kind, old in before[suite].items()]
-        print(f"  {suite:24} {', '.join(changes)}")
-    print(f"the translator moves its matrices by {moved:.2f} of their norm")
-    print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, before/, after/, clips/")
+    scores = {stage: found for stage, (found, _) in stages.items()}
+    print("\nshare right: " + " / ".join(scores))
+    for suite, kinds in scores["base"].items():
+        numbers = [f"{kind} " + " / ".join(f"{found[suite][kind]:.2f}" for found in scores.values()) for kind in kinds]
+        print(f"  {suite:24} {', '.join(numbers)}")
+    moved = {
+        "encoder": relative_norm(delta(encoder, ROOT / "nano")),
+        "translator": relative_norm(delta(adapter, ROOT / "nano")),
+    }
+    print(f"the translator moves its matrices by {moved['translator']:.2f} of their norm")
+    print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, base/, encoder/, translator/, clips/")
     with atomic(OUT / "scores.json") as tmp:
-        tmp.write_text(json.dumps({"before": before, "after": after, "moved": moved}, indent=1))
+        tmp.write_text(json.dumps({"scores": scores, "moved": moved}, indent=1))
 
 
 if __name__ == "__main__":

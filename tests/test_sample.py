@@ -689,5 +689,5 @@ def test_a_preview_comes_every_so_many_steps(tmp_path):
 def test_a_contact_sheet_shows_a_clip_from_its_first_frame_to_its_last(tmp_path):
     video = torch.linspace(-1, 1, 9)[None, :, None, None].expand(3, 9, 8, 8)
     write_grid(tmp_path / "g.png", [video], ["x"], shown=3, scale=1)
-    row = np.asarray(Image.open(tmp_path / "g.png"))[22, 4:28, 0]
-    assert row[4] == 0 and row[12] in (127, 128) and row[20] == 255
+    row = np.asarray(Image.open(tmp_path / "g.png"))[24, 6:38, 0]
+    assert row[4] == 0 and row[16] in (127, 128) and row[28] == 255 and row[9] == row[21] == 255  # white between them
