@@ -168,7 +168,7 @@ def denoise(pipe, settings, clip, expert):
         return
     model, x = GuidedModel(pipe, expert, clip), clip.conditions.put_known(clip.x)
     cache.reset()
-    for i in tqdm(steps, initial=steps[0], total=len(timesteps), disable=not clip.progress, unit="step"):
+    for i in tqdm(steps, initial=steps[0], total=len(timesteps), disable=None if clip.progress else True, unit="step"):
         # the velocity, computed or as the step cache expects it
         v = cache.predict(x) if i < len(timesteps) - 1 else None
         if v is None:

@@ -24,7 +24,7 @@ from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
-from nanowan.flags import Parser
+from nanowan.flags import Parser, in_force
 from nanowan.formats.header import load
 from nanowan.formats.lora import AdapterInfo, start_from, write_lora
 from nanowan.parallel import World, backward, gather_state
@@ -167,8 +167,9 @@ def train(args, world):
     schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
-    print(json.dumps(vars(args)), ops.describe(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
+    defaults = arguments([])
+    print(in_force(args, defaults), ops.describe(args.device), sep="\n")
+    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(defaults))
 
     # data, and the memory that the run will need
     preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []

@@ -20,7 +20,7 @@ from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
-from nanowan.flags import Parser
+from nanowan.flags import Parser, in_force
 from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import (
     in_layout,
@@ -202,8 +202,9 @@ def train(args, world):
     check(args, s, pipe.config().num_layers)
     check_data(args.data, pipe)
     schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
-    print(json.dumps(vars(args)), ops.describe(args.device), sep="\n")
-    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(arguments([])))
+    defaults = arguments([])
+    print(in_force(args, defaults), ops.describe(args.device), sep="\n")
+    run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(defaults))
 
     # data, and the memory that the run will need
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []

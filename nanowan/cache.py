@@ -224,7 +224,7 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     with (
         ThreadPoolExecutor(1) as saver,
         contextlib.closing(in_threads(groups, read)) as decoded,
-        tqdm(total=len(missing), desc="latents", unit="sample", disable=not missing) as bar,
+        tqdm(total=len(missing), desc="latents", unit="sample", disable=None if missing else True) as bar,
     ):
         for item, file, frames in decoded:
             bar.update()
@@ -267,7 +267,7 @@ def cache_texts(files, load_encoder):
     """
     missing = [text for text, file in files.items() if not file.exists()]
     encoder = load_encoder() if missing else None
-    for text in tqdm(missing, desc="texts", unit="caption", disable=not missing):
+    for text in tqdm(missing, desc="texts", unit="caption", disable=None if missing else True):
         if not files[text].exists():
             with torch.no_grad():
                 save(files[text], {"embedding": encoder.encode([text])[0][0]})

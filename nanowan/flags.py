@@ -111,6 +111,13 @@ def read_config(file):
     return config
 
 
+def in_force(args, defaults):
+    """The flags that are not at their defaults, in one line: those that were given, and a checkpoint's own values."""
+    changed = {k: v for k, v in vars(args).items() if v != vars(defaults)[k]}
+    plain = {k: v[0]["source"] if _is_tables(v) and len(v) == 1 and len(v[0]) == 1 else v for k, v in changed.items()}
+    return "flags: " + ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items())
+
+
 def write_config(file, values):
     """Write {flag: value} so that read_config gives it back; what is None is left out."""
     plain = {k: v for k, v in values.items() if v is not None and k not in UNSAVED and not _is_tables(v)}

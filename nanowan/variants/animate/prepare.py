@@ -57,7 +57,10 @@ class Clip(NamedTuple):
 
     def frames(self, seconds, desc=None):
         """Yield the frames (H,W,3) uint8 that are shown nearest to some rising times. desc: of a progress bar."""
-        with tqdm(total=len(seconds), desc=desc, unit="frame", disable=not desc) as bar, decoding(self.file, self.flag):
+        with (
+            tqdm(total=len(seconds), desc=desc, unit="frame", disable=None if desc else True) as bar,
+            decoding(self.file, self.flag),
+        ):
             for (frame,) in read_windows(Path(self.file), [[t] for t in seconds], Frame.shown):
                 yield frame
                 bar.update()
@@ -250,7 +253,10 @@ class Work(NamedTuple):
         if self.pose_video:
             images = self.pose_video.frames(self.seconds, "src_pose")
         else:
-            images = (draw_pose(points, *self.frame_size) for points in tqdm(self.keypoints, "src_pose", unit="frame"))
+            images = (
+                draw_pose(points, *self.frame_size)
+                for points in tqdm(self.keypoints, "src_pose", unit="frame", disable=None)
+            )
         for image in images:
             yield letterbox(image, *self.size)[None]
 
