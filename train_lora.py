@@ -12,7 +12,6 @@ OUT/adapter_model_000100.safetensors and so on, so that the best step can be cho
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
-import json
 import math
 from pathlib import Path
 
