@@ -278,10 +278,12 @@ class Dataset:
             for i in range(0, len(group), at_once):
                 local, fraction = self.world.local_indices(len(group[i : i + at_once]))
                 draws = [group[i + j] for j in local]
-                yield self._batch(draws), fraction * len(group[i : i + at_once]) / self.batches.size
+                yield self._batch(draws, bool(preserved_prompts)), fraction * len(group[i : i + at_once]) / self.batches.size
 
-    def _batch(self, draws):
-        """The Batch of Draws of one shape, read from the cache."""
+    def _batch(self, draws, preserves):
+        """The Batch of Draws of one shape, read from the cache. preserves: whether any sample of the run is preserved;
+        then `preserved` is there on every rank, though no sample of this one is, since ranks compute targets together.
+        """
         samples = self.samples
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]
         noise = torch.stack([torch.randn(e["latents"].shape, generator=d.generator) for d, e in zip(draws, entries)])
@@ -296,5 +298,5 @@ class Dataset:
         if (weight != 1).any():
             weight = weight.view(-1, 1, 1, 1, 1)
             loss_mask = weight if loss_mask is None else weight * loss_mask
-        captions, chosen = [d.caption for d in draws], preserved if preserved.any() else None
-        return make_noisy_batch(entries, captions, t, noise, loss_mask, chosen)
+        captions = [d.caption for d in draws]
+        return make_noisy_batch(entries, captions, t, noise, loss_mask, preserved if preserves else None)
