@@ -276,9 +276,10 @@ class Dataset:
         at_once = self.config.batch * self.world.dp_size
         for group in groups.values():
             for i in range(0, len(group), at_once):
-                local, fraction = self.world.local_indices(len(group[i : i + at_once]))
-                draws = [group[i + j] for j in local]
-                yield self._batch(draws, bool(preserved_prompts)), fraction * len(group[i : i + at_once]) / self.batches.size
+                count = len(group[i : i + at_once])
+                local, fraction = self.world.local_indices(count)
+                batch = self._batch([group[i + j] for j in local], bool(preserved_prompts))
+                yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
         """The Batch of Draws of one shape, read from the cache. preserves: whether any sample of the run is preserved;
