@@ -240,7 +240,10 @@ class Dataset:
     # ---- steps ---------------------------------------------------------------------------------------------------
     def _choose_batches(self):
         c = self.config
-        self.batches = Batches(self.items, c.batch * c.accumulate * self.world.dp_size, c.seed, self.samples.group)
+        size = c.batch * c.accumulate * self.world.dp_size
+        self.batches = Batches(self.items, size, c.seed, self.samples.group)
+        if self.batches.size < size:
+            print(f"  a step would see {size} samples, and there are {self.batches.size}: it sees each of them once")
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def draw(self, step, low, high, show_caption=None, preserved_prompts=()):

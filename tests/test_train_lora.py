@@ -202,7 +202,8 @@ def test_a_finished_run_is_not_overwritten_but_may_go_on(checkpoints, media, tmp
     train(checkpoints["ti2v"], media, tmp_path / "out")
     run = train(checkpoints["ti2v"], media, tmp_path / "out", check=False)
     assert run.returncode == 1 and "--resume" in run.stderr
-    assert "step 8/8 " in train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", "--steps", 8).stdout
+    more = train(checkpoints["ti2v"], media, tmp_path / "out", "--resume", "--steps", 8).stdout
+    assert "step 8/8 " in more and "--steps 8, which was 6: the cosine schedule is stretched" in more
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])

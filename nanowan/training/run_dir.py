@@ -25,6 +25,7 @@ from nanowan.errors import BadInput
 from nanowan.files import atomic, remove_leftovers, save_pickle, writing
 from nanowan.flags import write_config
 from nanowan.training.log import Log
+from nanowan.training.optim import lr_at
 
 
 def differences(before, now):
@@ -127,7 +128,7 @@ class Run:
         with writing(self.states):
             self.states.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if self._saved() and not resume and (self.job is None or self._last_job() != self.job):
+        if self._saved() and not resume and (self.job is None or self._last_record().get("job") != self.job):
             raise BadInput(
                 f"--out {self.out}: holds a run already; add --resume to continue it, or choose another folder"
             )
@@ -151,12 +152,12 @@ class Run:
             self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.lock_file.flush()
 
-    def _last_job(self):
-        """The torchrun job that wrote this folder last."""
+    def _last_record(self):
+        """What is known of the process that wrote this folder last."""
         try:
-            return json.loads((self.out / "flags.json").read_text()).get("job")
+            return json.loads((self.out / "flags.json").read_text())
         except (OSError, ValueError):
-            return None
+            return {}
 
     @staticmethod
     def _commit():
@@ -217,6 +218,14 @@ class Run:
             raise BadInput(f"--steps {steps}: the run in {self.out} has done {done} already; give at least as many")
         if steps == done and self.is_main:
             print(f"the run in {self.out} has done all of its {done} steps; with more --steps it goes on", flush=True)
+        before = self._last_record().get("flags", {}).get("steps")
+        if done and self.is_main and self.flags.get("schedule") == "cosine" and before not in (None, steps):
+            old, new = (lr_at(done, n, self.flags["lr"], self.flags["warmup"], "cosine") for n in (before, steps))
+            print(
+                f"--steps {steps}, which was {before}: the cosine schedule is stretched, and the learning rate of step "
+                f"{done + 1} is {new:.3g}, not {old:.3g}",
+                flush=True,
+            )
 
     def check(self, fingerprint):
         """Refuse to go on from a state that was made otherwise. `fingerprint` {name: value} is what must not have
@@ -231,7 +240,10 @@ class Run:
             print(f"{self.state_file}: of an older version; from here on steps draw their samples and noise anew")
             saved["draws"] = fingerprint["draws"]
         if changed := differences(saved, fingerprint):
-            raise BadInput(f"--resume: {self.state_file} is of another run: " + "; ".join(changed))
+            raise BadInput(
+                f"--resume: {self.state_file} is of another run: {'; '.join(changed)}. A new --out begins another; "
+                "--init_lora or --text_encoder starts it from this one's result"
+            )
 
     def restore(self, fingerprint):
         """The newest state, or None, after `check`; training begins. state["shards"] is the folder of its shards, or
