@@ -512,11 +512,11 @@ def test_an_error_is_shown_once(media, tmp_path):
 
 def test_sigterm_saves_and_leaves(media, tmp_path):
     command, options = torchrun(
-        2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", "1000", steps=100000)
+        2, ROOT / "train_lora.py", *argv(media, tmp_path, "run", "--save_every", 1000, "--log_every", 1, steps=100000)
     )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     for line in process.stdout:
-        if line.startswith("step 3 "):
+        if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
