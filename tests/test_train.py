@@ -21,6 +21,7 @@ from test_data import clip, photo
 import data
 from benchmarks import tiny
 from nanowan import memory_estimate
+from nanowan.cache import digest
 from nanowan.formats.header import load, save
 from nanowan.parallel import World
 from nanowan.pipeline import Adapter, Pipeline
@@ -359,9 +360,10 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     """
     code = (
         "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
-        "import data as m, train_lora; real = m.sample_timesteps\n"
-        "def spy(*a):\n    t = real(*a); print('T', float(t.min()), float(t.max())); "
-        "return t\nm.sample_timesteps = spy; train_lora.main()"
+        "import data, train_lora; real = data.Dataset.draw\n"
+        "def spy(self, step, *a):\n    draws = real(self, step, *a); times = [float(d.t) for d in draws]\n"
+        "    print('T', step, min(times), max(times)); return draws\n"
+        "data.Dataset.draw = spy; train_lora.main()"
     )
     done = train(
         "train_lora",
@@ -377,8 +379,9 @@ def test_both_experts_in_one_run(checkpoints, media, tmp_path):
     )
     drawn = [[float(v) for v in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("T ")]
     names = [r["expert"] for r in logged(tmp_path / "both")]
-    assert names == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3 and len(drawn) == 12
-    assert all(low >= 0.875 if n == "high" else high <= 0.875 for n, (low, high) in zip(names, drawn))
+    assert names == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
+    assert [step for step, *_ in drawn] == [*range(12)]
+    assert all(low >= 0.875 if n == "high" else high <= 0.875 for n, (_, low, high) in zip(names, drawn))
     adapters = {n: load(tmp_path / "both" / f"adapter_model_{n}.safetensors") for n in ("high", "low")}
     assert [adapters[n][1]["expert"] for n in adapters] == ["high", "low"]
     assert all(any(v.abs().max() > 0 for k, v in a[0].items() if "lora_B" in k) for a in adapters.values())
@@ -486,8 +489,8 @@ def test_one_expert_at_a_time_where_memory_is_short(checkpoints, media, tmp_path
         "import os, sys, weakref; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "import importlib; from nanowan import pipeline as m\n"
         "m.free_memory, real, alive = lambda device: 0, m.Pipeline._load, weakref.WeakValueDictionary()\n"
-        "def load(self, name):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n"
-        "    part = real(self, name)\n"
+        "def load(self, name, need):\n    assert name not in ('high', 'low') or not set(alive), (name, list(alive))\n"
+        "    part = real(self, name, need)\n"
         "    if name in ('high', 'low'):\n        alive[name] = part.model\n    print('LOADED', name)\n"
         "    return part\n"
         "m.Pipeline._load = load; importlib.import_module(os.path.basename(sys.argv[0])[:-3]).main()"
@@ -788,7 +791,7 @@ def test_a_run_goes_on_only_from_its_own_base(checkpoints, tmp_path):
     name = max(tensors)
     save(file, tensors | {name: tensors[name] + 1})
     args = SimpleNamespace(batch=2, rank=4)
-    nothing = SimpleNamespace(files=[], items=[], is_cached=lambda: True)
+    nothing = SimpleNamespace(files=[], items=[], is_cached=lambda: True, digest=digest)
     same, again, other = (
         resume_fingerprint(args, Pipeline(folder), nothing)
         for folder in (checkpoints["t2v"], checkpoints["t2v"], tmp_path / "other")
