@@ -4,7 +4,6 @@ import gc
 import json
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import scripts
 from helpers.adapters import save_lora
+from helpers.scripts import NoPlan
 from PIL import Image
 from test_flow import peer as peer_solver
 from test_wan import padded, per_token
@@ -304,7 +304,7 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
     pipe = load(checkpoints["ti2v"])
     seen = []
     encode = pipe.encode_prompts
-    monkeypatch.setattr(pipe, "encode_prompts", lambda p: seen.extend(p) or encode(p))
+    monkeypatch.setattr(pipe, "encode_prompts", lambda p, e=None: seen.extend(p) or encode(p, e))
     one = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0, progress=False)[1]
     assert seen == ["a cat"]
     near = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0 + 1e-7, progress=False)[1]
@@ -361,10 +361,10 @@ def test_short_memory_changes_nothing_but_what_is_held(checkpoints, monkeypatch,
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 0)
     real = pipeline.Pipeline._load
 
-    def watched(self, name):
+    def watched(self, name, need):
         gc.collect()
         held.append((name, sorted(alive)))
-        part = real(self, name)
+        part = real(self, name, need)
         alive[name] = part.model
         return part
 
@@ -421,12 +421,7 @@ def test_what_is_trained_stays_where_its_optimizer_is(checkpoints):
     model = pipe.acquire("high")
     before = {p: p.data_ptr() for p in model.parameters()}
 
-    def to(device):  # as to another device: new memory for every parameter
-        for p in model.parameters():
-            p.data = p.data.clone()
-
-    model.to = to
-    pipe.placements["high"].to("elsewhere")
+    pipe.placements["high"].to("cuda")  # away from where it runs, which is this CPU
     assert all((p.data_ptr() == at) == p.requires_grad for p, at in before.items()) and any(
         p.requires_grad for p in before
     )
@@ -449,7 +444,7 @@ def test_bytes_of_a_part_are_those_that_it_takes(checkpoints, tmp_path):
     sixteen = load_wan(checkpoints["ti2v"], dtype=torch.bfloat16)
     for folder in (tmp_path, checkpoints["ti2v"]):
         assert load(folder)._bytes("dit") == size(dit)
-        assert load(folder, stream_blocks=1)._bytes("dit") == size(dit) - block
+        assert load(folder, stream_blocks=3)._bytes("dit") == size(dit) - block  # two of three are there at a time
         assert load(folder, fp8=True)._bytes("dit") == size(eight)
         assert load(folder, dtype=torch.bfloat16)._bytes("dit") == size(sixteen)
 
@@ -629,8 +624,7 @@ def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatc
     monkeypatch.setattr(sample, "decode", lambda pipe, z, tile=0: tiles.append(tile) or videos)
     monkeypatch.setattr(sample, "tile_report", lambda *_: "")
     note_denoise(monkeypatch, lambda pipe, clip, expert: noises.append(clip.x.clone()))
-    plan = SimpleNamespace(compare=lambda device: "")
-    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: plan)
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: NoPlan())
     (tmp_path / "p.txt").write_text("a cat\na dog\n", encoding="utf-8-sig")
     words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"
     words += " --size 32x32 --frames 1 --steps 1 --guidance 1 --base_dtype fp8 --stream_blocks 1 --vae_tile 4"
@@ -645,7 +639,7 @@ def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatc
 def test_one_expert_serves_all_prompts_before_the_other_comes(checkpoints, tmp_path, monkeypatch):
     """An A14B's experts are loaded once each, and every clip is the one that its prompt gives alone."""
     loaded, served, real = [], [], Pipeline._load
-    monkeypatch.setattr(Pipeline, "_load", lambda self, name: loaded.append(name) or real(self, name))
+    monkeypatch.setattr(Pipeline, "_load", lambda self, name, need: loaded.append(name) or real(self, name, need))
     note_denoise(monkeypatch, lambda pipe, clip, expert: served.append(expert))
     (tmp_path / "p.txt").write_text("a\nb\na\n")
     words = f"--ckpt {checkpoints['t2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"

@@ -13,10 +13,10 @@ from nanowan.formats.header import load
 
 WITHOUT_PLAN = """
 import sys
-from types import SimpleNamespace
 import train_te
 from nanowan.errors import cli
-train_te.predict = lambda *_, **__: SimpleNamespace(peak=0, compare=lambda _: "")  # it takes longer than the rest
+from tests.helpers.scripts import NoPlan
+train_te.predict = lambda *_, **__: NoPlan()  # it takes longer than the rest
 cli(train_te.main)
 """
 
