@@ -100,8 +100,8 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}
     values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
+    check_data(data, pipe)
     sets = [{"source": data}] if isinstance(data, str | Path) else data or [{"source": default_clips()}]
-    check_data(sets, pipe)
     source, flags = Path(sets[0]["source"]), SimpleNamespace(clip_mode="first", **values)
     config = DataConfig(
         sources=tuple(data_source(given, flags, s) for given in sets),
