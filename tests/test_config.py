@@ -2,15 +2,20 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from helpers import scripts
 
 import sample
 import train_lora
 import train_te
 from nanowan.errors import BadInput
 from nanowan.flags import ELSEWHERE, Parser, read_config, write_config
+from nanowan.formats.header import load
 
+ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sample": sample, "train_lora": train_lora, "train_te": train_te}
 GENERATE_PY = {
     "ckpt_dir": "ckpt",
@@ -118,3 +123,19 @@ def test_texts_and_numbers_survive_toml(tmp_path):
 def test_no_parser_takes_a_part_of_a_flags_name(capsys):
     assert "did you mean --prompt" in error_of(lambda: sample.arguments(["--promp", "x"]), capsys)
     assert issubclass(Parser, argparse.ArgumentParser)
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_te"])
+def test_a_run_from_its_own_config_file_is_the_same(checkpoints, media, tmp_path, script):
+    """To the bit, with nothing else on the command line than where it goes."""
+    flags = "--resolution 32x32 --frames 1 --steps 2 --batch 1 --lr 1e-2 --seed 5 --held_out 0 --device cpu".split()
+    flags += ["--keywords", "dog", "--save", "delta"] if script == "train_te" else ["--rank", "3", "--trigger", "dog"]
+    where = ["--ckpt", checkpoints["ti2v"], "--data", media, "--cache", tmp_path / "cache"]
+    file, (one, two) = ROOT / f"{script}.py", (tmp_path / "one", tmp_path / "two")
+    scripts.run(file, *where, *flags, "--out", one, check=True)
+    scripts.run(file, "--config", one / "config.toml", "--out", two, check=True)
+    (name,) = (f.name for f in one.glob("*.safetensors") if "_0" not in f.name and "best" not in f.name)
+    a, b = (load(folder / name)[0] for folder in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    configs = [{k: v for k, v in read_config(folder / "config.toml").items() if k != "out"} for folder in (one, two)]
+    assert configs[0] == configs[1]

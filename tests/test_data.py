@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import av
@@ -20,6 +21,7 @@ from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
+from nanowan.parallel import World
 from nanowan.training import report
 from nanowan.training.captions import count_files
 from nanowan.training.scan import Item, buckets, clip_windows, nearest_bucket
@@ -485,6 +487,28 @@ def test_trained_words_are_counted_by_files():
 
 def items_of(sizes):
     return [Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_each_sample_of_an_epoch_counts_alike(ranks, batch):
+    """In the sum of gradients over all ranks and batches, whatever its bucket is: one share of a step's size."""
+    items, size = items_of({16: 7, 32: 4, 48: 1}), batch * ranks
+    weights = Counter()
+    for rank in range(ranks):
+        dataset = object.__new__(data.Dataset)
+        world = World("cpu", distributed=False)
+        world.dp_rank, world.dp_size = rank, ranks
+        config = SimpleNamespace(batch=batch, seed=0, caption_dropout=0, i2v_prob=0, continuation=None, shift=1.0)
+        config.t_distribution = "uniform"
+        batches = data.Batches(items, size, seed=1)
+        vars(dataset).update(config=config, items=items, files=items, samples=Samples(None), world=world)
+        vars(dataset).update(batches=batches, _batch=lambda draws, preserves: draws)
+        for step in range(batches.per_epoch):
+            for draws, weight in dataset.step(step, 0.0, 1.0):
+                for draw in draws:  # a batch's loss is the mean of its samples'
+                    weights[draw.item.path] += weight / len(draws)
+    assert len(weights) == 12 and all(abs(w * min(size, 12) - 1) < 1e-6 for w in weights.values())
 
 
 def test_every_file_is_seen_once_an_epoch_in_a_new_order():

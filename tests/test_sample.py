@@ -652,6 +652,35 @@ def test_one_expert_serves_all_prompts_before_the_other_comes(checkpoints, tmp_p
         assert torch.equal(load_tensors(tmp_path / f"z_{i:03d}.safetensors")[0]["latents"], alone)
 
 
+def test_a_stopped_list_of_prompts_goes_on_where_it_was(checkpoints, tmp_path, monkeypatch):
+    """Each video is written as it is done; --resume makes those that are missing, to the bit, and leaves the others."""
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\ne\n")
+    served = []
+
+    def words(folder):
+        how = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/{folder}/v.mp4 --device cpu"
+        return f"{how} --size 32x32 --frames 1 --steps 2"
+
+    def note(pipe, clip, expert):
+        if len(served) == 3:
+            raise KeyboardInterrupt
+        served.append(clip)
+
+    run_script(monkeypatch, words("whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        note_denoise(patch, note)
+        run_script(patch, words("cut"))
+    done = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cut").glob("*.mp4")}
+    assert sorted(done) == ["v_000.mp4", "v_001.mp4", "v_002.mp4"]
+    again = []
+    note_denoise(monkeypatch, lambda pipe, clip, expert: again.append(clip))
+    run_script(monkeypatch, words("cut"), "--resume")
+    assert len(again) == 2 and all((tmp_path / "cut" / name).stat().st_mtime_ns == t for name, t in done.items())
+    for i in range(5):
+        a, b = ((tmp_path / folder / f"v_{i:03d}.mp4").read_bytes() for folder in ("whole", "cut"))
+        assert a == b
+
+
 def test_prompts_of_a_file(tmp_path):
     """Without the mark that some editors begin a file with, and without empty lines."""
     (tmp_path / "p.txt").write_text("\n a cat \n\na dog", encoding="utf-8-sig")
