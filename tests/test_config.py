@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import scripts
 
+import diag
 import sample
 import train_lora
 import train_te
@@ -26,6 +27,43 @@ GENERATE_PY = {
     "sample_solver": "solver",
     "base_seed": "seed",
     "save_file": "out",
+}
+
+# flags that people's command lines have had since before config files; what is gone is told apart in the test
+EARLIER_FLAGS = {
+    "sample": (
+        "audio base_dtype ckpt compile cuda_graphs device dtype frames grid guidance guidance_parallel image "
+        "infer_frames lora negative num_clip out pose_video preview_every prompt prompts refert_num "
+        "replace_flag resume reuse save_latents seed shift size solver src_root_path start_from_ref steps "
+        "stream_blocks sync_sound text_encoder ulysses_size vae_tile"
+    ),
+    "train_lora": (
+        "accumulate allow_self_attn alpha base_dtype batch blocks cache cache_only caption_dropout "
+        "checkpointing ckpt clip_mode continuation data delta_cap device dropout dtype ema eval_every expert "
+        "frames fsdp grad_clip grad_spike_factor held_out i2v_prob init_lora keep lr max_skipped name "
+        "no-checkpointing out pipeline_stages preserve preserve_prompts preview_every previews rank resolution "
+        "resume save_every schedule seed shift steps steps_per_expert stream_blocks t_distribution targets "
+        "text_encoder trigger ulysses_size warmup weight_decay"
+    ),
+    "train_te": (
+        "accumulate anchor batch cache cache_only cache_text caption_dropout caption_mode_probs checkpointing "
+        "ckpt clip_mode continuation data device dtype ema eval_every expert frames fsdp grad_clip "
+        "grad_spike_factor held_out i2v_prob keyword_init keyword_lr keywords lr max_skipped no-checkpointing "
+        "optimizer out pipeline_stages preview_every previews resolution resume save save_every schedule seed "
+        "shift steps steps_per_expert t_distribution text_encoder train_blocks trim_prob ulysses_size warmup "
+        "weight_decay"
+    ),
+    "diag inspect": "json",
+    "diag plan": "gpus json",
+    "diag advise": "ckpt data device frames json keywords resolution",
+    "diag scale": "between ckpt frames gb inside per_machine size tflops",
+    "diag delta": "cap ckpt json out",
+    "diag logits": "cache ci ckpt data device dtype frames json lora n resolution text_encoder threshold",
+    "diag drift": "ckpt json keywords prompts",
+    "diag listen": "ckpt device dtype json lora n out prompts seed skip_before text_encoder words",
+    "diag reuse": "ckpt device dtype json lora prompts text_encoder thresholds",
+    "diag convert": "part to tokenizer",
+    "diag report": "n out",
 }
 
 
@@ -139,3 +177,19 @@ def test_a_run_from_its_own_config_file_is_the_same(checkpoints, media, tmp_path
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     configs = [{k: v for k, v in read_config(folder / "config.toml").items() if k != "out"} for folder in (one, two)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("command", EARLIER_FLAGS)
+def test_flags_stay(command, monkeypatch):
+    """All but train_te's --cache_text, whose place an encoder that is trained has no use for."""
+    script, *words = command.split()
+    found, real = set(), argparse.ArgumentParser.parse_known_args
+
+    def parse(p, *args, **how):
+        found.update(option.removeprefix("--") for action in p._actions for option in action.option_strings)
+        return real(p, *args, **how)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    with pytest.raises(SystemExit):
+        (SCRIPTS | {"diag": diag})[script].arguments([*words, "--help"])
+    assert {*EARLIER_FLAGS[command].split()} - found <= ({"cache_text"} if script == "train_te" else set())
