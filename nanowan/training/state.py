@@ -102,4 +102,6 @@ def resume_fingerprint(args, pipe, dataset):
     fingerprint = flags | {"batch": args.batch * pipe.world.dp_size, "base": base, "draws": DRAWS}
     if dataset.is_cached():
         fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
+        weights = [i.weight for i in dataset.items]
+        fingerprint["weights"] = weights if {*weights} != {1.0} else None  # as states have it that know of none
     return fingerprint
