@@ -1,1 +1,1 @@
-"""The works of bench.py: common.py times and weighs them, cpu.py and gpu.py say what they are."""
+"""The works of `python -m benchmarks`: common.py times and weighs them, cpu.py and gpu.py say what they are."""

@@ -1,4 +1,4 @@
-"""bench.py on this CPU, fp32: the DiT, training steps, the encoders, whole samples, loading."""
+"""`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, whole samples, loading."""
 
 import functools
 import tempfile

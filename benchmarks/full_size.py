@@ -1,4 +1,4 @@
-"""bench.py --gpu_run: the scripts on random checkpoints of released size, and what memory they planned and used.
+"""`python -m benchmarks --gpu_run`: the scripts at released size on random weights, and the memory planned and used.
 
 Only shapes count here: the weights are noise, and so is what comes out.
 """

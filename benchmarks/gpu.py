@@ -1,4 +1,4 @@
-"""bench.py --gpu: full-size blocks and kernels on a GPU, bf16, random weights."""
+"""`python -m benchmarks --gpu`: full-size blocks and kernels on a GPU, bf16, random weights."""
 
 import functools
 import importlib.util
