@@ -1,4 +1,4 @@
-"""Flow matching: the times, noise and loss weights that training draws, and the ODE solvers that sample.
+"""Flow matching: times, noised batches and their loss, for training; sigma grids and ODE solvers, for sampling.
 
 x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
 """

@@ -1,4 +1,4 @@
-"""Sample videos from prompts, images, sound and driving videos.
+"""Sample videos from prompts, images, sound and driving videos: the denoising loop, with classifier-free guidance.
 
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt "a fox in the snow" --device cuda
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE
@@ -77,8 +77,8 @@ def arguments(argv=None):
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
-        "one before (default: the checkpoint's own)",
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
+        "(default: the checkpoint's own)",
     )
     add(
         "--dtype",

@@ -373,8 +373,8 @@ class VAE(nn.Module):
 
 
 def channels_last(model):
-    """Lay the weights of every convolution out channels-last, which its outputs then follow: what oneDNN, cuDNN and
-    csrc are fast in.
+    """Convert every convolution's weights to channels-last, which its outputs then inherit: oneDNN, cuDNN and csrc
+    are fastest in that layout.
     """
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Conv3d)):

@@ -248,7 +248,7 @@ class Wan(nn.Module):
     def forward(self, x, t, context, context_lens=None, **inputs):
         """Velocity of the flow at x.
 
-        x (B,C,T',h,w), for I2V with the conditioning channels behind the noise; t (B,) or (B,T') in 0..1000;
+        x (B,C,T',h,w), for I2V with the conditioning channels after those of the noise; t (B,) or (B,T') in 0..1000;
         context (B,S<=512,text_dim) with context_lens (B,), or what embed_text made of them; a variant's further inputs
         -> (B,out_dim,T',h,w) fp32.
         """

@@ -43,8 +43,8 @@ class Norms(NamedTuple):
 
 def factor_norms(a, b):
     """Norms of B A from its factors A (r,in) and B (out,r) alone. The effective rank is the exponential of the entropy
-    of its normalised singular values (Roy and Vetterli, 2007); these are those of the r x r matrix R_B R_A^T of the two
-    QR decompositions.
+    of its normalised singular values (Roy and Vetterli, 2007). B A has the same singular values as the r x r matrix
+    R_B R_A^T, where R_B and R_A come from the QR decompositions of B and A^T.
     """
     small = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().t()).R.t()
     if not small.isfinite().all():

@@ -159,7 +159,7 @@ def inspect_vae(entries):
 
 
 def inspect_lora(kind, entries, lora):
-    """entries: {key: Entry} of the file; lora: what describe of formats/lora.py says of it."""
+    """What inspect reports of a LoRA file. entries: {key: Entry}; lora: what describe of formats/lora.py returns."""
     blocks = lora["blocks"]
     text = f"a LoRA{' of the text encoder' if lora['model'] == 'text' else ''}: " + ", ".join(
         f"{form} {n}" for form, n in lora["forms"].items()

@@ -34,8 +34,8 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
 
 
 class Cluster(NamedTuple):
-    """GPUs, `per_machine` to a machine. inside, between: bytes/s of a link within a machine and to another one, per
-    GPU.
+    """GPUs, `per_machine` to a machine. inside, between: bandwidth in bytes/s per GPU, within a machine and between
+    machines.
     """
 
     inside: float

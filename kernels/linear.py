@@ -1,4 +1,4 @@
-"""Linears, and linears of a GELU, of which a backward pass keeps nothing but what went into the GELU.
+"""Linears, alone or behind a GELU; of both together, only the GELU's input is kept for the backward pass.
 
 x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place: of a DiT's
 feed-forward that is a third of its memory.

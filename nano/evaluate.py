@@ -63,8 +63,8 @@ def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
 
 
 def word_suites(words, n, seed):
-    """{suite: rows of world.prompts}: n of each new word, and of old words as many as of all new ones, or all there
-    are. Raises BadInput where there are not n of a word.
+    """{suite: rows of world.prompts}: n prompts for each new word, and as many for the old words as for all new words
+    together, or fewer if no more exist. Raises BadInput if a new word has fewer than n prompts.
     """
     suites = {word: prompts(n, seed, words=[word]) for word in words}
     return suites | {"old words": prompts(n * max(1, len(words)), seed, at_most=True)}

@@ -34,7 +34,7 @@ def package():
 
 
 class Reader:
-    """The values in a file's bytes, one after the other. ValueError where the file ends before."""
+    """Reads values from a file one after another. Raises ValueError if the file ends too early."""
 
     def __init__(self, file, size):
         self.file, self.size = file, size

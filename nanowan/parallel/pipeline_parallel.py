@@ -75,7 +75,7 @@ class Pipeline:
         return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """(Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches, made once."""
+        """(Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches; built once, then cached."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         key = (tuple(shape), count)
@@ -91,8 +91,8 @@ class Pipeline:
 
 
 def first_messages(stage):
-    """By which a PipelineStage makes its connections. In torch 2.9 they are sent in another type than they are expected
-    in (pytorch/pytorch#165539).
+    """The messages by which a PipelineStage opens its connections, cast to fp32: torch 2.9 sends them in one dtype and
+    expects another (pytorch/pytorch#165539).
     """
     messages = type(stage)._get_init_p2p_neighbors_ops(stage)
     for message in messages:

@@ -1,4 +1,4 @@
-"""Adapters that a training of a LoRA starts from."""
+"""LoRA files from which a training starts (--init_lora)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Keywords in captions: where they stand, and what a training step shows of a caption."""
+"""Keywords in captions: where they stand, and how captions are shortened for training."""
 
 import math
 import re

@@ -78,8 +78,8 @@ def add_flags(p, script, out):
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
-        "one before (default: the checkpoint's own)",
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
+        "(default: the checkpoint's own)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add = p.add_argument_group("data").add_argument
@@ -106,8 +106,8 @@ def add_flags(p, script, out):
         "--caption_dropout",
         type=float,
         default=0.1,
-        help="share of samples trained without their caption, for guidance, and without their sound (S2V) or face "
-        "(Animate) (default: %(default)s)",
+        help="share of samples trained without caption, and without sound (S2V) or face (Animate), so that "
+        "classifier-free guidance works (default: %(default)s)",
     )
     add(
         "--i2v_prob",
@@ -177,8 +177,8 @@ def add_flags(p, script, out):
         const=True,
         type=parse_checkpointing,
         metavar="N",
-        help="DiT blocks that recompute their activations in the backward pass: a number, all (or no value), none, or "
-        "auto, as few as memory allows (default: auto)",
+        help="how many DiT blocks recompute their activations in the backward pass: a number, all (also without a "
+        "value), none, or auto, which is as few as memory allows (default: auto)",
     )
     add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
     add(
@@ -220,7 +220,7 @@ def add_flags(p, script, out):
     add("--preview_frames", type=int, help="frames of previews (default: --frames)")
     add("--preview_steps", type=int, help="steps of previews (default: 20, or the checkpoint's if those are fewer)")
     add("--log_every", type=int, default=10, help="steps between lines on the screen (default: %(default)s)")
-    add("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases too (needs the package wandb)")
+    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project (needs the wandb package)")
     add("--resume", action="store_true", help="continue from the last state in --out")
 
 

@@ -1,4 +1,4 @@
-"""A training run's folder: log, lock, the states from which it resumes, and which flags may change then.
+"""A training run's folder: its lock, its logs, and the states that are written there and resumed from.
 
 OUT/config.toml (the flags, for --config), flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
 checkpoints/step_N.pt. States are written whole or not at all; the last few stay, so that there is another one where the

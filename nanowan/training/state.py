@@ -1,4 +1,4 @@
-"""What a run needs to continue exactly where it stopped, parameters, optimizer, averages; what must not change then."""
+"""What a state holds, parameters, optimizer and averages, and what must not have changed when a run goes on from it."""
 
 import contextlib
 

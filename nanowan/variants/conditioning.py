@@ -1,4 +1,4 @@
-"""What a DiT is given beside noise, time and text when it samples: of a clip its Conditions, of a video its segments.
+"""What a DiT is given beside noise, time and text when sampling: the Conditions of a clip, a video's segments.
 
 Conditioning is text-to-video's, and the base of each variant's own. It answers sample.py's questions; what training
 caches of a clip is samples.py, and stand-ins for the memory estimate are examples.py.

@@ -1,4 +1,4 @@
-"""S2V-14B: a picture, a sound and, if wanted, a pose video; sampled segment by segment."""
+"""What S2V-14B is given, segment by segment: made from a picture, a sound and, if wanted, a pose video."""
 
 import contextlib
 import math

@@ -144,8 +144,8 @@ class AudioInjector(nn.Module):
 
     def forward(self, i, x, injection, frame):
         """x (B,L,D) fp32, noise tokens of the latent frames `frame` (L,) -> x + what each finds in the sound of its
-        frame. One attention over the audio tokens of all frames, those of others masked: that costs next to nothing,
-        and the tokens may be any part of a clip.
+        frame. One attention over the audio tokens of all frames, with other frames' tokens masked: this costs next
+        to nothing, and `x` may be any part of a clip.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -280,7 +280,7 @@ def next_motion(last, video):
 # ---- the model -------------------------------------------------------------------------------------------------
 @dataclass
 class S2VConfig(WanConfig):
-    """audio_inject_layers: the blocks that an injector stands behind, ascending."""
+    """audio_inject_layers: the indices of the blocks that an audio injector follows, ascending."""
 
     audio_dim: int = 1024
     num_audio_token: int = 4
