@@ -313,20 +313,18 @@ def shape(line):
 
 
 def commands_to_run():
-    """{page: its commands}, of several of one shape the first."""
-    found, seen = {}, set()
-    for page, line in (command.values for command in COMMANDS):
-        if not any(part in line for part in PARSED_ONLY) and shape(line) not in seen:
-            found.setdefault(page, []).append(line)
-            seen.add(shape(line))
-    return found
+    """Of several commands of one shape the first."""
+    found = {}
+    for command in COMMANDS:
+        if not any(part in command.values[1] for part in PARSED_ONLY):
+            found.setdefault(shape(command.values[1]), command)
+    return found.values()
 
 
-@pytest.mark.parametrize("page, lines", commands_to_run().items())
-def test_the_commands_of_a_page_run(page, lines, readers_folder):
-    """In their order, since one may use what another made."""
-    for line in lines:
-        run_as_printed(line, readers_folder)
+@pytest.mark.parametrize("page, line", commands_to_run())
+def test_a_command_runs(page, line, readers_folder):
+    """In the pages' order, since one command may use what another made."""
+    run_as_printed(line, readers_folder)
 
 
 def test_every_exception_is_of_a_command_that_is_printed():
