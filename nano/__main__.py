@@ -6,7 +6,7 @@
 
 A checkpoint trained on these clips is a whole Wan 2.2 TI2V in the official layout, small enough for two CPU cores, that
 really follows its captions; so each step of the research loop (teach a word, train a translator, measure) runs here as
-it does at full size. What the commands are made of is in nanoworld/.
+it does at full size.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip

@@ -2,7 +2,7 @@
 
 Layout (little-endian): "GGUF", version, number of tensors, number of metadata entries, the metadata, for each tensor
 its name, dimensions (the fastest first), type and offset, then the data. Source: the format's description in ggml's
-docs/gguf.md. The kinds of blocks, and how to decode them, are those of the `gguf` package.
+docs/formats.md. The kinds of blocks, and how to decode them, are those of the `gguf` package.
 """
 
 import math

@@ -1,13 +1,15 @@
 """The folder that sample.py --src_root_path reads for Animate-14B, from a driving video and a picture of a character.
 
-python prepare.py --video V.mp4 --image I.png --out DIR --process_checkpoint Wan2.2-Animate-14B/process_checkpoint
-python prepare.py --video V.mp4 --image I.png --out DIR --pose_video POSE.mp4 --faces FACES.json
-python prepare.py ... --mask_video MASK.mp4      # to put the character in the place of the video's person
+python -m nanowan.variants.animate.prepare --video V.mp4 --image I.png --out DIR \\
+    --process_checkpoint Wan2.2-Animate-14B/process_checkpoint
+python -m nanowan.variants.animate.prepare --video V.mp4 --image I.png --out DIR \\
+    --pose_video POSE.mp4 --faces FACES.json
+python -m nanowan.variants.animate.prepare ... --mask_video MASK.mp4    # the character in the person's place
 
 Written losslessly: src_pose.mp4 (with the sound of V), src_face.mp4, src_ref.png, and with --mask_video src_bg.mp4 and
 src_mask.mp4. The poses come from a video, from keypoints, or from the official networks, for which onnxruntime is
 needed. Not done here: masks by SAM2, poses fitted to the character's proportions (--retarget_flag), FLUX. The JSON
-files are described in docs/animate.md. Source: official wan/modules/animate/preprocess.
+files are described in docs/variants.md. Source: official wan/modules/animate/preprocess.
 """
 
 import argparse
@@ -119,7 +121,7 @@ def to_array(value, file, flag):
     except (ValueError, TypeError):
         array = np.array(np.nan)
     if not np.isfinite(array).all():
-        raise BadInput(f"{flag} {file}: should hold lists of equal lengths of numbers; docs/animate.md shows them")
+        raise BadInput(f"{flag} {file}: should hold lists of equal lengths of numbers; docs/variants.md shows them")
     return array
 
 
@@ -147,7 +149,7 @@ def read_faces(file, video):
             boxes = np.broadcast_to(boxes, (video.count, *boxes.shape))
     points = boxes.ndim == 3 and boxes.shape[1] > 1 and boxes.shape[2] in (2, 3)
     if not points and (boxes.ndim != 2 or boxes.shape[1] != 4):
-        raise BadInput(f"--faces {file}: should hold boxes [x1,y1,x2,y2] or points [[x,y],...]; see docs/animate.md")
+        raise BadInput(f"--faces {file}: should hold boxes [x1,y1,x2,y2] or points [[x,y],...]; see docs/variants.md")
     if len(boxes) != video.count:
         raise BadInput(f"--faces {file}: {len(boxes)} entries, should be {video.count}, one per frame of {video.file}")
     if points:
