@@ -187,6 +187,10 @@ def arguments(argv=None):
     add = command("report", report, "everything about a training run in one HTML file")
     add("folder", metavar="RUN", help="--out of the run")
     add("--n", type=int, default=20, help="nano: prompts for each new word, 0 for no listening (default: %(default)s)")
+    add(
+        "--words",
+        help="nano: words of the run's own to grade, and what they mean: scarlet=red,disc=circle (default: none)",
+    )
     add("--out", help="default: RUN/report.html")
     return p.parse_args(argv)
 
