@@ -13,6 +13,8 @@ from diagnostics.plan import Job
 from nanowan.formats.header import save
 from nanowan.formats.t5 import read_encoder
 from nanowan.pipeline import Pipeline
+from nanowan.settings import NANO, read_settings
+from nanowan.training.step import say_if_foreign
 
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te}
 
@@ -135,3 +137,16 @@ def test_words_of_ones_own_are_asked_for(tmp_path, media, monkeypatch):
     real = report.open_dataset.__globals__["Pipeline"]
     page = "".join(report.words_section(run))
     assert drawn == [(["base", "+ translator"], ["a dog runs"])] and "own words: dog" in page
+
+
+def test_data_that_a_checkpoint_has_not_seen_are_said(capsys):
+    """Where the held-out loss, of two experts their mean, begins above three times the usual one."""
+    usual = read_settings(NANO).usual_loss
+    for metrics in ({"val_loss": 0.2, "val_loss_by_t": [1.0]}, {}, {"val_loss_high": 0.4, "val_loss_low": 0.05}):
+        say_if_foreign(metrics, usual)
+        say_if_foreign({"val_loss": 5.0}, None)
+    assert not capsys.readouterr().out
+    say_if_foreign({"val_loss": 0.79}, usual)
+    assert capsys.readouterr().out.startswith(
+        "val_loss 0.79 at the start; this checkpoint's own data have about 0.08: "
+    )
