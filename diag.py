@@ -1,10 +1,10 @@
 """The command for questions about checkpoints, LoRAs and runs; each of its commands is a file in diagnostics/.
 
 python diag.py inspect PATH...             what is in checkpoints, weight files, LoRA files and videos; headers only
-python diag.py plan SCRIPT FLAGS           memory and disk of train_lora, train_te or sample; --ckpt may also be a
-                                           released variant, such as ti2v-5B, of which no file is needed
-python diag.py plan --gpus 8x80 SCRIPT FLAGS     and flags that make it fit on 8 GPUs of 80 GB
-python diag.py advise --data DIR --ckpt DIR --keywords a,b     the two training commands, and what they rest on
+python diag.py plan SCRIPT FLAGS           memory, disk and time of train_lora, train_te or sample; --ckpt may also be
+                                           a released variant, such as ti2v-5B, of which no file is needed
+python diag.py plan --gpus 1x24:4090 SCRIPT FLAGS     and flags that make it fit on one RTX 4090 of 24 GB
+python diag.py advise --data DIR --ckpt DIR --keywords a,b     the training commands, and what they rest on
 python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy
 python diag.py delta FILE --ckpt DIR       how far a LoRA, another checkpoint or an encoder moves each weight
 python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     and a copy held to that
@@ -24,6 +24,7 @@ import nanowan.environment  # noqa: F401  # isort: skip
 import argparse
 
 from diagnostics import advise, blocks, convert, delta, drift, inspect, listen, logits, plan, report, reuse, scaling
+from nanowan import flops
 from nanowan.devices import DTYPES
 from nanowan.errors import cli
 from nanowan.formats.lora import LORA_LAYOUTS
@@ -72,16 +73,28 @@ def arguments(argv=None):
     add("paths", nargs="+", metavar="PATH", help="any mix of them")
     add("--json", help="also write what was found to this file")
 
-    add = command("plan", plan, "memory and disk of a run, before it starts")
-    add("--json", help="also write the plan, in bytes, to this file")
-    add("--gpus", help="COUNTxGB, such as 8x80: propose flags that fit, and plan with these")
+    add = command("plan", plan, "memory, disk and time of a run, before it starts")
+    add("--json", help="also write the plan, in bytes and seconds a step, to this file")
+    add(
+        "--gpus",
+        help="COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090: propose flags that fit. GB as cards are sold: one "
+        f"of 24 has 25.8e9 bytes. CARD, whose times are printed: one of {', '.join(flops.CARDS)} (default: the GPU "
+        f"that is here, or {' and '.join(plan.CARDS)})",
+    )
     add("--host", type=float, help="with --gpus: GB of host memory that a machine has (default: as many as it takes)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="which script is to run")
     add("flags", nargs=argparse.REMAINDER, help="as that script takes them; these come last")
 
-    add = command("advise", advise, "the two training commands for some clips, and what their numbers rest on")
+    add = command(
+        "advise", advise, "the training commands for some clips, what their numbers rest on, and which of them to run"
+    )
     add("--data", required=True, help="a dataset, as in training")
-    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
+    add(
+        "--ckpt",
+        default="nano",
+        help="checkpoint folder, or a released variant, such as ti2v-5B, of which no file is needed (default: nano, "
+        "the one in the repository)",
+    )
     add("--keywords", help="a,b,c: the words to teach (default: none)")
     add("--resolution", help="WxH px: the area that buckets fill (default: the checkpoint's)")
     add("--frames", type=int, help="4k+1, at most, of each clip (default: the checkpoint's)")
@@ -174,6 +187,10 @@ def arguments(argv=None):
     add = command("report", report, "everything about a training run in one HTML file")
     add("folder", metavar="RUN", help="--out of the run")
     add("--n", type=int, default=20, help="nano: prompts for each new word, 0 for no listening (default: %(default)s)")
+    add(
+        "--words",
+        help="nano: words of the run's own to grade, and what they mean: scarlet=red,disc=circle (default: none)",
+    )
     add("--out", help="default: RUN/report.html")
     return p.parse_args(argv)
 

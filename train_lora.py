@@ -51,7 +51,7 @@ from nanowan.training.previews import Previews, preview_requests
 from nanowan.training.report import write_report
 from nanowan.training.run_dir import Run, adapter_file, remove_older_adapters
 from nanowan.training.state import TrainState, resume_fingerprint
-from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, update
+from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_foreign, update
 
 
 def arguments(argv=None):
@@ -272,6 +272,7 @@ def train(args, world):
     # training
     if not state.step and (metrics := evaluate(0)):
         run.log(0, **metrics)
+        say_if_foreign(metrics, s.usual_loss)
     for step, batches in ahead(prepare, range(state.step, args.steps)):
         watch, loss, taught, expert = Stopwatch(), 0.0, 0, expert_of(step)
         world.seed(args.seed, step)

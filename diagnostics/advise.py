@@ -1,88 +1,193 @@
-"""diag.py advise: the two commands to run on some clips and a checkpoint, and what each number in them rests on."""
+"""diag.py advise: the training commands for some clips and a checkpoint, and what each number in them rests on."""
 
 import shlex
+from pathlib import Path
+from typing import NamedTuple
 
+from data import Batches
 from diagnostics.common import write_json
-from diagnostics.logits import open_dataset
-from diagnostics.plan import planned
+from diagnostics.plan import Job, data_items
 from nanowan.devices import pick_device
+from nanowan.errors import BadInput
 from nanowan.formats.t5 import load_tokenizer, read_encoder
 from nanowan.memory_estimate import gb
-from nanowan.pipeline import Pipeline, Runtime
-from nanowan.training.captions import without_keywords
+from nanowan.training import report
+from nanowan.training.captions import count_files, without_keywords
 from nanowan.training.flags import recommended_flags
-from nanowan.training.keywords import check_keywords
+from nanowan.training.keywords import check_keywords, keyword_token_ids, shared_token_ids
+from nanowan.variants.registry import VARIANTS
 
-# DiffSynth-Studio's script for Wan 2.2: rank 32, 1e-4, five epochs of a hundred repeats
-PEER, PEER_VIEWS = "DiffSynth-Studio's published LoRA script for Wan 2.2", 500
-FEW = 10  # captions of a word
+FEW = 20  # files of a word: with five the worst word was three quarters learned, more than twenty were no better
+HELD_OUT = 0.05  # the trainers' default
 CONFIG = "the checkpoint's config.json"
-NANO_ONLY = "measured on nano only"
+STYLE_TARGETS = "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2"
+CHOICE = f"""
+Which of them (shares of prompts drawn right on the toy, docs/experiments.md; nothing of it was measured at full size):
+  a word for what the model draws already: 1 alone. Embeddings brought six such words to 0.98, blocks too; known clips
+    stayed as they were with embeddings (87 dB) and moved with blocks (42 dB)
+  what it has never drawn: 1, then 2. One such colour: 0.24 with the encoder, 0.62 with the translator behind it
+  a style or a motion: neither was measured. 2 without --trigger and --text_encoder, but with
+    --targets {STYLE_TARGETS}: docs/recipes.md
+Look after each: python diag.py listen --ckpt DIR --text_encoder FILE --lora FILE"""
 
 
-def advice(s, blocks, ckpt, data, keywords, samples, others):
-    """{script: [(flag, value, what it rests on)]} for `samples` clips and a checkpoint of these Settings, whose DiT has
-    so many blocks. others: whether there are captions without keywords.
+class Flag(NamedTuple):
+    """One flag of a command, and what its value rests on, if there is something to say."""
+
+    name: str
+    value: object
+    why: str | None = None
+
+
+class Clips(NamedTuple):
+    """What is known of the data: scan.Items, their captions, and the keywords of which every token is in captions
+    without it too.
     """
-    te, lora = (recommended_flags(s, script) for script in ("train_te", "train_lora"))
 
-    def common(flags, script):
-        measured = {"lr", "steps"} <= s.train.get(script, {}).keys()
-        views = flags["steps"] * flags["batch"] / samples
-        rate = CONFIG if measured else PEER if script == "train_lora" else "a tenth of a LoRA's; unmeasured"
-        steps = f"each clip is seen {views:.0f} times"
-        steps += f"; {CONFIG}" if measured else f"; {PEER}: {PEER_VIEWS} times"
-        return [("lr", f"{flags['lr']:g}", rate), ("batch", flags["batch"], None), ("steps", flags["steps"], steps)]
+    items: list
+    captions: list
+    shared: tuple = ()
 
-    where = [("ckpt", ckpt, None), ("data", data, None)]
-    rows = f"rows and blocks: own; rows alone, --train_blocks 0, change nothing else: own_rows; {NANO_ONLY}"
-    words = [("keywords", ",".join(keywords), rows)] if keywords else []
-    encoder = [*where, ("out", "out/te", None), *words, *common(te, "train_te")]
-    translator = [
-        *where,
-        ("out", "out/lora", None),
-        ("text_encoder", "out/te/text_encoder.safetensors", "the encoder first: own against own_lora"),
-        ("rank", 16, f"rank_16 finds words that rank_4 does not, rank_64 few more; {NANO_ONLY}"),
-        ("targets", ",".join(s.parts.samples.lora_targets), f"k and v beside all of cross-attention; {NANO_ONLY}"),
-        ("blocks", f"0-{blocks - 1}", f"the upper third alone finds nearly as much: upper against all; {NANO_ONLY}"),
-        *([("trigger", ",".join(keywords), "captions without them are preserved")] if keywords else []),
-        *([("preserve", 2, f"preserve_2 against rank_16; {NANO_ONLY}")] if keywords and others else []),
-        *common(lora, "train_lora"),
+    def trained(self):
+        """The Items that a trainer does not hold out."""
+        digests = sorted({item.digest for item in self.items})
+        held = {*digests[: min(16, int(HELD_OUT * len(digests)))]}
+        return [item for item in self.items if item.digest not in held]
+
+    def views(self, steps, batch):
+        """How often a run shows each sample."""
+        return steps / Batches(self.trained(), batch, 0).per_epoch
+
+
+def schedule(s, script, clips):
+    """--batch and --steps, as the checkpoint recommends."""
+    flags = recommended_flags(s, script)
+    views = f"each sample is seen {clips.views(flags['steps'], flags['batch']):.0f} times"
+    measured = "steps" in s.train.get(script, {})
+    why = CONFIG if measured else "a starting point: the best by held-out loss is kept"
+    return [Flag("batch", flags["batch"]), Flag("steps", flags["steps"], f"{views}; {why}")]
+
+
+def encoder_flags(s, keywords, clips):
+    """The Flags of train_te.py that are not the same for every checkpoint."""
+    flags = recommended_flags(s, "train_te")
+    if not keywords or clips.shared:
+        alone = "without keywords there are no embeddings to train"
+        if keywords:
+            alone = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks have to learn"
+        lr = Flag("lr", f"{10 * flags['lr']:g}", "ten times the rate of whole blocks, as train_te.py takes for LoRAs")
+        found = [Flag("rank", 16, f"LoRAs in the encoder's blocks, which its --save lora keeps small; {alone}"), lr]
+    else:
+        found = [
+            Flag("train_blocks", 0, "the embeddings of the words alone: as good as blocks, and nothing else moves"),
+            Flag("save", "lora", "0.5 MB a word, for ComfyUI too; the whole encoder would be 11.4 GB"),
+        ]
+    if keywords:
+        search = "with it words of shared tokens took a third of the steps, and embeddings alone missed none of six"
+        rate = Flag("keyword_lr", f"{flags['keyword_lr']:g}", CONFIG) if flags["keyword_lr"] else None
+        found += [
+            Flag("keyword_init", "search", search),
+            rate or Flag("keyword_lr", "0.001", "unmeasured; at the default, that of blocks, embeddings hardly move"),
+        ]
+    return found + schedule(s, "train_te", clips)
+
+
+def translator_flags(s, keywords, clips):
+    """The same of train_lora.py."""
+    flags, targets = recommended_flags(s, "train_lora"), ",".join(s.parts.samples.lora_targets)
+    rate = CONFIG if "lr" in s.train.get("train_lora", {}) else "that of DiffSynth-Studio's script for Wan 2.2"
+    only = "k and v do as well as q, k, v and o (0.94 each), which cost known clips 2 dB"
+    found = [
+        Flag(
+            "text_encoder", "out/te/text_encoder.safetensors", "the encoder first: a LoRA alone reached 0.42, both 0.99"
+        ),
+        Flag("rank", 16, "rank 4 reached 0.88, 16 and 64 reached 0.92"),
+        Flag("targets", targets, only if targets.count(",") == 1 else None),
     ]
-    return {"train_te": encoder, "train_lora": translator}
+    if keywords:
+        found.append(Flag("trigger", ",".join(keywords), "for LoRA managers; captions without them are preserved"))
+    if keywords and without_keywords(clips.captions, keywords):
+        why = "behind a trained encoder it cost no words (0.99), and known clips stayed 10 dB closer"
+        found.append(Flag("preserve", 2, why))
+    return [*found, Flag("lr", f"{flags['lr']:g}", rate), *schedule(s, "train_lora", clips)]
+
+
+def advice(s, where, keywords, clips):
+    """{script: [Flag]} for a checkpoint of these Settings. where: Flags of both commands."""
+    words = [Flag("keywords", ",".join(keywords))] if keywords else []
+    return {
+        "train_te": [*where, Flag("out", "out/te"), *words, *encoder_flags(s, keywords, clips)],
+        "train_lora": [*where, Flag("out", "out/lora"), *translator_flags(s, keywords, clips)],
+    }
 
 
 def command(script, flags):
-    return f"python {script}.py " + " ".join(f"--{flag} {shlex.quote(str(value))}" for flag, value, _ in flags)
+    return f"python {script}.py " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value, _ in flags)
+
+
+def folder_of(ckpt):
+    """The name under which a released variant is published; another checkpoint's own."""
+    if ckpt not in VARIANTS:
+        return ckpt
+    kind, size = ckpt.split("-")
+    return f"Wan2.2-{'Animate' if kind == 'animate' else kind.upper()}-{size}"
+
+
+def look_at_words(keywords, items, captions, pipe):
+    """Print which keywords are in few files; returns those of which every token is in other captions too. Raises
+    BadInput for one that no caption holds. pipe: None where there is no tokenizer.
+    """
+    for keyword in keywords:
+        files = count_files(items, keyword)
+        if not files:
+            raise BadInput(f"--keywords {keyword}: no caption of --data holds it")
+        if files < FEW:
+            print(f"  {keyword!r} is in the captions of {files} files; {FEW} or so teach it better")
+    if keywords and not without_keywords(captions, keywords):
+        print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
+    if not pipe or not keywords:
+        return ()
+    tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece)
+    check_keywords(keywords, captions, tokenizer, True)
+    ids, shared = (f(keywords, captions, tokenizer) for f in (keyword_token_ids, shared_token_ids))
+    return tuple(k for k in keywords if not ids[k] - shared)
 
 
 def run(args):
     keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
-    device = pick_device(args.device)
-    pipe = Pipeline(args.ckpt, Runtime(device))
-    where = {"data": args.data, "resolution": args.resolution, "frames": args.frames}
-    dataset = open_dataset(pipe, **where)
-    if keywords:
-        tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece)
-        counts = check_keywords(keywords, dataset.captions, tokenizer, True)
-        for keyword, count in counts.items():
-            if count < FEW:
-                print(f"  {keyword!r} is in {count} different captions; more teach it better")
-    others = any(without_keywords(dataset.captions, keywords))
-    if keywords and not others:
-        print("  every caption has a keyword: to preserve anything, give train_lora.py --preserve_prompts FILE")
-    size = [(k, v, None) for k, v in where.items() if v is not None and k != "data"]
-    blocks, samples = pipe.config().num_layers, len(dataset.items)
-    advised, plans = advice(pipe.settings, blocks, args.ckpt, args.data, keywords, samples, others), {}
-    for i, (script, flags) in enumerate(advised.items()):
-        flags = advised[script] = [*flags[:2], *size, *flags[2:]]
-        print(f"\n{i + 1}. {command(script, flags)}")
-        for flag, value, why in flags:
+    given = [Flag(k, getattr(args, k)) for k in ("resolution", "frames") if getattr(args, k) is not None]
+    where = [Flag("ckpt", args.ckpt), Flag("data", args.data), *given]
+    device = args.device or ("cuda" if args.ckpt in VARIANTS else pick_device(None))
+    if not Path(args.data).exists():
+        raise BadInput(f"--data {args.data}: no such folder or list")
+    job = Job("train_lora", [*words_of(where), "--device", device])
+    items, skipped = data_items(job)
+    print(report.text(report.describe_items(items, skipped)))
+    captions = ["", *dict.fromkeys(c for item in items for c in item.captions)]
+    clips = Clips(items, captions, look_at_words(keywords, items, captions[1:], job.pipe))
+    print(f"  {len(clips.trained())} samples to train on, {len(items) - len(clips.trained())} held out")
+    commands, peaks = {}, {}
+    for i, (script, flags) in enumerate(advice(job.settings, where, keywords, clips).items()):
+        shown = [f._replace(value=folder_of(f.value)) if f.name == "ckpt" else f for f in flags]
+        commands[script] = command(script, shown)
+        print(f"\n{i + 1}. {commands[script]}")
+        for name, value, why in shown:
             if why:
-                print(f"     --{flag} {value}: {why}")
-        argv = [str(word) for flag, value, _ in flags if flag != "text_encoder" for word in (f"--{flag}", value)]
-        need = planned(script, [*argv, "--device", device])
-        plans[script] = need.peak
+                print(f"     --{name} {value}: {why}")
+        planned = Job(script, [*words_of(f for f in flags if f.name != "text_encoder"), "--device", device])
+        need = planned.plan()
+        peaks[script] = need.peak
         print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
-    print("\nNames such as rank_16 are rows of docs/listening.md, which says how sure they are.")
-    write_json(args.json, {"commands": {s: command(s, f) for s, f in advised.items()}, "peak": plans})
+        if device == "cuda":
+            print(f"   {planned.times()}")
+    blocks = job.config.num_layers
+    if blocks >= 12:  # of fewer, a third was too little
+        upper = f"{blocks - blocks // 3}-{blocks - 1}"
+        print(f"\nIf time or memory is short, 2 with --blocks {upper}: 0.84 of what all blocks add.")
+    print(CHOICE)
+    write_json(args.json, {"commands": commands, "peak": peaks})
+
+
+def words_of(flags):
+    """Flags as a command line's words."""
+    return [str(word) for name, value, _ in flags for word in (f"--{name}", value)]

@@ -119,12 +119,15 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     return Dataset(config, pipe, limit)
 
 
-def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, **where):
+def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, base_encoder=None, **where):
     """Attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at four times
-    under fixed noise: {expert: rows of logit_rows}. where: as in open_dataset.
+    under fixed noise: {expert: rows of logit_rows}. base_encoder: the text encoder before (default: the checkpoint's
+    own). where: as in open_dataset.
     """
     # both at once, so that a file that does not fit is refused before any work
-    sides = [Pipeline(ckpt, Runtime(device, dtype), *changes) for changes in ((), (loras, text_encoder))]
+    sides = [
+        Pipeline(ckpt, Runtime(device, dtype), *changes) for changes in (((), base_encoder), (loras, text_encoder))
+    ]
     stats = {}
     for pipe in sides:
         dataset = open_dataset(pipe, n, **where)

@@ -1,9 +1,11 @@
-"""diag.py plan: the memory estimate of a run that is not started, and flags that make it fit on given GPUs."""
+"""diag.py plan: memory, disk and time of a run that is not started, and flags that make it fit on given GPUs."""
 
 import functools
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -12,94 +14,227 @@ import sample
 import train_lora
 import train_te
 from diagnostics.common import write_json
-from nanowan import memory_estimate
+from lora import inject, lora_layers
+from nanowan import flops, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, check_at_least
 from nanowan.formats.dit import full_config
+from nanowan.formats.t5 import XXL, read_encoder
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.sampling import given_settings
-from nanowan.settings import released
-from nanowan.training.flags import choose_checkpointing, fewest
+from nanowan.settings import parse_size, released
+from nanowan.training.flags import choose_checkpointing, data_config, fewest
+from nanowan.training.log import duration
 from nanowan.training.previews import preview_settings
+from nanowan.training.scan import nearest_bucket, scan
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
 ASSUMED_GPU_BYTES = 80e9  # bytes of a GPU, where there is none to ask
+USABLE = 0.95  # share of a GPU's memory that a plan may count on; the rest is for workspaces and an allocator's holes
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
+CARDS = ("4090", "H100")  # whose times are printed where no GPU is named
 
 
 class Machine(NamedTuple):
-    """What a run is planned for: GPUs, one for each rank, bytes of each, and of host memory; None: as they are here."""
+    """What a run is planned for: GPUs, one for each rank, bytes of each, and of host memory; None: as they are here.
+    card: of flops.CARDS, or None where it is not known.
+    """
 
     ranks: int = 1
     memory: float | None = None
     host: float | None = None
+    card: str | None = None
+
+
+class Job:
+    """A script, one of SCRIPTS, with flags, resolved for its checkpoint. --ckpt may name a released variant, of which
+    no file is needed; --data is looked through where it exists, for the sizes of its buckets and cache.
+    """
+
+    def __init__(self, script, argv):
+        self.script, self.args = script, SCRIPTS[script].arguments(argv)
+        args = self.args
+        if args.ckpt in VARIANTS:
+            self.pipe, self.settings = None, released(args.ckpt)
+            self.builders, args.device = memory_estimate.full_builders(self.settings), args.device or "cuda"
+        else:
+            args.device = args.device or pick_device(None)
+            here = torch.device(args.device).type == "cpu" or torch.cuda.is_available()
+            self.pipe = Pipeline(args.ckpt, Runtime(args.device if here else "cpu"), text_encoder=args.text_encoder)
+            self.settings, self.builders = self.pipe.settings, memory_estimate.builders(self.pipe)
+        self.fp8 = getattr(args, "base_dtype", None) == "fp8" or bool(self.pipe and self.pipe.fp8)
+        self.config = self.pipe.config() if self.pipe else full_config(args.ckpt)
+        if script == "sample":
+            check_at_least(1, ulysses_size=args.ulysses_size)
+            self._open_clip()
+        else:
+            self.blocks = SCRIPTS[script].check(args, self.settings, self.config.num_layers)
+            self.sizes = self._data_sizes() if self.reads_data else {"bucket": self._largest_bucket()}
+            self.checkpointing = args.checkpointing or 0
+
+    # ---- what is computed ----------------------------------------------------------------------------------------
+    @property
+    def reads_data(self):
+        """Whether --data is there to be looked through."""
+        data = getattr(self.args, "data", None)
+        return bool(data) and all(Path(values["source"]).exists() for values in data)
+
+    def _largest_bucket(self):
+        width, height = parse_size(self.args.resolution, "--resolution")
+        return *nearest_bucket(width, height, width * height, self.settings.size_multiple), self.args.frames
+
+    def _data_sizes(self):
+        """What data.Dataset.sizes says of --data."""
+        args, s = self.args, self.settings
+        items, samples = data_items(self)[0], s.parts.samples(SimpleNamespace(config=lambda: self.config))
+        latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
+        entries = self.pipe and read_encoder(self.pipe.files("text")).entries
+        width = entries["token_embedding.weight"].shape[1] if entries else XXL[1]
+        tokens = [2 + len(text) // 3 for text in dict.fromkeys(["", *(c for i in items for c in i.captions)])]
+        texts = sum(tokens) * width * DTYPES[args.dtype].itemsize * (self.script == "train_lora")
+        bucket = max((i.bucket for i in items), key=math.prod)
+        return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, texts)}
+
+    def _open_clip(self):
+        """The Settings, the image and the size of what sample.py makes."""
+        args = self.args
+        s, self.image = self.settings.with_overrides(**given_settings(args)), None
+        if s.conditioning.by_segments or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
+            s, self.size = replace(s, frames=args.infer_frames or s.frames), s.size
+        else:
+            s.conditioning.check(args.ckpt, args.image)
+            self.image = None if args.image is None else open_image(args.image)
+            self.size = s.conditioning.video_size(s.size, self.image)
+        self.settings = s
+
+    @property
+    def latents(self):
+        """(C,T',h,w) of what a step computes."""
+        if self.script == "sample":
+            return self.settings.latent_shape(self.size, self.settings.frames)
+        *size, frames = self.sizes["bucket"]
+        return self.settings.latent_shape(size, frames)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+    def plan(self, machine=Machine(), mode=None):  # noqa: B008
+        """The Plan on a Machine. mode: how sample.py computes guidance if it is guided and on one rank each (default:
+        as it would choose itself).
+        """
+        how = {"layout": memory_estimate.parallel_layout(self.args, machine.ranks, self.fp8)}
+        how |= {"memory": machine.memory, "host": machine.host}
+        if self.script == "sample":
+            return self._plan_sampling(mode, how)
+        args, s = self.args, self.settings
+        how |= self.sizes
+        if args.previews:
+            shown = preview_settings(args, s)
+            how["previews"] = s.latent_shape(shown.size, shown.frames)
+        more = (self.blocks,) if self.script == "train_lora" else ()
+        absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
+
+        def predict(checkpointing):
+            return SCRIPTS[self.script].predict(args, s, self.builders, *more, checkpointing=checkpointing, **how)
+
+        world, memory = World("cpu", distributed=False), machine.memory or (ASSUMED_GPU_BYTES if absent else None)
+        chosen = choose_checkpointing(args.checkpointing, world, args.device, predict, memory)
+        self.checkpointing, need = chosen
+        return need
+
+    def _plan_sampling(self, mode, how):
+        args, s, pipe = self.args, self.settings, self.pipe
+        if not s.guided:
+            mode = "none"
+        elif args.guidance_parallel:
+            mode = "parallel"
+        elif mode is None:
+            here = pipe and pipe.device.type == torch.device(args.device).type
+            tokens = math.prod(s.token_grid(self.size, s.frames))
+            mode = pipe.guidance_mode(tokens // args.ulysses_size) if here else "batched"
+        spec = memory_estimate.SamplingSpec(
+            settings=s,
+            shape=self.latents,
+            size=self.size,
+            image=self.image is not None,
+            mode=mode,
+            tile=args.vae_tile,
+            preview=args.preview_every > 0,
+            **how,
+        )
+        return memory_estimate.sampling(spec, self.builders, args.device, DTYPES[pick_dtype(args.dtype, args.device)])
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def work(self):
+        """(flops.Flops, bytes read and written beside, bytes from the host) of a step on one rank."""
+        args, c, latents = self.args, self.config, self.latents[1:]
+        if self.script == "sample":
+            passes, ranks = 2 if self.settings.guided else 1, args.ulysses_size * (1 + args.guidance_parallel)
+            counted, passed = flops.Flops().plus(flops.forward(c, latents), passes), passes
+            moved = passes / (1 + args.guidance_parallel)
+        else:
+            n, ranks = self.checkpointing, args.ulysses_size * args.pipeline_stages
+            repeated = (c.num_layers if n is True else n) / c.num_layers
+            text, batch, names, moved = self.sizes.get("text", 64), args.batch * args.accumulate, (), 2
+            with torch.device("meta"):
+                dit, encoder = self.builders[self.settings.expert_names[0]](), self.builders["text"]()
+            if self.script == "train_lora":
+                inject(dit, args.targets, args.rank, args.alpha, blocks=self.blocks)
+                names = tuple(lora_layers(dit))
+            one = flops.training_step(c, latents, text, 1, names, args.rank or 16, n)
+            if getattr(args, "preserve", 0):  # what the base predicts for half of the samples
+                one = one.plus(flops.forward(c, latents, text), 0.5)
+            if self.script == "train_te":
+                blocks = [sum(p.numel() for p in block.parameters()) for block in encoder.blocks]
+                top = len(blocks) if args.train_blocks is None else args.train_blocks
+                trained = 0 if args.rank else sum(blocks[len(blocks) - top :])
+                one = one.plus(flops.encoder_step(sum(blocks), trained, text), 1 + (args.anchor > 0))
+            counted, passed = flops.Flops().plus(one, batch), batch * (3 + repeated)
+        share = flops.Flops().plus(counted, 1 / ranks)
+        streamed = args.stream_blocks * 2 * (4 * 2 * c.dim**2 + 2 * c.dim * c.ffn_dim) * moved / (1 + self.fp8)
+        return share, passed * flops.elementwise_bytes(c, latents) / ranks, streamed
+
+    def step_seconds(self, card):
+        """Seconds that a step is predicted to take on a GPU of this name; None where its rates are not known. Copies
+        from the host's memory run beside the computation.
+        """
+        counted, nbytes, streamed = self.work
+        seconds = flops.predict_seconds(counted, card, self.fp8, nbytes)
+        return seconds and max(seconds, streamed / flops.card_of(card).host)
+
+    def times(self, card=None):
+        """What is printed of the time on a card, or on CARDS."""
+        lines = []
+        for name in (card,) if card else CARDS:
+            step = self.step_seconds(name)
+            steps, run = (self.settings.steps, "a video") if self.script == "sample" else (self.args.steps, "the run")
+            said = "no rates are known" if step is None else f"{step:.2g} s a step, {duration(steps * step)} for {run}"
+            lines.append(f"{name} {said}")
+        beside = "text and decoding" if self.script == "sample" else "caching, previews and saves"
+        steps = f"{steps} steps, {beside} not included"
+        return f"  time, predicted from assumed rates, not measured ({steps}): {'; '.join(lines)}"
+
+
+def data_items(job):
+    """What scan.scan finds in --data, of a Job that reads it: ([Item], [(path, reason)])."""
+    s, config = job.settings, data_config(job.args, job.settings, None)
+    cache = config.cache if config.cache.is_dir() else None
+    found = [scanned(source, s.variant, s.size_multiple, s.fps, cache) for source in config.sources]
+    return tuple(sum(lists, []) for lists in zip(*found))
+
+
+@functools.cache
+def scanned(source, variant, multiple, fps, cache):
+    """What scan.scan finds in a data.DataSource for a variant."""
+    samples = released(variant).parts.samples(SimpleNamespace(config=lambda: full_config(variant)))
+    how = math.prod(source.resolution), multiple, source.frames, fps, source.clip_mode
+    return scan(source.source, *how, cache, samples)
 
 
 def planned(script, argv, machine=Machine(), mode=None):  # noqa: B008
-    """The Plan of `script`, one of SCRIPTS, with these flags. --ckpt may name a released variant, of which no file is
-    needed. mode: how sample.py computes guidance if it is guided and on one rank each (default: as it would choose
-    itself).
-    """
-    args = SCRIPTS[script].arguments(argv)
-    if args.ckpt in VARIANTS:
-        pipe, s = None, released(args.ckpt)
-        builders, args.device = memory_estimate.full_builders(s), args.device or "cuda"
-    else:
-        args.device = args.device or pick_device(None)
-        here = torch.device(args.device).type == "cpu" or torch.cuda.is_available()
-        pipe = Pipeline(args.ckpt, Runtime(args.device if here else "cpu"), text_encoder=args.text_encoder)
-        s, builders = pipe.settings, memory_estimate.builders(pipe)
-    fp8 = getattr(args, "base_dtype", None) == "fp8" or bool(pipe and pipe.fp8)
-    how = {"layout": memory_estimate.parallel_layout(args, machine.ranks, fp8)}
-    how |= {"memory": machine.memory, "host": machine.host}
-    if script == "sample":
-        return planned_sampling(args, s, builders, pipe, mode, how)
-    with torch.device("meta"):
-        num_blocks = len(next(iter(builders.values()))().blocks)
-    blocks = SCRIPTS[script].check(args, s, num_blocks)
-    more = (blocks,) if script == "train_lora" else ()
-    shown = preview_settings(args, s)
-    how["previews"] = s.latent_shape(shown.size, shown.frames) if args.previews else ()
-    absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
-
-    def predict(checkpointing):
-        return SCRIPTS[script].predict(args, s, builders, *more, checkpointing=checkpointing, **how)
-
-    world, memory = World("cpu", distributed=False), machine.memory or (ASSUMED_GPU_BYTES if absent else None)
-    return choose_checkpointing(args.checkpointing, world, args.device, predict, memory)[1]
-
-
-def planned_sampling(args, s, builders, pipe, mode, how):
-    check_at_least(1, ulysses_size=args.ulysses_size)
-    s = s.with_overrides(**given_settings(args))
-    image = None
-    if s.conditioning.by_segments or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
-        s, size = replace(s, frames=args.infer_frames or s.frames), s.size
-    else:
-        s.conditioning.check(args.ckpt, args.image)
-        image = None if args.image is None else open_image(args.image)
-        size = s.conditioning.video_size(s.size, image)
-    if not s.guided:
-        mode = "none"
-    elif args.guidance_parallel:
-        mode = "parallel"
-    elif mode is None:
-        here = pipe and pipe.device.type == torch.device(args.device).type
-        tokens = math.prod(s.token_grid(size, s.frames))
-        mode = pipe.guidance_mode(tokens // args.ulysses_size) if here else "batched"
-    spec = memory_estimate.SamplingSpec(
-        settings=s,
-        shape=s.latent_shape(size, s.frames),
-        size=size,
-        image=image is not None,
-        mode=mode,
-        tile=args.vae_tile,
-        preview=args.preview_every > 0,
-        **how,
-    )
-    return memory_estimate.sampling(spec, builders, args.device, DTYPES[pick_dtype(args.dtype, args.device)])
+    """The Plan of `script`, one of SCRIPTS, with these flags, on a Machine; mode as in Job.plan."""
+    return Job(script, argv).plan(machine, mode)
 
 
 def is_guided(args):
@@ -172,7 +307,7 @@ def propose(script, argv, machine):
     """The first of `candidates` that fits on a Machine: (flags, Plan). Raises BadInput where nothing fits."""
     args, given = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
     guided = script == "sample" and is_guided(args)
-    least = {"memory": math.inf, "host": math.inf}
+    least, least_on_host = (math.inf, []), (math.inf, [])
 
     @functools.cache
     def plan(flags, mode=None):
@@ -184,14 +319,19 @@ def propose(script, argv, machine):
 
     def smallest(flags):
         """The Plan in the mode that takes the least."""
+        nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
-        least["memory"] = min(least["memory"], need.peak)
+        least = min(least, (need.peak, flags))
         if need.peak <= machine.memory:
-            least["host"] = min(least["host"], need.host_peak)
+            least_on_host = min(least_on_host, (need.host_peak, flags))
         return need
 
     def excess(flags):
-        return smallest(flags).peak - machine.memory
+        """Bytes too many in the phase that a number of blocks changes, unless another one does not fit at all."""
+        need, changed = smallest(flags), "denoise" if script == "sample" else "training"
+        phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}
+        beside = max((n for name, n in phases.items() if name != changed), default=0)
+        return beside if beside > 0 else phases[changed]
 
     tile = tile_that_fits(smallest, machine.memory) if script == "sample" and "--vae_tile" not in given else []
     for group in candidates(script, given, machine.ranks, *shape_of(args.ckpt), guided):
@@ -205,12 +345,12 @@ def propose(script, argv, machine):
         if n is not None and smallest(flags_of(n)).host_peak <= (machine.host or math.inf):
             needs = [plan(tuple(flags_of(n)), mode) for mode in modes(flags_of(n))]
             return argv + flags_of(n), next(need for need in needs if need.peak <= machine.memory)
-    needs = f"{least['memory'] / 1e9:.1f} GB on each"
-    if least["memory"] <= machine.memory:
-        needs = f"{least['host'] / 1e9:.1f} GB of host memory"
+    fits = least[0] <= machine.memory
+    nbytes, flags = least_on_host if fits else least
     raise BadInput(
-        f"--gpus {machine.ranks}x{machine.memory / 1e9:g}: {script}.py needs at least {needs}; a smaller --resolution "
-        "or --size, fewer --frames or a smaller --batch take less"
+        f"--gpus: {script}.py needs at least {nbytes / 1e9:.1f} GB {'of host memory' if fits else 'on each GPU'}, with "
+        f"{' '.join(flags) or 'these flags'}, and {(machine.host if fits else machine.memory) / 1e9:.1f} GB can be "
+        "counted on; a smaller --resolution or --size, fewer --frames or a smaller --batch take less"
     )
 
 
@@ -227,27 +367,48 @@ def tile_that_fits(plan, memory):
 
 
 def parse_machine(gpus, host):
-    """--gpus COUNTxGB, --host GB -> Machine."""
-    match = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", gpus)
+    """--gpus COUNTxGB[:CARD], --host GB -> Machine. A GPU of "24 GB" has 24 * 2^30 bytes, and so has a host."""
+    match = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)(?::(\w+))?", gpus)
     if not match or not float(match[2]):
-        raise BadInput(f"--gpus {gpus}: COUNTxGB, such as 8x80 or 1x23.5")
+        raise BadInput(f"--gpus {gpus}: COUNTxGB or COUNTxGB:CARD, such as 8x80, 1x24 or 1x24:4090")
+    if match[3] and match[3] not in flops.CARDS:
+        raise BadInput(f"--gpus {gpus}: times are known for {', '.join(flops.CARDS)}")
     check_at_least(1, host=host)
-    # a card's GB are 2^30: the 7 % between are for CUDA itself and for holes; as much of the host is for the system
-    return Machine(int(match[1]), float(match[2]) * 1e9, math.inf if host is None else host * 1e9)
+    usable = USABLE * 2**30
+    return Machine(int(match[1]), float(match[2]) * usable, math.inf if host is None else host * usable, match[3])
 
 
 def run(args):
-    script = SCRIPTS[args.script].arguments(args.flags)
-    if script.ckpt in VARIANTS and getattr(script, "data", None):
-        print(f"--data {script.data}: not read, since {script.ckpt} is no folder; clips of --resolution are planned")
+    card, notes = None, []
     if args.gpus:
         machine = parse_machine(args.gpus, args.host)
         flags, need = propose(args.script, args.flags, machine)
         launcher = "python" if machine.ranks == 1 else f"torchrun --nproc_per_node={machine.ranks}"
         print(f"{launcher} {args.script}.py {' '.join(flags)}")
+        size = machine.memory / USABLE
+        notes.append(
+            f"  a GPU of {size / 2**30:g} GB has {size / 1e9:.1f} GB of 10^9 bytes, and {machine.memory / 1e9:.1f} of "
+            "them are counted on"
+        )
+        if args.script == "train_te" and "--train_blocks" in flags[len(args.flags) :]:
+            notes.append(
+                "  the keywords' embeddings alone learn; --rank 16 instead, with a LoRA in every block, needs more"
+            )
+        job, card = Job(args.script, flags), machine.card
     else:
-        need = planned(args.script, args.flags)
-    print(need)
-    write_json(
-        args.json, {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host", "host_peak")}
-    )
+        job = Job(args.script, args.flags)
+        need = job.plan()
+    data = getattr(job.args, "data", None)
+    if data and not job.reads_data:
+        notes.append(f"  --data {data[0]['source']}: not there; clips of --resolution and --frames are planned")
+    elif data:
+        notes.append("  --data: the largest clips are {}x{}, {} frames".format(*job.sizes["bucket"]))
+    elif args.script != "sample":
+        notes.append("  without --data the cache is not counted")
+    if card is None and torch.device(job.args.device).type == "cuda" and torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
+    timed = torch.device(job.args.device).type == "cuda" or bool(args.gpus)
+    print(need, *[job.times(card)] * timed, *notes, sep="\n")
+    seconds = {name: job.step_seconds(name) for name in ((card,) if card else CARDS)} if timed else {}
+    found = {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host", "host_peak")}
+    write_json(args.json, found | {"seconds": seconds})

@@ -5,21 +5,29 @@ import html
 import io
 import json
 import math
+import shlex
+import statistics
+import tempfile
 from pathlib import Path
 
 import torch
 
 from diagnostics.delta import delta, relative_norm
 from diagnostics.drift import drift, open_encoder
+from diagnostics.listen import cell, draw_sheet
 from diagnostics.logits import logits, open_dataset
+from diagnostics.plan import Job
 from nano.evaluate import gradable, listen
-from nano.world import NEW_WORDS, prompts
+from nano.world import NEW_WORDS, parse_words, prompts
 from nanowan.errors import BadInput, check_at_least
 from nanowan.files import atomic
 from nanowan.formats.header import read_header
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import read_texts
 from nanowan.settings import checkpoint_dir
+from nanowan.training.captions import has_keyword
+from nanowan.training.keywords import parse_keyword
+from nanowan.training.log import duration
 from nanowan.training.run_dir import adapter_file
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
@@ -108,30 +116,115 @@ class TrainingRun:
         self.encoder = encoder if encoder.exists() else None
         self.ckpt = checkpoint_dir(self.flags["ckpt"])
         self.data = {key: self.flags[key] for key in ("data", "cache", "resolution", "frames")}
+        self.script = "train_lora" if "targets" in self.flags else "train_te"
         used = str(self.encoder) if self.encoder else self.flags["text_encoder"]
         self.changes = {"loras": [str(f) for f in self.adapters], "text_encoder": used}
+        # what it was trained on top of: a LoRA on its own text encoder
+        self.before = {"text_encoder": self.flags["text_encoder"]} if self.flags["text_encoder"] else {}
 
     @property
     def name(self):
         return self.folder.resolve().name
 
+    @property
+    def words(self):
+        """Those that it was to learn."""
+        given = [*(self.flags.get("keywords") or []), *(self.flags.get("trigger") or [])]
+        return [parse_keyword(text).name for text in given]
+
+    def columns(self):
+        """{name: the changes of a Pipeline} to compare, one change after the other."""
+        columns = {"base": {}}
+        if self.before or self.encoder:
+            columns["+ encoder"] = self.before or self.changes
+        if self.before and self.encoder:  # trained on from another encoder
+            columns["+ trained on"] = self.changes
+        if self.adapters:
+            columns["+ encoder + translator" if self.before else "+ translator"] = self.changes
+        return columns
+
+    def changed_flags(self):
+        """{flag: value} of what is not the default for the checkpoint."""
+        defaults = vars(Job(self.script, ["--ckpt", str(self.ckpt), "--device", "cpu"]).args)
+        passed_over = {"ckpt", "device", "dtype", "resume", "config"}
+        return {k: v for k, v in self.flags.items() if k not in passed_over and v not in ([], defaults.get(k))}
+
+    def command(self):
+        """The command line that makes this run."""
+        words = ["python", f"{self.script}.py", "--ckpt", self.flags["ckpt"]]
+        for name, value in self.changed_flags().items():
+            words += words_of_flag(name, value)
+        return shlex.join(words)
+
+
+def words_of_flag(name, value):
+    """A flag as words of a command line."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if name == "data" and not isinstance(value, str):
+        values = [v["source"] if [*v] == ["source"] else json.dumps(v) for v in value]
+        return [word for text in values for word in ("--data", text)]
+    if name in ("text_encoder", "init_lora") and not isinstance(value, str):
+        return [word for text in value for word in (f"--{name}", text)]
+    if isinstance(value, list):
+        return [f"--{name}", ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)]
+    return [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+
+
+def held_out_losses(run):
+    """{name: [(step, loss)]} of held-out losses."""
+    names = sorted({k for row in run.log for k in row if k.startswith("val_loss") and "by_t" not in k})
+    return {name: [(row["step"], row[name]) for row in run.log if name in row] for name in names}
+
+
+def shown_range(curves):
+    """(lowest, highest) value of a logarithmic axis that shows all of these lists of positive values, with a margin."""
+    values = [v for curve in curves for v in curve if v > 0 and math.isfinite(v)]
+    return (0.8 * min(values), 1.25 * max(values)) if values else (0.1, 1)
+
+
+def run_section(run):
+    """The command, how long it took, and what is not the default."""
+    times = [row["ms"] for row in run.steps if "ms" in row]
+    took = ""
+    if times:
+        took = f", {duration(sum(times) / 1000)} of steps ({statistics.median(times) / 1000:.2g} s in the median)"
+    return [
+        f"<p>{len(run.steps)} steps of {run.script}.py{took}, started {run.started}</p>",
+        f"<pre>{html.escape(run.command())}</pre>",
+        "<p>Not the defaults:</p>",
+        table(("flag", "value"), run.changed_flags().items()),
+    ]
+
 
 def loss_section(run):
+    """Losses of single steps vary with their timesteps, and those of preserved samples are tiny: the axis shows the
+    mean of 25 steps and the held-out loss.
+    """
+    x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
+    mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
+    held_out = held_out_losses(run)
+
     def draw(axes):
-        x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
-        mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
-        axes.plot(x, y, color="#ccc", linewidth=0.7, label="each step")
+        axes.plot(x, y, color="#ddd", linewidth=0.7, label="each step, where in range")
         axes.plot(x, mean, color="#c0392b", label="mean of 25")
-        for key in sorted({k for row in run.log for k in row if k.startswith("val_loss") and "by_t" not in k}):
-            points = [(row["step"], row[key]) for row in run.log if key in row]
-            axes.plot(*zip(*points), "o-", markersize=3, label=key.replace("_", " "))
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        limits = shown_range([mean, *([v for _, v in points] for points in held_out.values())])
+        axes.set(xlabel="step", ylabel="loss", yscale="log", ylim=limits)
+        axes.legend(frameon=False, fontsize=8)
+
+    def draw_held_out(axes):
+        for name, points in held_out.items():
+            axes.plot(*zip(*points), "o-", markersize=3, label=name.replace("_", " "))
+        axes.set(xlabel="step", ylabel="held-out loss")
         axes.legend(frameon=False, fontsize=8)
 
     steps = [row["step"] for row in run.steps]
     return [
         "<h2>Loss</h2>",
         figure(draw),
+        *([figure(draw_held_out, height=1.8)] if held_out else []),
         "<h2>Learning rate and gradient</h2>",
         line_plot(steps, [row["lr"] for row in run.steps], "learning rate"),
         line_plot(steps, [row["grad_norm"] for row in run.steps], "gradient norm", yscale="log"),
@@ -175,9 +268,11 @@ def encoder_section(run):
 
 def logits_section(run):
     parts = []
-    for name, rows in logits(run.flags["ckpt"], n=2, **run.data, **run.changes).items():
+    before = run.before.get("text_encoder") if run.adapters else None
+    for name, rows in logits(run.flags["ckpt"], n=2, base_encoder=before, **run.data, **run.changes).items():
         expert = "" if name == "dit" else f", {name}-noise expert"
-        parts.append(f"<h2>Attention logits{expert}: largest relative change of a head</h2>")
+        against = ", against the base with the run's own --text_encoder" if before else ""
+        parts.append(f"<h2>Attention logits{expert}: largest relative change of a head{against}</h2>")
         parts.append(heat_map(rows, "drift", "drift"))
     return parts
 
@@ -190,39 +285,55 @@ def previews_section(run):
     return parts
 
 
-def words_of(run):
-    """The new words of the nano world that the run's captions hold."""
+def graded_words(run):
+    """The new words of the nano world that the run's captions hold or that it was to learn."""
     captions = open_dataset(Pipeline(run.ckpt), **run.data).captions
-    words = {word for caption in captions for word in caption.split()}
+    words = {word for caption in captions for word in caption.split()} | {*run.words}
     return [word for word in NEW_WORDS if word in words]
 
 
 def listening_section(run, n):
-    words = words_of(run)
-    scores = []
-    for changes in ({}, run.changes):
-        print("listening after training" if changes else "listening before training", flush=True)
-        scores.append(listen(Pipeline(run.flags["ckpt"], **changes), words, n, progress=True))
-    before, after = scores
-    rows = []
-    for suite, kinds in before.items():
-        for kind, old in kinds.items():
-            new = after[suite][kind]
-            interval = f"[{new['low']:.2f}, {new['high']:.2f}]"
-            rows.append((suite, kind, f"{old['right']:.2f}", f"{new['right']:.2f}", interval))
-    head = ("suite", "attribute", "before", "after", "95 %")
-    return ["<h2>Listening</h2>", table(head, rows), f"<p class=note>{n} prompts of each new word</p>"]
+    """Scores of each column, of the same prompts and seeds."""
+    scores = {}
+    for name, changes in run.columns().items():
+        print(f"listening: {name}", flush=True)
+        scores[name] = listen(Pipeline(run.flags["ckpt"], **changes), graded_words(run), n, progress=True)
+    first = next(iter(scores.values()))
+    rows = [
+        (suite, kind, *(cell(found[suite][kind]) for found in scores.values()))
+        for suite, kinds in first.items()
+        for kind in kinds
+    ]
+    table_of_scores = table(("suite", "attribute", *scores), rows)
+    note = f"<p class=note>share right, and its 95 % interval; {n} prompts of each new word, from the same seeds</p>"
+    return ["<h2>Listening</h2>", table_of_scores, note]
+
+
+def words_section(run):
+    """Clips of captions with each of the run's own words that nobody can grade, in columns from the same seeds."""
+    captions = open_dataset(Pipeline(run.ckpt), **run.data).captions
+    words = [word for word in run.words if word not in NEW_WORDS][:6]
+    asked = [next((c for c in captions if has_keyword(c, [word])), word) for word in words]
+    if not asked:
+        return []
+    columns = {name: Pipeline(run.flags["ckpt"], **changes) for name, changes in run.columns().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        sheet = Path(folder) / "words.png"
+        draw_sheet(columns, asked, 0, sheet)
+        png = sheet.read_bytes()
+    note = "<p class=note>not graded: what they mean is not known; report --words WORD=MEANING grades them</p>"
+    return [f"<h2>The run's own words: {html.escape(', '.join(words))}</h2>", image(png), note]
 
 
 def report(folder, n=20):
-    """One self-contained HTML page about a training run: losses, learning rate, how far the weights, attention logits
-    and embeddings moved, previews before and after, listening scores (nano; n prompts of each new word that the run's
-    captions hold, and as many of old words; 0: none), flags and versions. Raises BadInput.
+    """One self-contained HTML page about a training run: its command, losses, learning rate, how far the weights,
+    attention logits and embeddings moved, previews before and after, listening scores (nano; n prompts of each new word
+    that the run was to learn or its captions hold, and as many of old words; 0: none), clips of its own words, flags
+    and versions. Raises BadInput.
     """
     run = TrainingRun(folder)
-    title, script = html.escape(run.name), "train_lora.py" if run.adapters else "train_te.py"
-    parts = [f"<h1>{title}</h1>", f"<p>{len(run.steps)} steps of {script}, started {run.started}</p>"]
-    parts += loss_section(run)
+    title = html.escape(run.name)
+    parts = [f"<h1>{title}</h1>", *run_section(run), *loss_section(run)]
     for file in run.adapters:
         print(f"how far {file.name} moves the weights", flush=True)
         parts += adapter_section(run, file)
@@ -233,7 +344,7 @@ def report(folder, n=20):
     parts += logits_section(run)
     parts += previews_section(run)
     if n and gradable(Pipeline(run.ckpt).settings):
-        parts += listening_section(run, n)
+        parts += listening_section(run, n) + words_section(run)
     parts += ["<h2>Flags</h2>", table(("flag", "value"), run.flags.items())]
     versions = [(key, value) for key, value in run.record.items() if key != "flags"]
     parts += ["<h2>Versions</h2>", table(("what", "which"), versions)]
@@ -243,6 +354,7 @@ def report(folder, n=20):
 
 def run(args):
     check_at_least(0, n=args.n)
+    parse_words(args.words)  # from here on they can be graded
     page = report(args.folder, args.n)
     out = Path(args.out or Path(args.folder) / "report.html")
     with atomic(out) as tmp:

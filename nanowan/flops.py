@@ -27,18 +27,24 @@ FORMULAS = flop_registry | {
 class Flops(NamedTuple):
     """FLOPs, apart by the rates that GPUs have for them."""
 
-    linear: int = 0  # of matrix products and convolutions, forward and backward
-    attention: int = 0  # of attention's forward passes
+    linear: int = 0  # of matrix products and convolutions in forward passes
+    attention: int = 0  # of attention in forward passes
     attention_backward: int = 0
+    linear_backward: int = 0
 
     @property
     def total(self):
         return sum(self)
 
+    def plus(self, other, times=1):
+        """These, and so many times those of `other`."""
+        return Flops(*(a + times * b for a, b in zip(self, other)))
+
 
 class Card(NamedTuple):
-    """Rates of a GPU in FLOP/s and byte/s. peak: dense bf16, of its data sheet. The others are assumed: what others
-    reached on large sizes; nobody has measured them with this project.
+    """Rates of a GPU in FLOP/s and byte/s. peak: dense bf16, of its data sheet; host: from the host's memory, by its
+    generation of PCIe. The others are assumed: what others reached on large sizes; nobody has measured them with this
+    project.
     """
 
     peak: float
@@ -47,14 +53,15 @@ class Card(NamedTuple):
     attention: float
     attention_backward: float
     bandwidth: float
+    host: float
 
 
 CARDS = {  # by what is in torch.cuda.get_device_name
-    "H100": Card(989e12, 700e12, 1150e12, 600e12, 430e12, 2.8e12),
-    "H200": Card(989e12, 720e12, 1180e12, 610e12, 440e12, 4.0e12),
-    "A100": Card(312e12, 255e12, None, 205e12, 150e12, 1.7e12),
-    "4090": Card(165e12, 150e12, 270e12, 155e12, 110e12, 0.9e12),
-    "5090": Card(209e12, 205e12, 370e12, 200e12, 140e12, 1.55e12),
+    "H100": Card(989e12, 700e12, 1150e12, 600e12, 430e12, 2.8e12, 50e9),
+    "H200": Card(989e12, 720e12, 1180e12, 610e12, 440e12, 4.0e12, 50e9),
+    "A100": Card(312e12, 255e12, None, 205e12, 150e12, 1.7e12, 25e9),
+    "4090": Card(165e12, 150e12, 270e12, 155e12, 110e12, 0.9e12, 25e9),
+    "5090": Card(209e12, 205e12, 370e12, 200e12, 140e12, 1.55e12, 50e9),
 }
 
 
@@ -65,14 +72,31 @@ def card_of(device_name):
 
 def predict_seconds(flops, device_name, fp8=False, nbytes=0):
     """A prediction, not a measurement: seconds that Flops, and `nbytes` of other traffic, take at the rates assumed for
-    a GPU of this name. fp8: whether products are made in 8 bits. None where the rates are not known.
+    a GPU of this name. fp8: whether the products of forward passes are made in 8 bits. None where the rates are not
+    known.
     """
     card = card_of(device_name)
     linear = card and (card.linear_fp8 if fp8 else card.linear)
     if not linear:
         return None
     attention = flops.attention / card.attention + flops.attention_backward / card.attention_backward
-    return flops.linear / linear + attention + nbytes / card.bandwidth
+    return flops.linear / linear + flops.linear_backward / card.linear + attention + nbytes / card.bandwidth
+
+
+def elementwise_bytes(config, latents):
+    """About what a forward pass reads and writes beside its products and attention, in 2 bytes a value: norms,
+    rotations and gates pass 21 times over a token's width in each block, the GELU twice over the feed-forward's. A
+    backward pass is about twice that. latents (T',h,w).
+    """
+    tokens = math.prod(latents) // math.prod(config.patch_size)
+    return 2 * tokens * config.num_layers * (21 * config.dim + 2 * config.ffn_dim)
+
+
+def encoder_step(blocks, trained, tokens):
+    """The Flops of a pass forward and backward of a text encoder: its blocks have so many parameters, of which
+    `trained` are. Attention among so few tokens is left out.
+    """
+    return Flops(linear=2 * blocks * tokens, linear_backward=2 * (blocks + trained) * tokens)
 
 
 class Counter(TorchDispatchMode):
@@ -86,9 +110,11 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if formula := FORMULAS.get(func._overloadpacket):
             name = str(func)
-            kind = "linear"
             if "attention" in name:
                 kind = "attention_backward" if "backward" in name else "attention"
+            else:  # what checkpointing computes again has gradients on
+                in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+                kind = "linear_backward" if in_backward else "linear"
             count = formula(*args, **(kwargs or {}), out_val=out)
             self.flops = self.flops._replace(**{kind: getattr(self.flops, kind) + count})
         return out
@@ -136,7 +162,8 @@ def step_of(dit, latents, text, batch):
     counted, flops = COUNTED[key]
     more = tokens / counted
     pairs = more * (tokens + text) / (counted + text)
-    return Flops(batch * more * flops.linear, *(batch * pairs * n for n in flops[1:]))
+    grown = Flops(more, pairs, pairs, more)
+    return Flops(*(batch * factor * n for factor, n in zip(grown, flops)))
 
 
 def _example(config, latents, text, batch):

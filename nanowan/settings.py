@@ -27,7 +27,7 @@ class Settings:
 
     size: (width, height) px. guidance: (low noise, high noise). boundary: the high-noise expert serves t/1000 >=
     boundary; None without experts. z_dim, stride: of the VAE's latents. train: what config.json recommends for
-    training.
+    training; usual_loss: the held-out loss that it says the checkpoint has on data of its own kind.
     """
 
     variant: str
@@ -46,6 +46,7 @@ class Settings:
     negative: str = NEGATIVE
     is_moe: bool = False
     train: dict = field(default_factory=dict)
+    usual_loss: float | None = None
 
     @property
     def expert_names(self):
@@ -130,6 +131,7 @@ def read_settings(ckpt_dir):
         is_moe = "dit" not in folders
         own = config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
         s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **own)
+        s = replace(s, usual_loss=config.get("usual_loss"))
     except TypeError as e:
         raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None
     return replace(s, size=tuple(s.size), guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()))

@@ -8,6 +8,7 @@ import torch
 from data import eval_batches
 from nanowan import memory_estimate
 from nanowan.parallel import clip_grad_norm
+from nanowan.training.log import held_out
 from nanowan.training.optim import lr_at
 
 
@@ -42,6 +43,17 @@ def held_out_loss(dataset, schedule, embed):
         model = None  # so that it can be evicted for the other expert
         metrics |= {f"val_loss{suffix}": sum(by_t) / 4, f"val_loss_by_t{suffix}": by_t}
     return metrics
+
+
+def say_if_foreign(metrics, usual):
+    """Print a line where the held-out loss before the first step is far above `usual`, if that is known."""
+    loss = held_out(metrics)
+    if usual and loss is not None and loss > 3 * usual:
+        print(
+            f"val_loss {loss:.2g} at the start; this checkpoint's own data have about {usual:g}: it has not seen the "
+            "like, and samples may get worse before they get better; see docs/training.md",
+            flush=True,
+        )
 
 
 class Stopwatch:
