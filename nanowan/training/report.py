@@ -19,6 +19,7 @@ from nanowan.video import read_windows
 NOTES = {
     "HDR": "HDR (HLG or PQ), tone-mapped to BT.709",
     "wide gamut": "of a wide gamut, converted to BT.709",
+    "tagged outside": "whose colours the container alone names",
     "untagged": "without colour tags, taken for BT.709 from 720 lines on, for BT.601 below",
     "interlaced": "interlaced, deinterlaced",
     "variable rate": "of variable frame rate, read by time",
