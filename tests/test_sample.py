@@ -304,7 +304,7 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
     pipe = load(checkpoints["ti2v"])
     seen = []
     encode = pipe.encode_prompts
-    monkeypatch.setattr(pipe, "encode_prompts", lambda p: seen.extend(p) or encode(p))
+    monkeypatch.setattr(pipe, "encode_prompts", lambda p, *encoder: seen.extend(p) or encode(p, *encoder))
     one = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0, progress=False)[1]
     assert seen == ["a cat"]
     near = generate(pipe, "a cat", size=(32, 32), frames=1, steps=2, guidance=1.0 + 1e-7, progress=False)[1]
