@@ -474,13 +474,13 @@ def to_rgb(image):
 
 
 def open_image(image, flag="--image"):
-    """A PIL image, or a file as training data are opened (upright, transparency on white), as RGB. Raises BadInput."""
-    from PIL import Image
+    """A PIL image, or a file, as training data are opened: upright RGB in sRGB, transparency on white. Raises
+    BadInput.
+    """
+    from PIL import Image, ImageOps
 
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     try:
-        return open_photo(image)
+        return to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else open_photo(image)
     except Skip as e:
         raise BadInput(f"{flag} {image}: {e}") from None
 

@@ -304,16 +304,25 @@ def test_frames_far_apart_are_a_damaged_clock(tmp_path):
     assert len(clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
 
 
-def test_a_sidecar_without_its_clip_is_listed(tmp_path):
+def test_a_sidecar_that_is_not_used_is_listed(tmp_path):
     class Posed(ClipSamples):
         videos = ("pose",)
 
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "a.pose.mp4")
+    clip(tmp_path / "a.pose.mkv")
+    photo(tmp_path / "a.pose.png")
     clip(tmp_path / "b.pose.mp4")
+    for name in ("c.mp4", "c.pose.mp4"):  # as cameras name them
+        clip(tmp_path / name)
+        (tmp_path / name).rename((tmp_path / name).with_suffix(".MP4"))
     items, skipped = data.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
-    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose")]
-    assert skipped == [(tmp_path / "b.pose.mp4", "belongs to a clip b, which is not there")]
+    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose"), ("c.MP4", "pose")]
+    assert {path.name: why for path, why in skipped} == {
+        "a.pose.mp4": "is left out for a.pose.mkv",
+        "a.pose.png": "is left out for a.pose.mkv",
+        "b.pose.mp4": "belongs to a clip b, which is not there",
+    }
 
 
 def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):

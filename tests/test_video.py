@@ -528,7 +528,9 @@ def test_profiles_are_converted_to_srgb(tmp_path, primaries, gamma, name, how):
     path = photo(tmp_path / name, stored(SKIN, primaries, gamma), icc_profile=profile, **how)
     assert off(patches(Image.open(path), 4), SKIN) > 10
     assert off(patches(video.open_photo(path), 4), SKIN) <= 4
-    assert off(patches(video.open_image(path), 4), SKIN) <= 4 and probe(path).changed == ["colour profile"]
+    for given in (path, Image.open(path)):
+        assert off(patches(video.open_image(given), 4), SKIN) <= 4
+    assert probe(path).changed == ["colour profile"]
 
 
 def test_a_grey_picture_and_a_transparent_one_have_profiles_too(tmp_path):
