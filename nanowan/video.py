@@ -212,8 +212,10 @@ def probe_clip(path):
         began = looked_at[0].time
         told = container.format.name.startswith(TIMED_CONTAINERS) and intact and began is not None
         told = told and None not in stamps and len(set(stamps)) == len(stamps)
-        # packets are in the order of decoding; that of showing is another one where pictures may be reordered
-        if told and not (context.has_b_frames and stamps == sorted(stamps)):
+        # packets come in the order of decoding: if in that of their times too, although pictures are reordered, these
+        # say when one is decoded; of MPEG-4's a packet may hold two, as XviD has it
+        doubtful = context.name == "mpeg4" or context.has_b_frames and stamps == sorted(stamps)
+        if told and not doubtful:
             unit, reordered = stream.time_base, False
             times = [float(t) * unit.numerator / unit.denominator - began for t in sorted(stamps)]
             times = [t for t in times if t >= 0]  # pictures before the first cannot be decoded
@@ -226,12 +228,12 @@ def probe_clip(path):
 
 def decoded_times(path, stamps):
     """([seconds of each picture], whether they differ from the frames' own) of a clip that is decoded whole. The k-th
-    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these are near, or
-    repeat.
+    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these repeat, or are
+    near it in a container of one rate.
     """
     with open_clip(path) as (container, stream, decode_packet):
         own = [frame.time for frame in decode(container, stream, decode_packet)]
-        rate = float(stream.average_rate or 0)
+        rate, timed = float(stream.average_rate or 0), container.format.name.startswith(TIMED_CONTAINERS)
         packets = [None if t is None else float(t * stream.time_base) for t in stamps]
     if None not in own and all(a < b for a, b in zip(own, own[1:])):
         return [t - own[0] for t in own], False
@@ -240,7 +242,7 @@ def decoded_times(path, stamps):
         if None not in times and len(set(times)) == len(times) >= len(own):
             times = [t - min(times) for t in sorted(times)[: len(own)]]
             near = even and max(abs(a - b) for a, b in zip(times, even)) < MAX_SHIFT / rate
-            return even if near else times, True
+            return even if near and not timed else times, True
     if not even:
         raise Skip("says neither when its frames are shown nor at what rate")
     return even, True

@@ -96,6 +96,16 @@ def test_packed_pictures_are_shown_in_turn(tmp_path):
     assert numbers == list(range(len(numbers))) and len(numbers) >= 24
     assert all(abs(t - k / 25) < 1e-3 for k, (t, _) in enumerate(shown(path)))
     assert probe(path).changed == ["reordered"]
+    for suffix in (".mp4", ".mkv"):  # copied as they are
+        other = path.with_suffix(suffix)
+        with av.open(str(path)) as source, av.open(str(other), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream, packet.pts = stream, packet.dts
+                    file.mux(packet)
+        assert [n for _, n in shown(other)] == numbers
+        assert all(abs(t - k / 25) < 1e-3 for k, (t, _) in enumerate(shown(other)))
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video"])
