@@ -44,8 +44,8 @@ def add_model_flags(add):
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
-        "one before; listen takes FILE:0,0.5,1 too (default: the checkpoint's own)",
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several; "
+        "listen also takes several strengths, FILE:0,0.5,1 (default: the checkpoint's own)",
     )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on cuda, fp32 on cpu")
@@ -112,9 +112,7 @@ def arguments(argv=None):
     add("--gb", type=int, default=80, help="memory of a GPU (default: %(default)s)")
 
     add = command("delta", delta, "how far a LoRA, another checkpoint or an encoder moves each weight")
-    add(
-        "changed", metavar="FILE", help="a file or folder; of a LoRA also FILE:high or FILE:low, the half that is meant"
-    )
+    add("changed", metavar="FILE", help="a file or folder; FILE:high or FILE:low picks one expert of a LoRA for both")
     add("--ckpt", default="nano", help="what it changes: a checkpoint folder or a file (default: nano)")
     add("--cap", type=float, help="write a copy of a LoRA in which no ||dW||/||W|| is above this (default: none)")
     add("--out", help="where to write that copy")
@@ -148,8 +146,8 @@ def arguments(argv=None):
         "--words",
         nargs="+",
         default=[],
-        help="words to ask for; with --clip what each should look like and then what not, such as "
-        "crimson=red,blue,green (default: nano's new words)",
+        help="words to put in the prompts; with --clip, WORD=RIGHT,WRONG,...: what it should look like, then what it "
+        "should not, such as crimson=red,blue,green (default: nano's new words)",
     )
     add(
         "--prompts",

@@ -42,7 +42,7 @@ def remembered(cache, answer, **question):
 
 def cached_probe(path, digest, cache):
     """`video.probe`, remembered by the file's digest."""
-    return Shown(*remembered(cache, lambda: list(probe(path)), shown=digest, kind=path.suffix.lower(), version=2))
+    return Shown(*remembered(cache, lambda: list(probe(path)), shown=digest, kind=path.suffix.lower(), version=3))
 
 
 def cached_is_sound_broken(path, digest, cache):

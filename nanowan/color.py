@@ -13,6 +13,7 @@ from nanowan.errors import Skip
 
 # codes of ITU-T H.273, as FFmpeg has them
 UNSPECIFIED = 2
+UNTOLD = {"color_primaries": UNSPECIFIED, "color_trc": UNSPECIFIED, "colorspace": UNSPECIFIED, "color_range": 0}
 MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 PQ, HLG = 16, 18
 NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # which no player undoes
@@ -44,14 +45,40 @@ def is_hdr(frame):
     return frame.color_trc in (PQ, HLG)
 
 
+def gamut(frame):
+    """The code of a frame's primaries, if they are in WIDE; HDR that does not name any has BT.2020's. None: BT.709's,
+    or near them.
+    """
+    code = 9 if is_hdr(frame) and frame.color_primaries == UNSPECIFIED else frame.color_primaries
+    return code if code in WIDE else None
+
+
 def is_wide(frame):
     """Whether an SDR frame has primaries that BT.709 does not cover."""
-    return frame.color_primaries in WIDE and not is_hdr(frame)
+    return gamut(frame) is not None and not is_hdr(frame)
 
 
 def is_untagged(frame):
     """Whether a frame does not say by which matrix its colours were made."""
     return is_yuv(frame) and frame.colorspace == UNSPECIFIED
+
+
+def tags(context):
+    """{name: code} of the colours that a codec context tells, of a file that was just opened: the container's."""
+    codes = {name: getattr(context, name) for name in UNTOLD}
+    return {name: code for name, code in codes.items() if code != UNTOLD[name]}
+
+
+def complete(frame, tags):
+    """Give a frame those of some tags that it does not have itself, as of ProRes whose own header is silent."""
+    for name, code in tags.items():
+        if getattr(frame, name) == UNTOLD[name]:
+            setattr(frame, name, code)
+
+
+def is_completed(frame, context):
+    """Whether a frame has its matrix from `complete`, and not from its decoder."""
+    return context.colorspace == UNSPECIFIED != frame.colorspace
 
 
 def check_colors(frame):
@@ -72,7 +99,7 @@ def matrix(frame):
 
     if not is_untagged(frame):
         return {}
-    if is_hdr(frame) or frame.color_primaries == 9:
+    if gamut(frame) == 9:
         return {"src_colorspace": Colorspace.BT2020}
     return {"src_colorspace": Colorspace.ITU709} if frame.height >= HD_LINES else {}
 
@@ -83,8 +110,7 @@ def to_rgb(frame):
     converted = is_hdr(frame) or is_wide(frame)
     if converted:
         kind = frame.color_trc if is_hdr(frame) else 1
-        primaries = frame.color_primaries if frame.color_primaries in WIDE else 9
-        image = to_bt709(frame.to_ndarray(format="rgb48le", **matrix(frame)), kind, primaries)
+        image = to_bt709(frame.to_ndarray(format="rgb48le", **matrix(frame)), kind, gamut(frame))
     if has_alpha(frame):
         layers = frame.to_ndarray(format="rgba", **matrix(frame))
         return on_white(image if converted else layers[..., :3], layers[..., 3:])
@@ -122,7 +148,11 @@ def to_xyz(primaries):
 
 @functools.cache
 def primaries_to_bt709(code):
-    """The matrix (3,3) from linear RGB of one of WIDE to BT.709's, white to white (Bradford's adaptation)."""
+    """The matrix (3,3) from linear RGB of one of WIDE to BT.709's, white to white (Bradford's adaptation). None: of
+    BT.709 itself.
+    """
+    if code is None:
+        return np.eye(3, dtype=np.float32)
     white, own = (BRADFORD @ to_xyz(p).sum(1) for p in (BT709, WIDE[code]))
     adapted = np.linalg.solve(BRADFORD, np.diag(white / own) @ BRADFORD)
     return (np.linalg.inv(to_xyz(BT709)) @ adapted @ to_xyz(WIDE[code])).astype(np.float32)

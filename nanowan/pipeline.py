@@ -280,8 +280,15 @@ class Pipeline:
     # ---- what models are given -----------------------------------------------------------------------------------
     @torch.no_grad()
     def encode_prompts(self, prompts, encoder=None):
-        """list of str -> (embeddings (B,S,D), lens (B,)); encoder: one to use instead of the pipeline's."""
+        """list of str -> (embeddings (B,S,D), lens (B,)); encoder: one to use instead of the pipeline's. Says which
+        prompts are longer than what is read of them.
+        """
         encoder = encoder or self.acquire("text")
+        tokenizer = encoder.tokenizer
+        for prompt in dict.fromkeys(prompts):
+            count = len(tokenizer.ids(tokenizer.clean(prompt))) + 1  # and the end token
+            if count > tokenizer.length and self.world.is_main:
+                print(f"prompt {prompt[:40]!r}...: {count} tokens, of which the first {tokenizer.length - 1} are read")
         # one at a time, so that an embedding does not depend on the batch it was computed in
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 

@@ -20,11 +20,11 @@ from nanowan import color
 from nanowan.errors import BadInput, Skip
 from nanowan.files import atomic
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+IMAGES = {".jpg", ".jpeg", ".png", ".apng", ".webp", ".gif", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 # what is not read, but named where it lies, so that nobody believes it was
 OTHER_MEDIA = set(
-    ".3gp .apng .arw .avif .cr2 .cr3 .dng .exr .flv .gif .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
+    ".3gp .arw .avif .cr2 .cr3 .dng .exr .flv .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
     ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
 )
 TIMED_CONTAINERS = "mov,mp4", "matroska"  # whose packets say when a picture is shown; others only when it is decoded
@@ -146,8 +146,8 @@ def read_windows(path, windows, draw, shown=None):
 # ---- clips -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def open_clip(path):
-    """(container, video stream, decoder) of a clip. It decodes in as many threads as a picture has slices: of pictures
-    that are decoded in threads of their own FFmpeg loses errors in the last ones.
+    """(container, video stream, a function from a packet to its frames) of a clip. It decodes in as many threads as a
+    picture has slices: of pictures that are decoded in threads of their own FFmpeg loses errors in the last ones.
     """
     import av
 
@@ -162,7 +162,15 @@ def open_clip(path):
             name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
             decoder = av.CodecContext.create(name, "r") if name else decoder
         decoder.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
-        yield container, stream, decoder
+        yield container, stream, functools.partial(decode_packet, decoder, color.tags(stream.codec_context))
+
+
+def decode_packet(decoder, tags, packet):
+    """The frames of a packet, with the container's colour tags where they have none."""
+    frames = decoder.decode(packet)
+    for frame in frames:
+        color.complete(frame, tags)
+    return frames
 
 
 def main_track(streams, size):
@@ -179,10 +187,10 @@ def main_track(streams, size):
     return max((s for s in streams if not s.disposition & covers), key=score, default=None)
 
 
-def decode(container, stream, decoder):
+def decode(container, stream, decode_packet):
     """Yield the frames of a clip as PyAV has them."""
     for packet in container.demux(stream):
-        yield from decoder.decode(packet)
+        yield from decode_packet(packet)
 
 
 def probe_clip(path):
@@ -190,19 +198,24 @@ def probe_clip(path):
     shown.
     """
     stamps, looked_at, intact = [], [], True
-    with open_clip(path) as (container, stream, decoder):
+    with open_clip(path) as (container, stream, decode_packet):
+        context = stream.codec_context
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 stamps.append(packet.pts)
                 intact = intact and not packet.is_corrupt  # one is, where a file breaks off
-            if len(looked_at) < (LOOKED_AT if decoder.field_order in INTERLACED_ORDERS else 1):
-                looked_at += decoder.decode(packet)
+            if len(looked_at) < (LOOKED_AT if context.field_order in INTERLACED_ORDERS else 1):
+                looked_at += decode_packet(packet)
         if not looked_at:
             raise Skip("has no frames")
         (width, height), notes, changed = describe(looked_at, stream)
         began = looked_at[0].time
-        distinct = None not in stamps and began is not None and len(set(stamps)) == len(stamps)
-        if distinct and intact and container.format.name.startswith(TIMED_CONTAINERS):
+        told = container.format.name.startswith(TIMED_CONTAINERS) and intact and began is not None
+        told = told and None not in stamps and len(set(stamps)) == len(stamps)
+        # packets come in the order of decoding: if in that of their times too, although pictures are reordered, these
+        # say when one is decoded; of MPEG-4's a packet may hold two, as XviD has it
+        doubtful = context.name == "mpeg4" or context.has_b_frames and stamps == sorted(stamps)
+        if told and not doubtful:
             unit, reordered = stream.time_base, False
             times = [float(t) * unit.numerator / unit.denominator - began for t in sorted(stamps)]
             times = [t for t in times if t >= 0]  # pictures before the first cannot be decoded
@@ -215,12 +228,12 @@ def probe_clip(path):
 
 def decoded_times(path, stamps):
     """([seconds of each picture], whether they differ from the frames' own) of a clip that is decoded whole. The k-th
-    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these are near, or
-    repeat.
+    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these repeat, or are
+    near it in a container of one rate.
     """
-    with open_clip(path) as (container, stream, decoder):
-        own = [frame.time for frame in decode(container, stream, decoder)]
-        rate = float(stream.average_rate or 0)
+    with open_clip(path) as (container, stream, decode_packet):
+        own = [frame.time for frame in decode(container, stream, decode_packet)]
+        rate, timed = float(stream.average_rate or 0), container.format.name.startswith(TIMED_CONTAINERS)
         packets = [None if t is None else float(t * stream.time_base) for t in stamps]
     if None not in own and all(a < b for a, b in zip(own, own[1:])):
         return [t - own[0] for t in own], False
@@ -229,7 +242,7 @@ def decoded_times(path, stamps):
         if None not in times and len(set(times)) == len(times) >= len(own):
             times = [t - min(times) for t in sorted(times)[: len(own)]]
             near = even and max(abs(a - b) for a, b in zip(times, even)) < MAX_SHIFT / rate
-            return even if near else times, True
+            return even if near and not timed else times, True
     if not even:
         raise Skip("says neither when its frames are shown nor at what rate")
     return even, True
@@ -252,6 +265,7 @@ def describe(frames, stream):
     if (a, b, c, d) != (1, 0, 0, 1):
         (changed if a * d < b * c else notes).append("mirrored" if a * d < b * c else "rotated")
     found = {
+        "tagged outside": color.is_completed(frame, stream.codec_context),
         "HDR": color.is_hdr(frame),
         "wide gamut": color.is_wide(frame),
         "alpha": color.has_alpha(frame),
@@ -292,8 +306,8 @@ def shown_size(frame, stream):
 
 def clip_frames(path, shown):
     """Yield the Frames of a clip."""
-    with open_clip(path) as (container, stream, decoder):
-        for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decoder), shown)):
+    with open_clip(path) as (container, stream, decode_packet):
+        for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decode_packet), shown)):
             yield Frame(seconds, shown_size(frame, stream), functools.partial(upright_image, frame))
 
 
@@ -323,7 +337,7 @@ def timed_frames(frames, shown):
 
 def deinterlaced(timed):
     """Yield (seconds, frame), the interlaced ones filled by FFmpeg's bwdif from their neighbours, one for each."""
-    graph, waiting = None, collections.deque()
+    graph, kind, waiting = None, None, collections.deque()
 
     def pull():
         with contextlib.suppress(BlockingIOError, EOFError):
@@ -332,11 +346,15 @@ def deinterlaced(timed):
                 yield waiting.popleft(), frame
 
     for seconds, frame in timed:
+        if graph is not None and kind != (frame.width, frame.height, frame.format.name):
+            graph.push(None)
+            yield from pull()
+            graph = None
         if graph is None:
             if not frame.interlaced_frame:
                 yield seconds, frame
                 continue
-            graph = bwdif(frame)
+            graph, kind = bwdif(frame), (frame.width, frame.height, frame.format.name)
         waiting.append(seconds)
         frame.pts = round(seconds * 1e6)
         graph.push(frame)
@@ -361,11 +379,11 @@ def bwdif(frame):
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 def open_animated(path):
-    """(PIL image, the numbers of its pictures): one, or those of an animated WebP or PNG. Raises Skip."""
+    """(PIL image, the numbers of its pictures): one, or those of an animated WebP, PNG or GIF. Raises Skip."""
     from PIL import Image
 
     image = Image.open(path)
-    count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG") else 1
+    count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "GIF") else 1
     first = int(count > 1 and bool(image.info.get("default_image")))  # shown where animations are not
     return image, range(first, count)
 
@@ -385,7 +403,7 @@ def probe_image(path):
         image, numbers = open_animated(path)
         with image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) > 4:  # EXIF's orientation
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation: on its side
                 width, height = height, width
             if image.mode == "F":
                 raise Skip("holds floating-point pixels, whose range is unknown")
@@ -439,8 +457,14 @@ def to_rgb(image):
     from PIL import Image
 
     profile = image.info.get("icc_profile")
+    hidden = image.info.get("transparency")
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda v: v / 257).convert("L")
+        values = np.array(image.convert("I"))
+        image = Image.fromarray((values / 257).clip(0, 255).astype(np.uint8))
+        if hidden is not None:
+            image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    elif image.mode == "RGB" and hidden and max(hidden) > 255:  # of 16 bits, of which PIL reads eight
+        image.info["transparency"] = tuple(v >> 8 for v in hidden)
     if image.mode == "F":
         raise Skip("holds floating-point pixels, whose range is unknown")
     if not has_alpha(image):
@@ -452,13 +476,13 @@ def to_rgb(image):
 
 
 def open_image(image, flag="--image"):
-    """A PIL image, or a file as training data are opened (upright, transparency on white), as RGB. Raises BadInput."""
-    from PIL import Image
+    """A PIL image, or a file, as training data are opened: upright RGB in sRGB, transparency on white. Raises
+    BadInput.
+    """
+    from PIL import Image, ImageOps
 
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     try:
-        return open_photo(image)
+        return to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else open_photo(image)
     except Skip as e:
         raise BadInput(f"{flag} {image}: {e}") from None
 

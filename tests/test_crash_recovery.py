@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import av
 import numpy as np
 import pytest
 import torch
+from helpers.media import write_clip
 from PIL import Image
 from test_data import clip, encode, photo
 
@@ -477,7 +479,7 @@ print("used", used)
 
 @pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
-    """Bytes, words and stretches changed in ten kinds of files: each is used or skipped, without an error or a hang."""
+    """Bytes, words and stretches changed in many kinds of files: each is used or skipped, without an error or hang."""
     sources = tmp_path / "sources"
     sources.mkdir()
     texture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
@@ -492,9 +494,18 @@ def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
         encode(
             sources / f"clip{suffix}", [np.roll(texture, 5 * k, 1) for k in range(9)], codec=codec, container=container
         )
+    rolled = [np.roll(texture, 5 * k, 1) for k in range(9)]
+    hdr = [av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p10le") for image in rolled]
+    write_clip(sources / "hdr.mp4", hdr, pixels="yuv420p10le", tags=(9, 18, 9, 1))
+    write_clip(sources / "reordered.avi", rolled, bf=2, **{"b-adapt": 0})
+    write_clip(sources / "interlaced.mkv", rolled, **{"x264-params": "interlaced=1:tff=1"})
+    write_clip(sources / "alpha.mov", [np.dstack([i, i[..., :1]]) for i in rolled], "png", pixels="rgba")
     for suffix in (".jpg", ".png", ".webp", ".bmp"):
         Image.fromarray(texture).save(sources / f"photo{suffix}")
-    assert len(list(sources.iterdir())) == 10
+    pictures = [Image.fromarray(image) for image in rolled]
+    for name in ("animated.webp", "animated.png", "animated.gif"):
+        pictures[0].save(sources / name, save_all=True, append_images=pictures[1:], duration=125)
+    assert len(list(sources.iterdir())) == 17
     done = python(MUTATIONS, sources, tmp_path / "work", count, timeout=60 + count)
     assert done.returncode == 0 and "Traceback" not in done.stderr, (done.stdout[-200:], done.stderr[-2000:])
     used = int(done.stdout.split()[-1])

@@ -157,6 +157,49 @@ def test_unusable_files_are_named_with_their_reason(tmp_path):
     assert all(p.name in report.text(report.describe_items(items, skipped)) for p, _ in skipped)
 
 
+@pytest.mark.parametrize(
+    "raw, want",
+    [
+        ("a cät\r\n\r\n a dog \r".encode("utf-8-sig"), ["a cät", "a dog"]),
+        ("a cät\na dog".encode("utf-16"), ["a cät", "a dog"]),
+        (b"\xfe\xff" + "犬\r\n".encode("utf-16-be"), ["犬"]),
+        ("a\u2028b\x85c\x0bd\x0ce\x1cf\n".encode(), ["a\u2028b\x85c\x0bd\x0ce\x1cf"]),
+        ("a cat\n".encode("utf-16-le"), None),
+        ("a cat\n".encode("utf-32"), None),
+        ("a cät\n".encode("latin-1"), None),
+    ],
+)
+def test_captions_are_text_of_any_editor(tmp_path, raw, want):
+    """Lines end as on any system, and at nothing else; another coding is named and not guessed."""
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_bytes(raw)
+    items, skipped = scan(tmp_path)
+    assert [i.captions for i in items if i.path.name == "a.png"] == ([want] if want else [])
+    assert [why for _, why in skipped] == ["its caption a.txt is not UTF-8, nor UTF-16 with a byte-order mark"] * (
+        want is None
+    )
+
+
+# where EXIF's orientation 1 to 8 has the corners of a picture that is stored as 0 1 / 2 3
+ORIENTATIONS = {1: "01 23", 2: "10 32", 3: "32 10", 4: "23 01", 5: "02 13", 6: "20 31", 7: "31 20", 8: "13 02"}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation, want", [*ORIENTATIONS.items(), (0, "01 23"), (9, "01 23")])
+def test_orientations_of_photographs(tmp_path, suffix, orientation, want):
+    image = np.array([[30, 90], [150, 210]], np.uint8).repeat(16, 0).repeat(32, 1)[..., None].repeat(3, 2)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(tmp_path / f"a{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
+    (tmp_path / "a.txt").write_text("x")
+    got = np.asarray(video.open_photo(tmp_path / f"a{suffix}"))[..., 0]
+    corners = [[got[y, x] // 60 for x in (4, -4)] for y in (4, -4)]
+    assert " ".join("".join(map(str, row)) for row in corners) == want
+    (item,), _ = scan(tmp_path)
+    assert item.source_size == got.shape[::-1] == ((32, 64) if orientation in (5, 6, 7, 8) else (64, 32))
+
+
 def test_photographs_are_read_upright_and_whole(tmp_path):
     """EXIF rotation, 16-bit depth and transparency."""
 
@@ -263,16 +306,25 @@ def test_frames_far_apart_are_a_damaged_clock(tmp_path):
     assert len(clip_windows([k * 30.0 for k in range(5)], 5, 8, "several")) == 192
 
 
-def test_a_sidecar_without_its_clip_is_listed(tmp_path):
+def test_a_sidecar_that_is_not_used_is_listed(tmp_path):
     class Posed(ClipSamples):
         videos = ("pose",)
 
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "a.pose.mp4")
+    clip(tmp_path / "a.pose.mkv")
+    photo(tmp_path / "a.pose.png")
     clip(tmp_path / "b.pose.mp4")
+    for name in ("c.mp4", "c.pose.mp4"):  # as cameras name them
+        clip(tmp_path / name)
+        (tmp_path / name).rename((tmp_path / name).with_suffix(".MP4"))
     items, skipped = data.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
-    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose")]
-    assert skipped == [(tmp_path / "b.pose.mp4", "belongs to a clip b, which is not there")]
+    assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose"), ("c.MP4", "pose")]
+    assert {path.name: why for path, why in skipped} == {
+        "a.pose.mp4": "is left out for a.pose.mkv",
+        "a.pose.png": "is left out for a.pose.mkv",
+        "b.pose.mp4": "belongs to a clip b, which is not there",
+    }
 
 
 def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
@@ -282,7 +334,7 @@ def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
     photo(folder / "a.png")
     photo(other / "b.png")
     photo(other / "sub" / "c.png")
-    for name in ("d.gif", "e.HEIC", "deep/f.tiff", "g.mpg", "h.txt", "i.json", ".hidden.gif"):
+    for name in ("d.avif", "e.HEIC", "deep/f.tiff", "g.mpg", "h.txt", "i.json", ".hidden.gif"):
         (folder / name).write_bytes(b"x")
     (folder / "deep" / "link").symlink_to(other, target_is_directory=True)
     (other / "sub" / "back").symlink_to(folder, target_is_directory=True)
@@ -291,8 +343,8 @@ def test_whatever_looks_like_media_is_listed_and_links_are_followed(tmp_path):
     photo(folder / ".hidden" / "j.png")
     items, skipped = scan(folder)
     assert sorted(i.path.name for i in items) == ["a.png", "b.png", "c.png"]
-    assert sorted(p.name for p, _ in skipped) == ["d.gif", "e.HEIC", "f.tiff", "g.mpg"]
-    assert all(why.startswith("is none of .avi, .bmp") for _, why in skipped)
+    assert sorted(p.name for p, _ in skipped) == ["d.avif", "e.HEIC", "f.tiff", "g.mpg"]
+    assert all(why.startswith("is none of .apng, .avi, .bmp") for _, why in skipped)
 
 
 def test_a_file_that_is_gone_or_another_when_it_is_encoded_is_named(tmp_path):

@@ -29,6 +29,16 @@ def test_json_rows_say_the_same(tmp_path):
     assert read_texts(tmp_path / "p.jsonl", "--x") == ["a", "b"]
 
 
+def test_lines_end_where_editors_end_them(tmp_path):
+    """And at nothing else that Unicode calls the end of a line."""
+    texts = ["a cat\u2028sits", "a dog\x0bruns", "third\x85line", "a\x0cb\x1cc"]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "p.txt").write_text(end.join(texts), encoding="utf-8-sig", newline="")
+        assert read_texts(tmp_path / "p.txt", "--x") == texts
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": t}, ensure_ascii=False) for t in texts))
+    assert read_texts(tmp_path / "p.jsonl", "--x") == texts
+
+
 def test_files_are_found_beside_the_list(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "p.txt").write_text("a --i a.png --ei nowhere.png")

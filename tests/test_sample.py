@@ -311,6 +311,15 @@ def test_guidance_one_needs_no_negative_prompt(checkpoints, monkeypatch, report)
     report("against the guided formula", tiny.error(one, near), 1e-5)
 
 
+def test_what_is_not_read_of_a_long_prompt_is_said(checkpoints, capsys):
+    pipe = load(checkpoints["ti2v"])
+    long = "a dog " * 600
+    embeddings, _ = pipe.encode_prompts([long, "a cat"])
+    count = len(pipe.acquire("text").tokenizer.ids(long.strip())) + 1
+    said = f"prompt 'a dog a dog a dog a dog a dog a dog a do'...: {count} tokens, of which the first 511 are read"
+    assert count > 1200 and embeddings.shape[1] == 512 and capsys.readouterr().out.splitlines() == [said]
+
+
 def test_a_clip_does_not_depend_on_its_batch(checkpoints, report):
     from sample import sample_latents
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import scripts
 from helpers.adapters import save_lora
+from PIL import Image
 from test_data import clip, photo
 
 import data
@@ -575,6 +576,9 @@ def test_cache_only_fills_the_cache_and_leaves(checkpoints, media, tmp_path):
         and "step 1" not in run.stdout
         and not list((tmp_path / "out").glob("*.safetensors"))
     )
+    found = json.loads((tmp_path / "cache" / "data_report.json").read_text())
+    assert found["files"] == found["samples"] == 7 and found["skipped"] == [] and found["several captions"] == 0
+    assert Image.open(tmp_path / "out" / "data.png").size[0] > 1000
 
 
 def test_blocks_below_the_first_adapted_one_keep_no_activations(report):

@@ -5,6 +5,7 @@ import math
 import struct
 import threading
 import time
+import zlib
 from fractions import Fraction
 
 import av
@@ -95,6 +96,31 @@ def test_packed_pictures_are_shown_in_turn(tmp_path):
     assert numbers == list(range(len(numbers))) and len(numbers) >= 24
     assert all(abs(t - k / 25) < 1e-3 for k, (t, _) in enumerate(shown(path)))
     assert probe(path).changed == ["reordered"]
+    for suffix in (".mp4", ".mkv"):  # copied as they are
+        other = path.with_suffix(suffix)
+        with av.open(str(path)) as source, av.open(str(other), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream, packet.pts = stream, packet.dts
+                    file.mux(packet)
+        assert [n for _, n in shown(other)] == numbers
+        assert all(abs(t - k / 25) < 1e-3 for k, (t, _) in enumerate(shown(other)))
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_packets_that_say_when_they_are_decoded_are_shown_in_turn(tmp_path, codec, suffix):
+    """As an AVI's do that were copied into another container: each in its place, none says when it is shown."""
+    write_clip(tmp_path / "a.mkv", [numbered(k) for k in range(30)], codec, 24, b_frames=2, qscale=2)
+    path = tmp_path / f"b{suffix}"
+    with av.open(str(tmp_path / "a.mkv")) as source, av.open(str(path), "w") as file:
+        stream = file.add_stream_from_template(source.streams.video[0])
+        for k, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 24), k, k
+            file.mux(packet)
+    assert [n for _, n in shown(path)] == list(range(30)) and probe(path).changed == ["reordered"]
+    assert all(abs(t - k / 24) < 1e-3 for k, (t, _) in enumerate(shown(path)))
 
 
 def test_pictures_of_variable_rate_keep_their_times(tmp_path):
@@ -188,24 +214,87 @@ def test_the_largest_track_is_read_and_a_cover_never(tmp_path):
         assert probe(path).changed == ["other track"] * (order[0] != "large")
 
 
-def test_interlaced_pictures_are_made_whole(tmp_path):
-    """A bar moves between the fields of a picture: a comb at its edges, which is gone."""
-    fields = [np.zeros((64, 64, 3), np.uint8) for _ in range(34)]
+def interlaced(codec, order, n, size=64):
+    """A function from an encoder to the packets of n interlaced pictures, in which a bar moves by 1 px each field.
+    order: "tff" or "bff", which field is shown first. And the pictures as they are stored (n,H,W,3) uint8.
+    """
+    fields = np.zeros((2 * n, size, size, 3), np.uint8)
     for k, field in enumerate(fields):
         field[:, k : k + 12] = 255
-    frames = [np.where(np.arange(64)[:, None, None] % 2 == 0, a, b) for a, b in zip(fields[::2], fields[1::2])]
-    path = write_clip(tmp_path / "a.mp4", frames, rate=8, qp=1, **{"x264-params": "interlaced=1:tff=1"})
+    upper = np.arange(size)[:, None, None] % 2 == 0
+    stored = np.where(upper == (order == "tff"), fields[::2], fields[1::2])
 
-    def comb(image):
-        image = image.astype(int)
-        return abs(2 * image[8:-8:2] - image[7:-9:2] - image[9:-7:2]).max() / 2
+    def encode(encoder):
+        graph = av.filter.Graph()
+        buffer = graph.add("buffer", f"video_size={size}x{size}:pix_fmt=rgb24:time_base=1/8")
+        graph.link_nodes(buffer, graph.add("setfield", order), graph.add("buffersink")).configure()
+        for k, image in enumerate(stored):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 8)
+            graph.push(frame)
+            frame = graph.pull()
+            frame.pts = k
+            yield from encoder.encode(frame)
+        yield from encoder.encode()
 
+    return encode, stored
+
+
+def comb(image):
+    """By how much rows differ from those between them, at most."""
+    image = image.astype(int)
+    return abs(2 * image[8:-8:2] - image[7:-9:2] - image[9:-7:2]).max() / 2
+
+
+INTERLACED = [
+    ("libx264", "yuv420p", ".mp4", {"qp": 1}),
+    ("mpeg2video", "yuv422p", ".mkv", {"qscale": 2}),
+    ("mpeg4", "yuv420p", ".avi", {"qscale": 2}),
+    ("prores_ks", "yuv422p10le", ".mov", {}),
+]
+
+
+@pytest.mark.parametrize("codec, pixels, suffix, how", INTERLACED)
+@pytest.mark.parametrize("order", ["tff", "bff"])
+def test_interlaced_pictures_are_made_whole(tmp_path, order, codec, pixels, suffix, how):
+    """A bar moves between the fields of a picture: a comb at its edges, which is gone, and the first field is shown."""
+    path, (encode, stored) = tmp_path / f"a{suffix}", interlaced(codec, order, 17)
+    with av.open(str(path), "w") as file:
+        how = {k: str(v) for k, v in how.items()} | {"flags": "+ildct+ilme"}
+        stream = file.add_stream(codec, rate=8, options=how)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pixels
+        for packet in encode(stream):
+            file.mux(packet)
     got = images(path)
-    assert comb(frames[8]) > 200 and max(map(comb, got[2:-2])) < 60 and len(got) == 17
+    assert comb(stored[8]) > 200 and max(map(comb, got[2:-2])) < 60 and len(got) == 17
     assert [round(f.seconds * 8) for f in read_frames(path)] == list(range(17))
     assert probe(path).changed == ["interlaced"]
-    left = [int((image[30].mean(-1) > 127).argmax()) for image in got]  # where the bar begins, in the upper field
+    row = 30 + (order == "bff")  # of the first field
+    left = [int((image[row].mean(-1) > 127).argmax()) for image in got]  # where the bar begins
     assert all(abs(x - 2 * k) <= 1 for k, x in enumerate(left))
+
+
+@pytest.mark.parametrize("sizes", [(64, 32), (32, 64), (64, 256)])
+def test_interlaced_pictures_may_change_their_size(tmp_path, sizes):
+    packets = []
+    for size in sizes:
+        encoder = av.CodecContext.create("mpeg2video", "w")
+        encoder.width = encoder.height = size
+        encoder.pix_fmt, encoder.time_base, encoder.framerate = "yuv420p", Fraction(1, 25), 25
+        encoder.options = {"flags": "+ildct+ilme", "bf": "0", "qscale": "2"}
+        packets += map(bytes, interlaced(encoder, "tff", 8, size)[0](encoder))
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = sizes[0], sizes[0], "yuv420p"
+        for k, raw in enumerate(packets):
+            packet = av.Packet(raw)
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 25), k, k
+            file.mux(packet)
+    frames = list(read_frames(tmp_path / "a.mkv"))
+    assert {frame.size for frame in frames} == {(size, size) for size in sizes} and len(frames) >= 15
+    for frame in frames:
+        row = np.asarray(frame.image)[frame.size[1] // 2].mean(-1) > 127
+        assert 10 <= row.sum() <= 14 and row.argmax() <= 18
 
 
 ALPHA = [
@@ -232,7 +321,39 @@ def test_transparent_clips_are_on_white(tmp_path, codec, pixels, suffix):
     assert "alpha" in probe(path).changed
 
 
-@pytest.mark.parametrize("form, how", [("WEBP", {"lossless": True}), ("PNG", {})])
+RED, GREEN = (200, 40, 40), (40, 170, 60)
+TRANSPARENT_PNGS = {  # bits, colour type, two pixels, the chunks before them; the second pixel is hidden, or half
+    "grey 8": (8, 0, b"\x80\x40", {b"tRNS": b"\0\x40"}, [(128,) * 3, (255,) * 3]),
+    "grey 16": (16, 0, b"\x80\0\x40\0", {b"tRNS": b"\x40\0"}, [(128,) * 3, (255,) * 3]),
+    "grey 16, alpha": (16, 4, b"\x80\0\xff\xff\x40\0\0\0", {}, [(128,) * 3, (255,) * 3]),
+    "colour 8": (8, 2, bytes(RED + GREEN), {b"tRNS": b"\0\x28\0\xaa\0\x3c"}, [RED, (255,) * 3]),
+    "colour 16": (
+        16,
+        2,
+        bytes(v for c in RED + GREEN for v in (c, 0)),
+        {b"tRNS": b"\x28\0\xaa\0\x3c\0"},
+        [RED, (255,) * 3],
+    ),
+    "palette": (8, 3, b"\0\1", {b"PLTE": bytes(RED + GREEN), b"tRNS": b"\xff\x80"}, [RED, (147, 212, 157)]),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT_PNGS)
+def test_transparent_pngs_are_on_white(tmp_path, kind):
+    bits, colour, pixels, chunks, want = TRANSPARENT_PNGS[kind]
+    half = len(pixels) // 2
+    row = b"\0" + pixels[:half] * 16 + pixels[half:] * 16
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 32, 32, bits, colour, 0, 0, 0)} | chunks
+    raw = b"\x89PNG\r\n\x1a\n"
+    for name, body in (*chunks.items(), (b"IDAT", zlib.compress(row * 32)), (b"IEND", b"")):
+        raw += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    (tmp_path / "a.png").write_bytes(raw)
+    assert off(patches(video.open_photo(tmp_path / "a.png"), 2), want) <= 1 and probe(tmp_path / "a.png").notes == [
+        "alpha"
+    ]
+
+
+@pytest.mark.parametrize("form, how", [("WEBP", {"lossless": True}), ("PNG", {}), ("GIF", {})])
 def test_animated_images_are_clips(tmp_path, form, how):
     frames, path = [Image.fromarray(numbered(k)) for k in range(12)], tmp_path / f"a.{form.lower()}"
     frames[0].save(path, form, save_all=True, append_images=frames[1:], duration=[50] * 6 + [100] * 6, **how)
@@ -296,6 +417,17 @@ def test_untagged_colours_are_bt709_from_720_lines_on(tmp_path, codec, suffix, h
     assert "untagged" in probe(path).notes and probe(path).changed == ["untagged"] * (height >= 720)
 
 
+@pytest.mark.parametrize("tags, matrix, notes", [((1, 1, 1, 1), BT709, []), ((9, 14, 9, 1), BT2020, ["wide gamut"])])
+def test_colours_that_the_container_alone_names(tmp_path, tags, matrix, notes):
+    """ProRes has tags of its own, which say nothing here."""
+    colors = [255 * wide(c) ** (1 / 2.4) for c in COLORS] if matrix is BT2020 else COLORS
+    frames = [yuv_frame(colors, matrix, bits=10).reformat(format="yuv422p10le") for _ in range(3)]
+    path = write_clip(tmp_path / "a.mov", frames, "prores_ks", pixels="yuv422p10le", tags=tags)
+    with av.open(str(path)) as file:
+        assert next(file.decode(video=0)).colorspace == 2
+    assert off(patches(images(path)[0], 5), COLORS) <= 4 and probe(path).changed == ["tagged outside", *notes]
+
+
 TO_2020 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]  # ITU-R BT.2087
 
 
@@ -327,6 +459,17 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, signal, want):
     path = write_clip(tmp_path / "a.mp4", frames, pixels="yuv444p10le", qp=0, tags=(9, transfer, 9, 1))
     assert off(patches(images(path)[0], 5), want) <= 3
     assert probe(path).changed == ["HDR"]
+
+
+def test_hdr_of_a_narrow_gamut(tmp_path):
+    """As some cameras record HLG: with BT.709's primaries and matrix."""
+    light = (np.array(COLORS) / 255) ** 2.4 * 203 / 1000
+    scene = light ** (1 / 1.2)
+    curve = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    signal = 255 * np.where(scene <= 1 / 12, np.sqrt(3 * scene), curve)
+    frames = [yuv_frame(signal, BT709, bits=10)] * 5
+    path = write_clip(tmp_path / "a.mp4", frames, pixels="yuv444p10le", qp=0, tags=(1, 18, 1, 1))
+    assert off(patches(images(path)[0], 5), COLORS) <= 3 and probe(path).changed == ["HDR"]
 
 
 def test_what_is_brighter_than_white_is_white(tmp_path):
@@ -395,7 +538,9 @@ def test_profiles_are_converted_to_srgb(tmp_path, primaries, gamma, name, how):
     path = photo(tmp_path / name, stored(SKIN, primaries, gamma), icc_profile=profile, **how)
     assert off(patches(Image.open(path), 4), SKIN) > 10
     assert off(patches(video.open_photo(path), 4), SKIN) <= 4
-    assert off(patches(video.open_image(path), 4), SKIN) <= 4 and probe(path).changed == ["colour profile"]
+    for given in (path, Image.open(path)):
+        assert off(patches(video.open_image(given), 4), SKIN) <= 4
+    assert probe(path).changed == ["colour profile"]
 
 
 def test_a_grey_picture_and_a_transparent_one_have_profiles_too(tmp_path):

@@ -19,6 +19,7 @@ from nanowan.video import read_windows
 NOTES = {
     "HDR": "HDR (HLG or PQ), tone-mapped to BT.709",
     "wide gamut": "of a wide gamut, converted to BT.709",
+    "tagged outside": "whose colours the container alone names",
     "untagged": "without colour tags, taken for BT.709 from 720 lines on, for BT.601 below",
     "interlaced": "interlaced, deinterlaced",
     "variable rate": "of variable frame rate, read by time",
@@ -41,7 +42,7 @@ COLUMNS = 3
 # ---- the report ------------------------------------------------------------------------------------------------------
 def describe(dataset):
     """`describe_items` of a data.Dataset; its tokens are counted if a caption can have more than are read."""
-    long = any(len(c) >= MAX_TOKENS for c in dataset.captions)  # a token is a character at least
+    long = any(len(c) + 2 > MAX_TOKENS for c in dataset.captions)  # a token is a character, a space before, or the end
     tokenizer = long and load_tokenizer(dataset.pipe.dir, read_encoder(dataset.pipe.files("text")).spiece)
     return describe_items(dataset.items + dataset.val_items, dataset.skipped, tokenizer)
 

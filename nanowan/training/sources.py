@@ -1,8 +1,10 @@
 """Where training data come from: a folder of media with captions beside them, a JSONL or a CSV."""
 
+import codecs
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 from nanowan.errors import BadInput
@@ -23,11 +25,16 @@ def read_captions(path):
     """The lines of the text file beside a media file. Raises Skip."""
     file = path.with_suffix(".txt")
     try:
-        captions = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise Skip(f"its caption {file.name} is not UTF-8") from None
+        raw = file.read_bytes()
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        if "\0" in text:  # UTF-16 without its mark, UTF-32
+            raise UnicodeError
+    except UnicodeError:
+        raise Skip(f"its caption {file.name} is not UTF-8, nor UTF-16 with a byte-order mark") from None
     except OSError:
         raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
+    # at nothing else that Unicode calls a line's end
+    captions = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
     if not captions:
         raise Skip(f"its caption {file.name} is empty")
     return captions

@@ -22,8 +22,10 @@ class ClipSamples(Samples):
         name, dot, kind = path.stem.rpartition(".")
         if not dot or kind not in self.videos:
             return False
-        if not any(path.with_name(name + suffix).exists() for suffix in sorted(CLIPS | IMAGES)):
+        if not any(path.with_name(name + suffix).exists() for suffix in either_case(CLIPS | IMAGES)):
             raise Skip(f"belongs to a clip {name}, which is not there")
+        if (used := video_beside(path.with_name(f"{name}.mp4"), kind)) != path:
+            raise Skip(f"is left out for {used.name}" if used else f"is no video, as the {kind} of {name} should be")
         return True
 
     def sidecars(self, path, shown, cache):
@@ -69,7 +71,12 @@ class ClipSamples(Samples):
         return [digest(file) for file in files]
 
 
+def either_case(suffixes):
+    """Suffixes as people and as cameras write them (.mp4, .MP4)."""
+    return [*sorted(suffixes), *sorted(suffix.upper() for suffix in suffixes)]
+
+
 def video_beside(path, kind):
     """The file NAME.kind.mp4, or with another suffix of a clip, beside NAME.mp4; None where there is none."""
-    files = (path.with_suffix(f".{kind}{suffix}") for suffix in sorted(CLIPS))
+    files = (path.with_suffix(f".{kind}{suffix}") for suffix in either_case(CLIPS))
     return next((f for f in files if f.is_file()), None)
