@@ -1,4 +1,4 @@
-"""A folder of images and clips with captions -> buckets -> cached latents and text embeddings -> batches.
+"""Captioned images and clips, scanned, cached as latents and text embeddings, and drawn as the batches of each step.
 
 Captions lie beside the media as NAME.txt, one per line; if there are several, one is drawn at random. Or a list names
 files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder. Media

@@ -1,4 +1,4 @@
-"""What a folder or list of media holds: each file that can be used, its bucket, and the windows taken of it."""
+"""A folder or list of media, looked through: the usable files, the bucket that each is assigned to, windows of clips."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""wav2vec2-large, the speech encoder of Wan2.2-S2V-14B, and the way from a sound file to one vector per video frame.
+"""wav2vec2-large, the speech encoder that S2V-14B uses: from a waveform to features, resampled to video frames.
 
 N samples at 16 kHz     T_a encoder frames, about 50 per second     A frames at 30 per second
 D width (1024)          S = layers + 1 (25) hidden states           F video frames per clip at 16 per second
