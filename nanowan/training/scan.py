@@ -1,4 +1,4 @@
-"""A folder or list of media, looked through: the usable files, the bucket that each is assigned to, windows of clips."""
+"""A folder or list of media, looked through: usable files, the bucket that each is assigned to, windows of clips."""
 
 import math
 from dataclasses import dataclass, field
