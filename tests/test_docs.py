@@ -85,6 +85,7 @@ PARSED_ONLY = {
     "--clip Wan2.2-Animate-14B": "test_clip.py has both of CLIP's towers",
     "--nnodes": "two machines",
     "--pipeline_stages": "test_parallel.py",
+    "--ulysses_size": "the same",
 }
 
 
@@ -236,8 +237,6 @@ def shrunk(script, words):
     elif words[0] == "report":
         small = "--n 0"
     small = small.split() if small else []
-    if "--ulysses_size" in words:
-        words[words.index("--ulysses_size") + 1] = "1" if "--guidance_parallel" in words else "2"
     return [*words, *small]
 
 
@@ -306,10 +305,12 @@ def run_as_printed(line, folder):
 
 
 def shape(line):
-    """What tells a command from others that do the same: script, model, and which flags are given."""
+    """What tells a command from others that do the same: script, model, and flags; of diag.py what is looked at."""
     script, words, ranks = words_of(line)
-    command = words[0] if script == "diag.py" else value(words, "--config")
-    return script, command, ranks, value(words, "--ckpt"), tuple(sorted(w for w in words if w.startswith("--")))
+    flags = {word for word in words if word.startswith("--")}
+    if script == "diag.py":
+        return script, words[0], *sorted(flags & {"--lora", "--text_encoder"} if words[0] == "listen" else ())
+    return script, value(words, "--config") or value(words, "--ckpt"), ranks, *sorted(flags)
 
 
 def commands_to_run():
