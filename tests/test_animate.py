@@ -12,6 +12,7 @@ from benchmarks.tiny_animate import CLIP_SIZES, animate, diffusers_animate, writ
 from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, load_wan, new_dit
 from nanowan.variants.animate.model import WanAnimate
+from nanowan.variants.registry import parts_of
 
 
 def inputs(model, frames=3, h=6, w=10, S=40, B=2, n=5):
@@ -212,6 +213,13 @@ def test_loads_by_its_tensors(tmp_path):
     wide = {k for k, v in rounded.items() if v.dtype == torch.float32}
     assert {k.split(".")[0] for k in wide} >= {"motion_encoder", "img_emb", "head", "time_embedding"}
     assert not any(k.startswith(("face_encoder", "pose_", "img_emb.proj.1")) or "linear" in k for k in wide)
+
+
+def test_the_motion_encoders_bytes_are_those_that_it_takes(tmp_path):
+    """fp32, though the checkpoint is bf16, and nothing of the DiT in the same files."""
+    write_dit(tmp_path, animate().bfloat16())
+    encoder = parts_of("animate").conditioning.encoders["motion"]
+    assert encoder.bytes(tmp_path) == sum(p.nbytes for p in encoder.load(tmp_path).parameters())
 
 
 def test_loads_from_one_file(tmp_path):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 from benchmarks import tiny, tiny_animate, tiny_s2v
+from diagnostics import scaling
 from kernels import backend
 from nanowan import flops, memory_estimate
 from nanowan.formats.dit import full_config
@@ -107,3 +108,13 @@ def test_predicted_times():
     assert flops.predict_seconds(flops.Flops(), "NVIDIA GeForce RTX 4090", nbytes=1.8e12) == pytest.approx(2)
     assert flops.predict_seconds(work, "NVIDIA A100-SXM4-80GB", fp8=True) is None  # it has none
     assert flops.predict_seconds(work, "another") is None
+
+
+def test_an_all_reduce_sends_all_but_a_share_twice():
+    """Figures by hand: n ranks send 2 (n-1)/n of 8 GB at 1 GB/s, 16 of two machines at a tenth of that, and share
+    the time among their n samples.
+    """
+    cluster = scaling.Cluster(inside=1e9, between=1e8)
+    for ranks, seconds in ((1, 0), (2, 8 / 2), (4, 12 / 4), (8, 14 / 8), (16, 150 / 16)):
+        times = scaling.step_times(full_config("ti2v-5B"), (3, 4, 5), ranks, 8e9, 0.0, cluster)
+        assert times["data parallel"][0] == pytest.approx(seconds)

@@ -296,10 +296,12 @@ def k_blocks(shape, seed):
     return blocks.reshape(shape[0], -1)
 
 
-def write_gguf(path, state, kind, reshaped=(), arch="wan"):
+def write_gguf(path, state, kind, reshaped=(), arch="wan", alignment=None):
     """A GGUF file, and the weights that gguf itself decodes from it."""
     writer, decoded = gguf.GGUFWriter(path, arch), {}
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    if alignment:
+        writer.add_custom_alignment(alignment)
     for i, (name, tensor) in enumerate(state.items()):
         of_kind = gguf.GGMLQuantizationType[kind_for(name, tensor, kind)]
         values = tensor.contiguous().numpy()
@@ -341,6 +343,14 @@ def test_gguf_weights_are_those_that_gguf_decodes(wide, tmp_path, kind, limit, r
             assert (
                 m.weight.dtype == torch.float8_e4m3fn and ((m.weight.float() * m.scales - w).norm() / w.norm()) < 0.04
             )
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_gguf_tensors_begin_where_their_files_alignment_says(tmp_path, alignment):
+    """32 bytes where a file does not say."""
+    want = write_gguf(tmp_path / "m.gguf", tiny.dit("t2v", 10, 128, 1, 1).state_dict(), "F16", alignment=alignment)
+    got = load_wan(tmp_path / "m.gguf", dtype=torch.float32).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
 
 
 def test_a_gguf_checkpoint_samples_as_its_weights(wide, checkpoints, tmp_path):

@@ -24,6 +24,21 @@ def test_cpu_equals_the_reference(dtype, limit, report, threads):
     report(f"{dtype}", causal_conv3d_error(conv.causal_conv3d_on_cpu, "cpu", dtype), limit)
 
 
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+def test_pixels_of_zeros_stay_zeros_under_the_norm(dtype, limit, report):
+    """Black borders after a convolution without bias; none of them becomes NaN, nor do its neighbours."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 16, 3, 6, 7, generator=random), torch.randn(8, 16, 3, 3, 3, generator=random) / 20
+    x[:, :, 1], x[:, :, :, 2:4, 3:] = 0, 0
+    x, weight, gamma = x.to(dtype), weight.to(dtype), torch.ones(16, dtype=dtype)
+    found, want = (
+        run(x.to(kind), None, weight.to(kind), None, gamma.to(kind))
+        for run, kind in ((conv.causal_conv3d_on_cpu, dtype), (conv.causal_conv3d_ref, torch.float64))
+    )
+    assert want[0].isfinite().all() and found[1][:, :, 0].abs().max() == 0
+    report("relative error", max_rel_error(found, want), limit)
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_large_maps_go_in_strips(T, report, threads):
     """Winograd's algorithm for more rows and columns than one of its products has, in a thread that is told of

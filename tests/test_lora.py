@@ -1079,6 +1079,16 @@ def test_beside_8_bit_weights(tmp_path):
     assert (attn.k(x) - before["k"] - extra).abs().max() < 8e-6
 
 
+def test_a_new_adapter_begins_as_pefts():
+    """A uniform up to 1/sqrt(in_features) either way, B zero."""
+    injected = tiny.dit("t2v")
+    inject(injected, ("cross_attn.k", "ffn.2"), rank=64)
+    for a, b in adapter(injected).values():
+        bound = a.shape[1] ** -0.5
+        assert 0.98 * bound < a.abs().max() <= bound and abs(a.mean()) < 0.1 * bound and not b.any()
+        assert abs(a.std() / bound - 3**-0.5) < 0.02
+
+
 @torch.no_grad()
 def test_dropout(report):
     """In training, part of the adapter's input is zero and the rest larger; otherwise it does nothing."""

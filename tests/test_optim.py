@@ -125,14 +125,22 @@ root = grad.float() * 0.1
 levels = (v.sqrt() / root).log2().abs().max().item() * (k.ROOT_LEVELS - 1) / k.OCTAVES
 bias = ((mean - 0.1 * grad.float()) / root).square().mean().sqrt().item()
 torch.library.opcheck(k._step, (weight, compensation, grad, codes, scale, 1, 0.1, 0.9, 0.99, 1e-8, 0.0))
-print(levels, bias, adamw8bit_error("cpu", steps=1), adamw8bit_error("cpu"))
+n = 20 * k.BLOCK
+weight, grad = torch.randn(n, generator=g).bfloat16(), torch.randn(n, generator=g).bfloat16()
+exact = weight.double() - 1e-3 * grad.double() / (grad.double().abs() + 1e-8)  # of a first step
+k.step(weight, (state := k.new_state(weight))[0], grad, *state[1:], 1, 1e-3, (0.9, 0.99), 1e-8, 0.0)
+rest = weight.double() - exact  # bf16, up or down by less than a unit of its last place
+off = (state[0].double().abs() - rest.abs()) / 2 ** (rest.abs().log2().floor() - 7)
+assert off.abs().max() < 1.1 and off.std() > 0.3
+print(levels, bias, off.mean().abs().item(), adamw8bit_error("cpu", steps=1), adamw8bit_error("cpu"))
 """
 
 
 def test_the_kernel_of_a_gpu(report):
     """In Triton's interpreter: moments coded without a bias, and a walk as of AdamW in fp32."""
-    levels, bias, step, walk = map(float, python(KERNEL, TRITON_INTERPRET="1").split())
+    levels, bias, rounding, step, walk = map(float, python(KERNEL, TRITON_INTERPRET="1").split())
     report("sqrt(v), levels", levels, 1.01)
+    report("the compensation's rounding, mean over its last place", rounding, 0.03)
     report("m, rms of the mean over sqrt(v)", bias, 0.04 / 100**0.5)
     report("the first step", step, 0.02)  # what 16 bits of a weight of 1 keep of an update of 1e-3
     report("ten steps", walk, 0.06)

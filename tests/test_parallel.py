@@ -204,6 +204,24 @@ def test_shards_in_bf16(runs, report):
     report("losses and gradients", difference(runs / "lora", runs / "lora_bf16", "train_lora")[0], 5e-2)
 
 
+SUM = """
+import torch
+from nanowan.parallel import World, full_tensor, shard
+
+with World("cpu", fsdp=True) as world:
+    linear = torch.nn.Linear(2, 3, bias=False)
+    shard(linear, world, dtype=torch.bfloat16)
+    linear(torch.tensor([[1.0, 2.0**-9][world.rank]]).repeat(1, 2)).sum().backward()
+    gradient = full_tensor(linear.weight.grad)
+    assert gradient.dtype == torch.float32 and (gradient == 1 + 2.0**-9).all(), gradient
+"""
+
+
+def test_gradients_of_bf16_shards_are_summed_in_fp32():
+    """1 and 2^-9: bf16 would lose the smaller."""
+    scripts.run("sum", code=SUM, ranks=2, check=True)
+
+
 def test_the_frozen_dit_is_sharded_in_both(runs):
     """train_te gathers the DiT's blocks as train_lora does, and the encoder's besides."""
     lora, te = (json.loads((runs / f"{name}_fsdp" / "sent.json").read_text())["weights"] for name in ("lora", "te"))

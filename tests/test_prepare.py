@@ -33,7 +33,7 @@ from nanowan.variants.animate.inputs import (
     read_source,
     resize,
 )
-from nanowan.variants.animate.pose import Networks, draw_pose, suppress
+from nanowan.variants.animate.pose import Networks, draw_pose, largest_person, suppress
 from nanowan.video import read_frames, sound_delay, write_frames
 
 FILE = Path(__file__).parent / "data" / "prepare.safetensors"
@@ -252,6 +252,14 @@ def test_videos_are_kept_to_the_bit(tmp_path, size):
     assert np.array_equal(np.stack([np.array(f.image) for f in read_frames(tmp_path / "v.mp4")]), noise)
 
 
+def test_a_person_is_followed_from_a_score_of_a_twentieth_on():
+    """As by the official detector; else the whole picture is."""
+    rows = np.float32([[64, 64, 320, 640, 0.04, 0], [0, 0, 10, 10, 0.9, 1]])
+    assert largest_person(rows, 200, 100).tolist() == [0, 0, 200, 100]
+    rows[0, 4] = 0.06
+    assert largest_person(rows, 200, 100).tolist() == [20, 10, 100, 100]
+
+
 # ---- the folder ------------------------------------------------------------------------------------------------------
 N, W, H = 9, 96, 64
 
@@ -334,6 +342,33 @@ def test_makes_a_folder_to_replace(given, tmp_path, monkeypatch):
         want[9:21, 14 + i // 2 : 26 + i // 2] = 255  # one pixel more on each side
         assert np.array_equal(mask, want)
         assert np.array_equal(background, np.where(mask[..., None], 0, image))
+
+
+def test_boxes_keypoints_and_masks_move_with_the_picture_between_its_bars(tmp_path):
+    """Of a broad video: a white square in it, a box of that, landmarks that span it, and a mask with a codec's noise
+    all stand where the fitted frames show it.
+    """
+    picture, noise = np.zeros((60, 200, 3), np.uint8), np.random.default_rng(0).integers(0, 60, (3, 60, 200, 1))
+    picture[20:40, 120:160] = 255
+    masks = [np.where(picture > 0, 255 - n, n).astype(np.uint8) for n in noise]
+    write_video(tmp_path / "v.mp4", [picture] * 3, rate=30)
+    write_video(tmp_path / "mask.mp4", masks, rate=30)
+    points = person(200, 60)
+    points[23:91, :2] = np.linspace((120, 20), (160, 40), 68)
+    (tmp_path / "points.json").write_text(json.dumps([points.tolist()] * 3))
+    (tmp_path / "box.json").write_text("[120, 20, 160, 40]")
+    given = {"video": "v.mp4", "mask_video": "mask.mp4", "keypoints": "points.json"}
+    given = [word for name, file in given.items() for word in (f"--{name}", str(tmp_path / file))]
+    for more in ([], ["--faces", str(tmp_path / "box.json")]):
+        work = prepare.gather(prepare.arguments([*given, "--size", "64x64", *more]), (50, 50))
+        frame = next(work.frames("frames"))[..., 0] > 127
+        rows, columns = frame.any(1).nonzero()[0], frame.any(0).nonzero()[0]
+        inside = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        assert rows[0] > frame.shape[0] // 3 and len(rows) > 4  # between bars
+        assert np.abs(work.faces - inside).max() <= 1
+        assert np.abs(work.keypoints[:, 23, :2] - inside[:2]).max() <= 1
+        assert np.abs(work.keypoints[:, 90, :2] - inside[2:]).max() <= 1
+        assert all(np.array_equal(mask, frame) for mask in work.masks(iterations=0))
 
 
 def test_networks_give_poses_and_faces(given, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.scripts import NoPlan
 
 import sample
 import train_lora
@@ -67,6 +68,29 @@ def test_the_first_preview_is_what_sample_makes_of_the_base(checkpoints, media, 
     assert torch.equal(shown["step_000000_00.mp4"], first) and torch.equal(shown["step_000000_01.mp4"], second)
     if script is train_te:
         assert not torch.equal(shown["step_000001_00.mp4"], first)
+
+
+@pytest.mark.parametrize("script", [train_lora, train_te])
+def test_a_later_preview_is_what_sample_makes_of_the_result(
+    checkpoints, media, tmp_path, shown, monkeypatch, report, script
+):
+    """Without the dropout of training, and with the encoder as it is then."""
+    (tmp_path / "p.txt").write_text("a dog that is red --d 4\n")
+    flags = f"--ckpt {checkpoints['ti2v']} --data {media} --cache {tmp_path}/cache --out {tmp_path}/out --device cpu"
+    flags += f" --previews {tmp_path}/p.txt --preview_steps 2 --preview_every 1 --steps 2 --batch 1 --held_out 0"
+    flags += " --resolution 64x64 --frames 5 --lr 3e-2 --warmup 0"
+    flags += " --dtype fp32 --keywords dog" if script is train_te else " --rank 4 --dropout 0.9"
+    monkeypatch.setattr(script, "predict", lambda *_, **__: NoPlan())
+    monkeypatch.setattr("sys.argv", [script.__name__, *flags.split()])
+    script.main()
+    result = {"text_encoder": f"{tmp_path}/out/text_encoder.safetensors"}
+    if script is train_lora:
+        result = {"lora": [f"{tmp_path}/out/adapter_model.safetensors"]}
+    pipe = sample.load(checkpoints["ti2v"], **result)
+    want = sample.generate(pipe, "a dog that is red", seed=4, steps=2, size=(64, 64), frames=5)[0]
+    before, after = shown["step_000000_00.mp4"], shown["step_000002_00.mp4"]
+    assert (before - want).abs().max() > 0.05
+    report("of the change", ((after - want).norm() / (before - want).norm()).item(), 1e-2)
 
 
 def test_inputs_of_ones_own_are_refused_where_held_out_clips_give_them(tmp_path):

@@ -62,12 +62,14 @@ def test_a_picture_that_is_too_short_gets_black_bars():
     assert (rows[19:940] == 512 * 3 * 255).all()
 
 
-def test_a_picture_that_is_too_long_is_cropped_in_the_middle():
+@pytest.mark.parametrize("width, left", [(199, 36), (200, 36), (201, 36), (203, 38)])
+def test_a_picture_that_is_too_long_is_cropped_in_the_middle(width, left):
+    """To 128 px, of which torchvision's CenterCrop rounds a half to the even side: 35.5, 36, 36.5 and 37.5 px."""
     from PIL import Image
 
-    picture = Image.fromarray(tiny_s2v.picture(200, 101))
-    got = fit_picture(picture, (128, 101))  # 200 x 101, of which 36 px go on each side
-    assert got.tobytes() == picture.crop((36, 0, 164, 101)).tobytes()
+    picture = Image.fromarray(tiny_s2v.picture(width, 101))
+    got = fit_picture(picture, (128, 101))
+    assert got.tobytes() == picture.crop((left, 0, left + 128, 101)).tobytes()
 
 
 @pytest.mark.parametrize("name, size", [("fit_pose_smaller", (8, 6)), ("fit_pose_barred", (16, 24))])

@@ -1,9 +1,13 @@
 """sample.py on tiny checkpoints against a plain loop of diffusers' and transformers' parts, fp32 on CPU."""
 
 import gc
+import itertools
 import json
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from test_wan import padded, per_token
 import flow
 import sample
 from benchmarks import tiny
+from diagnostics import reuse
 from lora import inject
 from nanowan import pipeline
 from nanowan.errors import BadInput
@@ -28,11 +33,11 @@ from nanowan.formats.lora import merge_file
 from nanowan.formats.t5 import load_tokenizer
 from nanowan.pipeline import Pipeline
 from nanowan.prompts import Prompt, read_prompts
-from nanowan.sampling import given_settings
+from nanowan.sampling import given_settings, requests_of
 from nanowan.settings import NEGATIVE
 from nanowan.step_cache import EasyCache
 from nanowan.variants.image import best_size
-from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_grid, write_mp4
+from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_frames, write_grid, write_mp4
 from sample import GuidedModel, arguments, encode_text, generate, load, open_video, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
@@ -199,7 +204,9 @@ def test_a_clip_written_again_is_the_same_file(tmp_path):
 
 
 def test_mp4_holds_the_pixels(tmp_path):
-    """Crf 10 keeps smooth pictures, and textures of every other pixel, within a grey level or two."""
+    """Crf 10 keeps smooth pictures, and textures of every other pixel, within a grey level or two; single clips and
+    those of several segments.
+    """
     import av
 
     from nanowan.video import to_uint8
@@ -207,8 +214,9 @@ def test_mp4_holds_the_pixels(tmp_path):
     ramp = torch.linspace(-0.8, 0.8, 64)
     smooth = (ramp[:, None] + ramp[None])[None, None].expand(3, 5, 64, 64) / 2
     texture = F.interpolate(torch.rand(1, 1, 5, 32, 32), scale_factor=(1, 2, 2), mode="trilinear")[0] * 1.6 - 0.8
-    for video in (smooth, texture.expand(3, -1, -1, -1)):
-        write_mp4(tmp_path / "v.mp4", video, 16)
+    writers = write_mp4, lambda path, video, fps: write_frames(path, [to_uint8(video)], fps)
+    for video, write in itertools.product((smooth, texture.expand(3, -1, -1, -1)), writers):
+        write(tmp_path / "v.mp4", video, 16)
         with av.open(str(tmp_path / "v.mp4")) as f:
             back = np.stack([frame.to_ndarray(format="rgb24") for frame in f.decode(video=0)])
         assert np.abs(back.astype(int) - to_uint8(video)).mean() < 2
@@ -480,6 +488,17 @@ def test_reuse_off_is_exact_and_on_saves_steps(checkpoints):
     assert tiny.error(seen[-1][1], plain) < 0.2, "the last estimate is nearly the result"
 
 
+def test_what_reuse_costs_is_measured_in_dB_of_the_whole_range(monkeypatch):
+    """Pixels that are off by a tenth of it: 20 dB, as a mean over the prompts' squares; latents off by a half."""
+    off = iter([0.2 * 2**0.5, 0.0])
+    monkeypatch.setattr(reuse, "sample_latents", lambda *a, **k: torch.full((1, 4), 1.5))
+    monkeypatch.setattr(reuse, "decode", lambda pipe, z: torch.full((1, 3, 1, 8, 8), next(off)))
+    exact = [(torch.ones(1, 4), torch.zeros(1, 3, 1, 8, 8))] * 2
+    found = reuse.reuse(SimpleNamespace(settings=SimpleNamespace(steps=9)), ["a", "b"], 0.1, exact)
+    assert found["psnr"] == pytest.approx(20, abs=1e-4) and found["latent_error"] == pytest.approx(0.5)
+    assert (found["threshold"], found["steps"], found["computed"]) == (0.1, 9, 0)
+
+
 def test_the_step_cache_adds_up_what_is_expected_to_have_changed():
     """By hand: after velocities 10 at x = 0 and 12 at x = 4 the rate is 1/2, so each move by 6 is expected to change
     the velocity by 3, a quarter of 12. Served is the offset v - x of the last one computed.
@@ -688,6 +707,45 @@ def test_a_stopped_list_of_prompts_goes_on_where_it_was(checkpoints, tmp_path, m
     for i in range(5):
         a, b = ((tmp_path / folder / f"v_{i:03d}.mp4").read_bytes() for folder in ("whole", "cut"))
         assert a == b
+
+
+FREE = """config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile
+cuda_graphs stream_blocks ulysses_size guidance_parallel""".split()
+
+
+def test_a_stopped_video_goes_on_only_under_the_flags_that_it_began_with(checkpoints):
+    """Under every one of them, also one that was never heard of, but for those that decide where a video goes, how it
+    is computed and what else is written. Its own prompt, seed and settings, which --prompts may give, are there too.
+    """
+    args, pipe = arguments(["--ckpt", str(checkpoints["ti2v"])]), load(checkpoints["ti2v"])
+    (request,) = requests_of(args, [Prompt("a")], pipe.settings, [0])
+    key, changed = request.key(args, pipe), vars(args) | {"a_new_flag": None}
+    assert {*FREE} < {*changed} and request.key(arguments(["--ckpt", str(checkpoints["ti2v"])]), pipe) == key
+    for name in changed:
+        other = SimpleNamespace(**vars(args) | {name: "other"})
+        assert (request.key(other, pipe) != key) == (name not in FREE), name
+    settings = {"negative": "x", "shift": 2.5, "steps": 7, "guidance": (1.5, 2.5), "solver": "dpm++", "frames": 5}
+    others = [replace(request, settings=pipe.settings.with_overrides(**{k: v})) for k, v in settings.items()]
+    others += [replace(request, prompt="b"), replace(request, seed=1), replace(request, inputs={"image": "x.png"})]
+    assert len({key, *(r.key(args, pipe) for r in others)}) == 1 + len(others)
+
+
+def test_a_stopped_video_goes_on_only_with_the_files_that_it_began_with(checkpoints, tmp_path):
+    """Told by what they hold: the checkpoint's own, those of LoRAs and pictures, and of another encoder."""
+    folder = shutil.copytree(checkpoints["ti2v"], tmp_path / "ckpt")
+    beside = [tmp_path / name for name in ("a.png", "b.safetensors")]
+    for file in beside:
+        file.write_bytes(b"1")
+    args, pipe = arguments(["--ckpt", str(folder)]), load(folder)
+    pipe.loras.append((beside[1], 1.0, ("dit",)))
+    (request,) = requests_of(args, [Prompt("a", inputs={"image": str(beside[0])})], pipe.settings, [0])
+    files = [*beside, *(f for f in folder.rglob("*") if f.is_file())]
+    keys = [request.key(args, pipe)]
+    for file in files:
+        with open(file, "ab") as f:
+            f.write(b" ")  # which JSON may end with
+        keys.append(request.key(args, pipe))
+    assert len(set(keys)) == 1 + len(files) >= 8
 
 
 def test_prompts_of_a_file(tmp_path):

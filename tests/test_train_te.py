@@ -20,7 +20,7 @@ from nanowan.formats.t5 import load_t5
 from nanowan.settings import NANO, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
 from nanowan.training.encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
-from nanowan.training.keywords import check_keywords, keyword_token_ids
+from nanowan.training.keywords import check_keywords, initialize_rows, keyword_token_ids, shared_token_ids
 from train_te import arguments, check
 
 ROOT = Path(__file__).parent.parent
@@ -306,6 +306,18 @@ def test_a_delta_of_another_encoder_is_refused(checkpoints, tmp_path):
 
 def test_a_keyword_takes_the_place_of_a_word():
     assert replace_keyword("An ox, an Ox and a box", "ox", "red fox") == "An red fox, an red fox and a box"
+
+
+def test_rows_that_other_captions_use_keep_their_bits(checkpoints):
+    """Though all that spells a keyword is trained, if there is nothing else that does."""
+    encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
+    given = ["od", "cat"], ["od", "a cat here", "do"], encoder.tokenizer
+    ids, shared, before = keyword_token_ids(*given), shared_token_ids(*given), encoder.token_embedding.weight.clone()
+    assert ids["od"] and ids["od"] <= shared and ids["cat"] - shared
+    unfreeze(encoder, ids["od"] | ids["cat"])
+    initialize_rows({"od": "fox", "cat": "quick"}, ids, shared, encoder)
+    after = encoder.token_embedding(torch.arange(len(before)))
+    assert set((before != after).any(1).nonzero().flatten().tolist()) == ids["cat"] - shared
 
 
 def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypatch):

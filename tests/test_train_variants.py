@@ -188,8 +188,11 @@ def test_sound_that_cannot_be_decoded_is_a_reason_to_skip(tmp_path):
 
 
 @torch.no_grad()
-def test_sound_that_begins_later_than_the_picture_is_heard_there(s2v, tmp_path):
-    """Half a second later: what sampling makes of the same sound behind half a second of silence."""
+@pytest.mark.parametrize("later", [0.5, -0.5])
+def test_sound_is_heard_where_it_begins(s2v, tmp_path, later):
+    """Half a second after the picture: what sampling makes of the same sound behind half a second of silence; before
+    it: what it makes of the rest of the sound.
+    """
     sound = tiny_s2v.sound(3.0)
     folder = tmp_path / "clips"
     folder.mkdir()
@@ -198,15 +201,18 @@ def test_sound_that_begins_later_than_the_picture_is_heard_there(s2v, tmp_path):
         stream.height = stream.width = 64
         stream.pix_fmt = "bgr0"
         audio = file.add_stream("pcm_s16le", rate=16000, layout="mono")
-        for picture in pictures(48):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for k, picture in enumerate(pictures(48)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = k + 8 * (later < 0), Fraction(1, 16)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
         frame = av.AudioFrame.from_ndarray((sound.numpy() * 32767).round().astype("<i2")[None], "s16", "mono")
-        frame.sample_rate, frame.pts, frame.time_base = 16000, 8000, Fraction(1, 16000)
+        frame.sample_rate, frame.pts, frame.time_base = 16000, 8000 * (later > 0), Fraction(1, 16000)
         file.mux(audio.encode(frame))
         file.mux(audio.encode(None))
     (folder / "a.txt").write_text("x")
-    tiny_s2v.write_wav(tmp_path / "late.wav", torch.cat([torch.zeros(8000), sound])[None])
+    heard = torch.cat([torch.zeros(8000), sound]) if later > 0 else sound[8000:]
+    tiny_s2v.write_wav(tmp_path / "late.wav", heard[None])
     _, models, dataset = dataset_of(s2v, folder, tmp_path / "out")
     features = models.acquire("audio").features(wav2vec2.read_audio(tmp_path / "late.wav"))
     want = wav2vec2.to_video_rate(wav2vec2.to_feature_rate(features), F)
@@ -288,7 +294,10 @@ def test_only_what_changed_is_encoded_again(s2v, talk, tmp_path, monkeypatch):
     names.append(cached(True))
     tiny_s2v.write_wav2vec2(encoder, tiny_s2v.fill(tiny_s2v.wav2vec2(), 9))
     names.append(cached(True))
-    assert len(set(names)) == 4
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(config | {"note": "the same weights read otherwise"}))
+    names.append(cached(True))
+    assert len(set(names)) == 5
     audio = [load(name)[0]["audio"] for name in names]
     assert not torch.equal(audio[0], audio[1]) and torch.equal(audio[1], audio[2])
     assert not torch.equal(audio[2], audio[3])

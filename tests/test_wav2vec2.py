@@ -25,9 +25,9 @@ from nanowan.variants.s2v.wav2vec2 import (
 )
 
 
-def peer(seed=5):
+def peer(seed=5, hidden=32):
     config = Wav2Vec2Config(
-        hidden_size=32,
+        hidden_size=hidden,
         num_hidden_layers=3,
         num_attention_heads=2,
         intermediate_size=40,
@@ -76,6 +76,17 @@ def test_both_spellings_of_the_weight_norm(folder, tmp_path):
     save_file(old, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     a, b = (load_wav2vec2(f).features(sound(0.5)) for f in (folder, tmp_path))
+    assert torch.equal(a, b)
+
+
+def test_one_file_alone_gives_what_its_folder_does(tmp_path):
+    """Heads of 64 and the strides of the released encoder, which no shape tells, are taken where there is no
+    config.json.
+    """
+    peer(hidden=128).save_pretrained(tmp_path)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "speech.safetensors").hardlink_to(tmp_path / "model.safetensors")
+    a, b = (load_wav2vec2(f).features(sound(0.5)) for f in (tmp_path, tmp_path / "alone" / "speech.safetensors"))
     assert torch.equal(a, b)
 
 
