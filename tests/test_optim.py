@@ -295,6 +295,10 @@ def test_the_guard_judges_by_the_last_hundred_norms():
     for norm in [100.0] * 100 + [20.0] * 100:
         assert guard.should_skip(1.0, norm) is None
     assert guard.should_skip(1.0, 201.0)
+    guard = Guard(10)
+    for norm in [100.0] * 100 + [20.0] * 49:
+        guard.should_skip(1.0, norm)
+    assert guard.should_skip(1.0, 999.0) is None  # 51 of the hundred are 100
 
 
 def test_norms_of_skipped_steps_do_not_move_the_median():

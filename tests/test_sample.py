@@ -36,7 +36,7 @@ from nanowan.prompts import Prompt, read_prompts
 from nanowan.sampling import given_settings, requests_of
 from nanowan.settings import NEGATIVE
 from nanowan.step_cache import EasyCache
-from nanowan.variants.image import best_size
+from nanowan.variants.image import best_size, image_channels
 from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_frames, write_grid, write_mp4
 from sample import GuidedModel, arguments, encode_text, generate, load, open_video, sample_latents
 
@@ -290,6 +290,18 @@ def test_a_photo_is_upright(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+@torch.no_grad()
+def test_first_and_last_images_of_i2v_stand_where_the_official_mask_says():
+    """A one for each known frame, the first frame four times, in fours; what is encoded is grey between them."""
+    vae, frames, (first, last) = tiny.vae(False), 9, torch.rand(2, 1, 3, 1, 16, 24) * 2 - 1
+    known = torch.tensor([1.0, *[0] * (frames - 2), 1])
+    mask = torch.cat([known[:1].repeat(3), known]).view(-1, 4).t()
+    video = torch.cat([first, torch.zeros(1, 3, frames - 2, 16, 24), last], 2)
+    channels = image_channels(vae, first, frames, last)
+    assert torch.equal(channels[0, :4], mask[:, :, None, None].expand(-1, -1, 2, 3))
+    assert torch.equal(channels[:, 4:], vae.encode(video))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def world(rank=0, ranks=1):
     return world
 
 
-def items_of(n, width=16):
-    return [Item(Path(f"{width}_{i}"), [f"a {i}", f"b {i}"], width, 8, 1, 8) for i in range(n)]
+def items_of(n, width=16, frames=9):
+    return [Item(Path(f"{width}_{i}"), [f"a {i}", f"b {i}"], width, 8, frames, 8, digest=f"{i:04}") for i in range(n)]
 
 
 # ---- what a step draws -----------------------------------------------------------------------------------------------
@@ -77,6 +77,27 @@ def test_steps_of_small_and_large_buckets_are_mixed():
     assert 70 <= first.count([16, 16]) <= 130 and first.count([16, 16]) + first.count([32, 32]) == 200  # 4 deviations
     changes = [batches.at(i)[0] // 20 != batches.at(i + 1)[0] // 20 for i in range(4000)]
     assert 0.45 < sum(changes) / 4000 < 0.6
+
+
+def test_a_photograph_is_never_given_as_its_own_first_frame():
+    dataset = dataset_of(items_of(20) + items_of(20, frames=1), 40)
+    given = [d.item.frames for step in range(5) for d in dataset.draw(step, 0.0, 1.0) if d.first_frame_given]
+    assert {*given} == {9} and 30 <= len(given) <= 70
+
+
+@pytest.mark.parametrize("share, count", [(0.0, 0), (0.01, 4), (0.5, 16)])
+def test_sixteen_files_are_held_out_at_most(monkeypatch, share, count):
+    """Whole files, of which none is trained on."""
+    items = items_of(400) + items_of(400, 32)  # two samples of each file
+    monkeypatch.setattr(data.Dataset, "_scan", lambda self, source: (items, []))
+    monkeypatch.setattr(data.Dataset, "_choose_batches", lambda self: None)
+    monkeypatch.setattr(data.report, "describe", lambda dataset: None)
+    monkeypatch.setattr(data.report, "text", lambda described: "")
+    pipe = SimpleNamespace(world=world(), settings=SimpleNamespace(parts=SimpleNamespace(samples=Samples)))
+    dataset = data.Dataset(SimpleNamespace(sources=[None], held_out=share, cache="cache"), pipe)
+    files, held_out = ({i.digest for i in part} for part in (dataset.items, dataset.val_items))
+    assert len(held_out) == count and len(files) == 400 - count and not files & held_out
+    assert len(dataset.val_items) == 2 * count
 
 
 # ---- what a step does ------------------------------------------------------------------------------------------------
