@@ -46,6 +46,7 @@ class Request:
     def key(self, args, pipe):
         """A hash of everything that decides the video: all flags but RESUME_MAY_CHANGE, settings, inputs, and files."""
         flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
+        flags["exact attention"] = args.attention != "sage"
         files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
         files += pipe.encoder_source().files()
         files += [
