@@ -628,7 +628,7 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
     scripts.run(ROOT / f"{script}.py", *flags, check=True)
     diag("report", tmp_path / "run", "--n", "2")
     progress = capsys.readouterr().out
-    assert "listening after training" in progress and "crimson: 2 prompts" in progress
+    assert progress.count("listening: ") == 2 and "crimson: 2 prompts" in progress  # the base, and with the result
     page = (tmp_path / "run" / "report.html").read_text()
     sections = (
         "Loss",

@@ -9,6 +9,7 @@ from benchmarks import tiny
 from diagnostics import plan
 from diagnostics.logits import open_dataset
 from diagnostics.plan import Job, Machine, candidates, parse_machine, planned, propose
+from nanowan import memory_estimate
 from nanowan.errors import BadInput
 from nanowan.pipeline import Pipeline
 
@@ -49,13 +50,14 @@ def test_nothing_less_intrusive_fits(script, deep, monkeypatch):
         propose(script, flags, Machine(1, min(peaks) - 1))
 
 
-def test_the_host_decides_between_streaming_and_8_bits():
+def test_the_host_decides_between_streaming_and_8_bits(monkeypatch):
     """bf16 where a machine has the memory for what is streamed; else half of it."""
-    flags = ["--ckpt", "ti2v-5B", *SMALL]
-    roomy, need = propose("sample", flags, Machine(1, 8e9, 32e9))
-    assert "--stream_blocks" in roomy and "--base_dtype" not in roomy and need.peak <= 8e9 and need.host_peak <= 32e9
-    tight, less = propose("sample", flags, Machine(1, 8e9, need.host_peak - 1))
-    assert "--base_dtype" in tight and less.peak <= 8e9 and less.host_peak < need.host_peak
+    monkeypatch.setattr(memory_estimate, "resident", lambda *_: 500_000_000)  # that of this process grows as tests run
+    flags = ["--ckpt", "t2v-A14B", *SMALL]
+    roomy, need = propose("sample", flags, Machine(1, 20e9, 64e9))
+    assert "--stream_blocks" in roomy and "--base_dtype" not in roomy and need.peak <= 20e9 and need.host_peak <= 64e9
+    tight, less = propose("sample", flags, Machine(1, 20e9, need.host_peak - 1))
+    assert "--base_dtype" in tight and less.peak <= 20e9 and less.host_peak < need.host_peak
 
 
 def test_an_8_gb_card_streams_the_text_encoder():
@@ -74,6 +76,7 @@ def test_experts_stay_where_they_fit_and_else_have_copies_on_the_host():
     assert short.host["training"]["experts"] == pytest.approx(expert, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_train_te_ends_with_the_embeddings_of_words():
     flags = ["--ckpt", "ti2v-5B", "--resolution", "256x256", "--frames", "9", "--keywords", "wedge"]
     found, need = propose("train_te", flags, Machine(1, 24e9))
