@@ -24,7 +24,7 @@ def deep(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script", ["train_lora", "sample"])
+@pytest.mark.parametrize("script", [pytest.param("train_lora", marks=pytest.mark.slow), "sample"])
 def test_nothing_less_intrusive_fits(script, deep, monkeypatch):
     """Against all candidates one after the other, for limits between the largest and the smallest of them."""
     size = ["--resolution", "128x128", "--batch", "8"] if script == "train_lora" else ["--size", "128x128"]

@@ -633,7 +633,7 @@ PLANS = [
     ),
     ("train_te", "nano", ["--batch", 64]),
     ("train_te", "nano", ["--batch", 16, "--dtype", "bf16", "--optimizer", "adamw8bit"]),
-    ("train_lora", "medium", ["--batch", 2]),
+    pytest.param("train_lora", "medium", ["--batch", 2], marks=pytest.mark.slow),
     ("train_te", "medium", ["--batch", 2, "--checkpointing"]),
 ]
 
