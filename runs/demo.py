@@ -24,6 +24,7 @@ from nano.grader import shares  # noqa: E402
 from nano.world import FPS, prompts  # noqa: E402
 from nanowan.errors import cli  # noqa: E402
 from nanowan.files import atomic  # noqa: E402
+from nanowan.settings import NANO  # noqa: E402
 from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
@@ -102,10 +103,7 @@ def main():
     for suite, kinds in scores["base"].items():
         numbers = [f"{kind} " + " / ".join(f"{found[suite][kind]:.2f}" for found in scores.values()) for kind in kinds]
         print(f"  {suite:24} {', '.join(numbers)}")
-    moved = {
-        "encoder": relative_norm(delta(encoder, ROOT / "nano")),
-        "translator": relative_norm(delta(adapter, ROOT / "nano")),
-    }
+    moved = {"encoder": relative_norm(delta(encoder, NANO)), "translator": relative_norm(delta(adapter, NANO))}
     print(f"the translator moves its matrices by {moved['translator']:.2f} of their norm")
     print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, base/, encoder/, translator/, clips/")
     with atomic(OUT / "scores.json") as tmp:
