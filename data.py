@@ -132,6 +132,23 @@ class DataConfig:
     preserve: float = 0.0
 
 
+def scan_source(source, s, samples, cache):
+    """What `scan` finds in a DataSource, for a checkpoint with Settings s."""
+    how = math.prod(source.resolution), s.size_multiple, source.frames, s.fps, source.clip_mode
+    items, skipped = scan(source.source, *how, cache, samples)
+    return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
+
+
+def sizes_of(items, texts, samples, s, row_bytes):
+    """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
+    text, about, "cache": bytes of (latents, texts)}. row_bytes: of a token's embedding.
+    """
+    latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
+    tokens = [2 + len(text) // 3 for text in texts]
+    bucket = max((i.bucket for i in items), key=math.prod)
+    return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, sum(tokens) * row_bytes)}
+
+
 class Dataset:
     """The samples of a run, and what each step sees of them. `items` are trained on, `val_items` are not."""
 
@@ -141,7 +158,9 @@ class Dataset:
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
-        found = self.world.broadcast_from_rank0(lambda: [self._scan(source) for source in config.sources])
+        found = self.world.broadcast_from_rank0(
+            lambda: [scan_source(source, s, self.samples, config.cache) for source in config.sources]
+        )
         items, skipped = (sum(lists, []) for lists in zip(*found))
         items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
         digests = sorted({i.digest for i in items})
@@ -161,24 +180,13 @@ class Dataset:
             )
         print(f"  {len(self.val_items)} samples held out; cache in {config.cache}")
 
-    def _scan(self, source):
-        s, area = self.pipe.settings, math.prod(source.resolution)
-        how = area, s.size_multiple, source.frames, s.fps, source.clip_mode
-        items, skipped = scan(source.source, *how, self.config.cache, self.samples)
-        return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
-
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
-        """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
-        caption, about, "cache": bytes of (latents, texts)}.
-        """
-        s, items = self.pipe.settings, self.items + self.val_items
+        """`sizes_of` all samples; the largest bucket is of those that are trained on."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
-        latents = sum(self.samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
-        tokens = [2 + len(c) // 3 for c in self.texts]
-        texts = sum(tokens) * width * self.pipe.runtime.dtype.itemsize
-        bucket = max((i.bucket for i in self.items), key=math.prod)
-        return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, texts)}
+        row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
+        found = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
+        return found | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
 
     def summary(self, sizes):
         """What a run's record says of its data."""

@@ -81,7 +81,7 @@ def arguments(argv=None):
         f"of 24 has 25.8e9 bytes. CARD, whose times are printed: one of {', '.join(flops.CARDS)} (default: the GPU "
         f"that is here, or {' and '.join(plan.CARDS)})",
     )
-    add("--host", type=float, help="with --gpus: GB of host memory that a machine has (default: as many as it takes)")
+    add("--host", type=float, help="host memory of a machine in GB, for --gpus (default: as much as it takes)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="which script is to run")
     add("flags", nargs=argparse.REMAINDER, help="as that script takes them; these come last")
 

@@ -13,6 +13,7 @@ import torch
 import sample
 import train_lora
 import train_te
+from data import scan_source, sizes_of
 from diagnostics.common import write_json
 from lora import inject, lora_layers
 from nanowan import flops, memory_estimate
@@ -23,11 +24,10 @@ from nanowan.formats.t5 import XXL, read_encoder
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.sampling import given_settings
-from nanowan.settings import parse_size, released
-from nanowan.training.flags import choose_checkpointing, data_config, fewest
+from nanowan.settings import released
+from nanowan.training.flags import bucket_of, choose_checkpointing, data_config, fewest
 from nanowan.training.log import duration
 from nanowan.training.previews import preview_settings
-from nanowan.training.scan import nearest_bucket, scan
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
@@ -71,7 +71,7 @@ class Job:
             self._open_clip()
         else:
             self.blocks = SCRIPTS[script].check(args, self.settings, self.config.num_layers)
-            self.sizes = self._data_sizes() if self.reads_data else {"bucket": self._largest_bucket()}
+            self.sizes = self._data_sizes() if self.reads_data else {"bucket": bucket_of(args, self.settings)}
             self.checkpointing = args.checkpointing or 0
 
     # ---- what is computed ----------------------------------------------------------------------------------------
@@ -81,21 +81,15 @@ class Job:
         data = getattr(self.args, "data", None)
         return bool(data) and all(Path(values["source"]).exists() for values in data)
 
-    def _largest_bucket(self):
-        width, height = parse_size(self.args.resolution, "--resolution")
-        return *nearest_bucket(width, height, width * height, self.settings.size_multiple), self.args.frames
-
     def _data_sizes(self):
         """What data.Dataset.sizes says of --data."""
         args, s = self.args, self.settings
         items, samples = data_items(self)[0], s.parts.samples(SimpleNamespace(config=lambda: self.config))
-        latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
         entries = self.pipe and read_encoder(self.pipe.files("text")).entries
         width = entries["token_embedding.weight"].shape[1] if entries else XXL[1]
-        tokens = [2 + len(text) // 3 for text in dict.fromkeys(["", *(c for i in items for c in i.captions)])]
-        texts = sum(tokens) * width * DTYPES[args.dtype].itemsize * (self.script == "train_lora")
-        bucket = max((i.bucket for i in items), key=math.prod)
-        return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, texts)}
+        row_bytes = width * DTYPES[args.dtype].itemsize * (self.script == "train_lora")  # train_te caches none
+        texts = dict.fromkeys(["", *(c for i in items for c in i.captions)])
+        return sizes_of(items, texts, samples, s, row_bytes)
 
     def _open_clip(self):
         """The Settings, the image and the size of what sample.py makes."""
@@ -226,10 +220,9 @@ def data_items(job):
 
 @functools.cache
 def scanned(source, variant, multiple, fps, cache):
-    """What scan.scan finds in a data.DataSource for a variant."""
+    """data.scan_source for a variant, looked up once for all of a search's candidates."""
     samples = released(variant).parts.samples(SimpleNamespace(config=lambda: full_config(variant)))
-    how = math.prod(source.resolution), multiple, source.frames, fps, source.clip_mode
-    return scan(source.source, *how, cache, samples)
+    return scan_source(source, SimpleNamespace(size_multiple=multiple, fps=fps), samples, cache)
 
 
 def planned(script, argv, machine=Machine(), mode=None):  # noqa: B008

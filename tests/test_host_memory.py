@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.streaming import CONTEXT, T, X, check_same_bits, streamed
 
-import lora
-from benchmarks import tiny
 from diagnostics.plan import SCRIPTS, Machine, planned
 from kernels.fp8 import Fp8Linear
 from nanowan import cache, devices, memory_estimate
@@ -25,8 +24,6 @@ from nanowan.memory.host import Copier, HostPages, host_buffer
 from nanowan.memory.offload import frozen
 from nanowan.memory.placement import Placement
 from nanowan.pipeline import Pipeline
-
-X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch.randn(2, 7, tiny.TEXT_DIM)
 
 
 class Nothing:
@@ -69,27 +66,10 @@ def unpinned(monkeypatch):
     return copier
 
 
-def streamed(copier, count, blocks=None):
-    """A DiT with a LoRA, `count` of its 6 blocks streamed; its trained parameters; its Placement."""
-    dit = tiny.dit("ti2v", layers=6)
-    torch.manual_seed(0)
-    params = lora.inject(dit, rank=4, blocks=blocks)
-    for p in params:
-        torch.nn.init.normal_(p, std=0.1)
-    return dit, params, Placement(dit, copier, count).start()
-
-
 @pytest.mark.parametrize("count,blocks", [(6, None), (4, [4, 5]), (2, None)])
 def test_without_pinned_memory_the_bits_are_the_same(count, blocks, unpinned):
     (a, pa, _), (b, pb, part) = streamed(Copier("cpu"), 0, blocks), streamed(unpinned, count, blocks)
-    for _ in range(2):
-        ya, yb = a(X, T, CONTEXT), b(X, T, CONTEXT)
-        assert torch.equal(ya, yb)
-        ya.square().mean().backward()
-        yb.square().mean().backward()
-        assert all(torch.equal(p.grad, q.grad) for p, q in zip(pa, pb, strict=True))
-    with torch.no_grad():
-        assert all(torch.equal(a(X, T, CONTEXT), b(X, T, CONTEXT)) for _ in range(2))
+    check_same_bits(a, b, pa, pb)
     assert part.stream.copies and [len(slot) for slot, _ in unpinned.ring] == [5000, 5000]
 
 

@@ -28,7 +28,7 @@ class Change:
 
     def of(self, weight):
         """The change, fp32, of a parameter that holds `weight`, with its shape and on its device."""
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass says what its kind of file adds
 
     def add_to(self, parameter, strength=1.0):
         """Add strength times this to a parameter in place; the sum is computed in fp32 and rounded once."""

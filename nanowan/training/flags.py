@@ -386,16 +386,21 @@ def pick(config_class, args, **more):
     return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
+def bucket_of(args, s):
+    """The bucket (width, height, frames) of media in the aspect of --resolution, of resolved flags."""
+    width, height = parse_size(args.resolution, "--resolution")
+    return *nearest_bucket(width, height, width * height, s.size_multiple), args.frames
+
+
 def training_spec(args, s, **more):
     """The memory_estimate.TrainingSpec of resolved flags; more: its further fields, over what flags alone say."""
-    width, height = parse_size(args.resolution, "--resolution")
     return memory_estimate.TrainingSpec(
         **dict(
             settings=s,
             device=args.device,
             dtype=DTYPES[args.dtype],
             batch=args.batch,
-            bucket=(*nearest_bucket(width, height, width * height, s.size_multiple), args.frames),
+            bucket=bucket_of(args, s),
             checkpointing=args.checkpointing or 0,
             ema=args.ema > 0,
             first_frames=args.i2v_prob > 0,
