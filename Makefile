@@ -1,7 +1,7 @@
 # make demo: teach nano words that it never read, and measure it.   make test: the suite.   Both set everything up first.
 # make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
 # make lint: the formatter and the linter, which make test runs first.
-# make gpu: build the CUDA parts, test them (gpu-check), time them (gpu-bench) and run the scripts at full size (gpu-run).
+# make gpu SECONDS=570 OUT=DIR: build, test and time on a machine with a GPU, what tells most first; again goes on.
 # make clean: remove all of it.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --m
 # the test files that compare numbers
 NUMERIC := kernels kernels_attention kernels_csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
-.PHONY: demo lint test test-slow test-portable gpu gpu-check gpu-bench gpu-run gpu-build clean
+.PHONY: demo lint test test-slow test-portable gpu clean
 
 demo: $(VENV)/ready
 	CUDA_VISIBLE_DEVICES= $(PY) runs/demo.py
@@ -32,20 +32,10 @@ test-portable: $(VENV)/ready-tests
 
 # on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails or lacks
 # a package does not stop the rest: without csrc's CUDA Triton does what it can
-gpu: gpu-check gpu-bench gpu-run
-
-gpu-check: gpu-build
-	-$(PYTHON) -m pytest -q -m gpu $$(grep -l mark.gpu tests/test_*.py)
-	-TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/test_long_video.py -k official
-
-gpu-bench: gpu-build
-	-$(PYTHON) -m benchmarks --gpu --json benchmarks/results/gpu.json
-
-gpu-run: gpu-build
-	-$(PYTHON) -m benchmarks --gpu_run --json benchmarks/results/gpu_run.json
-
-gpu-build:
-	-NANOWAN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+SECONDS ?= 570
+OUT ?= out/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu_session $(SECONDS) $(OUT)
 
 # torch first and by itself, so that nothing else chooses its build; the C++ not by pip, which hides what setup.py says
 $(VENV)/ready: requirements.txt setup.py kernels/sources.py $(wildcard csrc/*)

@@ -100,15 +100,17 @@ def write_checkpoint(folder, variant, device, encoder=None):
     shutil.copytree(ROOT / "nano" / "checkpoint" / "google", folder / "google")
 
 
-def write_inputs(folder, size=(832, 480), face=512):
-    """What RUNS ask for: clips of noise with captions that hold the keyword, a picture and its voice, what drives a
-    character.
-    """
-    clips = folder / "clips"
-    clips.mkdir(parents=True)
+def write_clips(folder, size=(832, 480)):
+    """Clips of noise with captions that hold the keyword."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(2):
-        write_mp4(clips / f"{i}.mp4", torch.rand(3, 49, *size[::-1]) * 2 - 1, 24)
-        (clips / f"{i}.txt").write_text(f"a wedge number {i}")
+        write_mp4(folder / f"{i}.mp4", torch.rand(3, 49, *size[::-1]) * 2 - 1, 24)
+        (folder / f"{i}.txt").write_text(f"a wedge number {i}")
+
+
+def write_inputs(folder, size=(832, 480), face=512):
+    """What RUNS ask for: clips, a picture and its voice, what drives a character."""
+    write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(4)[None])
     tiny_animate.source_folder(folder / "driving", 77, *size[::-1], face=face)
@@ -180,3 +182,9 @@ def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
             return run_script([str(c) for c in command], max(1, left - (time.monotonic() - began)))
 
     return keep_results(runs, run, about, path, seconds)
+
+
+if __name__ == "__main__":  # a checkpoint of TI2V-5B and clips in a folder, as gpu_session.py asks for
+    folder = Path(sys.argv[1])
+    Checkpoints(folder)["ti2v-5B"]
+    write_clips(folder / "clips")

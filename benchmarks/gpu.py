@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +22,8 @@ from benchmarks.kernels import KERNELS, bandwidth, milliseconds
 from kernels import attention_backends
 from nanowan.formats.dit import full_config, keep_fp32
 from nanowan.formats.vae import FULL_WIDTHS
+from nanowan.memory.host import Copier
+from nanowan.memory.placement import Placement
 from vae import VAE, channels_last
 from wan import Wan
 
@@ -47,15 +50,16 @@ def measure_on_gpu(contenders, rounds):
     return results
 
 
-def random_dit(variant, layers):
-    """A DiT of full width and so many blocks in bf16, and the same weights in diffusers, or None without that."""
+def random_dit(variant, layers, with_peer=True):
+    """A DiT of full width and so many blocks in bf16, and the same weights in diffusers, or None."""
     c = full_config(variant)
     c.num_layers = layers
     with torch.device(DEVICE):
         model = Wan(c)
         for name, p in model.named_parameters():
             torch.nn.init.ones_(p) if "norm" in name and name.endswith("weight") else torch.nn.init.normal_(p, std=0.02)
-    peer = tiny.diffusers_dit(model).bfloat16().to(DEVICE) if importlib.util.find_spec("diffusers") else None
+    with_peer = with_peer and importlib.util.find_spec("diffusers")
+    peer = tiny.diffusers_dit(model).bfloat16().to(DEVICE) if with_peer else None
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if keep_fp32(name) else torch.bfloat16)
     return model.eval().requires_grad_(False), peer
@@ -150,7 +154,37 @@ def gpu_vae(rounds=1):
     if peer is not None:
         contenders["diffusers"] = torch.no_grad()(lambda: peer.encode(video.bfloat16()).latent_dist.mode())
     print("VAE 2.2 encode, 1280x704, 121 frames")
-    return results | {"encode": measure_on_gpu(contenders, rounds)}
+    results |= {"encode": measure_on_gpu(contenders, rounds)}
+    print("VAE 2.2 encode in fp32, as for the cache, 832x480, 49 frames")
+    model, small = model.float(), video[:, :, :49, :480, :832].contiguous()
+    return results | {"encode_fp32": measure_on_gpu(add_reference({"ours": lambda: model.encode(small)}), rounds)}
+
+
+def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
+    """Two experts of so many blocks that take turns on the GPU: the first time each is copied to the host, afterwards
+    only up. GB/s of both, and seconds of a swap of all blocks.
+    """
+    experts = []
+    for _ in range(2):
+        model, _ = random_dit(variant, layers, with_peer=False)
+        experts.append(Placement(model, Copier(DEVICE)).start())
+    weights = sum(p.nbytes for p in experts[0].model.parameters())
+    seconds = {"down and up": [], "up": []}
+    experts[0].to("cpu")
+    for i in range(rounds + 1):
+        there, here = experts[:: -1 if i % 2 else 1]
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        here.to("cpu")
+        there.to(DEVICE)
+        torch.cuda.synchronize()
+        seconds["up" if i else "down and up"].append(time.perf_counter() - began)
+    results = {f"{name}_GB_s": weights / median(taken) / 1e9 for name, taken in seconds.items()}
+    blocks = sum(p.nbytes for p in experts[0].model.blocks.parameters())
+    whole = weights + blocks * (full_config(variant).num_layers / layers - 1)
+    results["swap_s"] = whole / results["up_GB_s"] / 1e9
+    print(f"{variant}: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()), flush=True)
+    return results
 
 
 def ceilings():
@@ -163,7 +197,7 @@ def ceilings():
 
 JOBS = {"ceilings": ceilings, "guided step": gpu_guided_step, **KERNELS}
 JOBS |= {f"{v} {label}": functools.partial(gpu_dit, v, grid, label) for v, grid, label in GPU_SIZES}
-JOBS |= {"vae": gpu_vae}
+JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):

@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
     """A folder of two captioned clips and a photo, 64 px wide."""
-    pytest.importorskip("av")  # a machine for `make gpu-check` may lack it
+    pytest.importorskip("av")  # a machine for `make gpu` may lack it
     from test_data import clip, photo
 
     folder = tmp_path_factory.mktemp("media")

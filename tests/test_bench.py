@@ -1,12 +1,18 @@
 """What benchmarks do on a GPU: keep what there is, whatever a job does; their runs of the scripts, at a small size."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks import full_size, gpu, kernels, tiny, tiny_animate, tiny_s2v
+from benchmarks import full_size, gpu, gpu_probe, gpu_session, kernels, tiny, tiny_animate, tiny_s2v
+from benchmarks.gpu_session import Job, Session
 from t5 import Tokenizer
 
 SPIECE = full_size.ROOT / "nano" / "checkpoint" / "google" / "umt5-xxl" / "spiece.model"
@@ -79,6 +85,76 @@ assert len(files) > 1 and pytest.main(["-q", "-p", "no:cacheprovider", "--co", *
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=full_size.ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_a_session_keeps_what_each_job_gave_and_goes_on(tmp_path):
+    """One job runs beside others until it is waited for; one that hangs or crashes costs no other; what is done is not
+    done again.
+    """
+    once, built, out = (tmp_path / name for name in ("once", "built", "out"))
+    jobs = {
+        "count": Job(f"echo x >> {once}; echo '12.5 ms'", 9, 1),
+        "build": Job(f"sleep 1; touch {built}", 9, 1, beside=True),
+        "next": Job(f"test ! -e {built} && grep -q '12.5 ms' {out}/table.json", 9, 1),
+        "hang": Job("sleep 60 & sleep 60", 1, 1),
+        "crash": Job("kill -SEGV $$", 9, 1, after="build"),
+        "uses": Job(f"test -e {built}", 9, 1),
+    }
+    table = Session(60, out, tmp_path / "state").run(jobs)
+    assert table == json.loads((out / "table.json").read_text())
+    said = {name: result["status"] for name, result in table.items() if name in jobs}
+    assert said.pop("hang").startswith("ended after") and said.pop("crash") != 0
+    assert said == {"count": 0, "next": 0, "build": 0, "uses": 0} and table["count"]["said"] == ["12.5 ms"]
+    with tarfile.open(out / "logs.tgz") as tar:
+        assert tar.extractfile("count.log").read() == b"12.5 ms\n" and len(tar.getnames()) == 6
+    table = Session(60, tmp_path / "again", tmp_path / "state").run(jobs | {"more": Job("true", 9, 1)})
+    assert once.read_text() == "x\n" and table["more"]["status"] == 0 and table["count"]["said"] == ["12.5 ms"]
+
+
+def test_what_a_session_has_no_time_for_is_left_out(tmp_path, capsys):
+    table = Session(0, tmp_path / "out", tmp_path / "state").run({"late": Job("true", 9, 1)})
+    assert "late" not in table and "late: left out, 0 s left" in capsys.readouterr().out
+
+
+def test_a_sessions_jobs_name_what_there_is(tmp_path):
+    """Each benchmark, module, script and test file of the commands exists, and each job that is waited for."""
+    jobs = gpu_session.jobs(tmp_path)
+    text = "\n".join(job.command for job in jobs.values())
+    assert set(re.findall(r"--job '([^']+)'", text)) <= {*gpu.JOBS, *gpu_session_kernels()}
+    for file in re.findall(r"[\w/]+\.py\b", text):
+        assert (full_size.ROOT / file).exists(), file
+    for module in re.findall(r"-m (benchmarks[.\w]*)", text):
+        assert importlib.util.find_spec(module), module
+    assert {job.after for job in jobs.values()} <= {"", *(name for name, job in jobs.items() if job.beside)}
+    assert all(0 < job.expected <= job.limit for job in jobs.values())
+
+
+def gpu_session_kernels():
+    """Those that are timed on a GPU only, which this process may lack."""
+    return {name.removeprefix("time_") for name in dir(kernels) if name.startswith("time_")}
+
+
+def test_a_probe_answers_the_questions_after_one_that_raises(tmp_path):
+    def raises():
+        raise RuntimeError("no such product\nand more")
+
+    ask = {"a": lambda: 1.5, "b": raises, "c": lambda: float("nan"), "d": lambda: {"ms": 2}}
+    found = gpu_probe.answer(ask, tmp_path / "probe.json")
+    assert found == json.loads((tmp_path / "probe.json").read_text())
+    assert found == {
+        "a": 1.5,
+        "b": "RuntimeError: no such product",
+        "c": "ValueError: nan was measured",
+        "d": {"ms": 2},
+    }
+
+
+def test_what_a_probe_asks_runs(monkeypatch):
+    """At a small size on the CPU, but for fp8 products and copies, which only a GPU has."""
+    monkeypatch.setattr(gpu_probe, "DEVICE", "cpu")
+    assert gpu_probe.product(8, 4, 16) > 0 and gpu_probe.attention(SDPBackend.MATH, 8, 2, True) > 0
+    assert gpu_probe.convolution(4, 3, 5, 6, torch.float32, True)["ms"] > 0
+    assert len(gpu_probe.questions()) > 40
 
 
 def test_what_begins_too_late_is_named(tmp_path):

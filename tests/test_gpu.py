@@ -1,4 +1,4 @@
-"""What only a GPU can show. Deselected where there is none; `make gpu-check` runs these."""
+"""What only a GPU can show. Deselected where there is none; `make gpu` runs these."""
 
 import functools
 import os

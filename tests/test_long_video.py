@@ -26,7 +26,7 @@ from nanowan.settings import released
 from nanowan.variants.conditioning import Video
 from nanowan.video import read_frames, write_frames
 
-av = pytest.importorskip("av")  # a machine for `make gpu-check` may lack it
+av = pytest.importorskip("av")  # a machine for `make gpu` may lack it
 HOW = f"--device {DEVICE} --dtype fp32"
 
 

@@ -1,0 +1,141 @@
+"""What only the GPU can tell, in about half a minute: how fast its products, attention, convolutions and copies are.
+
+    python -m benchmarks.gpu_probe FILE.json
+
+FILE is written after each question; one that raises is answered by its error.
+"""
+
+import math
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernels import milliseconds
+from diagnostics.common import write_json
+
+DEVICE = "cuda"
+TEXT_AND_CLIP_ROWS = (46, 88, 128, 256, 257, 65520)  # of prompts of one and two samples, and of a clip of A14B
+WEIGHTS = ((3072, 3072), (5120, 5120), (13824, 5120), (14336, 3072))  # (in, out) of 5B's and 14B's
+
+
+def random(*size, dtype=torch.bfloat16):
+    return torch.randn(*size, device=DEVICE, dtype=dtype)
+
+
+def product(M, N, K):
+    """TFLOP/s of a product in bf16."""
+    a, b = random(M, K), random(N, K)
+    return 2 * M * N * K / milliseconds(lambda: a @ b.t(), 5) / 1e9
+
+
+def product_in_8_bits(M, N, K):
+    """TFLOP/s of an fp8 product with a scale for each row, and its relative error."""
+    a, b = (random(n, K).to(torch.float8_e4m3fn) for n in (M, N))
+    scales = torch.rand(M, 1, device=DEVICE), torch.rand(1, N, device=DEVICE)
+    how = dict(scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def run():
+        return torch._scaled_mm(a, b.t(), **how)
+
+    want = (a.float() * scales[0])[:64] @ (b.float().t() * scales[1])
+    error = (run()[:64].float() - want).norm() / want.norm()
+    return {"tflops": 2 * M * N * K / milliseconds(run, 5) / 1e9, "error": error.item()}
+
+
+def attention(backend, L, heads, backward):
+    """TFLOP/s of self-attention, heads of 128."""
+    q, k, v = (random(1, L, heads, 128).transpose(1, 2).requires_grad_(backward) for _ in "qkv")
+
+    def run():
+        with sdpa_kernel([backend]):
+            o = F.scaled_dot_product_attention(q, k, v)
+        if backward:
+            torch.autograd.grad(o, (q, k, v), o)
+
+    return 4 * heads * L * L * 128 * (3.5 if backward else 1) / milliseconds(run, 3) / 1e9
+
+
+def convolution(C, T, H, W, dtype, bias):
+    """{"ms", "tflops"} of one of the VAE's convolutions."""
+    last = dict(memory_format=torch.channels_last_3d)
+    x, w = random(1, C, T, H, W, dtype=dtype).contiguous(**last), random(C, C, 3, 3, 3, dtype=dtype).contiguous(**last)
+    b = random(C, dtype=dtype) if bias else None
+    ms = milliseconds(lambda: F.conv3d(x, w, b, padding=(0, 1, 1)), 5)
+    return {"ms": ms, "tflops": 2 * 27 * C * C * (T - 2) * H * W / ms / 1e9}
+
+
+def feed_forward(fused):
+    """ms of 5B's first product of a feed-forward with its GELU."""
+    x, w, b = random(27280, 3072), random(14336, 3072), random(14336)
+    if fused:
+        return milliseconds(lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True), 5)
+    return milliseconds(lambda: F.gelu(F.linear(x, w, b), approximate="tanh"), 5)
+
+
+def copies(pinned, up):
+    """GB/s between the host and the device; up: to the device."""
+    host = torch.ones(1 << 30, dtype=torch.uint8).pin_memory() if pinned else torch.ones(1 << 30, dtype=torch.uint8)
+    there = torch.ones_like(host, device=DEVICE)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(2):
+        there.copy_(host, non_blocking=True) if up else host.copy_(there, non_blocking=True)
+        torch.cuda.synchronize()
+    return 2 * host.nbytes / (time.perf_counter() - began) / 1e9
+
+
+def copies_to_fresh_memory():
+    """GB/s from the device to host tensors that are made for it."""
+    there = [torch.ones(100 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(20)]
+    began = time.perf_counter()
+    here = [t.cpu() for t in there]
+    return sum(t.nbytes for t in here) / (time.perf_counter() - began) / 1e9
+
+
+def questions():
+    """{question: what answers it}."""
+    ask = {"bf16 product 54560x14336x3072, TFLOP/s": lambda: product(54560, 14336, 3072)}
+    ask["bf16 product 65520x13824x5120, TFLOP/s"] = lambda: product(65520, 13824, 5120)
+    for rows in TEXT_AND_CLIP_ROWS:
+        for K, N in WEIGHTS:
+            ask[f"fp8 product {rows}x{N}x{K}"] = lambda rows=rows, K=K, N=N: product_in_8_bits(rows, N, K)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        for L, heads in ((8192, 24), (27280, 24), (32760, 40)):
+            for backward in (False, True):
+                name = f"{backend.name} {L}x{heads}{' and backward' * backward}, TFLOP/s"
+                ask[name] = lambda how=(backend, L, heads, backward): attention(*how)
+    for bias in (False, True):
+        for size in ((256, 6, 352, 640), (512, 6, 176, 320)):
+            name = f"conv3d {'x'.join(map(str, size))} bf16{', bias' * bias}"
+            ask[name] = lambda size=size, bias=bias: convolution(*size, torch.bfloat16, bias)
+    ask["conv3d 160x6x240x416 fp32 (TF32)"] = lambda: convolution(160, 6, 240, 416, torch.float32, False)
+    for fused in (True, False):
+        ask[f"GELU {'with' if fused else 'after'} the product, ms"] = lambda fused=fused: feed_forward(fused)
+    for pinned in (False, True):
+        for up in (True, False):
+            name = f"copy {'to' if up else 'from'} the device, {'pinned' if pinned else 'pageable'}, GB/s"
+            ask[name] = lambda pinned=pinned, up=up: copies(pinned, up)
+    ask["copy from the device to new memory, GB/s"] = copies_to_fresh_memory
+    return ask
+
+
+def answer(ask, file):
+    """{question: number, numbers or error} of all, written to `file` after each."""
+    found = {}
+    for name, question in ask.items():
+        try:
+            found[name] = question()
+            if isinstance(found[name], float) and not math.isfinite(found[name]):
+                raise ValueError(f"{found[name]} was measured")
+        except Exception as e:  # each question stands by itself: the next one may be answered
+            found[name] = f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+        print(f"{name}: {found[name]}", flush=True)
+        write_json(file, found)
+    return found
+
+
+if __name__ == "__main__":
+    answer(questions(), sys.argv[1])
