@@ -26,6 +26,7 @@ from nanowan.errors import BadInput, cli
 from nanowan.flags import Parser, in_force
 from nanowan.formats.header import load
 from nanowan.formats.lora import AdapterInfo, start_from, write_lora
+from nanowan.formats.t5 import load_tokenizer, read_encoder
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_prompts, read_texts
@@ -250,8 +251,10 @@ def train(args, world):
                 write_adapters(step, f"{args.name}_best")
         return metrics
 
+    tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece)
+    triggers = {word: count_files(dataset.items, word, tokenizer) for word in args.trigger}
+
     def write_adapters(step, *names):
-        triggers = {word: count_files(dataset.items, word) for word in args.trigger}
         total_batch = args.batch * args.accumulate * world.dp_size
         info = AdapterInfo(
             s.variant, run.date, triggers, config.sources[0].resolution, args.steps, args.lr, args.batch, total_batch

@@ -28,6 +28,7 @@ from nanowan.training.scan import Item, buckets, clip_windows, nearest_bucket
 from nanowan.variants.samples import ImageChannelsSamples, Samples
 from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import Skip, write_mp4
+from t5 import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -535,6 +536,10 @@ def test_trained_words_are_counted_by_files():
     captions = [["a red cat", "red"], ["a red cat"], ["a red cat"], ["a dog"]]
     items = [Item(Path(f"{i}.mp4"), c, 8, 8, 5, 8, start=s) for i, c in enumerate(captions) for s in (0.0, 1.0)]
     assert [count_files(items, word) for word in ("red", "dog", "cow")] == [3, 1, 0]
+    long = "a dog " * 300 + "and a red cat"
+    items.append(Item(Path("long.mp4"), [long], 8, 8, 5, 8))
+    tokenizer = Tokenizer(tiny.spiece())
+    assert [count_files(items, word, tokenizer) for word in ("red", "dog", "cow")] == [3, 2, 0]  # beyond token 512
 
 
 def items_of(sizes):

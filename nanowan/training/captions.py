@@ -21,9 +21,16 @@ def has_keyword(caption, keywords):
     return any(spans(caption, k) for k in keywords)
 
 
-def count_files(items, keyword):
-    """How many files of some scan.Items have a caption with the keyword."""
-    return len({item.path for item in items if any(has_keyword(c, [keyword]) for c in item.captions)})
+def is_cut_off(caption, keyword, tokenizer):
+    """Whether a caption is so long that no token of the keyword's first place in it is read."""
+    begin = spans(caption, keyword)[0][0]
+    return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
+
+
+def count_files(items, keyword, tokenizer=None):
+    """How many files of some scan.Items have a caption with the keyword; with a tokenizer, where it is read."""
+    holding = {(item.path, c) for item in items for c in item.captions if has_keyword(c, [keyword])}
+    return len({path for path, c in holding if tokenizer is None or not is_cut_off(c, keyword, tokenizer)})
 
 
 def without_keywords(captions, keywords):

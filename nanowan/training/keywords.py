@@ -9,7 +9,7 @@ import torch
 
 from data import eval_batches
 from nanowan.errors import BadInput
-from nanowan.training.captions import UNITS, has_keyword, replace_keyword, spans, without_keywords
+from nanowan.training.captions import UNITS, has_keyword, is_cut_off, replace_keyword, spans, without_keywords
 from t5 import EOS, PAD, UNK
 
 INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyword
@@ -192,12 +192,6 @@ def check_keywords(keywords, captions, tokenizer, trains_blocks):
                 "captions without it too; train blocks as well"
             )
     return counts
-
-
-def is_cut_off(caption, keyword, tokenizer):
-    """Whether a caption is so long that no token of the keyword's first place in it is read."""
-    begin = spans(caption, keyword)[0][0]
-    return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
 
 
 def keyword_norms(encoder, ids_of):
