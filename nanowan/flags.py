@@ -126,7 +126,7 @@ def write_config(file, values):
         for table in tables:
             lines += ["", f"[[{key}]]", *(f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)]
     with atomic(file) as tmp:
-        tmp.write_text("\n".join(lines) + "\n")
+        tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _is_tables(value):
@@ -138,5 +138,7 @@ def _toml(value):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    # JSON's strings and numbers are TOML's too
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings and whole numbers are TOML's too, but for one character
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
