@@ -26,7 +26,7 @@ from nanowan import memory_estimate
 from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.files import numbered
-from nanowan.flags import Parser
+from nanowan.flags import Parser, parallel_layout
 from nanowan.formats.header import save
 from nanowan.long_video import SegmentFiles, SegmentsInMemory, check_disk
 from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_report
@@ -339,7 +339,7 @@ def run(args, prompts, world):
         size=video.size,
         image=bool(video.images),
         mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
-        layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8),
+        layout=parallel_layout(args, world.size, pipe.fp8),
         tile=args.vae_tile,
         preview=args.preview_every > 0,
     )

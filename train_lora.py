@@ -23,7 +23,7 @@ from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
-from nanowan.flags import Parser, in_force
+from nanowan.flags import Parser, in_force, parallel_layout
 from nanowan.formats.header import load
 from nanowan.formats.lora import AdapterInfo, start_from, write_lora
 from nanowan.formats.t5 import load_tokenizer, read_encoder
@@ -184,7 +184,7 @@ def train(args, world):
     missing = dict(
         encode=not dataset.is_cached(), encode_texts=not all(f.exists() for f in dataset.text_files().values())
     )
-    layout = memory_estimate.parallel_layout(args, world.size, pipe.fp8)
+    layout = parallel_layout(args, world.size, pipe.fp8)
     how = sizes | missing | dict(layout=layout, previews=previews.shape())
 
     def plan(checkpointing):

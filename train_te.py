@@ -20,7 +20,7 @@ from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
-from nanowan.flags import Parser, in_force
+from nanowan.flags import Parser, in_force, parallel_layout
 from nanowan.formats.header import save as save_tensors
 from nanowan.formats.t5 import (
     in_layout,
@@ -221,9 +221,7 @@ def train(args, world):
     check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
-    how = sizes | dict(
-        encode=not dataset.is_cached(), layout=memory_estimate.parallel_layout(args, world.size, pipe.fp8)
-    )
+    how = sizes | dict(encode=not dataset.is_cached(), layout=parallel_layout(args, world.size, pipe.fp8))
 
     def plan(checkpointing):
         builders = memory_estimate.builders(pipe)

@@ -19,6 +19,7 @@ from lora import inject, lora_layers
 from nanowan import flops, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype
 from nanowan.errors import BadInput, check_at_least
+from nanowan.flags import parallel_layout
 from nanowan.formats.dit import full_config
 from nanowan.formats.t5 import XXL, read_encoder
 from nanowan.parallel import World
@@ -116,7 +117,7 @@ class Job:
         """The Plan on a Machine. mode: how sample.py computes guidance if it is guided and on one rank each (default:
         as it would choose itself).
         """
-        how = {"layout": memory_estimate.parallel_layout(self.args, machine.ranks, self.fp8)}
+        how = {"layout": parallel_layout(self.args, machine.ranks, self.fp8)}
         how |= {"memory": machine.memory, "host": machine.host}
         if self.script == "sample":
             return self._plan_sampling(mode, how)

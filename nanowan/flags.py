@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanowan.errors import BadInput
 from nanowan.files import atomic
+from nanowan.memory_estimate import ParallelLayout
 
 # what other tools call a flag
 ELSEWHERE = {
@@ -142,3 +143,9 @@ def _toml(value):
         return repr(value)
     # JSON's strings and whole numbers are TOML's too, but for one character
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def parallel_layout(args, ranks, fp8=False):
+    """The ParallelLayout of a script's flags on so many ranks; fp8: also if the files are in 8 bits."""
+    fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
+    return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)

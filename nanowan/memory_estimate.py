@@ -153,12 +153,6 @@ class ParallelLayout:
 SINGLE_DEVICE = ParallelLayout()
 
 
-def parallel_layout(args, ranks, fp8=False):
-    """The ParallelLayout of a script's flags on so many ranks; fp8: also if the files are in 8 bits."""
-    fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
-    return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)
-
-
 # ---- the parts, as fake tensors ----------------------------------------------------------------------------------
 def builders(pipe):
     """{model: function that builds it} of a checkpoint, from its headers."""

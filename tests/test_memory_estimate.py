@@ -24,9 +24,10 @@ from benchmarks import tiny
 from diagnostics.plan import Machine, planned, propose
 from lora import inject
 from nanowan.errors import BadInput
+from nanowan.flags import parallel_layout
 from nanowan.formats.dit import full_config, keep_fp32, new_dit
 from nanowan.memory.tiled_vae import decode_tiled
-from nanowan.memory_estimate import Tracker, build, builders, parallel_layout, traced
+from nanowan.memory_estimate import Tracker, build, builders, traced
 from nanowan.parallel import ulysses
 from nanowan.pipeline import Pipeline
 from wan import Wan
