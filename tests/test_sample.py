@@ -37,7 +37,17 @@ from nanowan.sampling import given_settings, requests_of
 from nanowan.settings import NEGATIVE
 from nanowan.step_cache import EasyCache
 from nanowan.variants.image import best_size, image_channels
-from nanowan.video import latent_to_rgb, open_image, preview_writer, to_uint8, write_frames, write_grid, write_mp4
+from nanowan.video import (
+    cover,
+    latent_to_rgb,
+    open_image,
+    preview_writer,
+    to_tensor,
+    to_uint8,
+    write_frames,
+    write_grid,
+    write_mp4,
+)
 from sample import GuidedModel, arguments, encode_text, generate, load, open_video, sample_latents
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
@@ -290,6 +300,30 @@ def test_a_photo_is_upright(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+@torch.no_grad()
+def test_first_and_last_images_of_ti2v_are_clean_from_the_first_step_to_the_last(checkpoints):
+    """The first latent frame is that of the first image, the last one that of a clip which stands still on the last
+    image. At every step both are given as they are, at time 0, and the frames between are not.
+    """
+    pipe, first, last = load(checkpoints["ti2v"]), image(), image().transpose(Image.Transpose.ROTATE_180)
+    how = dict(size=(96, 64), frames=13, steps=3, guidance=1.0)
+    video = open_video(pipe, pipe.settings.with_overrides(**how), image=first, last_image=last)
+    known = video.conditions(0).known
+    still = to_tensor(cover(last, *video.size))[None, :, None]
+    vae = pipe.acquire("vae")
+    assert torch.equal(known[0], vae.encode(to_tensor(cover(first, *video.size))[None, :, None]))
+    assert torch.equal(known[-1], vae.encode(still.expand(-1, -1, 5, -1, -1))[:, :, -1:])
+    seen, dit = [], pipe.acquire("dit")
+    dit.register_forward_pre_hook(lambda module, given: seen.append((given[0].clone(), given[1].clone())))
+    latents = generate(pipe, "a", image=first, last_image=last, progress=False, **how)[1]
+    for x, t in [*seen, (latents[None], None)]:
+        assert torch.equal(x[:, :, :1], known[0]) and torch.equal(x[:, :, -1:], known[-1])
+        assert t is None or (t[0, [0, -1]] == 0).all() and (t[0, 1:-1] > 0).all()
+    assert len(seen) >= 3 and latents.shape[1] == 4
+    with pytest.raises(BadInput, match="--frames 1: with --last_image at least 5"):
+        generate(pipe, "a", image=first, last_image=last, progress=False, **how | {"frames": 1})
 
 
 @torch.no_grad()

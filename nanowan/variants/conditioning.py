@@ -85,6 +85,8 @@ class Video:
         """image, last_image: PIL images or None, already opened."""
         self.pipe, self.frames, self.fps = pipe, settings.frames, settings.fps
         self.images = tuple(i for i in (image, last_image) if i is not None)
+        if last_image is not None and self.frames < 5:
+            raise BadInput(f"--frames {self.frames}: with --last_image at least 5")
         self.conditioning = settings.conditioning
         self.size = self.conditioning.video_size(settings.size, image)
         self.shape = settings.latent_shape(self.size, settings.frames)
