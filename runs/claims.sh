@@ -87,9 +87,32 @@ count() {  # clips of each word
         te "count_$n" "clips_$n"
     done
 }
-own() {  # words of one's own, 20 clips each, by default flags; rows alone; then a translator, and one that preserves
+own_words() {  # 20 clips each
     WORDS=scarlet=red,navy=blue,disc=circle,pyramid=triangle,plummets=down,freezes=still
     clips own_clips 240
+}
+parts() {  # how much of the encoder is trained: all of it, LoRAs in its blocks, the words' rows alone
+    own_words
+    te own own_clips
+    for r in 4 16 64; do te "own_rank_$r" own_clips --rank $r; done
+    te own_rows own_clips --train_blocks 0
+}
+norm() {  # of the rows, where these are all that is trained
+    own_words
+    clips own_few 60
+    for how in free fixed clamp; do
+        te "norm_${how}_5" own_few --train_blocks 0 --keyword_norm $how
+        te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
+    done
+}
+rates() {  # half decades around the defaults
+    for lr in 1e-3 4e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
+    own_words
+    for lr in 3e-3 1e-2 3e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
+    for lr in 3e-3 1e-2 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
+}
+own() {  # by default flags; rows alone; then a translator, and one that preserves
+    own_words
     te own own_clips
     te own_rows own_clips --train_blocks 0
     own_lora own_lora
@@ -103,7 +126,7 @@ own_lora() {  # own_lora NAME FLAGS...
     score "$1" --lora "$encoder"
 }
 
-for part in ${PARTS:-start preserve rank cap blocks targets mix count own thirds}; do
+for part in ${PARTS:-start preserve rank cap blocks targets mix count own parts norm rates thirds}; do
     folder=$OUT
     if [ "$part" = thirds ]; then folder=$OUT/thirds && deep_nano; fi
     for seed in $SEEDS; do
