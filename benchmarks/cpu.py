@@ -1,11 +1,13 @@
 """`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, whole samples, loading."""
 
 import functools
+import itertools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,9 +15,12 @@ import lora
 from benchmarks import tiny, tiny_animate, tiny_s2v
 from benchmarks.common import add_peer_adapter, add_reference, interleaved, peak_memory, seconds_of, trainable
 from flow import make_noisy_batch
+from nanowan.cache import cache_latents
 from nanowan.formats.dit import load_wan
 from nanowan.long_video import SegmentFiles
+from nanowan.training.scan import scan
 from nanowan.variants.s2v.model import WanS2V
+from nanowan.video import write_mp4
 from sample import encode_text, generate, load, open_video, sample_segments
 from t5 import TextEncoder
 from vae import VAE
@@ -235,6 +240,37 @@ def loading():
     }, None
 
 
+def cache_clip():
+    """A clip of 120 frames of 1080p is looked at, and 49 frames at 832x480 made ready for the VAE, which is left out.
+    The peer, as a plain loop of PyAV and PIL: every frame becomes a picture, and those that are chosen are resized.
+    """
+    import av
+    from PIL import Image
+
+    folder, count = Path(tempfile.mkdtemp()), itertools.count()
+    wave = torch.linspace(-1, 1, 2160).view(1, 1, 1, -1) + torch.linspace(0, 2, 1080).view(1, 1, -1, 1)
+    frames = torch.cat([(6 * wave[..., 2 * t : 2 * t + 1920]).sin().expand(3, -1, -1, -1) for t in range(120)], 1)
+    write_mp4(folder / "clip.mp4", frames, 24)
+    (folder / "clip.txt").write_text("a caption")
+    (folder / "vae.pth").touch()
+    vae = torch.nn.Linear(1, 1)
+    vae.encode = lambda video: video[:, :, :1, :1, :1].clone()
+
+    def ours():
+        cache = folder / f"cache{next(count)}"
+        items, _ = scan(folder, 832 * 480, 32, 49, 24, "first", cache)
+        cache_latents(items, cache, folder / "vae.pth", lambda: vae)
+
+    def plain():
+        with av.open(str(folder / "clip.mp4")) as container:
+            pictures = [frame.to_image() for frame in container.decode(video=0)][:49]
+        return torch.from_numpy(
+            np.stack([p.resize((853, 480), Image.LANCZOS).crop((10, 0, 842, 480)) for p in pictures])
+        )
+
+    return {"ours": ours, "plain": plain}, None
+
+
 WORKS = {
     "dit": (dit_forward, "DiT forward, width 768, 480 tokens"),
     "lora": (lora_step, "LoRA step, the same model"),
@@ -252,6 +288,7 @@ WORKS = {
     "s2v_clips": (speech_clips, "S2V, ten clips (the peer: two)"),
     "animate": (animate_step, "Animate step, width 768, 768 tokens"),
     "load": (loading, "load a 1 GB DiT"),
+    "cache": (cache_clip, "cache a 1080p clip of 120 frames, 49 of them at 832x480, without the VAE"),
 }
 
 
