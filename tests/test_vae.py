@@ -109,6 +109,21 @@ def test_tiles_are_exact_where_they_overlap_enough(v22, report):
 
 
 @pytest.mark.parametrize("v22", [False, True])
+def test_a_decoder_sees_as_far_as_its_receptive_radius_and_no_farther(v22):
+    """By the gradient of the pixels of one latent row."""
+    model, middle = tiny.vae(v22).double(), 20
+    z = torch.randn(1, model.conv2.in_channels, 1, 2 * middle + 1, 2, dtype=torch.float64)
+    features = model.decoder.forward_mid(model.conv2(z, {}), {}).detach().requires_grad_()
+    video = model.unpatchify(model.decoder.forward_up(features, {}))
+    scale = video.shape[3] // z.shape[3]
+    pixels = video[:, :, :, middle * scale : (middle + 1) * scale]
+    (gradient,) = torch.autograd.grad(pixels.square().sum(), features)
+    rows = gradient.abs().amax((0, 1, 2, 4)).nonzero().flatten().tolist()
+    radius = receptive_radius(model.decoder)
+    assert (rows[0], rows[-1]) == (middle - radius, middle + radius)
+
+
+@pytest.mark.parametrize("v22", [False, True])
 def test_smaller_tiles_are_blended_and_nearly_equal(v22, report):
     """Each tile sees half of itself more on each side; what lies beyond changes pixels by little, and less the larger
     the tiles are.
