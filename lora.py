@@ -115,14 +115,26 @@ def weight_norms(model):
     return {name: b.norm if hasattr(b, "norm") else b.weight.float().norm() for name, b in bases.items()}
 
 
+def change_norm(a, b, scale):
+    """The Frobenius norm () of dW = scale * B A, through the r x r products B^T B and A A^T; dW is never formed."""
+    return scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def relative_change(pairs, scale, norms):
+    """||dW|| / ||W|| of all {module name: (A, B)} as one matrix; norms: of their weights, from weight_norms."""
+    moved = sum(change_norm(a, b, scale) ** 2 for a, b in pairs.values())
+    return (moved / sum(norms[name] ** 2 for name in pairs)).sqrt().item()
+
+
 @torch.no_grad()
 def clamp_weight_norm(pairs, scale, norms, cap):
     """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, norms[name] ().
-    Computed through the r x r products B^T B and A A^T; dW is never formed. Returns how many were scaled down.
+    Returns how many were scaled down.
     """
     clamped = torch.zeros(())
     for name, (a, b) in pairs.items():
-        norm = scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
+        norm = change_norm(a, b, scale)
         factor = (cap * norms[name] / norm.clamp(min=1e-30)).clamp(max=1)
         b.mul_(factor)
         clamped += (factor < 1).cpu()

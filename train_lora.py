@@ -18,7 +18,7 @@ from pathlib import Path
 import sample
 from data import Dataset, collate
 from kernels import ops
-from lora import TARGETS, clamp_weight_norm, weight_norms
+from lora import TARGETS, clamp_weight_norm, relative_change, weight_norms
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
@@ -224,7 +224,7 @@ def train(args, world):
     adapters, norms, scale = pipe.adapters, {}, args.alpha / args.rank
     for name in schedule:
         dit = pipe.acquire(name)
-        norms[name] = gather_state(world, weight_norms(dit)) if args.delta_cap else {}
+        norms[name] = gather_state(world, weight_norms(dit))
         dit = None  # so that it can be evicted for the other expert
     for name, file in init_files.items():
         start_from(adapters[name], file, scale, name)
@@ -315,6 +315,10 @@ def train(args, world):
 
     for stream in pipe.streams():
         print(stream.report())
+    with state.averaged():
+        for name in schedule:
+            moved = relative_change(adapters[name], scale, norms[name])
+            print(f"dW/W {moved:.2g}" + f" of expert {name}" * (len(schedule) > 1))
     results = [adapter_file(run.out, args.name, name) for name in schedule]
     print(need.compare(args.device), *results, sep="\n")
 

@@ -35,7 +35,7 @@ from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_prompts
 from nanowan.training.anchor import Anchor
 from nanowan.training.captions import augment_caption, parse_probs, without_keywords
-from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, unfreeze
+from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, relative_changes, unfreeze
 from nanowan.training.flags import (
     RECOMMENDED,
     add_flags,
@@ -375,6 +375,10 @@ def train(args, world):
         if stop:
             run.leave()
 
+    files = pipe.files("text")
+    with state.averaged():
+        moved = relative_changes(encoder, base_rows, read_encoder(files).entries, dtype, world.is_main)
+    print("dW/W of", ", ".join(f"{part} {share:.2g}" for part, share in moved.items()), f"against {files[0]}")
     print(need.compare(args.device), result, sep="\n")
     if args.save in ("full", "delta"):
         print("not for ComfyUI: its CLIPLoader takes it without an error, as a random CLIP; use --save comfyui")

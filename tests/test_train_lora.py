@@ -10,6 +10,7 @@ from helpers.adapters import save_lora
 from test_data import clip
 
 from benchmarks import tiny
+from diagnostics.delta import delta, relative_norm
 from lora import inject
 from nanowan import memory_estimate, pipeline
 from nanowan.errors import BadInput
@@ -69,7 +70,9 @@ def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind,
 
 def test_a_stopped_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
     """Under another name for its files, of which the last two saves are kept, without a trace in what is learned."""
-    train(checkpoints["ti2v"], media, tmp_path / "whole", "--dropout", 0.2)
+    run = train(checkpoints["ti2v"], media, tmp_path / "whole", "--dropout", 0.2)
+    moved = relative_norm(delta(tmp_path / "whole" / "adapter_model.safetensors", checkpoints["ti2v"]))
+    assert f"dW/W {moved:.2g}\n" in run.stdout and moved > 0
     named = ["--dropout", 0.2, "--save_every", 2, "--name", "my style", "--keep", 2, "--trigger", "red, dog"]
     assert train(checkpoints["ti2v"], media, tmp_path / "cut", *named, check=False, code=KILL).returncode == -9
     assert adapters_in(tmp_path / "cut") == ["my style", "my style_000002"]

@@ -52,6 +52,15 @@ def test_only_what_was_asked_is_trained_and_saved(checkpoints, media, tmp_path, 
     names, rows, ids = changed(checkpoints["ti2v"], tmp_path / "out" / "text_encoder.safetensors")
     assert {".".join(n.split(".")[:2]) if n.startswith("blocks") else n.split(".")[0] for n in names} == set(trained)
     assert rows and set(rows) <= ids
+    files = None, tmp_path / "out" / "text_encoder.safetensors"
+    old, new = (load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=f).state_dict() for f in files)
+    parts = {"blocks": [(old[n], new[n]) for n in names if old[n].dim() > 1]}
+    parts["embeddings"] = [(m["token_embedding.weight"][rows] for m in (old, new))]
+    for part, pairs in parts.items():
+        a, b = (torch.cat([t.flatten() for t in ts]) if ts else None for ts in zip(*pairs)) if pairs else (None, None)
+        said = re.search(rf"dW/W of .*\b{part} ([\d.e-]+)", run.stdout)
+        assert (a is None) == (said is None)
+        assert a is None or float(said[1]) == pytest.approx(((b - a).norm() / a.norm()).item(), rel=0.06)
     stored = load(tmp_path / "out" / "text_encoder.safetensors")[0]
     wanted = set(tiny.text_encoder().state_dict())
     if how == "delta":

@@ -4,6 +4,8 @@ Trained embeddings of words may grow out of the distribution of the table's own,
 (Directional Textual Inversion, arXiv 2512.13672); `keyword_norm` holds them.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -128,6 +130,27 @@ def encoder_tensors(encoder, form, dtype, is_main):
         if is_main:
             tensors["token_embedding.weight"] = tensors["token_embedding.weight"].index_copy(0, row_ids, rows)
     return tensors
+
+
+@torch.no_grad()
+def relative_changes(encoder, base_rows, entries, dtype, is_main):
+    """{"blocks", "embeddings": ||dW|| / ||W|| of the matrices that are trained there, as one}, against the `entries` of
+    a file; {} where not is_main. base_rows: the embeddings (n,D) from before training. Every rank calls this.
+    """
+    tensors = encoder_tensors(encoder, "delta", dtype, is_main)
+    if not is_main:
+        return {}
+    rows, _ = (tensors.pop(f"token_embedding.{key}", None) for key in ("rows", "ids"))
+    sums = {"blocks": [0.0, 0.0]} if any(t.dim() > 1 for t in tensors.values()) else {}
+    for name, new in tensors.items():
+        if new.dim() > 1:
+            old = entries[name].read().float()
+            sums["blocks"][0] += (new.float() - old).square().sum().item()
+            sums["blocks"][1] += old.square().sum().item()
+    if rows is not None:
+        old = base_rows.float().cpu()
+        sums["embeddings"] = (rows.float() - old).square().sum().item(), old.square().sum().item()
+    return {part: math.sqrt(moved / base) for part, (moved, base) in sums.items()}
 
 
 def merged_weight(layer: LoRALinear):
