@@ -216,11 +216,12 @@ def test_the_command(tmp_path):
         "4",
         "--previews",
         "x",
+        plan=True,
     )
     assert run.returncode == 0 and "plan: peak memory" in run.stdout and "previews:" in run.stdout, run.stderr
     told = json.loads((tmp_path / "p.json").read_text())
     assert told["peak"] == told["process"] + max(sum(p.values()) for p in told["phases"].values())
-    bad = scripts.run(ROOT / "diag.py", "plan", "train_lora", "--frames", "8")
+    bad = scripts.run(ROOT / "diag.py", "plan", "train_lora", "--frames", "8", plan=True)
     assert bad.returncode == 1 and "nearest 9" in bad.stderr
 
 

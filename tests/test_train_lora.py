@@ -28,10 +28,10 @@ def adapters_in(out):
     return sorted(f.stem for f in out.glob("*.safetensors"))
 
 
-def train(ckpt, media, out, *flags, check=True, code=None):
+def train(ckpt, media, out, *flags, check=True, code=None, plan=False):
     where = "--ckpt", ckpt, "--data", media, "--out", out, "--cache", out.parent / "cache"
     how = "--resolution 64x64 --frames 9 --steps 6 --batch 2 --rank 4 --device cpu --dtype fp32".split()
-    return scripts.run(ROOT / "train_lora.py", *where, *how, *flags, code=code, check=check)
+    return scripts.run(ROOT / "train_lora.py", *where, *how, *flags, code=code, check=check, plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_every_model_type_trains_and_samples(checkpoints, media, tmp_path, kind,
     from sample import generate
     from sample import load as load_models
 
-    run = train(checkpoints[kind], media, tmp_path / "out", *flags)
-    assert "data: 3 files, 0 skipped" in run.stdout
+    run = train(checkpoints[kind], media, tmp_path / "out", *flags, plan=True)
+    assert "data: 3 files, 0 skipped" in run.stdout and "plan: peak memory" in run.stdout
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
     changes, meta = read_lora(tmp_path / "out" / f"{name}.safetensors")

@@ -34,11 +34,11 @@ class NoPlan:
         return ""
 
 
-def run(script, *flags, code=None, check=False, ranks=1):
+def run(script, *flags, code=None, check=False, ranks=1, plan=False):
     """subprocess.run of a script with these flags -> returncode, stdout, stderr (text). code: what runs instead, as
     `python -c` has it, with the script and flags as its arguments. check: it must succeed. ranks: that many at once,
     each on one thread with the environment that torchrun gives, one after the other in stdout and stderr; where one
-    fails the others are ended.
+    fails the others are ended. plan: with the plan of its memory, which takes as long as the rest.
     """
     global server
     if server is None:
@@ -47,7 +47,7 @@ def run(script, *flags, code=None, check=False, ranks=1):
         server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
     with tempfile.TemporaryDirectory() as folder:
         argv = [str(a) for a in (script, *flags)]
-        server.stdin.write(json.dumps([folder, argv, code, os.getcwd(), ranks]) + "\n")
+        server.stdin.write(json.dumps([folder, argv, code, os.getcwd(), plan, ranks]) + "\n")
         server.stdin.flush()
         returncode = int(server.stdout.readline())
         files = [[Path(folder) / f"{name}{rank}" for rank in range(ranks)] for name in ("stdout", "stderr")]
@@ -101,9 +101,12 @@ if __name__ == "__main__":
     import train_lora  # noqa: F401
     import train_te  # noqa: F401
     from nano import __main__ as nano  # noqa: F401
+    from nanowan import memory_estimate
 
-    folder, argv, code, cwd, _, rank = serve()
+    folder, argv, code, cwd, plan, _, rank = serve()
     os.chdir(cwd)
+    if not plan:
+        memory_estimate.training = memory_estimate.sampling = lambda *_, **__: NoPlan()
     for name, number in (("stdout", 1), ("stderr", 2)):
         with open(f"{folder}/{name}{rank}", "wb") as file:
             os.dup2(file.fileno(), number)
