@@ -5,6 +5,7 @@ operation are PyTorch's (torch.utils.flop_counter): attention's backward pass is
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lora import LoRALinear, lora_layers
 from nanowan.formats.dit import new_dit
 from nanowan.variants.registry import parts_of
 
+ALIKE = ("t2v", "i2v", "ti2v")  # models all of whose blocks do the same
 aten = torch.ops.aten
 FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
@@ -125,26 +127,49 @@ def forward(config, latents, text=64, batch=1):
 
     config: of a DiT. latents (T',h,w), text: tokens of the prompt.
     """
-    with FakeTensorMode(), backend.using("ref"), torch.no_grad():
-        dit, x, t, context, inputs = _example(config, latents, text, batch)
-        given = dit.embed_text(context, cache=True), dit.prepare_inputs(**inputs)
-        with Counter() as counter:
-            dit(x, t, given[0], **given[1])
-    return counter.flops
+
+    def count(config, _):
+        with FakeTensorMode(), backend.using("ref"), torch.no_grad():
+            dit, x, t, context, inputs = _example(config, latents, text, batch)
+            given = dit.embed_text(context, cache=True), dit.prepare_inputs(**inputs)
+            with Counter() as counter:
+                dit(x, t, given[0], **given[1])
+        return counter.flops
+
+    return _of_few_blocks(count, config, ())
 
 
 def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkpointing=False):
     """The Flops of a pass forward and backward. adapted: names of the linears that have a LoRA of this rank, which is
-    what is trained; without any, the text is, as in train_te. The rest as in `forward`.
+    what is trained; without any, the text is, as in train_te. checkpointing: as in Wan. The rest as in `forward`.
     """
-    with FakeTensorMode(), backend.using("ref"), torch.enable_grad():
-        dit, x, t, context, inputs = _example(config, latents, text, batch)
-        for name in adapted:
-            dit.set_submodule(name, LoRALinear(dit.get_submodule(name), rank, rank))
-        dit.checkpointing = checkpointing
-        with Counter() as counter:
-            dit(x, t, context.requires_grad_(not adapted), **inputs).square().sum().backward()
-    return counter.flops
+
+    def count(config, adapted, checkpointing=checkpointing):
+        with FakeTensorMode(), backend.using("ref"), torch.enable_grad():
+            dit, x, t, context, inputs = _example(config, latents, text, batch)
+            for name in adapted:
+                dit.set_submodule(name, LoRALinear(dit.get_submodule(name), rank, rank))
+            dit.checkpointing = checkpointing
+            with Counter() as counter:
+                dit(x, t, context.requires_grad_(not adapted), **inputs).square().sum().backward()
+        return counter.flops
+
+    if checkpointing in (False, True):
+        return _of_few_blocks(count, config, adapted)
+    none, all_blocks = (training_step(config, latents, text, batch, adapted, rank, every) for every in (False, True))
+    return none.plus(all_blocks.plus(none, -1), checkpointing / config.num_layers)
+
+
+def _of_few_blocks(count, config, adapted):
+    """count(config, adapted), a Flops, from those of two and of three blocks where all but the first do the same."""
+    inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
+    if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):
+        return count(config, adapted)
+    two, three = (
+        count(replace(config, num_layers=n), tuple(name for name in adapted if int(name.split(".")[1]) < n))
+        for n in (2, 3)
+    )
+    return two.plus(three.plus(two, -1), config.num_layers - 2)
 
 
 COUNTED = {}  # {what: (tokens, Flops of one sample)} of `step_of`: counting takes seconds

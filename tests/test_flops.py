@@ -1,5 +1,7 @@
 """FLOPs that are counted ahead against PyTorch's counter on real runs, and the times that they predict."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +14,7 @@ from kernels import backend
 from nanowan import flops, memory_estimate
 from nanowan.formats.dit import full_config
 from nanowan.variants.registry import parts_of
+from wan import Wan
 
 DITS = {kind: lambda kind=kind: tiny.dit(kind) for kind in ("ti2v", "t2v", "i2v")}
 DITS |= {"s2v": tiny_s2v.dit, "animate": tiny_animate.animate}
@@ -73,6 +76,36 @@ def test_a_training_step(kind, trained, checkpointing, report):
     if checkpointing and trained == "all blocks":
         # 2.5 of one of two forward passes, but for the first block's self-attention, before anything that is trained
         assert 0 < counted.attention_backward < 1.25 * counted.attention
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["t2v", "ti2v"])
+def test_what_few_blocks_tell_of_many(kind, checkpointing, monkeypatch, report):
+    """The same as counting all five blocks."""
+    config = replace(example(kind)[0].config, num_layers=5)
+    for parts in (("cross_attn.k", "ffn.2"), ()):
+        names = tuple(f"blocks.{i}.{part}" for i in range(5) for part in parts)
+        given = config, LATENTS, TEXT, BATCH, names, 4, checkpointing
+        with monkeypatch.context() as patch:
+            found = flops.training_step(*given), flops.forward(*given[:4])
+            patch.setattr(flops, "ALIKE", ())
+            want = flops.training_step(*given), flops.forward(*given[:4])
+        for a, b in zip(found, want):
+            report("FLOPs", max(abs(x - y) / max(y, 1) for x, y in zip(a, b)), 1e-9)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 5])
+def test_some_of_the_blocks_recompute(n, report):
+    """Counted as they run, on a DiT of five blocks."""
+    config = replace(example("ti2v")[0].config, num_layers=5)
+    dit = Wan(config).requires_grad_(False)
+    lora.inject(dit, rank=4)
+    dit.checkpointing = n
+    x, context = torch.randn(BATCH, config.in_dim, *LATENTS), torch.randn(BATCH, TEXT, config.text_dim)
+    with backend.using("ref"), FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+        dit(x, torch.full((BATCH,), 500.0), context).square().sum().backward()
+    counted = flops.training_step(config, LATENTS, TEXT, BATCH, tuple(lora.lora_layers(dit)), 4, n)
+    report("FLOPs", abs(counted.total / counter.get_total_flops() - 1), 1e-9)
 
 
 def test_released_sizes(report):
