@@ -28,7 +28,7 @@ from nanowan.settings import NANO  # noqa: E402
 from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
-WORDS = ("crimson", "wedge", "halts", "orange")  # the last is a colour that the base has never drawn
+WORDS = ("crimson", "wedge", "orange")  # the last is a colour that the base has never drawn
 NEAR = ("box", "orb", "sinks", "ascends")  # of the same kinds; no caption has them, and they should be left alone
 OUT = ROOT / "out" / "demo"
 
@@ -83,14 +83,14 @@ def main():
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
     run("-m", "nano", "clips", "--out", clips, "--n", 192, "--seed", 7, "--words", words)
     data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
-    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 400]  # rows need no varied captions
+    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 150]  # rows need no varied captions
     run(ROOT / "train_te.py", *data, "--out", OUT / "te", *flags)
     stages["+ encoder"] = listen("encoder", encoder=encoder)
     flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 300]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
     stages["+ encoder + translator"] = listen("translator", [str(adapter)], encoder)
 
-    shown = [0, 2, 4, 6, 8, 10]  # the first clip of each word, of known words, and of one that nobody trained
+    shown = [0, 2, 4, 5, 6, 8]  # a clip of each word, two of the last, of known words, of one that nobody trained
     rows = [(stage, *clips[i]) for i in shown for stage, (_, clips) in stages.items()]
     labels = [f"{stage}: {prompt}" for stage, prompt, _ in rows]
     write_grid(OUT / "before_after.png", [clip for *_, clip in rows], labels, columns=len(stages), scale=2)
