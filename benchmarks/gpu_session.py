@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import ROOT, machine
 from diagnostics.common import write_json
 
@@ -169,6 +171,8 @@ def main():
             print(f"{name}{' (beside what follows)' * job.beside}: at most {job.limit} s, about {job.expected} s")
             print(f"    {job.command}")
         return
+    if not torch.cuda.is_available():
+        p.error("there is no CUDA device; --dry prints the jobs")
     Session(args.seconds, args.out).run(jobs())
 
 
