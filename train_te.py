@@ -73,11 +73,7 @@ def arguments(argv=None):
     recommended = RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="train only the top N blocks (default: all; 0: none)")
-    add(
-        "--rank",
-        type=int,
-        help="train LoRAs of this rank in the blocks instead of the blocks themselves (default: none)",
-    )
+    add("--rank", type=int, help="train LoRAs of this rank in the blocks instead of the blocks (default: none)")
     add(
         "--keywords",
         type=comma_list,
@@ -103,12 +99,8 @@ def arguments(argv=None):
         help="norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of "
         "99 percent of the table (default: %(default)s)",
     )
-    add(
-        "--anchor",
-        type=float,
-        default=0.01,
-        help="weight of the penalty on moving the embeddings of prompts without keywords (default: %(default)s)",
-    )
+    drift = "penalty on moving the embeddings of prompts without keywords"
+    add("--anchor", type=float, default=0.01, help=f"weight of the {drift} (default: %(default)s)")
     add(
         "--save",
         choices=("full", "delta", "comfyui", "lora"),
@@ -127,17 +119,11 @@ def arguments(argv=None):
         help="percentages of captions with a keyword that are shown as the keyword alone, shortened, whole (default: "
         f"the checkpoint's, or {recommended['caption_mode_probs']})",
     )
-    add(
-        "--trim_prob",
-        type=float,
-        help="probability that a whole caption loses a few words, never a keyword (default: the checkpoint's, or "
-        f"{recommended['trim_prob']})",
-    )
+    trim = f"(default: the checkpoint's, or {recommended['trim_prob']})"
+    add("--trim_prob", type=float, help=f"probability that a caption loses a few words, never a keyword {trim}")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add(
-        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
-    )
+    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
     add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
