@@ -78,11 +78,11 @@ def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
 
 
 def join_units(caption, units):
-    """Some units of a caption, each after a space where it had one before it."""
-    text = ""
+    """Some units of a caption, with a space between two where there was one somewhere between them."""
+    text, end = "", 0
     for m in units:
-        spaced = m.start() > 0 and caption[m.start() - 1].isspace()
-        text += (" " if text and spaced else "") + m.group()
+        spaced = any(c.isspace() for c in caption[end : m.start()])
+        text, end = text + (" " if text and spaced else "") + m.group(), m.end()
     return text
 
 
