@@ -719,6 +719,18 @@ def test_entries_that_repeat_are_seen_as_often(tmp_path):
     assert seen == {0: 1, 1: 4, 2: 1, 3: 1, 4: 1} and batches.per_epoch == 3 + 1
 
 
+def test_a_data_sets_repeats_are_of_what_its_list_repeats(tmp_path):
+    """And its weight is that of each of its samples."""
+    for name in "ab":
+        photo(tmp_path / f"{name}.png", 64, 48)
+    rows = [{"path": "a.png", "caption": "a", "repeat": 3}, {"path": "b.png", "caption": "b"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = SimpleNamespace(size_multiple=16, fps=8)
+    source = data.DataSource(tmp_path / "list.jsonl", (64, 48), 9, repeats=2, weight=0.5)
+    items, _ = data.scan_source(source, settings, None, None)
+    assert [(i.path.name, i.repeat, i.weight) for i in items] == [("a.png", 6, 0.5), ("b.png", 2, 0.5)]
+
+
 def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     clip(tmp_path / "a.mp4")
     clip(tmp_path / "b.mp4", frames=3)
