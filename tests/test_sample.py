@@ -566,6 +566,19 @@ def test_the_step_cache_adds_up_what_is_expected_to_have_changed():
     assert cache.computed == 3
 
 
+@pytest.mark.parametrize("name", flow.SOLVERS)
+def test_each_step_shows_the_clip_that_its_velocity_leads_to(checkpoints, monkeypatch, name):
+    """Of velocities that all lead to one clip each estimate is that clip."""
+    pipe, clean = load(checkpoints["t2v"]), torch.rand(1, 16, 1, 4, 4)
+    like = flow.solver(name, 4, pipe.settings.shift)
+    sigmas, shown = iter(like.sigmas), []
+    monkeypatch.setattr(GuidedModel, "velocity", lambda self, x, t, scale: (x - clean) / next(sigmas))
+    given = dict(size=(32, 32), frames=1, steps=4, guidance=1.0, solver=name, progress=False)
+    sample_latents(pipe, ["a cat"], [0], on_step=lambda i, x0: shown.append((i, x0.clone())), **given)
+    assert [i for i, _ in shown] == list(range(len(like.timesteps)))
+    assert all(tiny.error(x0, clean) < 1e-5 for _, x0 in shown)
+
+
 class Stubborn(EasyCache):
     """Serves the last velocity for ever, until it is told to forget."""
 
@@ -753,6 +766,22 @@ def test_a_stopped_list_of_prompts_goes_on_where_it_was(checkpoints, tmp_path, m
     for i in range(5):
         a, b = ((tmp_path / folder / f"v_{i:03d}.mp4").read_bytes() for folder in ("whole", "cut"))
         assert a == b
+
+
+def test_latents_of_a_stopped_list_keep_their_numbers(checkpoints, tmp_path, monkeypatch):
+    """Those of videos that are done are left, and those of the others get the numbers of their videos."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: NoPlan())
+    words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu"
+    words += f" --size 32x32 --frames 1 --steps 1 --guidance 1 --save_latents {tmp_path}/z.safetensors"
+    run_script(monkeypatch, words)
+    files = [tmp_path / f"z_{i:03d}.safetensors" for i in range(2)]
+    before = [file.read_bytes() for file in files]
+    assert before[0] != before[1]
+    (tmp_path / "v_001.mp4").unlink()
+    files[1].unlink()
+    run_script(monkeypatch, words, "--resume")
+    assert [file.read_bytes() for file in files] == before
 
 
 FREE = """config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile
