@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import data
 from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.errors import BadInput
-from nanowan.formats.header import load
+from nanowan.formats.header import load, save
 from nanowan.parallel import World
 from nanowan.training import report
 from nanowan.training.captions import count_files
@@ -544,6 +545,21 @@ def test_trained_words_are_counted_by_files():
 
 def items_of(sizes):
     return [Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
+
+
+def test_a_samples_loss_counts_as_its_data_sets_weight_says(tmp_path):
+    """And that of a preserved one --preserve times."""
+    dataset = object.__new__(data.Dataset)
+    dataset.samples, dataset.config, draws = Samples(None), SimpleNamespace(preserve=3.0), []
+    for i, (weight, preserved) in enumerate(((1.0, False), (0.5, False), (0.5, True))):
+        file, item = tmp_path / f"{i}.safetensors", replace(items_of({16: 1})[0], weight=weight)
+        save(file, {"latents": torch.randn(4, 2, 3, 3)})
+        generator = torch.Generator().manual_seed(i)
+        draws.append(data.Draw(item, file, "a", preserved, False, None, torch.tensor(0.5), generator))
+    batch = dataset._batch(draws, True)
+    loss = batch.loss(lambda *_: torch.zeros(3, 4, 2, 3, 3), torch.zeros(3, 1, 1), None)
+    each = batch.target.square().mean((1, 2, 3, 4))
+    assert loss.item() == pytest.approx(((each[0] + 0.5 * each[1] + 1.5 * each[2]) / 3).item())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
