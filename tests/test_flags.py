@@ -167,6 +167,21 @@ def test_rows_keep_the_norms_from_before_the_first_step(checkpoints, photos, tmp
     assert torch.allclose(rows.norm(dim=1), before.norm(dim=1), rtol=1e-5)
 
 
+def test_a_trained_placeholder_is_known_to_what_reads_the_encoder(checkpoints, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_te, "predict", no_plan)
+    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
+    words += " --resolution 32x32 --frames 1 --batch 4 --steps 1 --held_out 0 --dtype fp32 --anchor 0 --save delta"
+    words += " --keywords photo=placeholder:2 --train_blocks 0 --keyword_lr 0.5 --caption_dropout 0 --warmup 0"
+    monkeypatch.setattr("sys.argv", ["train_te.py", *words.split()])
+    train_te.main()
+    file = tmp_path / "out" / "text_encoder.safetensors"
+    plain, taught = (load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=w) for w in (None, file))
+    rows = load(file)[0]["token_embedding.ids"].tolist()
+    assert len(rows) == 2 and not {*rows} & {*plain.tokenizer.ids("a photo 1")}
+    assert {*rows} <= {*taught.tokenizer.ids("a photo 1")}
+    assert not torch.equal(taught.token_embedding.weight[rows], plain.token_embedding.weight[rows])
+
+
 def test_held_out_times_are_those_of_the_shift(tmp_path):
     """Each sample is seen at the same four times, in an expert's range, which the shift moves towards noise."""
     save(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
