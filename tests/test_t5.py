@@ -722,6 +722,7 @@ def test_a_change_of_another_encoder_is_refused(checkpoints, tmp_path, ckpt):
         ({"blocks": {"blocks.7.attn.q": blocks["blocks.0.attn.q"]}}, "blocks.7.attn.q.weight is not there"),
         ({"blocks": {"blocks.0.attn.k": blocks["blocks.1.ffn.fc2"]}}, r"blocks.0.attn.k.weight is \(24, 32\) there"),
         ({"blocks": {}, "rows": rows, "ids": IDS + 150}, r"token_embedding.weight is \(200, 32\) there"),
+        ({"blocks": {}, "rows": rows, "ids": IDS - max(IDS) + 200}, r"token_embedding.weight is \(200, 32\) there"),
         ({"blocks": {}, "rows": rows[:, :8], "ids": IDS}, r"token_embedding.weight is \(200, 32\) there"),
     ):
         write_encoder_lora(tmp_path / "x.safetensors", **change, vocab=400, compact=True)
