@@ -11,7 +11,7 @@ import data
 from benchmarks import tiny, tiny_animate, tiny_s2v
 from diag import arguments
 from diagnostics import blocks
-from diagnostics.blocks import hide_tokens, keyword_tokens, sample_effects, shortest_run
+from diagnostics.blocks import hide_tokens, keyword_tokens, mean_change, sample_effects, shortest_run
 from flow import make_noisy_batch
 from nanowan.errors import BadInput
 from nanowan.formats.t5 import load_t5
@@ -119,6 +119,20 @@ def test_a_word_with_rows_of_its_own_is_found(checkpoints):
 def test_a_word_that_is_cut_off_has_no_tokens(checkpoints):
     tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
     assert not keyword_tokens("the lazy dog " * 300 + "red", "red", tokenizer).any()
+
+
+def test_blocks_are_proposed_for_both_experts_and_all_words():
+    """By the mean of each block's changes."""
+    changes = {"high": {"red": (1.0, 2.0), "fox": (3.0, 4.0)}, "low": {"red": (5.0, 6.0), "fox": (7.0, 12.0)}}
+    effects = {
+        expert: [
+            {"keyword": word, "block": i, "change": change}
+            for word, row in words.items()
+            for i, change in enumerate(row)
+        ]
+        for expert, words in changes.items()
+    }
+    assert mean_change(effects) == [4.0, 6.0]
 
 
 def test_the_shortest_run():

@@ -12,9 +12,12 @@ import diag
 import sample
 import train_lora
 import train_te
+from data import DataSource
 from nanowan.errors import BadInput
 from nanowan.flags import ELSEWHERE, Parser, read_config, write_config
 from nanowan.formats.header import load
+from nanowan.settings import released
+from nanowan.training.flags import data_source
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sample": sample, "train_lora": train_lora, "train_te": train_te}
@@ -121,6 +124,35 @@ def test_flags_come_back_from_the_file_that_they_write(tmp_path, script, words, 
         (tmp_path / "c.json").write_text(json.dumps({k: v for k, v in values.items() if k != "resume"}))
     again = SCRIPTS[script].arguments(["--config", str(tmp_path / f"c.{form}")])
     assert vars(again) == vars(given) | {"config": str(tmp_path / f"c.{form}")}
+
+
+def test_a_data_sets_own_settings_go_before_the_flags():
+    flags = "--resolution 640x352 --frames 9 --clip_mode middle".split()
+    args, s = train_lora.arguments(flags), released("ti2v-5B")
+    assert data_source({"source": "a"}, args, s) == DataSource(Path("a"), (640, 352), 9, "middle", 1, 1.0)
+    own = {"resolution": "320x320", "frames": 5, "clip_mode": "several", "repeats": 3, "weight": 0.25}
+    want = DataSource(Path("b"), (320, 320), 5, "several", 3, 0.25)
+    for size in ("320x320", [320, 320]):
+        assert data_source({"source": "b"} | own | {"resolution": size}, args, s) == want
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ({"repeats": 0}, "--data a: repeats 0"),
+        ({"repeats": 1.5}, "--data a: repeats 1.5"),
+        ({"weight": 0}, "--data a: .*weight 0"),
+        ({"weight": float("inf")}, "--data a: .*weight inf"),
+        ({"clip_mode": "last"}, "--data a, --clip_mode last"),
+        ({"resolution": "320x16"}, "--data a, --resolution 320x16"),
+        ({"frames": 8}, "--frames 8"),
+    ],
+)
+def test_settings_of_a_data_set_that_cannot_be_are_refused(own, said):
+    with pytest.raises(BadInput, match=said):
+        data_source(
+            {"source": "a"} | own, train_lora.arguments(["--frames", "5", "--resolution", "64x64"]), released("ti2v-5B")
+        )
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):

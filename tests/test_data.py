@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import data
 from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.errors import BadInput
-from nanowan.formats.header import load
+from nanowan.formats.header import load, save
 from nanowan.parallel import World
 from nanowan.training import report
 from nanowan.training.captions import count_files
@@ -546,6 +547,21 @@ def items_of(sizes):
     return [Item(Path(f"{w}_{i}"), [""], w, 8, 1, 8) for w, n in sizes.items() for i in range(n)]
 
 
+def test_a_samples_loss_counts_as_its_data_sets_weight_says(tmp_path):
+    """And that of a preserved one --preserve times."""
+    dataset = object.__new__(data.Dataset)
+    dataset.samples, dataset.config, draws = Samples(None), SimpleNamespace(preserve=3.0), []
+    for i, (weight, preserved) in enumerate(((1.0, False), (0.5, False), (0.5, True))):
+        file, item = tmp_path / f"{i}.safetensors", replace(items_of({16: 1})[0], weight=weight)
+        save(file, {"latents": torch.randn(4, 2, 3, 3)})
+        generator = torch.Generator().manual_seed(i)
+        draws.append(data.Draw(item, file, "a", preserved, False, None, torch.tensor(0.5), generator))
+    batch = dataset._batch(draws, True)
+    loss = batch.loss(lambda *_: torch.zeros(3, 4, 2, 3, 3), torch.zeros(3, 1, 1), None)
+    each = batch.target.square().mean((1, 2, 3, 4))
+    assert loss.item() == pytest.approx(((each[0] + 0.5 * each[1] + 1.5 * each[2]) / 3).item())
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_each_sample_of_an_epoch_counts_alike(ranks, batch):
@@ -717,6 +733,18 @@ def test_entries_that_repeat_are_seen_as_often(tmp_path):
     batches = data.Batches(items, 2, seed=0)
     seen = Counter(i for step in range(batches.per_epoch) for i in batches.at(step))
     assert seen == {0: 1, 1: 4, 2: 1, 3: 1, 4: 1} and batches.per_epoch == 3 + 1
+
+
+def test_a_data_sets_repeats_are_of_what_its_list_repeats(tmp_path):
+    """And its weight is that of each of its samples."""
+    for name in "ab":
+        photo(tmp_path / f"{name}.png", 64, 48)
+    rows = [{"path": "a.png", "caption": "a", "repeat": 3}, {"path": "b.png", "caption": "b"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = SimpleNamespace(size_multiple=16, fps=8)
+    source = data.DataSource(tmp_path / "list.jsonl", (64, 48), 9, repeats=2, weight=0.5)
+    items, _ = data.scan_source(source, settings, None, None)
+    assert [(i.path.name, i.repeat, i.weight) for i in items] == [("a.png", 6, 0.5), ("b.png", 2, 0.5)]
 
 
 def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):

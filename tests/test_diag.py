@@ -867,6 +867,9 @@ def test_step_times():
     assert eight["--fsdp"][1] == eight["--pipeline_stages 8"][1] == one[1] // 8
     slow = times(16, cluster._replace(between=1e8))
     assert slow["--fsdp"][0] > slow["--ulysses_size 8"][0]  # weights cross the slow link, or adapters only
+    wide = Cluster(inside=1e30, between=1e30)  # 27 tokens on 8 ranks: each computes 4, some of them padding
+    shared, _ = step_times(config, (3, 3, 3), 8, 0, 5.0, wide)["--ulysses_size 8"]
+    assert shared == pytest.approx(5 * 4 / 27)
 
 
 @pytest.mark.parametrize("variant", ["t2v-A14B", "s2v-14B", "animate-14B"])

@@ -19,6 +19,7 @@ from diagnostics.logits import open_dataset
 from flow import eval_timesteps
 from nanowan.cache import cached_probe, digest, latent_files
 from nanowan.formats.header import load, save
+from nanowan.formats.t5 import load_t5
 from nanowan.pipeline import Pipeline
 from nanowan.settings import released
 from nanowan.training import flags, state
@@ -125,6 +126,60 @@ def test_the_averages_are_what_is_evaluated_seen_and_saved(checkpoints, photos, 
     assert sorted({n for what, n in seen if what == "save"}) == [2, 3, 5]  # that of 2 as the best
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 2, 4, 5]
+
+
+def test_steps_of_preserved_samples_alone_are_no_measure_for_others(checkpoints, photos, tmp_path, monkeypatch):
+    """Of a run with --preserve: the guard is told which steps those are."""
+    preserved, typical, targets, update = [], [], train_lora.with_base_targets, train_lora.update
+
+    def with_base_targets(batch, *args):
+        preserved.extend(batch.preserved.tolist())
+        return targets(batch, *args)
+
+    def noted_update(*args, **more):
+        typical.append(more["typical"])
+        return update(*args, **more)
+
+    monkeypatch.setattr(train_lora, "predict", no_plan)
+    monkeypatch.setattr(train_lora, "with_base_targets", with_base_targets)
+    monkeypatch.setattr(train_lora, "update", noted_update)
+    (tmp_path / "p.txt").write_text("a fox\n")
+    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
+    words += " --resolution 32x32 --frames 1 --batch 1 --steps 6 --held_out 0 --dtype fp32 --rank 2"
+    words += f" --preserve 1 --preserve_prompts {tmp_path}/p.txt"
+    monkeypatch.setattr("sys.argv", ["train_lora.py", *words.split()])
+    train_lora.main()
+    assert typical == [not p for p in preserved] and {*typical} == {True, False}
+
+
+def test_rows_keep_the_norms_from_before_the_first_step(checkpoints, photos, tmp_path, monkeypatch):
+    """Of a run of one step, --keyword_norm fixed."""
+    monkeypatch.setattr(train_te, "predict", no_plan)
+    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
+    words += " --resolution 32x32 --frames 1 --batch 4 --steps 1 --held_out 0 --warmup 0 --dtype fp32 --anchor 0"
+    words += " --keywords photo --train_blocks 0 --save delta --keyword_norm fixed --keyword_lr 0.5 --caption_dropout 0"
+    monkeypatch.setattr("sys.argv", ["train_te.py", *words.split()])
+    train_te.main()
+    saved, _ = load(tmp_path / "out" / "text_encoder.safetensors")
+    rows, table = saved["token_embedding.rows"], load_t5(checkpoints["ti2v"], dtype=torch.float32).token_embedding
+    before = table.weight[saved["token_embedding.ids"]]
+    assert (rows - before).norm() > 0.1 * before.norm()
+    assert torch.allclose(rows.norm(dim=1), before.norm(dim=1), rtol=1e-5)
+
+
+def test_a_trained_placeholder_is_known_to_what_reads_the_encoder(checkpoints, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_te, "predict", no_plan)
+    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
+    words += " --resolution 32x32 --frames 1 --batch 4 --steps 1 --held_out 0 --dtype fp32 --anchor 0 --save delta"
+    words += " --keywords photo=placeholder:2 --train_blocks 0 --keyword_lr 0.5 --caption_dropout 0 --warmup 0"
+    monkeypatch.setattr("sys.argv", ["train_te.py", *words.split()])
+    train_te.main()
+    file = tmp_path / "out" / "text_encoder.safetensors"
+    plain, taught = (load_t5(checkpoints["ti2v"], dtype=torch.float32, weights=w) for w in (None, file))
+    rows = load(file)[0]["token_embedding.ids"].tolist()
+    assert len(rows) == 2 and not {*rows} & {*plain.tokenizer.ids("a photo 1")}
+    assert {*rows} <= {*taught.tokenizer.ids("a photo 1")}
+    assert not torch.equal(taught.token_embedding.weight[rows], plain.token_embedding.weight[rows])
 
 
 def test_held_out_times_are_those_of_the_shift(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flow import SOLVERS, add_noise, eval_timesteps, sample_timesteps, shift_t, solver, unshift_t
+from flow import SOLVERS, add_noise, eval_timesteps, make_noisy_batch, sample_timesteps, shift_t, solver, unshift_t
 
 
 def peer(name, steps, shift):
@@ -157,3 +157,14 @@ def test_noising_and_target():
     assert torch.equal(xt[:, :, 0], x0[:, :, 0]) and torch.equal(xt[0, :, 3], eps[0, :, 3])
     assert torch.allclose(xt[1, :, 2] - 0.2 * v[1, :, 2], x0[1, :, 2], atol=1e-6)
     assert shift_t(torch.tensor(1.0), 12) == 1
+
+
+def test_each_sample_of_a_batch_keeps_what_the_model_is_given_beside_it():
+    entries = [
+        {"latents": torch.randn(4, 3, 2, 2), "y": torch.randn(2, 3, 2, 2), "sound": torch.randn(5)} for _ in "ab"
+    ]
+    noise, t = torch.randn(2, 4, 3, 2, 2), torch.tensor([0.2, 0.7])
+    batch = make_noisy_batch(entries, ["a", "b"], t, noise)
+    for i, entry in enumerate(entries):
+        assert torch.equal(batch.inputs["sound"][i], entry["sound"]) and torch.equal(batch.x[i, 4:], entry["y"])
+        assert torch.equal(batch.target[i], noise[i] - entry["latents"])

@@ -216,6 +216,7 @@ GB = 1 << 30
         ("0::/job\n", {"job": (8 * GB, 5 * GB, 0)}, 3 * GB),
         ("0::/job\n", {"job": (8 * GB, 7 * GB, 2 * GB)}, 3 * GB),  # page cache gives way
         ("0::/job/step\n", {"job": (8 * GB, 5 * GB, 0), "job/step": ("max", GB, 0)}, 3 * GB),
+        ("0::/job/step\n", {"job": (8 * GB, 2 * GB, 0), "job/step": (3 * GB, GB, 0)}, 2 * GB),
         ("0::/outside/of/this/container\n", {"": (6 * GB, 2 * GB, 0)}, 4 * GB),
         ("9:cpu:/x\n4:memory:/job\n0::/\n", {"memory/job": (8 * GB, 6 * GB, GB)}, 3 * GB),
         ("4:memory,hugetlb:/job\n", {"memory": (2**63 - 4096, GB, 0), "memory/job": (30 * GB, GB, 0)}, 20 * GB),
@@ -258,6 +259,17 @@ def test_what_the_host_has_no_room_for_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, *size, *words, *out])
     with pytest.raises(BadInput, match="--device cpu: .* of host memory are needed, 367.* MB are free; use a smaller"):
         SCRIPTS[script].main()
+
+
+def test_ranks_on_a_cpu_take_its_memory_each():
+    """Of the machine's memory, which all of them share."""
+    phases = {"cache latents": {"VAE": 3 << 30}, "training": {"DiT": 4 << 30, "activations": 2 << 30}}
+    one, three = (memory_estimate.Plan("cpu", phases, {}, {}, memory_estimate.ParallelLayout(ranks=n)) for n in (1, 3))
+    assert one.host_peak == one.peak == one.process + (6 << 30)
+    assert three.host_peak == 3 * three.peak
+    three.check_host(3 * three.peak)
+    with pytest.raises(BadInput, match="of host memory are needed"):
+        three.check_host(3 * three.peak - 1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 With TEST_DEVICE=cuda on a GPU.
 """
 
+import contextlib
 import json
 import shutil
 from itertools import pairwise
@@ -18,9 +19,10 @@ from test_s2v_video import PIPELINES, RUNS
 
 import sample
 from benchmarks import tiny, tiny_animate, tiny_s2v
+from nanowan import long_video
 from nanowan.errors import BadInput
 from nanowan.formats.header import load as load_tensors
-from nanowan.long_video import SegmentFiles
+from nanowan.long_video import SegmentFiles, check_disk
 from nanowan.pipeline import Pipeline
 from nanowan.settings import released
 from nanowan.variants.conditioning import Video
@@ -323,6 +325,37 @@ def test_a_new_video_takes_none_of_anothers_segments(tmp_path):
     with pytest.raises(BadInput, match="other settings"):
         SegmentFiles(out, "seed 2", resume=True)
     assert SegmentFiles(out, "seed 1", resume=False).count() == 0 and not (tmp_path / "v.clips").exists()
+
+
+@pytest.mark.parametrize("writes", range(3))
+def test_a_segment_counts_once_the_next_one_can_be_made_from_it(tmp_path, monkeypatch, writes):
+    """Wherever a process dies while it is being written."""
+    segments, tensor, done = SegmentFiles(tmp_path / "v.mp4", "seed 1", resume=False), torch.zeros(3, 1, 4, 4), []
+
+    def save(*args, real=long_video.save):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+
+    monkeypatch.setattr(long_video, "save", save)
+    with contextlib.suppress(KeyboardInterrupt):
+        segments.save(0, tensor, tensor, {"last": tensor + 7})
+    assert segments.count() == (writes == 2)
+    assert not segments.count() or (segments.state(0)["last"] == 7).all()
+
+
+def test_segments_that_are_done_need_no_room_any_more(tmp_path, monkeypatch):
+    """Of three of 12 frames of 64x64, the latents in fp32 and the mp4 a twentieth of the pixels at most."""
+    video = SimpleNamespace(shape=(16, 3, 8, 8), size=(64, 64), count=3, state=lambda: {"last": torch.zeros(100)})
+    pixels, latents, mp4 = 3 * 12 * 64 * 64, 4 * 16 * 3 * 8 * 8, 3 * (3 * 12 * 64 * 64 // 20)
+    free, usage = [0], shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    for done in range(3):
+        free[0] = (3 - done) * (pixels + latents) + mp4 + 2 * 400
+        check_disk(tmp_path / "v.mp4", video, done)
+        free[0] -= 1
+        with pytest.raises(BadInput, match="3 clips of 64x64"):
+            check_disk(tmp_path / "v.mp4", video, done)
 
 
 def test_segments_that_the_disk_cannot_hold_are_refused_before_the_first(s2v, tmp_path, monkeypatch, no_plan):

@@ -134,9 +134,10 @@ def test_a_pipelines_first_stage_has_a_sample_for_each_stage():
 
 def test_what_is_kept_of_each_adapter_is_planned(checkpoints):
     """One is trained at a time; weights and both moments of the other are there all the same, with --ema a fourth copy;
-    and in each of the three states on the disk.
+    and in each of the three states on the disk, where results are the newest and two of earlier steps.
     """
     flags = ["--ckpt", str(checkpoints["t2v"]), *"--resolution 32x32 --frames 5 --batch 1 --device cpu".split()]
+    flags += "--steps 10 --save_every 1 --keep 2 --held_out 0".split()
     one, both, averaged = (
         planned("train_lora", [*flags, "--expert", *more]) for more in (["high"], ["both"], ["high", "--ema", "0.9"])
     )
@@ -147,6 +148,7 @@ def test_what_is_kept_of_each_adapter_is_planned(checkpoints):
     assert averaged.phases["training"]["states and activations"] - began == pytest.approx(adapter, rel=1e-2)
     for plan, copies in ((one, 3), (both, 6), (averaged, 4)):
         assert plan.disk["states"] == pytest.approx(3 * copies * adapter, rel=1e-2)
+        assert plan.disk["result"] == 3 * adapter * (2 if plan is both else 1)
 
 
 def test_texts_that_are_cached_need_no_encoder():

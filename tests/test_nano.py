@@ -71,6 +71,15 @@ def test_grader_is_not_fooled():
     assert [back[g["motion"]] for g in graded] == [f["motion"] for f in flipped]
 
 
+@pytest.mark.parametrize("motion, way", MOTIONS.items())
+def test_what_moves_at_less_than_half_the_worlds_pace_stands_still(motion, way):
+    for pace in (0.4, 0.6):
+        centers = 32 + pace * world.STEP * torch.arange(-4.0, 5)[:, None] * torch.tensor(way)
+        shape = world.template(torch.tensor([1]), torch.tensor([float(world.RADIUS)]), centers[None])[0]
+        clip = torch.stack([shape * 1.6 - 0.8, -0.8 + 0 * shape, -0.8 + 0 * shape])
+        assert grade(clip)["motion"] == (motion if pace > 0.5 else "still")
+
+
 def test_compositions_and_captions_are_held_out():
     assert len(UNSEEN) == 20 and len(TRIPLES) == 140
     wanted, _ = every_clip()

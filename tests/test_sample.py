@@ -566,6 +566,28 @@ def test_the_step_cache_adds_up_what_is_expected_to_have_changed():
     assert cache.computed == 3
 
 
+@pytest.mark.parametrize("name", flow.SOLVERS)
+def test_each_step_shows_the_clip_that_its_velocity_leads_to(checkpoints, monkeypatch, name):
+    """Of velocities that all lead to one clip each estimate is that clip."""
+    pipe, clean = load(checkpoints["t2v"]), torch.rand(1, 16, 1, 4, 4)
+    like = flow.solver(name, 4, pipe.settings.shift)
+    sigmas, shown = iter(like.sigmas), []
+    monkeypatch.setattr(GuidedModel, "velocity", lambda self, x, t, scale: (x - clean) / next(sigmas))
+    given = dict(size=(32, 32), frames=1, steps=4, guidance=1.0, solver=name, progress=False)
+    sample_latents(pipe, ["a cat"], [0], on_step=lambda i, x0: shown.append((i, x0.clone())), **given)
+    assert [i for i, _ in shown] == list(range(len(like.timesteps)))
+    assert all(tiny.error(x0, clean) < 1e-5 for _, x0 in shown)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_latents_that_are_no_numbers_are_refused(checkpoints, monkeypatch, wrong):
+    """Instead of a black video."""
+    pipe = load(checkpoints["t2v"])
+    monkeypatch.setattr(GuidedModel, "velocity", lambda self, x, t, scale: torch.where(x > 2, wrong, 0.0))
+    with pytest.raises(BadInput, match="t2v: the latents are not finite"):
+        sample_latents(pipe, ["a cat"], [0], size=(32, 32), frames=1, steps=2, solver="euler", progress=False)
+
+
 class Stubborn(EasyCache):
     """Serves the last velocity for ever, until it is told to forget."""
 
@@ -755,6 +777,36 @@ def test_a_stopped_list_of_prompts_goes_on_where_it_was(checkpoints, tmp_path, m
         assert a == b
 
 
+def test_latents_of_a_stopped_list_keep_their_numbers(checkpoints, tmp_path, monkeypatch):
+    """Those of videos that are done are left, and those of the others get the numbers of their videos."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: NoPlan())
+    words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu"
+    words += f" --size 32x32 --frames 1 --steps 1 --guidance 1 --save_latents {tmp_path}/z.safetensors"
+    run_script(monkeypatch, words)
+    files = [tmp_path / f"z_{i:03d}.safetensors" for i in range(2)]
+    before = [file.read_bytes() for file in files]
+    assert before[0] != before[1]
+    (tmp_path / "v_001.mp4").unlink()
+    files[1].unlink()
+    run_script(monkeypatch, words, "--resume")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_video_says_how_it_was_made(checkpoints):
+    """All that another one like it needs; what was not asked for is not mentioned."""
+    pipe, video = load(checkpoints["ti2v"]), SimpleNamespace(size=(64, 32), fps=24)
+    plain = "--ckpt X --prompt P --seed 7 --steps 3 --shift 2 --guidance 4 --solver heun --negative N".split()
+    more = {"lora": ["a.safetensors:0.5"], "text_encoder": ["b.safetensors"], "reuse": 0.1, "vae_tile": 16}
+    for given in ({}, more):
+        args = SimpleNamespace(**vars(arguments(plain)) | given | ({"attention": "sage"} if given else {}))
+        (request,) = requests_of(args, [Prompt("P")], pipe.settings, args.seed)
+        want = {"prompt": "P", "seed": 7, "steps": 3, "shift": 2.0, "guidance": (4.0, 4.0), "solver": "heun"}
+        want |= {"negative": "N", "size": (64, 32), "fps": 24, "frames": pipe.settings.frames, "variant": "ti2v-5B"}
+        want |= {"ckpt": str(pipe.dir), "dtype": "float32"} | given | ({"attention": "sage"} if given else {})
+        assert request.record(args, pipe, video) == want
+
+
 FREE = """config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile
 cuda_graphs stream_blocks ulysses_size guidance_parallel""".split()
 
@@ -770,6 +822,8 @@ def test_a_stopped_video_goes_on_only_under_the_flags_that_it_began_with(checkpo
     for name in changed:
         other = SimpleNamespace(**vars(args) | {name: "other"})
         assert (request.key(other, pipe) != key) == (name not in FREE), name
+    exact, inexact = (SimpleNamespace(**vars(args) | {"attention": name}) for name in ("sdpa", "sage"))
+    assert request.key(exact, pipe) == key != request.key(inexact, pipe)
     settings = {"negative": "x", "shift": 2.5, "steps": 7, "guidance": (1.5, 2.5), "solver": "dpm++", "frames": 5}
     others = [replace(request, settings=pipe.settings.with_overrides(**{k: v})) for k, v in settings.items()]
     others += [replace(request, prompt="b"), replace(request, seed=1), replace(request, inputs={"image": "x.png"})]

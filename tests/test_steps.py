@@ -101,6 +101,13 @@ def test_sixteen_files_are_held_out_at_most(monkeypatch, share, count):
 
 
 # ---- what a step does ------------------------------------------------------------------------------------------------
+def test_tokens_of_a_rank_that_computes_for_nothing_do_not_count():
+    watch, batch = steps.Stopwatch(), SimpleNamespace(x=torch.zeros(2, 16, 3, 4, 6))
+    for weight in (0.5, 0.0, 0.25):
+        watch.count(batch, weight)
+    assert watch.tokens == 2 * (2 * 3 * 2 * 3)
+
+
 def test_equal_gradients_leave_ranks_with_equal_bits():
     """Of bf16 weights, which are rounded at random, though what is drawn before differs from rank to rank."""
     found, drawn = [], []
@@ -139,8 +146,9 @@ def test_a_state_is_of_every_flag_that_is_not_said_to_be_free(script):
 
 def test_a_state_is_of_its_samples_its_base_and_its_batch():
     args, (first, second) = SimpleNamespace(batch=2, accumulate=1), items_of(2)
-    twice = Item(**vars(first) | {"repeat": 2})
+    twice, light = (Item(**vars(first) | change) for change in ({"repeat": 2}, {"weight": 0.5}))
     sets = [[], [first], [second], [first, second], [second, first], [twice, second], [twice]]
+    sets += [[light], [light, second], [second, light]]
     assert len({str(fingerprint(args, items)) for items in sets}) == len(sets)
     assert fingerprint(args, ranks=2) != fingerprint(args)
     assert fingerprint(SimpleNamespace(batch=1, accumulate=1), ranks=2) == fingerprint(args)  # the same global batch

@@ -662,6 +662,16 @@ def test_words_with_rows_of_their_own(ckpt):
         assert ids != plain and [i for i in ids if i in (9, 101)] == [9, 101]
 
 
+def test_a_word_with_rows_is_read_as_a_word_and_the_longest_first():
+    """Not within a longer word; of a phrase and its last word, both with rows, the phrase where it stands."""
+    plain, taught = Tokenizer(tiny.spiece()), Tokenizer(tiny.spiece())
+    taught.add_words({"fox": [101], "red fox": [102, 103], "red": [104]})
+    for text in ("foxes", "firefox", "a redder dog"):
+        assert taught.ids(text) == plain.ids(text), text
+    special = [i for i in taught.ids("a red fox, a fox, a red dog") if i > 100]
+    assert [i for i in special if i in (101, 102, 103, 104)] == [102, 103, 101, 104]
+
+
 def test_specs_of_an_encoder(tmp_path):
     (tmp_path / "x:2").touch()
     for text, want in (
@@ -712,6 +722,7 @@ def test_a_change_of_another_encoder_is_refused(checkpoints, tmp_path, ckpt):
         ({"blocks": {"blocks.7.attn.q": blocks["blocks.0.attn.q"]}}, "blocks.7.attn.q.weight is not there"),
         ({"blocks": {"blocks.0.attn.k": blocks["blocks.1.ffn.fc2"]}}, r"blocks.0.attn.k.weight is \(24, 32\) there"),
         ({"blocks": {}, "rows": rows, "ids": IDS + 150}, r"token_embedding.weight is \(200, 32\) there"),
+        ({"blocks": {}, "rows": rows, "ids": IDS - max(IDS) + 200}, r"token_embedding.weight is \(200, 32\) there"),
         ({"blocks": {}, "rows": rows[:, :8], "ids": IDS}, r"token_embedding.weight is \(200, 32\) there"),
     ):
         write_encoder_lora(tmp_path / "x.safetensors", **change, vocab=400, compact=True)

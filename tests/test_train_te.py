@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import scripts
 
 from benchmarks import tiny
@@ -20,7 +21,15 @@ from nanowan.formats.t5 import load_t5
 from nanowan.settings import NANO, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
 from nanowan.training.encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
-from nanowan.training.keywords import check_keywords, initialize_rows, keyword_token_ids, shared_token_ids
+from nanowan.training.keywords import (
+    add_placeholders,
+    check_keywords,
+    initialize_rows,
+    keyword_norms,
+    keyword_token_ids,
+    parse_keyword,
+    shared_token_ids,
+)
 from train_te import arguments, check
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +141,46 @@ def test_rows_get_the_gradient_of_their_rows(report):
     report("relative error", tiny.error(rows.rows.grad, want[[3, 7, 11]]), 1e-6)
 
 
+def test_rows_keep_the_norms_that_are_asked_for(report):
+    """By --keyword_norm: any; those that they had before the first step; at most the table's 0.99 quantile. What a row
+    is scaled by is never its direction's.
+    """
+    table = torch.nn.Embedding(1000, 8).requires_grad_(False)
+    table.weight.mul_(torch.arange(1.0, 1001)[:, None] / table.weight.norm(dim=1, keepdim=True))  # of norms 1 to 1000
+    learned = torch.randn(3, 8)
+    learned.mul_(torch.tensor([[5.0], [2000.0], [900.0]]) / learned.norm(dim=1, keepdim=True))
+    for norm, want in (("free", [5, 2000, 900]), ("fixed", [4, 400, 801]), ("clamp", [5, 990, 900])):
+        rows = RowEmbedding(table, {3, 399, 800}, norm)
+        rows.hold_norms()
+        assert torch.equal(rows.rows, table.weight[[3, 399, 800]])
+        rows.rows.data.copy_(learned)
+        rows.hold_norms()
+        report("norms", (rows.rows.norm(dim=1) / torch.tensor(want) - 1).abs().max().item(), 1e-5)
+        report("directions", (1 - F.cosine_similarity(rows.rows, learned)).max().item(), 1e-6)
+        report("shares of the median", (rows.norms() * 501 / torch.tensor(want) - 1).abs().max().item(), 1e-5)
+
+
+def test_placeholders_are_rows_of_their_own_that_no_text_uses(checkpoints):
+    tokenizer = load_t5(checkpoints["ti2v"], dtype=torch.float32).tokenizer
+    known = tokenizer.pieces.get_piece_size()
+    unused = {i for i in range(known) if "<extra_id_" in tokenizer.pieces.id_to_piece(i)} | {*range(known, known + 5)}
+    asked = [parse_keyword(text) for text in ("crimson=placeholder:2", "dog", f"wedge=placeholder:{len(unused) - 2}")]
+    ids = add_placeholders(asked, tokenizer, known + 5)
+    assert [len(found) for found in ids.values()] == [2, len(unused) - 2] and {*ids} == {"crimson", "wedge"}
+    assert {*ids["crimson"]} | {*ids["wedge"]} == unused
+    text = tokenizer.ids("a wedge, crimson")
+    assert [i for i in text if i in unused] == ids["wedge"] + ids["crimson"]
+    with pytest.raises(BadInput, match="1 placeholders are asked for, and the table has 0 unused rows"):
+        add_placeholders([*asked, parse_keyword("disc=placeholder:1")], tokenizer, known + 5)
+
+
+def test_logged_norms_are_those_of_each_keywords_rows():
+    table = torch.nn.Embedding(9, 4).requires_grad_(False)
+    table.weight.mul_(torch.arange(1.0, 10)[:, None] / table.weight.norm(dim=1, keepdim=True))  # of norms 1 to 9
+    encoder = SimpleNamespace(token_embedding=RowEmbedding(table, {1, 5, 8}))
+    assert keyword_norms(encoder, {"a": {8}, "b": {1, 5}, "c": set()}) == pytest.approx([9 / 5, (2 + 6) / 2 / 5])
+
+
 def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
     rng, caption = random.Random(0), "a small crimson box drifts slowly over the dark floor"
     seen = [augment_caption(caption, ["crimson", "box"], (15, 35, 50), 0.2, rng) for _ in range(4000)]
@@ -146,6 +195,13 @@ def test_captions_come_in_the_shares_asked_and_keep_their_keywords():
         augment_caption("a dog runs over the green grass", ["crimson"], (15, 35, 50), 0.2, rng) for _ in range(500)
     ]
     assert 0.7 < sum(o == "a dog runs over the green grass" for o in other) / 500 < 0.98
+
+
+def test_shares_of_captions_need_not_add_up_to_a_hundred():
+    caption, shares = "a small crimson box drifts slowly over the dark floor", (1, 0, 3)
+    rng = random.Random(0)
+    seen = Counter(augment_caption(caption, ["crimson"], shares, 0.0, rng) for _ in range(4000))
+    assert seen.keys() == {"crimson", caption} and abs(seen["crimson"] / 4000 - 0.25) < 0.03
 
 
 def test_keywords_in_any_script_and_of_several_words():
@@ -255,6 +311,24 @@ def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
             check(args, released("ti2v-5B"), 30)
 
 
+def test_loras_learn_at_ten_times_the_rate_of_whole_blocks_unless_one_is_given():
+    def rate(*flags):
+        args = arguments(["--device", "cpu", *flags])
+        check(args, released("ti2v-5B"), 30)
+        return args.lr
+
+    assert rate("--rank", "4") == pytest.approx(10 * rate()) and rate("--rank", "4", "--lr", "3e-6") == 3e-6
+
+
+@pytest.mark.parametrize("how", ["delta", "lora --rank 4", "lora --train_blocks 0"])
+def test_a_result_that_would_lose_the_encoder_below_it_is_refused(how):
+    flags = ["--device", "cpu", "--text_encoder", "x.safetensors", "--save", *how.split()]
+    with pytest.raises(
+        BadInput, match="--text_encoder x.safetensors: .* would lose this one's changes; use --save full"
+    ):
+        check(arguments(flags), released("ti2v-5B"), 30)
+
+
 def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints, media, tmp_path):
     import shutil
 
@@ -276,7 +350,6 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--save", "delta", "--text_encoder", "x.safetensors"], "--save full"),
         (["--caption_mode_probs", "1,2"], "--caption_mode_probs"),
         (["--train_blocks", "9"], "from 0 to 2"),
         (["--lr", "-1"], "--lr"),

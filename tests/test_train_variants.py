@@ -4,12 +4,14 @@ The oracle of what a step feeds the DiT is the sampler on the same clip: Conditi
 pipelines (test_long_video.py), and direct calls of the encoders.
 """
 
+import hashlib
 import importlib
 import json
 import random
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -36,6 +38,8 @@ from nanowan.pipeline import Pipeline
 from nanowan.training.flags import data_config, resolve
 from nanowan.training.previews import HeldOutVideo
 from nanowan.training.run_dir import Run
+from nanowan.variants.animate import inputs
+from nanowan.variants.animate.samples import CharacterSamples
 from nanowan.variants.s2v import wav2vec2
 from nanowan.video import Skip, open_image, read_frames, sound_delay
 
@@ -464,6 +468,22 @@ def test_a_character_is_fed_what_sampling_feeds(animate, acts, tmp_path, scene, 
         report("motion", tiny.error(batch.inputs["face"], model.encode_motion(want.inputs["face"])), 1e-5)
         check_noising(batch, torch.cat([stills[at[0]][None], vae.encode(video(frames))], 2))
         assert batch.loss_mask.flatten().tolist() == pytest.approx([0, *[5 / 4] * 4])
+
+
+def test_any_frame_of_a_clip_may_be_its_reference(monkeypatch):
+    """Which one the clip's file decides: over many files all of them are seen, of one always the same."""
+    shown, clip, nothing = [], torch.arange(5.0).view(1, 1, 5, 1, 1).expand(1, 3, 5, 2, 2), torch.zeros(1)
+    models = {
+        "clip": SimpleNamespace(encode=lambda picture: shown.append(picture.mean().item()) or nothing),
+        "motion": SimpleNamespace(encode_clip=lambda face: torch.zeros(1, face.shape[2], 2)),
+        "vae": SimpleNamespace(encode=lambda video: video[:, :, :1]),
+    }
+    monkeypatch.setattr(inputs, "encode_scene", lambda *args: nothing)
+    samples, black = CharacterSamples(SimpleNamespace(acquire=models.get)), [np.zeros((2, 2, 3), np.uint8)] * 5
+    files = [SimpleNamespace(digest=hashlib.sha256(bytes([i])).hexdigest(), frames=5) for i in range(60)]
+    for file in files * 2:
+        samples.cached(models["vae"], clip, file, {"face": black, "pose": black})
+    assert shown[:60] == shown[60:] and {*shown} == {0, 1, 2, 3, 4}
 
 
 def test_the_references_error_does_not_count(animate, acts, tmp_path, report):

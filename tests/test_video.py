@@ -140,6 +140,23 @@ def test_looking_at_a_clip_decodes_its_first_picture_alone(tmp_path, monkeypatch
     assert len(probe(path).times) == 40 and abs(probe(path).times[-1] - 39 / 24) < 1e-3
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_pictures_that_need_what_was_cut_off_before_them_are_no_part_of_a_clip(tmp_path, suffix):
+    """Of a clip that was cut without decoding it, at a picture that earlier ones follow in the file."""
+    how = "open-gop=1:keyint=8:min-keyint=8:scenecut=0:b-adapt=0"
+    write_clip(tmp_path / f"a{suffix}", [numbered(k) for k in range(32)], b_frames=3, **{"x264-params": how})
+    keys, path = 0, tmp_path / f"cut{suffix}"
+    with av.open(str(tmp_path / f"a{suffix}")) as whole, av.open(str(path), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            keys += packet.is_keyframe and packet.size > 0
+            if keys > 1 and packet.size:
+                packet.stream = stream
+                cut.mux(packet)
+    assert shown(path) == [(k / 8, 8 + k) for k in range(24)]
+    assert probe(path).times == [k / 8 for k in range(24)]
+
+
 @pytest.mark.parametrize("share", [0.5, 0.67, 0.9])
 def test_a_clip_that_breaks_off_is_refused(tmp_path, share):
     """As a download that was stopped: its index in front says what should follow."""
@@ -364,6 +381,13 @@ def test_animated_images_are_clips(tmp_path, form, how):
     assert item.frames == 9 and [number(f) for f in next(cache.read_items([item]))[""]] == [0, 2, 4, 6, 7, 8, 9, 10, 11]
     Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(path, form, save_all=True, append_images=[frames[0]], duration=50)
     assert images(path)[0].min() == 255 and "alpha" in probe(path).notes
+
+
+def test_a_picture_for_those_who_show_no_animations_is_not_in_the_clip(tmp_path):
+    """As a PNG may begin with one."""
+    frames, path = [Image.fromarray(numbered(k)) for k in range(5)], tmp_path / "a.png"
+    frames[0].save(path, "PNG", save_all=True, append_images=frames[1:], duration=100, default_image=True)
+    assert shown(path) == [(round(0.1 * k, 3), k + 1) for k in range(4)] and len(probe(path).times) == 4
 
 
 def test_pixels_that_are_not_square_are_made_square(tmp_path):

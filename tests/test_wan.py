@@ -162,7 +162,10 @@ def test_variants_hold_only_what_differs():
     assert own == VARIANTS
 
 
-@pytest.mark.parametrize("shape, t", [((1, 16, 1, 3, 4), (1,)), ((1, 15, 1, 4, 4), (1,)), ((2, 16, 3, 4, 4), (2, 2))])
+@pytest.mark.parametrize(
+    "shape, t",
+    [((1, 16, 1, 3, 4), (1,)), ((1, 16, 1, 4, 3), (1,)), ((1, 15, 1, 4, 4), (1,)), ((2, 16, 3, 4, 4), (2, 2))],
+)
 def test_wrong_inputs_are_named(shape, t):
     with pytest.raises(ValueError, match=r"this model takes x \(B,16"):
         tiny.dit("t2v")(torch.zeros(shape), torch.zeros(t), torch.zeros(shape[0], 1, tiny.TEXT_DIM))
@@ -171,6 +174,11 @@ def test_wrong_inputs_are_named(shape, t):
 def test_too_long_text_is_refused():
     with pytest.raises(ValueError, match="513 tokens"):
         tiny.dit("t2v")(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 513, tiny.TEXT_DIM))
+
+
+def test_a_prompt_longer_than_its_batch_is_refused():
+    with pytest.raises(ValueError, match="text of 4 tokens in a batch 3 wide"):
+        tiny.dit("t2v").embed_text(torch.zeros(2, 3, tiny.TEXT_DIM), torch.tensor([2, 4]))
 
 
 def test_bf16_stays_near_fp32(report):
