@@ -146,8 +146,9 @@ def arguments(argv=None):
         "--words",
         nargs="+",
         default=[],
-        help="words to put in the prompts; with --clip, WORD=RIGHT,WRONG,...: what it should look like, then what it "
-        "should not, such as crimson=red,blue,green (default: nano's new words)",
+        help="words to put in the prompts; on nano of your own WORD=MEANING, such as scarlet=red; with --clip "
+        "WORD=RIGHT,WRONG,...: what it should look like, then what it should not, such as crimson=red,blue,green "
+        "(default: nano's new words)",
     )
     add(
         "--prompts",
@@ -161,7 +162,7 @@ def arguments(argv=None):
     add("--frames", type=int, help="4k+1, frames of the clips (default: the checkpoint's)")
     add("--steps", type=int, help="sampling steps (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
-    add("--out", default="out/listen.png", help="the contact sheet (default: %(default)s)")
+    add("--out", default="out/listen.png", help="the contact sheet; none with --clip, --grader (default: %(default)s)")
 
     add = command("reuse", reuse, "what sample.py --reuse saves and costs, against exact clips of the same seeds")
     add_model_flags(add)
@@ -187,7 +188,9 @@ def arguments(argv=None):
     add("--n", type=int, default=20, help="nano: prompts for each new word, 0 for no listening (default: %(default)s)")
     add(
         "--words",
-        help="nano: words of the run's own to grade, and what they mean: scarlet=red,disc=circle (default: none)",
+        nargs="+",
+        default=[],
+        help="nano: words of the run's own to grade, and what they mean: scarlet=red disc=circle (default: none)",
     )
     add("--out", help="default: RUN/report.html")
     return p.parse_args(argv)

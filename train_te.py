@@ -365,9 +365,9 @@ def train(args, world):
     with state.averaged():
         moved = relative_changes(encoder, base_rows, read_encoder(files).entries, dtype, world.is_main)
     print("dW/W of", ", ".join(f"{part} {share:.2g}" for part, share in moved.items()), f"against {files[0]}")
-    print(need.compare(args.device), result, sep="\n")
     if args.save in ("full", "delta"):
-        print("not for ComfyUI: its CLIPLoader takes it without an error, as a random CLIP; use --save comfyui")
+        print("for ComfyUI use --save comfyui: its CLIPLoader takes this form without an error, as a random CLIP")
+    print(need.compare(args.device), result, sep="\n")
 
 
 if __name__ == "__main__":

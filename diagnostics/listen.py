@@ -20,7 +20,7 @@ from nano.grader import proportion
 from nano.world import NEW_WORDS, parse_words
 from nanowan.errors import BadInput, check_at_least
 from nanowan.pipeline import Pipeline
-from nanowan.prompts import read_texts
+from nanowan.prompts import read_prompts
 from nanowan.settings import parse_size
 from nanowan.training.captions import has_keyword, replace_keyword
 from nanowan.variants.animate.clip import load_clip
@@ -242,7 +242,10 @@ def judge_words(args, columns, lines, how, settings):
 
 def run(args):
     check_at_least(1, n=args.n)
-    how, lines = runtime(args), read_texts(args.prompts, "--prompts") if args.prompts else []
+    how, given = runtime(args), read_prompts(args.prompts) if args.prompts else []
+    lines = [prompt.text for prompt in given]
+    if any(p.settings or p.inputs or p.seed is not None for p in given):
+        print(f"--prompts {args.prompts}: options of single prompts are left out; all clips are made by these flags")
     columns = open_columns(args, how)
     settings = {"size": args.size and parse_size(args.size), "frames": args.frames, "steps": args.steps}
     s = next(iter(columns.values())).settings.with_overrides(**settings)
@@ -257,6 +260,9 @@ def run(args):
             print(name)
             result[name] = listen(pipe, words, n, args.seed, progress=True, **settings)
         show_scores(result)
+        shown = [rows[0]["prompt"] for rows in word_suites(words, 1, args.seed).values()]
+        draw_sheet(columns, shown, args.seed, args.out, **settings)
+        print(args.out)
     else:
         result = draw_sheet(columns, lines or OTHER_PROMPTS, args.seed, args.out, **settings)
         print(args.out)

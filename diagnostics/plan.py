@@ -386,7 +386,7 @@ def run(args):
         )
         if args.script == "train_te" and "--train_blocks" in flags[len(args.flags) :]:
             notes.append(
-                "  the keywords' embeddings alone learn; --rank 16 instead, with a LoRA in every block, needs more"
+                "  all blocks do not fit: the keywords' embeddings alone learn; try --rank 16, a LoRA in every block"
             )
         job, card = Job(args.script, flags), machine.card
     else:

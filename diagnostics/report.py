@@ -305,7 +305,8 @@ def listening_section(run, n):
         for kind in kinds
     ]
     table_of_scores = table(("suite", "attribute", *scores), rows)
-    note = f"<p class=note>share right, and its 95 % interval; {n} prompts of each new word, from the same seeds</p>"
+    asked = f"{n} prompts of each new word" if graded_words(run) else "no new word that can be graded"
+    note = f"<p class=note>share right, and its 95 % interval; {asked}; all columns from the same seeds</p>"
     return ["<h2>Listening</h2>", table_of_scores, note]
 
 
@@ -332,6 +333,11 @@ def report(folder, n=20):
     and versions. Raises BadInput.
     """
     run = TrainingRun(folder)
+    graded = n and gradable(Pipeline(run.ckpt).settings)
+    if graded and (unknown := [word for word in run.words if word not in NEW_WORDS]):
+        print(
+            f"not graded, as what they mean is not known: {', '.join(unknown)}; give --words WORD=MEANING", flush=True
+        )
     title = html.escape(run.name)
     parts = [f"<h1>{title}</h1>", *run_section(run), *loss_section(run)]
     for file in run.adapters:
@@ -343,7 +349,7 @@ def report(folder, n=20):
     print("attention logits before and after", flush=True)
     parts += logits_section(run)
     parts += previews_section(run)
-    if n and gradable(Pipeline(run.ckpt).settings):
+    if graded:
         parts += listening_section(run, n) + words_section(run)
     parts += ["<h2>Flags</h2>", table(("flag", "value"), run.flags.items())]
     versions = [(key, value) for key, value in run.record.items() if key != "flags"]
@@ -354,7 +360,7 @@ def report(folder, n=20):
 
 def run(args):
     check_at_least(0, n=args.n)
-    parse_words(args.words)  # from here on they can be graded
+    parse_words(",".join(args.words))  # from here on they can be graded
     page = report(args.folder, args.n)
     out = Path(args.out or Path(args.folder) / "report.html")
     with atomic(out) as tmp:

@@ -221,7 +221,7 @@ def parse_words(text):
         elif word not in NEW_WORDS:
             raise BadInput(
                 f"--words {word}: the nano world defines {', '.join(NEW_WORDS)}; of another say what it means, as in "
-                f"{word}=red, or give eval --prompts FILE"
+                f"{word}=red"
             )
         words.append(word)
     return words

@@ -14,6 +14,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_words():
+    """Words that a test gives a meaning are unknown to the next one."""
+    from nano.world import NEW_WORDS
+
+    before = {**NEW_WORDS}
+    yield
+    NEW_WORDS.clear()
+    NEW_WORDS.update(before)
+
+
 @pytest.fixture(params=[1, 3])
 def threads(request):
     """Once on one thread, once on three."""

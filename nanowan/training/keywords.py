@@ -179,7 +179,7 @@ def check_keywords(keywords, captions, tokenizer, trains_blocks):
         cut_off = sum(is_cut_off(c, keyword, tokenizer) for c in holding)
         counts[keyword] = len(holding) - cut_off
         print(
-            f"keyword {keyword!r}: in {len(holding)} captions, {len(ids[keyword])} embedding rows"
+            f"keyword {keyword!r}: in {len(holding)} different captions, {len(ids[keyword])} embedding rows"
             + f"; in {cut_off} of them beyond the {tokenizer.length} tokens that are read" * (cut_off > 0)
         )
         if len(holding) == cut_off:

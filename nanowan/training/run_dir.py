@@ -182,7 +182,7 @@ class Run:
         if not self.training:
             os.write(2, b"stopped before the first step; what is cached so far stays\n")
             sys.exit(128 + number)
-        os.write(1, b"stopping after this step; the state is saved, go on with --resume\n")
+        os.write(1, b"stopping after this step and saving the state; go on with --resume\n")
 
     # ---- states --------------------------------------------------------------------------------------------------
     def _saved(self):

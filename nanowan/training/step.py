@@ -50,8 +50,8 @@ def say_if_foreign(metrics, usual):
     loss = held_out(metrics)
     if usual and loss is not None and loss > 3 * usual:
         print(
-            f"val_loss {loss:.2g} at the start; this checkpoint's own data have about {usual:g}: it has not seen the "
-            "like, and samples may get worse before they get better; see docs/training.md",
+            f"val_loss {loss:.2g} at the start; this checkpoint's own data have about {usual:g}: the model does not "
+            "know such clips, and samples may get worse before they get better; see docs/training.md",
             flush=True,
         )
 
