@@ -582,8 +582,11 @@ def test_drift_of_a_file_uses_the_tokenizer_of_its_folder(tmp_path, checkpoints,
 
 
 def test_listen_grades_new_words_apart_from_old(tmp_path):
+    from PIL import Image
+
     flags = "--words", "crimson,ascends", "--n", "10", "--json", tmp_path / "l.json", "--device", "cpu"
-    diag("listen", "--ckpt", "nano", *flags)
+    diag("listen", "--ckpt", "nano", *flags, "--out", tmp_path / "sheet.png")
+    assert len(set(Image.open(tmp_path / "sheet.png").tobytes())) > 50
     (scores,) = json.loads((tmp_path / "l.json").read_text()).values()
     assert {suite: list(kinds) for suite, kinds in scores.items()} == {
         "crimson": ["color"],
@@ -599,17 +602,18 @@ def test_listen_grades_new_words_apart_from_old(tmp_path):
     assert crimson <= 0.3 and all(s["right"] >= 0.8 for s in scores["old words"].values())
 
 
-def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints):
+def test_listen_on_other_models_draws_a_sheet(tmp_path, checkpoints, capsys):
     from PIL import Image
 
     save_lora(tmp_path / "k.safetensors", trained())
-    (tmp_path / "p.txt").write_text("a fox\na dog\n")
+    (tmp_path / "p.txt").write_text("a fox\na dog --d 3\n")
     shutil.copytree(checkpoints["ti2v"], tmp_path / "d")
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     config["sample"] = {"size": [64, 32], "frames": 5, "steps": 2}
     (tmp_path / "d" / "config.json").write_text(json.dumps(config))
     changed = "--ckpt", tmp_path / "d", "--lora", tmp_path / "k.safetensors", "--device", "cpu"
     diag("listen", *changed, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "sheet.png")
+    assert "options of single prompts are left out" in capsys.readouterr().out
     sheet = Image.open(tmp_path / "sheet.png")
     w, h = sheet.size
     left, right = sheet.crop((0, 20, w // 2, h)), sheet.crop((w // 2, 20, w, h))
