@@ -45,8 +45,8 @@ from nanowan.training.flags import (
     choose_checkpointing,
     comma_list,
     data_config,
+    encoder_lora_lr,
     expert_schedule,
-    recommended_flags,
     resolve,
     training_spec,
 )
@@ -132,7 +132,7 @@ def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. num_blocks: of the DiT."""
     if args.rank is not None:
         check_ranges(args, rank=(1, math.inf))
-        args.lr = args.lr or 10 * recommended_flags(s, "train_te")["lr"]  # as LoRA takes it
+        args.lr = args.lr or encoder_lora_lr(s)
     resolve(args, s, "train_te")
     check_blocks(args, num_blocks)
     if args.data is None and args.keywords is None:

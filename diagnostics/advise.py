@@ -13,7 +13,7 @@ from nanowan.formats.t5 import load_tokenizer, read_encoder
 from nanowan.memory_estimate import gb
 from nanowan.training import report
 from nanowan.training.captions import count_files, without_keywords
-from nanowan.training.flags import recommended_flags
+from nanowan.training.flags import encoder_lora_lr, recommended_flags
 from nanowan.training.keywords import check_keywords, keyword_token_ids, shared_token_ids
 from nanowan.variants.registry import VARIANTS
 
@@ -75,7 +75,7 @@ def encoder_flags(s, keywords, clips):
         alone = "without keywords there are no embeddings to train"
         if keywords:
             alone = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks have to learn"
-        lr = Flag("lr", f"{10 * flags['lr']:g}", "ten times the rate of whole blocks, as train_te.py takes for LoRAs")
+        lr = Flag("lr", f"{encoder_lora_lr(s):g}", "train_te.py's for LoRAs")
         found = [Flag("rank", 16, f"LoRAs in the encoder's blocks, which its --save lora keeps small; {alone}"), lr]
     else:
         found = [

@@ -800,7 +800,7 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     where = ["--data", media, "--keywords", "dog,square", "--resolution", "64x64", "--device", "cpu"]
     diag("advise", *where, "--json", tmp_path / "advice.json")
     found, said = json.loads((tmp_path / "advice.json").read_text()), capsys.readouterr().out
-    assert "keyword 'dog': in 1 captions" in said and "'dog' is in the captions of 1 files; 20 or so" in said
+    assert "keyword 'dog': in 1 different captions" in said and "'dog' is in the captions of 1 files; 20 or so" in said
     assert "--preserve 2: behind a trained encoder it cost no words" in said
     assert "never drawn: 1, then 2" in said and "a style or a motion" in said and "docs/experiments.md" in said
     for script, module in (("train_te", train_te), ("train_lora", train_lora)):

@@ -18,7 +18,7 @@ from nano import world
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.formats.t5 import load_t5
-from nanowan.settings import NANO, released
+from nanowan.settings import NANO, read_settings, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
 from nanowan.training.encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
 from nanowan.training.keywords import (
@@ -312,12 +312,16 @@ def test_bf16_weights_get_the_optimizer_that_they_need(flags, optimizer):
 
 
 def test_loras_learn_at_ten_times_the_rate_of_whole_blocks_unless_one_is_given():
-    def rate(*flags):
+    """By a flag, or for whole blocks by the checkpoint."""
+
+    def rate(*flags, s=released("ti2v-5B")):  # noqa: B008
         args = arguments(["--device", "cpu", *flags])
-        check(args, released("ti2v-5B"), 30)
+        check(args, s, 30)
         return args.lr
 
     assert rate("--rank", "4") == pytest.approx(10 * rate()) and rate("--rank", "4", "--lr", "3e-6") == 3e-6
+    nano = read_settings(NANO)
+    assert rate("--rank", "4", s=nano) == rate(s=nano) == nano.train["train_te"]["lr"]
 
 
 @pytest.mark.parametrize("how", ["delta", "lora --rank 4", "lora --train_blocks 0"])

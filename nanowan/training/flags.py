@@ -238,6 +238,14 @@ def recommended_flags(s, script):
     return general | RECOMMENDED[script] | both | s.train.get(script, {})
 
 
+def encoder_lora_lr(s):
+    """--lr of train_te.py --rank. A checkpoint's own rate for whole blocks does for LoRAs too: on nano ten times that
+    lost old words (docs/experiments.md). Released models have none; there it is ten times RECOMMENDED's, LoRAs' usual.
+    """
+    own = {**s.train, **s.train.get("train_te", {})}.get("lr")
+    return own or 10 * RECOMMENDED["train_te"]["lr"]
+
+
 def resolve(args, s, script):
     """Fill in the flags that were not given, for a checkpoint with Settings s, and check those of add_flags."""
     for name, value in recommended_flags(s, script).items():
