@@ -120,19 +120,19 @@ class GuidedModel:
 
     def __init__(self, pipe, expert, clip):
         batch, tokens = len(clip.x), math.prod(clip.x.shape[2:]) // 4
-        self.model = pipe.acquire(
-            expert, activation_bytes(pipe.config(expert).dim, tokens // pipe.world.sp_size, batch)
-        )
+        config, part = pipe.config(expert), tokens // pipe.world.sp_size
+        need = activation_bytes(config.dim, part, batch)
+        need += batch * pipe.settings.parts.model.kept_bytes(config, part, pipe.runtime.dtype.itemsize)
+        self.model = pipe.acquire(expert, need)
         self.mode, self.world, self.conditions = pipe.guidance_mode(tokens, batch), pipe.world, clip.conditions
         self.copies_output = pipe.runtime.compile == "graphs"  # a graph's next replay overwrites its output
-        inputs = clip.conditions.inputs
-        uncond_inputs = inputs if clip.conditions.uncond_inputs is None else clip.conditions.uncond_inputs
+        inputs, differing = clip.conditions.inputs, clip.conditions.uncond_inputs
         self.cond, self.uncond, self.both = self._embed(clip.text, inputs), None, None
         if clip.negative is not None and self.mode == "batched":
             pairs = [torch.cat([a, b]) for a, b in zip(clip.text, clip.negative)]
-            self.both = self._embed(pairs, {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()})
-        elif clip.negative is not None:
-            self.uncond = self._embed(clip.negative, uncond_inputs)
+            self.both = self._embed(pairs, {k: torch.cat([v, differing.get(k, v)]) for k, v in inputs.items()})
+        elif clip.negative is not None:  # what both halves share is prepared once
+            self.uncond = self._embed(clip.negative, self.cond[1] | differing)
 
     def _embed(self, text, inputs):
         context, lens = text
