@@ -25,6 +25,12 @@ INJECTORS = [f"audio_injector.injector.N.{p}" for p in ("q", "k", "v", "o", "nor
 # kohya and LyCORIS write dots as underscores, so all spellings are compared without dots
 OFFICIAL = {name.replace(".", "_"): name for name in (*DIFFUSERS_NAMES, *INJECTORS)}
 OFFICIAL |= {theirs.replace(".", "_"): ours for ours, theirs in DIFFUSERS_NAMES.items()}
+# Animate-2's in diffusers: the official modules, and in them the projections of its other models
+OFFICIAL |= {
+    re.sub(r"\w+_attn\.\w+$", f"{ours.split('.')[2]}.{theirs.split('.', 3)[3]}", ours).replace(".", "_"): ours
+    for ours, theirs in DIFFUSERS_NAMES.items()
+    if "_attn." in ours
+}
 # what else Animate and S2V have, under its official name only
 ROOTS = ("audio_injector", "casual_audio_encoder", "cond_encoder", "trainable_cond_mask")
 ROOTS += ("frame_packer", "pose_patch_embedding", "motion_encoder", "face_encoder", "face_adapter")
@@ -82,7 +88,7 @@ def official_name(key):
     if text := TEXT_PREFIX.match(name):
         return Place("text", f"{name[text.end() :]}.weight", PARTS.get(part, part))
     prefix = PREFIXES.match(name)
-    name = name[prefix.end() :]
+    name = re.sub(r"^(blocks[._]\d+[._])block[._]", r"\1", name[prefix.end() :])  # Animate-2's official names
     numbered = re.fullmatch(r"(blocks|audio_injector_injector)_(\d+)(.*)", name.replace(".", "_"))
     flat = "{}_N{}".format(*numbered.group(1, 3)) if numbered else name.replace(".", "_")
     if flat in OFFICIAL:
