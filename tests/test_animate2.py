@@ -15,18 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_clip import transformers_clip
 from test_long_video import check_resume, run
-from test_train_variants import check_noising, dataset_of, first_batch, flags_of, train, uncached_dataset
+from test_train_variants import check_noising, dataset_of, first_batch, train, uncached_dataset
 
 import flow
 import sample
-import train_lora
 from benchmarks import tiny, tiny_animate, tiny_animate2, tiny_s2v
 from benchmarks.tiny_animate2 import CLIP_SIZES, animate2, diffusers_animate2, official_names
 from diagnostics.inspect import inspect
 from diagnostics.logits import logits, record_attention
 from diagnostics.plan import planned
 from lora import inject, lora_layers
-from nanowan import cache, memory_estimate
+from nanowan import cache
 from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, load_wan, new_dit
 from nanowan.formats.header import load
@@ -405,3 +404,288 @@ def test_equals_the_modular_pipeline(ckpt, given, distilled, monkeypatch, report
     theirs = state.get("videos")[0].transpose(0, 1) * 2 - 1
     assert video.shape[1] == N and abs(video.shape[2] - theirs.shape[2]) <= 1
     report("video", tiny.error(video, theirs[:, :, : video.shape[2], : video.shape[3]]), 1e-3)
+
+
+def test_a_video_is_made_with_its_sound(ckpt, given, tmp_path, monkeypatch):
+    run(monkeypatch, *flags(ckpt, given, tmp_path, "--preview_every 1"))
+    latents = load(tmp_path / "v.safetensors")[0]
+    assert sorted(latents) == ["latents_0", "latents_1"] and latents["latents_0"].shape == (16, 4, 4, 4)
+    frames = list(read_frames(tmp_path / "v.mp4"))
+    assert len(frames) == N and abs(frames[-1].seconds - (N - 1) / 24) < 1e-3 and frames[0].size == (32, 24)
+    start, sound = read_sound(tmp_path / "v.mp4")
+    source = read_sound(given / "sound.wav")[1][4000:20000]
+    heard = sound[round(48000 * (0.1 - start)) + 4000 - 100 :][: len(source) + 200]  # to two milliseconds
+    assert np.correlate(heard, source, "valid").max() > 0.95 * np.linalg.norm(source) * np.linalg.norm(heard)
+    assert Image.open(tmp_path / "v_preview.png").width > 32
+
+
+def test_a_video_that_was_killed_is_continued(ckpt, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
+
+    def flags_of(name):
+        return flags(ckpt, given, tmp_path, name=name)
+
+    check_resume(monkeypatch, tmp_path, flags_of, (["--prompt_ref x"], ["--base_dtype fp8"]), 2)
+
+
+def test_the_driving_videos_prompt_is_felt(ckpt, given):
+    how = dict(image=str(given / "picture.png"), video=str(given / "video.mp4"), size=(W, H), frames=C, steps=1)
+    pipe = sample.load(ckpt)
+    a, b = (sample.generate(pipe, "a", progress=False, **how, **more)[1][0] for more in ({}, {"prompt_ref": "x y"}))
+    assert not torch.equal(a, b)
+
+
+def test_a_driving_video_at_another_rate(tmp_path):
+    """The nearest frames in time, and behind the last one those before it, that one twice."""
+    frames = np.stack([np.full((16, 16, 3), 8 * k, np.uint8) for k in range(30)])
+    write_frames(tmp_path / "v.mp4", [frames], 30, lossless=True)
+    video = DrivingVideo(tmp_path / "v.mp4", 24)
+    shown = (video.read(20, 29, (16, 16))[0, 0, :, 0, 0] * 127.5 + 127.5).div(8).round().int().tolist()
+    want = np.round(np.arange(24) / 24 * 30).astype(int).tolist()
+    assert video.n == 24 and shown == [*want[20:], *want[:18:-1]]
+
+
+@pytest.mark.parametrize("size", [(832, 480), (837, 487), (48, 32), (17, 120), (720, 1280)])
+def test_size_of_the_video_and_its_letterbox(size):
+    """As diffusers' image step has them."""
+    from diffusers.modular_pipelines.wan_animate_2.encoders import WanAnimate2ProcessImagesInputStep
+    from diffusers.modular_pipelines.wan_animate_2.video_processor import WanAnimate2VideoProcessor
+
+    picture, step = Image.fromarray(tiny_animate.frames(1, *size[::-1], 5)[0]), WanAnimate2ProcessImagesInputStep()
+    state = SimpleNamespace(image=picture, height=200, width=160)
+    step.get_block_state, step.set_block_state = lambda _: state, lambda *_: None
+    processor = WanAnimate2VideoProcessor(resample="bicubic")
+    step(SimpleNamespace(_execution_device="cpu", image_processor=processor, vae_scale_factor_spatial=8), None)
+    assert frame_size(*size, 200 * 160) == (state.width, state.height)
+    ours = np.asarray(letterbox(picture, (state.width, state.height), Image.BICUBIC)) / 127.5 - 1
+    assert np.abs(ours - state.image_pixels[0].permute(1, 2, 0).numpy()).max() < 1e-6
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--video", None), "a character that moves as a video does, --image and --video are needed"),
+        (("--image", None), "--image and --video are needed"),
+        (("--last_image", "picture.png"), "--last_image .*takes none"),
+        (("--src_root_path", "."), "--src_root_path .*: .* takes no such input"),
+        (("--video", "two.mp4"), "two.mp4: 2 frames at 24 per second; at least 5 are needed"),
+        (("--video", "none.mp4"), "--video .*none.mp4: does not exist"),
+        (("--video", "sound.wav"), "--video .*sound.wav: has no video stream"),
+        (("--size", "8x8"), "--size of 64 px for a picture of 80x64: a side would be under 16"),
+        (("--frames", "12"), r"--frames 12: of a segment; should be 4k\+1, and at least 5"),
+        (("--frames", "1"), "--frames 1: of a segment"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(ckpt, given, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(given)
+    write_frames(given / "two.mp4", [np.zeros((2, 32, 32, 3), np.uint8)], 24)
+    given_flags = {"--image": "picture.png", "--video": "video.mp4", "--size": f"{W}x{H}", "--frames": str(C)}
+    given_flags = {k: v for k, v in (given_flags | dict([change])).items() if v}
+    with pytest.raises(BadInput, match=message) as e:
+        run(monkeypatch, f"--ckpt {ckpt} --device cpu", " ".join(f"{k} {v}" for k, v in given_flags.items()))
+    assert "\n" not in str(e.value)
+
+
+def test_the_first_animate_takes_no_video(tmp_path, given):
+    pipe = sample.load(tiny_animate_checkpoint(tmp_path))
+    with pytest.raises(BadInput, match="--video .*takes no such input"):
+        sample.generate(pipe, "a", video=str(given / "video.mp4"))
+
+
+def tiny_animate_checkpoint(folder):
+    tiny_animate.write_dit(folder, tiny_animate.animate(layers=5))
+    return folder
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+def write_pair(folder, name="a", n=20, seed=0, driving=True):
+    """A clip and its driving video."""
+    folder.mkdir(exist_ok=True)
+    tiny_animate.write_video(folder / f"{name}.mp4", tiny_animate.frames(n, H, W, 3 * seed + 1), 24)
+    if driving:
+        tiny_animate.write_video(folder / f"{name}.driving.mp4", tiny_animate.frames(n, H, W, 3 * seed + 2), 24)
+    (folder / f"{name}.txt").write_text("a person acts")
+    return folder
+
+
+def train_flags(*more):
+    return f"--resolution {W}x{H} --frames {C}", *more
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair") / "clips")
+
+
+@torch.no_grad()
+def test_a_sample_is_what_sampling_is_given(ckpt, pair, tmp_path):
+    """With and without a known frame; without its caption as guidance's second half."""
+    _, pipe, dataset = dataset_of(ckpt, pair, tmp_path / "out", *train_flags())
+    frames, cached = tiny_animate.frames(20, H, W, 1)[:C], load(dataset.files[0])[0]
+    video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
+    stills = [pipe.acquire("vae").encode(video[:, :, i : i + 1])[0] for i in range(C)]
+    at = [i for i, z in enumerate(stills) if torch.equal(z, cached["latents"][:, :1])]
+    assert len(at) == 1  # the reference is a frame of the clip
+    s = pipe.settings.with_overrides(frames=C, size=(W, H))
+    picture = Image.fromarray(frames[at[0]])
+    sequence = s.conditioning.video(pipe, s, image=picture, video=pair / "a.driving.mp4")
+    for known in (0, 1):
+        sequence.known = video[:, :, :known] if known else None
+        want = sequence.conditions(0)
+        dataset.samples.draw = lambda item, share, rng, known=known: known
+        batch = first_batch(dataset)
+        assert torch.equal(batch.x[:, 16:], want.channels)
+        assert batch.inputs.keys() - want.inputs.keys() == {"unconditional"} and not batch.inputs["unconditional"].any()
+        assert all(torch.equal(batch.inputs[k], v) for k, v in want.inputs.items())
+        check_noising(batch, torch.cat([stills[at[0]][None], pipe.acquire("vae").encode(video)], 2))
+        assert batch.loss_mask.flatten().tolist() == pytest.approx([0, *[5 / 4] * 4])
+    *_, dataset = dataset_of(ckpt, pair, tmp_path / "out", *train_flags("--caption_dropout 1"))
+    batch = first_batch(dataset)
+    assert batch.captions == [""] and torch.equal(batch.inputs["unconditional"], want.uncond_inputs["unconditional"])
+
+
+def test_a_clip_that_would_be_copied_is_left_out(ckpt, tmp_path, capsys):
+    """Its own driving video as a file, or by its pictures; and one that has none."""
+    folder = write_pair(tmp_path / "clips", "good")
+    for name in ("alone", "same", "encoded"):
+        write_pair(folder, name, seed=4, driving=False)
+    shutil.copy(folder / "same.mp4", folder / "same.driving.mp4")
+    images = np.stack(tiny_animate.frames(20, H, W, 13)).clip(2, 250) + 1  # as another encoding has it
+    write_frames(folder / "encoded.driving.mp4", [images], 24, lossless=True)
+    *_, dataset = dataset_of(ckpt, folder, tmp_path / "out", *train_flags())
+    assert [i.path.name for i in dataset.items] == ["good.mp4"]
+    said = capsys.readouterr().out
+    for reason in (
+        "alone.mp4: has no alone.driving.mp4 beside it",
+        "same.mp4: is its own same.driving.mp4: the loss would fall to zero by copying",
+        "encoded.mp4: its encoded.driving.mp4 shows the clip itself: the loss would fall to zero by copying",
+    ):
+        assert reason in said, said
+
+
+def test_only_what_changed_is_encoded_again(ckpt, tmp_path):
+    folder = write_pair(tmp_path / "clips")
+
+    def name():
+        return uncached_dataset(ckpt, folder, tmp_path / "out", *train_flags())[-1].files[0]
+
+    names = [name(), name()]
+    assert names[0] == names[1]
+    tiny_animate.write_video(folder / "a.driving.mp4", tiny_animate.frames(20, H, W, 9), 24)
+    assert name() != names[0]
+
+
+TARGETS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "self_attn.k")
+
+
+def test_gradients_of_a_lora_equal_diffusers(ckpt, pair, tmp_path, dense_masks, report):
+    """From the gradients G of diffusers' weights W + s B A by the chain rule: s B'G for A, s GA' for B; through both of
+    the passes that a weight serves.
+    """
+    *_, dataset = dataset_of(ckpt, pair, tmp_path / "out", *train_flags())
+    batch, model, merged = first_batch(dataset), animate2(layers=3), animate2(layers=3)
+    text, lens = torch.randn(1, 9, tiny.TEXT_DIM), torch.tensor([9])
+    inject(model, TARGETS, rank=3, alpha=6)
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        merged.get_submodule(name).weight.data += 2 * (layer.lora_B @ layer.lora_A).detach()
+    model.checkpointing = True
+    batch.loss(model, text, lens).backward()
+    peer = diffusers_animate2(merged).requires_grad_(True)
+    v = peer_run(peer, batch.x, 1000 * batch.t, text, **batch.inputs)
+    (v - batch.target)[:, :, 1:].square().mean().backward()
+    names = {"k": "to_k", "v": "to_v", "k_img": "add_k_proj", "v_img": "add_v_proj"}
+    for name, layer in layers.items():
+        _, block, kind, leaf = name.split(".")
+        g = peer.get_submodule(f"blocks.{block}.{kind}.{names[leaf]}").weight.grad
+        report(name, tiny.error(layer.lora_A.grad, 2 * layer.lora_B.detach().t() @ g), 1e-4)
+        report(name, tiny.error(layer.lora_B.grad, 2 * g @ layer.lora_A.detach().t()), 1e-4)
+
+
+def test_training_lowers_the_loss_and_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
+    """On two clips, one of them held out, with previews; stopped after two of four steps, with what was cached."""
+    folder = write_pair(write_pair(tmp_path / "clips"), "b", seed=1)
+    (tmp_path / "p.txt").write_text("a person sings\n")
+    more = "--held_out 0.5 --eval_every 4 --save_every 2 --schedule constant --warmup 0 --t_distribution uniform"
+    previews = f"--previews {tmp_path}/p.txt --preview_steps 1 --preview_every 4"
+    more = train_flags(more, f"--targets {','.join(TARGETS[:4])} --lr 0.02")
+    whole = train(monkeypatch, "train_lora", ckpt, folder, tmp_path / "whole", *more, "--steps 4", previews)
+    assert whole[-1]["val_loss"] < whole[0]["val_loss"]
+    assert len(list(read_frames(tmp_path / "whole" / "previews" / "step_000004_00.mp4"))) == C
+    train(monkeypatch, "train_lora", ckpt, folder, tmp_path / "cut", *more, "--steps 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read_items", None)  # all is cached
+        train(patch, "train_lora", ckpt, folder, tmp_path / "cut", *more, "--steps 4 --resume")
+    a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
+    assert len(a) == 2 * 4 * 11 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    # the result is a LoRA that sampling takes
+    run(monkeypatch, f"--ckpt {ckpt} --image {folder}/x.png --video {folder}/a.driving.mp4 --device cpu --steps 1")
+
+
+def test_previews_share_the_driving_video(ckpt, pair, tmp_path):
+    """Guidance's halves differ in nothing but the block that is left out."""
+    *_, dataset = dataset_of(ckpt, pair, tmp_path / "out", *train_flags())
+    conditions = HeldOutVideo(dataset, 0).conditions(0)
+    assert set(conditions.uncond_inputs) == {"unconditional"} and conditions.uncond_inputs["unconditional"].item() == 1
+
+
+def test_the_driving_video_is_read_once_for_both_halves(ckpt, given, monkeypatch):
+    read, calls = WanAnimate2.read_driving, []
+    monkeypatch.setattr(WanAnimate2, "read_driving", lambda self, *a: calls.append(1) or read(self, *a))
+    how = dict(image=str(given / "picture.png"), video=str(given / "video.mp4"), size=(W, H), frames=C, steps=2)
+    sample.generate(sample.load(ckpt), "a", progress=False, **how)
+    assert len(calls) == 2  # one for each segment
+
+
+def test_the_text_encoder_learns_through_it(ckpt, pair, tmp_path, monkeypatch):
+    log = train(monkeypatch, "train_te", ckpt, pair, tmp_path / "out", "--keywords person --lr 0.01", *train_flags())
+    assert log[-1]["grad_norm"] > 0
+
+
+# ---- diagnostics and plans -------------------------------------------------------------------------------------------
+def test_logits_are_of_all_that_is_attended_to(report):
+    """Of the clip's tokens and those of the driving video's own frame: under this bias dense attention is the same."""
+    n, q, k, v = 5, *torch.randn(3, 2, 20, 2, 8)
+    driven = DrivenAttention(*torch.randn(2, 2, 15, 2, 8), -1.3)
+    keys, bias = driven.as_dense(k)
+    values = torch.cat([v, driven.values], 1)
+    want = F.scaled_dot_product_attention(*(u.transpose(1, 2) for u in (q, keys, values)), attn_mask=bias)
+    report("error", tiny.error(want.transpose(1, 2).flatten(2), driven(q, k, v)), 2e-6)
+    model, (args, extra) = animate2(layers=1), inputs(2, 4, 4, B=1)
+    with torch.no_grad(), record_attention(model) as stats:
+        model(*args, **extra)
+    assert len(stats[0, "self_attn"]) == 2  # of the driving video's own pass, and of the clip's
+    assert not (driven.as_dense(k)[1][0, 0, :n, 20:] > -math.inf).any()  # the reference has no such frame
+
+
+def test_logits_before_and_after_a_lora(ckpt, pair, tmp_path):
+    model = animate2()
+    inject(model, ("cross_attn.k",), rank=2)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    from helpers.adapters import save_lora
+
+    save_lora(tmp_path / "lora.safetensors", model)
+    where = dict(data=pair, cache=tmp_path / "cache", resolution=f"{W}x{H}", frames=C)
+    rows = logits(ckpt, [str(tmp_path / "lora.safetensors")], n=1, **where)["dit"]
+    assert {r["kind"] for r in rows} == {"self_attn", "cross_attn", "image_attn"}
+    first = [r["drift"] for r in rows if r["block"] == 0 and r["kind"] == "self_attn"]
+    assert max(first) < 1e-4 and max(r["drift"] for r in rows if r["kind"] == "cross_attn") > 0.01
+
+
+def test_a_plan_counts_the_driving_videos_keys_and_values():
+    """Once for both halves: of 832x480 and 81 frames 40 blocks' of 21 latent frames of 1560 tokens, in bf16."""
+    flags_ = "--ckpt animate2-14B --size 832x480 --device cuda".split()
+    guided, free = (planned("sample", [*flags_, "--guidance", g]).phases["denoise"] for g in ("3", "1"))
+    kept = 40 * 2 * 21 * 1560 * 5120 * 2
+    two, one = (next(v for k, v in p.items() if k.startswith("activations")) for p in (guided, free))
+    assert kept < one < 1.35 * kept and two - one < 0.1 * kept
+    assert 32.7e9 < free["DiT"] < 33.5e9
+
+
+def test_training_is_planned():
+    flags_ = "--ckpt animate2-14B --resolution 128x128 --frames 13 --batch 1 --checkpointing --blocks 38-39".split()
+    need = planned("train_lora", flags_)
+    assert need.phases["training"]["trained"] == 4 * 16 * 2 * 5120 * 4

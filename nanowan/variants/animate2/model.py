@@ -58,6 +58,17 @@ class DrivenAttention(NamedTuple):
             frames.append(frame)
         return torch.cat(frames, 1)
 
+    def as_dense(self, k):
+        """All keys (B,S,N,d) behind the clip's k (B,T'n,N,d), and the bias (1,1,T'n,S) under which each token attends
+        to its own: for diag.py logits.
+        """
+        length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
+        frame = torch.arange(length, device=k.device) // n
+        bias = torch.zeros(length, length + len(frame[n:]), device=k.device)
+        bias[:, length:].masked_fill_(frame[:, None] != frame[n:], -torch.inf)
+        bias[:, n : 2 * n] += self.log_scale
+        return torch.cat([k, self.keys], 1), bias[None, None]
+
     def attend(self, q, k, v, more_k=None, more_v=None):
         n, keys = q.shape[1], (k, v) if more_k is None else (torch.cat([k, more_k], 1), torch.cat([v, more_v], 1))
         bias = None
