@@ -170,7 +170,7 @@ class WanConfig:
 _A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
              size=(1280, 720))
 # sizes and recommended settings of the released models; boundary: the high-noise expert serves t/1000 >= boundary;
-# guidance: (low noise, high noise). nanowan/variants/registry.py adds S2V-14B and Animate-14B
+# guidance: (low noise, high noise). nanowan/variants/registry.py adds S2V-14B, Animate-14B and Animate-2-14B
 VARIANTS = {
     "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48,
                     vae="2.2", fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None,

@@ -467,12 +467,11 @@ def start_from(pairs, path, scale, expert=None):
 
 # ---- writing -----------------------------------------------------------------------------------------------------
 # What LoRA managers call a base: SwarmUI's id, one for all 14B models, and CivitAI's label, which S2V and Animate lack
+MANAGERS_14B = "wan-2_1-text2video-14b"
 MANAGERS_NAMES = {
     "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
-    "t2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 T2V-A14B"),
-    "i2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 I2V-A14B"),
-    "s2v-14B": ("wan-2_1-text2video-14b", "wan2.2-s2v-14B"),
-    "animate-14B": ("wan-2_1-text2video-14b", "wan2.2-animate-14B"),
+    "t2v-A14B": (MANAGERS_14B, "Wan Video 2.2 T2V-A14B"),
+    "i2v-A14B": (MANAGERS_14B, "Wan Video 2.2 I2V-A14B"),
 }
 
 
@@ -505,7 +504,8 @@ class AdapterInfo:
             "ss_total_batch_size": self.total_batch,
         }
         if self.variant:
-            architecture, found["ss_base_model_version"] = MANAGERS_NAMES[self.variant]
+            names = MANAGERS_NAMES.get(self.variant, (MANAGERS_14B, f"wan2.2-{self.variant}"))
+            architecture, found["ss_base_model_version"] = names
             found["modelspec.architecture"] = f"{architecture}/lora"
         if self.trained_words:
             found["trained_words"] = found["modelspec.trigger_phrase"] = ", ".join(self.trained_words)
