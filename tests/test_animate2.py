@@ -21,6 +21,7 @@ import flow
 import sample
 from benchmarks import tiny, tiny_animate, tiny_animate2, tiny_s2v
 from benchmarks.tiny_animate2 import CLIP_SIZES, animate2, diffusers_animate2, official_names
+from diagnostics.delta import delta, pair_up
 from diagnostics.inspect import inspect
 from diagnostics.logits import logits, record_attention
 from diagnostics.plan import planned
@@ -254,6 +255,8 @@ def test_a_folder_says_which_of_the_two_it_is(tmp_path):
     shutil.copy(file, file.with_stem("wan_animate_2_bf16_distillation"))
     assert read_settings(tmp_path / "a") == read_settings(tmp_path / "b") == released("animate2-14B")
     file.unlink()
+    kinds = [part["kind"] for part in inspect(tmp_path / "b")]
+    assert kinds == ["dit", "text_encoder", "vae"]
     s = read_settings(tmp_path / "b")
     assert (s.steps, s.guidance, s.guided) == (10, (1.0, 1.0), False) and s.shift == 5 and s.solver == "dpm++"
     # flat, as with one of ComfyUI's files
@@ -604,7 +607,7 @@ def test_gradients_of_a_lora_equal_diffusers(ckpt, pair, tmp_path, dense_masks, 
         report(name, tiny.error(layer.lora_B.grad, 2 * g @ layer.lora_A.detach().t()), 1e-4)
 
 
-def test_training_lowers_the_loss_and_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
+def test_training_lowers_the_loss_and_resumes_bit_for_bit(ckpt, given, tmp_path, monkeypatch):
     """On two clips, one of them held out, with previews; stopped after two of four steps, with what was cached."""
     folder = write_pair(write_pair(tmp_path / "clips"), "b", seed=1)
     (tmp_path / "p.txt").write_text("a person sings\n")
@@ -620,8 +623,15 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(ckpt, tmp_path, monkey
         train(patch, "train_lora", ckpt, folder, tmp_path / "cut", *more, "--steps 4 --resume")
     a, b = (load(tmp_path / name / "adapter_model.safetensors")[0] for name in ("whole", "cut"))
     assert len(a) == 2 * 4 * 11 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    # the result is a LoRA that sampling takes
-    run(monkeypatch, f"--ckpt {ckpt} --image {folder}/x.png --video {folder}/a.driving.mp4 --device cpu --steps 1")
+    # the result is a LoRA that sampling takes, and that diag.py measures
+    lora = tmp_path / "whole" / "adapter_model.safetensors"
+    for name, more in (("plain", []), ("lora", ["--lora", lora])):
+        run(monkeypatch, *flags(ckpt, given, tmp_path, *more, name=name))
+    plain, changed = (load(tmp_path / f"{name}.safetensors")[0]["latents_0"] for name in ("plain", "lora"))
+    assert not torch.equal(plain, changed)
+    (pair,) = pair_up(str(lora), str(ckpt))
+    rows = delta(pair.path, pair.base)
+    assert len(rows) == 4 * 11 and all(r["ratio"] > 0 for r in rows)
 
 
 def test_previews_share_the_driving_video(ckpt, pair, tmp_path):
