@@ -256,8 +256,8 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
     settings, each from the checkpoint's recommended ones if it is not given: size (width, height) px, frames 4k+1,
     steps, shift of the sigma grid, guidance scale or (low-noise, high-noise) scales (1: off), solver of flow.SOLVERS,
     negative prompt; and, named like sample.py's flags, the inputs that only S2V (audio, pose_video, infer_frames,
-    num_clip, start_from_ref, sync_sound) or Animate (src_root_path, replace_flag, refert_num) take. Of these two,
-    latents is a list, of each segment's.
+    num_clip, start_from_ref, sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video,
+    prompt_ref) take. Of these, latents is a list, of each segment's.
     """
     overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
     s = pipe.settings.with_overrides(**overrides)

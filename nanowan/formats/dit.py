@@ -137,7 +137,7 @@ def read_dit(path):
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
-    """Load one DiT, frozen and in eval mode: a Wan, WanS2V or WanAnimate.
+    """Load one DiT, frozen and in eval mode: a Wan, WanS2V, WanAnimate or WanAnimate2.
 
     path: a model folder (config.json and weights; of an A14B the folder of one expert), a checkpoint folder with a
     single DiT, or one file, .safetensors or .gguf. fp8: as in build_dit. Raises BadInput naming what does not fit.
