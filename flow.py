@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     def velocity(self, model, context, lens):
         """The model's prediction (B,C',T',h,w); context (B,S,D), lens (B,)."""
         device = context.device
-        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
 
     def loss(self, model, context, lens):

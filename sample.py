@@ -120,19 +120,19 @@ class GuidedModel:
 
     def __init__(self, pipe, expert, clip):
         batch, tokens = len(clip.x), math.prod(clip.x.shape[2:]) // 4
-        self.model = pipe.acquire(
-            expert, activation_bytes(pipe.config(expert).dim, tokens // pipe.world.sp_size, batch)
-        )
+        config, part = pipe.config(expert), tokens // pipe.world.sp_size
+        need = activation_bytes(config.dim, part, batch)
+        need += batch * pipe.settings.parts.model.kept_bytes(config, part, pipe.runtime.dtype.itemsize)
+        self.model = pipe.acquire(expert, need)
         self.mode, self.world, self.conditions = pipe.guidance_mode(tokens, batch), pipe.world, clip.conditions
         self.copies_output = pipe.runtime.compile == "graphs"  # a graph's next replay overwrites its output
-        inputs = clip.conditions.inputs
-        uncond_inputs = inputs if clip.conditions.uncond_inputs is None else clip.conditions.uncond_inputs
+        inputs, differing = clip.conditions.inputs, clip.conditions.uncond_inputs
         self.cond, self.uncond, self.both = self._embed(clip.text, inputs), None, None
         if clip.negative is not None and self.mode == "batched":
             pairs = [torch.cat([a, b]) for a, b in zip(clip.text, clip.negative)]
-            self.both = self._embed(pairs, {k: torch.cat([v, uncond_inputs[k]]) for k, v in inputs.items()})
-        elif clip.negative is not None:
-            self.uncond = self._embed(clip.negative, uncond_inputs)
+            self.both = self._embed(pairs, {k: torch.cat([v, differing.get(k, v)]) for k, v in inputs.items()})
+        elif clip.negative is not None:  # what both halves share is prepared once
+            self.uncond = self._embed(clip.negative, self.cond[1] | differing)
 
     def _embed(self, text, inputs):
         context, lens = text
@@ -256,8 +256,8 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
     settings, each from the checkpoint's recommended ones if it is not given: size (width, height) px, frames 4k+1,
     steps, shift of the sigma grid, guidance scale or (low-noise, high-noise) scales (1: off), solver of flow.SOLVERS,
     negative prompt; and, named like sample.py's flags, the inputs that only S2V (audio, pose_video, infer_frames,
-    num_clip, start_from_ref, sync_sound) or Animate (src_root_path, replace_flag, refert_num) take. Of these two,
-    latents is a list, of each segment's.
+    num_clip, start_from_ref, sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video,
+    prompt_ref) take. Of these, latents is a list, of each segment's.
     """
     overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
     s = pipe.settings.with_overrides(**overrides)

@@ -61,9 +61,9 @@ def arguments(argv=None):
     add(
         "--targets",
         type=comma_list,
-        help=f"linears to adapt, comma-separated, of {', '.join(TARGETS)}; Animate also: cross_attn.k_img, "
-        "cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
-        "audio_injector.k,audio_injector.v too)",
+        help=f"linears to adapt, comma-separated, of {', '.join(TARGETS)}; Animate and Animate-2 also: "
+        "cross_attn.k_img, cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,"
+        "cross_attn.v, and for S2V audio_injector.k,audio_injector.v too)",
     )
     add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change the drawing style")
     add("--blocks", help="blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")

@@ -48,6 +48,7 @@ class Rope(NamedTuple):
     table: torch.Tensor  # (P,d/2,2), kernels/rope.py
     positions: torch.Tensor  # (L,3) of these tokens
     length: int  # tokens of the clip; more than L where ranks share it
+    attention: object = None  # what Wan.attention_of returned
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +69,10 @@ class Attention(nn.Module):
 
 def attend(q, k, v, weights, eps, heads, rope):
     """Attention of the bare projections (B,L,D) on themselves, q and k normed by `weights` and rotated -> (B,L,D)."""
-    return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
+    if rope.attention is None:
+        return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
+    q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
+    return rope.attention(q, k, v.unflatten(2, (heads, -1)))
 
 
 class SelfAttention(Attention):
@@ -166,7 +170,7 @@ class WanConfig:
 _A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1", fps=16, frames=81, steps=40,
              size=(1280, 720))
 # sizes and recommended settings of the released models; boundary: the high-noise expert serves t/1000 >= boundary;
-# guidance: (low noise, high noise). nanowan/variants/registry.py adds S2V-14B and Animate-14B
+# guidance: (low noise, high noise). nanowan/variants/registry.py adds S2V-14B, Animate-14B and Animate-2-14B
 VARIANTS = {
     "ti2v-5B": dict(model_type="ti2v", dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48,
                     vae="2.2", fps=24, frames=121, steps=50, size=(1280, 704), shift=5.0, boundary=None,
@@ -226,6 +230,7 @@ class Wan(nn.Module):
 
     config_class = WanConfig
     block_class = Block
+    batches_guidance = True  # whether guidance's two halves may be computed in one batch
 
     def __init__(self, config):
         super().__init__()
@@ -324,7 +329,7 @@ class Wan(nn.Module):
         return x
 
     def forward_block(self, x, i, c):
-        rope, text = Rope(c.table, c.tokens.positions, c.tokens.length), c.text
+        rope, text = Rope(c.table, c.tokens.positions, c.tokens.length, self.attention_of(i, c)), c.text
         x = self.blocks[i](x, c.adaln, rope, text.context, text.bias, text.keys_values[i], c.tokens.row)
         return self.after_block(i, x, c)
 
@@ -343,9 +348,14 @@ class Wan(nn.Module):
 
     def prepare_inputs(self, **inputs):
         """The further inputs, as embed_inputs names them, with all computed that is the same at every step of a clip:
-        to be given to forward in their place.
+        to be given to forward in their place. Those that are prepared already stay as they are.
         """
         return inputs
+
+    @staticmethod
+    def kept_bytes(config, tokens, itemsize):
+        """Bytes that prepare_inputs keeps for a clip of so many tokens, where they are too many to be overlooked."""
+        return 0
 
     def join_text(self, text, inputs):
         """The Text that the blocks are given; what else cross-attention attends to is added here."""
@@ -363,6 +373,11 @@ class Wan(nn.Module):
     def patchify(self, x, c):
         """x (B,C,T',h,w) -> the tokens (B,L,D) fp32, as list_tokens has them, all of them on every rank."""
         return embed_patches(x, self.patch_embedding)
+
+    def attention_of(self, i, c):
+        """What block i's self-attention is instead of each token's attention to all: a function of q, k, v (B,L,N,d)
+        of all tokens, normed and rotated, and of any number of the heads -> (B,L,N*d). None: nothing else.
+        """
 
     def after_block(self, i, x, c):
         """x (B,L,D) after block i. Of the L tokens that are here the first c.tokens.num_video are the clip's."""

@@ -12,9 +12,9 @@ import torch
 from diagnostics.common import write_json
 from lora import TARGETS
 from nanowan.errors import BadInput
-from nanowan.formats.dit import full_config, read_config
+from nanowan.formats.dit import full_config, known_by_files, read_config
 from nanowan.formats.header import read_header
-from nanowan.formats.layouts import clean_key, expert_folders, is_diffusers, read_weights, weight_files
+from nanowan.formats.layouts import clean_key, expert_folders, is_diffusers, parts_folder, read_weights, weight_files
 from nanowan.formats.lora import TEXT_PREFIX, describe
 from nanowan.formats.t5 import build_t5, is_delta, read_encoder
 from nanowan.variants.registry import VARIANTS
@@ -280,7 +280,8 @@ def inspect_experts(path):
     names = ("transformer", "transformer_2") if is_diffusers(path) else EXPERT_FOLDERS
     experts = [name for name in names if (path / name).is_dir()]
     missing = [name for name in names if experts and name not in experts]
-    folders = [path / name for name in experts] or ([path] if holds_dit(path) else [])
+    single = expert_folders(path).get("dit", path)
+    folders = [path / name for name in experts] or ([single] if single.is_file() or holds_dit(path) else [])
     if is_diffusers(path) and "dit" in expert_folders(path):
         experts = missing = []
     models = []
@@ -298,7 +299,7 @@ def holds_dit(path):
     if any(path.glob("diffusion_pytorch_model*")):
         return True
     try:
-        return (path / "config.json").is_file() and kind_of(path) == "dit"
+        return ((path / "config.json").is_file() or known_by_files(path)) and kind_of(path) == "dit"
     except BadInput:
         return False
 
@@ -307,7 +308,7 @@ def other_parts(path):
     """Where a checkpoint folder's encoder and VAE are: files, or the folders of diffusers."""
     if is_diffusers(path):
         return [path / name for name in ("text_encoder", "vae") if (path / name).is_dir()]
-    names = sorted(f for f in path.iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
+    names = sorted(f for f in parts_folder(path).iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
     encoders = [f for f in names if f.name.lower().startswith(("models_t5", "umt5"))]
     return encoders + [f for f in names if "vae" in f.name.lower() and f not in encoders]
 

@@ -52,10 +52,12 @@ def record_attention(model):
 
     def on_self_attention(block):
         def hook(module, args):
-            x, (table, positions, *_) = args[:2]
+            x, rope = args[:2]
             norms = module.norm_q, module.norm_k
-            q, k = normed(module, [module.q(x), module.k(x)], norms, (table, positions))
-            stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k))
+            q, k = normed(module, [module.q(x), module.k(x)], norms, (rope.table, rope.positions))
+            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2's, to a driving video too
+            k, bias = as_dense(k) if as_dense else (k, None)
+            stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k, bias))
 
         return hook
 

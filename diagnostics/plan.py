@@ -143,6 +143,8 @@ class Job:
             mode = "none"
         elif args.guidance_parallel:
             mode = "parallel"
+        elif not s.parts.model.batches_guidance:
+            mode = "sequential"
         elif mode is None:
             here = pipe and pipe.device.type == torch.device(args.device).type
             tokens = math.prod(s.token_grid(self.size, s.frames))

@@ -319,7 +319,11 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
 
     @torch.no_grad()
     def step():
-        kept = [prepared(1)] + [prepared(forwards)] * (prompts - 1)
+        kept = [prepared(1)]
+        if prompts == 2:  # of two passes the second shares what does not differ
+            differing = s.parts.examples.uncond_inputs
+            shared = {k: v for k, v in kept[0][1].items() if k not in differing and forwards == 1}
+            kept += [prepared(forwards, shared)]
         solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
         times = (forwards * batch, shape[1]) if s.parts.samples.trains_first_frame else forwards * batch
         if mode == "parallel":  # both halves, exchanged
@@ -327,8 +331,8 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
         text, inputs = kept[-1]
         return dit(torch.cat([x] * forwards), torch.empty(times), text, **inputs), kept, solver
 
-    def prepared(copies):
-        inputs = {k: v.repeat(copies * batch, *[1] * (v.dim() - 1)) for k, v in fake_inputs.items()}
+    def prepared(copies, shared={}):  # noqa: B006
+        inputs = {k: v.repeat(copies * batch, *[1] * (v.dim() - 1)) for k, v in fake_inputs.items()} | shared
         return dit.embed_text(torch.cat([embeds] * copies), cache=True), dit.prepare_inputs(**inputs)
 
     return traced(step)
@@ -519,7 +523,8 @@ def training(spec, builders, make_trainable):
         if spec.previews:
             of = spec.previews
             dit.checkpointing = 0
-            step = denoising_bytes(dit, s, of, 1, spec.text, "batched" if s.guided else "none", layout)
+            passes = "batched" if dit.batches_guidance else "sequential"
+            step = denoising_bytes(dit, s, of, 1, spec.text, passes if s.guided else "none", layout)
             vae = build(builders, "vae", dtype, cuda)
             decode = decoding_bytes(vae, of, 1, 0)
             phases["previews"] = weights | {

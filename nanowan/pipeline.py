@@ -227,7 +227,7 @@ class Pipeline:
             model = load_vae(self.dir, run.device, torch.float32)
             model = model.decode_in(run.dtype) if run.cuda else model
         else:
-            model = encoders[name].load(self.dir / encoders[name].folder, run.device)
+            model = encoders[name].load(encoders[name].path(self.dir), run.device)
         return Placement(model, self.copier).start()
 
     def _load_dit(self, name):
@@ -294,10 +294,12 @@ class Pipeline:
 
     def guidance_mode(self, tokens, batch=1):
         """How guidance's two halves are computed for clips of so many tokens: "parallel", on two ranks; "batched", in
-        one forward pass; or "sequential", one after the other, if there is no memory for that.
+        one forward pass; or "sequential", one after the other, if there is no memory for that or the model asks for it.
         """
         if self.world.cfg_size == 2:
             return "parallel"
+        if not self.settings.parts.model.batches_guidance:
+            return "sequential"
         need = 2 * activation_bytes(self.config().dim, tokens // self.world.sp_size, batch)
         if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
             need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # and what lies beside it

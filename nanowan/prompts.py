@@ -19,7 +19,7 @@ SETTINGS = {
     "guidance": parse_guidance,
     "negative": str,
 }
-FILES = ("image", "last_image", "audio", "pose_video", "src_root_path")
+FILES = ("image", "last_image", "audio", "pose_video", "src_root_path", "video")
 TEXT_KEYS = ("prompt", "text", "caption")
 
 

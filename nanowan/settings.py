@@ -9,7 +9,7 @@ import numpy as np
 from flow import SOLVERS
 from nanowan.errors import BadInput
 from nanowan.files import read_json
-from nanowan.formats.dit import read_config, read_dit
+from nanowan.formats.dit import known_by_files, read_config, read_dit
 from nanowan.formats.layouts import expert_folders, index_settings
 from nanowan.variants.registry import VARIANTS, parts_of
 from vae import GEOMETRY
@@ -117,19 +117,22 @@ def released(variant):
 def read_settings(ckpt_dir):
     """The Settings of a checkpoint folder. Raises BadInput where it is none."""
     folders = expert_folders(ckpt_dir)
-    file = next(iter(folders.values())) / "config.json"
-    if not file.exists():
+    dit = next(iter(folders.values()))
+    file = (dit.parent if dit.is_file() else dit) / "config.json"
+    if not file.exists() and not known_by_files(dit):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
-    config = read_json(file)
+    config = read_json(file) if file.exists() else {}
     kind = config.get("model_type")
-    if kind is None:  # Animate's and diffusers' do not say; their tensors do
-        kind = read_config(file.parent, read_dit(file.parent)).model_type
+    if kind is None:  # Animate's and diffusers' do not say, Animate-2 has none; their tensors do
+        kind = read_config(dit, read_dit(dit)).model_type
     variants = {row["model_type"]: name for name, row in VARIANTS.items()}
     if kind not in variants:
         raise BadInput(f"{file}: model_type {kind!r} should be one of {', '.join(variants)}")
     try:
         is_moe = "dit" not in folders
-        own = config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
+        recommend = parts_of(kind).recommend
+        own = recommend(read_config(dit, read_dit(dit))) if recommend else {}
+        own |= config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
         s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **own)
         s = replace(s, usual_loss=config.get("usual_loss"))
     except TypeError as e:

@@ -1,7 +1,6 @@
 """Animate's DiT and its parts against diffusers' WanAnimateTransformer3DModel, through its own converter's names."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -233,16 +232,12 @@ def test_loads_from_one_file(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     model = animate(layers=5)
-    state = {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.block.", k): v for k, v in model.state_dict().items()}
-    save_file(state, tmp_path / "animate2.safetensors")
-    with pytest.raises(BadInput, match="this is Wan-Animate-2, another model"):
-        load_wan(tmp_path / "animate2.safetensors")
     state = model.state_dict()
     del state["face_encoder.conv2.conv.weight"]
-    save_file(state, tmp_path / "animate2.safetensors")
+    save_file(state, tmp_path / "animate.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=2)))
     with pytest.raises(BadInput, match="it has no face_encoder.conv2.conv.weight"):
-        load_wan(tmp_path / "animate2.safetensors")
+        load_wan(tmp_path / "animate.safetensors")
 
 
 @pytest.mark.parametrize(

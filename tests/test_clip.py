@@ -38,17 +38,17 @@ def write(folder, state):
     return folder
 
 
-def transformers_clip(state):
+def transformers_clip(state, dim=DIM, ffn_dim=FFN, layers=LAYERS, patch=PATCH, side=SIDE):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     peer = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=DIM,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
+            hidden_size=dim,
+            intermediate_size=ffn_dim,
+            num_hidden_layers=layers,
             num_attention_heads=16,
-            image_size=SIDE,
-            patch_size=PATCH,
+            image_size=side,
+            patch_size=patch,
             hidden_act="gelu",
             layer_norm_eps=1e-5,
         )

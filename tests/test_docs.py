@@ -17,6 +17,7 @@ import torch
 from helpers import scripts
 from helpers.adapters import save_lora
 from PIL import Image
+from test_animate2 import write_pair
 from test_data import clip, photo
 from test_layout import FILES
 from test_long_video import write_relighting
@@ -29,7 +30,7 @@ import diag
 import sample
 import train_lora
 import train_te
-from benchmarks import tiny_animate, tiny_s2v
+from benchmarks import tiny_animate, tiny_animate2, tiny_s2v
 from diagnostics.plan import SCRIPTS as PLANNED
 from nanowan.formats.dit import full_config
 from nanowan.formats.header import save
@@ -48,8 +49,13 @@ RELEASED = {
     "Wan2.2-I2V-A14B": "i2v-A14B",
     "Wan2.2-S2V-14B": "s2v-14B",
     "Wan2.2-Animate-14B": "animate-14B",
+    "Wan2.2-Animate-2-14B": "animate2-14B",
 }
-CLIPS = {"Wan2.2-S2V-14B": "talk", "Wan2.2-Animate-14B": "acts"}  # of the others: "clips"
+CLIPS = {
+    "Wan2.2-S2V-14B": "talk",
+    "Wan2.2-Animate-14B": "acts",
+    "Wan2.2-Animate-2-14B": "pairs",
+}  # of the others: "clips"
 # what stands in a page for something of the reader's: {flag before it, or "": {word: what it is replaced by}}
 STAND_INS = {
     "--ckpt": {"DIR": "Wan2.2-TI2V-5B"},
@@ -57,6 +63,7 @@ STAND_INS = {
     "--prompts": {"FILE": "previews.txt", "F": "previews.txt", "prompts.txt": "previews.txt"},
     "--image": {"FILE": "face.png", "I.png": "face.png"},
     "--audio": {"FILE": "speech.wav"},
+    "--video": {"FILE": "V.mp4"},
     "--pose_video": {"FILE": "talk/a.pose.mkv"},
     "--lora": {"F": "lora.safetensors", "HIGH.safetensors": "high.safetensors", "LOW.safetensors": "low.safetensors"},
     "--keywords": {"WORD,WORD": "crimson,wedge", "a,b": "crimson,wedge", "WORD": "crimson"},
@@ -211,8 +218,9 @@ def shrunk(script, words):
         ckpt = tomllib.loads(Path(config).read_text())["ckpt"]
     if "--blocks" in words:
         words[words.index("--blocks") + 1] = "1-2"
-    frames = {"Wan2.2-S2V-14B": "16", "Wan2.2-Animate-14B": "13"}.get(ckpt, "5")
-    size = "48x32" if ckpt == "Wan2.2-Animate-14B" else "64x64"
+    is_animate = "Animate" in ckpt
+    frames = "16" if ckpt == "Wan2.2-S2V-14B" else "13" if is_animate else "5"
+    size = "48x32" if is_animate else "64x64"
     if script in TRAINERS:
         small = f"--steps 2 --steps_per_expert 1 --batch 2 --frames {frames} --resolution {size} --preview_steps 1"
         small += f" --preview_size {size} --preview_frames {frames} --preview_every 2 --held_out 0.3 --log_every 1"
@@ -259,9 +267,10 @@ def readers_folder(tmp_path_factory, checkpoints):
     animate.mkdir()
     tiny_animate.checkpoint(animate)
     write_networks(animate / "process_checkpoint")
+    tiny_animate2.checkpoint(root / "Wan2.2-Animate-2-14B")
     (root / "nano").symlink_to(NANO.parent)
 
-    for name in ("clips", "stills", "talk", "acts"):
+    for name in ("clips", "stills", "talk", "acts", "pairs"):
         (root / name).mkdir()
     for i, caption in enumerate(
         ["a crimson fox", "a wedge turns", "a red square", "a crimson wedge", "a boat", "a dog"]
@@ -271,6 +280,7 @@ def readers_folder(tmp_path_factory, checkpoints):
     for i in range(2):
         write_clip(root / "talk" / f"{i}.mkv", small_pictures(90), sound=tiny_s2v.sound(5.6))
         write_character(root / "acts", f"{i}", scene=True, seed=i)
+        write_pair(root / "pairs", f"{i}", seed=i)
     write_clip(root / "talk" / "a.pose.mkv", small_pictures(90), caption=None)
     tiny_animate.source_folder(root / "driving")
     for name in ("V", "MASK"):

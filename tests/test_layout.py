@@ -177,7 +177,7 @@ def test_first_lines_say_what_a_file_is(module):
 
 # flags whose absence leaves something out, so that there is no default to name
 LEAVES_OUT = {
-    sample: "config prompts image last_image lora audio pose_video src_root_path save_latents grid",
+    sample: "config prompts image last_image lora audio pose_video src_root_path video save_latents grid",
     train_lora: "config init_lora trigger preserve_prompts previews wandb",
     train_te: "config previews wandb",
     prepare: "video image out process_checkpoint keypoints pose_video faces mask_video",

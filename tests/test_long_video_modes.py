@@ -9,7 +9,7 @@ from test_animate_inputs import C
 from test_parallel import run_jobs
 
 import sample
-from benchmarks import tiny, tiny_animate, tiny_s2v
+from benchmarks import tiny, tiny_animate, tiny_animate2, tiny_s2v
 from nanowan import memory_estimate
 from nanowan.formats.header import load
 from nanowan.long_video import SegmentFiles
@@ -19,7 +19,7 @@ from nanowan.variants.s2v.conditioning import SpeechVideo
 from nanowan.variants.s2v.model import WanS2V
 
 
-@pytest.fixture(scope="module", params=["s2v", "animate"])
+@pytest.fixture(scope="module", params=["s2v", "animate", "animate2"])
 def video(request, tmp_path_factory):
     """(checkpoint, what sample.generate is given): two segments, of a DiT whose four heads four ranks can share."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -29,6 +29,11 @@ def video(request, tmp_path_factory):
         tiny_animate.write_dit(ckpt, tiny_animate.animate(heads=4))
         return ckpt, how | dict(src_root_path=str(source), frames=C)
     tiny_s2v.write_picture(folder / "picture.png", 64, 64)
+    if request.param == "animate2":
+        tiny_animate.write_video(folder / "video.mp4", tiny_animate.frames(20, 32, 48, 1), 24)
+        files = dict(image=str(folder / "picture.png"), video=str(folder / "video.mp4"))
+        ckpt = tiny_animate2.checkpoint(folder / "ckpt", model=tiny_animate2.animate2(heads=4))
+        return ckpt, how | files | dict(size=(48, 32), frames=C)
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(6)[None])
     ckpt = tiny_s2v.checkpoint(folder / "ckpt")
     tiny_s2v.write_dit(ckpt, tiny_s2v.fill(WanS2V(replace(tiny_s2v.CONFIG, num_heads=4))))

@@ -157,7 +157,8 @@ def test_full_size_counts(variant, params, tensors):
 
 def test_variants_hold_only_what_differs():
     """One kind of model each, and only the kinds that wan.Wan is the class of stand beside it."""
-    assert [row["model_type"] for row in registry.VARIANTS.values()] == ["ti2v", "t2v", "i2v", "s2v", "animate"]
+    kinds = ["ti2v", "t2v", "i2v", "s2v", "animate", "animate2"]
+    assert [row["model_type"] for row in registry.VARIANTS.values()] == kinds
     own = {name: row for name, row in registry.VARIANTS.items() if parts_of(row["model_type"]).model is Wan}
     assert own == VARIANTS
 

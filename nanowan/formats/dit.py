@@ -1,7 +1,6 @@
 """A DiT's files: its configuration from headers and config.json, the empty model, strict loading."""
 
 import math
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from kernels.fp8 import convert
 from nanowan.errors import BadInput
 from nanowan.files import read_json
-from nanowan.formats.header import count_blocks, read_header
+from nanowan.formats.header import count_blocks
 from nanowan.formats.layouts import expert_folders, official_config, read_weights, weight_files
 from nanowan.formats.load import check_keys, load_weights
 from nanowan.formats.scaled import linears_in_fp8
@@ -35,17 +34,25 @@ OTHER_MODELS = {
 }
 
 
-def other_model(entries):
-    """What else of the Wan family a DiT's headers {official name: Entry} are of, in words, or None."""
-    if any(re.match(r"blocks\.\d+\.block\.", name) for name in entries):
-        return "Wan-Animate-2"
-    if any(r.get("signature") in entries for r in VARIANTS.values()):
-        return None
-    name = next((name for name in OTHER_MODELS if name in entries), None)
-    if name == "img_emb.proj.1.weight":  # Wan-Animate-2 in ComfyUI's layout has the same names
-        config = read_header(entries[name].file)[1].get("config", "")
-        return "Wan-Animate-2" if '"animate2"' in config else OTHER_MODELS[name]
-    return OTHER_MODELS.get(name)
+def is_signed(row, entries):
+    """Whether a DiT's files {official name: Entry} are known as those of a row of VARIANTS: by a tensor, or by what a
+    function says of them.
+    """
+    signature = row.get("signature")
+    return signature(entries) if callable(signature) else signature in entries
+
+
+def signed_type(entries):
+    """The model_type of the row by which a DiT's files are known, or None."""
+    return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
+
+
+def known_by_files(path):
+    """Whether the files of a DiT, a folder or one file, tell what it is, so that it needs no config.json."""
+    try:
+        return signed_type(read_dit(path)) is not None
+    except BadInput:
+        return False
 
 
 def keep_fp32(name):
@@ -64,17 +71,19 @@ def read_config(path, entries):
         return entries[name].shape
 
     path = Path(path)
-    if other := other_model(entries):
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    settings = official_config(read_json(file), file) if file.exists() else {}
+    kinds = [row["model_type"] for row in VARIANTS.values() if "signature" in row]
+    signed = signed_type(entries) or next((kind for kind in kinds if kind == settings.get("model_type")), None)
+    other = None if signed else next((what for name, what in OTHER_MODELS.items() if name in entries), None)
+    if other:
         raise BadInput(f"{path}: this is {other}, another model; loaded are {', '.join(VARIANTS)} of Wan 2.2")
     dim, in_dim, *patch = shape("patch_embedding.weight")
     text_dim, freq_dim = shape("text_embedding.0.weight")[1], shape("time_embedding.0.weight")[1]
     layers = count_blocks(entries)
     out_dim, ffn_dim = shape("head.head.weight")[0] // math.prod(patch), shape("blocks.0.ffn.0.weight")[0]
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    signed = next((r["model_type"] for r in VARIANTS.values() if r.get("signature") in entries), None)
     kind = signed or ("i2v" if in_dim > out_dim else "ti2v" if in_dim == 48 else "t2v")
     config = WanConfig(kind, dim, ffn_dim, dim // 128, layers, in_dim, out_dim, freq_dim, 512, text_dim, tuple(patch))
-    settings = official_config(read_json(file), file) if file.exists() else {}
     if settings:
         named = [f.name for f in fields(WanConfig) if f.name not in ("text_dim", "patch_size")]
         config = replace(config, **{name: settings[name] for name in named if name in settings})
@@ -128,7 +137,7 @@ def read_dit(path):
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
-    """Load one DiT, frozen and in eval mode: a Wan, WanS2V or WanAnimate.
+    """Load one DiT, frozen and in eval mode: a Wan, WanS2V, WanAnimate or WanAnimate2.
 
     path: a model folder (config.json and weights; of an A14B the folder of one expert), a checkpoint folder with a
     single DiT, or one file, .safetensors or .gguf. fp8: as in build_dit. Raises BadInput naming what does not fit.

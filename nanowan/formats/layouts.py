@@ -202,10 +202,30 @@ def official_vae_name(name, v22):
     return name
 
 
+IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # Animate-2's official names: a module stands around each block
+
+
+def is_animate2(entries):
+    """Whether a DiT's files {name: Entry}, whose tensors are those of Wan 2.1's I2V, say that they are Animate-2's: by
+    the official names, or by the metadata of ComfyUI's file.
+    """
+    if "img_emb.proj.1.weight" not in entries:
+        return False
+    headers = [read_header(file) for file in {e.file for e in entries.values()}]
+    return any(
+        '"animate2"' in metadata.get("config", "") or any(IN_CONTEXT.match(clean_key(name)) for name in names)
+        for names, metadata in headers
+    )
+
+
 def official_names(entries):
-    """{name: Entry} of a DiT or VAE with diffusers' names under official ones; any other as it is."""
+    """{name: Entry} of a DiT or VAE with diffusers' names, or names of Animate-2's own, under those of all official
+    DiTs; any other as it is.
+    """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
+    if any(IN_CONTEXT.match(name) for name in entries):
+        return {IN_CONTEXT.sub(r"\1", name): e for name, e in entries.items()}
     if "post_quant_conv.weight" in entries:
         v22 = any(".resnets." in name and name.startswith("encoder.down_blocks.") for name in entries)
         return {official_vae_name(name, v22): e for name, e in entries.items()}
@@ -225,9 +245,19 @@ def is_diffusers(ckpt_dir):
     return any((Path(ckpt_dir) / name).exists() for name in ("model_index.json", "transformer"))
 
 
+def parts_folder(ckpt_dir):
+    """The folder of a checkpoint's VAE and encoders: of Animate-2's official one a folder within, else itself."""
+    within = Path(ckpt_dir) / "videomodel" / "Wan-AI"
+    return within if within.is_dir() else Path(ckpt_dir)
+
+
 def expert_folders(ckpt_dir):
-    """{"high": folder, "low": folder} of an A14B's two DiTs, or {"dit": folder or file} of a single one."""
+    """{"high": folder, "low": folder} of an A14B's two DiTs, or {"dit": folder or file} of a single one. Where
+    Animate-2's official folder holds both of its DiTs, that is the base, not the distilled one.
+    """
     ckpt_dir = Path(ckpt_dir)
+    if files := sorted((ckpt_dir / "wan_animate_2").glob("*.safetensors")):
+        return {"dit": min(files, key=lambda f: "distill" in f.name)}
     names = ("transformer", "transformer_2")
     if not is_diffusers(ckpt_dir):
         names = ("high_noise_model", "low_noise_model") if (ckpt_dir / "high_noise_model").is_dir() else (".",)
@@ -240,7 +270,7 @@ def vae_files(path):
     """The files of a VAE: `path` itself, or those of a checkpoint folder."""
     if (Path(path) / "vae").is_dir() and is_diffusers(path):
         return weight_files(Path(path) / "vae")
-    return [find(path, "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")]
+    return [find(parts_folder(path), "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")]
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
@@ -289,9 +319,12 @@ CONFIG_FIXED = {
 
 def official_config(config, file):
     """What a DiT's config.json says, under the official names. Raises BadInput for another model of diffusers."""
+    name = config.get("_class_name")
+    if name == "WanAnimate2Transformer3DModel":
+        raise BadInput(f"{file}: a {name}; of Animate-2 the official layout is read, and ComfyUI's file")
     if "num_attention_heads" not in config:
         return config
-    if (name := config.get("_class_name")) not in (None, "WanTransformer3DModel"):
+    if name not in (None, "WanTransformer3DModel"):
         raise BadInput(f"{file}: a {name}; of diffusers' models only WanTransformer3DModel is read")
     for key, value in CONFIG_FIXED.items():
         if config.get(key, value) != value:

@@ -25,6 +25,12 @@ INJECTORS = [f"audio_injector.injector.N.{p}" for p in ("q", "k", "v", "o", "nor
 # kohya and LyCORIS write dots as underscores, so all spellings are compared without dots
 OFFICIAL = {name.replace(".", "_"): name for name in (*DIFFUSERS_NAMES, *INJECTORS)}
 OFFICIAL |= {theirs.replace(".", "_"): ours for ours, theirs in DIFFUSERS_NAMES.items()}
+# Animate-2's in diffusers: the official modules, and in them the projections of its other models
+OFFICIAL |= {
+    re.sub(r"\w+_attn\.\w+$", f"{ours.split('.')[2]}.{theirs.split('.', 3)[3]}", ours).replace(".", "_"): ours
+    for ours, theirs in DIFFUSERS_NAMES.items()
+    if "_attn." in ours
+}
 # what else Animate and S2V have, under its official name only
 ROOTS = ("audio_injector", "casual_audio_encoder", "cond_encoder", "trainable_cond_mask")
 ROOTS += ("frame_packer", "pose_patch_embedding", "motion_encoder", "face_encoder", "face_adapter")
@@ -82,7 +88,7 @@ def official_name(key):
     if text := TEXT_PREFIX.match(name):
         return Place("text", f"{name[text.end() :]}.weight", PARTS.get(part, part))
     prefix = PREFIXES.match(name)
-    name = name[prefix.end() :]
+    name = re.sub(r"^(blocks[._]\d+[._])block[._]", r"\1", name[prefix.end() :])  # Animate-2's official names
     numbered = re.fullmatch(r"(blocks|audio_injector_injector)_(\d+)(.*)", name.replace(".", "_"))
     flat = "{}_N{}".format(*numbered.group(1, 3)) if numbered else name.replace(".", "_")
     if flat in OFFICIAL:
@@ -461,12 +467,11 @@ def start_from(pairs, path, scale, expert=None):
 
 # ---- writing -----------------------------------------------------------------------------------------------------
 # What LoRA managers call a base: SwarmUI's id, one for all 14B models, and CivitAI's label, which S2V and Animate lack
+MANAGERS_14B = "wan-2_1-text2video-14b"
 MANAGERS_NAMES = {
     "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
-    "t2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 T2V-A14B"),
-    "i2v-A14B": ("wan-2_1-text2video-14b", "Wan Video 2.2 I2V-A14B"),
-    "s2v-14B": ("wan-2_1-text2video-14b", "wan2.2-s2v-14B"),
-    "animate-14B": ("wan-2_1-text2video-14b", "wan2.2-animate-14B"),
+    "t2v-A14B": (MANAGERS_14B, "Wan Video 2.2 T2V-A14B"),
+    "i2v-A14B": (MANAGERS_14B, "Wan Video 2.2 I2V-A14B"),
 }
 
 
@@ -499,7 +504,8 @@ class AdapterInfo:
             "ss_total_batch_size": self.total_batch,
         }
         if self.variant:
-            architecture, found["ss_base_model_version"] = MANAGERS_NAMES[self.variant]
+            names = MANAGERS_NAMES.get(self.variant, (MANAGERS_14B, f"wan2.2-{self.variant}"))
+            architecture, found["ss_base_model_version"] = names
             found["modelspec.architecture"] = f"{architecture}/lora"
         if self.trained_words:
             found["trained_words"] = found["modelspec.trigger_phrase"] = ", ".join(self.trained_words)

@@ -15,7 +15,7 @@ from nanowan.errors import BadInput
 from nanowan.files import atomic
 from nanowan.formats.changes import LowRank, Rows, TableLowRank, Value
 from nanowan.formats.header import Entry, count_blocks, read_header, save
-from nanowan.formats.layouts import find, read_headers, weight_files
+from nanowan.formats.layouts import find, parts_folder, read_headers, weight_files
 from nanowan.formats.load import cast, load_into
 from nanowan.formats.lora import list_lora, read_listing, save_adapter
 from nanowan.formats.scaled import apply_scales
@@ -57,7 +57,12 @@ def message(number, data):
 
 FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # the official one, Kijai's and city96's GGUF, ComfyUI's
 # in an official folder, and in those of diffusers
-TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "tokenizer/tokenizer.json")
+TOKENIZERS = (
+    "google/umt5-xxl/spiece.model",
+    "umt5-xxl/spiece.model",
+    "tokenizer/spiece.model",
+    "tokenizer/tokenizer.json",
+)
 # official names and transformers', outside of blocks and in them
 OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
 BLOCK_NAMES = {
@@ -136,7 +141,7 @@ def own_encoder(ckpt_dir):
     """The files of a folder's own encoder: of an official folder, found by name, of one of diffusers, or of the
     text_encoder folder in that.
     """
-    folder = Path(ckpt_dir)
+    folder = parts_folder(ckpt_dir)
     if (folder / "text_encoder").is_dir():
         return weight_files(folder / "text_encoder", "model")
     if any(folder.glob("model.safetensors*")):
@@ -241,7 +246,8 @@ def check_encoder_changes(source, entries):
 
 def tokenizer_file(ckpt_dir):
     """The sentencepiece model of a folder, or its tokenizer.json, or None."""
-    return next((f for name in TOKENIZERS if (f := Path(ckpt_dir) / name).is_file()), None)
+    folder = parts_folder(ckpt_dir)
+    return next((f for name in TOKENIZERS if (f := folder / name).is_file()), None)
 
 
 XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner width, ffn, heads, layers

@@ -58,7 +58,7 @@ class Ulysses:
         q = self.seq_to_heads(q, rope.length)  # not stacked: these are the largest of a rank's tensors
         k = self.seq_to_heads(k, rope.length)
         v = self.seq_to_heads(v.unflatten(2, (heads, -1)), rope.length)
-        return self.heads_to_seq(ops.attention(q, k, v))
+        return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
         """Every head of this rank's tokens (B,L',N,d) -> this rank's heads of all tokens (B,L,N/U,d)."""

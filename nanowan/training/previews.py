@@ -61,6 +61,7 @@ class HeldOutVideo:
             {k: v.to(self.device) for k, v in make_noisy_batch([e], [""], torch.ones(1), nothing).inputs.items()}
             for e in (cond, uncond)
         )
+        uncond_inputs = {k: v for k, v in uncond_inputs.items() if k not in inputs or not torch.equal(v, inputs[k])}
         channels = cond["y"][None].to(self.device) if "y" in cond else None
         return Conditions(channels=channels, inputs=inputs, uncond_inputs=uncond_inputs)
 

@@ -10,21 +10,21 @@ from typing import NamedTuple
 import torch
 
 from nanowan.errors import BadInput
-from nanowan.formats.layouts import read_headers
+from nanowan.formats.layouts import parts_folder, read_headers
 
 
 class Conditions(NamedTuple):
     """What a DiT is given at every step of a clip.
 
     known {latent frame: (1,C,1,h,w)}: frames that are known, such as 0 or -1, stay as they are, at t = 0. channels
-    (1,c,T',h,w): stand behind the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those of
-    guidance's unconditional half, where they differ.
+    (1,c,T',h,w): stand behind the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those that
+    differ in guidance's unconditional half.
     """
 
     known: dict = {}
     channels: torch.Tensor | None = None
     inputs: dict = {}
-    uncond_inputs: dict | None = None
+    uncond_inputs: dict = {}
 
     def put_known(self, x):
         """Latents (B,C,T',h,w) with the known frames in their places (x itself is changed)."""
@@ -53,8 +53,11 @@ class Encoder(NamedTuple):
     load: Callable
     prefix: str = ""
 
+    def path(self, ckpt_dir):
+        return parts_folder(ckpt_dir) / self.folder
+
     def files(self, ckpt_dir):
-        return sorted((ckpt_dir / self.folder).glob(self.pattern))
+        return sorted(self.path(ckpt_dir).glob(self.pattern))
 
     def bytes(self, ckpt_dir):
         if self.prefix:
@@ -63,9 +66,12 @@ class Encoder(NamedTuple):
         return sum(f.stat().st_size for f in self.files(ckpt_dir))
 
 
-def draw_noise(shape, seed, device):
-    """Normal noise of this shape, fp32, from a seed and nothing else."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+def draw_noise(shape, seed, device, r=0):
+    """Normal noise of this shape, fp32, from a seed and nothing else: the r-th that is drawn from it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for _ in range(r + 1):
+        noise = torch.randn(shape, generator=generator, device=device)
+    return noise
 
 
 class Video:

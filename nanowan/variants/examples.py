@@ -4,7 +4,12 @@ import torch
 
 
 class Examples:
-    """Of text-to-video, TI2V and I2V; the base of each variant's own. Shapes are of one clip, latents (C,T',h,w)."""
+    """Of text-to-video, TI2V and I2V; the base of each variant's own. Shapes are of one clip, latents (C,T',h,w).
+
+    uncond_inputs: names of those of `inputs` that take memory and differ in guidance's unconditional half.
+    """
+
+    uncond_inputs = ()
 
     def inputs(self, config, shape):
         """Like Conditions.inputs of one clip, for a model of this configuration."""

@@ -1,4 +1,4 @@
-"""The five Wan 2.2 models: a row of numbers for each in VARIANTS, and the classes that run it, imported when asked for.
+"""The six Wan 2.2 models: a row of numbers for each in VARIANTS, and the classes that run it, imported when asked for.
 
 A new model is a folder here, a row in VARIANTS and a function in PARTS.
 """
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from nanowan.formats.layouts import is_animate2
 from nanowan.variants.conditioning import Conditioning
 from nanowan.variants.examples import Examples
 from nanowan.variants.image import FirstFrame, ImageChannels
@@ -15,7 +16,8 @@ from wan import VARIANTS as TEXT_AND_IMAGE
 from wan import Wan
 
 # fmt: off
-# further entries of a row: signature, a tensor by which its files are known; negative and prompt, the defaults
+# further entries of a row: signature, a tensor by which its files are known, or a function that knows them; negative
+# and prompt, the defaults
 _14B = TEXT_AND_IMAGE["t2v-A14B"] | dict(boundary=None)
 VARIANTS = TEXT_AND_IMAGE | {
     "s2v-14B": dict(_14B, model_type="s2v", signature="casual_audio_encoder.encoder.final_linear.weight", frames=80,
@@ -24,13 +26,19 @@ VARIANTS = TEXT_AND_IMAGE | {
                         "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")),
     "animate-14B": dict(_14B, model_type="animate", signature="pose_patch_embedding.weight", in_dim=36, fps=30,
                         frames=77, steps=20, shift=5.0, guidance=(1.0, 1.0), prompt="视频中的人在做动作"),
+    "animate2-14B": dict(_14B, model_type="animate2", signature=is_animate2, in_dim=36, fps=24, size=(720, 1280),
+                         shift=5.0, solver="dpm++", guidance=(3.0, 3.0), prompt="视频中的人在做动作， 背景静止",
+                         negative=(
+                             "过曝，静态，细节模糊不清，字幕，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+                             "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，三条腿")),
 }
 # fmt: on
 
 
 class Parts(NamedTuple):
     """What runs a kind of model: the DiT's class, its Conditioning (sampling), the class of its Samples (training), its
-    Examples (memory estimate), and a function that completes its configuration from its files, or None.
+    Examples (memory estimate), a function that completes its configuration from its files, or None, and one that says
+    {field: value} of Settings in which a configuration differs from the row, or None.
     """
 
     model: type
@@ -38,6 +46,7 @@ class Parts(NamedTuple):
     samples: type
     examples: Examples
     read_config: Callable | None = None
+    recommend: Callable | None = None
 
 
 def _s2v():
@@ -56,12 +65,21 @@ def _animate():
     return Parts(WanAnimate, Character(), CharacterSamples, CharacterExamples(), read_config)
 
 
+def _animate2():
+    from nanowan.variants.animate2.conditioning import Driven, DrivenExamples
+    from nanowan.variants.animate2.model import WanAnimate2, read_config, recommend
+    from nanowan.variants.animate2.samples import DrivenSamples
+
+    return Parts(WanAnimate2, Driven(), DrivenSamples, DrivenExamples(), read_config, recommend)
+
+
 PARTS = {
     "t2v": lambda: Parts(Wan, Conditioning(), Samples, Examples()),
     "ti2v": lambda: Parts(Wan, FirstFrame(), FirstFrameSamples, Examples()),
     "i2v": lambda: Parts(Wan, ImageChannels(), ImageChannelsSamples, Examples()),
     "s2v": _s2v,
     "animate": _animate,
+    "animate2": _animate2,
 }
 
 

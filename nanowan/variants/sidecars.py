@@ -67,7 +67,7 @@ class ClipSamples(Samples):
         encoder = self.pipe.settings.conditioning.encoders[name]
         files = encoder.files(self.pipe.dir)
         if encoder.folder:
-            files += (self.pipe.dir / encoder.folder).glob("config.json")
+            files += encoder.path(self.pipe.dir).glob("config.json")
         return [digest(file) for file in files]
 
 

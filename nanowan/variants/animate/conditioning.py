@@ -10,7 +10,7 @@ from nanowan.formats.load import load_into
 from nanowan.variants.animate import inputs
 from nanowan.variants.animate.clip import load_vision
 from nanowan.variants.animate.model import MOTION_PREFIX, MotionEncoder, motion_sizes
-from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video
+from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video, draw_noise
 from nanowan.variants.examples import Examples
 from nanowan.video import has_sound, sound_delay
 
@@ -38,18 +38,13 @@ class CharacterVideo(Video):
         self.known = None  # the last frames (1,3,overlap,H,W) of the segment before
 
     def noise(self, r, seed):
-        generator = torch.Generator(self.device).manual_seed(seed)  # one for all segments
-        for _ in range(r + 1):
-            noise = torch.randn(self.shape, generator=generator, device=self.device)
-        return noise
+        return draw_noise(self.shape, seed, self.device, r)  # one generator for all segments
 
     def conditions(self, r):
         vae = self.pipe.acquire_vae(self.size)
         y, pose, face = inputs.encode_clip(vae, self.source, self.spans[r], self.reference, self.known)
         model_inputs = {"pose": pose, "face": face, "clip": self.clip}
-        return Conditions(
-            channels=y, inputs=model_inputs, uncond_inputs=model_inputs | {"face": torch.full_like(face, -1.0)}
-        )
+        return Conditions(channels=y, inputs=model_inputs, uncond_inputs={"face": torch.full_like(face, -1.0)})
 
     def decode(self, r, latents, decode):
         video = decode(latents[:, :, 1:])  # but for the reference
@@ -112,6 +107,8 @@ class Character(Conditioning):
 
 
 class CharacterExamples(Examples):
+    uncond_inputs = ("face",)
+
     def inputs(self, config, shape):
         C, frames, h, w = shape
         face = torch.empty(1, 3, 4 * frames - 7, config.face_side, config.face_side)

@@ -293,32 +293,49 @@ class ImageBlock(Block):
     cross_attention = ImageCrossAttention
 
 
-class WanAnimate(Wan):
+class ImageWan(Wan):
+    """A Wan whose cross-attention attends to a picture too; embed_inputs returns it as `image`."""
+
+    block_class = ImageBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.img_emb = ImageEmbedding(config.clip_dim, config.dim)
+
+    def embed_image(self, clip, cache=False):
+        """CLIP's tokens (B,n,C) of a picture, or what this made of them -> Image. With `cache`, every block's keys and
+        values too.
+        """
+        if isinstance(clip, Image):
+            return clip
+        tokens = self.img_emb(clip)
+        if not (cache and self.cache_text_kv):
+            return Image(tokens, (None,) * len(self.blocks))
+        return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
+
+    def join_text(self, text, inputs):
+        image = inputs.image
+        kv = tuple(a and b and (*a, *b) for a, b in zip(text.keys_values, image.keys_values))
+        return Text(Context(text.context, image.tokens), text.bias, kv)
+
+
+class WanAnimate(ImageWan):
     """forward(x, t, context, context_lens=None, *, pose, face, clip), the inputs as embed_inputs names them; x
     (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the reference frame too.
     """
 
     config_class = AnimateConfig
-    block_class = ImageBlock
 
     def __init__(self, config):
         super().__init__(config)
         c = config
         self.pose_patch_embedding = nn.Conv3d(c.out_dim, c.dim, c.patch_size, c.patch_size)
-        self.img_emb = ImageEmbedding(c.clip_dim, c.dim)
         self.motion_encoder = MotionEncoder(
             c.motion_channels, c.motion_style, c.motion_linears, c.motion_dim, c.motion_directions
         )
         self.face_encoder = FaceEncoder(c.motion_dim, c.face_hidden, c.face_heads, c.dim)
         adapters = (FaceAdapter(c.dim, c.num_heads) for _ in range(0, c.num_layers, EVERY))
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
-
-    def embed_image(self, clip, cache=False):
-        """CLIP's tokens (B,n,C) of the reference picture -> Image. With `cache`, every block's keys and values too."""
-        tokens = self.img_emb(clip)
-        if not (cache and self.cache_text_kv):
-            return Image(tokens, (None,) * len(self.blocks))
-        return Image(tokens, tuple(block.cross_attn.image_keys_values(tokens) for block in self.blocks))
 
     def encode_motion(self, face):
         """Face crops (B,3,F,S,S) in [-1,1], or what this made of them -> motion vectors (B,F,W). Raises BadInput where
@@ -338,7 +355,7 @@ class WanAnimate(Wan):
         return Face(tokens, tuple(kv))
 
     def prepare_inputs(self, *, pose, face, clip):
-        face = self.embed_motion(self.encode_motion(face), cache=True)
+        face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face), cache=True)
         return {"pose": pose, "face": face, "clip": self.embed_image(clip, cache=True)}
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
@@ -348,7 +365,7 @@ class WanAnimate(Wan):
         of x.
         """
         face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
-        image = clip if isinstance(clip, Image) else self.embed_image(clip)
+        image = self.embed_image(clip)
         frames = face.tokens.shape[1]
         if pose.shape[1:3] != (self.pose_patch_embedding.in_channels, frames - 1):
             raise BadInput(
@@ -356,11 +373,6 @@ class WanAnimate(Wan):
                 f"(B,{self.pose_patch_embedding.in_channels},T'-1,h,w), and the face crops 4T'-7"
             )
         return Inputs(pose, face, image)
-
-    def join_text(self, text, inputs):
-        image = inputs.image
-        kv = tuple(a and b and (*a, *b) for a, b in zip(text.keys_values, image.keys_values))
-        return Text(Context(text.context, image.tokens), text.bias, kv)
 
     def patchify(self, x, c):
         pose, want = c.inputs.pose, (len(x), x.shape[2] - 1, *x.shape[3:])

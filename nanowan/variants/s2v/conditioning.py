@@ -120,7 +120,7 @@ class SpeechVideo(Video):
         if self.pose is not None:
             pose = model.pose_clip(self._read_pose(r), self.frames).to(self.device)
             inputs["pose"] = self.pipe.acquire_vae(self.size).encode(pose)[:, :, 1:]
-        return Conditions(inputs=inputs, uncond_inputs=inputs | {"audio": torch.zeros_like(audio)})
+        return Conditions(inputs=inputs, uncond_inputs={"audio": torch.zeros_like(audio)})
 
     def decode(self, r, latents, decode):
         # all of what is before: the decoder sees further back than that; with the last 14 of 20 latent frames a clip of
@@ -176,6 +176,8 @@ class Speech(Conditioning):
 
 
 class SpeechExamples(Examples):
+    uncond_inputs = ("audio",)
+
     def inputs(self, config, shape):
         C, frames, h, w = shape
         inputs = {"ref": torch.empty(1, C, 1, h, w), "pose": torch.empty(1, C, frames, h, w)}

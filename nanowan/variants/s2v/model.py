@@ -355,8 +355,8 @@ class WanS2V(Wan):
     def mask(self, row):
         return self.trainable_cond_mask.weight[row].float()
 
-    def prepare_inputs(self, *, ref, audio, motion=None, pose=None):
-        return {"ref": self.embed_reference(ref, motion), "audio": self.embed_audio(audio), "pose": pose}
+    def prepare_inputs(self, **inputs):
+        return dict(zip(("ref", "audio", "pose"), self.embed_inputs(**inputs)))
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, ref, audio, motion=None, pose=None):

@@ -1,0 +1,1 @@
+"""Animate-2-14B: model, conditioning and training samples."""

@@ -1,0 +1,197 @@
+"""WanAnimate2, the DiT of Wan2.2-Animate-2-14B: with a character's picture and a driving video, which it reads itself.
+
+The letters of wan.py, and  T' latent frames: the reference picture, then those of the video   n tokens of a latent
+frame, H'W'   S image tokens of CLIP
+
+Before a clip is sampled the driving video, clean and at t = 1, passes once through the same blocks, with a prompt and a
+picture of its own. Each block's keys and values are kept. In every step a token attends to all tokens of the clip and
+to the driving video's tokens of its own frame, which stand beside the clip: one latent frame later, since the
+reference is the clip's first, and as far to the right as the clip is wide.
+Source: diffusers' WanAnimate2Transformer3DModel (0.42.1); the tensors are those of Wan 2.1's I2V-14B.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kernels import ops
+from kernels.rope import grid_positions
+from nanowan.errors import BadInput
+from nanowan.variants.animate.model import Image, ImageWan
+from wan import WanConfig
+
+SKIPPED = 9  # the block that guidance's unconditional half leaves out
+DISTILLED_SCALE = -1.3  # log_scale of the distilled weights, which do not tell it
+# settings of config.json that decide where the driving video stands; there are no published weights with others
+PUBLISHED = dict(refer_offset_t=1, refer_offset_h=0, refer_offset_w=-1, refer_stride=1, use_img_emb=True)
+
+
+@dataclass
+class Animate2Config(WanConfig):
+    """log_scale is added to the logits of the keys of latent frame 1, the first of the video."""
+
+    clip_dim: int = 1280
+    log_scale: float = 0.0
+
+
+class DrivenAttention(NamedTuple):
+    """Attention to all tokens of the clip, and to the driving video's of the same frame, of which the first latent
+    frame has none. keys, values (B,(T'-1)n,N,d).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    log_scale: float
+
+    def __call__(self, q, k, v):
+        """q, k, v (B,T'n,N,d), k rotated as `keys` are -> (B,T'n,N*d)."""
+        n = q.shape[1] - self.keys.shape[1]
+        first, *later = q.split(n, 1)
+        frames = [self.attend(first, k, v)]
+        for q, more_k, more_v in zip(later, self.keys.split(n, 1), self.values.split(n, 1), strict=True):
+            if torch.is_grad_enabled():  # what a frame adds to the keys is joined again in the backward pass
+                frame = checkpoint(self.attend, q, k, v, more_k, more_v, use_reentrant=False, preserve_rng_state=False)
+            else:
+                frame = self.attend(q, k, v, more_k, more_v)
+            frames.append(frame)
+        return torch.cat(frames, 1)
+
+    def as_dense(self, k):
+        """All keys (B,S,N,d) behind the clip's k (B,T'n,N,d), and the bias (1,1,T'n,S) under which each token attends
+        to its own: for diag.py logits.
+        """
+        length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
+        frame = torch.arange(length, device=k.device) // n
+        bias = torch.zeros(length, length + len(frame[n:]), device=k.device)
+        bias[:, length:].masked_fill_(frame[:, None] != frame[n:], -torch.inf)
+        bias[:, n : 2 * n] += self.log_scale
+        return torch.cat([k, self.keys], 1), bias[None, None]
+
+    def attend(self, q, k, v, more_k=None, more_v=None):
+        n, keys = q.shape[1], (k, v) if more_k is None else (torch.cat([k, more_k], 1), torch.cat([v, more_v], 1))
+        bias = None
+        if self.log_scale:
+            bias = torch.zeros(1, 1, 1, keys[0].shape[1], device=q.device)
+            bias[..., n : 2 * n] = self.log_scale
+        return ops.attention(q, *keys, bias)
+
+
+class Driving(NamedTuple):
+    """A driving video made ready for the blocks: per block its keys and values (B,(T'-1)n,N,d), and its grid."""
+
+    keys_values: tuple
+    grid: tuple
+
+
+class Recorder:
+    """Takes a driving video's place while that passes through the blocks, and keeps its keys and values by block."""
+
+    def __init__(self):
+        self.keys_values = {}
+
+    def recording(self, i):
+        """Block i's self-attention in that pass."""
+
+        def attend(q, k, v):
+            self.keys_values.setdefault(i, (k, v))  # not again where checkpointing computes them anew
+            return ops.attention(q, k, v)
+
+        return attend
+
+
+class Inputs(NamedTuple):
+    """WanAnimate2's further inputs, made ready."""
+
+    driving: Driving | Recorder
+    image: Image
+    unconditional: torch.Tensor | bool | None
+
+
+class WanAnimate2(ImageWan):
+    """forward(x, t, context, context_lens=None, *, driving, clip, driving_clip, driving_text, unconditional=None), the
+    inputs as embed_inputs names them; x (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the
+    reference frame too.
+    """
+
+    config_class = Animate2Config
+    batches_guidance = False  # a batch would hold the driving video's keys and values twice, and its halves differ
+
+    def read_driving(self, driving, clip, text):
+        """driving (B,Cz,F,h,w) latents, clip (B,S,C) CLIP's tokens of its first picture, text (B,L,text_dim) the
+        embedded tokens of its prompt -> Driving.
+        """
+        x = torch.cat([driving, torch.ones_like(driving[:, :4]), driving], 1)  # all of it is given
+        t, recorder = torch.ones(len(x), device=x.device), Recorder()
+        grid = self.check(x, t)
+        c = self.prepare_block_inputs(t, text, None, grid, driving=recorder, clip=clip)
+        x, local = self.scatter_tokens(self.patchify(x, c), c)
+        self.forward_blocks(x, local)
+        return Driving(tuple(recorder.keys_values[i] for i in range(len(self.blocks))), grid)
+
+    @staticmethod
+    def kept_bytes(config, tokens, itemsize):
+        return 2 * config.num_layers * tokens * config.dim * itemsize
+
+    def prepare_inputs(self, *, clip, unconditional=None, **driving):
+        made = self.embed_inputs(clip=self.embed_image(clip, cache=True), unconditional=unconditional, **driving)
+        if torch.is_tensor(unconditional) and bool((unconditional == unconditional[0]).all()):
+            unconditional = bool(unconditional[0])  # so that the block is not computed in vain
+        return {"driving": made.driving, "clip": made.image, "unconditional": unconditional}
+
+    # ---- wan.py's hooks ------------------------------------------------------------------------------------------
+    def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
+        """driving, driving_clip, driving_text as read_driving takes them, or as driving what that made of them; clip
+        (B,S,C), CLIP's tokens of the reference picture, or an Image. unconditional (B,): 1 where a sample is what
+        guidance's second half sees, without one of the blocks; or a bool for all.
+        """
+        if not isinstance(driving, Driving | Recorder):
+            driving = self.read_driving(driving, driving_clip, driving_text)
+        return Inputs(driving, self.embed_image(clip), unconditional)
+
+    def list_tokens(self, grid, device, inputs):
+        tokens = super().list_tokens(grid, device, inputs)
+        T, H, W = grid
+        extent = max(T, H, 2 * W)  # the driving video's one later and one clip to the right
+        if isinstance(inputs.driving, Recorder):
+            positions = grid_positions(grid, device) + torch.tensor([1, 0, W], dtype=torch.int32, device=device)
+            return tokens._replace(positions=positions, extent=max(extent, T + 1))
+        if inputs.driving.grid != (T - 1, H, W):
+            raise BadInput(
+                f"driving video of {'x'.join(map(str, inputs.driving.grid))} tokens, clip of {T}x{H}x{W}: should have "
+                "one latent frame less than that, and be as high and wide"
+            )
+        return tokens._replace(extent=extent)
+
+    def attention_of(self, i, c):
+        driving = c.inputs.driving
+        if isinstance(driving, Recorder):
+            return driving.recording(i)
+        return DrivenAttention(*driving.keys_values[i], self.config.log_scale)
+
+    def forward_block(self, x, i, c):
+        unconditional = c.inputs.unconditional if i == SKIPPED else None
+        if unconditional is True:
+            return x
+        y = super().forward_block(x, i, c)
+        if torch.is_tensor(unconditional):
+            y = torch.where(unconditional.view(-1, 1, 1) > 0, x, y)
+        return y
+
+
+def read_config(config, shape, entries, settings, path):
+    """The Animate2Config of a model folder; arguments as of nanowan/variants/s2v/model.py. The distilled weights are
+    told by their file's name alone.
+    """
+    wrong = [f"{k} is {settings[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if settings.get(k, v) != v]
+    if wrong:
+        raise BadInput(f"{path}: not the released Animate-2 model: {'; '.join(wrong)}")
+    distilled = any("distill" in entry.file.name.lower() for entry in entries.values())
+    log_scale = settings.get("log_scale", DISTILLED_SCALE if distilled else 0.0)
+    return Animate2Config(**vars(config), clip_dim=shape("img_emb.proj.0.weight")[0], log_scale=log_scale)
+
+
+def recommend(config):
+    """The distilled weights' Settings: few steps, without guidance."""
+    return {"steps": 10, "guidance": (1.0, 1.0)} if config.log_scale else {}
