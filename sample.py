@@ -49,23 +49,17 @@ def arguments(argv=None):
     add(
         "--prompts",
         help="text file, one prompt per line, with kohya's options behind it (--w 832 --h 480 --f 81 --d 1 --s 20 "
-        "--l 5 --i a.png --n bad), or a JSONL with such keys",
+        "--l 5 --i a.png --n bad), or a JSONL with keys such as prompt, size, frames, seed, image",
     )
     add("--image", help="image to start from")
     add("--last_image", help="image to end with (TI2V-5B, I2V-A14B)")
     add("--size", help="WIDTHxHEIGHT in px; with --image it gives the area (default: the checkpoint's)")
     add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
-    add(
-        "--steps",
-        type=int,
-        help="steps of the sigma grid; heun runs the model twice in each (default: the checkpoint's)",
-    )
+    add("--steps", type=int, help="sampling steps; heun runs the model twice in each (default: the checkpoint's)")
     add("--shift", type=float, help="shift of the sigma grid, above 1 towards noise (default: the checkpoint's)")
     add("--guidance", help="guidance scale, or LOW,HIGH for the two experts; 1 is off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
-    add(
-        "--seed", type=seed_list, default=[0], help="random seeds of the noise, one or a,b,c; -1 draws one (default: 0)"
-    )
+    add("--seed", type=seed_list, default=[0], help="random seeds, one or a,b,c; -1 draws one (default: 0)")
     add("--num_videos", type=int, default=1, help="videos per prompt, from successive seeds (default: %(default)s)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
     add(
@@ -80,11 +74,7 @@ def arguments(argv=None):
         help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
         "(default: the checkpoint's own)",
     )
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        help="dtype of weights and matrix products (default: bf16 on cuda, fp32 on cpu)",
-    )
+    add("--dtype", choices=list(DTYPES), help="dtype of weights and products (default: bf16 on cuda, fp32 on cpu)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     for conditioning in (parts_of(kind).conditioning for kind in PARTS):
         if conditioning.flags:

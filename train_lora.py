@@ -99,9 +99,7 @@ def arguments(argv=None):
     )
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add(
-        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
-    )
+    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
     add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 

@@ -83,9 +83,7 @@ def add_flags(p):
     """Add those of sample.py's flags that say how videos are computed and where they go, not what is in them."""
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add(
-        "--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory while they do not run (default: 0)"
-    )
+    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
     add(
         "--attention",
         choices=CHOICES,
