@@ -162,6 +162,7 @@ def test_what_begins_too_late_is_named(tmp_path):
     assert results == {"ceilings": "left out: no time"} == json.loads((tmp_path / "gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_runs_of_the_scripts_say_what_they_planned_and_used(tmp_path, monkeypatch):
     """Those of the full size with other numbers: the checkpoints that are made can be read, the lines are flags that
     the scripts have, and what fails is named and does not stop the rest.

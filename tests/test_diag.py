@@ -106,7 +106,14 @@ def test_full_size_headers_are_all_that_is_read(released, tmp_path, report):
     report("bytes read", int(re.search(r"READ (\d+)", done.stdout)[1]), 3 * sum(headers + texts))
     report("peak bytes", int(re.search(r"PEAK (\d+)", done.stdout)[1]), 100e6)
     models = json.loads((tmp_path / "found.json").read_text())["models"]
-    assert [m["variant"] for m in models] == ["ti2v-5B", *["t2v-A14B"] * 2, *["i2v-A14B"] * 2, "s2v-14B", "animate-14B"]
+    assert [m["variant"] for m in models] == [
+        "ti2v-5B",
+        *["t2v-A14B"] * 2,
+        *["i2v-A14B"] * 2,
+        "s2v-14B",
+        "animate-14B",
+        "animate2-14B",
+    ]
 
 
 def test_the_numbers_of_5b(released):
@@ -753,6 +760,7 @@ def test_every_flag_is_explained(monkeypatch):
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_plan_knows_how_guidance_runs():
     """None: one forward pass and one prompt's keys and values. Two ranks: one pass, both prompts', and what they
     exchange. In turns: one pass, both prompts'. In one batch: two at once.
@@ -876,7 +884,7 @@ def test_step_times():
     assert shared == pytest.approx(5 * 4 / 27)
 
 
-@pytest.mark.parametrize("variant", ["t2v-A14B", "s2v-14B", "animate-14B"])
+@pytest.mark.parametrize("variant", ["t2v-A14B", "animate-14B", pytest.param("s2v-14B", marks=pytest.mark.slow)])
 def test_the_scale_command(capsys, variant):
     diag("scale", "--ckpt", variant, "--size", "1024x704")
     lines = capsys.readouterr().out.splitlines()

@@ -67,6 +67,7 @@ STAND_INS = {
     "--pose_video": {"FILE": "talk/a.pose.mkv"},
     "--lora": {"F": "lora.safetensors", "HIGH.safetensors": "high.safetensors", "LOW.safetensors": "low.safetensors"},
     "--keywords": {"WORD,WORD": "crimson,wedge", "a,b": "crimson,wedge", "WORD": "crimson"},
+    "--trigger": {"WORD,WORD": "crimson,wedge"},
     "--src_root_path": {"DIR": "driving"},
     "--process_checkpoint": {"...": "Wan2.2-Animate-14B/process_checkpoint"},
     "--to": {"...": "comfyui"},

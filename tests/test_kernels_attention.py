@@ -39,7 +39,8 @@ def test_every_attention_of_the_models_chooses_its_backend():
     from test_layout import SOURCES
 
     calls = [f.name for f in SOURCES if "F.scaled_dot_product_attention(" in f.read_text()]
-    assert sorted(calls) == ["attention.py", "attention_backends.py"]  # the former the reference of ours
+    # the reference of ours, what chooses, and what asks which is fastest
+    assert sorted(calls) == ["attention.py", "attention_backends.py", "gpu_probe.py"]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -262,6 +262,7 @@ def test_a_character_in_python_equals_official(animate, report):
         report(f"latents of segment {r}", tiny.error(z.cpu(), LATENTS[f"animate.5.dpm++.g3.latents_{r}"]), 1e-3)
 
 
+@pytest.mark.slow
 def test_a_character_that_was_killed_is_continued(animate, tmp_path, monkeypatch, no_plan):
     changed = ["--replace_flag"], ["--base_dtype fp8"]
 

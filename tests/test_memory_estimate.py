@@ -283,7 +283,15 @@ def test_released_sizes_load_without_being_allocated(variant, tmp_path):
     "gigabytes, script, flags, want",
     [
         (16, "sample", ["--ckpt", "t2v-A14B", "--size", "832x480"], ["--stream_blocks"]),
-        (24, "train_lora", ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"], ["--checkpointing"]),
+        pytest.param(
+            *(
+                24,
+                "train_lora",
+                ["--ckpt", "ti2v-5B", "--resolution", "960x544", "--frames", "81"],
+                ["--checkpointing"],
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_proposals_fit(gigabytes, script, flags, want):
@@ -294,6 +302,7 @@ def test_proposals_fit(gigabytes, script, flags, want):
     assert planned(script, [*plain, "--device", "cuda"]).peak > limit
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_said():
     with pytest.raises(BadInput, match="needs at least"):
         propose("sample", ["--ckpt", "t2v-A14B"], Machine(1, 3e9))

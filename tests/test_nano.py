@@ -220,6 +220,7 @@ def test_words_that_nano_does_not_know_differ_in_their_pieces(tmp_path):
     assert [nano.encode(word, out_type=str)[0] for word in own] == ["\u2581" + word[:2] for word in own]
 
 
+@pytest.mark.slow
 def test_a_deeper_world_with_the_same_vae(tmp_path, monkeypatch):
     """`python -m nano train --layers 5 --vae nano`, of a few steps and clips."""
     few = attributes(8)

@@ -477,7 +477,8 @@ def argv(media, tmp_path, name, *flags, steps=8):
     )["argv"]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [10])
 def test_kills_of_a_rank(media, tmp_path, kills):
     script, steps = ROOT / "train_lora.py", 3 * kills
     scripts.run(script, *argv(media, tmp_path, "whole", steps=steps), ranks=2, check=True)

@@ -50,6 +50,7 @@ def test_nothing_less_intrusive_fits(script, deep, monkeypatch):
         propose(script, flags, Machine(1, min(peaks) - 1))
 
 
+@pytest.mark.slow
 def test_the_host_decides_between_streaming_and_8_bits(monkeypatch):
     """bf16 where a machine has the memory for what is streamed; else half of it."""
     monkeypatch.setattr(memory_estimate, "resident", lambda *_: 500_000_000)  # that of this process grows as tests run
@@ -65,6 +66,7 @@ def test_an_8_gb_card_streams_the_text_encoder():
     assert sum(need.phases["encode prompts"].values()) < 3e9 < 11e9 < need.host["encode prompts"]["encoder, read"]
 
 
+@pytest.mark.slow
 def test_experts_stay_where_they_fit_and_else_have_copies_on_the_host():
     flags = ["--ckpt", "t2v-A14B", "--resolution", "256x256", "--frames", "9", "--checkpointing", "--device", "cuda"]
     one, both, unknown = (planned("train_lora", flags, Machine(1, memory, 1e12)) for memory in (48e9, 141e9, None))

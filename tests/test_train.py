@@ -91,7 +91,8 @@ while True:
         ("train_te", ["--keywords", "crimson"]),
     ],
 )
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_kills_at_random_moments_change_nothing(tmp_path, script, flags, kills):
     """A nano run killed many times, whatever it is doing, ends with the losses and weights of an undisturbed one, bit
     for bit.
@@ -622,19 +623,21 @@ def test_gradients_do_not_depend_on_which_other_blocks_are_adapted(report):
 
 # Six runs of the nano checkpoint and two of a checkpoint of 1 GB: batch, blocks, checkpointing, optimizer and script
 # differ.
+MANY_TARGETS = "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2"
 PLANS = [
     ("train_lora", "nano", ["--batch", 64]),
-    ("train_lora", "nano", ["--batch", 64, "--checkpointing"]),
-    ("train_lora", "nano", ["--batch", 128, "--blocks", "3"]),
-    (
-        "train_lora",
-        "nano",
-        ["--batch", 16, "--targets", "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2", "--rank", 64],
-    ),
     ("train_te", "nano", ["--batch", 64]),
-    ("train_te", "nano", ["--batch", 16, "--dtype", "bf16", "--optimizer", "adamw8bit"]),
-    pytest.param("train_lora", "medium", ["--batch", 2], marks=pytest.mark.slow),
-    ("train_te", "medium", ["--batch", 2, "--checkpointing"]),
+    *(
+        pytest.param(*run, marks=pytest.mark.slow)
+        for run in (
+            ("train_lora", "nano", ["--batch", 64, "--checkpointing"]),
+            ("train_lora", "nano", ["--batch", 128, "--blocks", "3"]),
+            ("train_lora", "nano", ["--batch", 16, "--targets", MANY_TARGETS, "--rank", 64]),
+            ("train_te", "nano", ["--batch", 16, "--dtype", "bf16", "--optimizer", "adamw8bit"]),
+            ("train_lora", "medium", ["--batch", 2]),
+            ("train_te", "medium", ["--batch", 2, "--checkpointing"]),
+        )
+    ),
 ]
 
 

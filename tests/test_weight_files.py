@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from test_formats import write_gguf
 from benchmarks import tiny
 from nanowan.errors import BadInput, cli
 from nanowan.files import atomic, save_pickle
+from nanowan.formats import header
 from nanowan.formats.dit import load_wan
 from nanowan.formats.header import read_header, save
 from nanowan.formats.layouts import read_headers, weight_files
@@ -418,3 +420,27 @@ def test_a_script_ends_without_a_traceback(error, code):
     with pytest.raises(SystemExit) as e:
         cli(main)
     assert e.value.code == code
+
+
+def test_a_header_is_read_once_while_its_file_stays_as_it_is(tmp_path, monkeypatch):
+    """Another file under its name is read anew, also in place and of the same size; what one caller does with what it
+    was given is not seen by the next.
+    """
+    reads, real, file = [], header._read_header, tmp_path / "a.safetensors"
+    monkeypatch.setattr(header, "_read_header", lambda path: reads.append(path) or real(path))
+
+    def write(name, age):
+        header.save(tmp_path / "new", {name: torch.zeros(3)}, {})
+        file.write_bytes((tmp_path / "new").read_bytes())
+        os.utime(file, times=(time.time() - age,) * 2)
+
+    write("a", 10)
+    for _ in range(3):
+        entries, _ = header.read_header(file)
+        assert [*entries] == ["a"]
+        entries.clear()
+    assert len(reads) == 1
+    write("b", 9)
+    assert [*header.read_header(file)[0]] == ["b"] and len(reads) == 2
+    write("c", 0)  # so new that it may be written again within a tick of the clock
+    assert [*header.read_header(file)[0]] == [*header.read_header(file)[0]] == ["c"] and len(reads) == 4

@@ -3,11 +3,13 @@
 No tensor is read until its Entry is asked for it. Small files are written and read whole by `save` and `load`.
 """
 
+import functools
 import hashlib
 import json
 import math
 import pickle
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,12 +141,29 @@ class GgufEntry(Entry):
 
 
 def read_header(path):
-    """List a weight file without reading its tensors.
+    """List a weight file without reading its tensors; a file that stays as it is is read once.
 
     Returns ({name: Entry}, metadata). Raises BadInput, in one line, for a file that is truncated, is not what its
     first bytes should be, or is a pickle holding anything but tensors.
     """
     path = Path(path)
+    try:
+        state = path.stat()
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}") from None
+    # one that was just written may be written again within one tick of the clock that files have
+    settled = time.time() - state.st_mtime > 2
+    known = state.st_ino, state.st_size, state.st_mtime_ns
+    entries, metadata = _read_settled_header(path, known) if settled else _read_header(path)
+    return {**entries}, {**metadata}
+
+
+@functools.lru_cache(32)
+def _read_settled_header(path, state):
+    return _read_header(path)
+
+
+def _read_header(path):
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
