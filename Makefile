@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
-# test files side by side, each on one thread, on the CPU also where there is a GPU (that is what gpu-check is for)
-PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# test files side by side, each on one thread, one more than there are cores as some of them wait, and five at most; on
+# the CPU also where there is a GPU (that is what `make gpu` is for)
+WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
 NUMERIC := kernels kernels_attention kernels_csrc flow optim fp8 t5 clip wav2vec2 vae wan s2v animate lora offload sample train_lora train_te parallel
 
