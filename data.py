@@ -185,8 +185,8 @@ class Dataset:
         """`sizes_of` all samples; the largest bucket is of those that are trained on."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
         row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
-        found = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
-        return found | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
+        sizes = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
+        return sizes | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
 
     def summary(self, sizes):
         """What a run's record says of its data."""

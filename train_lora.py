@@ -249,7 +249,7 @@ def train(args, world):
                 write_adapters(step, f"{args.name}_best")
         return metrics
 
-    tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece)
+    tokenizer = load_tokenizer(pipe.dir, read_encoder(pipe.files("text")).spiece) if args.trigger else None
     triggers = {word: count_files(dataset.items, word, tokenizer) for word in args.trigger}
 
     def write_adapters(step, *names):

@@ -124,17 +124,17 @@ def questions():
 
 def answer(ask, file):
     """{question: number, numbers or error} of all, written to `file` after each."""
-    found = {}
+    answers = {}
     for name, question in ask.items():
         try:
-            found[name] = question()
-            if isinstance(found[name], float) and not math.isfinite(found[name]):
-                raise ValueError(f"{found[name]} was measured")
+            answers[name] = question()
+            if isinstance(answers[name], float) and not math.isfinite(answers[name]):
+                raise ValueError(f"{answers[name]} was measured")
         except Exception as e:  # each question stands by itself: the next one may be answered
-            found[name] = f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
-        print(f"{name}: {found[name]}", flush=True)
-        write_json(file, found)
-    return found
+            answers[name] = f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+        print(f"{name}: {answers[name]}", flush=True)
+        write_json(file, answers)
+    return answers
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def sample_effects(model, batches, text, hidden):
     """(blocks,2), means over some Batches: what hiding tokens from each block changes in the velocity and the loss."""
     rows = []
     for batch in batches:
-        given = {k: v.to(text[0].device) for k, v in batch.inputs.items()}
-        batch = batch._replace(inputs=model.prepare_inputs(**given))  # a driving video's own text is not hidden
+        inputs = {k: v.to(text[0].device) for k, v in batch.inputs.items()}
+        batch = batch._replace(inputs=model.prepare_inputs(**inputs))  # a driving video's own text is not hidden
         whole = batch.velocity(model, *text)
         for block in model.blocks:
             with hide_tokens(block.cross_attn, hidden):

@@ -242,9 +242,9 @@ def judge_words(args, columns, lines, how, settings):
 
 def run(args):
     check_at_least(1, n=args.n)
-    how, given = runtime(args), read_prompts(args.prompts) if args.prompts else []
-    lines = [prompt.text for prompt in given]
-    if any(p.settings or p.inputs or p.seed is not None for p in given):
+    how, prompts = runtime(args), read_prompts(args.prompts) if args.prompts else []
+    lines = [prompt.text for prompt in prompts]
+    if any(p.settings or p.inputs or p.seed is not None for p in prompts):
         print(f"--prompts {args.prompts}: options of single prompts are left out; all clips are made by these flags")
     columns = open_columns(args, how)
     settings = {"size": args.size and parse_size(args.size), "frames": args.frames, "steps": args.steps}

@@ -1,6 +1,7 @@
 """diag.py report: everything about a training run in one HTML file."""
 
 import base64
+import functools
 import html
 import io
 import json
@@ -129,8 +130,13 @@ class TrainingRun:
     @property
     def words(self):
         """Those that it was to learn."""
-        given = [*(self.flags.get("keywords") or []), *(self.flags.get("trigger") or [])]
-        return [parse_keyword(text).name for text in given]
+        flags = [*(self.flags.get("keywords") or []), *(self.flags.get("trigger") or [])]
+        return [parse_keyword(text).name for text in flags]
+
+    @functools.cached_property
+    def captions(self):
+        """Those of its data."""
+        return open_dataset(Pipeline(self.ckpt), **self.data).captions
 
     def columns(self):
         """{name: the changes of a Pipeline} to compare, one change after the other."""
@@ -287,17 +293,16 @@ def previews_section(run):
 
 def graded_words(run):
     """The new words of the nano world that the run's captions hold or that it was to learn."""
-    captions = open_dataset(Pipeline(run.ckpt), **run.data).captions
-    words = {word for caption in captions for word in caption.split()} | {*run.words}
+    words = {word for caption in run.captions for word in caption.split()} | {*run.words}
     return [word for word in NEW_WORDS if word in words]
 
 
 def listening_section(run, n):
     """Scores of each column, of the same prompts and seeds."""
-    scores = {}
+    scores, words = {}, graded_words(run)
     for name, changes in run.columns().items():
         print(f"listening: {name}", flush=True)
-        scores[name] = listen(Pipeline(run.flags["ckpt"], **changes), graded_words(run), n, progress=True)
+        scores[name] = listen(Pipeline(run.flags["ckpt"], **changes), words, n, progress=True)
     first = next(iter(scores.values()))
     rows = [
         (suite, kind, *(cell(found[suite][kind]) for found in scores.values()))
@@ -305,16 +310,15 @@ def listening_section(run, n):
         for kind in kinds
     ]
     table_of_scores = table(("suite", "attribute", *scores), rows)
-    asked = f"{n} prompts of each new word" if graded_words(run) else "no new word that can be graded"
+    asked = f"{n} prompts of each new word" if words else "no new word that can be graded"
     note = f"<p class=note>share right, and its 95 % interval; {asked}; all columns from the same seeds</p>"
     return ["<h2>Listening</h2>", table_of_scores, note]
 
 
 def words_section(run):
     """Clips of captions with each of the run's own words that nobody can grade, in columns from the same seeds."""
-    captions = open_dataset(Pipeline(run.ckpt), **run.data).captions
     words = [word for word in run.words if word not in NEW_WORDS][:6]
-    asked = [next((c for c in captions if has_keyword(c, [word])), word) for word in words]
+    asked = [next((c for c in run.captions if has_keyword(c, [word])), word) for word in words]
     if not asked:
         return []
     columns = {name: Pipeline(run.flags["ckpt"], **changes) for name, changes in run.columns().items()}

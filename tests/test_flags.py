@@ -40,6 +40,12 @@ def photos(tmp_path_factory):
     return folder
 
 
+def on(photos, folder):
+    """Flags of a run on the CPU, into `folder`."""
+    where = f"--data {photos} --out {folder}/out --cache {folder}/cache"
+    return f"{where} --device cpu --dtype fp32 --resolution 32x32 --frames 1"
+
+
 def no_plan(*_, **__):
     """In the place of a script's `predict`, which takes longer than the rest."""
     return NoPlan()
@@ -72,9 +78,9 @@ def test_each_step_heeds_its_flags(checkpoints, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "make_noisy_batch", make_noisy_batch)
     monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
     monkeypatch.setattr(train_lora, "predict", no_plan)
-    words = f"--ckpt {checkpoints['t2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
-    words += " --resolution 32x32 --frames 1 --batch 1 --steps 2 --steps_per_expert 1 --held_out 0 --lr 1e-12"
-    words += " --grad_clip 1e-6 --weight_decay 0.25 --caption_dropout 1 --dropout 0.5 --rank 2 --dtype fp32"
+    words = f"--ckpt {checkpoints['t2v']} {on(photos, tmp_path)}"
+    words += " --batch 1 --steps 2 --steps_per_expert 1 --held_out 0 --lr 1e-12"
+    words += " --grad_clip 1e-6 --weight_decay 0.25 --caption_dropout 1 --dropout 0.5 --rank 2"
     monkeypatch.setattr("sys.argv", ["train_lora.py", *words.split()])
     train_lora.main()
     assert [decay for _, decay in steps] == [0.25, 0.25] and captions == ["", ""]
@@ -115,8 +121,8 @@ def test_the_averages_are_what_is_evaluated_seen_and_saved(checkpoints, photos, 
     writer = "write_lora" if script is train_lora else "save_tensors"
     monkeypatch.setattr(script, writer, lambda *_, **__: look("save"))
     (tmp_path / "p.txt").write_text("a fox\n")
-    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
-    words += " --resolution 32x32 --frames 1 --batch 1 --steps 5 --held_out 0.5 --lr 1e-2 --ema 0.9 --dtype fp32"
+    words = f"--ckpt {checkpoints['ti2v']} {on(photos, tmp_path)}"
+    words += " --batch 1 --steps 5 --held_out 0.5 --lr 1e-2 --ema 0.9"
     words += f" --warmup 0 --eval_every 2 --preview_every 4 --save_every 3 --previews {tmp_path}/p.txt"
     monkeypatch.setattr("sys.argv", [script.__name__, *words.split()])
     script.main()
@@ -144,8 +150,7 @@ def test_steps_of_preserved_samples_alone_are_no_measure_for_others(checkpoints,
     monkeypatch.setattr(train_lora, "with_base_targets", with_base_targets)
     monkeypatch.setattr(train_lora, "update", noted_update)
     (tmp_path / "p.txt").write_text("a fox\n")
-    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
-    words += " --resolution 32x32 --frames 1 --batch 1 --steps 6 --held_out 0 --dtype fp32 --rank 2"
+    words = f"--ckpt {checkpoints['ti2v']} {on(photos, tmp_path)} --batch 1 --steps 6 --held_out 0 --rank 2"
     words += f" --preserve 1 --preserve_prompts {tmp_path}/p.txt"
     monkeypatch.setattr("sys.argv", ["train_lora.py", *words.split()])
     train_lora.main()
@@ -155,8 +160,8 @@ def test_steps_of_preserved_samples_alone_are_no_measure_for_others(checkpoints,
 def test_rows_keep_the_norms_from_before_the_first_step(checkpoints, photos, tmp_path, monkeypatch):
     """Of a run of one step, --keyword_norm fixed."""
     monkeypatch.setattr(train_te, "predict", no_plan)
-    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
-    words += " --resolution 32x32 --frames 1 --batch 4 --steps 1 --held_out 0 --warmup 0 --dtype fp32 --anchor 0"
+    words = f"--ckpt {checkpoints['ti2v']} {on(photos, tmp_path)}"
+    words += " --batch 4 --steps 1 --held_out 0 --warmup 0 --anchor 0"
     words += " --keywords photo --train_blocks 0 --save delta --keyword_norm fixed --keyword_lr 0.5 --caption_dropout 0"
     monkeypatch.setattr("sys.argv", ["train_te.py", *words.split()])
     train_te.main()
@@ -169,8 +174,8 @@ def test_rows_keep_the_norms_from_before_the_first_step(checkpoints, photos, tmp
 
 def test_a_trained_placeholder_is_known_to_what_reads_the_encoder(checkpoints, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(train_te, "predict", no_plan)
-    words = f"--ckpt {checkpoints['ti2v']} --data {photos} --out {tmp_path}/out --cache {tmp_path}/cache --device cpu"
-    words += " --resolution 32x32 --frames 1 --batch 4 --steps 1 --held_out 0 --dtype fp32 --anchor 0 --save delta"
+    words = f"--ckpt {checkpoints['ti2v']} {on(photos, tmp_path)}"
+    words += " --batch 4 --steps 1 --held_out 0 --anchor 0 --save delta"
     words += " --keywords photo=placeholder:2 --train_blocks 0 --keyword_lr 0.5 --caption_dropout 0 --warmup 0"
     monkeypatch.setattr("sys.argv", ["train_te.py", *words.split()])
     train_te.main()

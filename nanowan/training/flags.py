@@ -242,8 +242,8 @@ def encoder_lora_lr(s):
     """--lr of train_te.py --rank. A checkpoint's own rate for whole blocks does for LoRAs too: on nano ten times that
     lost old words (docs/experiments.md). Released models have none; there it is ten times RECOMMENDED's, LoRAs' usual.
     """
-    own = {**s.train, **s.train.get("train_te", {})}.get("lr")
-    return own or 10 * RECOMMENDED["train_te"]["lr"]
+    lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
+    return lr or 10 * RECOMMENDED["train_te"]["lr"]
 
 
 def resolve(args, s, script):

@@ -15,7 +15,27 @@ from nanowan.variants.examples import Examples
 from nanowan.video import has_sound, sound_delay
 
 
-class CharacterVideo(Video):
+class ReferencedVideo(Video):
+    """Segments whose first latent frame is a reference picture. known: the last frames (1,3,n,H,W) of the segment
+    before, with which the next one begins; None before the first.
+    """
+
+    known = None
+
+    def noise(self, r, seed):
+        return draw_noise(self.shape, seed, self.device, r)  # one generator for all segments
+
+    def output(self, latents):
+        return latents[:, 1:]
+
+    def state(self):
+        return {"known": self.known}
+
+    def restore(self, state):
+        self.known = state["known"].to(self.device)
+
+
+class CharacterVideo(ReferencedVideo):
     """A character that moves as a video does, or takes a person's place in it: segments that share their first
     `overlap` frames with the end of the one before.
     """
@@ -35,10 +55,6 @@ class CharacterVideo(Video):
         self.reference, self.clip = inputs.encode_reference(vae, clip, self.source, self.device)
         vae = clip = None
         pipe.drop("clip")
-        self.known = None  # the last frames (1,3,overlap,H,W) of the segment before
-
-    def noise(self, r, seed):
-        return draw_noise(self.shape, seed, self.device, r)  # one generator for all segments
 
     def conditions(self, r):
         vae = self.pipe.acquire_vae(self.size)
@@ -51,15 +67,6 @@ class CharacterVideo(Video):
         begin = self.overlap if r else 0
         self.known = video[:, :, -self.overlap :].clone()  # a view would keep all of it
         return video[0, :, begin : self.n - self.spans[r][0]]
-
-    def output(self, latents):
-        return latents[:, 1:]
-
-    def state(self):
-        return {"known": self.known}
-
-    def restore(self, state):
-        self.known = state["known"].to(self.device)
 
 
 def load_motion_encoder(path, device="cpu"):

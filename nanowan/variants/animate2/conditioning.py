@@ -13,8 +13,9 @@ import torch
 
 from nanowan.errors import BadInput, Skip
 from nanowan.variants.animate.clip import load_vision
+from nanowan.variants.animate.conditioning import ReferencedVideo
 from nanowan.variants.animate.inputs import encode_scene, frame_indices, mark_given
-from nanowan.variants.conditioning import Conditioning, Conditions, Encoder, Video, draw_noise
+from nanowan.variants.conditioning import Conditioning, Conditions, Encoder
 from nanowan.variants.examples import Examples
 from nanowan.video import has_sound, probe, read_windows, sound_delay, to_tensor
 
@@ -98,7 +99,7 @@ class DrivingVideo:
         return torch.stack([found[t] for t in times], 1)[None]
 
 
-class DrivenVideo(Video):
+class DrivenVideo(ReferencedVideo):
     """A character that moves as a video does: segments that share their first frame with the end of the one before."""
 
     def __init__(self, pipe, settings, picture, file, text):
@@ -123,10 +124,6 @@ class DrivenVideo(Video):
         self.driving_clip = clip.encode(self.driving.read(0, 1, self.size)[:, :, 0].to(self.device))
         clip = None
         pipe.drop("clip")
-        self.known = None  # the last frame (1,3,1,H,W) of the segment before
-
-    def noise(self, r, seed):
-        return draw_noise(self.shape, seed, self.device, r)  # one generator for all segments
 
     def conditions(self, r):
         vae = self.pipe.acquire_vae(self.size)
@@ -144,15 +141,6 @@ class DrivenVideo(Video):
         end = self.driving.n - self.starts[r]
         # without the bars; mp4s have even sides
         return video[0, :, OVERLAP * (r > 0) : end, top : top + height // 2 * 2, left : left + width // 2 * 2]
-
-    def output(self, latents):
-        return latents[:, 1:]
-
-    def state(self):
-        return {"known": self.known}
-
-    def restore(self, state):
-        self.known = state["known"].to(self.device)
 
 
 # ---- what sample.py asks ---------------------------------------------------------------------------------------------
