@@ -6,6 +6,7 @@ a file names.
 
 import functools
 import io
+import struct
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from nanowan.errors import Skip
 UNSPECIFIED = 2
 UNTOLD = {"color_primaries": UNSPECIFIED, "color_trc": UNSPECIFIED, "colorspace": UNSPECIFIED, "color_range": 0}
 MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
-PQ, HLG = 16, 18
+SRGB, PQ, HLG = 13, 16, 18
 NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # which no player undoes
 HD_LINES = 720  # of untagged pictures, from which they are BT.709; below they are BT.601
 WHITE = 203  # cd/m2 of HDR that become SDR's white (ITU-R BT.2408)
@@ -81,13 +82,32 @@ def is_completed(frame, context):
     return context.colorspace == UNSPECIFIED != frame.colorspace
 
 
+@functools.cache
+def name_side_data():
+    """Have PyAV name kinds of side data that are newer than it is; it would refuse all of a frame's."""
+    from av.sidedata.sidedata import Type
+
+    def unnamed(cls, value):
+        kind = object.__new__(cls)
+        kind._name_, kind._value_ = f"TYPE_{value}", value
+        return cls._value2member_map_.setdefault(value, kind)
+
+    Type._missing_ = classmethod(unnamed)
+
+
+def side_data(frame, name):
+    """What a frame carries beside its picture, by FFmpeg's name of it, or None."""
+    name_side_data()
+    return frame.side_data.get(name)
+
+
 def check_colors(frame):
     """Raise Skip for colours that cannot be converted."""
     if is_yuv(frame) and frame.colorspace not in (UNSPECIFIED, *MATRICES):
         raise Skip(f"has colours by matrix {int(frame.colorspace)} of H.273, which is not read")
     if frame.color_trc in NOT_DISPLAYED:
         raise Skip(f"holds {NOT_DISPLAYED[frame.color_trc]}, not pictures for a display")
-    if frame.colorspace == UNSPECIFIED and frame.color_trc == UNSPECIFIED and frame.side_data.get("DOVI_METADATA"):
+    if frame.colorspace == UNSPECIFIED and frame.color_trc == UNSPECIFIED and side_data(frame, "DOVI_METADATA"):
         raise Skip("is Dolby Vision without a base layer in HDR10 or HLG")
 
 
@@ -109,7 +129,7 @@ def to_rgb(frame):
     check_colors(frame)
     converted = is_hdr(frame) or is_wide(frame)
     if converted:
-        kind = frame.color_trc if is_hdr(frame) else 1
+        kind = frame.color_trc if frame.color_trc in (SRGB, PQ, HLG) else 1
         image = to_bt709(frame.to_ndarray(format="rgb48le", **matrix(frame)), kind, gamut(frame))
     if has_alpha(frame):
         layers = frame.to_ndarray(format="rgba", **matrix(frame))
@@ -170,6 +190,8 @@ def linear_light(transfer, signal):
         a, b, c = 0.17883277, 0.28466892, 0.55991073
         scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
         return scene**1.2 * 1000 / WHITE
+    if transfer == SRGB:
+        return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
     return signal**GAMMA
 
 
@@ -179,16 +201,19 @@ def linear_table(transfer):
 
 
 @functools.cache
-def display_table():
-    """The 8-bit signal of a display by the square root of linear light in 4096 steps."""
-    return ((np.arange(4096) / 4095) ** (2 / GAMMA) * 255).round().astype(np.uint8)
+def display_table(transfer):
+    """The 8-bit signal, by sRGB's curve or else a display's, by the square root of linear light in 4096 steps."""
+    light = (np.arange(4096) / 4095) ** 2
+    srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return ((srgb if transfer == SRGB else light ** (1 / GAMMA)) * 255).round().astype(np.uint8)
 
 
 def to_bt709(image, transfer, primaries):
-    """(H,W,3) uint16 with this transfer function and these primaries -> uint8 for an SDR display with BT.709's. What is
-    brighter or more saturated than that can show is clipped.
+    """(H,W,3) uint16 with this transfer function and these primaries -> uint8 for an SDR display with BT.709's, with
+    sRGB's curve if that is theirs. What is brighter or more saturated than that can show is clipped.
     """
-    to_linear, to_signal, rotate = linear_table(transfer), display_table(), primaries_to_bt709(primaries).T
+    to_linear, to_signal = linear_table(transfer), display_table(transfer)
+    rotate = primaries_to_bt709(primaries).T
     out = np.empty(image.shape, np.uint8)
     for top in range(0, len(image), STRIP):
         light = to_linear[image[top : top + STRIP]] @ rotate
@@ -198,7 +223,57 @@ def to_bt709(image, transfer, primaries):
 
 
 # ---- photographs -----------------------------------------------------------------------------------------------------
+SRGB_GAMMA = 1 / 2.2  # by which a PNG says that its curve is sRGB's
+D50 = np.array([0.9642, 1, 0.8249])  # XYZ of the white that profiles refer to
 PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # PIL's, of the colour spaces that ICC profiles are for
+
+
+def matrix_profile(primaries, gamma):
+    """An ICC profile (bytes) of primaries as in WIDE, and of signal = light**gamma. Raises ValueError for numbers of
+    which there is none.
+    """
+
+    def fixed(*values):
+        return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
+
+    try:
+        white = BRADFORD @ to_xyz(primaries).sum(1)
+        colorants = np.linalg.solve(BRADFORD, np.diag(BRADFORD @ D50 / white) @ BRADFORD) @ to_xyz(primaries)
+        curve = b"para" + bytes(8) + fixed(1 / gamma)
+        tags = {b"wtpt": D50, b"rXYZ": colorants[:, 0], b"gXYZ": colorants[:, 1], b"bXYZ": colorants[:, 2]}
+        tags = {name: b"XYZ \0\0\0\0" + fixed(*xyz) for name, xyz in tags.items()}
+    except (ArithmeticError, np.linalg.LinAlgError, struct.error):
+        raise ValueError("has colours that no profile describes") from None
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    at, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, at, len(data))
+        at += len(data)
+    kind = struct.pack(">I4sI4s4s4s12x4s", at, b"", 0x04000000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return (kind.ljust(68, b"\0") + fixed(*D50)).ljust(128, b"\0") + table + b"".join(tags.values())
+
+
+def profile_of(image):
+    """The ICC profile (bytes) of a PIL image, or None; of a PNG without one, what its gAMA and cHRM say instead, unless
+    that is sRGB to libpng's tolerances. Raises ValueError.
+    """
+    gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
+    if image.info.get("icc_profile") or gamma is None or "srgb" in image.info:
+        return image.info.get("icc_profile")
+    white, *primaries = zip(points[::2], points[1::2]) if points else (D65, *BT709[:3])
+    primaries = (*primaries, white)
+    if abs(gamma / SRGB_GAMMA - 1) < 0.05 and abs(np.subtract(primaries, BT709)).max() < 0.01:
+        return None
+    return matrix_profile(primaries, gamma)
+
+
+def has_codes(path):
+    """Whether a file is a PNG whose cICP names its colours by H.273, which comes before all else that it says."""
+    with open(path, "rb") as file:
+        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+        while is_png and len(head := file.read(8)) == 8 and head[4:] not in (b"cICP", b"IDAT"):
+            file.seek(int.from_bytes(head[:4]) + 4, 1)
+    return is_png and head[4:] == b"cICP"
 
 
 @functools.lru_cache(8)
@@ -234,14 +309,14 @@ def transform_for(image, profile):
     return mode, transform
 
 
-def to_srgb(image, profile):
-    """A PIL image in mode L, RGB or CMYK with an ICC profile (bytes or None) -> RGB in sRGB. A profile that does not
-    fit is ignored, as browsers do.
+def to_srgb(image, source):
+    """A PIL image in mode L, RGB or CMYK -> RGB in sRGB, by the profile of the image that it was made from. A profile
+    that does not fit is ignored, as browsers do.
     """
     from PIL import ImageCms
 
     try:
-        mode, transform = transform_for(image, profile)
+        mode, transform = transform_for(image, profile_of(source))
     except ValueError:
         mode, transform = "RGB", None
     if transform is None:
@@ -252,6 +327,6 @@ def to_srgb(image, profile):
 def profile_notes(image):
     """What video.Shown says of a PIL image's profile."""
     try:
-        return ["colour profile"] if transform_for(image, image.info.get("icc_profile"))[1] else []
+        return ["colour profile"] if transform_for(image, profile_of(image))[1] else []
     except ValueError:
         return ["unusable profile"]

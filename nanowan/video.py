@@ -279,7 +279,7 @@ def orientation(frame):
     """(a, b, c, d) of -1, 0 and 1: a stored pixel at (x, y) is shown at (a x + c y, b x + d y), but for the picture's
     origin. Raises Skip for other angles.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data = color.side_data(frame, "DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data))
@@ -402,6 +402,10 @@ def probe_image(path):
     with reading("cannot be read"):
         image, numbers = open_animated(path)
         with image:
+            if frame := coded_picture(path, len(numbers)):
+                changed = ["HDR"] * color.is_hdr(frame) + ["wide gamut"] * color.is_wide(frame)
+                size = (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)
+                return Shown(*size, None, ["alpha"] * color.has_alpha(frame) + changed, changed)
             width, height = image.size
             if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation: on its side
                 width, height = height, width
@@ -443,9 +447,27 @@ def open_photo(path):
     from PIL import Image, ImageOps
 
     with reading("cannot be read"), Image.open(path) as image:
+        if frame := coded_picture(path):
+            return upright_image(frame)
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
         return to_rgb(image)
+
+
+def coded_picture(path, pictures=1):
+    """The frame of PyAV of a PNG whose cICP names its colours, which PIL does not read; None of other files. Raises
+    Skip.
+    """
+    import av
+
+    if not color.has_codes(path):
+        return None
+    if pictures > 1:
+        raise Skip("is an animation with a cICP chunk, which is not read")
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+    color.check_colors(frame)
+    return frame
 
 
 def has_alpha(image):
@@ -456,8 +478,7 @@ def to_rgb(image):
     """A PIL image of any mode as RGB in sRGB, transparency on white."""
     from PIL import Image
 
-    profile = image.info.get("icc_profile")
-    hidden = image.info.get("transparency")
+    source, hidden = image, image.info.get("transparency")
     if image.mode.startswith("I"):
         values = np.array(image.convert("I"))
         image = Image.fromarray((values / 257).clip(0, 255).astype(np.uint8))
@@ -468,10 +489,10 @@ def to_rgb(image):
     if image.mode == "F":
         raise Skip("holds floating-point pixels, whose range is unknown")
     if not has_alpha(image):
-        return color.to_srgb(image, profile)
+        return color.to_srgb(image, source)
     image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
     page = Image.new("RGB", image.size, "white")
-    page.paste(color.to_srgb(image.convert(image.mode[:-1]), profile), mask=image.getchannel("A"))
+    page.paste(color.to_srgb(image.convert(image.mode[:-1]), source), mask=image.getchannel("A"))
     return page
 
 

@@ -1,6 +1,7 @@
 """Media are read as a player shows them: when, which way up, in which colours; and what is written is what it says."""
 
 import contextlib
+import io
 import math
 import struct
 import threading
@@ -355,16 +356,29 @@ TRANSPARENT_PNGS = {  # bits, colour type, two pixels, the chunks before them; t
 }
 
 
+def test_exif_of_a_clips_frames_does_not_stop_it(tmp_path):
+    """It is side data of a kind that is newer than PyAV's list; FFmpeg makes a rotation of it."""
+    exif, jpeg = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([RED, GREEN], np.uint8).repeat(32, 0)[None].repeat(64, 0)).save(jpeg, "JPEG", exif=exif)
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        stream = file.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for k in range(5):
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, k, k, Fraction(1, 8)
+            file.mux(packet)
+    image = images(tmp_path / "a.avi")[4]
+    assert off(image[8, 32], RED) <= 6 and off(image[56, 32], GREEN) <= 6
+
+
 @pytest.mark.parametrize("kind", TRANSPARENT_PNGS)
 def test_transparent_pngs_are_on_white(tmp_path, kind):
     bits, colour, pixels, chunks, want = TRANSPARENT_PNGS[kind]
     half = len(pixels) // 2
     row = b"\0" + pixels[:half] * 16 + pixels[half:] * 16
     chunks = {b"IHDR": struct.pack(">IIBBBBB", 32, 32, bits, colour, 0, 0, 0)} | chunks
-    raw = b"\x89PNG\r\n\x1a\n"
-    for name, body in (*chunks.items(), (b"IDAT", zlib.compress(row * 32)), (b"IEND", b"")):
-        raw += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    (tmp_path / "a.png").write_bytes(raw)
+    media.write_png(tmp_path / "a.png", row * 32, chunks)
     assert off(patches(video.open_photo(tmp_path / "a.png"), 2), want) <= 1 and probe(tmp_path / "a.png").notes == [
         "alpha"
     ]
@@ -536,7 +550,7 @@ SKIN = [*COLORS[:3], (224, 172, 140)]
 
 
 def stored(colors, primaries, gamma):
-    """sRGB colours as pixels (n,3) uint8 for other primaries and a gamma."""
+    """sRGB colours as pixels (n,3) uint8 for other primaries and a gamma, or sRGB's curve if that is None."""
 
     def to_xyz(points):
         columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in (*points, (0.3127, 0.329))]).T
@@ -544,7 +558,9 @@ def stored(colors, primaries, gamma):
 
     v = np.array(colors) / 255
     light = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
-    return (255 * np.clip(light @ (np.linalg.inv(to_xyz(primaries)) @ to_xyz(SRGB)).T, 0, 1) ** (1 / gamma)).round()
+    light = np.clip(light @ (np.linalg.inv(to_xyz(primaries)) @ to_xyz(SRGB)).T, 0, 1)
+    srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return (255 * (light ** (1 / gamma) if gamma else srgb)).round()
 
 
 def photo(path, pixels, **how):
@@ -565,6 +581,66 @@ def test_profiles_are_converted_to_srgb(tmp_path, primaries, gamma, name, how):
     for given in (path, Image.open(path)):
         assert off(patches(video.open_image(given), 4), SKIN) <= 4
     assert probe(path).changed == ["colour profile"]
+
+
+def chromaticities(primaries):
+    return struct.pack(">8I", *(round(v * 1e5) for point in ((0.3127, 0.329), *primaries) for v in point))
+
+
+def png(path, pixels, chunks, bits=8):
+    """A PNG of patches (n,3) with chunks {name: bytes} before its pixels."""
+    row = b"\0" + np.asarray(pixels).astype(f">u{bits // 8}").repeat(16, 0).tobytes()
+    head = struct.pack(">IIBBBBB", 16 * len(pixels), 32, bits, 2, 0, 0, 0)
+    media.write_png(path, row * 32, {b"IHDR": head} | chunks)
+    return path
+
+
+@pytest.mark.parametrize("primaries, gamma", [(None, 1.0), (P3, 2.2), (ADOBE, 1.8)])
+def test_a_pngs_gamma_and_primaries_are_converted_to_srgb(tmp_path, primaries, gamma):
+    chunks = {b"gAMA": struct.pack(">I", round(1e5 / gamma))}
+    chunks |= {b"cHRM": chromaticities(primaries)} if primaries else {}
+    path = png(tmp_path / "a.png", stored(SKIN, primaries or SRGB, gamma), chunks)
+    assert off(patches(Image.open(path).convert("RGB"), 4), SKIN) > 10
+    for given in (path, Image.open(path)):
+        assert off(patches(video.open_image(given), 4), SKIN) <= 4
+    assert probe(path).changed == ["colour profile"]
+
+
+def test_a_pngs_gamma_gives_way_to_what_says_more(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3))
+    plain = video.open_photo(png(tmp_path / "a.png", pixels, {}))
+    linear, wide = {b"gAMA": struct.pack(">I", 100000)}, {b"cHRM": chromaticities(P3)}
+    profile = b"P3\0\0" + zlib.compress(media.matrix_profile(P3, 2.2))
+    for chunks, note in (
+        ({b"gAMA": struct.pack(">I", 45455), b"cHRM": chromaticities(SRGB)}, []),
+        (wide, []),  # which alone do not say how light is stored
+        ({b"sRGB": b"\0"} | linear | wide, []),
+        ({b"cICP": bytes([1, 13, 0, 1])} | linear, []),
+        ({b"gAMA": bytes(4)}, ["unusable profile"]),
+        (linear | {b"cHRM": bytes(32)}, ["unusable profile"]),
+    ):
+        path = png(tmp_path / "b.png", pixels, chunks)
+        assert np.array_equal(video.open_photo(path), plain) and probe(path).changed == note, chunks
+    path = png(tmp_path / "c.png", stored(SKIN, P3, 2.2), {b"iCCP": profile} | linear)
+    assert off(patches(video.open_photo(path), 4), SKIN) <= 4
+
+
+def test_a_pngs_codes_are_read_first(tmp_path):
+    """Its cICP: Display P3; HDR by PQ, in 16 bits; on its side by EXIF, too."""
+    linear = {b"gAMA": struct.pack(">I", 100000)}
+    path = png(tmp_path / "a.png", stored(SKIN, P3, None), {b"cICP": bytes([12, 13, 0, 1])} | linear)
+    assert off(patches(video.open_photo(path), 4), SKIN) <= 3 and probe(path).changed == ["wide gamut"]
+    pixels = np.array([pq(c) for c in COLORS])
+    path = png(tmp_path / "b.png", (pixels * 257).round(), {b"cICP": bytes([9, 16, 0, 1])}, bits=16)
+    assert off(patches(video.open_photo(path), 5), COLORS) <= 3 and probe(path).changed == ["HDR"]
+    turned = {b"eXIf": b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"}
+    path = png(tmp_path / "c.png", [RED, GREEN], {b"cICP": bytes([1, 13, 0, 1])} | turned)
+    upright = video.open_photo(path)
+    assert (
+        upright.size == (32, 32) and off(upright.getpixel((16, 4)), RED) == off(upright.getpixel((16, 28)), GREEN) == 0
+    )
+    with pytest.raises(Skip, match="linear light"):
+        probe(png(tmp_path / "d.png", [RED, GREEN], {b"cICP": bytes([1, 8, 0, 1])}))
 
 
 def test_a_grey_picture_and_a_transparent_one_have_profiles_too(tmp_path):

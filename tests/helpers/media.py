@@ -1,6 +1,7 @@
 """Media files: made by hand, and read back with PyAV alone."""
 
 import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -100,6 +101,14 @@ def patches(image, n):
     """The n colours of an image, or of a frame of PyAV, that stand side by side."""
     image = np.asarray(image)
     return [image[len(image) // 2, int((i + 0.5) * image.shape[1] / n)].tolist() for i in range(n)]
+
+
+def write_png(path, rows, chunks):
+    """rows: bytes with a filter's byte before each; chunks: {name: bytes} before them, IHDR first."""
+    raw = b"\x89PNG\r\n\x1a\n"
+    for name, body in (*chunks.items(), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        raw += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(raw)
 
 
 def profile(space, tags):
