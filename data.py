@@ -9,7 +9,7 @@ uninterrupted one would have seen.
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import load
 from nanowan.formats.t5 import read_encoder, tokenizer_file
 from nanowan.training import report
-from nanowan.training.scan import Item, scan
+from nanowan.training.scan import Item, scan_source, sizes_of
 
 DRAWS = 2  # the version of what steps draw: 1 drew noise and timesteps for a batch at once, not for each sample
 PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
@@ -130,23 +130,6 @@ class DataConfig:
     i2v_prob: float
     continuation: float | None = None
     preserve: float = 0.0
-
-
-def scan_source(source, s, samples, cache):
-    """What `scan` finds in a DataSource, for a checkpoint with Settings s."""
-    how = math.prod(source.resolution), s.size_multiple, source.frames, s.fps, source.clip_mode
-    items, skipped = scan(source.source, *how, cache, samples)
-    return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
-
-
-def sizes_of(items, texts, samples, s, row_bytes):
-    """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
-    text, about, "cache": bytes of (latents, texts)}. row_bytes: of a token's embedding.
-    """
-    latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
-    tokens = [2 + len(text) // 3 for text in texts]
-    bucket = max((i.bucket for i in items), key=math.prod)
-    return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, sum(tokens) * row_bytes)}
 
 
 class Dataset:

@@ -89,12 +89,6 @@ def adapter(model):
     return {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
 
 
-def attach(model, pairs):
-    """Let an injected model use the parameters {module name: (A, B)} instead of its own."""
-    for name, m in lora_layers(model).items():
-        m.lora_A, m.lora_B = pairs[name]
-
-
 @contextlib.contextmanager
 def adapter_off(model):
     """Within this an injected model computes what its frozen base does."""
@@ -118,13 +112,6 @@ def weight_norms(model):
 def change_norm(a, b, scale):
     """The Frobenius norm () of dW = scale * B A, through the r x r products B^T B and A A^T; dW is never formed."""
     return scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
-
-
-@torch.no_grad()
-def relative_change(pairs, scale, norms):
-    """||dW|| / ||W|| of all {module name: (A, B)} as one matrix; norms: of their weights, from weight_norms."""
-    moved = sum(change_norm(a, b, scale) ** 2 for a, b in pairs.values())
-    return (moved / sum(norms[name] ** 2 for name in pairs)).sqrt().item()
 
 
 @torch.no_grad()

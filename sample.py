@@ -22,21 +22,20 @@ from tqdm import tqdm
 
 import flow
 from kernels import ops
-from nanowan import memory_estimate
+from nanowan import sampling
 from nanowan.devices import DTYPES, activation_bytes, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.files import numbered
-from nanowan.flags import Parser, parallel_layout
+from nanowan.flags import Parser
 from nanowan.formats.header import save
 from nanowan.long_video import SegmentFiles, SegmentsInMemory, check_disk
 from nanowan.memory.tiled_vae import decode_tiled, receptive_radius, smallest_tile, tile_report
 from nanowan.parallel import World
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import Prompt
-from nanowan.sampling import add_flags, check_flags, given_prompts, requests_of, seed_list
 from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
-from nanowan.video import latent_to_rgb, open_image, preview_writer, write_grid, write_mp4
+from nanowan.video import open_image, write_grid, write_mp4
 
 EXPERT_GROUP = 8  # clips that go through an A14B's expert before they go through the other
 
@@ -46,11 +45,9 @@ def arguments(argv=None):
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
     add("--prompt", help="text to sample from (default, without --prompts: the checkpoint's)")
-    add(
-        "--prompts",
-        help="text file, one prompt per line, with kohya's options behind it (--w 832 --h 480 --f 81 --d 1 --s 20 "
-        "--l 5 --i a.png --n bad), or a JSONL with keys such as prompt, size, frames, seed, image",
-    )
+    options = "--w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
+    jsonl = "a JSONL with keys such as prompt, size, frames, seed, image"
+    add("--prompts", help=f"text file, one prompt per line, with kohya's options behind it ({options}), or {jsonl}")
     add("--image", help="image to start from")
     add("--last_image", help="image to end with (TI2V-5B, I2V-A14B)")
     add("--size", help="WIDTHxHEIGHT in px; with --image it gives the area (default: the checkpoint's)")
@@ -59,21 +56,12 @@ def arguments(argv=None):
     add("--shift", type=float, help="shift of the sigma grid, above 1 towards noise (default: the checkpoint's)")
     add("--guidance", help="guidance scale, or LOW,HIGH for the two experts; 1 is off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
-    add("--seed", type=seed_list, default=[0], help="random seeds, one or a,b,c; -1 draws one (default: 0)")
+    add("--seed", type=sampling.seed_list, default=[0], help="random seeds, one or a,b,c; -1 draws one (default: 0)")
     add("--num_videos", type=int, default=1, help="videos per prompt, from successive seeds (default: %(default)s)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        help="LoRA of the DiT or the text encoder, FILE[:weight][:high|low|both]; may be repeated",
-    )
-    add(
-        "--text_encoder",
-        action="append",
-        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
-        "(default: the checkpoint's own)",
-    )
+    add("--lora", action="append", default=[], help="LoRA of the DiT or encoder, FILE[:weight][:high|low|both]")
+    encoder = "text encoder, FILE[:strength]: full, delta or LoRA; may be repeated (default: the checkpoint's own)"
+    add("--text_encoder", action="append", help=encoder)
     add("--dtype", choices=list(DTYPES), help="dtype of weights and products (default: bf16 on cuda, fp32 on cpu)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     for conditioning in (parts_of(kind).conditioning for kind in PARTS):
@@ -81,7 +69,7 @@ def arguments(argv=None):
             group = p.add_argument_group(conditioning.title)
             for name, how in conditioning.flags.items():
                 group.add_argument(f"--{name}", **how)
-    add_flags(p)
+    sampling.add_flags(p)
     return p.parse_args(argv)
 
 
@@ -207,15 +195,13 @@ def decode(pipe, latents, tile=0):
 
 
 # ---- videos ------------------------------------------------------------------------------------------------------
-def load(
-    ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, fp8=False, stream_blocks=0, world=None
-):
+def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, **how):
     """A Pipeline for `generate`, of a checkpoint folder or "nano"; weights are read when first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. fp8,
-    stream_blocks, world: as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. how: fp8,
+    stream_blocks, world as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
     """
-    return Pipeline(ckpt_dir, Runtime(device, dtype, fp8, stream_blocks, world=world), lora, text_encoder)
+    return Pipeline(ckpt_dir, Runtime(device, dtype, **how), lora, text_encoder)
 
 
 def open_video(pipe, settings, **inputs):
@@ -282,8 +268,8 @@ def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **mo
 def main():
     args = arguments()
     device = pick_device(args.device)
-    check_flags(args, device)
-    prompts = given_prompts(args)
+    sampling.check_flags(args, device)
+    prompts = sampling.given_prompts(args)
     with World(device, ulysses_size=args.ulysses_size, cfg_parallel=args.guidance_parallel) as world:
         run(args, prompts, world)
 
@@ -298,7 +284,7 @@ def run(args, prompts, world):
     random_seed = world.broadcast_from_rank0(lambda: random.randrange(2**31))
     seeds = [random_seed if seed < 0 else seed for seed in args.seed]
     seeds = [seed + i for seed in seeds for i in range(args.num_videos)]
-    requests = requests_of(args, prompts or [Prompt(pipe.settings.prompt)], pipe.settings, seeds)
+    requests = sampling.requests_of(args, prompts or [Prompt(pipe.settings.prompt)], pipe.settings, seeds)
     keys = {r.out: r.key(args, pipe) for r in requests}
     if args.resume and (done := [r for r in requests if r.is_done(keys[r.out])]):
         print(f"{len(done)} of {len(requests)} videos are done already")
@@ -306,65 +292,31 @@ def run(args, prompts, world):
         if not requests:
             return
     by_segments = pipe.settings.conditioning.by_segments
-    if len(requests) < world.dp_size:
-        raise BadInput(
-            f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
-            "video by --ulysses_size and --guidance_parallel"
-        )
-    mine = requests[world.dp_rank :: world.dp_size]
+    mine = sampling.share_of(requests, world)
     videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
-    print(
-        json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False),
-        ops.describe(world.device),
-        f"{len(requests)} videos",
-        sep="\n",
-    )
-
-    # what the largest will need
-    video, s = max(((v, r.settings) for v, r in zip(videos, mine)), key=lambda pair: math.prod(pair[0].shape))
-    spec = memory_estimate.SamplingSpec(
-        settings=s,
-        shape=video.shape,
-        size=video.size,
-        image=bool(video.images),
-        mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
-        layout=parallel_layout(args, world.size, pipe.fp8),
-        tile=args.vae_tile,
-        preview=args.preview_every > 0,
-    )
-    need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), world.device, dtype)
-    print(need)
-    need.check_host()
+    print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False))
+    print(ops.describe(world.device), f"{len(requests)} videos", sep="\n")
+    need = sampling.plan_largest(args, pipe, mine, videos)
 
     # text, encoded once; then its encoder leaves memory
     texts = [encode_text(pipe, r.settings, [r.prompt]) for r in mine]
     pipe.drop("text")
-    colors = None
-    if args.preview_every and world.is_writer:
-        colors = latent_to_rgb(pipe.acquire("vae"))
-        if pipe.runtime.cuda:
-            pipe.evict("vae")
-
-    def previewer(r):
-        file = r.out.with_name(f"{r.out.stem}_preview.png")
-        return None if colors is None else preview_writer(colors, file, args.preview_every, r.prompt)
+    colors = sampling.preview_colors(pipe) if args.preview_every and world.is_writer else None
 
     def comment(r, video):
         return json.dumps(r.record(args, pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
-
-    def latents_file(r):
-        place = list(keys).index(r.out)
-        return args.save_latents and numbered(args.save_latents, place, len(keys))
 
     # videos of segments, one after the other
     for i, (r, text) in enumerate(zip(mine, texts) if by_segments else ()):
         video = videos[0] if not i else open_video(pipe, r.settings, **r.inputs)
         segments = SegmentFiles.open(r.out, keys[r.out], args.resume, world)
         check_disk(r.out, video, segments.count())
-        sample_segments(pipe, r.settings, video, text, r.seed, segments, args.reuse, on_step=previewer(r))
+        sample_segments(
+            pipe, r.settings, video, text, r.seed, segments, args.reuse, on_step=r.previewer(colors, args.preview_every)
+        )
         if world.is_writer:
-            segments.write_video(video, comment(r, video), latents_file(r))
+            segments.write_video(video, comment(r, video), r.latents)
             print(r.out, flush=True)
 
     # clips, several of an A14B through one expert before the other; each is written as it is done
@@ -373,7 +325,14 @@ def run(args, prompts, world):
         group = []
         for r, video, text in list(zip(mine, videos, texts))[first : first + group_size]:
             x = video.noise(0, r.seed)[None]
-            clip = new_clip(r.settings, x, text, video.conditions(0), EasyCache(args.reuse), on_step=previewer(r))
+            clip = new_clip(
+                r.settings,
+                x,
+                text,
+                video.conditions(0),
+                EasyCache(args.reuse),
+                on_step=r.previewer(colors, args.preview_every),
+            )
             group.append((clip, r, video))
         for expert in pipe.settings.expert_names:
             for clip, r, video in group:
@@ -392,8 +351,8 @@ def run(args, prompts, world):
                     print(tile_report(pipe.acquire("vae").decoder, args.vae_tile, frames, whole))
                 if world.is_writer:
                     write_mp4(r.out, frames, video.fps, comment(r, video))
-                    if args.save_latents:
-                        save(latents_file(r), {"latents": clip.x[0]}, {"prompt": r.prompt})
+                    if r.latents:
+                        save(r.latents, {"latents": clip.x[0]}, {"prompt": r.prompt})
                     print(r.out, flush=True)
                 shown.append(frames[:, [0, frames.shape[1] // 2, -1]])
             pipe.drop(*([expert] if first + group_size >= len(mine) else []))

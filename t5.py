@@ -39,9 +39,8 @@ class Tokenizer:
     def add_words(self, ids_of):
         """Read whole words as these ids, {word: [id]}, whatever pieces would spell them."""
         self.special |= ids_of
-        self.split = re.compile(
-            "(" + "|".join(self._pattern(t) for t in sorted(self.special, key=len, reverse=True)) + ")"
-        )
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
 
     def _pattern(self, token):
         bound = isinstance(self.special[token], list)

@@ -18,7 +18,7 @@ from pathlib import Path
 import sample
 from data import Dataset, collate
 from kernels import ops
-from lora import TARGETS, clamp_weight_norm, relative_change, weight_norms
+from lora import TARGETS, clamp_weight_norm, weight_norms
 from nano.default_clips import DEFAULT_KEYWORDS, default_clips
 from nanowan import memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
@@ -30,22 +30,9 @@ from nanowan.formats.t5 import load_tokenizer, read_encoder
 from nanowan.parallel import World, backward, gather_state
 from nanowan.pipeline import Adapter, Pipeline, Runtime
 from nanowan.prompts import read_prompts, read_texts
-from nanowan.training.adapters import initial_loras
+from nanowan.training import flags
+from nanowan.training.adapters import initial_loras, relative_change
 from nanowan.training.captions import count_files
-from nanowan.training.flags import (
-    POSITIVE,
-    add_flags,
-    check_blocks,
-    check_data,
-    check_ranges,
-    choose_checkpointing,
-    comma_list,
-    data_config,
-    expert_schedule,
-    parse_blocks,
-    resolve,
-    training_spec,
-)
 from nanowan.training.optim import adamw
 from nanowan.training.preservation import prompts_to_preserve, with_base_targets
 from nanowan.training.previews import Previews, preview_requests
@@ -58,62 +45,42 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
-    add(
-        "--targets",
-        type=comma_list,
-        help=f"linears to adapt, comma-separated, of {', '.join(TARGETS)}; Animate and Animate-2 also: "
-        "cross_attn.k_img, cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,"
-        "cross_attn.v, and for S2V audio_injector.k,audio_injector.v too)",
-    )
+    linears = f"linears to adapt, a,b,c, of {', '.join(TARGETS)}; Animate and Animate-2 also: cross_attn.k_img, "
+    linears += "cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for "
+    add("--targets", type=flags.comma_list, help=linears + "S2V audio_injector.k,audio_injector.v too)")
     add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change the drawing style")
     add("--blocks", help="blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
     add("--rank", type=int, default=16, help="rank of each weight change B A (default: %(default)s)")
     add("--alpha", type=float, help="scale the weight change by alpha / rank (default: the rank)")
     add("--dropout", type=float, default=0.0, help="dropout on the adapter's input (default: %(default)s)")
-    add(
-        "--init_lora",
-        action="append",
-        default=[],
-        help="LoRA to start from, FILE[:high|low|both]; for an A14B one per expert, or one that holds both",
-    )
+    add("--init_lora", action="append", default=[], help="LoRA to start from, FILE[:high|low|both]; may be repeated")
     add("--delta_cap", type=float, help="largest relative weight change ||dW||/||W|| of any matrix (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
     add("--keep", type=int, help="number of saved adapters to keep beside the result (default: all)")
-    add(
-        "--trigger",
-        type=comma_list,
-        help="trigger words a,b,c, written into the file for LoRA managers; --preserve is for captions without them",
-    )
+    words = "trigger words a,b,c, written into the file for LoRA managers; --preserve is for captions without them"
+    add("--trigger", type=flags.comma_list, help=words)
     add = p.add_argument_group("prior preservation").add_argument
-    add(
-        "--preserve",
-        type=float,
-        default=0.0,
-        help="weight of prior preservation: half of the samples are shown a prompt that must not change, with the "
-        "base's own prediction as their target (default: 0, none)",
-    )
-    add(
-        "--preserve_prompts",
-        help="text file of prompts that must not change, one per line; with --trigger, captions without its words are "
-        "preserved too",
-    )
+    preserve = "weight of prior preservation: half of the samples are shown a prompt that must not change, with the "
+    add("--preserve", type=float, default=0.0, help=preserve + "base's prediction as their target (default: 0, none)")
+    prompts = "text file of prompts that must not change, a line each; captions without a word of --trigger are too"
+    add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
-    add_flags(p, "train_lora", out="out/lora")
+    flags.add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
-    resolve(args, s, "train_lora")
+    flags.resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
-    check_blocks(args, num_blocks)
-    check_ranges(args, rank=(1, math.inf), alpha=(POSITIVE, math.inf))
-    check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
-    for flag, least in (("delta_cap", POSITIVE), ("keep", 1)):
+    flags.check_blocks(args, num_blocks)
+    flags.check_ranges(args, rank=(1, math.inf), alpha=(flags.POSITIVE, math.inf))
+    flags.check_ranges(args, dropout=(0, 0.999), preserve=(0, math.inf))
+    for flag, least in (("delta_cap", flags.POSITIVE), ("keep", 1)):
         if getattr(args, flag) is not None:
-            check_ranges(args, **{flag: (least, math.inf)})
+            flags.check_ranges(args, **{flag: (least, math.inf)})
     args.targets = args.targets or list(s.parts.samples.lora_targets)
     known = (*TARGETS, *s.parts.samples.extra_lora_targets)
     if len(set(args.targets)) < len(args.targets) or not set(args.targets) <= set(known):
@@ -126,7 +93,7 @@ def check(args, s, num_blocks):
     if not args.name or Path(args.name).name != args.name or args.name.startswith("."):
         raise BadInput(f"--name {args.name}: a file's name without folder and ending, such as my_style")
     if args.data is None and args.trigger is None:
-        args.trigger = comma_list(DEFAULT_KEYWORDS)
+        args.trigger = flags.comma_list(DEFAULT_KEYWORDS)
     args.trigger = args.trigger or []
     if args.preserve_prompts and not args.preserve:
         raise BadInput(f"--preserve_prompts {args.preserve_prompts}: needs --preserve WEIGHT, such as 1")
@@ -135,13 +102,13 @@ def check(args, s, num_blocks):
             f"--preserve {args.preserve}: of what? give --trigger WORD,WORD, and captions without them are preserved, "
             "or --preserve_prompts FILE"
         )
-    return parse_blocks(args.blocks, num_blocks)
+    return flags.parse_blocks(args.blocks, num_blocks)
 
 
 def predict(args, s, builders, blocks, **more):
     """The Plan of a run; more: fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
-    spec = training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
+    spec = flags.training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
     return memory_estimate.training(spec, builders, lambda dit, encoder: make_trainable(dit, None))
 
@@ -161,8 +128,8 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     blocks = check(args, s, pipe.config().num_layers)
-    check_data(args.data, pipe)
-    schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
+    flags.check_data(args.data, pipe)
+    schedule = flags.expert_schedule(args.expert, s, args.min_t, args.max_t)
     pipe.adapter = Adapter(tuple(schedule), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed)
     init_files = initial_loras(args.init_lora, pipe, schedule, pipe.adapter)
     defaults = arguments([])
@@ -173,7 +140,7 @@ def train(args, world):
     preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
-    config = data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
+    config = flags.data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
     dataset = Dataset(config, pipe, prompts=preserve_prompts)
     preserved = prompts_to_preserve(args, dataset.captions, preserve_prompts)
     if preserved:
@@ -188,10 +155,7 @@ def train(args, world):
     def plan(checkpointing):
         return predict(args, s, memory_estimate.builders(pipe), blocks, checkpointing=checkpointing, **how)
 
-    args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
-    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
-    print(need)
-    need.check_host()
+    need = flags.fit(args, pipe, plan)
     run.metadata |= {"ops": ops.describe(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 
@@ -298,8 +262,7 @@ def train(args, world):
             state.ema.update()
 
         # log, evaluate, save
-        if len(schedule) > 1:
-            metrics["expert"] = expert
+        metrics |= {"expert": expert} if len(schedule) > 1 else {}
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
         metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
         dit = None  # the other expert may be next

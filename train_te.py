@@ -21,45 +21,14 @@ from nanowan import cache, memory_estimate
 from nanowan.devices import DTYPES, pick_device, pick_dtype, select_attention
 from nanowan.errors import BadInput, cli
 from nanowan.flags import Parser, in_force, parallel_layout
+from nanowan.formats import t5 as encoder_files
 from nanowan.formats.header import save as save_tensors
-from nanowan.formats.t5 import (
-    in_layout,
-    load_tokenizer,
-    read_encoder,
-    tokenizer_bytes,
-    tokenizer_file,
-    write_encoder_lora,
-)
-from nanowan.parallel import World, backward, shard
+from nanowan.parallel import World, backward
 from nanowan.pipeline import Pipeline, Runtime
 from nanowan.prompts import read_prompts
+from nanowan.training import flags, keywords, text_encoder
 from nanowan.training.anchor import Anchor
 from nanowan.training.captions import augment_caption, parse_probs, without_keywords
-from nanowan.training.encoder import encoder_changes, encoder_tensors, optimizer_groups, relative_changes, unfreeze
-from nanowan.training.flags import (
-    RECOMMENDED,
-    add_flags,
-    check_blocks,
-    check_data,
-    check_ranges,
-    choose_checkpointing,
-    comma_list,
-    data_config,
-    encoder_lora_lr,
-    expert_schedule,
-    resolve,
-    training_spec,
-)
-from nanowan.training.keywords import (
-    add_placeholders,
-    check_keywords,
-    initial_words,
-    initialize_rows,
-    keyword_norms,
-    keyword_token_ids,
-    parse_keyword,
-    shared_token_ids,
-)
 from nanowan.training.optim import AdamW8bit, adamw
 from nanowan.training.previews import Previews, preview_requests
 from nanowan.training.report import write_report
@@ -70,73 +39,48 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 
 def arguments(argv=None):
     p = Parser(__doc__)
-    recommended = RECOMMENDED["train_te"]
+    recommended = flags.RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="train only the top N blocks (default: all; 0: none)")
     add("--rank", type=int, help="train LoRAs of this rank in the blocks instead of the blocks (default: none)")
-    add(
-        "--keywords",
-        type=comma_list,
-        help="words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N "
-        "rows that no text uses (default on nano's own data: its new words)",
-    )
-    add(
-        "--keyword_init",
-        choices=("own", "search"),
-        help="initial embeddings of the keywords. own: as they are; search: each as the word of other captions in "
-        "whose place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
-        f"{recommended['keyword_init']})",
-    )
-    add(
-        "--keyword_lr",
-        type=float,
-        help="learning rate of the keywords' embeddings (default: the checkpoint's, or --lr)",
-    )
-    add(
-        "--keyword_norm",
-        choices=("free", "fixed", "clamp"),
-        default="free",
-        help="norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of "
-        "99 percent of the table (default: %(default)s)",
-    )
-    drift = "penalty on moving the embeddings of prompts without keywords"
-    add("--anchor", type=float, default=0.01, help=f"weight of the {drift} (default: %(default)s)")
-    add(
-        "--save",
-        choices=("full", "delta", "comfyui", "lora"),
-        help="form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for "
-        "its CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
-        "--train_blocks 0 (default: lora with --rank, else full)",
-    )
-    add(
-        "--optimizer",
-        choices=("adamw", "adamw8bit"),
-        help="optimizer of the encoder (default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 "
-        "without --fsdp or --rank; else adamw)",
-    )
-    add(
-        "--caption_mode_probs",
-        help="percentages of captions with a keyword that are shown as the keyword alone, shortened, whole (default: "
-        f"the checkpoint's, or {recommended['caption_mode_probs']})",
-    )
+    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N "
+    names += "rows that no text uses (default on nano's own data: its new words)"
+    add("--keywords", type=flags.comma_list, help=names)
+    start = "initial embeddings of the keywords. own: as they are; search: each as the word of other captions in whose "
+    start += "place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
+    add("--keyword_init", choices=("own", "search"), help=f"{start}{recommended['keyword_init']})")
+    add("--keyword_lr", type=float, help="learning rate of keywords' embeddings (default: the checkpoint's, or --lr)")
+    norm = "norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of 99 "
+    norm += "percent of the table (default: %(default)s)"
+    add("--keyword_norm", choices=("free", "fixed", "clamp"), default="free", help=norm)
+    drift = "weight of the penalty on moving the embeddings of prompts without keywords (default: %(default)s)"
+    add("--anchor", type=float, default=0.01, help=drift)
+    forms = "form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for "
+    forms += "its CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
+    forms += "--train_blocks 0 (default: lora with --rank, else full)"
+    add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
+    chosen = "(default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp or --rank; else "
+    add("--optimizer", choices=("adamw", "adamw8bit"), help=f"optimizer of the encoder {chosen}adamw)")
+    shown = "percentages of captions with a keyword that are shown as the keyword alone, shortened, whole (default: "
+    add("--caption_mode_probs", help=f"{shown}the checkpoint's, or {recommended['caption_mode_probs']})")
     trim = f"(default: the checkpoint's, or {recommended['trim_prob']})"
     add("--trim_prob", type=float, help=f"probability that a caption loses a few words, never a keyword {trim}")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
     add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
-    add_flags(p, "train_te", out="out/te")
+    flags.add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
     """Resolve the flags for a checkpoint with Settings s, and check those of this script. num_blocks: of the DiT."""
     if args.rank is not None:
-        check_ranges(args, rank=(1, math.inf))
-        args.lr = args.lr or encoder_lora_lr(s)
-    resolve(args, s, "train_te")
-    check_blocks(args, num_blocks)
+        flags.check_ranges(args, rank=(1, math.inf))
+        args.lr = args.lr or flags.encoder_lora_lr(s)
+    flags.resolve(args, s, "train_te")
+    flags.check_blocks(args, num_blocks)
     if args.data is None and args.keywords is None:
-        args.keywords = comma_list(DEFAULT_KEYWORDS)
+        args.keywords = flags.comma_list(DEFAULT_KEYWORDS)
     args.keywords = args.keywords or []
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
@@ -156,18 +100,18 @@ def check(args, s, num_blocks):
             f"--save {args.save} --text_encoder {' '.join(args.text_encoder)}: its result is read on top of the "
             "checkpoint's own encoder and would lose this one's changes; use --save full"
         )
-    check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
+    flags.check_ranges(args, keyword_lr=(0, math.inf), anchor=(0, math.inf), trim_prob=(0, 1))
 
 
 def predict(args, s, builders, ids=(3,), **more):
     """The Plan of a run; ids: of the trained embeddings; more: fields of TrainingSpec."""
 
     def make_trainable(dit, encoder):
-        unfreeze(encoder, ids, args.train_blocks, args.rank)
-        return optimizer_groups(encoder, args.lr, args.keyword_lr)
+        text_encoder.unfreeze(encoder, ids, args.train_blocks, args.rank)
+        return text_encoder.optimizer_groups(encoder, args.lr, args.keyword_lr)
 
     more |= {"save_delta": args.save in ("delta", "lora"), "num_results": 1 + (args.held_out > 0)}
-    spec = training_spec(args, s, optimizer=args.optimizer, anchor=args.anchor > 0, **more)
+    spec = flags.training_spec(args, s, optimizer=args.optimizer, anchor=args.anchor > 0, **more)
     return memory_estimate.training(spec, builders, make_trainable)
 
 
@@ -186,8 +130,8 @@ def train(args, world):
     pipe = Pipeline(args.ckpt, runtime, text_encoder=args.text_encoder)
     s, args.base_dtype = pipe.settings, "fp8" if pipe.fp8 else None
     check(args, s, pipe.config().num_layers)
-    check_data(args.data, pipe)
-    schedule = expert_schedule(args.expert, s, args.min_t, args.max_t)
+    flags.check_data(args.data, pipe)
+    schedule = flags.expert_schedule(args.expert, s, args.min_t, args.max_t)
     defaults = arguments([])
     print(in_force(args, defaults), ops.describe(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(defaults))
@@ -195,16 +139,15 @@ def train(args, world):
     # data, and the memory that the run will need
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
-    config = data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
+    config = flags.data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
     dataset = Dataset(config, pipe)
-    spiece = read_encoder(pipe.files("text")).spiece
-    tokenizer, file = load_tokenizer(pipe.dir, spiece), tokenizer_file(pipe.dir)
-    spiece = tokenizer_bytes(file) if file else spiece.read()
-    keywords = [parse_keyword(text) for text in args.keywords]
-    names = [k.name for k in keywords]
-    vocab = read_encoder(pipe.files("text")).entries["token_embedding.weight"].shape[0]
-    placeholders = add_placeholders(keywords, tokenizer, vocab)
-    check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
+    source = encoder_files.read_encoder(pipe.files("text"))
+    tokenizer, spiece = encoder_files.load_tokenizer(pipe.dir, source.spiece), encoder_files.tokenizer_file(pipe.dir)
+    words = [keywords.parse_keyword(text) for text in args.keywords]
+    names = [w.name for w in words]
+    vocab = source.entries["token_embedding.weight"].shape[0]
+    placeholders = keywords.add_placeholders(words, tokenizer, vocab)
+    keywords.check_keywords(names, dataset.captions, tokenizer, args.train_blocks != 0)
     sizes = dataset.sizes()
     sizes["cache"] = sizes["cache"][0], 0
     how = sizes | dict(encode=not dataset.is_cached(), layout=parallel_layout(args, world.size, pipe.fp8))
@@ -213,10 +156,7 @@ def train(args, world):
         builders = memory_estimate.builders(pipe)
         return predict(args, s, builders, checkpointing=checkpointing, previews=previews.shape(), **how)
 
-    args.checkpointing, need = choose_checkpointing(args.checkpointing, world, args.device, plan)
-    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
-    print(need)
-    need.check_host()
+    need = flags.fit(args, pipe, plan)
     run.metadata |= {"ops": ops.describe(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset))
     dataset.cache_latents()
@@ -235,24 +175,20 @@ def train(args, world):
         previews.embed(encoder)
     encoder.tokenizer.add_words(placeholders)
     anchors = without_keywords(dataset.captions, names)
-    ids_of = keyword_token_ids(names, dataset.captions, encoder.tokenizer)
+    ids_of = keywords.keyword_token_ids(names, dataset.captions, encoder.tokenizer)
     ids = set().union(*ids_of.values())
     anchor = Anchor(encoder, anchors, args.anchor, args.seed) if args.anchor else None
     initial = {}
     if run.state_file is None:
-        initial = initial_words(keywords, args.keyword_init == "search", encoder, dataset, schedule)
+        initial = keywords.initial_words(words, args.keyword_init == "search", encoder, dataset, schedule)
         run.metadata["initial_words"] = initial
     base_rows = encoder.token_embedding.weight[sorted(ids)].clone()
-    unfreeze(encoder, ids, args.train_blocks, args.rank, args.keyword_norm)
-    shared = shared_token_ids(names, dataset.captions, encoder.tokenizer)
-    initialize_rows(initial, ids_of, shared, encoder)
+    text_encoder.unfreeze(encoder, ids, args.train_blocks, args.rank, args.keyword_norm)
+    shared = keywords.shared_token_ids(names, dataset.captions, encoder.tokenizer)
+    keywords.initialize_rows(initial, ids_of, shared, encoder)
     if world.fsdp:
-        for p in encoder.parameters():  # shards are small enough for what is trained to be fp32
-            p.data = p.data.float() if p.requires_grad else p.data
-        whole = {p for p in encoder.parameters() if p.requires_grad} if args.rank else ()
-        for module in [*encoder.blocks, encoder]:
-            shard(module, world, whole, dtype)
-    groups = optimizer_groups(encoder, args.lr, args.keyword_lr)
+        text_encoder.shard_among(encoder, world, dtype, whole=args.rank is not None)
+    groups = text_encoder.optimizer_groups(encoder, args.lr, args.keyword_lr)
     params = [p for g in groups for p in g["params"]]
     print(
         f"{sum(p.numel() for p in params):,} parameters: {len(params) - bool(ids)} tensors, {len(ids)} embeddings of "
@@ -303,13 +239,15 @@ def train(args, world):
         if placeholders:
             metadata["placeholders"] = json.dumps(placeholders)
         if args.save == "lora":
-            changes = encoder_changes(encoder, base_rows)
+            changes = text_encoder.encoder_changes(encoder, base_rows)
             if world.is_main:
-                write_encoder_lora(file, *changes, metadata, vocab=vocab)
+                encoder_files.write_encoder_lora(file, *changes, metadata, vocab=vocab)
             return
-        tensors = encoder_tensors(encoder, args.save, dtype, world.is_main)
+        tensors = text_encoder.encoder_tensors(encoder, args.save, dtype, world.is_main)
         if world.is_main:
-            tensors = in_layout(tensors, "comfyui", spiece) if args.save == "comfyui" else tensors
+            if args.save == "comfyui":
+                model = encoder_files.tokenizer_bytes(spiece) if spiece else source.spiece.read()
+                tensors = encoder_files.in_layout(tensors, "comfyui", model)
             save_tensors(file, tensors, metadata | {"format": "pt"})
 
     def save(step):
@@ -341,15 +279,14 @@ def train(args, world):
         metrics, skipped = update(state, world, step, args, loss)
         if not skipped and ids:
             encoder.token_embedding.hold_norms()
-            metrics["keyword_norms"] = keyword_norms(encoder, ids_of)
+            metrics["keyword_norms"] = keywords.keyword_norms(encoder, ids_of)
         if not skipped and state.ema:
             state.ema.update()
 
         # log, evaluate, save
         if anchor:
             metrics["anchor"] = moved
-        if len(schedule) > 1:
-            metrics["expert"] = expert
+        metrics |= {"expert": expert} if len(schedule) > 1 else {}
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
         metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
         dit = None  # the other expert may be next
@@ -361,10 +298,10 @@ def train(args, world):
         if stop:
             run.leave()
 
-    files = pipe.files("text")
     with state.averaged():
-        moved = relative_changes(encoder, base_rows, read_encoder(files).entries, dtype, world.is_main)
-    print("dW/W of", ", ".join(f"{part} {share:.2g}" for part, share in moved.items()), f"against {files[0]}")
+        moved = text_encoder.relative_changes(encoder, base_rows, source.entries, dtype, world.is_main)
+    shares = ", ".join(f"{part} {share:.2g}" for part, share in moved.items())
+    print(f"dW/W of {shares} against {pipe.files('text')[0]}")
     if args.save in ("full", "delta"):
         print("for ComfyUI use --save comfyui: its CLIPLoader takes this form without an error, as a random CLIP")
     print(need.compare(args.device), result, sep="\n")

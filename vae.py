@@ -304,10 +304,7 @@ class VAE(nn.Module):
         return self
 
     def _stats(self, like):
-        return [
-            torch.tensor(s, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
-            for s in LATENT_STATS[self.z_dim]
-        ]
+        return torch.tensor(LATENT_STATS[self.z_dim], device=like.device).view(2, 1, -1, 1, 1, 1)
 
     def moment_chunks(self, video):
         """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time."""

@@ -51,20 +51,12 @@ class Rope(NamedTuple):
     attention: object = None  # what Wan.attention_of returned
 
 
-class RMSNorm(nn.Module):
-    """The weight of a norm over the whole width, all heads together; ops applies it."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
 class Attention(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads, self.eps = heads, eps
         self.q, self.k, self.v, self.o = (ops.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim), nn.RMSNorm(dim)  # over all heads together; ops applies them
 
 
 def attend(q, k, v, weights, eps, heads, rope):
@@ -150,7 +142,7 @@ class Head(nn.Module):
 
 @dataclass
 class WanConfig:
-    """The fields of the official config.json, and what it leaves out (text_dim, patch_size)."""
+    """The fields of the official config.json, and text_dim and patch_size, which it leaves out."""
 
     model_type: str
     dim: int
@@ -243,9 +235,7 @@ class Wan(nn.Module):
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
         # how many blocks recompute their activations in the backward pass: of those that learn the first; True: all
         self.checkpointing = 0
-        # keep a prompt's keys and values; not where blocks have their weights only while they run (offload.py,
-        # parallel/)
-        self.cache_text_kv = True
+        self.cache_text_kv = True  # not where blocks have their weights only while they run (offload.py, parallel/)
         self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
         self.surround_blocks()
 
@@ -342,9 +332,7 @@ class Wan(nn.Module):
 
     # ---- what a subclass overrides -------------------------------------------------------------------------------
     def embed_inputs(self):
-        """The further inputs of forward, which a subclass names as keyword arguments, made ready: all that does not
-        depend on t or x. What comes out stands in BlockInputs.inputs.
-        """
+        """BlockInputs.inputs: what of forward's further keyword arguments depends on neither t nor x."""
 
     def prepare_inputs(self, **inputs):
         """The further inputs, as embed_inputs names them, with all computed that is the same at every step of a clip:

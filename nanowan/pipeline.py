@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kernels.fp8 import report as fp8_report
-from lora import adapter, attach, inject
+from kernels import fp8
+from lora import adapter, inject, lora_layers
 from nanowan.devices import ROOM, VAE_BYTES, activation_bytes, free_memory
 from nanowan.errors import BadInput
 from nanowan.formats.dit import build_dit, keep_fp32, read_config, read_dit
@@ -235,13 +235,17 @@ class Pipeline:
         there, while the model is still empty.
         """
         run = self.runtime
-        dit = build_dit(self.headers[name], self.folder(name), run.dtype, self.fp8)
+        dit = build_dit(self.headers[name], self.folder(name), run.dtype)
+        if self.fp8:  # all of the blocks' linears, or those that a file has so
+            fp8.convert(dit, linears_in_fp8(self.headers[name]))
         dit.checkpointing = self.checkpointing
         if self.adapter and name in self.adapter.experts:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.adapter.seed + (name == "low"))
                 self.adapter.inject(dit, run.device)
-            attach(dit, self.adapters.setdefault(name, adapter(dit)))
+            kept = self.adapters.setdefault(name, adapter(dit))
+            for module, layer in lora_layers(dit).items():  # those of the time before, if it was here
+                layer.lora_A, layer.lora_B = kept[module]
         parallelize(dit, self.world)
 
         part = Placement(dit, self.copier, run.stream_blocks)
@@ -259,7 +263,7 @@ class Pipeline:
         for file, weight, experts in self.loras:
             if name in experts:
                 merge_file(dit, file, weight, name)
-        if self.world.is_main and (error := fp8_report(dit)):
+        if self.world.is_main and (error := fp8.report(dit)):
             print(f"{self.folder(name)}: {error}")
         if share:  # the first one's memory loses its name once all have it, and ends with the last of them
             share.barrier()

@@ -3,17 +3,20 @@
 import argparse
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernels.attention_backends import CHOICES
+from nanowan import memory_estimate
 from nanowan.cache import digest
 from nanowan.errors import BadInput, check_at_least
 from nanowan.files import check_output, numbered
+from nanowan.flags import parallel_layout
 from nanowan.prompts import Prompt, read_prompts
 from nanowan.settings import Settings, parse_guidance, parse_size
 from nanowan.variants.registry import PARTS, parts_of
-from nanowan.video import read_comment
+from nanowan.video import latent_to_rgb, preview_writer, read_comment
 
 # flags that may differ between a video and its continuation: where it goes, how it is computed, what else is written
 RESUME_MAY_CHANGE = (
@@ -25,13 +28,16 @@ SMALL = 1 << 30  # files up to so many bytes are told by their contents, larger 
 
 @dataclass(frozen=True)
 class Request:
-    """One video: its prompt, seed, Settings in force, the variant's inputs by flag, and the file it goes to."""
+    """One video: its prompt, seed, Settings in force, the variant's inputs by flag, the file it goes to, and that of
+    its latents or None.
+    """
 
     prompt: str
     seed: int
     settings: Settings
     inputs: dict
     out: Path
+    latents: Path | None = None
 
     def record(self, args, pipe, video):
         """What the mp4 says of itself."""
@@ -57,6 +63,11 @@ class Request:
         parts = {"flags": flags, "prompt": self.prompt, "seed": self.seed, "settings": asdict(self.settings)}
         parts |= {"inputs": self.inputs, "files": sorted(_identity(Path(f)) for f in files)}
         return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
+
+    def previewer(self, colors, every):
+        """video.preview_writer of colors, beside the video; None without."""
+        file = self.out.with_name(f"{self.out.stem}_preview.png")
+        return None if colors is None else preview_writer(colors, file, every, self.prompt)
 
     def is_done(self, key):
         """Whether the file is there and was made by a Request of this key."""
@@ -190,6 +201,46 @@ def requests_of(args, prompts, settings, seeds):
             settings.with_overrides(**flags | p.settings),
             inputs | p.inputs,
             numbered(args.out, i, len(pairs)),
+            args.save_latents and numbered(args.save_latents, i, len(pairs)),
         )
         for i, (p, seed) in enumerate(pairs)
     ]
+
+
+def plan_largest(args, pipe, requests, videos):
+    """The memory_estimate.Plan of the largest of the Videos of some Requests, printed. Raises BadInput where the host's
+    memory is too small.
+    """
+    video, s = max(zip(videos, (r.settings for r in requests)), key=lambda pair: math.prod(pair[0].shape))
+    spec = memory_estimate.SamplingSpec(
+        settings=s,
+        shape=video.shape,
+        size=video.size,
+        image=bool(video.images),
+        mode=pipe.guidance_mode(math.prod(video.shape[1:]) // 4) if s.guided else "none",
+        layout=parallel_layout(args, pipe.world.size, pipe.fp8),
+        tile=args.vae_tile,
+        preview=args.preview_every > 0,
+    )
+    need = memory_estimate.sampling(spec, memory_estimate.builders(pipe), pipe.world.device, pipe.runtime.dtype)
+    print(need)
+    need.check_host()
+    return need
+
+
+def share_of(requests, world):
+    """Those Requests that are for this rank. Raises BadInput if there are too few for all."""
+    if len(requests) < world.dp_size:
+        raise BadInput(
+            f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
+            "video by --ulysses_size and --guidance_parallel"
+        )
+    return requests[world.dp_rank :: world.dp_size]
+
+
+def preview_colors(pipe):
+    """latent_to_rgb of a Pipeline's VAE, which then leaves the device."""
+    colors = latent_to_rgb(pipe.acquire("vae"))
+    if pipe.runtime.cuda:
+        pipe.evict("vae")
+    return colors

@@ -27,7 +27,7 @@ from diagnostics.inspect import inspect
 from diagnostics.logits import logits, record_attention
 from diagnostics.plan import planned
 from lora import inject, lora_layers
-from nanowan import cache
+from nanowan import cache, memory_estimate
 from nanowan.errors import BadInput
 from nanowan.formats.dit import full_config, load_wan, new_dit
 from nanowan.formats.header import load
@@ -424,7 +424,7 @@ def test_a_video_is_made_with_its_sound(ckpt, given, tmp_path, monkeypatch):
 
 
 def test_a_video_that_was_killed_is_continued(ckpt, given, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
+    monkeypatch.setattr(memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
 
     def flags_of(name):
         return flags(ckpt, given, tmp_path, name=name)

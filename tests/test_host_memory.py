@@ -13,7 +13,7 @@ import torch
 from helpers.streaming import CONTEXT, T, X, check_same_bits, streamed
 
 from diagnostics.plan import SCRIPTS, Machine, planned
-from kernels.fp8 import Fp8Linear
+from kernels.fp8 import Fp8Linear, convert
 from nanowan import cache, devices, memory_estimate
 from nanowan.errors import BadInput
 from nanowan.formats.dit import build_dit, keep_fp32, read_dit
@@ -154,7 +154,9 @@ def test_what_lies_on_the_host_is_loaded_there_but_rounded_on_the_device(fp8, ch
     entries = read_dit(checkpoints["ti2v"])
     models = {}
     for place in ("device", "host"):
-        models[place] = build_dit(entries, checkpoints["ti2v"], torch.float32, fp8)
+        models[place] = build_dit(entries, checkpoints["ti2v"], torch.float32)
+        if fp8:
+            convert(models[place])
         part = Placement(models[place], Copier("cpu"), 2 * (place == "host"))
         part.settle(whole=place == "host")
         load_weights(models[place], entries, "cpu:0", torch.float32, keep_fp32)

@@ -19,7 +19,7 @@ from test_s2v_video import PIPELINES, RUNS
 
 import sample
 from benchmarks import tiny, tiny_animate, tiny_s2v
-from nanowan import long_video
+from nanowan import long_video, memory_estimate
 from nanowan.errors import BadInput
 from nanowan.formats.header import load as load_tensors
 from nanowan.long_video import SegmentFiles, check_disk
@@ -148,7 +148,7 @@ def test_speech_in_python_equals_official(s2v, tmp_path, official_prompts, repor
 @pytest.fixture
 def no_plan(monkeypatch):
     """Without the plan, which takes longer than these videos."""
-    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
+    monkeypatch.setattr(memory_estimate, "sampling", lambda *args, **kwargs: NoPlan())
 
 
 def stop_after(monkeypatch, count):

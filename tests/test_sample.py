@@ -25,7 +25,7 @@ import sample
 from benchmarks import tiny
 from diagnostics import reuse
 from lora import inject
-from nanowan import pipeline
+from nanowan import memory_estimate, pipeline
 from nanowan.errors import BadInput
 from nanowan.formats.dit import load_wan
 from nanowan.formats.header import load as load_tensors
@@ -720,7 +720,7 @@ def test_what_a_run_asks_of_models_and_decoder(checkpoints, tmp_path, monkeypatc
     monkeypatch.setattr(sample, "decode", lambda pipe, z, tile=0: tiles.append(tile) or videos)
     monkeypatch.setattr(sample, "tile_report", lambda *_: "")
     note_denoise(monkeypatch, lambda pipe, clip, expert: noises.append(clip.x.clone()))
-    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: NoPlan())
+    monkeypatch.setattr(memory_estimate, "sampling", lambda *_, **__: NoPlan())
     (tmp_path / "p.txt").write_text("a cat\na dog\n", encoding="utf-8-sig")
     words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu --seed 3"
     words += " --size 32x32 --frames 1 --steps 1 --guidance 1 --base_dtype fp8 --stream_blocks 1 --vae_tile 4"
@@ -780,7 +780,7 @@ def test_a_stopped_list_of_prompts_goes_on_where_it_was(checkpoints, tmp_path, m
 def test_latents_of_a_stopped_list_keep_their_numbers(checkpoints, tmp_path, monkeypatch):
     """Those of videos that are done are left, and those of the others get the numbers of their videos."""
     (tmp_path / "p.txt").write_text("a\nb\n")
-    monkeypatch.setattr(sample.memory_estimate, "sampling", lambda *_, **__: NoPlan())
+    monkeypatch.setattr(memory_estimate, "sampling", lambda *_, **__: NoPlan())
     words = f"--ckpt {checkpoints['ti2v']} --prompts {tmp_path}/p.txt --out {tmp_path}/v.mp4 --device cpu"
     words += f" --size 32x32 --frames 1 --steps 1 --guidance 1 --save_latents {tmp_path}/z.safetensors"
     run_script(monkeypatch, words)

@@ -20,7 +20,6 @@ from nanowan.formats.header import load
 from nanowan.formats.t5 import load_t5
 from nanowan.settings import NANO, read_settings, released
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
-from nanowan.training.encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
 from nanowan.training.keywords import (
     add_placeholders,
     check_keywords,
@@ -30,6 +29,7 @@ from nanowan.training.keywords import (
     parse_keyword,
     shared_token_ids,
 )
+from nanowan.training.text_encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
 from train_te import arguments, check
 
 ROOT = Path(__file__).parent.parent

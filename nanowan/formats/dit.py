@@ -112,10 +112,10 @@ def new_dit(config):
     return parts_of(config.model_type).model(config)
 
 
-def build_dit(entries, path, dtype, fp8=False):
-    """An empty, frozen DiT on the meta device for these headers, in the dtypes that its weights will have. fp8: hold
-    the blocks' linears in 8 bits; those that a file has in fp8 with scales always are. Raises BadInput, naming `path`,
-    where the headers are not those of one whole model.
+def build_dit(entries, path, dtype):
+    """An empty, frozen DiT on the meta device for these headers, in the dtypes that its weights will have, none in 8
+    bits yet (kernels/fp8.py, convert). Raises BadInput, naming `path`, where the headers are not those of one whole
+    model.
     """
     config = read_config(path, entries)
     with torch.device("meta"):
@@ -123,9 +123,6 @@ def build_dit(entries, path, dtype, fp8=False):
     check_keys(model, entries)
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if keep_fp32(name) else dtype)
-    in_fp8 = linears_in_fp8(entries)
-    if fp8 or in_fp8:
-        convert(model, in_fp8)
     return model
 
 
@@ -140,10 +137,14 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
     """Load one DiT, frozen and in eval mode: a Wan, WanS2V, WanAnimate or WanAnimate2.
 
     path: a model folder (config.json and weights; of an A14B the folder of one expert), a checkpoint folder with a
-    single DiT, or one file, .safetensors or .gguf. fp8: as in build_dit. Raises BadInput naming what does not fit.
+    single DiT, or one file, .safetensors or .gguf. fp8: hold the blocks' linears in 8 bits, as those
+    always are that a file has so. Raises BadInput naming what does not fit.
     """
     folders = expert_folders(path)
     if "dit" not in folders:
         raise BadInput(f"{path}: holds two experts; give {folders['high']} or {folders['low']}")
     entries = read_dit(folders["dit"])
-    return load_weights(build_dit(entries, folders["dit"], dtype, fp8), entries, device, dtype, keep_fp32)
+    dit, in_fp8 = build_dit(entries, folders["dit"], dtype), linears_in_fp8(entries)
+    if fp8 or in_fp8:
+        convert(dit, in_fp8)
+    return load_weights(dit, entries, device, dtype, keep_fp32)

@@ -1,8 +1,8 @@
-"""LoRA files from which a training starts (--init_lora)."""
+"""The LoRA that is trained: the files from which it starts (--init_lora), and how much it changes."""
 
 import torch
 
-from lora import adapter
+from lora import adapter, change_norm
 from nanowan.errors import BadInput
 from nanowan.formats.dit import new_dit
 from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lora_spec
@@ -27,3 +27,10 @@ def initial_loras(specs, pipe, schedule, new_adapter):
             new_adapter.inject(dit, None)
         changes_to_start_from(adapter(dit), file, expert)
     return files
+
+
+@torch.no_grad()
+def relative_change(pairs, scale, norms):
+    """||dW|| / ||W|| of all {module name: (A, B)} as one matrix; norms: of their weights, from weight_norms."""
+    moved = sum(change_norm(a, b, scale) ** 2 for a, b in pairs.values())
+    return (moved / sum(norms[name] ** 2 for name in pairs)).sqrt().item()

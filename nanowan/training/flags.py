@@ -419,6 +419,17 @@ def training_spec(args, s, **more):
     )
 
 
+def fit(args, pipe, predict):
+    """The Plan of a run, printed, with as much checkpointing as it needs, which args and the Pipeline are given;
+    predict(checkpointing) -> a Plan. Raises BadInput where the host's memory is too small.
+    """
+    args.checkpointing, need = choose_checkpointing(args.checkpointing, pipe.world, args.device, predict)
+    pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
+    print(need)
+    need.check_host()
+    return need
+
+
 def choose_checkpointing(wanted, world, device, predict, memory=None):
     """(how many blocks recompute their activations or True for all, the Plan): as the flag says, or if it is None as
     few as a run can do with in nine tenths of the memory. predict(checkpointing) -> a Plan. memory: bytes of the device

@@ -1,7 +1,7 @@
 """A folder or list of media, looked through: usable files, the bucket that each is assigned to, windows of clips."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanowan import cache
@@ -123,3 +123,20 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, 
         reasons = "; ".join(f"{p.name} {reason}" for p, reason in skipped[:20])
         raise BadInput(f"--data {source}: nothing to train on; {reasons or 'there are no images or clips in it'}")
     return items, skipped
+
+
+def scan_source(source, s, samples, cache):
+    """What `scan` finds in a DataSource, for a checkpoint with Settings s."""
+    how = math.prod(source.resolution), s.size_multiple, source.frames, s.fps, source.clip_mode
+    items, skipped = scan(source.source, *how, cache, samples)
+    return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
+
+
+def sizes_of(items, texts, samples, s, row_bytes):
+    """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
+    text, about, "cache": bytes of (latents, texts)}. row_bytes: of a token's embedding.
+    """
+    latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
+    tokens = [2 + len(text) // 3 for text in texts]
+    bucket = max((i.bucket for i in items), key=math.prod)
+    return {"bucket": bucket, "text": min(512, max(tokens)), "cache": (latents, sum(tokens) * row_bytes)}

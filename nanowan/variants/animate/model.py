@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from kernels import ops
 from nanowan.errors import BadInput
-from wan import Block, CrossAttention, RMSNorm, Text, Wan, WanConfig, embed_patches
+from wan import Block, CrossAttention, Text, Wan, WanConfig, embed_patches
 
 EVERY = 5  # an adapter stands behind every fifth block
 MOTION_PREFIX = "motion_encoder."
@@ -270,7 +270,7 @@ class ImageCrossAttention(CrossAttention):
     def __init__(self, dim, heads, eps):
         super().__init__(dim, heads, eps)
         self.k_img, self.v_img = ops.Linear(dim, dim), ops.Linear(dim, dim)
-        self.norm_k_img = RMSNorm(dim)
+        self.norm_k_img = nn.RMSNorm(dim)
 
     def image_keys_values(self, image):
         """Embedded image tokens (B,n,D) -> k, v (B,n,N,d)."""

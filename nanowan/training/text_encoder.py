@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lora import LoRALinear, adapter, inject, lora_layers
 from nanowan.errors import BadInput
-from nanowan.parallel import full_tensor, is_sharded
+from nanowan.parallel import full_tensor, is_sharded, shard
 
 # the linears of a block of UMT5: q, k, v, o, wi_0, wi_1 and wo by transformers' names
 LORA_TARGETS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
@@ -86,6 +86,17 @@ def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
     if ids:
         dtype = torch.float32 if rank else None
         encoder.token_embedding = RowEmbedding(encoder.token_embedding, ids, keyword_norm, dtype)
+
+
+def shard_among(encoder, world, dtype, whole):
+    """Divide an encoder among the ranks, computing in dtype. What is trained becomes fp32, of which a shard is small
+    enough, and with `whole` (LoRAs, rows) stays whole on each rank.
+    """
+    trained = {p for p in encoder.parameters() if p.requires_grad}
+    for p in trained:
+        p.data = p.data.float()
+    for module in [*encoder.blocks, encoder]:
+        shard(module, world, trained if whole else (), dtype)
 
 
 def trained_parameters(encoder):
