@@ -25,16 +25,16 @@ from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 ROOT = Path(__file__).parent.parent
 KERNELS = ("modulate", "qk_norm_rope", "attention")
 SIZES = {
-    "modulate": [dict(B=2, F=3, tokens=5, D=192), dict(B=1, F=1, tokens=7, D=48), dict(B=3, F=2, tokens=1, D=130)],
+    "modulate": [dict(B=2, F=3, tokens=3, D=192), dict(B=1, F=1, tokens=5, D=48), dict(B=2, F=2, tokens=1, D=130)],
     "qk_norm_rope": [
-        dict(B=2, grid=(3, 2, 5), heads=3, d=28),
+        dict(B=2, grid=(3, 2, 3), heads=3, d=28),
         dict(B=1, grid=(1, 1, 1), heads=1, d=128),
-        dict(B=2, grid=(2, 7, 3), heads=2, d=64),
+        dict(B=1, grid=(2, 5, 3), heads=2, d=64),
     ],
     "attention": [
         dict(B=2, grid=(3, 5, 3), N=2, d=32, S=37),
         dict(B=1, grid=(1, 3, 1), N=3, d=24, S=1),
-        dict(B=1, grid=(2, 4, 6), N=1, d=128, S=70),
+        dict(B=1, grid=(2, 4, 5), N=1, d=128, S=70),
     ],
 }
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # bf16: a few of its half-ulps, 2e-3 each
@@ -69,19 +69,21 @@ def test_cpp_equals_the_reference(name, dtype, report, threads):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_triton_equals_the_reference(name, report):
-    """The same of the Triton kernels, in its interpreter; a second run, in bf16, gives the same bits at one size."""
+    """The same of the Triton kernels, in its interpreter, in bf16 at one size only, where a second run gives the same
+    bits.
+    """
     out = python(
         f"import torch, kernels\nfrom helpers.kernel_checks import {name}_error\n"
         "assert kernels.INTERPRETED\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
-        f"    for i, size in enumerate({SIZES[name]!r}):\n"
+        f"    for size in {SIZES[name]!r}[: 3 if dtype == torch.float32 else 1]:\n"
         f"        error = {name}_error('cpu', dtype, **size)\n"
-        f"        assert i or dtype != torch.bfloat16 or error == {name}_error('cpu', dtype, **size)\n"
+        f"        assert dtype != torch.bfloat16 or error == {name}_error('cpu', dtype, **size)\n"
         "        print(dtype, error)",
         TRITON_INTERPRET="1",
     )
     lines = out.split("\n")[:-1]
-    assert len(lines) == 6
+    assert len(lines) == 4
     for i, line in enumerate(lines):
         dtype, error = line.split()
         report(f"size {i % 3}, {dtype}", float(error), LIMITS[getattr(torch, dtype.removeprefix("torch."))])

@@ -39,15 +39,17 @@ class SpeechInputs:
 class SpeechVideo(Video):
     """A picture that speaks: segments of `frames` frames at 16 per second, each after the 73 frames before it.
 
-    Officially the first three frames are dropped while the sound begins with the file, so lips lead by 3/16 s;
-    sync_sound delays the sound by as much.
+    Officially the first three frames are dropped (without start_from_ref), while the sound begins with the file: frame
+    n was made with the sound of frame n + 3, and the lips lead by 3/16 s. With sync_sound the first 3/16 s of the sound
+    are left out too.
     """
 
     fps = model.VIDEO_RATE
 
     def __init__(self, pipe, settings, picture, inputs):
         self.pipe, self.frames, self.device = pipe, inputs.infer_frames or settings.frames, pipe.device
-        self.sound, self.sound_offset = inputs.audio, DROPPED_FRAMES / self.fps if inputs.sync_sound else 0.0
+        dropped = DROPPED_FRAMES if inputs.sync_sound and not inputs.start_from_ref else 0
+        self.sound, self.sound_offset = inputs.audio, -dropped / self.fps
         self.size = model.fit_size(*picture.size, settings.size[0] * settings.size[1])
         self._write_audio(pipe.acquire("audio"), inputs.num_clip)
         pipe.drop("audio")
@@ -156,7 +158,7 @@ class Speech(Conditioning):
         "num_clip": dict(type=int, help="make only the first N segments (default: as many as the sound fills)"),
         "start_from_ref": dict(action="store_true", help="begin with the picture itself"),
         "sync_sound": dict(
-            action="store_true", help="delay the sound by 3/16 s, to match the lips (the official code does not)"
+            action="store_true", help="leave out the sound's first 3/16 s, by which the lips lead in the official code"
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
