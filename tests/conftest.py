@@ -1,3 +1,5 @@
+import atexit
+import gc
 import sys
 from pathlib import Path
 
@@ -7,6 +9,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import nanowan.environment  # noqa: F401, E402  # isort: skip
 import torch  # noqa: E402  # isort: skip
+
+
+def pytest_collection_finish():
+    """Leave what was imported until here out of garbage collections, which the code under test asks for."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries complain at the end that their objects are left
 
 
 @pytest.fixture(autouse=True)

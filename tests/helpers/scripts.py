@@ -4,6 +4,8 @@ Importing PyTorch takes longer than most of these runs. What depends on the envi
 a Python of its own instead.
 """
 
+import atexit
+import gc
 import itertools
 import json
 import os
@@ -13,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,18 +94,33 @@ def serve():
 
 if __name__ == "__main__":
     sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+    import av.subtitles.stream  # noqa: F401  here and below also what runs import when they first need it
+    import ftfy  # noqa: F401
     import torch
     import torch._dynamo  # noqa: F401  optimizers and checkpointing import it
     import torch.distributed.fsdp  # noqa: F401
+    import torch.utils.serialization.config  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    from PIL import Image, ImageDraw, ImageFont  # noqa: F401
 
     import diag  # noqa: F401
+    import kernels.causal_conv3d  # noqa: F401
     import sample  # noqa: F401
     import train_lora  # noqa: F401
     import train_te  # noqa: F401
     from nano import __main__ as nano  # noqa: F401
     from nanowan import memory_estimate
+    from nanowan.formats.header import read_header
+    from nanowan.variants import registry
 
+    Image.preinit()
+    for kind in registry.PARTS:
+        registry.parts_of(kind)
+    for file in sorted((ROOT / "nano" / "checkpoint").rglob("*.pth")):  # in a fork the first of them takes 0.2 s
+        read_header(file)
+    os.fsync = lambda fd: None  # nothing here outlives a failure of power
+    gc.collect()
+    gc.freeze()  # so that collecting garbage in a fork looks only at what is made there
     folder, argv, code, cwd, plan, _, rank = serve()
     os.chdir(cwd)
     if not plan:
@@ -112,11 +130,23 @@ if __name__ == "__main__":
             os.dup2(file.fileno(), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = argv if code is None else ["-c", *argv]
-    if code is None and argv[0] == "-m":
-        sys.argv = argv[1:]
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    elif code is None:
-        sys.path.insert(0, str(Path(argv[0]).parent))
-        runpy.run_path(argv[0], run_name="__main__")
-    else:
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    status = 0
+    try:
+        if code is None and argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif code is None:
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as e:
+        if not isinstance(e.code, int | None):
+            raise
+        status = e.code or 0
+    # what Python does at the end, but for freeing a second's worth of memory, object by object
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
