@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.media import write_clip
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_data import clip, encode, photo
 
 from nanowan.errors import BadInput
@@ -505,7 +506,11 @@ def test_damaged_media_are_skipped_whatever_is_wrong(tmp_path, count):
     pictures = [Image.fromarray(image) for image in rolled]
     for name in ("animated.webp", "animated.png", "animated.gif"):
         pictures[0].save(sources / name, save_all=True, append_images=pictures[1:], duration=125)
-    assert len(list(sources.iterdir())) == 17
+    for name, colors in (("linear", b"\0\1\x86\xa0"), ("coded", bytes([9, 16, 0, 1]))):
+        chunks = PngInfo()
+        chunks.add(b"gAMA" if name == "linear" else b"cICP", colors)
+        pictures[0].save(sources / f"{name}.png", pnginfo=chunks)
+    assert len(list(sources.iterdir())) == 19
     done = python(MUTATIONS, sources, tmp_path / "work", count, timeout=60 + count)
     assert done.returncode == 0 and "Traceback" not in done.stderr, (done.stdout[-200:], done.stderr[-2000:])
     used = int(done.stdout.split()[-1])
