@@ -46,7 +46,7 @@ WRITERS = r"""
 import json, os, resource, sys
 from pathlib import Path
 import torch
-import data
+from nanowan.training import scan as scanning
 from nano.default_clips import default_clips
 from nanowan import cache, errors, files, video
 from nanowan.formats import header
@@ -58,7 +58,7 @@ class Encoder(torch.nn.Linear):
         return (torch.zeros(1, 200, 200), [200]) if isinstance(x, list) else torch.zeros(1, 16, 3, 80, 80)
 
 big, encoder = torch.randn(300, 300), Encoder(1, 1)
-items, _ = data.scan(source, 64 * 64, 16, 9, 8)
+items, _ = scanning.scan(source, 64 * 64, 16, 9, 8)
 texts = cache.text_files(["a"], folder / "texts", [cache.digest(source / "a.txt")], torch.float32)
 log = run_dir.Run(folder / "out", {"words": ["word"] * 20000}, False)
 log.restore({})
@@ -81,7 +81,7 @@ writers = {
     "grid.png": lambda: video.write_grid(folder / "grid.png", [torch.rand(3, 9, 64, 64)] * 5, ["x"] * 5),
     "latents/": lambda: cache.cache_latents(items, folder / "latents", source / "a.txt", lambda: encoder),
     "texts/": lambda: cache.cache_texts(texts, lambda: encoder),
-    "--cache": lambda: data.scan(source, 64 * 64, 16, 9, 8, cache_dir=folder / "probes"),
+    "--cache": lambda: scanning.scan(source, 64 * 64, 16, 9, 8, cache_dir=folder / "probes"),
 }
 if how == "EFBIG":
     writers["step_000003.shards"] = lambda: log.save(3, {}, {"w": big})
@@ -135,14 +135,14 @@ def test_a_full_disk_is_one_line_at_every_write(tmp_path, how, words):
 
 def test_a_cache_that_may_only_be_read(tmp_path):
     """It serves what it holds; what is missing is one line that names it."""
-    import data
+    from nanowan.training import scan as scanning
 
     folder = Path(os.path.realpath(tmp_path))
     photo(folder / "a.png")
     full, empty = folder / "full", folder / "empty"
 
     def look(cache):
-        return data.scan(folder, 64 * 64, 16, 9, 8, cache_dir=cache)
+        return scanning.scan(folder, 64 * 64, 16, 9, 8, cache_dir=cache)
 
     look(full)
     empty.mkdir()
@@ -429,8 +429,8 @@ def test_kills_in_saving_lose_no_state(tmp_path, kills):
 MUTATIONS = r"""
 import random, sys
 from pathlib import Path
-import data
 from nanowan.cache import pixels
+from nanowan.training import scan as scanning
 from nanowan.errors import BadInput
 from nanowan.training.sources import CLIP_MODES
 from nanowan.video import Skip
@@ -465,7 +465,7 @@ for i in range(count):
     (folder / "m.txt").write_text("a caption")
     print(folder, flush=True)
     try:
-        items, _ = data.scan(folder, 32 * 32, 16, 5, 8, rng.choice(list(CLIP_MODES)))
+        items, _ = scanning.scan(folder, 32 * 32, 16, 5, 8, rng.choice(list(CLIP_MODES)))
         for item in items[:3]:
             x = pixels(item)
             assert x.shape == (3, item.frames, item.height, item.width) and x.abs().max() <= 1, x.shape

@@ -24,6 +24,7 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import load, save
 from nanowan.parallel import World
 from nanowan.training import report
+from nanowan.training import scan as scanning
 from nanowan.training.captions import count_files
 from nanowan.training.scan import Item, buckets, clip_windows, nearest_bucket
 from nanowan.variants.samples import ImageChannelsSamples, Samples
@@ -60,7 +61,7 @@ def photo(path, w=90, h=60, caption="a photo"):
 
 
 def scan(folder, area=64 * 48, multiple=16, most=9, fps=8):
-    return data.scan(folder, area, multiple, most, fps)
+    return scanning.scan(folder, area, multiple, most, fps)
 
 
 def test_images_and_clips_land_in_buckets(tmp_path):
@@ -103,10 +104,10 @@ def test_a_failure_is_not_remembered_and_the_caches_is_not_the_clips(tmp_path, m
     clip(tmp_path / "a.mp4")
     with monkeypatch.context() as broken, pytest.raises(BadInput, match="no decoder"):
         broken.setattr(cache, "probe", mock.Mock(side_effect=Skip("no decoder")))
-        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
-    assert len(data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")[0]) == 1
+        scanning.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
+    assert len(scanning.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")[0]) == 1
     with pytest.raises(BadInput, match="--cache"):
-        data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "a.txt")
+        scanning.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "a.txt")
 
 
 def test_pixels_are_resized_and_cropped_from_the_middle(tmp_path):
@@ -320,7 +321,7 @@ def test_a_sidecar_that_is_not_used_is_listed(tmp_path):
     for name in ("c.mp4", "c.pose.mp4"):  # as cameras name them
         clip(tmp_path / name)
         (tmp_path / name).rename((tmp_path / name).with_suffix(".MP4"))
-    items, skipped = data.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
+    items, skipped = scanning.scan(tmp_path, 64 * 48, 16, 9, 8, samples=Posed(None))
     assert [(i.path.name, *i.sidecars) for i in items] == [("a.mp4", "pose"), ("c.MP4", "pose")]
     assert {path.name: why for path, why in skipped} == {
         "a.pose.mp4": "is left out for a.pose.mkv",
@@ -458,7 +459,7 @@ def test_only_what_changed_is_computed_again(tmp_path):
 def test_windows_of_one_clip_have_latents_of_their_own(tmp_path):
     """Under --clip_mode several, and so have a clip's latents with and without what I2V adds."""
     clip(tmp_path / "a.mp4", 27, w=64, h=64)
-    items, _ = data.scan(tmp_path, 64 * 64, 16, 9, 8, "several")
+    items, _ = scanning.scan(tmp_path, 64 * 64, 16, 9, 8, "several")
     vae = tiny.vae(False)
     torch.save(vae.state_dict(), tmp_path / "VAE.pth")
     how = tmp_path / "cache", tmp_path / "VAE.pth"
@@ -718,7 +719,7 @@ def test_a_folder_may_hold_its_list(tmp_path, kind):
 )
 def test_which_frames_of_a_longer_clip(tmp_path, mode, want):
     clip(tmp_path / "a.mp4", 21)
-    items, _ = data.scan(tmp_path, 64 * 48, 16, 9, 8, mode)
+    items, _ = scanning.scan(tmp_path, 64 * 48, 16, 9, 8, mode)
     level = torch.linspace(-0.9, 0.9, 21)
     assert len(items) == len(want) and len({i.start for i in items}) == len(items)
     for item, frames in zip(items, want):
@@ -743,7 +744,7 @@ def test_a_data_sets_repeats_are_of_what_its_list_repeats(tmp_path):
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = SimpleNamespace(size_multiple=16, fps=8)
     source = data.DataSource(tmp_path / "list.jsonl", (64, 48), 9, repeats=2, weight=0.5)
-    items, _ = data.scan_source(source, settings, None, None)
+    items, _ = scanning.scan_source(source, settings, None, None)
     assert [(i.path.name, i.repeat, i.weight) for i in items] == [("a.png", 6, 0.5), ("b.png", 2, 0.5)]
 
 
@@ -754,7 +755,7 @@ def test_a_clip_is_decoded_once_and_hashed_by_its_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "probe", lambda p: calls.append(p.name) or real(p))
 
     def look():
-        return data.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
+        return scanning.scan(tmp_path, 64 * 48, 16, 9, 8, cache_dir=tmp_path / "cache")
 
     first = look()
     assert (
@@ -832,11 +833,11 @@ def test_a_hostile_folder_trains_on_the_rest(tmp_path_factory, checkpoints):
             (folder / f"{name}.txt").write_text("x")
         os.chmod(folder, 0o755)
         os.chmod(folder / "locked.png", 0)
-        data.scan(folder, 64 * 64, 32, 9, 24)  # imports what it needs, which somebody else may not be able to
+        scanning.scan(folder, 64 * 64, 32, 9, 24)  # imports what it needs, which somebody else may not be able to
         if os.geteuid() == 0:  # whom no mode stops: look as somebody else
             os.seteuid(65534)
         try:
-            items, skipped = data.scan(folder, 64 * 64, 32, 9, 24)
+            items, skipped = scanning.scan(folder, 64 * 64, 32, 9, 24)
         finally:
             if os.getuid() == 0:
                 os.seteuid(0)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import data
 from nano import sound as world
 from nanowan.pipeline import Pipeline
+from nanowan.training import scan as scanning
 from nanowan.variants.s2v import wav2vec2
 from nanowan.video import has_sound, read_frames, to_tensor
 
@@ -65,7 +65,7 @@ def test_files_hold_picture_and_sound_and_are_accepted_for_training(tmp_path, ex
     models = Pipeline(ckpt)
     samples = models.settings.parts.samples(models)
     scan = clips, 64 * 64, models.settings.size_multiple, world.FRAMES, 16, "first", tmp_path / "cache", samples
-    items, skipped = data.scan(*scan)
+    items, skipped = scanning.scan(*scan)
     assert not skipped and [(i.frames, i.width, i.height) for i in items] == [(32, 64, 64)] * 2
     assert all(i.captions[0] for i in items)
 

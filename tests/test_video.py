@@ -17,10 +17,10 @@ from helpers import media
 from helpers.media import number, numbered, patches, write_clip, write_timed, yuv_frame
 from PIL import Image, ImageCms
 
-import data
 from benchmarks import tiny
 from nanowan import cache, video
 from nanowan.training import report
+from nanowan.training import scan as scanning
 from nanowan.variants.s2v.conditioning import SpeechVideo
 from nanowan.variants.s2v.wav2vec2 import read_audio
 from nanowan.video import Skip, probe, read_frames, read_sound, read_windows, write_frames, write_mp4
@@ -391,7 +391,7 @@ def test_animated_images_are_clips(tmp_path, form, how):
     assert shown(path) == [(round(0.05 * k if k < 6 else 0.3 + 0.1 * (k - 6), 3), k) for k in range(12)]
     assert {"animated", "variable rate"} <= {*probe(path).notes}
     path.with_suffix(".txt").write_text("bars")
-    (item,), _ = data.scan(tmp_path, 64 * 64, 16, 9, 10)
+    (item,), _ = scanning.scan(tmp_path, 64 * 64, 16, 9, 10)
     assert item.frames == 9 and [number(f) for f in next(cache.read_items([item]))[""]] == [0, 2, 4, 6, 7, 8, 9, 10, 11]
     Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(path, form, save_all=True, append_images=[frames[0]], duration=50)
     assert images(path)[0].min() == 255 and "alpha" in probe(path).notes
@@ -799,7 +799,7 @@ def tiny_vae(folder, seed=7):
 def test_a_clip_is_decoded_once_for_all_its_windows(tmp_path, decoded):
     write_clip(tmp_path / "a.mp4", [numbered(k) for k in range(200)], rate=24)
     (tmp_path / "a.txt").write_text("bars")
-    items, _ = data.scan(tmp_path, 64 * 64, 16, 9, 16, "several")
+    items, _ = scanning.scan(tmp_path, 64 * 64, 16, 9, 16, "several")
     assert len(items) == 14 and decoded == {"decoded": 0, "converted": 0}
     vae = tiny_vae(tmp_path)
     assert not cache.cache_latents(items, tmp_path / "cache", tmp_path / "VAE.pth", lambda: vae)
@@ -821,7 +821,7 @@ def clips(folder, n, frames=9):
     for i in range(n):
         write_clip(folder / f"{i:02d}.mp4", [numbered(k + i) for k in range(frames)])
         (folder / f"{i:02d}.txt").write_text("bars")
-    return data.scan(folder, 64 * 64, 16, 9, 8)[0]
+    return scanning.scan(folder, 64 * 64, 16, 9, 8)[0]
 
 
 class StandIn(torch.nn.Module):
@@ -911,7 +911,7 @@ def test_caches_of_what_was_read_rightly_before_are_still_hit(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("x")
     (tmp_path / "VAE.pth").write_bytes(b"weights")
-    items, _ = data.scan(tmp_path, 64 * 64, 16, 9, 8)
+    items, _ = scanning.scan(tmp_path, 64 * 64, 16, 9, 8)
     for item, file in zip(items, cache.latent_files(items, tmp_path, tmp_path / "VAE.pth")):
         parts = dict(media=item.digest, size=item.bucket, start=0.0, fps=8, vae=cache.digest(tmp_path / "VAE.pth"))
         before = cache.cache_file(tmp_path, **parts, dtype="fp32", conditioning="")
@@ -936,7 +936,7 @@ def test_the_report_says_what_was_done(tmp_path):
         def ids(self, text):
             return text.split() * 100
 
-    items, skipped = data.scan(tmp_path, 96 * 48, 48, 9, 8)
+    items, skipped = scanning.scan(tmp_path, 96 * 48, 48, 9, 8)
     found = report.describe_items(items, skipped, Words())
     assert found["notes"] == {"untagged": 1, "mirrored": 1, "alpha": 1} and found["several captions"] == 1
     assert found["long captions"]["files"] == 1 and found["long captions"]["worst"] == 2001
@@ -953,7 +953,7 @@ def test_the_report_says_what_was_done(tmp_path):
 def test_the_report_measures_what_is_cropped(tmp_path):
     Image.new("RGB", (128, 72)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
-    items, _ = data.scan(tmp_path, 64 * 64, 32, 9, 8)
+    items, _ = scanning.scan(tmp_path, 64 * 64, 32, 9, 8)
     (w, h, _), found = items[0].bucket, report.describe_items(items, [])
     scale = max(w / 128, h / 72)
     assert (
