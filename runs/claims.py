@@ -81,7 +81,8 @@ def cells(folder):
 
 
 def table(args):
-    columns = "row|new words (each seed)|worst word|near words|old words: colour, shape, motion|PSNR, dB"
+    columns = "run|accuracy on new words (each seed)|worst word|accuracy on neighbours"
+    columns += "|accuracy on known words: colour, shape, motion|PSNR, dB"
     columns = [*columns.split("|"), "dW/W", "logit drift", "held-out loss"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
 

@@ -8,19 +8,19 @@ from statistics import mean
 NAMES = {
     "base": "base",
     "te": "encoder, 1500 steps, anchor 0.01",
-    "te_lora": "the same + k/v translator",
+    "te_lora": "that encoder + k/v translator",
     "te_short": "encoder, 200 steps",
-    "te_short_lora": "the same + k/v translator",
+    "te_short_lora": "that encoder + k/v translator",
     "te_anchor_0": "encoder, no anchor",
     "te_anchor_1": "encoder, anchor 1",
     "te_mix": "encoder, captions mixed 15/35/50",
-    "te_rows": "embedding rows only",
-    "lora": "k/v LoRA alone",
-    "lora_cross": "q/k/v/o of cross-attention, equal parameters",
-    "lora_self": "q/k/v/o of self-attention, equal parameters",
+    "te_rows": "embeddings of the new words alone",
+    "lora": "k/v LoRA, no encoder",
+    "lora_cross": "LoRA on q/k/v/o of cross-attention, no encoder",
+    "lora_self": "LoRA on q/k/v/o of self-attention, no encoder",
     "orange_base": "orange: base",
     "orange_te": "orange: encoder, 400 steps",
-    "orange_te_lora": "orange: the same + k/v translator",
+    "orange_te_lora": "orange: that encoder + k/v translator",
 }
 
 
@@ -32,10 +32,10 @@ def read(folders, name):
 def main():
     seeds = sorted(d for d in Path(sys.argv[1]).iterdir() if d.is_dir())
     columns = (
-        "trained",
-        "new words, pooled (each seed)",
+        "what was trained",
+        "accuracy on new words (each seed)",
         "worst word",
-        "old words: colour, shape, motion",
+        "accuracy on known words: colour, shape, motion",
         "logit drift",
     )
     print(f"| {' | '.join([*columns, 'dW/W'])} |\n{'|---' * 6}|")
