@@ -1,1 +1,1 @@
-"""The kinds of Wan 2.2 models: what each is given, in sampling and in training."""
+"""The Wan 2.2 model variants: the inputs that each of them takes in sampling and in training."""

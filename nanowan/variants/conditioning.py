@@ -1,7 +1,7 @@
-"""What a DiT is given beside noise, time and text when sampling: the Conditions of a clip, a video's segments.
+"""The inputs that a DiT gets in sampling in addition to noise, timestep and text; and a video's segments.
 
-Conditioning is text-to-video's, and the base of each variant's own. It answers sample.py's questions; what training
-caches of a clip is samples.py, and stand-ins for the memory estimate are examples.py.
+Conditioning serves text-to-video, and is the base class of every variant's conditioning. sample.py uses only this
+interface. samples.py is its counterpart for training, and examples.py makes stand-ins for the memory estimate.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from nanowan.formats.layouts import parts_folder, read_headers
 
 
 class Conditions(NamedTuple):
-    """What a DiT is given at every step of a clip.
+    """The inputs of a DiT that are the same at every step of a clip.
 
-    known {latent frame: (1,C,1,h,w)}: frames that are known, such as 0 or -1, stay as they are, at t = 0. channels
-    (1,c,T',h,w): stand behind the noise. inputs: keyword arguments of the model's forward; uncond_inputs: those that
-    differ in guidance's unconditional half.
+    known {latent frame: (1,C,1,h,w)}: latent frames, such as 0 or -1, that are given and stay clean, at t = 0.
+    channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments of the model's
+    forward. uncond_inputs: the arguments that differ in guidance's unconditional half.
     """
 
     known: dict = {}
@@ -27,13 +27,13 @@ class Conditions(NamedTuple):
     uncond_inputs: dict = {}
 
     def put_known(self, x):
-        """Latents (B,C,T',h,w) with the known frames in their places (x itself is changed)."""
+        """Put the known frames into the latents x (B,C,T',h,w), in place, and return x."""
         for frame, latents in self.known.items():
             x[:, :, frame] = latents[:, :, 0]
         return x
 
     def model_inputs(self, x, t):
-        """Latents (B,C,T',h,w) at time t in 0..1000 -> what the DiT takes: x (B,C+c,T',h,w), t (B,) or (B,T')."""
+        """Return the DiT's x (B,C+c,T',h,w) and t (B,) or (B,T'), given latents (B,C,T',h,w) and a timestep 0..1000."""
         times = torch.full((len(x),), float(t), device=x.device)
         if self.known:
             times = times[:, None].repeat(1, x.shape[2])
@@ -44,8 +44,8 @@ class Conditions(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A further model in a checkpoint: its folder there, a pattern of its files' names, and load(folder, device).
-    prefix: of its tensors' names, where it is stored with the DiT.
+    """A further model in a checkpoint: its folder in the checkpoint, a glob pattern of its file names, and
+    load(folder, device). prefix: the prefix of its tensors' names if it is stored in the DiT's files.
     """
 
     folder: str
@@ -67,7 +67,7 @@ class Encoder(NamedTuple):
 
 
 def draw_noise(shape, seed, device, r=0):
-    """Normal noise of this shape, fp32, from a seed and nothing else: the r-th that is drawn from it."""
+    """Return the r-th normal noise (fp32) of this shape that a generator with this seed draws."""
     generator = torch.Generator(device).manual_seed(seed)
     for _ in range(r + 1):
         noise = torch.randn(shape, generator=generator, device=device)
@@ -75,15 +75,16 @@ def draw_noise(shape, seed, device, r=0):
 
 
 class Video:
-    """A video to be sampled, segment by segment; a single clip is a video of one segment, and that is what this class
-    makes. S2V's and Animate's continue each segment from the one before.
+    """A video to be sampled segment by segment. This class makes a single clip, a video of one segment; the subclasses
+    for S2V and Animate continue each segment from the previous one.
 
-    count: number of segments. size: (width, height) px. shape: (C,T',h,w) of a segment's latents. fps. sound: a file
-    whose sound goes into the mp4, or None; sound_offset: seconds at which it begins there.
+    count: number of segments. size: (width, height) px. shape: (C,T',h,w) of a segment's latents. fps: frames per
+    second. sound: a file whose sound goes into the mp4, or None. sound_offset: when the sound begins in the mp4, in
+    seconds.
     """
 
     count = 1
-    images = ()  # PIL, with which a clip begins and perhaps ends
+    images = ()  # PIL images: none, the first frame, or the first and the last
     sound = None
     sound_offset = 0.0
 
@@ -98,47 +99,47 @@ class Video:
         self.shape = settings.latent_shape(self.size, settings.frames)
 
     def noise(self, r, seed):
-        """(C,T',h,w) fp32 from which segment r begins."""
+        """Return the noise (C,T',h,w), fp32, that segment r starts from."""
         return draw_noise(self.shape, seed, self.pipe.device)
 
     def conditions(self, r):
-        """The Conditions of segment r; encodes what they need."""
+        """Return the Conditions of segment r, encoding what they need."""
         vae = self.pipe.acquire_vae(self.size) if self.images else None
         conditions = self.conditioning.encode(vae, self.images, self.size, self.frames)
-        if vae and self.pipe.runtime.cuda:  # the VAE will be needed again, but the DiT comes next, and is the largest
+        if vae and self.pipe.runtime.cuda:  # the VAE is needed again later, but the DiT is next and needs the room
             vae = None
             self.pipe.evict("vae")
         return conditions
 
     def decode(self, r, latents, decode):
-        """Latents (1,C,T',h,w) of segment r -> its new frames (3,n,H,W) in [-1,1]; keeps what segment r+1 needs of
-        them. decode: from latents to video (1,3,T,H,W).
+        """Return the new frames (3,n,H,W) in [-1,1] of segment r, given its latents (1,C,T',h,w), and keep what segment
+        r+1 needs of them. decode: a function from latents to a video (1,3,T,H,W).
         """
         return decode(latents)[0]
 
     def output(self, latents):
-        """What --save_latents writes of a segment's latents (C,T',h,w)."""
+        """Return what --save_latents writes for a segment with these latents (C,T',h,w)."""
         return latents
 
     def state(self):
-        """{name: tensor}: what the next segment needs of the ones before it."""
+        """Return {name: tensor}: what the next segment needs from the previous ones."""
         return {}
 
     def restore(self, state):
-        """Take over what `state` returned."""
+        """Continue from what `state` returned."""
 
 
 class Conditioning:
-    """Text-to-video: nothing but the prompt."""
+    """The conditioning of text-to-video: the prompt alone."""
 
-    title, flags = "", {}  # of sample.py's flags for a variant's own inputs: {name: argparse's arguments}
-    by_segments = False  # whether a video is made of any number of segments
+    title, flags = "", {}  # sample.py's flags for a variant's own inputs {name: argparse's arguments}, and their title
+    by_segments = False  # whether a video may have any number of segments
     encoders = {}  # further models of the checkpoint, {name: Encoder}
-    takes_image = needs_image = False  # with a prompt
+    takes_image = needs_image = False  # whether --image may, and must, be given
 
     def check(self, ckpt_dir, image=None, last_image=None, **inputs):
-        """Raise BadInput where an image, or one of the flags' `inputs`, is missing, or there is one that the model does
-        not take: before any of them is opened.
+        """Raise BadInput if an image or another input is missing, or if the model does not take one that is given.
+        inputs: the values of `flags`. No file is opened.
         """
         if image is None and (self.needs_image or last_image is not None):
             raise BadInput(f"{ckpt_dir}: --image is needed" + ", with --last_image too" * (not self.needs_image))
@@ -146,19 +147,19 @@ class Conditioning:
             raise BadInput(f"--image {image}: {ckpt_dir} is a text-to-video model and takes none")
 
     def video_size(self, size, image):
-        """(width, height) px of the video: `size`, or with a PIL image its area in the image's aspect."""
+        """Return (width, height) px of the video: `size`, or the area of `size` in the aspect ratio of a PIL image."""
         return size
 
     def latent_frames(self, frames):
-        """T' of the noise for a clip of so many frames."""
+        """Return T', the number of latent frames in the noise for a clip of `frames` frames."""
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None, last_image=None):
-        """The Video of sample.py's inputs, which `check` has passed: the opened images, and the flags of `flags`."""
+        """Return the Video for sample.py's inputs, which `check` accepted: opened images, and the values of `flags`."""
         return Video(pipe, settings, image, last_image)
 
     def encode(self, vae, images, size, frames):
-        """Conditions of a clip of `frames` at `size` (width, height) px; images: none, the first frame, or also the
-        last, PIL.
+        """Return the Conditions of a clip with `frames` frames and `size` (width, height) px. images: PIL images; none,
+        the first frame, or the first and the last frame.
         """
         return Conditions()

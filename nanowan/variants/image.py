@@ -1,4 +1,4 @@
-"""Image-to-video: TI2V-5B's clean first frame, and the channels of I2V-A14B."""
+"""Image-to-video: the clean first frame of TI2V-5B, and the extra input channels of I2V-A14B."""
 
 import functools
 
@@ -12,8 +12,8 @@ from nanowan.video import cover, to_tensor
 
 
 class FirstFrame(Conditioning):
-    """TI2V: an image, if there is one, is the first latent frame, clean, at t = 0; a last image the last one, which is
-    encoded as four frames that stand still.
+    """TI2V's conditioning: an image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
+    image becomes the last latent frame, encoded as four equal frames.
     """
 
     takes_image = True
@@ -30,7 +30,9 @@ class FirstFrame(Conditioning):
 
 
 class ImageChannels(Conditioning):
-    """I2V-A14B: 20 channels behind the noise, a mask (4) and the latents (16) of the image before grey frames."""
+    """I2V-A14B's conditioning: after the noise come 20 channels, a mask (4) and the latents (16) of the image followed
+    by grey frames.
+    """
 
     takes_image = needs_image = True
 
@@ -48,9 +50,9 @@ class ImageChannels(Conditioning):
 
 
 def image_channels(vae, image, frames, last_image=None):
-    """I2V-A14B's 20 channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0, and the
-    encoding of the image followed by frames-1 grey frames. With a last image the last frame is that, and the mask has a
-    1 in the last of the four channels of its latent frame, one for each frame.
+    """Return I2V-A14B's 20 channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0,
+    and the encoding of the image followed by frames-1 grey frames. If there is a last image, it is the last frame. The
+    mask's four channels stand for the four frames of a latent frame, so the last of them is 1 on the last latent frame.
     """
     video = F.pad(image, (0, 0, 0, 0, 0, frames - 1))
     if last_image is not None:
@@ -64,10 +66,11 @@ def image_channels(vae, image, frames, last_image=None):
 
 
 def encode_still(vae, video):
-    """vae.encode of a video most of which stands still. A layer whose input, and what it remembers of the chunk before,
-    are to the bit what they were a chunk ago is not run again: its last output is. Exact; takes the memory of those.
+    """Return vae.encode(video), faster if most frames of the video are equal. A layer is not run again if its input and
+    its state from the previous chunk equal those of the last run to the bit: its last output is reused. The result is
+    exact. The inputs and outputs that are kept take memory.
     """
-    encoder, known = vae.encoder, {}  # {layer: (input, output, whether what it remembers has settled)}
+    encoder, known = vae.encoder, {}  # {layer: (input, output, whether the layer's state has stopped changing)}
     layers = [*encoder.downsamples, *encoder.middle]
 
     def forward_once(layer, forward, x, past):
@@ -89,7 +92,7 @@ def encode_still(vae, video):
         return vae.encode(video)
     finally:
         for layer in layers:
-            del layer.forward  # the class's again
+            del layer.forward  # uncovers the method of the class
 
 
 def too_small(area, width, height, side):
@@ -97,8 +100,8 @@ def too_small(area, width, height, side):
 
 
 def best_size(width, height, area, step):
-    """The size nearest an image's aspect with sides multiples of `step` and no more than `area` px (official
-    best_output_size). Raises BadInput where a side would be 0.
+    """Return the (width, height) px nearest to an image's aspect ratio whose sides are multiples of `step` and whose
+    area is at most `area` (official best_output_size). Raises BadInput if a side would be 0.
     """
     ratio = width / height
     ow = (area * ratio) ** 0.5

@@ -1,6 +1,6 @@
-"""The six Wan 2.2 models: a row of numbers for each in VARIANTS, and the classes that run it, imported when asked for.
+"""The six Wan 2.2 models: their settings, one row each in VARIANTS, and their classes, imported when first needed.
 
-A new model is a folder here, a row in VARIANTS and a function in PARTS.
+To add a model, add a folder here, a row in VARIANTS and a function in PARTS.
 """
 
 import functools
@@ -16,8 +16,8 @@ from wan import VARIANTS as TEXT_AND_IMAGE
 from wan import Wan
 
 # fmt: off
-# further entries of a row: signature, a tensor by which its files are known, or a function that knows them; negative
-# and prompt, the defaults
+# Further entries of a row: signature, the name of a tensor that only its files have, or a function that recognises its
+# files; negative and prompt, the defaults of these two prompts.
 _14B = TEXT_AND_IMAGE["t2v-A14B"] | dict(boundary=None)
 VARIANTS = TEXT_AND_IMAGE | {
     "s2v-14B": dict(_14B, model_type="s2v", signature="casual_audio_encoder.encoder.final_linear.weight", frames=80,
@@ -36,9 +36,10 @@ VARIANTS = TEXT_AND_IMAGE | {
 
 
 class Parts(NamedTuple):
-    """What runs a kind of model: the DiT's class, its Conditioning (sampling), the class of its Samples (training), its
-    Examples (memory estimate), a function that completes its configuration from its files, or None, and one that says
-    {field: value} of Settings in which a configuration differs from the row, or None.
+    """The code for one model_type: the DiT's class, its Conditioning (sampling), the class of its Samples (training)
+    and its Examples (memory estimate). read_config: a function that completes the configuration from the files, or
+    None. recommend: a function from a configuration to {field: value} of the Settings that differ from the row's, or
+    None.
     """
 
     model: type
@@ -85,5 +86,5 @@ PARTS = {
 
 @functools.cache
 def parts_of(model_type):
-    """The Parts of a model_type, as config.json names it."""
+    """Return the Parts of a model_type, as config.json names it."""
     return PARTS[model_type]()

@@ -1,4 +1,4 @@
-"""What training makes of a clip: what is cached of it, and what a step is given of that."""
+"""Training samples: the tensors that are cached for a clip, and the ones that a training step gets from the cache."""
 
 import math
 
@@ -6,12 +6,14 @@ from nanowan.variants.image import image_channels
 
 
 class Samples:
-    """The samples of a model that is given text alone; the base of each variant's own. data.py asks only this.
+    """The samples of a text-to-video model, and the base class of every variant's samples. data.py uses only this
+    interface.
 
-    frames_over: a sample has a multiple of 4 frames and so many more. frames_after: that are read too, if the clip has
-    them. loss_from: the first latent frame whose error counts. side_multiple: the sides of a sample are multiples of
-    this, in px, at least. fixed_speed: clips must not be played faster or slower. trains_first_frame: --i2v_prob.
-    lora_targets: the default of train_lora.py; extra_lora_targets: linears that a variant adds to lora.TARGETS.
+    frames_over: a sample has a multiple of 4 frames plus this many. frames_after: frames after the sample that are read
+    as well, if the clip has them. loss_from: the first latent frame that counts in the loss. side_multiple: the sides
+    of a sample, in px, are multiples of at least this. fixed_speed: clips must not be played faster or slower.
+    trains_first_frame: whether --i2v_prob applies. lora_targets: train_lora.py's default for --targets.
+    extra_lora_targets: linear layers that a variant adds to lora.TARGETS.
     """
 
     frames_over, frames_after, loss_from, side_multiple = 1, 0, 0, 16
@@ -23,69 +25,71 @@ class Samples:
         self.pipe = pipe
 
     def is_sidecar(self, path):
-        """Whether a file in the folder belongs to a clip and is no sample of its own. Raises Skip where there is no
-        such clip.
+        """Whether a file in the folder belongs to a clip instead of being a sample. Raises Skip if that clip does not
+        exist.
         """
         return False
 
     def sidecars(self, path, shown, cache):
-        """{kind: (file, digest)} of what belongs to a clip; `shown`: what cache.cached_probe tells of it. Raises Skip
-        where something is missing or does not fit.
+        """Return {kind: (file, digest)} for the sidecar files of a clip. shown: what cache.cached_probe returned for
+        the clip. Raises Skip if a sidecar is missing or does not fit the clip.
         """
         return {}
 
     def changed(self, path, shown, sidecars, cache):
-        """{kind: video.Shown's `changed`} of a clip, under "", and of what belongs to it."""
+        """Return {kind: `changed` of its video.Shown} for a clip, whose kind is "", and for its sidecars."""
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
-        """{kind: (width, height) px} at which `cached` is given the videos that belong to a scan.Item."""
+        """Return {kind: (width, height) px}: the sizes at which `cached` gets the sidecar videos of a scan.Item."""
         return {}
 
     def group(self, item):
-        """Items of one group can be in one batch, whatever is drawn for them."""
+        """Return a key. Items with equal keys can share a batch, whatever is drawn for them."""
         return item.bucket
 
     def cache_key(self, item):
-        """What decides `cached`, as plain values, for the name of the cache file of a scan.Item."""
+        """Return, as plain values, everything that the result of `cached` depends on. It becomes part of the name of a
+        scan.Item's cache file.
+        """
         return ""
 
     def cached(self, vae, video, item, sidecars):
-        """{name: tensor} that is cached beside an item's latents; video (1,3,T,H,W) in [-1,1]; sidecars: {kind: frames
-        (H,W,3) uint8} of what belongs to it, at the same times. May raise Skip.
+        """Return {name: tensor}: what is cached in addition to an item's latents. video: (1,3,T,H,W) in [-1,1].
+        sidecars: {kind: frames (H,W,3) uint8 at the same times}. May raise Skip.
         """
         return {}
 
     def cached_bytes(self, item, shape):
-        """About what `cached` and the latents (C,T',h,w) take."""
+        """Estimate the bytes that the tensors of `cached` and the latents take. shape: (C,T',h,w) of the latents."""
         return 4 * math.prod(shape)
 
     def draw(self, item, share, rng):
-        """What is drawn for an item of a step. share: of the samples trained as a segment that continues another."""
+        """Draw how an item is used in a step. share: the probability that it continues a previous segment."""
 
     def shape(self, item, drawn):
-        """Samples of one shape can be in one batch."""
+        """Return a key. Samples with equal keys can share a batch."""
         return self.group(item)
 
     def entry(self, tensors, drawn, has_caption):
-        """Of what is cached for a sample, what flow.make_noisy_batch is given. A sample without its caption is what the
-        unconditional half of guidance sees.
+        """Select from a sample's cached tensors those that flow.make_noisy_batch gets. Without its caption, a sample
+        gets the inputs of guidance's unconditional half.
         """
         return tensors
 
     def to_decode(self, latents, entry):
-        """Latents (1,C,T',h,w) that were sampled under the conditions of an entry -> what the VAE decodes of them."""
+        """Return the latents that the VAE decodes, given those (1,C,T',h,w) sampled with the inputs of an entry."""
         return latents
 
 
 class FirstFrameSamples(Samples):
-    """TI2V: trained with and without its first frame given."""
+    """TI2V's samples: trained both with and without a given first frame."""
 
     trains_first_frame = True
 
 
 class ImageChannelsSamples(Samples):
-    """I2V-A14B: the channels of a clip's own first frame are cached."""
+    """I2V-A14B's samples: the condition channels of a clip's own first frame are cached with it."""
 
     channels = 20
 

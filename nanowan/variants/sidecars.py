@@ -1,4 +1,4 @@
-"""Files beside a training clip NAME.mp4 that belong to it: NAME.wav, NAME.pose.mp4, and the like."""
+"""Sidecars: files next to a training clip NAME.mp4 that belong to it, such as NAME.wav and NAME.pose.mp4."""
 
 from nanowan.cache import cached_probe, digest
 from nanowan.errors import Skip
@@ -6,13 +6,14 @@ from nanowan.variants.samples import Samples
 from nanowan.video import CLIPS, IMAGES
 
 MAX_DIFFERENCE = 0.1  # seconds that a sidecar may be longer or shorter than its clip
-MAX_STRETCH = 1.02  # of its aspect: preprocessing rounds the sides to multiples of 16
+MAX_STRETCH = 1.02  # between the aspect ratios of both: preprocessing rounds the sides to multiples of 16
 
 
 class ClipSamples(Samples):
-    """Samples of clips that are nothing by themselves: each has sidecars, videos of the same frames.
+    """Samples of clips that can be trained on only with their sidecars, mostly videos of the same frames.
 
-    videos: the kinds of sidecars that there may be. squares: those of them that are square whatever the clip is.
+    videos: the kinds of sidecar videos that a clip may have. squares: the kinds that are square, whatever the clip's
+    aspect ratio.
     """
 
     videos = ()
@@ -45,7 +46,7 @@ class ClipSamples(Samples):
         return {kind: (item.width, item.height) for kind in item.sidecars if kind in self.videos}
 
     def find(self, path):
-        """{kind: file} of a clip's sidecars. Raises Skip for a missing one."""
+        """Return {kind: file} for a clip's sidecars. Raises Skip if one is missing."""
         files = {kind: video_beside(path, kind) for kind in self.videos}
         return {kind: file for kind, file in files.items() if file}
 
@@ -63,7 +64,7 @@ class ClipSamples(Samples):
             raise Skip(f"its {file.name} is {width}x{height} px, should have the shape of {shape}")
 
     def encoder_key(self, name):
-        """What identifies a part of the checkpoint that a cache depends on."""
+        """Return the digests of the files of an encoder, by its name in Conditioning.encoders, for the cache key."""
         encoder = self.pipe.settings.conditioning.encoders[name]
         files = encoder.files(self.pipe.dir)
         if encoder.folder:
@@ -72,11 +73,11 @@ class ClipSamples(Samples):
 
 
 def either_case(suffixes):
-    """Suffixes as people and as cameras write them (.mp4, .MP4)."""
+    """Return the suffixes in lower and in upper case: people write .mp4, cameras .MP4."""
     return [*sorted(suffixes), *sorted(suffix.upper() for suffix in suffixes)]
 
 
 def video_beside(path, kind):
-    """The file NAME.kind.mp4, or with another suffix of a clip, beside NAME.mp4; None where there is none."""
+    """Return the file NAME.kind.mp4, or the same with another video suffix, next to NAME.mp4; None if none exists."""
     files = (path.with_suffix(f".{kind}{suffix}") for suffix in either_case(CLIPS))
     return next((f for f in files if f.is_file()), None)

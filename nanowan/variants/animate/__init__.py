@@ -1,1 +1,1 @@
-"""Animate-14B: model, conditioning, training samples, and the preparation of its inputs."""
+"""Animate-14B: the model, conditioning, training samples, and the preprocessing of its inputs."""

@@ -1,12 +1,12 @@
-"""CLIP (open_clip's ViT-H/14 with XLM-RoBERTa-large): the pictures that Wan2.2-Animate is given, and a judge of clips.
+"""CLIP (open_clip's ViT-H/14 with XLM-RoBERTa-large): it encodes Animate's pictures and scores clips against texts.
 
-B images, S side of the input image (224), P patch (14), L = 1 + (S/P)^2 tokens (257), D width (1280), d = D/16 head
-width; of a text L tokens, D width (1024); E width of the space that images and texts share (1024).
+Images: B images, S side of the input image (224), P patch (14), L = 1 + (S/P)^2 tokens (257), D width (1280), d = D/16
+head width. Texts: L tokens, D width (1024). E width of the space that images and texts share (1024).
 
-Animate's DiT is given the state of all image tokens after every block but the last: `VisionEncoder` has neither that
-block nor what follows it, and no textual tower. `CLIP` has both towers, for diag.py listen.
-Source: official wan/modules/animate/clip.py, xlm_roberta.py and tokenizers.py, whose tensor names are kept; the class
-token's norm and projection, which that file leaves out, are those of CLIP (Radford et al., 2021).
+Animate's DiT gets the image tokens as they are before the last block, so `VisionEncoder` leaves out that block,
+everything after it, and the textual tower. `CLIP` has both towers, for diag.py listen.
+Source: official wan/modules/animate/clip.py, xlm_roberta.py and tokenizers.py, whose tensor names are kept. The class
+token's norm and projection, which the official clip.py leaves out, follow CLIP (Radford et al., 2021).
 """
 
 import math
@@ -23,10 +23,10 @@ from nanowan.formats.layouts import find, read_headers
 from nanowan.formats.load import load_into
 from t5 import Tokenizer
 
-HEADS = 16  # of both towers; stands in no tensor's shape
+HEADS = 16  # in both towers; no tensor's shape tells this number
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images, RGB
 BOS, EOS, UNK = 0, 2, 3  # XLM-RoBERTa's token ids; 1 is padding
-FIRST_POSITION = 2  # of a text's tokens: fairseq counts from the padding's id on
+FIRST_POSITION = 2  # of a text's tokens: fairseq starts to count after the padding's id
 TOKENIZER = "xlm-roberta-large/sentencepiece.bpe.model"
 
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """layers: how many blocks there are; the released model has 32."""
+    """A ViT without its output head. layers: number of blocks; the released model has 32."""
 
     def __init__(self, dim, ffn_dim, layers, patch, tokens):
         super().__init__()
@@ -67,13 +67,13 @@ class VisionTransformer(nn.Module):
         self.side = patch * math.isqrt(tokens - 1)
 
     def forward(self, x):
-        """Normalised images (B,3,S,S) -> (B,L,D), the class token first."""
+        """Return the tokens (B,L,D), the class token first, of normalised images (B,3,S,S)."""
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # (B,L-1,D)
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], 1) + self.pos_embedding
         return self.transformer(self.pre_norm(x))
 
     def prepare(self, image, antialias):
-        """(B,3,H,W) in [-1,1], any size, squeezed to the square S x S, its aspect not kept, and normalised."""
+        """Normalise images (B,3,H,W) in [-1,1] of any size, resized to S x S without keeping the aspect ratio."""
         size = self.side, self.side
         x = F.interpolate(image.float(), size, mode="bicubic", align_corners=False, antialias=antialias)
         mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
@@ -81,7 +81,7 @@ class VisionTransformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """What Animate's DiT is given of a picture."""
+    """The part of CLIP that encodes a picture for Animate's DiT."""
 
     def __init__(self, dim, ffn_dim, layers, patch, tokens):
         super().__init__()
@@ -89,14 +89,14 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, image):
-        """(B,3,H,W) in [-1,1], any size -> tokens (B,L,D) fp32. The image is resized without antialiasing, as the DiT
-        was trained.
+        """Return the tokens (B,L,D), fp32, of images (B,3,H,W) in [-1,1] of any size. Images are resized without
+        antialiasing, as in the DiT's training.
         """
         return self.visual(self.visual.prepare(image, antialias=False)).float()
 
 
 class ImageTower(VisionTransformer):
-    """The whole tower: images -> their place in the space that texts share."""
+    """The complete tower: it maps images into the space that they share with texts."""
 
     def __init__(self, dim, ffn_dim, layers, patch, tokens, out_dim):
         super().__init__(dim, ffn_dim, layers, patch, tokens)
@@ -104,14 +104,15 @@ class ImageTower(VisionTransformer):
         self.head = nn.Parameter(torch.zeros(dim, out_dim))
 
     def forward(self, x):
-        """Normalised images (B,3,S,S) -> (B,E), from the class token."""
+        """Return features (B,E) of normalised images (B,3,S,S), taken from the class token."""
         return self.post_norm(super().forward(x)[:, 0]) @ self.head
 
 
 # ---- texts -------------------------------------------------------------------------------------------------------
 class XlmRobertaTokenizer:
-    """Token ids as transformers' XLM-RoBERTa tokenizer gives them: the start, the pieces, the end; cut to `length` with
-    the end kept. Ids are fairseq's, one above sentencepiece's. A special token that a text spells out is text here.
+    """From a text to the token ids of transformers' XLM-RoBERTa tokenizer: the start token, the pieces, the end token.
+    Texts are cut to `length` ids, and the end token is kept. Ids are fairseq's, one above sentencepiece's. Unlike in
+    transformers, a special token that is spelled out in a text counts as text.
 
     model: the bytes of sentencepiece.bpe.model. Raises ValueError for other bytes.
     """
@@ -120,7 +121,7 @@ class XlmRobertaTokenizer:
         self.pieces, self.length = Tokenizer(model).pieces, length
 
     def __call__(self, text):
-        """Ids (L,) int64 of one text."""
+        """Return the ids (L,) int64 of one text."""
         ids = [i + 1 if i else UNK for i in self.pieces.encode(Tokenizer.clean(text))]
         return torch.tensor([BOS, *ids[: self.length - 2], EOS])
 
@@ -136,7 +137,7 @@ class TextAttention(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Normed after each residual sum, as BERT is."""
+    """A transformer block with its norms after each residual sum, as in BERT."""
 
     def __init__(self, dim, ffn_dim):
         super().__init__()
@@ -150,12 +151,12 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """XLM-RoBERTa, the mean over its tokens, and a projection of two layers."""
+    """XLM-RoBERTa, followed by the mean over its tokens and a projection of two layers."""
 
     def __init__(self, vocab, positions, dim, ffn_dim, layers, out_dim):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        self.type_embedding = nn.Embedding(1, dim)  # BERT's kinds of sentences, of which there is one here
+        self.type_embedding = nn.Embedding(1, dim)  # BERT's sentence types; XLM-RoBERTa has one
         self.pos_embedding = nn.Embedding(positions, dim)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(TextBlock(dim, ffn_dim) for _ in range(layers))
@@ -163,7 +164,7 @@ class TextTower(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, middle, bias=False), nn.GELU(), nn.Linear(middle, out_dim, bias=False))
 
     def forward(self, ids):
-        """ids (B,L) without padding -> (B,E)."""
+        """Return features (B,E) of ids (B,L), which have no padding."""
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + ids.shape[1], device=ids.device)
         x = self.token_embedding(ids) + self.type_embedding.weight[0] + self.pos_embedding(positions)
         x = self.norm(x)
@@ -173,7 +174,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. `tokenizer` is set when the model is loaded."""
+    """CLIP with both towers. load_clip sets `tokenizer`."""
 
     def __init__(self, visual, textual):
         super().__init__()
@@ -183,18 +184,20 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images):
-        """(B,3,H,W) in [-1,1], any size -> features (B,E) of norm 1."""
+        """Return features (B,E) of norm 1 for images (B,3,H,W) in [-1,1] of any size."""
         x = self.visual.prepare(images.to(self.log_scale.device), antialias=True)
         return F.normalize(self.visual(x), dim=1)
 
     @torch.no_grad()
     def encode_texts(self, texts):
-        """list of str -> features (B,E) of norm 1. One at a time, so no text is padded."""
+        """Return features (B,E) of norm 1 for a list of texts. Each text is encoded alone, so that none is padded."""
         ids = [self.tokenizer(text)[None].to(self.log_scale.device) for text in texts]
         return F.normalize(torch.cat([self.textual(i) for i in ids]), dim=1)
 
     def probabilities(self, images, texts):
-        """Features (B,E) and (A,E) -> (B,A): how likely each text is which belongs to an image, if one of them does."""
+        """Return (B,A): the probability that each text describes an image, if exactly one of them does. images, texts:
+        features (B,E) and (A,E).
+        """
         return (self.log_scale.exp() * images @ texts.T).softmax(1)
 
 
@@ -206,7 +209,7 @@ def shape_of(entries, name, path):
 
 
 def vision_sizes(entries, path):
-    """The arguments of VisionTransformer, but for `layers`, by the headers of its tensors."""
+    """Return the arguments of VisionTransformer, except `layers`, from the headers of its tensors {name: Entry}."""
     (dim, _, patch, _), (_, tokens, _), (ffn_dim, _) = (
         shape_of(entries, f"visual.{name}", path)
         for name in ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
@@ -220,13 +223,13 @@ def vision_sizes(entries, path):
 
 
 def last_block(entries):
-    """The highest N of the tensors named visual.transformer.N, 0 if there are none."""
+    """Return the highest N among the tensors named visual.transformer.N, or 0 if there are none."""
     return max((int(n.split(".")[2]) for n in entries if n.startswith("visual.transformer.")), default=0)
 
 
 def read_clip(path):
-    """(file, {name: Entry}) of models_clip_open-clip-xlm-roberta-large-vit-huge-14 (.pth or .safetensors): the file, or
-    the one in a checkpoint folder.
+    """Return (file, {name: Entry}) of models_clip_open-clip-xlm-roberta-large-vit-huge-14 (.pth or .safetensors). path:
+    this file, or a checkpoint folder that holds it.
     """
     what = "CLIP (models_clip_open-clip-xlm-roberta-large-vit-huge-14, .pth or .safetensors)"
     file = find(path, "models_clip*", what)
@@ -234,8 +237,8 @@ def read_clip(path):
 
 
 def load_vision(path, device="cpu", dtype=torch.float32):
-    """The VisionEncoder of a file or folder. Frozen, in eval mode. Raises BadInput listing what does not fit in the
-    visual half.
+    """Load the VisionEncoder of a file or folder, frozen and in eval mode. Raises BadInput listing what does not fit in
+    the visual tower.
     """
     file, entries = read_clip(path)
     unused = ("textual.", "log_scale", "visual.post_norm.", "visual.head", f"visual.transformer.{last_block(entries)}.")
@@ -245,8 +248,9 @@ def load_vision(path, device="cpu", dtype=torch.float32):
 
 
 def load_clip(path, device="cpu", dtype=torch.float32):
-    """CLIP, both towers, with its tokenizer (xlm-roberta-large/sentencepiece.bpe.model, or that file beside the
-    weights). Frozen, in eval mode; on the meta device nothing but headers and the tokenizer is read. Raises BadInput.
+    """Load CLIP with both towers, frozen and in eval mode, and its tokenizer, which is sentencepiece.bpe.model in
+    xlm-roberta-large/ or next to the weights. On the meta device only headers and the tokenizer are read. Raises
+    BadInput if something is missing or does not fit.
     """
     file, entries = read_clip(path)
     candidates = [file.parent / TOKENIZER, file.parent / Path(TOKENIZER).name]

@@ -16,8 +16,8 @@ from nanowan.video import has_sound, sound_delay
 
 
 class ReferencedVideo(Video):
-    """Segments whose first latent frame is a reference picture. known: the last frames (1,3,n,H,W) of the segment
-    before, with which the next one begins; None before the first.
+    """A video of segments whose first latent frame is a reference picture. known: the last frames (1,3,n,H,W) of the
+    previous segment, with which the next segment begins, or None before the first segment.
     """
 
     known = None
@@ -36,8 +36,8 @@ class ReferencedVideo(Video):
 
 
 class CharacterVideo(ReferencedVideo):
-    """A character that moves as a video does, or takes a person's place in it: segments that share their first
-    `overlap` frames with the end of the one before.
+    """A character that moves like the person in a video, or replaces that person. The first `overlap` frames of each
+    segment are the last frames of the previous one.
     """
 
     def __init__(self, pipe, settings, folder, replace, overlap):
@@ -63,14 +63,14 @@ class CharacterVideo(ReferencedVideo):
         return Conditions(channels=y, inputs=model_inputs, uncond_inputs={"face": torch.full_like(face, -1.0)})
 
     def decode(self, r, latents, decode):
-        video = decode(latents[:, :, 1:])  # but for the reference
+        video = decode(latents[:, :, 1:])  # without the reference
         begin = self.overlap if r else 0
-        self.known = video[:, :, -self.overlap :].clone()  # a view would keep all of it
+        self.known = video[:, :, -self.overlap :].clone()  # a view would keep all frames in memory
         return video[0, :, begin : self.n - self.spans[r][0]]
 
 
 def load_motion_encoder(path, device="cpu"):
-    """The motion encoder alone of a model folder or file, frozen, in fp32 as the whole model has it."""
+    """Load only the motion encoder of a model folder or file, frozen, in fp32 as in the full model."""
     entries = {n: e for n, e in read_headers(weight_files(path)).items() if not n.endswith(".kernel")}
     with torch.device("meta"):
         model = MotionEncoder(*motion_sizes(lambda name: entries[name].shape, entries).values())
@@ -79,20 +79,21 @@ def load_motion_encoder(path, device="cpu"):
 
 
 class Character(Conditioning):
-    """Animate-14B: the folder that its preprocessing writes; in segments."""
+    """Animate-14B's conditioning: the folder that preprocessing writes; sampled in segments."""
 
     by_segments = True
-    title = "Animate-14B: a character that moves as a video does"
+    title = "Animate-14B: a character that moves like the person in a video"
     flags = {
         "src_root_path": dict(
             help="folder written by nanowan.variants.animate.prepare or the official preprocessing (src_pose.mp4, "
             "src_face.mp4, src_ref.png)"
         ),
         "replace_flag": dict(
-            action="store_true", help="put the character in the place of the video's person (needs src_bg, src_mask)"
+            action="store_true",
+            help="replace the person in the driving video with the character (needs src_bg.mp4 and src_mask.mp4)",
         ),
         "refert_num": dict(
-            type=int, choices=(1, 5), help="frames that a segment takes over from the one before (default: 1)"
+            type=int, choices=(1, 5), help="frames that a segment shares with the end of the previous one (default: 1)"
         ),
     }
     encoders = {
@@ -107,7 +108,7 @@ class Character(Conditioning):
             raise BadInput(f"{ckpt_dir}: a character that moves as a video does, --src_root_path is needed")
 
     def latent_frames(self, frames):
-        return 2 + (frames - 1) // 4  # the reference's is the first
+        return 2 + (frames - 1) // 4  # the first is the reference's
 
     def video(self, pipe, settings, image=None, src_root_path=None, replace_flag=False, refert_num=1):
         return CharacterVideo(pipe, settings, src_root_path, replace_flag, refert_num)

@@ -1,11 +1,11 @@
-"""The folder that Animate's preprocessing writes, and what the model is given of it, clip by clip.
+"""The folder that Animate's preprocessing writes, and the inputs that the model gets from it, clip by clip.
 
-n real frames, H W px (the pose video's)    c frames of a clip (4k+1), r of them known from the clip before (1 or 5)
+n real frames, H W px (the pose video's)    c frames of a clip (4k+1), r of them known from the previous clip (1 or 5)
 T' = 1 + (c-1)/4 latent frames, h w latent pixels    S side of the face crops
 
-src_pose.mp4 and src_face.mp4 drive; src_ref.png is the character. To replace a person in the driving video there are
-src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was. prepare.py makes such a folder,
-by the rules in the middle of this file.
+src_pose.mp4 and src_face.mp4 supply the motion; src_ref.png shows the character. To replace a person in the driving
+video, the folder also holds src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was.
+prepare.py makes such a folder, by the rules in the middle of this file.
 Source: official wan/animate.py and wan/modules/animate/preprocess.
 """
 
@@ -22,16 +22,17 @@ from nanowan.errors import BadInput, Skip
 from nanowan.variants.image import encode_still
 from nanowan.video import open_image, read_frames
 
-OVERLAPS = 1, 5  # how many frames a clip can take over from the one before
+OVERLAPS = 1, 5  # the numbers of frames that a clip can take over from the previous one
 SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
-FACE_SIDE = 512  # of the crops that the released model takes
-FACE_AREA = 1.3  # of a crop, in areas of the box around the landmarks
+FACE_SIDE = 512  # px of the crops that the released model takes
+FACE_AREA = 1.3  # the area of a crop, divided by that of the box around the landmarks
 
 
 @dataclass
 class Source:
-    """Frames as lists of uint8 arrays, all of length n: pose (H,W,3), face (S,S,3), and to replace a person background
-    (H,W,3) and mask (H,W), else None. reference: the character, letterboxed (H,W,3). fps: of the pose video.
+    """The contents of a folder. pose (H,W,3), face (S,S,3), background (H,W,3) and mask (H,W): lists of n uint8 arrays;
+    the last two are None unless a person is replaced. reference: the character's picture, letterboxed (H,W,3). fps:
+    frames per second of the pose video.
     """
 
     pose: list
@@ -43,7 +44,7 @@ class Source:
 
 
 class ClipInputs(NamedTuple):
-    """What the DiT is given of one clip: y (1,4+z,1+T',h,w) behind the noise, pose latents (1,z,T',h,w), and the face
+    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), concatenated after the noise; pose latents (1,z,T',h,w); face
     crops (1,3,c,S,S) in [-1,1].
     """
 
@@ -54,8 +55,9 @@ class ClipInputs(NamedTuple):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_source(folder, replace, face_side):
-    """The Source in a folder; replace: with background and mask; face_side: what the model takes (512). Raises BadInput
-    where a file is missing or cannot be read, or sizes and lengths do not fit each other or the model.
+    """Read the Source in a folder. replace: read the background and the mask too. face_side: px of the crops that the
+    model takes (512). Raises BadInput if a file is missing or cannot be read, or if sizes or lengths do not fit each
+    other or the model.
     """
     folder, names = Path(folder), ["pose", "face", *(["bg", "mask"] if replace else [])]
     files = {name: folder / f"src_{name}.mp4" for name in names} | {"ref": folder / "src_ref.png"}
@@ -87,7 +89,7 @@ def read_source(folder, replace, face_side):
 
 
 def read_video(file):
-    """(all frames of a video as uint8 arrays (H,W,3), frames per second). Raises BadInput."""
+    """Read a video: (all frames as uint8 arrays (H,W,3), frames per second). Raises BadInput if that fails."""
     images, last = [], 0.0
     try:
         for frame in read_frames(Path(file)):
@@ -102,8 +104,8 @@ def read_video(file):
 
 # ---- the rules by which the folder is made ---------------------------------------------------------------------------
 def frame_indices(times, video_fps, fps):
-    """Which frames of a video make one of another rate: the nearest in time, [index]. times: when its frames are shown,
-    in seconds; video_fps: how many of them per second, on the average.
+    """Return the indices of a video's frames that make up the same video at another rate, `fps`: the nearest in time.
+    times: when the video's frames are shown, in seconds. video_fps: their average number per second.
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
@@ -111,7 +113,9 @@ def frame_indices(times, video_fps, fps):
 
 
 def area_size(width, height, area):
-    """(width, height) px of an area in the aspect of width x height, both rounded down to multiples of 16."""
+    """Return (width, height) px of this area, with the aspect ratio of width x height. Sides are rounded down to
+    multiples of 16. Raises BadInput if a side would be 0.
+    """
     h = math.sqrt(area / (width / height))
     w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
     if not w or not h:
@@ -120,8 +124,9 @@ def area_size(width, height, area):
 
 
 def resize(image, width, height, area=False):
-    """An image (h,w,...) uint8 or float32 resized without antialiasing (OpenCV's INTER_LINEAR), or with `area`, which
-    only shrinks, to the mean of what a pixel covers (INTER_AREA). Bytes may differ from OpenCV's by 1.
+    """Resize an image (h,w,...), uint8 or float32, without antialiasing as OpenCV's INTER_LINEAR does. With `area`,
+    which can only shrink, each pixel becomes the mean of the area that it covers, as in INTER_AREA. uint8 values may
+    differ from OpenCV's by 1.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
     if area:
@@ -133,7 +138,7 @@ def resize(image, width, height, area=False):
 
 
 def shrink(x, pixels):
-    """x (...,n) -> (...,pixels): the mean of what each pixel covers, from the running sum at its edges."""
+    """Shrink x (...,n) to (...,pixels): each result is the mean of x between its edges, from the running sum there."""
     n = x.shape[-1]
     sums = F.pad(x.double().cumsum(-1), (1, 0))
     edges = torch.arange(pixels + 1).double() * n / pixels
@@ -143,7 +148,9 @@ def shrink(x, pixels):
 
 
 def letterbox_place(w, h, width, height):
-    """(left, top, width, height) px at which an image of w x h px stands in one of width x height. Raises BadInput."""
+    """Return (left, top, width, height) px: where an image of w x h px lies when letterboxed into width x height px.
+    Raises BadInput if a side of it would be 0.
+    """
     if h / w > height / width:
         new_w, new_h = int(height / h * w), height
     else:
@@ -154,7 +161,7 @@ def letterbox_place(w, h, width, height):
 
 
 def letterbox(image, width, height, area=False):
-    """An image (h,w,...) uint8 resized into width x height px, with black bars where its aspect differs. area: as in
+    """Resize an image (h,w,...), uint8, to fit into width x height px, and fill the rest with black bars. area: as in
     `resize`.
     """
     left, top, w, h = letterbox_place(image.shape[1], image.shape[0], width, height)
@@ -164,14 +171,16 @@ def letterbox(image, width, height, area=False):
 
 
 def fit_frame(image, width, height):
-    """A frame (h,w,...) of a video in which somebody is replaced, letterboxed to the size of the result."""
+    """Letterbox a frame (h,w,...) to the size of the result, as is done when a person is replaced."""
     return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
 
 
 def face_crop(image, box):
-    """What is around a box (x1,y1,x2,y2) px that a face's landmarks fill, from the brows to the chin: sides longer by
-    sqrt(1.3), of what the height gains a quarter below and the rest above, cut at the edges of the image (h,w,3), and
-    resized to FACE_SIDE x FACE_SIDE. Raises BadInput where nothing is left.
+    """Crop an image (h,w,3) around a face, and resize the crop to FACE_SIDE x FACE_SIDE.
+
+    box: (x1,y1,x2,y2) px, the bounding box of the face's landmarks, from the brows to the chin. The crop's sides are
+    sqrt(1.3) times those of the box. A quarter of the added height is below the box and the rest above. The crop ends
+    at the edges of the image. Raises BadInput if nothing is left of it.
     """
     x1, y1, x2, y2 = box
     dx, dy = ((math.sqrt(FACE_AREA) - 1) * side for side in (x2 - x1, y2 - y1))
@@ -183,9 +192,9 @@ def face_crop(image, box):
 
 
 def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
-    """A mask (H,W) of 0 and 1 that hides more of a person: dilated `iterations` times by k x k px (k odd), then each of
-    the w_len x h_len cells of its bounding box filled if any of it is set. The box's last row and column belong to no
-    cell. No iterations: the mask itself.
+    """Grow a mask (H,W) of 0 and 1 so that it hides more of a person. It is dilated `iterations` times with a kernel of
+    k x k px (k odd). Then its bounding box is divided into w_len x h_len cells, and every cell with any 1 is filled.
+    The last row and column of the box belong to no cell. With 0 iterations, the mask is returned unchanged.
     """
     if not iterations or not mask.any():
         return mask
@@ -208,8 +217,9 @@ def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 def clip_ranges(n, length, overlap):
-    """[(start, end)] of the clips of `length` frames in which n real frames are made; each begins with the last
-    `overlap` frames of the one before. The last one may end behind frame n: see `ping_pong`. Raises BadInput.
+    """Return [(start, end)] of the clips of `length` frames that cover n real frames. Each clip begins with the last
+    `overlap` frames of the previous one. The last clip may end after frame n: see `ping_pong`. Raises BadInput if these
+    numbers do not fit each other.
     """
     if overlap not in OVERLAPS:
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
@@ -224,39 +234,41 @@ def clip_ranges(n, length, overlap):
 
 
 def ping_pong(video, span):
-    """The frames start..end-1 of a video that is played forwards, then backwards, and so on, its ends never twice."""
+    """Return the frames start..end-1, span = (start, end), of a video that is played forwards and backwards in turns,
+    without showing its first or last frame twice in a row.
+    """
     last = len(video) - 1
     return [video[last - abs(last - i % (2 * last))] for i in range(*span)]
 
 
 # ---- conditions ------------------------------------------------------------------------------------------------------
 def fold_mask(mask):
-    """A mask (c,h,w) per frame -> (4,T',h,w) per latent frame, whose channels are its four frames; latent frame 0 has
-    frame 0 four times.
+    """Fold a mask (c,h,w) of frames into one of latent frames, (4,T',h,w), whose channels are the four frames of each.
+    Latent frame 0 repeats frame 0 four times.
     """
     mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
     return mask.unflatten(0, (-1, 4)).transpose(0, 1)
 
 
 def pixels(images, device):
-    """uint8 arrays (H,W,3) -> (1,3,len(images),H,W) in [-1,1]."""
+    """Return uint8 arrays (H,W,3) as one tensor (1,3,len(images),H,W) in [-1,1]."""
     return torch.from_numpy(np.stack(images)).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
 def encode_reference(vae, clip, source, device):
-    """What all clips share: y of the reference's latent frame (1,4+z,1,h,w), and CLIP's tokens of it (1,n,C)."""
+    """Return what all clips share: the reference's y (1,4+z,1,h,w), and CLIP's tokens (1,n,C) of the reference."""
     image = pixels([source.reference], device)  # (1,3,1,H,W)
     return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
 
 
 def mark_given(z):
-    """Latents (1,z,T,h,w) behind a mask that says that all of them are given: (1,4+z,T,h,w)."""
+    """Put a mask of ones, "all of this is given", before the channels of latents (1,z,T,h,w): (1,4+z,T,h,w)."""
     return torch.cat([torch.ones_like(z[:, :4]), z], 1)
 
 
 def encode_clip(vae, source, span, reference, known=None):
-    """ClipInputs of one of clip_ranges. reference: the y of encode_reference, on the device to use. known (1,3,r,H,W):
-    the last frames of the clip before as the VAE decoded them.
+    """Return the ClipInputs of one of clip_ranges. span: (start, end). reference: the y of encode_reference, on the
+    device to use. known (1,3,r,H,W): the last frames of the previous clip, as the VAE decoded them.
     """
     pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
     scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]
@@ -264,11 +276,11 @@ def encode_clip(vae, source, span, reference, known=None):
 
 
 def encode_scene(vae, shape, reference, scene=None, known=None):
-    """The y of ClipInputs, of a clip of pixels `shape` (1,3,c,H,W). scene: its background and its mask, two lists of
-    arrays as in Source, or None where nobody is replaced. reference, known: as in encode_clip.
+    """Return the y of ClipInputs for a clip whose pixels have this `shape`, (1,3,c,H,W). scene: the clip's background
+    and mask, two lists of arrays as in Source, or None if nobody is replaced. reference, known: as in encode_clip.
 
-    What y encodes is the known frames and then the background, or grey where there is none; its mask is 1 where that
-    is to stay.
+    After the reference, y holds the latents of the known frames followed by the background, or by grey frames without
+    a scene. Its mask is 1 where these pixels have to stay.
     """
     device, latent_size = reference.device, reference.shape[3:]
     if scene is None:

@@ -1,12 +1,13 @@
-"""WanAnimate, the DiT of Wan2.2-Animate-14B: with a character's picture, and a driving video's pose and face.
+"""WanAnimate, the DiT of Wan2.2-Animate-14B: it also takes a character's picture, and poses and faces to follow.
 
-The letters of wan.py, and  F frames of the driving video (4k+1)    T' latent frames of the DiT: the reference, then k+1
+Letters are those of wan.py, and  F frames of the driving video (4k+1)   T' latent frames of the DiT (1 reference + k+1)
 S side of the face crops (512)   W width of a motion vector (512)   J face tokens per latent frame (5)   n image tokens
 
-The reference picture is latent frame 0. Pose latents are added to the tokens behind it. CLIP's tokens of the picture
-are a second softmax in every cross-attention. The face crops become motion vectors, one per frame, these become J
-tokens per latent frame, and after every fifth block an adapter lets each token attend to those of its own frame.
-Nothing of that depends on t: encode_motion, embed_motion and embed_image do it once per clip.
+The reference picture is latent frame 0. Pose latents are added to the tokens of the latent frames after it. In every
+cross-attention, a second softmax attends to CLIP's tokens of the picture. The face crops become one motion vector per
+frame, and the motion vectors become J tokens per latent frame. After blocks 0, 5, 10, ... an adapter lets each token
+attend to the face tokens of its own latent frame. None of these inputs depends on t, so encode_motion, embed_motion and
+embed_image compute them once per clip.
 Source: official wan/modules/animate/{model_animate,face_blocks,motion_encoder}.py, whose tensor names are kept.
 """
 
@@ -23,7 +24,7 @@ from kernels import ops
 from nanowan.errors import BadInput
 from wan import Block, CrossAttention, Text, Wan, WanConfig, embed_patches
 
-EVERY = 5  # an adapter stands behind every fifth block
+EVERY = 5  # a face adapter follows every block whose index is a multiple of this
 MOTION_PREFIX = "motion_encoder."
 
 
@@ -53,8 +54,8 @@ class BiasedLeakyReLU(nn.Module):
 
 
 class Blur(nn.Module):
-    """[1 3 3 1] x [1 3 3 1] / 64 over each channel, after zeros on all sides. Released files hold the kernel as a
-    buffer; it is this constant.
+    """Convolve each channel, zero-padded, with [1 3 3 1] x [1 3 3 1] / 64. Released files store this constant kernel as
+    a buffer, which is not read.
     """
 
     def __init__(self, padding, stride=1):
@@ -68,7 +69,7 @@ class Blur(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Halves the picture."""
+    """A residual block that halves the height and width of the feature map."""
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -81,23 +82,25 @@ class ResidualBlock(nn.Module):
 
 
 class Direction(nn.Module):
-    """The directions (W,20) of which a motion vector is a sum."""
+    """The 20 directions (W,20) whose weighted sum is a motion vector."""
 
     def __init__(self, dim, directions):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(dim, directions))
 
     def forward(self, alpha):
-        """alpha (B,20) -> motion (B,W). The directions are made orthonormal by a QR with Householder reflections, whose
-        signs are part of the model: other ways to orthogonalise flip some. On the CPU, so that they are the same
-        everywhere.
+        """Return motion vectors (B,W) for the weights alpha (B,20). The directions are orthonormalised by a QR with
+        Householder reflections, whose signs are part of the model: other methods flip some of them. The QR runs on the
+        CPU, so that its result is the same on every device.
         """
         q = torch.linalg.qr(self.weight.float().cpu() + 1e-8).Q
         return alpha @ q.T.to(alpha)
 
 
 class MotionEncoder(nn.Module):
-    """channels: width of the first map, then of each halved one; style: width of what the convolutions end in."""
+    """From a face crop to a motion vector. channels: widths of the feature maps, the first at full size and each
+    further one at half the size. style: width of the vector that the convolutions end in.
+    """
 
     def __init__(self, channels, style, linears, dim, directions):
         super().__init__()
@@ -111,39 +114,39 @@ class MotionEncoder(nn.Module):
         self.side = 4 * 2 ** len(halve)
 
     def encode_clip(self, face):
-        """Face crops (B,3,F,S,S) in [-1,1] -> motion vectors (B,F,W). Raises BadInput for another side."""
+        """Return motion vectors (B,F,W) for face crops (B,3,F,S,S) in [-1,1]. Raises BadInput if the side is not S."""
         B, C, frames, *sides = face.shape
         if C != 3 or frames % 4 != 1 or sides != [self.side] * 2:
             raise BadInput(f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.side}")
-        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their maps are large
+        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their feature maps are large
         return torch.cat([self(part) for part in crops]).unflatten(0, (B, frames))
 
     def forward(self, face):
-        """Face crops (B,3,S,S) in [-1,1] -> motion vectors (B,W), each crop by itself."""
+        """Return motion vectors (B,W), one for each of the face crops (B,3,S,S) in [-1,1]."""
         maps = self.enc.net_app.convs(face.to(self.dec.direction.weight.dtype))  # (B,style,1,1)
         return self.dec.direction(self.enc.fc(maps.flatten(1)))
 
 
 # ---- face encoder and adapters -------------------------------------------------------------------------------
 class CausalConv1d(nn.Module):
-    """A convolution over time that sees each frame and the two before it; before the first one it sees that again."""
+    """A convolution over time of each frame and the two before it. Copies of the first frame stand before it."""
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.conv = nn.Conv1d(cin, cout, 3, stride)
 
     def forward(self, x):
-        """x (B,F,C) -> (B,F/stride rounded up,C')."""
+        """Return (B,F/stride rounded up,C') for x (B,F,C)."""
         return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
 
 
 def norm_silu(x):
-    """SiLU of a LayerNorm without weights over the last axis, in fp32 -> x's dtype."""
+    """Return SiLU(LayerNorm(x)) in x's dtype, computed in fp32. The norm is over the last axis and has no weights."""
     return F.silu(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
 
 
 class FaceEncoder(nn.Module):
-    """motion: width W of a motion vector; hidden: width of each of the `heads`."""
+    """From motion vectors to face tokens. motion: width W of a motion vector. hidden: width of each of the `heads`."""
 
     def __init__(self, motion, hidden, heads, dim):
         super().__init__()
@@ -154,9 +157,9 @@ class FaceEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, motion):
-        """Motion vectors (B,F,W), F = 4k+1 -> face tokens (B,k+1,J,D): one from each head, and a learned one."""
+        """Return face tokens (B,k+1,J,D) for motion vectors (B,F,W), F = 4k+1: one per head, and a learned one."""
         x = self.conv1_local(motion.to(self.out_proj.weight.dtype))  # (B,F,heads*hidden)
-        x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # the heads go on alone: (B*heads,F,hidden)
+        x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # the heads in the batch: (B*heads,F,hidden)
         x = norm_silu(self.conv2(norm_silu(x)))
         x = self.out_proj(norm_silu(self.conv3(x)))  # (B*heads,k+1,D)
         x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)  # (B,k+1,heads,D)
@@ -164,7 +167,7 @@ class FaceEncoder(nn.Module):
 
 
 class FaceAdapter(nn.Module):
-    """Attention of the video tokens of each latent frame to the face tokens of that frame."""
+    """Attention from the video tokens of each latent frame to the face tokens of the same frame."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -177,18 +180,18 @@ class FaceAdapter(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))  # over one head's width
 
     def split(self, x, norm):
-        """(...,D) -> heads (...,N,d), normed in fp32 -> x's dtype."""
+        """Split x (...,D) into heads (...,N,d) and norm each of them in fp32. The result has x's dtype."""
         x = x.unflatten(-1, (self.heads, -1))
         return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps).to(x.dtype)
 
     def keys_values(self, face):
-        """Face tokens (B,T',J,D) -> k, v (B,T',J,N,d)."""
+        """Return k and v (B,T',J,N,d) for face tokens (B,T',J,D)."""
         face = F.layer_norm(face.float(), face.shape[-1:], eps=1e-6).to(self.linear2.weight.dtype)
         k, v = self.linear1_kv(face).chunk(2, -1)
         return self.split(k, self.k_norm), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x, keys_values, frame):
-        """x (B,L,D) fp32, frame (L,): the latent frame of each token -> what is to be added to x (B,L,D)."""
+        """Return what the caller adds to the tokens x (B,L,D), fp32. frame: (L,) latent frame of each token."""
         k, v = keys_values
         q = self.linear1_q(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(v.dtype))
         other = frame[:, None] != torch.arange(k.shape[1], device=x.device).repeat_interleave(k.shape[2])  # (L,T'J)
@@ -197,7 +200,7 @@ class FaceAdapter(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP's tokens (B,n,C) -> (B,n,D)."""
+    """An MLP from CLIP's tokens (B,n,C) to the DiT's width (B,n,D)."""
 
     def __init__(self, clip, dim):
         super().__init__()
@@ -214,7 +217,7 @@ class ImageEmbedding(nn.Module):
 # ---- the DiT -------------------------------------------------------------------------------------------------
 @dataclass
 class AnimateConfig(WanConfig):
-    """A WanConfig, and the sizes of what Animate adds."""
+    """A WanConfig with the sizes of Animate's further modules."""
 
     clip_dim: int = 1280
     motion_channels: tuple = (32, 64, 128, 256, 512, 512, 512, 512)
@@ -227,12 +230,12 @@ class AnimateConfig(WanConfig):
 
     @property
     def face_side(self):
-        """Side in px of the face crops that the motion encoder takes."""
+        """The side, in px, of the face crops that the motion encoder takes."""
         return 4 * 2 ** (len(self.motion_channels) - 1)
 
 
 class Context(NamedTuple):
-    """What a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
+    """The tokens that a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
 
     text: torch.Tensor
     image: torch.Tensor
@@ -243,21 +246,21 @@ class Context(NamedTuple):
 
 
 class Image(NamedTuple):
-    """A picture made ready for the blocks: embedded tokens (B,n,D), and per block its k and v, or None."""
+    """A picture made ready for the blocks: embedded tokens (B,n,D), and for each block its k and v, or None."""
 
     tokens: torch.Tensor
     keys_values: tuple
 
 
 class Face(NamedTuple):
-    """A clip's faces made ready for the adapters: face tokens (B,T',J,D), and per adapter its k and v, or None."""
+    """A clip's faces made ready for the adapters: face tokens (B,T',J,D), and for each adapter its k and v, or None."""
 
     tokens: torch.Tensor
     keys_values: tuple
 
 
 class Inputs(NamedTuple):
-    """WanAnimate's further inputs, made ready."""
+    """WanAnimate's further inputs, embedded."""
 
     pose: torch.Tensor
     face: Face
@@ -265,7 +268,7 @@ class Inputs(NamedTuple):
 
 
 class ImageCrossAttention(CrossAttention):
-    """Attention to the text and, in a softmax of its own, to the image: one q, one o."""
+    """Attention to the text and, with a separate softmax, to the image. Both share q and the output projection o."""
 
     def __init__(self, dim, heads, eps):
         super().__init__(dim, heads, eps)
@@ -273,12 +276,12 @@ class ImageCrossAttention(CrossAttention):
         self.norm_k_img = nn.RMSNorm(dim)
 
     def image_keys_values(self, image):
-        """Embedded image tokens (B,n,D) -> k, v (B,n,N,d)."""
+        """Return k and v (B,n,N,d) for embedded image tokens (B,n,D)."""
         (k,) = ops.qk_norm_rope([self.k_img(image)], [self.norm_k_img.weight], self.eps, self.heads)
         return k, self.v_img(image).unflatten(2, (self.heads, -1))
 
     def keys_values(self, context):
-        """Embedded text (B,S,D) -> its k, v; a Context -> the text's and then the image's."""
+        """Return k and v of an embedded text (B,S,D), or of a Context: the text's k and v, then the image's."""
         if isinstance(context, Context):
             return *super().keys_values(context.text), *self.image_keys_values(context.image)
         return super().keys_values(context)
@@ -294,7 +297,7 @@ class ImageBlock(Block):
 
 
 class ImageWan(Wan):
-    """A Wan whose cross-attention attends to a picture too; embed_inputs returns it as `image`."""
+    """A Wan whose cross-attention also attends to a picture, which is the `image` of what embed_inputs returns."""
 
     block_class = ImageBlock
 
@@ -303,8 +306,8 @@ class ImageWan(Wan):
         self.img_emb = ImageEmbedding(config.clip_dim, config.dim)
 
     def embed_image(self, clip, cache=False):
-        """CLIP's tokens (B,n,C) of a picture, or what this made of them -> Image. With `cache`, every block's keys and
-        values too.
+        """Return the Image of a picture. clip: CLIP's tokens (B,n,C) of the picture, or its Image, which is returned
+        unchanged. cache: also compute every block's keys and values.
         """
         if isinstance(clip, Image):
             return clip
@@ -320,8 +323,8 @@ class ImageWan(Wan):
 
 
 class WanAnimate(ImageWan):
-    """forward(x, t, context, context_lens=None, *, pose, face, clip), the inputs as embed_inputs names them; x
-    (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the reference frame too.
+    """The DiT. forward(x, t, context, context_lens=None, *, pose, face, clip): the further inputs are those of
+    embed_inputs. x (B,36,T',h,w) is the noise and then y. The returned velocity includes the reference's latent frame.
     """
 
     config_class = AnimateConfig
@@ -338,18 +341,18 @@ class WanAnimate(ImageWan):
         self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
 
     def encode_motion(self, face):
-        """Face crops (B,3,F,S,S) in [-1,1], or what this made of them -> motion vectors (B,F,W). Raises BadInput where
-        crops have another side than the motion encoder takes.
+        """Return motion vectors (B,F,W). face: crops (B,3,F,S,S) in [-1,1], or motion vectors, which are returned
+        unchanged. Raises BadInput if the crops do not have the side that the motion encoder takes.
         """
         return face if face.dim() == 3 else self.motion_encoder.encode_clip(face)
 
     def embed_motion(self, motion, cache=False):
-        """Motion vectors (B,F,W), F = 4k+1 -> Face of T' = k+2 latent frames. With `cache`, every adapter's keys and
-        values too.
+        """Return the Face, T' = k+2 latent frames, of motion vectors (B,F,W), F = 4k+1. cache: also compute every
+        adapter's keys and values.
         """
         tokens = F.pad(
             self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
-        )  # zeros for the reference: attended to all the same
+        )  # zeros for the reference, which are attended to like other face tokens
         adapters = self.face_adapter.fuser_blocks
         kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
@@ -360,8 +363,8 @@ class WanAnimate(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):
-        """pose (B,Cz,T'-1,h,w) latents; face (B,3,4T'-7,S,S) crops in [-1,1], their motion vectors, or a Face; clip
-        (B,n,C), CLIP's tokens of the reference picture, or an Image. T' counts the reference, which is latent frame 0
+        """pose: latents (B,Cz,T'-1,h,w). face: crops (B,3,4T'-7,S,S) in [-1,1], their motion vectors, or a Face. clip:
+        CLIP's tokens (B,n,C) of the reference picture, or an Image. T' includes the reference, which is latent frame 0
         of x.
         """
         face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
@@ -379,7 +382,7 @@ class WanAnimate(ImageWan):
         if (len(pose), *pose.shape[2:]) != want:
             raise BadInput(f"pose {tuple(pose.shape)}: should be {(len(x), pose.shape[1], *want[1:])} for this x")
         tokens, pose = super().patchify(x, c), embed_patches(pose, self.pose_patch_embedding)
-        tokens[:, -pose.shape[1] :] += pose  # all but the reference's
+        tokens[:, -pose.shape[1] :] += pose  # to all tokens except the reference's
         return tokens
 
     def after_block(self, i, x, c):
@@ -391,7 +394,9 @@ class WanAnimate(ImageWan):
 
 
 def motion_sizes(shape, entries):
-    """{field of AnimateConfig: value} of what a DiT's headers tell of its motion encoder; shape(name): of a tensor."""
+    """Return {field of AnimateConfig: value} for the motion encoder whose DiT has these headers {name: Entry}.
+    shape(name): returns a tensor's shape.
+    """
     convs = "motion_encoder.enc.net_app.convs"
     halvings = sum(name.startswith(convs) and name.endswith(".conv2.1.weight") for name in entries)
     channels = [f"{convs}.0.0.weight", *(f"{convs}.{i + 1}.conv2.1.weight" for i in range(halvings))]
@@ -406,7 +411,7 @@ def motion_sizes(shape, entries):
 
 
 def read_config(config, shape, entries, settings, path):
-    """The AnimateConfig of a model folder; arguments as of nanowan/variants/s2v/model.py."""
+    """Return the AnimateConfig of a model folder. The arguments are those of s2v/model.py's read_config."""
     hidden = shape("face_encoder.conv2.conv.weight")[1]
     return AnimateConfig(
         **vars(config),

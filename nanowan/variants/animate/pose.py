@@ -1,6 +1,7 @@
-"""A person's whole-body keypoints: drawn as the skeleton that Animate follows, and found by the official networks.
+"""A person's whole-body keypoints: draw them as the skeleton that Animate follows; find them by the official networks.
 
-133 points of x y px and score, COCO's whole body: 17 of the body, 6 of the feet, 68 of the face, 21 of each hand.
+A set has COCO's 133 whole-body points, each with x y px and a score: 17 points of the body, 6 of the feet, 68 of the
+face, and 21 of each hand.
 Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
 """
 
@@ -18,24 +19,26 @@ from nanowan.variants.animate.inputs import resize
 KEYPOINTS, FACE, HANDS = 133, slice(23, 91), (slice(91, 112), slice(112, 133))
 
 # ---- the skeleton ----------------------------------------------------------------------------------------------------
-# The skeleton's 20 joints (nose, neck; right, left: shoulder, elbow, wrist; right, left: hip, knee, ankle; eyes, ears,
-# toes) are means of two of these points: the neck lies between the shoulders, a toe is its big and its small one
+# The skeleton's 20 joints are nose, neck; right and left shoulder, elbow, wrist; right and left hip, knee, ankle; eyes,
+# ears, toes. Joint i is the mean of points JOINTS[i] and JOINTS_TOO[i]. These are equal except for the neck, which lies
+# between the shoulders, and the toes, which lie between the big and the small toe.
 JOINTS = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20]
 JOINTS_TOO = [0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 18, 21]
 LIMBS = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)]
 LIMBS += [(1, 0), (0, 14), (14, 16), (0, 15), (15, 17), (13, 18), (10, 19)]
-# of joints, and at 0.6 of limbs: around the colour circle in eighteen steps, then the feet's
+# Colours of the joints and, times 0.6, of the limbs: eighteen steps around the colour circle, then the feet.
 COLORS = [(255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0)]
 COLORS += [(0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255)]
 COLORS += [(0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)]
 COLORS += [(200, 200, 0), (100, 100, 0)]
 FINGERS = [(0 if i % 4 == 0 else i, i + 1) for i in range(20)]
-MIN_SCORE = 0.5  # of what is drawn
+MIN_SCORE = 0.5  # points with a lower score are not drawn
 
 
 def draw_pose(points, width, height):
-    """Whole-body keypoints (133,3), x y px and score, as the skeleton (height,width,3) uint8 that the model was trained
-    on: body and hands, no face. As OpenCV draws it, but for the edges of fingers where both sides have 1000 px or more.
+    """Draw whole-body keypoints (133,3), x y px and score, as the skeleton (height,width,3) uint8 that the model was
+    trained on: body and hands, without the face. Pixels equal OpenCV's, except at the edges of fingers in images whose
+    sides both have 1000 px or more.
     """
     from PIL import Image, ImageDraw
 
@@ -55,7 +58,7 @@ def draw_pose(points, width, height):
 
 
 def limb(a, b, radius):
-    """The corners [(x, y)] of an ellipse from point a to b, 2 * radius px wide."""
+    """Return the corners [(x, y)] of a polygon that fills an ellipse from point a to b, 2 * radius px wide."""
     x, y = (int(v) for v in (a[:2] + b[:2]) / 2)
     dx, dy = a[:2] - b[:2]
     angle = math.radians(int(math.degrees(math.atan2(dy, dx))))
@@ -69,7 +72,7 @@ def limb(a, b, radius):
 
 
 def fill_convex(pen, corners, color):
-    """A convex polygon, its edges included, with OpenCV's rounding: PIL's is narrower by a pixel here and there."""
+    """Fill a convex polygon, its edges included, with OpenCV's rounding. PIL's own is a pixel narrower in places."""
     spans = {}
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
         pen.line(sorted(((x1, y1), (x2, y2)), reverse=True), fill=color)
@@ -81,16 +84,16 @@ def fill_convex(pen, corners, color):
 
 
 def disk(point, radius):
-    """The pixels [(x, y)] within `radius` of a point."""
+    """Return the pixels [(x, y)] within `radius` of a point."""
     x, y, steps = int(point[0]), int(point[1]), range(-radius, radius + 1)
     return [(x + i, y + j) for i in steps for j in steps if i * i + j * j <= radius * radius]
 
 
 def draw_hand(pen, points, radius):
-    """21 points (21,3): the wrist and four of each finger, thumb first."""
+    """Draw a hand. points (21,3): the wrist, then four points of each finger, thumb first."""
     seen = (points[:, 2] >= MIN_SCORE) & (points[:, :2].astype(int) > 0).all(1)
     ends = [(int(x), int(y)) for x, y, _ in points]
-    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # what OpenCV makes of a thickness above 1
+    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # OpenCV draws a thickness above 1 this wide
     for i, (a, b) in enumerate(FINGERS):
         if seen[a] and seen[b]:
             color = tuple(round(255 * c) for c in hsv_to_rgb(i / len(FINGERS), 1, 1))
@@ -101,13 +104,13 @@ def draw_hand(pen, points, radius):
 
 # ---- the official networks -------------------------------------------------------------------------------------------
 PERSON_SIDE = 640  # px that yolov10m takes
-PERSON_SCORE = 0.05  # of what is taken for a person
+PERSON_SCORE = 0.05  # detections with a lower score are ignored
 POSE_SIZE = 192, 256  # (width, height) px that vitpose takes
-HEATMAP_BLUR = 11, 2.0  # taps and sigma, of the Gaussian with which the heatmaps were trained
+HEATMAP_BLUR = 11, 2.0  # taps and sigma of the Gaussian that the heatmaps were trained with
 
 
 class Networks:
-    """yolov10m and vitpose of a process_checkpoint folder, which find a person's keypoints in a picture."""
+    """The yolov10m and vitpose of a process_checkpoint folder, which find a person's keypoints in a picture."""
 
     def __init__(self, folder):
         try:
@@ -117,18 +120,18 @@ class Networks:
         self.folder, self.sessions = Path(folder), []
         for name in ("det/yolov10m.onnx", "pose2d/vitpose_h_wholebody.onnx"):
             file = self.folder / name
-            file = file / "end2end.onnx" if file.is_dir() else file  # weights beside it, in many files
+            file = file / "end2end.onnx" if file.is_dir() else file  # the weights are many files next to this one
             if not file.is_file():
                 raise BadInput(f"--process_checkpoint {folder}: has no {name}")
             usable = onnxruntime.get_available_providers()
             providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in usable]
             try:
                 self.sessions.append(onnxruntime.InferenceSession(str(file), providers=providers))
-            except Exception as e:  # of onnxruntime's own many kinds
+            except Exception as e:  # onnxruntime raises many classes of its own
                 raise BadInput(f"{file}: cannot be read ({str(e).splitlines()[0]})") from None
 
     def run(self, index, x, shape):
-        """The first output of a session for x (3,H,W), which should have this shape (None: any length)."""
+        """Return a session's first output for x (3,H,W). shape: the shape that it must have; None: any length."""
         session = self.sessions[index]
         try:
             y = session.run(None, {session.get_inputs()[0].name: x[None].astype(np.float32)})[0][0]
@@ -139,7 +142,7 @@ class Networks:
         return y
 
     def keypoints(self, image):
-        """An image (H,W,3) uint8 -> the keypoints (133,3) of its largest person, x y px and score."""
+        """Return the keypoints (133,3), x y px and score, of the largest person in an image (H,W,3) uint8."""
         height, width = image.shape[:2]
         x = resize(image, PERSON_SIDE, PERSON_SIDE).transpose(2, 0, 1) / 255
         box = largest_person(self.run(0, x, (None, 6)), width, height)
@@ -149,8 +152,8 @@ class Networks:
 
 
 def largest_person(rows, width, height):
-    """Detections (n,6), x1 y1 x2 y2 score class in px of PERSON_SIDE -> the box (4,) of the person to follow, or of all
-    of a picture of width x height px where nobody is found.
+    """Return the box (4,) of the person to follow in a picture of width x height px, or of the full picture if nobody
+    is found. rows: detections (n,6), x1 y1 x2 y2 score class, in px of a PERSON_SIDE square.
     """
     rows = rows[rows[:, 4] > PERSON_SCORE]
     x1, y1, x2, y2 = (rows[:, :4] * np.float32([width, height, width, height]) / PERSON_SIDE).T
@@ -161,13 +164,15 @@ def largest_person(rows, width, height):
     sides = boxes[:, 2:] - boxes[:, :2]
     longest, best, area = sides.max(initial=-1), None, -math.inf
     for box, (w, h) in zip(boxes, sides):
-        if w * h > area and max(w, h) >= 0.4 * longest:  # a broad one that is low does not count
+        if w * h > area and max(w, h) >= 0.4 * longest:  # a larger area does not count if the sides are much shorter
             best, area, longest = box, w * h, max(w, h)
     return np.array([0, 0, width, height]) if best is None or min(best[2:] - best[:2]) < 10 else best
 
 
 def suppress(boxes, scores, overlap=0.5):
-    """Indices of the boxes (n,4), best first, that overlap no better one by more than this share of their union."""
+    """Return the indices, best score first, of the boxes (n,4) that are kept: those whose intersection with every
+    better kept box is at most `overlap` of their union.
+    """
     kept = []
     for i in np.argsort(-scores, kind="stable"):
         for j in kept:
@@ -181,9 +186,10 @@ def suppress(boxes, scores, overlap=0.5):
 
 
 def pose_input(image, box):
-    """What vitpose is given of an image (H,W,3) and a box (4,): (the place (left, top, width, height) px that its
-    heatmaps stand for, x (3,256,192)). The box with a margin of a quarter, widened to 3:4, black outside of the image.
-    The official code gives it blue, green, red, with the means and deviations of red, green, blue.
+    """Return ((left, top, width, height) px, x (3,256,192)): the area that vitpose's heatmaps cover, and its input, for
+    an image (H,W,3) and a box (4,). The area is the box scaled by 1.25 and widened to 3:4; outside the image it is
+    black. As in the official code, channels are blue, green, red, normalised with the mean and deviation of red, green,
+    blue.
     """
     w, h = POSE_SIZE
     center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
@@ -197,8 +203,9 @@ def pose_input(image, box):
 
 
 def heatmap_points(maps):
-    """Heatmaps (K,h,w) -> (K,3): where each is highest, as shares of its width and height, and how high. Between pixels
-    by one Newton step on the logarithm of the blurred map, as for a Gaussian (Zhang et al. 2020, arXiv:1910.06278).
+    """Return (K,3) for heatmaps (K,h,w): the x and y of each maximum, as fractions of the map's width and height, and
+    its value. One Newton step on the logarithm of the blurred map, as for a Gaussian, finds the position between pixels
+    (Zhang et al. 2020, arXiv:1910.06278).
     """
     K, h, w = maps.shape
     scores, at = maps.reshape(K, -1).max(1), maps.reshape(K, -1).argmax(1)

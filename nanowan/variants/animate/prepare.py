@@ -1,4 +1,4 @@
-"""The folder that sample.py --src_root_path reads for Animate-14B, from a driving video and a picture of a character.
+"""Make the folder that sample.py --src_root_path reads for Animate-14B from a driving video and a character's picture.
 
 python -m nanowan.variants.animate.prepare --video V.mp4 --image I.png --out DIR \\
     --process_checkpoint Wan2.2-Animate-14B/process_checkpoint
@@ -6,10 +6,10 @@ python -m nanowan.variants.animate.prepare --video V.mp4 --image I.png --out DIR
     --pose_video POSE.mp4 --faces FACES.json
 python -m nanowan.variants.animate.prepare ... --mask_video MASK.mp4    # the character in the person's place
 
-Written losslessly: src_pose.mp4 (with the sound of V), src_face.mp4, src_ref.png, and with --mask_video src_bg.mp4 and
-src_mask.mp4. The poses come from a video, from keypoints, or from the official networks, for which onnxruntime is
-needed. Not done here: masks by SAM2, poses fitted to the character's proportions (--retarget_flag), FLUX. The JSON
-files are described in docs/variants.md. Source: official wan/modules/animate/preprocess.
+The files are lossless: src_pose.mp4 (with the sound of V), src_face.mp4, src_ref.png, and with --mask_video also
+src_bg.mp4 and src_mask.mp4. Poses come from a video, from keypoints, or from the official networks, which need
+onnxruntime. Not implemented: making masks with SAM2, fitting poses to the character's proportions (--retarget_flag),
+and FLUX. docs/variants.md describes the JSON files. Source: official wan/modules/animate/preprocess.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from nanowan.variants.sidecars import MAX_DIFFERENCE
 from nanowan.video import Frame, frame_rate, has_sound, open_image, probe, read_windows, sound_delay, write_frames
 
 
-# ---- what is given ---------------------------------------------------------------------------------------------------
+# ---- the inputs ------------------------------------------------------------------------------------------------------
 class Clip(NamedTuple):
-    """A video file: when its frames are shown, in seconds, its width and height in px, with square pixels, and frames
-    per second.
+    """A video file, and the flag that names it. times: when its frames are shown, in seconds. width, height: px, with
+    square pixels. fps: frames per second.
     """
 
     file: str
@@ -58,7 +58,9 @@ class Clip(NamedTuple):
         return len(self.times)
 
     def frames(self, seconds, desc=None):
-        """Yield the frames (H,W,3) uint8 that are shown nearest to some rising times. desc: of a progress bar."""
+        """Yield the frames (H,W,3) uint8 that are shown nearest to the given times, which ascend. desc: the title of a
+        progress bar, or None for no bar.
+        """
         with (
             tqdm(total=len(seconds), desc=desc, unit="frame", disable=None if desc else True) as bar,
             decoding(self.file, self.flag),
@@ -70,7 +72,7 @@ class Clip(NamedTuple):
 
 @contextlib.contextmanager
 def decoding(file, flag):
-    """Around the reading of a video: what cannot be read raises BadInput."""
+    """A context for reading a video: turns Skip, raised for what cannot be read, into BadInput."""
     try:
         yield
     except Skip as e:
@@ -78,7 +80,9 @@ def decoding(file, flag):
 
 
 def open_video(file, flag, like=None):
-    """The Clip in a file. like: a Clip whose size and length it should have. Raises BadInput."""
+    """Open a video file as a Clip. like: a Clip whose size and length it must have, or None. Raises BadInput if the
+    file cannot be read or differs from `like`.
+    """
     with decoding(file, flag):
         shown = probe(Path(file))
         if not shown.times:
@@ -99,7 +103,7 @@ def open_video(file, flag, like=None):
 
 
 def rate(shown, file):
-    """Frames per second of a video.Shown: as its file says, or the mean where that varies."""
+    """Return the frames per second of a video.Shown: those that its file states, or their mean if the rate varies."""
     if "variable rate" not in shown.notes and (fps := frame_rate(file)):
         return fps
     if len(shown.times) < 2:
@@ -115,7 +119,7 @@ def read_json(file, flag):
 
 
 def to_array(value, file, flag):
-    """Nested lists as an array of finite numbers. Raises BadInput."""
+    """Convert nested lists to an array of finite numbers. Raises BadInput if that fails."""
     try:
         array = np.array(value, float)
     except (ValueError, TypeError):
@@ -126,7 +130,9 @@ def to_array(value, file, flag):
 
 
 def read_keypoints(file, video):
-    """Whole-body keypoints (count,133,3), x y px and score, one set per frame of a Clip. Raises BadInput."""
+    """Read whole-body keypoints (count,133,3), x y px and score, one set for each frame of a Clip. Raises BadInput if
+    the file holds something else.
+    """
     points = to_array(read_json(file, "--keypoints"), file, "--keypoints")
     if points.shape != (video.count, KEYPOINTS, 3):
         raise BadInput(
@@ -137,8 +143,10 @@ def read_keypoints(file, video):
 
 
 def read_faces(file, video):
-    """Boxes (count,4), x1 y1 x2 y2 px, around the landmarks of a face, one per frame of a Clip, of a JSON with boxes or
-    points: one for all, a list, or boxes by frame number, between which the box moves evenly. Raises BadInput.
+    """Read the boxes (count,4), x1 y1 x2 y2 px, around a face's landmarks, one for each frame of a Clip.
+
+    The JSON file holds boxes or points: one set for all frames, one for each frame, or boxes by frame number, between
+    which the box is interpolated linearly. Raises BadInput if it holds something else.
     """
     value = read_json(file, "--faces")
     if isinstance(value, dict):
@@ -166,7 +174,7 @@ def read_faces(file, video):
 
 
 def between_frames(boxes, file, count):
-    """{frame number: box} -> boxes (count,4), interpolated; before the first and after the last they stay."""
+    """Interpolate {frame number: box} to boxes (count,4). Before the first and after the last box they are constant."""
     wrong = [key for key in boxes if not (key.isdecimal() and int(key) < count)]
     if wrong or not boxes:
         raise BadInput(f"--faces {file}: frame {wrong[0] if wrong else 'none'}, should be 0 to {count - 1}")
@@ -179,21 +187,21 @@ def between_frames(boxes, file, count):
 
 
 def landmark_boxes(points):
-    """Points (n,p,2 or 3) -> the boxes (n,4) that they fill."""
+    """Return the bounding boxes (n,4) of n sets of points (n,p,2 or 3)."""
     return np.concatenate([points[..., :2].min(1), points[..., :2].max(1)], 1)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 def check_out(path):
-    """Refuse a folder that has something in it already."""
+    """Raise BadInput if the path exists and is not an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise BadInput(f"--out {path}: is there already, should be a new or an empty folder")
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A folder under a temporary name, which gets its own when the block ends well, and else is removed; as is one that
-    a killed run has left.
+    """A context with a new folder under a temporary name, which gets its real name if the block succeeds and is removed
+    otherwise. A temporary folder that a killed run left behind is removed first.
     """
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -206,11 +214,11 @@ def new_folder(path):
 
 
 class Work(NamedTuple):
-    """What the files of a folder are made of.
+    """Everything that the files of a folder are made from.
 
-    indices: the frames of `video` that are taken, in time. size: (width, height) px of the result. mask_video: a Clip,
-    if somebody is replaced. pose_video: a Clip or None. keypoints (n,133,3) and faces (n,4) of the n taken frames, in
-    px of `frame_size`, None where not given.
+    indices: which frames of `video` are used, in order of time. size: (width, height) px of the result. mask_video: a
+    Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3) and faces (n,4): those of
+    the n used frames, in px of `frame_size`, or None if they are not known.
     """
 
     video: Clip
@@ -224,16 +232,18 @@ class Work(NamedTuple):
 
     @property
     def seconds(self):
-        """When the taken frames are shown; of the other videos those are taken that are nearest."""
+        """When the used frames are shown. The frames of the other videos are those nearest to these times."""
         return [self.video.times[i] for i in self.indices]
 
     @property
     def frame_size(self):
-        """(width, height) px in which poses and faces are found: where somebody is replaced, the result's."""
+        """(width, height) px of the frames in which poses and faces are found: the result's size if a person is
+        replaced, else the video's.
+        """
         return self.size if self.mask_video else (self.video.width, self.video.height)
 
     def frames(self, desc):
-        """Yield the taken frames at frame_size."""
+        """Yield the used frames at frame_size."""
         for image in self.video.frames(self.seconds, desc):
             yield fit_frame(image, *self.size) if self.mask_video else image
 
@@ -241,7 +251,7 @@ class Work(NamedTuple):
         return np.stack([networks.keypoints(image) for image in self.frames("keypoints")])
 
     def face_images(self):
-        """Yield (1,S,S,3) per frame."""
+        """Yield the face crop (1,S,S,3) of each frame."""
         for i, (image, box) in enumerate(zip(self.frames("src_face"), self.faces)):
             try:
                 yield face_crop(image, box)[None]
@@ -251,7 +261,7 @@ class Work(NamedTuple):
                 ) from None
 
     def pose_images(self):
-        """Yield (1,H,W,3) per frame."""
+        """Yield the skeleton (1,H,W,3) of each frame."""
         if self.pose_video:
             images = self.pose_video.frames(self.seconds, "src_pose")
         else:
@@ -263,23 +273,25 @@ class Work(NamedTuple):
             yield letterbox(image, *self.size)[None]
 
     def masks(self, desc=None, **growth):
-        """Yield (H,W) of 0 and 1 per frame. growth: of grow_mask."""
+        """Yield the mask (H,W) of 0 and 1 of each frame. growth: the keyword arguments of grow_mask."""
         for image in self.mask_video.frames(self.seconds, desc):
             yield grow_mask((fit_frame(image[..., 0], *self.size) > 127).astype(np.uint8), **growth)
 
     def background_images(self, **growth):
-        """Yield (1,H,W,3) per frame."""
+        """Yield each frame (1,H,W,3) with the masked person black."""
         for image, mask in zip(self.frames("src_bg"), self.masks(**growth)):
             yield (image * (1 - mask)[..., None])[None]
 
     def mask_images(self, **growth):
-        """Yield (1,H,W,3) per frame."""
+        """Yield the mask of each frame as an image (1,H,W,3) of 0 and 255."""
         for mask in self.masks("src_mask", **growth):
             yield np.repeat(mask[None, ..., None] * np.uint8(255), 3, -1)
 
 
 def gather(args, reference):
-    """The Work of the flags; reference: the size (width, height) px of the character's picture. Raises BadInput."""
+    """Return the Work that the flags describe. reference: (width, height) px of the character's picture. Raises
+    BadInput for files and sizes that cannot be used.
+    """
     video = open_video(args.video, "--video")
     pose_video, mask_video = (
         open_video(file, f"--{flag}", video) if (file := getattr(args, flag)) else None
@@ -316,32 +328,32 @@ def gather(args, reference):
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--video", help="the driving video, whose sound is kept")
-    add("--image", help="a picture of the character, which is copied as it is")
-    add("--out", help="the folder to make")
+    add("--video", help="the driving video; its sound is kept")
+    add("--image", help="a picture of the character; it is copied unchanged")
+    add("--out", help="the folder to create; it must be new or empty")
     add(
         "--size",
         default="1280x720",
-        help="WxH px, of which only the area counts; the aspect is the picture's, or with --mask_video the video's "
-        "(default: %(default)s)",
+        help="WxH in px; only the area counts, and the aspect ratio is that of the picture, or with --mask_video that "
+        "of the video (default: %(default)s)",
     )
-    add("--fps", type=float, default=30, help="frames per second; -1: the video's own (default: 30)")
+    add("--fps", type=float, default=30, help="frames per second; -1 keeps the video's own rate (default: 30)")
     add = p.add_argument_group("poses and faces").add_argument
-    add("--process_checkpoint", help="the official folder of that name, whose yolov10m and vitpose find both")
-    add("--keypoints", help="a JSON file of 133 whole-body keypoints per frame, for both")
-    add("--pose_video", help="poses drawn already, of the size and length of --video")
-    add("--faces", help="a JSON file of boxes or points of the face")
+    add("--process_checkpoint", help="the official folder of that name; its yolov10m and vitpose find poses and faces")
+    add("--keypoints", help="a JSON file with 133 whole-body keypoints per frame, from which poses and faces are made")
+    add("--pose_video", help="a video of poses drawn already, with the size and length of --video")
+    add("--faces", help="a JSON file with boxes or points of the face")
     add = p.add_argument_group("replacing a person").add_argument
-    add("--mask_video", help="white where the person is, of the size and length of --video")
-    add("--iterations", type=int, default=3, help="how often the mask is dilated; 0: taken as it is (default: 3)")
-    add("--k", type=int, default=7, help="side of the square that dilates the mask, px, odd (default: 7)")
-    add("--w_len", type=int, default=1, help="columns of cells that are filled in the mask's box (default: 1)")
-    add("--h_len", type=int, default=1, help="rows of such cells (default: 1)")
+    add("--mask_video", help="a video that is white where the person is, with the size and length of --video")
+    add("--iterations", type=int, default=3, help="how often the mask is dilated; 0 keeps it unchanged (default: 3)")
+    add("--k", type=int, default=7, help="width in px, odd, of the dilation kernel; a pass adds k//2 px (default: 7)")
+    add("--w_len", type=int, default=1, help="number of columns of cells in the mask's bounding box (default: 1)")
+    add("--h_len", type=int, default=1, help="number of rows of cells in the mask's bounding box (default: 1)")
     return p.parse_args(argv)
 
 
 def check_flags(args):
-    """Refuse flags that are missing, out of range or exclude each other."""
+    """Raise BadInput for flags that are missing, out of range, or exclude each other."""
     for flag in ("video", "image", "out"):
         if not getattr(args, flag):
             raise BadInput(f"--{flag} is needed")

@@ -1,4 +1,4 @@
-"""Animate-14B's training samples: clips with the poses and faces that preprocessing draws of them."""
+"""Animate-14B's training samples: clips with the poses and faces that preprocessing makes from them."""
 
 import functools
 import hashlib
@@ -12,17 +12,17 @@ from nanowan.video import to_video
 
 
 class CharacterSamples(ClipSamples):
-    """Clips with what preprocessing draws of them: NAME.pose.mp4 and NAME.face.mp4, and for a character that takes a
-    person's place also NAME.bg.mp4 and NAME.mask.mp4.
+    """Clips with the videos that preprocessing makes from them: NAME.pose.mp4 and NAME.face.mp4, and also NAME.bg.mp4
+    and NAME.mask.mp4 if the clip is trained as a replacement.
 
-    The reference picture is a frame of the clip itself, which one its file decides. A sample that goes on from another
-    is one whose first 1 or 5 frames are known.
+    The reference picture is one of the clip's own frames, chosen by the digest of its file. A continuation segment is a
+    sample whose first 1 or 5 frames are known.
     """
 
     videos = ("pose", "face", "bg", "mask")
     squares = ("face",)
     extra_lora_targets = ("cross_attn.k_img", "cross_attn.v_img")
-    loss_from = 1  # behind the reference: what the model says of that is thrown away
+    loss_from = 1  # after the reference, whose predicted velocity is not used
 
     def find(self, path):
         files = super().find(path)
@@ -34,7 +34,7 @@ class CharacterSamples(ClipSamples):
 
     @functools.cached_property
     def _motion_key(self):
-        """What identifies the motion encoder: its weights, since the files that hold them are the whole DiT's."""
+        """A hash of the motion encoder's weights. The digest of their files would not do: those hold the full DiT."""
         weights = hashlib.blake2b()
         for _, p in sorted(self.pipe.acquire("motion").named_parameters()):
             weights.update(p.cpu().numpy().tobytes())
@@ -56,7 +56,7 @@ class CharacterSamples(ClipSamples):
         with torch.no_grad():
             motion = self.pipe.acquire("motion").encode_clip
             tensors["face"], tensors["face.blank"] = motion(face)[0], motion(torch.full_like(face[:, :, :1], -1))[0, 0]
-        vae = self.pipe.acquire("vae")  # the others may have made it leave
+        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the other encoders
         z = vae.encode(picture)
         tensors["latents"] = torch.cat([z, vae.encode(video)], 2)[0]
         tensors["pose"] = vae.encode(to_video(sidecars["pose"], device)[None])[0]
@@ -82,9 +82,9 @@ class CharacterSamples(ClipSamples):
         return {k: tensors[k] for k in ("latents", "pose", "clip")} | {"y": tensors[f"y.{drawn}"], "face": face}
 
     def to_decode(self, latents, entry):
-        return latents[:, :, 1:]  # but for the reference
+        return latents[:, :, 1:]  # without the reference
 
 
 def known_frames(item):
-    """How many frames a sample may take over from the one before it, as --refert_num: at most half of its own."""
+    """Return the numbers of frames (1, 5) that a sample may know from the previous segment: at most half of its own."""
     return [n for n in inputs.OVERLAPS if item.frames >= 2 * n]

@@ -1,1 +1,1 @@
-"""Animate-2-14B: model, conditioning and training samples."""
+"""Animate-2-14B: the model, conditioning and training samples."""

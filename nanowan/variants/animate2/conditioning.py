@@ -1,4 +1,4 @@
-"""Animate-2-14B: a character's picture and a driving video; sampled segment by segment.
+"""Animate-2-14B's inputs, a character's picture and a driving video, segment by segment.
 
 Source: diffusers' modular pipeline of Wan-Animate-2 (0.42.1); docs/variants.md says where the official code differs.
 """
@@ -19,16 +19,16 @@ from nanowan.variants.conditioning import Conditioning, Conditions, Encoder
 from nanowan.variants.examples import Examples
 from nanowan.video import has_sound, probe, read_windows, sound_delay, to_tensor
 
-OVERLAP = 1  # frames that a segment shares with the end of the one before
+OVERLAP = 1  # frames that a segment shares with the end of the previous one
 MIN_FRAMES = 5  # of a driving video: two latent frames
 SIZE_MULTIPLE = 16
-DRIVING_PROMPT = "人物动作的参考视频"  # the driving video's own
+DRIVING_PROMPT = "人物动作的参考视频"  # default prompt of the driving video: "reference video of the person's motion"
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def frame_size(width, height, area):
-    """(width, height) px of the video for a picture: about `area` px in its aspect, sides multiples of 16, rounded
-    down. Raises BadInput where a side would be 0.
+    """Return the video's (width, height) px for a picture: about `area` px in the picture's aspect ratio, with sides
+    rounded down to multiples of 16. Raises BadInput if a side would be 0.
     """
     aspect = height // SIZE_MULTIPLE / max(1, width // SIZE_MULTIPLE)
     sides = (math.sqrt(area / aspect), math.sqrt(area * aspect)) if aspect else (0, 0)
@@ -39,7 +39,7 @@ def frame_size(width, height, area):
 
 
 def letterbox_place(width, height, size):
-    """(left, top, width, height) px of a picture of width x height px in a frame of `size` (width, height)."""
+    """Return (left, top, width, height) px: where a picture of width x height px lies when letterboxed into `size`."""
     w, h = size
     new_w = w if w / h < width / height else width * h // height
     new_h = h if w / h >= width / height else height * w // width
@@ -47,7 +47,9 @@ def letterbox_place(width, height, size):
 
 
 def letterbox(image, size, resample):
-    """PIL image -> RGB of `size` (width, height), with black bars where its aspect differs. resample: of PIL."""
+    """Return a PIL image as RGB of `size` (width, height), with black bars if its aspect ratio differs. resample: a
+    filter of PIL. Raises BadInput if a side of the image would be 0.
+    """
     from PIL import Image
 
     left, top, w, h = letterbox_place(*image.size, size)
@@ -60,8 +62,8 @@ def letterbox(image, size, resample):
 
 # ---- the driving video -----------------------------------------------------------------------------------------------
 class DrivingVideo:
-    """A video's frames at another rate, the nearest in time. n: how many there are. Raises BadInput for a file that
-    cannot be read, and for too few frames.
+    """A video's frames at another rate, the nearest in time. n: number of these frames. Raises BadInput if the file
+    cannot be read or has too few frames.
     """
 
     def __init__(self, file, fps):
@@ -83,8 +85,9 @@ class DrivingVideo:
             raise BadInput(f"--video {self.file}: {e}") from None
 
     def read(self, start, end, size):
-        """The frames start..end-1 (1,3,end-start,H,W) in [-1,1], letterboxed into `size` (width, height). Behind the
-        last frame the video is played backwards, and so on. The file is read from its beginning each time.
+        """Read the frames start..end-1 as (1,3,end-start,H,W) in [-1,1], letterboxed into `size` (width, height). After
+        its last frame the video is played backwards, then forwards again, and so on. Every call reads the file from its
+        beginning.
         """
         from PIL import Image
 
@@ -100,10 +103,12 @@ class DrivingVideo:
 
 
 class DrivenVideo(ReferencedVideo):
-    """A character that moves as a video does: segments that share their first frame with the end of the one before."""
+    """A character that moves like the person in a video. The first frame of each segment is the last frame of the
+    previous one.
+    """
 
     def __init__(self, pipe, settings, picture, file, text):
-        """text: the embedded tokens (1,S,D) of the driving video's prompt."""
+        """picture: the character, a PIL image. file: the driving video. text: embedded tokens (1,S,D) of its prompt."""
         from PIL import Image
 
         self.pipe, self.device, self.fps, self.frames = pipe, pipe.device, settings.fps, settings.frames
@@ -135,22 +140,22 @@ class DrivenVideo(ReferencedVideo):
         return Conditions(channels=channels, inputs=inputs, uncond_inputs=uncond_inputs)
 
     def decode(self, r, latents, decode):
-        video = decode(latents[:, :, 1:])  # but for the reference
-        self.known = video[:, :, -OVERLAP:].clone()  # a view would keep all of it
+        video = decode(latents[:, :, 1:])  # without the reference
+        self.known = video[:, :, -OVERLAP:].clone()  # a view would keep all frames in memory
         left, top, width, height = self.place
         end = self.driving.n - self.starts[r]
-        # without the bars; mp4s have even sides
+        # cut off the bars; the sides become even, as mp4 files need
         return video[0, :, OVERLAP * (r > 0) : end, top : top + height // 2 * 2, left : left + width // 2 * 2]
 
 
-# ---- what sample.py asks ---------------------------------------------------------------------------------------------
+# ---- the interface to sample.py --------------------------------------------------------------------------------------
 class Driven(Conditioning):
-    """Animate-2-14B: a picture and a driving video, in segments."""
+    """Animate-2-14B's conditioning: a picture and a driving video; sampled in segments."""
 
     takes_image = needs_image = by_segments = True
-    title = "Animate-2-14B: a character that moves as a video does (--size is the area)"
+    title = "Animate-2-14B: a character that moves like the person in a video (--size is the area)"
     flags = {
-        "video": dict(help="video whose motion the character of --image takes, and whose sound is kept"),
+        "video": dict(help="driving video, whose motion the character of --image follows and whose sound is kept"),
         "prompt_ref": dict(help=f"text that describes --video's motion, not the character (default: {DRIVING_PROMPT})"),
     }
     encoders = {"clip": Encoder("", "models_clip*", load_vision)}
@@ -165,10 +170,10 @@ class Driven(Conditioning):
             raise BadInput(f"{ckpt_dir}: a character that moves as a video does, --image and --video are needed")
 
     def latent_frames(self, frames):
-        return 2 + (frames - 1) // 4  # the reference's is the first
+        return 2 + (frames - 1) // 4  # the first is the reference's
 
     def embed(self, pipe, prompt=DRIVING_PROMPT):
-        """The embedded tokens (1,S,D) of a driving video's prompt, computed once for a pipeline."""
+        """Return the embedded tokens (1,S,D) of a driving video's prompt, computed once per pipeline and prompt."""
         known = self._embedded.setdefault(pipe, {})
         if prompt not in known:
             known[prompt] = pipe.encode_prompts([prompt])[0]

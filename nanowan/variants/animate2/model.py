@@ -1,12 +1,12 @@
-"""WanAnimate2, the DiT of Wan2.2-Animate-2-14B: with a character's picture and a driving video, which it reads itself.
+"""WanAnimate2, the DiT of Wan2.2-Animate-2-14B: it also takes a character's picture and a driving video.
 
-The letters of wan.py, and  T' latent frames: the reference picture, then those of the video   n tokens of a latent
-frame, H'W'   S image tokens of CLIP
+Letters are those of wan.py, and  T' latent frames: the reference picture, then those of the video   n tokens of a
+latent frame, H'W'   S image tokens of CLIP
 
-Before a clip is sampled the driving video, clean and at t = 1, passes once through the same blocks, with a prompt and a
-picture of its own. Each block's keys and values are kept. In every step a token attends to all tokens of the clip and
-to the driving video's tokens of its own frame, which stand beside the clip: one latent frame later, since the
-reference is the clip's first, and as far to the right as the clip is wide.
+Before a clip is sampled, the driving video passes once through the same blocks, clean and at t = 1, with a prompt and
+CLIP's tokens of its own. Each block's keys and values of this pass are kept. In every step, a token attends to all
+tokens of the clip and to the driving video's tokens of its own latent frame. The driving video's positions are shifted
+by one latent frame, because the clip begins with the reference, and to the right by the width of the clip.
 Source: diffusers' WanAnimate2Transformer3DModel (0.42.1); the tensors are those of Wan 2.1's I2V-14B.
 """
 
@@ -22,23 +22,25 @@ from nanowan.errors import BadInput
 from nanowan.variants.animate.model import Image, ImageWan
 from wan import WanConfig
 
-SKIPPED = 9  # the block that guidance's unconditional half leaves out
-DISTILLED_SCALE = -1.3  # log_scale of the distilled weights, which do not tell it
-# settings of config.json that decide where the driving video stands; there are no published weights with others
+SKIPPED = 9  # index of the block that guidance's unconditional half leaves out
+DISTILLED_SCALE = -1.3  # log_scale of the distilled model; its tensors do not tell it
+# Settings of config.json that decide the driving video's positions. No published weights have other values.
 PUBLISHED = dict(refer_offset_t=1, refer_offset_h=0, refer_offset_w=-1, refer_stride=1, use_img_emb=True)
 
 
 @dataclass
 class Animate2Config(WanConfig):
-    """log_scale is added to the logits of the keys of latent frame 1, the first of the video."""
+    """A WanConfig with Animate-2's further settings. log_scale: added to the logits of the keys of latent frame 1, the
+    first one after the reference.
+    """
 
     clip_dim: int = 1280
     log_scale: float = 0.0
 
 
 class DrivenAttention(NamedTuple):
-    """Attention to all tokens of the clip, and to the driving video's of the same frame, of which the first latent
-    frame has none. keys, values (B,(T'-1)n,N,d).
+    """Attention to all tokens of the clip and to the driving video's tokens of the same latent frame. The reference,
+    latent frame 0, has no such tokens. keys, values: (B,(T'-1)n,N,d) of the driving video.
     """
 
     keys: torch.Tensor
@@ -46,12 +48,12 @@ class DrivenAttention(NamedTuple):
     log_scale: float
 
     def __call__(self, q, k, v):
-        """q, k, v (B,T'n,N,d), k rotated as `keys` are -> (B,T'n,N*d)."""
+        """Return (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). k is rotated (RoPE), as `keys` are."""
         n = q.shape[1] - self.keys.shape[1]
         first, *later = q.split(n, 1)
         frames = [self.attend(first, k, v)]
         for q, more_k, more_v in zip(later, self.keys.split(n, 1), self.values.split(n, 1), strict=True):
-            if torch.is_grad_enabled():  # what a frame adds to the keys is joined again in the backward pass
+            if torch.is_grad_enabled():  # the backward pass concatenates the keys again, so that no copy is stored
                 frame = checkpoint(self.attend, q, k, v, more_k, more_v, use_reentrant=False, preserve_rng_state=False)
             else:
                 frame = self.attend(q, k, v, more_k, more_v)
@@ -59,8 +61,8 @@ class DrivenAttention(NamedTuple):
         return torch.cat(frames, 1)
 
     def as_dense(self, k):
-        """All keys (B,S,N,d) behind the clip's k (B,T'n,N,d), and the bias (1,1,T'n,S) under which each token attends
-        to its own: for diag.py logits.
+        """Return, for diag.py logits, all keys (B,S,N,d), the clip's k (B,T'n,N,d) first, and the bias (1,1,T'n,S) with
+        which dense attention gives the same result.
         """
         length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
         frame = torch.arange(length, device=k.device) // n
@@ -79,30 +81,32 @@ class DrivenAttention(NamedTuple):
 
 
 class Driving(NamedTuple):
-    """A driving video made ready for the blocks: per block its keys and values (B,(T'-1)n,N,d), and its grid."""
+    """A driving video made ready for the blocks: for each block its keys and values (B,(T'-1)n,N,d), and its grid."""
 
     keys_values: tuple
     grid: tuple
 
 
 class Recorder:
-    """Takes a driving video's place while that passes through the blocks, and keeps its keys and values by block."""
+    """The stand-in for a Driving while the driving video itself passes through the blocks: it records the keys and
+    values of each block.
+    """
 
     def __init__(self):
         self.keys_values = {}
 
     def recording(self, i):
-        """Block i's self-attention in that pass."""
+        """Return the self-attention function of block i for that pass."""
 
         def attend(q, k, v):
-            self.keys_values.setdefault(i, (k, v))  # not again where checkpointing computes them anew
+            self.keys_values.setdefault(i, (k, v))  # keeps the first when activation checkpointing runs the block again
             return ops.attention(q, k, v)
 
         return attend
 
 
 class Inputs(NamedTuple):
-    """WanAnimate2's further inputs, made ready."""
+    """WanAnimate2's further inputs, embedded."""
 
     driving: Driving | Recorder
     image: Image
@@ -110,19 +114,19 @@ class Inputs(NamedTuple):
 
 
 class WanAnimate2(ImageWan):
-    """forward(x, t, context, context_lens=None, *, driving, clip, driving_clip, driving_text, unconditional=None), the
-    inputs as embed_inputs names them; x (B,36,T',h,w) is the noise and y behind it, and the velocity is that of the
-    reference frame too.
+    """The DiT. forward(x, t, context, context_lens=None, *, driving, clip, driving_clip, driving_text,
+    unconditional=None): the further inputs are those of embed_inputs. x (B,36,T',h,w) is the noise and then y. The
+    returned velocity includes the reference's latent frame.
     """
 
     config_class = Animate2Config
     batches_guidance = False  # a batch would hold the driving video's keys and values twice, and its halves differ
 
     def read_driving(self, driving, clip, text):
-        """driving (B,Cz,F,h,w) latents, clip (B,S,C) CLIP's tokens of its first picture, text (B,L,text_dim) the
-        embedded tokens of its prompt -> Driving.
+        """Return the Driving of a driving video. driving: its latents (B,Cz,F,h,w). clip: CLIP's tokens (B,S,C) of its
+        first frame. text: the embedded tokens (B,L,text_dim) of its prompt.
         """
-        x = torch.cat([driving, torch.ones_like(driving[:, :4]), driving], 1)  # all of it is given
+        x = torch.cat([driving, torch.ones_like(driving[:, :4]), driving], 1)  # mask 1: all frames are given
         t, recorder = torch.ones(len(x), device=x.device), Recorder()
         grid = self.check(x, t)
         c = self.prepare_block_inputs(t, text, None, grid, driving=recorder, clip=clip)
@@ -137,14 +141,14 @@ class WanAnimate2(ImageWan):
     def prepare_inputs(self, *, clip, unconditional=None, **driving):
         made = self.embed_inputs(clip=self.embed_image(clip, cache=True), unconditional=unconditional, **driving)
         if torch.is_tensor(unconditional) and bool((unconditional == unconditional[0]).all()):
-            unconditional = bool(unconditional[0])  # so that the block is not computed in vain
+            unconditional = bool(unconditional[0])  # a bool lets forward_block skip the block instead of masking it
         return {"driving": made.driving, "clip": made.image, "unconditional": unconditional}
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
-        """driving, driving_clip, driving_text as read_driving takes them, or as driving what that made of them; clip
-        (B,S,C), CLIP's tokens of the reference picture, or an Image. unconditional (B,): 1 where a sample is what
-        guidance's second half sees, without one of the blocks; or a bool for all.
+        """driving, driving_clip, driving_text: the arguments of read_driving; or, as driving alone, the Driving that it
+        returns. clip: CLIP's tokens (B,S,C) of the reference picture, or an Image. unconditional: (B,), 1 for samples
+        that leave out a block as guidance's unconditional half does; or one bool for all samples.
         """
         if not isinstance(driving, Driving | Recorder):
             driving = self.read_driving(driving, driving_clip, driving_text)
@@ -153,7 +157,7 @@ class WanAnimate2(ImageWan):
     def list_tokens(self, grid, device, inputs):
         tokens = super().list_tokens(grid, device, inputs)
         T, H, W = grid
-        extent = max(T, H, 2 * W)  # the driving video's one later and one clip to the right
+        extent = max(T, H, 2 * W)  # the driving video's positions reach the double width
         if isinstance(inputs.driving, Recorder):
             positions = grid_positions(grid, device) + torch.tensor([1, 0, W], dtype=torch.int32, device=device)
             return tokens._replace(positions=positions, extent=max(extent, T + 1))
@@ -181,8 +185,8 @@ class WanAnimate2(ImageWan):
 
 
 def read_config(config, shape, entries, settings, path):
-    """The Animate2Config of a model folder; arguments as of nanowan/variants/s2v/model.py. The distilled weights are
-    told by their file's name alone.
+    """Return the Animate2Config of a model folder. Arguments are those of read_config in nanowan/variants/s2v/model.py.
+    The distilled weights are recognised by their file name, or by log_scale in config.json.
     """
     wrong = [f"{k} is {settings[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if settings.get(k, v) != v]
     if wrong:
@@ -193,5 +197,5 @@ def read_config(config, shape, entries, settings, path):
 
 
 def recommend(config):
-    """The distilled weights' Settings: few steps, without guidance."""
+    """Return the Settings that the distilled weights need: few steps, no guidance. {} for the base model."""
     return {"steps": 10, "guidance": (1.0, 1.0)} if config.log_scale else {}

@@ -1,4 +1,4 @@
-"""Animate-2-14B's training samples: clips, each with a driving video of the same motion."""
+"""Animate-2-14B's training samples: clips, each with a driving video that shows the same motion."""
 
 import functools
 
@@ -12,22 +12,22 @@ from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import to_video
 
 COPYING = "the loss would fall to zero by copying; it should show somebody else move in the same way"
-SAME = 0.02  # mean difference of pixels in [-1,1] under which a driving video shows the clip itself
+SAME = 0.02  # mean difference of pixels in [-1,1]; with a smaller one, a driving video counts as the clip itself
 
 
 class DrivenSamples(ClipSamples):
     """Clips with NAME.driving.mp4, in which somebody else moves in the same way.
 
-    The driving video is given as it is: were it the clip, the model would reach zero loss by copying it, and learn
-    nothing of the picture. Such a pair is skipped, whether its files are the same or its pictures.
+    The model gets the driving video unchanged. If that were the clip itself, the model would reach zero loss by copying
+    it and learn nothing from the picture. Such a pair is skipped, whether the two files or only their pixels are equal.
 
-    The reference picture is a frame of the clip itself, which one its file decides. A sample that goes on from another
-    is one whose first frame is known.
+    The reference picture is one of the clip's own frames, chosen by the digest of its file. A continuation segment is a
+    sample whose first frame is known.
     """
 
     videos = ("driving",)
     extra_lora_targets = ("cross_attn.k_img", "cross_attn.v_img")
-    loss_from = 1  # behind the reference: what the model says of that is thrown away
+    loss_from = 1  # after the reference, whose predicted velocity is not used
 
     def find(self, path):
         files = super().find(path)
@@ -54,7 +54,7 @@ class DrivenSamples(ClipSamples):
         picture, clip = video[:, :, at : at + 1], self.pipe.acquire("clip")
         tensors = {"clip": clip.encode(picture[:, :, 0])[0], "driving_clip": clip.encode(driving[:, :, 0])[0]}
         clip, tensors["driving_text"] = None, self._text
-        vae = self.pipe.acquire("vae")  # the others may have made it leave
+        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the other encoders
         z = vae.encode(picture)
         tensors |= {"latents": torch.cat([z, vae.encode(video)], 2)[0], "driving": vae.encode(driving)[0]}
         for known in (0, OVERLAP):
@@ -75,4 +75,4 @@ class DrivenSamples(ClipSamples):
         return entry | {"unconditional": torch.tensor(float(not has_caption))}
 
     def to_decode(self, latents, entry):
-        return latents[:, :, 1:]  # but for the reference
+        return latents[:, :, 1:]  # without the reference

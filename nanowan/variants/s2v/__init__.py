@@ -1,1 +1,1 @@
-"""S2V-14B: model, speech encoder, conditioning and training samples."""
+"""S2V-14B: the model, speech encoder, conditioning and training samples."""

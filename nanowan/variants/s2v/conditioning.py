@@ -1,4 +1,4 @@
-"""What S2V-14B is given, segment by segment: made from a picture, a sound and, if wanted, a pose video."""
+"""S2V-14B's inputs, segment by segment, made from a picture, a sound and, optionally, a pose video."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from nanowan.variants.examples import Examples
 from nanowan.variants.s2v import model, wav2vec2
 from nanowan.video import probe, read_windows, to_tensor
 
-DROPPED_FRAMES = 3  # of a first segment: made with the reference picture before them, they look like it
+DROPPED_FRAMES = 3  # of a first segment: they are decoded right after the reference picture, and look like it
 MIN_POSE_FRAMES = 3
 
 
@@ -37,11 +37,11 @@ class SpeechInputs:
 
 
 class SpeechVideo(Video):
-    """A picture that speaks: segments of `frames` frames at 16 per second, each after the 73 frames before it.
+    """A picture that speaks: segments of `frames` frames at 16 per second, each conditioned on the previous 73 frames.
 
-    Officially the first three frames are dropped (without start_from_ref), while the sound begins with the file: frame
-    n was made with the sound of frame n + 3, and the lips lead by 3/16 s. With sync_sound the first 3/16 s of the sound
-    are left out too.
+    As in the official code, the first three frames are dropped unless start_from_ref is set, while the sound begins at
+    its start. Frame n of the file was then made with the sound of frame n + 3, so the lips lead by 3/16 s. With
+    sync_sound, the first 3/16 s of the sound are left out too.
     """
 
     fps = model.VIDEO_RATE
@@ -60,12 +60,12 @@ class SpeechVideo(Video):
         _, sh, sw = settings.stride
         self.shape = settings.z_dim, self.frames // 4, self.size[1] // sh, self.size[0] // sw
         self.ref = pipe.acquire_vae(self.size).encode(self.picture)
-        self.has_motion = inputs.start_from_ref  # whether the segment at hand has motion tokens
+        self.has_motion = inputs.start_from_ref  # whether the current segment has motion tokens
         self.last = model.first_motion(self.picture, inputs.start_from_ref)  # (1,3,73,H,W)
         self.motion = pipe.acquire_vae(self.size).encode(self.last)
 
     def _write_audio(self, encoder, num_clip):
-        """Put the speech features of all segments into a file, where they wait for their turn and take no memory."""
+        """Write the speech features of all segments to a temporary file, so that they take no memory."""
         features = wav2vec2.to_feature_rate(encoder.features(wav2vec2.read_audio(self.sound)))
         self.count = wav2vec2.count_clips(features.shape[1], self.frames)
         self.count = min(self.count, num_clip or self.count)
@@ -75,14 +75,14 @@ class SpeechVideo(Video):
             self.audio_file.write(segment.contiguous().numpy())
 
     def _read_audio(self, r):
-        """The speech features (1,S,A,frames) of segment r."""
+        """Read the speech features (1,S,A,frames) of segment r."""
         nbytes = 4 * math.prod(self.audio_shape)
         self.audio_file.seek(r * nbytes)
         return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
 
     def _pose_times(self):
-        """The times at which the pose video is followed, of all segments. Officially every pose_step-th frame is taken;
-        where the rate varies, the frame that is shown then.
+        """Return the times, in seconds, of the pose video's frames for all segments. As in the official code, these are
+        the times of every pose_step-th frame. A video of variable rate is read at regular times instead.
         """
         with self._reading_pose():
             shown = probe(Path(self.pose))
@@ -101,7 +101,7 @@ class SpeechVideo(Video):
             raise BadInput(f"--pose_video {self.pose}: {e}") from None
 
     def _read_pose(self, r):
-        """The poses (T,3,H,W) of segment r, T <= frames. The file is read from its beginning each time."""
+        """Read the poses (T,3,H,W) of segment r, T <= frames. Every call reads the file from its beginning."""
         wanted, poses = self.pose_times[r * self.frames : (r + 1) * self.frames], []
         with self._reading_pose():
             for (pose,) in read_windows(Path(self.pose), [[t] for t in wanted], self._fit_pose) if wanted else ():
@@ -125,8 +125,8 @@ class SpeechVideo(Video):
         return Conditions(inputs=inputs, uncond_inputs={"audio": torch.zeros_like(audio)})
 
     def decode(self, r, latents, decode):
-        # all of what is before: the decoder sees further back than that; with the last 14 of 20 latent frames a clip of
-        # a random decoder is off by 0.6 %
+        # The prefix is all that is known of the past, because the decoder looks far back: with only the last 14 of its
+        # 20 latent frames, the output of a random decoder is off by 0.6 %.
         prefix = self.motion if self.has_motion else self.ref
         begin = -self.frames if self.has_motion else DROPPED_FRAMES - self.frames
         video = decode(torch.cat([prefix, latents], 2))[:, :, begin:].clone()  # a view would keep the prefix's frames
@@ -147,18 +147,19 @@ class SpeechVideo(Video):
 
 
 class Speech(Conditioning):
-    """S2V-14B: a picture, a sound and, if wanted, a pose video; in segments."""
+    """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video; sampled in segments."""
 
     takes_image = needs_image = by_segments = True
     title = "S2V-14B: a picture that speaks (--size is the area)"
     flags = {
-        "audio": dict(help="sound file to speak: anything with a sound track"),
-        "pose_video": dict(help="video whose poses are followed"),
+        "audio": dict(help="file with the speech; any file that has a sound track"),
+        "pose_video": dict(help="video of drawn poses that the speaker follows"),
         "infer_frames": dict(type=int, help="frames per segment, a multiple of 4 (default: 80)"),
-        "num_clip": dict(type=int, help="make only the first N segments (default: as many as the sound fills)"),
-        "start_from_ref": dict(action="store_true", help="begin with the picture itself"),
+        "num_clip": dict(type=int, help="make only the first N segments (default: as many as the sound needs)"),
+        "start_from_ref": dict(action="store_true", help="start the video with the picture itself"),
         "sync_sound": dict(
-            action="store_true", help="leave out the sound's first 3/16 s, by which the lips lead in the official code"
+            action="store_true",
+            help="leave out the first 3/16 s of the sound, so that it matches the lips, which otherwise lead by 3/16 s",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}

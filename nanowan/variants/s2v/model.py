@@ -1,13 +1,14 @@
-"""WanS2V, the DiT of Wan2.2-S2V-14B: with a sound, a reference picture, the clip before, and a pose video.
+"""WanS2V, the DiT of Wan2.2-S2V-14B: its further inputs are a sound, a reference picture, the previous clip and poses.
 
-The letters of wan.py, and  A width of a speech feature (1024)    S hidden states of the speech encoder (25)
+Letters are those of wan.py, and  A width of a speech feature (1024)   S hidden states of the speech encoder (25)
 F video frames of a clip, 4T'   K audio tokens per latent frame (5)   M reference and motion tokens   n tokens per frame
 
-Behind the noise tokens stand those of the reference picture and, from the second clip on, of the 19 latent frames
-before, packed the coarser the older they are. These are clean: their modulation is that of t = 0. In time the noise
-stands at 0 and up, the reference at 30, motion at negative positions. After some blocks the noise tokens of each latent
-frame attend to that frame's audio tokens. Only the noise and the time change from step to step: embed_audio and
-embed_reference do the rest once per clip.
+The sequence consists of the noise tokens, then the tokens of the reference picture and, from the second clip on, the
+motion tokens: the 19 latent frames before the clip, in patches that are larger the older a frame is. Reference and
+motion tokens are clean and get the modulation of t = 0. On the time axis of RoPE the noise has positions from 0 up, the
+reference has 30, and motion has negative positions. After some blocks, the noise tokens of each latent frame attend to
+that frame's audio tokens. Only the noise and the timestep change from step to step, so embed_audio and embed_reference
+compute the rest once per clip.
 Source: official wan/modules/s2v/*, whose tensor names are kept, `casual` included.
 """
 
@@ -27,13 +28,13 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import count_blocks
 from wan import CrossAttention, Tokens, Wan, WanConfig, embed_patches
 
-MOTION_FRAMES, MOTION_LATENTS = 73, 19  # of the clip before, in pixels and in latents
+MOTION_FRAMES, MOTION_LATENTS = 73, 19  # before the clip: video frames, and latent frames
 VIDEO_RATE = 16
 REFERENCE_TIME = 30
 NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
 STATES = 25  # hidden states of the speech encoder
-INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released weights, which do not tell them
-# settings of config.json that decide what the tensors mean; there are no published weights with others
+INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released model; its tensors do not tell them
+# Settings of config.json that decide what the tensors mean. No published weights have other values.
 PUBLISHED = dict(
     enable_adain=True,
     adain_mode="attn_norm",
@@ -49,14 +50,14 @@ PUBLISHED = dict(
 
 # ---- sound -> audio tokens -------------------------------------------------------------------------------------
 class CausalConv1d(nn.Module):
-    """A convolution over time that sees each vector and the two before it; before the first one it sees that again."""
+    """A convolution over time of each vector and the two before it. Copies of the first vector stand before it."""
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.conv = nn.Conv1d(cin, cout, 3, stride)
 
     def forward(self, x):
-        """x (B,T,C) -> (B,T/stride rounded up,C')."""
+        """Return (B,T/stride rounded up,C') for x (B,T,C)."""
         return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
 
 
@@ -65,7 +66,7 @@ def norm_silu(x):
 
 
 class AudioTokenizer(nn.Module):
-    """tokens: how many are computed per latent frame; one learned token joins them."""
+    """Audio tokens from speech features. tokens: how many are computed per latent frame; one learned token is added."""
 
     def __init__(self, audio_dim, dim, tokens):
         super().__init__()
@@ -77,11 +78,11 @@ class AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def downsample(self, x):
-        """(B,T,D/4) -> (B,T/4 rounded up,D); both paths go through these convolutions."""
+        """Return (B,T/4 rounded up,D) for x (B,T,D/4). Both paths share these convolutions."""
         return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
 
     def forward(self, x):
-        """x (B,T,A) -> per latent frame one vector (B,T',D), and K tokens (B,T',K,D)."""
+        """Return, for x (B,T,A), one vector per latent frame, (B,T',D), and K tokens per latent frame, (B,T',K,D)."""
         local = self.conv1_local(x).unflatten(2, (self.tokens, -1)).transpose(1, 2)  # (B,K-1,T,D/4)
         local = self.downsample(local.flatten(0, 1)).unflatten(0, (-1, self.tokens)).transpose(1, 2)  # (B,T',K-1,D)
         padding = self.padding_tokens.expand(*local.shape[:2], 1, -1)
@@ -89,7 +90,7 @@ class AudioTokenizer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Runs in fp32, whatever the model's dtype."""
+    """A weighted mean over the hidden states, then an AudioTokenizer; both in fp32, whatever the model's dtype."""
 
     def __init__(self, audio_dim, dim, tokens):
         super().__init__()
@@ -97,14 +98,14 @@ class AudioEncoder(nn.Module):
         self.encoder = AudioTokenizer(audio_dim, dim, tokens)
 
     def forward(self, features):
-        """Speech features (B,S,A,T), one vector per video frame -> (B,T',D), (B,T',K,D) for T' = T/4 rounded up."""
+        """Return (B,T',D) and (B,T',K,D), T' = T/4 rounded up, for speech features (B,S,A,T), one per video frame."""
         weights = F.silu(self.weights)
         x = (features.float() * weights).sum(1) / weights.sum(1)  # (B,A,T)
         return self.encoder(x.transpose(1, 2))
 
     def encode_clip(self, features):
-        """A clip's F features -> the vector and the tokens of each of its F/4 latent frames. In front stands the first
-        feature, again and again, in place of the past: in every clip, also where the past is known.
+        """Return the vector and the tokens of each of a clip's F/4 latent frames, given its F features. Copies of the
+        first feature stand in for the past, in every clip, even where the past is known.
         """
         first = features[..., :1].expand(-1, -1, -1, MOTION_FRAMES)
         return [x[:, MOTION_LATENTS:] for x in self(torch.cat([first, features], -1))]
@@ -117,15 +118,15 @@ class AdaLayerNorm(nn.Module):
 
 
 class Injection(NamedTuple):
-    """What one injector makes of a clip's sound."""
+    """A clip's sound made ready for one injector."""
 
     keys_values: tuple  # two (B,T'K,N,d)
-    weight: torch.Tensor  # (B,T',D) and the next, fp32: the rows of its norm
-    shift: torch.Tensor
+    weight: torch.Tensor  # (B,T',D) fp32: multiplies the injector's normed input, frame by frame
+    shift: torch.Tensor  # (B,T',D) fp32: is added to the product
 
 
 class AudioInjector(nn.Module):
-    """count: how many blocks are followed by one."""
+    """All injectors: cross-attention to the sound after some blocks. count: the number of these blocks."""
 
     def __init__(self, count, dim, heads, eps):
         super().__init__()
@@ -133,7 +134,7 @@ class AudioInjector(nn.Module):
         self.injector_adain_layers = nn.ModuleList(AdaLayerNorm(dim) for _ in range(count))
 
     def embed(self, vectors, tokens):
-        """vectors (B,T',D), tokens (B,T',K,D) of AudioEncoder -> one Injection for each injector."""
+        """Return one Injection per injector, given AudioEncoder's vectors (B,T',D) and tokens (B,T',K,D)."""
         injections = []
         for attention, norm in zip(self.injector, self.injector_adain_layers):
             dtype = norm.linear.weight.dtype
@@ -143,9 +144,9 @@ class AudioInjector(nn.Module):
         return tuple(injections)
 
     def forward(self, i, x, injection, frame):
-        """x (B,L,D) fp32, noise tokens of the latent frames `frame` (L,) -> x + what each finds in the sound of its
-        frame. One attention over the audio tokens of all frames, with other frames' tokens masked: this costs next
-        to nothing, and `x` may be any part of a clip.
+        """Add to each noise token of x (B,L,D), fp32, the output of its attention to the sound of its latent frame.
+        frame: (L,) latent frame of each token. This is one attention over the audio tokens of all frames, in which
+        those of other frames are masked: the mask costs next to nothing, and x may be any part of a clip.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -157,19 +158,21 @@ class AudioInjector(nn.Module):
 
 # ---- reference and motion tokens -------------------------------------------------------------------------------
 def positions_of(times, rows, columns, device):
-    """(L,3) of the tokens of a grid whose axes have these coordinates, the columns first to move."""
+    """Return the positions (L,3) of a grid's tokens, given the coordinates on its axes; columns vary fastest."""
     axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
     return torch.cartesian_prod(*axes).view(-1, 3)
 
 
 def spread(n, size):
-    """n of the coordinates 0..size-1, evenly apart, cut off as the official code does it (some are 58.99... there)."""
+    """Return n evenly spaced coordinates from 0 to size-1. They are truncated to integers as in the official code,
+    where a coordinate of 58.99... becomes 58.
+    """
     return np.linspace(0, size - 1, n).astype(int).tolist()
 
 
 class FramePacker(nn.Module):
-    """The clip before: its latest latent frame in full, the two before that in patches of 2x4x4, and the 16 before
-    those in patches of 4x8x8.
+    """Tokens of the previous clip: its last latent frame in patches of 1x2x2, the two before that in patches of 2x4x4,
+    and the 16 before those in patches of 4x8x8.
     """
 
     def __init__(self, channels, dim):
@@ -179,8 +182,8 @@ class FramePacker(nn.Module):
         self.proj_4x = nn.Conv3d(channels, dim, (4, 8, 8), (4, 8, 8))
 
     def forward(self, motion):
-        """motion (B,C,f,h,w), the latents before the clip: the last 19 are used, zeros stand before fewer -> tokens and
-        their positions (L,3).
+        """Return tokens and their positions (L,3), given the latents before the clip, (B,C,f,h,w). The last 19 latent
+        frames are used; if there are fewer, zeros are put before them.
         """
         (h, w), device = motion.shape[3:], motion.device
         motion = motion[:, :, -MOTION_LATENTS:]
@@ -197,17 +200,18 @@ class FramePacker(nn.Module):
         return tokens, torch.cat(at)
 
 
-# ---- pictures and clips: what is given, in pixels ----------------------------------------------------------------
+# ---- pictures and clips: the inputs in pixels --------------------------------------------------------------------
 def fit_size(width, height, area):
-    """(width, height) px of the video for a reference picture: sides multiples of 64, about the picture's aspect, at
-    most `area` px, and no larger than the picture but for the rounding. Raises BadInput where a side would be under 64
-    (the official code's fallback, from the aspect alone, then gives a side of 0).
+    """Return the video's (width, height) px for a reference picture: sides that are multiples of 64, about the
+    picture's aspect ratio, at most `area` px, and not larger than the picture except by rounding up to 64. Raises
+    BadInput if a side would be under 64; the official code's fallback, from the aspect ratio alone, then returns a side
+    of 0.
     """
     pixels, longest = width * height, 1.0
     shortest = 0.1
     if pixels > area:
-        longest = math.sqrt(area / pixels)  # without any rounding up
-        b, c = 63 * (height + width), 63**2 - area  # with the most of it; the official formula has 2ac, not 4ac
+        longest = math.sqrt(area / pixels)  # the scale if no side were rounded up
+        b, c = 63 * (height + width), 63**2 - area  # both rounded up by 63; the official formula has 2ac, not 4ac
         shortest = (math.sqrt(b * b - 2 * pixels * c) - b) / (2 * pixels)
     for i in range(100):
         scale = longest - (longest - shortest) * i / 100
@@ -218,19 +222,19 @@ def fit_size(width, height, area):
 
 
 def scale_to_shorter(width, height, size):
-    """(width, height) of a picture resized until its shorter side is that of `size` (width, height)."""
+    """Return the (width, height) of a picture, scaled so that its shorter side equals that of `size`."""
     short = min(size)
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
 def crop_start(n, size):
-    """Where along a side of n px the `size` px in its middle begin: before its begin, if it is too short."""
+    """Return the start of the middle `size` px along a side of n px. It is negative if the side is too short."""
     return round((n - size) / 2) if n >= size else -((size - n) // 2)
 
 
 def fit_picture(image, size):
-    """PIL image -> RGB of `size` (width, height): bilinear, the shorter sides alike, cropped in the middle; black bars
-    where it is too short.
+    """Return a PIL image at `size` (width, height): scaled (bilinear) until the shorter sides are equal, then cropped
+    to the middle, with black bars where it is too short.
     """
     from PIL import Image
 
@@ -241,7 +245,7 @@ def fit_picture(image, size):
 
 
 def fit_pose(frames, size):
-    """Frames (T,3,H,W) in [-1,1] -> of `size` (width, height), as fit_picture does it, but for grey bars."""
+    """Return frames (T,3,H,W) in [-1,1] at `size` (width, height), as fit_picture does, but with grey bars."""
     w, h = scale_to_shorter(frames.shape[3], frames.shape[2], size)
     if frames.shape[2:] != (h, w):
         frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False, antialias=True)
@@ -250,21 +254,21 @@ def fit_pose(frames, size):
 
 
 def pose_step(fps):
-    """Every how many-th frame of a pose video is taken: its speed is kept only where fps is a multiple of 16."""
+    """Return n if every n-th frame of a pose video is used. The speed is kept only if fps is a multiple of 16."""
     return max(1, round(fps / VIDEO_RATE))
 
 
 def pose_clip(frames, infer_frames):
-    """What of a pose is encoded for a clip, (1,3,1+F,H,W), whose first latent frame is then dropped: its frames
-    (T,3,H,W), T <= F, black after their end, and the first of them once more in front.
+    """Return the poses that are encoded for a clip, (1,3,1+F,H,W): a copy of the first frame, the frames (T,3,H,W),
+    T <= F, and black frames after their end. The caller drops the first latent frame. infer_frames: F.
     """
     frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, infer_frames - len(frames)), value=-1.0)
     return torch.cat([frames[:1], frames]).transpose(0, 1)[None]
 
 
 def first_motion(picture, start_from_picture=False):
-    """The 73 frames (1,3,73,H,W) before the first clip of a reference picture (1,3,1,H,W): grey; the last 6 of them are
-    the picture where the clip is to start from it.
+    """Return the 73 frames (1,3,73,H,W) before the first clip, which are grey. If the clip is to start from the
+    reference picture (1,3,1,H,W), the last 6 of them are the picture.
     """
     motion = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)
     if start_from_picture:
@@ -273,14 +277,16 @@ def first_motion(picture, start_from_picture=False):
 
 
 def next_motion(last, video):
-    """The last 73 frames of `last` (1,3,73,H,W) and the frames `video` (1,3,T,H,W) made after it."""
-    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:].clone()  # not a view, which would keep all
+    """Return the last 73 frames of `last` (1,3,73,H,W) followed by the new frames `video` (1,3,T,H,W)."""
+    return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:].clone()  # a view would keep all frames in memory
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
 @dataclass
 class S2VConfig(WanConfig):
-    """audio_inject_layers: the indices of the blocks that an audio injector follows, ascending."""
+    """A WanConfig with S2V's further sizes. audio_inject_layers: ascending indices of the blocks that an audio injector
+    follows.
+    """
 
     audio_dim: int = 1024
     num_audio_token: int = 4
@@ -289,14 +295,14 @@ class S2VConfig(WanConfig):
 
 
 class Audio(NamedTuple):
-    """A clip's sound made ready for the blocks: for each injector its Injection."""
+    """A clip's sound made ready for the blocks: one Injection per injector."""
 
     injections: tuple
 
 
 class Reference(NamedTuple):
-    """The clean tokens (B,M,D) of a reference picture and of the clip before, their positions (M,3), and the latents'
-    height and width.
+    """The clean tokens (B,M,D) of a reference picture and of the previous clip, their positions (M,3), and the height
+    and width of the latents.
     """
 
     tokens: torch.Tensor
@@ -311,8 +317,8 @@ class Inputs(NamedTuple):
 
 
 class WanS2V(Wan):
-    """forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None), the inputs as embed_inputs
-    names them; t (B,).
+    """The DiT. forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None): the further inputs are
+    those of embed_inputs; t (B,).
     """
 
     config_class = S2VConfig
@@ -327,7 +333,7 @@ class WanS2V(Wan):
         self.audio_injector = AudioInjector(len(c.audio_inject_layers), c.dim, c.num_heads, c.eps)
 
     def embed_audio(self, audio):
-        """A clip's speech features (B,S,A,F), F a multiple of 4 -> Audio. Guidance's second half has zeros here."""
+        """Return the Audio of a clip's speech features (B,S,A,F), F a multiple of 4. Unconditional features are 0."""
         if audio.shape[1:3] != (STATES, self.config.audio_dim) or audio.shape[3] % 4 or not audio.shape[3]:
             raise BadInput(
                 f"speech features {tuple(audio.shape)}: should be (B,{STATES},{self.config.audio_dim},F), F frames of "
@@ -336,8 +342,8 @@ class WanS2V(Wan):
         return Audio(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio)))
 
     def embed_reference(self, ref, motion=None):
-        """The reference picture's latents (B,C,1,h,w) and, but for a first clip, the latents before the clip
-        (B,C,<=19,h,w) -> Reference.
+        """Return the Reference. ref: the reference picture's latents (B,C,1,h,w). motion: the latents before the clip,
+        (B,C,<=19,h,w), or None for a first clip.
         """
         H, W = ref.shape[3] // 2, ref.shape[4] // 2
         tokens = [embed_patches(ref, self.patch_embedding) + self.mask(REFERENCE)]
@@ -360,9 +366,9 @@ class WanS2V(Wan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, ref, audio, motion=None, pose=None):
-        """ref (B,C,1,h,w) the reference picture's latents and motion (B,C,<=19,h,w) those before the clip, or None; or
-        as ref what embed_reference made of both. audio (B,S,A,4T') speech features, or what embed_audio made of them.
-        pose (B,C,T',h,w) latents or None.
+        """ref: the reference picture's latents (B,C,1,h,w), or the Reference that embed_reference made of ref and
+        motion. motion: the latents before the clip (B,C,<=19,h,w), or None. audio: speech features (B,S,A,4T'), or the
+        Audio that embed_audio made of them. pose: latents (B,C,T',h,w), or None.
         """
         ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
         return Inputs(ref, audio if isinstance(audio, Audio) else self.embed_audio(audio), pose)
@@ -376,7 +382,7 @@ class WanS2V(Wan):
         n, frames, clean = math.prod(grid), inputs.audio.injections[0].shift.shape[1], inputs.reference.positions
         if frames != grid[0]:
             raise BadInput(f"sound for {frames} latent frames, noise of {grid[0]}")
-        row = torch.arange(n + len(clean), device=device) >= n  # of t, then of 0
+        row = torch.arange(n + len(clean), device=device) >= n  # index into `times`: 0 is t, 1 is 0
         positions = torch.cat([grid_positions(grid, device), clean])
         return Tokens(positions, num_video=n, length=len(row), extent=max(*grid, REFERENCE_TIME + 1), row=row.int())
 
@@ -389,7 +395,7 @@ class WanS2V(Wan):
                 f"x {tuple(x.shape)}, ref {ref.size[0]}x{ref.size[1]}, pose {shape}: ref should be as high and wide as "
                 f"x, and pose None or {want}"
             )
-        # no pose is one of zeros, whose tokens are the bias
+        # no pose means latents of zeros, whose tokens are the bias
         pose = self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
         return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
 
@@ -409,8 +415,8 @@ class WanS2V(Wan):
             return x
         j = self.config.audio_inject_layers.index(i)
         injection = c.inputs.audio.injections[j]
-        # Of ranks that share a clip, one that has none of the noise computes another token for nothing: the ranks have
-        # the same gradients to exchange then.
+        # When ranks share a clip, a rank may hold no noise tokens. It then runs the injector on another token and
+        # discards the result, so that all ranks have the same gradients to exchange.
         n = max(c.tokens.num_video, 1)
         frame = c.tokens.positions[:n, 0].clamp(0, injection.shift.shape[1] - 1)
         noise = self.audio_injector(j, x[:, :n], injection, frame)
@@ -420,9 +426,11 @@ class WanS2V(Wan):
 
 
 def read_config(config, shape, entries, settings, path):
-    """The S2VConfig of a model folder. config: the WanConfig that its files give; shape(name): that of a tensor, or
-    BadInput; entries: {name: Entry} of all tensors; settings: of config.json, {} where there is none. Raises BadInput,
-    naming `path`, where the injectors do not fit the weights, and for settings that no released weights have.
+    """Return the S2VConfig of a model folder.
+
+    config: the WanConfig from its files. shape(name): returns a tensor's shape, or raises BadInput. entries: {name:
+    Entry} of all tensors. settings: the contents of config.json, {} if there is none. Raises BadInput, naming `path`,
+    if the injectors do not fit the weights, or for settings that no released weights have.
     """
     dim = shape("patch_embedding.weight")[0]
     local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")

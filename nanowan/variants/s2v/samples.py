@@ -1,4 +1,4 @@
-"""S2V-14B's training samples: clips with sound and, if there are any, poses."""
+"""S2V-14B's training samples: clips with sound and, optionally, poses."""
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,11 @@ from nanowan.video import has_sound, sound_delay, to_video
 
 
 class SpeechSamples(ClipSamples):
-    """Clips with their own sound, or that of NAME.wav, and the poses of NAME.pose.mp4 if there are any.
+    """Clips with their own sound or that of NAME.wav, and with the poses of NAME.pose.mp4 if that file exists.
 
-    A sample of F frames is a first clip, behind its own first frame as the reference picture. Where the clip holds 73
-    frames more, it is cached a second time as a continuation, under names that begin with "next.": frames 73 to 72+F
-    behind the motion of frames 0 to 72, with the same reference picture.
+    A sample of F frames is cached as a first segment whose reference picture is its own first frame. If the clip has 73
+    more frames after it, it is cached a second time as a continuation segment, under names that begin with "next.":
+    frames 73 to 72+F, conditioned on the motion of frames 0 to 72, with the same reference picture.
     """
 
     videos = ("pose",)
@@ -25,7 +25,7 @@ class SpeechSamples(ClipSamples):
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        self._heard = None, None  # the last file's (path, digest, delay), and its features
+        self._heard = None, None  # (path, digest, delay) of the last sound, and its features
 
     def find(self, path):
         files, sound = super().find(path), path.with_suffix(".wav")
@@ -36,13 +36,13 @@ class SpeechSamples(ClipSamples):
         return files
 
     def changed(self, path, shown, sidecars, cache):
-        """Sounds with gaps too, which were not heeded."""
+        """Also report a sound with gaps, which an older version read as if it had none."""
         sound = sidecars.get("sound", (path, digest(path)))
         gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}
         return super().changed(path, shown, sidecars, cache) | gaps
 
     def group(self, item):
-        """With and without motion tokens, and poses."""
+        """Samples with and without motion frames, and with and without poses, cannot share a batch."""
         return *item.bucket, item.frames_after, "pose" in item.sidecars
 
     def cache_key(self, item):
@@ -51,7 +51,7 @@ class SpeechSamples(ClipSamples):
 
     def cached(self, vae, video, item, sidecars):
         audio = self._audio(item)
-        vae = self.pipe.acquire("vae")  # it may have made room for the speech encoder
+        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the speech encoder
         n, picture = item.frames, video[:, :, :1]
         tensors = {
             "latents": vae.encode(torch.cat([picture, video[:, :, :n]], 2))[0, :, 1:],
@@ -71,7 +71,7 @@ class SpeechSamples(ClipSamples):
         return tensors
 
     def _audio(self, item):
-        """Speech features (S,A,n), one vector for each frame of an item and of those after it."""
+        """Return speech features (S,A,n): one vector for each frame of an item and for each of its frames_after."""
         file, name = item.sidecars.get("sound", (item.path, item.digest))
         delay = 0.0 if "sound" in item.sidecars else sound_delay(file)
         if self._heard[0] != (file, name, delay):
@@ -80,7 +80,7 @@ class SpeechSamples(ClipSamples):
             except BadInput as e:
                 raise Skip(str(e).removeprefix(f"{file}: ")) from None
             shift = round(delay * wav2vec2.SAMPLE_RATE)
-            samples = F.pad(samples, (shift, 0))  # silence, or what is heard before the first frame
+            samples = F.pad(samples, (shift, 0))  # a late sound gets silence in front; an early one is cut
             if len(samples) < wav2vec2.MIN_SAMPLES:
                 raise Skip("its sound ends before its first frame")
             states = self.pipe.acquire("audio").features(samples)
@@ -99,7 +99,7 @@ class SpeechSamples(ClipSamples):
         return 4 * (latents * C * h * w + kinds * model.STATES * self.pipe.config().audio_dim * item.frames)
 
     def draw(self, item, share, rng):
-        return rng.random() < share and item.frames_after > 0  # whether it continues another segment
+        return rng.random() < share and item.frames_after > 0  # whether it is trained as a continuation segment
 
     def shape(self, item, drawn):
         return *self.group(item), drawn

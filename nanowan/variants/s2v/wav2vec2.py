@@ -1,4 +1,4 @@
-"""wav2vec2-large, the speech encoder that S2V-14B uses: from a waveform to features, resampled to video frames.
+"""wav2vec2-large, S2V-14B's speech encoder: from a waveform to features that are resampled to the video's frame rate.
 
 N samples at 16 kHz     T_a encoder frames, about 50 per second     A frames at 30 per second
 D width (1024)          S = layers + 1 (25) hidden states           F video frames per clip at 16 per second
@@ -23,16 +23,17 @@ from nanowan.formats.load import load_into
 from nanowan.video import read_sound
 
 SAMPLE_RATE, FEATURE_RATE, VIDEO_RATE = 16000, 30, 16
-ENCODER_RATE = 50  # nominal: the encoder gives 49.9 frames per second, and the official code does not correct for it
+ENCODER_RATE = 50  # nominal: the encoder makes 49.9 frames per second, which the official code does not correct for
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
-MIN_SAMPLES = 720  # two encoder frames, the fewest that give one at 30 per second
+MIN_SAMPLES = 720  # two encoder frames, the fewest from which one frame at 30 per second can be made
 
 
 def read_audio(path):
-    """The sound of any file that FFmpeg reads (wav, mp3, mp4, ...), whole, mono at 16 kHz: (N,) float32, about [-1,1].
+    """Read the full sound of a file that FFmpeg reads (wav, mp3, mp4, ...) as mono at 16 kHz: (N,) float32, about
+    [-1,1].
 
-    Channels are averaged, as librosa does; where the file's times leave a gap there is silence. Raises BadInput for a
-    file without sound, or with less than 0.045 s of it.
+    Channels are averaged, as librosa does; gaps between the file's timestamps become silence. Raises BadInput if the
+    file has less than 0.045 s of sound, or none.
     """
     try:
         samples = torch.from_numpy(read_sound(path, SAMPLE_RATE)[1][0])
@@ -61,14 +62,14 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         widths = zip((1, *[dim] * len(kernels)), [dim] * len(kernels))
         self.conv_layers = nn.ModuleList(ConvLayer(*w, k, s) for w, k, s in zip(widths, kernels, strides))
-        self.stride, self.reach = 1, 1  # samples from one frame to the next, and those that a frame sees
+        self.stride, self.reach = 1, 1  # samples from one frame to the next; samples that one frame depends on
         for k, s in zip(kernels, strides):
             self.reach += (k - 1) * self.stride
             self.stride *= s
 
     def forward(self, samples, chunk=1000):
-        """(N,) -> (1,T_a,C), `chunk` frames at a time: a frame depends on its `reach` samples only, and the first layer
-        alone takes 6.5 MB per second of sound.
+        """Return frames (1,T_a,C) of samples (N,). `chunk` frames are computed at a time to save memory: the first
+        layer alone takes 6.5 MB per second of sound, and a frame depends on only `reach` samples.
         """
         frames = (len(samples) - self.reach) // self.stride + 1
         parts = []
@@ -92,7 +93,7 @@ class FeatureProjection(nn.Module):
 
 
 class WeightNormConv(nn.Module):
-    """Grouped convolution along time whose weight is g v / |v|, the norm taken for each of the kernel's taps."""
+    """Grouped convolution along time whose weight is g v / |v|, with one norm for each tap of the kernel."""
 
     def __init__(self, dim, groups, kernel):
         super().__init__()
@@ -156,7 +157,7 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        """(1,T_a,D) -> S hidden states (1,T_a,D): what the first layer is given, and what each layer gives."""
+        """Return S hidden states (1,T_a,D), given (1,T_a,D): the input of the first layer and each layer's output."""
         x = x + self.pos_conv_embed(x)
         states = [x]
         for layer in self.layers:
@@ -166,7 +167,9 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Wav2Vec2Sizes:
-    """Widths; kernels and strides of the convolutions; groups and kernel of the positional one."""
+    """The sizes of a Wav2Vec2. kernels, strides: of the convolutions; pos_groups, pos_kernel: of the positional
+    convolution.
+    """
 
     conv_dim: int
     kernels: tuple
@@ -189,7 +192,7 @@ class Wav2Vec2(nn.Module):
 
     @torch.no_grad()
     def features(self, samples):
-        """A whole sound (N,) at 16 kHz, of any loudness -> hidden states (S,T_a,D) in the weights' dtype."""
+        """Return hidden states (S,T_a,D), in the weights' dtype, of a full sound (N,) at 16 kHz and of any loudness."""
         samples = samples.to(self.encoder.layer_norm.weight.device, torch.float32)
         samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
         x = self.feature_extractor(samples.to(self.encoder.layer_norm.weight.dtype))
@@ -197,21 +200,21 @@ class Wav2Vec2(nn.Module):
 
 
 def to_feature_rate(states):
-    """Hidden states (S,T_a,D) at nominally 50 per second -> (S,A,D) at 30, A = int(T_a / 50 * 30)."""
+    """Resample hidden states (S,T_a,D) from nominally 50 per second to 30: (S,A,D), A = int(T_a / 50 * 30)."""
     size = int(states.shape[1] / ENCODER_RATE * FEATURE_RATE)
     return F.interpolate(states.transpose(1, 2), size=size, mode="linear", align_corners=True).transpose(1, 2)
 
 
 def count_clips(frames, infer_frames=80):
-    """How many clips of `infer_frames` video frames cover `frames` features at 30 per second. One more where they fit
-    exactly, which is then all silent: as the official pipeline does.
+    """Return how many clips of `infer_frames` video frames cover `frames` features at 30 per second. If they fit
+    exactly, one more clip is counted, which is silent; the official pipeline does the same.
     """
     return int(frames / (infer_frames * FEATURE_RATE / VIDEO_RATE)) + 1
 
 
 def to_video_rate(features, n):
-    """Features (S,A,D) at 30 per second -> (S,D,n), one vector for each of n video frames at 16 per second: the nearest
-    one (halves to even), zeros behind the end.
+    """Return (S,D,n): for each of n video frames at 16 per second, the nearest (halves to even) of the features (S,A,D)
+    at 30 per second, and zeros after their end.
     """
     at = torch.arange(n, dtype=torch.float64).mul(FEATURE_RATE / VIDEO_RATE).round().long().to(features.device)
     inside = at < features.shape[1]
@@ -219,18 +222,20 @@ def to_video_rate(features, n):
     return picked.transpose(1, 2)
 
 
-UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "masked_spec_embed"}  # of speech recognition
+UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "masked_spec_embed"}  # for speech recognition
 
 
 def rename(key):
-    """The model's name of a tensor in transformers' file, whose weight norm is spelled in two ways."""
+    """Return this model's name for a tensor of transformers' file, which spells weight norm in two ways."""
     key = key.removeprefix("wav2vec2.")
     key = key.replace("parametrizations.weight.original0", "weight_g")
     return key.replace("parametrizations.weight.original1", "weight_v")
 
 
 def read_config(path):
-    """What the shapes do not tell: (strides, number of heads or None), of the config.json in or beside `path`."""
+    """Read (strides, number of heads or None), which the shapes do not tell, from the config.json in or next to
+    `path`.
+    """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
         return STRIDES, None
@@ -247,7 +252,9 @@ def read_config(path):
 
 
 def build_wav2vec2(entries, path):
-    """The encoder whose tensors' headers these are; widths, kernels and layers are read from their shapes."""
+    """Return an encoder without weights that fits the headers {name: Entry} of its tensors: widths, kernels and the
+    number of layers come from their shapes.
+    """
 
     def shape(name):
         if name not in entries:
@@ -273,8 +280,8 @@ def build_wav2vec2(entries, path):
 
 
 def load_wav2vec2(folder, device="cpu", dtype=torch.float32):
-    """Load wav2vec2-large-xlsr-53-english from its folder (config.json, model.safetensors) or one .safetensors file.
-    Frozen, in eval mode. The official pipeline runs it in fp32. Raises BadInput naming what does not fit.
+    """Load wav2vec2-large-xlsr-53-english, frozen and in eval mode, from its folder (config.json, model.safetensors) or
+    from one .safetensors file. The official pipeline runs this model in fp32. Raises BadInput naming what does not fit.
     """
     entries = read_headers(weight_files(folder, "model"))
     entries = {rename(name): entry for name, entry in entries.items() if name not in UNUSED}
