@@ -1,32 +1,32 @@
-"""Every file layout in use for Wan's models: read, written, converted. The functions that a notebook needs are here."""
+"""Read, write and convert every file layout in use for Wan's models. The functions that a notebook needs are here."""
 
 import torch
 
 
 def load_wan(path, device="cpu", dtype=torch.bfloat16):
-    """A DiT, frozen and in eval mode: a Wan, WanS2V or WanAnimate. path: model folder or file (formats/dit.py)."""
+    """Load a DiT, frozen and in eval mode, from a model folder or file (nanowan/formats/dit.py)."""
     from nanowan.formats.dit import load_wan
 
     return load_wan(path, device, dtype)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """A VAE of a checkpoint folder or file (nanowan/formats/vae.py)."""
+    """Load the VAE of a checkpoint folder, or of a file (nanowan/formats/vae.py)."""
     from nanowan.formats.vae import load_vae
 
     return load_vae(path, device, dtype)
 
 
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16):
-    """A TextEncoder of a checkpoint folder, with its tokenizer (nanowan/formats/t5.py)."""
+    """Load the TextEncoder of a checkpoint folder, with its tokenizer (nanowan/formats/t5.py)."""
     from nanowan.formats.t5 import load_t5
 
     return load_t5(ckpt_dir, device, dtype)
 
 
 def read_lora(path, expert=None):
-    """{parameter name: change} of a LoRA file in any layout, for lora.merge. expert: "high" or "low", which half of a
-    file that holds both.
+    """Read {parameter name: change} from a LoRA file in any layout, for lora.merge. expert: "high" or "low", the half
+    to read of a file that holds both.
     """
     from nanowan.formats.lora import read_lora
 

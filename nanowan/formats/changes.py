@@ -1,6 +1,6 @@
-"""What an adapter file does to one parameter: LoRA, LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
+"""How an adapter file changes one parameter: LoRA, LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
 
-A Change is made of a few tensors, {part: Entry}; formats/lora.py tells the parts by the file's keys. Some changes
+A Change is made from a few tensors, {part: Entry}; formats/lora.py finds the parts in the file's keys. Some changes
 depend on the weight that they change: they rotate it (OFT), mix its columns (GLoRA) or set its norms (DoRA).
 Sources: Hu et al., 2021 (LoRA); Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024 (DoRA);
 formulas and scales as in the forward passes of lycoris-lora 4.1 and peft 0.21.
@@ -19,43 +19,47 @@ def read(entry, device="cpu"):
 
 
 def is_product(first, second):
-    """Whether two shapes, (n,r) and (r,m) with perhaps a convolution's kernel behind them, have a product."""
+    """Whether two shapes fit for a product: (n,r) and (r,m), each of which may continue with a convolution's kernel."""
     return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
 
 
 class Change:
-    """What a file adds to one parameter of this `shape`. Its tensors stay in the file until they are asked for."""
+    """What a file adds to one parameter of this `shape`. Tensors stay in the file until the change is computed.
+
+    Subclasses define `form`, the name of their kind, and usually `matches(shapes)`, whether tensors with these shapes
+    {part: shape} make such a change, and `made_of(parts, alpha, peft)`, which makes it (arguments as in change_of).
+    """
 
     def of(self, weight):
-        """The change, fp32, of a parameter that holds `weight`, with its shape and on its device."""
+        """Return the change, fp32, of a parameter that now holds `weight`, in its shape and on its device."""
         raise NotImplementedError  # each subclass says what its kind of file adds
 
     def add_to(self, parameter, strength=1.0):
-        """Add strength times this to a parameter in place; the sum is computed in fp32 and rounded once."""
+        """Add strength times this change to a parameter, in place. The sum is computed in fp32 and rounded once."""
         parameter.copy_(self.of(parameter).mul_(strength).add_(parameter))
 
     def factors(self):
-        """A (r,in) and B (out,r), fp32, whose product B A this is, or None where it is not of low rank."""
+        """Return A (r,in) and B (out,r), fp32, whose product B A is this change; None if it is not of low rank."""
 
     def fits(self, shape):
-        """Whether this can change a parameter of this shape. A convolution's change may be flat, and sides of one
-        element may be there or not.
+        """Whether this can change a parameter of this shape. A convolution's change may be flattened, and dimensions of
+        size 1 are ignored.
         """
         ours, *theirs = ([n for n in s if n > 1] for s in (self.shape, shape, (shape[0], math.prod(shape[1:]))))
         return ours in theirs
 
     def saved(self, leaf, strength):
-        """[(part of a key, tensor)] that ComfyUI reads as strength times this. leaf: "weight", "bias" or "modulation".
-        Raises ValueError where there is no such form.
+        """Return [(end of a key, tensor)] that ComfyUI reads as strength times this change. leaf: the kind of
+        parameter, "weight", "bias" or "modulation". Raises ValueError if ComfyUI reads no such form.
         """
         raise ValueError(f"others read no {self.form} of this kind")
 
 
 @dataclass(frozen=True)
 class LowRank(Change):
-    """scale * B A."""
+    """LoRA: scale * B A."""
 
-    a: Entry  # (r,in) or, of a convolution, (r,in,...)
+    a: Entry  # (r,in), or (r,in,...) for a convolution
     b: Entry  # (out,r) or (out,r,1,...)
     scale: float
     form = "low rank"
@@ -91,20 +95,20 @@ class LowRank(Change):
         return [("lora_A.weight", self.a.read()), ("lora_B.weight", scaled(self.b, scale))]
 
     def norm(self):
-        """Frobenius norm, through r x r products: the change is never formed."""
+        """Return the Frobenius norm. It is computed from r x r products, without forming the change."""
         a, b = (t.double() for t in self.factors())
         return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
 
 
 def scaled(entry, scale):
-    """A tensor of a file times a number: in its own type where that is 1, else fp32."""
+    """Return a tensor of a file times `scale`: in its own dtype if scale is 1, else in fp32."""
     return entry.read() if scale == 1 else read(entry) * scale
 
 
 @dataclass(frozen=True)
 class Kron(Change):
-    """scale * kron(w1, w2). w1 and w2: one Entry (n,m), of a convolution's w2 (n,m,...), or two whose product it is:
-    (n,r) and (r,m).
+    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples: one Entry (n,m), or (n,m,...) for a convolution's w2; or two
+    Entries, (n,r) and (r,m), that are multiplied.
     """
 
     w1: tuple
@@ -127,7 +131,7 @@ class Kron(Change):
     @classmethod
     def made_of(cls, parts, alpha, peft):
         w1, w2 = (tuple(parts[k] for k in sorted(parts) if k.startswith(w)) for w in ("lokr_w1", "lokr_w2"))
-        if peft:  # scales all of its forms; LyCORIS does not where both are whole
+        if peft:  # PEFT applies its scale always, LyCORIS only if w1 or w2 is a product
             return cls(w1, w2, peft["alpha"] / peft["r"])
         dim = next((w[1].shape[0] for w in (w2, w1) if len(w) == 2), None)
         return cls(w1, w2, 1.0 if alpha is None or dim is None else alpha / dim)
@@ -142,7 +146,7 @@ class Kron(Change):
         return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
 
     def factors(self):
-        """Of low rank where w2 is, and w1 small: kron(w1, a b) = kron(w1, a) kron(1, b)."""
+        """As in Change. A low-rank w2 with a small w1 gives a low rank: kron(w1, a b) = kron(w1, a) kron(1, b)."""
         if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
             return None
         w1, _ = self._read()
@@ -164,8 +168,9 @@ class Kron(Change):
 
 @dataclass(frozen=True)
 class Hadamard(Change):
-    """LoHa: scale * (a1 b1) * (a2 b2), elementwise. pairs: ((a1, b1), (a2, b2)), (n,r) and (r,m); or, of a convolution,
-    three: a (r,n), b (r,m) and t (r,r,...), for t contracted with both.
+    """LoHa: scale * (a1 b1) * (a2 b2), where the outer * is elementwise. pairs: ((a1, b1), (a2, b2)) with shapes (n,r)
+    and (r,m). For a convolution, each pair may have three tensors, a (r,n), b (r,m) and t (r,r,...), and t is
+    contracted with a and b.
     """
 
     pairs: tuple
@@ -218,7 +223,7 @@ class Hadamard(Change):
 
 @dataclass(frozen=True)
 class GLora(Change):
-    """scale * (W a1 a2 + b1 b2). a1 (in,r), b1 (out,r), a2 and b2 (r,in)."""
+    """GLoRA: scale * (W a1 a2 + b1 b2). a1 (in,r), b1 (out,r), a2 and b2 (r,in)."""
 
     a1: Entry
     a2: Entry
@@ -255,8 +260,8 @@ class GLora(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, q = blocks - blocks^T, and perhaps scaled.
-    blocks (k,s,s); rescale (out,1), or None; constraint: the largest norm of q, 0 for none.
+    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, q = blocks - blocks^T, and optionally
+    rescaled. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm that q may have; 0: no limit.
     """
 
     blocks: Entry
@@ -305,10 +310,12 @@ class Rotation(Change):
 
 @dataclass(frozen=True)
 class InputRotation(Change):
-    """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew matrices q.
+    """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew-symmetric
+    matrices q.
 
-    terms: of the Neumann series that PEFT takes for (1 + q)(1 - q)^-1, or None for (1 - q)(1 + q)^-1 itself, which
-    turns the other way. limit: the largest norm of a q (COFT), or None. shared: one block serves all columns.
+    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1; None for the exact
+    (1 - q)(1 + q)^-1, which rotates in the other direction. limit: the largest norm that a q may have (COFT), or None.
+    shared: one rotation serves all blocks of columns.
     """
 
     vectors: Entry
@@ -367,8 +374,8 @@ class InputRotation(Change):
 
 @dataclass(frozen=True)
 class Dora(Change):
-    """DoRA: the weight with another change, rescaled to given norms: along axis 0 of its rows (each output's), along
-    axis 1 of its columns (each input's).
+    """DoRA: the inner change is added to the weight, and the sum is rescaled to the given norms. axis: 0 for one norm
+    per row (output), 1 for one norm per column (input).
     """
 
     inner: Change
@@ -399,6 +406,8 @@ class Dora(Change):
 
 @dataclass(frozen=True)
 class Dense(Change):
+    """A plain difference, stored in full."""
+
     entry: Entry
     form = "difference"
 
@@ -426,7 +435,7 @@ class Dense(Change):
 
 @dataclass(frozen=True)
 class Rows(Change):
-    """Of an embedding table: `values` (n,D) are added to the rows `ids` (n), or put in their place."""
+    """A change of an embedding table: `values` (n,D) are added to its rows `ids` (n), or replace them."""
 
     values: Entry
     ids: Entry
@@ -443,7 +452,7 @@ class Rows(Change):
         return cls(parts["A"], parts["ids"])
 
     def read(self, device="cpu"):
-        """(ids (n) int64, values (n,D) fp32)."""
+        """Return (ids (n) int64, values (n,D) fp32)."""
         return self.ids.read().to(device, torch.int64), read(self.values, device)
 
     @property
@@ -471,10 +480,12 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class TableLowRank(LowRank):
-    """B A of an embedding table, added to those rows only for which B is not zero: no second table is formed."""
+    """A LoRA of an embedding table, scale * B A. It is added only to the rows where B is not zero, so that the full
+    product is never formed.
+    """
 
     def rows(self):
-        """(ids (n) int64, values (n,D) fp32) of the rows that change."""
+        """Return (ids (n) int64, values (n,D) fp32) of the rows that change."""
         a, b = self.factors()
         ids = b.any(1).nonzero().flatten()
         return ids, b[ids] @ a
@@ -486,7 +497,7 @@ class TableLowRank(LowRank):
 
 @dataclass(frozen=True)
 class Value(Change):
-    """What a parameter is in another checkpoint; the change is the way there."""
+    """A parameter's value in another checkpoint. The change is the difference to that value."""
 
     entry: Entry
     form = "value"
@@ -509,13 +520,13 @@ class Value(Change):
             part.copy_(there if strength == 1 else here + strength * (there - here))
 
 
-SLICE = 64 << 20  # bytes in fp32 that are changed at once
+SLICE = 64 << 20  # bytes (in fp32) that Value changes at once
 FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)
-NORMS = ("dora_scale", "lora_magnitude_vector")  # DoRA's: LyCORIS', (out,1) or (1,in), and PEFT's, (out)
+NORMS = ("dora_scale", "lora_magnitude_vector")  # of a DoRA: LyCORIS', (out,1) or (1,in), and PEFT's, (out)
 
 
 def form_of(parts):
-    """The class of FORMS that these tensors, {part: Entry}, make one change of, DoRA's norms aside, or None."""
+    """Return the class of FORMS that these tensors {part: Entry} make, or None. A DoRA's norms are ignored."""
     shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
     numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
     if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
@@ -524,8 +535,8 @@ def form_of(parts):
 
 
 def change_of(parts, alpha=None, peft=None):
-    """The Change that these tensors make. alpha: a number, or None; peft: the settings of PEFT's adapter_config.json
-    where it wrote the file.
+    """Return the Change that is made from the tensors {part: Entry}. alpha: a number, or None. peft: the contents of
+    adapter_config.json if PEFT wrote the file, else None or {}.
     """
     inner = form_of(parts).made_of(parts, alpha, peft or {})
     if "lora_magnitude_vector" in parts:

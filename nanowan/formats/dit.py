@@ -16,11 +16,11 @@ from nanowan.formats.scaled import linears_in_fp8
 from nanowan.variants.registry import VARIANTS, parts_of
 from wan import WanConfig, config_of
 
-# modules that stay fp32 whatever the model's dtype; S2V's and Animate's run once per clip, or are norms (img_emb)
+# Modules that stay fp32, whatever the model's dtype. Those of S2V and Animate run once per clip or are norms (img_emb).
 FP32_MODULES = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
-# models of the family that are not loaded, by a tensor that only they have
+# Models of the Wan family that are not supported, recognised by a tensor that only they have.
 OTHER_MODELS = {
     "vace_patch_embedding.weight": "a VACE",
     "control_adapter.conv.weight": "a camera-control model",
@@ -35,20 +35,20 @@ OTHER_MODELS = {
 
 
 def is_signed(row, entries):
-    """Whether a DiT's files {official name: Entry} are known as those of a row of VARIANTS: by a tensor, or by what a
-    function says of them.
+    """Whether a DiT's headers {official name: Entry} have the signature of a row of VARIANTS, which is the name of a
+    tensor or a function.
     """
     signature = row.get("signature")
     return signature(entries) if callable(signature) else signature in entries
 
 
 def signed_type(entries):
-    """The model_type of the row by which a DiT's files are known, or None."""
+    """Return the model_type of the row whose signature a DiT's headers have, or None."""
     return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
 
 
 def known_by_files(path):
-    """Whether the files of a DiT, a folder or one file, tell what it is, so that it needs no config.json."""
+    """Whether a DiT, a folder or one file, has a known signature, so that it needs no config.json to tell its type."""
     try:
         return signed_type(read_dit(path)) is not None
     except BadInput:
@@ -56,13 +56,14 @@ def known_by_files(path):
 
 
 def keep_fp32(name):
-    """Whether a parameter stays fp32 whatever the model's dtype."""
+    """Whether a parameter stays fp32, whatever the model's dtype."""
     return "norm" in name or "modulation" in name or name.startswith(FP32_MODULES)
 
 
 def read_config(path, entries):
-    """The configuration of a DiT from its headers {official name: Entry} and the config.json beside them, if there is
-    one. path: the model folder or file. Raises BadInput where the two do not fit, or the tensors are of another model.
+    """Return the configuration of a DiT from its headers {official name: Entry} and, if there is one, the config.json
+    next to its files. path: the model folder or file. Raises BadInput if headers and config.json do not fit each other,
+    or if the tensors belong to another model.
     """
 
     def shape(name):
@@ -102,20 +103,20 @@ def read_config(path, entries):
 
 
 def full_config(variant):
-    """The configuration of one of VARIANTS at its released size."""
+    """Return the configuration of one of VARIANTS at its released size."""
     row = VARIANTS[variant]
     return config_of(row, parts_of(row["model_type"]).model.config_class)
 
 
 def new_dit(config):
-    """The DiT of a configuration, on the current default device, without weights."""
+    """Return a new DiT of this configuration on the current default device; no weights are loaded."""
     return parts_of(config.model_type).model(config)
 
 
 def build_dit(entries, path, dtype):
-    """An empty, frozen DiT on the meta device for these headers, in the dtypes that its weights will have, none in 8
-    bits yet (kernels/fp8.py, convert). Raises BadInput, naming `path`, where the headers are not those of one whole
-    model.
+    """Return an empty, frozen DiT on the meta device that fits these headers {official name: Entry}. Its parameters
+    have their final dtypes; `convert` in kernels/fp8.py turns linear layers into 8-bit ones later. Raises BadInput,
+    naming `path`, if the headers are not those of one complete model.
     """
     config = read_config(path, entries)
     with torch.device("meta"):
@@ -127,8 +128,8 @@ def build_dit(entries, path, dtype):
 
 
 def read_dit(path):
-    """{official name: Entry} of a DiT: `path` is a model folder, or one file. Animate's files hold the constants of
-    its blurs as well, which are left out.
+    """Return {official name: Entry} of a DiT. path: a model folder or one file. The blur kernels that Animate's files
+    store are constants, and are left out.
     """
     return {name: e for name, e in read_weights(weight_files(path)).items() if not name.endswith(".kernel")}
 
@@ -136,9 +137,9 @@ def read_dit(path):
 def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
     """Load one DiT, frozen and in eval mode: a Wan, WanS2V, WanAnimate or WanAnimate2.
 
-    path: a model folder (config.json and weights; of an A14B the folder of one expert), a checkpoint folder with a
-    single DiT, or one file, .safetensors or .gguf. fp8: hold the blocks' linears in 8 bits, as those
-    always are that a file has so. Raises BadInput naming what does not fit.
+    path: a model folder (config.json and weights; for an A14B the folder of one expert), a checkpoint folder with a
+    single DiT, or one .safetensors or .gguf file. fp8: round the linear layers of the blocks to 8 bits; those that the
+    file stores in fp8 with scales stay in 8 bits in any case. Raises BadInput naming what does not fit.
     """
     folders = expert_folders(path)
     if "dit" not in folders:

@@ -1,8 +1,8 @@
-"""GGUF, the file format of llama.cpp and of ComfyUI-GGUF: the header, and the blocks of a few bits per weight.
+"""GGUF, the file format of llama.cpp and ComfyUI-GGUF: read the header, and decode quantized weights.
 
-Layout (little-endian): "GGUF", version, number of tensors, number of metadata entries, the metadata, for each tensor
-its name, dimensions (the fastest first), type and offset, then the data. Source: the format's description in ggml's
-docs/formats.md. The kinds of blocks, and how to decode them, are those of the `gguf` package.
+Layout (little-endian): "GGUF", version, number of tensors, number of metadata entries, the metadata; for each tensor
+its name, dimensions (the fastest first), type and offset; then the data. Source: the format's description in ggml's
+docs/gguf.md. The quantization types, and the way to decode them, come from the `gguf` package.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import NamedTuple
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 LONGEST = 1 << 24  # bytes or elements of one value of the metadata
-ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of a tensor that ComfyUI-GGUF has reshaped
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # key of the original shape of a tensor that ComfyUI-GGUF has reshaped
 
 
 class Tensor(NamedTuple):
-    """One tensor in a file: its type ("F16", "Q4_K", ...), shape, and the bytes where its data lies."""
+    """One tensor in a file: its type ("F16", "Q4_K", ...) and shape, and the place of its data, in bytes."""
 
     kind: str
     shape: tuple
@@ -25,7 +25,7 @@ class Tensor(NamedTuple):
 
 
 def package():
-    """The `gguf` package. Raises ValueError, saying what to install, where it is missing."""
+    """Return the `gguf` package. Raises ValueError, saying what to install, if it is missing."""
     try:
         import gguf
     except ImportError:
@@ -34,7 +34,7 @@ def package():
 
 
 class Reader:
-    """Reads values from a file one after another. Raises ValueError if the file ends too early."""
+    """A reader of one value after another from a file. Raises ValueError if the file ends too early."""
 
     def __init__(self, file, size):
         self.file, self.size = file, size
@@ -53,7 +53,7 @@ class Reader:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
 
     def value(self, kind):
-        """One of the metadata's values; arrays of strings, which only tokenizers have, are passed over: None."""
+        """Read one metadata value of this kind. Arrays of strings, which only tokenizers have, are skipped: None."""
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind == STRING:
@@ -66,14 +66,14 @@ class Reader:
             return struct.unpack(f"<{count}{SCALARS[kind]}", self.take(width * min(count, self.size)))
         if kind != STRING:
             raise ValueError(f"metadata with an array of the type {kind}")
-        for _ in range(count):  # ends at the end of the file, whatever the count
+        for _ in range(count):  # a wrong count raises at the end of the file
             self.take(self.scalar("Q"))
         return None
 
 
 def read(path):
-    """({name: Tensor}, metadata) of a file's header. Raises ValueError, with the reason, for one that is truncated or
-    holds what GGUF does not.
+    """Read ({name: Tensor}, metadata) from a file's header. Raises ValueError, with the reason, if the file is
+    truncated or is not valid GGUF.
     """
     constants = package().constants
     size = path.stat().st_size
@@ -115,7 +115,7 @@ def read(path):
 
 
 def original_shape(name, dims, metadata):
-    """The shape of a tensor, slowest dimension first."""
+    """Return the shape of a tensor, slowest dimension first, as it was before ComfyUI-GGUF reshaped it."""
     shape = metadata.get(ORIGINAL_SHAPE + name, tuple(reversed(dims)))
     sizes = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
     if not sizes or math.prod(shape) != math.prod(dims):
@@ -124,8 +124,8 @@ def original_shape(name, dims, metadata):
 
 
 def decode(data, kind, out):
-    """The weights in `data` (bytes of whole blocks, a numpy array of uint8) into `out` (fp32, one element for each
-    weight), some at a time: decoding takes several times the memory of what it decodes.
+    """Decode the quantized weights in `data` (a numpy array of uint8 that holds complete blocks) into `out` (fp32, one
+    element for each weight). Only some blocks are decoded at a time, because that takes several times their memory.
     """
     gguf = package()
     kind = gguf.GGMLQuantizationType[kind]

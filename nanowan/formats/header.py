@@ -1,6 +1,7 @@
 """Headers of weight files: names, shapes, dtypes and offsets of safetensors, zip pickles (.pth) and GGUF.
 
-No tensor is read until its Entry is asked for it. Small files are written and read whole by `save` and `load`.
+A tensor is read from its file only when its Entry's `read` is called. `save` writes all tensors of a file, and `load`
+reads all tensors of a small file.
 """
 
 import functools
@@ -43,8 +44,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: `nbytes` bytes at `offset` hold `shape` elements of `dtype`, contiguous unless `stride` is
-    given.
+    """One tensor in a file: `nbytes` bytes from `offset` on hold a tensor of this `shape` and `dtype`, which is
+    contiguous unless `stride` is given.
     """
 
     file: Path
@@ -59,37 +60,37 @@ class Entry:
 
     @property
     def nbytes(self):
-        """Bytes from the first element to the last."""
+        """The number of bytes from the first element to the last."""
         if self.stride is None or not self.numel:
             return self.numel * self.dtype.itemsize
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))) * self.dtype.itemsize
 
-    scratch_bytes = nbytes  # that `read` takes
+    scratch_bytes = nbytes  # the size of the `scratch` that `read` needs
 
     @property
     def format(self):
-        """What a file holds, in words: "bfloat16", or of what is decoded while it is read its kind, such as "Q4_K"."""
+        """The name of the type that the file stores: a dtype such as "bfloat16", or a kind such as "Q4_K"."""
         return str(self.dtype).removeprefix("torch.")
 
     def read(self, scratch=None):
-        """Read this tensor, and nothing else, from its file; into the bytes of `scratch` where given."""
+        """Read only this tensor from its file. scratch: bytes (n,) uint8 to read it into, or None."""
         flat = self.read_bytes(scratch)
         flat = flat.view(self.dtype)
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
 
     def read_to(self, device, scratch=None):
-        """The same on a device; on the meta device nothing is read."""
+        """Read this tensor to a device. On the meta device nothing is read."""
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return self.read(scratch).to(device)
 
     def part(self, begin, end):
-        """The Entry of the rows [begin, end)."""
+        """Return the Entry of the rows [begin, end), along the first axis."""
         row = self.nbytes // self.shape[0] if self.stride is None else self.stride[0] * self.dtype.itemsize
         return replace(self, shape=(end - begin, *self.shape[1:]), offset=self.offset + begin * row)
 
     def read_bytes(self, scratch=None):
-        """The tensor's bytes as they are in its file (n,) uint8."""
+        """Read the tensor's bytes as the file stores them, (n,) uint8. scratch: as in `read`."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
@@ -107,7 +108,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufEntry(Entry):
-    """A tensor in blocks of a few bits per weight, of a `kind` such as "Q4_K", in a GGUF file; read as fp32."""
+    """A quantized tensor in a GGUF file. kind: such as "Q4_K". stored: its bytes in the file. `read` returns fp32."""
 
     kind: str = ""
     stored: int = 0
@@ -135,23 +136,24 @@ class GgufEntry(Entry):
 
         try:
             gguf.decode(data.numpy(), self.kind, out.numpy())
-        except NotImplementedError:  # the gguf package, of a kind that it does not know
+        except NotImplementedError:  # from the gguf package, for a kind that it does not know
             raise BadInput(f"{self.file}: weights in {self.kind}, which the gguf package does not decode") from None
         return out.view(self.shape)
 
 
 def read_header(path):
-    """List a weight file without reading its tensors; a file that stays as it is is read once.
+    """Return ({name: Entry}, metadata) of a weight file without reading its tensors. Headers of unchanged files are
+    cached.
 
-    Returns ({name: Entry}, metadata). Raises BadInput, in one line, for a file that is truncated, is not what its
-    first bytes should be, or is a pickle holding anything but tensors.
+    Raises BadInput, in one line, for a file that is truncated, does not begin like a weight file, or is a pickle that
+    holds anything but tensors.
     """
     path = Path(path)
     try:
         state = path.stat()
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
-    # one that was just written may be written again within one tick of the clock that files have
+    # A file that was just written is not cached: it may be written again within one tick of its modification time.
     settled = time.time() - state.st_mtime > 2
     known = state.st_ino, state.st_size, state.st_mtime_ns
     entries, metadata = _read_settled_header(path, known) if settled else _read_header(path)
@@ -168,7 +170,7 @@ def _read_header(path):
         size = path.stat().st_size
         with open(path, "rb") as f:
             head = f.read(9)
-            if head[:4] == b"PK\x03\x04":  # a zip; the first two bytes alone may be a header's length
+            if head[:4] == b"PK\x03\x04":  # a zip; "PK" alone could be the length of a safetensors header
                 return _pickle_header(path), {}
             if head[:4] == GGUF_MAGIC:
                 return _gguf_header(path)
@@ -212,7 +214,7 @@ def _read_header(path):
 
 
 def _pickle_header(path):
-    # In fake mode torch.load builds no storage, only notes where in the file each one lies.
+    # In fake mode, torch.load builds no storages; it only records the offset of each one in the file.
     try:
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -258,23 +260,23 @@ def _gguf_header(path):
 
 
 def count_blocks(entries):
-    """1 + the highest N of the tensors named blocks.N."""
+    """Return the number of blocks: 1 + the highest N among the tensors named blocks.N."""
     return 1 + max((int(n.split(".")[1]) for n in entries if re.match(r"blocks\.\d+\.", n)), default=-1)
 
 
 def in_file_order(tensors):
-    """{name: tensor} in the order in which `save` writes them: so that all are aligned."""
+    """Return {name: tensor} in the order in which `save` writes them, in which every tensor is aligned."""
     return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))}
 
 
 def raw_bytes(tensor):
-    """The bytes (n,) uint8 of a tensor, or of an Entry's."""
+    """Return the bytes (n,) uint8 of a tensor, or of an Entry's tensor."""
     tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def hash_of(tensors):
-    """SHA-256 in hex of what `save` writes behind the header: it does not depend on the metadata."""
+    """Return the SHA-256, in hex, of the data that `save` writes after the header. Metadata does not change it."""
     digest = hashlib.sha256()
     for tensor in in_file_order(tensors).values():
         digest.update(raw_bytes(tensor))
@@ -282,9 +284,9 @@ def hash_of(tensors):
 
 
 def save(path, tensors, metadata=None):
-    """Write tensors as safetensors, atomically. One of another file may be given as its Entry, which is read in its
-    turn. Metadata values become strings. Equal contents give equal bytes, which safetensors' own writer does not: it
-    shuffles the metadata.
+    """Write {name: tensor} as safetensors, atomically. A tensor of another file may be given as its Entry, which is
+    read when it is written. Metadata values become strings. Equal contents give equal bytes; safetensors' own writer
+    does not guarantee that, because it shuffles the metadata.
     """
     tensors = in_file_order(tensors)
     header, end = {}, 0
@@ -302,6 +304,6 @@ def save(path, tensors, metadata=None):
 
 
 def load(path):
-    """Read every tensor of one small safetensors file: ({name: tensor}, metadata)."""
+    """Read a small file with all its tensors: ({name: tensor}, metadata)."""
     entries, metadata = read_header(path)
     return {name: e.read() for name, e in entries.items()}, metadata

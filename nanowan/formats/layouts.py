@@ -1,9 +1,9 @@
-"""Which files of a folder hold what, and other people's names for a model's tensors, made official ones.
+"""File layouts: which files of a folder hold a model, and how the tensor names of other layouts become official ones.
 
-Folders are laid out as the official ones or as diffusers', one-file DiTs as ComfyUI's. A DiT or VAE comes out of
-`read_weights` as {official name: Entry}, whatever the layout of its files; weights in 8 bits with scales are
-scaled.ScaledEntry, those of a GGUF file header.GgufEntry. The text encoder's names are in t5.py, a LoRA's in
-lora.py. Source of diffusers' names: its convert_wan_to_diffusers script and the models themselves.
+The layouts are the official folders, diffusers' folders, and ComfyUI's one-file DiTs. Whatever the layout,
+`read_weights` returns a DiT or VAE as {official name: Entry}; 8-bit weights with scales are scaled.ScaledEntry, and
+quantized weights of a GGUF file are header.GgufEntry. The text encoder's names are in t5.py, those of LoRAs in lora.py.
+Source of diffusers' names: its convert_wan_to_diffusers script, and the models themselves.
 """
 
 import fnmatch
@@ -19,7 +19,7 @@ from nanowan.formats.scaled import apply_scales, check_quantization
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def _holds_dit(file):
-    """Whether a file has a DiT's first layer, or cannot be read."""
+    """Whether a file contains a DiT's first layer. Also True if the file cannot be read."""
     try:
         return "patch_embedding.weight" in map(clean_key, read_header(file)[0])
     except BadInput:
@@ -27,8 +27,8 @@ def _holds_dit(file):
 
 
 def weight_files(path, stem="diffusion_pytorch_model"):
-    """The files that hold one model: `path` itself if it is a file; else, in the folder, every shard its index names,
-    or the unsharded safetensors. Raises BadInput naming what is missing.
+    """Return the files that hold one model: `path` itself if it is a file; in a folder, every shard that its index
+    names, or the unsharded safetensors file, or the only other file with a DiT. Raises BadInput naming what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -48,7 +48,7 @@ def weight_files(path, stem="diffusion_pytorch_model"):
     single = path / f"{stem}.safetensors"
     if single.is_file():
         return [single]
-    # such as one of ComfyUI's files, put in the place of the official shards
+    # for example a file of ComfyUI's, put in place of the official shards
     others = sorted(
         f
         for f in path.iterdir()
@@ -56,7 +56,7 @@ def weight_files(path, stem="diffusion_pytorch_model"):
         and "vae" not in f.name.lower()
         and not f.name.lower().startswith(("models_t5", "umt5"))
     )
-    if len(others) > 1:  # beside a LoRA, an encoder under a name of its own, ...
+    if len(others) > 1:  # the folder may also hold a LoRA, an encoder under another name, ...
         others = [f for f in others if _holds_dit(f)] or others
     if len(others) == 1:
         return others
@@ -68,8 +68,8 @@ def weight_files(path, stem="diffusion_pytorch_model"):
 
 
 def find(path, pattern, what):
-    """`path` if it is a file, else the one .pth, .safetensors or .gguf file in the folder whose name fits `pattern`,
-    in capitals or not.
+    """Return `path` if it is a file, else the only .pth, .safetensors or .gguf file in the folder whose name matches
+    `pattern`, ignoring case. what: the name of the missing file in the message. Raises BadInput.
     """
     path = Path(path)
     if path.is_file():
@@ -93,7 +93,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def clean_key(key):
-    """The official name of a tensor: without the prefixes of ComfyUI's files and torch.compile's `_orig_mod.`"""
+    """Return a tensor's name without the prefixes of ComfyUI's files and without torch.compile's `_orig_mod.`"""
     key = key.replace("_orig_mod.", "")
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
@@ -101,7 +101,7 @@ def clean_key(key):
 
 
 def read_headers(files):
-    """One dictionary {official name: Entry} over several files of a model."""
+    """Return one {clean_key of a name: Entry} for all files of a model. Raises BadInput if a name appears twice."""
     entries = {}
     for file in files:
         header, metadata = read_header(file)
@@ -114,7 +114,7 @@ def read_headers(files):
 
 
 # ---- the names of diffusers --------------------------------------------------------------------------------------
-# Official module names and diffusers' (N: a number). The modulations are parameters themselves.
+# {official module name: diffusers' name}; N is a block's number. The modulations are parameters, not modules.
 DIFFUSERS_NAMES = {
     "blocks.N": "blocks.N",
     "blocks.N.modulation": "blocks.N.scale_shift_table",
@@ -142,7 +142,7 @@ for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
     for p, q in zip(("q", "k", "v", "o", "norm_q", "norm_k"), ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")):
         DIFFUSERS_NAMES[f"blocks.N.{ours}.{p}"] = f"blocks.N.{theirs}.{q}"
 OFFICIAL_DIT = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
-# parts of a VAE's names; what differs between 2.1 and 2.2 is in official_vae_name
+# {part of a VAE's name in diffusers: official part}; official_vae_name adds what differs between VAE 2.1 and 2.2
 VAE_PARTS = {
     ".mid_block.resnets.0.": ".middle.0.",
     ".mid_block.attentions.0.": ".middle.1.",
@@ -161,8 +161,8 @@ RESIDUAL_PARTS = {
 
 
 def rename_dit(name, table):
-    """A DiT's tensor under its name in another layout: `table` is DIFFUSERS_NAMES or its inverse. One that is not in
-    the table keeps its name.
+    """Return the name of a DiT's tensor in another layout. table: DIFFUSERS_NAMES or its inverse. Names that are not in
+    the table stay unchanged.
     """
     block = re.match(r"blocks\.(\d+)\.", name)
     general = name.replace(block.group(), "blocks.N.", 1) if block else name
@@ -172,17 +172,17 @@ def rename_dit(name, table):
 
 
 def official_dit_name(name):
-    """The official name of a DiT's tensor with this one of diffusers."""
+    """Return the official name of a DiT's tensor, given diffusers' name."""
     return rename_dit(name, OFFICIAL_DIT)
 
 
 def diffusers_dit_name(name):
-    """diffusers' name of a DiT's tensor with this official one."""
+    """Return diffusers' name of a DiT's tensor, given the official name."""
     return rename_dit(name, DIFFUSERS_NAMES)
 
 
 def official_vae_name(name, v22):
-    """The official name of a VAE's tensor with this one of diffusers; v22: of VAE 2.2, whose stages are modules."""
+    """Return the official name of a VAE's tensor, given diffusers' name. v22: for VAE 2.2, whose stages are modules."""
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv2." if name.startswith("post") else "conv1.") + name.split(".", 1)[1]
     for theirs, ours in VAE_PARTS.items():
@@ -194,7 +194,7 @@ def official_vae_name(name, v22):
         name = re.sub(r"decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.upsamples.\1.upsamples.", name)
         name = re.sub(r"decoder\.up_blocks\.(\d+)\.upsampler\.", r"decoder.upsamples.\1.upsamples.3.", name)
     elif m := re.match(r"decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", name):
-        layer = 4 * int(m.group(1)) + int(m.group(2) or 3)  # three blocks and an upsampling for each stage
+        layer = 4 * int(m.group(1)) + int(m.group(2) or 3)  # each stage has three blocks and an upsampling
         name = name.replace(m.group(), f"decoder.upsamples.{layer}.")
     if "samples." in name or "middle." in name:
         for theirs, ours in RESIDUAL_PARTS.items():
@@ -202,12 +202,12 @@ def official_vae_name(name, v22):
     return name
 
 
-IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # Animate-2's official names: a module stands around each block
+IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # Animate-2's official names: a module wraps each block
 
 
 def is_animate2(entries):
-    """Whether a DiT's files {name: Entry}, whose tensors are those of Wan 2.1's I2V, say that they are Animate-2's: by
-    the official names, or by the metadata of ComfyUI's file.
+    """Whether a DiT's headers {name: Entry} are Animate-2's. Its tensors are those of Wan 2.1's I2V, so only the
+    official names, or the metadata of ComfyUI's file, tell it apart.
     """
     if "img_emb.proj.1.weight" not in entries:
         return False
@@ -219,8 +219,8 @@ def is_animate2(entries):
 
 
 def official_names(entries):
-    """{name: Entry} of a DiT or VAE with diffusers' names, or names of Animate-2's own, under those of all official
-    DiTs; any other as it is.
+    """Return the {name: Entry} of a DiT or VAE under official names, if these are diffusers' names or Animate-2's with
+    its wrapped blocks. Other names stay unchanged.
     """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
@@ -233,7 +233,7 @@ def official_names(entries):
 
 
 def read_weights(files):
-    """{official name: Entry} of a DiT or VAE in any layout, from the headers of its files."""
+    """Return {official name: Entry} of a DiT or VAE in any layout, from the headers of its files."""
     entries = official_names(read_headers(files))
     apply_scales(entries)
     return entries
@@ -241,19 +241,19 @@ def read_weights(files):
 
 # ---- the folders of diffusers ------------------------------------------------------------------------------------
 def is_diffusers(ckpt_dir):
-    """Whether a checkpoint folder is laid out as diffusers' save_pretrained does."""
+    """Whether a checkpoint folder has the layout of diffusers' save_pretrained."""
     return any((Path(ckpt_dir) / name).exists() for name in ("model_index.json", "transformer"))
 
 
 def parts_folder(ckpt_dir):
-    """The folder of a checkpoint's VAE and encoders: of Animate-2's official one a folder within, else itself."""
+    """Return the folder of a checkpoint's VAE and encoders: a subfolder in Animate-2's official folder, else itself."""
     within = Path(ckpt_dir) / "videomodel" / "Wan-AI"
     return within if within.is_dir() else Path(ckpt_dir)
 
 
 def expert_folders(ckpt_dir):
-    """{"high": folder, "low": folder} of an A14B's two DiTs, or {"dit": folder or file} of a single one. Where
-    Animate-2's official folder holds both of its DiTs, that is the base, not the distilled one.
+    """Return {"high": folder, "low": folder} for an A14B's two DiTs, or {"dit": folder or file} for a single DiT. If
+    Animate-2's official folder holds both of its DiTs, the base model is returned, not the distilled one.
     """
     ckpt_dir = Path(ckpt_dir)
     if files := sorted((ckpt_dir / "wan_animate_2").glob("*.safetensors")):
@@ -267,15 +267,15 @@ def expert_folders(ckpt_dir):
 
 
 def vae_files(path):
-    """The files of a VAE: `path` itself, or those of a checkpoint folder."""
+    """Return the files of a VAE. path: the VAE's file, or a checkpoint folder."""
     if (Path(path) / "vae").is_dir() and is_diffusers(path):
         return weight_files(Path(path) / "vae")
     return [find(parts_folder(path), "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")]
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """{field: value} of Settings that a diffusers folder's model_index.json says, none for another folder. Raises
-    BadInput where it does not fit the folder.
+    """Return {field: value} of the Settings that a diffusers folder's model_index.json contains; {} for other folders.
+    Raises BadInput if model_index.json does not fit the folder.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):
@@ -292,7 +292,7 @@ def index_settings(ckpt_dir, is_moe, model_type):
 
 
 def check_latent_stats(path, stats):
-    """Raise BadInput where a diffusers VAE's config.json has another mean or deviation of its latents than `stats`,
+    """Raise BadInput if a diffusers VAE's config.json has other means or deviations of the latents than `stats`,
     {number of channels: (mean, std)}.
     """
     file = Path(path) / "vae" / "config.json"
@@ -305,10 +305,10 @@ def check_latent_stats(path, stats):
         raise BadInput(f"{file}: latents_mean and latents_std are not those of Wan's VAEs")
 
 
-# diffusers' name of a field of WanConfig; dim is the heads' number times attention_head_dim
+# {field of WanConfig: diffusers' name}; dim is num_attention_heads times attention_head_dim
 CONFIG_NAMES = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
 CONFIG_NAMES |= {name: name for name in ("ffn_dim", "num_layers", "freq_dim", "eps")}
-# what a Wan 2.2 DiT has no choice of
+# diffusers' settings that have the same value in every Wan 2.2 DiT
 CONFIG_FIXED = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -318,7 +318,7 @@ CONFIG_FIXED = {
 
 
 def official_config(config, file):
-    """What a DiT's config.json says, under the official names. Raises BadInput for another model of diffusers."""
+    """Return a DiT's config.json under official names. Raises BadInput for other models of diffusers."""
     name = config.get("_class_name")
     if name == "WanAnimate2Transformer3DModel":
         raise BadInput(f"{file}: a {name}; of Animate-2 the official layout is read, and ComfyUI's file")
@@ -337,7 +337,7 @@ def official_config(config, file):
 
 
 def diffusers_config(config):
-    """The config.json of diffusers for a WanConfig."""
+    """Return the contents of diffusers' config.json for a WanConfig."""
     fields = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
     fields |= {"attention_head_dim": config.dim // config.num_heads, "text_dim": config.text_dim}
     return {"_class_name": "WanTransformer3DModel", "patch_size": list(config.patch_size), **fields, **CONFIG_FIXED}

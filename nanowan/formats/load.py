@@ -1,4 +1,4 @@
-"""Weights from files into models: strict, streamed tensor by tensor, converted on the way."""
+"""Load weights from files into models: names and shapes must match; tensors are streamed and converted one by one."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,9 @@ from nanowan.memory.host import host_buffer
 
 
 def put(owner, leaf, tensor, dtype):
-    """Give a module its weight `leaf`, frozen: where that lies already, as on the host, into its memory; where
-    nanowan/parallel has sharded it, only this rank's part.
+    """Give the module `owner` a tensor as its parameter `leaf`. On the meta device the parameter is replaced by a
+    frozen one of this dtype. Otherwise the tensor is copied into its memory, and if nanowan/parallel has sharded the
+    parameter, only this rank's part is.
     """
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
@@ -29,7 +30,7 @@ def put(owner, leaf, tensor, dtype):
 
 
 def check_keys(model, entries):
-    """Raise BadInput unless `entries` {name: Entry} are exactly the parameters of an empty model: it lists missing,
+    """Raise BadInput unless `entries` {name: Entry} match the model's parameters exactly. The message lists missing,
     unexpected and mis-shaped keys.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -49,18 +50,19 @@ def check_keys(model, entries):
 
 
 def load_weights(model, entries, device, dtype, fp32=lambda name: False):
-    """Stream `entries` into a model whose keys were checked, tensor by tensor in the order of the file, so that memory
-    holds the weights once. What is on the meta device goes to `device`, what has a place already, on the host, goes
-    there, rounded to 8 bits on the device on its way. Adapters keep their values; blocks that another rank holds are
-    not read, and sharded parameters take this rank's part.
+    """Stream `entries` {name: Entry}, whose keys were checked, into a model, tensor by tensor in the order of the file,
+    so that memory holds the weights once. Return the model in eval mode.
 
-    Every floating tensor becomes `dtype`, or float32 where `fp32(name)` says so. Weights come out frozen and the model
-    in eval mode; on the meta device nothing is read.
+    Parameters on the meta device are created on `device`, frozen. Parameters that have memory already, such as
+    offloaded ones on the host, are filled in place; 8-bit ones are rounded on `device` first. Adapters keep their
+    values. Blocks that another rank holds are not read, and a sharded parameter gets this rank's part.
+
+    Every tensor becomes `dtype`, or float32 if `fp32(name)` is true. If `device` is the meta device, nothing is read.
     """
-    return_freed_blocks()  # what decoding a tensor, or rounding it to 8 bits, takes
+    return_freed_blocks()  # the memory that decoding a tensor, or rounding it to 8 bits, takes for a moment
     names = {base_name(name): name for name, _ in model.named_parameters()}
-    # What is converted on the way passes through one buffer: freed between tensors that stay, it would leave holes in
-    # the heap. For a GPU it is pinned, if that can be.
+    # Tensors that are converted pass through one buffer. Buffers freed between tensors that stay would leave holes in
+    # the heap. For a GPU the buffer is pinned, if that is possible.
     scratch = host_buffer(max(e.scratch_bytes for e in entries.values()), device, quiet=True)
     for name in sorted(names.keys() & entries.keys(), key=lambda n: (str(entries[n].file), entries[n].offset)):
         entry, goal = entries[name], torch.float32 if fp32(name) else dtype
@@ -77,8 +79,8 @@ def load_weights(model, entries, device, dtype, fp32=lambda name: False):
 
 
 def _load_fp8(linear, entry, device, scratch):
-    """Give an Fp8Linear its weight and scales: as the file has them, or rounded to e4m3."""
-    place = linear.scales  # which become others below
+    """Give an Fp8Linear its weight and scales: those of the file, or the weight rounded to e4m3 with new scales."""
+    place = linear.scales  # linear.scales is another tensor below
     if not isinstance(entry, ScaledEntry) or entry.stored.dtype not in FP8:
         weight8 = linear.quantize(entry.read_to(device, scratch))
     else:
@@ -90,7 +92,7 @@ def _load_fp8(linear, entry, device, scratch):
 
 
 def load_into(model, entries, device, dtype):
-    """check_keys, then load_weights."""
+    """Run check_keys, then load_weights."""
     check_keys(model, entries)
     return load_weights(model, entries, device, dtype)
 
@@ -100,8 +102,8 @@ SLICE = 4 << 20  # bytes that are converted at once
 
 @dataclass(frozen=True)
 class CastEntry(Entry):
-    """A tensor of a file that becomes another dtype when it is read, in slices one after the other, so that host memory
-    holds no second copy of it.
+    """A tensor in a file that is cast to another dtype while it is read, slice by slice, so that host memory holds no
+    second copy of it. source: the Entry as the file stores it.
     """
 
     source: Entry | None = None
@@ -131,8 +133,8 @@ class CastEntry(Entry):
 
 
 def cast(entries, dtype=None):
-    """{name: Entry} whose tensors are read in a dtype: this one, or as they are stored but for those in 8 and fewer
-    bits that are decoded while they are read, which become bf16.
+    """Return {name: Entry} whose tensors are read in this dtype. Without a dtype, tensors keep the dtype of their file,
+    and those that are decoded while they are read (8-bit and GGUF weights) become bf16.
     """
     found = {}
     for name, entry in entries.items():

@@ -1,7 +1,7 @@
-"""LoRA files of every layout in use for Wan, read into {parameter name: Change} (formats/changes.py), and written.
+"""Read LoRA files of every layout in use for Wan into {parameter name: Change} (formats/changes.py), and write them.
 
 The layouts are those of ComfyUI, kohya and musubi-tuner, diffusers and PEFT, DiffSynth, ai-toolkit, lightx2v and
-LyCORIS; one function, `official_name`, knows their names.
+LyCORIS. One function, `official_name`, translates the names of all of them.
 """
 
 import json
@@ -22,16 +22,16 @@ from nanowan.formats.layouts import DIFFUSERS_NAMES
 
 # ---- names -------------------------------------------------------------------------------------------------------
 INJECTORS = [f"audio_injector.injector.N.{p}" for p in ("q", "k", "v", "o", "norm_q", "norm_k")]
-# kohya and LyCORIS write dots as underscores, so all spellings are compared without dots
+# kohya and LyCORIS write dots as underscores, so all names are compared with underscores in place of dots
 OFFICIAL = {name.replace(".", "_"): name for name in (*DIFFUSERS_NAMES, *INJECTORS)}
 OFFICIAL |= {theirs.replace(".", "_"): ours for ours, theirs in DIFFUSERS_NAMES.items()}
-# Animate-2's in diffusers: the official modules, and in them the projections of its other models
+# Animate-2's names in diffusers: official attention modules with the projection names of diffusers' other models
 OFFICIAL |= {
     re.sub(r"\w+_attn\.\w+$", f"{ours.split('.')[2]}.{theirs.split('.', 3)[3]}", ours).replace(".", "_"): ours
     for ours, theirs in DIFFUSERS_NAMES.items()
     if "_attn." in ours
 }
-# what else Animate and S2V have, under its official name only
+# further modules of Animate and S2V, which are read under their official names only
 ROOTS = ("audio_injector", "casual_audio_encoder", "cond_encoder", "trainable_cond_mask")
 ROOTS += ("frame_packer", "pose_patch_embedding", "motion_encoder", "face_encoder", "face_adapter")
 
@@ -41,18 +41,18 @@ PREFIXES = re.compile(
 ENDINGS = re.compile(
     r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|"
     r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector|ids)"
-    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT's name of the adapter may stand between
+    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # in between, there may be PEFT's name for the adapter
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 PARTS |= {"diff_b": "diff", "diff_m": "diff"}
-# ComfyUI's names of the text encoder's weights are transformers' behind this
+# ComfyUI's names of the text encoder's weights are this prefix followed by transformers' names
 TEXT_PREFIX = re.compile(r"text_encoders\.(?:umt5xxl\.)?transformer\.")
 TEXT_TABLE = "shared.weight"  # the token embeddings
-LOW_NOISE = ("transformer_2", "dit2")  # what writers of both experts into one file call the second
+LOW_NOISE = ("transformer_2", "dit2")  # names of the low-noise expert in files that hold both experts
 
-SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # that parameters of other models have too
+SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # endings that keys of other models have too
 
-# Kinds of files that are not read, by what is in their keys
+# Kinds of files that are not read {pattern in a key: kind}
 REFUSED = {
     r"lora_(B|up)(\.default)?\.bias": "a LoRA with biases of its own (lora_bias)",
     r"lora_mid|lokr_t[12]": "in a Tucker decomposition",
@@ -60,10 +60,10 @@ REFUSED = {
     r"\.oft_r": "an OFT of PEFT before 0.16",
     r"lora_embedding_": "a LoRA of an embedding",
 }
-# What PEFT's LoRA can be set to that makes a file mean something else than B A
+# Settings of PEFT's LoRA with which a file means something else than B A
 PEFT_OPTIONS = ("alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora")
 PEFT_OPTIONS += ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
-# Its initialisations that change the base as well
+# PEFT's initialisations that also change the base model
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 IMAGE_BRANCH = re.compile(r"img_emb\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
 
@@ -72,14 +72,14 @@ MODELS = {"dit": "a DiT", "text": "the text encoder"}
 
 
 class Place(NamedTuple):
-    component: str | None  # what stands before the module's name where a file has several models, such as transformer_2
+    component: str | None  # prefix of the module's name in files of several models, such as transformer_2
     parameter: str
     part: str  # A, B, alpha, diff, lokr_w1, lokr_w1_a ...
 
 
 def official_name(key):
-    """Where a LoRA file's key belongs: its Place, or None if it is no key of a change to this family of models. The
-    text encoder's are of the component "text" and keep transformers' names.
+    """Return the Place of a key of a LoRA file, or None if the key changes none of these models. Keys for the text
+    encoder get the component "text" and keep transformers' names.
     """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
@@ -102,30 +102,30 @@ def official_name(key):
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """A LoRA file as its header shows it. `halves`: {"high" | "low" | "text": {parameter: {part: Entry}}}, where a file
-    for one DiT stands under "high" too, unless its keys say "low". `problem`: why it is not read, or None.
+    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}; a file for a
+    single DiT is under "high" too, unless its keys say "low". problem: why the file is not read, or None.
     """
 
     path: Path
     metadata: dict
     halves: dict
-    peft: dict
-    expert: str | None  # as its keys tell: "high", "low", "both"
+    peft: dict  # {"high" | "low": PEFT's settings}
+    expert: str | None  # what the keys say: "high", "low", "both"; None if they do not say
     problem: str | None
 
     @property
     def model(self):
-        """What it changes: the "dit", or the "text" encoder."""
+        """The model that the file changes: "dit", or "text" for the text encoder."""
         return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
-        """Which of the halves is this expert's: of a file for one model, the only one."""
+        """Return the name of this expert's half. A file for one model has a single half, which is always returned."""
         if len(self.halves) == 2 and expert not in self.halves:
             raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low, whose half is wanted")
         return expert if len(self.halves) == 2 else next(iter(self.halves))
 
     def changes(self, expert):
-        """{parameter name: change} for this expert."""
+        """Return {parameter name: Change} for this expert."""
         half = self.half(expert)
         return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
 
@@ -137,7 +137,7 @@ class Listing:
 
 
 def list_lora(path):
-    """The Listing of a file, from its header alone; None for a file without one key of a LoRA or its relatives."""
+    """Return the Listing of a file, from its header alone, or None if no key belongs to a LoRA or a related adapter."""
     entries, metadata = read_header(path)
     parts, unknown, twice, components = {}, [], [], set()
     for key, entry in entries.items():
@@ -180,15 +180,15 @@ def list_lora(path):
     listing = Listing(Path(path), metadata, parts, {}, expert, problem)
     if problem is None:
         beside = any(key.startswith("base_model.") for key in entries)
-        if Path(path).stem == "adapter_model" and metadata.get("alpha_folded") != "True":  # PEFT's name for the pair
+        if Path(path).stem == "adapter_model" and metadata.get("alpha_folded") != "True":  # PEFT's file name
             beside |= Path(path).with_name("adapter_config.json").is_file()
         listing.peft, listing.problem = _peft_config(listing, beside)
     return listing
 
 
 def _peft_config(listing, beside):
-    """({"high" | "low": LoRA settings}, a problem or None): diffusers keeps PEFT's in the file's metadata, PEFT
-    itself in adapter_config.json `beside` the file.
+    """Return ({"high" | "low": PEFT's settings}, a problem or None). diffusers stores PEFT's settings in the file's
+    metadata, PEFT itself in adapter_config.json. beside: whether adapter_config.json, next to the file, is read.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
@@ -229,7 +229,9 @@ def _peft_config(listing, beside):
 
 
 def read_listing(path, model="dit"):
-    """The Listing of a file that can be read, for the "dit" or the "text" encoder. Raises BadInput for another."""
+    """Return the Listing of a file that changes `model`, "dit" or "text". Raises BadInput if the file cannot be read or
+    changes another model.
+    """
     listing = list_lora(path)
     if listing is None:
         raise BadInput(f"{path}: not a LoRA, it has none of its keys (lora_A, lora_down, lokr_w1, diff, ...)")
@@ -241,29 +243,28 @@ def read_listing(path, model="dit"):
 
 
 def kind_of_lora(path):
-    """Which model a LoRA file changes: "dit" or "text". Raises BadInput for a file that is none."""
+    """Return the model that a LoRA file changes: "dit" or "text". Raises BadInput if it is not a LoRA that is read."""
     listing = list_lora(path)
     return listing.model if listing and not listing.problem else read_listing(path).model
 
 
 def read_lora(path, expert=None):
-    """A LoRA file in any of the known layouts -> ({parameter name: change}, metadata).
+    """Read ({parameter name: Change}, metadata) from a LoRA file in any of the known layouts.
 
-    expert: "high" or "low", whose changes are wanted of a file that holds both. Raises BadInput for keys that are not
-    known and for kinds that are not read: a file is never half loaded. Tensors stay in the file until
-    a change is used.
+    expert: "high" or "low", the half to read of a file that holds both. Raises BadInput for unknown keys and for kinds
+    that are not read: a file is never loaded in part. Tensors stay in the file until a change is used.
     """
     listing = read_listing(path)
     return listing.changes(expert), listing.metadata
 
 
 def describe(path):
-    """What a LoRA file is, from its header alone, or None for a file that is none.
+    """Return a description of a LoRA file, from its header alone, or None for a file that is not a LoRA:
 
-    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: number}, "ranks": {rank: number},
-    "targets": {module: number}, "blocks": numbers, "elsewhere": parameters outside of blocks, "image_keys": how many
-    are of Wan 2.1's image branch, "alpha_keys": number, "expert", "expert_from": as expert_of gives them, "problem":
-    why the file is not read, or None, "metadata"}
+    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: count}, "ranks": {rank: count},
+    "targets": {module: count}, "blocks": their indices, "elsewhere": parameters outside the blocks, "image_keys":
+    number of tensors for Wan 2.1's image branch, "alpha_keys": count, "expert", "expert_from": the result of expert_of,
+    "problem": why the file is not read, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
@@ -292,11 +293,11 @@ def describe(path):
 class LoraSpec(NamedTuple):
     file: str
     weight: float
-    expert: str | None  # "high", "low", "both", or None: not said
+    expert: str | None  # "high", "low", "both", or None if not given
 
 
 def parse_lora_spec(text, flag="--lora"):
-    """FILE[:weight][:high|low|both] -> LoraSpec."""
+    """Parse FILE[:weight][:high|low|both] into a LoraSpec."""
     fields, weight = text.split(":"), 1.0
     expert = fields.pop() if len(fields) > 1 and fields[-1] in ("high", "low", "both") else None
     if len(fields) > 1:
@@ -304,13 +305,13 @@ def parse_lora_spec(text, flag="--lora"):
             weight = float(fields[-1])
             fields.pop()
         except ValueError:
-            pass  # a colon of the file's name
+            pass  # the colon is part of the file's name
     if not math.isfinite(weight):
         raise BadInput(f"{flag} {text}: a weight of {weight}; give a number")
     return LoraSpec(":".join(fields), weight, expert)
 
 
-# Which expert a file's name says; the name in lower case, its words joined by "_"
+# Patterns that find the expert in a file's name, given in lower case with its words joined by "_"
 LEVELS = {"high": "high", "hn": "high", "h": "high", "高": "high", "low": "low", "ln": "low", "l": "low", "低": "low"}
 MODEL = r"(?:wan[\d_]*|w?2_?2|a?14b|ti2v|[tis]2v)"
 VERSION = r"(?:(?:v|e|ep|epochs?|s|steps?|fp|bf)?_?\d+(?:steps?|epochs?)?(?![a-z0-9])|e\dm\d)"
@@ -324,14 +325,15 @@ EXPERT_IN_NAME = (
     r"(高|低)噪",
 )
 BOTH_IN_NAME = r"_(high|hn|h)(_(and|n|plus|or))?_(low|ln|l)(?=_|$)|_(low|ln|l)(_(and|n|plus|or))?_(high|hn|h)(?=_|$)"
-COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # thigh_high is no expert
+COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # thigh_high names no expert
 
 
 def expert_in_name(path):
-    """ "high" or "low", as a file's own name says, or None where it says neither or both.
+    """Return "high" or "low" if a file's name says one of them, or None if it says neither or both.
 
-    "high" and "low" count beside "noise"; alone, like HN, LN, H and L, only at the end or before a number or version
-    (x_HIGH, style-H-e8), and the short ones behind the model's name (wan22_h_style). high_heels is no expert.
+    "high", "low", H and L count next to "noise". Without "noise", high, low, HN, LN, H and L count only at the end or
+    before a number or version (x_HIGH, style-H-e8); the short ones also count directly after the model's name
+    (wan22_h_style). high_heels names no expert.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
     words = "_" + re.sub(r"[\W_]+", "_", words).lower()
@@ -343,8 +345,8 @@ def expert_in_name(path):
 
 
 def expert_of(path, metadata, chosen=None):
-    """Which expert of an A14B a file is for: ("high" | "low" | "both", where that is said), or (None, None).
-    chosen: such a pair that goes before its metadata and name, or None.
+    """Return the expert of an A14B that a file is for, and what says so: ("high" | "low" | "both", its source), or
+    (None, None). chosen: such a pair that takes precedence over the file's metadata and name, or None.
     """
     if chosen:
         return chosen
@@ -355,11 +357,11 @@ def expert_of(path, metadata, chosen=None):
 
 
 def choose_experts(spec, experts, flag="--lora"):
-    """Which DiTs a LoRA file is for: (their names, where the file says so, or None).
+    """Return the names of the DiTs that a LoRA file is for, and what in the file says so, or None.
 
-    spec: LoraSpec. experts: the names of the DiTs that can take it, "high" and "low" of an A14B or another one alone. A
-    single model takes whatever does not say "high" or "low" by flag, keys or metadata. Raises BadInput where an A14B's
-    expert is not known, or is another one.
+    spec: LoraSpec. experts: the names of the available DiTs: "high" and "low" of an A14B, or another name alone. A
+    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if a file's
+    expert of an A14B is unknown or not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
@@ -373,7 +375,7 @@ def choose_experts(spec, experts, flag="--lora"):
             f"{flag} {spec.file}: for which expert? Neither its metadata nor its name says; add :high, :low or :both"
         )
     wanted = {"high", "low"} if expert == "both" else {expert}
-    if source == "its keys" and not alone and expert == "both":  # each half goes to its own, where that is here
+    if source == "its keys" and not alone and expert == "both":  # each half goes to its expert, if that is available
         wanted &= set(experts)
     if not wanted <= set(experts):
         here = "a single model" if alone else f"only {', '.join(experts)}"
@@ -384,8 +386,9 @@ def choose_experts(spec, experts, flag="--lora"):
 
 
 def left_out(changes, shapes):
-    """{parameter name: why} of the changes that a model has no use for, and that others skip as well: those of Wan
-    2.1's image branch where it has none, and one of the patch embedding for another number of input channels.
+    """Return {parameter name: reason} of the changes that a model cannot use and that other programs skip as well:
+    changes of Wan 2.1's image branch if the model has none, and a change of the patch embedding for another number of
+    input channels.
     """
     skipped, patch = {}, "patch_embedding.weight"
     if not any(IMAGE_BRANCH.match(name) for name in shapes):
@@ -399,10 +402,10 @@ def left_out(changes, shapes):
 
 
 def check_fit(path, changes, shapes):
-    """The changes that a model takes: all but those of left_out.
+    """Return the changes that a model takes: all except those of left_out.
 
-    shapes: {parameter name: shape} of the model. Raises BadInput for a change without a parameter of its shape, and
-    where nothing is left.
+    shapes: {parameter name: shape} of the model. Raises BadInput if a change fits no parameter, or if no change is
+    left.
     """
     skipped = left_out(changes, shapes)
     taken = {name: change for name, change in changes.items() if name not in skipped}
@@ -423,9 +426,9 @@ def check_fit(path, changes, shapes):
 
 
 def merge_file(model, path, weight=1.0, expert=None):
-    """Merge a LoRA file into a model, in place (lora.merge). expert: "high" or "low", which half of a file that holds
-    both. Raises BadInput, before anything is changed, for what read_lora and check_fit refuse, and for a change of an
-    8-bit weight that is not of low rank.
+    """Merge a LoRA file into a model, in place (lora.merge). expert: "high" or "low", the half to merge of a file that
+    holds both. Raises BadInput, before anything is changed, for files that read_lora or check_fit refuses, and for a
+    change of an 8-bit weight that is not of low rank.
     """
     changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
     taken = check_fit(path, changes, shapes)
@@ -438,8 +441,9 @@ def merge_file(model, path, weight=1.0, expert=None):
 
 
 def changes_to_start_from(pairs, path, expert=None):
-    """{module name: change} of a LoRA file for an adapter {module name: (A, B)}, whose tensors may be on meta. Raises
-    BadInput unless the file changes the same weights with the same ranks, and nothing else.
+    """Return {module name: Change} of a LoRA file that an adapter is to start from. pairs: the adapter {module name:
+    (A, B)}, whose tensors may be on the meta device. Raises BadInput unless the file changes exactly the adapter's
+    weights, with the same ranks.
     """
     changes = {name.removesuffix(".weight"): change for name, change in read_lora(path, expert)[0].items()}
     want = {name: (tuple(b.shape[:1] + a.shape[1:]), len(a)) for name, (a, b) in pairs.items()}
@@ -455,8 +459,8 @@ def changes_to_start_from(pairs, path, expert=None):
 
 @torch.no_grad()
 def start_from(pairs, path, scale, expert=None):
-    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput where
-    changes_to_start_from does.
+    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput for the same
+    files as changes_to_start_from.
     """
     changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():
@@ -466,7 +470,8 @@ def start_from(pairs, path, scale, expert=None):
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
-# What LoRA managers call a base: SwarmUI's id, one for all 14B models, and CivitAI's label, which S2V and Animate lack
+# LoRA managers' names for a base model: SwarmUI's id, the same for all 14B models, and CivitAI's label, which does not
+# exist for S2V and Animate
 MANAGERS_14B = "wan-2_1-text2video-14b"
 MANAGERS_NAMES = {
     "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
@@ -477,10 +482,11 @@ MANAGERS_NAMES = {
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's file tells LoRA managers of its training.
+    """What an adapter's file tells LoRA managers about its training.
 
-    variant: of the base, one of VARIANTS. date: ISO 8601. trained_words: {word: how many files have it}. resolution:
-    (width, height) px. steps: planned. batch: samples per step and rank; total_batch: of all ranks and --accumulate.
+    variant: the base model, one of VARIANTS. date: ISO 8601. trained_words: {word: number of files that have it in
+    their captions}. resolution: (width, height) px. steps: planned number of steps. batch: samples per step and rank.
+    total_batch: samples per optimizer step, over all ranks and --accumulate.
     """
 
     variant: str | None = None
@@ -493,7 +499,7 @@ class AdapterInfo:
     total_batch: int | None = None
 
     def metadata(self):
-        """The entries under the names that kohya's scripts and the ModelSpec standard use."""
+        """Return the metadata entries under the names that kohya's scripts and the ModelSpec standard use."""
         found = {
             "variant": self.variant,
             "modelspec.date": self.date,
@@ -514,7 +520,9 @@ class AdapterInfo:
 
 
 def save_adapter(path, tensors, metadata):
-    """Write an adapter's tensors with what managers find it by: its title, the file's name, and its hash (AutoV3)."""
+    """Write an adapter's tensors with the metadata by which LoRA managers find it: title (the file's name) and hash
+    (AutoV3).
+    """
     digest = hash_of(tensors)
     hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     metadata = {k: v for k, v in metadata.items() if k != "sshs_legacy_hash"} | hashes
@@ -525,8 +533,8 @@ def save_adapter(path, tensors, metadata):
 def write_lora(path, pairs, scale=1.0, info=None, **metadata):
     """Write an adapter {module name: (A, B)} whose dW is scale * B A, under the names that ComfyUI and diffusers read.
 
-    info: AdapterInfo. Further metadata is written as it is; rank, targets and blocks join it. Equal adapters with equal
-    metadata are equal files.
+    info: AdapterInfo, or None. Further metadata is written unchanged, together with rank, targets and blocks. Equal
+    adapters with equal metadata give equal files.
     """
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -555,8 +563,8 @@ KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.we
 
 
 def write_changes(path, changes, metadata, factors=None, layout="comfyui"):
-    """Write {parameter name: Change}, each times factors[name] (default 1), in one of LORA_LAYOUTS. Raises BadInput for
-    what that has no form for, and for one that depends on its weight and is to be scaled.
+    """Write {parameter name: Change}, each multiplied by factors[name] (default 1), in one of LORA_LAYOUTS. Raises
+    BadInput for a change that the layout has no form for, and for an OFT or DoRA with a factor other than 1.
     """
     tensors = {}
     for name, change in changes.items():

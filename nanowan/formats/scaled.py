@@ -1,4 +1,4 @@
-"""Weights in 8 bits with scales beside them, as ComfyUI's fp8_scaled files and others have them."""
+"""8-bit weights with separate scales, as in ComfyUI's fp8_scaled files and others."""
 
 import json
 from dataclasses import dataclass, replace
@@ -10,8 +10,8 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import Entry
 
 FP8 = (E4M3, torch.float8_e5m2)
-# Endings of what stands beside an 8-bit weight: the scale, in ComfyUI's older and its newer files (lightx2v writes both
-# too); what is not needed here; and the second scales that only 4-bit weights have
+# Name endings of the tensors that accompany an 8-bit weight: its scale, in ComfyUI's older and newer files (lightx2v
+# writes both too); tensors that are not needed here; and the second scale, which only 4-bit weights have.
 SCALES, IGNORED = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 NVFP4_SCALES = (".weight_scale_2", ".weight_global_scale")
 READ = "of those in few bits, fp8 and plain int8, with one scale or one for each row, are read"
@@ -20,8 +20,8 @@ REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats
 
 @dataclass(frozen=True)
 class ScaledEntry(Entry):
-    """A tensor that is the product of two in a file: `stored`, in 8 bits, and `scale`, one number or one for each row.
-    Read as fp32.
+    """A tensor that is the product of two tensors in a file: `stored`, in 8 bits, and `scale`, one number or one for
+    each row. `read` returns fp32.
     """
 
     stored: Entry | None = None
@@ -51,8 +51,8 @@ class ScaledEntry(Entry):
 
 
 def check_quantization(file, text):
-    """Raise BadInput where the JSON by which ComfyUI describes 8-bit weights names a format that is not read. text: str
-    or bytes, of one layer or of all, or None.
+    """Raise BadInput if ComfyUI's JSON description of quantized weights names a format that is not read. text: the JSON
+    of one layer or of all layers, str or bytes, or None.
     """
     try:
         layers = [json.loads(text or "{}")]
@@ -71,8 +71,9 @@ def check_quantization(file, text):
 
 
 def apply_scales(entries):
-    """Make every weight with a scale in a model's headers a ScaledEntry, and take the scales out, with what else
-    ComfyUI writes beside them. BadInput for formats of 8 and fewer bits that are not read.
+    """Turn every weight that has a scale into a ScaledEntry, and remove the scales and ComfyUI's other companion
+    tensors. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for quantized formats that are
+    not read.
     """
     scales = {}
     for name in [n for n in entries if n.endswith(SCALES + IGNORED + NVFP4_SCALES)]:
@@ -99,7 +100,9 @@ def apply_scales(entries):
 
 
 def linears_in_fp8(entries):
-    """{name: dtype} of the linears in a DiT's blocks that a file has in fp8 with scales: those stay in 8 bits."""
+    """Return {name: dtype} of the linear layers in a DiT's blocks that a file stores in fp8 with scales. These stay in
+    8 bits.
+    """
     return {
         name.removesuffix(".weight"): entry.stored.dtype
         for name, entry in entries.items()

@@ -1,4 +1,4 @@
-"""The text encoder's files, read, written and converted: official, transformers', ComfyUI's, llama.cpp's."""
+"""Read, write and convert the text encoder's files: the official, transformers', ComfyUI's and llama.cpp's layouts."""
 
 import base64
 import fnmatch
@@ -23,8 +23,8 @@ from t5 import EOS, PAD, TextEncoder, Tokenizer
 
 
 def sentencepiece_model(file):
-    """The bytes of a sentencepiece model: those of the file, or made from a tokenizer.json's vocabulary and table of
-    normalisation. Raises BadInput for a tokenizer.json of another kind. Source: sentencepiece_model.proto.
+    """Return the bytes of a sentencepiece model: those of the file, or made from the vocabulary and the normalisation
+    table of a tokenizer.json. Raises BadInput for a tokenizer.json of another kind. Source: sentencepiece_model.proto.
     """
     if file.suffix != ".json":
         return file.read_bytes()
@@ -48,22 +48,22 @@ def sentencepiece_model(file):
 
 
 def message(number, data):
-    """A field of bytes in protobuf's encoding: its number, its length in groups of seven bits, and the bytes."""
+    """Return a bytes field in protobuf's encoding: its number, its length in groups of seven bits, and the bytes."""
     length, n = b"", len(data)
     while n > 127:
         length, n = length + bytes([n & 127 | 128]), n >> 7
     return bytes([number << 3 | 2]) + length + bytes([n]) + data
 
 
-FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # the official one, Kijai's and city96's GGUF, ComfyUI's
-# in an official folder, and in those of diffusers
+FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # official; Kijai's, and city96's GGUF; ComfyUI's
+# the tokenizer in official folders (Animate-2's is the second), and in diffusers' folders
 TOKENIZERS = (
     "google/umt5-xxl/spiece.model",
     "umt5-xxl/spiece.model",
     "tokenizer/spiece.model",
     "tokenizer/tokenizer.json",
 )
-# official names and transformers', outside of blocks and in them
+# {official name: transformers' name}, outside the blocks and inside them
 OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
 BLOCK_NAMES = {
     "norm1.": "layer.0.layer_norm.",
@@ -74,7 +74,7 @@ BLOCK_NAMES = {
     "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
     "ffn.fc2.": "layer.1.DenseReluDense.wo.",
 }
-# llama.cpp's names, in GGUF files, and transformers'
+# {llama.cpp's name, in GGUF files: transformers' name}
 LLAMA_NAMES = {
     "token_embd.": "shared.",
     "enc.output_norm.": "encoder.final_layer_norm.",
@@ -89,7 +89,7 @@ LLAMA_NAMES = {
 
 
 def transformers_name(name):
-    """transformers' name of a tensor with this official one."""
+    """Return transformers' name of a tensor, given the official name."""
     if m := re.match(r"blocks\.(\d+)\.(.+\.)", name):
         return name.replace(m.group(), f"encoder.block.{m.group(1)}.{BLOCK_NAMES[m.group(2)]}")
     outer = name[: name.index(".") + 1]
@@ -97,14 +97,14 @@ def transformers_name(name):
 
 
 def official_name(name):
-    """The official name of a tensor with this one of transformers or llama.cpp; any other name as it is."""
+    """Return the official name of a tensor, given the name in transformers or llama.cpp. Other names stay unchanged."""
     block, module, leaf = re.fullmatch(r"(enc\.blk\.\d+\.)?(.*?)([^.]*)", name).groups()
     if module in LLAMA_NAMES:
         name = (block or "").replace("enc.blk", "encoder.block") + LLAMA_NAMES[module] + leaf
     if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
         ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
         return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
-    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # the table once more
+    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # its second name
         if name.startswith(theirs):
             return name.replace(theirs, ours)
     return name
@@ -119,12 +119,12 @@ class EncoderFile(NamedTuple):
 
 
 def is_delta(file):
-    """Whether this is a file of changes to a checkpoint's own encoder, by train_te.py --save delta."""
+    """Whether a file is a delta, which train_te.py --save delta writes: changes to a checkpoint's own encoder."""
     return read_header(file)[1].get("delta") == "True"
 
 
 def read_encoder(files):
-    """The EncoderFile of a whole encoder: one file or several shards in any of the layouts. Reads headers only."""
+    """Return the EncoderFile of a complete encoder, in one file or several shards of any layout. Reads headers only."""
     files = list(files)
     if is_delta(files[0]):
         raise BadInput(f"{files[0]}: a delta, not a whole encoder")
@@ -138,8 +138,8 @@ def read_encoder(files):
 
 
 def own_encoder(ckpt_dir):
-    """The files of a folder's own encoder: of an official folder, found by name, of one of diffusers, or of the
-    text_encoder folder in that.
+    """Return the files of a checkpoint's own encoder. ckpt_dir: a checkpoint folder in diffusers' layout, its
+    text_encoder folder, or an official folder, in which the file is found by name.
     """
     folder = parts_folder(ckpt_dir)
     if (folder / "text_encoder").is_dir():
@@ -158,7 +158,9 @@ class EncoderSpec(NamedTuple):
 
 
 def encoder_specs(weights):
-    """The EncoderSpecs of --text_encoder: None, FILE[:strength], or a list of such or of (file, strength)."""
+    """Return a list of EncoderSpecs. weights: None, FILE[:strength] as for --text_encoder, or a list whose items are
+    such strings or pairs (file, strength).
+    """
     if weights is None or isinstance(weights, str | Path):
         weights = [] if weights is None else [weights]
     return [EncoderSpec(Path(w[0]), w[1]) if isinstance(w, tuple) else _parse_encoder_spec(str(w)) for w in weights]
@@ -178,7 +180,9 @@ def _parse_encoder_spec(text):
 
 
 class EncoderSource(NamedTuple):
-    """Where an encoder comes from: the files of a whole one, and EncoderSpecs of what changes it, in their order."""
+    """The files that make up an encoder. base: the files of a complete encoder. changes: EncoderSpecs of the files that
+    change it, in the order in which they are applied.
+    """
 
     base: list
     changes: list
@@ -187,7 +191,7 @@ class EncoderSource(NamedTuple):
         return [*self.base, *(f for file, _ in self.changes for f in _files_of(file))]
 
     def digests(self, digest):
-        """[digest(file)] of everything that decides the encoder; strengths other than 1 stand behind their file's."""
+        """Return [digest(file)] for every file of the encoder, with a strength other than 1 appended to its digest."""
         changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
         return [digest(f) for f in self.base] + [digest(f) + (f":{s}" if s != 1 else "") for f, s in changed]
 
@@ -201,8 +205,8 @@ def _is_whole(file):
 
 
 def encoder_source(ckpt_dir, weights=None):
-    """The EncoderSource of a checkpoint folder with --text_encoder's `weights`, as encoder_specs takes them: the last
-    whole encoder of them at full strength, else the folder's own, and what follows.
+    """Return the EncoderSource of a checkpoint folder. weights: as for encoder_specs. The base is the last complete
+    encoder with strength 1 among them, else the folder's own encoder; the weights after the base are its changes.
     """
     specs = encoder_specs(weights)
     whole = [i for i, (file, strength) in enumerate(specs) if strength == 1 and _is_whole(file)]
@@ -211,8 +215,8 @@ def encoder_source(ckpt_dir, weights=None):
 
 
 def read_encoder_change(file):
-    """{official parameter name: Change} that a file makes to an encoder: a whole one's values, those of train_te.py
-    --save delta, or a LoRA with ComfyUI's names. Reads headers only.
+    """Return {official parameter name: Change} of a file that changes an encoder: a complete encoder, a delta of
+    train_te.py, or a LoRA with ComfyUI's names. Reads headers only.
     """
     file = Path(file)
     if _is_whole(file):
@@ -229,8 +233,8 @@ def read_encoder_change(file):
 
 
 def check_encoder_changes(source, entries):
-    """[({name: Change}, strength)] of an EncoderSource, whose base has these `entries`. Raises BadInput where a change
-    does not fit that.
+    """Return [({name: Change}, strength)] of an EncoderSource. entries: the headers of its base. Raises BadInput if a
+    change does not fit the base.
     """
     found = []
     for file, strength in source.changes:
@@ -245,7 +249,7 @@ def check_encoder_changes(source, entries):
 
 
 def tokenizer_file(ckpt_dir):
-    """The sentencepiece model of a folder, or its tokenizer.json, or None."""
+    """Return the sentencepiece model of a checkpoint folder, else its tokenizer.json, else None."""
     folder = parts_folder(ckpt_dir)
     return next((f for name in TOKENIZERS if (f := folder / name).is_file()), None)
 
@@ -254,7 +258,9 @@ XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner 
 
 
 def build_t5(entries, path):
-    """The encoder whose tensors' headers these are."""
+    """Return an encoder that fits these headers {official name: Entry}; its sizes come from their shapes. Raises
+    BadInput, naming `path`, if the headers belong to another model.
+    """
 
     def shape(name, dims=2):
         if name not in entries or len(entries[name].shape) != dims:
@@ -270,10 +276,11 @@ def build_t5(entries, path):
 def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer.
 
-    weights: as --text_encoder: FILE[:strength] or a list of such, applied in their order. A file is a whole encoder in
-    any layout, train_te.py's delta, or a LoRA; of the first two, strength s gives W + s (W_file - W), where W is the
-    encoder so far. The tokenizer is the folder's spiece.model, else the one inside the encoder's file; it also knows
-    the words that train_te.py gave rows of their own (`placeholders` in a file's metadata).
+    weights: FILE[:strength] as for --text_encoder, or a list of these, applied in order. A file is a complete encoder
+    in any layout, a delta of train_te.py, or a LoRA. For the first two, strength s gives W + s (W_file - W), where W is
+    the result of the files before it. The tokenizer is the folder's spiece.model, else the one inside the encoder's
+    file. It also knows the words to which train_te.py gave their own token embeddings (`placeholders` in a file's
+    metadata).
     """
     source = encoder_source(ckpt_dir, weights)
     entries, spiece = read_encoder(source.base)
@@ -291,12 +298,14 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
 
 
 def placeholder_words(file):
-    """{word: [id]} of an encoder's file: the words that train_te.py gave rows of their own."""
+    """Return {word: [id]} of an encoder's file: the words to which train_te.py gave their own token embeddings."""
     return json.loads(read_header(file)[1].get("placeholders", "{}"))
 
 
 def load_tokenizer(ckpt_dir, spiece=None):
-    """The Tokenizer of a folder, else the one inside an encoder's file (EncoderFile.spiece). Raises BadInput."""
+    """Load the Tokenizer of a checkpoint folder, else the one inside an encoder's file. spiece: EncoderFile.spiece.
+    Raises BadInput if there is neither, or if the tokenizer cannot be read.
+    """
     file = tokenizer_file(ckpt_dir)
     if file is None and spiece is None:
         file = Path(ckpt_dir) / TOKENIZERS[0]
@@ -319,8 +328,8 @@ LAYOUTS = ("official", "comfyui", "diffusers")
 
 
 def in_layout(tensors, layout, spiece=None):
-    """{official name: tensor} of a whole encoder -> {key: tensor} of a file in one of LAYOUTS. spiece: the bytes of the
-    sentencepiece model (n,) uint8, which ComfyUI's layout has inside. Entries may stand for tensors.
+    """Return {key: tensor} in one of LAYOUTS, given {official name: tensor} of a complete encoder. spiece: the bytes
+    (n,) uint8 of the sentencepiece model, which ComfyUI's layout contains. Tensors may be Entries.
     """
     if layout == "official":
         return tensors
@@ -329,12 +338,12 @@ def in_layout(tensors, layout, spiece=None):
 
 
 def tokenizer_bytes(file):
-    """A sentencepiece model, as Tokenizer takes it, as a tensor (n,) uint8."""
+    """Return the bytes of a sentencepiece model, as Tokenizer takes them, as a tensor (n,) uint8."""
     return torch.frombuffer(bytearray(sentencepiece_model(Path(file))), dtype=torch.uint8)
 
 
 def transformers_config(model):
-    """The config.json with which transformers builds this encoder."""
+    """Return the contents of the config.json from which transformers builds this encoder."""
     block = model.blocks[0]
     (vocab, dim), (buckets, heads) = model.token_embedding.weight.shape, block.pos_embedding.embedding.weight.shape
     return {
@@ -357,19 +366,19 @@ def transformers_config(model):
 
 
 def convert_t5(source, out, layout, tokenizer=None):
-    """Write an encoder (source: one file of any layout, or a list of shards) anew with the same bits, one tensor at a
-    time.
+    """Rewrite an encoder in another layout with the same bits, one tensor at a time.
 
-    out: a .safetensors file; for "diffusers" also a folder, which gets config.json and model.safetensors. layout:
-    "official" (read by Kijai's nodes, musubi-tuner and diffusion-pipe too), "comfyui", "diffusers" (transformers too).
-    tokenizer: the spiece.model that goes into ComfyUI's; default: the source's own. 8-bit weights with scales, and
-    GGUF's, become bf16. Raises BadInput for what is not a whole encoder.
+    source: one file in any layout, or a list of shards. out: a .safetensors file; for "diffusers" it may be a folder,
+    which gets config.json and model.safetensors. layout: "official" (also read by Kijai's nodes, musubi-tuner and
+    diffusion-pipe), "comfyui", or "diffusers" (also read by transformers). tokenizer: the spiece.model that ComfyUI's
+    layout contains (default: the one inside the source). 8-bit weights with scales, and GGUF's, become bf16. Raises
+    BadInput if the source is not a complete encoder.
     """
     files = [source] if isinstance(source, str | Path) else source
     encoder, out = read_encoder(files), Path(out)
     with torch.device("meta"):
         model = build_t5(encoder.entries, files[0])
-    load_into(model, encoder.entries, "meta", torch.bfloat16)  # raises, unless all tensors are there with their shapes
+    load_into(model, encoder.entries, "meta", torch.bfloat16)  # raises if a tensor is missing or has another shape
     spiece = tokenizer_bytes(tokenizer) if tokenizer else encoder.spiece
     if layout == "comfyui" and spiece is None:
         raise BadInput(f"{files[0]}: has no tokenizer inside, and ComfyUI's layout needs one: give its spiece.model")
@@ -388,11 +397,11 @@ LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
 def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
-    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads, with no change to prompts.
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads; prompts need no change.
 
-    blocks: {official module name: (A (r,in), B (out,r))} whose dW is B A. rows (n,D) are added to the rows `ids` (n) of
-    the token embeddings: a LoRA of the table, whose B (vocab,n) is one-hot. compact: write the ids instead of that B,
-    0.5 MB less for each row, which only nanoWan reads.
+    blocks: {official module name: (A (r,in), B (out,r))} with dW = B A. rows (n,D): vectors that are added to the token
+    embeddings with these `ids` (n). They become a LoRA of the embedding table whose B (vocab,n) is one-hot. compact:
+    write the ids instead of that B, which saves 0.5 MB for each row; only nanoWan reads such a file.
     """
     tensors = {}
     for name, (a, b) in blocks.items():
@@ -408,14 +417,14 @@ def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, voca
 
 
 def one_hot(ids, vocab):
-    """(vocab,n) fp16 with one 1 in each column j, at row ids[j]."""
+    """Return a matrix (vocab,n), fp16, with a single 1 in each column j, at row ids[j]."""
     found = torch.zeros(vocab, len(ids), dtype=torch.float16)
     found[ids.cpu(), torch.arange(len(ids))] = 1
     return found
 
 
 def convert_encoder_lora(file, out):
-    """Write a LoRA of the encoder anew as ComfyUI reads it: a compact one gets its one-hot B."""
+    """Rewrite a LoRA of the encoder in the form that ComfyUI reads: a compact one gets its one-hot B."""
     listing = read_listing(file, "text")
     tensors = {}
     for name, change in listing.changes("text").items():

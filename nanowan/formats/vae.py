@@ -1,4 +1,4 @@
-"""A VAE's files: version and widths from the headers, strict loading."""
+"""A VAE's files: its version and widths are read from the headers, and names and shapes must match exactly."""
 
 import torch
 
@@ -7,12 +7,12 @@ from nanowan.formats.layouts import check_latent_stats, read_weights, vae_files
 from nanowan.formats.load import load_into
 from vae import GEOMETRY, LATENT_STATS, VAE, channels_last
 
-FULL_WIDTHS = {"2.1": (96, 96), "2.2": (160, 256)}  # dim and dec_dim of the released ones
+FULL_WIDTHS = {"2.1": (96, 96), "2.2": (160, 256)}  # dim and dec_dim of the released VAEs
 
 
 def build_vae(entries, path):
-    """The VAE whose headers {official name: Entry} these are, its version and widths from the shapes. BadInput, naming
-    `path`, for another model's.
+    """Return a VAE that fits these headers {official name: Entry}; version and widths come from their shapes. Raises
+    BadInput, naming `path`, if the headers belong to another model.
     """
 
     def width(name, axis=0):
@@ -30,7 +30,9 @@ def build_vae(entries, path):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE from a file or the checkpoint folder that holds it, channels-last. Or BadInput."""
+    """Load Wan2.1_VAE or Wan2.2_VAE, channels-last, from a file or from the checkpoint folder that holds it. Raises
+    BadInput for files of another model.
+    """
     check_latent_stats(path, LATENT_STATS)
     entries = read_weights(vae_files(path))
     with torch.device("meta"):
