@@ -241,7 +241,7 @@ def test_other_models_with_its_tensors_are_refused(tmp_path):
     save_file(official_names(animate2(layers=2)), tmp_path / "model.safetensors")
     for settings, message in (
         (dict(num_heads=2, refer_stride=2), "refer_stride is 2, should be 1"),
-        (dict(_class_name="WanAnimate2Transformer3DModel"), "of Animate-2 the official layout is read"),
+        (dict(_class_name="WanAnimate2Transformer3DModel"), "Animate-2 is read in the official layout"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings))
         with pytest.raises(BadInput, match=message):

@@ -90,7 +90,7 @@ def read(path):
         for _ in range(count):
             name, n_dims = r.string(), r.scalar("I")
             if n_dims > 8 or name in found:
-                raise ValueError(f"{name} has {n_dims} dimensions, or stands there twice")
+                raise ValueError(f"{name} has {n_dims} dimensions, or appears twice")
             dims = [r.scalar("Q") for _ in range(n_dims)]
             found[name] = dims, r.scalar("I"), r.scalar("Q")
         begin = f.tell()

@@ -321,11 +321,11 @@ def official_config(config, file):
     """Return a DiT's config.json under official names. Raises BadInput for other models of diffusers."""
     name = config.get("_class_name")
     if name == "WanAnimate2Transformer3DModel":
-        raise BadInput(f"{file}: a {name}; of Animate-2 the official layout is read, and ComfyUI's file")
+        raise BadInput(f"{file}: a {name}; Animate-2 is read in the official layout, or from ComfyUI's file")
     if "num_attention_heads" not in config:
         return config
     if name not in (None, "WanTransformer3DModel"):
-        raise BadInput(f"{file}: a {name}; of diffusers' models only WanTransformer3DModel is read")
+        raise BadInput(f"{file}: a {name}; only diffusers' WanTransformer3DModel is read")
     for key, value in CONFIG_FIXED.items():
         if config.get(key, value) != value:
             raise BadInput(f"{file}: {key} is {config[key]!r}, and {value!r} in every Wan 2.2 model")

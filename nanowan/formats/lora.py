@@ -121,7 +121,7 @@ class Listing:
     def half(self, expert):
         """Return the name of this expert's half. A file for one model has a single half, which is always returned."""
         if len(self.halves) == 2 and expert not in self.halves:
-            raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low, whose half is wanted")
+            raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low to choose one")
         return expert if len(self.halves) == 2 else next(iter(self.halves))
 
     def changes(self, expert):

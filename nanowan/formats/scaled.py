@@ -14,8 +14,8 @@ FP8 = (E4M3, torch.float8_e5m2)
 # writes both too); tensors that are not needed here; and the second scale, which only 4-bit weights have.
 SCALES, IGNORED = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 NVFP4_SCALES = (".weight_scale_2", ".weight_global_scale")
-READ = "of those in few bits, fp8 and plain int8, with one scale or one for each row, are read"
-REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats
+READ = "only fp8 and plain int8, with one scale or one for each row, are read"
+REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats that are not read
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ def apply_scales(entries):
     for name in [n for n in entries if n.endswith(SCALES + IGNORED + NVFP4_SCALES)]:
         entry = entries.pop(name)
         if name.endswith(NVFP4_SCALES):
-            raise BadInput(
-                f"{entry.file}: weights in nvfp4; of those in 8 bits, fp8 and plain int8 with scales are read"
-            )
+            raise BadInput(f"{entry.file}: weights in nvfp4; only fp8 and plain int8 with scales are read")
         if name.endswith(".comfy_quant"):
             check_quantization(entry.file, entry.read().numpy().tobytes())
         if name.endswith(SCALES):
