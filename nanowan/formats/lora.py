@@ -188,7 +188,7 @@ def list_lora(path):
 
 def _peft_config(listing, beside):
     """Return ({"high" | "low": PEFT's settings}, a problem or None). diffusers stores PEFT's settings in the file's
-    metadata, PEFT itself in adapter_config.json. beside: whether adapter_config.json, next to the file, is read.
+    metadata, PEFT itself in adapter_config.json. beside: whether an adapter_config.json next to the file belongs to it.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
