@@ -1,8 +1,8 @@
 """The two causal video VAEs of Wan 2.2: 2.1 (16 channels, stride 4x8x8) and 2.2 (48 channels, stride 4x16x16).
 
-B batch, C channels, T frames = 4k+1, T' latent frames = k+1, H W pixels, h w latent pixels.
+B batch size, C channels, T = 4k+1 frames, T' = k+1 latent frames, H W height and width in pixels, h w in latent pixels.
 Both stream through time: the encoder takes 1 frame, then 4 at a time; the decoder takes 1 latent frame at a time.
-What a layer must remember of the chunk before lies in `past`, a dictionary owned by the call, keyed by layer.
+What a layer must remember of the previous chunk is in `past`, a dictionary owned by the call, keyed by layer.
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
 
@@ -16,15 +16,15 @@ from kernels import ops
 
 
 class Geometry(NamedTuple):
-    """What a VAE's latents are: z_dim channels, a latent pixel for each `stride` = (frames, rows, columns) of a
-    video, whose first frame has a latent frame of its own.
+    """The shape of a VAE's latents: z_dim channels, and one latent pixel for each stride = (frames, rows, columns) of
+    the video. The video's first frame has a latent frame of its own.
     """
 
     z_dim: int
     stride: tuple[int, int, int]
 
     def latent_shape(self, frames, height, width):
-        """(z_dim,T',h,w) of the latents of a video; what does not fill a latent pixel is cut off."""
+        """The shape (z_dim,T',h,w) of a video's latents. What does not fill a latent pixel is cut off."""
         st, sh, sw = self.stride
         return self.z_dim, 1 + (frames - 1) // st, height // sh, width // sw
 
@@ -54,14 +54,14 @@ LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw l
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only; while streaming, the last two frames it saw stand before the chunk."""
+    """Conv3d padded in time on the left only: with zeros at first, while streaming with the last two frames it saw."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
     def forward(self, x, past, norm=None, before=None, residual=None, add_bias=True):
-        """norm: an RMSNorm that, with SiLU, comes before it; before: the convolution that made x without its bias;
-        residual: is added to the result.
+        """x (B,C,T,H,W) -> (B,N,T,H,W). norm: an RMSNorm to apply to x first, followed by SiLU; before: the convolution
+        that computed x without its bias, which is added here; residual: a tensor to add to the result.
         """
         gamma, input_bias = None if norm is None else norm.gamma, None if before is None else before.bias
         bias = self.bias if add_bias else None
@@ -70,7 +70,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """x / ||x||_channels * sqrt(C) * gamma, over axis 1."""
+    """x / |x| * sqrt(C) * gamma, with the norm |x| taken over the channels, axis 1."""
 
     def __init__(self, dim, ndim=3):
         super().__init__()
@@ -85,12 +85,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         before = [RMSNorm(cin), nn.SiLU(), CausalConv3d(cin, cout, 3, 1)]
         after = [RMSNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, 3, 1)]
-        self.residual = nn.Sequential(*before, *after)  # the Identity keeps the numbering: officially it is dropout
+        self.residual = nn.Sequential(*before, *after)  # Identity, officially dropout, keeps the numbering
         self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        # conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x), each bias added in the pass that comes after it
+        # conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x), each bias added in the pass after its convolution
         y = conv1(x, past, norm1, add_bias=False)
         if self.shortcut is None:
             return conv2(y, past, norm2, before=conv1, residual=x)
@@ -116,7 +116,7 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve or double H and W, and with `time` also T."""
+    """Halve or, with `up`, double H and W; with `time` T as well."""
 
     def __init__(self, cin, cout, up, time):
         super().__init__()
@@ -134,9 +134,9 @@ class Resample(nn.Module):
     def forward(self, x, past):
         if self.up and self.time_conv is not None:
             if self in past:
-                x = self.time_conv(x, past).unflatten(1, (2, -1))  # (B,2,C,T,H,W): the two halves interleave in time
+                x = self.time_conv(x, past).unflatten(1, (2, -1))  # (B,2,C,T,H,W): two halves to interleave
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-            past[self] = True  # the first latent frame stays one frame, and the second does not see it
+            past[self] = True  # the first latent frame stays one frame, which the second does not see
         B, T = x.shape[0], x.shape[2]
         x = x.transpose(1, 2).flatten(0, 1)
         if self.up:
@@ -156,9 +156,9 @@ class Resample(nn.Module):
 
 
 def fold_kernel(weight):
-    """A 3x3 kernel (N,C,3,3) for a map of doubled pixels, as the four 2x2 kernels (4N,C,2,2) that give the four output
-    pixels of each pixel of the small map: where two taps fall on one pixel, their sum. Exact but for the rounding of
-    those sums.
+    """Fold a 3x3 kernel (N,C,3,3) for a map of doubled pixels into four 2x2 kernels (4N,C,2,2) for the small map, one
+    for each output pixel of a small pixel. Taps that fall on the same pixel are added: exact but for the rounding of
+    their sum.
     """
 
     def fold(w, axis):
@@ -170,8 +170,8 @@ def fold_kernel(weight):
 
 
 def upsample_conv(x, weight, bias):
-    """Nearest x2 of x (B,C,H,W), then a 3x3 convolution, on the small map: 4/9 of the work. weight, bias: of the four
-    kernels (`fold_kernel`). Returns (B,N,2H,2W).
+    """Nearest-neighbour upsampling of x (B,C,H,W) by 2 and a 3x3 convolution, computed on the small map: 4/9 of the
+    multiplications. weight, bias: of the four kernels of `fold_kernel`. Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
     y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
@@ -183,8 +183,8 @@ def upsample_conv(x, weight, bias):
 
 
 def avg_down(x, cout, factors):
-    """2.2's shortcut around a downsampling stage: space and time to channels, then the mean over groups of channels.
-    factors (ft, fs): how much time and space shrink; T is zero-padded in front to a multiple of ft.
+    """VAE 2.2's shortcut around a downsampling stage: move space and time to channels, then average over groups of
+    channels. factors (ft, fs): how much time and space shrink; T is zero-padded in front to a multiple of ft.
     """
     ft, fs = factors
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
@@ -194,11 +194,11 @@ def avg_down(x, cout, factors):
 
 
 def add_dup_up(y, x, factors, first):
-    """y + 2.2's shortcut around an upsampling stage, in place: x's channels are repeated, then moved to space and time;
-    the first chunk drops its first ft-1 frames. y (B,N,T,H,W); factors (ft, fs): how much time and space grow.
+    """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: repeat x's channels, then move them
+    to space and time. factors (ft, fs): how much these grow. The first chunk drops its first ft-1 frames.
     """
     ft, fs = factors
-    n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` of x
+    n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` channels of x
     for a in range(ft - 1 if first else 0, ft):
         frames = slice(None) if first else slice(a, None, ft)
         for b in range(fs):
@@ -232,7 +232,7 @@ class Stage(nn.Module):
 
 
 class Coder(nn.Module):
-    """Encoder or decoder. `dims` are the widths from the input of the first stage to the output of the last."""
+    """The encoder or the decoder. dims: the widths from the input of the first stage to the output of the last."""
 
     def __init__(self, v22, up, cin, cout, dims, blocks):
         super().__init__()
@@ -245,7 +245,7 @@ class Coder(nn.Module):
                 stages.append(Stage(a, b, blocks, up, not last, time))
                 continue
             if up and i > 0:
-                a //= 2  # 2.1 halves the width while upsampling
+                a //= 2  # VAE 2.1 halves the width in its upsampling
             stages += [ResidualBlock(a if j == 0 else b, b) for j in range(blocks)]
             if not last:
                 stages.append(Resample(b, b // 2 if up else b, up, time))
@@ -264,14 +264,14 @@ class Coder(nn.Module):
         return self.forward_head(x, past)
 
     def forward_mid(self, x, past):
-        """A decoder's first part, at the latents' resolution, whose attention sees a whole frame."""
+        """The first part of a decoder, at the resolution of the latents, whose attention sees a full frame."""
         x = self.conv1(x, past)
         for layer in self.middle:
             x = layer(x, past)
         return x
 
     def forward_up(self, x, past):
-        """A decoder's second part, where a pixel depends only on what is within `receptive_radius` of it."""
+        """The second part of a decoder, where a pixel depends only on what is within `receptive_radius` of it."""
         for layer in self.upsamples:
             x = layer(x, past)
         return self.forward_head(x, past)
@@ -283,7 +283,7 @@ class Coder(nn.Module):
 
 class VAE(nn.Module):
     """version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: widths of the encoder and decoder;
-    mult: width factors per stage. `z_dim` and `stride` are those of GEOMETRY.
+    mult: the factor of the width in each stage. `z_dim` and `stride` are those of GEOMETRY.
     """
 
     def __init__(self, version, dim, dec_dim, mult=(1, 2, 4, 4)):
@@ -298,7 +298,7 @@ class VAE(nn.Module):
         self.decoder = Coder(v22, True, z_dim, pixels, [dec_dim * m for m in (mult[-1], *mult[::-1])], 3)
 
     def decode_in(self, dtype):
-        """Let the decoder compute in another dtype than the encoder. Returns the model."""
+        """Make the decoder compute in another dtype than the encoder. Returns the model."""
         self.conv2.to(dtype)
         self.decoder.to(dtype)
         return self
@@ -307,14 +307,14 @@ class VAE(nn.Module):
         return torch.tensor(LATENT_STATS[self.z_dim], device=like.device).view(2, 1, -1, 1, 1, 1)
 
     def moment_chunks(self, video):
-        """(B,3,T,H,W) in [-1,1] -> yields raw (B,2z,1,h,w), mean then log-variance, one latent frame at a time."""
+        """Encode (B,3,T,H,W) in [-1,1]; yields raw (B,2z,1,h,w), mean then log-variance, per latent frame."""
         past = {}
         for i in range(0, video.shape[2], 4):
             x = self.patchify(video[:, :, max(i - 3, 0) : i + 1])
             yield self.conv1(self.encoder(x, past), past)
 
     def patchify(self, x):
-        """Pixels (B,3,T,H,W) -> what the encoder takes, (B,3pp,T,H/p,W/p)."""
+        """Pixels (B,3,T,H,W) -> the encoder's input (B,3pp,T,H/p,W/p), with p the patch size."""
         p = self.patch
         if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
             x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
@@ -328,15 +328,15 @@ class VAE(nn.Module):
         return x
 
     def frame_chunks(self, z):
-        """Raw latents (B,z,T',h,w) -> yields unclamped pixels, (B,3,1,H,W) then (B,3,4,H,W) for every further frame."""
+        """Decode raw latents (B,z,T',h,w); yields unclamped pixels, (B,3,1,H,W) and then (B,3,4,H,W) at a time."""
         past = {}
         for i in range(z.shape[2]):
             yield self.unpatchify(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
 
     @torch.no_grad()
     def encode(self, video):
-        """(B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of the stride, else ValueError -> (B,z,T',h,w) fp32,
-        normalised per channel.
+        """Video (B,3,T,H,W) in [-1,1] -> latents (B,z,T',h,w) fp32, normalised per channel. Raises ValueError unless T
+        is 4k+1 and H and W are multiples of the stride.
         """
         B, _, T, H, W = video.shape
         st, sh, sw = self.stride
@@ -351,14 +351,14 @@ class VAE(nn.Module):
         return z
 
     def raw_latents(self, z):
-        """Normalised latents (B,z,T',h,w) as the decoder takes them."""
+        """Normalised latents (B,z,T',h,w) -> raw latents in the decoder's dtype, as it takes them."""
         mean, std = self._stats(z)
         return (z.float() * std + mean).to(self.conv2.weight.dtype)
 
     @torch.no_grad()
     def decode(self, z):
-        """(B,z,T',h,w) normalised latents -> (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not grow
-        with T'. In tiles: nanowan/memory/tiled_vae.py.
+        """Normalised latents (B,z,T',h,w) -> video (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not
+        grow with T'. nanowan/memory/tiled_vae.py decodes in tiles.
         """
         B, _, T, h, w = z.shape
         st, sh, sw = self.stride
@@ -370,7 +370,7 @@ class VAE(nn.Module):
 
 
 def channels_last(model):
-    """Convert every convolution's weights to channels-last, which its outputs then inherit: oneDNN, cuDNN and csrc
+    """Convert the weights of every convolution to channels-last, which its outputs then inherit: oneDNN, cuDNN and csrc
     are fastest in that layout.
     """
     for m in model.modules():
