@@ -1,6 +1,6 @@
-"""Flow matching: times, noised batches and their loss, for training; sigma grids and ODE solvers, for sampling.
+"""Flow matching: timesteps, noised batches and their loss, for training; sigma grids and ODE solvers, for sampling.
 
-x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), 1 = pure noise; the DiT is given 1000 t.
+x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), where 1 is pure noise. The DiT gets 1000 t.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ def unshift_t(t, shift):
 
 
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
-    """n training times (n,) fp32, shifted, within [low, high) (an expert's side of its boundary).
+    """Draw n shifted training timesteps (n,) fp32 in [low, high), such as an expert's side of its boundary.
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); ValueError for another name. The range is kept by
-    drawing only from the part of the base distribution that lands in it, so no draw is rejected and the density inside
-    is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Only the part of
+    the base distribution that the shift moves into the range is drawn from: no draw is rejected, and the density inside
+    the range is unchanged.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -40,22 +40,22 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """n fixed times (n,) fp32 in [low, high): the middles of n equal shares of the uniform distribution, shifted."""
+    """n fixed timesteps (n,) fp32 in [low, high): the middles of n equal parts of the uniform distribution, shifted."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 
 
 def add_noise(x0, eps, t):
-    """x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
+    """Return x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
     t = t.view(len(x0), 1, -1, 1, 1)
     return (1 - t) * x0 + t * eps, eps - x0
 
 
 class Batch(NamedTuple):
-    """B noised samples: x (B,C,T',h,w), conditioning channels behind the noise; t (B,) or (B,T') in 0..1; target
-    (B,C',T',h,w); loss_mask (B,1,T',1,1) or (B,1,1,1,1), the loss's weight, 0 where a frame is given, or None where all
-    count alike; captions; inputs: further keyword arguments of the model's forward; preserved (B,) bool: samples whose
-    target is to become the base's own prediction, or None where the global batch has none.
+    """B noised samples. x (B,C,T',h,w): the latents, followed by any conditioning channels; t (B,) or (B,T') in 0..1;
+    target (B,C',T',h,w); loss_mask (B,1,T',1,1) or (B,1,1,1,1): weights of the loss, 0 for a frame that is given, or
+    None if all are 1; captions; inputs: further keyword arguments of the model's forward; preserved (B,) bool: the
+    samples whose target is to become the base model's own prediction, or None if the run preserves no prompts.
     """
 
     x: torch.Tensor
@@ -67,13 +67,13 @@ class Batch(NamedTuple):
     preserved: torch.Tensor | None = None
 
     def velocity(self, model, context, lens):
-        """The model's prediction (B,C',T',h,w); context (B,S,D), lens (B,)."""
+        """The model's prediction (B,C',T',h,w). context (B,S,D), lens (B,): the embedded captions."""
         device = context.device
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
 
     def loss(self, model, context, lens):
-        """Mean squared error of the velocity (fp32, ()); context (B,S,D), lens (B,)."""
+        """The mean squared error of the velocity, () fp32. context (B,S,D), lens (B,): the embedded captions."""
         v = self.velocity(model, context, lens)
         target = self.target.to(v.device)
         if self.loss_mask is None:
@@ -83,9 +83,9 @@ class Batch(NamedTuple):
 
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
-    """A Batch of cached samples, {"latents" (C,T',h,w), "y" (c,T',h,w) or not, further inputs of the model's forward},
-    under noise (B,C,T',h,w) at times t, (B,) or, where some have a latent frame that is given, (B,T') with 0 for that
-    frame.
+    """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t (B,). An entry is {"latents": (C,T',h,w),
+    "y": (c,T',h,w) if the model has conditioning channels, further inputs of its forward}. If any sample has its first
+    latent frame given, t is (B,T'), with 0 for such a frame.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
@@ -96,11 +96,11 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """Steps a latent from noise to clean. `timesteps` are what the DiT is given, one for each time that it is computed
-    (integers, truncated, as in the official code); the arithmetic uses the unrounded fp32 `sigmas`, whose last is 0.
-    Call `step(v, x)` once per timestep, in order, with the velocity v at x and that timestep; it returns the x to
-    compute the next velocity at. Before the call, `sigma` is the noise level of that x, so that x - sigma v estimates
-    the clean latent.
+    """Steps a latent from noise to clean. `timesteps` are what the DiT gets, one for each time that it runs (integers,
+    truncated, as in the official code); the arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
+    `step(v, x)` once per timestep, in order, with x and the velocity v at x and that timestep; it returns the x at
+    which to compute the next velocity. Before the call, `sigma` is the noise level of x, so x - sigma v estimates the
+    clean latent.
     """
 
     start = 1.0
@@ -112,8 +112,8 @@ class Solver:
         sigmas = shift_t(grid, shift)
         self.timesteps = (sigmas * 1000).long()
         self.sigmas = F.pad(sigmas, (0, 1)).float()
-        # lambda = log(alpha/sigma), in fp32 like the official solvers: near sigma = 1 its rounding is part of their
-        # result
+        # lambda = log(alpha/sigma), in fp32 as in the official solvers, whose results depend on its rounding near
+        # sigma = 1
         self.lambdas = torch.log(1 - self.sigmas) - torch.log(self.sigmas)
         self.i = 0
 
@@ -130,14 +130,13 @@ class Euler(Solver):
 
 
 class Heun(Solver):
-    """Heun's method (as in Karras et al., 2022, without churn): an Euler step, then the same step along the mean of the
-    velocities at its two ends. N steps compute 2N - 1 velocities: the last step is Euler's, since there is none to be
-    had at sigma 0.
+    """Heun's method (as in Karras et al., 2022, without churn): an Euler step, then the same step with the mean of the
+    velocities at its two ends. N steps compute 2N - 1 velocities: the last step, which ends at sigma 0, is Euler's.
     """
 
     def __init__(self, steps, shift):
         super().__init__(steps, shift)
-        # sigma 0, then each later one twice: after its Euler step, and as the beginning of the next step
+        # the first entry once, then each later one twice: at the end of one step, and at the beginning of the next
         self.timesteps = self.timesteps.repeat_interleave(2)[1:]
         self.sigmas = self.sigmas.repeat_interleave(2)[1:-1]
 
@@ -151,7 +150,7 @@ class Heun(Solver):
 
 
 class DPMpp(Solver):
-    """DPM-Solver++(2M), midpoint; first and last step of first order (Lu et al., 2022)."""
+    """DPM-Solver++(2M), midpoint; its first and last steps are of first order (Lu et al., 2022)."""
 
     def step(self, v, x):
         i, (lambda0, lambda1) = self.i, self.lambdas[self.i : self.i + 2]
@@ -160,22 +159,20 @@ class DPMpp(Solver):
         step = (1 - self.sigmas[i + 1]) * (torch.exp(-h) - 1)
         y = self.sigmas[i + 1] / self.sigma * x - step * x0
         if 0 < i < len(self.timesteps) - 1:
-            r = (lambda0 - self.lambdas[i - 1]) / h  # infinite when the sigma before was 1: no correction then
+            r = (lambda0 - self.lambdas[i - 1]) / h  # infinite if the previous sigma was 1: no correction then
             y = y - 0.5 * step * ((1 / r) * (x0 - self.previous))
         self.previous, self.i = x0, i + 1
         return y
 
 
 class UniPC(Solver):
-    """UniPC of order 2, B(h) = e^h - 1, predicting x0; lower order at both ends (Zhao et al., 2023)."""
+    """UniPC of order 2, B(h) = e^h - 1, predicting x0; of lower order at both ends of the grid (Zhao et al., 2023)."""
 
     start = torch.tensor(0.999).item()  # the official grid starts from the fp32 number
 
     def _update(self, i, x, x0, order, final=None):
-        """From sigma i to i+1. With `final`, the prediction x0 at i+1, this is the corrector; without it, the
-        predictor.
-        """
-        h = self.lambdas[i] - self.lambdas[i + 1]  # -h of the paper
+        """Step from sigma i to i+1: the corrector if `final`, the x0 predicted at i+1, is given, else the predictor."""
+        h = self.lambdas[i] - self.lambdas[i + 1]  # the paper's -h
         phi = torch.expm1(h)
         difference, r = [], []
         if order == 2:
@@ -212,7 +209,7 @@ SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler, "heun": Heun}
 
 
 def solver(name, steps, shift):
-    """A fresh solver: "unipc", "dpm++", "euler" or "heun"; ValueError for another name or fewer than one step."""
+    """A fresh Solver: "unipc", "dpm++", "euler" or "heun". Raises ValueError for another name or less than one step."""
     if name not in SOLVERS:
         raise ValueError(f"solver {name!r}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)

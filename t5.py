@@ -1,7 +1,7 @@
 """UMT5, the text encoder of Wan 2.2, and its sentencepiece tokenizer.
 
-B prompts, L tokens (at most 512, the end token included), D width, N heads, d head width.
-Unlike T5, every layer has its own table of relative positions. Attention is not scaled by 1/sqrt(d).
+B prompts, L tokens (at most 512, including the end token), D model width, N attention heads, d width of a head.
+Unlike in T5, every layer has its own table of relative positions. As in T5, attention is not scaled by 1/sqrt(d).
 Source: official wan/modules/t5.py and tokenizers.py, whose tensor names are kept. Files: nanowan/formats/t5.py.
 """
 
@@ -18,11 +18,11 @@ PAD, EOS, UNK = 0, 1, 2
 
 
 class Tokenizer:
-    """Token ids as transformers' T5 tokenizer gives them: sentencepiece ids, with the special tokens that a prompt may
-    spell out (</s>, <extra_id_0>, ...) as themselves, then the end token; cut to `length` with the end token kept.
+    """The token ids that transformers' T5 tokenizer gives: sentencepiece ids, then the end token. Special tokens that a
+    prompt spells out (</s>, <extra_id_0>, ...) become their own ids. At most `length` ids, the end token included.
 
-    model: the bytes of spiece.model. special: {token: id} beside <pad>, </s> and <unk>. byte_fallback: spell characters
-    that have no piece as bytes; otherwise a run of them is one unknown token. Raises ValueError for other bytes.
+    model: the bytes of spiece.model; raises ValueError for other bytes. special: {token: id} in addition to <pad>, </s>
+    and <unk>. byte_fallback: encode characters without a piece as bytes; otherwise each run of them is one <unk>.
     """
 
     def __init__(self, model, special=None, byte_fallback=False, length=512):
@@ -33,11 +33,11 @@ class Tokenizer:
         except RuntimeError as e:
             raise ValueError(f"not a sentencepiece model ({str(e).splitlines()[0]})") from None
         self.length, self.byte_fallback = length, byte_fallback
-        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK} | (special or {})  # {token: id, or a word's ids}
+        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK} | (special or {})  # {token: id} and {word: [id]}
         self.add_words({})
 
     def add_words(self, ids_of):
-        """Read whole words as these ids, {word: [id]}, whatever pieces would spell them."""
+        """Encode whole words as {word: [id]} says, not by the pieces that would spell them."""
         self.special |= ids_of
         longest_first = sorted(self.special, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
@@ -53,7 +53,7 @@ class Tokenizer:
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
     def ids(self, text):
-        """Ids of one cleaned text, without the end token."""
+        """The ids of one cleaned text, without the end token."""
         ids = []
         for part in filter(None, self.split.split(text)):
             known = self.special.get(part)
@@ -63,7 +63,7 @@ class Tokenizer:
     def _encode(self, text):
         ids = []
         for i in self.pieces.encode(text):
-            if self.pieces.is_byte(i) and not self.byte_fallback:  # transformers then has one unknown for each run
+            if self.pieces.is_byte(i) and not self.byte_fallback:  # as in transformers: one <unk> per run
                 if ids[-1:] == [UNK]:
                     continue
                 i = UNK
@@ -71,7 +71,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts):
-        """list of str -> ids (B,L) int64 padded to the longest, lens (B,)."""
+        """Prompts (list of str) -> ids (B,L) int64, padded to the longest, and lens (B,)."""
         rows = [self.ids(self.clean(t))[: self.length - 1] + [EOS] for t in texts]
         lens = torch.tensor([len(r) for r in rows])
         ids = torch.full((len(rows), int(lens.max())), PAD)
@@ -81,7 +81,7 @@ class Tokenizer:
 
 
 class Norm(nn.Module):
-    """RMSNorm as T5 has it: statistics in fp32, no centring."""
+    """T5's RMSNorm: statistics in fp32, no centring."""
 
     def __init__(self, dim):
         super().__init__()
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` distances: exact up to 7, logarithmic up to 128, apart by sign."""
+    """A learned logit per head for each of `buckets` signed distances: exact up to 7, logarithmic up to 128."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -142,7 +142,7 @@ class Block(nn.Module):
         self.pos_embedding = RelativePosition(buckets, heads)
 
     def forward(self, x, mask):
-        """x (B,L,D), mask (B,1,1,L) additive."""
+        """x (B,L,D) -> (B,L,D). mask (B,1,1,L): added to the logits."""
         bias = self.pos_embedding(x.shape[1]) + mask
         x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
         self.tokenizer = None
 
     def forward(self, ids, lens):
-        """ids (B,L), lens (B,) -> embeddings (B,L,D), zero from each prompt's length on."""
+        """ids (B,L), lens (B,) -> embeddings (B,L,D), which are zero beyond each prompt's length."""
         real = torch.arange(ids.shape[1], device=ids.device) < lens[:, None].to(ids.device)
         x = self.token_embedding(ids)
         mask = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, torch.finfo(x.dtype).min)[:, None, None]
@@ -170,8 +170,8 @@ class TextEncoder(nn.Module):
         return f"blocks.{block}.{target}"
 
     def encode(self, texts):
-        """list of str -> (embeddings (B,L,D) with L the longest prompt's length, lens (B,)). Differentiable in the
-        weights.
+        """Prompts (list of str) -> embeddings (B,L,D), L being the length of the longest, and lens (B,). Gradients flow
+        to the weights.
         """
         ids, lens = self.tokenizer(texts)
         device = self.norm.weight.device
