@@ -1,10 +1,9 @@
-"""Captioned images and clips, scanned, cached as latents and text embeddings, and drawn as the batches of each step.
+"""Captioned images and clips: scanned, cached as latents and text embeddings, and drawn as the batches of each step.
 
-Captions lie beside the media as NAME.txt, one per line; if there are several, one is drawn at random. Or a list names
-files and captions: a JSONL, or a CSV with a header, by itself or as metadata.jsonl / metadata.csv in the folder. Media
-are resized and centre-cropped to the bucket whose aspect is nearest, clips resampled to the model's frame rate and cut
-to 4k+1 frames. What a step sees depends on the seed and the step's number alone, so a resumed run sees what an
-uninterrupted one would have seen.
+Captions are next to the media in NAME.txt, one per line; if there are several, one is drawn at random. Or a list names
+files and captions: a JSONL or a CSV with a header, given as --data or found in the folder as metadata.jsonl or .csv.
+Media are resized and centre-cropped to the bucket of the nearest aspect ratio; clips are resampled to the model's frame
+rate and cut to 4k+1 frames. What a step sees depends only on the seed and its number: resuming a run changes nothing.
 """
 
 import math
@@ -22,15 +21,15 @@ from nanowan.formats.t5 import read_encoder, tokenizer_file
 from nanowan.training import report
 from nanowan.training.scan import Item, scan_source, sizes_of
 
-DRAWS = 2  # the version of what steps draw: 1 drew noise and timesteps for a batch at once, not for each sample
-PRESERVED_SHARE = 0.5  # of samples, with train_lora.py --preserve
+DRAWS = 2  # the version of what steps draw; version 1 drew noise and timesteps per batch, not per sample
+PRESERVED_SHARE = 0.5  # the share of samples that train_lora.py --preserve gives a preserved prompt
 
 
 # ---- what a step sees --------------------------------------------------------------------------------------------
 class Batches:
-    """Which items each step sees: `size` of them, or fewer in an epoch's last step. Every epoch sees each item once, or
-    as often as its `repeat` says, in an order that follows from the seed; the items of a step have one bucket, or
-    `group`, as long as there are enough of it. `at(step)` needs no history: a resumed run just goes on.
+    """Which items each step sees: `size` of them, or fewer in an epoch's last step. An epoch sees each item once, or as
+    often as its `repeat` says, in an order that follows from the seed. The items of a step share a bucket (or a value
+    of `group`) as long as enough of them are left. `at(step)` needs no history: a resumed run continues the same.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):
@@ -42,7 +41,7 @@ class Batches:
         self.per_epoch = -(-total // self.size)
 
     def at(self, step):
-        """Indices of the items of a step (0-based)."""
+        """The indices of a step's items; steps count from 0."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             rng, steps, rest = random.Random(f"{self.seed} epoch {epoch}"), [], []
@@ -59,8 +58,9 @@ class Batches:
 
 @dataclass
 class Draw:
-    """One sample of a step, and all that is drawn for it: its item and cache file, the caption that is shown, whether
-    it is preserved or has its first frame given, what Samples.draw gave, its timestep, and the generator of its noise.
+    """One sample of a step, and everything that is drawn for it: the item and its cache file, the caption to train
+    with, whether the caption is a preserved prompt, whether the first frame is given, what Samples.draw returned, the
+    timestep, and the generator of the noise.
     """
 
     item: Item
@@ -74,13 +74,13 @@ class Draw:
 
 
 def collate(embeddings):
-    """list of (S,D) -> (B,S,D) zero-padded, lens (B,)."""
+    """Embeddings, a list of (S,D) -> (B,S,D), zero-padded, and their lengths (B,)."""
     return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), torch.tensor([len(e) for e in embeddings])
 
 
 def eval_batches(items, files, samples, shift, low, high):
-    """(0..3, Batch of one) for each sample at four fixed timesteps, under a noise that its file decides, with its
-    first caption; half of those that can be are continuation segments.
+    """Yield (0..3, a Batch of one sample) for each sample at four fixed timesteps, with its first caption and a noise
+    that follows from its file. Half of the samples that can be continuation segments are.
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -92,7 +92,7 @@ def eval_batches(items, files, samples, shift, low, high):
 
 
 def frame_weights(samples, noise):
-    """The loss's weight (B,1,T',1,1) of each latent frame of noise (B,C,T',h,w), of mean 1; None where all count."""
+    """The loss's weight (B,1,T',1,1) for each latent frame of noise (B,C,T',h,w), 1 on average; None if all are 1."""
     if not samples.loss_from:
         return None
     counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
@@ -101,9 +101,9 @@ def frame_weights(samples, noise):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A folder or list of media, and how samples are taken from it: in buckets of the area of `resolution` (width,
-    height) in px, of at most so many frames, by one of CLIP_MODES; each is seen `repeats` times an epoch, and its loss
-    counts `weight` times.
+    """A folder or list of media, and how samples are taken from it: in buckets with the area of `resolution` (width,
+    height) in px, with at most `frames` frames, by one of CLIP_MODES. An epoch sees each sample `repeats` times; its
+    loss is multiplied by `weight`.
     """
 
     source: Path
@@ -116,7 +116,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a Dataset is made of: DataSources, a cache folder, and flags of these names (nanowan/training/flags.py)."""
+    """What a Dataset is made from: DataSources, a cache folder, and flags (named as in nanowan/training/flags.py)."""
 
     sources: tuple
     cache: Path
@@ -133,11 +133,11 @@ class DataConfig:
 
 
 class Dataset:
-    """The samples of a run, and what each step sees of them. `items` are trained on, `val_items` are not."""
+    """The samples of a run, and what each step sees of them. `items` are trained on, `val_items` are held out."""
 
     def __init__(self, config, pipe, limit=None, prompts=()):
-        """Scan and report; nothing is computed yet. limit: take only so many samples, by their digests. prompts: that
-        are needed beside the captions.
+        """Scan the sources and report what they contain; nothing is encoded yet. limit: use only so many samples, the
+        first by their digests. prompts: texts that are needed in addition to the captions.
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
@@ -165,14 +165,14 @@ class Dataset:
 
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
-        """`sizes_of` all samples; the largest bucket is of those that are trained on."""
+        """`sizes_of` all samples; "bucket" is the largest bucket among those that are trained on."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
         row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
         sizes = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
         return sizes | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
 
     def summary(self, sizes):
-        """What a run's record says of its data."""
+        """What the record of a run says about its data."""
         latents, texts = sizes["cache"]
         return {"samples": len(self.items), "held_out": len(self.val_items), "latents": latents, "texts": texts}
 
@@ -180,23 +180,23 @@ class Dataset:
         return cache.latent_files(items, self.config.cache, self.pipe.files("vae")[0], self.samples)
 
     def text_files(self):
-        """{text: the cache file of its embedding}, whether it exists yet or not."""
+        """{text: the cache file of its embedding}, whether or not the file exists yet."""
         encoder, tokenizer = self.pipe.encoder_source().digests(self.digest), tokenizer_file(self.pipe.dir)
         encoder += [self.digest(tokenizer)] if tokenizer else []
         return cache.text_files(self.texts, self.config.cache, encoder, self.pipe.runtime.dtype)
 
     def digest(self, file):
-        """A hash of a file's bytes, kept in the cache from run to run."""
+        """A hash of a file's bytes, remembered in the cache from run to run."""
         return cache.digest(file, self.config.cache)
 
     def is_cached(self):
-        """Whether all latents are."""
+        """Whether the latents of all samples are cached."""
         return all(f.exists() for f in self.files + self.val_files)
 
     def cache_latents(self):
-        """Fill the cache of latents, each rank a part of it; the VAE leaves memory afterwards."""
+        """Fill the cache of latents, each rank for its share of the files. The VAE leaves memory afterwards."""
         items, pipe, rank = self.items + self.val_items, self.pipe, self.world.rank
-        files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank decodes a file
+        files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank per file
         mine = [item for item in items if item.path in files]
         self.sheet = report.DataSheet(items)
         where = self.config.cache, pipe.files("vae")[0]
@@ -209,7 +209,7 @@ class Dataset:
         self._drop_uncached()
 
     def _drop_uncached(self):
-        """Leave out, on all ranks alike, the samples that could not be encoded."""
+        """Remove, on all ranks alike, the samples that could not be encoded."""
         files = self.files + self.val_files
         cached = self.world.broadcast_from_rank0(lambda: {f for f in files if f.exists()})
         if len(cached) == len(set(files)):
@@ -221,7 +221,7 @@ class Dataset:
         self._choose_batches()
 
     def cache_texts(self):
-        """Fill the cache of text embeddings, each rank a part of it; returns {text: file}."""
+        """Fill the cache of text embeddings, each rank for its share of the texts. Returns {text: file}."""
         files, pipe = self.text_files(), self.pipe
         mine = dict(list(files.items())[self.world.rank :: self.world.size])
         cache.cache_texts(mine, lambda: pipe.acquire("text"))
@@ -238,8 +238,8 @@ class Dataset:
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def draw(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """The Draws of a step, of all ranks. Each follows from the seed, the step and its place in the step alone, so
-        `--batch 4` is `--batch 2 --accumulate 2`, and `--batch 1` on four ranks. Arguments as of `step`.
+        """The Draws of a step, for all ranks. Each depends only on the seed, the step and its place in the step:
+        `--batch 4` trains as `--batch 2 --accumulate 2` does, or `--batch 1` on four ranks. Arguments: as in `step`.
         """
         c, draws = self.config, []
         for k, i in enumerate(self.batches.at(step)):
@@ -258,11 +258,12 @@ class Dataset:
         return draws
 
     def step(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """This rank's Batches of a step, and the weight of each one's loss: its share of the step's samples, each of
-        which counts alike. Timesteps are in [low, high).
+        """Yield this rank's Batches of a step, each with the weight of its loss: its fraction of the step's samples.
+        Timesteps are in [low, high).
 
-        show_caption(captions, rng) -> what is shown of a sample's captions (default: one of them). preserved_prompts:
-        if there are any, PRESERVED_SHARE of the samples are shown one of these, with the weight config.preserve.
+        show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions).
+        preserved_prompts: if any, PRESERVED_SHARE of the samples get one of them instead, with the loss weight
+        config.preserve.
         """
         groups = {}
         for draw in self.draw(step, low, high, show_caption, preserved_prompts):
@@ -276,15 +277,15 @@ class Dataset:
                 yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
-        """The Batch of Draws of one shape, read from the cache. preserves: whether any sample of the run is preserved;
-        then `preserved` is there on every rank, though no sample of this one is, since ranks compute targets together.
+        """The Batch of Draws of one shape, read from the cache. preserves: whether the run preserves prompts; then
+        `preserved` is set even if no sample here is preserved, since ranks compute the base's predictions together.
         """
         samples = self.samples
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]
         noise = torch.stack([torch.randn(e["latents"].shape, generator=d.generator) for d, e in zip(draws, entries)])
         t, loss_mask = torch.stack([d.t for d in draws]), frame_weights(samples, noise)
         given = torch.tensor([d.first_frame_given for d in draws])
-        if given.any():  # the first latent frame is clean, and its error does not count
+        if given.any():  # the first latent frame is clean, and its error is not counted
             t = t[:, None].repeat(1, noise.shape[2])
             t[given, 0] = 0
             loss_mask = ((t > 0) / (t > 0).float().mean(1, keepdim=True))[:, None, :, None, None]

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., 2021), W + (alpha/rank) B A on chosen linears of a DiT: inject, switch off, clamp, merge.
+"""LoRA (Hu et al., 2021), W + (alpha/rank) B A for chosen linears of a DiT: inject, switch off, clamp, merge.
 
-    params = inject(dit, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16)   # train these
-    merge(dit, read_lora(file), weight=0.8)                                             # or add a trained one for good
+    params = inject(dit, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16)   # train these parameters, or
+    merge(dit, read_lora(file), weight=0.8)                                             # add a trained LoRA for good
 
-nanowan/formats/lora.py reads and writes the files.
+Files: nanowan.formats.read_lora, and nanowan/formats/lora.py.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# linears that can be adapted, as the ends of their names in a block
+# the linears that can be adapted, by the ends of their names within a block
 TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "qkvo") + ("ffn.0", "ffn.2")
 
 
 class LoRALinear(nn.Module):
-    """A linear, `base`, plus scale * B A. A (rank,in) and B (out,rank) are fp32 whatever the base's weight is."""
+    """A frozen linear `base`, plus scale * B A. A (rank,in) and B (out,rank) are fp32, whatever the base's dtype."""
 
     takes_gelu = False
 
@@ -33,14 +33,14 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x, rows=None):
-        """x (...,in) -> (...,out). rows: as in kernels/fp8.py."""
+        """x (...,in) -> (...,out). rows: x in 8 bits, from round_input, for an 8-bit base (kernels/fp8.py)."""
         y = self.base(x) if rows is None else self.base(x, rows=rows)
         if not self.enabled:
             return y
         low, b = F.linear(self.dropout(x), self.lora_A.to(x.dtype)), (self.scale * self.lora_B).to(x.dtype)
         if torch.is_grad_enabled():
             return y + F.linear(low, b)
-        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), b.t())  # in the product, not in two more passes over y
+        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), b.t())  # saves two more passes over y
         return y
 
     def with_gelu(self, x, gelu):
@@ -51,17 +51,17 @@ class LoRALinear(nn.Module):
 
 
 def base_name(name):
-    """A parameter's name as it is without adapters, which is its name in files."""
+    """The name of a parameter in a model without adapters, which is its name in files."""
     return name.replace(".base.", ".")
 
 
 def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None, device=None):
-    """Put a LoRA on every target of the given blocks (default: all) and freeze everything else, in place.
+    """Add a LoRA to every target in the given blocks (default: all) and freeze everything else, in place.
 
-    targets: of TARGETS, or of those that a variant adds (Wan.linear_name). rank: 1 or more. blocks: block numbers.
-    device: of the adapters, if not the weights' (a model on the meta device). Returns the trainable parameters, A and B
-    in turn, fp32. B starts at zero, so the model's output does not change. Raises ValueError for a target that the
-    model does not have.
+    targets: names in TARGETS, or those that a variant adds (Wan.linear_name). rank: 1 or more. blocks: block numbers.
+    device: where the adapters go (default: to the weights, which may be on the meta device). Returns the trainable
+    parameters: A and B of each target, fp32. B starts at zero, so the model's output does not change. Raises ValueError
+    for a target that the model does not have.
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: at least 1")
@@ -80,18 +80,18 @@ def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, d
 
 
 def lora_layers(model):
-    """{module name: LoRALinear} of an injected model."""
+    """{module name: LoRALinear} of a model with adapters."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def adapter(model):
-    """{module name: (A, B)}, the trainable parameters of an injected model."""
+    """{module name: (A, B)}: the trainable parameters of a model with adapters."""
     return {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
 
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """Within this an injected model computes what its frozen base does."""
+    """Within this context, a model with adapters computes what its frozen base computes."""
     layers = lora_layers(model).values()
     for m in layers:
         m.enabled = False
@@ -104,20 +104,20 @@ def adapter_off(model):
 
 @torch.no_grad()
 def weight_norms(model):
-    """{module name: Frobenius norm () of its frozen weight} of an injected model."""
+    """{module name: Frobenius norm () of the frozen weight}, for each LoRALinear of a model."""
     bases = {name: m.base for name, m in lora_layers(model).items()}
     return {name: b.norm if hasattr(b, "norm") else b.weight.float().norm() for name, b in bases.items()}
 
 
 def change_norm(a, b, scale):
-    """The Frobenius norm () of dW = scale * B A, through the r x r products B^T B and A A^T; dW is never formed."""
+    """The Frobenius norm () of dW = scale * B A, from the r x r products B^T B and A A^T; dW is never formed."""
     return scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def clamp_weight_norm(pairs, scale, norms, cap):
     """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, norms[name] ().
-    Returns how many were scaled down.
+    pairs: {name: (A, B)}. Returns how many were scaled down.
     """
     clamped = torch.zeros(())
     for name, (a, b) in pairs.items():
@@ -132,8 +132,8 @@ def clamp_weight_norm(pairs, scale, norms, cap):
 def merge(model, changes, weight=1.0):
     """Add weight times each change to its parameter, in place; each sum is rounded once, to the parameter's dtype.
 
-    changes: {parameter name: Change} (nanowan/formats/lora.py). Added to an 8-bit weight a change would be rounded
-    away, so there it stays beside the weight as a LoRALinear. Raises ValueError, before anything is changed, if a
+    changes: {parameter name: Change} (nanowan/formats/lora.py). A change added to an 8-bit weight would be rounded
+    away, so there it is kept next to the weight, as a LoRALinear. Raises ValueError, before anything is changed, if a
     change of an 8-bit weight is not of low rank.
     """
     parameters = {base_name(name): p for name, p in model.named_parameters()}
@@ -151,10 +151,10 @@ def merge(model, changes, weight=1.0):
 
 
 def _add_beside(model, name, a, b, weight):
-    """Add weight * B A beside the linear `name`; a second one raises the rank."""
+    """Add weight * B A to the linear `name` as a LoRALinear; if it is one already, its rank grows."""
     linear = model.get_submodule(name)
     device = linear.lora_A.device if isinstance(linear, LoRALinear) else linear.weight.device
-    if device.type != "meta":  # else the weight is still to come, from another rank
+    if device.type != "meta":  # on meta the weight is still to come, from another rank
         a, b = a.to(device), b.to(device)
     b = weight * b
     if isinstance(linear, LoRALinear):
