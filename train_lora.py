@@ -1,13 +1,13 @@
-"""Train a LoRA "translator" on the DiT's cross-attention keys and values, to follow prompts and new encoders better.
+"""Train a LoRA "translator" on the DiT's cross-attention keys and values: to follow prompts and new encoders better.
 
 python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
 python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
-python train_lora.py                                   on nano and clips that it draws itself
+python train_lora.py                                   on nano, with clips that the script draws itself
 
-The base is frozen. Latents and text embeddings are computed once and cached; blocks below the first adapted one need no
-gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (A14B: adapter_model_high and
-_low), is read by ComfyUI, lightx2v and diffusers; the adapter of every save is kept beside it, as
-OUT/adapter_model_000100.safetensors and so on, so that the best step can be chosen by eye.
+The base model is frozen. Latents and text embeddings are computed once and cached. Blocks below the first adapted one
+need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (for an A14B
+adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers. Each save also leaves an adapter with its step
+in the name, OUT/adapter_model_000100.safetensors and so on, so that the best one can be chosen by eye.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -45,34 +45,34 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
-    linears = f"linears to adapt, a,b,c, of {', '.join(TARGETS)}; Animate and Animate-2 also: cross_attn.k_img, "
-    linears += "cross_attn.v_img; S2V also: audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for "
-    add("--targets", type=flags.comma_list, help=linears + "S2V audio_injector.k,audio_injector.v too)")
-    add("--allow_self_attn", action="store_true", help="permit self_attn targets, which change the drawing style")
+    linears = f"linears to adapt, as a,b,c: {', '.join(TARGETS)}; Animate and Animate-2 also have cross_attn.k_img and "
+    linears += "cross_attn.v_img, S2V audio_injector.q, .k, .v and .o (default: cross_attn.k,cross_attn.v, and for S2V "
+    add("--targets", type=flags.comma_list, help=linears + "also audio_injector.k,audio_injector.v)")
+    add("--allow_self_attn", action="store_true", help="allow self_attn targets, which change the drawing style")
     add("--blocks", help="blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
-    add("--rank", type=int, default=16, help="rank of each weight change B A (default: %(default)s)")
-    add("--alpha", type=float, help="scale the weight change by alpha / rank (default: the rank)")
-    add("--dropout", type=float, default=0.0, help="dropout on the adapter's input (default: %(default)s)")
+    add("--rank", type=int, default=16, help="rank of every weight change B A (default: %(default)s)")
+    add("--alpha", type=float, help="alpha, which scales B A by alpha / rank (default: the rank)")
+    add("--dropout", type=float, default=0.0, help="dropout on the input of B A (default: %(default)s)")
     add("--init_lora", action="append", default=[], help="LoRA to start from, FILE[:high|low|both]; may be repeated")
-    add("--delta_cap", type=float, help="largest relative weight change ||dW||/||W|| of any matrix (default: no limit)")
+    add("--delta_cap", type=float, help="limit on the change ||dW||/||W|| of each weight matrix (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
-    add("--keep", type=int, help="number of saved adapters to keep beside the result (default: all)")
-    words = "trigger words a,b,c, written into the file for LoRA managers; --preserve is for captions without them"
+    add("--keep", type=int, help="keep only the last N of the adapters with a step in their name (default: all)")
+    words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve preserves the captions without them"
     add("--trigger", type=flags.comma_list, help=words)
     add = p.add_argument_group("prior preservation").add_argument
-    preserve = "weight of prior preservation: half of the samples are shown a prompt that must not change, with the "
-    add("--preserve", type=float, default=0.0, help=preserve + "base's prediction as their target (default: 0, none)")
-    prompts = "text file of prompts that must not change, a line each; captions without a word of --trigger are too"
+    preserve = "weight of prior preservation: half of the samples get a prompt to preserve, and as target the base "
+    add("--preserve", type=float, default=0.0, help=preserve + "model's own prediction (default: 0, none)")
+    prompts = "text file of prompts to preserve, one per line; captions without any word of --trigger are preserved too"
     add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
     flags.add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
-    """Resolve the flags for a checkpoint with Settings s, and check those of this script. Returns the block numbers."""
+    """Fill in the flags for a checkpoint with Settings s and check them. Returns the numbers of the blocks to adapt."""
     flags.resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     flags.check_blocks(args, num_blocks)
@@ -106,7 +106,7 @@ def check(args, s, num_blocks):
 
 
 def predict(args, s, builders, blocks, **more):
-    """The Plan of a run; more: fields of TrainingSpec."""
+    """The memory_estimate.Plan of a run. more: further fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
     spec = flags.training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
@@ -136,7 +136,7 @@ def train(args, world):
     print(in_force(args, defaults), ops.describe(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(defaults))
 
-    # data, and the memory that the run will need
+    # the data, and the memory that the run will need
     preserve_prompts = read_texts(args.preserve_prompts, "--preserve_prompts") if args.preserve_prompts else []
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
@@ -159,7 +159,7 @@ def train(args, world):
     run.metadata |= {"ops": ops.describe(args.device), "data": dataset.summary(sizes)}
     run.check(resume_fingerprint(args, pipe, dataset) | {"blocks": blocks})
 
-    # latents and text embeddings, cached
+    # cache the latents and the text embeddings
     dataset.cache_latents()
     texts = dataset.cache_texts()
     if world.is_main:
@@ -170,7 +170,7 @@ def train(args, world):
     previews.open(dataset)
     if preview_prompts:
         previews.embed(pipe.acquire("text"))
-    pipe.drop()  # the encoder is not needed any more
+    pipe.drop()  # the text encoder is not needed any more
 
     def embed(captions):
         context, lens = collate([load(texts[c])[0]["embedding"] for c in captions])
@@ -202,7 +202,7 @@ def train(args, world):
         state.restore(saved)
 
     def evaluate(step):
-        """What is due of held-out loss and previews after a step, with the weights that would be saved."""
+        """Compute the held-out loss and previews that are due after a step, with the weights that would be saved."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):
@@ -222,7 +222,7 @@ def train(args, world):
             s.variant, run.date, triggers, config.sources[0].resolution, args.steps, args.lr, args.batch, total_batch
         )
         for expert in schedule if world.is_main else ():
-            if state.ema and args.delta_cap:  # averaging A and B can exceed the cap even if every step respected it
+            if state.ema and args.delta_cap:  # the average of A and B can exceed the cap even if no step did
                 clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)
             for name in names:
                 write_lora(adapter_file(run.out, name, expert), adapters[expert], scale, info, step=step, expert=expert)
@@ -243,8 +243,8 @@ def train(args, world):
         world.seed(args.seed, step)
         dit = pipe.acquire(expert).train()
 
-        # gradients: the sum over ranks is that of the global batch
-        state.opt.zero_grad(set_to_none=True)  # a step on one expert leaves the other's adapter alone
+        # gradients: their sum over the ranks is the gradient of the global batch
+        state.opt.zero_grad(set_to_none=True)  # without a gradient, the other expert's adapter stays as it is
         for batch, weight in batches:
             context, lens = embed(batch.captions)
             taught += len(batch.x) if batch.preserved is None else int((~batch.preserved).sum())
@@ -254,7 +254,7 @@ def train(args, world):
         tokens = watch.tokens * world.dp_size / world.size
         loss, watch.tokens, taught, stop = world.all_reduce_grads(params_of[expert], loss, tokens, taught, run.stop)
 
-        # one update; samples that are only preserved have gradients far smaller than others
+        # one update; a step in which all samples are preserved has far smaller gradients, so it is not typical
         metrics, skipped = update(state, world, step, args, loss, typical=taught > 0)
         if not skipped and args.delta_cap:
             metrics["n_clamped"] = clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)

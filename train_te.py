@@ -1,11 +1,11 @@
 """Train the text encoder through the frozen DiT: teach it words, so that the DiT understands them.
 
 python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
-python train_te.py                                  on nano and clips that it draws itself
+python train_te.py                                  on nano, with clips that the script draws itself
 
-The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. An anchor keeps
-the embeddings of prompts without keywords where they were. Text is never cached here, since a cached embedding would
-bypass the encoder. The result, OUT/text_encoder.safetensors, is used by every script's --text_encoder.
+The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. A penalty, the
+anchor, keeps the embeddings of prompts without keywords where they were. Text embeddings are never cached here, since a
+cached one would bypass the encoder. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -41,39 +41,39 @@ def arguments(argv=None):
     p = Parser(__doc__)
     recommended = flags.RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
-    add("--train_blocks", type=int, help="train only the top N blocks (default: all; 0: none)")
-    add("--rank", type=int, help="train LoRAs of this rank in the blocks instead of the blocks (default: none)")
-    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as WORD, NAME=placeholder:N gets N "
-    names += "rows that no text uses (default on nano's own data: its new words)"
+    add("--train_blocks", type=int, help="train only the last N blocks of the encoder (default: all; 0: none)")
+    add("--rank", type=int, help="train LoRAs of this rank in the blocks, not the blocks' own weights (default: none)")
+    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD, NAME=placeholder:N"
+    names += " gives NAME N otherwise unused rows of the embedding table (default on nano's own data: its new words)"
     add("--keywords", type=flags.comma_list, help=names)
-    start = "initial embeddings of the keywords. own: as they are; search: each as the word of other captions in whose "
-    start += "place its clips have the lowest loss, if that is lower than its own (default: the checkpoint's, or "
-    add("--keyword_init", choices=("own", "search"), help=f"{start}{recommended['keyword_init']})")
-    add("--keyword_lr", type=float, help="learning rate of keywords' embeddings (default: the checkpoint's, or --lr)")
-    norm = "norm of the keywords' embeddings. free: as it comes; fixed: as at the beginning; clamp: at most that of 99 "
-    norm += "percent of the table (default: %(default)s)"
+    start = "initial embeddings of the keywords. own: the encoder's; search: for each keyword those of the word, from "
+    start += "other captions, that has the lowest loss in its place, if lower than its own (default: the checkpoint's, "
+    add("--keyword_init", choices=("own", "search"), help=f"{start}or {recommended['keyword_init']})")
+    add("--keyword_lr", type=float, help="learning rate of the keyword embeddings (default: the checkpoint's, or --lr)")
+    norm = "norm of the keyword embeddings. free: not limited; fixed: as at the start of training; clamp: at most the "
+    norm += "99th percentile of the norms in the embedding table (default: %(default)s)"
     add("--keyword_norm", choices=("free", "fixed", "clamp"), default="free", help=norm)
-    drift = "weight of the penalty on moving the embeddings of prompts without keywords (default: %(default)s)"
+    drift = "weight of the penalty for changing the embeddings of prompts without keywords (default: %(default)s)"
     add("--anchor", type=float, default=0.01, help=drift)
-    forms = "form of the result. full: official names; delta: only the trained tensors and embeddings; comfyui: for "
-    forms += "its CLIPLoader, transformers' names and the tokenizer inside; lora: for its LoraLoader, with --rank or "
-    forms += "--train_blocks 0 (default: lora with --rank, else full)"
+    forms = "format of the result. full: all tensors, with official names; delta: only what was trained; comfyui: for "
+    forms += "ComfyUI's CLIPLoader, with transformers' names and the tokenizer inside; lora: for ComfyUI's LoraLoader, "
+    forms += "needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
-    chosen = "(default: adamw8bit, whose bf16 weights are compensated, for --dtype bf16 without --fsdp or --rank; else "
+    chosen = "(default: adamw8bit, with compensated bf16 weights, for --dtype bf16 without --fsdp or --rank; else "
     add("--optimizer", choices=("adamw", "adamw8bit"), help=f"optimizer of the encoder {chosen}adamw)")
-    shown = "percentages of captions with a keyword that are shown as the keyword alone, shortened, whole (default: "
+    shown = "percentages of captions with a keyword to use as the keyword alone, shortened, and in full (default: "
     add("--caption_mode_probs", help=f"{shown}the checkpoint's, or {recommended['caption_mode_probs']})")
     trim = f"(default: the checkpoint's, or {recommended['trim_prob']})"
-    add("--trim_prob", type=float, help=f"probability that a caption loses a few words, never a keyword {trim}")
+    add("--trim_prob", type=float, help=f"probability that a caption in full loses some words, never a keyword {trim}")
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
     flags.add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
-    """Resolve the flags for a checkpoint with Settings s, and check those of this script. num_blocks: of the DiT."""
+    """Fill in the flags for a checkpoint with Settings s and check them. num_blocks: the DiT's number of blocks."""
     if args.rank is not None:
         flags.check_ranges(args, rank=(1, math.inf))
         args.lr = args.lr or flags.encoder_lora_lr(s)
@@ -84,17 +84,17 @@ def check(args, s, num_blocks):
     args.keywords = args.keywords or []
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
-    # else weights are fp32; plain AdamW's small steps would be lost in bf16's 8 bits
+    # otherwise weights are fp32, as plain AdamW's small steps would be lost in the 8 bits of bf16's mantissa
     compensated = args.dtype == "bf16" and not args.fsdp and not args.rank
     args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
     if (args.optimizer == "adamw8bit") != compensated:
         raise BadInput(
             f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}{' --rank' * bool(args.rank)}: "
-            "adamw8bit is for bf16 weights, whole on each rank, and they need it; adamw for fp32, --fsdp or --rank"
+            "unsharded bf16 weights need adamw8bit, which is for them only; fp32, --fsdp and --rank need adamw"
         )
     args.save = args.save or ("lora" if args.rank else "full")
     if args.save == "lora" and not args.rank and args.train_blocks != 0:
-        raise BadInput("--save lora: whole blocks are trained; give --rank N, or --train_blocks 0 for embeddings alone")
+        raise BadInput("--save lora: full blocks are trained; give --rank N, or --train_blocks 0 for embeddings alone")
     if args.save in ("delta", "lora") and args.text_encoder:
         raise BadInput(
             f"--save {args.save} --text_encoder {' '.join(args.text_encoder)}: its result is read on top of the "
@@ -104,7 +104,7 @@ def check(args, s, num_blocks):
 
 
 def predict(args, s, builders, ids=(3,), **more):
-    """The Plan of a run; ids: of the trained embeddings; more: fields of TrainingSpec."""
+    """The memory_estimate.Plan of a run. ids: the trained rows of the embedding table; more: fields of TrainingSpec."""
 
     def make_trainable(dit, encoder):
         text_encoder.unfreeze(encoder, ids, args.train_blocks, args.rank)
@@ -136,7 +136,7 @@ def train(args, world):
     print(in_force(args, defaults), ops.describe(args.device), sep="\n")
     run = Run(args.out, vars(args), args.resume, world.is_main, defaults=vars(defaults))
 
-    # data, and the memory that the run will need
+    # the data, and the memory that the run will need
     preview_prompts = read_prompts(args.previews, "--previews") if args.previews else []
     previews = Previews(pipe, preview_requests(args, s, preview_prompts), sample)
     config = flags.data_config(args, s, lambda: world.broadcast_from_rank0(default_clips))
@@ -167,10 +167,10 @@ def train(args, world):
         return
     previews.open(dataset)
 
-    # the encoder learns, the DiT is frozen
+    # the encoder is trained, the DiT is frozen
     pipe.trains_text = True
     encoder = pipe.acquire("text")
-    pipe.drop()  # from here on the encoder is this script's own: it must not be evicted for others
+    pipe.drop()  # from here on the encoder is this script's own: no other model may evict it
     if preview_prompts:
         previews.embed(encoder)
     encoder.tokenizer.add_words(placeholders)
@@ -219,7 +219,7 @@ def train(args, world):
         return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
 
     def evaluate(step):
-        """What is due of held-out loss and previews after a step, with the weights that would be saved."""
+        """Compute the held-out loss and previews that are due after a step, with the weights that would be saved."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):
@@ -227,11 +227,11 @@ def train(args, world):
                 if step and world.broadcast_from_rank0(lambda: run.is_best(metrics)):
                     write_encoder(step, best)
             if preview_prompts and due(step, args.preview_every, args.steps):
-                if step:  # before the first, they are still embedded as the base does
+                if step:  # at step 0 their embeddings are still the base's
                     previews.embed(encoder)
                 run.log_image(step, "previews", previews.write(step))
         if world.fsdp:
-            encoder.reshard()  # without a backward pass what is outside of its blocks stays whole, as it was then
+            encoder.reshard()  # without a backward pass, weights outside of the blocks stay unsharded
         return metrics
 
     def write_encoder(step, file):
@@ -264,7 +264,7 @@ def train(args, world):
         world.seed(args.seed, step)
         dit = pipe.acquire(expert).train()
 
-        # gradients: the sum over ranks is that of the global batch
+        # gradients: their sum over the ranks is the gradient of the global batch
         state.opt.zero_grad(set_to_none=True)
         for batch, weight in batches:
             context, lens = encoder.encode(batch.captions)
