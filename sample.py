@@ -37,32 +37,32 @@ from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import open_image, write_grid, write_mp4
 
-EXPERT_GROUP = 8  # clips that go through an A14B's expert before they go through the other
+EXPERT_GROUP = 8  # how many clips one expert of an A14B takes before the other expert takes them
 
 
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
-    add("--prompt", help="text to sample from (default, without --prompts: the checkpoint's)")
-    options = "--w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
+    add("--prompt", help="text prompt (default: the checkpoint's own, unless --prompts is given)")
+    options = "as in kohya's scripts, --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
     jsonl = "a JSONL with keys such as prompt, size, frames, seed, image"
-    add("--prompts", help=f"text file, one prompt per line, with kohya's options behind it ({options}), or {jsonl}")
-    add("--image", help="image to start from")
-    add("--last_image", help="image to end with (TI2V-5B, I2V-A14B)")
-    add("--size", help="WIDTHxHEIGHT in px; with --image it gives the area (default: the checkpoint's)")
+    add("--prompts", help=f"text file with one prompt per line, followed by its options ({options}), or {jsonl}")
+    add("--image", help="image to start the video from")
+    add("--last_image", help="image to end the video with (TI2V-5B, I2V-A14B)")
+    add("--size", help="WIDTHxHEIGHT in px; with --image only its area counts (default: the checkpoint's)")
     add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="sampling steps; heun runs the model twice in each (default: the checkpoint's)")
-    add("--shift", type=float, help="shift of the sigma grid, above 1 towards noise (default: the checkpoint's)")
-    add("--guidance", help="guidance scale, or LOW,HIGH for the two experts; 1 is off (default: the checkpoint's)")
+    add("--steps", type=int, help="sampling steps; heun runs the model twice per step (default: the checkpoint's)")
+    add("--shift", type=float, help="shift of the sigma grid; above 1, towards noise (default: the checkpoint's)")
+    add("--guidance", help="guidance scale, or LOW,HIGH for low and high noise; 1: off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
-    add("--seed", type=sampling.seed_list, default=[0], help="random seeds, one or a,b,c; -1 draws one (default: 0)")
-    add("--num_videos", type=int, default=1, help="videos per prompt, from successive seeds (default: %(default)s)")
+    add("--seed", type=sampling.seed_list, default=[0], help="random seed, or several a,b,c; -1 draws one (default: 0)")
+    add("--num_videos", type=int, default=1, help="videos per prompt and seed; seeds count up (default: %(default)s)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
-    add("--lora", action="append", default=[], help="LoRA of the DiT or encoder, FILE[:weight][:high|low|both]")
-    encoder = "text encoder, FILE[:strength]: full, delta or LoRA; may be repeated (default: the checkpoint's own)"
+    add("--lora", action="append", default=[], help="LoRA of DiT or encoder, FILE[:weight][:high|low|both]; repeatable")
+    encoder = "text encoder, FILE[:strength]: full, delta or LoRA; repeatable (default: the checkpoint's own)"
     add("--text_encoder", action="append", help=encoder)
-    add("--dtype", choices=list(DTYPES), help="dtype of weights and products (default: bf16 on cuda, fp32 on cpu)")
+    add("--dtype", choices=list(DTYPES), help="dtype of weights and matrix products (default: bf16 on cuda, else fp32)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     for conditioning in (parts_of(kind).conditioning for kind in PARTS):
         if conditioning.flags:
@@ -76,9 +76,9 @@ def arguments(argv=None):
 # ---- denoising ---------------------------------------------------------------------------------------------------
 @dataclass
 class Clip:
-    """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)), negative None if no
-    step is guided. conditions: a Conditions. on_step(i, x0): is shown the estimate of the clean latents after each
-    step.
+    """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)); negative is None if
+    no step is guided. conditions: a Conditions. on_step(i, x0): called at each step i with an estimate x0 of the clean
+    latents.
     """
 
     x: torch.Tensor  # (B,C,T',h,w)
@@ -92,8 +92,8 @@ class Clip:
 
 
 class GuidedModel:
-    """One expert under classifier-free guidance (Ho and Salimans, 2022). What attention needs of a prompt, and what
-    else does not change from step to step, is computed here, once.
+    """One expert with classifier-free guidance (Ho and Salimans, 2022). The prompts' keys and values, and whatever else
+    is the same at every step, are computed once, by __init__.
     """
 
     def __init__(self, pipe, expert, clip):
@@ -109,7 +109,7 @@ class GuidedModel:
         if clip.negative is not None and self.mode == "batched":
             pairs = [torch.cat([a, b]) for a, b in zip(clip.text, clip.negative)]
             self.both = self._embed(pairs, {k: torch.cat([v, differing.get(k, v)]) for k, v in inputs.items()})
-        elif clip.negative is not None:  # what both halves share is prepared once
+        elif clip.negative is not None:  # what both predictions share is prepared once
             self.uncond = self._embed(clip.negative, self.cond[1] | differing)
 
     def _embed(self, text, inputs):
@@ -123,7 +123,7 @@ class GuidedModel:
         return v.clone() if self.copies_output else v
 
     def velocity(self, x, t, scale):
-        """Velocity (B,C,T',h,w) of latents x (B,C,T',h,w) at time t in 0..1000: uncond + scale (cond - uncond)."""
+        """The velocity of latents x, both (B,C,T',h,w), at timestep t in 0..1000: uncond + scale (cond - uncond)."""
         x, times = self.conditions.model_inputs(x, t)
         if scale == 1:
             return self._forward(x, times, self.cond)
@@ -139,7 +139,7 @@ class GuidedModel:
 
 @torch.no_grad()
 def denoise(pipe, settings, clip, expert):
-    """Take a Clip through those of its remaining steps that `expert` serves."""
+    """Run those of a Clip's remaining steps that `expert` serves. Raises BadInput if the latents are not finite."""
     timesteps, cache = clip.solver.timesteps.tolist(), clip.cache
     steps = [i for i in range(clip.solver.i, len(timesteps)) if settings.expert_at(timesteps[i])[0] == expert]
     if not steps:
@@ -147,7 +147,7 @@ def denoise(pipe, settings, clip, expert):
     model, x = GuidedModel(pipe, expert, clip), clip.conditions.put_known(clip.x)
     cache.reset()
     for i in tqdm(steps, initial=steps[0], total=len(timesteps), disable=None if clip.progress else True, unit="step"):
-        # the velocity, computed or as the step cache expects it
+        # the velocity, from the model or predicted by the step cache
         v = cache.predict(x) if i < len(timesteps) - 1 else None
         if v is None:
             v = model.velocity(x, timesteps[i], settings.expert_at(timesteps[i])[1])
@@ -164,7 +164,7 @@ def denoise(pipe, settings, clip, expert):
 
 
 def encode_text(pipe, settings, prompts, encoder=None):
-    """(embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt or None if no step is guided."""
+    """(embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt, or None if no step is guided."""
     embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
@@ -172,13 +172,13 @@ def encode_text(pipe, settings, prompts, encoder=None):
 
 
 def new_clip(settings, x, text, conditions, cache=None, **more):
-    """A Clip at its first step; text: of encode_text."""
+    """A Clip before its first step. text: the result of encode_text."""
     solver = flow.solver(settings.solver, settings.steps, settings.shift)
     return Clip(x, *text, conditions, solver, cache or EasyCache(), **more)
 
 
 def sample_clip(pipe, settings, text, noise, conditions, **more):
-    """Latents (B,C,T',h,w) fp32 of a Clip, from noise of that shape; text: of encode_text, more: fields of Clip."""
+    """Sample a Clip from noise (B,C,T',h,w) -> latents, fp32. text: from encode_text; more: fields of Clip."""
     clip = new_clip(settings, noise, text, conditions, **more)
     for expert in settings.expert_names:
         denoise(pipe, settings, clip, expert)
@@ -186,7 +186,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]; tile as in decode_tiled. Ranks of one clip share it."""
+    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: as in decode_tiled. A clip's ranks share the work."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -196,16 +196,16 @@ def decode(pipe, latents, tile=0):
 
 # ---- videos ------------------------------------------------------------------------------------------------------
 def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, **how):
-    """A Pipeline for `generate`, of a checkpoint folder or "nano"; weights are read when first needed.
+    """A Pipeline for `generate`, from a checkpoint folder or "nano". Weights are read when they are first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. how: fp8,
-    stream_blocks, world as in nanowan.pipeline.Runtime. Raises BadInput for a folder or LoRA that cannot be read.
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of these. how: fields of
+    nanowan.pipeline.Runtime, such as fp8 and stream_blocks. Raises BadInput if a folder or LoRA cannot be read.
     """
     return Pipeline(ckpt_dir, Runtime(device, dtype, **how), lora, text_encoder)
 
 
 def open_video(pipe, settings, **inputs):
-    """The Video of images (files or PIL) and a variant's own inputs, named like sample.py's flags. Raises BadInput."""
+    """Open a Video from images (files or PIL) and inputs, named like sample.py's flags. Raises BadInput."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
@@ -215,8 +215,8 @@ def open_video(pipe, settings, **inputs):
 
 
 def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
-    """Latents (B,C,T',h,w) fp32 of B clips, each from its own seed; a clip does not depend on what it is batched with,
-    but for rounding. prompts: list of str, or what encode_text made of them. settings: as in `generate`.
+    """Sample B clips in one batch, each from its own seed -> latents (B,C,T',h,w) fp32. But for rounding, a clip does
+    not depend on the others. prompts: list of str, or what encode_text returned for them. settings: as in `generate`.
     """
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
@@ -226,14 +226,14 @@ def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, 
 
 
 def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
-    """One video: (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
+    """Sample one video -> (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
 
-    pipe: from `load`. image: file or PIL image to start from (then `size` gives the area and the image the aspect).
-    settings, each from the checkpoint's recommended ones if it is not given: size (width, height) px, frames 4k+1,
-    steps, shift of the sigma grid, guidance scale or (low-noise, high-noise) scales (1: off), solver of flow.SOLVERS,
-    negative prompt; and, named like sample.py's flags, the inputs that only S2V (audio, pose_video, infer_frames,
-    num_clip, start_from_ref, sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video,
-    prompt_ref) take. Of these, latents is a list, of each segment's.
+    pipe: from `load`. image: file or PIL image to start from; then `size` gives the area, and the image the aspect
+    ratio. settings (default: what the checkpoint recommends): size (width, height) px, frames 4k+1, steps, shift of the
+    sigma grid, guidance (a scale, or scales for low and high noise; 1: off), solver from flow.SOLVERS, negative prompt;
+    and the inputs, named like sample.py's flags, of S2V (audio, pose_video, infer_frames, num_clip, start_from_ref,
+    sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video, prompt_ref). For these three,
+    latents is a list, with an entry per segment.
     """
     overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
     s = pipe.settings.with_overrides(**overrides)
@@ -246,8 +246,8 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
 
 
 def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **more):
-    """Sample the segments of a Video that are not done yet; `segments` keeps them: on each rank in memory, or one rank
-    in files. more: further fields of the Clips.
+    """Sample the segments of a Video that are not done yet, and save them in `segments`: in memory on every rank, or in
+    files by one rank. reuse: as --reuse; more: further fields of the Clips.
     """
     done = segments.count()
     if done:
@@ -275,7 +275,7 @@ def main():
 
 
 def run(args, prompts, world):
-    # the checkpoint, and the videos that are asked for
+    # the checkpoint, and the videos that are requested
     dtype = DTYPES[pick_dtype(args.dtype, world.device)]
     select_attention(args.attention, world.device, dtype)
     compile = "blocks" if args.compile else "graphs" if args.cuda_graphs else None
@@ -293,13 +293,13 @@ def run(args, prompts, world):
             return
     by_segments = pipe.settings.conditioning.by_segments
     mine = sampling.share_of(requests, world)
-    videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # of segments only the first, which may be large
+    videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # in segments, only the first: they may be large
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
     print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False))
     print(ops.describe(world.device), f"{len(requests)} videos", sep="\n")
     need = sampling.plan_largest(args, pipe, mine, videos)
 
-    # text, encoded once; then its encoder leaves memory
+    # encode the texts of all videos; then the text encoder leaves memory
     texts = [encode_text(pipe, r.settings, [r.prompt]) for r in mine]
     pipe.drop("text")
     colors = sampling.preview_colors(pipe) if args.preview_every and world.is_writer else None
@@ -307,7 +307,7 @@ def run(args, prompts, world):
     def comment(r, video):
         return json.dumps(r.record(args, pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
 
-    # videos of segments, one after the other
+    # videos that are made in segments: one video after another
     for i, (r, text) in enumerate(zip(mine, texts) if by_segments else ()):
         video = videos[0] if not i else open_video(pipe, r.settings, **r.inputs)
         segments = SegmentFiles.open(r.out, keys[r.out], args.resume, world)
@@ -319,7 +319,7 @@ def run(args, prompts, world):
             segments.write_video(video, comment(r, video), r.latents)
             print(r.out, flush=True)
 
-    # clips, several of an A14B through one expert before the other; each is written as it is done
+    # single clips; one expert of an A14B takes several before the other takes them; each is written once it is done
     shown, group_size = [], EXPERT_GROUP if pipe.settings.is_moe else 1
     for first in range(0, 0 if by_segments else len(mine), group_size):
         group = []

@@ -1,7 +1,7 @@
-"""Command lines of the scripts: unknown flags name their nearest, and --config reads the flags of a run from a file.
+"""Command lines of the scripts: an unknown flag gets a suggestion, and --config reads the flags of a run from a file.
 
-A config file is TOML or JSON; its keys are the flags without dashes, and flags on the command line take precedence.
-Lists may be written as such. Data sets with settings of their own are `[[data]]` tables (DATA_KEYS).
+A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. Lists
+may be written as lists. A data set with settings of its own is a table `[[data]]` with DATA_KEYS.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from nanowan.errors import BadInput
 from nanowan.files import atomic
 from nanowan.memory_estimate import ParallelLayout
 
-# what other tools call a flag
+# {what other tools call a flag: its name here}
 ELSEWHERE = {
     "ckpt_dir": "ckpt", "dit": "ckpt", "model": "ckpt", "pretrained_model_name_or_path": "ckpt", "frame_num": "frames",
     "num_frames": "frames", "video_length": "frames", "sample_steps": "steps", "infer_steps": "steps",
@@ -32,12 +32,12 @@ ELSEWHERE = {
     "mixed_precision": "dtype", "fp8_base": "base_dtype", "gradient_checkpointing": "checkpointing",
     "network_weights": "init_lora", "lora_target_modules": "targets", "log_with": "wandb",
 }  # fmt: skip
-UNSAVED = ("help", "config", "resume")  # what a run's own config.toml leaves out
+UNSAVED = ("help", "config", "resume")  # flags that a run does not write to its config.toml
 DATA_KEYS = ("source", "resolution", "frames", "clip_mode", "repeats", "weight")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with --config, whose errors are one line and name the nearest flag."""
+    """An ArgumentParser with --config. Its errors are one line, with a suggestion for an unknown flag."""
 
     def __init__(self, description):
         form = argparse.RawDescriptionHelpFormatter
@@ -45,11 +45,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", help="TOML or JSON file of flags; flags on the command line take precedence")
 
     def flags(self):
-        """{name: its action}."""
+        """{name of a flag: its action}."""
         return {a.dest: a for a in self._actions if f"--{a.dest}" in a.option_strings}
 
     def nearest(self, name):
-        """In words, which flag is meant by one that there is not."""
+        """Suggest in words which flag was meant by an unknown name."""
         name = name.lstrip("-").split("=")[0].replace("-", "_")
         if name == "task":
             return "the task follows from the checkpoint"
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([*(self._words(before, argv) if before else []), *argv])
 
     def _words(self, file, argv):
-        """A config file's flags as words of a command line; repeatable flags that the command line has are left out."""
+        """The flags of a config file as words of a command line. Repeatable flags that argv has too are left out."""
         words, given = [], {w.split("=")[0] for w in argv}
         for key, value in read_config(file).items():
             action = self.flags().get(key)
@@ -99,7 +99,7 @@ def _only_config(argv):
 
 
 def read_config(file):
-    """{flag: value} of a TOML or JSON file. Raises BadInput."""
+    """{flag: value} of a TOML or JSON file. Raises BadInput if it cannot be read."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         config = json.loads(text) if str(file).endswith(".json") else tomllib.loads(text)
@@ -113,14 +113,14 @@ def read_config(file):
 
 
 def in_force(args, defaults):
-    """The flags that are not at their defaults, in one line: those that were given, and a checkpoint's own values."""
+    """One line with the flags that differ from their defaults: those that were given, and the checkpoint's values."""
     changed = {k: v for k, v in vars(args).items() if v != vars(defaults)[k]}
     plain = {k: v[0]["source"] if _is_tables(v) and len(v) == 1 and len(v[0]) == 1 else v for k, v in changed.items()}
     return "flags: " + ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items())
 
 
 def write_config(file, values):
-    """Write {flag: value} so that read_config gives it back; what is None is left out."""
+    """Write {flag: value} so that read_config returns it again. Values that are None are left out."""
     plain = {k: v for k, v in values.items() if v is not None and k not in UNSAVED and not _is_tables(v)}
     lines = [f"{k} = {_toml(v)}" for k, v in plain.items()]
     for key, tables in ((k, v) for k, v in values.items() if _is_tables(v)):
@@ -141,11 +141,13 @@ def _toml(value):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    # JSON's strings and whole numbers are TOML's too, but for one character
+    # JSON's strings and integers are valid in TOML too, but for one character
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def parallel_layout(args, ranks, fp8=False):
-    """The ParallelLayout of a script's flags on so many ranks; fp8: also if the files are in 8 bits."""
+    """The ParallelLayout of a script's flags on this many ranks. fp8: whether weights are in 8 bits, by flag or by
+    file.
+    """
     fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
     return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)

@@ -1,8 +1,8 @@
-"""A checkpoint at work: its text encoder, VAE and DiTs, loaded when first needed and offloaded when memory is short.
+"""A checkpoint in use: its text encoder, VAE and DiTs, loaded when first needed and offloaded when memory is short.
 
-A model is "text", "vae", and "dit", or of an A14B "high" and "low", the two experts; S2V and Animate have further
-encoders. Where memory is short, the models that are not in use are evicted: from the accelerator to the host, from the
-host (device "cpu") to nothing, to be read again when needed. A text encoder that does not fit is streamed.
+The names of the models are "text", "vae" and "dit", in an A14B "high" and "low" (its two experts) instead of "dit"; S2V
+and Animate have further encoders. Where memory is short, models that are not in use are evicted: from a GPU to the
+host; on the device "cpu" they are dropped, and read again when needed. A text encoder that does not fit is streamed.
 """
 
 import functools
@@ -36,9 +36,9 @@ from nanowan.settings import checkpoint_dir, read_settings
 class Runtime:
     """How a checkpoint's models run.
 
-    fp8: the DiT's blocks in 8 bits (kernels/fp8.py). stream_blocks: how many of the DiT's blocks stay on the host
-    (memory/offload.py). compile: None, "blocks" or "graphs". world: the ranks that work together (default: this
-    process alone).
+    fp8: whether the DiT's blocks are in 8 bits (kernels/fp8.py). stream_blocks: how many of the DiT's blocks stay on
+    the host (memory/offload.py). compile: None, "blocks" or "graphs". world: the ranks that work together (default:
+    this process alone).
     """
 
     device: str = "cpu"
@@ -59,7 +59,9 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA that training puts into the DiTs `experts`: lora.inject's arguments, and a seed for its values."""
+    """The LoRA that training adds to the DiTs named in `experts`: the arguments of lora.inject, and a seed for its
+    values.
+    """
 
     experts: tuple
     targets: tuple
@@ -70,22 +72,22 @@ class Adapter:
     seed: int
 
     def inject(self, dit, device):
-        """Put it into a DiT that may still be empty."""
+        """Add the LoRA to a DiT, which may have no weights yet."""
         return inject(dit, self.targets, self.rank, self.alpha, self.dropout, self.blocks, device)
 
 
 class Pipeline:
-    """The models of one checkpoint (see the top of this file).
+    """The models of one checkpoint, under the names at the top of this file.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", merged into the DiTs or, where they
-    are the text encoder's, into that. text_encoder: "FILE[:strength]", or a list of such, to use instead of the
-    folder's own encoder or over it (formats/t5.py, load_t5). Raises BadInput for an expert's files, or a LoRA, that
-    cannot be used: now, not after half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", each merged into the DiTs or, if it
+    is a LoRA of the text encoder, into that. text_encoder: "FILE[:strength]", or a list of these, to use instead of the
+    folder's own encoder or on top of it (formats/t5.py, load_t5). Raises BadInput for files of an expert, or a LoRA,
+    that cannot be used: at the start, not after half of the steps.
 
-    For training: `adapter` is what each DiT gets when it is loaded, `checkpointing` as in Wan. Adapters' parameters
-    {expert: {module: (A, B)}} stay in `adapters` while their DiT leaves memory and returns. takes_turns: the experts
-    leave the device for each other, and each keeps a copy on the host, to return from. trains_text: the text encoder
-    lies on the device whole.
+    For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is as in Wan.
+    `adapters`, {expert: {module: (A, B)}}, keeps the parameters while a DiT leaves memory and returns. takes_turns:
+    only one expert is on the device at a time, and each has a copy on the host from which it returns. trains_text: the
+    text encoder is on the device in full, never streamed.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -97,7 +99,7 @@ class Pipeline:
         self.takes_turns = self.trains_text = False
         self.placements = {}
         if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
-            print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are A14B's")
+            print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are those of A14B")
         self.loras, self.text_encoder = [], encoder_specs(text_encoder)
         for lora in map(parse_lora_spec, loras):
             if kind_of_lora(lora.file) == "text":
@@ -118,7 +120,7 @@ class Pipeline:
         return Copier(self.device)
 
     def _add_to_text(self, lora):
-        """Put a LoRA of the text encoder behind what else changes that."""
+        """Apply a LoRA of the text encoder after the other changes to the encoder."""
         if lora.expert:
             raise BadInput(f"--lora {lora.file}:{lora.expert}: a LoRA of the text encoder, which has no experts")
         self.text_encoder.append(EncoderSpec(Path(lora.file), lora.weight))
@@ -140,11 +142,11 @@ class Pipeline:
         return expert_folders(self.dir)[expert]
 
     def encoder_source(self):
-        """The files of the text encoder, and those of its changes."""
+        """The files of the text encoder, and of the changes to it."""
         return encoder_source(self.dir, self.text_encoder)
 
     def files(self, name):
-        """The weight files of a whole model, without changes to it."""
+        """The weight files of a model, without changes to it."""
         if name == "text":
             return self.encoder_source().base
         return vae_files(self.dir) if name == "vae" else weight_files(self.folder(name))
@@ -156,8 +158,8 @@ class Pipeline:
 
     # ---- where models are ----------------------------------------------------------------------------------------
     def acquire(self, name, activations=ROOM):
-        """A model on the device, ready to run with this many bytes of activations: loaded if need be, others evicted if
-        they are in the way. Hold no reference to another model meanwhile.
+        """A model on the device, with room for this many bytes of activations. It is loaded if necessary, and others
+        are evicted if they are in the way, so hold no reference to another model.
         """
         part, device = self.placements.get(name), self.device
         need = activations + (0 if part and part.is_on(device) else self._bytes(name))
@@ -171,14 +173,14 @@ class Pipeline:
         return part.model
 
     def acquire_vae(self, size):
-        """The VAE, ready for frames of (width, height) px."""
+        """The VAE on the device, with room for frames of (width, height) px."""
         return self.acquire("vae", VAE_BYTES * math.prod(size))
 
     def evict(self, name):
-        """Free a model's memory on the device: it moves to the host if there is room, else it is dropped."""
+        """Free a model's memory on the device: it moves to the host if there is room, and is dropped otherwise."""
         part, cuda = self.placements[name], self.runtime.cuda
         if part.shared and not cuda:
-            return  # it is the other ranks' too
+            return  # other ranks use it too
         if cuda and has_host_room(part):
             part.to("cpu")
             torch.cuda.empty_cache()
@@ -187,10 +189,10 @@ class Pipeline:
             self.drop(name)
 
     def drop(self, *names):
-        """Free models (default: all); they are read again when asked for."""
+        """Free models (default: all), which are read again when they are next acquired."""
         for name in names or list(self.placements):
             if self.placements.pop(name, None):
-                gc.collect()  # a streamed model and its Stream refer to each other
+                gc.collect()  # a streamed model and its Stream form a reference cycle
         if self.runtime.cuda:
             torch.cuda.empty_cache()
 
@@ -199,11 +201,11 @@ class Pipeline:
         return [part.model for part in self.placements.values()]
 
     def streams(self):
-        """The offload.Streams of the DiTs in memory."""
+        """The offload.Streams of those DiTs in memory that have one."""
         return [self.placements[n].stream for n in self.headers if n in self.placements and self.placements[n].stream]
 
     def _bytes(self, name):
-        """What a model's weights take on the device."""
+        """The bytes that a model's weights take on the device."""
         encoders, run = self.settings.conditioning.encoders, self.runtime
         if name in encoders:
             return encoders[name].bytes(self.dir)
@@ -214,7 +216,7 @@ class Pipeline:
 
     # ---- loading -------------------------------------------------------------------------------------------------
     def _load(self, name, need):
-        """The Placement of a model. need: bytes that are to be free on the device for it to lie there whole."""
+        """The Placement of a model. need: bytes that must be free on the device for the model not to be streamed."""
         run, encoders = self.runtime, self.settings.conditioning.encoders
         if name in self.headers:
             return self._load_dit(name)
@@ -223,7 +225,7 @@ class Pipeline:
             model = load_t5(self.dir, "cpu" if streamed else run.device, run.dtype, self.text_encoder)
             return Placement(model, self.copier, len(model.blocks) if streamed else 0).start()
         if name == "vae":
-            # fp32 is the official precision, and bf16 harms the encoder; the decoder it does not, and it halves memory
+            # fp32 is the official precision; bf16 harms the encoder, but not the decoder, whose memory it halves
             model = load_vae(self.dir, run.device, torch.float32)
             model = model.decode_in(run.dtype) if run.cuda else model
         else:
@@ -231,12 +233,12 @@ class Pipeline:
         return Placement(model, self.copier).start()
 
     def _load_dit(self, name):
-        """Build, change, load: the adapter goes in, ranks split the model, and what lies on the host gets its place
-        there, while the model is still empty.
+        """The Placement of a DiT. While the model is still without weights, the adapter is added, ranks split it, and
+        what stays on the host gets its memory there; then the weights are loaded.
         """
         run = self.runtime
         dit = build_dit(self.headers[name], self.folder(name), run.dtype)
-        if self.fp8:  # all of the blocks' linears, or those that a file has so
+        if self.fp8:  # all of the blocks' linears, or those that the file has in 8 bits
             fp8.convert(dit, linears_in_fp8(self.headers[name]))
         dit.checkpointing = self.checkpointing
         if self.adapter and name in self.adapter.experts:
@@ -244,7 +246,7 @@ class Pipeline:
                 torch.manual_seed(self.adapter.seed + (name == "low"))
                 self.adapter.inject(dit, run.device)
             kept = self.adapters.setdefault(name, adapter(dit))
-            for module, layer in lora_layers(dit).items():  # those of the time before, if it was here
+            for module, layer in lora_layers(dit).items():  # the adapter's own, if the DiT was loaded before
                 layer.lora_A, layer.lora_B = kept[module]
         parallelize(dit, self.world)
 
@@ -265,7 +267,7 @@ class Pipeline:
                 merge_file(dit, file, weight, name)
         if self.world.is_main and (error := fp8.report(dit)):
             print(f"{self.folder(name)}: {error}")
-        if share:  # the first one's memory loses its name once all have it, and ends with the last of them
+        if share:  # the shared memory is unlinked once every rank has mapped it; it is freed with the last rank
             share.barrier()
             if not is_first:
                 part.settle(True, memory_of_all())
@@ -274,31 +276,32 @@ class Pipeline:
                 share.path_of(name).unlink()
         part.start()
 
-        if run.compile == "blocks":  # they are all alike: compiled once
+        if run.compile == "blocks":  # the blocks are alike: compiled once
             for block in dit.blocks:
                 block.compile()
         elif run.compile == "graphs":
             dit.compile(mode="reduce-overhead")
         return part
 
-    # ---- what models are given -----------------------------------------------------------------------------------
+    # ---- inputs of the models ------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode_prompts(self, prompts, encoder=None):
-        """list of str -> (embeddings (B,S,D), lens (B,)); encoder: one to use instead of the pipeline's. Says which
-        prompts are longer than what is read of them.
+        """Prompts (list of str) -> (embeddings (B,S,D), lens (B,)). encoder: used instead of the pipeline's. Reports
+        the prompts that are too long to be read in full.
         """
         encoder = encoder or self.acquire("text")
         tokenizer = encoder.tokenizer
         for prompt in dict.fromkeys(prompts):
-            count = len(tokenizer.ids(tokenizer.clean(prompt))) + 1  # and the end token
+            count = len(tokenizer.ids(tokenizer.clean(prompt))) + 1  # plus the end token
             if count > tokenizer.length and self.world.is_main:
                 print(f"prompt {prompt[:40]!r}...: {count} tokens, of which the first {tokenizer.length - 1} are read")
-        # one at a time, so that an embedding does not depend on the batch it was computed in
+        # one prompt at a time, so that an embedding does not depend on a batch
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 
     def guidance_mode(self, tokens, batch=1):
-        """How guidance's two halves are computed for clips of so many tokens: "parallel", on two ranks; "batched", in
-        one forward pass; or "sequential", one after the other, if there is no memory for that or the model asks for it.
+        """How guidance computes its two predictions for clips of this many tokens: "parallel", on two ranks; "batched",
+        in one forward pass; or "sequential", one after the other, if memory is too small for that or the model requires
+        it.
         """
         if self.world.cfg_size == 2:
             return "parallel"
@@ -306,17 +309,17 @@ class Pipeline:
             return "sequential"
         need = 2 * activation_bytes(self.config().dim, tokens // self.world.sp_size, batch)
         if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
-            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # and what lies beside it
+            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # plus what else is on the device
         return "batched" if self.world.all_ranks(free_memory(self.device) > need, "sp") else "sequential"
 
 
 def has_host_room(part):
-    """Whether the host has room for a Placement's weights, or has them already."""
+    """Whether the host has room for the weights of a Placement, or holds them already."""
     missing = part.nbytes(whole=True)
     return not missing or free_memory("cpu") > missing + ROOM
 
 
 def pad_embeddings(embeddings):
-    """list of (S,D) -> (B,S,D) zero-padded, lens (B,)."""
+    """Embeddings, a list of (S,D) -> (B,S,D), zero-padded, and their lengths (B,)."""
     lens = torch.tensor([len(e) for e in embeddings], device=embeddings[0].device)
     return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lens

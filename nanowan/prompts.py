@@ -1,4 +1,4 @@
-"""Lists of prompts: text files with kohya's options behind each line, or JSONL with the same as keys."""
+"""Lists of prompts: text files with kohya's options at the end of each line, or JSONL with the same names as keys."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from nanowan.errors import BadInput
 from nanowan.settings import parse_guidance, parse_size
 
-# kohya's letters; the names are those of sample.py's flags
+# {kohya's letter: the flag of sample.py}
 LETTERS = {"d": "seed", "s": "steps", "f": "frames", "l": "guidance", "g": "guidance", "fs": "shift"}
 LETTERS |= {"i": "image", "ei": "last_image", "n": "negative"}
 SETTINGS = {
@@ -25,8 +25,8 @@ TEXT_KEYS = ("prompt", "text", "caption")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what its line says beside the text: settings as Settings.with_overrides takes them, inputs by
-    sample.py's flags (image, audio, ...), and a seed.
+    """A prompt, and what its line says in addition to the text: settings, as Settings.with_overrides takes them, inputs
+    by sample.py's flags (image, audio, ...), and a seed.
     """
 
     text: str
@@ -36,10 +36,10 @@ class Prompt:
 
 
 def read_prompts(file, flag="--prompts"):
-    """The Prompts of a text file or JSONL. Raises BadInput, naming the line."""
+    """The Prompts of a text file or JSONL. Raises BadInput, which names the line."""
     file = Path(file)
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # at nothing else that Unicode calls a line's end
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at other line ends of Unicode
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{flag} {file}: {getattr(e, 'strerror', None) or e}") from None
     parse = parse_row if file.suffix in (".jsonl", ".json") else parse_line
@@ -56,12 +56,12 @@ def read_prompts(file, flag="--prompts"):
 
 
 def read_texts(file, flag):
-    """The texts alone of read_prompts."""
+    """The texts of read_prompts, without their options."""
     return [prompt.text for prompt in read_prompts(file, flag)]
 
 
 def parse_line(line, folder="."):
-    """A Prompt from "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"; long names are read too. Raises
+    """A Prompt from "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"; long names work too. Raises
     ValueError for an unknown option.
     """
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
@@ -73,7 +73,7 @@ def parse_line(line, folder="."):
 
 
 def parse_row(line, folder="."):
-    """A Prompt from a JSON object: the text in one of TEXT_KEYS, the rest as in parse_line."""
+    """A Prompt from a JSON object, whose text is under one of TEXT_KEYS; other keys are as in parse_line."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -87,7 +87,7 @@ def parse_row(line, folder="."):
 
 
 def build_prompt(text, values, folder):
-    """A Prompt of these values by flag; w and h make a size. Raises ValueError."""
+    """A Prompt from {flag: value}; w and h make a size. Files are looked up next to the list too. Raises ValueError."""
     if "w" in values or "h" in values:
         if not {"w", "h"} <= values.keys():
             raise ValueError("--w and --h: give both")

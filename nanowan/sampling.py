@@ -1,4 +1,4 @@
-"""What sample.py is asked for: its flags, checked, and a Request for each video that flags and prompts ask for."""
+"""The flags of sample.py, checked, and a Request for each video that these flags and the prompts ask for."""
 
 import argparse
 import hashlib
@@ -18,18 +18,18 @@ from nanowan.settings import Settings, parse_guidance, parse_size
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, preview_writer, read_comment
 
-# flags that may differ between a video and its continuation: where it goes, how it is computed, what else is written
+# flags that are left out of Request.key: where videos go, how they are computed, and what a Request itself has
 RESUME_MAY_CHANGE = (
     "config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile "
     "cuda_graphs stream_blocks ulysses_size guidance_parallel"
 ).split()
-SMALL = 1 << 30  # files up to so many bytes are told by their contents, larger ones by their size and time
+SMALL = 1 << 30  # bytes: smaller files are identified by their contents, larger ones by name, size and time
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video: its prompt, seed, Settings in force, the variant's inputs by flag, the file it goes to, and that of
-    its latents or None.
+    """One requested video: its prompt and seed, the Settings in force, the variant's inputs by flag, the file to write
+    it to, and the file for its latents or None.
     """
 
     prompt: str
@@ -40,17 +40,17 @@ class Request:
     latents: Path | None = None
 
     def record(self, args, pipe, video):
-        """What the mp4 says of itself."""
+        """What the mp4's comment says about the video."""
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
         used |= {"dtype": str(pipe.runtime.dtype).removeprefix("torch.")} | ({"base_dtype": "fp8"} if pipe.fp8 else {})
         used |= {k: v for k in ("lora", "text_encoder", "reuse", "vae_tile") if (v := getattr(args, k))}
-        used |= {"attention": "sage"} if args.attention == "sage" else {}  # the one choice that is not exact
+        used |= {"attention": "sage"} if args.attention == "sage" else {}  # the only choice that is not exact
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):
-        """A hash of everything that decides the video: all flags but RESUME_MAY_CHANGE, settings, inputs, and files."""
+        """A hash of everything that decides the video: settings, inputs, files, and all flags but RESUME_MAY_CHANGE."""
         flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
         flags["exact attention"] = args.attention != "sage"
         files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
@@ -65,12 +65,12 @@ class Request:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
 
     def previewer(self, colors, every):
-        """video.preview_writer of colors, beside the video; None without."""
+        """A video.preview_writer with these colors, for a picture next to the video; None if colors is None."""
         file = self.out.with_name(f"{self.out.stem}_preview.png")
         return None if colors is None else preview_writer(colors, file, every, self.prompt)
 
     def is_done(self, key):
-        """Whether the file is there and was made by a Request of this key."""
+        """Whether the video file exists and was made by a Request with this key."""
         try:
             return self.out.is_file() and json.loads(read_comment(self.out)).get("key") == key
         except (ValueError, AttributeError):
@@ -91,16 +91,16 @@ def _identity(path):
 
 
 def add_flags(p):
-    """Add those of sample.py's flags that say how videos are computed and where they go, not what is in them."""
+    """Add those flags of sample.py that say how videos are computed and where they go, not what they show."""
     add = p.add_argument_group("speed and memory").add_argument
-    add("--base_dtype", choices=("fp8",), help="hold the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks kept in host memory between their turns (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
+    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
     add(
         "--attention",
         choices=CHOICES,
         default="auto",
-        help="self-attention on a GPU; sage is the package sageattention, in 8 bits and not exact (default: auto, the "
-        "fastest exact one)",
+        help="implementation of self-attention on a GPU; sage, the package sageattention, computes in 8 bits, so it is "
+        "not exact (default: auto, the fastest exact one)",
     )
     add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
@@ -108,32 +108,30 @@ def add_flags(p):
         "--reuse",
         type=float,
         default=0.0,
-        help="skip steps whose velocity is expected to change by less than this share, such as 0.1; an approximation, "
-        "see diag.py reuse (default: 0, none)",
+        help="skip the model in steps where the velocity is expected to change by less than this fraction of its norm, "
+        "such as 0.1; an approximation, see diag.py reuse (default: 0, no skipping)",
     )
     add(
         "--vae_tile",
         type=int,
         default=0,
-        help="decode in tiles of N latent px a side, for less memory; exact from about 13 (default: 0, whole frames)",
+        help="decode in tiles of N x N latent px to save memory; exact from about N = 13 (default: 0, full frames)",
     )
     add = p.add_argument_group(
-        "several GPUs, under torchrun; ranks beyond those that share a clip take other prompts"
+        "several GPUs, under torchrun; each group of ranks that shares a clip takes some of the videos"
     ).add_argument
-    add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of a clip (default: 1)")
-    add("--guidance_parallel", action="store_true", help="compute the two halves of guidance on different ranks")
+    add("--ulysses_size", type=int, default=1, help="number of ranks that share the tokens of a clip (default: 1)")
+    add("--guidance_parallel", action="store_true", help="compute the two predictions of guidance on different ranks")
     add = p.add_argument_group("results").add_argument
-    add("--out", default="out/sample.mp4", help="video file; several prompts: NAME_000.mp4 ... (default: %(default)s)")
+    add("--out", default="out/sample.mp4", help="video file; several videos: NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
-    add(
-        "--resume", action="store_true", help="make only what an earlier, stopped call of the same flags did not finish"
-    )
+    add("--resume", action="store_true", help="make only what an earlier call with the same flags left unfinished")
     add(
         "--preview_every",
         type=int,
         default=0,
-        help="every N steps write a rough picture of the clip to OUT's name with _preview.png (default: 0, never)",
+        help="write a rough picture of the clip to NAME_preview.png, next to --out, every N steps (default: 0, never)",
     )
 
 
@@ -166,7 +164,7 @@ def check_flags(args, device):
 
 
 def given_settings(args):
-    """The flags that override a checkpoint's settings, as Settings.with_overrides takes them."""
+    """The flags that override a checkpoint's settings, as arguments of Settings.with_overrides."""
     return dict(
         size=None if args.size is None else parse_size(args.size),
         frames=args.frames,
@@ -179,13 +177,13 @@ def given_settings(args):
 
 
 def given_inputs(args):
-    """{flag: value} of images and of the flags that only some variants take, those that were given."""
+    """{flag: value} of those flags that are given, of images and of inputs that only some variants take."""
     names = ["image", "last_image", *(name for kind in PARTS for name in parts_of(kind).conditioning.flags)]
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def given_prompts(args):
-    """The Prompts of --prompt and --prompts; none if neither was given."""
+    """The Prompts of --prompt and --prompts; an empty list if neither is given."""
     prompts = [Prompt(args.prompt)] if args.prompt is not None else []
     return prompts + (read_prompts(args.prompts) if args.prompts else [])
 
@@ -208,8 +206,8 @@ def requests_of(args, prompts, settings, seeds):
 
 
 def plan_largest(args, pipe, requests, videos):
-    """The memory_estimate.Plan of the largest of the Videos of some Requests, printed. Raises BadInput where the host's
-    memory is too small.
+    """The memory_estimate.Plan of the largest video, printed. videos: a Video for each Request. Raises BadInput if the
+    host has too little memory.
     """
     video, s = max(zip(videos, (r.settings for r in requests)), key=lambda pair: math.prod(pair[0].shape))
     spec = memory_estimate.SamplingSpec(
@@ -229,7 +227,7 @@ def plan_largest(args, pipe, requests, videos):
 
 
 def share_of(requests, world):
-    """Those Requests that are for this rank. Raises BadInput if there are too few for all."""
+    """The Requests for this rank. Raises BadInput if there are fewer than groups of ranks."""
     if len(requests) < world.dp_size:
         raise BadInput(
             f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
@@ -239,7 +237,7 @@ def share_of(requests, world):
 
 
 def preview_colors(pipe):
-    """latent_to_rgb of a Pipeline's VAE, which then leaves the device."""
+    """The latent_to_rgb of a Pipeline's VAE, which then leaves the GPU."""
     colors = latent_to_rgb(pipe.acquire("vae"))
     if pipe.runtime.cuda:
         pipe.evict("vae")

@@ -1,4 +1,4 @@
-"""What a checkpoint is and recommends, and the settings that flags put in their place: sizes and frames checked."""
+"""What a checkpoint is and recommends, and the settings that flags replace it with, their sizes and frames checked."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -23,11 +23,12 @@ NEGATIVE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint is and recommends: its row of VARIANTS, under the "sample" entry of its config.json.
+    """What a checkpoint is, and what it recommends: its variant's row of VARIANTS, overridden by the "sample" entry of
+    its config.json.
 
-    size: (width, height) px. guidance: (low noise, high noise). boundary: the high-noise expert serves t/1000 >=
-    boundary; None without experts. z_dim, stride: of the VAE's latents. train: what config.json recommends for
-    training; usual_loss: the held-out loss that it says the checkpoint has on data of its own kind.
+    size: (width, height) px. guidance: scales for (low noise, high noise). boundary: the high-noise expert serves
+    t/1000 >= boundary; None without experts. z_dim, stride: as in vae.GEOMETRY. train: what config.json recommends for
+    training; usual_loss: the held-out loss that config.json says to expect on data like the checkpoint's own.
     """
 
     variant: str
@@ -59,12 +60,12 @@ class Settings:
 
     @property
     def conditioning(self):
-        """What the model is given beside noise, time and text."""
+        """The Conditioning: what the model gets in addition to noise, timestep and text."""
         return self.parts.conditioning
 
     @property
     def size_multiple(self):
-        """The sides of a video are multiples of this, in px: a token is a patch of 2x2 latent pixels."""
+        """What the sides of a video, in px, must be multiples of: a token is a patch of 2x2 latent pixels."""
         return max(2 * self.stride[1], self.parts.samples.side_multiple)
 
     @property
@@ -72,22 +73,22 @@ class Settings:
         return any(scale != 1 for scale in self.guidance)
 
     def expert_at(self, t):
-        """(name of the DiT that serves time t in 0..1000, its guidance scale)."""
+        """(name of the DiT that serves timestep t in 0..1000, its guidance scale)."""
         high = self.is_moe and t >= self.boundary * 1000
         return self.expert_names[0 if high else -1], self.guidance[1 if high else 0]
 
     def latent_shape(self, size, frames):
-        """(C,T',h,w) of a video's latents."""
+        """(C,T',h,w) of the latents of a video."""
         _, sh, sw = self.stride
         return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
-        """(T',H',W') of a video's tokens."""
+        """(T',H',W') of the tokens of a video."""
         _, t, h, w = self.latent_shape(size, frames)
         return t, h // 2, w // 2
 
     def with_overrides(self, **overrides):
-        """These settings with what is not None over them, checked. Raises BadInput."""
+        """A copy of the settings with the overrides that are not None, checked. Raises BadInput."""
         s = replace(self, **{k: v for k, v in overrides.items() if v is not None})
         s = replace(s, guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()), size=tuple(s.size))
         if not all(map(math.isfinite, s.guidance)) or not 0 < s.shift < math.inf:
@@ -96,13 +97,13 @@ class Settings:
             )
         if s.steps < 1 or s.solver not in SOLVERS:
             raise BadInput(f"--steps {s.steps}, --solver {s.solver}: at least 1 step, and one of {', '.join(SOLVERS)}")
-        if not s.conditioning.by_segments:  # those go by their inputs
+        if not s.conditioning.by_segments:  # the size of a video in segments follows from its inputs
             check_size(s.size, s.frames, s.size_multiple)
         return s
 
 
 def checkpoint_dir(name):
-    """`nano` means the checkpoint in the repository."""
+    """The folder of a checkpoint; `nano` means the one in the repository."""
     return NANO if str(name) == "nano" and not (Path(name) / "config.json").exists() else Path(name)
 
 
@@ -115,7 +116,7 @@ def released(variant):
 
 
 def read_settings(ckpt_dir):
-    """The Settings of a checkpoint folder. Raises BadInput where it is none."""
+    """The Settings of a checkpoint folder. Raises BadInput if it is not one."""
     folders = expert_folders(ckpt_dir)
     dit = next(iter(folders.values()))
     file = (dit.parent if dit.is_file() else dit) / "config.json"
@@ -123,7 +124,7 @@ def read_settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     config = read_json(file) if file.exists() else {}
     kind = config.get("model_type")
-    if kind is None:  # Animate's and diffusers' do not say, Animate-2 has none; their tensors do
+    if kind is None:  # Animate's and diffusers' configs do not say, Animate-2 has none: the tensors do
         kind = read_config(dit, read_dit(dit)).model_type
     variants = {row["model_type"]: name for name, row in VARIANTS.items()}
     if kind not in variants:
@@ -165,8 +166,8 @@ def nearest_multiple(value, of):
 
 
 def check_size(size, frames, multiple, over=1):
-    """Refuse a size (width, height) px or a number of frames, 4k + over, that does not fit, naming the nearest that
-    does.
+    """Raise BadInput unless the sides of `size` (width, height), in px, are multiples of `multiple`, and frames is 4k +
+    over. The error names the nearest values that fit.
     """
     if size[0] % multiple or size[1] % multiple or min(size) < 1:
         near = "x".join(str(nearest_multiple(side, multiple)) for side in size)
