@@ -1,7 +1,7 @@
-"""One fused operation per file: its reference, which is the definition, then C++ or Triton, then autograd.
+"""One fused operation per file: the reference, which defines it, then the kernel in C++ or Triton, then autograd.
 
-On a GPU the kernels are Triton's; on a CPU they are the C++ of csrc/ where that is built. With TRITON_INTERPRET=1 the
-Triton kernels themselves run on the CPU, slowly, which is how the tests check them.
+On a GPU the kernels are in Triton; on a CPU they are the C++ of csrc/ if that is built. With TRITON_INTERPRET=1 the
+Triton kernels run on the CPU, slowly: the tests check them in this way.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_interpreter(triton_version, numpy_version):
-    """Raise ImportError where Triton's interpreter cannot run the loops of the kernels here. Before 3.7 it makes a
-    loop's bounds Python integers by int(array of one element), which NumPy refuses from 2.4 on.
+    """Raise ImportError if Triton's interpreter cannot run the loops of these kernels: before 3.7 it converts a loop's
+    bounds by int(array of one element), which NumPy refuses from 2.4 on.
     """
     versions = [tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
@@ -42,8 +42,8 @@ if INTERPRETED and triton:
 
 
 def mismatch(file):
-    """Why a built nanowan_csrc must not be loaded here, or "": another CPU, other sources or another torch than it was
-    built for (csrc/built_for.cpp).
+    """Why a built nanowan_csrc must not be loaded, or "": it was built for another CPU, or from other sources, or with
+    another torch (csrc/built_for.cpp).
     """
     pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
     found, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
@@ -60,11 +60,13 @@ def mismatch(file):
 
 
 def load_csrc():
-    """Whether nanowan_csrc is there and was loaded, which registers torch.ops.nanowan_csrc; says why it was not."""
+    """Load nanowan_csrc, which registers torch.ops.nanowan_csrc. Returns whether it is loaded; prints why a built one
+    is not.
+    """
     spec = importlib.util.find_spec("nanowan_csrc")
     if spec is None:
         return False
-    why = mismatch(Path(spec.origin))  # before loading, which can end in SIGILL
+    why = mismatch(Path(spec.origin))  # before loading it, which can end in SIGILL
     if not why:
         try:
             import nanowan_csrc  # noqa: F401
@@ -81,11 +83,11 @@ BUILT = load_csrc()
 
 
 def launchable(x):
-    """Around a launch: Triton uses the current GPU, which need not be x's."""
+    """The context for a launch on x: Triton uses the current GPU, which need not be x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def register(op, triton_forward, cpp_name):
-    """Give a custom op its kernels by device."""
+    """Register a custom op's kernels: Triton's for GPUs, and csrc's `cpp_name` or the interpreter for CPUs."""
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))

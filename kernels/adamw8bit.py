@@ -1,9 +1,9 @@
-"""A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU one kernel for each parameter.
+"""A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU, one kernel per tensor.
 
-weight and compensation (n,) bf16, grad (n,) bf16, of any one shape; codes (blocks,BLOCK) int16, both moments of each
-parameter; scale (blocks,1) fp32, one per block. The weight proper is weight - compensation, to 16 bits of mantissa, the
-last of them rounded at random; decay and update act on that sum, in fp32. Compensation: Kahan, 1965, and Zamirai et
-al., 2020. Floor: a read of 8 bytes per parameter and a write of 6.
+weight, compensation and grad: bf16, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
+element; scale (blocks,1) fp32: one per block. The exact weight is weight - compensation, with 16 bits of mantissa, the
+last of which is rounded at random; decay and update act on this difference, in fp32. Compensation: Kahan, 1965, and
+Zamirai et al., 2020. Lower bound on memory traffic: 8 bytes read and 6 written per element.
 """
 
 import math
@@ -16,15 +16,17 @@ from kernels import INTERPRETED, launchable, triton
 if triton:
     import triton.language as tl
 
-BLOCK = 256  # parameters that share a scale
-ROOT_LEVELS, RATIO_LEVELS = 511, 63  # of sqrt(v), in 9 bits, and of |m| / sqrt(v), in 7 bits with its sign
-OCTAVES = 24  # of sqrt(v) below a block's largest; with clipped gradients (norm <= 1) that reaches down to AdamW's eps
-CHUNK = 1024  # blocks worked on at a time: the fp32 temporaries stay in the cache, and small
+BLOCK = 256  # elements that share a scale
+ROOT_LEVELS, RATIO_LEVELS = 511, 63  # levels of sqrt(v), in 9 bits, and of |m| / sqrt(v), in 7 bits with its sign
+OCTAVES = 24  # range of sqrt(v) below the block's largest; with clipped gradients (norm <= 1) it reaches AdamW's eps
+CHUNK = 1024  # blocks per chunk: the fp32 temporaries stay small, and in the cache
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def max_ratio(betas):
-    """The largest |m| / sqrt(v) that any sequence of gradients can lead to (Cauchy-Schwarz); betas (b1, b2)."""
+    """The largest |m| / sqrt(v) that any sequence of gradients can lead to (Cauchy-Schwarz). betas: (b1, b2). Raises
+    ValueError if there is no bound.
+    """
     b1, b2 = betas
     if not b1 * b1 < b2 < 1:
         raise ValueError(f"betas {betas}: 8-bit moments need b1^2 < b2 < 1, or m is not bounded by sqrt(v)")
@@ -32,14 +34,14 @@ def max_ratio(betas):
 
 
 def round_randomly(x):
-    """Each element up or down to an integer, at random, so that its expectation is x: a moment that changes by less
-    than a level per step moves all the same.
+    """Round each element of x up or down to an integer, at random, so that its expectation is x: a moment that changes
+    by less than a level per step changes nevertheless.
     """
     return (x + torch.rand_like(x)).floor()
 
 
 def pack(level, share):
-    """A level 0..ROOT_LEVELS and a share -RATIO_LEVELS..RATIO_LEVELS as one 16-bit integer."""
+    """A level 0..ROOT_LEVELS and a share -RATIO_LEVELS..RATIO_LEVELS, in one 16-bit integer."""
     return (level - 256) * 128 + share + 64
 
 
@@ -48,7 +50,7 @@ def unpack(codes):
 
 
 def round_to_bf16(x):
-    """fp32 -> bf16, up or down at random, so that its expectation is x."""
+    """Round fp32 to bf16, up or down at random, so that the expectation is x."""
     bits = x.view(torch.int32)
     return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
@@ -61,8 +63,9 @@ def decode_root(level, scale):
 def encode_moments(m, v, betas):
     """Moments m, v (n, BLOCK) fp32 -> codes (n, BLOCK) int16 and scales (n,1) fp32.
 
-    sqrt(v) is coded logarithmically below its block's largest, and m as a share of it, linearly: a parameter whose
-    gradients are a million times smaller than its neighbour's is as precise as that one. After Dettmers et al., 2022.
+    sqrt(v) is coded logarithmically, relative to the largest in its block; m is coded linearly, as a share of its
+    largest possible value at this v. So an element whose gradients are a million times smaller than its neighbour's is
+    coded as precisely. After Dettmers et al., 2022.
     """
     root = v.sqrt()
     scale = root.amax(1, keepdim=True)
@@ -82,9 +85,9 @@ def decode_moments(codes, scale, betas):
 
 
 def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
-    """One step, the step-th (from 1), in place; in chunks, whose temporaries stay in a CPU's cache."""
+    """Do step number `step` (from 1), in place. It is done in chunks, whose temporaries stay in a CPU's cache."""
     flat = [t.view(-1) for t in (weight, compensation, grad)]
-    chunk = CHUNK * (16 if weight.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels for each
+    chunk = CHUNK * (16 if weight.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels per chunk
     for start in range(0, len(codes), chunk):
         blocks, part = slice(start, start + chunk), slice(start * BLOCK, (start + chunk) * BLOCK)
         w, c, g = (t[part] for t in flat)
@@ -128,7 +131,7 @@ if triton:
         SHARES: tl.constexpr,
         OCTAVES: tl.constexpr,
     ):
-        """A block of parameters a program. keep: 1 - lr * weight_decay."""
+        """One block of elements per program. keep: 1 - lr * weight_decay."""
         i = tl.program_id(0).to(tl.int64)
         j = i * BLOCK + tl.arange(0, BLOCK)
         g = tl.load(grad + j, mask=j < n, other=0.0).to(tl.float32)
@@ -136,7 +139,7 @@ if triton:
         root = root_of((code >> 7) + 256.0, tl.load(scales + i), LEVELS, OCTAVES)
         m = ((code & 127) - 64) * (ratio / SHARES) * root
         v = root * root
-        m = m - (m - g) * (1 - b1)  # as torch.lerp does, which loses nothing where m is 0
+        m = m - (m - g) * (1 - b1)  # as torch.lerp does: exact where m is 0
         v = v - (v - g * g) * (1 - b2)
 
         random1, random2, random3, _ = tl.randint4x(seed, j)
@@ -177,7 +180,7 @@ def _step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    seed = int(torch.randint(2**31, ()))  # of the CPU's generator, whose state is saved with a run
+    seed = int(torch.randint(2**31, ()))  # from the CPU's generator, whose state is saved with a run
     corrections = 1 - b1**step, 1 - b2**step
     with launchable(weight):
         step_kernel[(len(codes),)](
@@ -218,7 +221,7 @@ def step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_
 
 
 def new_state(p):
-    """Of a parameter before its first step: (compensation, codes, scale)."""
+    """The state of a parameter before its first step: (compensation, codes, scale)."""
     blocks = -(-p.numel() // BLOCK)
     codes = torch.full((blocks, BLOCK), pack(0, 0), dtype=torch.int16, device=p.device)
     return torch.zeros_like(p), codes, torch.zeros(blocks, 1, device=p.device)

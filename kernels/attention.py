@@ -1,9 +1,9 @@
-"""Flash attention in which q is normalised and rotated as its tile is loaded; backward too. Dao et al., 2022 and 2023.
+"""Flash attention (Dao et al., 2022 and 2023) that normalises and rotates q as it loads a tile, with a backward pass.
 
 q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. With `weight` (N*d,), q is the bare
-projection: every row is RMS-normed over its whole width N*d, weighted, and with `table` and `positions` rotated (see
-rope.py), then rounded once. The norm's statistic (B,L) is taken by a small kernel before, since no tile sees a whole
-row. The backward pass keeps the bare q only and makes the other again.
+projection: each row is RMS-normed over its full width N*d, weighted, rotated if `table` and `positions` are given (see
+rope.py), and then rounded once. A small kernel computes the norm's statistic (B,L) first, since no tile sees a full
+row. For the backward pass only the bare q is kept, and normalised and rotated again.
 """
 
 import torch
@@ -18,7 +18,7 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def attention_ref(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
-    """-> (B,L,N,d)."""
+    """Attention of q on k and v -> (B,L,N,d); arguments as above."""
     if weight is not None:
         (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
@@ -36,15 +36,15 @@ if triton:
 
     @triton.jit
     def dot(a, b, PRECISION: tl.constexpr):
-        """In fp32 with "ieee", as Triton's interpreter needs it, which cannot multiply bf16."""
+        """a @ b; with PRECISION "ieee" in fp32, as Triton's interpreter requires, which cannot multiply bf16."""
         if PRECISION == "ieee":
             return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
         return tl.dot(a, b, input_precision=PRECISION)
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Rows (n,DP) of one head; zeros beyond. A clip's offsets fit 32 bits, which halves the registers they take;
-        only `at` has 64.
+        """Rows (n,DP) of one head, with zeros outside of the tensor. Offsets within a clip fit in 32 bits, which halves
+        the registers that they take; only `at` has 64.
         """
         j = tl.arange(0, DP)
         return tl.load(
@@ -82,7 +82,7 @@ if triton:
         ROPE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """M queries of one head a program, over all keys in tiles of NK."""
+        """M queries of one head per program, over all keys in tiles of NK."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q = tile(q, b * q_b, head, q_l, rows, L, d, DP)
@@ -105,7 +105,7 @@ if triton:
                 x, y = tl.split(tl.reshape(Qf, (M, DP // 2, 2)))
                 Qf = tl.reshape(tl.join(x * cos - y * sin, x * sin + y * cos), (M, DP))
             Q = Qf.to(Q.dtype)
-        scale2 = scale * 1.4426950408889634  # exp2 instead of exp
+        scale2 = scale * 1.4426950408889634  # for exp2 instead of exp
         top = tl.full((M,), float("-inf"), tl.float32)
         norm = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, DP), tl.float32)
@@ -132,7 +132,7 @@ if triton:
 
     @triton.jit
     def delta_kernel(out, dout, delta, d: tl.constexpr, DP: tl.constexpr):
-        """Row sums of out * dout, (B,L,N)."""
+        """The row sums of out * dout, (B,L,N)."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
         a = tl.load(out + i * d + j, mask=j < d, other=0.0).to(tl.float32) * tl.load(
             dout + i * d + j, mask=j < d, other=0.0
@@ -163,7 +163,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
+        """The gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
         K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
@@ -215,7 +215,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Gradients of M queries of one head, over all keys in tiles of NK."""
+        """The gradients of M queries of one head, over all keys in tiles of NK."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q, dO = (
@@ -242,13 +242,13 @@ if triton:
 
 
 def dense(x):
-    """x (B,L,N,d) with its heads side by side in memory: a copy only where they are not."""
+    """x (B,L,N,d) with its heads next to each other in memory, copied only if they are not."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
 def tiles(d, dtype, kernel):
-    """Tile sizes and warps: for d = 128 in bf16 what Hopper's and Ampere's registers hold; small ones in fp32 and in
-    the interpreter.
+    """Tile sizes and warps: for d = 128 in bf16, what the registers of Hopper and Ampere hold; smaller ones for fp32
+    and in the interpreter.
     """
     common = {
         "d": d,
@@ -268,7 +268,7 @@ def tiles(d, dtype, kernel):
 
 
 def statistic(q, eps):
-    """1 / rms of each row (B,L) of q (B,L,N,d)."""
+    """1 / rms (B,L) of each row of q (B,L,N,d)."""
     B, L, N, d = q.shape
     rstd = torch.empty(B, L, device=q.device)
     block = triton.next_power_of_2(N * d)
@@ -283,7 +283,7 @@ def statistic(q, eps):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, eps: float, table: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B,L,N,d), log2 of the softmax's sum (B,N,L)."""
+    """-> out (B,L,N,d), and log2 of the softmax's sum (B,N,L)."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, k, v = dense(q), dense(k), dense(v)
     out, lse = torch.empty(B, L, N, d, device=q.device, dtype=q.dtype), torch.empty(B, N, L, device=q.device)
@@ -319,7 +319,7 @@ def _forward(
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; q normalised and rotated."""
+    """The gradients of q, k and v; here q is normalised and rotated already."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, dout, k, v = q.contiguous(), dout.contiguous(), dense(k), dense(v)
     dq, (dk, dv) = torch.empty_like(q), (torch.empty(B, S, N, d, device=q.device, dtype=q.dtype) for _ in range(2))

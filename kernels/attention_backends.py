@@ -1,10 +1,10 @@
-"""Which attention runs: PyTorch's, this project's Triton kernel or SageAttention, by a table or a flag (`select`).
+"""The choice of attention: PyTorch's, this project's Triton kernel or SageAttention, by default or by flag (`select`).
 
-On a GPU `auto` takes the fastest by compute capability: cuDNN's from Hopper to data-centre Blackwell (9.x, 10.x), and
-FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: A100 0.82x, A10G 0.93x,
-RTX PRO 6000 0.88x of FlashAttention). Where the package flash_attn_interface is installed and every GPU is a Hopper,
-PyTorch's FlashAttention is version 3, and is taken. SageAttention (Zhang et al., 2024) multiplies in 8 bits: it is not
-exact, and has no gradients.
+On a GPU `auto` takes the fastest for its compute capability: cuDNN's from Hopper to data-centre Blackwell (9.x, 10.x),
+and FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: 0.82x the speed of
+FlashAttention on an A100, 0.93x on an A10G, 0.88x on an RTX PRO 6000). If the package flash_attn_interface is installed
+and every GPU is a Hopper, PyTorch uses FlashAttention 3, which `auto` then takes. SageAttention (Zhang et al., 2024)
+multiplies in 8 bits: it is not exact, and has no gradients.
 """
 
 import functools
@@ -23,16 +23,16 @@ from kernels import qk_norm_rope as norm_kernel
 CHOICES = ("auto", "cudnn", "flash", "triton", "sage")
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
-# with a mask not cuDNN's, PyTorch's own choice: it makes a plan for every length, and on Hopper its gradients by q were
-# NaN at some (pytorch/pytorch#196678)
+# with a mask, not cuDNN's, which PyTorch would choose: it plans anew for every length, and on Hopper its gradients of q
+# were NaN at some lengths (pytorch/pytorch#196678)
 MASKED_BACKENDS = CUDNN_FIRST[2:]
-SELECTED, SAGE_ERROR = "auto", None  # by `select`
+SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------
 def select(name, device, dtype=torch.bfloat16, gradients=False):
     """Use one of CHOICES on a device from now on. dtype: of q, k and v; gradients: whether they will be needed. Raises
-    ValueError, with the reason, for a choice that cannot be had: each is tried on a small clip.
+    ValueError, with the reason, if the choice is not available: each is tried on a small clip.
     """
     global SELECTED, SAGE_ERROR
     device = torch.device(device)
@@ -53,7 +53,7 @@ def select(name, device, dtype=torch.bfloat16, gradients=False):
 
 @torch.no_grad()
 def sample_error(name, device, dtype, shape=(1, 2048, 4, 128)):
-    """The relative error of one of CHOICES, but "auto", on normal numbers q, k, v (B,L,N,d). Raises ValueError where it
+    """The relative error of one of CHOICES, except "auto", for random normal q, k, v (B,L,N,d). Raises ValueError if it
     does not run.
     """
     generator = torch.Generator().manual_seed(0)
@@ -81,12 +81,12 @@ def by_capability(device):
 
 
 def chosen(device):
-    """Which of CHOICES, but "auto", self-attention uses on a GPU."""
+    """Which of CHOICES, except "auto", self-attention uses on a GPU."""
     return by_capability(device) if SELECTED == "auto" else SELECTED
 
 
 def describe(device):
-    """`chosen` in words, for a run's first lines."""
+    """`chosen` in words, for the first lines of a run."""
     name = chosen(device)
     if name == "sage":
         return f"SageAttention, off by {100 * SAGE_ERROR:.2f} % on random inputs"
@@ -96,8 +96,8 @@ def describe(device):
 
 @functools.cache
 def flash_attention_3(device):
-    """Whether PyTorch's FlashAttention is version 3 from now on: the package flash_attn_interface is installed and
-    works on `device`, every GPU is a Hopper, and PyTorch can take it (2.11).
+    """Try to make PyTorch's FlashAttention version 3, and return whether it is: PyTorch must know it (2.11), every GPU
+    be a Hopper, and the package flash_attn_interface be installed and run on `device`.
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
@@ -106,7 +106,7 @@ def flash_attention_3(device):
         return False
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")
-        keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # whatever hooks this runs within
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # overrides any outer hooks
         with torch.enable_grad(), keep:
             q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
             torch.autograd.grad(sdpa(q, q, q, backends=FLASH_FIRST).sum(), q)
@@ -118,14 +118,14 @@ def flash_attention_3(device):
 
 
 if torch.cuda.is_available():
-    # constants while torch.compile traces
+    # torch.compile traces their results as constants
     by_capability, flash_attention_3 = map(torch.compiler.assume_constant_result, (by_capability, flash_attention_3))
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
     """PyTorch's softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d).
-    backends: on a GPU and without a mask, which are tried in turn (default: those of the choice first).
+    backends: on a GPU and without a mask, those to try, in order (default: the chosen one first).
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -160,8 +160,8 @@ def attention(q, k, v, bias=None, backends=None):
 
 
 class NormedAttention(torch.autograd.Function):
-    """On a CPU, PyTorch's attention of q and k normed and rotated; what is kept are the bare ones, which the backward
-    pass norms once more.
+    """PyTorch's attention on a CPU, of q and k normed and rotated. Only the bare q and k are kept; the backward pass
+    norms and rotates them again.
     """
 
     @staticmethod
@@ -191,10 +191,8 @@ class NormedAttention(torch.autograd.Function):
 
 
 def self_attention(q, k, v, weights, eps, heads, table, positions):
-    """Attention of the bare projections q, k, v (B,L,D) on themselves, q and k normed by `weights` and rotated ->
-    (B,L,D).
-    """
-    # in Triton's interpreter the kernel is what is to be tested; a plan's fake tensors take PyTorch's, which takes more
+    """Self-attention of the bare projections q, k, v (B,L,D), q and k normed by `weights` and rotated -> (B,L,D)."""
+    # in Triton's interpreter, test this project's kernel; for a plan's fake tensors PyTorch's, which takes more memory
     ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
     if backend.has_triton(q) and ours:
         return fused_attention(q, k, v, weights, eps, heads, table, positions)
@@ -204,14 +202,14 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
 
 
 def fused_attention(q, k, v, weights, eps, heads, table, positions):
-    """This project's, which norms and rotates q as it loads it."""
+    """This project's kernel, which norms and rotates q as it loads it."""
     (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
     q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
     return attention_kernel.attention(q, k, v, weights[0], eps, table, positions).flatten(2)
 
 
 def unfused_attention(q, k, v, weights, eps, heads, table, positions):
-    """PyTorch's, after q and k were normed and rotated."""
+    """The chosen attention, after q and k are normed and rotated."""
     norm = norm_kernel.qk_norm_rope if backend.fast(q) else norm_kernel.qk_norm_rope_ref
     q, k = norm([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))

@@ -4,11 +4,11 @@ NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
            =cuda     Triton, and csrc's CUDA for what comes before the VAE's convolutions
            =cpp      csrc's C++, on a CPU
-           =auto     the fastest that can be had: on a GPU Triton, and CUDA where it was built; on a CPU C++ if it was
-                     built; else the reference
+           =auto     the fastest that is available: on a GPU Triton, and CUDA if it was built; on a CPU C++ if it was
+                     built; otherwise the reference
 
-An explicit choice that cannot be had raises ImportError with the reason. Triton can be had where it launches a kernel:
-it compiles C when it first does, and is installed on many machines that have no compiler.
+An explicit choice that is not available raises ImportError with the reason. Triton is available if it launches a
+kernel: for its first launch it compiles C, and many machines have Triton but no compiler.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ if kernels.triton:
 
 
 def in_one_line(error):
-    """An exception's type and its first line."""
+    """The type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), '')[:200]}"
 
 
 @functools.cache
 def launch_error():
-    """Why Triton cannot launch a kernel on the current GPU, in one line, or None."""
+    """Why Triton cannot launch a kernel on the current GPU, in one line, or None if it can."""
     try:
         probe_kernel[(1,)]()
     except Exception as e:  # whatever a compiler, Triton or a driver says
@@ -45,7 +45,7 @@ def launch_error():
 
 
 def lacking(choice):
-    """Why one of CHOICES cannot be had, as far as can be seen without taking memory on a GPU, or None."""
+    """Why one of CHOICES is not available, as far as can be told without taking memory on a GPU, or None if it is."""
     gpu = torch.cuda.is_available()
     if choice == "cpp" and not kernels.BUILT:
         return f"the C++ extension is not built ({sys.executable} setup.py build_ext --inplace builds it)"
@@ -62,7 +62,7 @@ def lacking(choice):
 
 def resolve(choice, device_type):
     """The implementation that one of CHOICES means on a type of device: "ref", "cpp", "triton" or "cuda". Raises
-    ImportError where an explicit choice cannot be had.
+    ImportError if an explicit choice is not available.
     """
     if choice not in CHOICES:
         raise ImportError(f"NANOWAN_OPS={choice}: choose from {', '.join(CHOICES)}")
@@ -82,47 +82,49 @@ def resolve(choice, device_type):
     return "triton" if choice == "triton" or lacking("cuda") else "cuda"
 
 
-CHOSEN = {"cpu": resolve(REQUESTED, "cpu")}  # by type of device; a GPU's when it is first used
+CHOSEN = {"cpu": resolve(REQUESTED, "cpu")}  # by type of device; that of GPUs is added at their first use
 
 
 def implementation(device_type):
-    """What operations on a type of device run: "ref", "cpp", "triton" or "cuda"."""
+    """The implementation that operations on a type of device use: "ref", "cpp", "triton" or "cuda"."""
     if device_type not in CHOSEN:
         CHOSEN[device_type] = resolve(REQUESTED, device_type)
     return CHOSEN[device_type]
 
 
 def fast(x):
-    """Whether x's device has more than the reference."""
+    """Whether x's device has an implementation other than the reference."""
     return implementation(x.device.type) != "ref"
 
 
 def has_triton(x):
-    """Whether Triton's kernels run on x's device; on a CPU in its interpreter."""
+    """Whether Triton's kernels run on x's device, on a CPU in Triton's interpreter."""
     return implementation(x.device.type) in ("triton", "cuda")
 
 
 def on_gpu(x):
-    """Whether x is on a GPU, or in a plan (`using`, pretend) a fake tensor that stands for one there."""
+    """Whether x is on a GPU, or is a fake tensor that stands for one on a GPU in a plan (`using` with pretend)."""
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
 def capable(device, least=(0, 0), below=(99, 0)):
-    """Whether least <= a GPU's (major, minor) < below; a plan that is made without a GPU is for a Hopper."""
+    """Whether least <= a GPU's compute capability (major, minor) < below. A plan made without a GPU is for a Hopper."""
     capability = 9, 0
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
     return least <= capability < below
 
 
-if torch.cuda.is_available():  # elsewhere nothing is timed, and importing what torch.compile needs takes a second
-    # constants while torch.compile traces
+if torch.cuda.is_available():  # only there, since importing what torch.compile needs takes a second
+    # torch.compile traces their results as constants
     implementation, capable = map(torch.compiler.assume_constant_result, (implementation, capable))
 
 
 @contextlib.contextmanager
 def using(choice, pretend=False):
-    """Another choice for a while: for tests and benchmarks. pretend: on fake CPU tensors, what a GPU would run."""
+    """Use another choice within this context, for tests and benchmarks. pretend: fake CPU tensors run what a GPU would
+    run.
+    """
     global CHOSEN, REQUESTED
     before = CHOSEN, REQUESTED
     CHOSEN, REQUESTED = {"cpu": choice if pretend else resolve(choice, "cpu")}, choice

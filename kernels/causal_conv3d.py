@@ -1,13 +1,13 @@
-"""The VAE's causal 3-D convolution, streaming through time, with what comes before and after it.
+"""The VAE's causal 3-D convolution, streaming through time, fused with the operations before and after it.
 
-x (B,C,T,H,W); past (B,C,2,H,W), the frames before x as the convolution saw them, or None for zeros; weight (N,C,kt,k,k)
-of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...) RMS norm and SiLU come first, and before them input_bias
-(C), which the convolution that made x was not given. residual (B,N,T,H,W) or None is added to the result.
-Returns out (B,N,T,H,W) and what the next chunk's `past` is (None with kt = 1).
+x (B,C,T,H,W); past (B,C,2,H,W): the two frames before x, as the convolution saw them, or None for zeros; weight
+(N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...), RMS norm and SiLU are applied
+to x first, after adding input_bias (C), the bias that the convolution before left out. residual (B,N,T,H,W) or None is
+added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
 
-On a GPU one kernel writes the frames before and the normed chunk into the buffer that cuDNN convolves, and the last two
-of them where the next chunk will find them. PyTorch adds a bias in a pass of its own after cuDNN; input_bias and
-residual are there to save it. On a CPU all of it is csrc/causal_conv3d.cpp, whose libraries add a bias at no cost.
+On a GPU one kernel writes the past frames and the normed chunk into the buffer that cuDNN convolves, and their last two
+frames into the next `past`. PyTorch adds a bias in a pass of its own after cuDNN; input_bias and residual save that
+pass. On a CPU csrc/causal_conv3d.cpp does everything, with libraries that add a bias at no cost.
 """
 
 import torch
@@ -29,13 +29,13 @@ def rms_norm(x, gamma):
 
 
 def causal_conv3d_ref(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
-    """-> (out, the next chunk's past), as above."""
+    """-> (out, the next chunk's past); arguments as above."""
     if gamma is not None:
         x = x if input_bias is None else x + input_bias.view(-1, 1, 1, 1)
         x = F.silu(rms_norm(x, gamma.view(-1, 1, 1, 1)))
     if weight.shape[2] > 1:
         x = torch.cat([x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) if past is None else past, x], 2)
-        past = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
+        past = x[:, :, -2:].clone()  # a view would keep the full chunk in memory
     out = F.conv3d(x, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
     return out if residual is None else out + residual, past
 
@@ -60,8 +60,8 @@ if triton:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """ROWS rows of C channels of a clip's buffer a program: `before` of past, then `pixels` of x. The last `before`
-        of all go to `last` too.
+        """ROWS rows, of C channels each, of a clip's buffer per program: `before` rows of past, then `pixels` rows of
+        x. The last `before` rows go to `last` too.
         """
         i, b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
         c = tl.arange(0, BLOCK)[None, :]
@@ -86,7 +86,7 @@ if triton:
     def add_kernel(
         out, residual, bias, rows, C: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """out += residual + bias, ROWS of the rows of C channels a program."""
+        """out += residual + bias, for ROWS of the rows of C channels per program."""
         i, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
         at, inside = i[:, None] * C + c, (i < rows)[:, None] & (c < C)
         v = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ if triton:
 
 
 def launch_config(C):
-    """For rows of C channels: about 4,096 numbers a program."""
+    """The launch of a kernel for rows of C channels, with about 4,096 numbers per program."""
     block = triton.next_power_of_2(C)
     return {"BLOCK": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
 
@@ -136,7 +136,7 @@ def _(out, residual, bias):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None, fill_buffer=None):
-    """As causal_conv3d_ref, on a GPU, without gradients. fill_buffer: csrc's instead of Triton's."""
+    """causal_conv3d_ref on a GPU, without gradients. fill_buffer: csrc's operator, if not Triton's."""
     x, (kt, kh, kw) = x.contiguous(memory_format=LAST), weight.shape[2:]
     (B, C, T, H, W), before = x.shape, kt - 1
     buffer, last = x, None
@@ -153,7 +153,7 @@ def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, resid
 
 
 def causal_conv3d_on_cpu(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
-    """As causal_conv3d_ref, by csrc, without gradients."""
+    """causal_conv3d_ref by csrc, without gradients."""
     gamma = None if gamma is None else gamma.flatten()
     out, past = torch.ops.nanowan_csrc.causal_conv3d(x, past, weight, bias, gamma, input_bias, residual)
     return out, past if weight.shape[2] > 1 else None

@@ -1,9 +1,9 @@
-"""Frozen linears in 8 bits: e4m3 weights, a scale per output channel, half of bf16's memory.
+"""Frozen linears in 8 bits: e4m3 weights with a scale per output channel, in half of bf16's memory.
 
-Made from bf16 or fp32 weights while they load (`convert` the empty model first), or read from files with scales, such
-as ComfyUI's fp8_scaled, as they are. What else such a file has in 8 bits, outside of blocks or in int8, becomes dense.
-GPUs that multiply fp8 matrices (Ada, Hopper and newer) do so, x then being rounded to e4m3 too, with a scale per token;
-elsewhere the weight is made dense for the moment. Adapters are added in their own precision.
+They are made from bf16 or fp32 weights while these load (`convert` the empty model first), or read unchanged from files
+with scales, such as ComfyUI's fp8_scaled. Other 8-bit tensors of such a file, outside of blocks or in int8, become
+dense. On GPUs that multiply fp8 matrices (Ada, Hopper and newer), x is rounded to e4m3 too, with a scale per token;
+elsewhere the weight is made dense for each product. Adapters are added in their own precision.
 The format: Micikevicius et al., 2022.
 """
 
@@ -20,28 +20,28 @@ from kernels.backend import in_one_line
 from kernels.gelu import gelu_backward_
 from kernels.quantize import E4M3, quantize_rows_ref
 
-MIN_ROWS = 512  # of x, for a product in 8 bits
+MIN_ROWS = 512  # x has at least so many rows for a product in 8 bits
 
 
 def dense(weight, scale, dtype):
-    """What e4m3 weights (n,m) and their scales (n,1) stand for: (n,m) in dtype."""
+    """The values of e4m3 weights (n,m) with scales (n,1): (n,m) in dtype."""
     return (weight.float() * scale).to(dtype)
 
 
 def has_fp8_matmul(x, weight):
-    """Whether the rows of x (...,m) are multiplied with this weight (n,m) in 8 bits. Few rows are not: nothing is
-    gained, and cuBLAS refuses some sizes (pytorch/ao#4582).
+    """Whether the rows of x (...,m) are multiplied with this weight (n,m) in 8 bits. Few rows are not: it would gain
+    nothing, and cuBLAS refuses some sizes (pytorch/ao#4582).
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
     fits = fits and x.numel() >= MIN_ROWS * x.shape[-1]
-    # a plan's fake tensors are on no GPU
+    # a plan's fake tensors are on no GPU, which is not asked then
     return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9)) and (not x.is_cuda or multiplies(x.device))
 
 
 @functools.cache
 def multiplies(device):
-    """Whether a GPU really multiplies e4m3 matrices with a scale for each row and column, by doing so once: not every
-    PyTorch does on every card (pytorch/pytorch#192707).
+    """Whether a GPU really multiplies e4m3 matrices with a scale for each row and column, found out by trying: not
+    every PyTorch does on every card (pytorch/pytorch#192707).
     """
     rows, weight = (torch.ones(n, 5120, device=device).to(E4M3) for n in (MIN_ROWS, 3072))
     scales = {"scale_a": torch.ones(MIN_ROWS, 1, device=device), "scale_b": torch.ones(1, 3072, device=device)}
@@ -57,12 +57,13 @@ def multiplies(device):
 
 
 if torch.cuda.is_available():
-    multiplies = torch.compiler.assume_constant_result(multiplies)  # while torch.compile traces
+    multiplies = torch.compiler.assume_constant_result(multiplies)  # for torch.compile
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x, or its GELU, in 8 bits; None: the weight is made
-    dense. For the backward pass the 8-bit weight is kept, and x where its GELU is taken. The weight gets no gradient.
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x or its GELU in 8 bits, or None, and then the
+    weight is made dense. For the backward pass the 8-bit weight is kept, and x if its GELU is taken. The weight gets no
+    gradient.
     """
 
     @staticmethod
@@ -87,13 +88,12 @@ def rows_in_fp8(x, activated=False):
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; takes the place of `linear`,
-    which has no values yet. `norm` is the Frobenius norm of the weight that it was made from, and `error` that of the
-    difference; of a weight that its file has in 8 bits, norm is the norm of that, and there is no error, since the
-    original is not known.
+    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; it replaces `linear`, which has
+    no values yet. norm: the Frobenius norm of the original weight; error: that of the difference to it. A weight whose
+    file has it in 8 bits already has its own norm and no error, since the original is not known.
     """
 
-    takes_gelu = True  # as it rounds its input
+    takes_gelu = True  # since it rounds its input
 
     def __init__(self, linear, dtype=E4M3):
         nn.Module.__init__(self)
@@ -102,19 +102,19 @@ class Fp8Linear(nn.Linear):
         self.register_buffer("scales", torch.empty(self.out_features, 1, device=linear.weight.device), persistent=False)
 
     def quantize(self, weight):
-        """Round `weight` (out,in) to e4m3: sets scales, norm and error, and returns the 8-bit weight."""
+        """Round `weight` (out,in) to e4m3: set scales, norm and error, and return the 8-bit weight."""
         weight8, self.scales = quantize_rows_ref(weight)
         self.norm = weight.float().norm()
         self.error = (weight.float() - dense(weight8, self.scales, torch.float32)).norm()
         return weight8
 
     def set_scales(self, weight8, scales):
-        """Take over the scales (out,1) or (1,) of an 8-bit weight as its file has them."""
+        """Take the scales (out,1) or (1,) of an 8-bit weight from its file."""
         self.scales = scales.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 
     def forward(self, x, activated=False, rows=None):
-        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: round_input(x), where that is known."""
+        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: round_input(x), if that is known."""
         weight = self.weight, self.scales, self.bias
         if has_fp8_matmul(x, self.weight):
             return Fp8Matmul.apply(x, *(rows or rows_in_fp8(x, activated)), *weight, activated)
@@ -124,13 +124,13 @@ class Fp8Linear(nn.Linear):
         return gelu(self(x))
 
     def round_input(self, x):
-        """x in 8 bits, once for all linears that have it as their input; None where products are dense."""
+        """x in 8 bits, computed once for all linears with the same input x; None if products are dense."""
         return rows_in_fp8(x) if has_fp8_matmul(x, self.weight) else None
 
 
 def convert(model, dtypes=None):
-    """Replace the linears in an empty DiT's blocks by ones in 8 bits: all of them, or those that `dtypes`
-    {name: dtype} has. Linears outside of blocks stay dense.
+    """Replace the linears in an empty DiT's blocks by Fp8Linears: all of them, or those named in `dtypes` {name:
+    dtype}. Linears outside of blocks stay dense.
     """
     for name, linear in list(model.blocks.named_modules(prefix="blocks")):
         if isinstance(linear, nn.Linear) and (not dtypes or name in dtypes):
@@ -145,8 +145,8 @@ def total_norm(norms):
 
 
 def report(model):
-    """A line with the error of 8-bit weights per kind: the norm of the difference over that of the weights, of all
-    blocks together. None where no error is known.
+    """One line with the relative error of the 8-bit weights, per kind of linear: the norm of the differences over the
+    norm of the weights, all blocks together. None if no error is known.
     """
     kinds = {}
     for name, m in model.named_modules():

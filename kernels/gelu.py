@@ -1,6 +1,7 @@
-"""GELU by its tanh formula, on a CPU, where PyTorch's own takes ten times what the memory needs; GPUs have a fast one.
+"""GELU by its tanh formula on a CPU, where PyTorch's takes ten times as long as the memory traffic requires.
 
-x (...) of any float dtype; the arithmetic is fp32. Floor: one read and one write of x.
+x (...) of any float dtype; the arithmetic is fp32. Lower bound on memory traffic: one read and one write of x. On GPUs
+PyTorch's own GELU is fast.
 """
 
 import torch
@@ -12,7 +13,7 @@ from kernels import BUILT
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def gelu_ref(x):
-    """GELU of x by its tanh formula."""
+    """The GELU of x by its tanh formula."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -57,18 +58,18 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def gelu(x):
-    """As gelu_ref."""
+    """gelu_ref by csrc."""
     return _forward(x)
 
 
 def gelu_(x):
-    """As gelu_ref, in x's place, which is contiguous; no gradients."""
+    """gelu_ref by csrc, in place of x, which must be contiguous; without gradients."""
     _forward_(x)
     return x
 
 
 def gelu_backward_(x, grad):
-    """grad times GELU's slope at x, in grad's place, which is contiguous."""
+    """grad times the derivative of GELU at x, in place of grad, which must be contiguous."""
     if BUILT and x.device.type == "cpu":
         torch.ops.nanowan_csrc.gelu_backward_(x, grad)
         return grad

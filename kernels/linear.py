@@ -1,10 +1,10 @@
-"""Linears, alone or behind a GELU; of both together, only the GELU's input is kept for the backward pass.
+"""Linears, alone or after a GELU; for the two together, only the GELU's input is kept for the backward pass.
 
-x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place: of a DiT's
-feed-forward that is a third of its memory.
+x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place, which
+saves a third of the memory of a DiT's feed-forward.
 
-On AMD's CPUs PyTorch multiplies large fp32 matrices by MKL, which is slow there; oneDNN, which PyTorch ships as well,
-is used instead. Which it is follows from the CPU and the shapes alone, so that a run's bits do too.
+On AMD's CPUs PyTorch multiplies large fp32 matrices with MKL, which is slow there. oneDNN, which PyTorch ships too, is
+used instead. The choice depends only on the CPU and the shapes, so a run can be repeated bit by bit.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from kernels.gelu import gelu, gelu_backward_, gelu_ref
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def linear_ref(x, weight, bias=None, activated=False):
-    """x W^T + b, of gelu(x) if `activated`."""
+    """x W^T + b, or gelu(x) W^T + b if `activated`."""
     return F.linear(gelu_ref(x) if activated else x, weight, bias)
 
 
@@ -28,13 +28,13 @@ PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and CPUINFO.exists() and "
 
 
 def uses_onednn(x, weight):
-    """Whether oneDNN multiplies x (...,K) by this weight (N,K)."""
+    """Whether oneDNN multiplies x (...,K) with this weight (N,K)."""
     return (
         PREFERS_ONEDNN
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and min(weight.shape) >= 512
-        and x.numel() >= 8 * x.shape[-1]  # for fewer rows the longer call costs more than it gains
+        and x.numel() >= 8 * x.shape[-1]  # with fewer rows, the longer call costs more than oneDNN saves
         and weight.is_contiguous()
     )
 
@@ -47,7 +47,7 @@ def product(x, weight, bias=None):
 
 
 def product_backward(grad, weight):
-    """The gradient by x of `product`, grad W: (...,N) -> (...,K)."""
+    """The gradient of `product` with respect to x, grad W: (...,N) -> (...,K)."""
     if uses_onednn(grad, weight):
         return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
     return grad @ weight
@@ -78,5 +78,5 @@ class Linear(torch.autograd.Function):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def linear(x, weight, bias=None, activated=False):
-    """As linear_ref."""
+    """linear_ref, with the backward pass described above."""
     return Linear.apply(x, weight, bias, activated)

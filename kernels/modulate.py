@@ -1,9 +1,9 @@
 """LayerNorm with rows of scales and shifts, alone or fused with the gated residual before it.
 
-x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are rows
-(B,F,D) fp32 of any stride: each serves L/F tokens, in order; or where `index` (L,) int32 is given, row index[l] serves
-token l. Floors in bytes per element: modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y: each tensor is touched
-once.
+x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are F rows
+of modulation, (B,F,D) fp32 of any stride. Each row serves L/F tokens, in order; if `index` (L,) int32 is given, row
+index[l] serves token l. Lower bounds on memory traffic, in bytes per element, out and y being sizes of an element:
+modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y, since each tensor is read or written once.
 """
 
 import torch
@@ -18,7 +18,7 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def per_token(rows, length, index):
-    """The row of each token: rows (B,F,D) -> (B,length,D), or (B,1,D) where one serves all."""
+    """The row of each token: rows (B,F,D) -> (B,length,D), or (B,1,D) if one row serves all tokens."""
     if index is not None:
         return rows[:, index]
     return rows if rows.shape[1] == 1 else rows.repeat_interleave(length // rows.shape[1], 1)
@@ -36,7 +36,7 @@ def gate_ref(x, y, gate=None, index=None):
 
 
 def gate_modulate_ref(x, y, gate, weight, shift, eps, dtype, index=None):
-    """(x + gate * y, and its modulate_ref)."""
+    """(x + gate * y, and the modulate_ref of this sum)."""
     x = gate_ref(x, y, gate, index)
     return x, modulate_ref(x, weight, shift, eps, dtype, index)
 
@@ -70,7 +70,7 @@ if triton:
         NORM: tl.constexpr,
         INDEX: tl.constexpr,
     ):
-        """One token a program: the sum if ADD (y times a gate if GATE), its norm and modulation if NORM."""
+        """One token per program: the sum if ADD (with y times a gate if GATE), its norm and modulation if NORM."""
         i = tl.program_id(0).to(tl.int64)
         b = i // L
         f = tl.load(index + i % L) if INDEX else i % L // tokens
@@ -120,8 +120,8 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """One program walks `chunk` of the `tokens` that may be those of one row, and with INDEX skips those that are
-        not; with SUMS it adds up the gradients of gate, weight and shift on the way into sums (B*F,chunks,3,D).
+        """One program takes `chunk` of the `tokens` that may be served by one row; with INDEX it skips those that are
+        not. With SUMS it also adds up the gradients of gate, weight and shift, into sums (B*F,chunks,3,D).
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows
@@ -175,13 +175,13 @@ def strides(rows):
 
 
 def launch_config(D):
-    """Block and warps for rows of width D."""
+    """The block size and warps for rows of width D."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
 
 
 def count_rows(gate, weight):
-    """F of the rows that are given; 1 without any."""
+    """F, the number of rows of gate or weight; 1 if both are None."""
     rows = gate if weight is None else weight
     return 1 if rows is None else rows.shape[1]
 
@@ -220,7 +220,7 @@ def triton_backward(dnew, dout, new, y, gate, weight, index, eps, branch, need_r
     B, L, D = new.shape
     rows = count_rows(gate, weight)
     tokens = L // rows if index is None else L
-    # where sums are wanted, about a thousand programs, so that few are left to add up
+    # for the sums, about a thousand programs, so that few partial sums are left to add
     chunk = -(-tokens * B * rows // 1024) if need_rows else 8
     chunks = -(-tokens // chunk)
     dx = torch.empty(B, L, D, device=new.device)
@@ -269,7 +269,7 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """[the gated sum, where y is given] + [its norm and modulation, where weight is]."""
+    """[the gated sum, if y is given] + [its norm and modulation, if weight is given]."""
 
 
 @torch.library.custom_op("nanowan::modulate_backward", mutates_args=(), device_types=())
@@ -285,8 +285,8 @@ def _backward(
     branch: torch.dtype,
     need_rows: bool,
 ) -> list[Tensor]:
-    """Gradients [x] + [y, where dnew is given] + [gate, weight and shift (B,F,3,D), where need_rows]. new: the stream
-    that was normed; branch: y's dtype.
+    """Gradients [x] + [y, if dnew is given] + [gate, weight and shift (B,F,3,D), if need_rows]. new: the stream that
+    was normed; branch: y's dtype.
     """
 
 
@@ -332,15 +332,15 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def modulate(x, weight, shift, eps, dtype, index=None):
-    """As modulate_ref."""
+    """modulate_ref, by kernels."""
     return _forward(x, None, None, weight, shift, index, eps, dtype)[0]
 
 
 def gate(x, y, gate=None, index=None):
-    """As gate_ref."""
+    """gate_ref, by kernels."""
     return _forward(x, y, gate, None, None, index, 0.0, x.dtype)[0]
 
 
 def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
-    """As gate_modulate_ref. gate, weight and shift have equally many rows F."""
+    """gate_modulate_ref, by kernels. gate, weight and shift have the same number F of rows."""
     return tuple(_forward(x, y, gate, weight, shift, index, eps, dtype))

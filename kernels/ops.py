@@ -1,4 +1,4 @@
-"""The operations that models call: each picks its implementation by backend.py. The definitions are in kernels/*.py."""
+"""The operations that models call: each picks its implementation by backend.py. kernels/*.py has their definitions."""
 
 import functools
 import sys
@@ -17,25 +17,27 @@ from kernels.backend import capable, fast, has_triton, implementation, on_gpu
 
 
 def modulate(x, weight, shift, eps, dtype, index=None):
-    """LayerNorm(x) * weight + shift in `dtype`; x (B,L,D) fp32, weight and shift rows (B,F,D) fp32. index (L,) int32:
-    which row serves each token; without one, each serves L/F in order.
+    """LayerNorm(x) * weight + shift in `dtype`. x (B,L,D) fp32; weight, shift: rows of modulation (B,F,D) fp32; index
+    (L,) int32: the row that serves each token (default: each row serves L/F tokens, in order).
     """
     return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype, index)
 
 
 def gate(x, y, gate=None, index=None):
-    """x + gate * y, the residual stream x in fp32, y (B,L,D), gate rows (B,F,D) fp32; index as in modulate."""
+    """x + gate * y, with the residual stream x (B,L,D) fp32, y (B,L,D), and rows gate (B,F,D) fp32; index as in
+    modulate.
+    """
     return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, gate, index)
 
 
 def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
-    """(x + gate * y, and its `modulate`); all rows (B,F,D) of the same F."""
+    """(x + gate * y, and `modulate` of this sum); gate, weight and shift have the same number F of rows."""
     fused = modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref
     return fused(x, y, gate, weight, shift, eps, dtype, index)
 
 
 def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
-    """RMSNorm each of xs (B,L,D), split it into heads and, with a rope_table and positions (L,3), rotate them:
+    """RMSNorm each of xs (B,L,D), split it into heads and, if a rope_table and positions (L,3) are given, rotate it ->
     [(B,L,N,d)].
     """
     norm = norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref
@@ -43,36 +45,37 @@ def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
 
 
 class Linear(torch.nn.Linear):
-    """A dense linear of a DiT's block; Fp8Linear and LoRALinear, which take its place, have the same methods."""
+    """A dense linear in a DiT's block. Fp8Linear and LoRALinear, which replace it, have the same methods."""
 
     @property
     def takes_gelu(self):
-        """Whether to give `forward` the input of the GELU before it: less is kept for the backward pass then."""
+        """Whether `forward` should take the input of the GELU before it: then less is kept for the backward pass."""
         return torch.is_grad_enabled()
 
     def forward(self, x, activated=False, rows=None):
-        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: of round_input, which is for 8-bit weights."""
+        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: from round_input, for 8-bit weights only."""
         ours = fast(x) and (activated or linear_kernel.uses_onednn(x, self.weight))
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):
-        """gelu(self(x)). Without gradients a data-centre GPU from Hopper on computes the GELU with the product, of the
-        sums before they are rounded to bf16: 2 to 3 % of a video DiT's step on an H100 (sgl-project/sglang#33536). On
-        an RTX 4090 (karpathy/llm.c#591) and consumers' Blackwells (sgl-project/sglang#34350) it was slower.
+        """gelu(self(x)). Without gradients, data-centre GPUs from Hopper on compute the GELU in the matrix product, on
+        the sums before they are rounded to bf16. This saves 2 to 3 % of a video DiT's step on an H100
+        (sgl-project/sglang#33536). It was slower on an RTX 4090 (karpathy/llm.c#591) and on consumer Blackwells
+        (sgl-project/sglang#34350).
         """
         fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         if fuses and fast(x) and on_gpu(x) and capable(x.device, least=(9, 0), below=(11, 0)):
-            # on a GPU its GELU is the tanh formula, whatever library multiplies
+            # on a GPU its GELU is the tanh formula, with any library
             y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
             return y.unflatten(0, x.shape[:-1])
         return gelu(self(x))
 
     def round_input(self, x):
-        """What linears with the same input x share of rounding it to 8 bits: nothing."""
+        """What linears with the same input x share when they round it to 8 bits: nothing here."""
 
 
 class GELU(torch.nn.Module):
-    """GELU by its tanh formula; without gradients in x's place, which is contiguous, as nn.ReLU(inplace=True)."""
+    """GELU by its tanh formula; without gradients in place of x, which must be contiguous, as nn.ReLU(inplace=True)."""
 
     def forward(self, x):
         ours = implementation(x.device.type) == "cpp"
@@ -82,14 +85,14 @@ class GELU(torch.nn.Module):
 
 
 def quantize_rows(x, activated=False):
-    """x (n,m), or its GELU, in e4m3, and each row's scale (n,1) fp32."""
+    """x (n,m), or its GELU, in e4m3, and the scale (n,1) fp32 of each row."""
     from kernels import quantize
 
     return (quantize.quantize_rows if has_triton(x) else quantize.quantize_rows_ref)(x, activated)
 
 
 def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
-    """The step-th step (from 1) of AdamW with 8-bit moments, in place (kernels/adamw8bit.py)."""
+    """Do AdamW's step number `step` (from 1) with 8-bit moments, in place (kernels/adamw8bit.py)."""
     from kernels import adamw8bit
 
     update = adamw8bit.step if has_triton(weight) else adamw8bit.step_ref
@@ -98,7 +101,9 @@ def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, ep
 
 @functools.cache
 def csrc_runs_on(device):
-    """Whether csrc's CUDA was built for this GPU. Not asked at import, where it would take memory on the first GPU."""
+    """Whether csrc's CUDA part was built for this GPU. It is not asked at import, which would take memory on the first
+    GPU.
+    """
     with torch.cuda.device(device):
         fits, name = torch.ops.nanowan_csrc.fits_this_gpu(), torch.cuda.get_device_name()
     if not fits:
@@ -112,14 +117,15 @@ def csrc_runs_on(device):
 
 
 def uses_cuda_kernel(device):
-    """Whether csrc's CUDA kernel comes before the VAE's convolutions on a device."""
+    """Whether csrc's CUDA kernel runs before the VAE's convolutions on a device."""
     return device.type == "cuda" and implementation("cuda") == "cuda" and csrc_runs_on(device)
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None, input_bias=None, residual=None):
-    """Convolve x (B,C,T,H,W) after the frames `past` (B,C,2,H,W) that the convolution saw last, or None; with gamma,
-    RMS norm and SiLU come first, and before them input_bias (C); residual (B,N,T,H,W) is added. Returns (B,N,T,H,W) and
-    the next `past`. What is fused has no backward pass: where gradients are wanted, the reference is used.
+    """Convolve x (B,C,T,H,W) after its two previous frames `past` (B,C,2,H,W), or None. With gamma, RMS norm and SiLU
+    are applied to x first, after adding input_bias (C). residual (B,N,T,H,W) is added to the result. Returns
+    (B,N,T,H,W) and the next `past`. The fused versions have no backward pass: if gradients are needed, the reference is
+    used.
     """
     from kernels import causal_conv3d as conv
 
@@ -141,7 +147,7 @@ def rms_norm(x, gamma):
 
 
 def describe(device):
-    """What a device's operations are, for a run's first lines and its record."""
+    """A device's operations in words, for the first lines of a run and its record."""
     device = torch.device(device)
     words = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's"}
     line = f"{words[implementation(device.type)]} operations on {device.type}"

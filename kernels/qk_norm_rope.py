@@ -1,8 +1,8 @@
-"""RMSNorm over the whole width, with weight, then the 3-axis rotation of every head, for q and k in one launch.
+"""RMSNorm over the full width, with a weight, then the 3-axis rotation of every head, for q and k in one launch.
 
-xs: one or two (B,L,D) of one dtype, weights (D,) fp32 each; the arithmetic is fp32 and rounded once. The rotation comes
-from `table` (P,d/2,2) and `positions` (L,3), as rope.py defines them; the kernels read three integers a token, and
-never an (L,d/2) table from memory. Floor in bytes per element of xs: twice its size; each is read and written once.
+xs: one or two (B,L,D) of one dtype; weights: (D,) fp32 each. The arithmetic is fp32, and the result is rounded once.
+The rotation follows from `table` (P,d/2,2) and `positions` (L,3), which rope.py defines: the kernels read three
+integers per token, not a table (L,d/2) of angles. Lower bound on memory traffic: one read and one write of xs.
 """
 
 import torch
@@ -18,7 +18,7 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def qk_norm_rope_ref(xs, weights, eps, heads, table=None, positions=None):
-    """-> [(B,L,N,d) of xs' dtype]; without a table, normed only."""
+    """-> [(B,L,N,d) of xs' dtype], normed only if table is None."""
     results = []
     for x, weight in zip(xs, weights):
         y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(
@@ -33,8 +33,8 @@ if triton:
 
     @triton.jit
     def turn(a, b, table, position, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
-        """Rotate the pairs (a,b) of the token whose three integers `position` points at, or with `back` the other way.
-        a, b: (PAIRS,), all heads in turn.
+        """Rotate the pairs (a,b) of the token whose three integers `position` points at; with `back`, in the opposite
+        direction. a, b: (PAIRS,), the pairs of all heads, one head after another.
         """
         p = tl.arange(0, PAIRS) % HALF
         third: tl.constexpr = HALF // 3
@@ -64,7 +64,7 @@ if triton:
         PAIRS: tl.constexpr,
         ROPE: tl.constexpr,
     ):
-        """One token of q (axis 1 = 0) or k a program, as its even and its odd columns."""
+        """One token of q (axis 1 = 0) or k per program."""
         i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
         x, w, out, row = x0, w0, out0, row0
         if which == 1:
@@ -104,7 +104,7 @@ if triton:
         ROPE: tl.constexpr,
         WEIGHTS: tl.constexpr,
     ):
-        """`chunk` tokens of q or k a program; with WEIGHTS their share of the weight's gradient goes to dw
+        """`chunk` tokens of q or k per program. With WEIGHTS their share of the weight's gradient goes to dw
         (2,chunks,D).
         """
         c, which = tl.program_id(0), tl.program_id(1)
@@ -140,7 +140,7 @@ def launch_config(D):
 
 
 def rows_of(x):
-    """x (B,L,D), its rows evenly spaced and dense in themselves: a copy only where they are not."""
+    """x (B,L,D) with evenly spaced rows, each dense, copied only if they are not."""
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
@@ -223,7 +223,7 @@ def qk_norm_rope_backward(
     positions: Tensor | None,
     need_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of xs, and with need_weights those of the weights (1 or 2,D)."""
+    """The gradients of xs, and with need_weights also of the weights (1 or 2,D)."""
 
 
 register(_forward, triton_forward, "qk_norm_rope")
@@ -262,10 +262,10 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
-    """As qk_norm_rope_ref."""
+    """qk_norm_rope_ref, by kernels."""
     return _forward(xs, weights, eps, heads, table, packed(positions))
 
 
 def packed(positions):
-    """Positions as the kernels read them: int32, three to a token side by side."""
+    """Positions as the kernels read them: int32, the three of a token next to each other."""
     return None if positions is None else positions.int().contiguous()

@@ -1,8 +1,8 @@
-"""Rows of activations in 8 bits (e4m3), a scale per row, for the GPU's fp8 matrix products: one read, one write.
+"""Activations in 8 bits (e4m3) with a scale per row, for the GPU's fp8 matrix products, in one read and one write.
 
-x (n,m) of any float dtype -> e4m3 (n,m) and scales (n,1) fp32, the largest value of each row being 448; of x, or of
-its GELU, which then costs no pass of its own. Floor: one read of x and one write of a byte per value. A row that is not
-finite becomes NaN.
+x (n,m) of any float dtype, or its GELU, which then needs no pass of its own -> e4m3 (n,m) and scales (n,1) fp32. The
+largest value in each row becomes 448. A row that is not finite becomes NaN. Lower bound on memory traffic: one read of
+x and one write of a byte per value.
 """
 
 import torch
@@ -20,11 +20,11 @@ E4M3_MAX = torch.finfo(E4M3).max  # 448
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def quantize_rows_ref(x, activated=False):
-    """x (n,m) of any float type, or its GELU -> e4m3 (n,m), and the scale (n,1) fp32 of each row: x is about their
-    product.
+    """x (n,m) of any float dtype, or its GELU -> e4m3 (n,m) and the scale (n,1) fp32 of each row; their product is
+    about x.
     """
     x = gelu_ref(x.float()) if activated else x.float()
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # a row of zeros has a scale too
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # also for a row of zeros
     return (x / scale).to(E4M3), scale
 
 
@@ -33,16 +33,16 @@ if triton:
 
     @triton.jit
     def quantize_kernel(x, out, scales, stride, M, ACTIVATED: tl.constexpr, BLOCK: tl.constexpr):
-        """A row a program, all of it in registers."""
+        """One row per program, held in registers."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         v = tl.load(x + i * stride + j, mask=j < M, other=0.0).to(tl.float32)
         if ACTIVATED:  # tanh(u) = 2 sigmoid(2u) - 1
             v = v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
-        poison = tl.sum(v * 0.0, 0)  # NaN of what is not finite, which a maximum leaves out
+        poison = tl.sum(v * 0.0, 0)  # NaN if any value is not finite, which the maximum would hide
         scale = tl.maximum(tl.max(tl.abs(v), 0), 1e-12) / 448.0 + poison
         tl.store(scales + i, scale)
         v = v / scale
-        # rounded here, half to even, to three bits of mantissa, or to 2^-9: Triton's interpreter casts less well
+        # rounded here, half to even, to 3 bits of mantissa or to 2^-9: casts in Triton's interpreter are less exact
         bits = v.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         v = tl.where(tl.abs(v) < 0.015625, (v + 24576.0) - 24576.0, normal)
@@ -50,7 +50,7 @@ if triton:
 
 
 def launch_config(M):
-    """Of quantize_kernel for rows of M numbers: 32 of them in each thread."""
+    """The launch of quantize_kernel for rows of M numbers, 32 of them per thread."""
     block = triton.next_power_of_2(M)
     return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 32)}
 
@@ -76,5 +76,5 @@ def _(x, activated):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def quantize_rows(x, activated=False):
-    """As quantize_rows_ref."""
+    """quantize_rows_ref, by Triton."""
     return _forward(x, activated)

@@ -1,19 +1,19 @@
-"""Rotary positions: a table of angles, and where tokens stand in time, height and width.
+"""Rotary position embedding (RoPE): a table of angles, and the positions of tokens in time, height and width.
 
-`table` (P,d/2,2) is the cosine and sine of position p for each of a head's d/2 complex pairs. `positions` (L,3) are
-signed integers; a token's first d/2 - 2*(d/2//3) pairs turn by its time, the next d/2//3 by its height, the last by its
-width. A negative position turns the other way. |position| < P <= 1024. Source: official wan/modules/model.py,
-rope_params and rope_apply; negative times are S2V's.
+`table` (P,d/2,2) holds, for each of P positions, the cosine and sine for each of a head's d/2 complex pairs.
+`positions` (L,3) are signed integers, |position| < P <= 1024. A token's first d/2 - 2*(d/2//3) pairs turn by its time,
+the next d/2//3 by its height, and the last by its width. A negative position turns in the opposite direction. Source:
+official wan/modules/model.py, rope_params and rope_apply; S2V uses negative times.
 """
 
 import torch
 
-MAX_POSITIONS = 1024  # per axis, as the official tables have it
+MAX_POSITIONS = 1024  # per axis, as in the official tables
 
 
 def rope_table(n, d, device):
-    """The table (n,d/2,2), fp32, of positions 0..n-1 for heads of width d; computed in fp64, base 10000. Raises
-    ValueError beyond 1024.
+    """The table (n,d/2,2) fp32 of positions 0..n-1 for heads of width d, computed in fp64 with base 10000. Raises
+    ValueError if n is above 1024.
     """
     if n > MAX_POSITIONS:
         raise ValueError(f"{n} token positions along one axis: Wan's end at {MAX_POSITIONS}")
@@ -25,20 +25,22 @@ def rope_table(n, d, device):
 
 
 def widths(d):
-    """How many of a head's d/2 pairs turn by time, height and width."""
+    """How many of a head's d/2 pairs turn by time, by height and by width."""
     third = d // 2 // 3
     return d // 2 - 2 * third, third, third
 
 
 def grid_positions(grid, device):
-    """Positions (T'H'W',3), int32, of the tokens of a grid (T',H',W'), the last axis first to move."""
+    """The positions (T'H'W',3) int32 of the tokens of a grid (T',H',W'), the width varying fastest."""
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def angles(table, positions):
-    """The table (P,d/2,2) at every token: (L,d/2,2). Raises IndexError where a position is outside of it."""
+    """The table (P,d/2,2) at the position of every token: (L,d/2,2). Raises IndexError for a position outside of the
+    table.
+    """
     parts = []
     for axis, part in enumerate(table.split(widths(2 * table.shape[1]), 1)):
         at = positions[:, axis]
@@ -48,7 +50,7 @@ def angles(table, positions):
 
 
 def rotate(x, table, positions):
-    """Rotate the pairs (2j,2j+1) of x (B,L,N,d)."""
+    """Rotate the pairs (2j,2j+1) of x (B,L,N,d) by the tokens' positions."""
     cos, sin = angles(table, positions)[:, None].unbind(-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
