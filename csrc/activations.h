@@ -1,11 +1,11 @@
-// The functions behind activations, in forms that compilers vectorise.
+// Activation functions, in forms that compilers vectorise.
 #pragma once
 #include <bit>
 #include <cmath>
 #include <cstdint>
 
-// e^x to 2 ulp (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). Held between e^-60 and e^60, beyond which GELU and
-// SiLU are x or 0 to fp32, so that no order in which a compiler multiplies can overflow.
+// e^x to 2 ulp (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). x is limited to -60..60, since beyond that GELU and
+// SiLU are x or 0 in fp32: so no order in which a compiler multiplies can overflow.
 inline float exponential(float x) {
     x = x < -60.0f ? -60.0f : x > 60.0f ? 60.0f : x;
     const float n = std::floor(x * 1.44269504f + 0.5f), r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));

@@ -1,6 +1,6 @@
-// What this extension was compiled for, from and with: the CPU's features, csrc's files, and torch (by setup.py).
-// Loading it on a CPU without the features can die of SIGILL before any check in here could run, so kernels/__init__.py
-// looks for this string in the file first.
+// The CPU features that this extension was compiled for, csrc's files that it was compiled from, and its torch (set by
+// setup.py). Loading it on a CPU without these features can end in SIGILL before any check in here runs, so
+// kernels/__init__.py looks for this string in the file first.
 #define QUOTE(x) #x
 #define QUOTED(x) QUOTE(x)
 

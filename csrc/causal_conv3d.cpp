@@ -1,8 +1,8 @@
-// nanowan_csrc::causal_conv3d: the VAE's causal convolution, stride 1, with what comes before and after it, on a CPU
-// (kernels/causal_conv3d.py says what it computes; fp32 or bf16, what is fast is channels-last), and
-// nanowan_csrc::fill_buffer: what comes before it, on a GPU.
+// nanowan_csrc::causal_conv3d: the VAE's causal convolution, stride 1, with the operations before and after it, on a
+// CPU (kernels/causal_conv3d.py defines it; fp32 or bf16, fast for channels-last). nanowan_csrc::fill_buffer: the
+// operations before it, on a GPU.
 //
-// The frames before and the normed chunk are written once into one buffer, which winograd.cpp or oneDNN convolves on a
+// The past frames and the normed chunk are written once into one buffer, which winograd.cpp or oneDNN convolves on a
 // CPU and cuDNN on a GPU.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -54,7 +54,7 @@ void check(const Tensor& x, const Maybe& past, const Tensor& w, const Maybe& bia
                     other.has_value() ? other->scalar_type() : x.scalar_type());
 }
 
-// One row of C channels, normed and put through SiLU.
+// Norm one row of C channels and apply SiLU.
 template <typename T>
 __attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restrict bias, const T* __restrict gamma,
                                          T* __restrict out, int64_t C) {
@@ -68,7 +68,7 @@ __attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restr
     }
 }
 
-// causal_conv3d.h, nanowan_fill_buffer
+// As nanowan_fill_buffer in causal_conv3d.h, on a CPU.
 void fill_buffer(const Tensor& x, const Maybe& past, const Maybe& input_bias, const Maybe& gamma, const Tensor& buffer,
                  const Tensor& next, const Clips& s) {
     const Tensor bias = input_bias.has_value() ? input_bias->contiguous() : at::zeros({s.C}, x.options());
@@ -99,7 +99,7 @@ void fill_buffer(const Tensor& x, const Maybe& past, const Maybe& input_bias, co
 }
 
 #ifdef NANOWAN_CUDA
-// buffer (B,C,2+T,H,W) and next (B,C,2,H,W) channels-last, as are x (B,C,T,H,W) and past.
+// buffer (B,C,2+T,H,W), next (B,C,2,H,W), x (B,C,T,H,W) and past are channels-last.
 void fill_buffer_on_cuda(const Tensor& x, const Maybe& past, const Maybe& input_bias, const Maybe& gamma,
                          Tensor buffer, Tensor next) {
     const c10::cuda::CUDAGuard guard(x.device());
@@ -138,10 +138,10 @@ std::tuple<Tensor, Tensor> on_cpu(const Tensor& x_, const Maybe& past, const Ten
     const int64_t pad = w.size(3) / 2;
     const bool fp32 = x.scalar_type() == at::kFloat;
     Tensor out;
-    if (fp32 && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // with fewer it is no faster
+    if (fp32 && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // for smaller ones it is no faster
         out = winograd(all, w, bias);
     else if (fp32 && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN())
-        // PyTorch itself sends small maps to a slow path that oneDNN beats several times over
+        // for small maps PyTorch would take a path that is several times slower than oneDNN
         out = at::mkldnn_convolution(all, w, bias, {0, pad, pad}, {1, 1, 1}, {1, 1, 1}, 1);
     else
         out = at::conv3d(all, w, bias, {1, 1, 1}, {0, pad, pad});

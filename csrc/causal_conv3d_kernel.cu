@@ -1,6 +1,6 @@
-// What comes before the VAE's causal convolution on a GPU: RMS norm and SiLU, written where the convolution reads them,
-// behind the frames before the chunk. One warp a row, 16 bytes a load. No torch headers: `nvcc -c` compiles this
-// anywhere. kernels/causal_conv3d.py has the same in Triton.
+// What comes before the VAE's causal convolution on a GPU: RMS norm and SiLU of a chunk, written to the buffer that the
+// convolution reads, after the past frames. One warp per row, 16 bytes per load. No torch headers, so `nvcc -c`
+// compiles this anywhere. kernels/causal_conv3d.py has the same in Triton.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -32,7 +32,7 @@ struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
     T v[N];
 };
 
-// N: values at once, which divides C
+// N: how many values are loaded at once; it divides C
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS)
     fill_buffer(const T* __restrict__ x, const T* __restrict__ past, const float* __restrict__ bias,
@@ -102,6 +102,6 @@ int nanowan_fill_buffer(const void* x, const void* past, const float* bias, cons
 int nanowan_fits_this_gpu() {
     cudaFuncAttributes attributes;
     const int error = int(cudaFuncGetAttributes(&attributes, fill_buffer<float, 4>));
-    cudaGetLastError();  // which else the next launch would report
+    cudaGetLastError();  // clears the error, which the next launch would report otherwise
     return !error;
 }

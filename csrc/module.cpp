@@ -1,5 +1,5 @@
-// What `import nanowan_csrc` finds: loading the library registers the operators, torch.ops.nanowan_csrc.*; there is
-// nothing else in it.
+// The module of `import nanowan_csrc`. It is empty: loading the library registers the operators,
+// torch.ops.nanowan_csrc.*.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit_nanowan_csrc(void) {

@@ -1,9 +1,9 @@
 // 3x3x3 convolutions in fp32 on a CPU by Winograd's minimal filtering, F(2x2,3x3) in space (Lavin and Gray, Fast
-// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than by definition. Measured,
-// its errors are smaller, as each sum is shorter.
+// algorithms for convolutional neural networks, 2015): 2.25 times fewer multiplications than the definition has. The
+// measured errors are smaller too, since each sum is shorter.
 //
-// Of every 2x2 pixels of the output the 4x4 of the input around them become 16 points, B^T d B; at each point it is a
-// convolution in time, by three matrix products with weights G w G^T; A^T m A are the output's pixels.
+// For every 2x2 output pixels, the 4x4 input pixels d around them become 16 points, B^T d B. At each point, three
+// matrix products with the weights G w G^T convolve in time, which gives m. The output pixels are A^T m A.
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
@@ -13,11 +13,11 @@
 
 using at::Tensor;
 constexpr int64_t POINTS = 16;
-constexpr int64_t ROWS = 512, COLUMNS = 128;  // of a product, about, so that what it needs stays in the caches
+constexpr int64_t ROWS = 512, COLUMNS = 128;  // about the size of a product, so that its operands stay in the caches
 
 namespace {
 
-// Sixteen floats, or one where fewer are left: what is below is written for both.
+// Sixteen floats, or a single one if fewer are left: the functions below are templates for both.
 typedef float Vector __attribute__((vector_size(64)));
 
 template <typename V>
@@ -56,8 +56,8 @@ void to_pixels(const V (&m)[4], V (&y)[2]) {
     y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
 }
 
-// C channels of `size` x `size` pixels, a tile (4) or a kernel (3), each at from[y * size + x], to 16 points, `stride`
-// floats apart.
+// Transform C channels of `size` x `size` pixels, a tile (4) or a kernel (3), the pixels being at from[y * size + x],
+// to 16 points, which are `stride` floats apart.
 template <int size>
 void square_to_points(const float* const* from, float* to, int64_t stride, int64_t C) {
     over_channels(C, [&]<typename V>(int64_t c, V) {
@@ -76,7 +76,7 @@ void square_to_points(const float* const* from, float* to, int64_t stride, int64
     });
 }
 
-// N channels at 16 points to 2x2 pixels, each at to[y * 2 + x].
+// Transform N channels at 16 points to 2x2 pixels, which go to to[y * 2 + x].
 void points_to_square(const float* from, int64_t stride, const float* bias, float* const* to, int64_t N) {
     over_channels(N, [&]<typename V>(int64_t n, V) {
         V rows[2][4];
@@ -101,7 +101,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     constexpr auto LAST = at::MemoryFormat::ChannelsLast3d;
     const int64_t B = x.size(0), C = x.size(1), F = x.size(2), H = x.size(3), W = x.size(4), N = weight.size(0);
     const int64_t T = F - 2, down = (H + 1) / 2, across = (W + 1) / 2;
-    const int64_t most = std::clamp<int64_t>(ROWS / (T * across), 1, down);  // rows of tiles at a time
+    const int64_t most = std::clamp<int64_t>(ROWS / (T * across), 1, down);  // how many rows of tiles at a time
     const Tensor w = weight.contiguous(LAST);
     const Tensor bias = bias_.has_value() ? bias_->contiguous() : at::zeros({N}, x.options());
     const Tensor out = at::empty({B, N, T, H, W}, x.options(), LAST);
@@ -116,7 +116,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 
     for (int64_t b = 0; b < B; b++)
         for (int64_t top = 0; top < down; top += most) {
-            const int64_t tiles = std::min(most, down - top) * across;  // of each frame
+            const int64_t tiles = std::min(most, down - top) * across;  // tiles of each frame
             at::parallel_for(0, F * tiles, 16, [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) {
                     const int64_t frame = b * F + i / tiles, row = top + i % tiles / across, column = i % across;
@@ -139,10 +139,10 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                         square_to_points<3>(pixels, u + (tap * weights_at.size(2) + n) * C, weights_at.stride(0), C);
                     }
                 });
-                // more threads than points share each point's rows
+                // if there are more threads than points, several share a point's rows
                 const int64_t rows = T * tiles, shares = (at::get_num_threads() + POINTS - 1) / POINTS;
                 at::parallel_for(0, POINTS * shares, 1, [&](int64_t begin, int64_t end) {
-                    const at::AutoDispatchBelowADInplaceOrView here;  // other threads do not know of inference_mode
+                    const at::AutoDispatchBelowADInplaceOrView here;  // inference_mode is not set in other threads
                     for (int64_t i = begin; i < end; i++) {
                         const int64_t point = i / shares, share = i % shares, row = rows * share / shares;
                         const int64_t count = rows * (share + 1) / shares - row;
