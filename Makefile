@@ -1,14 +1,15 @@
-# make demo: teach nano words that it never read, and measure it.   make test: the suite.   Both set everything up first.
-# make test-slow: what is slow in the suite, longer.   make test-portable: its arithmetic as on other CPUs (hours).
-# make lint: the formatter and the linter, which make test runs first.
-# make gpu SECONDS=570 OUT=DIR: build, test and time on a machine with a GPU, what tells most first; again goes on.
-# make clean: remove all of it.
+# make demo: teach nano words that it has never read, and measure it.   make test: the tests.   Both install first.
+# make test-slow: longer versions of some tests.   make test-portable: the numeric tests as on other CPUs (takes hours).
+# make lint: check format and style; make test does so first.
+# make gpu SECONDS=570 OUT=DIR: build, test and time on a machine with a GPU, the most telling first; a second call
+#     continues where the first one stopped.
+# make clean: remove everything that was installed and built.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check
-# test files side by side, each on one thread, one more than there are cores as some of them wait, and five at most; on
-# the CPU also where there is a GPU (that is what `make gpu` is for)
+# test files run in parallel, each on one thread: one more than there are cores, since some of them wait, and at most
+# five. They run on the CPU even if there is a GPU; `make gpu` tests that.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # the test files that compare numbers
@@ -32,14 +33,15 @@ test-slow: $(VENV)/ready-tests
 test-portable: $(VENV)/ready-tests
 	CUDA_VISIBLE_DEVICES= $(PY) tests/helpers/portable.py $(NUMERIC:%=tests/test_%.py)
 
-# on a machine with a GPU, with the Python that has its torch: PYTHON=...; nothing is installed, and what fails or lacks
-# a package does not stop the rest: without csrc's CUDA Triton does what it can
+# runs with the Python whose torch has CUDA (PYTHON=...) and installs nothing. A step that fails, or whose package is
+# missing, does not stop the rest: without csrc's CUDA part, Triton's kernels are used.
 SECONDS ?= 570
 OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m benchmarks.gpu_session $(SECONDS) $(OUT)
 
-# torch first and by itself, so that nothing else chooses its build; the C++ not by pip, which hides what setup.py says
+# torch is installed first and alone, so that no other package chooses its build; the C++ is not built by pip, which
+# hides what setup.py prints
 $(VENV)/ready: requirements.txt setup.py kernels/sources.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
-"""`python setup.py build_ext --inplace`: builds csrc/ into nanowan_csrc. pyproject.toml has the rest.
+"""`python setup.py build_ext --inplace` builds csrc/ into the extension nanowan_csrc. pyproject.toml has the rest.
 
-Where that cannot be built, for want of a compiler or of what it needs, one line says so and PyTorch's operations are
-used; NANOWAN_CSRC=0 asks for that. The CUDA part is built where nvcc and a CUDA build of torch are; NANOWAN_CUDA=1
-makes their lack, or a failed build, an error, NANOWAN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST is honoured.
+If the extension cannot be built, because a compiler or something else is missing, one line says so and PyTorch's
+operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if there are nvcc and a CUDA build of torch.
+With NANOWAN_CUDA=1 it is an error if these are missing or the build fails; NANOWAN_CUDA=0 leaves the CUDA part out.
+TORCH_CUDA_ARCH_LIST is honoured.
 """
 
 import os
@@ -21,8 +22,8 @@ FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-
 
 
 def native_features():
-    """Flags of this CPU, as /proc/cpuinfo spells them, that the compiler uses; fails where it lacks OpenMP or knows no
-    C++20.
+    """The features of this CPU, as /proc/cpuinfo spells them, that the compiler uses. Raises RuntimeError if the
+    compiler lacks OpenMP or C++20.
     """
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     done = subprocess.run(
@@ -40,7 +41,7 @@ def native_features():
 
 
 def cuda_lack(torch_cuda, cuda_home):
-    """Why the CUDA part cannot be built, or ""."""
+    """Why the CUDA part cannot be built, or "" if it can."""
     if torch_cuda is None:
         return "this torch was built without CUDA"
     if cuda_home is None:
@@ -53,7 +54,7 @@ def cuda_lack(torch_cuda, cuda_home):
 
 
 def extension():
-    """([Extension], {"build_ext": command}), both empty where there is nothing to build with."""
+    """([Extension], {"build_ext": command}); both are empty if NANOWAN_CSRC=0."""
     if os.environ.get("NANOWAN_CSRC") == "0":
         return [], {}
     import torch
@@ -61,7 +62,7 @@ def extension():
 
     class Build(BuildExtension):
         def run(self):
-            for old in HERE.glob("nanowan_csrc*.so"):  # of other sources, if these cannot be built
+            for old in HERE.glob("nanowan_csrc*.so"):  # else one from other sources would stay if the build fails
                 old.unlink()
             try:
                 made = [
@@ -87,9 +88,9 @@ def extension():
     sources, flags = sorted((HERE / "csrc").glob("*.cpp")), {"cxx": FLAGS + ["-DNANOWAN_CUDA"] * cuda}
     if cuda:
         cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
-        # with PTX at the end, of which newer GPUs make their own code
+        # with PTX at the end, which newer GPUs compile to their own code
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(f"{a}.{b}" for a, b in sorted(cards)) + "+PTX")
-        # a .cu needs a name that no .cpp has: their object files lie side by side
+        # a .cu needs a name that no .cpp has: their object files go to the same folder
         sources += sorted((HERE / "csrc").glob("*.cu"))
         flags["nvcc"] = ["-O3"]
     kind, names = CUDAExtension if cuda else CppExtension, [str(f.relative_to(HERE)) for f in sources]
