@@ -99,7 +99,7 @@ class Pipeline:
         self.takes_turns = self.trains_text = False
         self.placements = {}
         if self.settings.variant == "t2v-A14B" and not self.settings.is_moe and self.world.is_main:
-            print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are those of A14B")
+            print(f"{self.dir}: a Wan 2.1 model, for which use --shift 5 --guidance 5; the defaults are A14B's")
         self.loras, self.text_encoder = [], encoder_specs(text_encoder)
         for lora in map(parse_lora_spec, loras):
             if kind_of_lora(lora.file) == "text":
