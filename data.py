@@ -29,7 +29,7 @@ PRESERVED_SHARE = 0.5  # the share of samples that train_lora.py --preserve give
 class Batches:
     """Which items each step sees: `size` of them, or fewer in an epoch's last step. An epoch sees each item once, or as
     often as its `repeat` says, in an order that follows from the seed. The items of a step share a bucket (or a value
-    of `group`) as long as enough of them are left. `at(step)` needs no history: a resumed run continues the same.
+    of `group`) as long as enough of them are left. `at(step)` needs no history, so resuming changes nothing.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):

@@ -88,6 +88,6 @@ def launchable(x):
 
 
 def register(op, triton_forward, cpp_name):
-    """Register a custom op's kernels: Triton's for GPUs, and csrc's `cpp_name` or the interpreter for CPUs."""
+    """Register a custom op's kernels: Triton's for GPUs; for CPUs csrc's `cpp_name`, or Triton's in its interpreter."""
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))

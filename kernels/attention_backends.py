@@ -23,8 +23,8 @@ from kernels import qk_norm_rope as norm_kernel
 CHOICES = ("auto", "cudnn", "flash", "triton", "sage")
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
-# with a mask, not cuDNN's, which PyTorch would choose: it plans anew for every length, and on Hopper its gradients of q
-# were NaN at some lengths (pytorch/pytorch#196678)
+# with a mask, not cuDNN's, which PyTorch would choose: cuDNN makes a plan for each length, and on Hopper its gradients
+# of q were NaN at some lengths (pytorch/pytorch#196678)
 MASKED_BACKENDS = CUDNN_FIRST[2:]
 SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 
