@@ -1,7 +1,7 @@
-"""Colours of decoded pictures as a player shows them, and the way back to the file that is written.
+"""Convert the colours of decoded pictures to what a player shows, and tag the colours of files that are written.
 
-They become 8-bit RGB with BT.709's primaries, from whatever matrix, range, primaries, transfer function or ICC profile
-a file names.
+Decoded pictures become 8-bit RGB with BT.709's primaries, whatever matrix, range, primaries, transfer function or ICC
+profile their file names.
 """
 
 import functools
@@ -12,16 +12,16 @@ import numpy as np
 
 from nanowan.errors import Skip
 
-# codes of ITU-T H.273, as FFmpeg has them
+# codes of ITU-T H.273, which FFmpeg uses too
 UNSPECIFIED = 2
 UNTOLD = {"color_primaries": UNSPECIFIED, "color_trc": UNSPECIFIED, "colorspace": UNSPECIFIED, "color_range": 0}
 MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 SRGB, PQ, HLG = 13, 16, 18
-NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # which no player undoes
-HD_LINES = 720  # of untagged pictures, from which they are BT.709; below they are BT.601
-WHITE = 203  # cd/m2 of HDR that become SDR's white (ITU-R BT.2408)
+NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # no player converts these
+HD_LINES = 720  # untagged pictures with at least so many lines count as BT.709, smaller ones as BT.601
+WHITE = 203  # the luminance in HDR, in cd/m2, that becomes the white of SDR (ITU-R BT.2408)
 GAMMA = 2.4  # of an SDR display (ITU-R BT.1886)
-# (x, y) of red, green, blue and white
+# primaries: the chromaticities (x, y) of red, green, blue and white
 D65 = (0.3127, 0.3290)
 BT709 = (0.640, 0.330), (0.300, 0.600), (0.150, 0.060), D65
 WIDE = {
@@ -30,7 +30,7 @@ WIDE = {
     12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65),  # Display P3
 }
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-STRIP = 64  # rows of a picture that are converted at once, so that they stay in the processor's cache
+STRIP = 64  # lines of a picture that are converted at once: few enough to stay in the processor's cache
 
 
 # ---- video -----------------------------------------------------------------------------------------------------------
@@ -47,8 +47,8 @@ def is_hdr(frame):
 
 
 def gamut(frame):
-    """The code of a frame's primaries, if they are in WIDE; HDR that does not name any has BT.2020's. None: BT.709's,
-    or near them.
+    """Return the code of a frame's primaries if WIDE contains it, else None: the primaries are BT.709's or close to
+    them. An HDR frame that names no primaries has BT.2020's.
     """
     code = 9 if is_hdr(frame) and frame.color_primaries == UNSPECIFIED else frame.color_primaries
     return code if code in WIDE else None
@@ -60,31 +60,31 @@ def is_wide(frame):
 
 
 def is_untagged(frame):
-    """Whether a frame does not say by which matrix its colours were made."""
+    """Whether a YUV frame does not name the matrix that its colours were made with."""
     return is_yuv(frame) and frame.colorspace == UNSPECIFIED
 
 
 def tags(context):
-    """{name: code} of the colours that a codec context tells, of a file that was just opened: the container's."""
+    """Return {name: code} of a codec context's colour tags. In a file that was just opened they are the container's."""
     codes = {name: getattr(context, name) for name in UNTOLD}
     return {name: code for name, code in codes.items() if code != UNTOLD[name]}
 
 
 def complete(frame, tags):
-    """Give a frame those of some tags that it does not have itself, as of ProRes whose own header is silent."""
+    """Set those of the container's `tags` that a frame lacks, as a frame of ProRes does whose header names none."""
     for name, code in tags.items():
         if getattr(frame, name) == UNTOLD[name]:
             setattr(frame, name, code)
 
 
 def is_completed(frame, context):
-    """Whether a frame has its matrix from `complete`, and not from its decoder."""
+    """Whether a frame got its matrix from `complete` and not from its decoder."""
     return context.colorspace == UNSPECIFIED != frame.colorspace
 
 
 @functools.cache
 def name_side_data():
-    """Have PyAV name kinds of side data that are newer than it is; it would refuse all of a frame's."""
+    """Make PyAV accept kinds of side data that are newer than PyAV; else it would refuse all side data of a frame."""
     from av.sidedata.sidedata import Type
 
     def unnamed(cls, value):
@@ -96,15 +96,15 @@ def name_side_data():
 
 
 def side_data(frame, name):
-    """What a frame carries beside its picture, by FFmpeg's name of it, or None."""
+    """Return the side data of a frame that has this name in FFmpeg, or None."""
     name_side_data()
     return frame.side_data.get(name)
 
 
 def check_colors(frame):
-    """Raise Skip for colours that cannot be converted."""
+    """Raise Skip if a frame's colours cannot be converted."""
     if is_yuv(frame) and frame.colorspace not in (UNSPECIFIED, *MATRICES):
-        raise Skip(f"has colours by matrix {int(frame.colorspace)} of H.273, which is not read")
+        raise Skip(f"has colours by matrix {int(frame.colorspace)} of H.273, which is not supported")
     if frame.color_trc in NOT_DISPLAYED:
         raise Skip(f"holds {NOT_DISPLAYED[frame.color_trc]}, not pictures for a display")
     if frame.colorspace == UNSPECIFIED and frame.color_trc == UNSPECIFIED and side_data(frame, "DOVI_METADATA"):
@@ -112,8 +112,9 @@ def check_colors(frame):
 
 
 def matrix(frame):
-    """The argument of PyAV's reformat that names the matrix of an untagged frame: BT.2020 behind its primaries, else
-    BT.709 from HD_LINES lines on; below that FFmpeg takes BT.601.
+    """Return the keyword argument for PyAV's reformat that names the matrix of an untagged frame: BT.2020's for a frame
+    with BT.2020's primaries, else BT.709's from HD_LINES lines on. {} for fewer lines, where FFmpeg uses BT.601, and
+    for tagged frames.
     """
     from av.video.reformatter import Colorspace
 
@@ -125,7 +126,7 @@ def matrix(frame):
 
 
 def to_rgb(frame):
-    """A frame of PyAV as (H,W,3) uint8, alpha on white. Raises Skip."""
+    """Convert a frame of PyAV to (H,W,3) uint8, transparency laid over white. Raises Skip as check_colors does."""
     check_colors(frame)
     converted = is_hdr(frame) or is_wide(frame)
     if converted:
@@ -138,7 +139,7 @@ def to_rgb(frame):
 
 
 def on_white(image, alpha):
-    """(H,W,3) uint8 before white, where alpha (H,W,1) uint8 lets it through."""
+    """Lay an image (H,W,3) uint8 with alpha (H,W,1) uint8 over white."""
     if alpha.min() == 255:
         return np.ascontiguousarray(image)
     image, alpha = image.astype(np.uint32), alpha.astype(np.uint32)
@@ -146,14 +147,14 @@ def on_white(image, alpha):
 
 
 def to_yuv(frame):
-    """An RGB frame of PyAV as 4:2:0 by BT.709's matrix in limited range."""
+    """Convert an RGB frame of PyAV to yuv420p with BT.709's matrix, in limited range."""
     from av.video.reformatter import ColorRange, Colorspace
 
     return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
 def tag(encoder, matrix):
-    """Have an encoder's file say BT.709; matrix: of YUV too, in limited range."""
+    """Tag an encoder's output as BT.709. matrix: tag the YUV matrix and the limited range too."""
     encoder.color_primaries = encoder.color_trc = 1
     if matrix:
         encoder.colorspace, encoder.color_range = 1, 1
@@ -161,15 +162,15 @@ def tag(encoder, matrix):
 
 # ---- primaries and transfer functions --------------------------------------------------------------------------------
 def to_xyz(primaries):
-    """The matrix (3,3) from linear RGB of these primaries to CIE XYZ."""
+    """Return the matrix (3,3) from linear RGB with these primaries to CIE XYZ."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
 
 
 @functools.cache
 def primaries_to_bt709(code):
-    """The matrix (3,3) from linear RGB of one of WIDE to BT.709's, white to white (Bradford's adaptation). None: of
-    BT.709 itself.
+    """Return the matrix (3,3) from linear RGB with the primaries WIDE[code] to linear RGB with BT.709's. White stays
+    white (Bradford's adaptation). code None: BT.709 itself, the identity.
     """
     if code is None:
         return np.eye(3, dtype=np.float32)
@@ -179,8 +180,8 @@ def primaries_to_bt709(code):
 
 
 def linear_light(transfer, signal):
-    """What a display makes of a signal in [0,1], 1 being SDR's white. HLG's system gamma is applied to each channel, as
-    zscale does by default, and not to the luminance, as ITU-R BT.2100 has it.
+    """Return the linear light that a display makes of a `signal` in [0,1]; 1 is the white of SDR. HLG's system gamma is
+    applied to each channel, which is zscale's default, while ITU-R BT.2100 applies it to the luminance.
     """
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -202,15 +203,18 @@ def linear_table(transfer):
 
 @functools.cache
 def display_table(transfer):
-    """The 8-bit signal, by sRGB's curve or else a display's, by the square root of linear light in 4096 steps."""
+    """Return the 8-bit signals (4096,) of linear light in [0,1], indexed by 4095 times the square root of the light.
+    The curve is sRGB's for SRGB, else that of an SDR display.
+    """
     light = (np.arange(4096) / 4095) ** 2
     srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
     return ((srgb if transfer == SRGB else light ** (1 / GAMMA)) * 255).round().astype(np.uint8)
 
 
 def to_bt709(image, transfer, primaries):
-    """(H,W,3) uint16 with this transfer function and these primaries -> uint8 for an SDR display with BT.709's, with
-    sRGB's curve if that is theirs. What is brighter or more saturated than that can show is clipped.
+    """Convert an image (H,W,3) uint16 with this transfer function and these primaries (a code of WIDE, or None) to
+    uint8 for an SDR display with BT.709's primaries. An image with sRGB's curve keeps that curve. Colours too bright or
+    too saturated for the display are clipped.
     """
     to_linear, to_signal = linear_table(transfer), display_table(transfer)
     rotate = primaries_to_bt709(primaries).T
@@ -223,14 +227,14 @@ def to_bt709(image, transfer, primaries):
 
 
 # ---- photographs -----------------------------------------------------------------------------------------------------
-SRGB_GAMMA = 1 / 2.2  # by which a PNG says that its curve is sRGB's
-D50 = np.array([0.9642, 1, 0.8249])  # XYZ of the white that profiles refer to
-PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # PIL's, of the colour spaces that ICC profiles are for
+SRGB_GAMMA = 1 / 2.2  # the gAMA of a PNG whose curve is sRGB's
+D50 = np.array([0.9642, 1, 0.8249])  # XYZ of the white that ICC profiles refer to
+PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {an ICC profile's colour space: PIL's mode}
 
 
 def matrix_profile(primaries, gamma):
-    """An ICC profile (bytes) of primaries as in WIDE, and of signal = light**gamma. Raises ValueError for numbers of
-    which there is none.
+    """Return an ICC profile (bytes) for these primaries, in the form that WIDE has, and the curve signal =
+    light**gamma. Raises ValueError for numbers that no profile can describe.
     """
 
     def fixed(*values):
@@ -254,8 +258,9 @@ def matrix_profile(primaries, gamma):
 
 
 def profile_of(image):
-    """The ICC profile (bytes) of a PIL image, or None; of a PNG without one, what its gAMA and cHRM say instead, unless
-    that is sRGB to libpng's tolerances. Raises ValueError.
+    """Return the ICC profile (bytes) of a PIL image, or None if it counts as sRGB. A PNG without a profile gets one
+    made from its gAMA and cHRM, unless they describe sRGB within libpng's tolerances. Raises ValueError for a gAMA and
+    cHRM that no profile can describe.
     """
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if image.info.get("icc_profile") or gamma is None or "srgb" in image.info:
@@ -268,7 +273,7 @@ def profile_of(image):
 
 
 def has_codes(path):
-    """Whether a file is a PNG whose cICP names its colours by H.273, which comes before all else that it says."""
+    """Whether a file is a PNG with a cICP chunk: codes of H.273, which override all other colour chunks."""
     with open(path, "rb") as file:
         is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         while is_png and len(head := file.read(8)) == 8 and head[4:] not in (b"cICP", b"IDAT"):
@@ -278,8 +283,8 @@ def has_codes(path):
 
 @functools.lru_cache(8)
 def profile_transform(profile):
-    """(PIL's mode, transform to sRGB) of an ICC profile (bytes); no transform where it changes nothing, as sRGB's own
-    does. Raises ValueError for a profile that cannot be used.
+    """Return (PIL's mode, transform to sRGB) of an ICC profile (bytes). The transform is None where it would change no
+    colour visibly, as for sRGB's own profile. Raises ValueError for a profile that cannot be used.
     """
     from PIL import Image, ImageCms
 
@@ -299,7 +304,9 @@ def profile_transform(profile):
 
 
 def transform_for(image, profile):
-    """(mode, transform) of a profile, or None, for a PIL image. Raises ValueError where they do not fit each other."""
+    """Return (mode, transform) for a PIL image and its profile (bytes or None). Raises ValueError if the profile is not
+    for images of that mode.
+    """
     if not profile:
         return "RGB", None
     mode, transform = profile_transform(profile)
@@ -310,8 +317,8 @@ def transform_for(image, profile):
 
 
 def to_srgb(image, source):
-    """A PIL image in mode L, RGB or CMYK -> RGB in sRGB, by the profile of the image that it was made from. A profile
-    that does not fit is ignored, as browsers do.
+    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. `source`, the image that it was made from, has the
+    profile. A profile that does not fit is ignored, as in browsers.
     """
     from PIL import ImageCms
 
@@ -325,7 +332,7 @@ def to_srgb(image, source):
 
 
 def profile_notes(image):
-    """What video.Shown says of a PIL image's profile."""
+    """Return the notes of video.Shown on a PIL image's profile."""
     try:
         return ["colour profile"] if transform_for(image, profile_of(image))[1] else []
     except ValueError:

@@ -1,7 +1,7 @@
-"""Pictures, clips and their sound: read as a player shows them, turned into tensors, written as mp4 and contact sheets.
+"""Read pictures, clips and sound as a player shows them, turn them into tensors, write mp4 files and contact sheets.
 
-What a player shows is decided by the file: when a picture is shown, which way up, the shape of its pixels, its colours
-(color.py), fields and transparency; which of several tracks; when a piece of sound is heard.
+The file decides what a player shows: the time, orientation, pixel aspect ratio, colours (color.py), fields and
+transparency of each picture; which track, if there are several; and the time of each piece of sound.
 """
 
 import collections
@@ -22,26 +22,26 @@ from nanowan.files import atomic
 
 IMAGES = {".jpg", ".jpeg", ".png", ".apng", ".webp", ".gif", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-# what is not read, but named where it lies, so that nobody believes it was
+# media that cannot be read; the scan of a folder names such files, so that nobody believes that they were read
 OTHER_MEDIA = set(
     ".3gp .arw .avif .cr2 .cr3 .dng .exr .flv .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
     ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
 )
-TIMED_CONTAINERS = "mov,mp4", "matroska"  # whose packets say when a picture is shown; others only when it is decoded
-DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth, as FFmpeg chooses
-INTERLACED_ORDERS = range(2, 6)  # of a codec context's field_order
-LOOKED_AT = 8  # pictures of a clip that calls itself interlaced: some encoders begin with a whole one
-MAX_SHIFT = 2.5  # pictures by which times that step back may miss a constant rate: those of AVI say when one is decoded
+TIMED_CONTAINERS = "mov,mp4", "matroska"  # their packets say when a picture is shown; others only when it is decoded
+DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth in FFmpeg's choice of a track
+INTERLACED_ORDERS = range(2, 6)  # the values of a codec context's field_order that mean interlaced
+LOOKED_AT = 8  # pictures of a clip tagged interlaced that are checked: with some encoders the first is progressive
+MAX_SHIFT = 2.5  # frames by which unordered times may differ from a constant rate: AVI's are those of decoding
 GAP = 4  # px between the frames of a contact sheet
-SHORTEST_DURATION = 0.011  # seconds of a picture of an animated image; what is shorter takes 0.1, as in browsers
+SHORTEST_DURATION = 0.011  # seconds; a picture of an animated image with less is shown for 0.1, as in browsers
 
 
 class Shown(NamedTuple):
-    """How a media file is shown: width and height in px, upright and with square pixels, and the times of its pictures
-    in seconds since the first, ascending (None: a still).
+    """How a media file is shown. width, height: in px, upright and with square pixels. times: the seconds from the
+    first picture to each picture, ascending (None: a still).
 
-    notes: what the report of the data says of it. changed: those of them that earlier versions did not heed, so that
-    their caches hold something else.
+    notes: remarks for the report on the data. changed: the notes on properties that earlier versions ignored. They are
+    part of the cache file's name, since the caches of those versions hold different pixels.
     """
 
     width: int
@@ -52,22 +52,22 @@ class Shown(NamedTuple):
 
 
 class Frame:
-    """A picture of a file: `seconds` since the first one, and `size`, (width, height) in px at which a player shows it,
-    upright and with square pixels.
+    """A picture of a file. seconds: its time since the first picture. size: the (width, height) in px at which a player
+    shows it, upright and with square pixels.
     """
 
     def __init__(self, seconds, size, convert):
-        """convert(): the PIL image; called only if it is wanted."""
+        """convert() returns the PIL image; it is called when `image` is first read."""
         self.seconds, self.size, self._convert = seconds, size, convert
 
     @functools.cached_property
     def image(self):
-        """PIL image in RGB, upright, of the pixels that are stored. Raises Skip."""
+        """The upright PIL image in RGB, with as many pixels as are stored. Raises Skip if it cannot be decoded."""
         with reading():
             return self._convert()
 
     def shown(self):
-        """(H,W,3) uint8 at `size`."""
+        """Return the picture at `size`: (H,W,3) uint8."""
         from PIL import Image
 
         return np.array(self.image if self.image.size == self.size else self.image.resize(self.size, Image.LANCZOS))
@@ -78,45 +78,46 @@ def is_image(path):
 
 
 def why(error):
-    """An exception of a decoder as a few words."""
+    """Return the first line of a decoder's exception, or the exception's type if it has no message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager
 def reading(failure="cannot be decoded"):
-    """Around the reading of a file: whatever goes wrong becomes a Skip."""
+    """Turn any exception in the `with` block, which reads a file, into a Skip that begins with `failure`."""
     try:
         yield
     except Skip:
         raise
     except FileNotFoundError:
         raise Skip("does not exist any more") from None
-    except Exception as e:  # decoders meet damaged files with errors of every kind
+    except Exception as e:  # decoders raise errors of every kind on damaged files
         raise Skip(f"{failure} ({why(e)})") from None
 
 
 # ---- any file --------------------------------------------------------------------------------------------------------
 def probe(path):
-    """The Shown of a media file. Raises Skip."""
+    """Return the Shown of a media file. Raises Skip if the file cannot be read."""
     return probe_image(path) if is_image(path) else probe_clip(path)
 
 
 def read_frames(path, shown=None):
-    """Yield the Frames of a clip or an animated image, or the only one of a still, in the order in which they are
-    shown. shown: what `probe` says of the file, if that is known. Raises Skip.
+    """Yield the Frames of a clip or an animated image in display order, or the single Frame of a still. shown: what
+    `probe` returned for the file, if the caller has it. Raises Skip if the file cannot be read.
     """
     yield from image_frames(path) if is_image(path) else clip_frames(path, shown or probe(path))
 
 
 def read_windows(path, windows, draw, shown=None):
-    """Yield, for each of some lists of times in seconds, [draw(frame)] of the Frames that are shown nearest to them.
-    Times ascend, and so do the first ones of the lists. The file is decoded once, as far as it is needed; a frame that
-    is chosen several times is drawn once. shown: as in read_frames. Raises Skip.
+    """For each list of times (seconds) in `windows`, yield [draw(frame)] of the Frames shown nearest to those times.
+    The times of a list ascend, and the lists are in the order of their first times. The file is decoded once, no
+    further than needed; a frame that is chosen several times is drawn once. shown: as in read_frames. Raises Skip if
+    the file cannot be read.
     """
     chosen, done, before, drawn = [[] for _ in windows], 0, None, None
 
     def take(until):
-        """Draw what is wanted of the frame `before`, if the next one is shown at `until`."""
+        """Draw the frame `before` for all times that it is nearest to; the frame after it is shown at `until`."""
         nonlocal drawn
         for wanted, taken in zip(windows[done:], chosen[done:]):
             while len(taken) < len(wanted):
@@ -126,7 +127,7 @@ def read_windows(path, windows, draw, shown=None):
                 drawn = draw(before) if drawn is None else drawn
                 taken.append(drawn)
             if not taken:
-                break  # nor will the later windows
+                break  # the later windows take nothing either
 
     for frame in read_frames(path, shown):
         if before is not None:
@@ -146,8 +147,8 @@ def read_windows(path, windows, draw, shown=None):
 # ---- clips -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def open_clip(path):
-    """(container, video stream, a function from a packet to its frames) of a clip. It decodes in as many threads as a
-    picture has slices: of pictures that are decoded in threads of their own FFmpeg loses errors in the last ones.
+    """Open a clip: (container, video stream, a function from a packet to its frames). Each slice of a picture is
+    decoded in its own thread. With one thread per picture, FFmpeg would not report errors in the last pictures.
     """
     import av
 
@@ -158,15 +159,15 @@ def open_clip(path):
         decoder = stream.codec_context
         if decoder is None:
             raise Skip("holds video for which there is no decoder here")
-        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of VP8 and VP9 leave it out
+        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of VP8 and VP9 ignore alpha
             name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
             decoder = av.CodecContext.create(name, "r") if name else decoder
-        decoder.options = {"err_detect": "explode"}  # damaged frames are an error, not grey
+        decoder.options = {"err_detect": "explode"}  # damaged frames raise an error instead of turning grey
         yield container, stream, functools.partial(decode_packet, decoder, color.tags(stream.codec_context))
 
 
 def decode_packet(decoder, tags, packet):
-    """The frames of a packet, with the container's colour tags where they have none."""
+    """Return the frames of a packet; a frame without colour tags gets the container's."""
     frames = decoder.decode(packet)
     for frame in frames:
         color.complete(frame, tags)
@@ -174,8 +175,8 @@ def decode_packet(decoder, tags, packet):
 
 
 def main_track(streams, size):
-    """The one of several streams that FFmpeg takes: the largest, or one that is marked as the default. Pictures of a
-    cover are none.
+    """Return the stream that FFmpeg would choose: the largest, where being marked as the default adds DEFAULT_BONUS to
+    the size. Cover pictures are not considered. None if no stream is left.
     """
     from av.stream import Disposition
 
@@ -188,14 +189,14 @@ def main_track(streams, size):
 
 
 def decode(container, stream, decode_packet):
-    """Yield the frames of a clip as PyAV has them."""
+    """Yield the frames of a clip as PyAV's VideoFrames."""
     for packet in container.demux(stream):
         yield from decode_packet(packet)
 
 
 def probe_clip(path):
-    """The Shown of a clip, of which the first picture is decoded, or all where its container does not say when they are
-    shown.
+    """Return the Shown of a clip. Only its first pictures are decoded, or all of them if the container does not say
+    when they are shown.
     """
     stamps, looked_at, intact = [], [], True
     with open_clip(path) as (container, stream, decode_packet):
@@ -203,7 +204,7 @@ def probe_clip(path):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 stamps.append(packet.pts)
-                intact = intact and not packet.is_corrupt  # one is, where a file breaks off
+                intact = intact and not packet.is_corrupt  # as the last packet of a truncated file
             if len(looked_at) < (LOOKED_AT if context.field_order in INTERLACED_ORDERS else 1):
                 looked_at += decode_packet(packet)
         if not looked_at:
@@ -212,8 +213,8 @@ def probe_clip(path):
         began = looked_at[0].time
         told = container.format.name.startswith(TIMED_CONTAINERS) and intact and began is not None
         told = told and None not in stamps and len(set(stamps)) == len(stamps)
-        # packets come in the order of decoding: if in that of their times too, although pictures are reordered, these
-        # say when one is decoded; of MPEG-4's a packet may hold two, as XviD has it
+        # Packets come in decoding order. If their times ascend although pictures are reordered, these are the times of
+        # decoding, not of display. A packet of MPEG-4 may hold two pictures, as XviD writes them.
         doubtful = context.name == "mpeg4" or context.has_b_frames and stamps == sorted(stamps)
         if told and not doubtful:
             unit, reordered = stream.time_base, False
@@ -227,9 +228,11 @@ def probe_clip(path):
 
 
 def decoded_times(path, stamps):
-    """([seconds of each picture], whether they differ from the frames' own) of a clip that is decoded whole. The k-th
-    picture has the k-th smallest time of the frames, or of their packets' `stamps`; k / rate where these repeat, or are
-    near it in a container of one rate.
+    """Decode all of a clip and return ([seconds of each picture], whether they differ from the frames' own times).
+
+    If the frames' own times do not ascend, picture k gets the k-th smallest of them or, where those are incomplete or
+    repeat, of the packets' times `stamps`. It gets k / rate where those fail too, and where the times that were found
+    are near k / rate in a container that is not in TIMED_CONTAINERS. Raises Skip if there is no rate either.
     """
     with open_clip(path) as (container, stream, decode_packet):
         own = [frame.time for frame in decode(container, stream, decode_packet)]
@@ -249,13 +252,15 @@ def decoded_times(path, stamps):
 
 
 def varies(times):
-    """Whether frames are shown at a rate that is not constant; Matroska rounds times to milliseconds."""
+    """Whether the rate of frames with these `times` varies by more than Matroska's rounding to milliseconds."""
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
 
 
 def describe(frames, stream):
-    """((width, height), notes, changed) of a clip's first frames, as in Shown. Raises Skip."""
+    """Return a clip's ((width, height), notes, changed), as in Shown, from its first frames. Raises Skip if its colours
+    or its orientation are not supported.
+    """
     frame = frames[0]
     color.check_colors(frame)
     a, b, c, d = orientation(frame)
@@ -276,22 +281,22 @@ def describe(frames, stream):
 
 
 def orientation(frame):
-    """(a, b, c, d) of -1, 0 and 1: a stored pixel at (x, y) is shown at (a x + c y, b x + d y), but for the picture's
-    origin. Raises Skip for other angles.
+    """Return (a, b, c, d), each -1, 0 or 1: a stored pixel at (x, y) is shown at (a x + c y, b x + d y), up to a shift
+    of the whole picture. Raises Skip for rotations other than quarter turns.
     """
     data = color.side_data(frame, "DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data))
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
-    if min(straight, turned) > 0.02 * max(straight, turned):  # a degree
-        raise Skip("is to be shown turned by another angle than quarters, or slanted")
+    if min(straight, turned) > 0.02 * max(straight, turned):  # more than about a degree
+        raise Skip("is shown rotated by an angle that is not a multiple of 90 degrees, or skewed")
     signs = [1 if v >= 0 else -1 for v in (a, b, c, d)]
     return (0, signs[1], signs[2], 0) if turned > straight else (signs[0], 0, 0, signs[3])
 
 
 def orient(image, matrix):
-    """(H,W,...) as the matrix of `orientation` has it shown."""
+    """Turn or mirror an image (H,W,...) by the matrix that `orientation` returned."""
     a, b, c, d = matrix
     if not a:
         image = image.swapaxes(0, 1)
@@ -312,14 +317,14 @@ def clip_frames(path, shown):
 
 
 def upright_image(frame):
-    """A frame of PyAV as a PIL image, upright."""
+    """Convert a frame of PyAV to an upright PIL image in RGB."""
     from PIL import Image
 
     return Image.fromarray(orient(color.to_rgb(frame), orientation(frame)))
 
 
 def timed_frames(frames, shown):
-    """Yield (seconds since the first, frame)."""
+    """Yield (seconds since the first frame, frame). Raises Skip where times are missing or step back."""
     first, last = None, -math.inf
     for k, frame in enumerate(frames):
         if "reordered" in shown.changed:
@@ -336,7 +341,7 @@ def timed_frames(frames, shown):
 
 
 def deinterlaced(timed):
-    """Yield (seconds, frame), the interlaced ones filled by FFmpeg's bwdif from their neighbours, one for each."""
+    """Yield each (seconds, frame), the lines that an interlaced frame lacks filled in by FFmpeg's bwdif."""
     graph, kind, waiting = None, None, collections.deque()
 
     def pull():
@@ -365,7 +370,9 @@ def deinterlaced(timed):
 
 
 def bwdif(frame):
-    """A filter graph that deinterlaces frames like this one, and lets others through."""
+    """Return a filter graph for frames of this size and format: it deinterlaces those that are interlaced, and passes
+    the others on unchanged.
+    """
     import av
 
     graph = av.filter.Graph()
@@ -379,17 +386,19 @@ def bwdif(frame):
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 def open_animated(path):
-    """(PIL image, the numbers of its pictures): one, or those of an animated WebP, PNG or GIF. Raises Skip."""
+    """Return (PIL image, range of picture numbers): one number, or one for each picture of an animated WebP, PNG or
+    GIF. PIL's exceptions are left to the caller.
+    """
     from PIL import Image
 
     image = Image.open(path)
     count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "GIF") else 1
-    first = int(count > 1 and bool(image.info.get("default_image")))  # shown where animations are not
+    first = int(count > 1 and bool(image.info.get("default_image")))  # a picture for viewers without animation
     return image, range(first, count)
 
 
 def durations(image, numbers):
-    """Yield the seconds for which each picture of an animated image is shown, with the image at this picture."""
+    """Set an animated image to each of its pictures and yield the seconds for which that picture is shown."""
     for k in numbers:
         image.seek(k)
         image.load()
@@ -398,7 +407,7 @@ def durations(image, numbers):
 
 
 def probe_image(path):
-    """The Shown of an image: of a still, its header alone."""
+    """Return the Shown of an image. For most stills the header is enough."""
     with reading("cannot be read"):
         image, numbers = open_animated(path)
         with image:
@@ -407,7 +416,7 @@ def probe_image(path):
                 size = (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)
                 return Shown(*size, None, ["alpha"] * color.has_alpha(frame) + changed, changed)
             width, height = image.size
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation: on its side
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation: lying on its side
                 width, height = height, width
             if image.mode == "F":
                 raise Skip("holds floating-point pixels, whose range is unknown")
@@ -422,7 +431,7 @@ def probe_image(path):
 
 
 def image_frames(path):
-    """Yield the Frames of an image."""
+    """Yield the Frames of an image, a still or an animation."""
     with reading("cannot be read"):
         image, numbers = open_animated(path)
         if len(numbers) < 2:
@@ -441,8 +450,8 @@ def image_frames(path):
 
 
 def open_photo(path):
-    """A photograph as upright RGB, 16-bit scaled to 8, its colours converted to sRGB, transparency on white; the first
-    picture of an animated image. Raises Skip.
+    """Open a photograph as an upright PIL image in sRGB: 16 bits are scaled to 8, colours converted, transparency laid
+    over white. An animated image gives its first picture. Raises Skip if it cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -455,15 +464,15 @@ def open_photo(path):
 
 
 def coded_picture(path, pictures=1):
-    """The frame of PyAV of a PNG whose cICP names its colours, which PIL does not read; None of other files. Raises
-    Skip.
+    """Return the frame of PyAV of a PNG that names its colours in a cICP chunk, which PIL does not read; None for other
+    files. pictures: how many the file holds. Raises Skip for an animation or colours that are not supported.
     """
     import av
 
     if not color.has_codes(path):
         return None
     if pictures > 1:
-        raise Skip("is an animation with a cICP chunk, which is not read")
+        raise Skip("is an animation with a cICP chunk, which is not supported")
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
     color.check_colors(frame)
@@ -475,7 +484,7 @@ def has_alpha(image):
 
 
 def to_rgb(image):
-    """A PIL image of any mode as RGB in sRGB, transparency on white."""
+    """Convert a PIL image of any mode to RGB in sRGB, transparency laid over white. Raises Skip for floating point."""
     from PIL import Image
 
     source, hidden = image, image.info.get("transparency")
@@ -484,7 +493,7 @@ def to_rgb(image):
         image = Image.fromarray((values / 257).clip(0, 255).astype(np.uint8))
         if hidden is not None:
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
-    elif image.mode == "RGB" and hidden and max(hidden) > 255:  # of 16 bits, of which PIL reads eight
+    elif image.mode == "RGB" and hidden and max(hidden) > 255:  # 16 bits, of which PIL reads the upper eight
         image.info["transparency"] = tuple(v >> 8 for v in hidden)
     if image.mode == "F":
         raise Skip("holds floating-point pixels, whose range is unknown")
@@ -497,8 +506,8 @@ def to_rgb(image):
 
 
 def open_image(image, flag="--image"):
-    """A PIL image, or a file, as training data are opened: upright RGB in sRGB, transparency on white. Raises
-    BadInput.
+    """Open a PIL image, or a file, as training data are opened: upright, RGB in sRGB, transparency laid over white.
+    Raises BadInput, which names the `flag`, if it cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -509,13 +518,13 @@ def open_image(image, flag="--image"):
 
 
 def to_tensor(image):
-    """PIL image -> (3,H,W) in [-1,1]."""
+    """Convert a PIL image to a tensor (3,H,W) in [-1,1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
 def cover(image, width, height, size=None):
-    """A PIL image resized by Lanczos until it covers width x height px, then centre-cropped to that. size: (width,
-    height) at which it is shown, where its pixels are not square.
+    """Resize a PIL image by Lanczos until it covers width x height px, then centre-crop it to that size. size: the
+    (width, height) at which the image is shown, if its pixels are not square.
     """
     from PIL import Image
 
@@ -528,32 +537,35 @@ def cover(image, width, height, size=None):
 
 
 def to_uint8(video):
-    """(3,T,H,W) in [-1,1] -> (T,H,W,3) uint8."""
+    """Convert a video (3,T,H,W) in [-1,1] to frames (T,H,W,3) uint8."""
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def write_mp4(path, video, fps, comment="", crf=10):
-    """Write (3,T,H,W) in [-1,1] as H.264, yuv420p, under a temporary name that is then renamed.
+    """Write a video (3,T,H,W) in [-1,1] as H.264, yuv420p. The file has a temporary name until it is complete.
 
-    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 cannot be told from the source.
+    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 looks the same as the source.
     """
     write_frames(path, [to_uint8(video)], fps, comment, crf)
 
 
 def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
-    """The same of frames (T,H,W,3) uint8 that come in several arrays, and with the sound of a file: AAC at 192 kbit/s,
-    beginning at sound_offset seconds, cut to the video's length. Colours are BT.709's, and say so. lossless: H.264 in
-    RGB, which `read_frames` gives back to the bit, and which browsers and some players do not show.
+    """Write frames (T,H,W,3) uint8 from several arrays, `chunks`, as write_mp4 does. The colours are those of BT.709,
+    and are tagged so.
+
+    sound: a file whose sound is added, as AAC at 192 kbit/s. It begins sound_offset seconds into the video, and is cut
+    to the video's length. lossless: use H.264 in RGB, from which `read_frames` restores every bit, but which browsers
+    and some players do not show.
     """
     import av
 
     codec, pixels, options = ("libx264", "yuv420p", {"crf": str(crf)})
     if lossless:
         codec, pixels, options = ("libx264rgb", "rgb24", {"qp": "0"})
-    # x264's macroblock tree does not give the same bits each time on small frames
+    # with x264's macroblock tree, small frames do not become the same bits each time
     options["x264-params"] = "mbtree=0"
     rate, stream, count = Fraction(fps).limit_denominator(1001), None, 0
-    # the index in front, so that a browser can begin before it has all
+    # faststart puts the index first, so that a browser can begin to play before it has the whole file
     with atomic(path) as tmp, av.open(str(tmp), "w", format="mp4", options={"movflags": "faststart"}) as file:
         if comment:
             file.metadata["comment"] = comment
@@ -574,18 +586,18 @@ def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset
 
 
 def frame_rate(path):
-    """Frames per second, as a video file says them; 0 where it does not."""
+    """Return the frames per second that a video file states; 0 if it states none."""
     with open_clip(path) as (_, stream, _):
         return float(stream.average_rate or 0)
 
 
 # ---- sound -----------------------------------------------------------------------------------------------------------
-MAX_JITTER = 0.015  # seconds by which a piece of sound may miss the end of the one before without being moved
-MAX_SILENCE = 60  # seconds between two pieces: more is a damaged clock
+MAX_JITTER = 0.015  # seconds between the end of a piece of sound and the next piece that do not count as a gap
+MAX_SILENCE = 60  # seconds between two pieces of sound; more means damaged times
 
 
 def sound_track(container):
-    """The audio stream that FFmpeg takes of several, or None."""
+    """Return the audio stream that FFmpeg would choose, or None if there is none."""
     return main_track(container.streams.audio, lambda s: s.codec_context.channels)
 
 
@@ -597,8 +609,8 @@ def has_sound(path):
 
 
 def sound_pieces(path):
-    """Yield (AudioFrame, the seconds on the file's clock at which it begins, or None where it follows the one before).
-    Raises Skip.
+    """Yield (AudioFrame, begin): the seconds on the file's clock at which the frame begins, or None where it directly
+    continues the frame before. Raises Skip if there is no sound that can be decoded.
     """
     import av
 
@@ -619,14 +631,15 @@ def sound_pieces(path):
 
 
 def is_sound_broken(path):
-    """Whether a file's sound has gaps, or pieces that overlap."""
+    """Whether a file's sound has gaps, pieces that overlap, or a change of format."""
     return sum(begin is not None for _, begin in sound_pieces(path)) > 1
 
 
 def read_sound(path, rate, layout=None, until=math.inf):
-    """(seconds on the file's clock at which the sound begins, samples (C,N) float32 at `rate` from there on). Where the
-    file's times leave a gap there is silence; where pieces overlap the first one is heard. layout: of the channels;
-    None: their mean. until: seconds from the beginning behind which nothing is needed. Raises Skip.
+    """Return (the seconds on the file's clock at which the sound begins, its samples (C,N) float32 at `rate` Hz). Gaps
+    in the file's times become silence; where pieces overlap, the earlier piece is kept. layout: FFmpeg's name of the
+    channel layout; None: the mean of all channels. until: how many seconds of sound are needed; decoding stops after
+    them. Raises Skip if there is no sound that can be decoded.
     """
     import av
 
@@ -641,7 +654,7 @@ def read_sound(path, rate, layout=None, until=math.inf):
         if begin is not None:
             resample(None)
             runs.append((begin, []))
-            # to the rate with all channels: their mean commutes with it, and FFmpeg's own downmix does not halve
+            # The mean is taken after resampling, which gives the same result; FFmpeg's own downmix is not the mean.
             resampler = av.AudioResampler("fltp", layout, rate)
         resample(frame)
         if frame.time is not None and frame.time - runs[0][0] > until:
@@ -661,8 +674,8 @@ def read_sound(path, rate, layout=None, until=math.inf):
 
 
 def sound_delay(path):
-    """Seconds from a clip's first frame to the beginning of its sound; negative where that begins before. Raises Skip
-    where one of them cannot be decoded.
+    """Return the seconds from a clip's first frame to the beginning of its sound; negative where the sound begins
+    first. Raises Skip if the video or the sound cannot be decoded.
     """
     try:
         with open_clip(path) as clip:
@@ -674,8 +687,8 @@ def sound_delay(path):
 
 
 def write_sound(file, stream, source, offset, seconds):
-    """Encode the sound of a media file into a stream of an open one, from `offset` to `seconds` on its clock; what
-    comes before 0 is left out.
+    """Encode the sound of the file `source` into an audio stream of an open video file. The sound begins at `offset`
+    seconds of the video; what falls before 0 or after `seconds` is left out.
     """
     import av
 
@@ -690,8 +703,9 @@ def write_sound(file, stream, source, offset, seconds):
 
 # ---- sheets and previews ---------------------------------------------------------------------------------------------
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
-    """A contact sheet PNG: each video (3,T,H,W) in [-1,1] as `shown` frames in a row, first to last, under its label;
-    `columns` videos side by side. scale: of the pixels (default: strips about 384 px wide).
+    """Write a contact sheet as PNG: each video (3,T,H,W) in [-1,1] is a strip of `shown` frames, from first to last,
+    under its label, with `columns` strips side by side. scale: the factor that enlarges the pixels (default: one that
+    makes strips about 384 px wide).
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -719,8 +733,9 @@ def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
 
 @torch.no_grad()
 def latent_to_rgb(vae):
-    """A linear map (z+1,3) from a pixel of the latents, and a one, to the mean colour of what it stands for: fitted by
-    least squares on a still clip of smooth noise. For previews of latents without a decode.
+    """Fit a linear map (z+1,3) from the z channels of a latent pixel, and a constant 1, to the mean colour of the
+    pixels that it stands for, by least squares on a still clip of smooth noise. With it, previews of latents need no
+    decoding.
     """
     device = next(vae.parameters()).device
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -731,19 +746,19 @@ def latent_to_rgb(vae):
 
 
 def latent_preview(latents, colors):
-    """Latents (z,T',h,w) as a small video (3,T',8h,8w), by the map of latent_to_rgb."""
+    """Convert latents (z,T',h,w) to a small video (3,T',8h,8w). colors: the map from latent_to_rgb."""
     z = torch.cat([latents, torch.ones_like(latents[:1])])
     return F.interpolate(torch.einsum("cthw,cd->dthw", z, colors), scale_factor=8)
 
 
 def to_video(frames, device="cpu"):
-    """A list of (H,W,3) uint8 -> (3,T,H,W) in [-1,1], on a device."""
+    """Stack a list of frames (H,W,3) uint8 into a video (3,T,H,W) in [-1,1] on a device."""
     return torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def preview_writer(colors, path, every, label):
-    """A function (step, clean latents (B,C,T',h,w)) that draws a small picture of the clip to `path` every so many
-    steps. colors: of latent_to_rgb.
+    """Return a function of (step, clean latents (B,C,T',h,w)) that draws a contact sheet of the first clip to `path`
+    every `every` steps. colors: the map from latent_to_rgb.
     """
 
     def write(step, x0):
@@ -755,7 +770,7 @@ def preview_writer(colors, path, every, label):
 
 
 def read_comment(path):
-    """What an mp4's metadata say of how it was made, as write_frames wrote it; "" if there is nothing."""
+    """Return the comment that write_frames stored in an mp4's metadata; "" if there is none or it cannot be read."""
     import av
 
     try:

@@ -205,7 +205,7 @@ def test_pictures_are_turned_and_mirrored_as_their_file_says(tmp_path, matrix):
 
 def test_an_angle_between_is_refused(tmp_path):
     path = write_clip(tmp_path / "a.mp4", [numbered(0)] * 9, matrix=(0.5, 0.5, -0.5, 0.5))
-    with pytest.raises(Skip, match="turned by another angle than quarters"):
+    with pytest.raises(Skip, match="not a multiple of 90 degrees"):
         probe(path)
 
 
