@@ -1,4 +1,4 @@
-"""Files that are kept between runs, named by a hash of everything that decides their contents."""
+"""Keep latents, text embeddings and facts about media between runs, in files named by a hash of what decides them."""
 
 import contextlib
 import functools
@@ -19,29 +19,31 @@ from nanowan.files import atomic
 from nanowan.formats.header import save
 from nanowan.video import Shown, cover, is_sound_broken, probe, read_windows, to_video
 
-DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples while others are encoded
+DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples while other samples are encoded
 
 
-# ---- what files are shown as -----------------------------------------------------------------------------------------
+# ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
-    """answer(), kept in the cache under what it answers, so that a file is looked at once and not at every start."""
+    """Return answer(), kept in the cache under the values of `question`, so that a file is inspected once and not at
+    every start. cache None: nothing is kept. Raises BadInput if the cache cannot be written.
+    """
     if cache is None:
         return answer()
     file = cache_file(cache, ".json", **question)
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError):  # not there, or damaged
+    except (OSError, ValueError):  # the file is missing or damaged
         found = answer()
     try:
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(found))
-    except OSError as e:  # not the clip's fault
+    except OSError as e:  # the cache's fault: no reason to skip the clip
         raise BadInput(f"--cache {cache}: {e.filename} {e.strerror}") from None
     return found
 
 
 def cached_probe(path, digest, cache):
-    """`video.probe`, remembered by the file's digest."""
+    """Return video.probe(path), kept in the cache under the file's digest."""
     return Shown(*remembered(cache, lambda: list(probe(path)), shown=digest, kind=path.suffix.lower(), version=3))
 
 
@@ -51,19 +53,20 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Seconds at which the frames of an item are taken, those after the sample included."""
+    """Return the seconds at which the frames of an item are taken, including the frames after the sample."""
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
 
 def covering(width, height):
-    """A function from a video.Frame to its picture (height,width,3) uint8, resized and cropped."""
+    """Return a function from a video.Frame to its picture (height,width,3) uint8, resized and cropped."""
     return lambda frame: np.array(cover(frame.image, width, height, frame.size))
 
 
 def read_items(items, sizes=None, cache=None):
-    """Yield {kind: frames (H,W,3) uint8} for each of some items of one file, by their start; "" is the file itself, the
-    others are its sidecars at the same times. sizes: {kind: (width, height)} of those. Each file is decoded once, and
-    about one sample of each is held. Raises Skip.
+    """Yield {kind: frames (H,W,3) uint8} for each item; `items` belong to one file and are sorted by their start. Kind
+    "" is the file itself, the other kinds are its sidecars, read at the same times. sizes: {kind: (width, height)} of
+    the sidecars. Each file is decoded once, and about one sample of each file is in memory. Raises Skip if a file
+    cannot be read.
     """
     windows, readers = [wanted_times(item) for item in items], {}
     for item in items[:1]:
@@ -75,7 +78,9 @@ def read_items(items, sizes=None, cache=None):
 
 
 def read_file(path, name, windows, size, cache, called):
-    """`video.read_windows` of a file with this digest, covering `size`; a Skip begins with what the file is called."""
+    """Yield from video.read_windows for a file with the digest `name`, its frames resized and cropped to `size` (width,
+    height). The message of a Skip begins with `called`.
+    """
     try:
         yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
     except Skip as e:
@@ -83,7 +88,7 @@ def read_file(path, name, windows, size, cache, called):
 
 
 def check_unchanged(item):
-    """Raise Skip where a file of an item is not what it was when it was looked at."""
+    """Raise Skip if a file of an item has changed, or has been removed, since it was scanned."""
     for path, name in ((item.path, item.digest), *item.sidecars.values()):
         own = "" if path == item.path else f"its {path.name} "
         if not path.exists():
@@ -93,14 +98,14 @@ def check_unchanged(item):
 
 
 def pixels(item):
-    """(3,T,H,W) in [-1,1] of an item. Raises Skip where its file is not what it was when it was looked at."""
+    """Return the video (3,T,H,W) in [-1,1] of an item. Raises Skip if its file cannot be read."""
     return to_video(next(read_items([item]))[""])
 
 
 def in_threads(jobs, run):
-    """Yield what run(job) yields, for all jobs, in the order in which it comes from DECODERS threads. DECODERS results
-    wait at most, and each thread holds one more. An exception in a thread is raised here; closing the generator ends
-    the threads.
+    """Run the generators run(job) of all jobs in DECODERS threads, and yield their results in the order in which they
+    arrive. At most DECODERS results wait, and each thread holds one more. An exception in a thread is raised here;
+    closing the generator ends the threads.
     """
     results, stopped, lock, todo = queue.Queue(DECODERS), threading.Event(), threading.Lock(), iter(jobs)
 
@@ -144,8 +149,8 @@ def in_threads(jobs, run):
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path, cache=None):
-    """A hash of a file's bytes, computed once for each state of it (its inode, time and size), by this process or,
-    with a cache folder, by any: a checkpoint is not read whole at every start.
+    """Return a hash of a file's bytes. It is computed once for each state of the file (its inode, time and size): once
+    per process or, with a cache folder, once for all processes, so that a start need not read a whole checkpoint.
     """
     path, stat = Path(path).absolute(), Path(path).stat()
     return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -165,13 +170,13 @@ def _digest(path, cache, *state):
 
 
 def cache_file(cache, suffix=".safetensors", **parts):
-    """The cache file for something decided by `parts`."""
+    """Return the path of the cache file whose contents `parts` decide."""
     name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
     return Path(cache) / (name + suffix)
 
 
 def latent_files(items, cache, vae_file, samples=None):
-    """The cache files of some items' latents, whether they exist yet or not."""
+    """Return the paths of the cache files for the latents of `items`, whether the files exist or not."""
     weights = digest(vae_file, cache)
     return [
         cache_file(
@@ -190,15 +195,16 @@ def latent_files(items, cache, vae_file, samples=None):
 
 
 def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
-    """Cache the latents of every item that is not cached yet. `load_vae()` is called only if something is missing.
-    Returns [(path, reason)] of the files that could not be encoded, such as those deleted since `scan`: what
-    `latent_files` names for them does not exist. seen(item, frames (H,W,3) uint8): told of each that is decoded.
+    """Cache the latents of every item that has none in the cache. `load_vae()` is called only if some are missing.
+    Returns [(path, reason)] of the media files that could not be encoded, such as files deleted since `scan`; their
+    cache files do not exist afterwards. seen(item, frames (H,W,3) uint8) is called for each item that is decoded.
 
-    Each file holds `latents` (C,T',h,w) fp32, and what `samples` (variants/samples.py) adds to them. Several processes
-    may do this at once: a file appears whole or not at all, and what another one has done meanwhile is left out.
+    A cache file holds `latents` (C,T',h,w) fp32, and what `samples` (variants/samples.py) adds to them. Several
+    processes may do this at once: a cache file appears complete or not at all, and a process leaves out the items that
+    another one has encoded meanwhile.
 
-    Files are decoded in threads, each once for all of its items, while this one encodes and another saves; of samples,
-    2 * DECODERS + 1 are in memory, in 8 bits.
+    Media files are decoded in threads, each file once for all of its items, while the calling thread encodes and
+    another thread saves. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
     """
     missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, samples)) if not f.exists()]
     by_file = {}
@@ -206,7 +212,7 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
         by_file.setdefault((item.path, item.width, item.height), {})[file] = item
 
     def read(group):
-        """Yield (item, cache file, its frames by kind or why there are none)."""
+        """Yield (item, cache file, its frames by kind, or a Skip that says why there are none)."""
         left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
             for item, _ in left[:1]:
@@ -255,15 +261,15 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
 
 
 def text_files(captions, cache, encoder, dtype):
-    """{caption: the cache file of its embedding}, whether it exists yet or not. encoder: digests of its weights and
-    tokenizer.
+    """Return {caption: path of the cache file for its embedding}, whether the file exists or not. encoder: the digests
+    of the text encoder's weights and tokenizer. dtype: the encoder's.
     """
     return {c: cache_file(cache, text=c, encoder=encoder, dtype=str(dtype)) for c in dict.fromkeys(captions)}
 
 
 def cache_texts(files, load_encoder):
-    """Make sure that the embeddings {text: cache file} of text_files are cached. `load_encoder()` is called only if one
-    is missing. Each file holds `embedding` (S,D) in the encoder's dtype.
+    """Cache the embedding of every text in `files`, the {text: cache file} from text_files, that is not cached yet.
+    `load_encoder()` is called only if one is missing. A cache file holds `embedding` (S,D) in the encoder's dtype.
     """
     missing = [text for text, file in files.items() if not file.exists()]
     encoder = load_encoder() if missing else None

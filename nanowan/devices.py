@@ -1,4 +1,4 @@
-"""Devices and dtypes that flags name, and how much memory is free."""
+"""Find the device, dtype and attention that flags name, and how much memory is free."""
 
 import math
 import sys
@@ -10,16 +10,16 @@ from kernels import attention_backends
 from nanowan.errors import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Bytes of activations at work, from the shapes of the largest layers: the VAE's per pixel of a frame, the DiT's per
-# token and channel.
+# Bytes of activations while a model runs, from the shapes of its largest layers: the VAE's per pixel of a frame, the
+# DiT's per token and channel.
 VAE_BYTES, DIT_BYTES = 18_000, 27
-ROOM = 1 << 30  # bytes that stay free beside a model: on the device for activations, on the host for everything else
+ROOM = 1 << 30  # bytes to leave free next to a model: on the device for activations, on the host for everything else
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def pick_device(name=None):
-    """The device that a flag names, or cuda where there is one. Raises BadInput where there is no such device, or it is
-    older than Ampere: neither bf16 nor Triton's products work there.
+    """Return the device that a flag names, by default cuda if there is a GPU. Raises BadInput if the device does not
+    exist or is a GPU older than Ampere, on which neither bf16 nor Triton's matrix products work.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
@@ -32,7 +32,7 @@ def pick_device(name=None):
 
 
 def check_gpu(device):
-    """Raise BadInput for a GPU that this cannot run on; say so where nobody has tried."""
+    """Raise BadInput for a GPU that is too old; print a warning on ROCm, which nobody has tried."""
     card, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if torch.version.hip:
         print(f"{card}: this has never been tried on ROCm", file=sys.stderr, flush=True)
@@ -44,12 +44,14 @@ def check_gpu(device):
 
 
 def pick_dtype(name, device):
-    """The name of the dtype that a flag gives, or the device's default: bf16 on cuda, fp32 on cpu."""
+    """Return the name of the dtype that a flag gives, or the device's default: bf16 on cuda, fp32 on cpu."""
     return name or ("bf16" if torch.device(device).type == "cuda" else "fp32")
 
 
 def select_attention(name, device, dtype, gradients=False):
-    """Let a run use the attention that a flag names; as kernels.attention_backends.select, but raises BadInput."""
+    """Select the attention that a flag names, as kernels.attention_backends.select does. Raises BadInput if it cannot
+    be used.
+    """
     try:
         attention_backends.select(name, device, dtype, gradients)
     except ValueError as e:
@@ -57,7 +59,7 @@ def select_attention(name, device, dtype, gradients=False):
 
 
 def free_memory(device):
-    """Bytes that can still be taken on a device, or on the host ("cpu"); infinite where that cannot be known."""
+    """Return the bytes that can still be allocated on a device, or on the host ("cpu"); infinite if unknown."""
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
             return math.inf
@@ -75,8 +77,8 @@ def free_memory(device):
 
 
 def cgroup_memory():
-    """Bytes that the control groups of this process still allow it (a container's limit, a batch job's); infinite
-    without a limit. Page cache gives way, and is not counted as used.
+    """Return the bytes that the control groups of this process (a container's, a batch job's) still allow it; infinite
+    without a limit. The page cache does not count as used, since the system frees it when memory is short.
     """
     free = math.inf
     for line in _read(PROC / "self" / "cgroup").splitlines():
@@ -90,7 +92,7 @@ def cgroup_memory():
         group = root / path.lstrip("/")
         for folder in [group, *group.parents][: len(group.parts) - len(root.parts) + 1]:
             most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
-            if most.isdigit() and used.isdigit():  # else "max", or a group that is not seen from in here
+            if most.isdigit() and used.isdigit():  # else "max", or a group that this container cannot see
                 stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
                 cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
                 free = min(free, int(most) - int(used) + cache)
@@ -105,5 +107,5 @@ def _read(file):
 
 
 def activation_bytes(dim, tokens, batch=1):
-    """About what a forward pass of a DiT of width `dim` takes beyond weights, without gradients."""
+    """Estimate the bytes of activations in a forward pass of a DiT of width `dim`, without gradients."""
     return DIT_BYTES * batch * tokens * dim

@@ -1,17 +1,17 @@
-"""Settings that PyTorch and its libraries read when they are loaded. Scripts import this before torch."""
+"""Set environment variables that PyTorch and its libraries read when they load. Scripts import this before torch."""
 
 import os
 import platform
 import sys
 
-# Idle OpenMP threads sleep: beside another busy process, spinning makes a step tens of times slower.
+# Idle OpenMP threads sleep: if another process keeps the cores busy, spinning makes a step tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def grows_segments(argv, kernel):
-    """Whether a GPU's memory is to lie in segments that grow, without holes between those that do not fit what comes
-    next. Not where the user has set PyTorch's allocator; not under WSL, whose driver fails at the first allocation
-    (pytorch/pytorch#192330); nor with CUDA graphs, for which PyTorch had switched them off until 2026
+    """Whether PyTorch should allocate a GPU's memory in segments that can grow, which avoids holes that are too small
+    for later tensors. False if the user has configured PyTorch's allocator; under WSL, whose driver fails at the first
+    allocation (pytorch/pytorch#192330); and with CUDA graphs, where PyTorch disabled such segments until 2026
     (pytorch/pytorch#194767).
     """
     is_set = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

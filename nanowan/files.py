@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, synced, renamed; errors that name the disk."""
+"""Write files that appear complete or not at all: under a temporary name, synced, renamed. Errors name the disk."""
 
 import contextlib
 import errno
@@ -17,8 +17,9 @@ TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
 
 
 def _write_error(error, path):
-    """The errno of the failed write to `path`, or to its temporary file, behind an exception, or None: libraries wrap
-    what the system says, and torch's writer of zip files, on another rank, leaves only its own name.
+    """Return the errno of the failed write to `path`, or to its temporary file, that caused an exception; None if no
+    such write did. Libraries wrap the system's error. torch's writer of zip files, on another rank, leaves only its own
+    name in the message.
     """
     text = str(error)
     while error is not None:
@@ -32,8 +33,8 @@ def _write_error(error, path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Around a write to `path`: what goes wrong, in whatever form a library raises it, becomes an OSError that names
-    the file and, where that may be the reason, its disk.
+    """Turn a failed write to `path` in the `with` block, in whatever form a library raises it, into an OSError that
+    names the file and, if the disk may be the reason, the disk.
     """
     try:
         yield
@@ -53,18 +54,18 @@ def writing(path):
 
 
 def _open_temporary(path):
-    """(descriptor, name) of a new file beside `path`, locked for as long as this process is writing it."""
+    """Return (descriptor, name) of a new file in the folder of `path`, locked while this process writes it."""
     while True:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
             return fd, name
-        os.close(fd)  # remove_leftovers came between the two calls
+        os.close(fd)  # another process's remove_leftovers deleted it before it was locked
 
 
 def remove_leftovers(folder):
-    """Remove the unfinished files that killed processes left in a folder. Those of living ones are locked."""
+    """Remove the unfinished files that killed processes left in a folder; live processes have theirs locked."""
     for file in Path(folder).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError), open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +73,7 @@ def remove_leftovers(folder):
 
 
 def _sync(path):
-    """Have the disk hold what was written to a file, or what was renamed in a folder."""
+    """Wait until the disk holds what was written to a file, or what was renamed in a folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -82,8 +83,9 @@ def _sync(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary name beside `path`. When the block ends well, the disk holds what it wrote, under `path`; when it
-    does not, whatever was there is untouched. A write that fails raises an OSError that names `path`.
+    """Give the `with` block a temporary file in the folder of `path`. If the block succeeds, what it wrote is on the
+    disk as `path`; if it fails, an earlier file at `path` is untouched. A failed write raises an OSError that names
+    `path`.
     """
     path = Path(path)
     with writing(path):
@@ -102,14 +104,14 @@ def atomic(path):
 
 
 def save_pickle(path, values):
-    """torch.save, atomically."""
-    # by an open file: given a name, torch.save hides the system's reason when a write fails
+    """Save `values` by torch.save, atomically."""
+    # an open file, since torch.save hides the system's reason for a failed write if it gets a name
     with atomic(path) as tmp, open(tmp, "wb") as f:
         torch.save(values, f)
 
 
 def read_json(file):
-    """What a configuration's JSON file says. Raises BadInput where that is no dictionary."""
+    """Return the dictionary in a configuration's JSON file. Raises BadInput if the file holds no dictionary."""
     try:
         found = json.loads(file.read_text())
     except ValueError as e:
@@ -120,15 +122,15 @@ def read_json(file):
 
 
 def check_output(flag, path, suffix):
-    """Raise BadInput for a path that cannot be written, before anything is computed for it."""
+    """Raise BadInput if a path cannot be written or has another suffix, before anything is computed for it."""
     parent = next((d for d in path.absolute().parents if d.exists()), Path("/"))
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"{flag} {path}: a file is to be written there, and it is a folder or may not be written")
+        raise BadInput(f"{flag} {path}: cannot be written as a file: it is a folder, or its folder is not writable")
     if path.suffix != suffix:
         raise BadInput(f"{flag} {path}: should end in {suffix}")
 
 
 def numbered(path, i, count):
-    """PATH for one result, PATH_000 and so on for several."""
+    """Return the path of result `i`: PATH itself if `count` is 1, else PATH_000, PATH_001 and so on."""
     path = Path(path)
     return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")
