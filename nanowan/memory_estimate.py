@@ -1,8 +1,8 @@
-"""What a run will need, before it starts: peak memory of the device and of the host, and bytes on disk.
+"""Estimate what a run will need before it starts: peak memory on the device and on the host, and bytes on disk.
 
-The models are built as fake tensors, which have shapes but no memory, and really run: a step forward, backward and
-through the optimizer, an encode, a decode. Every tensor made on the way is counted from its birth to its death. What
-PyTorch's operators use inside themselves, and an allocator's waste, are not seen.
+The models are built from fake tensors, which have shapes but no memory, and are really run: a forward pass, a backward
+pass and an optimizer step, an encode, a decode. Every tensor made on the way counts from its creation until it is
+freed. Memory that PyTorch's operators use internally, and an allocator's waste, are not counted.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
 
-CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a GPU before its first tensor, about
-CUDA_LIBRARIES = 500 << 20  # bytes that the same process then takes on the host, about
-CPU_LIBRARIES = 50 << 20  # what MKL, oneDNN and the heap's holes take once work begins, as measured on small runs
+CUDA_CONTEXT = 600 << 20  # bytes, about, that a process takes on a GPU before its first tensor
+CUDA_LIBRARIES = 500 << 20  # bytes, about, that the CUDA libraries of the same process take on the host
+CPU_LIBRARIES = 50 << 20  # bytes that MKL, oneDNN and the heap's holes take in a run, as measured on small runs
 
 
 def used(device):
-    """Peak bytes so far: allocated on a GPU, or this process's resident memory."""
+    """Return the peak bytes so far: those allocated on a GPU or, on a CPU, this process's resident memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident("VmHWM")
 
 
 def resident(field="VmRSS"):
-    """This process's resident memory now, or at its peak (VmHWM), in bytes."""
+    """Return this process's resident memory in bytes: now ("VmRSS"), or at its peak ("VmHWM")."""
     try:
         return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
     except (OSError, StopIteration):
@@ -56,7 +56,7 @@ def resident(field="VmRSS"):
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside: `now` those alive, `peak` the most there were at once."""
+    """Counts the bytes of all tensors made in its `with` block. now: of those that exist; peak: the most so far."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.update(storages((args, kwargs)))  # made outside, such as weights, whose views are no new memory
+        self.seen.update(storages((args, kwargs)))  # inputs made outside, such as weights: views of them take no memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
             if storage not in self.seen:
@@ -80,22 +80,22 @@ class Tracker(TorchDispatchMode):
 
 
 def storages(tree):
-    """The storages of all tensors in a tree."""
+    """Return the storages of all tensors in a tree."""
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def scratch_bytes(func, args):
-    """What an operation that was traced takes while it runs, and does not return."""
+    """Return the bytes of temporary memory that a traced operation takes while it runs."""
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
-    x, _, weight, _, gamma, *_ = args  # x behind the frames before it, normed
+    x, _, weight, _, gamma, *_ = args  # the temporary is x after the frames before it, normed
     B, C, T, H, W = x.shape
     before = weight.shape[2] - 1
     return B * C * (before + T) * H * W * x.itemsize if before or gamma is not None else 0
 
 
 def traced(f):
-    """Peak bytes of what f() makes, its result included."""
+    """Return the peak bytes of all tensors that f() makes, its result included."""
     with Tracker() as tracker:
         f()
     return tracker.peak
@@ -107,8 +107,9 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT lies on devices: in 8 bits, `stream_blocks` of its blocks on the host, sharded over fsdp_size ranks,
-    its tokens over sp_size, its blocks over pp_size. ranks: processes in all.
+    """How a DiT is divided. fp8: its blocks are in 8 bits. stream_blocks: how many of its blocks lie on the host.
+    fsdp_size, sp_size, pp_size: the number of ranks that share its weights, its tokens and its blocks. ranks: all
+    processes of the run.
     """
 
     fp8: bool = False
@@ -120,32 +121,32 @@ class ParallelLayout:
 
     @property
     def local_ranks(self):
-        """Processes on one machine, which share its memory."""
+        """The number of processes on one machine, which share its memory."""
         return min(self.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks)))
 
     @property
     def shares_host_copy(self):
-        """Whether ranks that need a DiT on the host have one copy of it for all (World.host_share)."""
+        """Whether the ranks of a machine share one copy of a DiT on the host (World.host_share)."""
         return self.local_ranks > 1 and self.fsdp_size == self.pp_size == 1
 
     @property
     def caches_text_kv(self):
-        """Whether a DiT keeps a prompt's keys and values: where all of its blocks have their weights at all times."""
+        """Whether a DiT keeps a prompt's keys and values: only if all blocks have their weights at all times."""
         return not self.stream_blocks and self.fsdp_size == self.pp_size == 1
 
     def weights(self, dit):
-        """(bytes of a DiT on a device, of it on the host); what is not in blocks is everywhere."""
+        """Return a DiT's bytes (on a device, on the host). Weights outside of blocks are on every device."""
         blocks = [nbytes(b) for b in dit.blocks]
         outside, mine = nbytes(dit) - sum(blocks), blocks[: math.ceil(len(blocks) / self.pp_size)]
         if self.stream_blocks:
             on_host = sum(blocks[i] for i in spread(self.stream_blocks, len(blocks)))
             return outside + sum(blocks) - on_host + 2 * max(blocks), on_host
-        if self.fsdp_size > 1:  # the block at work and the next one are whole
+        if self.fsdp_size > 1:  # the block that runs and the next one are unsharded
             return outside + sum(mine) // self.fsdp_size + 2 * max(blocks), 0
         return outside + sum(mine), 0
 
     def share_tokens(self, dit):
-        """Let a DiT compute as one rank of those that share a clip."""
+        """Let a DiT compute like the first of the ranks that share a clip."""
         if self.sp_size > 1:
             apply_ulysses(dit, self, FirstRank)
 
@@ -153,9 +154,9 @@ class ParallelLayout:
 SINGLE_DEVICE = ParallelLayout()
 
 
-# ---- the parts, as fake tensors ----------------------------------------------------------------------------------
+# ---- the models, as fake tensors ---------------------------------------------------------------------------------
 def builders(pipe):
-    """{model: function that builds it} of a checkpoint, from its headers."""
+    """Return {model: function that builds it} for the Pipeline of a checkpoint, from the headers of its files."""
     text, vae = read_encoder(pipe.files("text")).entries, read_weights(pipe.files("vae"))
     found = {
         name: lambda name=name, entries=entries: new_dit(read_config(pipe.folder(name), entries))
@@ -165,15 +166,15 @@ def builders(pipe):
 
 
 def full_builders(s):
-    """The same of a released size, of which no file is needed. s: the Settings of a variant."""
+    """Return {model: function that builds it} for a variant at its released size, without any file. s: its Settings."""
     dits = {name: lambda: new_dit(full_config(s.variant)) for name in s.expert_names}
     version = VARIANTS[s.variant]["vae"]
     return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):
-    """A part in the dtypes that its loader gives it, for the fake CPU, or as on a GPU, where the VAE decodes in
-    `dtype`.
+    """Build the model `part`, a key of `builders`, in the dtypes that its loader would give it on a CPU or, if `cuda`,
+    on a GPU, where the VAE decodes in `dtype`.
     """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -187,16 +188,16 @@ def build(builders, part, dtype, cuda=False):
 
 @contextlib.contextmanager
 def pretending(cuda):
-    """Tensors have no memory, and operations are those of a GPU, or a CPU's."""
+    """Let tensors in the `with` block have no memory. cuda: whether operations are those of a GPU or of a CPU."""
     if cuda and torch.cuda.is_available():
-        torch.cuda.init()  # an operation may ask what the GPU can do; within a checkpoint PyTorch forbids to begin then
+        torch.cuda.init()  # operations may query the GPU, and activation checkpointing forbids to initialize CUDA then
     gpu_ops = backend.using("triton", pretend=True)
     with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
 
 
 def import_libraries():
-    """What a run imports sooner or later, so that this process's memory holds it already."""
+    """Import what a run imports sooner or later, so that this process's memory already includes it."""
     with contextlib.suppress(ImportError):
         import av  # noqa: F401
         import ftfy  # noqa: F401
@@ -206,11 +207,12 @@ def import_libraries():
 
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
-    """`phases` {name: {what: bytes}} of a run on `device`, of which the largest decides; `host`, the same of what the
-    ranks of a machine with GPUs keep in its memory; `disk` {what: bytes}. layout: the ParallelLayout.
+    """The memory and disk space of a run on `device`. phases: {name: {what: bytes}} on the device; the largest phase is
+    the peak. host: the same for the host memory that the ranks of a machine with GPUs use together. disk: {what:
+    bytes}. layout: the ParallelLayout.
 
-    takes_turns: whether experts leave the device for each other (Pipeline). learning_blocks: how many of a rank's
-    blocks get gradients, and so may recompute activations.
+    takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: how many of a rank's
+    blocks get gradients, so that activation checkpointing can save memory in them.
     """
 
     takes_turns, learning_blocks = False, 0
@@ -226,12 +228,12 @@ class Plan:
 
     @property
     def peak(self):
-        """Bytes on the device."""
+        """The peak bytes on the device."""
         return self.process + max(sum(p.values()) for p in self.phases.values())
 
     @property
     def host_peak(self):
-        """Bytes in the memory of a machine."""
+        """The peak bytes in the host memory of a machine."""
         if not self.cuda:
             return self.layout.local_ranks * self.peak
         return self.host_process + max(sum(p.values()) for p in self.host.values())
@@ -247,7 +249,9 @@ class Plan:
         return itemized({"process": self.host_process} | max(self.host.values(), key=lambda p: sum(p.values())))
 
     def check_host(self, free=None):
-        """Raise BadInput where a machine has less memory than is needed. free: bytes (default: what is free here)."""
+        """Raise BadInput if a machine has less host memory than the plan needs. free: its free bytes (default: those of
+        this machine).
+        """
         if free is None:
             free = free_memory("cpu") + self.layout.local_ranks * resident()
         if self.host_peak <= free:
@@ -262,8 +266,8 @@ class Plan:
         raise BadInput(f"{flag}: {needs} ({self._host_parts()}), {gb(free)} are free; {less}")
 
     def compare(self, device):
-        """After the run: what it used beside what was planned."""
-        planned = self.peak - self.process * self.cuda  # a GPU's context is not among its allocated bytes
+        """Return a line for the end of a run: the memory that it used, and the memory that was planned."""
+        planned = self.peak - self.process * self.cuda  # allocated bytes do not include a GPU's context
         text = "peak memory " + beside(used(device), planned)
         if self.cuda:
             text += f", {gb(torch.cuda.max_memory_reserved(device))} reserved"
@@ -277,7 +281,7 @@ def beside(measured, planned):
 
 
 def free_beside_plan(spec, device):
-    """Bytes that a plan may count on: (on the device, on the host); infinite where they are not known."""
+    """Return the bytes that a plan may use, (on the device, on the host); infinite where they are not known."""
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
     memory = free_memory(device) / share if spec.memory is None and here else spec.memory or math.inf
@@ -286,12 +290,12 @@ def free_beside_plan(spec, device):
 
 
 def encoder_at_work(encoder, memory, cuda):
-    """({what: bytes} on the device, the same on the host) of a text encoder that is not trained; as the pipeline does,
-    streamed where it does not fit.
+    """Return ({what: bytes} on the device, the same on the host) for a text encoder that is not trained. As in the
+    pipeline, an encoder that does not fit on a GPU is streamed.
     """
     whole, blocks = nbytes(encoder), [nbytes(b) for b in encoder.blocks]
     if cuda and whole + ROOM > memory:
-        on_host = {"encoder, read": whole + max(blocks)}  # and then block by block moved to where it is copied from
+        on_host = {"encoder, read": whole + max(blocks)}  # each block is then moved to its buffer
         return {"encoder, streamed": whole - sum(blocks) + 2 * max(blocks)}, on_host
     return {"encoder": whole}, {"loading": max(p.nbytes for p in encoder.parameters())}
 
@@ -305,13 +309,14 @@ def itemized(parts):
 
 
 def denoising_bytes(dit, s, shape, batch, text, mode, layout):
-    """Peak bytes beyond weights of a sampling step on `batch` clips of latents `shape`, guided as `mode` says: "none",
-    "batched", "sequential" or "parallel" (Pipeline.guidance_mode). s: the Settings.
+    """Return the peak bytes, without weights, of a sampling step on `batch` clips with latents `shape` (C,T',h,w). s:
+    the Settings. text: tokens of a prompt. mode: how guidance is computed, "none", "batched", "sequential" or
+    "parallel" (Pipeline.guidance_mode).
     """
     dit.cache_text_kv = layout.caches_text_kv
     layout.share_tokens(dit)
-    forwards = 2 if mode == "batched" else 1  # how many are in one batch
-    prompts = 1 if mode == "none" else 2  # whose keys and values are kept
+    forwards = 2 if mode == "batched" else 1  # forward passes in one batch
+    prompts = 1 if mode == "none" else 2  # prompts whose keys and values are kept
     x = torch.empty(batch, dit.config.in_dim, *shape[1:])
     embeds = torch.empty(batch, text, dit.config.text_dim, dtype=dit.patch_embedding.weight.dtype)
 
@@ -320,13 +325,13 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
     @torch.no_grad()
     def step():
         kept = [prepared(1)]
-        if prompts == 2:  # of two passes the second shares what does not differ
+        if prompts == 2:  # the second of two passes shares the inputs that do not differ
             differing = s.parts.examples.uncond_inputs
             shared = {k: v for k, v in kept[0][1].items() if k not in differing and forwards == 1}
             kept += [prepared(forwards, shared)]
-        solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and what it remembers
+        solver = [torch.empty_like(x[:, : shape[0]]) for _ in range(4)]  # the latents and the solver's history
         times = (forwards * batch, shape[1]) if s.parts.samples.trains_first_frame else forwards * batch
-        if mode == "parallel":  # both halves, exchanged
+        if mode == "parallel":  # both halves of guidance, after their exchange
             solver += [torch.empty(batch, *shape) for _ in range(2)]
         text, inputs = kept[-1]
         return dit(torch.cat([x] * forwards), torch.empty(times), text, **inputs), kept, solver
@@ -339,8 +344,10 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
 
 
 def decoding_bytes(vae, shape, batch, tile):
-    """Peak bytes beyond weights of decoding `batch` latents `shape`, the videos included."""
-    # a decode beyond its first three latent frames, and tiles beyond three a side, only add to the finished video
+    """Return the peak bytes, without weights, of decoding `batch` latents of `shape` (C,T',h,w), the videos included.
+    tile: as --vae_tile, 0 for none.
+    """
+    # latent frames after the third, and tiles after the third on each side, only add to the finished video
     (_, T, H, W), (_, sh, sw) = shape, vae.stride
     t, h, w = min(3, T), *(min(n, 3 * tile or n) for n in (H, W))
     short = torch.empty(batch, shape[0], t, h, w)
@@ -351,17 +358,18 @@ def decoding_bytes(vae, shape, batch, tile):
 
 
 def encoding_bytes(vae, width, height, frames):
-    """Peak bytes beyond weights of encoding one clip, itself included."""
-    short = min(frames, 9)  # beyond, only the clip, and what it was decoded from, grow
+    """Return the peak bytes, without weights, of encoding one clip, the clip included."""
+    short = min(frames, 9)  # with more frames, only the clip and the frames that it was made from take more memory
     video = torch.empty(1, 3, short, height, width)
     return traced(lambda: vae.encode(video)) + 4 * 3 * height * width * (2 * frames - short)
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """What `sampling` plans: clips of latents `shape` (C,T',h,w) and `size` (width, height) px, `batch` at once, with a
-    prompt of `text` tokens, and an image or not. mode: of guidance, as in denoising_bytes. tile: --vae_tile. preview:
-    whether --preview_every is on. memory, host: bytes that are free on the device and on the host (default: here).
+    """What `sampling` plans for: clips with latents `shape` (C,T',h,w) and `size` (width, height) px, `batch` at once,
+    with prompts of `text` tokens. image: whether an image is given. mode: how guidance is computed, as in
+    denoising_bytes. tile: --vae_tile. preview: whether --preview_every is on. memory, host: free bytes on the device
+    and on the host (default: those of this machine).
     """
 
     settings: Settings
@@ -379,7 +387,7 @@ class SamplingSpec:
 
 
 def sampling(spec, builders, device, dtype):
-    """The Plan of a SamplingSpec. builders: of a checkpoint."""
+    """Return the Plan of a SamplingSpec. builders: from `builders` or `full_builders`."""
     cuda, s, layout = torch.device(device).type == "cuda", spec.settings, spec.layout
     free, _ = free_beside_plan(spec, device)
     with pretending(cuda):
@@ -405,7 +413,8 @@ def sampling(spec, builders, device, dtype):
         "parallel": "guidance on two ranks",
     }
     denoising = "activations" + (f", {how[spec.mode]}" if spec.mode in how else "")
-    # segment by segment the DiT and the VAE take turns, and stay where there is room; an expert is dropped for the next
+    # With segments the DiT and the VAE alternate; both stay on the device if there is room. Of two experts, one counts:
+    # it is dropped before the other is loaded.
     both_stay = s.conditioning.by_segments and on_device + vae_bytes + max(step, decode) <= free
     phases = {"encode prompts": encoder}
     if encode:
@@ -414,7 +423,7 @@ def sampling(spec, builders, device, dtype):
     phases["decode"] = {"VAE": vae_bytes, "activations and video": decode}
     if both_stay:
         phases["decode"]["DiT"] = on_device
-    if both_stay or (encode and not cuda):  # a CPU keeps the VAE that has encoded, a GPU sends it away until it decodes
+    if both_stay or (encode and not cuda):  # after encoding, a CPU keeps the VAE; a GPU evicts it until it decodes
         phases["denoise"]["VAE"] = vae_bytes
     disk = {"mp4, at most about": 3 * s.frames * width * height * spec.batch // 20}
     ranks, on_turns = layout.local_ranks, s.conditioning.by_segments and not both_stay
@@ -432,14 +441,15 @@ def sampling(spec, builders, device, dtype):
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What `training` plans, per rank.
+    """What `training` plans for, per rank.
 
-    batch: samples per rank and micro-batch. optimizer: "adamw" or "adamw8bit". ema, anchor, first_frames: whether
-    --ema, --anchor and --i2v_prob are on. continuation: the flag. num_experts: how many DiTs are trained through.
-    bucket (width, height, frames): the largest. text: tokens of a long caption. cache: bytes of latents and of texts.
-    encode, encode_texts: whether there are some to compute. previews: shape (C,T',h,w) of the largest one's latents, or
-    (). num_results: how many copies of what is trained stay on disk. save_delta: whether an encoder is saved as its
-    changes alone. memory, host: bytes that are free on the device and on the host (default: here).
+    batch: samples per rank and micro-batch. bucket: the largest (width, height, frames). optimizer: "adamw" or
+    "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob are on. continuation: the flag's
+    value. num_experts: how many DiTs are trained, or trained through. text: tokens of a long caption. cache: bytes of
+    (latents, text embeddings). encode, encode_texts: whether some of them must be computed. previews: shape (C,T',h,w)
+    of the largest preview's latents, or (). num_results: how many copies of the trained weights stay on disk.
+    save_delta: whether only the changes to an encoder are saved. memory, host: free bytes on the device and on the host
+    (default: those of this machine).
     """
 
     settings: Settings
@@ -467,8 +477,9 @@ class TrainingSpec:
 
 
 def training(spec, builders, make_trainable):
-    """The Plan of a TrainingSpec. builders: of a checkpoint. make_trainable(dit, encoder) returns what is trained,
-    parameters or optimizer groups; where it changes the encoder, that is run too.
+    """Return the Plan of a TrainingSpec. builders: from `builders` or `full_builders`. make_trainable(dit, encoder)
+    returns what is trained, as parameters or optimizer groups; if it makes the encoder trainable, the estimate runs the
+    encoder too.
     """
     s, dtype, layout, phases, host = spec.settings, spec.dtype, spec.layout, {}, {}
     memory, free_on_host = free_beside_plan(spec, spec.device)
@@ -491,8 +502,10 @@ def training(spec, builders, make_trainable):
         trains_encoder = any(p.requires_grad for p in encoder.parameters())
         shards_encoder = trains_encoder and layout.fsdp_size > 1
         trained = sum(p.nbytes for p in params)
-        encoder_bytes = nbytes(encoder) - trained * trains_encoder  # what is trained is counted by itself
-        if shards_encoder:  # the table, which is outside of blocks, is whole; a block is while none of the DiT's are
+        encoder_bytes = nbytes(encoder) - trained * trains_encoder  # trained weights are counted separately
+        if (
+            shards_encoder
+        ):  # while DiT blocks are unsharded, so is the embedding table, but none of the encoder's blocks
             encoder_bytes = encoder_bytes // layout.fsdp_size + nbytes(encoder.token_embedding)
         if not trains_encoder and (spec.encode_texts or spec.previews):
             phases["cache texts"], on_host_then = encoder_at_work(encoder, memory, cuda)
@@ -500,19 +513,19 @@ def training(spec, builders, make_trainable):
         result = nbytes(encoder) if trains_encoder and not spec.save_delta else None
 
         learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
-        learning = min(len(learns) - learns.index(True), math.ceil(len(learns) / layout.pp_size))  # blocks of a rank
+        learning = min(len(learns) - learns.index(True), math.ceil(len(learns) / layout.pp_size))  # a rank's blocks
         shape, inputs = s.latent_shape((width, height), frames), 0
         entry = {"latents": torch.empty(shape)} | s.parts.examples.entry(dit.config, shape, spec.continuation)
         peak, states = traced_training(spec, dit, encoder, groups, entry, trains_encoder)
 
-        # an A14B's two adapters and their states are all kept
+        # both adapters of an A14B and their optimizer states stay in memory
         adapters = 1 if trains_encoder else spec.num_experts
         activations = peak + (adapters - 1) * states
-        if shards_encoder:  # gradients and states are sharded, and fp32 like the trained weights
+        if shards_encoder:  # gradients and optimizer states are sharded, and in fp32 like the trained weights
             sharded = {k: n * 4 // dtype.itemsize // layout.fsdp_size for k, n in (("p", trained), ("s", states))}
             activations += sum(sharded.values()) - trained - states
             trained, states = sharded["p"], sharded["s"]
-        if layout.stream_blocks:  # inputs of blocks lie on the host; that of the one at work and the next also here
+        if layout.stream_blocks:  # blocks' inputs lie on the host; those of two blocks also on the device
             tokens = math.prod(shape[1:]) // 4 // layout.sp_size
             inputs = 4 * spec.batch * tokens * dit.config.dim * learning
             activations -= inputs * max(0, learning - 2) // learning * cuda
@@ -533,7 +546,7 @@ def training(spec, builders, make_trainable):
                 "activations": max(step, decode),
             }
 
-    # all experts lie on the device if they fit; else they take turns, and a GPU returns to copies on the host
+    # all experts lie on the device if they fit; else they alternate there, and a GPU copies them from the host
     others = (spec.num_experts - 1) * weights["DiT"]
     takes_turns = others > 0 and not others + sum(phases["training"].values()) <= 0.9 * memory < math.inf
     if not takes_turns:
@@ -543,10 +556,10 @@ def training(spec, builders, make_trainable):
     expert = whole - on_host
     if layout.fsdp_size > 1 or layout.pp_size > 1:
         expert = on_device * per_rank
-        copies -= layout.fsdp_size > 1 and copies > 0  # what is sharded moves, and has no copy
+        copies -= layout.fsdp_size > 1 and copies > 0  # sharded weights are moved: the expert on the device has no copy
     kept = {"streamed blocks": spec.num_experts * on_host, "inputs of blocks": per_rank * inputs}
     while copies and copies * expert + sum(kept.values()) + ROOM > free_on_host:
-        copies -= 1  # it is read anew at each of its turns
+        copies -= 1  # without a copy, an expert is read from disk whenever it is used again
     kept["experts"] = copies * expert
     host["load"] = kept | {"inputs of blocks": 0, "loading": per_rank * read}
     host["training"] = kept
@@ -559,17 +572,17 @@ def training(spec, builders, make_trainable):
 
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
-    """(peak bytes beyond weights of training steps, bytes of optimizer states and averages) of one rank. entry: a
-    sample, as make_noisy_batch takes it.
+    """Run training steps of one rank; return (their peak bytes without weights, bytes of optimizer states and EMA).
+    entry: a sample, as make_noisy_batch takes it.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
     layout.share_tokens(dit)
     passes, num_buffers = 1, 0
-    if layout.pp_size > 1:  # the first stage has as many samples under way as there are stages
+    if layout.pp_size > 1:  # the first stage has as many samples in progress as there are stages
         dit.blocks = dit.blocks[-math.ceil(len(dit.blocks) / layout.pp_size) :]
         passes, batch = layout.pp_size, 1
-        num_buffers = max(spec.batch, passes) * (2 if passes > 2 else 1)  # from the next stage; from both in the middle
+        num_buffers = max(spec.batch, passes) * (2 if passes > 2 else 1)  # a middle stage receives from both sides
     text_dim, text_dtype = dit.config.text_dim, dit.patch_embedding.weight.dtype
     first_frames = spec.first_frames and shape[1] > 1
     t = torch.empty((batch, shape[1]) if first_frames else batch)
@@ -584,11 +597,11 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
         eight_bit = spec.optimizer == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, 1e-4)
         ema = EMA(params, 0.9, opt) if spec.ema else None
-        # what other stages send has its place from the start
+        # buffers for what other stages send exist from the start
         buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(num_buffers)]
 
         def update():
-            if eight_bit:  # works in pieces so small that only its states count
+            if eight_bit:  # it works in pieces so small that only its states count
                 opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()
@@ -597,7 +610,7 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
         for p in params:
             p.grad = torch.empty_like(p)
-        update()  # states and gradients are there when the second step begins
+        update()  # optimizer states and gradients exist when the second step begins
         noisy = make_noisy_batch([entry] * batch, [], t, torch.empty(batch, *shape), loss_mask)
         context = embed()
         losses = [noisy.loss(dit, context[:batch], None) for _ in range(passes)]
@@ -613,8 +626,9 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
 
 def mfu(dit, x, text, seconds, device):
-    """Share of the GPU's peak that a training step of this batch reached, recomputation not counted; None where the
-    peak is not known. x (B,C,T',h,w), text: tokens.
+    """Return the share of the GPU's peak FLOP/s that a training step of `seconds` reached, or None if the peak is not
+    known. What activation checkpointing computes again is not counted. x (B,C,T',h,w): the batch. text: its tokens per
+    caption.
     """
     card = torch.device(device).type == "cuda" and flops.card_of(torch.cuda.get_device_name(device))
     return flops.step_of(dit, x.shape[2:], text, len(x)).total / seconds / card.peak if card else None
