@@ -1,7 +1,7 @@
-"""FLOPs of a DiT's passes, counted on fake tensors as they run, and the times that they predict on a card.
+"""Count the FLOPs of a DiT's passes as they run on fake tensors, and predict from them how long a GPU takes.
 
-Two FLOPs for each multiply-add, of matrix products, convolutions and attention; nothing else counts. The formulas per
-operation are PyTorch's (torch.utils.flop_counter): attention's backward pass is 2.5 of its forward pass.
+A multiply-add counts as two FLOPs. Only matrix products, convolutions and attention count. The formula of each
+operation is PyTorch's (torch.utils.flop_counter): attention takes 2.5 times the FLOPs in the backward pass.
 """
 
 import math
@@ -18,7 +18,7 @@ from lora import LoRALinear, lora_layers
 from nanowan.formats.dit import new_dit
 from nanowan.variants.registry import parts_of
 
-ALIKE = ("t2v", "i2v", "ti2v")  # models all of whose blocks do the same
+ALIKE = ("t2v", "i2v", "ti2v")  # types of models whose blocks all do the same
 aten = torch.ops.aten
 FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
@@ -27,7 +27,7 @@ FORMULAS = flop_registry | {
 
 
 class Flops(NamedTuple):
-    """FLOPs, apart by the rates that GPUs have for them."""
+    """FLOPs by kind; GPUs compute each kind at a different rate."""
 
     linear: int = 0  # of matrix products and convolutions in forward passes
     attention: int = 0  # of attention in forward passes
@@ -39,14 +39,14 @@ class Flops(NamedTuple):
         return sum(self)
 
     def plus(self, other, times=1):
-        """These, and so many times those of `other`."""
+        """Return the sum of these Flops and `times` the Flops `other`."""
         return Flops(*(a + times * b for a, b in zip(self, other)))
 
 
 class Card(NamedTuple):
-    """Rates of a GPU in FLOP/s and byte/s. peak: dense bf16, of its data sheet; host: from the host's memory, by its
-    generation of PCIe. The others are assumed: what others reached on large sizes; nobody has measured them with this
-    project.
+    """Rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: copies from host memory, from
+    the GPU's PCIe generation. The other rates are assumptions, from what others have measured at large sizes; nobody
+    has measured them with this project.
     """
 
     peak: float
@@ -58,7 +58,7 @@ class Card(NamedTuple):
     host: float
 
 
-CARDS = {  # by what is in torch.cuda.get_device_name
+CARDS = {  # {a part of torch.cuda.get_device_name: Card}
     "H100": Card(989e12, 700e12, 1150e12, 600e12, 430e12, 2.8e12, 50e9),
     "H200": Card(989e12, 720e12, 1180e12, 610e12, 440e12, 4.0e12, 50e9),
     "A100": Card(312e12, 255e12, None, 205e12, 150e12, 1.7e12, 25e9),
@@ -68,14 +68,14 @@ CARDS = {  # by what is in torch.cuda.get_device_name
 
 
 def card_of(device_name):
-    """The Card of a GPU's name, or None."""
+    """Return the Card for a GPU's name, or None if its rates are not known."""
     return next((card for name, card in CARDS.items() if name in device_name), None)
 
 
 def predict_seconds(flops, device_name, fp8=False, nbytes=0):
-    """A prediction, not a measurement: seconds that Flops, and `nbytes` of other traffic, take at the rates assumed for
-    a GPU of this name. fp8: whether the products of forward passes are made in 8 bits. None where the rates are not
-    known.
+    """Return the predicted, not measured, seconds for these Flops and `nbytes` of other memory traffic at the rates
+    assumed for a GPU of this name. fp8: whether matrix products of forward passes are computed in 8 bits. None if the
+    rates are not known.
     """
     card = card_of(device_name)
     linear = card and (card.linear_fp8 if fp8 else card.linear)
@@ -86,23 +86,24 @@ def predict_seconds(flops, device_name, fp8=False, nbytes=0):
 
 
 def elementwise_bytes(config, latents):
-    """About what a forward pass reads and writes beside its products and attention, in 2 bytes a value: norms,
-    rotations and gates pass 21 times over a token's width in each block, the GELU twice over the feed-forward's. A
-    backward pass is about twice that. latents (T',h,w).
+    """Estimate the bytes that a forward pass reads and writes outside of matrix products and attention, at 2 bytes per
+    value. In each block, norms, rotations and gates pass 21 times over a token's `dim` values, and the GELU passes
+    twice over its `ffn_dim` values. A backward pass takes about twice as many bytes. latents (T',h,w).
     """
     tokens = math.prod(latents) // math.prod(config.patch_size)
     return 2 * tokens * config.num_layers * (21 * config.dim + 2 * config.ffn_dim)
 
 
 def encoder_step(blocks, trained, tokens):
-    """The Flops of a pass forward and backward of a text encoder: its blocks have so many parameters, of which
-    `trained` are. Attention among so few tokens is left out.
+    """Return the Flops of a forward and a backward pass of a text encoder. blocks: the parameters in its blocks.
+    trained: how many of them are trained. tokens: those that it reads. Attention is left out, since it costs little
+    among so few tokens.
     """
     return Flops(linear=2 * blocks * tokens, linear_backward=2 * (blocks + trained) * tokens)
 
 
 class Counter(TorchDispatchMode):
-    """Counts the Flops of what runs inside."""
+    """Counts the Flops of what runs in its `with` block."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +115,7 @@ class Counter(TorchDispatchMode):
             name = str(func)
             if "attention" in name:
                 kind = "attention_backward" if "backward" in name else "attention"
-            else:  # what checkpointing computes again has gradients on
+            else:  # activation checkpointing runs forward passes during the backward pass, with gradients enabled
                 in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
                 kind = "linear_backward" if in_backward else "linear"
             count = formula(*args, **(kwargs or {}), out_val=out)
@@ -123,9 +124,9 @@ class Counter(TorchDispatchMode):
 
 
 def forward(config, latents, text=64, batch=1):
-    """The Flops of a forward pass as in sampling: what does not change from step to step is not counted.
+    """Return the Flops of a forward pass in sampling. What is computed once for all steps is not counted.
 
-    config: of a DiT. latents (T',h,w), text: tokens of the prompt.
+    config: of a DiT. latents (T',h,w). text: tokens of the prompt. batch: clips.
     """
 
     def count(config, _):
@@ -140,8 +141,9 @@ def forward(config, latents, text=64, batch=1):
 
 
 def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkpointing=False):
-    """The Flops of a pass forward and backward. adapted: names of the linears that have a LoRA of this rank, which is
-    what is trained; without any, the text is, as in train_te. checkpointing: as in Wan. The rest as in `forward`.
+    """Return the Flops of a forward and a backward pass. adapted: names of the linears with a LoRA of this rank, which
+    is trained; without names, gradients go to the text embedding, as in train_te. checkpointing: as in Wan. The other
+    arguments are those of `forward`.
     """
 
     def count(config, adapted, checkpointing=checkpointing):
@@ -161,7 +163,9 @@ def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkp
 
 
 def _of_few_blocks(count, config, adapted):
-    """count(config, adapted), a Flops, from those of two and of three blocks where all but the first do the same."""
+    """Return count(config, adapted), a Flops. If all blocks after the first do the same work, it is extrapolated from
+    the counts for two and for three blocks.
+    """
     inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
     if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):
         return count(config, adapted)
@@ -172,12 +176,13 @@ def _of_few_blocks(count, config, adapted):
     return two.plus(three.plus(two, -1), config.num_layers - 2)
 
 
-COUNTED = {}  # {what: (tokens, Flops of one sample)} of `step_of`: counting takes seconds
+COUNTED = {}  # what step_of has counted, since counting takes seconds: {key: (tokens, Flops of one sample)}
 
 
 def step_of(dit, latents, text, batch):
-    """The Flops of a training step of a DiT that is being trained, recomputation left out; arguments as in `forward`.
-    Counted once, and for other sizes in proportion to the tokens.
+    """Return the Flops of a training step on a DiT, without what activation checkpointing computes again. Arguments as
+    in `forward`. They are counted for one size, and scaled for others: linear layers by the number of tokens, attention
+    by the number of token pairs.
     """
     layers, tokens = lora_layers(dit), math.prod(latents) // 4
     key = repr(dit.config), tuple(layers), text
@@ -192,7 +197,7 @@ def step_of(dit, latents, text, batch):
 
 
 def _example(config, latents, text, batch):
-    """(a DiT without weights, and what it is given)."""
+    """Return (a DiT without weights, x, t, context, further inputs of its forward)."""
     dit, inputs = (
         new_dit(config).requires_grad_(False),
         parts_of(config.model_type).examples.inputs(config, (config.out_dim, *latents)),

@@ -503,9 +503,7 @@ def training(spec, builders, make_trainable):
         shards_encoder = trains_encoder and layout.fsdp_size > 1
         trained = sum(p.nbytes for p in params)
         encoder_bytes = nbytes(encoder) - trained * trains_encoder  # trained weights are counted separately
-        if (
-            shards_encoder
-        ):  # while DiT blocks are unsharded, so is the embedding table, but none of the encoder's blocks
+        if shards_encoder:  # while a DiT block is unsharded, so is the embedding table, but no block of the encoder
             encoder_bytes = encoder_bytes // layout.fsdp_size + nbytes(encoder.token_embedding)
         if not trains_encoder and (spec.encode_texts or spec.previews):
             phases["cache texts"], on_host_then = encoder_at_work(encoder, memory, cuda)
