@@ -1,1 +1,1 @@
-"""The machinery around the models: files, pipeline, memory, ranks, training, variants."""
+"""The machinery around the models: files, pipeline, memory, ranks, training and variants."""

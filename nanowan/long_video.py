@@ -1,4 +1,4 @@
-"""The segments of a video while it is made: in memory, or in files, from which a stopped video can be continued."""
+"""Keep the finished segments of a long video: in memory, or in files from which an interrupted run can be resumed."""
 
 import math
 import shutil
@@ -12,14 +12,17 @@ from nanowan.video import to_uint8, write_frames
 
 
 class SegmentFiles:
-    """The finished segments of one video, each in a file of a folder beside it: OUT.clips/clip_000.safetensors holds
-    its latents and its frames (n,H,W,3) uint8; after_000.safetensors, of the last one, the Video's state.
+    """The finished segments of one video, in files of a folder next to it. OUT.clips/clip_000.safetensors holds the
+    latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds the Video's state
+    after the last finished segment.
     """
 
-    on_every_rank = False  # one rank keeps them, in files that all read
+    on_every_rank = False  # one rank saves the segments, in files that all ranks read
 
     def __init__(self, out, key, resume):
-        """key: a hash of all that decides the video. Raises BadInput if the folder is another video's."""
+        """key: a hash of all that decides the video. resume: keep the segments that are there; else they are deleted.
+        Raises BadInput if they belong to another video.
+        """
         self.out, self.folder, self.key = Path(out), Path(out).with_suffix(".clips"), key
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -28,7 +31,7 @@ class SegmentFiles:
 
     @classmethod
     def open(cls, out, key, resume, world):
-        """The same on every rank: the first one clears the folder before the others look at it."""
+        """Return the SegmentFiles on every rank of `world`; rank 0 clears the folder before the others look at it."""
         if world.is_main:
             segments = cls(out, key, resume)
         world.barrier()
@@ -47,7 +50,7 @@ class SegmentFiles:
         return r
 
     def save(self, r, latents, frames, state):
-        save(self.state_file(r), state)  # before the segment, which counts as done once it is there
+        save(self.state_file(r), state)  # before the segment's file, whose existence marks the segment as done
         save(self.file(r), {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}, {"key": self.key})
         if r:
             self.state_file(r - 1).unlink(missing_ok=True)
@@ -56,7 +59,9 @@ class SegmentFiles:
         return load(self.state_file(r))[0]
 
     def write_video(self, video, comment, save_latents=None):
-        """The mp4 of all segments, with the Video's sound; save_latents: a file for their latents_0, latents_1, ..."""
+        """Write the mp4 of all segments, with the Video's sound, and delete the folder. save_latents: a file for the
+        segments' latents, as latents_0, latents_1, ...
+        """
         frames = (load(self.file(r))[0]["frames"].numpy() for r in range(self.count()))
         write_frames(self.out, frames, video.fps, comment, sound=video.sound, sound_offset=video.sound_offset)
         if save_latents:
@@ -66,7 +71,7 @@ class SegmentFiles:
 
 
 class SegmentsInMemory:
-    """The finished segments of one video: latents (C,T',h,w) and frames (3,n,H,W) of each."""
+    """The finished segments of one video in memory: the latents (C,T',h,w) and frames (3,n,H,W) of each."""
 
     on_every_rank = True
 
@@ -82,12 +87,12 @@ class SegmentsInMemory:
 
 
 def check_disk(out, video, done=0):
-    """Raise BadInput if the disk of `out` has no room for the segments of a Video that are not done, which all wait
-    there for the last one, and for the mp4.
+    """Raise BadInput if the disk of `out` has no room for the mp4 and for the segments of a Video that are not done.
+    The segments stay on the disk until the last one is done. done: how many are finished.
     """
     (_, frames, _, _), (width, height) = video.shape, video.size
-    pixels = 3 * 4 * frames * width * height  # of a segment, one byte each
-    waiting, mp4 = pixels + 4 * math.prod(video.shape), pixels // 20  # the latter at most, about
+    pixels = 3 * 4 * frames * width * height  # values in a segment's frames, one byte each
+    waiting, mp4 = pixels + 4 * math.prod(video.shape), pixels // 20  # the mp4's is an approximate upper limit
     states = 2 * sum(t.nbytes for t in video.state().values() if t is not None)
     need = (video.count - done) * waiting + video.count * mp4 + states
     parent = next(d for d in Path(out).absolute().parents if d.exists())
