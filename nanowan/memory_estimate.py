@@ -413,8 +413,8 @@ def sampling(spec, builders, device, dtype):
         "parallel": "guidance on two ranks",
     }
     denoising = "activations" + (f", {how[spec.mode]}" if spec.mode in how else "")
-    # With segments the DiT and the VAE alternate; both stay on the device if there is room. Of two experts, one counts:
-    # it is dropped before the other is loaded.
+    # With segments the DiT and the VAE alternate; both stay on the device if there is room. Of two experts only one
+    # counts, since it can be evicted for the other.
     both_stay = s.conditioning.by_segments and on_device + vae_bytes + max(step, decode) <= free
     phases = {"encode prompts": encoder}
     if encode:

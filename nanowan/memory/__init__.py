@@ -1,1 +1,1 @@
-"""Where weights lie, and decoding in less memory."""
+"""Keep weights on the device, on the host or streamed between them, and decode videos in less memory."""

@@ -1,7 +1,7 @@
-"""Host memory that a GPU copies from and to, and those copies, which run beside what the GPU computes.
+"""Allocate host memory for copies from and to a GPU, and run these copies while the GPU computes.
 
-The memory is pinned. Where that fails (WSL allows about 1 GB in all), a thread takes each copy through a small pinned
-ring instead: copies and computation keep their order, and no copy holds up the launch of a block.
+The memory is pinned. Where pinning fails (WSL allows about 1 GB in all), a thread moves each copy through a small
+pinned ring buffer: copies and computation keep their order, and no copy delays the launch of a block.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import torch
 
 from nanowan.errors import BadInput
 
-RING_SLOT = 256 << 20  # bytes of each of the ring's two buffers; half as many, and so on, where that cannot be pinned
+RING_SLOT = 256 << 20  # bytes of each of the ring's two buffers; halved until they can be pinned
 
 
 def pin(address, nbytes):
@@ -27,19 +27,19 @@ def unpin(address):
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 class HostPages(mmap.mmap):
-    """Pages of host memory, which for a GPU are pinned until nothing refers to them any more. PyTorch's own pinned
-    memory comes in powers of two.
+    """Pages of host memory that can be pinned for a GPU, for as long as something refers to them. PyTorch's own pinned
+    memory is not used, since its sizes are powers of two.
     """
 
-    can_pin = True  # until it has failed once in this process
-    device = None  # the number of the GPU for which they are pinned
+    can_pin = True  # whether pinning has never failed in this process
+    device = None  # the number of the GPU for which the pages are pinned
 
     def tensor(self):
-        """All of it, uint8. It lives as long as this tensor or a view of it."""
+        """Return all of the memory as a uint8 tensor. It is freed once this tensor and all views of it are gone."""
         return torch.frombuffer(self, dtype=torch.uint8)
 
     def pin(self, device):
-        """Pin them for copies to `device`, if that is a GPU; False where that fails."""
+        """Pin the pages for copies to `device`, if that is a GPU. Return False if that fails."""
         if device.type != "cuda":
             return True
         self.address = self.tensor().data_ptr()
@@ -47,7 +47,7 @@ class HostPages(mmap.mmap):
             pin(self.address, len(self))
         except RuntimeError:
             with contextlib.suppress(RuntimeError):
-                torch.ones(1, device=device)  # the next launch, whatever it computes, raises the same error once more
+                torch.ones(1, device=device)  # the next kernel launch, whichever it is, raises the same error again
             return False
         self.device = torch.cuda.current_device() if device.index is None else device.index
         return True
@@ -55,24 +55,28 @@ class HostPages(mmap.mmap):
     def __del__(self):
         if self.device is not None and not sys.is_finalizing():
             try:
-                torch.cuda.synchronize(self.device)  # a copy may be under way
+                torch.cuda.synchronize(self.device)  # a copy may still run
             finally:
                 unpin(self.address)
 
 
 def new_pages(nbytes, file=-1, flags=mmap.MAP_PRIVATE):
-    """HostPages of `nbytes` bytes, of an open file if its number is given. Raises BadInput where there is no room."""
+    """Return HostPages of `nbytes` bytes. file: the descriptor of an open file to map. Raises BadInput if there is no
+    room.
+    """
     try:
         pages = HostPages(file, max(1, nbytes), flags=flags)
     except OSError as e:
         raise BadInput(f"{nbytes / 1e9:.2f} GB of host memory are needed ({e.strerror})") from None
     with contextlib.suppress(OSError, AttributeError):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # filled four times as fast
+        pages.madvise(mmap.MADV_HUGEPAGE)  # huge pages are filled four times as fast
     return pages
 
 
 def pinned(pages, device, quiet=False):
-    """All of these HostPages (n,) uint8, pinned for copies to a device unless pinning has failed before."""
+    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device unless pinning has failed. quiet: do
+    not report a failure, and try again next time.
+    """
     if HostPages.can_pin and not pages.pin(torch.device(device)) and not quiet:
         HostPages.can_pin = False
         print(f"host memory: {len(pages) / 1e9:.2f} GB cannot be pinned; a thread copies in pieces", flush=True)
@@ -80,19 +84,21 @@ def pinned(pages, device, quiet=False):
 
 
 def host_buffer(nbytes, device, quiet=False):
-    """New host memory (nbytes,) uint8 for copies to and from a device. quiet: whether it is pinned matters little."""
+    """Allocate host memory (nbytes,) uint8 for copies to and from a device. quiet: as in `pinned`."""
     return pinned(new_pages(nbytes), device, quiet)[:nbytes]
 
 
 def shared_buffer(file, nbytes, device, create):
-    """Host memory (nbytes,) uint8 that the ranks of a machine share, as a file: one creates it, then the others map it.
-    Raises BadInput where the machine has too little shared memory.
+    """Return host memory (nbytes,) uint8 that the ranks of a machine share as a file. create: for the one rank that
+    creates the file, before the others map it. Raises BadInput if the machine has too little shared memory.
     """
     if create:
-        file.unlink(missing_ok=True)  # of a job that was killed
+        file.unlink(missing_ok=True)  # a killed job may have left the file
         try:
             with open(file, "wb") as f:
-                os.posix_fallocate(f.fileno(), 0, nbytes)  # where room is short, writing would end the process
+                os.posix_fallocate(
+                    f.fileno(), 0, nbytes
+                )  # without this check of the room, writing could kill the process
         except OSError as e:
             raise BadInput(
                 f"{file}: {nbytes / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its "
@@ -104,16 +110,16 @@ def shared_buffer(file, nbytes, device, create):
 
 # ---- copies ------------------------------------------------------------------------------------------------------
 class Copier:
-    """Copies between host memory and a device, on a CUDA stream of their own; on a CPU at once."""
+    """Copies between host memory and a device, on a separate CUDA stream. On a CPU, each copy is made at once."""
 
     def __init__(self, device):
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.thread, self.ring, self.last = None, None, None  # for memory that is not pinned; its newest copy
+        self.thread, self.ring, self.last = None, None, None  # for memory that is not pinned; last: the newest copy
 
     def copy(self, to, source):
-        """Copy after what the device was given so far, and beside what comes. Returns what `wait` takes; until then
-        neither tensor may be changed.
+        """Start a copy, which runs after all work that was launched so far and in parallel with later work. Returns a
+        handle for `wait`; neither tensor may be changed before `wait`.
         """
         if self.stream is None:
             to.copy_(source)
@@ -131,8 +137,8 @@ class Copier:
 
     @torch.no_grad()
     def _copy_in_pieces(self, given, up, pair):
-        """In the thread: host to device if `up`. The list `pair` is emptied, so that this copy keeps no memory once it
-        is waited for.
+        """Copy in the thread, from host to device if `up`, else back. given: the event after which to start. pair: the
+        list [to, source], which is emptied so that a finished copy keeps no memory.
         """
         source, to = (pair.pop().flatten().view(torch.uint8) for _ in range(2))
         if self.ring is None:
@@ -142,7 +148,7 @@ class Copier:
             size = len(self.ring[0][0])
             for i, (there, here) in enumerate(zip(to.split(size), source.split(size))):
                 slot, copied = self.ring[i % 2][0][: len(here)], self.ring[i % 2][1]
-                copied.synchronize()  # the piece that was in this slot
+                copied.synchronize()  # wait for the piece that was in this slot
                 if up:
                     slot.copy_(here)
                     there.copy_(slot, non_blocking=True)
@@ -155,7 +161,7 @@ class Copier:
             return self.stream.record_event()
 
     def wait(self, copied):
-        """What the device is given from now on comes after this copy."""
+        """Let all work that is launched from now on run after this copy. copied: what `copy` returned."""
         if isinstance(copied, concurrent.futures.Future):
             copied = copied.result()
         if copied is not None:
@@ -164,13 +170,15 @@ class Copier:
     def synchronize(self):
         """Wait until all copies are done."""
         if self.last is not None:
-            concurrent.futures.wait([self.last])  # one thread: all before it are done too
+            concurrent.futures.wait([self.last])  # there is one thread, so all earlier copies are done too
         if self.stream is not None:
             self.stream.synchronize()
 
 
 def pinned_slots(device):
-    """Two buffers of RING_SLOT bytes, or of as many as can be pinned; where none can, the driver copies twice."""
+    """Return two buffers of RING_SLOT bytes, or of as many as can be pinned. If no size can be pinned, they are not
+    pinned, and the driver copies twice.
+    """
     size = RING_SLOT
     while True:
         pages = new_pages(2 * size)

@@ -1,11 +1,12 @@
-"""Block swap: frozen blocks that stay on the host and are copied to the device for the time they run, two at a time.
+"""Block swap: frozen blocks stay on the host and are copied to the device to run, with room for two blocks there.
 
-A block is one flat buffer and one copy, which begins a block ahead, while the other computes: upwards in the forward
-pass, downwards in the backward pass, where checkpointing runs each block again before its gradient. The two blocks that
-are on the device where the direction turns serve both ways. Nothing is copied back, since nothing streamed is trained.
-What checkpointing keeps of each block, its input, lies on the host as well: of a long clip that is more than the
-weights. On a CPU the same ring works with plain copies. Used by --stream_blocks N, and for the text encoder where it
-does not fit on a GPU; after the idea of ZeRO-Infinity (Rajbhandari et al., 2021).
+A block is one flat buffer, copied at once. Its copy begins while the block before it computes. Blocks are copied in
+ascending order in the forward pass, and in descending order in the backward pass, where activation checkpointing runs
+each block again before its gradient. The two blocks that are on the device when the order turns are used in both
+passes. Weights are never copied back, since streamed weights are not trained. The input of each block, which
+checkpointing keeps, lies on the host too: for a long clip the inputs take more memory than the weights. On a CPU the
+same code makes plain copies. --stream_blocks N uses this, and so does a text encoder that does not fit on a GPU. The
+idea is that of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
 
 import contextlib
@@ -18,20 +19,22 @@ from nanowan.formats.dit import keep_fp32
 from nanowan.formats.header import count_blocks
 from nanowan.memory.host import host_buffer
 
-ALIGNED = 256  # bytes, where each tensor of a flat buffer begins: kernels choose by alignment
+ALIGNED = 256  # each tensor in a flat buffer begins at a multiple of so many bytes: kernels are chosen by alignment
 
 
 def spread(count, total):
-    """`count` block numbers of `total`, evenly apart: between two copies as much is computed everywhere."""
+    """Return `count` of `total` block numbers, evenly spaced, so that the same amount of computing lies between any two
+    copies.
+    """
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
 
 def device_bytes(entries, dtype, fp8, streamed):
-    """What a DiT's weights take on the device if so many of its blocks are streamed. entries: of its headers; fp8:
-    whether the matrices in blocks are in 8 bits.
+    """Return the bytes of a DiT's weights on the device if `streamed` of its blocks are streamed. entries: those of its
+    files' headers. fp8: whether the matrices in blocks are in 8 bits.
     """
     blocks, total = {n for n in entries if n.startswith("blocks.")}, count_blocks(entries)
-    resident = 1 if not streamed else min(1, (total - streamed + 2) / total)  # two are there at a time
+    resident = 1 if not streamed else min(1, (total - streamed + 2) / total)  # two streamed blocks at a time
 
     def nbytes(name, entry):
         in_fp8 = fp8 and name in blocks and len(entry.shape) == 2
@@ -41,7 +44,7 @@ def device_bytes(entries, dtype, fp8, streamed):
 
 
 def frozen(module):
-    """[(dictionary, key)] of a module's frozen parameters and its buffers."""
+    """Return [(dictionary, key)] of a module's frozen parameters and its buffers."""
     return [
         (values, k)
         for m in module.modules()
@@ -52,8 +55,8 @@ def frozen(module):
 
 
 class Flat:
-    """Tensors, [(dictionary, key)] of a module, that lie together in one buffer: on the host in `home`, once they are
-    settled there, or in a copy of it on the device.
+    """Tensors of a module that lie together in one buffer. That is `home`, on the host, once `settle` was called, or a
+    copy of it on the device. entries: the tensors as [(dictionary, key)].
     """
 
     home = None
@@ -66,7 +69,7 @@ class Flat:
             self.nbytes += -(-t.nbytes // ALIGNED) * ALIGNED
 
     def views(self, flat):
-        """The tensors that lie in a buffer (nbytes,) uint8."""
+        """Return the tensors as views of a buffer (nbytes,) uint8."""
         return [
             flat[begin : begin + n].view(dtype).as_strided(shape, stride)
             for begin, n, dtype, shape, stride in self.slots
@@ -76,7 +79,7 @@ class Flat:
         return [values[k] for values, k in self.entries]
 
     def settle(self, home):
-        """Let the tensors lie in `home` from now on, those of an empty model still without their values."""
+        """Move the tensors to the buffer `home`. Those of an empty model get their place there, but no values yet."""
         self.home = home
         for (values, k), view in zip(self.entries, self.views(home)):
             if not values[k].is_meta:
@@ -87,34 +90,35 @@ class Flat:
                 values[k] = view
 
     def use(self, flat):
-        """Let the module compute with the tensors in this copy of the buffer."""
+        """Let the module compute with the tensors in `flat`, which is `home` or a copy of it."""
         for t, view in zip(self.tensors(), self.views(flat)):
             t.data = view
 
 
 class InputsOnHost:
-    """Where checkpointing keeps its tensors, as torch.autograd.graph.save_on_cpu does; but buffers are pinned once, at
-    their own size, and used again, and a Copier copies while the device computes: in the backward pass the tensor that
-    was kept before another comes back together with it. `hooks()` is the context manager.
+    """Keeps on the host what activation checkpointing saves, as torch.autograd.graph.save_on_cpu does. Unlike there,
+    buffers are pinned once, at the size of their tensor, and used again, and a Copier copies while the device computes:
+    in the backward pass, fetching a tensor also starts the copy of the one that was saved before it. `hooks()` is the
+    context manager.
     """
 
     def __init__(self, copier):
         self.copier, self.device = copier, copier.device
         self.free = []
-        self.last, self.leaving = None, None  # weakref of the newest Kept; (copy, tensor) on its way to the host
+        self.last, self.leaving = None, None  # weakref to the newest Kept; (copy, tensor) being copied to the host
 
     def hooks(self):
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, t):
-        # older versions of torch's checkpoint also save an empty tensor of the CPU
+        # older versions of torch's checkpoint also save an empty tensor on the CPU
         return Kept(self, t) if t.device.type == self.device.type and t.numel() else t
 
     def _unpack(self, kept):
         return kept.unpack() if isinstance(kept, Kept) else kept
 
     def take(self, nbytes):
-        """A buffer of so many bytes or more. Where all free ones are smaller, one of them makes room."""
+        """Return a buffer of at least `nbytes` bytes: a free one, or a new one that replaces a smaller one."""
         self.free.sort(key=len)
         for i, flat in enumerate(self.free):
             if len(flat) >= nbytes:
@@ -124,8 +128,8 @@ class InputsOnHost:
         return host_buffer(nbytes, self.device)
 
     def let_go(self):
-        """Of the tensor that was copied to the host last, whose memory the device may use again after that. Not by
-        record_stream: that memory would be free only once the host sees the copy done, many blocks later.
+        """Release the tensor that was last copied to the host, so that the device can use its memory again after the
+        copy. record_stream would release it only once the host sees that the copy is done, many blocks later.
         """
         if self.leaving is not None:
             self.copier.wait(self.leaving[0])
@@ -133,7 +137,7 @@ class InputsOnHost:
 
 
 class Kept:
-    """A tensor on the host, in a buffer that is free again once nothing refers to this."""
+    """A tensor on the host. Its buffer becomes free when nothing refers to this object any more."""
 
     def __init__(self, store, t):
         self.store, self.flat, self.back = store, None, None
@@ -150,7 +154,7 @@ class Kept:
             self.store.free.append(self.flat)
 
     def fetch(self):
-        """Begin to copy the tensor back."""
+        """Start to copy the tensor back to the device."""
         if self.back is None:
             t = torch.empty_like(self.host, device=self.store.device)
             self.back = t, self.store.copier.copy(t, self.host)
@@ -167,25 +171,25 @@ class Kept:
 
 
 class Stream:
-    """Runs a model whose blocks `flats` {number: Flat} lie on the host. `copies`: block numbers in the order of their
-    copies; `bytes` copied; `waited()`: seconds that computing waited for them.
+    """Runs a model whose blocks `flats` {number: Flat} lie on the host. copies: block numbers in the order of their
+    copies. bytes: how many were copied. waited(): the seconds that computing waited for copies.
     """
 
     def __init__(self, model, flats, copier):
         self.flats, self.numbers, self.copier, self.cuda = flats, sorted(flats), copier, copier.stream is not None
-        self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest one that will run again
+        self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest block that will run again
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         self.inputs, self.ring = InputsOnHost(copier), None
         for i in self.numbers:
             model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i))
-        if hasattr(model, "surround_blocks"):  # a DiT, which may be trained through
+        if hasattr(model, "surround_blocks"):  # a DiT, which gradients may pass through
             model.checkpointing, model.cache_text_kv = True, False
             model.surround_blocks(self.inputs.hooks, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
 
     @contextlib.contextmanager
     def _in_phase(self, phase):
-        """Blocks run in a forward pass that keeps nothing ("forward"), in one whose blocks will run once more
-        ("recorded"), or for the second time, in the backward pass ("recompute").
+        """Set the phase of the `with` block: a forward pass without gradients ("forward"), a forward pass whose blocks
+        will run again ("recorded"), or the second run of blocks, in the backward pass ("recompute").
         """
         before, self.phase = self.phase, phase
         try:
@@ -194,13 +198,13 @@ class Stream:
             self.phase = before
 
     def open(self):
-        """Take the memory on the device for two blocks."""
+        """Allocate memory for two blocks on the device."""
         self.close()
         largest, device = max(f.nbytes for f in self.flats.values()), self.copier.device
         self.ring = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def close(self):
-        """Give it up, after the copy that the last block began ahead, for a pass that never came."""
+        """Free the memory for these blocks, after the copy that the last block started for a pass that never came."""
         self.copier.synchronize()
         for flat in self.flats.values():
             flat.use(flat.home)
@@ -211,11 +215,11 @@ class Stream:
         self.copier.synchronize()
 
     def ring_bytes(self):
-        """Bytes of the two buffers on the device."""
+        """Return the bytes of the two buffers on the device."""
         return sum(map(len, self.ring))
 
     def _fetch(self, i):
-        """Copy block i over the one of the two blocks on the device that is not computing, unless it is there."""
+        """Copy block i, if it is not on the device, over the one of the two blocks there that is not computing."""
         if i in self.resident:
             return
         slot = next(s for s in (0, 1) if self.resident[s] is None or self.resident[s] != self.current)
@@ -233,16 +237,18 @@ class Stream:
         self.bytes += flat.nbytes
 
     def next_block(self, i, phase):
-        """Which block is wanted after block i; None where both that the backward pass begins with are here."""
+        """Return the block to copy after block i, or None if the two blocks that the backward pass begins with are
+        already on the device.
+        """
         at, first = self.numbers.index(i), self.numbers[0]
         if phase == "recompute":
-            return first if i == self.lowest else self.numbers[at - 1]  # after the lowest comes the next pass
+            return first if i == self.lowest else self.numbers[at - 1]  # the next forward pass follows the lowest block
         if at + 1 < len(self.numbers):
             return self.numbers[at + 1]
         return first if self.lowest is None else None
 
     def _before(self, i):
-        """Block i is about to run: have its weights here, and start the copy of the next."""
+        """Before block i runs, wait for its weights and start the copy of the next block."""
         if self.phase != "recompute" and i == self.numbers[0]:
             self.lowest = None
         if self.phase == "recorded" and self.lowest is None:
@@ -264,7 +270,7 @@ class Stream:
             self._fetch(following)
 
     def waited(self):
-        """Seconds so far that computing waited for copies."""
+        """Return the seconds so far that computing waited for copies."""
         if self.cuda:
             torch.cuda.synchronize(self.copier.device)
             self.seconds += sum(a.elapsed_time(b) for a, b in self.waits) / 1000

@@ -1,4 +1,4 @@
-"""Where a model lies: on the device, on the host, or with some of its blocks streamed from there."""
+"""Place a model on the device or on the host, or stream some of its blocks from the host to the device."""
 
 import torch
 
@@ -8,11 +8,11 @@ from nanowan.memory.offload import Flat, Stream, frozen, spread
 
 
 class Placement:
-    """A model in memory: on the device while it runs, on the host while others need the room, `count` of its blocks
-    always there and streamed. Frozen weights do not change, so the host keeps its copy once there is one, and they are
-    only ever copied up. What is trained stays where its optimizer's states are.
+    """A model in memory: on the device while it runs, on the host while other models need the room. `count` of its
+    blocks always lie on the host and are streamed. Frozen weights do not change, so a copy of them on the host is kept,
+    and weights are only ever copied from the host to the device. Trained weights stay where their optimizer states are.
 
-    copier: a Copier. shared: whether the copy on the host is that of all ranks of this machine.
+    copier: a Copier. shared: whether all ranks of this machine share the copy on the host.
     """
 
     shared, stream = False, None
@@ -24,11 +24,11 @@ class Placement:
         if count > len(blocks):
             raise BadInput(f"--stream_blocks {count}: this model has {len(blocks)} blocks")
         self.streamed = {i: Flat(frozen(blocks[i])) for i in spread(count, len(blocks))}
-        self.resident = []  # what is not streamed
+        self.resident = []  # Flats of what is not streamed
         self._group()
 
     def _group(self):
-        """Put what is in no Flat yet, all that is not streamed and what has been added to the model, into one."""
+        """Put the frozen tensors that are in no Flat yet into one: those not streamed, and those added to the model."""
         if self.sharded:
             return
         known = {(id(values), k) for f in [*self.streamed.values(), *self.resident] for values, k in f.entries}
@@ -39,8 +39,8 @@ class Placement:
         return [*self.streamed.values(), *(self.resident if whole else [])]
 
     def settle(self, whole=False, buffer=None):
-        """Give the tensors of streamed blocks, or all if `whole`, their place on the host, in new memory or in
-        `buffer`; those of an empty model get their values there when they are loaded.
+        """Give the tensors of streamed blocks, or all frozen tensors if `whole`, a place on the host, in `buffer` or
+        in new memory. The tensors of an empty model get their values when they are loaded.
         """
         begin = 0
         for flat in self.flats(whole):
@@ -50,13 +50,15 @@ class Placement:
                 begin = end
 
     def nbytes(self, whole):
-        """Bytes on the host that `settle` still takes; where parallel/ has sharded the model, of this rank's part."""
+        """Return the bytes on the host that `settle` would still need. If parallel/ has sharded the model: the bytes of
+        this rank's part.
+        """
         if self.sharded:
             return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in self.model.parameters())
         return sum(f.nbytes for f in self.flats(whole) if f.home is None)
 
     def start(self):
-        """Have the model ready to run, once all its weights are loaded."""
+        """Make the model ready to run, after all its weights are loaded. Returns the Placement."""
         self._group()
         if self.streamed:
             self.settle()
@@ -68,7 +70,7 @@ class Placement:
         return next(self.model.parameters()).device.type == device.type
 
     def to(self, device):
-        """Have the model on the device where it runs, or else on the host."""
+        """Move the model to `device`: the one where it runs, or the host."""
         device = torch.device(device)
         if self.sharded:
             trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]

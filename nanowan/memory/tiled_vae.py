@@ -1,4 +1,4 @@
-"""Decoding a video in tiles, for less memory, or with the tiles split over ranks that share a clip."""
+"""Decode a video in tiles, to save memory or to split the work over ranks that share a clip."""
 
 import math
 
@@ -8,7 +8,9 @@ from vae import CausalConv3d, Resample
 
 
 def receptive_radius(decoder):
-    """How many latent pixels away a decoder's second part looks: 3x3 convolutions, each at its scale."""
+    """Return how many latent pixels away the inputs of a decoder's second part (forward_up) can be. Each 3x3
+    convolution adds one pixel at its scale.
+    """
     radius, scale = 0.0, 1
     for m in decoder.upsamples.modules():
         if isinstance(m, Resample):
@@ -18,22 +20,22 @@ def receptive_radius(decoder):
 
 
 def tile_overlap(decoder, tile):
-    """(latent pixels by which tiles overlap on each side, whether that is exact)."""
+    """Return (the latent pixels by which tiles overlap on each side, whether decoding in such tiles is exact)."""
     radius = receptive_radius(decoder)
     return (radius, True) if tile >= radius else (max(1, tile // 2), False)
 
 
 def tile_weights(start, end, overlap, exact, side, scale):
-    """The weight of each pixel of a decoded tile along one axis of a frame of `side` latent pixels, each of them
-    `scale` pixels: (n,) fp32 for the latent pixels [start, end) and up to `overlap` more on both sides.
+    """Return the weights (n,) fp32 of a decoded tile's pixels along one axis. The tile covers the latent pixels
+    [start, end) and up to `overlap` more on both sides, in a frame of `side` latent pixels, each `scale` pixels wide.
 
-    exact: 1 within the tile, 0 in its overlaps. Otherwise neighbours are cross-faded linearly across their common edge,
-    as far as the overlaps go. The weights of all tiles add up to 1.
+    exact: the weights are 1 within the tile and 0 in its overlaps. Otherwise neighbouring tiles are cross-faded
+    linearly across their common edge, over the width of the overlaps. The weights of all tiles add up to 1.
     """
     pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
 
     def ramp(edge):
-        """From 0 before a tile's edge to 1 behind it; at the frame's own edges there is nothing to fade to."""
+        """Rise from 0 before a tile's edge to 1 after it. There is no fading at the frame's edges."""
         if edge in (0, side):
             return torch.full_like(pixel, edge == 0)
         return ((pixel - edge * scale) / (1 if exact else 2 * overlap * scale) + 0.5).clamp(0, 1)
@@ -43,10 +45,12 @@ def tile_weights(start, end, overlap, exact, side, scale):
 
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
-    """VAE.decode in tiles of `tile` latent pixels a side, which takes the memory of one of them. They overlap by as
-    many pixels as a result depends on, which is exact; if `tile` is smaller than that, by half a tile, and are
-    cross-faded, which is not. ranks: of several ranks that hold z, (this one's number, how many there are, a function
-    that sums a tensor over them); each decodes some of the tiles.
+    """Decode latents z as VAE.decode does, in tiles of `tile` latent pixels a side, with the memory of one tile. Tiles
+    overlap by as many pixels as a pixel depends on, which is exact. If `tile` is smaller than that, they overlap by
+    half a tile and are cross-faded, which is not exact.
+
+    ranks: (this rank's number, the number of ranks, a function that sums a tensor over them) if several ranks hold z
+    and each decodes some of the tiles.
     """
     B, _, T, h, w = z.shape
     st, sh, sw = vae.stride
@@ -73,7 +77,9 @@ def decode_tiled(vae, z, tile, ranks=None):
 
 
 def smallest_tile(size, least, ranks):
-    """The side, `least` or more, of square tiles that cover latents of `size` (h,w), at most one for each rank."""
+    """Return the smallest side, at least `least`, of square tiles that cover latents of `size` (h,w) with at most one
+    tile for each rank.
+    """
     h, w = size
     side = least
     while math.ceil(h / side) * math.ceil(w / side) > ranks and side < max(h, w):
@@ -82,8 +88,9 @@ def smallest_tile(size, least, ranks):
 
 
 def tile_report(decoder, tile, frames, decode_first):
-    """How a decode in tiles differs from a whole one: not at all, or by how much in the first frame. frames (3,T,H,W):
-    decoded in tiles. decode_first() -> the whole first frame (B,3,1,H,W).
+    """Return a line that says whether decoding in tiles is exact or, if not, by how much the first frame differs from
+    one decoded without tiles. frames (3,T,H,W): decoded in tiles. decode_first() -> the first frame (B,3,1,H,W),
+    decoded without tiles.
     """
     overlap, exact = tile_overlap(decoder, tile)
     error = "exact"
