@@ -1,6 +1,6 @@
 """Training and sampling on several GPUs under torchrun: data parallel, FSDP2, Ulysses, pipeline, guidance halves.
 
-What is computed equals what one process with the same global batch computes.
+The result equals that of one process with the same global batch.
 
     torchrun --nproc_per_node=8 train_lora.py ...                       data parallel
     torchrun --nproc_per_node=8 train_lora.py --fsdp ...                the frozen weights sharded (train_te.py: the
@@ -10,10 +10,11 @@ What is computed equals what one process with the same global batch computes.
     torchrun --nproc_per_node=8 train_lora.py --pipeline_stages 2 ...   each rank holds half of the blocks
     torchrun --nproc_per_node=2 sample.py --guidance_parallel ...       the two halves of guidance
 
-One rule holds everywhere: every rank holds all adapters (they are small) and computes some part of the gradient, and
-the sum over all ranks is the gradient. So clipping, the optimizer, averages and files are those of one process. The
-engines are PyTorch's: fully_shard, DeviceMesh, all-to-all, pipelining. world.py has the ranks; fsdp.py, ulysses.py and
-pipeline_parallel.py one strategy each, a function apply_*(model, world) that is done to a built DiT from outside.
+One rule holds everywhere: every rank holds all adapters (they are small) and computes a part of the gradient, and the
+sum over all ranks is the gradient. So gradient clipping, the optimizer, EMA and files are those of one process. The
+engines are PyTorch's: fully_shard, DeviceMesh, all-to-all, pipelining. world.py describes the ranks. fsdp.py,
+ulysses.py and pipeline_parallel.py contain one strategy each: a function apply_*(model, world) that changes a built
+DiT from outside.
 """
 
 import torch.distributed as dist
@@ -40,7 +41,9 @@ __all__ = [
 
 
 def parallelize(model, world):
-    """Split a DiT, still empty or with weights, as the flags ask; adapters, already in place, stay whole."""
+    """Split a DiT, with or without weights, over the ranks as the flags ask. Its adapters, already injected, are not
+    split.
+    """
     if world.sp_size > 1:
         apply_ulysses(model, world)
     if world.pp_size > 1:
@@ -52,8 +55,8 @@ def parallelize(model, world):
 
 
 def backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate a Batch's loss times `loss_weight`; returns the part of it that this rank adds to the sum over
-    ranks. context (B,S,text_dim) and lens (B,) as Wan.forward takes them.
+    """Back-propagate a Batch's loss times `loss_weight`. Returns the part of this loss that this rank adds to the sum
+    over ranks. context (B,S,text_dim) and lens (B,) as Wan.forward takes them.
     """
     if world.pp_size > 1:
         from nanowan.parallel.pipeline_parallel import pipeline_backward
@@ -65,7 +68,9 @@ def backward(world, model, batch, context, lens, loss_weight):
 
 
 def gather_state(world, tensors):
-    """{name: tensor}, whole and on the CPU, the same on every rank: rank 0's, or those of all stages of a pipeline."""
+    """Return {name: tensor}, unsharded and on the CPU, the same on every rank: the tensors of rank 0 or, in a pipeline,
+    of all stages.
+    """
     tensors = {k: full_tensor(v).to("cpu") for k, v in tensors.items()}
     if world.pp_size == 1:
         return world.broadcast_from_rank0(lambda: tensors)

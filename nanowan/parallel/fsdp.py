@@ -1,21 +1,22 @@
-"""Weights sharded over ranks (FSDP2): each block is gathered while it runs, its gradients are summed."""
+"""Shard weights over ranks (FSDP2): each block is gathered while it runs, and its gradients are summed over ranks."""
 
 import torch
 import torch.nn as nn
 
 
 def apply_fsdp(model, world):
-    """Shard a DiT's frozen weights; adapters, already in place, stay whole."""
+    """Shard the frozen weights of a DiT's blocks. Adapters, already injected, and weights outside of blocks are not."""
     for block in model.blocks:
         shard(block, world, {p for p in block.parameters() if p.requires_grad})
-    # nothing more than the adapters is left out here; blocks under one root are gathered ahead
+    # This shards nothing more, but makes the DiT the root: under one root, blocks are gathered ahead of their use.
     shard(model, world, {p for p in model.parameters() if not is_sharded(p)})
     model.cache_text_kv = False
 
 
 def shard(module, world, whole=(), dtype=None):
-    """Shard a module's parameters over the ranks that see all samples and tokens together, but for those in `whole`;
-    gradients are summed, in fp32. dtype: what is computed in, if that is not the weights' own.
+    """Shard a module's parameters, except those in `whole`, over the ranks that together see all samples and tokens.
+    Gradients are summed over these ranks. dtype: what the module computes in, while gradients are summed in fp32; None:
+    the weights' own dtype for both.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,7 +33,7 @@ def is_sharded(p):
 
 
 def shard_like(t, like):
-    """A whole tensor cut like the parameter `like`; itself where that is whole, or it is cut already."""
+    """Return an unsharded tensor t sharded as the parameter `like`; t itself if `like` is unsharded or t is sharded."""
     if not is_sharded(like) or is_sharded(t):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -41,10 +42,10 @@ def shard_like(t, like):
 
 
 def full_tensor(t):
-    """A tensor whole again; every rank calls this."""
+    """Return a tensor unsharded. Every rank must call this."""
     return t.full_tensor() if is_sharded(t) else t
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale the gradients down to a common norm of at most `max_norm`; returns what it was."""
+    """Scale the gradients so that their common norm is at most `max_norm`. Returns the norm before scaling."""
     return full_tensor(nn.utils.clip_grad_norm_(params, max_norm)).item()

@@ -1,4 +1,4 @@
-"""Blocks on different ranks, samples going down the pipeline one after another (1F1B, Narayanan et al., 2019)."""
+"""Put blocks on different ranks and send samples through this pipeline one by one (1F1B, Narayanan et al., 2019)."""
 
 import functools
 import math
@@ -14,8 +14,8 @@ PIPELINES = weakref.WeakKeyDictionary()  # {model: its Pipeline}
 
 
 def apply_pipeline(model, world):
-    """Each rank of a pipeline keeps a run of blocks. Outside of training steps tokens are broadcast from stage to
-    stage, so that Wan.forward works on every rank as ever; a training step is `pipeline_backward`.
+    """Let each rank of a pipeline keep only a range of consecutive blocks. Outside of training steps, tokens are
+    broadcast from stage to stage, so that Wan.forward works on every rank. A training step is `pipeline_backward`.
     """
     if world.pp_size > len(model.blocks):
         raise BadInput(f"--pipeline_stages {world.pp_size}: this model has {len(model.blocks)} blocks")
@@ -24,18 +24,18 @@ def apply_pipeline(model, world):
 
 
 def pipeline_backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate a Batch's loss times `loss_weight` through the model's Pipeline; returns the part of the loss that
-    this rank adds to the sum over ranks.
+    """Back-propagate a Batch's loss times `loss_weight` through the model's Pipeline. Returns the part of this loss
+    that this rank adds to the sum over ranks.
     """
     return PIPELINES[model].backward(world, model, batch, context, lens, loss_weight)
 
 
 class Pipeline:
-    """One rank's part of a DiT. It holds the blocks of its own stage; the others' places are taken by IdentityBlock."""
+    """One rank's part of a DiT: the blocks of its own stage. IdentityBlocks replace the blocks of other stages."""
 
     def __init__(self, model, world):
         total, stages, group = len(model.blocks), world.pp_size, world.group("pp")
-        self.schedules, self.in_schedule = {}, False  # a schedule hands the tokens on by itself
+        self.schedules, self.in_schedule = {}, False  # while a schedule runs, it sends the tokens
         for stage in range(stages):
             blocks = range(total * stage // stages, total * (stage + 1) // stages)
             if stage == world.pp_rank:
@@ -56,7 +56,7 @@ class Pipeline:
         leaf = context.detach()[micro.order].requires_grad_(context.requires_grad)
         args, losses = [batch.x[micro.order].to(world.device)] if is_first else [], []
         kwargs = dict(t=batch.t[micro.order].to(world.device), context=leaf, lens=lens[micro.order])
-        if is_last:  # what the loss of a microbatch is told is its number
+        if is_last:  # the "target" of a microbatch is its number, which its loss is given
             kwargs |= dict(target=torch.arange(len(micro.order)), losses=losses)
         schedule, stage = self.schedule(world, model, batch.x.shape, len(micro.order))
         stage.microbatches = micro
@@ -66,16 +66,16 @@ class Pipeline:
         finally:
             self.in_schedule = False
         tokens = 4 * len(micro.order) * math.prod(stage.grid) * model.config.dim
-        world.count("tokens", tokens * (not is_last) + tokens * (not is_first))  # downwards, and gradients upwards
+        world.count("tokens", tokens * (not is_last) + tokens * (not is_first))  # tokens downwards, gradients upwards
         if context.requires_grad:
-            gradient = torch.zeros_like(context)  # this stage's blocks may not have read the text
+            gradient = torch.zeros_like(context)  # this stage's blocks may not have used the text
             if leaf.grad is not None:
                 gradient = gradient.index_add(0, torch.tensor(micro.order, device=leaf.device), leaf.grad)
             context.backward(gradient)
         return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """(Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches; built once, then cached."""
+        """Return (Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches. It is built once."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         key = (tuple(shape), count)
@@ -91,8 +91,8 @@ class Pipeline:
 
 
 def first_messages(stage):
-    """The messages by which a PipelineStage opens its connections, cast to fp32: torch 2.9 sends them in one dtype and
-    expects another (pytorch/pytorch#165539).
+    """Return the messages with which a PipelineStage opens its connections, cast to fp32: torch 2.9 sends them in one
+    dtype and expects another (pytorch/pytorch#165539).
     """
     messages = type(stage)._get_init_p2p_neighbors_ops(stage)
     for message in messages:
@@ -101,8 +101,8 @@ def first_messages(stage):
 
 
 class Microbatches:
-    """A Batch cut into single samples: `order`, which sample each is. A pipeline takes at least as many as it has
-    stages; those beyond the batch repeat its first sample and weigh nothing.
+    """A Batch cut into single samples. order: the index in the Batch of each microbatch's sample. A pipeline needs at
+    least as many microbatches as stages; surplus ones repeat the first sample with weight 0.
     """
 
     def __init__(self, batch, loss_weight, stages, device):
@@ -113,7 +113,9 @@ class Microbatches:
         self.weights = [loss_weight / count] * count + [0.0] * surplus
 
     def loss(self, v, index):
-        """What microbatch `index`, a tensor of one number, adds to the batch's loss. v (1,C,T',h,w): its velocity."""
+        """Return what microbatch `index` (a tensor of one number) adds to the batch's loss. v (1,C,T',h,w): its
+        predicted velocity.
+        """
         i = self.order[index]
         error = (v - self.batch.target[i : i + 1].to(self.device)).square()
         if self.batch.loss_mask is not None:
@@ -122,13 +124,13 @@ class Microbatches:
 
 
 class Stage(nn.Module):
-    """What one rank of a pipeline computes of a DiT."""
+    """The part of a DiT that one rank of a pipeline computes."""
 
     def __init__(self, model, blocks, grid, is_first, is_last):
         super().__init__()
-        self.model = weakref.ref(model)  # PIPELINES, which holds this, is to forget a model that is dropped
+        self.model = weakref.ref(model)  # weak, so that PIPELINES, which refers to this Stage, forgets a dropped model
         self.blocks, self.grid, self.is_first, self.is_last = blocks, grid, is_first, is_last
-        self.microbatches = None  # those of the step that is under way
+        self.microbatches = None  # the Microbatches of the current step
 
     def forward(self, x, t, context, lens):
         model = self.model()
@@ -141,14 +143,14 @@ class Stage(nn.Module):
 
 
 class IdentityBlock(nn.Module):
-    """In the place of a block that another rank has."""
+    """The stand-in for a block that another rank has."""
 
     def forward(self, x, *conditions):
         return x
 
 
 def broadcast_activations(x, source, group, world):
-    """The tokens x as rank `source` has them, on all ranks of the group."""
+    """Return the tokens x of rank `source` on all ranks of the group."""
     x = x.clone()
     if world.rank == source:
         world.count("tokens", x.nbytes * (world.pp_size - 1))

@@ -1,4 +1,4 @@
-"""Tokens of a clip shared by ranks, and in self-attention its heads (DeepSpeed-Ulysses, Jacobs et al., 2023)."""
+"""Split a clip's tokens over ranks, and the heads in self-attention (DeepSpeed-Ulysses, Jacobs et al., 2023)."""
 
 import torch
 import torch.distributed as dist
@@ -9,9 +9,9 @@ from nanowan.errors import BadInput
 
 
 def apply_ulysses(model, world, kind=None):
-    """Let each rank of a clip compute its slice of the tokens, whatever tokens there are, and in self-attention some
-    heads of all tokens. Slices are equally long: the last is filled up with zeros, which attention never sees. kind:
-    Ulysses, or FirstRank for a plan.
+    """Let each rank of a clip compute a slice of all tokens, a variant's extra tokens included, and in self-attention
+    some heads of all tokens. Slices have the same length: the last ones are padded with zeros, which attention never
+    sees. kind: Ulysses (default), or FirstRank for a memory plan.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
@@ -20,13 +20,13 @@ def apply_ulysses(model, world, kind=None):
 
 
 class Ulysses:
-    """What Wan.share_tokens asks for. U ranks, L tokens of the clip, L' = ceil(L / U) of a rank."""
+    """The functions for Wan.share_tokens. U: ranks; L: tokens of the clip; L' = ceil(L / U): tokens of a rank."""
 
     def __init__(self, world):
         self.world, self.rank, self.size, self.group = world, world.sp_rank, world.sp_size, world.group("sp")
 
     def scatter(self, x, c):
-        """All tokens x (B,L,D) and their BlockInputs -> this rank's (B,L',D) and its BlockInputs."""
+        """Cut all tokens x (B,L,D) and their BlockInputs to this rank's slice: (B,L',D) and BlockInputs for it."""
         tokens, rows = c.tokens, c.adaln.shape[1]
         row = tokens.row
         if row is None and rows > 1:
@@ -40,7 +40,7 @@ class Ulysses:
         return self.own_slice(x, 1), c._replace(tokens=local)
 
     def own_slice(self, t, dim):
-        """This rank's slice of a dimension of L tokens, in memory of its own: L' long, with zeros beyond the last."""
+        """Return a copy of this rank's slice of a dimension of L tokens: L' long, padded with zeros."""
         length = t.shape[dim]
         part = -(-length // self.size)
         begin, end = (min(part * r, length) for r in (self.rank, self.rank + 1))
@@ -48,25 +48,27 @@ class Ulysses:
         return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, part - t.shape[dim]))
 
     def gather(self, y, c):
-        """This rank's (B,L',D) -> all tokens (B,L,D), on every rank; c: the BlockInputs of all."""
+        """Gather the slices y (B,L',D) of the ranks into all tokens (B,L,D), on every rank. c: the BlockInputs of all
+        tokens.
+        """
         self.world.count("tokens", y.nbytes * (self.size - 1))
         return torch.cat(Gather.apply(y, self.rank, self.size, self.group), 1)[:, : c.tokens.length]
 
     def attend(self, q, k, v, weights, eps, heads, rope):
-        """As wan.attend, of this rank's tokens with all others."""
+        """Compute wan.attend between this rank's tokens and all tokens."""
         q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
-        q = self.seq_to_heads(q, rope.length)  # not stacked: these are the largest of a rank's tensors
+        q = self.seq_to_heads(q, rope.length)  # one after the other, since q, k and v are a rank's largest tensors
         k = self.seq_to_heads(k, rope.length)
         v = self.seq_to_heads(v.unflatten(2, (heads, -1)), rope.length)
         return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Every head of this rank's tokens (B,L',N,d) -> this rank's heads of all tokens (B,L,N/U,d)."""
+        """Exchange all heads of this rank's tokens (B,L',N,d) for this rank's heads of all tokens (B,L,N/U,d)."""
         x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
         return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
-        """This rank's heads of all tokens (B,L,D/U) -> every head of this rank's tokens (B,L',D)."""
+        """Exchange this rank's heads of all tokens (B,L,D/U) for all heads of this rank's tokens (B,L',D)."""
         part = -(-y.shape[1] // self.size)
         if missing := part * self.size - y.shape[1]:
             y = F.pad(y, (0, 0, 0, missing))
@@ -74,20 +76,20 @@ class Ulysses:
         return y.permute(1, 2, 0, 3).flatten(2)
 
     def exchange(self, x):
-        """Slice i of x (U,...) goes to rank i; slice i of the result came from it."""
+        """Send slice i of x (U,...) to rank i; slice i of the result comes from rank i."""
         from torch.distributed._functional_collectives import all_to_all_single_autograd
 
         nbytes = x.nbytes * (self.size - 1) // self.size
         self.world.count("tokens", nbytes)
         y = all_to_all_single_autograd(x.contiguous(), None, None, self.group)
         if y.requires_grad:
-            y.register_hook(lambda gradient: self.world.count("tokens", nbytes))  # it goes the same way back
+            y.register_hook(lambda gradient: self.world.count("tokens", nbytes))  # the gradient is exchanged too
         return y
 
 
 class Gather(torch.autograd.Function):
-    """Every rank's x, in a tuple; backwards a rank takes the gradient of its own, since all of them compute the same
-    from here on.
+    """Gather every rank's x into a tuple. In the backward pass a rank takes only the gradient of its own x, since all
+    ranks compute the same after this.
     """
 
     @staticmethod
@@ -103,7 +105,9 @@ class Gather(torch.autograd.Function):
 
 
 class FirstRank(Ulysses):
-    """The first of world.sp_size ranks, for plans: takes as much memory as with the others, and waits for nobody."""
+    """The first of world.sp_size ranks, for memory plans: it uses as much memory as it would among the other ranks, but
+    communicates with none.
+    """
 
     def __init__(self, world):
         self.rank, self.size = 0, world.sp_size

@@ -1,4 +1,4 @@
-"""Which ranks there are, and what they tell each other: the device mesh, all-reduces, broadcasts, bytes counted."""
+"""The ranks of a run and how they communicate: device mesh, all-reduces, broadcasts, and a count of the bytes sent."""
 
 import contextlib
 import datetime
@@ -14,14 +14,16 @@ import torch.distributed as dist
 
 from nanowan.errors import BadInput
 
-# Ranks wait for each other's share of the cache; a dead rank ends the job at once, through torchrun.
+# Long, since ranks wait while others compute their share of the cache. If a rank dies, torchrun ends the job at once.
 TIMEOUT = datetime.timedelta(hours=4)
-BUCKET = 1 << 25  # numbers that are summed over ranks at once, about
-DIMS = ("dp", "cfg", "pp", "sp")  # the mesh, slowest first: neighbours in rank exchange the most
+BUCKET = 1 << 25  # about how many numbers are summed over ranks at once
+DIMS = ("dp", "cfg", "pp", "sp")  # of the mesh, slowest first, so that ranks with adjacent numbers exchange the most
 
 
 class HostShare(NamedTuple):
-    """How a machine's ranks share one host copy of a part's weights: the first fills a file, the others map it."""
+    """How a machine's ranks share one host copy of a model's weights: the first rank fills a file, and the others map
+    it. path_of(model): the file.
+    """
 
     is_first: bool
     barrier: Callable[[], None]
@@ -29,22 +31,22 @@ class HostShare(NamedTuple):
 
 
 class World:
-    """This process among the `size` that torchrun started, as a context manager; without torchrun, or with
-    distributed=False, one rank that communicates with nobody and can be used all the same.
+    """This process among the `size` processes that torchrun started; a context manager. Without torchrun, or with
+    distributed=False, it is a single rank, whose methods work without communication.
 
         with World(device, fsdp=args.fsdp, ulysses_size=args.ulysses_size) as world: ...
 
-    rank, size       of all processes; rank 0 `is_main`, and only it prints
-    device           this rank's own
+    rank, size       among all processes; rank 0 `is_main`, and it alone prints
+    device           the device of this rank
     dp_rank, dp_size    ranks that see different samples
-    cfg_rank, cfg_size  the two halves of guidance
+    cfg_rank, cfg_size  ranks that compute the two halves of guidance
     pp_rank, pp_size    stages of a pipeline of blocks
-    sp_rank, sp_size    parts of a clip's tokens (Ulysses)
+    sp_rank, sp_size    ranks that split a clip's tokens (Ulysses)
     clip_group_size  ranks that work on the same clip while sampling, one of which `is_writer`
-    split_tiles      (index, count, add_up) for VAE.decode where several ranks share a clip, else None
-    sent             bytes that this rank has given to collectives and neighbours, by kind
+    split_tiles      `ranks` of decode_tiled, (index, count, add_up), where several ranks share a clip, else None
+    sent             {kind: bytes} that this rank has sent in collectives and to neighbouring stages
 
-    Raises BadInput where the number of processes does not fit the flags.
+    Raises BadInput if the number of processes does not fit the flags.
     """
 
     def __init__(self, device, fsdp=False, ulysses_size=1, pipeline_stages=1, cfg_parallel=False, distributed=None):
@@ -56,7 +58,7 @@ class World:
         if min(ulysses_size, pipeline_stages) < 1 or self.size % model_size:
             raise BadInput(
                 f"--ulysses_size {ulysses_size}, --pipeline_stages {pipeline_stages}"
-                f"{', --guidance_parallel' * cfg_parallel}: {self.size} processes do not divide by {model_size}; "
+                f"{', --guidance_parallel' * cfg_parallel}: {self.size} processes are not a multiple of {model_size}; "
                 f"start torchrun with --nproc_per_node {model_size} or a multiple"
             )
         if fsdp and not distributed:
@@ -74,7 +76,7 @@ class World:
             self.split_tiles = self.cfg_rank * self.sp_size + self.sp_rank, self.clip_group_size, self._add_up_tiles
 
     def _init_process_group(self):
-        """-> the mesh of all ranks, with the dimensions DIMS."""
+        """Initialize torch.distributed and return the mesh of all ranks, with the dimensions DIMS."""
         device_type = torch.device(self.device).type
         if device_type == "cuda":
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -89,17 +91,17 @@ class World:
 
     def __enter__(self):
         self._silence = contextlib.ExitStack()
-        if not self.is_main:  # every line is said once
+        if not self.is_main:  # only rank 0 prints
             self._silence.enter_context(contextlib.redirect_stdout(self._silence.enter_context(open(os.devnull, "w"))))
         return self
 
     def __exit__(self, kind, error, traceback):
         self._silence.close()
-        if self.distributed and error is None:  # after an error others may wait in a collective: the process just ends
+        if self.distributed and error is None:  # after an error, others may wait in a collective
             dist.destroy_process_group()
 
     def group(self, *dims):
-        """The process group along one dimension of the mesh, or along several taken as one."""
+        """Return the process group along one dimension of the mesh, or along several dimensions flattened into one."""
         mesh = self.mesh[dims] if len(dims) == 1 else self.mesh[dims]._flatten("_".join(dims))
         return mesh.get_group()
 
@@ -108,7 +110,7 @@ class World:
             dist.all_reduce(torch.zeros(1))
 
     def host_share(self):
-        """The HostShare of this machine's ranks, or None where there is one rank or each has its own part."""
+        """Return the HostShare of this machine's ranks; None for one rank, or if ranks hold different weights."""
         if not self.distributed or self.fsdp or self.pp_size > 1 or int(os.environ["LOCAL_WORLD_SIZE"]) == 1:
             return None
         folder = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
@@ -116,21 +118,21 @@ class World:
         return HostShare(os.environ["LOCAL_RANK"] == "0", self.barrier, lambda part: folder / f"{prefix}-{part}")
 
     def count(self, kind, nbytes):
-        """Note that this rank gave `nbytes` to others."""
+        """Add to `sent` that this rank sent `nbytes` to others."""
         self.sent[kind] = self.sent.get(kind, 0) + int(nbytes)
 
     def seed(self, *what, same=False):
-        """Seed torch's generator from these values and this rank's dp_rank; `same`: alike on all ranks."""
+        """Seed torch's generator from these values and, unless `same`, from this rank's dp_rank."""
         torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.dp_rank]))).getrandbits(62))
 
     def all_ranks(self, yes, dim=None):
-        """Whether all ranks say yes, or all along one dimension of the mesh: what each finds by itself, such as its
-        free memory, may differ.
+        """Whether `yes` is true on all ranks, or on all ranks along one dimension of the mesh. Ranks may differ in what
+        they measure, such as their free memory.
         """
         return bool(self.least(yes, dim))
 
     def least(self, value, dim=None):
-        """The smallest of all ranks' numbers, or of those along one dimension of the mesh."""
+        """Return the smallest `value` of all ranks, or of the ranks along one dimension of the mesh."""
         if not self.distributed:
             return value
         smallest = torch.tensor(float(value), dtype=torch.float64, device=self.device)
@@ -138,14 +140,14 @@ class World:
         return smallest.item()
 
     def broadcast_from_rank0(self, f):
-        """f() of rank 0, on every rank: so that all see the same files, which are read once."""
+        """Return f() of rank 0 on every rank, so that files are read once and all ranks see the same."""
         value = [f() if self.is_main else None]
         if self.distributed:
             dist.broadcast_object_list(value, 0)
         return value[0]
 
     def gather_lists(self, values):
-        """The lists of all ranks, one after the other, on every rank."""
+        """Return the lists of all ranks, concatenated, on every rank."""
         if not self.distributed:
             return values
         lists = [None] * self.size
@@ -154,15 +156,15 @@ class World:
 
     # ---- data and gradients --------------------------------------------------------------------------------------
     def local_indices(self, n):
-        """Which of a global batch's n samples are this rank's, and what fraction of them that is. A rank for which
-        there are none computes the first for nothing, since the others wait for it in every layer.
+        """Return (the indices of this rank's samples in a global batch of n samples, what fraction of the n they are).
+        A rank without samples gets sample 0 and the fraction 0, since the other ranks wait for it in every layer.
         """
         indices = list(range(self.dp_rank, n, self.dp_size))
         return indices or [0], len(indices) / n
 
     def all_reduce_grads(self, params, *numbers):
-        """Sum the gradients of replicated parameters, and numbers, over all ranks; returns the numbers. Every rank gets
-        the same bits. Sharded parameters are left alone: fully_shard has summed theirs.
+        """Sum the gradients of replicated parameters, and `numbers`, over all ranks. Returns the summed numbers. Every
+        rank gets the same bits. Sharded parameters are left alone: fully_shard has summed their gradients.
         """
         if not self.distributed:
             return numbers
@@ -181,7 +183,7 @@ class World:
 
     # ---- sampling ------------------------------------------------------------------------------------------------
     def exchange_cfg(self, v):
-        """This rank's half of guidance -> (conditional, unconditional), on both."""
+        """Exchange this rank's half of guidance, v, with the other rank. Returns [conditional, unconditional]."""
         halves = [torch.empty_like(v) for _ in range(2)]
         dist.all_gather(halves, v.contiguous(), self.group("cfg"))
         self.count("halves", v.nbytes)
@@ -194,7 +196,9 @@ class World:
 
 
 def buckets(params):
-    """Parameters in lists of about BUCKET numbers: all of a text encoder's gradients in fp32 are 23 GB."""
+    """Yield lists of parameters with about BUCKET numbers each: the gradients of a whole text encoder take 23 GB in
+    fp32.
+    """
     bucket, numbers = [], 0
     for p in params:
         bucket.append(p)
