@@ -945,7 +945,13 @@ def test_the_report_says_what_was_done(tmp_path):
     assert items[0].bucket[:2] == (96, 48) and found["enlarged"]["files"] == 3
     assert found["enlarged"]["worst"] == 1.5 and found["cropped"]["worst"] < 0.01
     lines = report.text(found)
-    wanted = "3 files, 1 skipped", "mirrored, read so: 1", "put on white: 1", "over 512 tokens", "22% of them used"
+    wanted = (
+        "3 files, 1 skipped",
+        "mirrored, read mirrored: 1",
+        "put on white: 1",
+        "over 512 tokens",
+        "22% of them used",
+    )
     for line in (*wanted, "enlarged: 3, 1.5 times on average", "d.mp4: has no caption"):
         assert line in lines
 

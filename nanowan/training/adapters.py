@@ -1,4 +1,4 @@
-"""The LoRA that is trained: the files from which it starts (--init_lora), and how much it changes."""
+"""The LoRA that is trained: the files that it starts from (--init_lora), and how far it moves the weights."""
 
 import torch
 
@@ -9,8 +9,9 @@ from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lo
 
 
 def initial_loras(specs, pipe, schedule, new_adapter):
-    """{expert: file} of --init_lora. A file that does not say which expert it is for goes to the only one trained.
-    Raises BadInput, before anything is computed, for a file that is no start for the adapter new_adapter.
+    """Return {expert: file} of --init_lora. A file that names no expert is for the only expert that is trained. specs:
+    the flag's values. schedule: from flags.expert_schedule. new_adapter: the pipeline.Adapter to train. Raises
+    BadInput, before anything is computed, for a file that this adapter cannot start from.
     """
     files = {}
     for spec in specs:
@@ -31,6 +32,8 @@ def initial_loras(specs, pipe, schedule, new_adapter):
 
 @torch.no_grad()
 def relative_change(pairs, scale, norms):
-    """||dW|| / ||W|| of all {module name: (A, B)} as one matrix; norms: of their weights, from weight_norms."""
+    """Return ||dW|| / ||W|| of all adapted weights, taken as one matrix. pairs: {module name: (A, B)}. norms: {module
+    name: norm of its weight}, from lora.weight_norms.
+    """
     moved = sum(change_norm(a, b, scale) ** 2 for a, b in pairs.values())
     return (moved / sum(norms[name] ** 2 for name in pairs)).sqrt().item()

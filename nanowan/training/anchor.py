@@ -1,4 +1,4 @@
-"""The anchor of train_te.py: a penalty on moving the embeddings of prompts that hold no keyword."""
+"""The anchor of train_te.py: a penalty on moving the embeddings of prompts that contain no keyword."""
 
 import random
 
@@ -8,7 +8,9 @@ from data import collate
 
 
 class Anchor:
-    """Holds the embeddings that an encoder has of `prompts` now. weight: of the penalty, beside the loss."""
+    """A penalty on moving the embeddings of `prompts` away from what the encoder gives now. weight: of the penalty,
+    which is added to the loss. seed: decides which prompts each step draws.
+    """
 
     @torch.no_grad()
     def __init__(self, encoder, prompts, weight, seed):
@@ -16,8 +18,9 @@ class Anchor:
         self.before = {p: encoder.encode([p])[0][0].cpu() for p in prompts}
 
     def back_propagate(self, step, count, batch, world):
-        """Back-propagate how far `count` prompts of a step have moved, relative to their size, `batch` of them at once
-        on each rank; returns this rank's part of that, unweighted.
+        """Back-propagate the penalty of one step: the squared distance that the embeddings of `count` prompts have
+        moved, relative to their squared norm. Each rank encodes `batch` prompts at a time. Returns this rank's part of
+        the sum, without the weight.
         """
         prompts = random.Random(f"{self.seed} anchors {step}").choices(self.prompts, k=count)
         size = sum(self.before[p].float().square().sum() for p in prompts) * (world.size // world.dp_size)

@@ -1,4 +1,4 @@
-"""Keywords in captions: where they stand, and how captions are shortened for training."""
+"""Keywords in captions: where they occur, and how captions are shortened for training."""
 
 import math
 import re
@@ -7,9 +7,9 @@ from nanowan.errors import BadInput
 
 
 def spans(caption, keyword):
-    """[(begin, end)] of a word or phrase in a caption, in capitals or not. Within a longer word it does not count,
-    unless the script puts no spaces between words, or glues endings to them (from Thai on in Unicode: Chinese,
-    Japanese, Korean).
+    """Return [(begin, end)] of each occurrence of a keyword (a word or phrase) in a caption, in any case. An occurrence
+    within a longer word does not count, except in scripts that put no spaces between words or attach endings to them
+    (from Thai on in Unicode: Chinese, Japanese, Korean).
     """
     before, after = (
         "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
@@ -22,39 +22,42 @@ def has_keyword(caption, keywords):
 
 
 def is_cut_off(caption, keyword, tokenizer):
-    """Whether a caption is so long that no token of the keyword's first place in it is read."""
+    """Whether the keyword first occurs in a caption after the last token that the encoder reads."""
     begin = spans(caption, keyword)[0][0]
     return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
 
 
 def count_files(items, keyword, tokenizer=None):
-    """How many files of some scan.Items have a caption with the keyword; with a tokenizer, where it is read."""
+    """Count the files of scan.Items that have a caption with the keyword; with a tokenizer, a caption in which the
+    encoder reads it.
+    """
     holding = {(item.path, c) for item in items for c in item.captions if has_keyword(c, [keyword])}
     return len({path for path, c in holding if tokenizer is None or not is_cut_off(c, keyword, tokenizer)})
 
 
 def without_keywords(captions, keywords):
-    """Those of some captions that hold none of the keywords."""
+    """The captions that contain none of the keywords."""
     return [c for c in captions if not has_keyword(c, keywords)]
 
 
 def replace_keyword(caption, keyword, word):
-    """A caption with another word wherever the keyword stands."""
+    """Return a caption with `word` in place of every occurrence of the keyword."""
     for begin, end in reversed(spans(caption, keyword)):
         caption = caption[:begin] + word + caption[end:]
     return caption
 
 
-# What captions are shortened by: words, and characters of scripts that put no spaces between words (Thai to Tibetan,
-# Burmese, Khmer, Chinese, Japanese), with the marks on them.
+# The units by which captions are shortened: words, and single characters, with the marks on them, of scripts that put
+# no spaces between words (Thai to Tibetan, Burmese, Khmer, Chinese, Japanese).
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
 UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 
 
 def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
-    """What a step shows of a caption: one with a keyword alone, shortened to a few words around it, or whole, in the
-    shares `mode_probs`; a whole caption loses up to a fifth of its words at the chance `trim_prob`, never a keyword.
+    """Return what a step sees of a caption. A caption with keywords becomes a keyword alone, a few words around a
+    keyword, or the whole caption, in the shares `mode_probs`. A whole caption loses up to a fifth of its words with
+    probability `trim_prob`, but never a keyword. rng: a random.Random.
     """
     present = [k for k in keywords if has_keyword(caption, [k])]
     u = rng.random() * sum(mode_probs)
@@ -78,7 +81,7 @@ def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
 
 
 def join_units(caption, units):
-    """Some units of a caption, with a space between two where there was one somewhere between them."""
+    """Join some units of a caption, with a space between two if the caption has whitespace anywhere between them."""
     text, end = "", 0
     for m in units:
         spaced = any(c.isspace() for c in caption[end : m.start()])
@@ -87,7 +90,7 @@ def join_units(caption, units):
 
 
 def parse_probs(text):
-    """--caption_mode_probs: three shares, of a keyword alone, a shortened caption and a whole one. Raises BadInput."""
+    """Return --caption_mode_probs: shares of a keyword alone, a shortened caption and a whole one. Raises BadInput."""
     try:
         probs = [float(v) for v in text.split(",")]
     except ValueError:

@@ -1,7 +1,7 @@
 """The flags that both trainers share: definitions, recommended values, checks.
 
-A value comes from, in this order: the flag; the checkpoint's config.json ("train"); RECOMMENDED below; the variant's
-row in VARIANTS. `resolve` applies it, once.
+A flag's value is the first of these that exists: the flag itself; "train" in the checkpoint's config.json; RECOMMENDED
+below; the checkpoint's Settings (size, frames, shift). `resolve` applies this order, once.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from nanowan.settings import check_frames, parse_size
 from nanowan.training.scan import nearest_bucket
 from nanowan.training.sources import CLIP_MODES
 
-# for released sizes; nano's config.json has its own, under "train"
+# for released sizes; nano has its own values under "train" in its config.json
 RECOMMENDED = {
     "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
     | {"save_every": 100},
-    # a save of the whole encoder is 39 GB and takes about a minute, as long as a hundred steps
+    # a save of the full encoder, state and result, writes 39 GB in about a minute, the time of a hundred steps
     "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
     | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
     | {"save_every": 500},
 }
-POSITIVE = 1e-9  # as a lowest value
+POSITIVE = 1e-9  # the lowest value of flags that must be above 0
 
 
 def comma_list(text):
@@ -39,14 +39,18 @@ def comma_list(text):
 
 
 def clip_mode(text):
-    """A name of CLIP_MODES; what `spaced` was called before, and musubi-tuner calls something else, is refused."""
+    """Return --clip_mode's value; refuse `uniform`, the old name of `spaced`, which in musubi-tuner means something
+    else.
+    """
     if text == "uniform":
         raise argparse.ArgumentTypeError("uniform: it is called spaced (one clip of frames far apart)")
     return text
 
 
 def data_set(text):
-    """--data's value as {"source": FILE}; a JSON object, as config files are read, has other DATA_KEYS too."""
+    """Return --data's value as a dict: {"source": FILE}, or the JSON object into which Parser turns a config file's
+    table, with any of DATA_KEYS.
+    """
     values = json.loads(text) if text.startswith("{") else {"source": text}
     if strange := [k for k in values if k not in DATA_KEYS]:
         raise argparse.ArgumentTypeError(f"{strange[0]}: no setting of a data set, which are {', '.join(DATA_KEYS)}")
@@ -56,7 +60,7 @@ def data_set(text):
 
 
 def parse_checkpointing(text):
-    """--checkpointing: a number of blocks; True for all, which config files say as true; None for auto."""
+    """Return --checkpointing's value: a number of blocks, True for all (`true` in config files) or None for auto."""
     words = {"auto": None, "all": True, "none": 0, "true": True, "false": 0}
     if text not in words and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text}: give a number of blocks, all, none or auto")
@@ -64,16 +68,20 @@ def parse_checkpointing(text):
 
 
 def add_flags(p, script, out):
-    """Add the flags of both trainers. script: of RECOMMENDED; out: the default of --out."""
+    """Add the flags of both trainers. script: a key of RECOMMENDED. out: the default of --out."""
     recommended = RECOMMENDED[script]
     add = p.add_argument_group("model and output").add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
-    add("--expert", choices=("high", "low", "both"), help="which expert of an A14B to train (default: both, in turns)")
+    add(
+        "--expert",
+        choices=("high", "low", "both"),
+        help="which expert of an A14B to train (default: both, alternating)",
+    )
     add(
         "--steps_per_expert",
         type=int,
         default=50,
-        help="steps on one expert before the other's turn (default: %(default)s)",
+        help="steps on one expert before the run switches to the other (default: %(default)s)",
     )
     add(
         "--text_encoder",
@@ -87,72 +95,96 @@ def add_flags(p, script, out):
         "--data",
         type=data_set,
         action="append",
-        help="folder of images and clips with .txt captions, or a JSONL or CSV of paths and captions; may be repeated, "
-        "and in a --config file have settings of its own (default: clips of the nano toy world)",
+        help="folder of images and clips with .txt captions, or a JSONL or CSV of paths and captions; may be repeated; "
+        "in a --config file each data set can have its own settings (default: clips of the nano toy world)",
     )
-    add("--cache", help="cache folder (default: cache/ beside the first of the data)")
+    add("--cache", help="cache folder (default: cache/ in the first data folder, or next to the first list)")
     add("--cache_only", action="store_true", help="fill the cache and exit")
-    add("--resolution", help="WIDTHxHEIGHT in px; buckets of other aspects have its area (default: the checkpoint's)")
-    add("--frames", type=int, help="frames per sample at most, 4k+1 (default: the checkpoint's)")
+    add(
+        "--resolution",
+        help="WIDTHxHEIGHT in px; buckets with other aspect ratios have the same area (default: the checkpoint's "
+        "config.json, else its variant's)",
+    )
+    add(
+        "--frames",
+        type=int,
+        help="maximum frames per sample, 4k+1, for S2V 4k (default: the checkpoint's config.json, else its variant's)",
+    )
     modes = "; ".join(f"{k}: {v}" for k, v in CLIP_MODES.items())
     add(
         "--clip_mode",
         type=clip_mode,
         choices=list(CLIP_MODES),
         default="first",
-        help=f"frames to take of a longer clip: {modes} (default: first)",
+        help=f"which frames to take from a longer clip; {modes} (default: first)",
     )
     add(
         "--caption_dropout",
         type=float,
         default=0.1,
-        help="share of samples trained without caption, and without sound (S2V) or face (Animate), so that "
-        "classifier-free guidance works (default: %(default)s)",
+        help="share of samples trained without their caption, and without sound (S2V) or face (Animate), which "
+        "classifier-free guidance needs (default: %(default)s)",
     )
     add(
         "--i2v_prob",
         type=float,
         default=0.0,
-        help="TI2V: share of clips trained with their first frame given (default: %(default)s)",
+        help="TI2V: share of clips trained as image-to-video, with the first frame given (default: %(default)s)",
     )
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: share of long enough samples trained as a segment that continues another (default: 0.5)",
+        help="S2V, Animate: share of the samples with enough frames that are trained as the continuation of another "
+        "segment (default: 0.5)",
     )
     add(
         "--held_out",
         type=float,
         default=0.05,
-        help="share of files kept for the held-out loss, 16 at most (default: %(default)s)",
+        help="share of files, at most 16 files, that are not trained on but kept for the held-out loss "
+        "(default: %(default)s)",
     )
     add = p.add_argument_group("training").add_argument
-    add("--steps", type=int, help=f"optimizer steps (default: the checkpoint's, or {recommended['steps']})")
+    add(
+        "--steps",
+        type=int,
+        help=f'optimizer steps (default: from "train" in the checkpoint\'s config.json, else {recommended["steps"]})',
+    )
     add(
         "--batch",
         type=int,
-        help=f"samples per step and data-parallel rank (default: the checkpoint's, or {recommended['batch']})",
+        help="samples per batch on each data-parallel rank (default: the checkpoint's config.json, else "
+        f"{recommended['batch']})",
     )
-    add("--accumulate", type=int, default=1, help="batches per step (default: %(default)s)")
-    add("--lr", type=float, help=f"peak learning rate (default: the checkpoint's, or {recommended['lr']:g})")
+    add("--accumulate", type=int, default=1, help="batches whose gradients make up one step (default: %(default)s)")
+    add(
+        "--lr",
+        type=float,
+        help=f"peak learning rate (default: the checkpoint's config.json, else {recommended['lr']:g})",
+    )
     add(
         "--weight_decay",
         type=float,
-        help=f"AdamW's weight decay (default: the checkpoint's, or {recommended['weight_decay']:g})",
+        help=f"AdamW's weight decay (default: the checkpoint's config.json, else {recommended['weight_decay']:g})",
     )
     add("--warmup", type=int, default=10, help="steps of learning-rate warmup (default: %(default)s)")
     add(
         "--schedule",
         choices=("constant", "cosine"),
         default="cosine",
-        help="learning-rate schedule; cosine ends at a tenth (default: %(default)s)",
+        help="learning-rate schedule; cosine falls to a tenth of --lr (default: %(default)s)",
     )
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add(
+        "--grad_clip",
+        type=float,
+        default=1.0,
+        help="norm to which larger gradients are scaled down (default: %(default)s)",
+    )
     add(
         "--grad_spike_factor",
         type=float,
         default=100.0,
-        help="skip a step whose gradient norm is this many times the recent median (default: %(default)s)",
+        help="skip a step whose gradient norm exceeds this many times the recent median (default: %(default)s)",
     )
     add(
         "--max_skipped", type=int, default=10, help="stop after this many skipped steps in a row (default: %(default)s)"
@@ -161,15 +193,21 @@ def add_flags(p, script, out):
         "--ema",
         type=float,
         default=0.0,
-        help="decay of a moving average of the weights, which is then what is saved (default: 0, none)",
+        help="decay of a moving average of the weights, which is saved in their place (default: 0, no average)",
     )
     add("--min_t", type=float, default=0.0, help="lowest training timestep, 0 (clean) to 1 (noise) (default: 0)")
     add("--max_t", type=float, default=1.0, help="highest training timestep (default: 1)")
-    add("--shift", type=float, help="shift of the training timesteps towards noise (default: the checkpoint's)")
+    add(
+        "--shift",
+        type=float,
+        help="shift of the training timesteps towards noise (default: the checkpoint's config.json, else its "
+        "variant's)",
+    )
     add(
         "--t_distribution",
         choices=("logit-normal", "uniform"),
-        help="distribution of the training timesteps before the shift (default: the checkpoint's, or logit-normal)",
+        help="distribution of the training timesteps before the shift (default: the checkpoint's config.json, else "
+        "logit-normal)",
     )
     add(
         "--checkpointing",
@@ -177,15 +215,15 @@ def add_flags(p, script, out):
         const=True,
         type=parse_checkpointing,
         metavar="N",
-        help="how many DiT blocks recompute their activations in the backward pass: a number, all (also without a "
-        "value), none, or auto, which is as few as memory allows (default: auto)",
+        help="number of DiT blocks with activation checkpointing: a number, all (also without a value), none, or "
+        "auto, as few as memory allows (default: auto)",
     )
     add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
     add(
         "--seed",
         type=int,
         default=0,
-        help="random seed (data order, captions, timesteps, noise, dropout) (default: %(default)s)",
+        help="random seed of data order, captions, timesteps, noise and dropout (default: %(default)s)",
     )
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add(
@@ -197,36 +235,37 @@ def add_flags(p, script, out):
         "--attention",
         choices=CHOICES,
         default="auto",
-        help="self-attention on a GPU (default: auto, the fastest exact one)",
+        help="self-attention kernel on a GPU (default: auto, the fastest exact kernel)",
     )
     add = p.add_argument_group("several GPUs, under torchrun; --batch is per data-parallel rank").add_argument
     add("--fsdp", action="store_true", help="shard the weights over the ranks (FSDP2)")
     add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip (default: %(default)s)")
-    add("--pipeline_stages", type=int, default=1, help="ranks that share the blocks (default: %(default)s)")
+    add("--pipeline_stages", type=int, default=1, help="ranks that share the DiT's blocks (default: %(default)s)")
     add = p.add_argument_group("logs, previews and saves").add_argument
     add(
         "--save_every",
         type=int,
-        help=f"steps between saves (default: the checkpoint's, or {recommended['save_every']})",
+        help=f"steps between saves (default: the checkpoint's config.json, else {recommended['save_every']})",
     )
     add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
     add(
         "--previews",
-        help="text file or JSONL of prompts to sample while training, as sample.py --prompts takes them; S2V and "
-        "Animate sample them under the conditions of held-out clips",
+        help="text file or JSONL of prompts to sample during training, in the format of sample.py --prompts; S2V and "
+        "Animate take the other inputs from held-out clips",
     )
     add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
     add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: --resolution)")
     add("--preview_frames", type=int, help="frames of previews (default: --frames)")
-    add("--preview_steps", type=int, help="steps of previews (default: 20, or the checkpoint's if those are fewer)")
+    add("--preview_steps", type=int, help="sampling steps of previews (default: the checkpoint's, at most 20)")
     add("--log_every", type=int, default=10, help="steps between lines on the screen (default: %(default)s)")
     add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project (needs the wandb package)")
     add("--resume", action="store_true", help="continue from the last state in --out")
 
 
 def recommended_flags(s, script):
-    """{flag: value} of a trainer for a checkpoint, by its Settings: the "train" entry of its config.json, in which
-    {script: {flag: value}} is what differs between the trainers, over RECOMMENDED. Raises BadInput for unknown names.
+    """Return {flag: value} of a trainer for a checkpoint with Settings s: the "train" entry of its config.json over
+    RECOMMENDED. In that entry, {script: {flag: value}} holds the values of one trainer, and the others are for both.
+    Raises BadInput for unknown names.
     """
     general = {"resolution": "{}x{}".format(*s.size), "frames": s.frames, "shift": s.shift}
     known = {name: {*general, *flags} for name, flags in RECOMMENDED.items()}
@@ -239,15 +278,18 @@ def recommended_flags(s, script):
 
 
 def encoder_lora_lr(s):
-    """--lr of train_te.py --rank. A checkpoint's own rate for whole blocks does for LoRAs too: on nano ten times that
-    lost old words (docs/experiments.md). Released models have none; there it is ten times RECOMMENDED's, LoRAs' usual.
+    """Return --lr of train_te.py --rank. A rate for whole blocks in the checkpoint's config.json serves LoRAs too: on
+    nano, ten times that rate lost known words (docs/experiments.md). Released models have no such rate; their LoRAs get
+    ten times RECOMMENDED's, as is usual for LoRAs.
     """
     lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
     return lr or 10 * RECOMMENDED["train_te"]["lr"]
 
 
 def resolve(args, s, script):
-    """Fill in the flags that were not given, for a checkpoint with Settings s, and check those of add_flags."""
+    """Fill in the flags that were not given, for a checkpoint with Settings s, and check the flags of add_flags. Raises
+    BadInput.
+    """
     for name, value in recommended_flags(s, script).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -285,7 +327,9 @@ def resolve(args, s, script):
 
 
 def data_source(values, args, s):
-    """The DataSource of one of --data's values, with what it leaves out from the resolved flags. Raises BadInput."""
+    """Return the DataSource of one --data value; what the value leaves out comes from the resolved flags. Raises
+    BadInput.
+    """
     name = f"--data {values['source']}"
     size = values.get("resolution", args.resolution)
     size = tuple(size) if isinstance(size, list) else parse_size(size, "--resolution")
@@ -313,7 +357,7 @@ def data_source(values, args, s):
 
 
 def data_config(args, s, default):
-    """The DataConfig of resolved flags. default(): the folder to take without --data."""
+    """Return the DataConfig of resolved flags. default() -> the data folder to use without --data."""
     sources = tuple(data_source(values, args, s) for values in args.data or [{"source": default()}])
     first = sources[0].source
     cache = Path(args.cache or (first if first.is_dir() else first.parent) / "cache")
@@ -321,13 +365,13 @@ def data_config(args, s, default):
 
 
 def check_data(data, pipe):
-    """Raise BadInput where --data is not given and the nano world has no clips for the checkpoint of a Pipeline."""
+    """Raise BadInput if --data is not given and the nano world has no clips for the Pipeline's checkpoint."""
     if not data and pipe.settings.conditioning.by_segments:
         raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {pipe.dir}")
 
 
 def check_ranges(args, **ranges):
-    """Raise BadInput for numbers out of range; per flag the lowest and the highest value."""
+    """Raise BadInput for a flag that is out of range. ranges: {flag: (lowest, highest)}; infinity is always refused."""
     for flag, (low, high) in ranges.items():
         value = getattr(args, flag)
         if not low <= value <= high or value == math.inf:
@@ -336,8 +380,8 @@ def check_ranges(args, **ranges):
 
 
 def check_blocks(args, num_blocks):
-    """Check --checkpointing and --stream_blocks of a DiT with so many blocks. Streaming needs all of them to recompute,
-    and whole blocks on each rank.
+    """Check --checkpointing and --stream_blocks for a DiT of num_blocks blocks. Streaming needs activation
+    checkpointing in all blocks, and turns it on, and needs whole blocks on each rank. Raises BadInput.
     """
     check_ranges(args, stream_blocks=(0, num_blocks))
     if args.checkpointing not in (None, True):
@@ -358,7 +402,7 @@ def check_blocks(args, num_blocks):
 
 
 def parse_blocks(text, total):
-    """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all."""
+    """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all. Raises BadInput."""
     if not text:
         return list(range(total))
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
@@ -373,8 +417,9 @@ def parse_blocks(text, total):
 
 
 def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
-    """{name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order of their turns.
-    expert, min_t, max_t: the flags; s: the Settings. Raises BadInput for limits that leave an expert nothing.
+    """Return {name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order in which the
+    DiTs alternate. expert, min_t, max_t: the flags. s: the Settings. Raises BadInput if the limits leave an expert no
+    timesteps.
     """
     ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)} if expert else {"dit": (0.0, 1.0)}
     ranges = ranges if expert in (None, "both") else {expert: ranges[expert]}
@@ -389,19 +434,21 @@ def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
 
 
 def pick(config_class, args, **more):
-    """A dataclass filled from the flags of its fields' names, and `more`."""
+    """Return a config_class whose fields take the flags of the same names, and the values in `more`."""
     names = {f.name for f in fields(config_class)} & vars(args).keys()
     return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
 def bucket_of(args, s):
-    """The bucket (width, height, frames) of media in the aspect of --resolution, of resolved flags."""
+    """Return the bucket (width, height, frames) of media with the aspect ratio of --resolution; args: resolved."""
     width, height = parse_size(args.resolution, "--resolution")
     return *nearest_bucket(width, height, width * height, s.size_multiple), args.frames
 
 
 def training_spec(args, s, **more):
-    """The memory_estimate.TrainingSpec of resolved flags; more: its further fields, over what flags alone say."""
+    """Return the memory_estimate.TrainingSpec of resolved flags. more: further fields, which take precedence over the
+    flags.
+    """
     return memory_estimate.TrainingSpec(
         **dict(
             settings=s,
@@ -420,8 +467,8 @@ def training_spec(args, s, **more):
 
 
 def fit(args, pipe, predict):
-    """The Plan of a run, printed, with as much checkpointing as it needs, which args and the Pipeline are given;
-    predict(checkpointing) -> a Plan. Raises BadInput where the host's memory is too small.
+    """Choose how many blocks use activation checkpointing, set that in args and in the Pipeline, print the run's Plan
+    and return it. predict(checkpointing) -> a Plan. Raises BadInput if the host's memory is too small.
     """
     args.checkpointing, need = choose_checkpointing(args.checkpointing, pipe.world, args.device, predict)
     pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
@@ -431,9 +478,9 @@ def fit(args, pipe, predict):
 
 
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """(how many blocks recompute their activations or True for all, the Plan): as the flag says, or if it is None as
-    few as a run can do with in nine tenths of the memory. predict(checkpointing) -> a Plan. memory: bytes of the device
-    (default: what is free on it, of a CPU each rank's share).
+    """Return (the number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value;
+    None: as few blocks as let the run fit into nine tenths of the memory. predict(checkpointing) -> a Plan. memory:
+    bytes of the device (default: its free memory; on a CPU, each rank's share of it).
     """
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
     limit, plans = 0.9 * world.least(memory), {}
@@ -447,15 +494,16 @@ def choose_checkpointing(wanted, world, device, predict, memory=None):
     if excess(0) <= 0:
         return 0, plans[0]
     print(
-        f"checkpointing: without it {memory_estimate.gb(plans[0].peak)} would be needed of {memory_estimate.gb(memory)}"
+        f"checkpointing: without it the run would take {memory_estimate.gb(plans[0].peak)} of "
+        f"{memory_estimate.gb(memory)}"
     )
     n = fewest(excess, 0, plans[0].learning_blocks, plans[0].peak - limit)
     return (True, predict(True)) if n is None else (n, plans[n])
 
 
 def fewest(excess, low, high, excess_of_low):
-    """The smallest number in (low, high] at which excess(n), which falls evenly but for the last step, is not positive;
-    None where it is positive even at `high`. excess_of_low, that at `low`, is positive.
+    """Return the smallest n in (low, high] with excess(n) <= 0, or None if excess(high) > 0. excess falls linearly in
+    n, except perhaps in the last step. excess_of_low: excess(low), which is positive.
     """
     (n0, e0), (n1, e1) = (low, excess_of_low), (high, excess(high))
     if e1 > 0:

@@ -1,4 +1,4 @@
-"""Words that train_te.py teaches: their token embeddings, where these start from, and whether captions hold them."""
+"""The words that train_te.py teaches: their token embeddings, what these start from, which captions contain them."""
 
 import re
 from collections import Counter
@@ -12,13 +12,13 @@ from nanowan.errors import BadInput
 from nanowan.training.captions import UNITS, has_keyword, is_cut_off, replace_keyword, spans, without_keywords
 from t5 import EOS, PAD, UNK
 
-INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search, for each keyword
+INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # --keyword_init search: samples per keyword, and words that it tries
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
 class Keyword(NamedTuple):
-    """One of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; NAME=placeholder:N, which gets N rows of
-    the table that no text uses.
+    """One value of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; or NAME=placeholder:N, which gets N
+    rows of the embedding table that no text uses.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Keyword(NamedTuple):
 
 
 def parse_keyword(text):
-    """A Keyword from its flag. Raises BadInput."""
+    """Parse one value of --keywords into a Keyword. Raises BadInput."""
     name, _, value = text.partition("=")
     match = re.fullmatch(r"placeholder:([1-9]\d?)", value)
     if not name or (value.startswith("placeholder") and not match):
@@ -36,9 +36,10 @@ def parse_keyword(text):
 
 
 def placeholder_tokens(tokenizer, rows, count, taken=()):
-    """`count` rows of an embedding table of `rows` rows that no ordinary text uses and that are not `taken`: [(id, the
-    text that spells it, or None where only this project's tokenizer reaches it)]. Sentencepiece's <extra_id_N> come
-    first, since other software reaches these too. Raises BadInput where there are fewer.
+    """Choose `count` token ids that no ordinary text uses and that are not `taken`, out of an embedding table of `rows`
+    rows. Returns [(id, the text that spells it, or None if only this project's tokenizer can produce it)].
+    Sentencepiece's <extra_id_N> come first, since other software can produce them too. Raises BadInput if fewer ids are
+    left.
     """
     size, found = tokenizer.pieces.get_piece_size(), []
     for i in reversed(range(size)):
@@ -53,8 +54,8 @@ def placeholder_tokens(tokenizer, rows, count, taken=()):
 
 
 def add_placeholders(keywords, tokenizer, rows):
-    """Give the Keywords with placeholders rows of their own, in the tokenizer: {name: ids}. Prints how to prompt for
-    them elsewhere.
+    """Give each Keyword with placeholders its own token ids, add them to the tokenizer, and return {name: ids}. rows:
+    the number of rows of the embedding table. Prints how to prompt for these keywords in other software.
     """
     taken, ids_of = set(), {}
     for keyword in keywords:
@@ -71,8 +72,9 @@ def add_placeholders(keywords, tokenizer, rows):
 
 
 def keyword_token_ids(keywords, captions, tokenizer):
-    """{keyword: ids of the pieces that spell it}, as it is given and as captions write it, but for those that a caption
-    without a keyword uses; all of a spelling's where it has none of its own. Never the unknown, the end, a bare space.
+    """Return {keyword: ids of the tokens that spell it}, both as the keyword is given and as captions write it. Tokens
+    that occur in captions without a keyword are left out, unless a spelling has no other tokens. The unknown token, the
+    end token and a bare space never count.
     """
     shared = shared_token_ids(keywords, captions, tokenizer)
     ids = {}
@@ -84,31 +86,34 @@ def keyword_token_ids(keywords, captions, tokenizer):
 
 
 def own_pieces(word, tokenizer):
-    """The ids of a word that stand for letters."""
+    """The ids of a word's tokens that stand for letters."""
     return [i for i in tokenizer.ids(word) if is_own_piece(i, tokenizer)]
 
 
 def is_own_piece(i, tokenizer):
-    """Whether a token stands for letters of its own: not the unknown, the end, or a bare space."""
+    """Whether a token stands for letters or is a placeholder: not padding, the unknown token, the end token or a bare
+    space.
+    """
     beyond = i >= tokenizer.pieces.get_piece_size()  # a placeholder
     return beyond or i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
 
 
 def shared_token_ids(keywords, captions, tokenizer):
-    """Ids of the pieces of all captions without a keyword."""
+    """The ids of all tokens in captions without a keyword."""
     return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 
 def initial_words(keywords, search, encoder, dataset, schedule):
-    """{keyword: the word that it starts as}, of Keywords: as they say, and the others as `search_initial_words` finds
-    if `search`, at the timesteps of the first expert of `schedule` {name: (low, high)}. The same on all ranks.
+    """Return {keyword: the word whose embeddings it starts from}. A Keyword's own `initial` word is taken; for the
+    others, if `search`, search_initial_words finds one at the timesteps of the first expert of `schedule` {name: (low,
+    high)}. The result is the same on all ranks.
     """
     found = {k.name: k.initial for k in keywords if k.initial}
     if search:
         first, (low, high) = next(iter(schedule.items()))
         searched = [k.name for k in keywords if k.name not in found]
         found |= search_initial_words(searched, encoder, dataset, first, low, high)
-    found = dataset.world.broadcast_from_rank0(lambda: found)  # ranks may round otherwise
+    found = dataset.world.broadcast_from_rank0(lambda: found)  # ranks may round differently
     for keyword, word in found.items():
         print(f"keyword {keyword!r}: starts as {word!r}")
     return found
@@ -116,12 +121,13 @@ def initial_words(keywords, search, encoder, dataset, schedule):
 
 @torch.no_grad()
 def search_initial_words(keywords, encoder, dataset, name, low, high):
-    """{keyword: the known word to start from}: the words of captions without keywords take a keyword's place in its own
-    captions, and the one with the lowest loss is it; keywords whose own loss is lower are left out. It is what textual
-    inversion (Gal et al., 2022) has its user give as an initializer token. Prints the best ones with their losses.
+    """Return {keyword: the known word to start from}. The most common words of captions without keywords are put in the
+    keyword's place in its own captions, and the word with the lowest loss is taken. A keyword whose own loss is lower
+    is left out. In textual inversion (Gal et al., 2022) the user names this word, the initializer token. Prints the
+    best words with their losses.
 
-    Losses are of at most INIT_SAMPLES training samples, one of a file, at two times in [low, high) under fixed noise,
-    through the DiT `name`.
+    A loss is the mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low, high) under
+    fixed noise, through the DiT `name`.
     """
     others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
@@ -131,7 +137,7 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         return {}
     model, chosen = dataset.pipe.acquire(name).eval(), {}
     for keyword in keywords:
-        shown = {}  # one sample of each file whose caption has the word
+        shown = {}  # one sample of each file that has a caption with the keyword
         for item, file in zip(dataset.items, dataset.files):
             if captions := [c for c in item.captions if has_keyword(c, [keyword])]:
                 shown.setdefault(item.path, (replace(item, captions=captions[:1]), file))
@@ -154,9 +160,9 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
 
 @torch.no_grad()
 def initialize_rows(words, ids_of, shared, encoder):
-    """Set each keyword's trained rows, but for those in `shared`, which other captions use too, to the mean of its
-    word's; a row of several keywords to the mean of theirs. words: of search_initial_words; ids_of: of
-    keyword_token_ids.
+    """Set the trained embeddings of each keyword to the mean embedding of its word's tokens. Embeddings in `shared`,
+    which captions without keywords use too, are left as they are; an embedding of several keywords gets the mean of
+    their values. words: {keyword: word} from initial_words. ids_of: from keyword_token_ids.
     """
     embedding, starts = encoder.token_embedding, {}
     for keyword, word in words.items():
@@ -168,9 +174,9 @@ def initialize_rows(words, ids_of, shared, encoder):
 
 
 def check_keywords(keywords, captions, tokenizer, trains_blocks):
-    """Say how many captions hold each keyword; returns {keyword: count}. Raises BadInput for one that none holds, or of
-    which nothing can be trained: it has no piece, or, where no blocks are trained, none that other captions do not use
-    too.
+    """Print how many captions contain each keyword, and return {keyword: number of captions in which the encoder reads
+    it}. Raises BadInput for a keyword that no caption contains where it is read, and for a keyword without anything to
+    train: it has no token, or, if no blocks are trained, all of its tokens occur in captions without keywords.
     """
     ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
     counts = {}
@@ -195,7 +201,9 @@ def check_keywords(keywords, captions, tokenizer, trains_blocks):
 
 
 def keyword_norms(encoder, ids_of):
-    """The mean norm of each keyword's trained embeddings, as a share of the table's median, in the keywords' order."""
+    """Return the mean norm of each keyword's trained embeddings, relative to the median norm of the table, in the order
+    of ids_of.
+    """
     embedding = encoder.token_embedding
     norms = embedding.norms()
     return [norms[embedding.slot[sorted(ids)]].mean().item() for ids in ids_of.values() if ids]

@@ -1,4 +1,4 @@
-"""What a run tells as it goes: log.jsonl, TensorBoard, Weights & Biases, and a line or a progress bar on the screen."""
+"""The logs of a run: log.jsonl, TensorBoard, Weights & Biases, and a line or a progress bar on the screen."""
 
 import collections
 import contextlib
@@ -15,12 +15,12 @@ from tqdm import tqdm
 from nanowan.errors import BadInput
 from nanowan.files import atomic, writing
 
-RECENT = 50  # steps whose mean loss is shown
-QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not among a line's extras
+RECENT = 50  # the screen shows the mean loss of this many steps
+QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not at a line's end
 
 
 class AppendedFile:
-    """A file to whose end each write goes at once, so that nothing waits in a buffer when the process dies."""
+    """A file that every write is appended to at once, so that nothing waits in a buffer when the process dies."""
 
     def __init__(self, path):
         self.path = path
@@ -30,7 +30,7 @@ class AppendedFile:
     def write(self, data):
         view = memoryview(data)
         with writing(self.path):
-            while view:  # a nearly full disk takes a part
+            while view:  # a nearly full disk may take only a part
                 view = view[self.file.write(view) :]
 
     def close(self):
@@ -38,7 +38,7 @@ class AppendedFile:
 
 
 def shown(value):
-    """A number, a list or a dict of them, for the screen."""
+    """Format a number, or a list or dict of numbers, for the screen."""
     if isinstance(value, dict):
         return " ".join(f"{k} {shown(v)}" for k, v in value.items())
     if isinstance(value, list):
@@ -47,7 +47,7 @@ def shown(value):
 
 
 def flat(values):
-    """{name: number} of {name: number, list or dict of numbers}; other values are left out."""
+    """Return {name: number} of {name: number, or list or dict of numbers}; other values are left out."""
     found = {}
     for name, value in values.items():
         if isinstance(value, list | dict):
@@ -67,8 +67,8 @@ def duration(seconds):
 
 
 class Log:
-    """The records of a run that goes on after `step` of `total` steps; what is logged of later steps is dropped, since
-    they come again. every: steps between lines on the screen. wandb: a project of Weights & Biases, or None.
+    """The logs of a run that continues after `step` of `total` steps. Entries of later steps are dropped, since these
+    steps run again. every: steps between lines on the screen. wandb: a project of Weights & Biases, or None.
     """
 
     def __init__(self, out, step, total, every=1, wandb=None, record=None):
@@ -103,7 +103,9 @@ class Log:
         return wandb.init(project=project, name=self.out.name, id=run_id, resume="allow", dir=self.out, config=config)
 
     def write(self, step, **values):
-        """Log {name: number, text, or list or dict of numbers} of a step, and show it if it is its turn."""
+        """Log a step's values, {name: number, text, or list or dict of numbers}, and show them on the screen if it is
+        their turn.
+        """
         self.rows.append({"step": step, **values})
         self.lines.write((json.dumps(self.rows[-1]) + "\n").encode())
         with writing(self.out / "tensorboard"):
@@ -123,7 +125,7 @@ class Log:
             print(f"step {step}/{self.total}  " + "  ".join(f"{k} {shown(v)}" for k, v in extras.items()), flush=True)
 
     def line(self, step, values, extras):
-        """A step as one line."""
+        """Format a step as one line."""
         parts = [f"step {step}/{self.total}"]
         if "loss" in values:
             parts += [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
@@ -152,14 +154,14 @@ class Log:
             self.wandb.log({name: wandb.Image(picture)}, step=step)
 
     def is_best(self, values):
-        """Whether a step's held-out loss, the mean over experts, is the lowest after a step so far; False without one.
-        Call before the values are written.
+        """Whether a step's held-out loss, the mean over experts, is lower than after every step so far; False if there
+        is no held-out loss. Call this before the values are written.
         """
         now, before = held_out(values), [held_out(row) for row in self.rows if row["step"]]
         return now is not None and all(v is None or now < v for v in before)
 
     def close(self):
-        with contextlib.suppress(OSError):  # what could not be written has been said
+        with contextlib.suppress(OSError):  # a failed write has been reported already
             self.lines.close()
             self.board.close()
         if self.bar is not None:
@@ -169,6 +171,6 @@ class Log:
 
 
 def held_out(values):
-    """The mean of a log row's held-out losses, of one or two experts; None if it has none."""
+    """The mean of a log row's held-out losses, over one or two experts; None if the row has none."""
     losses = [v for k, v in values.items() if k.startswith("val_loss") and "by_t" not in k]
     return sum(losses) / len(losses) if losses else None

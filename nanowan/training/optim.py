@@ -1,7 +1,7 @@
-"""Optimizers, the learning rate, moving averages, and which steps are not taken.
+"""Optimizers, the learning rate, moving averages, and the rule by which steps are skipped.
 
-AdamW8bit holds 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, both moments 2
-(and one fp32 scale per 256 parameters).
+AdamW8bit takes 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, both moments 2 (and
+one fp32 scale per 256 parameters).
 """
 
 import contextlib
@@ -17,12 +17,14 @@ from nanowan.errors import BadInput
 
 def adamw(params, lr, weight_decay=0.01):
     """torch's AdamW (Loshchilov and Hutter, 2019) with betas (0.9, 0.99)."""
-    # its own choice on a GPU, foreach, takes as much memory again as the weights while it steps
+    # not foreach, PyTorch's default on a GPU: during a step it takes as much extra memory as the weights
     return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def lr_at(step, steps, lr, warmup, schedule):
-    """Learning rate of a step (0-based): linear warm-up, then "constant", or "cosine" down to a tenth."""
+    """Return the learning rate of a step (0-based): linear warm-up, then "constant" at `lr`, or "cosine" down to a
+    tenth of it.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     if schedule == "constant":
@@ -35,7 +37,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8 bits per moment and Kahan-compensated weights, which must be bf16 (kernels/adamw8bit.py)."""
 
     def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01):
-        max_ratio(betas)  # raises where the moments could not be coded
+        max_ratio(betas)  # raises ValueError if 8 bits cannot hold the moments
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def new_state(self, p):
@@ -56,7 +58,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        # torch casts a state to its parameter's dtype; codes and scales have their own
+        # torch casts a state to its parameter's dtype; codes and scales have other dtypes
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in state_dict["state"].items():
             self.state[params[i]] = {
@@ -64,16 +66,17 @@ class AdamW8bit(torch.optim.Optimizer):
             }
 
     def exact(self, p):
-        """A parameter's weight proper, in fp32: what bf16 rounds away is in its compensation."""
+        """Return a parameter's exact weight in fp32; its compensation holds what bf16 rounds away."""
         weight = p.detach().float()
         return weight.sub_(self.state[p]["compensation"]) if self.state.get(p) else weight
 
 
 class EMA:
-    """A moving average of parameters (after Polyak and Juditsky, 1992), in fp32; its decay grows with the steps up to
-    the one asked for. What has no gradient, an expert's adapter while the other one is trained, keeps its average.
+    """A moving average of parameters in fp32 (after Polyak and Juditsky, 1992). Its decay grows with the steps up to
+    `decay`. A parameter without a gradient, as in one expert's adapter while the other expert is trained, keeps its
+    average.
 
-    optimizer: the AdamW8bit that compensates the parameters, if one does: the compensated weights are averaged.
+    optimizer: if it is an AdamW8bit, the compensated weights are averaged.
     """
 
     def __init__(self, params, decay, optimizer=None):
@@ -93,7 +96,7 @@ class EMA:
 
     @contextlib.contextmanager
     def in_place(self):
-        """The average stands in the parameters' place until the block ends."""
+        """A context in which the parameters hold their averages."""
         kept = [p.data.clone() for p in self.params]
         for p, a in zip(self.params, self.average):
             p.data.copy_(a)
@@ -113,19 +116,20 @@ class EMA:
 
 
 class Guard:
-    """Tells steps to take from steps to skip: those whose loss or gradient is not finite, or whose gradient's norm is
-    more than `grad_spike_factor` times the median of the last 100 that were taken (once 20 were). Norms of zero, of
-    steps in which nothing that is trained took part, say nothing about the others and are left out of the median; so
-    are those that are not `typical`.
+    """Decides which steps to skip: those whose loss or gradient is not finite, and those whose gradient norm is more
+    than `grad_spike_factor` times the median of the last 100 steps taken (once there are 20). The median leaves out
+    norms of zero, from steps in which no trained parameter took part, and the norms of steps that are not `typical`.
 
-    skipped: how many steps were skipped in a row up to now.
+    skipped: how many steps have been skipped in a row until now.
     """
 
     def __init__(self, grad_spike_factor):
         self.grad_spike_factor, self.norms, self.skipped = grad_spike_factor, [], 0
 
     def should_skip(self, loss, norm, typical=True):
-        """Why the step with this loss and gradient norm must be skipped, or None."""
+        """Return why the step with this loss and gradient norm must be skipped, or None. typical: the norm may enter
+        the median.
+        """
         reason = None
         median = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -138,7 +142,7 @@ class Guard:
         return reason
 
     def raise_if_stuck(self, max_skipped, reason, lr, out):
-        """Raises BadInput after max_skipped skipped steps in a row, the last for this reason (from should_skip)."""
+        """Raise BadInput after max_skipped skipped steps in a row. reason: of the last one, from should_skip."""
         if self.skipped >= max_skipped:
             raise BadInput(
                 f"{self.skipped} steps in a row skipped, the last because {reason}; the weights from before them are "

@@ -1,4 +1,4 @@
-"""Prior preservation: samples that are shown prompts of other things, whose targets are the base's own predictions."""
+"""Prior preservation: samples get prompts that must not change, and their targets are the base's own predictions."""
 
 import torch
 
@@ -8,7 +8,9 @@ from nanowan.training.captions import has_keyword, without_keywords
 
 
 def prompts_to_preserve(args, captions, prompts):
-    """Those of --preserve_prompts, and captions without any word of --trigger. Raises BadInput if there are none."""
+    """Return the prompts of --preserve_prompts (`prompts`) and the captions without any word of --trigger. Raises
+    BadInput if there are none, or if no caption contains a trigger word.
+    """
     if not args.preserve:
         return []
     for word in args.trigger:
@@ -25,9 +27,9 @@ def prompts_to_preserve(args, captions, prompts):
 
 @torch.no_grad()
 def with_base_targets(batch, dit, context, lens):
-    """The Batch with the base's own predictions as targets of its preserved samples: prior preservation (after Ruiz et
-    al., 2022, DreamBooth), of predictions instead of pictures. context (B,S,D), lens (B,). A rank that has no such
-    sample computes one all the same, since others may wait for it.
+    """Return the Batch with the base's own predictions as the targets of its preserved samples. This is prior
+    preservation (after DreamBooth, Ruiz et al., 2022) of predictions instead of pictures. context (B,S,D), lens (B,). A
+    rank without a preserved sample computes a prediction all the same, since other ranks may wait for it.
     """
     if batch.preserved is None:
         return batch

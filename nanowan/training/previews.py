@@ -1,7 +1,7 @@
-"""Previews of a training run: fixed prompts from fixed seeds, sampled with the weights as they are.
+"""Previews of a training run: fixed prompts from fixed seeds, sampled with the current weights.
 
-What a preview is given beside its prompt comes from its line (--i FILE), or, of models whose videos are made of more
-than that (S2V, Animate), from a held-out sample.
+Inputs other than the prompt come from the prompt's line (--i FILE). For models that make videos in segments (S2V,
+Animate), they come from a held-out sample.
 """
 
 import math
@@ -20,13 +20,17 @@ from nanowan.video import write_grid, write_mp4
 
 
 def preview_settings(args, s):
-    """The Settings of previews, of a trainer's resolved flags: by default the training's own size and frames."""
+    """Return the Settings of previews, from a trainer's resolved flags; size and frames are those of training by
+    default.
+    """
     size = parse_size(args.preview_size or args.resolution, "--preview_size")
     return s.with_overrides(size=size, frames=args.preview_frames or args.frames, steps=args.preview_steps)
 
 
 def preview_requests(args, s, prompts):
-    """A Request for each Prompt; its own settings and seed go before the flags'."""
+    """Return a Request for each Prompt. A prompt's own settings and seed take precedence over the flags. Raises
+    BadInput for a prompt with other inputs, if the model makes videos in segments.
+    """
     settings, out = preview_settings(args, s) if prompts else s, Path(args.out) / "previews"
     if s.conditioning.by_segments and (own := next((p for p in prompts if p.inputs), None)):
         raise BadInput(
@@ -39,7 +43,9 @@ def preview_requests(args, s, prompts):
 
 
 class HeldOutVideo:
-    """The first segment of a Video (nanowan/variants/conditioning.py) under the conditions of a cached sample."""
+    """The first segment of a Video (nanowan/variants/conditioning.py) under the conditions of a cached sample: the i-th
+    held-out one, or if none is held out, the i-th training sample.
+    """
 
     def __init__(self, dataset, i):
         items, files = (dataset.val_items, dataset.val_files) if dataset.val_items else (dataset.items, dataset.files)
@@ -70,7 +76,7 @@ class HeldOutVideo:
 
 
 class Previews:
-    """Clips of Requests: OUT/previews/step_NNNNNN.png, and an mp4 of each.
+    """Samples a clip for each Request: OUT/previews/step_NNNNNN.png shows them all, and each clip is an mp4.
 
     sampler: sample.py, as a module.
     """
@@ -79,13 +85,17 @@ class Previews:
         self.pipe, self.requests, self.sampler, self.texts, self.videos = pipe, requests, sampler, [], []
 
     def shape(self):
-        """(C,T',h,w) of the largest one's latents; () if there are none. What a held-out sample gives is no larger."""
+        """The shape (C,T',h,w) of the largest preview's latents; () without previews. A held-out sample's latents are
+        no larger.
+        """
         shapes = [r.settings.latent_shape(r.settings.size, r.settings.frames) for r in self.requests]
         return max(shapes, key=math.prod, default=())
 
     @torch.no_grad()
     def open(self, dataset):
-        """Encode what is given beside prompts, once the dataset's latents are cached; it stays for the whole run."""
+        """Encode the inputs other than prompts and keep them for the whole run. Call this once the dataset's latents
+        are cached.
+        """
         for i, r in enumerate(self.requests):
             if r.settings.conditioning.by_segments:
                 video = HeldOutVideo(dataset, i)
@@ -95,11 +105,11 @@ class Previews:
 
     @torch.no_grad()
     def embed(self, encoder):
-        """Embed the prompts, and the negative prompts, with this encoder; all clips from now on are made from that."""
+        """Embed the prompts and negative prompts with this encoder. All later previews use these embeddings."""
         self.texts = [self.sampler.encode_text(self.pipe, r.settings, [r.prompt], encoder) for r in self.requests]
 
     def write(self, step):
-        """Sample with the models as they are now; returns the contact sheet's file, on the main rank."""
+        """Sample with the current weights. Returns the contact sheet's file on the main rank, None on the others."""
         clips, pipe = [], self.pipe
         for model in pipe.loaded():
             model.eval()

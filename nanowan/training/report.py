@@ -1,4 +1,4 @@
-"""What the data are, what is done to them, what is left out: as text, as JSON, and as a sheet of what a model sees."""
+"""The data report: what the data are, how they are changed, what is skipped; as text, as JSON, and as a picture."""
 
 import hashlib
 import json
@@ -18,38 +18,41 @@ from nanowan.video import read_windows
 
 NOTES = {
     "HDR": "HDR (HLG or PQ), tone-mapped to BT.709",
-    "wide gamut": "of a wide gamut, converted to BT.709",
-    "tagged outside": "whose colours the container alone names",
-    "untagged": "without colour tags, taken for BT.709 from 720 lines on, for BT.601 below",
+    "wide gamut": "with a wide colour gamut, converted to BT.709",
+    "tagged outside": "with colour tags in the container only",
+    "untagged": "without colour tags, read as BT.709 from 720 lines on, as BT.601 below",
     "interlaced": "interlaced, deinterlaced",
-    "variable rate": "of variable frame rate, read by time",
-    "reordered": "whose times step back, read by number",
-    "mirrored": "to be shown mirrored, read so",
-    "rotated": "to be shown turned, read so",
+    "variable rate": "with a variable frame rate, read by timestamps",
+    "reordered": "with timestamps that go backwards, read by frame number",
+    "mirrored": "tagged to be shown mirrored, read mirrored",
+    "rotated": "tagged to be shown rotated, read rotated",
     "alpha": "with transparency, put on white",
     "animated": "animated images, read as clips",
     "colour profile": "with a colour profile, converted to sRGB",
-    "unusable profile": "with a colour profile that cannot be used, taken for sRGB",
-    "other track": "with several video tracks, of which the first is not the main one",
-    "gaps": "with gaps in their sound, which are silence",
+    "unusable profile": "with a colour profile that cannot be used, read as sRGB",
+    "other track": "with several video tracks, the first of which is not the main one",
+    "gaps": "with gaps in their sound, filled with silence",
 }
-MAX_TOKENS = 512  # of a caption that the encoder reads, the end token included
+MAX_TOKENS = 512  # that the encoder reads of a caption, the end token included
 SHOWN = 24  # samples on a sheet
-CELL = 160, 96  # (width, height) in px of a frame on it
+CELL = 160, 96  # (width, height) in px of a frame on a sheet
 COLUMNS = 3
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 def describe(dataset):
-    """`describe_items` of a data.Dataset; its tokens are counted if a caption can have more than are read."""
-    long = any(len(c) + 2 > MAX_TOKENS for c in dataset.captions)  # a token is a character, a space before, or the end
+    """Return describe_items of a data.Dataset. Tokens are counted only if a caption may have more of them than are
+    read.
+    """
+    # each token takes at least one character, except a space before the text and the end token
+    long = any(len(c) + 2 > MAX_TOKENS for c in dataset.captions)
     tokenizer = long and load_tokenizer(dataset.pipe.dir, read_encoder(dataset.pipe.files("text")).spiece)
     return describe_items(dataset.items + dataset.val_items, dataset.skipped, tokenizer)
 
 
 def describe_items(items, skipped, tokenizer=None):
-    """What `text` says, as plain values: counts of files, except for "samples", "seen" an epoch and "buckets", and of
-    what is done to them. items, skipped: of data.scan. tokenizer: without one, no tokens are counted.
+    """Return the values that `text` prints. Numbers count files, except for "samples", "seen" (samples per epoch) and
+    "buckets" (samples in each). items, skipped: from scan.scan. tokenizer: if None, tokens are not counted.
     """
     files = list({item.path: item for item in items}.values())
     notes = Counter(note for i in files for note in {*i.notes, *i.changed.get("sound", [])})
@@ -72,31 +75,33 @@ def describe_items(items, skipped, tokenizer=None):
 
 
 def count_tokens(caption, tokenizer):
-    """Tokens of a caption before it is cut, the end token included."""
+    """Count the tokens of a caption before it is cut off, the end token included."""
     return len(tokenizer.ids(tokenizer.clean(caption))) + 1
 
 
 def extremes(values):
-    """{"files", "mean", "worst", "of"} of some (value, path), the largest being the worst."""
+    """Return {"files": how many, "mean", "worst": the largest value, "of": its path} of pairs (value, path)."""
     values = [*values]
     worst, of = max(values, key=lambda pair: pair[0], default=(0, ""))
     return {"files": len(values), "mean": mean(v for v, _ in values) if values else 0, "worst": worst, "of": str(of)}
 
 
 def scale(item):
-    """By how much a file's picture is enlarged for its bucket."""
+    """The factor by which a file's picture is enlarged for its bucket."""
     width, height = item.source_size
     return max(item.width / width, item.height / height)
 
 
 def cropped(item):
-    """The share of a file's picture that its bucket leaves out."""
+    """The share of a file's picture that is cropped away for its bucket."""
     width, height = item.source_size
     return 1 - min(1, item.width * item.height / (width * height * scale(item) ** 2))
 
 
 def cut_off(items):
-    """{"files" of which not all is taken, "frames" of a sample, "used": the share of their length that is}."""
+    """Return {"files": how many files are longer than what is taken from them, "frames": the most frames of their
+    samples, "used": the share of their length that is taken}.
+    """
     used, length, frames = Counter(), {}, {}
     for item in items:
         used[item.path] += item.frames / item.fps
@@ -107,7 +112,7 @@ def cut_off(items):
 
 
 def text(found):
-    """What `describe` found, as lines."""
+    """Format the result of `describe` as lines."""
     lines = [
         f"data: {found['files']} files"
         + f" in {found['samples']} samples" * (found["samples"] > found["files"])
@@ -137,7 +142,7 @@ def text(found):
 
 
 def write_report(dataset):
-    """Leave what `describe` finds in the cache folder of a data.Dataset, as data_report.json."""
+    """Write the result of `describe` to data_report.json in the cache folder of a data.Dataset."""
     if dataset.world.is_main:
         with atomic(dataset.config.cache / "data_report.json") as tmp:
             tmp.write_text(json.dumps(describe(dataset), indent=1, ensure_ascii=False))
@@ -145,19 +150,19 @@ def write_report(dataset):
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 class DataSheet:
-    """A picture of SHOWN samples as the model sees them: their first, middle and last frame, and a caption."""
+    """A picture of at most SHOWN samples as the model sees them: first, middle and last frame, and a caption."""
 
     def __init__(self, items):
         self.items = items[:: math.ceil(len(items) / SHOWN)] if items else []
         self.frames = {}
 
     def add(self, item, frames):
-        """Keep what the sheet shows of an item that is decoded anyway."""
+        """Keep the frames of an item that the sheet shows, when the item is decoded anyway."""
         if any(item is other for other in self.items):
             self.frames[id(item)] = [frames[k] for k in shown_frames(item)]
 
     def write(self, path):
-        """Write the sheet, unless there is one of the same data already."""
+        """Write the sheet, unless the file shows the same data already."""
         from PIL import Image, ImageDraw, PngImagePlugin
 
         data = [[i.digest, i.start, i.bucket, i.captions, i.changed] for i in self.items]
@@ -182,12 +187,12 @@ class DataSheet:
 
 
 def shown_frames(item):
-    """Which of an item's frames stand on the sheet."""
+    """The indices of an item's frames that the sheet shows."""
     return np.unique([0, item.frames // 2, item.frames - 1]).tolist()
 
 
 def read_shown(item):
-    """The frames (H,W,3) uint8 of an item that stand on the sheet; none where it cannot be read."""
+    """Read the frames (H,W,3) uint8 of an item that the sheet shows; none if the file cannot be read."""
     times = [wanted_times(item)[k] for k in shown_frames(item)]
     try:
         shown = cached_probe(item.path, item.digest, None)
@@ -197,11 +202,11 @@ def read_shown(item):
 
 
 def key_of(path):
-    """What identifies the data of a sheet, None where it is none."""
+    """Return what identifies the data of a sheet, or None if the file is no sheet."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.info.get("data")
-    except Exception:  # of PIL's many kinds: a damaged file
+    except Exception:  # PIL raises many kinds for a damaged file
         return None

@@ -1,8 +1,8 @@
-"""A training run's folder: its lock, its logs, and the states that are written there and resumed from.
+"""A training run's folder: its lock, its logs, and the states that are written to it and resumed from.
 
 OUT/config.toml (the flags, for --config), flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
-checkpoints/step_N.pt. States are written whole or not at all; the last few stay, so that there is another one where the
-newest is damaged.
+checkpoints/step_N.pt. A state is written completely or not at all. The last few states are kept, in case the newest is
+damaged.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from nanowan.training.optim import lr_at
 
 
 def differences(before, now):
-    """What has changed between two resume fingerprints {name: value or list}, in a few words each, for the names in
+    """Describe in a few words each what differs between two resume fingerprints {name: value or list}, for the names in
     `now`.
     """
     found = []
@@ -52,7 +52,9 @@ def state_step(file):
 
 
 def state_damage(file):
-    """Why a state cannot be read, or None: its checksums, and that its shards have the length that their list says."""
+    """Return why a state cannot be read, or None. Checks its checksums, and that its shards are as long as their index
+    says.
+    """
     try:
         with zipfile.ZipFile(file) as z:
             if bad := z.testzip():
@@ -64,19 +66,19 @@ def state_damage(file):
             for part in FileSystemReader(folder).read_metadata().storage_data.values():
                 if (folder / part.relative_path).stat().st_size < part.offset + part.length:
                     return f"{folder.name}/{part.relative_path} is cut off"
-    except Exception as e:  # whatever reading a damaged file comes to
+    except Exception as e:  # whatever reading a damaged file raises
         return str(e).splitlines()[0] if str(e) else type(e).__name__
     return None
 
 
 class Run:
-    """One training run on the folder OUT; a context manager. Of several ranks, only the main one writes.
+    """One training run in the folder OUT; a context manager. Only the main rank writes.
 
-    From here on Ctrl-C and SIGTERM end the run in order: before `restore` at once, since what was cached so far is on
-    the disk; after it `stop` is the signal's number, and the loop saves and leaves by `leave`. Another one, later, ends
-    it at once.
-    Raises BadInput where another process runs on OUT; where OUT holds a run and `resume` is not asked for, unless this
-    same job wrote it before torchrun started its processes anew; and where flags["steps"] are fewer than are done.
+    Once it is open, Ctrl-C and SIGTERM end the run in order. Before `restore` the process exits at once, since what was
+    cached so far is on disk. After `restore`, `stop` becomes the signal's number; the training loop saves and calls
+    `leave`. Another signal, more than a second later, ends the process at once.
+    Raises BadInput if another process runs in OUT; if OUT holds a run and `resume` is False, unless this same job wrote
+    it before torchrun restarted its processes; and if the run has done more than flags["steps"] steps.
     """
 
     def __init__(self, out, flags, resume, is_main=True, keep=2, defaults=None):
@@ -107,7 +109,7 @@ class Run:
             "job": self.job,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.date = self.metadata["started"][:10]  # on which the run began, whenever it went on
+        self.date = self.metadata["started"][:10]  # of the run's first start, even if it was resumed
 
     def __enter__(self):
         return self
@@ -116,14 +118,14 @@ class Run:
         self.close()
 
     def close(self):
-        """Let go of the folder and of the signals."""
+        """Release the folder's lock and restore the signal handlers."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for file in (self.logs, self.lock_file):
             if file is not None:
                 file.close()
 
-    # ---- who may run here, and until when ------------------------------------------------------------------------
+    # ---- the lock and signals ------------------------------------------------------------------------------------
     def _take_folder(self, resume):
         with writing(self.states):
             self.states.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ class Run:
         self._remove_leftovers()
 
     def _lock(self):
-        """Refuse a second process on this folder. The system drops the lock when this one ends, however it does."""
+        """Refuse a second process in this folder. The system releases the lock however this process ends."""
         path = self.out / ".lock"
         with writing(path):
             self.lock_file = open(path, "a+")
@@ -153,7 +155,7 @@ class Run:
             self.lock_file.flush()
 
     def _last_record(self):
-        """What is known of the process that wrote this folder last."""
+        """The flags.json of the process that wrote to this folder last; {} if there is none."""
         try:
             return json.loads((self.out / "flags.json").read_text())
         except (OSError, ValueError):
@@ -165,16 +167,16 @@ class Run:
             found = subprocess.run(
                 ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
             )
-        except OSError:  # no git here
+        except OSError:  # git is not installed
             return None
         return found.stdout.strip() or None
 
     def _on_signal(self, number, _):
-        # os.write: print may have been interrupted in the middle of a line, and cannot be entered twice
+        # os.write, since the signal may have interrupted print in the middle of a line, and print is not reentrant
         now = time.monotonic()
         if (
             self.stop and now - self.asked_at > 1
-        ):  # sooner it is torchrun, which passes on what the terminal sent to all
+        ):  # an earlier one is torchrun's, which forwards what the terminal sent to all
             os._exit(128 + number)
         if self.stop:
             return
@@ -190,7 +192,7 @@ class Run:
         return sorted((f for f in self.states.glob("step_*.pt") if re.fullmatch(r"step_\d+", f.stem)), key=state_step)
 
     def _remove_leftovers(self):
-        """What killed processes left here: unfinished files, and shards whose state was never finished."""
+        """Remove what killed processes left: unfinished files, and shards whose state was never finished."""
         for folder in (self.out, self.states, self.out / "previews"):
             remove_leftovers(folder)
         for folder in self.states.glob("step_*.shards"):
@@ -198,7 +200,9 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _newest_state(self):
-        """The newest state that is whole, or None where there is none at all. Damaged ones are named and set aside."""
+        """Return the newest undamaged state, or None if there is no state. Damaged states are reported and renamed.
+        Raises BadInput if all states are damaged.
+        """
         damaged = {}
         for file in reversed(self._saved()):
             if not (why := state_damage(file)):
@@ -228,8 +232,9 @@ class Run:
             )
 
     def check(self, fingerprint):
-        """Refuse to go on from a state that was made otherwise. `fingerprint` {name: value} is what must not have
-        changed, or the part of it that is known so far; BadInput lists what has. Reads no tensors.
+        """Refuse to resume from a state whose run differed in what decides the result. fingerprint: {name: value} of
+        what must not have changed, or the part of it that is known so far. Raises BadInput, which lists the
+        differences. Reads no tensors.
         """
         if self.state_file is None:
             return
@@ -237,7 +242,7 @@ class Run:
         fingerprint = json.loads(json.dumps(fingerprint))
         saved = {name: saved.get(name, self.defaults.get(name)) for name in fingerprint}
         if saved.get("draws") != fingerprint.get("draws"):
-            print(f"{self.state_file}: of an older version; from here on steps draw their samples and noise anew")
+            print(f"{self.state_file}: of an older version; from here on, steps draw other samples and noise")
             saved["draws"] = fingerprint["draws"]
         if changed := differences(saved, fingerprint):
             raise BadInput(
@@ -246,8 +251,8 @@ class Run:
             )
 
     def restore(self, fingerprint):
-        """The newest state, or None, after `check`; training begins. state["shards"] is the folder of its shards, or
-        False. What was logged after the state is dropped, since it will be logged again.
+        """Return the newest state, after `check`, or None; training begins. state["shards"]: the folder of its shards,
+        or False. Log entries after the state are dropped, since these steps will be logged again.
         """
         self.check(fingerprint)
         self.fingerprint = json.loads(json.dumps(fingerprint))
@@ -261,8 +266,8 @@ class Run:
         return state
 
     def save(self, step, state, shards=None):
-        """Write a state. `shards`: tensors of which every rank has a part; they go first, and the file that makes them
-        count last.
+        """Write a state. shards: {name: tensor that is sharded over all ranks}; they are written first, and the file
+        that makes the state valid last.
         """
         file = self.states / f"step_{step:06d}.pt"
         folder = file.with_suffix(".shards")
@@ -272,7 +277,7 @@ class Run:
             with writing(folder):
                 try:
                     dcp.save(shards, checkpoint_id=folder)
-                except dcp.CheckpointException as e:  # which is no Exception
+                except dcp.CheckpointException as e:  # not a subclass of Exception
                     raise next(iter(e.failures.values()))[0] from None
         if self.is_main:
             about = {"step": step, "date": self.date, "fingerprint": self.fingerprint, "shards": bool(shards)}
@@ -282,12 +287,12 @@ class Run:
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
 
     def leave(self):
-        """End the process as a signal would: 130 for Ctrl-C, 143 for SIGTERM, also if another rank was asked to."""
+        """Exit with a signal's status: 130 for Ctrl-C, 143 for SIGTERM or if only another rank received a signal."""
         sys.exit(128 + (self.stop or signal.SIGTERM))
 
     # ---- log -----------------------------------------------------------------------------------------------------
     def _begin_log(self, step):
-        """Write config.toml and flags.json, and open the logs behind what they hold up to `step`."""
+        """Write config.toml and flags.json, and open the logs, of which the entries up to `step` are kept."""
         write_config(self.out / "config.toml", self.flags)
         with atomic(self.out / "flags.json") as tmp:
             tmp.write_text(json.dumps(self.metadata, indent=1) + "\n")
@@ -295,7 +300,7 @@ class Run:
         self.logs = Log(self.out, step, flags.get("steps", 0), flags.get("log_every", 1), flags.get("wandb"), record)
 
     def log(self, step, **values):
-        """One line in log.jsonl, the numbers in TensorBoard, and now and then a line on the screen."""
+        """Write a step's values to the logs, on the main rank: see Log.write."""
         if self.is_main:
             self.logs.write(step, **values)
 
@@ -304,19 +309,20 @@ class Run:
             self.logs.image(step, name, file)
 
     def is_best(self, values):
-        """Log.is_best, on the main rank."""
+        """Log.is_best on the main rank; False on the others."""
         return self.is_main and self.logs.is_best(values)
 
 
 def adapter_file(out, name, expert):
-    """Where a run's adapter lies: OUT/NAME.safetensors; for the experts of an A14B NAME_high and NAME_low. name: that
-    of --name for the newest, with _000250 behind it for a step's, with _best for that of the lowest held-out loss.
+    """The path of a run's adapter: OUT/NAME.safetensors, or for an A14B's experts NAME_high and NAME_low. name: the
+    value of --name for the newest adapter; with _000250 appended, the adapter of a step; with _best, the one with the
+    lowest held-out loss.
     """
     return Path(out) / f"{name}{'' if expert == 'dit' else '_' + expert}.safetensors"
 
 
 def remove_older_adapters(out, name, step, keep):
-    """Of the adapters that were kept under their steps, up to this one, leave the last `keep` steps."""
+    """Delete the adapters that were kept under their steps, except those of the last `keep` steps up to `step`."""
     pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
     files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
     kept = sorted({s for s, _ in files if s <= step})[-keep:]

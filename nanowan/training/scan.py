@@ -1,4 +1,4 @@
-"""A folder or list of media, looked through: usable files, the bucket that each is assigned to, windows of clips."""
+"""Scanning a folder or list of media: which files are usable, the bucket of each, the windows taken from clips."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -10,17 +10,17 @@ from nanowan.files import remove_leftovers
 from nanowan.training.sources import check_usable, find_media
 
 MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
-MAX_CROPPED_ASPECT = 6  # of media: what is longer or thinner would lose more than a third in its bucket
-MAX_GAP = 60  # seconds between two frames: more is a damaged clock, and would fill hours with one picture
+MAX_CROPPED_ASPECT = 6  # of media: with a longer or thinner one, cropping would remove more than a third
+MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp, and would repeat one frame for hours
 
 
 @dataclass
 class Item:
-    """One sample: of a file, 4k+1 frames at fps from `start` seconds on (1 for an image), at its bucket's width and
-    height in px; `frames_after` more of them are decoded too. An epoch sees it `repeat` times, and its loss counts
-    `weight` times. sidecars: {kind: (file, digest)} of the files that belong to it. source_size, seconds: (width,
-    height) in px at which the file is shown, and for how long (0: a still). notes, changed: video.Shown's; `changed` by
-    kind of sidecar, "" being the file itself.
+    """One sample of a file: `frames` frames at `fps` from `start` seconds on (4k+1; for S2V 4k; 1 for an image), in the
+    width and height of its bucket in px. `frames_after` further frames are decoded too. An epoch sees the sample
+    `repeat` times, and its loss counts `weight` times. sidecars: {kind: (file, digest)} of the files that belong to it.
+    source_size: (width, height) in px at which the file is shown. seconds: the time of its last frame (0: a still
+    image). notes, changed: those of video.Shown; `changed` by kind of sidecar, with "" for the file itself.
     """
 
     path: Path
@@ -47,8 +47,8 @@ class Item:
 
 # ---- buckets and windows -----------------------------------------------------------------------------------------
 def buckets(area, multiple):
-    """Every (w, h) with sides multiples of `multiple` that fills `area` px best for its width, within MAX_ASPECT, and
-    each of them on its side.
+    """Return every bucket (w, h) within MAX_ASPECT: for each width, the height that brings the area closest to `area`
+    px. Sides are multiples of `multiple`. Each bucket is also returned with width and height swapped.
     """
     found = set()
     for w in range(multiple, int((MAX_ASPECT * area) ** 0.5) + multiple, multiple):
@@ -65,8 +65,8 @@ def nearest_bucket(width, height, area, multiple):
 
 
 def clip_windows(times, max_frames, fps, mode, over=1):
-    """[(start in seconds, frames, fps)] to take of a clip whose frames are shown at `times`, by one of CLIP_MODES.
-    frames: a multiple of 4 and `over`. Raises Skip where the clip is too short.
+    """Return the windows [(start in seconds, frames, fps)] to take from a clip whose frames are shown at `times`. mode:
+    one of CLIP_MODES. frames: a multiple of 4, plus `over`. Raises Skip if the clip is too short or has a gap.
     """
     ordered = sorted(times)
     if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:
@@ -83,15 +83,17 @@ def clip_windows(times, max_frames, fps, mode, over=1):
 
 
 def frames_from(start, times, fps):
-    """How many frames at a model's rate a clip holds from `start` seconds on; Matroska rounds times to milliseconds."""
+    """Count the frames at a model's rate that a clip holds from `start` seconds on. Matroska rounds times to
+    milliseconds.
+    """
     return int((max(times) - start) * fps + 0.05) + 1
 
 
 def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
-    """Look through a folder, recursively, or a list: ([Item], [(path, reason)] of what is skipped).
+    """Scan a folder, recursively, or a list: ([Item], [(path, reason)] of the skipped files).
 
-    area: px of a frame. max_frames: of a sample, at fps. mode: one of sources.CLIP_MODES. samples: of
-    variants/samples.py. Raises BadInput, with the reasons, if nothing is left.
+    area: px of a frame. max_frames: of a sample, at fps. mode: one of sources.CLIP_MODES. samples: a Samples
+    (nanowan/variants/samples.py) or None. Raises BadInput, with the reasons, if no file is left.
     """
     if cache_dir is not None:
         remove_leftovers(cache_dir)
@@ -126,15 +128,15 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, 
 
 
 def scan_source(source, s, samples, cache):
-    """What `scan` finds in a DataSource, for a checkpoint with Settings s."""
+    """Scan a DataSource for a checkpoint with Settings s; returns what `scan` does."""
     how = math.prod(source.resolution), s.size_multiple, source.frames, s.fps, source.clip_mode
     items, skipped = scan(source.source, *how, cache, samples)
     return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
 
 
 def sizes_of(items, texts, samples, s, row_bytes):
-    """What the memory estimate asks: {"bucket": the largest (width, height, frames), "text": tokens of the longest
-    text, about, "cache": bytes of (latents, texts)}. row_bytes: of a token's embedding.
+    """Return the sizes that the memory estimate needs: {"bucket": the largest (width, height, frames), "text": tokens
+    of the longest text, approximately, "cache": bytes of (latents, texts)}. row_bytes: of one token's embedding.
     """
     latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
     tokens = [2 + len(text) // 3 for text in texts]

@@ -1,4 +1,4 @@
-"""Where training data come from: a folder of media with captions beside them, a JSONL or a CSV."""
+"""Sources of training data: a folder of media with a caption file next to each, a JSONL or a CSV."""
 
 import codecs
 import csv
@@ -11,10 +11,10 @@ from nanowan.errors import BadInput
 from nanowan.video import CLIPS, IMAGES, OTHER_MEDIA, Skip, why
 
 CLIP_MODES = {
-    "first": "from its beginning",
-    "middle": "around its middle",
-    "spaced": "spread evenly over its whole length",
-    "several": "one after the other, as many as it holds",
+    "first": "its first frames",
+    "middle": "those around its middle",
+    "spaced": "frames spread evenly over its whole length",
+    "several": "as many samples as it holds, one after the other",
 }  # which frames of a clip
 PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -22,18 +22,18 @@ REPEAT_COLUMNS = ("repeat", "num_repeats")
 
 
 def read_captions(path):
-    """The lines of the text file beside a media file. Raises Skip."""
+    """Return the lines of the text file next to a media file. Raises Skip."""
     file = path.with_suffix(".txt")
     try:
         raw = file.read_bytes()
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-        if "\0" in text:  # UTF-16 without its mark, UTF-32
+        if "\0" in text:  # UTF-16 without a byte-order mark, or UTF-32
             raise UnicodeError
     except UnicodeError:
         raise Skip(f"its caption {file.name} is not UTF-8, nor UTF-16 with a byte-order mark") from None
     except OSError:
         raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
-    # at nothing else that Unicode calls a line's end
+    # not at the other characters that Unicode counts as line ends
     captions = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
     if not captions:
         raise Skip(f"its caption {file.name} is empty")
@@ -66,9 +66,9 @@ def json_rows(lines):
 
 
 def read_list(file):
-    """[(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row names its file in
-    one of PATH_COLUMNS, relative to the list, and its text, or list of texts, in one of CAPTION_COLUMNS. Raises
-    BadInput.
+    """Return [(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row has the
+    file's path, relative to the list, in one of PATH_COLUMNS, and the caption, or a list of captions, in one of
+    CAPTION_COLUMNS. Raises BadInput.
     """
     is_csv = file.suffix.lower() == ".csv"
     try:
@@ -81,7 +81,7 @@ def read_list(file):
 
 
 def list_entry(file, number, row):
-    """An entry of `read_list`."""
+    """Return the entry of `read_list` for the row on line `number`. Raises BadInput."""
     where = f"--data {file}, line {number}"
     path, captions, repeat = (
         next((row[c] for c in columns if row.get(c) not in (None, "")), None)
@@ -104,8 +104,8 @@ def list_entry(file, number, row):
 
 
 def walk(folder):
-    """The paths of all that is in a folder, recursively, but for what is hidden, and [(folder, reason)] of those that
-    cannot be opened. Links to folders are followed; a folder that was seen is not entered again.
+    """Return the paths of everything in a folder, recursively, except hidden files and folders, and [(folder, reason)]
+    of the folders that cannot be opened. Links to folders are followed; no folder is entered twice.
     """
     found, unreadable, seen = [], [], set()
     for where, folders, files in os.walk(
@@ -122,8 +122,9 @@ def walk(folder):
 
 
 def find_media(source):
-    """[(path, captions, repeat)] of everything in a list, or of a folder, that is media or looks like it. captions: a
-    Skip where there can be none, None where they lie beside the file.
+    """Return [(path, captions, repeat)] of every entry of a list, or of every file in a folder that is media or looks
+    like media. captions: a Skip if there can be none, or None if they are in the .txt file next to the file. Raises
+    BadInput.
     """
     if source.is_file():
         return read_list(source)
@@ -146,7 +147,7 @@ def find_media(source):
 
 
 def check_usable(path, captions):
-    """A file's captions. Raises Skip for what can be known without decoding it."""
+    """Return a file's captions. Raises Skip for whatever makes the file unusable and is known before it is decoded."""
     if isinstance(captions, Skip):
         raise captions
     if not path.is_file():

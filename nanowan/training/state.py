@@ -1,4 +1,4 @@
-"""What a state holds, parameters, optimizer and averages, and what must not have changed when a run goes on from it."""
+"""A run's state: parameters, optimizer, averages; and what must not change when a run is resumed from it."""
 
 import contextlib
 
@@ -17,8 +17,8 @@ RESUME_MAY_CHANGE = (
 
 
 class TrainState:
-    """All that a run needs to go on exactly: parameters, the optimizer, the guard and the averages; what is drawn
-    follows from the step.
+    """Everything that a run needs to be resumed exactly: parameters, optimizer, guard and averages. Random numbers
+    follow from the step alone.
     """
 
     def __init__(self, params, opt, grad_spike_factor, ema=0.0):
@@ -29,7 +29,7 @@ class TrainState:
             group.setdefault("peak_lr", group["lr"])
 
     def averaged(self):
-        """A context in which the averages, if there are any, stand in the parameters' place: what is saved and seen."""
+        """A context in which the parameters hold their averages, if there are any, for saving and evaluating."""
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
     def state_dict(self):
@@ -42,7 +42,7 @@ class TrainState:
         }
 
     def param_slots(self, state):
-        """Where a state holds something in the shape of a parameter: (container, key, that parameter)."""
+        """Return (container, key, parameter) for every entry of a state that has the shape of a parameter."""
         slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
         for i, moments in state["opt"]["state"].items():
             p = self.params[i]
@@ -51,8 +51,8 @@ class TrainState:
         return slots
 
     def save(self, run, step):
-        """Write a run's state; every rank calls this. What is sharded goes into a folder beside it, from all ranks at
-        once, and its number into its place.
+        """Write a run's state; every rank calls this. Sharded tensors go into a folder next to the state, from all
+        ranks at once, and in the state their numbers take their places.
         """
         state, shards = self.state_dict(), {}
         for n, (values, key, _) in enumerate(self.param_slots(state)):
@@ -61,7 +61,7 @@ class TrainState:
         run.save(step, state, shards)
 
     def restore(self, state):
-        """Put a saved state back, from any number of ranks on any number."""
+        """Restore a saved state; it may have been saved with another number of ranks."""
         slots = [(values, key, p) for values, key, p in self.param_slots(state) if isinstance(values[key], str)]
         if slots:
             import torch.distributed.checkpoint as dcp
@@ -76,7 +76,7 @@ class TrainState:
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
         for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
-            if "fused" in own:  # how a step is computed, which an older version did otherwise, is not part of a state
+            if "fused" in own:  # how a step is computed is not part of a state: older versions did it differently
                 group["fused"] = own["fused"]
         self.opt.load_state_dict(state["opt"])
         self.guard.load_state_dict(state["guard"])
@@ -92,9 +92,9 @@ def lists_of(state):
 
 
 def resume_fingerprint(args, pipe, dataset):
-    """{name: value} of what must not change between a run and its continuation: all flags but RESUME_MAY_CHANGE, the
-    global batch, the base's weights, and the samples, once all are cached: some may turn out not to be usable. args:
-    resolved flags.
+    """Return {name: value} of what must not change between a run and its continuation: all flags except
+    RESUME_MAY_CHANGE, the global batch, the base's weights and the samples. The samples are included only once all are
+    cached, since some may turn out to be unusable. args: resolved flags.
     """
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     files = [f for name in pipe.settings.expert_names for f in pipe.files(name)]
@@ -103,5 +103,6 @@ def resume_fingerprint(args, pipe, dataset):
     if dataset.is_cached():
         fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
         weights = [i.weight for i in dataset.items]
-        fingerprint["weights"] = weights if {*weights} != {1.0} else None  # as states have it that know of none
+        # None, as in states that were written before there were weights
+        fingerprint["weights"] = weights if {*weights} != {1.0} else None
     return fingerprint

@@ -1,4 +1,4 @@
-"""What the two training loops share: held-out loss, previews, one update of the weights, what a step logs."""
+"""What the two training loops share: batches prepared ahead, held-out loss, one update of the weights, a step's log."""
 
 import concurrent.futures
 import time
@@ -13,12 +13,12 @@ from nanowan.training.optim import lr_at
 
 
 def due(step, every, last):
-    """Whether something that is done every so many steps, and after the last, is done after this one."""
+    """Whether a task is due after this step: it is due after every `every` steps and after the last step."""
     return step % every == 0 or step == last
 
 
 def ahead(prepare, steps):
-    """Yield (step, prepare(step)) for each step; one is prepared in a thread while the one before is trained on."""
+    """Yield (step, prepare(step)) for each step. A thread prepares the next step while this one is trained on."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = pool.submit(prepare, steps[0]) if steps else None
         for step in steps:
@@ -29,9 +29,9 @@ def ahead(prepare, steps):
 
 @torch.no_grad()
 def held_out_loss(dataset, schedule, embed):
-    """{name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and `val_loss_by_t`,
-    that at each of four timesteps. Comparable between runs on the same data, whatever their seeds. embed(captions) ->
-    context (B,S,D), lens (B,).
+    """Return {name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and
+    `val_loss_by_t`, the mean loss at each of four timesteps. Runs on the same data can be compared, whatever their
+    seeds. embed(captions) -> context (B,S,D), lens (B,).
     """
     metrics, pipe = {}, dataset.pipe
     for name, (low, high) in schedule.items():
@@ -46,7 +46,9 @@ def held_out_loss(dataset, schedule, embed):
 
 
 def say_if_foreign(metrics, usual):
-    """Print a line where the held-out loss before the first step is far above `usual`, if that is known."""
+    """Print a line if the held-out loss before the first step is far above `usual`, the checkpoint's usual loss (None:
+    unknown).
+    """
     loss = held_out(metrics)
     if usual and loss is not None and loss > 3 * usual:
         print(
@@ -57,17 +59,21 @@ def say_if_foreign(metrics, usual):
 
 
 class Stopwatch:
-    """Time and tokens of one step, for its log line."""
+    """The time and tokens of one step, for its log line."""
 
     def __init__(self):
         self.began, self.tokens = time.monotonic(), 0
 
     def count(self, batch, weight):
-        """A Batch that was back-propagated with this weight; 0 is a rank that computed for nothing."""
+        """Count the tokens of a Batch that was back-propagated with this weight. A batch of weight 0 does not count: a
+        rank without samples of its own computes one because the others wait for it.
+        """
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
     def metrics(self, model, batch, text, accumulate, device):
-        """{"ms", "tokens_per_s", "peak_gb"}, and "mfu" where the device's peak rate is known; text: tokens of it."""
+        """Return {"ms", "tokens_per_s", "peak_gb"}, and "mfu" if the device's peak rate is known. text: number of text
+        tokens.
+        """
         seconds = time.monotonic() - self.began
         found = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
         found["peak_gb"] = round(memory_estimate.used(device) / 1e9, 2)
@@ -77,8 +83,9 @@ class Stopwatch:
 
 
 def update(state, world, step, args, loss, typical=True):
-    """One optimizer step, unless the gradient is not to be trusted: ({name: value} to log, why it was skipped or None).
-    args: steps, warmup, schedule, grad_clip, seed. typical: whether the step's samples have gradients of usual size.
+    """Take one optimizer step, unless the guard skips it. Returns ({name: value} to log, why the step was skipped or
+    None). args: steps, warmup, schedule, grad_clip, seed. typical: whether the step's samples have gradients of the
+    usual size.
     """
     for group in state.opt.param_groups:
         group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)

@@ -1,7 +1,7 @@
-"""What train_te.py trains of a text encoder: its blocks or LoRAs in them, and embeddings of words; what is saved of it.
+"""What train_te.py trains of a text encoder (blocks, or LoRAs in them, and token embeddings), and how it is saved.
 
-Trained embeddings of words may grow out of the distribution of the table's own, and then drown the rest of a prompt
-(Directional Textual Inversion, arXiv 2512.13672); `keyword_norm` holds them.
+The norms of trained token embeddings may grow far beyond those of the embedding table; such embeddings drown the rest
+of a prompt (Directional Textual Inversion, arXiv 2512.13672). `keyword_norm` limits them.
 """
 
 import math
@@ -14,15 +14,15 @@ from lora import LoRALinear, adapter, inject, lora_layers
 from nanowan.errors import BadInput
 from nanowan.parallel import full_tensor, is_sharded, shard
 
-# the linears of a block of UMT5: q, k, v, o, wi_0, wi_1 and wo by transformers' names
+# the linears of a block of UMT5, which transformers calls q, k, v, o, wi_0, wi_1 and wo
 LORA_TARGETS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
-NORM_QUANTILE = 0.99  # of the table's norms, which --keyword_norm clamp allows
+NORM_QUANTILE = 0.99  # --keyword_norm clamp limits norms to this quantile of the table's norms
 
 
 class RowEmbedding(nn.Module):
-    """An embedding table, frozen but for the rows `ids`: only those get gradients and optimizer states. norm: "free",
-    "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or "clamp" (at most NORM_QUANTILE of
-    the table's norms). dtype: of the trained rows (default: the table's).
+    """An embedding table that is frozen except for the rows `ids`: only these get gradients and optimizer states. norm:
+    "free", "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or "clamp" (at most the
+    NORM_QUANTILE quantile of the table's norms). dtype: of the trained rows (default: the table's).
     """
 
     def __init__(self, table, ids, norm="free", dtype=None):
@@ -37,17 +37,17 @@ class RowEmbedding(nn.Module):
 
     def forward(self, ids):
         slot = self.slot[ids]
-        # not rows[slot]: the gradient of indexing is added up by several threads in any order
+        # not rows[slot]: several threads add up the gradient of indexing, in no fixed order
         rows = F.embedding(slot.clamp(min=0), self.rows).to(self.table.weight.dtype)
         return torch.where((slot >= 0)[..., None], rows, self.table(ids))
 
     @torch.no_grad()
     def norms(self):
-        """Norms (n,) fp32 of the trained rows as shares of the median norm of the table's rows."""
+        """Return the norms (n,) fp32 of the trained rows, relative to the median norm of the table's rows."""
         return full_tensor(self.rows.detach()).float().norm(dim=1) / self._table_norms()[0]
 
     def _table_norms(self):
-        """(median, NORM_QUANTILE) of the norms of the table's rows."""
+        """The median and the NORM_QUANTILE quantile of the norms of the table's rows; rows of zeros do not count."""
         if self.table_stats is None:
             table = full_tensor(self.table.weight.detach())
             norms = torch.cat([part.float().norm(dim=1) for part in table.split(1 << 16)])
@@ -57,7 +57,7 @@ class RowEmbedding(nn.Module):
 
     @torch.no_grad()
     def hold_norms(self):
-        """After a step: scale each row whose norm exceeds its limit, or is not as it was, to it."""
+        """After a step, scale each row back to its fixed norm, or down to the limit."""
         if self.norm == "free":
             return
         rows = self.rows.to_local() if is_sharded(self.rows) else self.rows  # sharded by rows
@@ -72,8 +72,9 @@ class RowEmbedding(nn.Module):
 
 
 def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
-    """Make a frozen encoder trainable, in place: its top `train_blocks` blocks (default: all) and final norm, or with
-    `rank` LoRAs in these blocks, and the embeddings `ids`. Raises BadInput where that would be nothing.
+    """Make parts of a frozen encoder trainable, in place: its top `train_blocks` blocks (default: all) and the final
+    norm, or with `rank` LoRAs in these blocks instead; and the token embeddings `ids`. Raises BadInput if that is
+    nothing.
     """
     layers = len(encoder.blocks)
     top = layers if train_blocks is None else train_blocks
@@ -89,8 +90,8 @@ def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
 
 
 def shard_among(encoder, world, dtype, whole):
-    """Divide an encoder among the ranks, computing in dtype. What is trained becomes fp32, of which a shard is small
-    enough, and with `whole` (LoRAs, rows) stays whole on each rank.
+    """Shard an encoder over the ranks; it computes in dtype. Trained parameters become fp32, since a shard of them is
+    small enough. With `whole` (LoRAs and token embeddings), the trained parameters stay unsharded on each rank.
     """
     trained = {p for p in encoder.parameters() if p.requires_grad}
     for p in trained:
@@ -100,7 +101,7 @@ def shard_among(encoder, world, dtype, whole):
 
 
 def trained_parameters(encoder):
-    """({name: parameter} that is trained of an encoder but for embeddings, the trained embeddings or None)."""
+    """Return ({name: parameter} of what is trained, without token embeddings; the trained token embeddings or None)."""
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     return trained, trained.pop("token_embedding.rows", None)
 
@@ -113,11 +114,12 @@ def optimizer_groups(encoder, lr, keyword_lr):
 
 @torch.no_grad()
 def encoder_tensors(encoder, form, dtype, is_main):
-    """{name: tensor} to save of an encoder: all of it under official names, LoRAs merged ("full"), or as a "delta" what
-    was trained. Every rank calls this; the one that writes has it whole, on the host, since a GPU may not have room for
-    it beside the training.
+    """Return {name: tensor} to save of an encoder. form "delta": what was trained; any other form, such as "full": the
+    full encoder under official names, LoRAs merged. Every rank calls this. Only the main rank, which writes the file,
+    gets the tensors, unsharded and on the host, since a GPU may not have room for them during training; the others get
+    None.
     """
-    if hasattr(encoder, "reshard"):  # FSDP leaves the root whole after a forward pass without a backward pass
+    if hasattr(encoder, "reshard"):  # after a forward pass without a backward pass FSDP leaves the root unsharded
         encoder.reshard()
 
     def gather(t):
@@ -145,8 +147,9 @@ def encoder_tensors(encoder, form, dtype, is_main):
 
 @torch.no_grad()
 def relative_changes(encoder, base_rows, entries, dtype, is_main):
-    """{"blocks", "embeddings": ||dW|| / ||W|| of the matrices that are trained there, as one}, against the `entries` of
-    a file; {} where not is_main. base_rows: the embeddings (n,D) from before training. Every rank calls this.
+    """Return {"blocks": ||dW|| / ||W||, "embeddings": the same} of the trained matrices of each kind, taken as one
+    matrix, against the `entries` of a file; {} if not is_main. base_rows: the token embeddings (n,D) before training.
+    Every rank calls this.
     """
     tensors = encoder_tensors(encoder, "delta", dtype, is_main)
     if not is_main:
@@ -172,8 +175,8 @@ def merged_weight(layer: LoRALinear):
 
 @torch.no_grad()
 def encoder_changes(encoder, base_rows):
-    """What nanowan.formats.t5.write_encoder_lora writes of an encoder: ({module: (A, scale * B)}, row changes (n,D) or
-    None, their ids). base_rows: the embeddings (n,D) from before training.
+    """Return what nanowan.formats.t5.write_encoder_lora writes of an encoder: ({module: (A, scale * B)}, changes of
+    token embeddings (n,D) or None, their ids or None). base_rows: the token embeddings (n,D) before training.
     """
     pairs = {
         n: (a.cpu(), m.scale * b.cpu())
