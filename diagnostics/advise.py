@@ -1,4 +1,4 @@
-"""diag.py advise: the training commands for some clips and a checkpoint, and what each number in them rests on."""
+"""diag.py advise: the training commands for some clips and a checkpoint, and the reason for each number in them."""
 
 import shlex
 from pathlib import Path
@@ -17,22 +17,23 @@ from nanowan.training.flags import encoder_lora_lr, recommended_flags
 from nanowan.training.keywords import check_keywords, keyword_token_ids, shared_token_ids
 from nanowan.variants.registry import VARIANTS
 
-FEW = 20  # files of a word: with five the worst word was three quarters learned, more than twenty were no better
-HELD_OUT = 0.05  # the trainers' default
+FEW = 20  # files per word: with 5 the worst word's accuracy was 0.75, with more than 20 words scored no higher
+HELD_OUT = 0.05  # the default of the trainers' --held_out
 CONFIG = "the checkpoint's config.json"
 STYLE_TARGETS = "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2"
 CHOICE = f"""
-Which of them (shares of prompts drawn right on the toy, docs/experiments.md; nothing of it was measured at full size):
-  a word for what the model draws already: 1 alone. Embeddings brought six such words to 0.98, blocks too; known clips
-    stayed as they were with embeddings (87 dB) and moved with blocks (42 dB)
-  what it has never drawn: 1, then 2. One such colour: 0.24 with the encoder, 0.62 with the translator behind it
-  a style or a motion: neither was measured. 2 without --trigger and --text_encoder, but with
+Which of them to run (numbers are accuracy on the toy, docs/experiments.md; nothing was measured at full size):
+  a word for what the model can draw already: 1 alone. Training embeddings brought six such words to 0.98, and so did
+    training blocks; clips of known words stayed as they were with embeddings (87 dB) and changed with blocks (42 dB)
+  a word for what the model has never drawn: 1, then 2. One such colour scored 0.24 with the trained encoder, and 0.62
+    with a translator trained on top of it
+  a style or a motion (neither was measured): 2 without --trigger and --text_encoder, but with
     --targets {STYLE_TARGETS}: docs/recipes.md
-Look after each: python diag.py listen --ckpt DIR --text_encoder FILE --lora FILE"""
+Check the result of each: python diag.py listen --ckpt DIR --text_encoder FILE --lora FILE"""
 
 
 class Flag(NamedTuple):
-    """One flag of a command, and what its value rests on, if there is something to say."""
+    """One flag of a command, and the reason for its value, if there is one to give."""
 
     name: str
     value: object
@@ -40,8 +41,8 @@ class Flag(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """What is known of the data: scan.Items, their captions, and the keywords of which every token is in captions
-    without it too.
+    """What is known of the data: scan.Items, their captions, and the keywords whose tokens all occur in captions
+    without a keyword too.
     """
 
     items: list
@@ -49,18 +50,18 @@ class Clips(NamedTuple):
     shared: tuple = ()
 
     def trained(self):
-        """The Items that a trainer does not hold out."""
+        """Return the Items that a trainer does not hold out."""
         digests = sorted({item.digest for item in self.items})
         held = {*digests[: min(16, int(HELD_OUT * len(digests)))]}
         return [item for item in self.items if item.digest not in held]
 
     def views(self, steps, batch):
-        """How often a run shows each sample."""
+        """How often a run shows each sample to the model."""
         return steps / Batches(self.trained(), batch, 0).per_epoch
 
 
 def schedule(s, script, clips):
-    """--batch and --steps, as the checkpoint recommends."""
+    """Return the Flags --batch and --steps, as the checkpoint recommends."""
     flags = recommended_flags(s, script)
     views = f"each sample is seen {clips.views(flags['steps'], flags['batch']):.0f} times"
     measured = "steps" in s.train.get(script, {})
@@ -69,34 +70,35 @@ def schedule(s, script, clips):
 
 
 def encoder_flags(s, keywords, clips):
-    """The Flags of train_te.py that are not the same for every checkpoint."""
+    """Return the Flags of train_te.py that depend on the checkpoint or on the data."""
     flags = recommended_flags(s, "train_te")
     if not keywords or clips.shared:
         alone = "without keywords there are no embeddings to train"
         if keywords:
-            alone = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks have to learn"
-        lr = Flag("lr", f"{encoder_lora_lr(s):g}", "train_te.py's for LoRAs")
-        found = [Flag("rank", 16, f"LoRAs in the encoder's blocks, which its --save lora keeps small; {alone}"), lr]
+            alone = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks must be trained"
+        lr = Flag("lr", f"{encoder_lora_lr(s):g}", "train_te.py's rate for LoRAs")
+        found = [Flag("rank", 16, f"LoRAs in the encoder's blocks, whose file (--save lora) is small; {alone}"), lr]
     else:
         found = [
-            Flag("train_blocks", 0, "the embeddings of the words alone: as good as blocks, and nothing else moves"),
-            Flag("save", "lora", "0.5 MB a word, for ComfyUI too; the whole encoder would be 11.4 GB"),
+            Flag("train_blocks", 0, "the words' embeddings alone: as good as blocks, and nothing else changes"),
+            Flag("save", "lora", "0.5 MB a word, for ComfyUI too; the full encoder would be 11.4 GB"),
         ]
     if keywords:
-        search = "with it words of shared tokens took a third of the steps, and embeddings alone missed none of six"
+        search = "with it, words of shared tokens took a third of the steps, and embeddings alone learned all six words"
         rate = Flag("keyword_lr", f"{flags['keyword_lr']:g}", CONFIG) if flags["keyword_lr"] else None
         found += [
             Flag("keyword_init", "search", search),
-            rate or Flag("keyword_lr", "0.001", "unmeasured; at the default, that of blocks, embeddings hardly move"),
+            rate
+            or Flag("keyword_lr", "0.001", "not measured; at the default, the blocks' rate, embeddings hardly move"),
         ]
     return found + schedule(s, "train_te", clips)
 
 
 def translator_flags(s, keywords, clips):
-    """The same of train_lora.py."""
+    """Return the Flags of train_lora.py that depend on the checkpoint or on the data."""
     flags, targets = recommended_flags(s, "train_lora"), ",".join(s.parts.samples.lora_targets)
     rate = CONFIG if "lr" in s.train.get("train_lora", {}) else "that of DiffSynth-Studio's script for Wan 2.2"
-    only = "k and v do as well as q, k, v and o (0.94 each), which cost known clips 2 dB"
+    only = "k and v score as high as q, k, v and o (0.94 each), with which clips of known words lost 2 dB"
     found = [
         Flag(
             "text_encoder", "out/te/text_encoder.safetensors", "the encoder first: a LoRA alone reached 0.42, both 0.99"
@@ -107,13 +109,13 @@ def translator_flags(s, keywords, clips):
     if keywords:
         found.append(Flag("trigger", ",".join(keywords), "for LoRA managers; captions without them are preserved"))
     if keywords and without_keywords(clips.captions, keywords):
-        why = "behind a trained encoder it cost no words (0.99), and known clips stayed 10 dB closer"
+        why = "with a trained encoder it cost no words (0.99), and clips of known words changed by 10 dB less"
         found.append(Flag("preserve", 2, why))
     return [*found, Flag("lr", f"{flags['lr']:g}", rate), *schedule(s, "train_lora", clips)]
 
 
 def advice(s, where, keywords, clips):
-    """{script: [Flag]} for a checkpoint of these Settings. where: Flags of both commands."""
+    """Return {script: [Flag]} for a checkpoint with Settings s. where: the Flags that both commands share."""
     words = [Flag("keywords", ",".join(keywords))] if keywords else []
     return {
         "train_te": [*where, Flag("out", "out/te"), *words, *encoder_flags(s, keywords, clips)],
@@ -126,7 +128,7 @@ def command(script, flags):
 
 
 def folder_of(ckpt):
-    """The name under which a released variant is published; another checkpoint's own."""
+    """The folder name under which a released variant is published; for any other checkpoint, its own path."""
     if ckpt not in VARIANTS:
         return ckpt
     kind, size = ckpt.split("-")
@@ -134,8 +136,8 @@ def folder_of(ckpt):
 
 
 def look_at_words(keywords, items, captions, pipe):
-    """Print which keywords are in few files; returns those of which every token is in other captions too. Raises
-    BadInput for one that no caption holds. pipe: None where there is no tokenizer.
+    """Print which keywords are in few files, and return those whose tokens all occur in other captions too. Raises
+    BadInput for a keyword that no caption contains. pipe: a Pipeline, or None if there is no tokenizer.
     """
     for keyword in keywords:
         files = count_files(items, keyword)
@@ -181,13 +183,13 @@ def run(args):
         if device == "cuda":
             print(f"   {planned.times()}")
     blocks = job.config.num_layers
-    if blocks >= 12:  # of fewer, a third was too little
+    if blocks >= 12:  # with fewer blocks, a third of them was too little
         upper = f"{blocks - blocks // 3}-{blocks - 1}"
-        print(f"\nIf time or memory is short, 2 with --blocks {upper}: 0.84 of what all blocks add.")
+        print(f"\nIf time or memory is short, run 2 with --blocks {upper}: 0.84 of the accuracy that all blocks add.")
     print(CHOICE)
     write_json(args.json, {"commands": commands, "peak": peaks})
 
 
 def words_of(flags):
-    """Flags as a command line's words."""
+    """Return Flags as the words of a command line."""
     return [str(word) for name, value, _ in flags for word in (f"--{name}", value)]

@@ -1,7 +1,7 @@
 """diag.py blocks: which of the DiT's blocks read a word, by hiding its tokens from one cross-attention at a time.
 
-What changes in the prediction is a measured ground for --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755)
-chooses blocks to train by such masks too.
+How much the prediction then changes is a measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv
+2603.20755) chooses the blocks to train by such masks too.
 """
 
 import contextlib
@@ -23,11 +23,13 @@ from nanowan.pipeline import Pipeline
 from nanowan.training.captions import has_keyword, spans
 from nanowan.training.flags import comma_list, expert_schedule
 
-SHARE = 0.8  # of the effect, that the proposed blocks hold
+SHARE = 0.8  # the share of the whole effect that the proposed blocks hold at least
 
 
 def keyword_tokens(caption, keyword, tokenizer):
-    """(L,) bool: which of a caption's tokens hold a part of the keyword. None does where it is cut off."""
+    """Return (L,) bool: which of a caption's tokens contain a part of the keyword. All are False if the encoder does
+    not read it.
+    """
     found = []
     for part in filter(None, tokenizer.split.split(tokenizer.clean(caption))):
         ids = tokenizer.ids(part)
@@ -44,8 +46,8 @@ def keyword_tokens(caption, keyword, tokenizer):
 
 @contextlib.contextmanager
 def hide_tokens(attention, hidden):
-    """Within, a CrossAttention does not attend to the text's tokens `hidden` (S,) bool. What a text encoder has carried
-    from them into other tokens is still there.
+    """A context in which a CrossAttention does not attend to the text tokens marked in `hidden` (S,) bool. What the
+    text encoder has carried from these into other tokens remains visible.
     """
 
     def hook(module, args):
@@ -61,7 +63,9 @@ def hide_tokens(attention, hidden):
 
 
 def samples_with(dataset, keyword, n, tokenizer):
-    """At most n samples [(Item with the one caption that holds the keyword, its tokens there)], one of a file."""
+    """Return at most n samples [(Item with only the caption that contains the keyword, keyword_tokens of the caption)],
+    one per file. Raises BadInput if there is none.
+    """
     found = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):
         for caption in item.captions:
@@ -73,13 +77,15 @@ def samples_with(dataset, keyword, n, tokenizer):
 
 
 def loss_of(batch, velocity, text):
-    """The loss that a Batch has with a velocity that was computed before."""
+    """Return the loss of a Batch for a velocity that was computed before."""
     return batch.loss(lambda *_, **__: velocity, *text).item()
 
 
 @torch.no_grad()
 def sample_effects(model, batches, text, hidden):
-    """(blocks,2), means over some Batches: what hiding tokens from each block changes in the velocity and the loss."""
+    """Return (blocks,2), means over Batches: how much the velocity changes and the loss rises when the tokens `hidden`
+    are hidden from each block.
+    """
     rows = []
     for batch in batches:
         inputs = {k: v.to(text[0].device) for k, v in batch.inputs.items()}
@@ -94,12 +100,12 @@ def sample_effects(model, batches, text, hidden):
 
 
 def block_effects(pipe, keywords, n=4, **where):
-    """What a Pipeline's prediction loses when one block does not see a word, on at most n samples whose caption holds
-    it, at four timesteps under fixed noise.
+    """Measure how a Pipeline's prediction changes when one block does not see a keyword: on at most n samples whose
+    caption contains it, at four timesteps under fixed noise.
 
-    {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}: change is ||v' - v|| / ||v|| of the
-    velocity, loss by how much the loss rises; means and standard deviations (None for one sample) are over the samples.
-    where: as in open_dataset. Raises BadInput for a word that is in no caption.
+    Returns {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}. change: ||v' - v|| / ||v||
+    of the velocity. loss: by how much the loss rises. Both are means over the samples, with standard deviations (None
+    for a single sample). where: as in open_dataset. Raises BadInput for a keyword that no caption contains.
     """
     dataset, tokenizer, s = open_dataset(pipe, **where), pipe.acquire("text").tokenizer, pipe.settings
     shown = {keyword: samples_with(dataset, keyword, n, tokenizer) for keyword in keywords}
@@ -131,8 +137,8 @@ def block_effects(pipe, keywords, n=4, **where):
 
 
 def shortest_run(effects, share=SHARE):
-    """(first, last, share held) of the shortest run of blocks that holds this share of the sum of their effects; of
-    several the one that holds most. None where there is no effect at all.
+    """Return (first, last, share held) of the shortest run of blocks that holds at least `share` of the sum of all
+    effects; among runs of that length, the one that holds most. None if there is no effect at all.
     """
     count, total = len(effects), sum(effects)
     if not total > 0:
@@ -143,7 +149,7 @@ def shortest_run(effects, share=SHARE):
 
 
 def mean_change(effects):
-    """The change of each block, averaged over experts and keywords."""
+    """Return the change of each block, averaged over experts and keywords."""
     rows = [row for expert in effects.values() for row in expert]
     blocks = range(1 + max(row["block"] for row in rows))
     return [statistics.fmean(row["change"] for row in rows if row["block"] == block) for block in blocks]

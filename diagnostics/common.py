@@ -1,4 +1,4 @@
-"""What several commands of diag.py need."""
+"""Functions that several commands of diag.py share."""
 
 import json
 
@@ -10,18 +10,18 @@ from nanowan.prompts import read_texts
 
 
 def write_json(path, value):
-    """Write a result, if a file is asked for."""
+    """Write a result as JSON, if `path` is given."""
     if path:
         with atomic(path) as tmp:
             tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def runtime(args):
-    """The models.Runtime that --device and --dtype ask for."""
+    """Return the pipeline.Runtime that --device and --dtype ask for."""
     device = pick_device(args.device)
     return Runtime(device, DTYPES[pick_dtype(args.dtype, device)])
 
 
 def given_prompts(file, n):
-    """The prompts of a text file, or n of the nano world's."""
+    """Return the prompts of a text file, or without a file n prompts of the nano world."""
     return read_texts(file, "--prompts") if file else [row["prompt"] for row in prompts(n, 0)]

@@ -1,4 +1,4 @@
-"""diag.py convert: a text encoder's file, a DiT's files or a LoRA in another layout, with the same bits."""
+"""diag.py convert: write a text encoder, a DiT or a LoRA in another layout, with the same bits."""
 
 import contextlib
 from dataclasses import asdict
@@ -17,18 +17,19 @@ from nanowan.settings import checkpoint_dir
 from wan import Wan
 
 DIT_LAYOUTS = ("official", "diffusers")
-STEM = "diffusion_pytorch_model"  # both layouts' name of a DiT's files
-FILE_BYTES = 5_000_000_000  # at most, of one of them
+STEM = "diffusion_pytorch_model"  # the name of a DiT's files in both layouts
+FILE_BYTES = 5_000_000_000  # the most that one of these files may have
 
 
 def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
-    """Write a DiT (source: a file, its folder, or a checkpoint folder with one DiT) anew into the folder `out`, with
-    the same bits: config.json and safetensors, several with their index where one would be above file_bytes.
+    """Write a DiT into the folder `out` in another layout, with the same bits: config.json and a safetensors file, or
+    several with their index if one would be larger than file_bytes.
 
-    layout: "official" or "diffusers". 8-bit weights with scales, and GGUF's, become bf16. Raises BadInput for what is
-    not a whole DiT, or one that diffusers' WanTransformer3DModel is not. Host memory holds one tensor at a time.
+    source: a file, its folder, or a checkpoint folder with one DiT. layout: "official" or "diffusers". 8-bit weights
+    with scales, and GGUF's weights, become bf16. Raises BadInput for an incomplete DiT, and for one that diffusers'
+    WanTransformer3DModel cannot represent. Host memory holds one tensor at a time.
     """
-    model = load_wan(source, "meta")  # raises, unless all tensors are there with their shapes
+    model = load_wan(source, "meta")  # raises BadInput unless all tensors have their shapes
     if type(model) is not Wan:
         raise BadInput(f"{source}: of the kind {model.config.model_type}; DiTs of ti2v, t2v and i2v are converted")
     entries, out = cast(read_weights(files_of(next(iter(expert_folders(source).values()))))), Path(out)
@@ -52,7 +53,9 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
 
 
 def is_dit(source, part):
-    """Whether a conversion is of a DiT: --part says so, else what `source` is; of a checkpoint folder, its encoder."""
+    """Whether to convert a DiT: if --part says so, or without --part if `source` is a DiT. Without --part, a checkpoint
+    folder's encoder is converted.
+    """
     if part or not source.is_dir():
         return (part or kind_of(source)) == "dit"
     with contextlib.suppress(BadInput):
@@ -61,8 +64,9 @@ def is_dit(source, part):
 
 
 def convert_lora(text, out, layout):
-    """Write a LoRA, FILE or, of one that holds both experts, FILE:high or FILE:low, anew: as "comfyui" reads it, and
-    diffusers, or, of a DiT, as "musubi", musubi-tuner. LoRA pairs keep their bits, unless alpha is multiplied in.
+    """Write a LoRA in another layout. text: FILE, or FILE:high or FILE:low of a file that holds both experts. layout:
+    "comfyui", which diffusers reads too, or for a DiT's LoRA also "musubi", which musubi-tuner reads. LoRA pairs keep
+    their bits, unless alpha is multiplied in. Raises BadInput.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")

@@ -18,16 +18,16 @@ from nanowan.settings import checkpoint_dir
 
 
 class Weights:
-    """The tensors of one model on disk, under their official names. Those in 8 and fewer bits are read as what they
-    stand for.
+    """The tensors of one model on disk, under their official names. Tensors in 8 or fewer bits are read as the values
+    that they stand for.
     """
 
     def __init__(self, files, is_encoder=False):
-        """is_encoder: a whole text encoder, in any of its layouts."""
+        """is_encoder: the files are those of a full text encoder, in any layout."""
         self.entries = read_encoder(files).entries if is_encoder else read_weights(files)
 
     def read(self, name):
-        """One of them, fp32."""
+        """Return a tensor in fp32."""
         return self.entries[name].read().float()
 
     def shape(self, name):
@@ -42,9 +42,9 @@ class Norms(NamedTuple):
 
 
 def factor_norms(a, b):
-    """Norms of B A from its factors A (r,in) and B (out,r) alone. The effective rank is the exponential of the entropy
-    of its normalised singular values (Roy and Vetterli, 2007). B A has the same singular values as the r x r matrix
-    R_B R_A^T, where R_B and R_A come from the QR decompositions of B and A^T.
+    """Return the Norms of B A, computed from its factors A (r,in) and B (out,r) alone. The effective rank is the
+    exponential of the entropy of its normalised singular values (Roy and Vetterli, 2007). B A has the same singular
+    values as the r x r matrix R_B R_A^T, where R_B and R_A come from the QR decompositions of B and A^T.
     """
     small = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().t()).R.t()
     if not small.isfinite().all():
@@ -56,7 +56,9 @@ def factor_norms(a, b):
 
 
 def dense_norms(difference):
-    """Norms of a tensor, seen as a matrix (out,everything else): the spectral one by 50 power iterations, no rank."""
+    """Return the Norms of a tensor, seen as a matrix (out, everything else). The spectral norm comes from 50 power
+    iterations; the effective rank is None.
+    """
     d = difference.reshape(len(difference), -1) if difference.dim() else difference.view(1, 1)
     v = torch.randn(d.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(50):
@@ -65,15 +67,15 @@ def dense_norms(difference):
 
 
 def relative_norm(rows):
-    """||dW|| / ||W|| of several matrices taken as one."""
+    """Return ||dW|| / ||W|| of several matrices, taken as one."""
     moved, base = math.hypot(*(r["norm"] for r in rows)), math.hypot(*(r["base"] for r in rows))
     return moved / base if base else math.inf
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
 def lora_moves(path, base, expert, kind):
-    """Yield (parameter name, base weight, Norms of its change) of a LoRA file; kind: as kind_of says. A low-rank change
-    is never formed.
+    """Yield (parameter name, base weight, Norms of its change) for each weight that a LoRA file changes. kind: from
+    kind_of. A low-rank change is never formed.
     """
     if kind == "lora":
         shapes = {name: entry.shape for name, entry in base.entries.items()}
@@ -87,8 +89,8 @@ def lora_moves(path, base, expert, kind):
 
 
 def weight_moves(path, base):
-    """The same of another checkpoint or encoder, or of the parts and embedding rows that train_te.py --save delta
-    keeps. Only matrices and convolutions are compared.
+    """Yield the same for another checkpoint or encoder, or for the tensors and embedding rows that train_te.py --save
+    delta writes. Only matrices and convolutions are compared. Raises BadInput if a tensor does not fit the base.
     """
     new = Weights(weight_files(path), kind_of(path) == "text_encoder")
     ids, rows = (new.entries.pop(f"token_embedding.{key}", None) for key in ("ids", "rows"))
@@ -110,14 +112,13 @@ def weight_moves(path, base):
 
 
 def delta(path, base, expert=None):
-    """How far a LoRA, another checkpoint or an encoder at `path` moves each weight of `base` (a DiT's folder or file,
-    or an encoder's file).
+    """Return how far a LoRA, another checkpoint or an encoder at `path` moves each weight of `base` (a DiT's folder or
+    file, an encoder's file, or for an encoder also a checkpoint folder, whose own encoder is then the base).
 
-    A row {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral", "rank"} for each
-    matrix, where ratio is ||dW||_F / ||W||_F; rank is None where only all singular values would tell it. Where `base`
-    is a checkpoint folder, an encoder is compared with its own. expert: "high" or "low", of a LoRA file that holds
-    both. One matrix of the base is in memory at a time. Raises BadInput where the two do not fit, and where nothing is
-    compared.
+    There is a row {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral", "rank"} for
+    each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no low-rank factors.
+    expert: "high" or "low", for a LoRA file that holds both. One matrix of the base is in memory at a time. Raises
+    BadInput if the two do not fit, and if nothing can be compared.
     """
     kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")
@@ -147,7 +148,7 @@ def delta(path, base, expert=None):
 
 # ---- which files belong together ---------------------------------------------------------------------------------
 class Pair(NamedTuple):
-    """Two things to compare; expert: "high" or "low" of an A14B, or None."""
+    """A file or folder, and the base to compare it with. expert: "high" or "low" of an A14B, or None."""
 
     expert: str | None
     path: Path
@@ -155,13 +156,17 @@ class Pair(NamedTuple):
 
 
 def experts_of(path):
-    """{"high": folder, "low": folder} of an A14B folder, and {None: folder or file of the model} of anything else."""
+    """Return {"high": folder, "low": folder} of an A14B folder, and {None: folder or file of the model} for anything
+    else.
+    """
     folders = expert_folders(path)
     return {None: folders["dit"]} if "dit" in folders else folders
 
 
 def pair_up(text, ckpt):
-    """The Pairs that `delta TEXT --ckpt CKPT` asks for. text: a file or folder, or FILE:high or FILE:low of a LoRA."""
+    """Return the Pairs that `delta TEXT --ckpt CKPT` compares. text: a file or folder, or FILE:high or FILE:low of a
+    LoRA. Raises BadInput.
+    """
     base = checkpoint_dir(ckpt)
     bases = experts_of(base)
     spec = parse_lora_spec(text, "delta")
@@ -218,8 +223,9 @@ def show_delta(rows):
 
 
 def cap_lora(file, rows, cap, out, expert=None):
-    """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it; of a file
-    with both experts, the half of this one. Returns how many were.
+    """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it. expert:
+    which half to write of a file that holds both. Returns how many matrices were scaled down. Raises BadInput for
+    changes that are not finite.
     """
     if broken := [r["name"] for r in rows if math.isnan(r["ratio"])]:
         raise BadInput(f"{file}: {broken[0]} and {len(broken) - 1} more are not finite; nothing is written")

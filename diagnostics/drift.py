@@ -1,4 +1,4 @@
-"""diag.py drift: how far a text encoder's embeddings moved, and which words its keywords are near."""
+"""diag.py drift: how far a text encoder's embeddings moved, and which words are nearest to its keywords."""
 
 import re
 
@@ -13,12 +13,12 @@ from nanowan.settings import checkpoint_dir
 
 @torch.no_grad()
 def drift(old, new, prompts, keywords=(), nearest=5):
-    """How far the embeddings of prompts moved between two TextEncoders with one tokenizer.
+    """Return how far the embeddings of prompts moved between two TextEncoders with the same tokenizer.
 
-    {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords": {word: [before,
-    after]}}: cosine between before and after, of a prompt the mean over its tokens; norm: after / before; for a
-    keyword, before and after, its `nearest` words of the prompts, each (word, cosine), by their embeddings alone,
-    averaged over a word's tokens. Raises BadInput where the two are of different width.
+    The result is {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords":
+    {word: [before, after]}}. cosine: between before and after, for a prompt the mean over its tokens. norm: after /
+    before. before and after of a keyword: the `nearest` words of the prompts, each (word, cosine); every word is
+    embedded alone, and the mean over its tokens is compared. Raises BadInput if the widths of the two encoders differ.
     """
     if old.norm.weight.shape != new.norm.weight.shape:
         raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")
@@ -43,7 +43,7 @@ def compare_prompt(old, new, prompt):
 
 
 def nearest_words(encoder, keyword, words, count):
-    """[(word, cosine)] of the `count` words whose embeddings are nearest to a keyword's."""
+    """Return [(word, cosine)] of the `count` words whose embeddings are nearest to the keyword's."""
     if not words:
         return []
     embeds = torch.stack([encoder.encode([w])[0][0].float().mean(0) for w in [keyword, *words]])
@@ -52,8 +52,8 @@ def nearest_words(encoder, keyword, words, count):
 
 
 def open_encoder(path, ckpt):
-    """The encoder of a checkpoint folder, or a file of train_te.py with the tokenizer, and over the weights, of `ckpt`;
-    fp32 on the CPU.
+    """Load the encoder of a checkpoint folder, or a file of train_te.py over the weights of `ckpt` and with its
+    tokenizer; fp32 on the CPU.
     """
     path = checkpoint_dir(path)
     if path.is_dir():

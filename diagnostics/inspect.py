@@ -28,11 +28,11 @@ LORA_TARGETS = {
     "self_attn, cross_attn and ffn": TARGETS,
 }
 LORA_RANKS = (4, 8, 16, 32, 64)
-EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the official layout
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # in the official layout
 
 
 def totals(entries):
-    """Parameters, tensors, dtypes and bytes of {name: Entry}."""
+    """Count the parameters, tensors, dtypes and bytes of {name: Entry}."""
     dtypes = Counter()
     for entry in entries.values():
         dtypes[entry.format] += entry.numel
@@ -46,7 +46,7 @@ def totals(entries):
 
 
 def lora_budget(entries):
-    """What adapters on this DiT would cost: a row for each set of targets and rank."""
+    """Return the size of a LoRA on this DiT: a row for each set of targets and each rank."""
     rows = []
     for label, targets in LORA_TARGETS.items():
         pattern = re.compile(r"blocks\.\d+\.(" + "|".join(map(re.escape, targets)) + r")\.weight")
@@ -59,13 +59,13 @@ def lora_budget(entries):
 
 
 def blocks_with(entries, target):
-    """In how many blocks a linear is."""
+    """Count the blocks that have the linear `target`."""
     pattern = re.compile(rf"blocks\.(\d+)\.{re.escape(target)}\.weight")
     return len({m[1] for m in map(pattern.fullmatch, entries) if m})
 
 
 def released_variant(config):
-    """The name in VARIANTS of a WanConfig, or None."""
+    """Return the name in VARIANTS of the released size that a WanConfig has, or None."""
 
     def sizes(c):
         return c.model_type, c.dim, c.num_layers, c.in_dim, c.out_dim
@@ -106,7 +106,9 @@ def inspect_dit(path, entries):
 
 
 def inspect_encoder(entries):
-    """entries: those of read_encoder, whatever the file's layout. Raises BadInput for one that is no UMT5."""
+    """Describe a text encoder. entries: from read_encoder, whatever the file's layout. Raises BadInput if it is no
+    UMT5.
+    """
     with torch.device("meta"):
         model = build_t5(entries, next(iter(entries.values())).file)
     layers, (vocabulary, width) = len(model.blocks), model.token_embedding.weight.shape
@@ -124,7 +126,7 @@ def inspect_encoder(entries):
 
 
 def inspect_encoder_delta(entries, metadata):
-    """What train_te.py --save delta writes: the tensors and embedding rows that it trained."""
+    """Describe a file of train_te.py --save delta: the tensors and embedding rows that were trained."""
     rows = entries.get("token_embedding.rows")
     blocks = sorted({int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in entries) if m})
     changed = [f"{len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"] if blocks else []
@@ -159,7 +161,7 @@ def inspect_vae(entries):
 
 
 def inspect_lora(kind, entries, lora):
-    """What inspect reports of a LoRA file. entries: {key: Entry}; lora: what describe of formats/lora.py returns."""
+    """Describe a LoRA file. entries: {key: Entry}. lora: from describe of nanowan/formats/lora.py."""
     blocks = lora["blocks"]
     text = f"a LoRA{' of the text encoder' if lora['model'] == 'text' else ''}: " + ", ".join(
         f"{form} {n}" for form, n in lora["forms"].items()
@@ -180,7 +182,9 @@ def inspect_lora(kind, entries, lora):
 
 
 def files_of(path):
-    """The files of a model: `path` itself, or those in its folder, whose names transformers begins with "model"."""
+    """Return the files of a model: `path` itself, or if it is a folder, the DiT's files in it or those of an encoder
+    that transformers has written, whose names begin with "model".
+    """
     path = Path(path)
     names = [f.name for f in path.glob("model*.safetensors*")] if path.is_dir() else []
     is_encoder = any(re.match(r"model(-00001-of-\d+)?\.safetensors", name) for name in names)
@@ -188,8 +192,8 @@ def files_of(path):
 
 
 class Contents(NamedTuple):
-    """What weight files hold; entries: {name: Entry}, under official names but for an encoder's; lora: what describe of
-    formats/lora.py says of a LoRA.
+    """What weight files contain. entries: {name: Entry}, under official names except for an encoder. lora: for a LoRA,
+    what describe of nanowan/formats/lora.py returns.
     """
 
     kind: str  # "lora", "text_encoder_lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"
@@ -199,7 +203,9 @@ class Contents(NamedTuple):
 
 
 def contents(path):
-    """The Contents of a weight file, or of a folder of one model's. Raises BadInput where none can be read."""
+    """Return the Contents of a weight file, or of a folder with one model's files. Raises BadInput for unreadable
+    files.
+    """
     files = files_of(path)
     if len(files) == 1 and (lora := describe(files[0])):
         kind = "text_encoder_lora" if lora["model"] == "text" else "lora"
@@ -219,12 +225,14 @@ def contents(path):
 
 
 def kind_of(path):
-    """Contents.kind of a weight file, or of a folder of one model's. Raises BadInput where none can be read."""
+    """Return Contents.kind of a weight file, or of a folder with one model's files. Raises BadInput for unreadable
+    files.
+    """
     return contents(path).kind
 
 
 def inspect_weights(path):
-    """What a weight file is, or the several files of one model in a folder. Raises BadInput where none can be read."""
+    """Describe a weight file, or the files of one model in a folder. Raises BadInput for unreadable files."""
     kind, files, entries, lora = contents(path)
     if lora:
         return inspect_lora(kind, entries, lora)
@@ -276,7 +284,7 @@ def inspect_video(path):
 
 
 def inspect_experts(path):
-    """The DiTs of a folder: both experts of an A14B, or one model; [] where there is none."""
+    """Describe the DiTs of a folder: both experts of an A14B, or one model; [] if there is none."""
     names = ("transformer", "transformer_2") if is_diffusers(path) else EXPERT_FOLDERS
     experts = [name for name in names if (path / name).is_dir()]
     missing = [name for name in names if experts and name not in experts]
@@ -295,7 +303,7 @@ def inspect_experts(path):
 
 
 def holds_dit(path):
-    """Whether a checkpoint folder's single DiT lies in it: under the official name, or one file under any name."""
+    """Whether a checkpoint folder itself contains its only DiT: under the official name, or as one file of any name."""
     if any(path.glob("diffusion_pytorch_model*")):
         return True
     try:
@@ -305,7 +313,7 @@ def holds_dit(path):
 
 
 def other_parts(path):
-    """Where a checkpoint folder's encoder and VAE are: files, or the folders of diffusers."""
+    """Return the paths of a checkpoint folder's encoder and VAE: files, or folders in the layout of diffusers."""
     if is_diffusers(path):
         return [path / name for name in ("text_encoder", "vae") if (path / name).is_dir()]
     names = sorted(f for f in parts_folder(path).iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
@@ -314,8 +322,8 @@ def other_parts(path):
 
 
 def inspect(path):
-    """Everything at a path: a list of dictionaries, one for each model, LoRA or video. Reads headers, never a tensor.
-    Raises BadInput where there is nothing that can be read.
+    """Describe everything at a path: a list of dictionaries, one for each model, LoRA or video. Reads headers, never a
+    tensor. Raises BadInput if there is nothing that can be read.
     """
     path = Path(path)
     if path.is_file():

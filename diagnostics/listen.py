@@ -1,6 +1,6 @@
 """diag.py listen: does a changed model follow its prompts better? Graded on nano, judged by CLIP, or a contact sheet.
 
-Every column (the base, with the encoder, with the encoder and the translator) is sampled from the same seeds.
+All columns (the base, the base with the encoder, the base with encoder and translator) are sampled from the same seeds.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from diagnostics.common import runtime, write_json
-from nano.evaluate import gradable, listen, word_suites
+from nano.evaluate import SUITE_NAMES, gradable, listen, word_suites
 from nano.grader import proportion
 from nano.world import NEW_WORDS, parse_words
 from nanowan.errors import BadInput, check_at_least
@@ -29,13 +29,15 @@ from sample import decode, encode_text, sample_latents
 
 TEMPLATES = ["a video of {}", "a close-up of {}", "{} in bright daylight", "{} in front of a plain wall"]
 OTHER_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
-FRAMES = 8  # of a clip that CLIP sees
-N_GRADED, N_JUDGED = 40, 8  # prompts of each word; nano's clips take no time
+FRAMES = 8  # CLIP sees this many frames of a clip
+N_GRADED, N_JUDGED = 40, 8  # prompts per word: graded on nano, whose clips take little time, or judged elsewhere
 
 
 # ---- columns -----------------------------------------------------------------------------------------------------
 def parse_strengths(files):
-    """--text_encoder's files, the last of which may be FILE:0,0.5,1 -> {strength: files}, or {None: files} of one."""
+    """Return {strength: files} of --text_encoder's files, the last of which may be FILE:0,0.5,1; otherwise {None:
+    files}.
+    """
     *before, last = files or [""]
     file, _, numbers = last.rpartition(":")
     if "," not in numbers or Path(last).exists():
@@ -44,8 +46,8 @@ def parse_strengths(files):
 
 
 def open_columns(args, how):
-    """{name: Pipeline} of the base and of what was changed, one change after the other; of an encoder at several
-    strengths, one for each.
+    """Return {name: Pipeline}: the base, and the base with the changes, added one after the other; or for an encoder at
+    several strengths, a column for each strength.
     """
     encoders = parse_strengths(args.text_encoder)
     if None not in encoders:
@@ -64,7 +66,7 @@ def open_columns(args, how):
 
 
 def sample_clips(pipe, prompts, seeds, **settings):
-    """Yield the clip (3,T,H,W) of each prompt and seed, on the host; then the models leave memory."""
+    """Yield the clip (3,T,H,W) of each prompt and seed, on the host. After the last clip the models leave memory."""
     s = pipe.settings.with_overrides(**settings)
     (embeddings, lens), negative = encode_text(pipe, s, prompts)
     negative = negative and tuple(t[:1] for t in negative)
@@ -76,12 +78,14 @@ def sample_clips(pipe, prompts, seeds, **settings):
 
 
 def some_frames(video, n):
-    """n frames of a clip (3,T,H,W), evenly spaced from the first to the last."""
+    """Return n frames of a clip (3,T,H,W), evenly spaced from the first to the last."""
     return video[:, np.linspace(0, video.shape[1] - 1, n).round().astype(int)]
 
 
 def draw_sheet(columns, prompts, seed, out, **settings):
-    """A contact sheet of each prompt's clips by the {name: Pipeline}, side by side, as sample.py --seed makes them."""
+    """Write a contact sheet: for each prompt, the clips of all columns {name: Pipeline} side by side, as sample.py
+    --seed makes them.
+    """
     seeds = [seed] * len(prompts)
     clips = [[some_frames(clip, 3) for clip in sample_clips(p, prompts, seeds, **settings)] for p in columns.values()]
     labels = [f"{name}: {prompt}" for prompt in prompts for name in columns]
@@ -91,8 +95,8 @@ def draw_sheet(columns, prompts, seed, out, **settings):
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
 class Row(NamedTuple):
-    """A prompt; the word that it asks for, or None; and the prompt with each of the word's alternatives in its place,
-    the right one first.
+    """A prompt; the word that it tests, or None; and texts, the prompt with each of the word's alternatives in the
+    word's place, the right one first.
     """
 
     prompt: str
@@ -115,10 +119,11 @@ def parse_alternatives(items):
 
 
 def rows_of(words, lines, n):
-    """The Rows to sample: n for each word of {word: alternatives}, and those that ask for none.
+    """Return the Rows to sample: n for each word of {word: alternatives}, and those that test no word.
 
-    lines: prompts. Those with {} are templates of every word, those with a word are that word's, and the rest are to
-    show what else has changed. Where none is of a kind, TEMPLATES and OTHER_PROMPTS take their place.
+    lines: prompts. Prompts with {} are templates for every word, prompts with a word are for that word, and the others
+    show what else has changed. A word without prompts gets TEMPLATES; if there are no other prompts, OTHER_PROMPTS are
+    used.
     """
     rows = []
     for word, alternatives in words.items():
@@ -132,7 +137,7 @@ def rows_of(words, lines, n):
 
 # ---- scores ------------------------------------------------------------------------------------------------------
 def average(values):
-    """A mean, with its 95 % interval (1.96 standard errors); one value has none."""
+    """Return a mean with its 95 % interval (1.96 standard errors); a single value has no interval."""
     n, mean = len(values), sum(values) / len(values)
     error = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
     low, high = (mean - error, mean + error) if n > 1 else (None, None)
@@ -140,7 +145,7 @@ def average(values):
 
 
 def cell(score):
-    """A proportion or an average, and its interval, as text."""
+    """Format a proportion or an average with its interval."""
     if score is None:
         return ""
     interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
@@ -148,17 +153,18 @@ def cell(score):
 
 
 def show_scores(scores):
-    """scores: {column: {suite: {what: a proportion or an average}}}; the last column has them all."""
+    """Print scores {column: {suite: {what: a proportion or an average}}}; the last column has every suite."""
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
     for suite, kinds in [*scores.values()][-1].items():
         for kind, last in kinds.items():
             cells = [cell(suites.get(suite, {}).get(kind)) for suites in scores.values()]
-            print(f"{suite:14} {kind:8}" + "".join(f"{text:{wide}}" for text in cells) + f"n = {last['n']}")
+            name = SUITE_NAMES.get(suite, suite)
+            print(f"{name:14} {kind:8}" + "".join(f"{text:{wide}}" for text in cells) + f"n = {last['n']}")
 
 
 def run_grader(command, file, prompt):
-    """The number that a command prints about an mp4 and its prompt. Raises BadInput."""
+    """Return the number that a command prints for an mp4 and its prompt. Raises BadInput."""
     done = subprocess.run([*shlex.split(command), str(file), prompt], capture_output=True, text=True)
     try:
         if done.returncode == 0:
@@ -170,7 +176,9 @@ def run_grader(command, file, prompt):
 
 
 def sample_rows(pipe, rows, seed, grader, settings):
-    """FRAMES frames (F,3,H,W) uint8 of each Row's clip, and the grader's numbers, if there is one."""
+    """Sample each Row's clip: return FRAMES frames (F,3,H,W) uint8 of each, and the grader's numbers, if there is a
+    grader.
+    """
     frames, numbers = [], []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
@@ -185,18 +193,19 @@ def sample_rows(pipe, rows, seed, grader, settings):
 
 
 def psnr(a, b):
-    """Of two clips of uint8, in dB."""
+    """Return the PSNR of two uint8 clips in dB."""
     return -10 * math.log10(max((a.float() - b.float()).div(255).square().mean().item(), 1e-9))
 
 
 def judge(columns, rows, seed, load=None, grader=None, **settings):
-    """{column: {suite: {what: proportion or average}}} of Rows.
+    """Sample and judge Rows: {column: {suite: {what: proportion or average}}}.
 
-    Of each word, and of all: "clip", the share of clips that CLIP takes for what the word should look like (of the
-    row's texts, that of the highest probability, averaged over frames). Of other prompts, against the first column's
-    clips: "psnr" in dB and "clip_i", the cosine of frames' features. Of both: "grader", a command's number.
+    For each word, and for all words together: "clip", the share of clips that CLIP takes for what the word should look
+    like, which means that the first of the row's texts has the highest probability, averaged over frames. For other
+    prompts, against the clips of the first column: "psnr" in dB, and "clip_i", the cosine between frames' features. For
+    all prompts: "grader", a command's number.
 
-    columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are made, or None.
+    columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None.
     """
     frames, numbers = {}, {}
     for name, pipe in columns.items():
@@ -228,7 +237,7 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
 
 
 def judge_words(args, columns, lines, how, settings):
-    """`judge` as the flags ask for it, checked before any work."""
+    """Call `judge` as the flags ask for it; all flags are checked before any work. Raises BadInput."""
     if args.grader and not shutil.which(shlex.split(args.grader)[0]):
         raise BadInput(f"--grader {args.grader}: no such command")
     if args.clip:
@@ -254,7 +263,7 @@ def run(args):
         show_scores(result)
     elif gradable(s) and not lines:
         words, n = parse_words(",".join(args.words)) or list(NEW_WORDS), args.n or N_GRADED
-        word_suites(words, n, args.seed)  # raises before any work
+        word_suites(words, n, args.seed)  # raises BadInput before any work
         result = {}
         for name, pipe in columns.items():
             print(name)

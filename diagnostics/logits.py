@@ -18,9 +18,9 @@ from nanowan.training.flags import check_data, data_source, expert_schedule, rec
 
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
-    """Per head of q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S): standard deviation and maximum of the logits
-    q k / sqrt(d), without keys that are masked or stand for padding, and the mean entropy, in nats, of the attention
-    over all keys. Returns (N,3), fp32 arithmetic.
+    """Return (N,3), for each head: the standard deviation and the maximum of the logits q k / sqrt(d), without keys
+    that are masked or stand for padding; and the mean entropy, in nats, of the attention over all keys. q (B,L,N,d), k
+    (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32.
     """
     bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
     bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])
@@ -40,9 +40,10 @@ def attention_stats(q, k, bias=None, chunk=512):
 
 @contextlib.contextmanager
 def record_attention(model):
-    """Within, each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}: "self_attn",
-    "cross_attn", and where there are such "image_attn", the softmax over Animate's picture, and "audio_attn", S2V's
-    injectors. They are computed from the attention's inputs, whatever operations it uses itself.
+    """A context in which each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}. Kinds
+    are "self_attn" and "cross_attn", and in models that have them "image_attn", the attention to Animate's picture, and
+    "audio_attn", S2V's injectors. The statistics are computed from the attention's inputs, whatever kernel it uses
+    itself.
     """
     stats, hooks = {}, []
 
@@ -55,7 +56,7 @@ def record_attention(model):
             x, rope = args[:2]
             norms = module.norm_q, module.norm_k
             q, k = normed(module, [module.q(x), module.k(x)], norms, (rope.table, rope.positions))
-            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2's, to a driving video too
+            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2's attends to a driving video too
             k, bias = as_dense(k) if as_dense else (k, None)
             stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k, bias))
 
@@ -83,8 +84,9 @@ def record_attention(model):
 
 
 def logit_rows(before, after):
-    """Rows {"block", "kind", "head", "std", "max", "entropy" (each [before, after]), "drift"} of two record_attention:
-    drift is the largest change of the three, relative to before; NaN where any of them is.
+    """Return rows {"block", "kind", "head", "std", "max", "entropy" (each [before, after]), "drift"} of two results of
+    record_attention. drift: the largest change of the three, relative to before (to 0.1 if before is smaller); NaN if
+    any of them is NaN.
     """
     rows = []
     for (block, kind), stats in before.items():
@@ -98,7 +100,9 @@ def logit_rows(before, after):
 
 
 def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
-    """The Dataset that train_lora.py has on these data, without held-out samples; what is None as it is there."""
+    """Return the Dataset that train_lora.py makes of these data, but without held-out samples. What is None has
+    train_lora.py's default.
+    """
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}
     values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
@@ -122,11 +126,11 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
 
 
 def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, base_encoder=None, **where):
-    """Attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at four times
-    under fixed noise: {expert: rows of logit_rows}. base_encoder: the text encoder before (default: the checkpoint's
-    own). where: as in open_dataset.
+    """Return the attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at
+    four timesteps under fixed noise: {expert: rows of logit_rows}. base_encoder: the text encoder before the change
+    (default: the checkpoint's own). where: as in open_dataset.
     """
-    # both at once, so that a file that does not fit is refused before any work
+    # open both first, so that a file that does not fit is refused before any work
     sides = [
         Pipeline(ckpt, Runtime(device, dtype), *changes) for changes in (((), base_encoder), (loras, text_encoder))
     ]
@@ -150,7 +154,7 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
 
 
 def drifts(row, threshold):
-    """Whether a head's logits changed by more than this share, or are not even numbers any more."""
+    """Whether a head's logits changed by more than the share `threshold`, or have become NaN."""
     return not row["drift"] <= threshold
 
 

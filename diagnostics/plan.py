@@ -1,4 +1,4 @@
-"""diag.py plan: memory, disk and time of a run that is not started, and flags that make it fit on given GPUs."""
+"""diag.py plan: memory, disk and time that a run would take, and flags that make it fit on given GPUs."""
 
 import functools
 import math
@@ -32,15 +32,15 @@ from nanowan.training.previews import preview_settings
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
-ASSUMED_GPU_BYTES = 80e9  # bytes of a GPU, where there is none to ask
-USABLE = 0.95  # share of a GPU's memory that a plan may count on; the rest is for workspaces and an allocator's holes
+ASSUMED_GPU_BYTES = 80e9  # memory of a GPU, if there is none here
+USABLE = 0.95  # share of a GPU's memory that a plan may count on; the rest is for workspaces and fragmentation
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
-CARDS = ("4090", "H100")  # whose times are printed where no GPU is named
+CARDS = ("4090", "H100")  # times are printed for these if no GPU is named
 
 
 class Machine(NamedTuple):
-    """What a run is planned for: GPUs, one for each rank, bytes of each, and of host memory; None: as they are here.
-    card: of flops.CARDS, or None where it is not known.
+    """What a run is planned for. ranks: GPUs, one per rank. memory: bytes of each GPU. host: bytes of host memory. None
+    means as much as there is here. card: a name in flops.CARDS, or None if it is not known.
     """
 
     ranks: int = 1
@@ -50,8 +50,8 @@ class Machine(NamedTuple):
 
 
 class Job:
-    """A script, one of SCRIPTS, with flags, resolved for its checkpoint. --ckpt may name a released variant, of which
-    no file is needed; --data is looked through where it exists, for the sizes of its buckets and cache.
+    """A script, one of SCRIPTS, with its flags, resolved for its checkpoint. --ckpt may name a released variant; then
+    no file is needed. If --data exists, it is scanned for the sizes of its buckets and cache. Raises BadInput.
     """
 
     def __init__(self, script, argv):
@@ -78,25 +78,26 @@ class Job:
     # ---- what is computed ----------------------------------------------------------------------------------------
     @property
     def reads_data(self):
-        """Whether --data is there to be looked through."""
+        """Whether --data exists, so that it can be scanned."""
         data = getattr(self.args, "data", None)
         return bool(data) and all(Path(values["source"]).exists() for values in data)
 
     def _data_sizes(self):
-        """What data.Dataset.sizes says of --data."""
+        """Return what data.Dataset.sizes would return for --data."""
         args, s = self.args, self.settings
         items, samples = data_items(self)[0], s.parts.samples(SimpleNamespace(config=lambda: self.config))
         entries = self.pipe and read_encoder(self.pipe.files("text")).entries
         width = entries["token_embedding.weight"].shape[1] if entries else XXL[1]
-        row_bytes = width * DTYPES[args.dtype].itemsize * (self.script == "train_lora")  # train_te caches none
+        row_bytes = width * DTYPES[args.dtype].itemsize * (self.script == "train_lora")  # train_te.py caches no texts
         texts = dict.fromkeys(["", *(c for i in items for c in i.captions)])
         return sizes_of(items, texts, samples, s, row_bytes)
 
     def _open_clip(self):
-        """The Settings, the image and the size of what sample.py makes."""
+        """Set the Settings, the image and the size of the video that sample.py would make."""
         args = self.args
         s, self.image = self.settings.with_overrides(**given_settings(args)), None
-        if s.conditioning.by_segments or args.image is None and s.conditioning.needs_image:  # in the size's own aspect
+        # without an image the video has the aspect ratio of the size
+        if s.conditioning.by_segments or args.image is None and s.conditioning.needs_image:
             s, self.size = replace(s, frames=args.infer_frames or s.frames), s.size
         else:
             s.conditioning.check(args.ckpt, args.image)
@@ -106,7 +107,7 @@ class Job:
 
     @property
     def latents(self):
-        """(C,T',h,w) of what a step computes."""
+        """The shape (C,T',h,w) of the latents in a step."""
         if self.script == "sample":
             return self.settings.latent_shape(self.size, self.settings.frames)
         *size, frames = self.sizes["bucket"]
@@ -114,8 +115,8 @@ class Job:
 
     # ---- memory --------------------------------------------------------------------------------------------------
     def plan(self, machine=Machine(), mode=None):  # noqa: B008
-        """The Plan on a Machine. mode: how sample.py computes guidance if it is guided and on one rank each (default:
-        as it would choose itself).
+        """Return the Plan on a Machine. mode: how sample.py computes guidance, if it is guided and --guidance_parallel
+        is not given (default: sample.py's own choice).
         """
         how = {"layout": parallel_layout(self.args, machine.ranks, self.fp8)}
         how |= {"memory": machine.memory, "host": machine.host}
@@ -164,7 +165,9 @@ class Job:
     # ---- time ----------------------------------------------------------------------------------------------------
     @functools.cached_property
     def work(self):
-        """(flops.Flops, bytes read and written beside, bytes from the host) of a step on one rank."""
+        """The work of a step on one rank: (flops.Flops, bytes that elementwise operations read and write, bytes copied
+        from the host).
+        """
         args, c, latents = self.args, self.config, self.latents[1:]
         if self.script == "sample":
             passes, ranks = 2 if self.settings.guided else 1, args.ulysses_size * (1 + args.guidance_parallel)
@@ -180,7 +183,7 @@ class Job:
                 inject(dit, args.targets, args.rank, args.alpha, blocks=self.blocks)
                 names = tuple(lora_layers(dit))
             one = flops.training_step(c, latents, text, 1, names, args.rank or 16, n)
-            if getattr(args, "preserve", 0):  # what the base predicts for half of the samples
+            if getattr(args, "preserve", 0):  # the base's prediction for half of the samples
                 one = one.plus(flops.forward(c, latents, text), 0.5)
             if self.script == "train_te":
                 blocks = [sum(p.numel() for p in block.parameters()) for block in encoder.blocks]
@@ -193,15 +196,15 @@ class Job:
         return share, passed * flops.elementwise_bytes(c, latents) / ranks, streamed
 
     def step_seconds(self, card):
-        """Seconds that a step is predicted to take on a GPU of this name; None where its rates are not known. Copies
-        from the host's memory run beside the computation.
+        """Return the seconds that a step is predicted to take on a GPU of this name, or None if its rates are not
+        known. Copies from the host's memory overlap with the computation.
         """
         counted, nbytes, streamed = self.work
         seconds = flops.predict_seconds(counted, card, self.fp8, nbytes)
         return seconds and max(seconds, streamed / flops.card_of(card).host)
 
     def times(self, card=None):
-        """What is printed of the time on a card, or on CARDS."""
+        """Return the line that is printed about the time on a card, or on CARDS."""
         lines = []
         for name in (card,) if card else CARDS:
             step = self.step_seconds(name)
@@ -214,7 +217,7 @@ class Job:
 
 
 def data_items(job):
-    """What scan.scan finds in --data, of a Job that reads it: ([Item], [(path, reason)])."""
+    """Scan the --data of a Job that reads it: ([Item], [(path, reason)]), as scan.scan does."""
     s, config = job.settings, data_config(job.args, job.settings, None)
     cache = config.cache if config.cache.is_dir() else None
     found = [scanned(source, s.variant, s.size_multiple, s.fps, cache) for source in config.sources]
@@ -223,13 +226,13 @@ def data_items(job):
 
 @functools.cache
 def scanned(source, variant, multiple, fps, cache):
-    """data.scan_source for a variant, looked up once for all of a search's candidates."""
+    """Return scan_source of a source for a variant; cached, so that all candidates of a search share one scan."""
     samples = released(variant).parts.samples(SimpleNamespace(config=lambda: full_config(variant)))
     return scan_source(source, SimpleNamespace(size_multiple=multiple, fps=fps), samples, cache)
 
 
 def planned(script, argv, machine=Machine(), mode=None):  # noqa: B008
-    """The Plan of `script`, one of SCRIPTS, with these flags, on a Machine; mode as in Job.plan."""
+    """Return the Plan of `script`, one of SCRIPTS, with these flags, on a Machine. mode: as in Job.plan."""
     return Job(script, argv).plan(machine, mode)
 
 
@@ -240,7 +243,7 @@ def is_guided(args):
 
 
 def shape_of(ckpt):
-    """(blocks, heads) of a checkpoint's DiT."""
+    """Return (blocks, heads) of a checkpoint's DiT."""
     if ckpt in VARIANTS:
         config = full_config(ckpt)
     else:
@@ -250,8 +253,8 @@ def shape_of(ckpt):
 
 # ---- flags that fit ----------------------------------------------------------------------------------------------
 class Candidates(NamedTuple):
-    """`flags`, and with them so many blocks as `counted` says, from the fewest to the most: "checkpointing" or
-    "streamed"; None: nothing is counted.
+    """`flags`, to which a number of blocks is added, from `fewest` to `most`. counted: "checkpointing", the blocks with
+    activation checkpointing; "streamed", the blocks in host memory; or None, no number is added.
     """
 
     flags: list
@@ -260,7 +263,7 @@ class Candidates(NamedTuple):
     most: int = 0
 
     def with_number(self, script, n):
-        """The flags with n blocks."""
+        """Return the flags with n blocks."""
         if self.counted is None:
             return self.flags
         if self.counted == "streamed":
@@ -270,12 +273,12 @@ class Candidates(NamedTuple):
 
 
 def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
-    """[Candidates], the least intrusive first: exact results before 8 bits, what costs no time before what does. given:
-    flags that the user has set, which stay.
+    """Return [Candidates], the least intrusive first: exact results before 8 bits, flags that cost no time before those
+    that do. given: flags that the user has set, which stay.
     """
 
     def counted(flags):
-        """With as few blocks that recompute as may be, if that is still to be said."""
+        """Add activation checkpointing in as few blocks as possible, unless the flags decide that already."""
         if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
             return Candidates(flags, None)
         return Candidates(flags, "checkpointing", 0, num_blocks)
@@ -294,13 +297,13 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
     shards = [["--fsdp"]] if ranks > 1 else []
     shards += [["--fsdp", "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
     found = [c for dtype in dtypes for c in (*(counted(dtype + shard) for shard in ([], *shards)), *streamed(dtype))]
-    if script == "train_te" and not {"--train_blocks", "--rank"} & given:  # only the keywords' embeddings learn
+    if script == "train_te" and not {"--train_blocks", "--rank"} & given:  # only the keywords' embeddings are trained
         found += [c._replace(flags=["--train_blocks", "0", "--save", "delta", *c.flags]) for c in found]
     return found
 
 
 def propose(script, argv, machine):
-    """The first of `candidates` that fits on a Machine: (flags, Plan). Raises BadInput where nothing fits."""
+    """Return (flags, Plan) of the first of `candidates` that fits on a Machine. Raises BadInput if none fits."""
     args, given = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
     guided = script == "sample" and is_guided(args)
     least, least_on_host = (math.inf, []), (math.inf, [])
@@ -310,11 +313,11 @@ def propose(script, argv, machine):
         return planned(script, [*argv, "--device", "cuda", *flags], machine, mode)
 
     def modes(flags):
-        """How guidance may be computed, the fastest first; sample.py sees what there is room for."""
+        """Return the ways to compute guidance, the fastest first; sample.py takes the first that its memory allows."""
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """The Plan in the mode that takes the least."""
+        """Return the Plan in the mode that takes the least memory."""
         nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
         least = min(least, (need.peak, flags))
@@ -323,7 +326,9 @@ def propose(script, argv, machine):
         return need
 
     def excess(flags):
-        """Bytes too many in the phase that a number of blocks changes, unless another one does not fit at all."""
+        """Return by how many bytes the phase that the number of blocks changes does not fit; if another phase does not
+        fit either way, return its excess.
+        """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}
         beside = max((n for name, n in phases.items() if name != changed), default=0)
@@ -350,11 +355,11 @@ def propose(script, argv, machine):
     )
 
 
-TILES = (32, 16, 8)  # latent pixels; the last one is below what is exact
+TILES = (32, 16, 8)  # latent pixels; the last one is too small to be exact
 
 
 def tile_that_fits(plan, memory):
-    """Flags with which sample.py's decode fits: none, or the largest tile that does."""
+    """Return flags with which sample.py's decode fits: none, or the largest tile that fits, or else the smallest."""
     for flags in ([], *(["--vae_tile", str(tile)] for tile in TILES)):
         need = plan(flags)
         if need.process + sum(need.phases["decode"].values()) <= memory:

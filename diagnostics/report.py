@@ -18,7 +18,7 @@ from diagnostics.drift import drift, open_encoder
 from diagnostics.listen import cell, draw_sheet
 from diagnostics.logits import logits, open_dataset
 from diagnostics.plan import Job
-from nano.evaluate import gradable, listen
+from nano.evaluate import SUITE_NAMES, gradable, listen
 from nano.world import NEW_WORDS, parse_words, prompts
 from nanowan.errors import BadInput, check_at_least
 from nanowan.files import atomic
@@ -40,12 +40,12 @@ p.note{color:#666;font-size:13px}"""
 
 # ---- pieces of HTML ----------------------------------------------------------------------------------------------
 def image(png):
-    """An <img> that holds the bytes of a PNG itself."""
+    """Return an <img> that contains the bytes of a PNG itself."""
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def figure(draw, width=7.0, height=2.6):
-    """An <img> of what draw(axes) draws."""
+    """Return an <img> of what draw(axes) draws."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,8 +68,8 @@ def line_plot(x, y, label, **axes_settings):
 
 
 def heat_map(rows, key, label, scale=1):
-    """A picture of scale * row[key] by block (across) and kind (down); of several in one cell, the largest. What is
-    outside of blocks is left out.
+    """Return an <img> of scale * row[key] by block (across) and kind (down). If several rows share a cell, the largest
+    is shown. Rows outside of blocks are left out.
     """
     rows = [r for r in rows if r["block"] is not None]
     kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
@@ -97,7 +97,7 @@ def table(head, rows):
 
 # ---- sections ----------------------------------------------------------------------------------------------------
 class TrainingRun:
-    """What a run's folder holds. Raises BadInput where it is none."""
+    """What a run's folder contains. Raises BadInput if the folder holds no run."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -120,7 +120,7 @@ class TrainingRun:
         self.script = "train_lora" if "targets" in self.flags else "train_te"
         used = str(self.encoder) if self.encoder else self.flags["text_encoder"]
         self.changes = {"loras": [str(f) for f in self.adapters], "text_encoder": used}
-        # what it was trained on top of: a LoRA on its own text encoder
+        # what the run was trained on top of: the text encoder that it was given
         self.before = {"text_encoder": self.flags["text_encoder"]} if self.flags["text_encoder"] else {}
 
     @property
@@ -129,34 +129,36 @@ class TrainingRun:
 
     @property
     def words(self):
-        """Those that it was to learn."""
+        """The words that the run was to learn."""
         flags = [*(self.flags.get("keywords") or []), *(self.flags.get("trigger") or [])]
         return [parse_keyword(text).name for text in flags]
 
     @functools.cached_property
     def captions(self):
-        """Those of its data."""
+        """The captions of the run's data."""
         return open_dataset(Pipeline(self.ckpt), **self.data).captions
 
     def columns(self):
-        """{name: the changes of a Pipeline} to compare, one change after the other."""
+        """Return {name: the changes of a Pipeline} to compare: the base, and the base with the changes, added one after
+        the other.
+        """
         columns = {"base": {}}
         if self.before or self.encoder:
             columns["+ encoder"] = self.before or self.changes
-        if self.before and self.encoder:  # trained on from another encoder
+        if self.before and self.encoder:  # the run continued from another encoder
             columns["+ trained on"] = self.changes
         if self.adapters:
             columns["+ encoder + translator" if self.before else "+ translator"] = self.changes
         return columns
 
     def changed_flags(self):
-        """{flag: value} of what is not the default for the checkpoint."""
+        """Return {flag: value} of the flags that are not at the checkpoint's defaults."""
         defaults = vars(Job(self.script, ["--ckpt", str(self.ckpt), "--device", "cpu"]).args)
         passed_over = {"ckpt", "device", "dtype", "resume", "config"}
         return {k: v for k, v in self.flags.items() if k not in passed_over and v not in ([], defaults.get(k))}
 
     def command(self):
-        """The command line that makes this run."""
+        """Return the command line that makes this run."""
         words = ["python", f"{self.script}.py", "--ckpt", self.flags["ckpt"]]
         for name, value in self.changed_flags().items():
             words += words_of_flag(name, value)
@@ -164,7 +166,7 @@ class TrainingRun:
 
 
 def words_of_flag(name, value):
-    """A flag as words of a command line."""
+    """Return a flag as words of a command line."""
     if value is None or value is False:
         return []
     if value is True:
@@ -180,19 +182,21 @@ def words_of_flag(name, value):
 
 
 def held_out_losses(run):
-    """{name: [(step, loss)]} of held-out losses."""
+    """Return {name: [(step, loss)]} of the held-out losses."""
     names = sorted({k for row in run.log for k in row if k.startswith("val_loss") and "by_t" not in k})
     return {name: [(row["step"], row[name]) for row in run.log if name in row] for name in names}
 
 
 def shown_range(curves):
-    """(lowest, highest) value of a logarithmic axis that shows all of these lists of positive values, with a margin."""
+    """Return the (lowest, highest) value of a logarithmic axis that shows all positive values of these lists, with a
+    margin.
+    """
     values = [v for curve in curves for v in curve if v > 0 and math.isfinite(v)]
     return (0.8 * min(values), 1.25 * max(values)) if values else (0.1, 1)
 
 
 def run_section(run):
-    """The command, how long it took, and what is not the default."""
+    """The command, how long it took, and the flags that are not at their defaults."""
     times = [row["ms"] for row in run.steps if "ms" in row]
     took = ""
     if times:
@@ -206,8 +210,8 @@ def run_section(run):
 
 
 def loss_section(run):
-    """Losses of single steps vary with their timesteps, and those of preserved samples are tiny: the axis shows the
-    mean of 25 steps and the held-out loss.
+    """The losses. A single step's loss varies with its timesteps, and that of preserved samples is tiny, so the axis is
+    scaled to the mean of 25 steps and the held-out loss.
     """
     x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
@@ -292,31 +296,33 @@ def previews_section(run):
 
 
 def graded_words(run):
-    """The new words of the nano world that the run's captions hold or that it was to learn."""
+    """Return the new words of the nano world that the run's captions contain or that the run was to learn."""
     words = {word for caption in run.captions for word in caption.split()} | {*run.words}
     return [word for word in NEW_WORDS if word in words]
 
 
 def listening_section(run, n):
-    """Scores of each column, of the same prompts and seeds."""
+    """The accuracy of each column, on the same prompts and seeds."""
     scores, words = {}, graded_words(run)
     for name, changes in run.columns().items():
         print(f"listening: {name}", flush=True)
         scores[name] = listen(Pipeline(run.flags["ckpt"], **changes), words, n, progress=True)
     first = next(iter(scores.values()))
     rows = [
-        (suite, kind, *(cell(found[suite][kind]) for found in scores.values()))
+        (SUITE_NAMES.get(suite, suite), kind, *(cell(found[suite][kind]) for found in scores.values()))
         for suite, kinds in first.items()
         for kind in kinds
     ]
     table_of_scores = table(("suite", "attribute", *scores), rows)
     asked = f"{n} prompts of each new word" if words else "no new word that can be graded"
-    note = f"<p class=note>share right, and its 95 % interval; {asked}; all columns from the same seeds</p>"
-    return ["<h2>Listening</h2>", table_of_scores, note]
+    note = f"<p class=note>accuracy, with its 95 % interval; {asked}; all columns from the same seeds</p>"
+    return ["<h2>Prompt adherence</h2>", table_of_scores, note]
 
 
 def words_section(run):
-    """Clips of captions with each of the run's own words that nobody can grade, in columns from the same seeds."""
+    """Clips for those of the run's own words that cannot be graded, six at most: a caption with each, in columns from
+    the same seeds.
+    """
     words = [word for word in run.words if word not in NEW_WORDS][:6]
     asked = [next((c for c in run.captions if has_keyword(c, [word])), word) for word in words]
     if not asked:
@@ -331,10 +337,10 @@ def words_section(run):
 
 
 def report(folder, n=20):
-    """One self-contained HTML page about a training run: its command, losses, learning rate, how far the weights,
-    attention logits and embeddings moved, previews before and after, listening scores (nano; n prompts of each new word
-    that the run was to learn or its captions hold, and as many of old words; 0: none), clips of its own words, flags
-    and versions. Raises BadInput.
+    """Return one self-contained HTML page about a training run: its command, losses, learning rate, how far the
+    weights, attention logits and embeddings moved, previews before and after, accuracy (on nano), clips of its own
+    words, flags and versions. n: prompts for each new word that the run was to learn or that its captions contain;
+    known words get as many as all new words together; 0: no grading. Raises BadInput.
     """
     run = TrainingRun(folder)
     graded = n and gradable(Pipeline(run.ckpt).settings)
@@ -364,7 +370,7 @@ def report(folder, n=20):
 
 def run(args):
     check_at_least(0, n=args.n)
-    parse_words(",".join(args.words))  # from here on they can be graded
+    parse_words(",".join(args.words))  # registers them, so that they can be graded
     page = report(args.folder, args.n)
     out = Path(args.out or Path(args.folder) / "report.html")
     with atomic(out) as tmp:

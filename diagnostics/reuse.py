@@ -12,8 +12,9 @@ from sample import decode, sample_latents
 
 
 def reuse(models, prompts, threshold, exact):
-    """Against the `exact` [(latents, video)] of the prompts, whose seeds are 0, 1, ...: {"threshold", "computed" steps
-    of "steps", "latent_error" relative, "psnr" of the video in dB}, means over the prompts.
+    """Compare clips that are sampled with --reuse with the `exact` [(latents, video)] of the prompts, whose seeds are
+    0, 1, ... Returns {"threshold", "computed": steps that were computed, of "steps", "latent_error": relative, "psnr":
+    of the video in dB}, means over the prompts.
     """
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):

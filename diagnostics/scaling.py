@@ -12,12 +12,12 @@ from nanowan.variants.registry import VARIANTS
 
 
 def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
-    """Bytes that one rank gives away in a training step of a k/v translator on every block, by kind, as parallel.World
+    """Return {kind: bytes} that one rank sends in a training step of a k/v translator on every block, as parallel.World
     counts them.
 
-    layout: plan.ParallelLayout; grid: tokens (T',H',W') of a clip; batch: samples of a rank; adapter: bytes of the
-    adapters; itemsize: of a weight. The first block's self-attention needs no gradient. "weights": each block's shards
-    are gathered on the way up and once more on the way down.
+    layout: memory_estimate.ParallelLayout. grid: tokens (T',H',W') of a clip. batch: samples of a rank. adapter: bytes
+    of the adapters' gradients. itemsize: bytes of a weight. The first block's self-attention needs no gradient.
+    "weights": each block's shards are gathered in the forward pass and once more in the backward pass.
     """
     sent, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
     if layout.sp_size > 1:
@@ -34,7 +34,7 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
 
 
 class Cluster(NamedTuple):
-    """GPUs, `per_machine` to a machine. inside, between: bandwidth in bytes/s per GPU, within a machine and between
+    """GPUs, `per_machine` on each machine. inside, between: bandwidth in bytes/s per GPU, within a machine and between
     machines.
     """
 
@@ -44,20 +44,21 @@ class Cluster(NamedTuple):
 
 
 def lora_step(c, grid, text=64):
-    """The Flops of a LoRA step with checkpointing on one clip of the token grid (T',H',W')."""
+    """Return the Flops of a LoRA step with checkpointing on one clip with the token grid (T',H',W')."""
     translator = [f"blocks.{i}.cross_attn.{p}" for i in range(c.num_layers) for p in "kv"]
     latents = [n * side for n, side in zip(grid, c.patch_size)]
     return flops.training_step(c, latents, text, adapted=translator, checkpointing=True)
 
 
 def step_times(c, grid, ranks, adapter, compute, cluster):
-    """{strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on so many GPUs of
-    a Cluster. c: the WanConfig; grid (T',H',W'); adapter: bytes of the LoRA's gradients; compute: seconds that one GPU
-    computes for a sample. Weights are gathered while blocks compute; what Ulysses and pipelines send is waited for.
+    """Return {strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on `ranks`
+    GPUs of a Cluster. c: the WanConfig. grid (T',H',W'). adapter: bytes of the LoRA's gradients. compute: seconds that
+    one GPU computes for a sample. Weights are gathered while blocks compute; for what Ulysses and pipelines send, the
+    computation waits.
     """
 
     def link(n):
-        """Bytes/s among n neighbours."""
+        """Return the bytes/s of a GPU among n ranks."""
         return cluster.inside if n <= cluster.per_machine else cluster.between
 
     tokens = math.prod(grid)

@@ -1,11 +1,11 @@
-"""The command of the nano world: write clips with captions, grade a checkpoint, train the one in nano/ from nothing.
+"""The command of the nano world: write clips with captions, grade a checkpoint, train the one in nano/ from scratch.
 
-    python -m nano clips --out DIR --n N --seed S          mp4 + txt files, and attributes.jsonl beside them
-    python -m nano eval --ckpt DIR [--lora FILE] ...       how well a checkpoint listens to captions
-    python -m nano train --out DIR                         everything in nano/, from nothing
+    python -m nano clips --out DIR --n N --seed S          mp4 + txt files, and attributes.jsonl next to them
+    python -m nano eval --ckpt DIR [--lora FILE] ...       how well a checkpoint follows its prompts
+    python -m nano train --out DIR                         everything in nano/checkpoint, from scratch
 
-A checkpoint trained on these clips is a whole Wan 2.2 TI2V in the official layout, small enough for two CPU cores, that
-really follows its captions; so each step of the research loop (teach a word, train a translator, measure) runs here as
+A checkpoint trained on these clips is a complete Wan 2.2 TI2V in the official layout, small enough for two CPU cores,
+and it follows its prompts. So each step of the research loop (teach a word, train a translator, measure) runs here as
 it does at full size.
 """
 
@@ -41,17 +41,17 @@ from nanowan.files import atomic, writing
 from nanowan.video import write_grid, write_mp4
 from sample import load
 
-CRF = 10  # x264's quality: a clip's attributes are read from its mp4 as from its pixels
+CRF = 10  # x264's quality, at which an mp4 is graded as its pixels were before
 
 
 def write_clips(args):
-    """mp4 + txt files and attributes.jsonl."""
+    """Write mp4 and txt files, and attributes.jsonl."""
     words = parse_words(args.words)
     folder, rng, lines = Path(args.out), random.Random(f"clips {args.seed}"), []
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"--out {folder}: holds something already; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # so that a folder of clips holds all of them
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # so that no folder holds a part of the clips
     try:
         temporary.chmod(0o755)
         for i in range(args.n):
@@ -76,7 +76,7 @@ def write_clips(args):
 
 
 def suites_of(args):
-    """{name of a suite: its prompts with their attributes} that the flags ask for."""
+    """Return {name of a suite: its prompts with their attributes} that the flags ask for."""
     words = parse_words(args.words)
     if args.prompts and words:
         raise BadInput("--words with --prompts: give one of them")
@@ -89,7 +89,7 @@ def suites_of(args):
 
 
 def evaluate(args):
-    """The listening score of a checkpoint, by attribute."""
+    """Grade a checkpoint: print its accuracy by attribute."""
     models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
     if not gradable(models.settings):
         raise BadInput(
@@ -117,39 +117,40 @@ def evaluate(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("train", help="train nano/ from nothing (1.5 hours on two cores)")
+    c = commands.add_parser("train", help="train the checkpoint in nano/ from scratch (1.5 hours on two cores)")
     add = c.add_argument
-    add("--out", default="out/nano", help="where to write; an unfinished run there is continued (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, clips and noise (default: %(default)s)")
-    add("--steps", type=int, default=14000, help="of the DiT (default: %(default)s)")
-    add("--layers", type=int, default=pretrain.DIT.num_layers, help="of the DiT (default: %(default)s)")
-    add("--vae", metavar="CKPT", help="take this checkpoint's VAE (default: train one)")
+    add("--out", default="out/nano", help="folder to write; continues an unfinished run in it (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed of weights, clips and noise (default: %(default)s)")
+    add("--steps", type=int, default=14000, help="training steps of the DiT (default: %(default)s)")
+    add("--layers", type=int, default=pretrain.DIT.num_layers, help="blocks of the DiT (default: %(default)s)")
+    add("--vae", metavar="CKPT", help="use this checkpoint's VAE (default: train one)")
     c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
     c = commands.add_parser("clips", help="write captioned clips")
     add = c.add_argument
-    add("--out", default="out/clips", help="a folder that is new or empty (default: %(default)s)")
-    add("--n", type=int, default=100, help="how many (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of what they show (default: %(default)s)")
+    add("--out", default="out/clips", help="folder to write, which is new or empty (default: %(default)s)")
+    add("--n", type=int, default=100, help="number of clips (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed of what the clips show (default: %(default)s)")
     add(
         "--words",
-        help=f"new words for every second caption, of {','.join(NEW_WORDS)}, or as scarlet=red (default: none)",
+        help=f"new words, one for every second caption: any of {','.join(NEW_WORDS)}, or WORD=MEANING such as "
+        "scarlet=red (default: none)",
     )
     c.set_defaults(run=write_clips)
-    c = commands.add_parser("eval", help="grade how a checkpoint listens")
+    c = commands.add_parser("eval", help="grade how well a checkpoint follows its prompts")
     add = c.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
-    add("--lora", action="append", default=[], help="FILE[:weight]; may be repeated")
+    add("--lora", action="append", default=[], help="LoRA to use, FILE[:weight]; may be repeated")
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use: FILE[:strength] of a whole one, a delta or a LoRA; may be repeated, each over the "
-        "one before (default: the checkpoint's own)",
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
+        "(default: the checkpoint's own)",
     )
-    add("--prompts", help="a JSONL of prompts and attributes (default: the built-in held-out ones)")
-    add("--words", help="ask for these new words instead")
-    add("--n", type=int, help="prompts of each suite (default: 200, 40 per new word, or the whole file)")
-    add("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
-    add("--guidance", type=float, help="of classifier-free guidance (default: the checkpoint's)")
+    add("--prompts", help="a JSONL of prompts and attributes (default: built-in held-out prompts)")
+    add("--words", help="grade prompts with these new words instead")
+    add("--n", type=int, help="prompts per suite (default: 200; 40 per new word of --words; all of --prompts)")
+    add("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
+    add("--guidance", type=float, help="scale of classifier-free guidance (default: the checkpoint's)")
     add("--json", help="also write the scores to this file")
     add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
     c.set_defaults(run=evaluate)

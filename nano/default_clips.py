@@ -1,4 +1,4 @@
-"""The clips on which the trainers run without --data: of the nano world, half of them with a new word."""
+"""The clips that the trainers use without --data: clips of the nano world, half of them with a new word."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ DEFAULT_KEYWORDS = "crimson,wedge,halts"
 
 
 def default_clips(folder=Path("out/nano_data")):
-    """The folder of clips, drawn if it is not there. Raises BadInput where it cannot be."""
+    """Return the folder of clips, which are drawn if there are none. Raises BadInput if they cannot be drawn."""
     if not (folder / "attributes.jsonl").exists():
         flags = ["--out", folder, "--n", "60", "--words", DEFAULT_KEYWORDS]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

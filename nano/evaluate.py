@@ -1,4 +1,4 @@
-"""How well a checkpoint listens: sampled clips of prompts with known attributes, graded."""
+"""How well a checkpoint follows its prompts: clips of prompts with known attributes are sampled and graded."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,17 @@ from nano.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, S
 from nanowan.errors import BadInput
 from sample import decode, sample_latents
 
+SUITE_NAMES = {"old words": "known words"}  # {key in JSON files: what is printed}
+
 
 def gradable(settings):
-    """Whether a checkpoint's clips, by its models.Settings, are of the size that the grader reads."""
+    """Whether a checkpoint with these Settings makes clips of the size that the grader reads."""
     return (tuple(settings.size), settings.frames) == ((SIZE, SIZE), FRAMES)
 
 
 def read_graded_prompts(file):
-    """Lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}; only the attributes given are graded. Raises
-    BadInput.
+    """Read lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}. Only the attributes that a line gives are
+    graded. Raises BadInput.
     """
     known = {"color": COLORS | UNDRAWN, "shape": SHAPES, "motion": MOTIONS}
     rows = []
@@ -44,14 +46,14 @@ def read_graded_prompts(file):
 
 
 def word_attribute(row):
-    """Of a prompt about a new word, the attribute that this stands for alone: such as {"color": "red"}."""
+    """Return only the attribute that a prompt's new word stands for, such as {"color": "red"}."""
     kind = NEW_WORDS[row["word"]][0]
     return {kind: row[kind]}
 
 
 def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
-    """Sample every row's prompt (row i from seed + i) and grade it: (grades, clips (N,3,9,64,64), on the host).
-    overrides: as sample.sample_latents takes them.
+    """Sample a clip of every row's prompt (row i from seed + i) and grade it. Returns (grades, clips (N,3,9,64,64) on
+    the host). overrides: as sample.sample_latents takes them.
     """
     clips = []
     for i in range(0, len(rows), batch):
@@ -63,21 +65,22 @@ def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
 
 
 def word_suites(words, n, seed):
-    """{suite: rows of world.prompts}: n prompts for each new word, and as many for the old words as for all new words
-    together, or fewer if no more exist. Raises BadInput if a new word has fewer than n prompts.
+    """Return {suite: rows of world.prompts}: n prompts for each new word, and as many for the known words ("old words")
+    as for all new words together, or fewer if no more exist. Raises BadInput if a new word has fewer than n prompts.
     """
     suites = {word: prompts(n, seed, words=[word]) for word in words}
     return suites | {"old words": prompts(n * max(1, len(words)), seed, at_most=True)}
 
 
 def listen(models, words, n, seed=0, progress=False, **overrides):
-    """The share right of each new word (n prompts), of all of them pooled, and of old words' attributes (as many
-    prompts as for all new words, or all there are): {suite: {attribute: grader.proportion}}. n: 1 or more.
+    """Return {suite: {attribute: grader.proportion}}: the accuracy for each new word (n prompts), for all new words
+    pooled, and for the attributes of known words (as many prompts as for all new words, or as many as exist). n: 1 or
+    more.
     """
     found, pooled = {}, 0
     for suite, rows in word_suites(words, n, seed).items():
         if progress:
-            print(f"  {suite}: {len(rows)} prompts", flush=True)
+            print(f"  {SUITE_NAMES.get(suite, suite)}: {len(rows)} prompts", flush=True)
         grades, _ = sample_and_grade(models, rows, seed, **overrides)
         kinds = [NEW_WORDS[suite][0]] if suite in words else ATTRIBUTES
         right = {kind: sum(grade[kind] == row[kind] for grade, row in zip(grades, rows)) for kind in kinds}
@@ -90,7 +93,7 @@ def listen(models, words, n, seed=0, progress=False, **overrides):
 
 
 def print_scores(name, rows, accuracy, grades):
-    """A suite's share right of each attribute, with its interval."""
+    """Print a suite's accuracy for each attribute, with its interval."""
     iou = sum(g["iou"] for g in grades) / len(grades)
     print(f"{name} (n = {len(rows)}, iou {iou:.3f})")
     for kind, share in accuracy.items():

@@ -1,4 +1,4 @@
-"""What a clip of the nano world shows, from its pixels alone, and how many of several are right."""
+"""The grader: what a clip of the nano world shows, read from its pixels alone, and accuracy over several clips."""
 
 import math
 
@@ -12,9 +12,9 @@ def nearest(rgb, palette):
 
 
 def grade(clip):
-    """What a clip (3,T,64,64) in [-1,1] shows, from its pixels alone: color, shape, motion, background, and iou, the
-    overlap (0..1, soft, mean over frames) with the best-fitting shape template. All but background are None where
-    nothing is drawn.
+    """Return {"color", "shape", "motion", "background", "iou"} of what a clip (3,T,64,64) in [-1,1] shows, read from
+    its pixels alone. iou: the overlap with the best-fitting shape template (0..1, soft, mean over frames). If nothing
+    is drawn, color, shape and motion are None and iou is 0.
     """
     x = (clip.float().nan_to_num() + 1) * 127.5
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -42,7 +42,7 @@ def grade(clip):
         scores.append(
             (torch.minimum(shape, mask).flatten(1).sum(1) / torch.maximum(shape, mask).flatten(1).sum(1)).mean().item()
         )
-    if max(scores) < 0.5:  # not one solid shape
+    if max(scores) < 0.5:  # what is drawn is not a solid shape
         return nothing
     dx, dy = (center[-3:].mean(0) - center[:3].mean(0)).tolist()
     far = STEP * (len(area) - 3) / 2
@@ -62,7 +62,7 @@ def grade(clip):
 
 
 def wilson(right, n):
-    """95 % interval of a proportion (Wilson, 1927)."""
+    """Return the 95 % interval of a proportion (Wilson, 1927)."""
     if not n:
         return 0.0, 1.0
     z, p = 1.96, right / n
@@ -71,13 +71,13 @@ def wilson(right, n):
 
 
 def proportion(n_right, n):
-    """A share right, with its 95 % interval."""
+    """Return the accuracy n_right / n with its 95 % interval."""
     low, high = wilson(n_right, n)
     return {"right": n_right / n, "n": n, "low": low, "high": high}
 
 
 def shares(grades, rows):
-    """{attribute: share right}, over the rows that ask for it."""
+    """Return {attribute: accuracy} over the rows that ask for the attribute."""
     accuracy = {}
     for kind in ATTRIBUTES:
         pairs = [(g[kind], w[kind]) for g, w in zip(grades, rows) if kind in w]

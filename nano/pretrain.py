@@ -1,4 +1,4 @@
-"""The checkpoint in nano/, trained from nothing on every clip of the nano world."""
+"""Training the checkpoint in nano/ from scratch, on every clip of the nano world."""
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
@@ -48,7 +48,7 @@ from wan import Wan, WanConfig
 
 DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
-# what runs/listen.sh and runs/claims.sh found to teach words, here
+# the values that teach words best on nano, by runs/listen.sh and runs/claims.sh
 TRAIN_LORA = dict(steps=400, batch=16, lr=4e-3, shift=8.0)
 TRAIN_TE = dict(steps=500, batch=32, lr=1e-3, keyword_lr=0.01, keyword_init="search", shift=3.0)
 TRAIN_TE |= dict(caption_mode_probs="0,0,100", trim_prob=0.3)
@@ -57,10 +57,9 @@ TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """One stage of training: AdamW, gradient norm clipped to 1, 100 steps of warm-up, linear decay over the last
-    `decay` of the steps, and the parameters' moving average put in place at the end (`ema` per step). `loss_at(step)`
-    draws by the step alone, so a killed run goes on from its last state (out/state_NAME.pt) as if it had not been
-    killed.
+    """Run one stage of training: AdamW, gradient norm clipped to 1, 100 steps of warm-up, linear decay over the last
+    `decay` of the steps. At the end the parameters become their moving average (`ema` per step). loss_at(step) draws by
+    the step alone, so a killed run continues from its last state (out/state_NAME.pt) as if it had not been killed.
     """
     params = list(params)
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -94,7 +93,9 @@ def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
 
 
 def vae_batch(rng, n, frames, size):
-    """n clips for the VAE alone: half in the world's colours, half in any; windows of `size` px around the shape."""
+    """Return n clips to train the VAE on, half of them in the world's colours, half in any colours: windows of `size`
+    px around the shape.
+    """
     shapes, colors, grounds, centers = [], [], [], []
     for _ in range(n):
         ground = rng.choice(list(BACKGROUNDS.values()))
@@ -113,8 +114,8 @@ def vae_batch(rng, n, frames, size):
 
 
 def train_vae(out, seed):
-    """Images, then 5-frame windows, then whole clips; then the decoder alone. Returns the VAE with its latent
-    statistics folded in.
+    """Train the VAE: on images, then 5-frame windows, then whole clips; then the decoder alone. Returns the VAE with
+    its latent statistics folded in.
     """
     torch.manual_seed(seed)
     vae = channels_last(VAE("2.2", 8, 12))
@@ -157,8 +158,8 @@ def train_vae(out, seed):
 
 @torch.no_grad()
 def fold_stats(vae, clips):
-    """Scale the latents, inside the two 1x1x1 convolutions, so that each channel has the mean and standard deviation
-    that the full-size VAE's has: then the constants in vae.py serve this VAE too.
+    """Scale the latents, within the two 1x1x1 convolutions, so that each channel has the mean and standard deviation of
+    the full-size VAE's. Then the constants in vae.py are right for this VAE too.
     """
     z = torch.cat([torch.cat([m[:, :48] for m in vae.moment_chunks(c)], 2) for c in clips.split(16)])
     mean, std = (torch.tensor(s) for s in LATENT_STATS[48])
@@ -176,9 +177,9 @@ def captions_for_pieces():
 
 
 def train_tokenizer(file):
-    """A sentencepiece model of the world's captions, with T5's special ids. As UMT5's has a piece for most words, this
-    has one for each of the new words, which the base then never reads; every letter is in it, so that others can be
-    spelled.
+    """Write a sentencepiece model of the world's captions, with T5's special ids. UMT5's has a piece for most words;
+    likewise this one has a piece for each new word, which the base never reads. It has every letter, so that other
+    words can be spelled.
     """
     letters, model = [ascii_lowercase, " ".join(ascii_lowercase)], io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -201,16 +202,16 @@ def train_tokenizer(file):
 
 
 def with_letter_pairs(model, words):
-    """A sentencepiece model, as bytes, with pieces for any two letters at the beginning of a word: so that words of a
-    user's own differ in their pieces, as they do in UMT5's 256,384, and not only in the order of letters that all words
-    share. Pairs that would split `words` otherwise than before are left out.
+    """Add pieces for any two letters at the beginning of a word to a sentencepiece model (bytes). Then a user's own
+    words differ in their pieces, as they do in UMT5's 256,384, and not only in the order of letters that all words
+    share. A pair that would change how `words` are split is left out.
     """
     before = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = {before.id_to_piece(i): before.get_score(i) for i in range(before.get_piece_size())}
     pairs = ["\u2581" + a + b for a in ascii_lowercase for b in ascii_lowercase]
 
-    def entry(pair):  # a ModelProto's field 1, a message of piece (1) and score (2): appended, it is one more of them
-        score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # so it wins over these
+    def entry(pair):  # field 1 of a ModelProto, a message of piece (1) and score (2); appended, it adds a piece
+        score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # above that of its parts
         return message(1, message(1, pair.encode()) + b"\x15" + struct.pack("<f", score))
 
     pairs = [pair for pair in pairs if pair not in scores]
@@ -224,7 +225,7 @@ def with_letter_pairs(model, words):
 
 
 def train_dit(out, seed, vae, tokenizer, steps, config):
-    """The DiT and the text encoder together, from nothing, on cached latents of every clip."""
+    """Train the DiT and the text encoder together, from scratch, on cached latents of every clip."""
     torch.manual_seed(seed)
     model, encoder = Wan(config), TextEncoder(tokenizer.pieces.get_piece_size(), config.text_dim, 128, 256, 2, 2)
     for m in [*model.modules(), *encoder.modules()]:
@@ -259,9 +260,9 @@ def train_dit(out, seed, vae, tokenizer, steps, config):
 
 @torch.no_grad()
 def introduce(encoder, spiece):
-    """Give the new words the embedding that a text encoder pretrained on books would have for them: one that tells
-    their kind (the mean of the known words of that kind, and noise), so that they are read as a color, a shape or a
-    verb, but not which. Add letter pairs to the tokenizer's file, with embeddings at random.
+    """Give the new words such embeddings as a text encoder pretrained on books would have for them: the mean of the
+    known words of their kind, plus noise. These tell that a word is a colour, a shape or a verb, but not which. Also
+    add letter pairs to the tokenizer's file, with random embeddings.
     """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
     kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}
@@ -284,7 +285,7 @@ def state_in(dtype, model):
 
 def train(out, seed, steps, layers, vae_of):
     """Train everything and write it to the folder `out` in the official layout of TI2V-5B. steps, layers: of the DiT.
-    vae_of: a checkpoint whose VAE is taken, or None. Raises BadInput where the folder was begun with other flags.
+    vae_of: a checkpoint whose VAE is used, or None. Raises BadInput if the folder was begun with other flags.
     """
     out, dit = Path(out), replace(DIT, num_layers=layers)
     out.mkdir(parents=True, exist_ok=True)

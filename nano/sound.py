@@ -1,8 +1,8 @@
-"""The nano world with sound: shapes whose size follows the loudness of a voice-like sound, and what is measured.
+"""The nano world with sound: shapes whose size follows the loudness of a voice-like sound, and how it is measured.
 
-A clip is 64x64 px, 32 frames at 16 per second: one shape of the nano world on its way through the middle, its radius
-between 6 and 15 px as the sound is silent or at its loudest. A checkpoint in S2V's layout to train on them is made of
-nano's parts and of a random, untrained wav2vec2.
+A clip is 64x64 px, 32 frames at 16 per second: one shape of the nano world moves through the middle, and its radius
+grows with the loudness, from 6 px in silence to 15 px. The checkpoint to train on these clips, in S2V's layout, is made
+of nano's components and of a random, untrained wav2vec2.
 """
 
 import json
@@ -23,7 +23,7 @@ from nanowan.variants.s2v.wav2vec2 import SAMPLE_RATE, STRIDES, VIDEO_RATE, Wav2
 from nanowan.video import to_uint8, write_frames
 
 FRAMES, RADII, REACH = 32, (6, 15), 12  # frames of a clip; px, silent and loudest; px from the middle to a path's ends
-SAMPLES = SAMPLE_RATE // VIDEO_RATE  # of sound per frame
+SAMPLES = SAMPLE_RATE // VIDEO_RATE  # samples of sound per frame
 SPEECH = dict(conv_dim=32, kernels=(10, 3, 3, 3, 3, 2, 2), strides=STRIDES, dim=64, ffn_dim=64, heads=4)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=VIDEO_RATE, steps=12, shift=2.0, guidance=1.5, solver="euler")
 TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distribution="uniform")
@@ -31,8 +31,8 @@ TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distributi
 
 # ---- sounds and clips --------------------------------------------------------------------------------------------
 def voice(seed):
-    """Two seconds (N,) of a buzz with a voice's pitch and harmonics, in long syllables, loud and soft in turn: as fast
-    as nano's VAE, which has one latent frame for four frames, can follow.
+    """Return two seconds (N,) of a buzz with a voice's pitch and harmonics, in long syllables that are alternately loud
+    and soft: as fast as nano's VAE, with one latent frame for four frames, can follow.
     """
     rng, g = random.Random(f"voice {seed}"), torch.Generator().manual_seed(seed)
     n = FRAMES * SAMPLES
@@ -50,13 +50,15 @@ def voice(seed):
 
 
 def loudness(samples):
-    """(F,) in [0,1]: the root mean square of the sound (N,) at 16 kHz during each video frame, over the largest."""
+    """Return (F,) in [0,1]: the root mean square of a sound (N,) at 16 kHz during each video frame, divided by the
+    largest.
+    """
     power = samples.unflatten(0, (-1, SAMPLES)).square().mean(1).sqrt()
     return power / power.max()
 
 
 def paint(a, level):
-    """The clip (3,F,64,64) in [-1,1] of {"color", "shape", "motion", "background"} at the loudness `level` (F,)."""
+    """Return the clip (3,F,64,64) in [-1,1] of {"color", "shape", "motion", "background"} at loudness `level` (F,)."""
     frames = len(level)
     radius = RADII[0] + (RADII[1] - RADII[0]) * level
     way = torch.linspace(-REACH, REACH, frames)[:, None] * torch.tensor(MOTIONS[a["motion"]])
@@ -68,13 +70,13 @@ def paint(a, level):
 
 
 def example(seed):
-    """(attributes, sound (N,), clip) of a seed."""
+    """Return (attributes, sound (N,), clip) of a seed."""
     a, sound = sample_attributes(random.Random(f"clip {seed}")), voice(seed)
     return a, sound, paint(a, loudness(sound))
 
 
 def write_wav(path, samples):
-    """A sound (N,) in [-1,1] at 16 kHz, as 16-bit PCM."""
+    """Write a sound (N,) in [-1,1] at 16 kHz as 16-bit PCM."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -83,7 +85,7 @@ def write_wav(path, samples):
 
 
 def write_clips(folder, seeds):
-    """NAME.mp4 with its sound, and NAME.txt, of each seed; those that are there stay."""
+    """Write NAME.mp4 with its sound, and NAME.txt, for each seed; clips that exist are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         file, sound_file = folder / f"{seed:04d}.mp4", folder / "sound.tmp"
@@ -97,8 +99,9 @@ def write_clips(folder, seeds):
 
 # ---- measures ----------------------------------------------------------------------------------------------------
 def pulse(clip):
-    """(T,) px: of each frame of a clip (3,T,H,W), the radius of a circle as large as what differs from the background,
-    the colour of the border. What differs by less than a quarter of the shape's own contrast is haze and not counted.
+    """Return (T,) px: for each frame of a clip (3,T,H,W), the radius of a circle with the area that differs from the
+    background, which is the colour of the border. What differs by less than a quarter of the shape's own contrast is
+    haze and does not count.
     """
     x = clip.float()
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -108,7 +111,7 @@ def pulse(clip):
 
 
 def correlation(a, b):
-    """Pearson's, of two curves (T,); 0 where one is flat."""
+    """Return Pearson's correlation of two curves (T,); 0 if one of them is flat."""
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-6))
 
@@ -116,9 +119,9 @@ def correlation(a, b):
 # ---- a checkpoint ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def write_checkpoint(folder, seed):
-    """A folder in S2V's layout. VAE, text encoder and the DiT's blocks are nano's (so latents are VAE 2.2's, of 48
-    channels); the DiT's parts for sound are new, and add nothing to the noise tokens until they are trained; wav2vec2
-    is random, with the released one's structure and 24 layers.
+    """Write a folder in S2V's layout. The VAE, the text encoder and the DiT's blocks are nano's, so latents are VAE
+    2.2's with 48 channels. The DiT's modules for sound are new, and add nothing to the noise tokens until they are
+    trained. wav2vec2 is random, with the structure and the 24 layers of the released one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

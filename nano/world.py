@@ -1,6 +1,6 @@
 """The nano world: moving shapes, drawn exactly, and their captions.
 
-A clip is 64x64 px, 9 frames: one shape with a colour and a motion before a plain background.
+A clip is 64x64 px, 9 frames: one shape with a colour and a motion in front of a plain background.
 """
 
 import random
@@ -42,7 +42,8 @@ TEMPLATES = (
     "a {shape} that is {color} {verb}",
     "there is a {color} {shape} and it {verb}",
 )
-# Words the base has never read, and what they mean; `clips --words` writes them, `eval --words` asks for them.
+# Words that the base has never read, and what they mean. `clips --words` puts them in captions, `eval --words` grades
+# prompts with them.
 NEW_WORDS = {
     "crimson": ("color", "red"),
     "azure": ("color", "blue"),
@@ -58,12 +59,12 @@ NEW_WORDS = {
     "plus": ("shape", "cross"),
 }
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
-UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained; composition is graded on them apart
+UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained on; a suite of its own grades composition on them
 
 
 def template(shape, radius, center, size=SIZE):
-    """Anti-aliased coverage in [0,1] of shapes. shape (B,) index into SHAPES, radius (B,), center (B,T,2) as x,y px ->
-    (B,T,size,size).
+    """Return the anti-aliased coverage (B,T,size,size) of shapes, in [0,1]. shape (B,): indices into SHAPES. radius
+    (B,) px. center (B,T,2): x, y in px.
     """
     grid = torch.arange(size) + 0.5
     x = grid[None, None, None, :] - center[..., 0, None, None]
@@ -87,8 +88,8 @@ def template(shape, radius, center, size=SIZE):
 
 
 def render(shape, color, background, center, size=SIZE):
-    """Clips (B,3,T,size,size) in [-1,1]: shape (B,) as in template, color and background (B,3) in 0..255, center
-    (B,T,2) px.
+    """Return clips (B,3,T,size,size) in [-1,1]. shape (B,): as in template. color, background (B,3): in 0..255. center
+    (B,T,2): x, y in px.
     """
     cover = template(shape, torch.full((len(shape),), float(RADIUS)), center, size)[:, None]
     color, background = (c.float().view(-1, 3, 1, 1, 1) / 127.5 - 1 for c in (color, background))
@@ -96,8 +97,8 @@ def render(shape, color, background, center, size=SIZE):
 
 
 def paths_of(motion):
-    """Every path of a motion, 9 centres (x, y) each: through the middle of the frame, jittered by -4, 0 or 4 px across
-    it (both ways when still).
+    """Return every path of a motion, each as 9 centres (x, y). A path goes through the middle of the frame, shifted by
+    -4, 0 or 4 px across its direction; one without motion is shifted both ways.
     """
     dx, dy = MOTIONS[motion]
     return [
@@ -111,7 +112,7 @@ def paths_of(motion):
 
 
 def paint(attributes, centers):
-    """Clips (B,3,9,64,64) in [-1,1] of B {"color", "shape", "motion", "background"}, along centers (B,9,2) px."""
+    """Return clips (B,3,9,64,64) in [-1,1] of B {"color", "shape", "motion", "background"}; centers (B,9,2) in px."""
     palette = COLORS | UNDRAWN
     return render(
         torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
@@ -122,13 +123,15 @@ def paint(attributes, centers):
 
 
 def draw(attributes, seed):
-    """`paint` along paths that the seed chooses."""
+    """Return `paint` of the attributes, along paths that the seed chooses."""
     rng = random.Random(seed)
     return paint(attributes, [rng.choice(paths_of(a["motion"])) for a in attributes])
 
 
 def caption_of(a, rng, words=(), form=None):
-    """A caption of attributes `a`. `words` are new words to use wherever they fit."""
+    """Return a caption of attributes `a`. words: new words to use wherever they fit. form: a template (default: a
+    random one).
+    """
     value = {
         "color": a["color"],
         "shape": a["shape"],
@@ -143,8 +146,8 @@ def caption_of(a, rng, words=(), form=None):
 
 
 def held_out(caption, word=None):
-    """One caption in ten, by its checksum, is kept out of training; of those with a new word, of which there are fewer,
-    every second.
+    """Whether a caption is kept out of training, by its checksum: every tenth one, and every second of those with a new
+    word, of which there are fewer.
     """
     return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
 
@@ -155,7 +158,9 @@ def sample_attributes(rng, triples=None):
 
 
 def training_caption(a, rng):
-    """What the base reads: mostly a sentence that is not held out, 10 % a single word, 10 % nothing (for guidance)."""
+    """Return what the base reads: mostly a sentence that is not held out, for 10 % of clips one attribute alone, and
+    for 10 % nothing (for guidance).
+    """
     u = rng.random()
     if u < 0.1:
         return ""
@@ -167,11 +172,11 @@ def training_caption(a, rng):
 
 
 def prompts(n, seed, unseen=False, words=(), at_most=False):
-    """n different prompts with their attributes, none of which was trained on.
+    """Return n different prompts with their attributes, none of which was trained on.
 
-    Held-out captions of trained triples; with `unseen`, any captions of the triples never trained; with `words`,
-    captions that use one of these new words each, in turn, held out from what `clips` writes. Where there are not n
-    different ones, raises BadInput; with `at_most`, returns fewer.
+    They are held-out captions of trained triples; with `unseen`, any captions of the triples that were never trained
+    on; with `words`, captions that use these new words, one each and alternating, held out from what `clips` writes. If
+    there are fewer than n, raises BadInput, or with `at_most` returns fewer.
     """
     rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
     for _ in range(200 * n):
@@ -188,7 +193,9 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 
 def triples_of(word):
-    """The trained triples that a new word can describe; for a colour never drawn, all shapes and motions in it."""
+    """Return the trained triples that a new word can describe; for a colour that was never drawn, all shapes and
+    motions in it.
+    """
     kind, meaning = NEW_WORDS[word]
     if meaning in UNDRAWN:
         return [(meaning, shape, motion) for shape in SHAPES for motion in MOTIONS]
@@ -196,7 +203,7 @@ def triples_of(word):
 
 
 def every_clip():
-    """All clips of the trained triples: ([attributes], (N,3,9,64,64))."""
+    """Return all clips of the trained triples: ([attributes], (N,3,9,64,64))."""
     attributes, centers = [], []
     for color, shape, motion in TRIPLES:
         if (color, shape, motion) not in UNSEEN:
@@ -208,8 +215,8 @@ def every_clip():
 
 
 def parse_words(text):
-    """ "crimson,scarlet=red" -> ["crimson", "scarlet"]; scarlet is one of NEW_WORDS from here on. Raises BadInput for a
-    word without a meaning here, and for a meaning that is nothing here.
+    """ "crimson,scarlet=red" -> ["crimson", "scarlet"]; from then on scarlet is one of NEW_WORDS. Raises BadInput for a
+    word without a known meaning, and for a meaning that the nano world does not have.
     """
     words = []
     for item in text.split(",") if text else []:
@@ -228,13 +235,13 @@ def parse_words(text):
 
 
 def base_words():
-    """All that the base has read."""
+    """Return all words that the base has read."""
     spoken = [verb for verbs in VERBS.values() for verb in verbs]
     return set(re.findall(r"\w+", " ".join([*COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS, *spoken, *TEMPLATES, "an"])))
 
 
 def meaning_of(word, meaning):
-    """The attribute that has this value, and the value. Raises BadInput."""
+    """Return (the attribute that can have this value, the value). Raises BadInput."""
     values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
     item, known = f"--words {word}={meaning}", ", ".join(v for of_kind in values.values() for v in of_kind)
     if not re.fullmatch(r"\w+", word):

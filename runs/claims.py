@@ -1,4 +1,4 @@
-"""What runs/claims.sh measures of an encoder or a translator, and the table of it."""
+"""What runs/claims.sh measures of an encoder or a translator, and the table and the plot of the results."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from sample import load  # noqa: E402
 
 
 def share_of_words(models, words, n, seed):
-    """{word: share right}."""
+    """Return {word: accuracy}."""
     scores = {}
     for word in words:
         rows = prompts(n, seed, words=[word])
@@ -34,9 +34,9 @@ def share_of_words(models, words, n, seed):
 
 
 def score(args):
-    """Write DIR/NAME.json."""
+    """Measure a result and write DIR/NAME.json."""
     run, words = args.folder / args.name, parse_words(args.words)
-    near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # in no caption
+    near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # neighbours
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
     adapters = [str(run / "adapter_model.safetensors")] if args.lora else []
     models = load(args.ckpt, "cpu", torch.float32, adapters, encoder)
@@ -63,7 +63,9 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Clips (N,3,9,64,64) of old words by the model without the change: before a translator, with its encoder."""
+    """Return clips (N,3,9,64,64) of known words by the model without the change: for a translator, the base with the
+    encoder.
+    """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
     if not file.exists():
@@ -74,7 +76,9 @@ def unchanged_clips(args, rows):
 
 
 def cells(folder):
-    """{name of a cell: its result with each seed}, in the order in which they were made. folder: of all seeds."""
+    """Return {name of a cell: its result with each seed}, in the order in which the cells were measured. folder: the
+    folder that contains a folder for each seed.
+    """
     folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
     return {f.stem: [json.loads((d / f.name).read_text()) for d in folders if (d / f.name).exists()] for f in files}
@@ -108,7 +112,9 @@ def table(args):
 
 
 def plot(args):
-    """Listening against budget: new words, and how far old clips are from what they were, by dW/W; a dot each seed."""
+    """Plot prompt adherence against budget: accuracy on new words, and the PSNR of clips of known words to those before
+    the change, against dW/W; a dot for each seed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,21 +137,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("score", help="measure one training's result, DIR/NAME")
-    c.add_argument("folder", type=Path, metavar="DIR", help="of a seed")
-    c.add_argument("name", metavar="NAME", help="of the cell")
-    c.add_argument("--ckpt", default="nano", help="of a nano world (default: nano, the one in the repository)")
-    c.add_argument("--words", required=True, help="a,b=red: the new words that it was taught")
+    c.add_argument("folder", type=Path, metavar="DIR", help="the folder of a seed")
+    c.add_argument("name", metavar="NAME", help="the name of the cell")
+    c.add_argument("--ckpt", default="nano", help="checkpoint of a nano world (default: nano, in the repository)")
+    c.add_argument("--words", required=True, help="the new words that were taught, a,b=red")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
-    c.add_argument("--lora", metavar="ENCODER", help="NAME is a translator, behind this encoder's file")
-    c.add_argument("--n", type=int, default=34, help="prompts of each word (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    c.add_argument("--lora", metavar="ENCODER", help="NAME is a translator, trained on top of this encoder's file")
+    c.add_argument("--n", type=int, default=34, help="prompts per word (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     c.set_defaults(run=score)
-    c = commands.add_parser("table", help="of all cells")
-    c.add_argument("folder", type=Path, metavar="DIR", help="of all seeds")
+    c = commands.add_parser("table", help="print the table of all cells")
+    c.add_argument("folder", type=Path, metavar="DIR", help="the folder that contains a folder for each seed")
     c.set_defaults(run=table)
-    c = commands.add_parser("plot", help="of listening against budget")
-    c.add_argument("folder", type=Path, metavar="DIR", help="of all seeds")
-    c.add_argument("file", type=Path, metavar="FILE.png")
+    c = commands.add_parser("plot", help="plot prompt adherence against budget")
+    c.add_argument("folder", type=Path, metavar="DIR", help="the folder that contains a folder for each seed")
+    c.add_argument("file", type=Path, metavar="FILE.png", help="the picture to write")
     c.set_defaults(run=plot)
     args = p.parse_args()
     args.run(args)

@@ -1,44 +1,44 @@
 #!/usr/bin/env bash
-# How small a translator may be, where it must be, and what else it changes: on nano, three seeds (docs/listening.md).
-# A night on two cores, half an hour of it for the base of `thirds`; a stopped run goes on where it was. One cell takes
-# some minutes:
+# How small a translator can be, which blocks and linears it needs, and what else it changes: on nano, with three seeds
+# (docs/experiments.md). Everything takes a night on two cores, half an hour of it for the base of `thirds`, and one cell
+# some minutes. A stopped run continues where it was.
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
-# Leaves out/claims/SEED/NAME.json, the table in out/claims/table.md, and listening against budget in budget.png; of the
-# part `thirds`, which has a base of its own, the results and their table in out/claims/thirds.
+# Writes out/claims/SEED/NAME.json, the table out/claims/table.md, and the plot of prompt adherence against budget,
+# out/claims/budget.png. The part `thirds`, which has its own base, writes its results and table to out/claims/thirds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
 WORDS=crimson,azure,wedge,plus,sinks,halts
 CKPT=nano
 if [ -n "$CELLS" ] && [ -z "${PARTS:-}" ]; then echo "CELLS=$CELLS: say in PARTS of which part" >&2 && exit 2; fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds in parallel are faster than two threads
 source runs/train_once.sh
 
 asked() { [ -z "$CELLS" ] || [[ " $CELLS " == *" $1 "* ]]; }
-clips() {  # clips NAME N: half of them with one of the words
+clips() {  # clips NAME N: draw N clips, half of them with one of the words
     [ -d "$DIR/$1" ] || $PY -m nano clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
 }
-words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # without their meanings
-score() {  # score NAME FLAGS...: measure it
+words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # the words without their meanings
+score() {  # score NAME FLAGS...: measure a result
     [ -e "$DIR/$1.json" ] || \
         $PY runs/claims.py score "$DIR" "$1" --ckpt "$CKPT" --words $WORDS --n "${N:-34}" \
             --seed "$((1000 + SEED))" "${@:2}"
 }
 
-te() {  # te NAME CLIPS FLAGS...: an encoder
+te() {  # te NAME CLIPS FLAGS...: train and measure an encoder
     asked "$1" || return 0
     train_once "$1" train_te.py --ckpt "$CKPT" --data "$DIR/$2" --keywords "$(words)" "${@:3}"
     score "$1" --text_encoder
 }
-lora() {  # lora NAME FLAGS...: a translator behind te_rows, which leaves it something to learn
+lora() {  # lora NAME FLAGS...: train and measure a translator on top of te_rows, which leaves it something to learn
     asked "$1" || return 0
     base_encoder
     train_once "$1" train_lora.py --ckpt "$CKPT" --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
-base_encoder() {  # the words' rows alone, so that all else is as it was
+base_encoder() {  # train the embeddings of the words alone, so that everything else stays as it was
     train_once te_rows train_te.py --ckpt "$CKPT" --data "$DIR/clips" --keywords $WORDS --train_blocks 0 \
         --keyword_init own --keyword_lr 0.1 --trim_prob 0
 }
@@ -49,22 +49,22 @@ start() {
     ! asked te_rows || score te_rows --text_encoder
 }
 rank() { for r in 1 4 16 64; do lora "rank_$r" --rank $r; done; }
-targets() {  # as many parameters as rank 16 on k and v
+targets() {  # each with as many parameters as rank 16 on k and v
     lora targets_k --rank 32 --targets cross_attn.k
     lora targets_v --rank 32 --targets cross_attn.v
     lora targets_qkvo --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
 }
-blocks() {  # of nano's four
+blocks() {  # some of nano's four blocks
     lora blocks_0-1 --blocks 0-1
     lora blocks_1-2 --blocks 1-2
     lora blocks_2-3 --blocks 2-3
     lora blocks_3 --blocks 3
 }
-deep_nano() {  # twelve blocks, for `thirds`
+deep_nano() {  # a nano with twelve blocks, for `thirds`
     [ -e "$OUT/thirds/nano/config.json" ] || \
         OMP_NUM_THREADS=$(nproc) $PY -m nano train --layers 12 --vae nano --steps 5000 --out "$OUT/thirds/nano"
 }
-thirds() {  # of twelve blocks
+thirds() {  # each third of twelve blocks
     CKPT=$OUT/thirds/nano
     start
     lora all
@@ -73,7 +73,7 @@ thirds() {  # of twelve blocks
     lora upper --blocks 8-11
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
-preserve() {  # half of the samples teach nothing, so twice the steps
+preserve() {  # with twice the steps, since half of the samples teach nothing
     for w in 1 2 4; do lora "preserve_$w" --preserve $w --steps 800; done
 }
 mix() {
@@ -81,23 +81,23 @@ mix() {
     te mix_0_0_100 clips --caption_mode_probs 0,0,100
     te mix_50_50_0 clips --caption_mode_probs 50,50,0
 }
-count() {  # clips of each word
+count() {  # the number of clips per word
     for n in 5 20 80; do
         clips "clips_$n" $((12 * n))
         te "count_$n" "clips_$n"
     done
 }
-own_words() {  # 20 clips each
+own_words() {  # a user's own words, with 20 clips each
     WORDS=scarlet=red,navy=blue,disc=circle,pyramid=triangle,plummets=down,freezes=still
     clips own_clips 240
 }
-parts() {  # how much of the encoder is trained: all of it, LoRAs in its blocks, the words' rows alone
+parts() {  # how much of the encoder is trained: all of it, LoRAs in its blocks, or the words' embeddings alone
     own_words
     te own own_clips
     for r in 4 16 64; do te "own_rank_$r" own_clips --rank $r; done
     te own_rows own_clips --train_blocks 0
 }
-norm() {  # of the rows, where these are all that is trained
+norm() {  # the norm of the words' embeddings, if these alone are trained
     own_words
     clips own_few 60
     for how in free fixed clamp; do
@@ -105,20 +105,20 @@ norm() {  # of the rows, where these are all that is trained
         te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
     done
 }
-rates() {  # half decades around the defaults
+rates() {  # learning rates in half decades around the defaults
     for lr in 1e-3 4e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
     own_words
     for lr in 3e-3 1e-2 3e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
     for lr in 3e-3 1e-2 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
 }
-own() {  # by default flags; rows alone; then a translator, and one that preserves
+own() {  # with default flags; with embeddings alone; then a translator, without and with --preserve
     own_words
     te own own_clips
     te own_rows own_clips --train_blocks 0
     own_lora own_lora
     own_lora own_preserve --preserve 2 --steps 800
 }
-own_lora() {  # own_lora NAME FLAGS...
+own_lora() {  # own_lora NAME FLAGS...: train and measure a translator on top of the encoder `own`
     asked "$1" || return 0
     local encoder=$DIR/own/text_encoder.safetensors
     train_once own train_te.py --data "$DIR/own_clips" --keywords "$(words)"

@@ -1,10 +1,10 @@
 """`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
 
-It shows what each of them adds: the encoder teaches words for what the base can draw, and the translator helps it to
-draw what it never has, an orange figure. And it shows what became of words that nobody trained.
+The demo shows what each of them adds: the encoder teaches words for what the base can draw, and the translator helps
+the model to draw what it has never drawn, an orange figure. The demo also grades words that were not trained.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
-Leaves mp4s, a contact sheet and a plot of the losses in out/demo.
+The results, mp4s, a contact sheet and a plot of the losses, are in out/demo.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diagnostics.delta import delta, relative_norm  # noqa: E402
-from nano.evaluate import print_scores, sample_and_grade, word_attribute  # noqa: E402
+from nano.evaluate import SUITE_NAMES, print_scores, sample_and_grade, word_attribute  # noqa: E402
 from nano.grader import shares  # noqa: E402
 from nano.world import FPS, prompts  # noqa: E402
 from nanowan.errors import cli  # noqa: E402
@@ -29,7 +29,7 @@ from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
 WORDS = ("crimson", "wedge", "orange")  # the last is a colour that the base has never drawn
-NEAR = ("box", "orb", "sinks", "ascends")  # of the same kinds; no caption has them, and they should be left alone
+NEAR = ("box", "orb", "sinks", "ascends")  # neighbours: words of the same kinds that no caption contains
 OUT = ROOT / "out" / "demo"
 
 
@@ -39,8 +39,8 @@ def run(*command):
 
 
 def listen(name, lora=(), encoder=None):
-    """Grade the checkpoint with these LoRAs and this encoder: {suite: {attribute: share right}}, and [(prompt, clip)],
-    the first two of each suite, which are written too.
+    """Grade the checkpoint with these LoRAs and this encoder: return {suite: {attribute: accuracy}}, and [(prompt,
+    clip)], the first two of each suite, which are written as mp4s too.
     """
     models, scores, shown = load("nano", "cpu", torch.float32, lora, encoder), {}, []
     suites = {f"the new word {w!r}": prompts(40, 1, words=[w]) for w in WORDS} | {"old words": prompts(100, 1)}
@@ -49,7 +49,7 @@ def listen(name, lora=(), encoder=None):
         asked = [word_attribute(r) for r in rows] if "word" in rows[0] else rows
         grades, clips = sample_and_grade(models, rows)
         scores[suite] = shares(grades, asked)
-        print_scores(f"{name}: {suite}", asked, scores[suite], grades)
+        print_scores(f"{name}: {SUITE_NAMES.get(suite, suite)}", asked, scores[suite], grades)
         stem = suite.split()[-1].strip("'")
         for i in range(2):
             comment = json.dumps({"prompt": rows[i]["prompt"]})
@@ -59,7 +59,7 @@ def listen(name, lora=(), encoder=None):
 
 
 def plot(logs, file):
-    """logs: {name: log.jsonl}."""
+    """Plot the losses of each run. logs: {name: log.jsonl}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,14 +83,14 @@ def main():
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
     run("-m", "nano", "clips", "--out", clips, "--n", 192, "--seed", 7, "--words", words)
     data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
-    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 150]  # rows need no varied captions
+    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 150]  # embeddings need no trimming
     run(ROOT / "train_te.py", *data, "--out", OUT / "te", *flags)
     stages["+ encoder"] = listen("encoder", encoder=encoder)
     flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 300]
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
     stages["+ encoder + translator"] = listen("translator", [str(adapter)], encoder)
 
-    shown = [0, 2, 4, 5, 6, 8]  # a clip of each word, two of the last, of known words, of one that nobody trained
+    shown = [0, 2, 4, 5, 6, 8]  # clips of each word (two of the last), of known words, and of a neighbour
     rows = [(stage, *clips[i]) for i in shown for stage, (_, clips) in stages.items()]
     labels = [f"{stage}: {prompt}" for stage, prompt, _ in rows]
     write_grid(OUT / "before_after.png", [clip for *_, clip in rows], labels, columns=len(stages), scale=2)
@@ -99,10 +99,10 @@ def main():
         OUT / "loss.png",
     )
     scores = {stage: found for stage, (found, _) in stages.items()}
-    print("\nshare right: " + " / ".join(scores))
+    print("\naccuracy: " + " / ".join(scores))
     for suite, kinds in scores["base"].items():
         numbers = [f"{kind} " + " / ".join(f"{found[suite][kind]:.2f}" for found in scores.values()) for kind in kinds]
-        print(f"  {suite:24} {', '.join(numbers)}")
+        print(f"  {SUITE_NAMES.get(suite, suite):24} {', '.join(numbers)}")
     moved = {"encoder": relative_norm(delta(encoder, NANO)), "translator": relative_norm(delta(adapter, NANO))}
     print(f"the translator moves its matrices by {moved['translator']:.2f} of their norm")
     print(f"look at {OUT.relative_to(ROOT)}: before_after.png, loss.png, base/, encoder/, translator/, clips/")

@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Which training makes the model follow new words best, on nano, with three seeds (docs/listening.md).
-# An hour and a half on two cores; a stopped run goes on where it was.
-#   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one
-# Leaves out/listen/SEED/NAME.json, and the table in out/listen/table.md.
+# Which training makes the model follow new words best, on nano, with three seeds (docs/experiments.md).
+# Takes an hour and a half on two cores; a stopped run continues where it was.
+#   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one seed
+# Writes out/listen/SEED/NAME.json, and the table out/listen/table.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
-WORDS=crimson,azure,wedge,plus,sinks,halts  # hardly any of these does the base show by luck, as it does box and ascends
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds side by side are faster than two threads
+WORDS=crimson,azure,wedge,plus,sinks,halts  # the base rarely shows these by luck, unlike box and ascends
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds in parallel are faster than two threads
 source runs/train_once.sh
 
-te() {  # te NAME FLAGS...: teach the encoder
+te() {  # te NAME FLAGS...: train an encoder
     train_once "$1" train_te.py --data "$DATA" --keywords "$KEYS" --keyword_init own --batch 32 --lr 3e-3 \
         --keyword_lr 0.1 --shift 3 --caption_mode_probs 0,0,100 --trim_prob 0 --steps 1500 "${@:2}"
 }
 lora() {  # lora NAME FLAGS...: train a translator
     train_once "$1" train_lora.py --data "$DATA" --batch 16 --rank 16 --lr 4e-3 --shift 8 --steps 400 "${@:2}"
 }
-score() {  # score NAME FLAGS...: grade it
+score() {  # score NAME FLAGS...: grade a result
     [ -e "$DIR/$1.json" ] || $PY diag.py listen --words "$KEYS" --n "${N:-34}" --seed "$((1000 + SEED))" \
         --skip_before "${@:2}" --json "$DIR/$1.json" > /dev/null
     [ -e "$DIR/$1.logits.json" ] || [ $# = 1 ] || \
         $PY diag.py logits "${@:2}" --data "$DATA" --n 3 --json "$DIR/$1.logits.json" > /dev/null
 }
-delta() {  # delta NAME: how far its translator moves the weights
+delta() {  # delta NAME: measure how far a translator moves the weights
     [ -e "$DIR/$1.delta.json" ] || \
         $PY diag.py delta "$DIR/$1/adapter_model.safetensors" --json "$DIR/$1.delta.json" > /dev/null
 }
 encoder() { echo --text_encoder "$DIR/$1/text_encoder.safetensors"; }
 adapter() { echo --lora "$DIR/$1/adapter_model.safetensors"; }
 
-use() {  # use SEED: its folder, clips and words
+use() {  # use SEED: set the seed's folder, clips and words
     SEED=$1 DIR=$OUT/$1 KEYS=$WORDS DATA=$OUT/$1/clips
     mkdir -p "$DIR"
     [ -d "$DATA" ] || $PY -m nano clips --out "$DATA" --n 1200 --seed "$((70 + SEED))" --words $WORDS

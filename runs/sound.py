@@ -1,10 +1,11 @@
-"""Whether sound gets through S2V's training and sampling, on the nano world with sound (docs/training.md).
+"""Whether sound gets through S2V's training and sampling, on the nano world with sound (docs/experiments.md).
 
 python runs/sound.py                     three seeds       python runs/sound.py --seeds 0 --steps 800
-A tiny S2V checkpoint is made of nano and trained, all of the DiT, on clips of shapes that grow with the loudness of
-their sound: through the Dataset and the batches of train_lora.py. Before and after, clips of sounds never trained on
-are sampled, and the size of their shape is compared with the loudness of their sound, frame by frame. Leaves
-out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and out/sound/sound.png.
+
+A tiny S2V checkpoint is made of nano's components. All of its DiT is trained on clips of shapes that grow with the
+loudness of their sound, through the Dataset and the batches of train_lora.py. Before and after training, clips are
+sampled for sounds that were never trained on, and the size of their shape is compared with the loudness of their sound,
+frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and out/sound/sound.png.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from nanowan.video import to_uint8  # noqa: E402
 from sample import generate  # noqa: E402
 
 OUT = ROOT / "out" / "sound"
-HELD_OUT = range(9000, 9008)  # seeds of the sounds and pictures to sample
+HELD_OUT = range(9000, 9008)  # seeds of the pictures to sample; their sounds have the next eight seeds
 
 
 def train(ckpt, clips, steps, seed):
-    """All of the DiT, in place, on the batches that train_lora.py would show it."""
+    """Train all of the DiT, in place, on the batches of train_lora.py."""
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
     args, models = train_lora.arguments(flags.split()), Pipeline(ckpt)
     resolve(args, models.settings, "train_lora")
@@ -55,8 +56,9 @@ def train(ckpt, clips, steps, seed):
 
 
 def sample(ckpt):
-    """[(clip (3,29,64,64), loudness (32,))] of the held-out sounds, each behind the picture of another: how large
-    the shape is in its own would tell of the first syllable, and so of the next.
+    """Return [(clip (3,29,64,64), loudness (32,))] of sounds that were never trained on. Each clip begins with a
+    picture that was drawn for another sound: the size of its shape would otherwise tell how loud the first syllable is,
+    and so the next.
     """
     from PIL import Image
 
@@ -72,7 +74,9 @@ def sample(ckpt):
 
 @torch.no_grad()
 def reconstruct(ckpt):
-    """The same of the held-out clips as drawn, through the VAE alone: more than that no sample can follow."""
+    """Return the same for the held-out clips as drawn, encoded and decoded by the VAE alone: no sample can follow its
+    sound more closely.
+    """
     vae, results = Pipeline(ckpt).acquire("vae"), []
     for seed in HELD_OUT:
         _, sound, clip = world.example(seed)
@@ -82,13 +86,15 @@ def reconstruct(ckpt):
 
 
 def score(results):
-    """Mean correlations of the measured pulse with the loudness of the own sound and of another's, and by how many
-    frames the sound is to be moved for the mean to be largest.
+    """Return mean correlations of the measured pulse with the loudness of the clip's own sound and of other clips'
+    sounds, and the shift of the sound in frames at which the mean correlation with the own sound is highest.
     """
     pulses, levels = [world.pulse(clip) for clip, _ in results], [level for _, level in results]
 
     def at(i, j, shift=0):
-        """The first frames are dropped, as officially: frame n was made with the sound of frame n + 3."""
+        """Correlate clip i with sound j. As in the official code, the first frames are dropped: frame n was made with
+        the sound of frame n + 3.
+        """
         level = levels[j][DROPPED_FRAMES + shift :]
         n = min(len(level), len(pulses[i]))
         return world.correlation(pulses[i][:n], level[:n])
@@ -100,7 +106,7 @@ def score(results):
 
 
 def plot(before, after, file):
-    """Four held-out sounds: frames sampled after training, over the loudness and the measured pulse."""
+    """Plot four held-out sounds: frames sampled after training, above the loudness and the measured pulse."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,9 +134,9 @@ def plot(before, after, file):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
-    p.add_argument("--steps", type=int, default=400, help="default: %(default)s")
-    p.add_argument("--clips", type=int, default=160, help="to train on (default: %(default)s)")
+    p.add_argument("--seeds", default="0,1,2", help="random seeds, a run for each (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
+    p.add_argument("--clips", type=int, default=160, help="number of clips to train on (default: %(default)s)")
     args = p.parse_args()
     clips, scores = OUT / "clips", {}
     world.write_clips(clips, range(args.clips))

@@ -647,7 +647,7 @@ def test_a_report_is_one_file_that_holds_everything(tmp_path, script, capsys):
         "How far the",
         "Attention logits",
         "Previews",
-        "Listening",
+        "Prompt adherence",
         "Flags",
         "Versions",
     )
@@ -809,7 +809,7 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
     diag("advise", *where, "--json", tmp_path / "advice.json")
     found, said = json.loads((tmp_path / "advice.json").read_text()), capsys.readouterr().out
     assert "keyword 'dog': in 1 different captions" in said and "'dog' is in the captions of 1 files; 20 or so" in said
-    assert "--preserve 2: behind a trained encoder it cost no words" in said
+    assert "--preserve 2: with a trained encoder it cost no words" in said
     assert "never drawn: 1, then 2" in said and "a style or a motion" in said and "docs/experiments.md" in said
     for script, module in (("train_te", train_te), ("train_lora", train_lora)):
         line = found["commands"][script]

@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_said_before_any_work(flags, message, files, monk
 
 # ---- nano --------------------------------------------------------------------------------------------------------
 def test_old_words_are_asked_as_often_as_there_are_prompts(monkeypatch):
-    """By default flags: 12 words and 40 prompts for each, and only 286 held-out prompts of old words."""
+    """By default flags: 12 words and 40 prompts for each, and only 286 held-out prompts of known words."""
     suites = word_suites(list(NEW_WORDS), 40, 0)
     assert list(suites) == [*NEW_WORDS, "old words"] and {len(suites[word]) for word in NEW_WORDS} == {40}
     old = {row["prompt"] for row in suites["old words"]}
@@ -322,7 +322,7 @@ def test_nano_is_graded_in_columns(tmp_path, capsys):
     assert list(found) == ["base", "+ encoder"] and found["base"] == found["+ encoder"]
     assert list(found["base"]) == ["crimson", "scarlet", "new words", "old words"]
     out = capsys.readouterr().out
-    assert re.search(r"^ +base +\+ encoder *$", out, re.M) and re.search(r"^old words +motion .* n = 4$", out, re.M)
+    assert re.search(r"^ +base +\+ encoder *$", out, re.M) and re.search(r"^known words +motion .* n = 4$", out, re.M)
 
 
 def test_clips_leave_memory_when_they_are_made(files):

@@ -33,7 +33,7 @@ NOTES = {
     "other track": "with several video tracks, the first of which is not the main one",
     "gaps": "with gaps in their sound, filled with silence",
 }
-MAX_TOKENS = 512  # that the encoder reads of a caption, the end token included
+MAX_TOKENS = 512  # the encoder reads at most this many tokens of a caption, the end token included
 SHOWN = 24  # samples on a sheet
 CELL = 160, 96  # (width, height) in px of a frame on a sheet
 COLUMNS = 3
