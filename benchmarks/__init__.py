@@ -1,1 +1,1 @@
-"""The works of `python -m benchmarks`: common.py times and weighs them, cpu.py and gpu.py say what they are."""
+"""The benchmarks of `python -m benchmarks`: cpu.py and gpu.py define them, common.py measures their time and memory."""

@@ -1,16 +1,16 @@
-"""Speed and memory beside diffusers, transformers and peft, in one run.
+"""Speed and memory compared with diffusers, transformers and peft, in one run.
 
     python -m benchmarks                     on this CPU, fp32 (about ten minutes)
-    python -m benchmarks dit vae_decode      only these works
+    python -m benchmarks dit vae_decode      only these benchmarks
     python -m benchmarks --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
     python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size (60 GB of disk)
-    python -m benchmarks s2v-14B --gpu_run --json FILE   only on this one
+    python -m benchmarks s2v-14B --gpu_run --json FILE   only on this variant
     python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, and
                                              FILE.png, which shows cost against size
 
-Contenders of a work get equal weights and inputs and take turns; what is printed are medians, and ours / peer. "ref" is
-nanoWan with every op as its plain PyTorch definition. Peak memory is that of a fresh process, above what it holds
-before the work.
+The contenders of a benchmark get equal weights and inputs and run alternately. Medians are printed, and the ratio
+ours / peer. "ref" is nanoWan with every op as its plain PyTorch definition. Peak memory is what a fresh process takes
+in addition to what it held before the benchmark.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -33,14 +33,19 @@ from diagnostics.common import write_json
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}, or with --gpu_run a variant (default: all)"
+        "works",
+        nargs="*",
+        metavar="NAME",
+        help=f"benchmarks to run: {', '.join(WORKS)}, or with --gpu_run variants (default: all)",
     )
-    p.add_argument("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
+    p.add_argument(
+        "--rounds", type=int, default=7, help="runs of each contender; medians are printed (default: %(default)s)"
+    )
     p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
     p.add_argument("--gpu_run", action="store_true", help="the scripts on random full-size checkpoints instead")
-    p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png beside it")
+    p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png next to it")
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
-    p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of --gpu's, in its process
+    p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one job of --gpu, in its own process
     args = p.parse_args()
     names = sorted({name.split(":")[0] for name in full_size.RUNS}) if args.gpu_run else [*WORKS]
     if wrong := [w for w in args.works if w not in names]:

@@ -1,4 +1,4 @@
-"""Timing and memory of contenders that take turns, and what machine they ran on."""
+"""Timing and memory of contenders that run alternately, and a description of the machine."""
 
 import ctypes
 import datetime
@@ -22,7 +22,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def interleaved(contenders, rounds, synchronize=lambda: None):
-    """{name: seconds of each round}; one round not counted comes first, and who begins alternates."""
+    """Return {name: seconds of each round}. A round that is not counted comes first; rounds alternate in which
+    contender begins.
+    """
     for run in contenders.values():
         run()
     seconds = {name: [] for name in contenders}
@@ -37,8 +39,8 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 
 
 def keep_results(jobs, run, about, path, seconds):
-    """run(name, seconds left) of each job -> `about`, to which what each returned is added, and written to the JSON
-    file `path` as soon as it is there. What would begin after `seconds` is left out and named.
+    """Add run(name, seconds left) of each job to `about`, and write `about` to the JSON file `path` after each job. A
+    job that would begin after `seconds` is left out and named.
     """
     began = time.monotonic()
     for name in jobs:
@@ -51,14 +53,14 @@ def keep_results(jobs, run, about, path, seconds):
 
 
 def seconds_of(run, rounds):
-    """The median of several runs."""
+    """Return the median seconds of several runs."""
     return median(interleaved({"run": run}, rounds)["run"])
 
 
 def print_memory(make, name):
-    """What peak_memory asks its process."""
+    """Print what peak_memory reads from its process."""
     contenders, _ = make()
-    contenders[name]()  # once for what is imported and set up on first use
+    contenders[name]()  # the first run imports and sets things up
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = memory_estimate.resident()
@@ -67,8 +69,8 @@ def print_memory(make, name):
 
 
 def peak_memory(work, name):
-    """Bytes that one contender's work takes above what the process held before, in a process of its own, where glibc
-    keeps no freed memory.
+    """Return the bytes that a contender's benchmark takes in addition to what the process held before, measured in a
+    process of its own, in which glibc keeps no freed memory.
     """
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks", work, "--memory_of", name],
@@ -82,7 +84,7 @@ def peak_memory(work, name):
 
 
 def add_reference(contenders):
-    """The contenders and, second, ours with every op as its plain definition."""
+    """Return the contenders and, as the second, ours with every op as its plain definition."""
 
     def ref():
         with backend.using("ref"):
@@ -92,7 +94,7 @@ def add_reference(contenders):
 
 
 def add_peer_adapter(peer):
-    """A translator (k and v of cross-attention, rank 16) in diffusers' model, by peft."""
+    """Add a translator (k and v of cross-attention, rank 16) to diffusers' model, with peft."""
     from peft import LoraConfig
 
     peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))

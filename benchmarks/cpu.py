@@ -26,18 +26,18 @@ from t5 import TextEncoder
 from vae import VAE
 from wan import Wan, WanConfig
 
-GRID = (3, 20, 32)  # latent frames, height, width of the DiT works: 480 tokens
+GRID = (3, 20, 32)  # latent frames, height, width in the DiT's benchmarks: 480 tokens
 
 
 def dit_flops(c, tokens, text, batch=1):
-    """FLOPs of a forward pass of a DiT of WanConfig c, its text's keys and values known."""
+    """Return the FLOPs of a forward pass of a DiT of WanConfig c whose text keys and values are cached."""
     linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
 
 
 @functools.cache
 def dit():
-    """A DiT of width 768, ours and diffusers', and inputs: a 40-token prompt."""
+    """Return a DiT of width 768, ours and diffusers', and inputs with a 40-token prompt."""
     model = tiny.randomize(Wan(WanConfig("ti2v", 768, 3072, 6, 6, 48, 48, text_dim=768)), 0)
     x, t, context = torch.randn(1, 48, *GRID), torch.tensor([500.0]), torch.randn(1, 40, 768)
     return model, tiny.diffusers_dit(model), x, t, context, F.pad(context, (0, 0, 0, 472))
@@ -51,8 +51,8 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Forward and backward of a translator (k and v of cross-attention, rank 16); `blocks` limits ours, the peer has
-    one everywhere.
+    """Forward and backward of a translator (k and v of cross-attention, rank 16). `blocks` limits ours; the peer's
+    translator is in all blocks.
     """
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
@@ -77,7 +77,7 @@ def lora_step(blocks=range(6), checkpointing=False):
 
 
 def preserving_step():
-    """A LoRA step on four samples, two of them preserved, and the same step with none."""
+    """A LoRA step on four samples, two of which are preserved, and the same step with none preserved."""
     model, _, x, _, context, _ = dit.__wrapped__()
     lora.inject(model, rank=16)
     context, lens, t = context.repeat(4, 1, 1), torch.full((4,), 40), torch.rand(4)
@@ -122,7 +122,7 @@ def vae_encode():
 
 
 def text_encoder():
-    """Four prompts of 20 tokens; pipelines pad them to 512."""
+    """Four prompts of 20 tokens, which diffusers' pipelines pad to 512."""
     model = tiny.randomize(TextEncoder(1000, 512, 512, 1280, 8, 6), 2)
     peer, ids = tiny.transformers_t5(model), torch.randint(3, 1000, (4, 20))
     padded, mask = F.pad(ids, (0, 492)), F.pad(torch.ones_like(ids), (0, 492))
@@ -134,7 +134,9 @@ def text_encoder():
 
 
 def sample_video():
-    """Ten guided UniPC steps of a small TI2V, 9 frames of 128x128, from prompt to pixels, weights loaded before."""
+    """Ten guided UniPC steps of a small TI2V, 9 frames of 128x128, from prompt to pixels; the weights are loaded
+    before.
+    """
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import T5TokenizerFast
 
@@ -179,7 +181,9 @@ def sample_video():
 
 
 def speech_step():
-    """A step of S2V behind another clip, with what does not change from step to step computed once, and every time."""
+    """A step of S2V that continues another clip. Inputs that are the same at every step are computed once (ours), or
+    every time.
+    """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
     model, given = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
     x, t, context = given.pop("x"), given.pop("t"), given.pop("context")
@@ -193,7 +197,7 @@ def speech_step():
 
 
 def speech_clips():
-    """Videos of ten clips and of two: a long one takes more time, and no more memory."""
+    """Videos of ten clips and of two: a long video takes more time, but no more memory."""
     folder = Path(tempfile.mkdtemp())
     pipe = load(tiny_s2v.checkpoint(folder / "s2v"))
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(10)[None])
@@ -211,7 +215,7 @@ def speech_clips():
 
 @torch.no_grad()
 def animate_step():
-    """A step of a small Animate of width 768 after the first; diffusers computes faces and picture every time."""
+    """A step after the first of a small Animate of width 768; diffusers computes faces and picture at every step."""
     model = tiny_animate.animate(layers=5, dim=768, heads=6)
     peer, frames, side = tiny_animate.diffusers_animate(model), 6, model.motion_encoder.side
     x, t, context = torch.randn(1, 36, frames, 16, 32), torch.tensor([500.0]), torch.randn(1, 40, tiny.TEXT_DIM)
@@ -226,7 +230,7 @@ def animate_step():
 
 
 def loading():
-    """A checkpoint of 1 GB into memory, in fp32."""
+    """Load a checkpoint of 1 GB into memory, in fp32."""
     from diffusers import WanTransformer3DModel
 
     ours, theirs = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -241,8 +245,8 @@ def loading():
 
 
 def cache_clip():
-    """A clip of 120 frames of 1080p is looked at, and 49 frames at 832x480 made ready for the VAE, which is left out.
-    The peer, as a plain loop of PyAV and PIL: every frame becomes a picture, and those that are chosen are resized.
+    """Scan a clip of 120 frames of 1080p, and prepare 49 of its frames at 832x480 for the VAE, which is left out. The
+    peer is a plain loop of PyAV and PIL: every frame becomes a picture, and the chosen ones are resized.
     """
     import av
     from PIL import Image
@@ -276,7 +280,7 @@ WORKS = {
     "lora": (lora_step, "LoRA step, the same model"),
     "lora_upper": (
         functools.partial(lora_step, blocks=(4, 5)),
-        "LoRA step, upper third of our blocks (the peer: all of its)",
+        "LoRA step, upper third of our blocks (the peer: all blocks)",
     ),
     "lora_ckpt": (functools.partial(lora_step, checkpointing=True), "LoRA step with checkpointing"),
     "lora_preserve": (preserving_step, "LoRA step of four, half of them preserved (the peer: none)"),
@@ -284,7 +288,7 @@ WORKS = {
     "vae_encode": (vae_encode, "VAE 2.2 encode, the same"),
     "text": (text_encoder, "text encoder, four short prompts"),
     "sample": (sample_video, "guided 10-step sample, end to end"),
-    "s2v": (speech_step, "S2V step, width 768, 1,280 tokens and what is before the clip"),
+    "s2v": (speech_step, "S2V step, width 768, 1,280 tokens and those of the clip before"),
     "s2v_clips": (speech_clips, "S2V, ten clips (the peer: two)"),
     "animate": (animate_step, "Animate step, width 768, 768 tokens"),
     "load": (loading, "load a 1 GB DiT"),
@@ -293,15 +297,15 @@ WORKS = {
 
 
 def matmul_peak():
-    """FLOP/s of the largest products, the median of seven."""
+    """Return the FLOP/s of the largest products, the median of seven runs."""
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
     return 2 * 1024 * 2048 * 2048 / seconds_of(lambda: a @ b, 7)
 
 
 def on_cpu(names, rounds):
-    """Measure these works and print a row for each as it is done."""
+    """Measure these benchmarks and print a row for each once it is done."""
     results, peak = {}, matmul_peak()
-    columns = ("work", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")
+    columns = ("benchmark", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")
     print(f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for key in names:
         make, label = WORKS[key]
@@ -328,7 +332,7 @@ def on_cpu(names, rounds):
 
 @torch.no_grad()
 def growth():
-    """Cost against tokens and frames beside what the FLOP count says: {"dit": [(tokens, seconds, flops)], "decode":
+    """Measure cost against tokens and frames, with the FLOP count: {"dit": [(tokens, seconds, flops)], "decode":
     [(frames, seconds)]}.
     """
     model, _, _, t, context, _ = dit()

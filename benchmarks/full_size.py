@@ -1,6 +1,6 @@
-"""`python -m benchmarks --gpu_run`: the scripts at released size on random weights, and the memory planned and used.
+"""`python -m benchmarks --gpu_run`: the scripts at released size on random weights, and their memory, planned and used.
 
-Only shapes count here: the weights are noise, and so is what comes out.
+Only the shapes matter here: the weights are noise, and so are the results.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from vae import VAE
 CLIP_SIZE = "--size 1280x704 --frames 121 --steps 4"
 SHORT = "--size 832x480 --frames 17 --steps 4"
 DATA = "--data {inputs}/clips --resolution 832x480 --frames 49 --steps 3 --batch 1"
-RUNS = {  # what tells most comes first
+RUNS = {  # the most informative runs come first
     "ti2v-5B: sample": f"sample.py {CLIP_SIZE}",
     "ti2v-5B: train_lora": f"train_lora.py {DATA} --checkpointing",
     "ti2v-5B: train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
@@ -43,14 +43,16 @@ RUNS = {  # what tells most comes first
     "--image {inputs}/picture.png --audio {inputs}/sound.wav",
     "animate-14B: sample, streamed": "sample.py --steps 1 --stream_blocks 40 --src_root_path {inputs}/driving",
 }
-CARD_GB = 24  # the memory of the card on which 14B's runs find themselves
+CARD_GB = 24  # the runs of 14B models see a card with this much memory
 # wav2vec2-large-xlsr-53-english and ViT-H/14, as released
 SPEECH = (512, (10, 3, 3, 3, 3, 2, 2), STRIDES, 1024, 4096, 16, 24, 16, 128)
 VISION = dict(dim=1280, ffn_dim=5120, layers=32, patch=14, tokens=257)
 
 
 def random_weights(build_model, device):
-    """A model in bf16, whose activations keep their size. Nothing of it stays on the device."""
+    """Return a random model in bf16, whose weights keep the size of activations. The model is on the host; nothing
+    stays on the device.
+    """
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = build_model().requires_grad_(False)
@@ -70,8 +72,9 @@ def build_dit(variant):
 
 
 def write_checkpoint(folder, variant, device, encoder=None):
-    """A random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34 for
-    A14B, whose experts are one under two names. encoder: a text encoder's file that is there already, to link.
+    """Write a random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34
+    GB for A14B, whose two experts are one folder under two names. encoder: an existing text encoder's file to link to,
+    or None.
     """
     dit, version = random_weights(lambda: build_dit(variant), device), VARIANTS[variant]["vae"]
     if VARIANTS[variant]["boundary"]:
@@ -101,7 +104,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
 
 
 def write_clips(folder, size=(832, 480)):
-    """Clips of noise with captions that hold the keyword."""
+    """Write clips of noise with captions that contain the keyword."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(2):
         write_mp4(folder / f"{i}.mp4", torch.rand(3, 49, *size[::-1]) * 2 - 1, 24)
@@ -109,7 +112,7 @@ def write_clips(folder, size=(832, 480)):
 
 
 def write_inputs(folder, size=(832, 480), face=512):
-    """What RUNS ask for: clips, a picture and its voice, what drives a character."""
+    """Write the inputs of RUNS: clips, a picture and its voice, and the videos that drive a character."""
     write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(4)[None])
@@ -117,7 +120,7 @@ def write_inputs(folder, size=(832, 480), face=512):
 
 
 def run_script(command, seconds):
-    """{"seconds", "used_gb", "planned_gb"} of a script, or a sentence saying why there is none."""
+    """Run a script: return {"seconds", "used_gb", "planned_gb"}, or a sentence that says why it failed."""
     began = time.monotonic()
     try:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=seconds)
@@ -134,7 +137,7 @@ def run_script(command, seconds):
 
 @contextlib.contextmanager
 def smaller_card(gigabytes):
-    """All of the GPU's memory but so much is taken while this lasts."""
+    """A context in which all but `gigabytes` of the GPU's free memory is taken."""
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(max(0, free - int(gigabytes * 1e9)), dtype=torch.uint8, device="cuda")
     yield
@@ -143,8 +146,8 @@ def smaller_card(gigabytes):
 
 
 class Checkpoints:
-    """Random checkpoints in a folder, by variant, made when they are first asked for; of 14B's there is one at a time,
-    as disks are not endless.
+    """Random checkpoints in a folder, by variant, each written when it is first needed. Only one 14B checkpoint is kept
+    at a time, to save disk space.
     """
 
     def __init__(self, folder, device="cuda"):
@@ -164,8 +167,8 @@ class Checkpoints:
 
 
 def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
-    """Each of `runs` (default: RUNS) on checkpoints[its variant], with inputs and results in the folder `work`, into
-    the JSON file `path`, beside `about`; what runs after `seconds` is ended.
+    """Run each of `runs` (default: RUNS) on checkpoints[its variant], with inputs and results in the folder `work`, and
+    add the results to `about`, which is written to the JSON file `path`. What still runs after `seconds` is ended.
     """
     runs = runs or RUNS
 
@@ -173,7 +176,7 @@ def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
         began, (variant, task) = time.monotonic(), name.split(": ")
         try:
             ckpt = checkpoints[variant]
-        except Exception as e:  # a full disk is, by who finds it, an OSError, a RuntimeError or a SafetensorError
+        except Exception as e:  # a full disk can raise OSError, RuntimeError or SafetensorError
             return f"failed: no checkpoint: {e}"
         out = Path(work, re.sub(r"\W+", "_", name))
         command = [*runs[name].format(inputs=work).split(), "--ckpt", ckpt]
@@ -184,7 +187,7 @@ def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
     return keep_results(runs, run, about, path, seconds)
 
 
-if __name__ == "__main__":  # a checkpoint of TI2V-5B and clips in a folder, as gpu_session.py asks for
+if __name__ == "__main__":  # write a TI2V-5B checkpoint and clips to a folder, for gpu_session.py
     folder = Path(sys.argv[1])
     Checkpoints(folder)["ti2v-5B"]
     write_clips(folder / "clips")

@@ -28,7 +28,7 @@ from vae import VAE, channels_last
 from wan import Wan
 
 DEVICE = "cuda"
-# bf16 FLOP/s that an H100 reaches in practice: on large products, in flash attention
+# bf16 FLOP/s that an H100 reaches in practice: in large products, and in flash attention
 LINEAR_RATE, ATTENTION_RATE = 750e12, 650e12
 GPU_SIZES = [
     ("ti2v-5B", (31, 44, 80), "1280x704, 121 frames"),
@@ -38,7 +38,7 @@ GPU_SIZES = [
 
 
 def measure_on_gpu(contenders, rounds):
-    """{name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory above the weights."""
+    """Return {name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory in addition to the weights."""
     results, weights = {}, torch.cuda.memory_allocated()
     for name, run in contenders.items():
         torch.cuda.reset_peak_memory_stats()
@@ -51,7 +51,7 @@ def measure_on_gpu(contenders, rounds):
 
 
 def random_dit(variant, layers, with_peer=True):
-    """A DiT of full width and so many blocks in bf16, and the same weights in diffusers, or None."""
+    """Return a DiT of full width with so many blocks in bf16, and the same weights in diffusers' model, or None."""
     c = full_config(variant)
     c.num_layers = layers
     with torch.device(DEVICE):
@@ -66,7 +66,7 @@ def random_dit(variant, layers, with_peer=True):
 
 
 def random_inputs(model, grid, batch):
-    """x, t and the embeddings of a 40-token prompt, and these as diffusers is given them."""
+    """Return x, t and the embeddings of a 40-token prompt, and the same in the form that diffusers takes."""
     c = model.config
     x, context = (torch.randn(batch, *size, device=DEVICE) for size in ((c.in_dim, *grid), (40, c.text_dim)))
     t = torch.full((batch,), 500.0, device=DEVICE)
@@ -74,7 +74,9 @@ def random_inputs(model, grid, batch):
 
 
 def peers(peer, run):
-    """{name: run} of diffusers' model: as it comes, and with PyTorch's attention by cuDNN first, as ours has it."""
+    """Return {name: run} of diffusers' model: with its defaults, and with cuDNN first in PyTorch's attention, as ours
+    has it.
+    """
 
     def by_cudnn():
         with sdpa_kernel(attention_backends.CUDNN_FIRST, set_priority=True):
@@ -84,7 +86,7 @@ def peers(peer, run):
 
 
 def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
-    """All blocks on a batch of two, as of a prompt and its negative: what a guided step of sample.py costs."""
+    """All blocks on a batch of two, a prompt and its negative: the cost of a guided step of sample.py."""
     model, peer = random_dit(variant, full_config(variant).num_layers)
     (x, t, context), theirs = random_inputs(model, grid, 2)
     text = model.embed_text(context, cache=True)
@@ -139,7 +141,7 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
 
 
 def gpu_vae(rounds=1):
-    """VAE 2.2 of released size: decode 121 frames of 1280x704 in bf16, and encode them."""
+    """VAE 2.2 of released size: decode and encode 121 frames of 1280x704 in bf16, encode 49 of 832x480 in fp32."""
     with torch.device(DEVICE):
         model = VAE("2.2", *FULL_WIDTHS["2.2"]).eval().requires_grad_(False)
         z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 121, 704, 1280) * 2 - 1
@@ -161,8 +163,8 @@ def gpu_vae(rounds=1):
 
 
 def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
-    """Two experts of so many blocks that take turns on the GPU: the first time each is copied to the host, afterwards
-    only up. GB/s of both, and seconds of a swap of all blocks.
+    """Two experts of so many blocks that alternate on the GPU. The first swap copies each to the host; later swaps only
+    copy to the GPU. Returns GB/s of both kinds, and the seconds of a swap of all blocks.
     """
     experts = []
     for _ in range(2):
@@ -188,7 +190,7 @@ def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
 
 
 def ceilings():
-    """What this GPU's memory and its matrix products reach, by which the other figures are to be read."""
+    """Measure what this GPU's memory and matrix products reach, as a scale for the other figures."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     results = {"bandwidth": bandwidth(), "flops": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1000}
     print(f"copy {results['bandwidth'] / 1e9:.0f} GB/s, bf16 product {results['flops'] / 1e12:.0f} TFLOP/s", flush=True)
@@ -201,14 +203,14 @@ JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
-    """Everything worth measuring on a GPU into the JSON file `path`, beside `about`; each job in a process of its own,
-    so that one that crashes costs no other figure; what runs after `seconds` is ended.
+    """Measure all `jobs` and add the results to `about`, which is written to the JSON file `path`. Each job has a
+    process of its own, so that a crash costs no other result. What still runs after `seconds` is ended.
     """
     return keep_results(jobs, run_apart, about, path, seconds)
 
 
 def run_apart(name, seconds):
-    """What a job measured, or a sentence saying why it did not."""
+    """Return what a job measured in a process of its own, or a sentence that says why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result.json")
         try:

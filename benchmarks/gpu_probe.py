@@ -1,8 +1,8 @@
-"""What only the GPU can tell, in about half a minute: how fast its products, attention, convolutions and copies are.
+"""Probe a GPU in about half a minute: how fast its products, attention, convolutions and copies are.
 
     python -m benchmarks.gpu_probe FILE.json
 
-FILE is written after each question; one that raises is answered by its error.
+FILE is written after each question; if a question raises an error, the error is its answer.
 """
 
 import math
@@ -17,8 +17,8 @@ from benchmarks.kernels import milliseconds
 from diagnostics.common import write_json
 
 DEVICE = "cuda"
-TEXT_AND_CLIP_ROWS = (46, 88, 128, 256, 257, 65520)  # of prompts of one and two samples, and of a clip of A14B
-WEIGHTS = ((3072, 3072), (5120, 5120), (13824, 5120), (14336, 3072))  # (in, out) of 5B's and 14B's
+TEXT_AND_CLIP_ROWS = (46, 88, 128, 256, 257, 65520)  # tokens in the prompts of one or two samples, and in A14B's clips
+WEIGHTS = ((3072, 3072), (5120, 5120), (13824, 5120), (14336, 3072))  # (in, out) of linears in 5B and 14B
 
 
 def random(*size, dtype=torch.bfloat16):
@@ -26,13 +26,13 @@ def random(*size, dtype=torch.bfloat16):
 
 
 def product(M, N, K):
-    """TFLOP/s of a product in bf16."""
+    """Return the TFLOP/s of a product in bf16."""
     a, b = random(M, K), random(N, K)
     return 2 * M * N * K / milliseconds(lambda: a @ b.t(), 5) / 1e9
 
 
 def product_in_8_bits(M, N, K):
-    """TFLOP/s of an fp8 product with a scale for each row, and its relative error."""
+    """Return the TFLOP/s of an fp8 product with a scale for each row, and its relative error."""
     a, b = (random(n, K).to(torch.float8_e4m3fn) for n in (M, N))
     scales = torch.rand(M, 1, device=DEVICE), torch.rand(1, N, device=DEVICE)
     how = dict(scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -46,7 +46,7 @@ def product_in_8_bits(M, N, K):
 
 
 def attention(backend, L, heads, backward):
-    """TFLOP/s of self-attention, heads of 128."""
+    """Return the TFLOP/s of self-attention with heads of 128."""
     q, k, v = (random(1, L, heads, 128).transpose(1, 2).requires_grad_(backward) for _ in "qkv")
 
     def run():
@@ -59,7 +59,7 @@ def attention(backend, L, heads, backward):
 
 
 def convolution(C, T, H, W, dtype, bias):
-    """{"ms", "tflops"} of one of the VAE's convolutions."""
+    """Return {"ms", "tflops"} of one of the VAE's convolutions."""
     last = dict(memory_format=torch.channels_last_3d)
     x, w = random(1, C, T, H, W, dtype=dtype).contiguous(**last), random(C, C, 3, 3, 3, dtype=dtype).contiguous(**last)
     b = random(C, dtype=dtype) if bias else None
@@ -68,7 +68,7 @@ def convolution(C, T, H, W, dtype, bias):
 
 
 def feed_forward(fused):
-    """ms of 5B's first product of a feed-forward with its GELU."""
+    """Return the ms of the first product and the GELU in a feed-forward of 5B."""
     x, w, b = random(27280, 3072), random(14336, 3072), random(14336)
     if fused:
         return milliseconds(lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True), 5)
@@ -76,7 +76,7 @@ def feed_forward(fused):
 
 
 def copies(pinned, up):
-    """GB/s between the host and the device; up: to the device."""
+    """Return the GB/s of copies between host and device. up: from the host to the device."""
     host = torch.ones(1 << 30, dtype=torch.uint8).pin_memory() if pinned else torch.ones(1 << 30, dtype=torch.uint8)
     there = torch.ones_like(host, device=DEVICE)
     torch.cuda.synchronize()
@@ -88,7 +88,7 @@ def copies(pinned, up):
 
 
 def copies_to_fresh_memory():
-    """GB/s from the device to host tensors that are made for it."""
+    """Return the GB/s of copies from the device to newly allocated host tensors."""
     there = [torch.ones(100 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(20)]
     began = time.perf_counter()
     here = [t.cpu() for t in there]
@@ -96,7 +96,7 @@ def copies_to_fresh_memory():
 
 
 def questions():
-    """{question: what answers it}."""
+    """Return {question: the function that answers it}."""
     ask = {"bf16 product 54560x14336x3072, TFLOP/s": lambda: product(54560, 14336, 3072)}
     ask["bf16 product 65520x13824x5120, TFLOP/s"] = lambda: product(65520, 13824, 5120)
     for rows in TEXT_AND_CLIP_ROWS:
@@ -123,14 +123,14 @@ def questions():
 
 
 def answer(ask, file):
-    """{question: number, numbers or error} of all, written to `file` after each."""
+    """Return {question: number, numbers or error} of all questions; written to `file` after each."""
     answers = {}
     for name, question in ask.items():
         try:
             answers[name] = question()
             if isinstance(answers[name], float) and not math.isfinite(answers[name]):
                 raise ValueError(f"{answers[name]} was measured")
-        except Exception as e:  # each question stands by itself: the next one may be answered
+        except Exception as e:  # the next question may still be answered
             answers[name] = f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
         print(f"{name}: {answers[name]}", flush=True)
         write_json(file, answers)

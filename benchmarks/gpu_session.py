@@ -1,10 +1,10 @@
-"""`make gpu SECONDS=570 OUT=DIR`: what a quarter of an hour on one GPU is best used for, what tells most first.
+"""`make gpu SECONDS=570 OUT=DIR`: the most useful jobs for a quarter of an hour on one GPU, the most informative first.
 
     python -m benchmarks.gpu_session SECONDS OUT [--dry]
 
-Each job has a process, a limit and a log of its own. DIR/table.json and DIR/logs.tgz are brought up to date after each.
-What is done is remembered in build/gpu, so that a second call goes on; remove that folder to begin again. The random
-checkpoint (24 GB) lies in /dev/shm where there is room, else in build/gpu.
+Each job has its own process, time limit and log. DIR/table.json and DIR/logs.tgz are updated after each job. Finished
+jobs are remembered in build/gpu, so that a second call continues; remove that folder to start over. The random
+checkpoint (24 GB) is in /dev/shm if there is room, else in build/gpu.
 """
 
 import argparse
@@ -30,17 +30,17 @@ SAID = ("peak memory", " passed", " failed", "Error", "error:", "TFLOP", "GB/s",
 
 @dataclass(frozen=True)
 class Job:
-    """A shell command with its limit in seconds, and how long it is expected to take on an H100."""
+    """A shell command with its limit in seconds, and the seconds that it is expected to take on an H100."""
 
     command: str
     limit: int
     expected: int
-    beside: bool = False  # what follows does not wait for it ...
-    after: str = ""  # ... unless it names it
+    beside: bool = False  # later jobs do not wait for this one ...
+    after: str = ""  # ... unless they name it here
 
 
 def jobs(state=STATE):
-    """{name: Job}, in their order."""
+    """Return {name: Job} in the order in which they run."""
     python, shared = sys.executable, Path("/dev/shm")
     roomy = shared.exists() and shutil.disk_usage(shared).free > 40e9
     folder = shared / "nanowan" if roomy else state / "checkpoint"
@@ -111,7 +111,7 @@ class Session:
         return self.state / f"{slug(name)}.log"
 
     def run(self, jobs):
-        """Every job that is not done yet, as long as there is time for it. -> {name: what happened}"""
+        """Run every job that is not done yet, as long as there is time. Returns {name: what happened}."""
         for name, job in jobs.items():
             if self.done(name):
                 continue
@@ -133,7 +133,7 @@ class Session:
         return self.collect()
 
     def finish(self, name):
-        """Wait for a job, and keep what came of it."""
+        """Wait for a job and record its result."""
         process, job, began = self.running.pop(name)
         code, seconds = process.wait(), time.monotonic() - began
         lines = self.log(name).read_text(errors="replace").splitlines()
@@ -146,7 +146,7 @@ class Session:
         self.collect()
 
     def collect(self):
-        """DIR/table.json and DIR/logs.tgz of everything so far."""
+        """Write DIR/table.json and DIR/logs.tgz with everything so far."""
         table = {"machine": machine()}
         for file in sorted(self.state.glob("*.done")):
             entry = json.loads(file.read_text())
@@ -162,8 +162,8 @@ class Session:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("seconds", type=float, help="time that there is; what runs when it ends is ended")
-    p.add_argument("out", help="folder of table.json and logs.tgz")
+    p.add_argument("seconds", type=float, help="seconds for all jobs; a job that still runs after them is ended")
+    p.add_argument("out", help="folder for table.json and logs.tgz")
     p.add_argument("--dry", action="store_true", help="only print the jobs, with limits and expected times")
     args = p.parse_args()
     if args.dry:

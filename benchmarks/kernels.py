@@ -1,6 +1,6 @@
-"""Each kernel beside its reference, and on a GPU beside the time that its memory traffic alone takes.
+"""Each kernel against its reference, and on a GPU against the time that its memory traffic alone takes.
 
-python -m benchmarks.kernels [NAME ...]     on a GPU where there is one, in bf16, else on the CPU, in fp32
+python -m benchmarks.kernels [NAME ...]     on a GPU if there is one, in bf16, else on the CPU, in fp32
 """
 
 import functools
@@ -16,14 +16,16 @@ from kernels.rope import grid_positions, rope_table
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-GRIDS = (((31, 22, 40), 24), ((21, 30, 52), 40))  # tokens and heads of 5B at 1280x704x121, of A14B at 832x480x81
+GRIDS = (((31, 22, 40), 24), ((21, 30, 52), 40))  # token grid and heads: 5B at 1280x704x121, A14B at 832x480x81
 CONV_SIZES = (
     ((256, 4, 704, 1280), (512, 4, 352, 640), (1024, 2, 88, 160)) if GPU else ((128, 4, 64, 64), (512, 1, 8, 8))
 )
 
 
 def milliseconds(run, repeats=20):
-    """Median time of a call: on a GPU where there is one, with its L2 cache flushed before each, else on the CPU."""
+    """Return the median time of a call: on a GPU if there is one, with its L2 cache flushed before each call, else on
+    the CPU.
+    """
     if not GPU:
         times = []
         for _ in range(repeats):
@@ -48,15 +50,15 @@ def milliseconds(run, repeats=20):
 
 @functools.cache
 def bandwidth(gigabytes=1):
-    """Bytes per second of the GPU's memory, from a copy."""
+    """Return the bytes per second of the GPU's memory, measured by a copy."""
     a = torch.empty(gigabytes << 28, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) * 1000
 
 
 def compare(name, run, reference, floor_bytes=None, flops=None, repeats=20):
-    """Print and return {"ms", "ref_ms"} and, where its bytes are given, the share of the bandwidth's floor; where its
-    FLOPs are, the TFLOP/s.
+    """Print and return {"ms", "ref_ms"}; if floor_bytes are given, also the time that this memory traffic takes
+    ("floor_ms"); if flops are given, also "tflops" and "ref_tflops".
     """
     result = {"ms": milliseconds(run, repeats), "ref_ms": milliseconds(reference, repeats)}
     line = f"{name}: {result['ms']:.3f} ms, reference {result['ref_ms']:.3f} ms"
@@ -99,7 +101,7 @@ def time_qk_norm_rope(grids=GRIDS):
 
 @torch.no_grad()
 def time_attention(grids=GRIDS):
-    """A clip's attention on itself, heads of 128, with norm and rotation of q; the reference's by PyTorch's."""
+    """Self-attention of a clip, heads of 128, with norm and rotation of q; the reference uses PyTorch's attention."""
     results = {}
     for grid, N in grids:
         L = math.prod(grid)
@@ -138,7 +140,7 @@ def time_adamw8bit():
 
 @torch.no_grad()
 def time_causal_conv3d(sizes=CONV_SIZES):
-    """3x3x3 with norm and SiLU before it, as many channels out as in; sizes: (C, T, H, W)."""
+    """3x3x3 with norm and SiLU before, and as many channels out as in. sizes: (C, T, H, W)."""
     results, like = {}, dict(device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     for C, *size in sizes:
         shapes = (1, C, *size), (1, C, 2, *size[1:]), (C, C, 3, 3, 3)
@@ -152,7 +154,7 @@ def time_causal_conv3d(sizes=CONV_SIZES):
 
 @torch.no_grad()
 def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=14336 if GPU else 3072):
-    """The first product of a feed-forward and its GELU, as the DiT computes them, and apart by PyTorch's."""
+    """The first product of a feed-forward and its GELU: as the DiT computes them, and one after the other."""
     with torch.device(DEVICE):
         up, x = ops.Linear(dim, ffn_dim), torch.randn(1, rows, dim)
     up, x = (up.bfloat16(), x.bfloat16()) if GPU else (up, x)
@@ -162,7 +164,9 @@ def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=1433
 
 @torch.no_grad()
 def time_linear(sizes=((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768))):
-    """Large fp32 products, as this CPU makes them and by PyTorch's own choice; sizes: (rows, in, out)."""
+    """Large fp32 products: as this project computes them on this CPU, and by PyTorch's own choice. sizes: (rows, in,
+    out).
+    """
     results = {}
     for M, K, N in sizes:
         x, w, b = torch.randn(M, K), torch.randn(N, K), torch.randn(N)

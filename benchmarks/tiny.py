@@ -18,7 +18,9 @@ IN_OUT = {"ti2v": (48, 48), "t2v": (16, 16), "i2v": (36, 16)}
 
 
 def randomize(model, seed, gain=1.0):
-    """Random weights at which every part of the model matters: no zero output layers, no unit norms, no zero biases."""
+    """Give a model random weights with which every part of it matters: no zero output layers, unit norms or zero
+    biases.
+    """
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         fan = p[0].numel() if p.dim() > 1 else 1
@@ -50,7 +52,7 @@ def vae(v22, seed=1):
 
 
 def spiece(byte_fallback=False):
-    """A sentencepiece model with T5's special ids, as bytes."""
+    """Return a sentencepiece model with T5's special ids, as bytes."""
     import sentencepiece
 
     lines = [
@@ -79,13 +81,13 @@ def spiece(byte_fallback=False):
 
 def text_encoder(seed=2, vocab=200):
     model = randomize(TextEncoder(vocab, TEXT_DIM, 24, 40, 3, 2), seed)
-    for block in model.blocks:  # unscaled attention: keep the logits in a range where softmax is not a one-hot
+    for block in model.blocks:  # attention is unscaled: keep its logits so small that softmax is not one-hot
         block.attn.q.weight.data *= 0.4
     return model
 
 
 def write_dit(folder, model, shards=2):
-    """config.json with the official keys, and sharded safetensors with their index."""
+    """Write config.json with the official keys, and sharded safetensors with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     (folder / "config.json").write_text(
@@ -104,7 +106,7 @@ def write_dit(folder, model, shards=2):
 
 
 def checkpoint(folder, kind):
-    """A whole tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout, .pth files included."""
+    """Write a complete tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout, .pth files included."""
     folder = Path(folder)
     if kind == "ti2v":
         write_dit(folder, dit(kind))
@@ -141,7 +143,7 @@ def diffusers_dit(model):
 
 
 def diffusers_vae(model):
-    """The package converts 2.1's keys only; 2.2's are mapped here."""
+    """The package converts only 2.1's keys; 2.2's are converted here."""
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
@@ -229,5 +231,5 @@ def transformers_t5(model):
 
 
 def error(a, b):
-    """Largest difference as a share of the largest value."""
+    """Return the largest difference as a share of the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()

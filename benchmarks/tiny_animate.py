@@ -18,7 +18,9 @@ SIDE = 16
 
 
 def animate(seed=20, layers=10, dim=48, heads=2):
-    """A small WanAnimate with random weights, all sizes different, and every part of it felt in the result."""
+    """Return a small WanAnimate with random weights, whose sizes all differ, and in which every part affects the
+    result.
+    """
     config = AnimateConfig(
         model_type="animate",
         dim=dim,
@@ -40,13 +42,13 @@ def animate(seed=20, layers=10, dim=48, heads=2):
     model = tiny.randomize(WanAnimate(config), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
-        if name.startswith("motion_encoder") or "padding_tokens" in name:  # the former divide their weights themselves
+        if name.startswith("motion_encoder") or "padding_tokens" in name:  # the motion encoder scales its own weights
             p.data = torch.randn(p.shape, generator=generator) * (0.3 if name.endswith("bias") else 1.0)
     return model
 
 
 def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
-    """The tensors of a small file of CLIP: both towers, the last block and the head included."""
+    """Return the tensors of a small CLIP file: both towers, including the last block and the head."""
     model = tiny.randomize(VisionEncoder(**sizes, layers=layers), seed)
     generator, state = torch.Generator().manual_seed(seed), model.state_dict()
     dim = sizes["dim"]
@@ -59,7 +61,9 @@ def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
 
 
 def write_dit(folder, model):
-    """As tiny.write_dit, with the keys only that Animate's config.json has: no model type among them."""
+    """Write a DiT as tiny.write_dit does, with only the keys that Animate's config.json has; the model type is not
+    among them.
+    """
     tiny.write_dit(folder, model)
     config = json.loads((folder / "config.json").read_text())
     keys = ("dim", "ffn_dim", "freq_dim", "text_len", "in_dim", "out_dim", "num_heads", "num_layers", "eps")
@@ -68,7 +72,7 @@ def write_dit(folder, model):
 
 
 def checkpoint(folder):
-    """A whole tiny checkpoint."""
+    """Write a complete tiny checkpoint."""
     write_dit(folder, animate())
     torch.save(tiny.vae(False).state_dict(), folder / "Wan2.1_VAE.pth")
     torch.save(tiny.text_encoder().state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -80,13 +84,13 @@ def checkpoint(folder):
 
 # ---- what drives it --------------------------------------------------------------------------------------------------
 def frames(n, h, w, kind):
-    """n frames (h,w,3) that differ in every pixel, and from those of another kind."""
+    """Return n frames (h,w,3) that differ in every pixel, from each other and from those of another kind."""
     i, y, x, c = np.ogrid[:n, :h, :w, :3]
     return list(((37 * i + 11 * y + 7 * x + 101 * c + (x * y * kind) % 13 + kind * 17) % 256).astype(np.uint8))
 
 
 def write_video(path, images, rate=25):
-    """Losslessly, RGB as it is."""
+    """Write RGB frames losslessly."""
     import av
 
     with av.open(str(path), "w", format="mp4") as file:
@@ -98,7 +102,7 @@ def write_video(path, images, rate=25):
 
 
 def source_folder(folder, n=20, height=32, width=48, face=SIDE):
-    """What preprocessing writes, for both modes; the reference has the video's size, so that no resizing is needed."""
+    """Write what preprocessing writes, for both modes. The reference has the video's size: nothing is resized."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):
         write_video(folder / f"src_{name}.mp4", frames(n, h, w, kind + 1))
@@ -113,7 +117,7 @@ def diffusers_animate(model):
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     c = model.config
-    last = len(c.motion_channels)  # the converter knows the released number of maps only
+    last = len(c.motion_channels)  # the converter knows only the released number of maps
     state = {
         re.sub(rf"convs\.{last}\.", "convs.8.", k) if k.startswith("motion_encoder") else k: v.clone()
         for k, v in model.state_dict().items()

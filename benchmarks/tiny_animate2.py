@@ -10,11 +10,13 @@ from benchmarks import tiny
 from benchmarks.tiny_animate import clip_state
 from nanowan.variants.animate2.model import Animate2Config, WanAnimate2
 
-CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=112, tokens=5)  # pictures of 224 px, as diffusers has it in its code
+CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=112, tokens=5)  # pictures of 224 px, a constant in diffusers
 
 
 def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
-    """A small WanAnimate2 with random weights: with the block that guidance leaves out, and one behind it."""
+    """Return a small WanAnimate2 with random weights. One of its blocks is the one that guidance leaves out, and one
+    follows.
+    """
     config = Animate2Config(
         model_type="animate2",
         dim=dim,
@@ -31,13 +33,13 @@ def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
 
 
 def official_names(model):
-    """The tensors under the names of the released file, where a module stands around each block."""
+    """Return the tensors under the names in the released file, where another module wraps each block."""
     return {re.sub(r"^(blocks\.\d+)\.", r"\1.block.", k): v for k, v in model.state_dict().items()}
 
 
 def checkpoint(folder, name="wan_animate_2_bf16", model=None):
-    """A whole tiny checkpoint, laid out as Wan2.2-Animate-2-14B is, but for a config.json with the number of heads, of
-    which the released ones tell by their width.
+    """Write a complete tiny checkpoint in the layout of Wan2.2-Animate-2-14B. It also has a config.json with the number
+    of heads, which for the released models follows from their width.
     """
     model = model or animate2()
     dit, parts = folder / "wan_animate_2", folder / "videomodel" / "Wan-AI"
@@ -69,6 +71,6 @@ def diffusers_animate2(model):
         num_heads=c.num_heads,
         num_layers=c.num_layers,
     )
-    peer.img_emb = transformer_wan_animate_2.MLPProj(c.clip_dim, c.dim)  # whose width is a constant there
+    peer.img_emb = transformer_wan_animate_2.MLPProj(c.clip_dim, c.dim)  # its width is a constant in diffusers
     peer.load_state_dict(convert_wan_animate_2_transformer_to_diffusers(official_names(model)), strict=True)
     return peer.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""A tiny random S2V checkpoint in the official layout, and what it is asked: inputs, a picture, a sound, a pose video.
+"""A tiny random S2V checkpoint in the official layout, and its inputs: tensors, a picture, a sound, a pose video.
 
-All of it from seeds, and no part of it zero. tests/data/s2v*.safetensors hold what the official code makes of it, so
-none of this can be changed without making those anew.
+Everything is made from seeds, and no part of it is zero. tests/data/s2v*.safetensors hold the official code's results
+for these, so nothing here can be changed without making those files again.
 """
 
 import json
@@ -37,7 +37,7 @@ CONFIG = S2VConfig(
 
 
 def fill(model, seed=7):
-    """Random weights in the order of their names."""
+    """Fill a model with random weights, in the order of their names."""
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         r = torch.randn(p.shape, generator=g)
@@ -59,7 +59,7 @@ def dit():
 
 
 def wav2vec2():
-    """24 layers, as S2V wants 25 states."""
+    """Return a wav2vec2 with 24 layers, since S2V needs 25 states."""
     sizes = Wav2Vec2Sizes(16, (10, 3, 3, 3, 3, 2, 2), STRIDES, AUDIO_DIM, 40, 2, 24, 4, 16)
     return fill(Wav2Vec2(sizes), 8)
 
@@ -69,7 +69,7 @@ def vae():
 
 
 def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
-    """What the model is given, by name."""
+    """Return the model's inputs, by name."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -88,14 +88,14 @@ def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
 
 
 def prompts():
-    """Embeddings (L,text_dim) in place of a prompt's and of a negative prompt's."""
+    """Return random embeddings (L,text_dim) in place of those of a prompt and a negative prompt."""
     g = torch.Generator().manual_seed(3)
     return torch.randn(9, tiny.TEXT_DIM, generator=g), torch.randn(5, tiny.TEXT_DIM, generator=g)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def write_dit(folder, model, **changes):
-    """config.json as the released one, with `changes`, and the weights."""
+    """Write config.json like the released one, with `changes`, and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config |= dict(
@@ -117,7 +117,7 @@ def write_dit(folder, model, **changes):
 
 
 def write_wav2vec2(folder, model):
-    """As transformers writes the released encoder, with the head for letters."""
+    """Write the encoder as transformers writes the released one, with the head for letters."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder, state = model.encoder, model.state_dict()
     dim, per_group, kernel = state["encoder.pos_conv_embed.conv.weight_v"].shape
@@ -143,7 +143,7 @@ def write_wav2vec2(folder, model):
 
 
 def checkpoint(folder):
-    """A whole tiny checkpoint in the official layout."""
+    """Write a complete tiny checkpoint in the official layout."""
     folder = Path(folder)
     write_dit(folder, dit())
     torch.save(vae().state_dict(), folder / "Wan2.1_VAE.pth")
@@ -155,14 +155,14 @@ def checkpoint(folder):
 
 
 def sound(seconds, rate=16000):
-    """A voice-like tone (N,) whose loudness and pitch change."""
+    """Return a voice-like tone (N,) whose loudness and pitch change."""
     t = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
     tone = torch.sin(2 * torch.pi * (150 + 40 * torch.sin(3 * t)) * t) + 0.3 * torch.sin(2 * torch.pi * 700 * t)
     return (0.4 * tone * (0.6 + 0.4 * torch.sin(11 * t))).float()
 
 
 def write_wav(path, samples, rate=16000):
-    """samples (channels,N) in [-1,1], as 16-bit PCM."""
+    """Write samples (channels,N) in [-1,1] as 16-bit PCM."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(samples))
         file.setsampwidth(2)
@@ -171,7 +171,7 @@ def write_wav(path, samples, rate=16000):
 
 
 def picture(width, height, shift=0):
-    """A smooth RGB picture as an array (H,W,3)."""
+    """Return a smooth RGB picture as an array (H,W,3)."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     waves = [np.sin(7 * x + 3 * y + shift), np.cos(5 * y - 2 * x + 2 * shift), np.sin(4 * x * y + 1 + shift)]
     return (np.stack(waves, -1) * 100 + 128).round().astype(np.uint8)
@@ -182,7 +182,7 @@ def write_picture(path, width, height):
 
 
 def write_pose_video(path, frames, width, height, fps):
-    """A video that decodes to exactly these pictures (FFV1: a .mkv)."""
+    """Write a video that decodes to exactly these pictures (FFV1 in a .mkv)."""
     import av
 
     with av.open(str(path), "w") as file:
