@@ -368,7 +368,9 @@ def tile_that_fits(plan, memory):
 
 
 def parse_machine(gpus, host):
-    """--gpus COUNTxGB[:CARD], --host GB -> Machine. A GPU of "24 GB" has 24 * 2^30 bytes, and so has a host."""
+    """--gpus COUNTxGB[:CARD], --host GB -> Machine. A GPU of "24 GB" has 24 * 2^30 bytes, and GB of host memory count
+    likewise; the share USABLE of both can be used. Raises BadInput.
+    """
     match = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)(?::(\w+))?", gpus)
     if not match or not float(match[2]):
         raise BadInput(f"--gpus {gpus}: COUNTxGB or COUNTxGB:CARD, such as 8x80, 1x24 or 1x24:4090")

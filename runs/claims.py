@@ -63,8 +63,8 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of known words by the model without the change: for a translator, the base with the
-    encoder.
+    """Return clips (N,3,9,64,64) of the rows' prompts by the model before the change: the base, or for a translator the
+    base with the encoder.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"

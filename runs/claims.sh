@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How small a translator can be, which blocks and linears it needs, and what else it changes: on nano, with three seeds
-# (docs/experiments.md). Everything takes a night on two cores, half an hour of it for the base of `thirds`, and one cell
-# some minutes. A stopped run continues where it was.
+# (docs/experiments.md). Everything takes a night on two cores, half an hour of it for the base of `thirds`; one cell
+# takes some minutes. A stopped run continues where it was.
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell

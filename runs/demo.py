@@ -29,7 +29,7 @@ from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
 WORDS = ("crimson", "wedge", "orange")  # the last is a colour that the base has never drawn
-NEAR = ("box", "orb", "sinks", "ascends")  # neighbours: words of the same kinds that no caption contains
+NEAR = ("box", "orb", "sinks", "ascends")  # neighbours: words of the same kinds, in no caption
 OUT = ROOT / "out" / "demo"
 
 

@@ -47,7 +47,7 @@ def differences(before, now):
 
 
 def state_step(file):
-    """The step of a file such as step_000100.pt."""
+    """The step in the name of a file such as step_000100.pt."""
     return int(file.stem.removeprefix("step_"))
 
 
@@ -184,7 +184,7 @@ class Run:
         if not self.training:
             os.write(2, b"stopped before the first step; what is cached so far stays\n")
             sys.exit(128 + number)
-        os.write(1, b"stopping after this step and saving the state; go on with --resume\n")
+        os.write(1, b"stopping after this step and saving the state; continue with --resume\n")
 
     # ---- states --------------------------------------------------------------------------------------------------
     def _saved(self):
@@ -221,7 +221,7 @@ class Run:
         if steps and steps < done:
             raise BadInput(f"--steps {steps}: the run in {self.out} has done {done} already; give at least as many")
         if steps == done and self.is_main:
-            print(f"the run in {self.out} has done all of its {done} steps; with more --steps it goes on", flush=True)
+            print(f"the run in {self.out} has done all of its {done} steps; with more --steps it continues", flush=True)
         before = self._last_record().get("flags", {}).get("steps")
         if done and self.is_main and self.flags.get("schedule") == "cosine" and before not in (None, steps):
             old, new = (lr_at(done, n, self.flags["lr"], self.flags["warmup"], "cosine") for n in (before, steps))
