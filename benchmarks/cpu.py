@@ -18,6 +18,7 @@ from flow import make_noisy_batch
 from nanowan.cache import cache_latents
 from nanowan.formats.dit import load_wan
 from nanowan.long_video import SegmentFiles
+from nanowan.training.preservation import with_base_targets
 from nanowan.training.scan import scan
 from nanowan.variants.s2v.model import WanS2V
 from nanowan.video import write_mp4
@@ -86,8 +87,7 @@ def preserving_step():
 
     def step(batch):
         def go():
-            with lora.adapter_off(model):
-                aimed = batch.with_base_targets(model, context, lens)
+            aimed = with_base_targets(batch, model, context, lens)
             aimed.loss(model, context, lens).backward()
             for p in trainable(model):
                 p.grad = None
