@@ -280,8 +280,8 @@ def train(args, world):
         for name in schedule:
             moved = relative_change(adapters[name], scale, norms[name])
             print(f"dW/W {moved:.2g}" + f" of expert {name}" * (len(schedule) > 1))
-    results = [adapter_file(run.out, args.name, name) for name in schedule]
-    print(need.compare(args.device), *results, sep="\n")
+    results, best = ([adapter_file(run.out, n, name) for name in schedule] for n in (args.name, f"{args.name}_best"))
+    print(need.compare(args.device), *run.with_best(results, best), sep="\n")
 
 
 if __name__ == "__main__":

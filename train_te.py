@@ -303,8 +303,8 @@ def train(args, world):
     shares = ", ".join(f"{part} {share:.2g}" for part, share in moved.items())
     print(f"dW/W of {shares} against {pipe.files('text')[0]}")
     if args.save in ("full", "delta"):
-        print("for ComfyUI use --save comfyui: its CLIPLoader takes this form without an error, as a random CLIP")
-    print(need.compare(args.device), result, sep="\n")
+        print("note: for ComfyUI use --save comfyui; its CLIPLoader takes this form without an error, as a random CLIP")
+    print(need.compare(args.device), *run.with_best([result], [best]), sep="\n")
 
 
 if __name__ == "__main__":

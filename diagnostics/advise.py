@@ -181,7 +181,11 @@ def run(args):
         peaks[script] = need.peak
         print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
         if device == "cuda":
-            print(f"   {planned.times()}")
+            print(f"   {planned.times(peak=need.peak)}")
+            if need.peak > 24 * 2**30:
+                print(
+                    f"     a card of 24 GB: python diag.py plan --gpus 1x24 {script} and these flags proposes what fits"
+                )
     blocks = job.config.num_layers
     if blocks >= 12:  # with fewer blocks, a third of them was too little
         upper = f"{blocks - blocks // 3}-{blocks - 1}"

@@ -161,6 +161,12 @@ def show_scores(scores):
             cells = [cell(suites.get(suite, {}).get(kind)) for suites in scores.values()]
             name = SUITE_NAMES.get(suite, suite)
             print(f"{name:14} {kind:8}" + "".join(f"{text:{wide}}" for text in cells) + f"n = {last['n']}")
+    (before, *_), (after, suites) = [*scores.items()][-2:]
+    for suite, kinds in suites.items():
+        for kind, score in kinds.items():
+            old = scores[before].get(suite, {}).get(kind, {})
+            if old.get("low") is not None and score["high"] < old["low"]:
+                print(f"{SUITE_NAMES.get(suite, suite)}, {kind}: lower with {after!r} than with {before!r}")
 
 
 def run_grader(command, file, prompt):

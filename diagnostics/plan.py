@@ -35,7 +35,7 @@ from nanowan.video import open_image
 ASSUMED_GPU_BYTES = 80e9  # memory of a GPU, if there is none here
 USABLE = 0.95  # share of a GPU's memory that a plan may count on; the rest is for workspaces and fragmentation
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
-CARDS = ("4090", "H100")  # times are printed for these if no GPU is named
+CARDS = {"4090": 24, "H100": 80}  # GPUs that times are printed for if none is named, and the GB of each
 
 
 class Machine(NamedTuple):
@@ -203,13 +203,15 @@ class Job:
         seconds = flops.predict_seconds(counted, card, self.fp8, nbytes)
         return seconds and max(seconds, streamed / flops.card_of(card).host)
 
-    def times(self, card=None):
-        """Return the line that is printed about the time on a card, or on CARDS."""
+    def times(self, card=None, peak=0):
+        """Return the line that is printed about the time on a card, or on those of CARDS that have `peak` bytes."""
         lines = []
         for name in (card,) if card else CARDS:
             step = self.step_seconds(name)
             steps, run = (self.settings.steps, "a video") if self.script == "sample" else (self.args.steps, "the run")
             said = "no rates are known" if step is None else f"{step:.2g} s a step, {duration(steps * step)} for {run}"
+            if not card and peak > CARDS[name] * 2**30:
+                said = f"has {CARDS[name]} GB, which is too little"
             lines.append(f"{name} {said}")
         beside = "text and decoding" if self.script == "sample" else "caching, previews and saves"
         steps = f"{steps} steps, {beside} not included"
@@ -401,6 +403,11 @@ def run(args):
     else:
         job = Job(args.script, args.flags)
         need = job.plan()
+        absent = torch.device(job.args.device).type == "cuda" and not torch.cuda.is_available()
+        if absent and args.script != "sample":
+            notes.append(
+                f"  a GPU of {ASSUMED_GPU_BYTES / 1e9:.0f} GB is assumed, as none is here; --gpus 1x24 names one"
+            )
     data = getattr(job.args, "data", None)
     if data and not job.reads_data:
         notes.append(f"  --data {data[0]['source']}: not there; clips of --resolution and --frames are planned")
@@ -411,7 +418,7 @@ def run(args):
     if card is None and torch.device(job.args.device).type == "cuda" and torch.cuda.is_available():
         card = torch.cuda.get_device_name()
     timed = torch.device(job.args.device).type == "cuda" or bool(args.gpus)
-    print(need, *[job.times(card)] * timed, *notes, sep="\n")
+    print(need, *[job.times(card, need.peak)] * timed, *notes, sep="\n")
     seconds = {name: job.step_seconds(name) for name in ((card,) if card else CARDS)} if timed else {}
     found = {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host", "host_peak")}
     write_json(args.json, found | {"seconds": seconds})

@@ -151,8 +151,9 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
             texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
             losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         best = sorted(losses, key=losses.get)
-        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in (*best[:4], keyword))
-        print(f"keyword {keyword!r}: mean loss with the best words in its place, and itself: {shown_losses}")
+        ranked = [*[word for word in best[:4] if word != keyword], keyword]
+        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in ranked)
+        print(f"keyword {keyword!r}: mean loss with other words in its place, and with itself: {shown_losses}")
         if best[0] != keyword:
             chosen[keyword] = best[0]
     return chosen

@@ -24,7 +24,7 @@ import torch
 from nanowan.errors import BadInput
 from nanowan.files import atomic, remove_leftovers, save_pickle, writing
 from nanowan.flags import write_config
-from nanowan.training.log import Log
+from nanowan.training.log import Log, held_out
 from nanowan.training.optim import lr_at
 
 
@@ -288,6 +288,9 @@ class Run:
 
     def leave(self):
         """Exit with a signal's status: 130 for Ctrl-C, 143 for SIGTERM or if only another rank received a signal."""
+        if self.is_main:
+            step = self.logs.rows[-1]["step"]
+            print(f"stopped after step {step} of {self.flags['steps']}: the results in {self.out} are of this step")
         sys.exit(128 + (self.stop or signal.SIGTERM))
 
     # ---- log -----------------------------------------------------------------------------------------------------
@@ -311,6 +314,14 @@ class Run:
     def is_best(self, values):
         """Log.is_best on the main rank; False on the others."""
         return self.is_main and self.logs.is_best(values)
+
+    def with_best(self, results, best):
+        """Return the lines about a finished run's `results` and, if there are held-out losses, about `best`, the files
+        of the step with the lowest.
+        """
+        losses = {row["step"]: held_out(row) for row in self.logs.rows if row["step"]} if self.is_main else {}
+        step = min((s for s, loss in losses.items() if loss is not None), key=losses.get, default=None)
+        return [*results, *[f"{f}: after step {step}, the lowest held-out loss" for f in best if step and f.exists()]]
 
 
 def adapter_file(out, name, expert):

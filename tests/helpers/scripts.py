@@ -141,9 +141,13 @@ if __name__ == "__main__":
         else:
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as e:
-        if not isinstance(e.code, int | None):
-            raise
         status = e.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     # what Python does at the end, but for freeing a second's worth of memory, object by object
     threading._shutdown()
     atexit._run_exitfuncs()
