@@ -3,6 +3,7 @@
 All columns (the base, the base with the encoder, the base with encoder and translator) are sampled from the same seeds.
 """
 
+import itertools
 import math
 import shlex
 import shutil
@@ -161,11 +162,10 @@ def show_scores(scores):
             cells = [cell(suites.get(suite, {}).get(kind)) for suites in scores.values()]
             name = SUITE_NAMES.get(suite, suite)
             print(f"{name:14} {kind:8}" + "".join(f"{text:{wide}}" for text in cells) + f"n = {last['n']}")
-    (before, *_), (after, suites) = [*scores.items()][-2:]
-    for suite, kinds in suites.items():
-        for kind, score in kinds.items():
-            old = scores[before].get(suite, {}).get(kind, {})
-            if old.get("low") is not None and score["high"] < old["low"]:
+    for (before, old), (after, new) in [*itertools.pairwise(scores.items())][-1:]:
+        for suite, kind in ((suite, kind) for suite, kinds in new.items() for kind in kinds):
+            limit = old.get(suite, {}).get(kind, {}).get("low")
+            if limit is not None and new[suite][kind]["high"] < limit:
                 print(f"{SUITE_NAMES.get(suite, suite)}, {kind}: lower with {after!r} than with {before!r}")
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -650,10 +651,13 @@ def check_lives(lives, tmp_path, chain):
         assert code == wanted and "Traceback" not in output, (life, code, output[-2000:])
         if code > 128:
             early = any(place in life[0] for place in BEFORE.values())
-            words = (
-                "stopped before the first step; what is cached so far stays" if early else "stopping after this step"
-            )
-            assert words in output, output
+            if early:
+                assert "stopped before the first step; what is cached so far stays" in output, output
+                continue
+            assert "stopping after this step and saving the state; continue with --resume" in output, output
+            last = re.findall(r"^step (\d+)/", output, re.M)[-1:]
+            said = re.search(rf"stopped after step (\d+) of \d+: the results in {tmp_path / 'out'} are of", output)[1]
+            assert not last or said >= last[0], output
         if code == 1:
             last = output.strip().splitlines()[-1]
             assert last.startswith("error: ") and "cannot be written" in last and str(tmp_path) in last, output

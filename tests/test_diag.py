@@ -829,14 +829,16 @@ def test_advice_is_two_commands_that_the_scripts_take(media, tmp_path, capsys):
 
 
 def test_advice_for_a_released_variant_needs_no_weights(media, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(advise.Job, "plan", lambda job: SimpleNamespace(peak=1e9, disk={}))
-    monkeypatch.setattr(advise.Job, "times", lambda job: "  4090 2 s a step")
+    peaks = {"train_te": 1e9, "train_lora": 26e9}
+    monkeypatch.setattr(advise.Job, "plan", lambda job: SimpleNamespace(peak=peaks[job.script], disk={}))
+    monkeypatch.setattr(advise.Job, "times", lambda job, peak: "  4090 2 s a step")
     diag("advise", "--data", media, "--ckpt", "ti2v-5B", "--keywords", "dog", "--json", tmp_path / "advice.json")
     te, lora = json.loads((tmp_path / "advice.json").read_text())["commands"].values()
     assert te.startswith("python train_te.py --ckpt Wan2.2-TI2V-5B --data ")
     assert "--keywords dog --train_blocks 0 --save lora --keyword_init search --keyword_lr 0.001 " in te
     said = capsys.readouterr().out
     assert "seen 667 times" in said and "2 with --blocks 20-29" in said and said.count("4090 2 s a step") == 2
+    assert "plan --gpus 1x24 train_lora" in said and "plan --gpus 1x24 train_te" not in said
     assert "--lr 0.0001: that of DiffSynth-Studio's script" in said and "--trigger dog --preserve 2" in lora
 
 

@@ -23,6 +23,7 @@ from diagnostics.listen import (
     psnr,
     rows_of,
     sample_clips,
+    show_scores,
 )
 from nano import evaluate
 from nano.evaluate import sample_and_grade, word_suites
@@ -323,6 +324,29 @@ def test_nano_is_graded_in_columns(tmp_path, capsys):
     assert list(found["base"]) == ["crimson", "scarlet", "new words", "old words"]
     out = capsys.readouterr().out
     assert re.search(r"^ +base +\+ encoder *$", out, re.M) and re.search(r"^known words +motion .* n = 4$", out, re.M)
+
+
+def test_what_a_later_column_lowers_is_said(capsys):
+    """Where the intervals do not meet; an average without one, and the first column, are not judged."""
+
+    def column(right, low, high):
+        return {
+            "zorp": {
+                "color": {"right": right, "low": low, "high": high, "n": 9},
+                "psnr": {"mean": 1, "low": None, "n": 9},
+            }
+        }
+
+    scores = {"base": {}, "+ encoder": column(0.9, 0.8, 0.95), "+ encoder + translator": column(0.6, 0.4, 0.79)}
+    show_scores(scores)
+    said = capsys.readouterr().out
+    assert said.endswith("zorp, color: lower with '+ encoder + translator' than with '+ encoder'\n")
+    assert said.count("lower") == 1
+    for other in (column(0.6, 0.4, 0.81), column(1.0, 0.96, 1.0)):
+        show_scores(scores | {"+ encoder + translator": other})
+        assert "lower" not in capsys.readouterr().out
+    show_scores({"+ encoder": scores["+ encoder"]})
+    assert "lower" not in capsys.readouterr().out
 
 
 def test_clips_leave_memory_when_they_are_made(files):

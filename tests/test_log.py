@@ -10,6 +10,7 @@ from PIL import Image
 
 from nanowan.errors import BadInput
 from nanowan.training.log import Log, duration, flat, held_out
+from nanowan.training.run_dir import Run
 
 
 def rows(folder):
@@ -59,6 +60,19 @@ def test_the_best_is_the_lowest_after_a_step(tmp_path):
     log = Log(tmp_path, 2, 9)
     assert log.is_best({"val_loss_high": 0.39, "val_loss_low": 0.4}) and not log.is_best({"val_loss_high": 0.41})
     assert [row["step"] for row in rows(tmp_path)] == [0, 2] and held_out({"val_loss": 1.0, "val_loss_by_t": 2}) == 1
+
+
+def test_the_best_results_are_named_with_their_step(tmp_path):
+    """Where they are there: of two experts, both."""
+    result, best, other = (tmp_path / name for name in ("a", "a_best", "b_best"))
+    best.touch()
+    told = [(0, {"val_loss": 0.1}), (2, {"val_loss": 0.3}), (3, {}), (4, {"val_loss": 0.2}), (6, {"val_loss": 0.25})]
+    logs = SimpleNamespace(rows=[{"step": step, **values} for step, values in told])
+    named = Run.with_best(SimpleNamespace(is_main=True, logs=logs), [result], [best, other])
+    assert named == [result, f"{best}: after step 4, the lowest held-out loss"]
+    logs.rows = logs.rows[:1] + logs.rows[2:3]  # nothing held out but before the first step
+    assert Run.with_best(SimpleNamespace(is_main=True, logs=logs), [result], [best]) == [result]
+    assert Run.with_best(SimpleNamespace(is_main=False), [result], [best]) == [result]
 
 
 def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):

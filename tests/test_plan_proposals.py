@@ -4,6 +4,7 @@ import functools
 import math
 
 import pytest
+import torch
 
 from benchmarks import tiny
 from diagnostics import plan
@@ -132,6 +133,9 @@ def test_the_time_of_a_sampling_step():
     assert (
         f"4090 {want:.2g} s a step, {50 * want / 60:.0f} min for a video" in said and "not measured (50 steps" in said
     )
+    small = job.times(peak=25.8e9)  # 24 GiB is 25.77e9
+    assert "4090 has 24 GB, which is too little; H100 " in small and "H100 has" not in small
+    assert "4090 has" not in job.times(peak=25.7e9) and "H100 has 80 GB" in job.times(peak=86e9)
     shared = Job("sample", ["--ckpt", "ti2v-5B", "--ulysses_size", "2", "--guidance_parallel"])
     assert 4 * shared.step_seconds("4090") == pytest.approx(job.step_seconds("4090"))
     unguided = Job("sample", ["--ckpt", "ti2v-5B", "--guidance", "1"])
@@ -158,7 +162,7 @@ def test_the_time_of_a_training_step():
     assert blocks - rows == pytest.approx(learned, rel=0.01)
 
 
-def test_a_plan_prints_time_and_what_is_counted(capsys, media):
+def test_a_plan_prints_time_and_what_is_counted(capsys, media, monkeypatch):
     from test_diag import diag
 
     flags = ["train_lora", "--ckpt", "ti2v-5B", "--resolution", "64x64", "--frames", "9", "--data", media]
@@ -166,3 +170,7 @@ def test_a_plan_prints_time_and_what_is_counted(capsys, media):
     said = capsys.readouterr().out
     assert "a GPU of 24 GB has 25.8 GB of 10^9 bytes, and 24.5 of them are counted on" in said
     assert "4090 " in said and "; H100 " in said and "the largest clips are 64x64, 9 frames" in said
+    assert "is assumed" not in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    diag("plan", *flags, "--checkpointing")
+    assert "a GPU of 80 GB is assumed" in capsys.readouterr().out

@@ -418,6 +418,10 @@ def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypa
     rest = "--lr 0 --keyword_lr 0 --batch 2 --device cpu".split()
     run = scripts.run(ROOT / "train_te.py", *flags, *rest)
     assert "'scarlet': starts as 'red'" in run.stdout
+    for line in re.findall(r"keyword '\w+': mean loss .*", run.stdout):
+        words = re.findall(r"(\w+) (0\.\d{4})", line)
+        assert len({word for word, _ in words}) == len(words) >= 4 and words[-1][0] in line.split(":")[0]
+        assert sorted(float(loss) for _, loss in words[:-1]) == [float(loss) for _, loss in words[:-1]]
     still = re.search(r"'freezes': starts as '(\w+)'", run.stdout)[1]
     assert still in ("stays", "still", "rests", "does", "not")
     before, after = load_t5(NANO, dtype=torch.float32), load(tmp_path / "out" / "text_encoder.safetensors")[0]
