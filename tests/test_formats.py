@@ -176,7 +176,10 @@ def rename_tensor(folder):
         (index(boundary_ratio="high"), "boundary_ratio is 'high'"),
         (index(expand_timesteps=True), "expand_timesteps is true"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "model_index.json: not a model configuration"),
-        (config("transformer", _class_name="WanVACETransformer3DModel"), "a WanVACETransformer3DModel; of diffusers"),
+        (
+            config("transformer", _class_name="WanVACETransformer3DModel"),
+            "a WanVACETransformer3DModel; only diffusers' WanTransformer3DModel",
+        ),
         (config("transformer", image_dim=1280), "image_dim is 1280, and None in every"),
         (config("transformer", num_attention_heads="two"), "'two' heads of width 24"),
         (config("transformer_2", num_layers=9), "num_layers is 9, the weights have 3"),

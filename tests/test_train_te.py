@@ -358,7 +358,7 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
         (["--train_blocks", "9"], "from 0 to 2"),
         (["--lr", "-1"], "--lr"),
         (["--trim_prob", "2"], "--trim_prob"),
-        (["--optimizer", "adamw8bit"], "adamw for fp32"),
+        (["--optimizer", "adamw8bit"], "fp32, --fsdp and --rank need adamw"),
         (["--expert", "low"], "single model"),
     ],
 )
