@@ -1,4 +1,4 @@
-"""diag.py advise: the training commands for some clips and a checkpoint, and the reason for each number in them."""
+"""diag.py advise: print the training commands for given clips and a checkpoint, with the reason for each number."""
 
 import shlex
 from pathlib import Path
@@ -17,7 +17,7 @@ from nanowan.training.flags import encoder_lora_lr, recommended_flags
 from nanowan.training.keywords import check_keywords, keyword_token_ids, shared_token_ids
 from nanowan.variants.registry import VARIANTS
 
-FEW = 20  # files per word: with 5 the worst word's accuracy was 0.75, with more than 20 words scored no higher
+FEW = 20  # files per word: with 5, the worst word's accuracy was 0.75; with more than 20, accuracy was no higher
 HELD_OUT = 0.05  # the default of the trainers' --held_out
 CONFIG = "the checkpoint's config.json"
 STYLE_TARGETS = "cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o,ffn.0,ffn.2"
@@ -33,7 +33,7 @@ Check the result of each: python diag.py listen --ckpt DIR --text_encoder FILE -
 
 
 class Flag(NamedTuple):
-    """One flag of a command, and the reason for its value, if there is one to give."""
+    """A flag of a command, with its value. why: the reason for the value, or None."""
 
     name: str
     value: object
@@ -41,8 +41,8 @@ class Flag(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """What is known of the data: scan.Items, their captions, and the keywords whose tokens all occur in captions
-    without a keyword too.
+    """The clips in --data. items: their scan.Items. captions: all of their captions. shared: the keywords of which
+    every token also occurs in a caption without keywords.
     """
 
     items: list
@@ -50,18 +50,22 @@ class Clips(NamedTuple):
     shared: tuple = ()
 
     def trained(self):
-        """Return the Items that a trainer does not hold out."""
+        """Return the Items that a trainer would not hold out."""
         digests = sorted({item.digest for item in self.items})
         held = {*digests[: min(16, int(HELD_OUT * len(digests)))]}
         return [item for item in self.items if item.digest not in held]
 
     def views(self, steps, batch):
-        """How often a run shows each sample to the model."""
+        """Return how many times a training run of `steps` steps shows each sample to the model. batch: samples per
+        step.
+        """
         return steps / Batches(self.trained(), batch, 0).per_epoch
 
 
 def schedule(s, script, clips):
-    """Return the Flags --batch and --steps, as the checkpoint recommends."""
+    """Return the Flags --batch and --steps of a trainer, with the values that are recommended for a checkpoint. s: the
+    checkpoint's Settings. script: the trainer's name. clips: a Clips.
+    """
     flags = recommended_flags(s, script)
     views = f"each sample is seen {clips.views(flags['steps'], flags['batch']):.0f} times"
     measured = "steps" in s.train.get(script, {})
@@ -70,7 +74,9 @@ def schedule(s, script, clips):
 
 
 def encoder_flags(s, keywords, clips):
-    """Return the Flags of train_te.py that depend on the checkpoint or on the data."""
+    """Return the Flags of train_te.py that depend on the checkpoint or on the data. s: the checkpoint's Settings.
+    keywords: the words to teach. clips: a Clips.
+    """
     flags = recommended_flags(s, "train_te")
     if not keywords or clips.shared:
         alone = "without keywords there are no embeddings to train"
@@ -84,7 +90,7 @@ def encoder_flags(s, keywords, clips):
             Flag("save", "lora", "0.5 MB a word, for ComfyUI too; the full encoder would be 11.4 GB"),
         ]
     if keywords:
-        search = "with it, words of shared tokens took a third of the steps, and embeddings alone learned all six words"
+        search = "with it, words of shared tokens needed a third of the steps; embeddings alone learned all six words"
         rate = Flag("keyword_lr", f"{flags['keyword_lr']:g}", CONFIG) if flags["keyword_lr"] else None
         found += [
             Flag("keyword_init", "search", search),
@@ -95,7 +101,9 @@ def encoder_flags(s, keywords, clips):
 
 
 def translator_flags(s, keywords, clips):
-    """Return the Flags of train_lora.py that depend on the checkpoint or on the data."""
+    """Return the Flags of train_lora.py that depend on the checkpoint or on the data. s: the checkpoint's Settings.
+    keywords: the words to teach. clips: a Clips.
+    """
     flags, targets = recommended_flags(s, "train_lora"), ",".join(s.parts.samples.lora_targets)
     rate = CONFIG if "lr" in s.train.get("train_lora", {}) else "that of DiffSynth-Studio's script for Wan 2.2"
     only = "k and v score as high as q, k, v and o (0.94 each), with which clips of known words lost 2 dB"
@@ -115,7 +123,9 @@ def translator_flags(s, keywords, clips):
 
 
 def advice(s, where, keywords, clips):
-    """Return {script: [Flag]} for a checkpoint with Settings s. where: the Flags that both commands share."""
+    """Return {script: [Flag]} with the training commands for a checkpoint. s: the checkpoint's Settings. where: the
+    Flags that all commands begin with. keywords: the words to teach. clips: a Clips.
+    """
     words = [Flag("keywords", ",".join(keywords))] if keywords else []
     return {
         "train_te": [*where, Flag("out", "out/te"), *words, *encoder_flags(s, keywords, clips)],
@@ -128,7 +138,9 @@ def command(script, flags):
 
 
 def folder_of(ckpt):
-    """The folder name under which a released variant is published; for any other checkpoint, its own path."""
+    """Return the folder name under which the released variant `ckpt` is published; if `ckpt` names no released variant,
+    return `ckpt` itself, which is a path.
+    """
     if ckpt not in VARIANTS:
         return ckpt
     kind, size = ckpt.split("-")
@@ -136,8 +148,9 @@ def folder_of(ckpt):
 
 
 def look_at_words(keywords, items, captions, pipe):
-    """Print which keywords are in few files, and return those whose tokens all occur in other captions too. Raises
-    BadInput for a keyword that no caption contains. pipe: a Pipeline, or None if there is no tokenizer.
+    """Print which keywords occur in the captions of few files, and return the keywords of which every token also occurs
+    in a caption without keywords. pipe: a Pipeline with the tokenizer, or None, with which no keyword is returned.
+    Raises BadInput for a keyword that no caption contains.
     """
     for keyword in keywords:
         files = count_files(items, keyword)
@@ -195,5 +208,5 @@ def run(args):
 
 
 def words_of(flags):
-    """Return Flags as the words of a command line."""
+    """Return the words of a command line that set these Flags."""
     return [str(word) for name, value, _ in flags for word in (f"--{name}", value)]

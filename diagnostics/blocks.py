@@ -1,7 +1,8 @@
-"""diag.py blocks: which of the DiT's blocks read a word, by hiding its tokens from one cross-attention at a time.
+"""diag.py blocks: measure which of the DiT's blocks read a word, by hiding the word from one block at a time.
 
-How much the prediction then changes is a measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv
-2603.20755) chooses the blocks to train by such masks too.
+The more a prediction changes when a block cannot see the word's tokens, the more that block reads the word. This is a
+measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755) uses such masks too, to choose
+the blocks to train.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ from nanowan.pipeline import Pipeline
 from nanowan.training.captions import has_keyword, spans
 from nanowan.training.flags import comma_list, expert_schedule
 
-SHARE = 0.8  # the share of the whole effect that the proposed blocks hold at least
+SHARE = 0.8  # the proposed blocks hold at least this share of the summed effects of all blocks
 
 
 def keyword_tokens(caption, keyword, tokenizer):
-    """Return (L,) bool: which of a caption's tokens contain a part of the keyword. All are False if the encoder does
-    not read it.
+    """Return a mask (L,) bool over the tokens of a caption: True for each token that contains at least one character of
+    the keyword. The mask is False everywhere if the keyword is not among the tokens that the encoder reads.
     """
     found = []
     for part in filter(None, tokenizer.split.split(tokenizer.clean(caption))):
@@ -46,8 +47,8 @@ def keyword_tokens(caption, keyword, tokenizer):
 
 @contextlib.contextmanager
 def hide_tokens(attention, hidden):
-    """A context in which a CrossAttention does not attend to the text tokens marked in `hidden` (S,) bool. What the
-    text encoder has carried from these into other tokens remains visible.
+    """Return a context within which the CrossAttention `attention` ignores the text tokens that are True in `hidden`
+    (S,) bool. Information that the text encoder has carried from the hidden tokens into other tokens stays visible.
     """
 
     def hook(module, args):
@@ -63,8 +64,9 @@ def hide_tokens(attention, hidden):
 
 
 def samples_with(dataset, keyword, n, tokenizer):
-    """Return at most n samples [(Item with only the caption that contains the keyword, keyword_tokens of the caption)],
-    one per file. Raises BadInput if there is none.
+    """Return at most n pairs (Item, mask), each from another file, for captions that contain the keyword. The Item has
+    that caption alone; the mask is keyword_tokens of the caption. Raises BadInput if the encoder reads the keyword in
+    no caption.
     """
     found = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):
@@ -77,14 +79,15 @@ def samples_with(dataset, keyword, n, tokenizer):
 
 
 def loss_of(batch, velocity, text):
-    """Return the loss of a Batch for a velocity that was computed before."""
+    """Return the loss of a Batch with `velocity` as the model's prediction. text: the embeddings and their lengths."""
     return batch.loss(lambda *_, **__: velocity, *text).item()
 
 
 @torch.no_grad()
 def sample_effects(model, batches, text, hidden):
-    """Return (blocks,2), means over Batches: how much the velocity changes and the loss rises when the tokens `hidden`
-    are hidden from each block.
+    """Return a tensor (blocks,2): for each block, the relative change of the velocity and the rise of the loss when the
+    text tokens marked in `hidden` are hidden from this block. Both are means over the Batches. text: the embeddings of
+    the caption and their lengths.
     """
     rows = []
     for batch in batches:
@@ -100,12 +103,13 @@ def sample_effects(model, batches, text, hidden):
 
 
 def block_effects(pipe, keywords, n=4, **where):
-    """Measure how a Pipeline's prediction changes when one block does not see a keyword: on at most n samples whose
-    caption contains it, at four timesteps under fixed noise.
+    """Measure how a Pipeline's predictions change when a keyword is hidden from one block. Each keyword is measured on
+    at most n samples whose captions contain the keyword, at four timesteps with fixed noise.
 
-    Returns {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}. change: ||v' - v|| / ||v||
-    of the velocity. loss: by how much the loss rises. Both are means over the samples, with standard deviations (None
-    for a single sample). where: as in open_dataset. Raises BadInput for a keyword that no caption contains.
+    Returns {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}, where "n" is the number of
+    samples. change: ||v' - v|| / ||v||, with the velocity v' when the keyword is hidden and v when it is not. loss: the
+    rise of the loss. Both are means over the samples; their standard deviations are None for a single sample. where:
+    keyword arguments of open_dataset. Raises BadInput for a keyword that no caption contains.
     """
     dataset, tokenizer, s = open_dataset(pipe, **where), pipe.acquire("text").tokenizer, pipe.settings
     shown = {keyword: samples_with(dataset, keyword, n, tokenizer) for keyword in keywords}
@@ -132,13 +136,15 @@ def block_effects(pipe, keywords, n=4, **where):
                     sd = statistics.stdev(values) if len(values) > 1 else None
                     row |= {what: statistics.fmean(values), f"{what}_sd": sd}
                 effects[expert].append(row)
-        model = None  # so that it can be evicted for the other expert
+        model = None  # so that the model can be evicted for the other expert
     return effects
 
 
 def shortest_run(effects, share=SHARE):
-    """Return (first, last, share held) of the shortest run of blocks that holds at least `share` of the sum of all
-    effects; among runs of that length, the one that holds most. None if there is no effect at all.
+    """Return (first, last, share) of the shortest range of consecutive blocks whose effects sum to at least `share` of
+    the sum over all blocks. Among ranges of that length, return the one with the largest sum. The returned share is
+    that sum, divided by the sum over all blocks. Return None if the sum over all blocks is not positive. effects: a
+    number for each block.
     """
     count, total = len(effects), sum(effects)
     if not total > 0:
@@ -149,7 +155,9 @@ def shortest_run(effects, share=SHARE):
 
 
 def mean_change(effects):
-    """Return the change of each block, averaged over experts and keywords."""
+    """Return a list with the mean change of each block over all experts and keywords. effects: what block_effects
+    returns.
+    """
     rows = [row for expert in effects.values() for row in expert]
     blocks = range(1 + max(row["block"] for row in rows))
     return [statistics.fmean(row["change"] for row in rows if row["block"] == block) for block in blocks]

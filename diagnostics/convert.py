@@ -18,16 +18,17 @@ from wan import Wan
 
 DIT_LAYOUTS = ("official", "diffusers")
 STEM = "diffusion_pytorch_model"  # the name of a DiT's files in both layouts
-FILE_BYTES = 5_000_000_000  # the most that one of these files may have
+FILE_BYTES = 5_000_000_000  # the largest size of one of these files
 
 
 def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
-    """Write a DiT into the folder `out` in another layout, with the same bits: config.json and a safetensors file, or
-    several with their index if one would be larger than file_bytes.
+    """Write a DiT into the folder `out` in another layout, with the same bits. The folder gets a config.json and one
+    safetensors file; if that file would be larger than file_bytes, the folder gets several safetensors files and an
+    index instead.
 
-    source: a file, its folder, or a checkpoint folder with one DiT. layout: "official" or "diffusers". 8-bit weights
-    with scales, and GGUF's weights, become bf16. Raises BadInput for an incomplete DiT, and for one that diffusers'
-    WanTransformer3DModel cannot represent. Host memory holds one tensor at a time.
+    source: a weight file, a folder with the DiT's files, or a checkpoint folder with one DiT. layout: "official" or
+    "diffusers". 8-bit weights with scales, and GGUF's weights, become bf16. Host memory holds one tensor at a time.
+    Raises BadInput for an incomplete DiT, and for a DiT that diffusers' WanTransformer3DModel cannot represent.
     """
     model = load_wan(source, "meta")  # raises BadInput unless all tensors have their shapes
     if type(model) is not Wan:
@@ -53,8 +54,9 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
 
 
 def is_dit(source, part):
-    """Whether to convert a DiT: if --part says so, or without --part if `source` is a DiT. Without --part, a checkpoint
-    folder's encoder is converted.
+    """Return whether to convert a DiT, rather than a text encoder. The value of --part (`part`) decides, if --part is
+    given. Otherwise a file is converted as what it contains; in a checkpoint folder, a text encoder is preferred to a
+    DiT.
     """
     if part or not source.is_dir():
         return (part or kind_of(source)) == "dit"
@@ -64,9 +66,9 @@ def is_dit(source, part):
 
 
 def convert_lora(text, out, layout):
-    """Write a LoRA in another layout. text: FILE, or FILE:high or FILE:low of a file that holds both experts. layout:
-    "comfyui", which diffusers reads too, or for a DiT's LoRA also "musubi", which musubi-tuner reads. LoRA pairs keep
-    their bits, unless alpha is multiplied in. Raises BadInput.
+    """Write a LoRA in another layout. text: FILE, or for a file that holds both experts FILE:high or FILE:low. layout:
+    "comfyui", which diffusers reads too, or for a DiT's LoRA also "musubi", which musubi-tuner reads. The low-rank
+    factors keep their bits, unless alpha has to be multiplied in. Raises BadInput if the LoRA cannot be written so.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")

@@ -18,16 +18,16 @@ from nanowan.settings import checkpoint_dir
 
 
 class Weights:
-    """The tensors of one model on disk, under their official names. Tensors in 8 or fewer bits are read as the values
-    that they stand for.
+    """The tensors of one model on disk, under their official names. Tensors stored in 8 or fewer bits are dequantized
+    when they are read.
     """
 
     def __init__(self, files, is_encoder=False):
-        """is_encoder: the files are those of a full text encoder, in any layout."""
+        """Open the files of a model. is_encoder: whether the model is a full text encoder (in any layout)."""
         self.entries = read_encoder(files).entries if is_encoder else read_weights(files)
 
     def read(self, name):
-        """Return a tensor in fp32."""
+        """Return the tensor `name` in fp32."""
         return self.entries[name].read().float()
 
     def shape(self, name):
@@ -42,9 +42,10 @@ class Norms(NamedTuple):
 
 
 def factor_norms(a, b):
-    """Return the Norms of B A, computed from its factors A (r,in) and B (out,r) alone. The effective rank is the
-    exponential of the entropy of its normalised singular values (Roy and Vetterli, 2007). B A has the same singular
-    values as the r x r matrix R_B R_A^T, where R_B and R_A come from the QR decompositions of B and A^T.
+    """Return the Norms of the product B A, computed from the factors A (r,in) and B (out,r) alone. The effective rank
+    is the exponential of the entropy of the product's normalised singular values (Roy and Vetterli, 2007). The product
+    has the same singular values as the r x r matrix R_B R_A^T, where R_B and R_A come from the QR decompositions of B
+    and A^T.
     """
     small = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().t()).R.t()
     if not small.isfinite().all():
@@ -56,8 +57,8 @@ def factor_norms(a, b):
 
 
 def dense_norms(difference):
-    """Return the Norms of a tensor, seen as a matrix (out, everything else). The spectral norm comes from 50 power
-    iterations; the effective rank is None.
+    """Return the Norms of the tensor `difference`, reshaped to a matrix (out, everything else). The spectral norm comes
+    from 50 power iterations; the effective rank is None.
     """
     d = difference.reshape(len(difference), -1) if difference.dim() else difference.view(1, 1)
     v = torch.randn(d.shape[1], generator=torch.Generator().manual_seed(0))
@@ -67,15 +68,18 @@ def dense_norms(difference):
 
 
 def relative_norm(rows):
-    """Return ||dW|| / ||W|| of several matrices, taken as one."""
+    """Return ||dW|| / ||W|| of several matrices together: the Frobenius norm of all their changes, divided by the
+    Frobenius norm of all their base weights. rows: from `delta`.
+    """
     moved, base = math.hypot(*(r["norm"] for r in rows)), math.hypot(*(r["base"] for r in rows))
     return moved / base if base else math.inf
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
 def lora_moves(path, base, expert, kind):
-    """Yield (parameter name, base weight, Norms of its change) for each weight that a LoRA file changes. kind: from
-    kind_of. A low-rank change is never formed.
+    """Yield (parameter name, base weight, Norms of the change) for each weight that a LoRA file changes. path: the LoRA
+    file. base: the Weights of the base. expert: "high" or "low" for a file that holds both experts, else None. kind:
+    kind_of(path). The product of low-rank factors is never formed.
     """
     if kind == "lora":
         shapes = {name: entry.shape for name, entry in base.entries.items()}
@@ -89,8 +93,9 @@ def lora_moves(path, base, expert, kind):
 
 
 def weight_moves(path, base):
-    """Yield the same for another checkpoint or encoder, or for the tensors and embedding rows that train_te.py --save
-    delta writes. Only matrices and convolutions are compared. Raises BadInput if a tensor does not fit the base.
+    """Yield (parameter name, base weight, Norms of the change) for each matrix and convolution of another checkpoint or
+    encoder, or of a file from train_te.py --save delta, which holds trained tensors and embedding rows. path: the file
+    or folder. base: the Weights of the base. Raises BadInput if a tensor does not fit the base.
     """
     new = Weights(weight_files(path), kind_of(path) == "text_encoder")
     ids, rows = (new.entries.pop(f"token_embedding.{key}", None) for key in ("ids", "rows"))
@@ -112,13 +117,13 @@ def weight_moves(path, base):
 
 
 def delta(path, base, expert=None):
-    """Return how far a LoRA, another checkpoint or an encoder at `path` moves each weight of `base` (a DiT's folder or
-    file, an encoder's file, or for an encoder also a checkpoint folder, whose own encoder is then the base).
+    """Return how far the LoRA, checkpoint or encoder at `path` moves each weight of a base. base: a DiT's folder or
+    file; or if an encoder changes, the file of the encoder before the change, or a checkpoint folder with that encoder.
 
-    There is a row {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral", "rank"} for
-    each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no low-rank factors.
-    expert: "high" or "low", for a LoRA file that holds both. One matrix of the base is in memory at a time. Raises
-    BadInput if the two do not fit, and if nothing can be compared.
+    The result is a list of {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral",
+    "rank"}, one for each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no
+    low-rank factors. expert: "high" or "low", for a LoRA file that holds both experts. One matrix of the base is in
+    memory at a time. Raises BadInput if `path` does not fit the base, and if nothing can be compared.
     """
     kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")
@@ -148,7 +153,9 @@ def delta(path, base, expert=None):
 
 # ---- which files belong together ---------------------------------------------------------------------------------
 class Pair(NamedTuple):
-    """A file or folder, and the base to compare it with. expert: "high" or "low" of an A14B, or None."""
+    """A file or folder (`path`), and the base to compare it with. expert: "high" or "low" if the base is an expert of
+    an A14B, else None.
+    """
 
     expert: str | None
     path: Path
@@ -156,16 +163,16 @@ class Pair(NamedTuple):
 
 
 def experts_of(path):
-    """Return {"high": folder, "low": folder} of an A14B folder, and {None: folder or file of the model} for anything
-    else.
+    """Return {"high": folder, "low": folder} if `path` is the folder of an A14B. For any other path, return {None:
+    folder or file of the model}.
     """
     folders = expert_folders(path)
     return {None: folders["dit"]} if "dit" in folders else folders
 
 
 def pair_up(text, ckpt):
-    """Return the Pairs that `delta TEXT --ckpt CKPT` compares. text: a file or folder, or FILE:high or FILE:low of a
-    LoRA. Raises BadInput.
+    """Return the Pairs that the command `diag.py delta TEXT --ckpt CKPT` compares. text: a file or folder, or FILE:high
+    or FILE:low of a LoRA. Raises BadInput if the two cannot be compared.
     """
     base = checkpoint_dir(ckpt)
     bases = experts_of(base)
@@ -223,9 +230,9 @@ def show_delta(rows):
 
 
 def cap_lora(file, rows, cap, out, expert=None):
-    """Write a copy of a LoRA file in which every matrix with ||dW||/||W|| above `cap` is scaled down to it. expert:
-    which half to write of a file that holds both. Returns how many matrices were scaled down. Raises BadInput for
-    changes that are not finite.
+    """Write a copy of a LoRA file to `out`, in which every change with ||dW||/||W|| above `cap` is scaled down to
+    `cap`. Returns the number of changes that were scaled down. rows: what `delta` returns for the file. expert: which
+    half to write of a file that holds both experts, "high" or "low". Raises BadInput for changes that are not finite.
     """
     if broken := [r["name"] for r in rows if math.isnan(r["ratio"])]:
         raise BadInput(f"{file}: {broken[0]} and {len(broken) - 1} more are not finite; nothing is written")

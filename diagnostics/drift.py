@@ -1,4 +1,4 @@
-"""diag.py drift: how far a text encoder's embeddings moved, and which words are nearest to its keywords."""
+"""diag.py drift: how far a text encoder's embeddings moved, and which words are nearest to the keywords."""
 
 import re
 
@@ -13,12 +13,14 @@ from nanowan.settings import checkpoint_dir
 
 @torch.no_grad()
 def drift(old, new, prompts, keywords=(), nearest=5):
-    """Return how far the embeddings of prompts moved between two TextEncoders with the same tokenizer.
+    """Return how far the embeddings of prompts moved from the TextEncoder `old` to the TextEncoder `new`, which has the
+    same tokenizer.
 
     The result is {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords":
-    {word: [before, after]}}. cosine: between before and after, for a prompt the mean over its tokens. norm: after /
-    before. before and after of a keyword: the `nearest` words of the prompts, each (word, cosine); every word is
-    embedded alone, and the mean over its tokens is compared. Raises BadInput if the widths of the two encoders differ.
+    {keyword: [before, after]}}. cosine: the cosine between the embeddings before and after; for a prompt, the mean over
+    its tokens. norm: the norm after, divided by the norm before. before, after: [(word, cosine)] of the words in the
+    prompts that are nearest to the keyword, at most `nearest` words; every word is embedded alone, and the mean over
+    its tokens is compared. Raises BadInput if the widths of the two encoders differ.
     """
     if old.norm.weight.shape != new.norm.weight.shape:
         raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")
@@ -43,7 +45,7 @@ def compare_prompt(old, new, prompt):
 
 
 def nearest_words(encoder, keyword, words, count):
-    """Return [(word, cosine)] of the `count` words whose embeddings are nearest to the keyword's."""
+    """Return [(word, cosine)] of the `count` words whose embeddings are nearest to the embedding of the keyword."""
     if not words:
         return []
     embeds = torch.stack([encoder.encode([w])[0][0].float().mean(0) for w in [keyword, *words]])
@@ -52,8 +54,8 @@ def nearest_words(encoder, keyword, words, count):
 
 
 def open_encoder(path, ckpt):
-    """Load the encoder of a checkpoint folder, or a file of train_te.py over the weights of `ckpt` and with its
-    tokenizer; fp32 on the CPU.
+    """Return a TextEncoder in fp32 on the CPU. path: a checkpoint folder, or a file of train_te.py. Such a file is
+    loaded over the text encoder of the checkpoint `ckpt`, with the tokenizer of that checkpoint.
     """
     path = checkpoint_dir(path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""diag.py inspect: what is in checkpoint folders, weight files, LoRA files and videos, from their headers alone."""
+"""diag.py inspect: describe checkpoint folders, weight files, LoRA files and videos from their headers alone."""
 
 import json
 import re
@@ -32,7 +32,9 @@ EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # in the official layo
 
 
 def totals(entries):
-    """Count the parameters, tensors, dtypes and bytes of {name: Entry}."""
+    """Return a dictionary with the numbers of parameters, tensors and bytes in {name: Entry}, and the parameters of
+    each dtype.
+    """
     dtypes = Counter()
     for entry in entries.values():
         dtypes[entry.format] += entry.numel
@@ -46,7 +48,9 @@ def totals(entries):
 
 
 def lora_budget(entries):
-    """Return the size of a LoRA on this DiT: a row for each set of targets and each rank."""
+    """Return the sizes of LoRAs on a DiT: a list with a dictionary for each set of targets and each rank. entries:
+    {name: Entry} of the DiT.
+    """
     rows = []
     for label, targets in LORA_TARGETS.items():
         pattern = re.compile(r"blocks\.\d+\.(" + "|".join(map(re.escape, targets)) + r")\.weight")
@@ -59,13 +63,15 @@ def lora_budget(entries):
 
 
 def blocks_with(entries, target):
-    """Count the blocks that have the linear `target`."""
+    """Count the blocks of a DiT that have the linear layer `target`. entries: {name: Entry} of the DiT."""
     pattern = re.compile(rf"blocks\.(\d+)\.{re.escape(target)}\.weight")
     return len({m[1] for m in map(pattern.fullmatch, entries) if m})
 
 
 def released_variant(config):
-    """Return the name in VARIANTS of the released size that a WanConfig has, or None."""
+    """Return the name of the released variant whose DiT has the type and the sizes of a WanConfig, or None if there is
+    no such variant.
+    """
 
     def sizes(c):
         return c.model_type, c.dim, c.num_layers, c.in_dim, c.out_dim
@@ -106,8 +112,8 @@ def inspect_dit(path, entries):
 
 
 def inspect_encoder(entries):
-    """Describe a text encoder. entries: from read_encoder, whatever the file's layout. Raises BadInput if it is no
-    UMT5.
+    """Return a dictionary that describes a text encoder. entries: {name: Entry} from read_encoder. Raises BadInput if
+    the encoder is no UMT5.
     """
     with torch.device("meta"):
         model = build_t5(entries, next(iter(entries.values())).file)
@@ -126,7 +132,9 @@ def inspect_encoder(entries):
 
 
 def inspect_encoder_delta(entries, metadata):
-    """Describe a file of train_te.py --save delta: the tensors and embedding rows that were trained."""
+    """Return a dictionary that describes a file of train_te.py --save delta, with the blocks and the number of
+    embedding rows that were trained. entries: {name: Entry} of the file.
+    """
     rows = entries.get("token_embedding.rows")
     blocks = sorted({int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in entries) if m})
     changed = [f"{len(blocks)} blocks ({blocks[0]} to {blocks[-1]})"] if blocks else []
@@ -161,7 +169,9 @@ def inspect_vae(entries):
 
 
 def inspect_lora(kind, entries, lora):
-    """Describe a LoRA file. entries: {key: Entry}. lora: from describe of nanowan/formats/lora.py."""
+    """Return a dictionary that describes a LoRA file. kind: Contents.kind. entries: {key: Entry} of the file. lora:
+    what describe in nanowan/formats/lora.py returns.
+    """
     blocks = lora["blocks"]
     text = f"a LoRA{' of the text encoder' if lora['model'] == 'text' else ''}: " + ", ".join(
         f"{form} {n}" for form, n in lora["forms"].items()
@@ -182,8 +192,8 @@ def inspect_lora(kind, entries, lora):
 
 
 def files_of(path):
-    """Return the files of a model: `path` itself, or if it is a folder, the DiT's files in it or those of an encoder
-    that transformers has written, whose names begin with "model".
+    """Return the weight files of one model. If `path` is a file, return [path]. If it is a folder, return the files of
+    a text encoder that transformers has written, whose names begin with "model"; without these, return the DiT's files.
     """
     path = Path(path)
     names = [f.name for f in path.glob("model*.safetensors*")] if path.is_dir() else []
@@ -192,8 +202,8 @@ def files_of(path):
 
 
 class Contents(NamedTuple):
-    """What weight files contain. entries: {name: Entry}, under official names except for an encoder. lora: for a LoRA,
-    what describe of nanowan/formats/lora.py returns.
+    """What the weight files of one model contain. entries: {name: Entry}, under official names except for an encoder.
+    lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else None.
     """
 
     kind: str  # "lora", "text_encoder_lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"
@@ -203,7 +213,7 @@ class Contents(NamedTuple):
 
 
 def contents(path):
-    """Return the Contents of a weight file, or of a folder with one model's files. Raises BadInput for unreadable
+    """Return the Contents of a weight file, or of a folder with the files of one model. Raises BadInput for unreadable
     files.
     """
     files = files_of(path)
@@ -225,14 +235,16 @@ def contents(path):
 
 
 def kind_of(path):
-    """Return Contents.kind of a weight file, or of a folder with one model's files. Raises BadInput for unreadable
-    files.
+    """Return the kind of a weight file, or of a folder with the files of one model, such as "dit" (see Contents).
+    Raises BadInput for unreadable files.
     """
     return contents(path).kind
 
 
 def inspect_weights(path):
-    """Describe a weight file, or the files of one model in a folder. Raises BadInput for unreadable files."""
+    """Return a dictionary that describes a weight file, or the files of one model in a folder. Raises BadInput for
+    unreadable files.
+    """
     kind, files, entries, lora = contents(path)
     if lora:
         return inspect_lora(kind, entries, lora)
@@ -284,7 +296,9 @@ def inspect_video(path):
 
 
 def inspect_experts(path):
-    """Describe the DiTs of a folder: both experts of an A14B, or one model; [] if there is none."""
+    """Return a list of dictionaries that describe the DiTs in a checkpoint folder: the experts of an A14B, or a single
+    DiT, or [] if the folder has no DiT.
+    """
     names = ("transformer", "transformer_2") if is_diffusers(path) else EXPERT_FOLDERS
     experts = [name for name in names if (path / name).is_dir()]
     missing = [name for name in names if experts and name not in experts]
@@ -303,7 +317,9 @@ def inspect_experts(path):
 
 
 def holds_dit(path):
-    """Whether a checkpoint folder itself contains its only DiT: under the official name, or as one file of any name."""
+    """Return whether the files of a DiT lie directly in a checkpoint folder, under the official name or as one file of
+    any name.
+    """
     if any(path.glob("diffusion_pytorch_model*")):
         return True
     try:
@@ -313,7 +329,9 @@ def holds_dit(path):
 
 
 def other_parts(path):
-    """Return the paths of a checkpoint folder's encoder and VAE: files, or folders in the layout of diffusers."""
+    """Return the paths of the text encoders and VAEs in a checkpoint folder. In the layout of diffusers, the paths are
+    folders; otherwise they are files.
+    """
     if is_diffusers(path):
         return [path / name for name in ("text_encoder", "vae") if (path / name).is_dir()]
     names = sorted(f for f in parts_folder(path).iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
@@ -322,8 +340,8 @@ def other_parts(path):
 
 
 def inspect(path):
-    """Describe everything at a path: a list of dictionaries, one for each model, LoRA or video. Reads headers, never a
-    tensor. Raises BadInput if there is nothing that can be read.
+    """Return a list of dictionaries that describe everything at a path, one for each model, LoRA or video. Only headers
+    are read, no tensors. Raises BadInput if nothing at the path can be read.
     """
     path = Path(path)
     if path.is_file():

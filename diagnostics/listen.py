@@ -1,6 +1,7 @@
-"""diag.py listen: does a changed model follow its prompts better? Graded on nano, judged by CLIP, or a contact sheet.
+"""diag.py listen: compare how well a model follows its prompts before and after training: by grades, by CLIP, by eye.
 
-All columns (the base, the base with the encoder, the base with encoder and translator) are sampled from the same seeds.
+A column of the result is a model: the base, the base with the encoder, or the base with the encoder and the translator.
+All columns are sampled from the same seeds.
 """
 
 import itertools
@@ -31,13 +32,13 @@ from sample import decode, encode_text, sample_latents
 TEMPLATES = ["a video of {}", "a close-up of {}", "{} in bright daylight", "{} in front of a plain wall"]
 OTHER_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
 FRAMES = 8  # CLIP sees this many frames of a clip
-N_GRADED, N_JUDGED = 40, 8  # prompts per word: graded on nano, whose clips take little time, or judged elsewhere
+N_GRADED, N_JUDGED = 40, 8  # prompts per word: graded on nano, whose clips take little time; judged on other models
 
 
 # ---- columns -----------------------------------------------------------------------------------------------------
 def parse_strengths(files):
-    """Return {strength: files} of --text_encoder's files, the last of which may be FILE:0,0.5,1; otherwise {None:
-    files}.
+    """Return {strength: files} if the last of --text_encoder's files is given at several strengths, as in FILE:0,0.5,1;
+    each list of files then ends with FILE at that one strength. Otherwise return {None: files}.
     """
     *before, last = files or [""]
     file, _, numbers = last.rpartition(":")
@@ -47,8 +48,9 @@ def parse_strengths(files):
 
 
 def open_columns(args, how):
-    """Return {name: Pipeline}: the base, and the base with the changes, added one after the other; or for an encoder at
-    several strengths, a column for each strength.
+    """Return {column name: Pipeline}: the base, the base with the encoder, and the base with the encoder and the
+    translator, as far as `args` names these. With --skip_before, return only the last column. If the encoder is given
+    at several strengths, return instead a column for each strength. how: a Runtime.
     """
     encoders = parse_strengths(args.text_encoder)
     if None not in encoders:
@@ -67,7 +69,9 @@ def open_columns(args, how):
 
 
 def sample_clips(pipe, prompts, seeds, **settings):
-    """Yield the clip (3,T,H,W) of each prompt and seed, on the host. After the last clip the models leave memory."""
+    """Yield the clip (3,T,H,W) of each prompt with its seed, on the host. The models leave memory after the last clip.
+    settings: values that override the Pipeline's Settings.
+    """
     s = pipe.settings.with_overrides(**settings)
     (embeddings, lens), negative = encode_text(pipe, s, prompts)
     negative = negative and tuple(t[:1] for t in negative)
@@ -79,13 +83,14 @@ def sample_clips(pipe, prompts, seeds, **settings):
 
 
 def some_frames(video, n):
-    """Return n frames of a clip (3,T,H,W), evenly spaced from the first to the last."""
+    """Return n frames of a clip (3,T,H,W), evenly spaced from the first frame to the last."""
     return video[:, np.linspace(0, video.shape[1] - 1, n).round().astype(int)]
 
 
 def draw_sheet(columns, prompts, seed, out, **settings):
-    """Write a contact sheet: for each prompt, the clips of all columns {name: Pipeline} side by side, as sample.py
-    --seed makes them.
+    """Write a contact sheet to the file `out`: a row for each prompt, with the clip of each column in `columns` {name:
+    Pipeline}. The clips are those that sample.py makes with this --seed. Returns {"prompts", "seed", "sheet": the
+    file}. settings: values that override the Settings.
     """
     seeds = [seed] * len(prompts)
     clips = [[some_frames(clip, 3) for clip in sample_clips(p, prompts, seeds, **settings)] for p in columns.values()]
@@ -96,8 +101,8 @@ def draw_sheet(columns, prompts, seed, out, **settings):
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
 class Row(NamedTuple):
-    """A prompt; the word that it tests, or None; and texts, the prompt with each of the word's alternatives in the
-    word's place, the right one first.
+    """A prompt to sample. word: the word that the prompt tests, or None. texts: copies of the prompt, each with another
+    alternative in place of the word; the first alternative is what the word should look like.
     """
 
     prompt: str
@@ -106,7 +111,9 @@ class Row(NamedTuple):
 
 
 def parse_alternatives(items):
-    """["crimson=red,blue"] -> {"crimson": ["red", "blue"]}. Raises BadInput."""
+    """Return the --words of a test with CLIP as a dictionary: ["crimson=red,blue"] -> {"crimson": ["red", "blue"]}.
+    Raises BadInput for an item that does not name a word and at least two different looks.
+    """
     words = {}
     for item in items:
         word, _, looks = item.partition("=")
@@ -120,11 +127,12 @@ def parse_alternatives(items):
 
 
 def rows_of(words, lines, n):
-    """Return the Rows to sample: n for each word of {word: alternatives}, and those that test no word.
+    """Return the Rows to sample: n for each word in `words` {word: alternatives}, and one for each prompt that tests no
+    word.
 
-    lines: prompts. Prompts with {} are templates for every word, prompts with a word are for that word, and the others
-    show what else has changed. A word without prompts gets TEMPLATES; if there are no other prompts, OTHER_PROMPTS are
-    used.
+    lines: the user's prompts. A prompt with {} is a template for every word, a prompt that contains a word tests that
+    word, and any other prompt shows what else has changed. A word without prompts gets TEMPLATES. If there are no other
+    prompts, OTHER_PROMPTS are used.
     """
     rows = []
     for word, alternatives in words.items():
@@ -138,7 +146,9 @@ def rows_of(words, lines, n):
 
 # ---- scores ------------------------------------------------------------------------------------------------------
 def average(values):
-    """Return a mean with its 95 % interval (1.96 standard errors); a single value has no interval."""
+    """Return {"mean", "n", "low", "high"} of a list of values. low, high: the 95 % interval of the mean (1.96 standard
+    errors), or None for a single value.
+    """
     n, mean = len(values), sum(values) / len(values)
     error = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
     low, high = (mean - error, mean + error) if n > 1 else (None, None)
@@ -146,7 +156,9 @@ def average(values):
 
 
 def cell(score):
-    """Format a proportion or an average with its interval."""
+    """Return the text of a table cell: a score, which is a proportion or an average, with its interval. score: what
+    proportion or average returned, or None for an empty cell.
+    """
     if score is None:
         return ""
     interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
@@ -154,7 +166,9 @@ def cell(score):
 
 
 def show_scores(scores):
-    """Print scores {column: {suite: {what: a proportion or an average}}}; the last column has every suite."""
+    """Print a table of scores {column: {suite: {what: a proportion or an average}}}, and then each score whose interval
+    in the last column lies below its interval in the column before. The last column must have every suite.
+    """
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
     for suite, kinds in [*scores.values()][-1].items():
@@ -170,7 +184,9 @@ def show_scores(scores):
 
 
 def run_grader(command, file, prompt):
-    """Return the number that a command prints for an mp4 and its prompt. Raises BadInput."""
+    """Run `command FILE PROMPT`, where `file` is an mp4, and return the number that the command prints. Raises BadInput
+    if the command fails or prints something else.
+    """
     done = subprocess.run([*shlex.split(command), str(file), prompt], capture_output=True, text=True)
     try:
         if done.returncode == 0:
@@ -182,8 +198,8 @@ def run_grader(command, file, prompt):
 
 
 def sample_rows(pipe, rows, seed, grader, settings):
-    """Sample each Row's clip: return FRAMES frames (F,3,H,W) uint8 of each, and the grader's numbers, if there is a
-    grader.
+    """Sample the clip of each Row, row i from seed + i. Returns (frames, numbers): FRAMES frames (F,3,H,W) uint8 of
+    each clip, and the number that run_grader returns for each clip, or [] without a grader. grader: a command, or None.
     """
     frames, numbers = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -199,19 +215,21 @@ def sample_rows(pipe, rows, seed, grader, settings):
 
 
 def psnr(a, b):
-    """Return the PSNR of two uint8 clips in dB."""
+    """Return the PSNR in dB between two uint8 clips of the same shape."""
     return -10 * math.log10(max((a.float() - b.float()).div(255).square().mean().item(), 1e-9))
 
 
 def judge(columns, rows, seed, load=None, grader=None, **settings):
-    """Sample and judge Rows: {column: {suite: {what: proportion or average}}}.
+    """Sample the Rows in every column, and return their scores {column: {suite: {what: proportion or average}}}. A
+    suite is a word, "all words" or "other prompts" (Rows that test no word).
 
-    For each word, and for all words together: "clip", the share of clips that CLIP takes for what the word should look
-    like, which means that the first of the row's texts has the highest probability, averaged over frames. For other
-    prompts, against the clips of the first column: "psnr" in dB, and "clip_i", the cosine between frames' features. For
-    all prompts: "grader", a command's number.
+    For words, "clip" is the share of clips that CLIP takes for what the word should look like: of the Row's texts, the
+    first has the highest probability, averaged over frames. For other prompts, clips are compared with those of the
+    first column: "psnr" in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader"
+    is the mean of the numbers that the command `grader` prints.
 
-    columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None.
+    columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
+    command, or None.
     """
     frames, numbers = {}, {}
     for name, pipe in columns.items():
@@ -243,7 +261,9 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
 
 
 def judge_words(args, columns, lines, how, settings):
-    """Call `judge` as the flags ask for it; all flags are checked before any work. Raises BadInput."""
+    """Return the scores that `judge` computes for the words and with the judges that the flags in `args` name. Raises
+    BadInput for wrong flags, before any clip is sampled.
+    """
     if args.grader and not shutil.which(shlex.split(args.grader)[0]):
         raise BadInput(f"--grader {args.grader}: no such command")
     if args.clip:

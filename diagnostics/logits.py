@@ -1,4 +1,4 @@
-"""diag.py logits: the attention logits of a checkpoint before and after a LoRA or an updated text encoder."""
+"""diag.py logits: compare the attention logits of a checkpoint before and after a LoRA or an updated text encoder."""
 
 import contextlib
 import math
@@ -18,9 +18,10 @@ from nanowan.training.flags import check_data, data_source, expert_schedule, rec
 
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
-    """Return (N,3), for each head: the standard deviation and the maximum of the logits q k / sqrt(d), without keys
-    that are masked or stand for padding; and the mean entropy, in nats, of the attention over all keys. q (B,L,N,d), k
-    (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32.
+    """Return a tensor (N,3) with three numbers for each head: the standard deviation of the logits q k / sqrt(d), their
+    maximum, and the mean entropy of the attention in nats. Keys that are masked or stand for padding (their bias is not
+    0) count in the entropy alone. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32. chunk:
+    number of queries that are computed at once.
     """
     bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
     bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])
@@ -40,10 +41,10 @@ def attention_stats(q, k, bias=None, chunk=512):
 
 @contextlib.contextmanager
 def record_attention(model):
-    """A context in which each attention of the model adds its attention_stats to {(block, kind): [(N,3), ...]}. Kinds
-    are "self_attn" and "cross_attn", and in models that have them "image_attn", the attention to Animate's picture, and
-    "audio_attn", S2V's injectors. The statistics are computed from the attention's inputs, whatever kernel it uses
-    itself.
+    """Return a context that gives a dictionary {(block, kind): [(N,3), ...]}. Within the context, every call of an
+    attention in the model appends the attention's attention_stats to the dictionary. kind: "self_attn" or "cross_attn";
+    in Animate also "image_attn", the attention to the picture; in S2V also "audio_attn", the audio injectors. The
+    statistics are computed from an attention's inputs, whatever kernel the attention itself uses.
     """
     stats, hooks = {}, []
 
@@ -56,7 +57,7 @@ def record_attention(model):
             x, rope = args[:2]
             norms = module.norm_q, module.norm_k
             q, k = normed(module, [module.q(x), module.k(x)], norms, (rope.table, rope.positions))
-            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2's attends to a driving video too
+            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2 attends to a driving video too
             k, bias = as_dense(k) if as_dense else (k, None)
             stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k, bias))
 
@@ -84,9 +85,9 @@ def record_attention(model):
 
 
 def logit_rows(before, after):
-    """Return rows {"block", "kind", "head", "std", "max", "entropy" (each [before, after]), "drift"} of two results of
-    record_attention. drift: the largest change of the three, relative to before (to 0.1 if before is smaller); NaN if
-    any of them is NaN.
+    """Return a list of {"block", "kind", "head", "std", "max", "entropy", "drift"} that compares two dictionaries from
+    record_attention. std, max and entropy are lists [before, after]. drift: the largest relative change of the three,
+    |after - before| / max(|before|, 0.1); NaN if any of the three is NaN.
     """
     rows = []
     for (block, kind), stats in before.items():
@@ -100,8 +101,8 @@ def logit_rows(before, after):
 
 
 def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
-    """Return the Dataset that train_lora.py makes of these data, but without held-out samples. What is None has
-    train_lora.py's default.
+    """Return the Dataset that train_lora.py would make of `data`, but with no samples held out. An argument that is
+    None gets train_lora.py's default. limit: the largest number of samples, or None for all.
     """
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}
@@ -126,11 +127,11 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
 
 
 def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.float32, base_encoder=None, **where):
-    """Return the attention logits of a checkpoint before and after a LoRA or an encoder, on n samples of a dataset at
-    four timesteps under fixed noise: {expert: rows of logit_rows}. base_encoder: the text encoder before the change
-    (default: the checkpoint's own). where: as in open_dataset.
+    """Compare the attention logits of a checkpoint before and after LoRAs or another text encoder, on n samples of a
+    dataset, at four timesteps with fixed noise. Returns {expert: what logit_rows returns}. base_encoder: the text
+    encoder before the change (default: the checkpoint's own). where: keyword arguments of open_dataset.
     """
-    # open both first, so that a file that does not fit is refused before any work
+    # open both Pipelines first, so that a file that does not fit is refused before any work
     sides = [
         Pipeline(ckpt, Runtime(device, dtype), *changes) for changes in (((), base_encoder), (loras, text_encoder))
     ]
@@ -148,13 +149,13 @@ def logits(ckpt, loras=(), text_encoder=None, n=4, device="cpu", dtype=torch.flo
                 for _, batch in eval_batches(dataset.items, dataset.files, dataset.samples, shift, low, high):
                     batch.loss(model, *texts[batch.captions[0]])
             stats.setdefault(name, []).append(recorded)
-            model = None  # so that it can be evicted for the other expert
+            model = None  # so that the model can be evicted for the other expert
         pipe.drop()
     return {name: logit_rows(before, after) for name, (before, after) in stats.items()}
 
 
 def drifts(row, threshold):
-    """Whether a head's logits changed by more than the share `threshold`, or have become NaN."""
+    """Return whether a head's drift is larger than `threshold` or NaN. row: an element of what logit_rows returns."""
     return not row["drift"] <= threshold
 
 

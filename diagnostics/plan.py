@@ -1,4 +1,4 @@
-"""diag.py plan: memory, disk and time that a run would take, and flags that make it fit on given GPUs."""
+"""diag.py plan: memory, disk space and time that a run would take, and flags with which a run fits on given GPUs."""
 
 import functools
 import math
@@ -32,15 +32,16 @@ from nanowan.training.previews import preview_settings
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
-ASSUMED_GPU_BYTES = 80e9  # memory of a GPU, if there is none here
-USABLE = 0.95  # share of a GPU's memory that a plan may count on; the rest is for workspaces and fragmentation
+ASSUMED_GPU_BYTES = 80e9  # assumed memory of a GPU, if this machine has no GPU
+USABLE = 0.95  # share of the memory that a plan may count on; the rest is for workspaces and fragmentation
 SCRIPTS = {"train_lora": train_lora, "train_te": train_te, "sample": sample}
-CARDS = {"4090": 24, "H100": 80}  # GPUs that times are printed for if none is named, and the GB of each
+CARDS = {"4090": 24, "H100": 80}  # {GPU: its GB}; times are printed for these if no GPU is named
 
 
 class Machine(NamedTuple):
-    """What a run is planned for. ranks: GPUs, one per rank. memory: bytes of each GPU. host: bytes of host memory. None
-    means as much as there is here. card: a name in flops.CARDS, or None if it is not known.
+    """A machine to plan a run for. ranks: number of GPUs, one per rank. memory: bytes of each GPU. host: bytes of host
+    memory. If memory or host is None, the value of this machine is used. card: a name in flops.CARDS, or None if the
+    GPU is not known.
     """
 
     ranks: int = 1
@@ -50,8 +51,9 @@ class Machine(NamedTuple):
 
 
 class Job:
-    """A script, one of SCRIPTS, with its flags, resolved for its checkpoint. --ckpt may name a released variant; then
-    no file is needed. If --data exists, it is scanned for the sizes of its buckets and cache. Raises BadInput.
+    """A run of a script with given flags, to be planned. script: a name in SCRIPTS. argv: the flags. If --ckpt names a
+    released variant, no checkpoint file is needed. If --data exists, the data are scanned for the sizes of their
+    buckets and of the cache. Raises BadInput for wrong flags.
     """
 
     def __init__(self, script, argv):
@@ -78,12 +80,12 @@ class Job:
     # ---- what is computed ----------------------------------------------------------------------------------------
     @property
     def reads_data(self):
-        """Whether --data exists, so that it can be scanned."""
+        """Whether all sources of --data exist, so that they can be scanned."""
         data = getattr(self.args, "data", None)
         return bool(data) and all(Path(values["source"]).exists() for values in data)
 
     def _data_sizes(self):
-        """Return what data.Dataset.sizes would return for --data."""
+        """Return the sizes of the data and of the cache, as data.Dataset.sizes would return them for --data."""
         args, s = self.args, self.settings
         items, samples = data_items(self)[0], s.parts.samples(SimpleNamespace(config=lambda: self.config))
         entries = self.pipe and read_encoder(self.pipe.files("text")).entries
@@ -93,7 +95,9 @@ class Job:
         return sizes_of(items, texts, samples, s, row_bytes)
 
     def _open_clip(self):
-        """Set the Settings, the image and the size of the video that sample.py would make."""
+        """Set self.settings, self.image and self.size to the Settings, the image and the size of the video that
+        sample.py would make.
+        """
         args = self.args
         s, self.image = self.settings.with_overrides(**given_settings(args)), None
         # without an image the video has the aspect ratio of the size
@@ -107,7 +111,7 @@ class Job:
 
     @property
     def latents(self):
-        """The shape (C,T',h,w) of the latents in a step."""
+        """The shape (C,T',h,w) of one sample's latents."""
         if self.script == "sample":
             return self.settings.latent_shape(self.size, self.settings.frames)
         *size, frames = self.sizes["bucket"]
@@ -115,8 +119,9 @@ class Job:
 
     # ---- memory --------------------------------------------------------------------------------------------------
     def plan(self, machine=Machine(), mode=None):  # noqa: B008
-        """Return the Plan on a Machine. mode: how sample.py computes guidance, if it is guided and --guidance_parallel
-        is not given (default: sample.py's own choice).
+        """Return the memory_estimate.Plan of this run on a Machine. mode: how sample.py computes guidance, "batched" or
+        "sequential"; None: as sample.py would choose. A mode has no effect if sampling is not guided or
+        --guidance_parallel is given.
         """
         how = {"layout": parallel_layout(self.args, machine.ranks, self.fp8)}
         how |= {"memory": machine.memory, "host": machine.host}
@@ -183,7 +188,7 @@ class Job:
                 inject(dit, args.targets, args.rank, args.alpha, blocks=self.blocks)
                 names = tuple(lora_layers(dit))
             one = flops.training_step(c, latents, text, 1, names, args.rank or 16, n)
-            if getattr(args, "preserve", 0):  # the base's prediction for half of the samples
+            if getattr(args, "preserve", 0):  # half of the samples also need the base's prediction
                 one = one.plus(flops.forward(c, latents, text), 0.5)
             if self.script == "train_te":
                 blocks = [sum(p.numel() for p in block.parameters()) for block in encoder.blocks]
@@ -196,15 +201,17 @@ class Job:
         return share, passed * flops.elementwise_bytes(c, latents) / ranks, streamed
 
     def step_seconds(self, card):
-        """Return the seconds that a step is predicted to take on a GPU of this name, or None if its rates are not
-        known. Copies from the host's memory overlap with the computation.
+        """Return the predicted seconds of a step on the GPU `card`, or None if the rates of this GPU are not known.
+        Copies from host memory overlap with the computation.
         """
         counted, nbytes, streamed = self.work
         seconds = flops.predict_seconds(counted, card, self.fp8, nbytes)
         return seconds and max(seconds, streamed / flops.card_of(card).host)
 
     def times(self, card=None, peak=0):
-        """Return the line that is printed about the time on a card, or on those of CARDS that have `peak` bytes."""
+        """Return a line of text with the predicted time on the GPU `card`. If card is None, return the times on all of
+        CARDS; for a GPU with less than `peak` bytes of memory, the line says instead that its memory is too little.
+        """
         lines = []
         for name in (card,) if card else CARDS:
             step = self.step_seconds(name)
@@ -219,7 +226,9 @@ class Job:
 
 
 def data_items(job):
-    """Scan the --data of a Job that reads it: ([Item], [(path, reason)]), as scan.scan does."""
+    """Scan the --data of a Job, and return ([Item], [(path, reason)]): the samples, and the files that are skipped, as
+    scan.scan returns them.
+    """
     s, config = job.settings, data_config(job.args, job.settings, None)
     cache = config.cache if config.cache.is_dir() else None
     found = [scanned(source, s.variant, s.size_multiple, s.fps, cache) for source in config.sources]
@@ -228,24 +237,27 @@ def data_items(job):
 
 @functools.cache
 def scanned(source, variant, multiple, fps, cache):
-    """Return scan_source of a source for a variant; cached, so that all candidates of a search share one scan."""
+    """Return the result of scan_source for a source of data. The result is cached, so that all candidates of a search
+    share one scan. variant: a name in VARIANTS. multiple, fps: the size_multiple and the fps of the Settings. cache:
+    the cache folder, or None.
+    """
     samples = released(variant).parts.samples(SimpleNamespace(config=lambda: full_config(variant)))
     return scan_source(source, SimpleNamespace(size_multiple=multiple, fps=fps), samples, cache)
 
 
 def planned(script, argv, machine=Machine(), mode=None):  # noqa: B008
-    """Return the Plan of `script`, one of SCRIPTS, with these flags, on a Machine. mode: as in Job.plan."""
+    """Return the Plan of a run on a Machine. script: a name in SCRIPTS. argv: the flags. mode: as in Job.plan."""
     return Job(script, argv).plan(machine, mode)
 
 
 def is_guided(args):
-    """Whether any step of sample.py with these flags is guided."""
+    """Return whether sample.py with the flags in `args` computes guidance in any step."""
     s = released(args.ckpt) if args.ckpt in VARIANTS else Pipeline(args.ckpt).settings
     return s.with_overrides(**given_settings(args)).guided
 
 
 def shape_of(ckpt):
-    """Return (blocks, heads) of a checkpoint's DiT."""
+    """Return (number of blocks, number of attention heads) of a checkpoint's DiT."""
     if ckpt in VARIANTS:
         config = full_config(ckpt)
     else:
@@ -255,8 +267,9 @@ def shape_of(ckpt):
 
 # ---- flags that fit ----------------------------------------------------------------------------------------------
 class Candidates(NamedTuple):
-    """`flags`, to which a number of blocks is added, from `fewest` to `most`. counted: "checkpointing", the blocks with
-    activation checkpointing; "streamed", the blocks in host memory; or None, no number is added.
+    """Flags with which a run may fit, and the range of a number of blocks that can be added to them, from `fewest` to
+    `most`. counted: which blocks the number counts: "checkpointing", the blocks with activation checkpointing;
+    "streamed", the blocks in host memory; None: no number is added.
     """
 
     flags: list
@@ -265,7 +278,7 @@ class Candidates(NamedTuple):
     most: int = 0
 
     def with_number(self, script, n):
-        """Return the flags with n blocks."""
+        """Return the flags, with n as the number of blocks."""
         if self.counted is None:
             return self.flags
         if self.counted == "streamed":
@@ -275,12 +288,15 @@ class Candidates(NamedTuple):
 
 
 def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
-    """Return [Candidates], the least intrusive first: exact results before 8 bits, flags that cost no time before those
-    that do. given: flags that the user has set, which stay.
+    """Return a list of Candidates in the order in which to try them: flags that leave results exact before 8-bit
+    weights, flags that cost no time before flags that cost time. given: names of the flags that the user has set, which
+    no candidate changes. guided: whether sample.py computes guidance.
     """
 
     def counted(flags):
-        """Add activation checkpointing in as few blocks as possible, unless the flags decide that already."""
+        """Return Candidates that add activation checkpointing in as few blocks as possible. If the script is sample.py,
+        or the user's flags decide about checkpointing, no checkpointing is added.
+        """
         if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
             return Candidates(flags, None)
         return Candidates(flags, "checkpointing", 0, num_blocks)
@@ -305,7 +321,9 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
 
 
 def propose(script, argv, machine):
-    """Return (flags, Plan) of the first of `candidates` that fits on a Machine. Raises BadInput if none fits."""
+    """Return (flags, Plan): `argv` with the flags of the first of `candidates` with which the run fits on a Machine.
+    Raises BadInput if the run fits with none of them.
+    """
     args, given = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
     guided = script == "sample" and is_guided(args)
     least, least_on_host = (math.inf, []), (math.inf, [])
@@ -315,11 +333,15 @@ def propose(script, argv, machine):
         return planned(script, [*argv, "--device", "cuda", *flags], machine, mode)
 
     def modes(flags):
-        """Return the ways to compute guidance, the fastest first; sample.py takes the first that its memory allows."""
+        """Return the ways to compute guidance, the fastest first. sample.py uses the first way for which there is
+        enough memory.
+        """
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """Return the Plan in the mode that takes the least memory."""
+        """Return the Plan with these flags, with guidance computed in the way that takes the least memory. Keep the
+        lowest peaks of all calls in `least` and least_on_host.
+        """
         nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
         least = min(least, (need.peak, flags))
@@ -328,8 +350,9 @@ def propose(script, argv, machine):
         return need
 
     def excess(flags):
-        """Return by how many bytes the phase that the number of blocks changes does not fit; if another phase does not
-        fit either way, return its excess.
+        """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
+        The phase that counts is the one whose memory depends on the number of blocks; if another phase exceeds the
+        memory, that phase counts.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}
@@ -357,11 +380,14 @@ def propose(script, argv, machine):
     )
 
 
-TILES = (32, 16, 8)  # latent pixels; the last one is too small to be exact
+TILES = (32, 16, 8)  # side of a tile in latent pixels; the smallest is too small for an exact result
 
 
 def tile_that_fits(plan, memory):
-    """Return flags with which sample.py's decode fits: none, or the largest tile that fits, or else the smallest."""
+    """Return the flags for sample.py with which decoding fits in `memory` bytes: [] if no tiles are needed, else
+    --vae_tile with the largest of TILES that fits, or with the smallest if none fits. plan: a function that returns the
+    Plan for such flags.
+    """
     for flags in ([], *(["--vae_tile", str(tile)] for tile in TILES)):
         need = plan(flags)
         if need.process + sum(need.phases["decode"].values()) <= memory:
@@ -370,8 +396,8 @@ def tile_that_fits(plan, memory):
 
 
 def parse_machine(gpus, host):
-    """--gpus COUNTxGB[:CARD], --host GB -> Machine. A GPU of "24 GB" has 24 * 2^30 bytes, and GB of host memory count
-    likewise; the share USABLE of both can be used. Raises BadInput.
+    """Return the Machine that --gpus COUNTxGB[:CARD] and --host GB describe. A GB is 2^30 bytes, for a GPU as for the
+    host; the share USABLE of both can be used. Raises BadInput for wrong values.
     """
     match = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)(?::(\w+))?", gpus)
     if not match or not float(match[2]):

@@ -1,4 +1,4 @@
-"""diag.py report: everything about a training run in one HTML file."""
+"""diag.py report: write everything about a training run into one HTML file."""
 
 import base64
 import functools
@@ -40,12 +40,14 @@ p.note{color:#666;font-size:13px}"""
 
 # ---- pieces of HTML ----------------------------------------------------------------------------------------------
 def image(png):
-    """Return an <img> that contains the bytes of a PNG itself."""
+    """Return an <img> element with the bytes of a PNG embedded in it."""
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def figure(draw, width=7.0, height=2.6):
-    """Return an <img> of what draw(axes) draws."""
+    """Return an <img> element with a plot. draw: a function that draws the plot on matplotlib axes. width, height: in
+    inches.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,8 +70,9 @@ def line_plot(x, y, label, **axes_settings):
 
 
 def heat_map(rows, key, label, scale=1):
-    """Return an <img> of scale * row[key] by block (across) and kind (down). If several rows share a cell, the largest
-    is shown. Rows outside of blocks are left out.
+    """Return an <img> element with a heat map of scale * row[key], with a column for each block and a row for each
+    kind. If several of `rows` have the same block and kind, their largest value is shown. Rows outside of blocks are
+    left out. label: text at the colour bar.
     """
     rows = [r for r in rows if r["block"] is not None]
     kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
@@ -97,7 +100,7 @@ def table(head, rows):
 
 # ---- sections ----------------------------------------------------------------------------------------------------
 class TrainingRun:
-    """What a run's folder contains. Raises BadInput if the folder holds no run."""
+    """A training run, read from its output folder. Raises BadInput if the folder holds no run or no step is logged."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -120,7 +123,7 @@ class TrainingRun:
         self.script = "train_lora" if "targets" in self.flags else "train_te"
         used = str(self.encoder) if self.encoder else self.flags["text_encoder"]
         self.changes = {"loras": [str(f) for f in self.adapters], "text_encoder": used}
-        # what the run was trained on top of: the text encoder that it was given
+        # the text encoder that the run was given, on top of which it trained
         self.before = {"text_encoder": self.flags["text_encoder"]} if self.flags["text_encoder"] else {}
 
     @property
@@ -129,18 +132,18 @@ class TrainingRun:
 
     @property
     def words(self):
-        """The words that the run was to learn."""
+        """The words in the run's --keywords and --trigger."""
         flags = [*(self.flags.get("keywords") or []), *(self.flags.get("trigger") or [])]
         return [parse_keyword(text).name for text in flags]
 
     @functools.cached_property
     def captions(self):
-        """The captions of the run's data."""
+        """All captions of the run's data."""
         return open_dataset(Pipeline(self.ckpt), **self.data).captions
 
     def columns(self):
-        """Return {name: the changes of a Pipeline} to compare: the base, and the base with the changes, added one after
-        the other.
+        """Return {column name: keyword arguments of a Pipeline} for the models to compare: the base, the base with the
+        text encoder that the run started from or trained, and the base with everything that the run trained.
         """
         columns = {"base": {}}
         if self.before or self.encoder:
@@ -152,13 +155,13 @@ class TrainingRun:
         return columns
 
     def changed_flags(self):
-        """Return {flag: value} of the flags that are not at the checkpoint's defaults."""
+        """Return {flag: value} of the run's flags that differ from the defaults for its checkpoint."""
         defaults = vars(Job(self.script, ["--ckpt", str(self.ckpt), "--device", "cpu"]).args)
         passed_over = {"ckpt", "device", "dtype", "resume", "config"}
         return {k: v for k, v in self.flags.items() if k not in passed_over and v not in ([], defaults.get(k))}
 
     def command(self):
-        """Return the command line that makes this run."""
+        """Return a command line that repeats this run."""
         words = ["python", f"{self.script}.py", "--ckpt", self.flags["ckpt"]]
         for name, value in self.changed_flags().items():
             words += words_of_flag(name, value)
@@ -166,7 +169,7 @@ class TrainingRun:
 
 
 def words_of_flag(name, value):
-    """Return a flag as words of a command line."""
+    """Return the words of a command line that set the flag `name` to `value`, or [] if the flag is to be left out."""
     if value is None or value is False:
         return []
     if value is True:
@@ -182,21 +185,21 @@ def words_of_flag(name, value):
 
 
 def held_out_losses(run):
-    """Return {name: [(step, loss)]} of the held-out losses."""
+    """Return {name: [(step, loss)]} of the held-out losses in the log of a TrainingRun."""
     names = sorted({k for row in run.log for k in row if k.startswith("val_loss") and "by_t" not in k})
     return {name: [(row["step"], row[name]) for row in run.log if name in row] for name in names}
 
 
 def shown_range(curves):
-    """Return the (lowest, highest) value of a logarithmic axis that shows all positive values of these lists, with a
-    margin.
+    """Return (lowest, highest), the limits of a logarithmic axis that shows all positive values in `curves`, lists of
+    numbers, with a margin.
     """
     values = [v for curve in curves for v in curve if v > 0 and math.isfinite(v)]
     return (0.8 * min(values), 1.25 * max(values)) if values else (0.1, 1)
 
 
 def run_section(run):
-    """The command, how long it took, and the flags that are not at their defaults."""
+    """Return a list of HTML with the run's command, its duration, and its flags that are not at their defaults."""
     times = [row["ms"] for row in run.steps if "ms" in row]
     took = ""
     if times:
@@ -210,8 +213,9 @@ def run_section(run):
 
 
 def loss_section(run):
-    """The losses. A single step's loss varies with its timesteps, and that of preserved samples is tiny, so the axis is
-    scaled to the mean of 25 steps and the held-out loss.
+    """Return a list of HTML with plots of the losses, the learning rate and the gradient norm. The loss of a single
+    step varies with its timesteps, and the loss of preserved samples is tiny, so the axis is scaled to the mean of 25
+    steps and to the held-out loss.
     """
     x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
@@ -296,13 +300,15 @@ def previews_section(run):
 
 
 def graded_words(run):
-    """Return the new words of the nano world that the run's captions contain or that the run was to learn."""
+    """Return the new words of the nano world that the run's captions, its --keywords or its --trigger contain."""
     words = {word for caption in run.captions for word in caption.split()} | {*run.words}
     return [word for word in NEW_WORDS if word in words]
 
 
 def listening_section(run, n):
-    """The accuracy of each column, on the same prompts and seeds."""
+    """Return a list of HTML with the accuracy of each column of run.columns(), all on the same prompts and seeds. n:
+    prompts per new word.
+    """
     scores, words = {}, graded_words(run)
     for name, changes in run.columns().items():
         print(f"listening: {name}", flush=True)
@@ -320,8 +326,8 @@ def listening_section(run, n):
 
 
 def words_section(run):
-    """Clips for those of the run's own words that cannot be graded, six at most: a caption with each, in columns from
-    the same seeds.
+    """Return a list of HTML with clips for at most six of the run's words that cannot be graded. Every column of
+    run.columns() samples a caption with each word, from the same seed.
     """
     words = [word for word in run.words if word not in NEW_WORDS][:6]
     asked = [next((c for c in run.captions if has_keyword(c, [word])), word) for word in words]
@@ -337,10 +343,11 @@ def words_section(run):
 
 
 def report(folder, n=20):
-    """Return one self-contained HTML page about a training run: its command, losses, learning rate, how far the
-    weights, attention logits and embeddings moved, previews before and after, accuracy (on nano), clips of its own
-    words, flags and versions. n: prompts for each new word that the run was to learn or that its captions contain;
-    known words get as many as all new words together; 0: no grading. Raises BadInput.
+    """Return one self-contained HTML page about a training run: its command, losses and learning rate; how far weights,
+    attention logits and embeddings moved; previews from its start and end; on nano, accuracy and clips of words that
+    cannot be graded; its flags and versions. folder: the run's --out. n: number of graded prompts for each word in
+    graded_words; known words get as many prompts as all of these together; 0: no grading. Raises BadInput if the folder
+    holds no run.
     """
     run = TrainingRun(folder)
     graded = n and gradable(Pipeline(run.ckpt).settings)
@@ -370,7 +377,7 @@ def report(folder, n=20):
 
 def run(args):
     check_at_least(0, n=args.n)
-    parse_words(",".join(args.words))  # registers them, so that they can be graded
+    parse_words(",".join(args.words))  # adds the words to NEW_WORDS, so that they can be graded
     page = report(args.folder, args.n)
     out = Path(args.out or Path(args.folder) / "report.html")
     with atomic(out) as tmp:

@@ -1,4 +1,4 @@
-"""diag.py reuse: what sample.py --reuse saves and costs at several thresholds."""
+"""diag.py reuse: how many steps sample.py --reuse saves at several thresholds, and how much the clips change."""
 
 import math
 
@@ -12,9 +12,13 @@ from sample import decode, sample_latents
 
 
 def reuse(models, prompts, threshold, exact):
-    """Compare clips that are sampled with --reuse with the `exact` [(latents, video)] of the prompts, whose seeds are
-    0, 1, ... Returns {"threshold", "computed": steps that were computed, of "steps", "latent_error": relative, "psnr":
-    of the video in dB}, means over the prompts.
+    """Sample the prompts with an EasyCache of this threshold, as sample.py --reuse does, and compare the clips with
+    those sampled without reuse. models: a Pipeline. exact: [(latents, video)] of each prompt without reuse; prompt i
+    has seed i.
+
+    Returns {"threshold", "computed", "steps", "latent_error", "psnr"}. computed: how many of the "steps" computed a
+    velocity, a mean over the prompts. latent_error: ||z' - z|| / ||z|| of the latents, a mean over the prompts. psnr:
+    in dB, from the mean squared error of all videos.
     """
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):

@@ -1,4 +1,4 @@
-"""diag.py scale: predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy."""
+"""diag.py scale: predict the seconds per sample of a LoRA step on 1 to 64 GPUs, for several ways to divide the work."""
 
 import math
 from typing import NamedTuple
@@ -15,9 +15,10 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
     """Return {kind: bytes} that one rank sends in a training step of a k/v translator on every block, as parallel.World
     counts them.
 
-    layout: memory_estimate.ParallelLayout. grid: tokens (T',H',W') of a clip. batch: samples of a rank. adapter: bytes
-    of the adapters' gradients. itemsize: bytes of a weight. The first block's self-attention needs no gradient.
-    "weights": each block's shards are gathered in the forward pass and once more in the backward pass.
+    c: the WanConfig. layout: memory_estimate.ParallelLayout. grid: tokens (T',H',W') of a clip. batch: samples per
+    rank. adapter: bytes of the adapters' gradients. itemsize: bytes per weight. Kinds: "gradients"; "tokens", the
+    activations; "weights", the shards of blocks, gathered in the forward pass and again in the backward pass. The first
+    block's self-attention needs no gradient, so it sends no tokens in the backward pass.
     """
     sent, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
     if layout.sp_size > 1:
@@ -34,8 +35,8 @@ def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False)
 
 
 class Cluster(NamedTuple):
-    """GPUs, `per_machine` on each machine. inside, between: bandwidth in bytes/s per GPU, within a machine and between
-    machines.
+    """A cluster of machines with `per_machine` GPUs each. inside: bandwidth of a GPU to others in its machine, in
+    bytes/s. between: bandwidth of a GPU to other machines, in bytes/s.
     """
 
     inside: float
@@ -44,7 +45,9 @@ class Cluster(NamedTuple):
 
 
 def lora_step(c, grid, text=64):
-    """Return the Flops of a LoRA step with checkpointing on one clip with the token grid (T',H',W')."""
+    """Return the Flops of a training step of a k/v translator on all blocks, with checkpointing, on one clip. c: the
+    WanConfig. grid: tokens (T',H',W') of the clip. text: tokens of the prompt.
+    """
     translator = [f"blocks.{i}.cross_attn.{p}" for i in range(c.num_layers) for p in "kv"]
     latents = [n * side for n, side in zip(grid, c.patch_size)]
     return flops.training_step(c, latents, text, adapted=translator, checkpointing=True)
@@ -52,13 +55,13 @@ def lora_step(c, grid, text=64):
 
 def step_times(c, grid, ranks, adapter, compute, cluster):
     """Return {strategy: (seconds per sample of a LoRA step with checkpointing, bytes of weights per rank)} on `ranks`
-    GPUs of a Cluster. c: the WanConfig. grid (T',H',W'). adapter: bytes of the LoRA's gradients. compute: seconds that
-    one GPU computes for a sample. Weights are gathered while blocks compute; for what Ulysses and pipelines send, the
-    computation waits.
+    GPUs of a Cluster. c: the WanConfig. grid: tokens (T',H',W') of a clip. adapter: bytes of the LoRA's gradients.
+    compute: seconds that one GPU needs to compute a sample. Weights are assumed to be gathered during the computation
+    of other blocks; the computation waits for what Ulysses and pipelines send.
     """
 
     def link(n):
-        """Return the bytes/s of a GPU among n ranks."""
+        """Return the bandwidth of a GPU in bytes/s, if n ranks exchange data."""
         return cluster.inside if n <= cluster.per_machine else cluster.between
 
     tokens = math.prod(grid)
