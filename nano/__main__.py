@@ -1,8 +1,8 @@
-"""The command of the nano world: write clips with captions, grade a checkpoint, train the one in nano/ from scratch.
+"""The nano world's command: write clips with captions, grade a checkpoint, or train nano's checkpoint from scratch.
 
-    python -m nano clips --out DIR --n N --seed S          mp4 + txt files, and attributes.jsonl next to them
-    python -m nano eval --ckpt DIR [--lora FILE] ...       how well a checkpoint follows its prompts
-    python -m nano train --out DIR                         everything in nano/checkpoint, from scratch
+    python -m nano clips --out DIR --n N --seed S          write mp4 and txt files, and attributes.jsonl
+    python -m nano eval --ckpt DIR [--lora FILE] ...       grade how well a checkpoint follows its prompts
+    python -m nano train --out DIR                         train everything in nano/checkpoint from scratch
 
 A checkpoint trained on these clips is a complete Wan 2.2 TI2V in the official layout, small enough for two CPU cores,
 and it follows its prompts. So each step of the research loop (teach a word, train a translator, measure) runs here as
@@ -41,17 +41,19 @@ from nanowan.files import atomic, writing
 from nanowan.video import write_grid, write_mp4
 from sample import load
 
-CRF = 10  # x264's quality, at which an mp4 is graded as its pixels were before
+CRF = 10  # x264's quality, at which an mp4 gets the grades that its pixels got before
 
 
 def write_clips(args):
-    """Write mp4 and txt files, and attributes.jsonl."""
+    """Write the clips that `args` asks for into the folder --out: mp4 and txt files, and attributes.jsonl. If anything
+    fails, no clip is left there.
+    """
     words = parse_words(args.words)
     folder, rng, lines = Path(args.out), random.Random(f"clips {args.seed}"), []
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"--out {folder}: holds something already; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # so that no folder holds a part of the clips
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))  # replaces --out once all clips are written
     try:
         temporary.chmod(0o755)
         for i in range(args.n):
@@ -76,7 +78,7 @@ def write_clips(args):
 
 
 def suites_of(args):
-    """Return {name of a suite: its prompts with their attributes} that the flags ask for."""
+    """Return {suite: its prompts with their attributes} for the suites that the flags in `args` ask for."""
     words = parse_words(args.words)
     if args.prompts and words:
         raise BadInput("--words with --prompts: give one of them")
@@ -89,7 +91,7 @@ def suites_of(args):
 
 
 def evaluate(args):
-    """Grade a checkpoint: print its accuracy by attribute."""
+    """Sample clips from a checkpoint, grade them, and print the accuracy for each attribute."""
     models = load(args.ckpt, "cpu", torch.float32, args.lora, args.text_encoder)
     if not gradable(models.settings):
         raise BadInput(

@@ -1,4 +1,4 @@
-"""The clips that the trainers use without --data: clips of the nano world, half of them with a new word."""
+"""The clips that the trainers use if --data is not given: clips of the nano world, half of them with a new word."""
 
 import os
 import subprocess
@@ -11,7 +11,9 @@ DEFAULT_KEYWORDS = "crimson,wedge,halts"
 
 
 def default_clips(folder=Path("out/nano_data")):
-    """Return the folder of clips, which are drawn if there are none. Raises BadInput if they cannot be drawn."""
+    """Return `folder`, the folder of the default clips. The clips are drawn first if the folder has none. Raises
+    BadInput if drawing fails.
+    """
     if not (folder / "attributes.jsonl").exists():
         flags = ["--out", folder, "--n", "60", "--words", DEFAULT_KEYWORDS]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -1,4 +1,4 @@
-"""How well a checkpoint follows its prompts: clips of prompts with known attributes are sampled and graded."""
+"""Measure how well a checkpoint follows its prompts, by grading clips of prompts with known attributes."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ SUITE_NAMES = {"old words": "known words"}  # {key in JSON files: what is printe
 
 
 def gradable(settings):
-    """Whether a checkpoint with these Settings makes clips of the size that the grader reads."""
+    """Return whether a checkpoint with these Settings makes clips of the size and length that the grader reads."""
     return (tuple(settings.size), settings.frames) == ((SIZE, SIZE), FRAMES)
 
 
 def read_graded_prompts(file):
-    """Read lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}. Only the attributes that a line gives are
-    graded. Raises BadInput.
+    """Return the list of prompts in a JSONL file with lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}.
+    A line may leave out attributes, which are then not graded. Raises BadInput for any other file.
     """
     known = {"color": COLORS | UNDRAWN, "shape": SHAPES, "motion": MOTIONS}
     rows = []
@@ -46,14 +46,17 @@ def read_graded_prompts(file):
 
 
 def word_attribute(row):
-    """Return only the attribute that a prompt's new word stands for, such as {"color": "red"}."""
+    """Return the one attribute that the new word of a prompt stands for, such as {"color": "red"}. row: a prompt with
+    its "word" and its attributes.
+    """
     kind = NEW_WORDS[row["word"]][0]
     return {kind: row[kind]}
 
 
 def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
-    """Sample a clip of every row's prompt (row i from seed + i) and grade it. Returns (grades, clips (N,3,9,64,64) on
-    the host). overrides: as sample.sample_latents takes them.
+    """Sample a clip for the prompt of each row (row i from seed + i), and grade the clips. Returns (grades, clips
+    (N,3,9,64,64) on the host). batch: number of clips that are sampled at once. overrides: keyword arguments of
+    sample.sample_latents.
     """
     clips = []
     for i in range(0, len(rows), batch):
@@ -65,17 +68,19 @@ def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
 
 
 def word_suites(words, n, seed):
-    """Return {suite: rows of world.prompts}: n prompts for each new word, and as many for the known words ("old words")
-    as for all new words together, or fewer if no more exist. Raises BadInput if a new word has fewer than n prompts.
+    """Return {suite: rows of world.prompts}. The suite of each new word has n prompts. The suite of the known words,
+    "old words", has as many prompts as all new words together, or fewer if no more exist. Raises BadInput if a new word
+    has fewer than n prompts.
     """
     suites = {word: prompts(n, seed, words=[word]) for word in words}
     return suites | {"old words": prompts(n * max(1, len(words)), seed, at_most=True)}
 
 
 def listen(models, words, n, seed=0, progress=False, **overrides):
-    """Return {suite: {attribute: grader.proportion}}: the accuracy for each new word (n prompts), for all new words
-    pooled, and for the attributes of known words (as many prompts as for all new words, or as many as exist). n: 1 or
-    more.
+    """Return {suite: {attribute: what grader.proportion returns}}, the accuracy on the suites of word_suites. A new
+    word is graded for the attribute that it stands for, and known words ("old words") for every attribute; "new words"
+    has the accuracy on all new words, pooled. n: prompts per new word, 1 or more. overrides: keyword arguments of
+    sample.sample_latents.
     """
     found, pooled = {}, 0
     for suite, rows in word_suites(words, n, seed).items():
@@ -93,7 +98,9 @@ def listen(models, words, n, seed=0, progress=False, **overrides):
 
 
 def print_scores(name, rows, accuracy, grades):
-    """Print a suite's accuracy for each attribute, with its interval."""
+    """Print the accuracy on a suite for each attribute, with its 95 % interval. name: the suite's name. rows: the
+    suite's prompts. accuracy: what grader.shares returns.
+    """
     iou = sum(g["iou"] for g in grades) / len(grades)
     print(f"{name} (n = {len(rows)}, iou {iou:.3f})")
     for kind, share in accuracy.items():

@@ -1,4 +1,4 @@
-"""The grader: what a clip of the nano world shows, read from its pixels alone, and accuracy over several clips."""
+"""The grader: tell what a clip of the nano world shows from its pixels alone, and compute accuracy over clips."""
 
 import math
 
@@ -12,9 +12,9 @@ def nearest(rgb, palette):
 
 
 def grade(clip):
-    """Return {"color", "shape", "motion", "background", "iou"} of what a clip (3,T,64,64) in [-1,1] shows, read from
-    its pixels alone. iou: the overlap with the best-fitting shape template (0..1, soft, mean over frames). If nothing
-    is drawn, color, shape and motion are None and iou is 0.
+    """Return {"color", "shape", "motion", "background", "iou"}, what a clip (3,T,64,64) in [-1,1] shows as its pixels
+    alone tell. iou: the overlap of what is drawn with the best-fitting shape template (0..1, soft, mean over frames).
+    If nothing is drawn, color, shape and motion are None and iou is 0.
     """
     x = (clip.float().nan_to_num() + 1) * 127.5
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -62,7 +62,7 @@ def grade(clip):
 
 
 def wilson(right, n):
-    """Return the 95 % interval of a proportion (Wilson, 1927)."""
+    """Return (low, high), the 95 % interval of the proportion right / n (Wilson, 1927)."""
     if not n:
         return 0.0, 1.0
     z, p = 1.96, right / n
@@ -71,13 +71,16 @@ def wilson(right, n):
 
 
 def proportion(n_right, n):
-    """Return the accuracy n_right / n with its 95 % interval."""
+    """Return {"right", "n", "low", "high"}: the accuracy n_right / n, n, and the 95 % interval of the accuracy."""
     low, high = wilson(n_right, n)
     return {"right": n_right / n, "n": n, "low": low, "high": high}
 
 
 def shares(grades, rows):
-    """Return {attribute: accuracy} over the rows that ask for the attribute."""
+    """Return {attribute: accuracy}. The accuracy is the share of clips that show the value that their prompts ask for,
+    among the prompts that ask for the attribute. grades: what `grade` returned for each clip. rows: the attributes that
+    each prompt asks for.
+    """
     accuracy = {}
     for kind in ATTRIBUTES:
         pairs = [(g[kind], w[kind]) for g, w in zip(grades, rows) if kind in w]

@@ -1,4 +1,4 @@
-"""Training the checkpoint in nano/ from scratch, on every clip of the nano world."""
+"""Train the checkpoint in nano/ from scratch, on every clip of the nano world's trained triples."""
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
@@ -48,7 +48,7 @@ from wan import Wan, WanConfig
 
 DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=48, out_dim=48, text_dim=128)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
-# the values that teach words best on nano, by runs/listen.sh and runs/claims.sh
+# the values with which words were learned best on nano, as runs/listen.sh and runs/claims.sh measured
 TRAIN_LORA = dict(steps=400, batch=16, lr=4e-3, shift=8.0)
 TRAIN_TE = dict(steps=500, batch=32, lr=1e-3, keyword_lr=0.01, keyword_init="search", shift=3.0)
 TRAIN_TE |= dict(caption_mode_probs="0,0,100", trim_prob=0.3)
@@ -57,9 +57,11 @@ TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """Run one stage of training: AdamW, gradient norm clipped to 1, 100 steps of warm-up, linear decay over the last
-    `decay` of the steps. At the end the parameters become their moving average (`ema` per step). loss_at(step) draws by
-    the step alone, so a killed run continues from its last state (out/state_NAME.pt) as if it had not been killed.
+    """Train `params` for one stage: AdamW, gradient norm clipped to 1, 100 steps of warm-up, and a linear decay of the
+    learning rate over the last part of the steps (the share `decay`). At the end, each parameter is replaced by its
+    moving average, which keeps the share `ema` of itself in each step. loss_at: a function from a step to the loss,
+    whose random numbers depend on the step alone. So a killed run that continues from its last state
+    (out/state_NAME.pt) gives the same result as an unbroken run.
     """
     params = list(params)
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -93,8 +95,8 @@ def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
 
 
 def vae_batch(rng, n, frames, size):
-    """Return n clips to train the VAE on, half of them in the world's colours, half in any colours: windows of `size`
-    px around the shape.
+    """Return clips (n,3,frames,size,size) to train the VAE on, half of them in the nano world's colours, half in random
+    colours. Each clip is a window of `size` px around the shape. rng: a random.Random.
     """
     shapes, colors, grounds, centers = [], [], [], []
     for _ in range(n):
@@ -114,8 +116,8 @@ def vae_batch(rng, n, frames, size):
 
 
 def train_vae(out, seed):
-    """Train the VAE: on images, then 5-frame windows, then whole clips; then the decoder alone. Returns the VAE with
-    its latent statistics folded in.
+    """Train a VAE and return it: on images, then on 5-frame windows, then on full clips, and at last the decoder alone.
+    The returned VAE has its latents scaled by fold_stats. out: folder for the states of run_stage.
     """
     torch.manual_seed(seed)
     vae = channels_last(VAE("2.2", 8, 12))
@@ -158,8 +160,8 @@ def train_vae(out, seed):
 
 @torch.no_grad()
 def fold_stats(vae, clips):
-    """Scale the latents, within the two 1x1x1 convolutions, so that each channel has the mean and standard deviation of
-    the full-size VAE's. Then the constants in vae.py are right for this VAE too.
+    """Change the weights of the VAE's two 1x1x1 convolutions, in place, so that on `clips` each latent channel has the
+    mean and standard deviation of that channel in the full-size VAE. The constants in vae.py then fit this VAE too.
     """
     z = torch.cat([torch.cat([m[:, :48] for m in vae.moment_chunks(c)], 2) for c in clips.split(16)])
     mean, std = (torch.tensor(s) for s in LATENT_STATS[48])
@@ -177,9 +179,9 @@ def captions_for_pieces():
 
 
 def train_tokenizer(file):
-    """Write a sentencepiece model of the world's captions, with T5's special ids. UMT5's has a piece for most words;
-    likewise this one has a piece for each new word, which the base never reads. It has every letter, so that other
-    words can be spelled.
+    """Write a sentencepiece model of the world's captions, with T5's special ids, to `file`. UMT5's model has a piece
+    for most words; likewise, this model has a piece for each new word, although the base never reads these words. Every
+    letter has a piece too, so that any other word can be tokenised as letters.
     """
     letters, model = [ascii_lowercase, " ".join(ascii_lowercase)], io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -202,16 +204,17 @@ def train_tokenizer(file):
 
 
 def with_letter_pairs(model, words):
-    """Add pieces for any two letters at the beginning of a word to a sentencepiece model (bytes). Then a user's own
-    words differ in their pieces, as they do in UMT5's 256,384, and not only in the order of letters that all words
-    share. A pair that would change how `words` are split is left out.
+    """Return a sentencepiece model (bytes) to which pieces have been added for any two letters at the beginning of a
+    word. Without these pieces, words that a user invents would differ only in the order of letters that all words
+    share; with them, the words differ in their pieces, as they do with UMT5's 256,384 pieces. A pair that would change
+    how `words` are split is left out.
     """
     before = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = {before.id_to_piece(i): before.get_score(i) for i in range(before.get_piece_size())}
     pairs = ["\u2581" + a + b for a in ascii_lowercase for b in ascii_lowercase]
 
-    def entry(pair):  # field 1 of a ModelProto, a message of piece (1) and score (2); appended, it adds a piece
-        score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # above that of its parts
+    def entry(pair):  # a ModelProto's field 1, with piece (1) and score (2); appended, it adds the pair
+        score = 0.01 + sum(scores[part] for part in before.encode(pair[1:], out_type=str))  # above its parts' sum
         return message(1, message(1, pair.encode()) + b"\x15" + struct.pack("<f", score))
 
     pairs = [pair for pair in pairs if pair not in scores]
@@ -225,7 +228,9 @@ def with_letter_pairs(model, words):
 
 
 def train_dit(out, seed, vae, tokenizer, steps, config):
-    """Train the DiT and the text encoder together, from scratch, on cached latents of every clip."""
+    """Train a DiT and a text encoder together, from scratch, on the latents of every_clip(), and return (DiT, encoder).
+    steps: number of training steps. config: the DiT's WanConfig.
+    """
     torch.manual_seed(seed)
     model, encoder = Wan(config), TextEncoder(tokenizer.pieces.get_piece_size(), config.text_dim, 128, 256, 2, 2)
     for m in [*model.modules(), *encoder.modules()]:
@@ -260,9 +265,10 @@ def train_dit(out, seed, vae, tokenizer, steps, config):
 
 @torch.no_grad()
 def introduce(encoder, spiece):
-    """Give the new words such embeddings as a text encoder pretrained on books would have for them: the mean of the
-    known words of their kind, plus noise. These tell that a word is a colour, a shape or a verb, but not which. Also
-    add letter pairs to the tokenizer's file, with random embeddings.
+    """Set the embedding of each new word to the mean of the embeddings of the known words of its kind, plus noise. As
+    in a text encoder pretrained on books, the embedding then tells that the word is a colour, a shape or a verb, but
+    not which one. Also add letter pairs to the tokenizer's file `spiece`, and random embeddings of these pairs to the
+    encoder.
     """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
     kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}
@@ -284,8 +290,9 @@ def state_in(dtype, model):
 
 
 def train(out, seed, steps, layers, vae_of):
-    """Train everything and write it to the folder `out` in the official layout of TI2V-5B. steps, layers: of the DiT.
-    vae_of: a checkpoint whose VAE is used, or None. Raises BadInput if the folder was begun with other flags.
+    """Train a VAE, a tokenizer, a text encoder and a DiT, and write them to the folder `out` in the official layout of
+    TI2V-5B. steps: training steps of the DiT. layers: number of blocks in the DiT. vae_of: a checkpoint whose VAE is
+    used instead of a new one, or None. Raises BadInput if the run in `out` was begun with other flags.
     """
     out, dit = Path(out), replace(DIT, num_layers=layers)
     out.mkdir(parents=True, exist_ok=True)

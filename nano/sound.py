@@ -1,4 +1,4 @@
-"""The nano world with sound: shapes whose size follows the loudness of a voice-like sound, and how it is measured.
+"""The nano world with sound: shapes whose size follows the loudness of a voice-like sound, and a measure of that.
 
 A clip is 64x64 px, 32 frames at 16 per second: one shape of the nano world moves through the middle, and its radius
 grows with the loudness, from 6 px in silence to 15 px. The checkpoint to train on these clips, in S2V's layout, is made
@@ -22,7 +22,7 @@ from nanowan.variants.s2v.model import STATES, S2VConfig, WanS2V
 from nanowan.variants.s2v.wav2vec2 import SAMPLE_RATE, STRIDES, VIDEO_RATE, Wav2Vec2, Wav2Vec2Sizes
 from nanowan.video import to_uint8, write_frames
 
-FRAMES, RADII, REACH = 32, (6, 15), 12  # frames of a clip; px, silent and loudest; px from the middle to a path's ends
+FRAMES, RADII, REACH = 32, (6, 15), 12  # per clip; px when silent and loudest; px from the middle to a path's ends
 SAMPLES = SAMPLE_RATE // VIDEO_RATE  # samples of sound per frame
 SPEECH = dict(conv_dim=32, kernels=(10, 3, 3, 3, 3, 2, 2), strides=STRIDES, dim=64, ffn_dim=64, heads=4)
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=VIDEO_RATE, steps=12, shift=2.0, guidance=1.5, solver="euler")
@@ -31,8 +31,8 @@ TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, shift=1.5, t_distributi
 
 # ---- sounds and clips --------------------------------------------------------------------------------------------
 def voice(seed):
-    """Return two seconds (N,) of a buzz with a voice's pitch and harmonics, in long syllables that are alternately loud
-    and soft: as fast as nano's VAE, with one latent frame for four frames, can follow.
+    """Return two seconds of sound (N,) at 16 kHz: a buzz with a voice's pitch and harmonics, in syllables that are
+    alternately loud and soft. The syllables are long enough for nano's VAE, which has one latent frame for four frames.
     """
     rng, g = random.Random(f"voice {seed}"), torch.Generator().manual_seed(seed)
     n = FRAMES * SAMPLES
@@ -50,15 +50,17 @@ def voice(seed):
 
 
 def loudness(samples):
-    """Return (F,) in [0,1]: the root mean square of a sound (N,) at 16 kHz during each video frame, divided by the
-    largest.
+    """Return (F,) in [0,1]: for each video frame, the root mean square of the sound `samples` (N,) at 16 kHz, divided
+    by the largest root mean square of all frames.
     """
     power = samples.unflatten(0, (-1, SAMPLES)).square().mean(1).sqrt()
     return power / power.max()
 
 
 def paint(a, level):
-    """Return the clip (3,F,64,64) in [-1,1] of {"color", "shape", "motion", "background"} at loudness `level` (F,)."""
+    """Return a clip (3,F,64,64) in [-1,1] with the attributes `a` {"color", "shape", "motion", "background"}, in which
+    the shape's radius follows the loudness `level` (F,).
+    """
     frames = len(level)
     radius = RADII[0] + (RADII[1] - RADII[0]) * level
     way = torch.linspace(-REACH, REACH, frames)[:, None] * torch.tensor(MOTIONS[a["motion"]])
@@ -70,13 +72,13 @@ def paint(a, level):
 
 
 def example(seed):
-    """Return (attributes, sound (N,), clip) of a seed."""
+    """Return (attributes, sound (N,), clip (3,F,64,64)), drawn at random from a seed."""
     a, sound = sample_attributes(random.Random(f"clip {seed}")), voice(seed)
     return a, sound, paint(a, loudness(sound))
 
 
 def write_wav(path, samples):
-    """Write a sound (N,) in [-1,1] at 16 kHz as 16-bit PCM."""
+    """Write a sound (N,) in [-1,1] at 16 kHz to a WAV file as 16-bit PCM."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -85,7 +87,9 @@ def write_wav(path, samples):
 
 
 def write_clips(folder, seeds):
-    """Write NAME.mp4 with its sound, and NAME.txt, for each seed; clips that exist are kept."""
+    """Write a clip of each seed into a folder: SEED.mp4 with its sound, and SEED.txt with its caption. Clips that exist
+    are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         file, sound_file = folder / f"{seed:04d}.mp4", folder / "sound.tmp"
@@ -99,9 +103,9 @@ def write_clips(folder, seeds):
 
 # ---- measures ----------------------------------------------------------------------------------------------------
 def pulse(clip):
-    """Return (T,) px: for each frame of a clip (3,T,H,W), the radius of a circle with the area that differs from the
-    background, which is the colour of the border. What differs by less than a quarter of the shape's own contrast is
-    haze and does not count.
+    """Return (T,) in px: for each frame of a clip (3,T,H,W), the radius of a circle with the same area as what differs
+    from the background. The background is the colour of the border. Pixels that differ from the background by less than
+    a quarter of the shape's contrast are haze and do not count.
     """
     x = clip.float()
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -111,7 +115,7 @@ def pulse(clip):
 
 
 def correlation(a, b):
-    """Return Pearson's correlation of two curves (T,); 0 if one of them is flat."""
+    """Return Pearson's correlation of two curves (T,), or 0 if one of them is flat."""
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-6))
 
@@ -119,9 +123,10 @@ def correlation(a, b):
 # ---- a checkpoint ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def write_checkpoint(folder, seed):
-    """Write a folder in S2V's layout. The VAE, the text encoder and the DiT's blocks are nano's, so latents are VAE
-    2.2's with 48 channels. The DiT's modules for sound are new, and add nothing to the noise tokens until they are
-    trained. wav2vec2 is random, with the structure and the 24 layers of the released one.
+    """Write a checkpoint in S2V's layout to a folder. The VAE, the text encoder and the DiT's blocks are nano's, so the
+    latents are those of VAE 2.2, with 48 channels. The DiT's modules for sound are new, and add nothing to the noise
+    tokens until they are trained. The wav2vec2 is random, with the structure and the 24 layers of the released
+    wav2vec2. seed: random seed of the new modules.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -59,12 +59,12 @@ NEW_WORDS = {
     "plus": ("shape", "cross"),
 }
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
-UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained on; a suite of its own grades composition on them
+UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained on; one suite grades composition on these triples
 
 
 def template(shape, radius, center, size=SIZE):
-    """Return the anti-aliased coverage (B,T,size,size) of shapes, in [0,1]. shape (B,): indices into SHAPES. radius
-    (B,) px. center (B,T,2): x, y in px.
+    """Return the coverage (B,T,size,size) of each pixel by a shape, in [0,1], anti-aliased. shape (B,): indices into
+    SHAPES. radius (B,) px. center (B,T,2): x, y in px.
     """
     grid = torch.arange(size) + 0.5
     x = grid[None, None, None, :] - center[..., 0, None, None]
@@ -88,8 +88,8 @@ def template(shape, radius, center, size=SIZE):
 
 
 def render(shape, color, background, center, size=SIZE):
-    """Return clips (B,3,T,size,size) in [-1,1]. shape (B,): as in template. color, background (B,3): in 0..255. center
-    (B,T,2): x, y in px.
+    """Return clips (B,3,T,size,size) in [-1,1], each of one shape. shape (B,): indices into SHAPES. color, background
+    (B,3): RGB in 0..255. center (B,T,2): x, y in px.
     """
     cover = template(shape, torch.full((len(shape),), float(RADIUS)), center, size)[:, None]
     color, background = (c.float().view(-1, 3, 1, 1, 1) / 127.5 - 1 for c in (color, background))
@@ -97,8 +97,8 @@ def render(shape, color, background, center, size=SIZE):
 
 
 def paths_of(motion):
-    """Return every path of a motion, each as 9 centres (x, y). A path goes through the middle of the frame, shifted by
-    -4, 0 or 4 px across its direction; one without motion is shifted both ways.
+    """Return all paths of a motion, each a list of 9 centres (x, y). A path goes through the middle of the frame,
+    shifted by -4, 0 or 4 px across the motion; a path of "still" is shifted in both directions.
     """
     dx, dy = MOTIONS[motion]
     return [
@@ -112,7 +112,9 @@ def paths_of(motion):
 
 
 def paint(attributes, centers):
-    """Return clips (B,3,9,64,64) in [-1,1] of B {"color", "shape", "motion", "background"}; centers (B,9,2) in px."""
+    """Return clips (B,3,9,64,64) in [-1,1], one for each of B `attributes` {"color", "shape", "motion", "background"}.
+    centers (B,9,2): x, y of the shape in px.
+    """
     palette = COLORS | UNDRAWN
     return render(
         torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
@@ -123,14 +125,16 @@ def paint(attributes, centers):
 
 
 def draw(attributes, seed):
-    """Return `paint` of the attributes, along paths that the seed chooses."""
+    """Return clips (B,3,9,64,64) in [-1,1], one for each of B `attributes` {"color", "shape", "motion", "background"},
+    along paths that are drawn at random from the seed.
+    """
     rng = random.Random(seed)
     return paint(attributes, [rng.choice(paths_of(a["motion"])) for a in attributes])
 
 
 def caption_of(a, rng, words=(), form=None):
-    """Return a caption of attributes `a`. words: new words to use wherever they fit. form: a template (default: a
-    random one).
+    """Return a caption of the attributes `a`. words: new words, each used in the caption if it has the meaning of an
+    attribute. form: a template (default: a random one).
     """
     value = {
         "color": a["color"],
@@ -146,8 +150,8 @@ def caption_of(a, rng, words=(), form=None):
 
 
 def held_out(caption, word=None):
-    """Whether a caption is kept out of training, by its checksum: every tenth one, and every second of those with a new
-    word, of which there are fewer.
+    """Return whether a caption is kept out of training, which its checksum decides: one caption in ten is kept out, or
+    one in two if the caption contains a new word. word: the new word, or None.
     """
     return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
 
@@ -158,8 +162,8 @@ def sample_attributes(rng, triples=None):
 
 
 def training_caption(a, rng):
-    """Return what the base reads: mostly a sentence that is not held out, for 10 % of clips one attribute alone, and
-    for 10 % nothing (for guidance).
+    """Return a random caption of the attributes `a` to train the base with: for 80 % of clips a sentence that is not
+    held out, for 10 % one attribute alone, and for 10 % nothing (for guidance).
     """
     u = rng.random()
     if u < 0.1:
@@ -172,11 +176,12 @@ def training_caption(a, rng):
 
 
 def prompts(n, seed, unseen=False, words=(), at_most=False):
-    """Return n different prompts with their attributes, none of which was trained on.
+    """Return a list of n different prompts with their attributes, {"prompt", "color", ...}; the base was trained on
+    none of them.
 
-    They are held-out captions of trained triples; with `unseen`, any captions of the triples that were never trained
-    on; with `words`, captions that use these new words, one each and alternating, held out from what `clips` writes. If
-    there are fewer than n, raises BadInput, or with `at_most` returns fewer.
+    The prompts are held-out captions of trained triples. With `unseen`, they are any captions of the triples that were
+    never trained on. With `words`, each has one of these new words, the words alternate, and `clips` writes none of
+    these captions. If there are fewer than n prompts, raises BadInput, or with `at_most` returns fewer.
     """
     rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
     for _ in range(200 * n):
@@ -193,8 +198,8 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 
 def triples_of(word):
-    """Return the trained triples that a new word can describe; for a colour that was never drawn, all shapes and
-    motions in it.
+    """Return the trained triples that a new word can describe. For a colour that was never drawn, return its triples
+    with every shape and motion.
     """
     kind, meaning = NEW_WORDS[word]
     if meaning in UNDRAWN:
@@ -203,7 +208,7 @@ def triples_of(word):
 
 
 def every_clip():
-    """Return all clips of the trained triples: ([attributes], (N,3,9,64,64))."""
+    """Return ([attributes], clips (N,3,9,64,64)) with all clips of the trained triples."""
     attributes, centers = [], []
     for color, shape, motion in TRIPLES:
         if (color, shape, motion) not in UNSEEN:
@@ -215,8 +220,9 @@ def every_clip():
 
 
 def parse_words(text):
-    """ "crimson,scarlet=red" -> ["crimson", "scarlet"]; from then on scarlet is one of NEW_WORDS. Raises BadInput for a
-    word without a known meaning, and for a meaning that the nano world does not have.
+    """Return the words in the value of --words: "crimson,scarlet=red" -> ["crimson", "scarlet"]. A word that is given
+    with its meaning, such as scarlet, is added to NEW_WORDS. Raises BadInput for a word without a known meaning, and
+    for a meaning that the nano world does not have.
     """
     words = []
     for item in text.split(",") if text else []:
@@ -235,13 +241,15 @@ def parse_words(text):
 
 
 def base_words():
-    """Return all words that the base has read."""
+    """Return the set of all words that the base has read."""
     spoken = [verb for verbs in VERBS.values() for verb in verbs]
     return set(re.findall(r"\w+", " ".join([*COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS, *spoken, *TEMPLATES, "an"])))
 
 
 def meaning_of(word, meaning):
-    """Return (the attribute that can have this value, the value). Raises BadInput."""
+    """Return (attribute, value) for a new word and its meaning, such as ("color", "red") for the meaning "red". Raises
+    BadInput if the word is not a new word or no attribute has the meaning as a value.
+    """
     values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
     item, known = f"--words {word}={meaning}", ", ".join(v for of_kind in values.values() for v in of_kind)
     if not re.fullmatch(r"\w+", word):
