@@ -1,4 +1,4 @@
-"""Timing and memory of contenders that run alternately, and a description of the machine."""
+"""Measure the time and memory of contenders that run alternately, and describe the machine."""
 
 import ctypes
 import datetime
@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def interleaved(contenders, rounds, synchronize=lambda: None):
-    """Return {name: seconds of each round}. A round that is not counted comes first; rounds alternate in which
-    contender begins.
+    """Run the contenders {name: function} alternately, and return {name: seconds of each round}. A first round is not
+    counted. Every second round runs the contenders in reverse order. synchronize: a function that waits for the device,
+    called around each run.
     """
     for run in contenders.values():
         run()
@@ -39,8 +40,9 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 
 
 def keep_results(jobs, run, about, path, seconds):
-    """Add run(name, seconds left) of each job to `about`, and write `about` to the JSON file `path` after each job. A
-    job that would begin after `seconds` is left out and named.
+    """Call run(name, seconds left) for each name in `jobs`, store the result in about[name], and write `about` to the
+    JSON file `path` after each. Returns `about`. A job that would begin after `seconds` is not run, and its result says
+    so.
     """
     began = time.monotonic()
     for name in jobs:
@@ -53,12 +55,15 @@ def keep_results(jobs, run, about, path, seconds):
 
 
 def seconds_of(run, rounds):
-    """Return the median seconds of several runs."""
+    """Return the median seconds that run() takes, over `rounds` calls."""
     return median(interleaved({"run": run}, rounds)["run"])
 
 
 def print_memory(make, name):
-    """Print what peak_memory reads from its process."""
+    """Run a contender, and print how many bytes its peak memory is above the memory that this process held before. The
+    process must be a fresh one, which peak_memory starts. make: a function that returns (contenders, FLOPs). name: the
+    contender's name.
+    """
     contenders, _ = make()
     contenders[name]()  # the first run imports and sets things up
     ctypes.CDLL(None).malloc_trim(0)
@@ -69,8 +74,8 @@ def print_memory(make, name):
 
 
 def peak_memory(work, name):
-    """Return the bytes that a contender's benchmark takes in addition to what the process held before, measured in a
-    process of its own, in which glibc keeps no freed memory.
+    """Return the bytes of peak memory that the contender `name` of the benchmark `work` takes, in addition to what its
+    process held before. The contender runs in a process of its own, in which glibc keeps no freed memory.
     """
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks", work, "--memory_of", name],
@@ -84,7 +89,9 @@ def peak_memory(work, name):
 
 
 def add_reference(contenders):
-    """Return the contenders and, as the second, ours with every op as its plain definition."""
+    """Return the contenders with "ref" as the second: the same as "ours", but with every op as its plain PyTorch
+    definition.
+    """
 
     def ref():
         with backend.using("ref"):
@@ -94,7 +101,7 @@ def add_reference(contenders):
 
 
 def add_peer_adapter(peer):
-    """Add a translator (k and v of cross-attention, rank 16) to diffusers' model, with peft."""
+    """Add a translator (k and v of cross-attention, rank 16) to diffusers' DiT with peft."""
     from peft import LoraConfig
 
     peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, whole samples, loading."""
+"""`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, sampling end to end, loading."""
 
 import functools
 import itertools
@@ -31,14 +31,18 @@ GRID = (3, 20, 32)  # latent frames, height, width in the DiT's benchmarks: 480 
 
 
 def dit_flops(c, tokens, text, batch=1):
-    """Return the FLOPs of a forward pass of a DiT of WanConfig c whose text keys and values are cached."""
+    """Return the FLOPs of a DiT's forward pass whose text keys and values are cached. c: the WanConfig. tokens: of a
+    clip. text: tokens of a prompt.
+    """
     linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
 
 
 @functools.cache
 def dit():
-    """Return a DiT of width 768, ours and diffusers', and inputs with a 40-token prompt."""
+    """Return (our DiT of width 768, diffusers' DiT with the same weights, x, t, a 40-token prompt's embeddings, the
+    same embeddings padded to 512 tokens).
+    """
     model = tiny.randomize(Wan(WanConfig("ti2v", 768, 3072, 6, 6, 48, 48, text_dim=768)), 0)
     x, t, context = torch.randn(1, 48, *GRID), torch.tensor([500.0]), torch.randn(1, 40, 768)
     return model, tiny.diffusers_dit(model), x, t, context, F.pad(context, (0, 0, 0, 472))
@@ -52,8 +56,8 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Forward and backward of a translator (k and v of cross-attention, rank 16). `blocks` limits ours; the peer's
-    translator is in all blocks.
+    """Return (contenders {name: function}, None) for a LoRA step: forward and backward of a translator (k and v of
+    cross-attention, rank 16). blocks: the blocks that our translator is in; the peer's translator is in all blocks.
     """
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
@@ -78,7 +82,9 @@ def lora_step(blocks=range(6), checkpointing=False):
 
 
 def preserving_step():
-    """A LoRA step on four samples, two of which are preserved, and the same step with none preserved."""
+    """Return (contenders {name: function}, None) for a LoRA step on four samples: "ours" with two of them preserved,
+    and "plain" with none preserved.
+    """
     model, _, x, _, context, _ = dit.__wrapped__()
     lora.inject(model, rank=16)
     context, lens, t = context.repeat(4, 1, 1), torch.full((4,), 40), torch.rand(4)
@@ -122,7 +128,9 @@ def vae_encode():
 
 
 def text_encoder():
-    """Four prompts of 20 tokens, which diffusers' pipelines pad to 512."""
+    """Return (contenders {name: function}, None) for encoding four prompts of 20 tokens, which diffusers' pipelines pad
+    to 512 tokens.
+    """
     model = tiny.randomize(TextEncoder(1000, 512, 512, 1280, 8, 6), 2)
     peer, ids = tiny.transformers_t5(model), torch.randint(3, 1000, (4, 20))
     padded, mask = F.pad(ids, (0, 492)), F.pad(torch.ones_like(ids), (0, 492))
@@ -134,8 +142,8 @@ def text_encoder():
 
 
 def sample_video():
-    """Ten guided UniPC steps of a small TI2V, 9 frames of 128x128, from prompt to pixels; the weights are loaded
-    before.
+    """Return (contenders {name: function}, None) for sampling with a small TI2V from prompt to pixels: ten guided UniPC
+    steps, 9 frames of 128x128. The weights are loaded before.
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import T5TokenizerFast
@@ -181,8 +189,8 @@ def sample_video():
 
 
 def speech_step():
-    """A step of S2V that continues another clip. Inputs that are the same at every step are computed once (ours), or
-    every time.
+    """Return (contenders {name: function}, None) for an S2V step that continues another clip. "ours" computes the
+    inputs that are the same at every step only once, before the step; "recomputed" computes these inputs in the step.
     """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
     model, given = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
@@ -197,7 +205,9 @@ def speech_step():
 
 
 def speech_clips():
-    """Videos of ten clips and of two: a long video takes more time, but no more memory."""
+    """Return (contenders {name: function}, None) for an S2V video: ten clips, and two clips. The longer video takes
+    more time, but no more memory.
+    """
     folder = Path(tempfile.mkdtemp())
     pipe = load(tiny_s2v.checkpoint(folder / "s2v"))
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(10)[None])
@@ -215,7 +225,9 @@ def speech_clips():
 
 @torch.no_grad()
 def animate_step():
-    """A step after the first of a small Animate of width 768; diffusers computes faces and picture at every step."""
+    """Return (contenders {name: function}, None) for a step of a small Animate of width 768 after the first step.
+    diffusers encodes the faces and the picture at every step, nanoWan only once.
+    """
     model = tiny_animate.animate(layers=5, dim=768, heads=6)
     peer, frames, side = tiny_animate.diffusers_animate(model), 6, model.motion_encoder.side
     x, t, context = torch.randn(1, 36, frames, 16, 32), torch.tensor([500.0]), torch.randn(1, 40, tiny.TEXT_DIM)
@@ -230,7 +242,7 @@ def animate_step():
 
 
 def loading():
-    """Load a checkpoint of 1 GB into memory, in fp32."""
+    """Return (contenders {name: function}, None) for loading a DiT of 1 GB into memory, in fp32."""
     from diffusers import WanTransformer3DModel
 
     ours, theirs = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -245,8 +257,9 @@ def loading():
 
 
 def cache_clip():
-    """Scan a clip of 120 frames of 1080p, and prepare 49 of its frames at 832x480 for the VAE, which is left out. The
-    peer is a plain loop of PyAV and PIL: every frame becomes a picture, and the chosen ones are resized.
+    """Return (contenders {name: function}, None) for caching a clip: scan 120 frames of 1080p, and prepare 49 of them
+    at 832x480 for the VAE, which is left out. The peer is a plain loop with PyAV and PIL: every frame becomes a
+    picture, and the chosen pictures are resized.
     """
     import av
     from PIL import Image
@@ -297,13 +310,15 @@ WORKS = {
 
 
 def matmul_peak():
-    """Return the FLOP/s of the largest products, the median of seven runs."""
+    """Return the FLOP/s of a large matrix product, the median of seven runs."""
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
     return 2 * 1024 * 2048 * 2048 / seconds_of(lambda: a @ b, 7)
 
 
 def on_cpu(names, rounds):
-    """Measure these benchmarks and print a row for each once it is done."""
+    """Measure the benchmarks `names` of WORKS, print a table row for each as soon as it is measured, and return all
+    measurements. rounds: runs of each contender.
+    """
     results, peak = {}, matmul_peak()
     columns = ("benchmark", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")
     print(f"matmul peak {peak / 1e9:.0f} GFLOP/s\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -332,8 +347,8 @@ def on_cpu(names, rounds):
 
 @torch.no_grad()
 def growth():
-    """Measure cost against tokens and frames, with the FLOP count: {"dit": [(tokens, seconds, flops)], "decode":
-    [(frames, seconds)]}.
+    """Measure how cost grows with tokens and frames. Returns {"dit": [(tokens, seconds, FLOPs)], "decode": [(frames,
+    seconds)]}.
     """
     model, _, _, t, context, _ = dit()
     decoder, curves = vae()[0], {"dit": [], "decode": []}

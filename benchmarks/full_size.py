@@ -43,15 +43,15 @@ RUNS = {  # the most informative runs come first
     "--image {inputs}/picture.png --audio {inputs}/sound.wav",
     "animate-14B: sample, streamed": "sample.py --steps 1 --stream_blocks 40 --src_root_path {inputs}/driving",
 }
-CARD_GB = 24  # the runs of 14B models see a card with this much memory
+CARD_GB = 24  # in runs of 14B models, the card has only this much free memory
 # wav2vec2-large-xlsr-53-english and ViT-H/14, as released
 SPEECH = (512, (10, 3, 3, 3, 3, 2, 2), STRIDES, 1024, 4096, 16, 24, 16, 128)
 VISION = dict(dim=1280, ffn_dim=5120, layers=32, patch=14, tokens=257)
 
 
 def random_weights(build_model, device):
-    """Return a random model in bf16, whose weights keep the size of activations. The model is on the host; nothing
-    stays on the device.
+    """Return the model that build_model() makes, in bf16, on the host, with random weights that keep the size of
+    activations. The weights are drawn on `device`, but none of them stays there.
     """
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -73,8 +73,8 @@ def build_dit(variant):
 
 def write_checkpoint(folder, variant, device, encoder=None):
     """Write a random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34
-    GB for A14B, whose two experts are one folder under two names. encoder: an existing text encoder's file to link to,
-    or None.
+    GB for A14B, whose two experts are one folder under two names. encoder: the file of an existing text encoder to link
+    to; None: write a new text encoder.
     """
     dit, version = random_weights(lambda: build_dit(variant), device), VARIANTS[variant]["vae"]
     if VARIANTS[variant]["boundary"]:
@@ -104,7 +104,7 @@ def write_checkpoint(folder, variant, device, encoder=None):
 
 
 def write_clips(folder, size=(832, 480)):
-    """Write clips of noise with captions that contain the keyword."""
+    """Write two clips of noise into a folder, with captions that contain the keyword "wedge". size: (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(2):
         write_mp4(folder / f"{i}.mp4", torch.rand(3, 49, *size[::-1]) * 2 - 1, 24)
@@ -112,7 +112,9 @@ def write_clips(folder, size=(832, 480)):
 
 
 def write_inputs(folder, size=(832, 480), face=512):
-    """Write the inputs of RUNS: clips, a picture and its voice, and the videos that drive a character."""
+    """Write the inputs of RUNS into a folder: clips, a picture, a sound, and the videos that drive a character. size:
+    (width, height) of clips and picture. face: side of the face video.
+    """
     write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
     tiny_s2v.write_wav(folder / "sound.wav", tiny_s2v.sound(4)[None])
@@ -120,7 +122,9 @@ def write_inputs(folder, size=(832, 480), face=512):
 
 
 def run_script(command, seconds):
-    """Run a script: return {"seconds", "used_gb", "planned_gb"}, or a sentence that says why it failed."""
+    """Run the command of a script for at most `seconds`. Returns {"seconds", "used_gb", "planned_gb"}, or a sentence
+    that says why the script failed.
+    """
     began = time.monotonic()
     try:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=seconds)
@@ -137,7 +141,7 @@ def run_script(command, seconds):
 
 @contextlib.contextmanager
 def smaller_card(gigabytes):
-    """A context in which all but `gigabytes` of the GPU's free memory is taken."""
+    """Return a context in which a tensor occupies all but `gigabytes` of the GPU's free memory."""
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(max(0, free - int(gigabytes * 1e9)), dtype=torch.uint8, device="cuda")
     yield
@@ -146,8 +150,8 @@ def smaller_card(gigabytes):
 
 
 class Checkpoints:
-    """Random checkpoints in a folder, by variant, each written when it is first needed. Only one 14B checkpoint is kept
-    at a time, to save disk space.
+    """A mapping {variant: folder of a random checkpoint}. Each checkpoint is written when it is first read from the
+    mapping. Only one 14B checkpoint is kept at a time, to save disk space.
     """
 
     def __init__(self, folder, device="cuda"):
@@ -167,8 +171,9 @@ class Checkpoints:
 
 
 def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
-    """Run each of `runs` (default: RUNS) on checkpoints[its variant], with inputs and results in the folder `work`, and
-    add the results to `about`, which is written to the JSON file `path`. What still runs after `seconds` is ended.
+    """Run each command of `runs` {name: command} (default: RUNS) on the checkpoint of the variant that begins its name.
+    Inputs and outputs are in the folder `work`. Results are added to `about`, which is written to the JSON file `path`.
+    A script that still runs after `seconds` is ended.
     """
     runs = runs or RUNS
 

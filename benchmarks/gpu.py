@@ -38,7 +38,9 @@ GPU_SIZES = [
 
 
 def measure_on_gpu(contenders, rounds):
-    """Return {name: {"ms", "gb"}}: medians of interleaved rounds, and the peak of memory in addition to the weights."""
+    """Measure contenders {name: function}, and return {name: {"ms", "gb", "all_ms"}}: the median milliseconds of
+    interleaved rounds, the peak memory in addition to the weights, and the milliseconds of every round.
+    """
     results, weights = {}, torch.cuda.memory_allocated()
     for name, run in contenders.items():
         torch.cuda.reset_peak_memory_stats()
@@ -51,7 +53,9 @@ def measure_on_gpu(contenders, rounds):
 
 
 def random_dit(variant, layers, with_peer=True):
-    """Return a DiT of full width with so many blocks in bf16, and the same weights in diffusers' model, or None."""
+    """Return (DiT, peer): a DiT in bf16 with the width of the variant and `layers` blocks, and diffusers' DiT with the
+    same weights. The peer is None if it is not wanted or diffusers is not installed.
+    """
     c = full_config(variant)
     c.num_layers = layers
     with torch.device(DEVICE):
@@ -66,7 +70,9 @@ def random_dit(variant, layers, with_peer=True):
 
 
 def random_inputs(model, grid, batch):
-    """Return x, t and the embeddings of a 40-token prompt, and the same in the form that diffusers takes."""
+    """Return (x, t, embeddings of a 40-token prompt) for our DiT, and the same three for diffusers' DiT. grid: the
+    shape (T',h,w) of the latents.
+    """
     c = model.config
     x, context = (torch.randn(batch, *size, device=DEVICE) for size in ((c.in_dim, *grid), (40, c.text_dim)))
     t = torch.full((batch,), 500.0, device=DEVICE)
@@ -74,8 +80,8 @@ def random_inputs(model, grid, batch):
 
 
 def peers(peer, run):
-    """Return {name: run} of diffusers' model: with its defaults, and with cuDNN first in PyTorch's attention, as ours
-    has it.
+    """Return the contenders {name: function} that run diffusers' model `peer`: with the defaults, and with cuDNN as
+    PyTorch's first choice for attention, as in nanoWan. If `peer` is None, return {}.
     """
 
     def by_cudnn():
@@ -86,7 +92,7 @@ def peers(peer, run):
 
 
 def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
-    """All blocks on a batch of two, a prompt and its negative: the cost of a guided step of sample.py."""
+    """Measure a guided step of sample.py: all blocks of a DiT on a batch of two, a prompt and its negative prompt."""
     model, peer = random_dit(variant, full_config(variant).num_layers)
     (x, t, context), theirs = random_inputs(model, grid, 2)
     text = model.embed_text(context, cache=True)
@@ -97,7 +103,7 @@ def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
 
 
 def gpu_dit(variant, grid, label, layers=4, rounds=3):
-    """A forward pass and a LoRA step of `layers` blocks, with and without checkpointing."""
+    """Measure a forward pass and a LoRA step of `layers` blocks; the LoRA step with and without checkpointing."""
     total = full_config(variant).num_layers
     model, peer = random_dit(variant, layers)
     (x, t, context), theirs = random_inputs(model, grid, 1)
@@ -141,7 +147,9 @@ def gpu_dit(variant, grid, label, layers=4, rounds=3):
 
 
 def gpu_vae(rounds=1):
-    """VAE 2.2 of released size: decode and encode 121 frames of 1280x704 in bf16, encode 49 of 832x480 in fp32."""
+    """Measure VAE 2.2 at its released size: decode and encode 121 frames of 1280x704 in bf16, and encode 49 frames of
+    832x480 in fp32.
+    """
     with torch.device(DEVICE):
         model = VAE("2.2", *FULL_WIDTHS["2.2"]).eval().requires_grad_(False)
         z, video = torch.randn(1, 48, 31, 44, 80), torch.rand(1, 3, 121, 704, 1280) * 2 - 1
@@ -163,8 +171,9 @@ def gpu_vae(rounds=1):
 
 
 def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
-    """Two experts of so many blocks that alternate on the GPU. The first swap copies each to the host; later swaps only
-    copy to the GPU. Returns GB/s of both kinds, and the seconds of a swap of all blocks.
+    """Measure how fast two experts of `layers` blocks take each other's place on the GPU. The first swap copies one
+    expert to the host and the other to the GPU; later swaps only copy to the GPU. Returns the GB/s of both kinds of
+    swap, and the predicted seconds of a swap of all blocks.
     """
     experts = []
     for _ in range(2):
@@ -190,7 +199,9 @@ def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
 
 
 def ceilings():
-    """Measure what this GPU's memory and matrix products reach, as a scale for the other figures."""
+    """Measure the bytes/s of a copy within this GPU's memory and the FLOP/s of a bf16 matrix product, as a scale for
+    the other figures.
+    """
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     results = {"bandwidth": bandwidth(), "flops": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1000}
     print(f"copy {results['bandwidth'] / 1e9:.0f} GB/s, bf16 product {results['flops'] / 1e12:.0f} TFLOP/s", flush=True)
@@ -203,14 +214,16 @@ JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
-    """Measure all `jobs` and add the results to `about`, which is written to the JSON file `path`. Each job has a
-    process of its own, so that a crash costs no other result. What still runs after `seconds` is ended.
+    """Run `jobs`, names in JOBS, and add their results to `about`, which is written to the JSON file `path`. Each job
+    has a process of its own, so that a crash costs no other result. A job that still runs after `seconds` is ended.
     """
     return keep_results(jobs, run_apart, about, path, seconds)
 
 
 def run_apart(name, seconds):
-    """Return what a job measured in a process of its own, or a sentence that says why it failed."""
+    """Run the job `name` in a process of its own for at most `seconds`. Returns what the job measured, or a sentence
+    that says why it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result.json")
         try:

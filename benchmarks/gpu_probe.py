@@ -1,4 +1,4 @@
-"""Probe a GPU in about half a minute: how fast its products, attention, convolutions and copies are.
+"""Measure how fast a GPU's matrix products, attention, convolutions and copies are, in about half a minute.
 
     python -m benchmarks.gpu_probe FILE.json
 
@@ -26,13 +26,15 @@ def random(*size, dtype=torch.bfloat16):
 
 
 def product(M, N, K):
-    """Return the TFLOP/s of a product in bf16."""
+    """Return the TFLOP/s of a bf16 matrix product (M,K) x (K,N)."""
     a, b = random(M, K), random(N, K)
     return 2 * M * N * K / milliseconds(lambda: a @ b.t(), 5) / 1e9
 
 
 def product_in_8_bits(M, N, K):
-    """Return the TFLOP/s of an fp8 product with a scale for each row, and its relative error."""
+    """Return {"tflops", "error"} of an fp8 matrix product (M,K) x (K,N), with a scale for each row of the first factor
+    and each column of the second. error: relative to the result in fp32.
+    """
     a, b = (random(n, K).to(torch.float8_e4m3fn) for n in (M, N))
     scales = torch.rand(M, 1, device=DEVICE), torch.rand(1, N, device=DEVICE)
     how = dict(scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -46,7 +48,9 @@ def product_in_8_bits(M, N, K):
 
 
 def attention(backend, L, heads, backward):
-    """Return the TFLOP/s of self-attention with heads of 128."""
+    """Return the TFLOP/s of self-attention over L tokens with `heads` heads of size 128. backward: whether to include
+    the backward pass.
+    """
     q, k, v = (random(1, L, heads, 128).transpose(1, 2).requires_grad_(backward) for _ in "qkv")
 
     def run():
@@ -59,7 +63,7 @@ def attention(backend, L, heads, backward):
 
 
 def convolution(C, T, H, W, dtype, bias):
-    """Return {"ms", "tflops"} of one of the VAE's convolutions."""
+    """Return {"ms", "tflops"} of a 3x3x3 convolution of the VAE with C channels in and out, on an input (T,H,W)."""
     last = dict(memory_format=torch.channels_last_3d)
     x, w = random(1, C, T, H, W, dtype=dtype).contiguous(**last), random(C, C, 3, 3, 3, dtype=dtype).contiguous(**last)
     b = random(C, dtype=dtype) if bias else None
@@ -68,7 +72,7 @@ def convolution(C, T, H, W, dtype, bias):
 
 
 def feed_forward(fused):
-    """Return the ms of the first product and the GELU in a feed-forward of 5B."""
+    """Return the ms of the first product and the GELU in a feed-forward of 5B. fused: whether both are one call."""
     x, w, b = random(27280, 3072), random(14336, 3072), random(14336)
     if fused:
         return milliseconds(lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True), 5)
@@ -76,7 +80,9 @@ def feed_forward(fused):
 
 
 def copies(pinned, up):
-    """Return the GB/s of copies between host and device. up: from the host to the device."""
+    """Return the GB/s of copies between host and device. pinned: whether the host memory is pinned. up: whether to copy
+    from the host to the device.
+    """
     host = torch.ones(1 << 30, dtype=torch.uint8).pin_memory() if pinned else torch.ones(1 << 30, dtype=torch.uint8)
     there = torch.ones_like(host, device=DEVICE)
     torch.cuda.synchronize()
@@ -96,7 +102,7 @@ def copies_to_fresh_memory():
 
 
 def questions():
-    """Return {question: the function that answers it}."""
+    """Return {question: a function that measures the answer}."""
     ask = {"bf16 product 54560x14336x3072, TFLOP/s": lambda: product(54560, 14336, 3072)}
     ask["bf16 product 65520x13824x5120, TFLOP/s"] = lambda: product(65520, 13824, 5120)
     for rows in TEXT_AND_CLIP_ROWS:
@@ -123,7 +129,9 @@ def questions():
 
 
 def answer(ask, file):
-    """Return {question: number, numbers or error} of all questions; written to `file` after each."""
+    """Answer the questions in `ask` {question: function}, and return {question: a number, numbers or an error}, which
+    is also written to `file` after each question.
+    """
     answers = {}
     for name, question in ask.items():
         try:

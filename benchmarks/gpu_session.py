@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_session SECONDS OUT [--dry]
 
-Each job has its own process, time limit and log. DIR/table.json and DIR/logs.tgz are updated after each job. Finished
+Each job has its own process, time limit and log. OUT/table.json and OUT/logs.tgz are updated after each job. Finished
 jobs are remembered in build/gpu, so that a second call continues; remove that folder to start over. The random
 checkpoint (24 GB) is in /dev/shm if there is room, else in build/gpu.
 """
@@ -30,7 +30,7 @@ SAID = ("peak memory", " passed", " failed", "Error", "error:", "TFLOP", "GB/s",
 
 @dataclass(frozen=True)
 class Job:
-    """A shell command with its limit in seconds, and the seconds that it is expected to take on an H100."""
+    """A shell command. limit: seconds after which the command is ended. expected: seconds that it takes on an H100."""
 
     command: str
     limit: int
@@ -40,7 +40,7 @@ class Job:
 
 
 def jobs(state=STATE):
-    """Return {name: Job} in the order in which they run."""
+    """Return {name: Job} in the order in which the jobs begin. state: the folder for results."""
     python, shared = sys.executable, Path("/dev/shm")
     roomy = shared.exists() and shutil.disk_usage(shared).free > 40e9
     folder = shared / "nanowan" if roomy else state / "checkpoint"
@@ -111,7 +111,9 @@ class Session:
         return self.state / f"{slug(name)}.log"
 
     def run(self, jobs):
-        """Run every job that is not done yet, as long as there is time. Returns {name: what happened}."""
+        """Run each job in `jobs` {name: Job} that is not done yet, as long as time is left. Returns the table that
+        `collect` writes.
+        """
         for name, job in jobs.items():
             if self.done(name):
                 continue
@@ -133,7 +135,7 @@ class Session:
         return self.collect()
 
     def finish(self, name):
-        """Wait for a job and record its result."""
+        """Wait until the running job `name` ends, and record its result."""
         process, job, began = self.running.pop(name)
         code, seconds = process.wait(), time.monotonic() - began
         lines = self.log(name).read_text(errors="replace").splitlines()
@@ -146,7 +148,7 @@ class Session:
         self.collect()
 
     def collect(self):
-        """Write DIR/table.json and DIR/logs.tgz with everything so far."""
+        """Write all results so far to OUT/table.json and the logs to OUT/logs.tgz, and return the table."""
         table = {"machine": machine()}
         for file in sorted(self.state.glob("*.done")):
             entry = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Each kernel against its reference, and on a GPU against the time that its memory traffic alone takes.
+"""Time each kernel and its reference, and on a GPU also the memory traffic of the kernel alone.
 
 python -m benchmarks.kernels [NAME ...]     on a GPU if there is one, in bf16, else on the CPU, in fp32
 """
@@ -23,8 +23,8 @@ CONV_SIZES = (
 
 
 def milliseconds(run, repeats=20):
-    """Return the median time of a call: on a GPU if there is one, with its L2 cache flushed before each call, else on
-    the CPU.
+    """Return the median milliseconds of a call of `run`. The call is timed on a GPU if there is one, with the L2 cache
+    flushed before each call, else on the CPU.
     """
     if not GPU:
         times = []
@@ -50,15 +50,18 @@ def milliseconds(run, repeats=20):
 
 @functools.cache
 def bandwidth(gigabytes=1):
-    """Return the bytes per second of the GPU's memory, measured by a copy."""
+    """Return the bytes per second that the GPU's memory reads and writes, measured by a copy. gigabytes: size of the
+    copied tensor.
+    """
     a = torch.empty(gigabytes << 28, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) * 1000
 
 
 def compare(name, run, reference, floor_bytes=None, flops=None, repeats=20):
-    """Print and return {"ms", "ref_ms"}; if floor_bytes are given, also the time that this memory traffic takes
-    ("floor_ms"); if flops are given, also "tflops" and "ref_tflops".
+    """Time two functions, print the times and return {name: {"ms", "ref_ms"}}. If floor_bytes is given and there is a
+    GPU, add "floor_ms", the time that this memory traffic alone takes. If flops is given, add "tflops" and
+    "ref_tflops".
     """
     result = {"ms": milliseconds(run, repeats), "ref_ms": milliseconds(reference, repeats)}
     line = f"{name}: {result['ms']:.3f} ms, reference {result['ref_ms']:.3f} ms"
@@ -101,7 +104,9 @@ def time_qk_norm_rope(grids=GRIDS):
 
 @torch.no_grad()
 def time_attention(grids=GRIDS):
-    """Self-attention of a clip, heads of 128, with norm and rotation of q; the reference uses PyTorch's attention."""
+    """Time self-attention on a clip with heads of size 128, including norm and rotation of q; the reference uses
+    PyTorch's attention. grids: pairs of a token grid and a number of heads.
+    """
     results = {}
     for grid, N in grids:
         L = math.prod(grid)
@@ -140,7 +145,9 @@ def time_adamw8bit():
 
 @torch.no_grad()
 def time_causal_conv3d(sizes=CONV_SIZES):
-    """3x3x3 with norm and SiLU before, and as many channels out as in. sizes: (C, T, H, W)."""
+    """Time a causal 3x3x3 convolution with norm and SiLU before it, and with as many channels out as in. sizes:
+    (C,T,H,W).
+    """
     results, like = {}, dict(device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     for C, *size in sizes:
         shapes = (1, C, *size), (1, C, 2, *size[1:]), (C, C, 3, 3, 3)
@@ -154,7 +161,9 @@ def time_causal_conv3d(sizes=CONV_SIZES):
 
 @torch.no_grad()
 def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=14336 if GPU else 3072):
-    """The first product of a feed-forward and its GELU: as the DiT computes them, and one after the other."""
+    """Time the first product of a feed-forward and the GELU after it, as the DiT computes both; the reference computes
+    one after the other.
+    """
     with torch.device(DEVICE):
         up, x = ops.Linear(dim, ffn_dim), torch.randn(1, rows, dim)
     up, x = (up.bfloat16(), x.bfloat16()) if GPU else (up, x)
@@ -164,8 +173,8 @@ def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=1433
 
 @torch.no_grad()
 def time_linear(sizes=((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768))):
-    """Large fp32 products: as this project computes them on this CPU, and by PyTorch's own choice. sizes: (rows, in,
-    out).
+    """Time large fp32 matrix products as this project computes them on this CPU; the reference is PyTorch's own choice.
+    sizes: (rows, in, out).
     """
     results = {}
     for M, K, N in sizes:

@@ -18,8 +18,8 @@ IN_OUT = {"ti2v": (48, 48), "t2v": (16, 16), "i2v": (36, 16)}
 
 
 def randomize(model, seed, gain=1.0):
-    """Give a model random weights with which every part of it matters: no zero output layers, unit norms or zero
-    biases.
+    """Fill a model with random weights and return it, frozen. Every part of the model affects the result: no output
+    layer or bias is zero, and no norm's weight is one. gain: factor on the weights of matrices.
     """
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
@@ -52,7 +52,9 @@ def vae(v22, seed=1):
 
 
 def spiece(byte_fallback=False):
-    """Return a sentencepiece model with T5's special ids, as bytes."""
+    """Return the bytes of a small sentencepiece model with T5's special ids. byte_fallback: whether unknown characters
+    become bytes.
+    """
     import sentencepiece
 
     lines = [
@@ -87,7 +89,7 @@ def text_encoder(seed=2, vocab=200):
 
 
 def write_dit(folder, model, shards=2):
-    """Write config.json with the official keys, and sharded safetensors with their index."""
+    """Write a DiT into a folder: a config.json with the official keys, and sharded safetensors with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     (folder / "config.json").write_text(
@@ -106,7 +108,9 @@ def write_dit(folder, model, shards=2):
 
 
 def checkpoint(folder, kind):
-    """Write a complete tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout, .pth files included."""
+    """Write a complete tiny checkpoint ("ti2v", "t2v" or "i2v") in the official layout, .pth files included. Returns
+    the folder.
+    """
     folder = Path(folder)
     if kind == "ti2v":
         write_dit(folder, dit(kind))
@@ -143,7 +147,9 @@ def diffusers_dit(model):
 
 
 def diffusers_vae(model):
-    """The package converts only 2.1's keys; 2.2's are converted here."""
+    """Return diffusers' VAE with the same weights as `model`. diffusers can convert the keys of VAE 2.1; the keys of
+    VAE 2.2 are converted here.
+    """
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
@@ -231,5 +237,5 @@ def transformers_t5(model):
 
 
 def error(a, b):
-    """Return the largest difference as a share of the largest value."""
+    """Return the largest difference between a and b, divided by the largest absolute value in b."""
     return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,4 +1,4 @@
-"""A tiny random Animate checkpoint in the official layout, a folder to drive it, and the same weights in diffusers."""
+"""A tiny random Animate checkpoint in the official layout, videos that drive it, and the same weights in diffusers."""
 
 import json
 import re
@@ -18,9 +18,7 @@ SIDE = 16
 
 
 def animate(seed=20, layers=10, dim=48, heads=2):
-    """Return a small WanAnimate with random weights, whose sizes all differ, and in which every part affects the
-    result.
-    """
+    """Return a small WanAnimate with random weights. All of its sizes differ, and every part affects the result."""
     config = AnimateConfig(
         model_type="animate",
         dim=dim,
@@ -48,7 +46,9 @@ def animate(seed=20, layers=10, dim=48, heads=2):
 
 
 def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
-    """Return the tensors of a small CLIP file: both towers, including the last block and the head."""
+    """Return the tensors of a small CLIP file: the vision tower, including its last block and head, and a part of the
+    text tower.
+    """
     model = tiny.randomize(VisionEncoder(**sizes, layers=layers), seed)
     generator, state = torch.Generator().manual_seed(seed), model.state_dict()
     dim = sizes["dim"]
@@ -61,8 +61,8 @@ def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
 
 
 def write_dit(folder, model):
-    """Write a DiT as tiny.write_dit does, with only the keys that Animate's config.json has; the model type is not
-    among them.
+    """Write a DiT into a folder as tiny.write_dit does, but with only those keys in config.json that Animate's has. The
+    model type is not among these.
     """
     tiny.write_dit(folder, model)
     config = json.loads((folder / "config.json").read_text())
@@ -72,7 +72,7 @@ def write_dit(folder, model):
 
 
 def checkpoint(folder):
-    """Write a complete tiny checkpoint."""
+    """Write a complete tiny Animate checkpoint into a folder, and return the folder."""
     write_dit(folder, animate())
     torch.save(tiny.vae(False).state_dict(), folder / "Wan2.1_VAE.pth")
     torch.save(tiny.text_encoder().state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -84,13 +84,13 @@ def checkpoint(folder):
 
 # ---- what drives it --------------------------------------------------------------------------------------------------
 def frames(n, h, w, kind):
-    """Return n frames (h,w,3) that differ in every pixel, from each other and from those of another kind."""
+    """Return n frames (h,w,3) that differ in every pixel from each other, and from the frames of another `kind`."""
     i, y, x, c = np.ogrid[:n, :h, :w, :3]
     return list(((37 * i + 11 * y + 7 * x + 101 * c + (x * y * kind) % 13 + kind * 17) % 256).astype(np.uint8))
 
 
 def write_video(path, images, rate=25):
-    """Write RGB frames losslessly."""
+    """Write RGB frames to an mp4 file losslessly. rate: frames per second."""
     import av
 
     with av.open(str(path), "w", format="mp4") as file:
@@ -102,7 +102,9 @@ def write_video(path, images, rate=25):
 
 
 def source_folder(folder, n=20, height=32, width=48, face=SIDE):
-    """Write what preprocessing writes, for both modes. The reference has the video's size: nothing is resized."""
+    """Write a folder such as Animate's preprocessing writes for its two modes, and return the folder. The reference
+    picture has the video's size, so nothing is resized. n: number of frames. face: side of the face video.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):
         write_video(folder / f"src_{name}.mp4", frames(n, h, w, kind + 1))

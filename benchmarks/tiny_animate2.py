@@ -14,8 +14,8 @@ CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=112, tokens=5)  # pictures of 224 px
 
 
 def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
-    """Return a small WanAnimate2 with random weights. One of its blocks is the one that guidance leaves out, and one
-    follows.
+    """Return a small WanAnimate2 with random weights. With 11 blocks, it has the block that the unconditional half of
+    guidance leaves out, and one block after that.
     """
     config = Animate2Config(
         model_type="animate2",
@@ -33,13 +33,15 @@ def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
 
 
 def official_names(model):
-    """Return the tensors under the names in the released file, where another module wraps each block."""
+    """Return {name: tensor} of a WanAnimate2 under the names in the released file, where another module wraps each
+    block.
+    """
     return {re.sub(r"^(blocks\.\d+)\.", r"\1.block.", k): v for k, v in model.state_dict().items()}
 
 
 def checkpoint(folder, name="wan_animate_2_bf16", model=None):
-    """Write a complete tiny checkpoint in the layout of Wan2.2-Animate-2-14B. It also has a config.json with the number
-    of heads, which for the released models follows from their width.
+    """Write a complete tiny checkpoint in the layout of Wan2.2-Animate-2-14B, and return the folder. The checkpoint
+    also has a config.json with the number of heads, which for the released models follows from their width.
     """
     model = model or animate2()
     dit, parts = folder / "wan_animate_2", folder / "videomodel" / "Wan-AI"

@@ -37,7 +37,7 @@ CONFIG = S2VConfig(
 
 
 def fill(model, seed=7):
-    """Fill a model with random weights, in the order of their names."""
+    """Fill a model with random weights, in the order of their names, and return the model, frozen."""
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         r = torch.randn(p.shape, generator=g)
@@ -59,7 +59,7 @@ def dit():
 
 
 def wav2vec2():
-    """Return a wav2vec2 with 24 layers, since S2V needs 25 states."""
+    """Return a small wav2vec2 with 24 layers, since S2V needs the 25 states of so many layers."""
     sizes = Wav2Vec2Sizes(16, (10, 3, 3, 3, 3, 2, 2), STRIDES, AUDIO_DIM, 40, 2, 24, 4, 16)
     return fill(Wav2Vec2(sizes), 8)
 
@@ -69,7 +69,7 @@ def vae():
 
 
 def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
-    """Return the model's inputs, by name."""
+    """Return {name: tensor} of random inputs to a WanS2V, for B samples with latents of shape (16,T,h,w)."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -88,14 +88,14 @@ def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
 
 
 def prompts():
-    """Return random embeddings (L,text_dim) in place of those of a prompt and a negative prompt."""
+    """Return two tensors (L,text_dim) of random embeddings, which stand for those of a prompt and its negative."""
     g = torch.Generator().manual_seed(3)
     return torch.randn(9, tiny.TEXT_DIM, generator=g), torch.randn(5, tiny.TEXT_DIM, generator=g)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def write_dit(folder, model, **changes):
-    """Write config.json like the released one, with `changes`, and the weights."""
+    """Write a DiT into a folder: its weights, and a config.json like the released one, with `changes`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config |= dict(
@@ -117,7 +117,7 @@ def write_dit(folder, model, **changes):
 
 
 def write_wav2vec2(folder, model):
-    """Write the encoder as transformers writes the released one, with the head for letters."""
+    """Write a wav2vec2 into a folder as transformers writes the released one, including the output head for letters."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder, state = model.encoder, model.state_dict()
     dim, per_group, kernel = state["encoder.pos_conv_embed.conv.weight_v"].shape
@@ -143,7 +143,7 @@ def write_wav2vec2(folder, model):
 
 
 def checkpoint(folder):
-    """Write a complete tiny checkpoint in the official layout."""
+    """Write a complete tiny S2V checkpoint into a folder in the official layout, and return the folder."""
     folder = Path(folder)
     write_dit(folder, dit())
     torch.save(vae().state_dict(), folder / "Wan2.1_VAE.pth")
@@ -155,14 +155,14 @@ def checkpoint(folder):
 
 
 def sound(seconds, rate=16000):
-    """Return a voice-like tone (N,) whose loudness and pitch change."""
+    """Return a voice-like tone (N,) of so many seconds, whose loudness and pitch change. rate: samples per second."""
     t = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
     tone = torch.sin(2 * torch.pi * (150 + 40 * torch.sin(3 * t)) * t) + 0.3 * torch.sin(2 * torch.pi * 700 * t)
     return (0.4 * tone * (0.6 + 0.4 * torch.sin(11 * t))).float()
 
 
 def write_wav(path, samples, rate=16000):
-    """Write samples (channels,N) in [-1,1] as 16-bit PCM."""
+    """Write samples (channels,N) in [-1,1] to a WAV file as 16-bit PCM."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(samples))
         file.setsampwidth(2)
@@ -182,7 +182,9 @@ def write_picture(path, width, height):
 
 
 def write_pose_video(path, frames, width, height, fps):
-    """Write a video that decodes to exactly these pictures (FFV1 in a .mkv)."""
+    """Write a video of so many frames, each drawn by `picture`, that decodes to exactly these pictures (FFV1 in a
+    .mkv).
+    """
     import av
 
     with av.open(str(path), "w") as file:

@@ -1,4 +1,4 @@
-"""What runs/claims.sh measures of an encoder or a translator, and the table and the plot of the results."""
+"""Measure an encoder or a translator for runs/claims.sh, and make the table and the plot of the results."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from sample import load  # noqa: E402
 
 
 def share_of_words(models, words, n, seed):
-    """Return {word: accuracy}."""
+    """Return {word: accuracy} over n prompts of each word."""
     scores = {}
     for word in words:
         rows = prompts(n, seed, words=[word])
@@ -34,7 +34,7 @@ def share_of_words(models, words, n, seed):
 
 
 def score(args):
-    """Measure a result and write DIR/NAME.json."""
+    """Measure the base, or the encoder or translator in the folder DIR/NAME, and write DIR/NAME.json."""
     run, words = args.folder / args.name, parse_words(args.words)
     near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # neighbours
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
@@ -63,8 +63,8 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of the rows' prompts by the model before the change: the base, or for a translator the
-    base with the encoder.
+    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled by the model before the change. For an encoder this
+    is the base, and for a translator the base with the encoder.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
@@ -76,8 +76,8 @@ def unchanged_clips(args, rows):
 
 
 def cells(folder):
-    """Return {name of a cell: its result with each seed}, in the order in which the cells were measured. folder: the
-    folder that contains a folder for each seed.
+    """Return {name of a cell: a list of its results, one for each seed}, in the order in which the cells were measured.
+    folder: the folder that contains a folder for each seed.
     """
     folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
@@ -112,8 +112,8 @@ def table(args):
 
 
 def plot(args):
-    """Plot prompt adherence against budget: accuracy on new words, and the PSNR of clips of known words to those before
-    the change, against dW/W; a dot for each seed.
+    """Plot, against dW/W, the accuracy on new words and the PSNR of clips of known words to the clips before the
+    change, with a dot for each seed.
     """
     import matplotlib
 

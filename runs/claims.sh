@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# How small a translator can be, which blocks and linears it needs, and what else it changes: on nano, with three seeds
-# (docs/experiments.md). Everything takes a night on two cores, half an hour of it for the base of `thirds`; one cell
-# takes some minutes. A stopped run continues where it was.
+# Measure how small a translator can be, which blocks and linears it needs, and what else it changes, on nano with three
+# seeds (docs/experiments.md). A cell is one training, measured. A cell takes some minutes, and everything takes a night
+# on two cores, of which the base of `thirds` takes half an hour. A stopped run continues where it was.
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
@@ -32,13 +32,13 @@ te() {  # te NAME CLIPS FLAGS...: train and measure an encoder
     train_once "$1" train_te.py --ckpt "$CKPT" --data "$DIR/$2" --keywords "$(words)" "${@:3}"
     score "$1" --text_encoder
 }
-lora() {  # lora NAME FLAGS...: train and measure a translator on top of te_rows, which leaves it something to learn
+lora() {  # lora NAME FLAGS...: train and measure a translator on top of te_rows, with which accuracy can still rise
     asked "$1" || return 0
     base_encoder
     train_once "$1" train_lora.py --ckpt "$CKPT" --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
     score "$1" --lora "$ENCODER"
 }
-base_encoder() {  # train the embeddings of the words alone, so that everything else stays as it was
+base_encoder() {  # train te_rows: the embeddings of the words alone, so that everything else stays as it was
     train_once te_rows train_te.py --ckpt "$CKPT" --data "$DIR/clips" --keywords $WORDS --train_blocks 0 \
         --keyword_init own --keyword_lr 0.1 --trim_prob 0
 }
@@ -49,12 +49,12 @@ start() {
     ! asked te_rows || score te_rows --text_encoder
 }
 rank() { for r in 1 4 16 64; do lora "rank_$r" --rank $r; done; }
-targets() {  # each with as many parameters as rank 16 on k and v
+targets() {  # other targets, each with as many parameters as rank 16 on k and v
     lora targets_k --rank 32 --targets cross_attn.k
     lora targets_v --rank 32 --targets cross_attn.v
     lora targets_qkvo --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
 }
-blocks() {  # some of nano's four blocks
+blocks() {  # translators in some of nano's four blocks
     lora blocks_0-1 --blocks 0-1
     lora blocks_1-2 --blocks 1-2
     lora blocks_2-3 --blocks 2-3
@@ -64,7 +64,7 @@ deep_nano() {  # a nano with twelve blocks, for `thirds`
     [ -e "$OUT/thirds/nano/config.json" ] || \
         OMP_NUM_THREADS=$(nproc) $PY -m nano train --layers 12 --vae nano --steps 5000 --out "$OUT/thirds/nano"
 }
-thirds() {  # each third of twelve blocks
+thirds() {  # translators in each third of twelve blocks
     CKPT=$OUT/thirds/nano
     start
     lora all
@@ -73,7 +73,7 @@ thirds() {  # each third of twelve blocks
     lora upper --blocks 8-11
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
-preserve() {  # with twice the steps, since half of the samples teach nothing
+preserve() {  # with twice the steps, since half of the samples are preserved and teach no new word
     for w in 1 2 4; do lora "preserve_$w" --preserve $w --steps 800; done
 }
 mix() {
@@ -105,13 +105,13 @@ norm() {  # the norm of the words' embeddings, if these alone are trained
         te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
     done
 }
-rates() {  # learning rates in half decades around the defaults
+rates() {  # learning rates around the defaults, in half decades
     for lr in 1e-3 4e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
     own_words
     for lr in 3e-3 1e-2 3e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
     for lr in 3e-3 1e-2 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
 }
-own() {  # with default flags; with embeddings alone; then a translator, without and with --preserve
+own() {  # an encoder with default flags, one with embeddings alone, and a translator without and with --preserve
     own_words
     te own own_clips
     te own_rows own_clips --train_blocks 0

@@ -1,7 +1,8 @@
 """`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
 
-The demo shows what each of them adds: the encoder teaches words for what the base can draw, and the translator helps
-the model to draw what it has never drawn, an orange figure. The demo also grades words that were not trained.
+The demo shows what the encoder adds, and then the translator. The encoder teaches words for what the base can draw. The
+translator helps the model to draw an orange figure, which the base has never drawn. Words that were not trained are
+graded too.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
 The results, mp4s, a contact sheet and a plot of the losses, are in out/demo.
@@ -28,8 +29,8 @@ from nanowan.settings import NANO  # noqa: E402
 from nanowan.video import write_grid, write_mp4  # noqa: E402
 from sample import load  # noqa: E402
 
-WORDS = ("crimson", "wedge", "orange")  # the last is a colour that the base has never drawn
-NEAR = ("box", "orb", "sinks", "ascends")  # neighbours: words of the same kinds, in no caption
+WORDS = ("crimson", "wedge", "orange")  # orange is a colour that the base has never drawn
+NEAR = ("box", "orb", "sinks", "ascends")  # neighbours: words of the same kinds, which no caption contains
 OUT = ROOT / "out" / "demo"
 
 
@@ -39,8 +40,8 @@ def run(*command):
 
 
 def listen(name, lora=(), encoder=None):
-    """Grade the checkpoint with these LoRAs and this encoder: return {suite: {attribute: accuracy}}, and [(prompt,
-    clip)], the first two of each suite, which are written as mp4s too.
+    """Grade nano with these LoRAs and this encoder. Returns (scores, clips): {suite: {attribute: accuracy}}, and
+    [(prompt, clip)] with the first two clips of each suite. These clips are written to OUT/name as mp4 files too.
     """
     models, scores, shown = load("nano", "cpu", torch.float32, lora, encoder), {}, []
     suites = {f"the new word {w!r}": prompts(40, 1, words=[w]) for w in WORDS} | {"old words": prompts(100, 1)}
@@ -59,7 +60,7 @@ def listen(name, lora=(), encoder=None):
 
 
 def plot(logs, file):
-    """Plot the losses of each run. logs: {name: log.jsonl}."""
+    """Plot the losses of each run to a file. logs: {name of the script: path of its log.jsonl}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,7 +91,7 @@ def main():
     run(ROOT / "train_lora.py", *data, "--out", OUT / "lora", *flags)
     stages["+ encoder + translator"] = listen("translator", [str(adapter)], encoder)
 
-    shown = [0, 2, 4, 5, 6, 8]  # clips of each word (two of the last), of known words, and of a neighbour
+    shown = [0, 2, 4, 5, 6, 8]  # clips of each word (two of orange), of known words, and of a neighbour
     rows = [(stage, *clips[i]) for i in shown for stage, (_, clips) in stages.items()]
     labels = [f"{stage}: {prompt}" for stage, prompt, _ in rows]
     write_grid(OUT / "before_after.png", [clip for *_, clip in rows], labels, columns=len(stages), scale=2)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Which training makes the model follow new words best, on nano, with three seeds (docs/experiments.md).
-# Takes an hour and a half on two cores; a stopped run continues where it was.
+# Measure which training makes the model follow new words best, on nano with three seeds (docs/experiments.md).
+# This takes an hour and a half on two cores; a stopped run continues where it was.
 #   bash runs/listen.sh             three seeds      SEEDS="0" bash runs/listen.sh    one seed
 # Writes out/listen/SEED/NAME.json, and the table out/listen/table.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/listen} SEEDS=${SEEDS:-"0 1 2"}
-WORDS=crimson,azure,wedge,plus,sinks,halts  # the base rarely shows these by luck, unlike box and ascends
+WORDS=crimson,azure,wedge,plus,sinks,halts  # words whose meaning the base rarely shows by luck, unlike box and ascends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds in parallel are faster than two threads
 source runs/train_once.sh
 

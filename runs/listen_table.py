@@ -1,4 +1,4 @@
-"""The table of runs/listen.sh: means over the seeds, from OUT/SEED/*.json."""
+"""Print the table of runs/listen.sh: means over the seeds, from OUT/SEED/*.json."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ NAMES = {
 
 
 def read(folders, name):
-    """What is in the files of this name, in those folders that have one."""
+    """Return a list with the parsed JSON file `name` of each folder that has such a file."""
     return [json.loads((d / name).read_text()) for d in folders if (d / name).exists()]
 
 

@@ -1,11 +1,12 @@
-"""Whether sound gets through S2V's training and sampling, on the nano world with sound (docs/experiments.md).
+"""Test whether S2V learns to follow sound, on the nano world with sound (docs/experiments.md).
 
 python runs/sound.py                     three seeds       python runs/sound.py --seeds 0 --steps 800
 
 A tiny S2V checkpoint is made of nano's components. All of its DiT is trained on clips of shapes that grow with the
 loudness of their sound, through the Dataset and the batches of train_lora.py. Before and after training, clips are
-sampled for sounds that were never trained on, and the size of their shape is compared with the loudness of their sound,
-frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and out/sound/sound.png.
+sampled for sounds that were never trained on, and in each clip the size of the shape is compared with the loudness of
+the sound, frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and
+out/sound/sound.png.
 """
 
 import argparse
@@ -37,7 +38,9 @@ HELD_OUT = range(9000, 9008)  # seeds of the pictures to sample; their sounds ha
 
 
 def train(ckpt, clips, steps, seed):
-    """Train all of the DiT, in place, on the batches of train_lora.py."""
+    """Train all of a checkpoint's DiT on the batches that train_lora.py makes of `clips`, and write the DiT back to the
+    checkpoint.
+    """
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
     args, models = train_lora.arguments(flags.split()), Pipeline(ckpt)
     resolve(args, models.settings, "train_lora")
@@ -56,9 +59,9 @@ def train(ckpt, clips, steps, seed):
 
 
 def sample(ckpt):
-    """Return [(clip (3,29,64,64), loudness (32,))] of sounds that were never trained on. Each clip begins with a
-    picture that was drawn for another sound: the size of its shape would otherwise tell how loud the first syllable is,
-    and so the next.
+    """Return [(clip (3,29,64,64), loudness (32,))] for sounds that were never trained on. Each clip begins with a
+    picture that was drawn for another sound. In a picture drawn for the clip's own sound, the size of the shape would
+    tell how loud the first syllable is, and so the next.
     """
     from PIL import Image
 
@@ -74,8 +77,8 @@ def sample(ckpt):
 
 @torch.no_grad()
 def reconstruct(ckpt):
-    """Return the same for the held-out clips as drawn, encoded and decoded by the VAE alone: no sample can follow its
-    sound more closely.
+    """Return [(clip, loudness)] like `sample`, but each clip is a held-out clip as drawn, encoded and decoded by the
+    VAE. No sampled clip can follow its sound more closely.
     """
     vae, results = Pipeline(ckpt).acquire("vae"), []
     for seed in HELD_OUT:
@@ -86,14 +89,16 @@ def reconstruct(ckpt):
 
 
 def score(results):
-    """Return mean correlations of the measured pulse with the loudness of the clip's own sound and of other clips'
-    sounds, and the shift of the sound in frames at which the mean correlation with the own sound is highest.
+    """Return {"own", "worst", "other", "shift"} for `results` [(clip, loudness)]. own: the mean correlation of the
+    pulse measured in a clip with the loudness of the clip's own sound. worst: the lowest correlation of a clip with its
+    own sound. other: the mean correlation with the sounds of other clips. shift: the shift of the sound in frames at
+    which the mean correlation with the own sound is highest.
     """
     pulses, levels = [world.pulse(clip) for clip, _ in results], [level for _, level in results]
 
     def at(i, j, shift=0):
-        """Correlate clip i with sound j. As in the official code, the first frames are dropped: frame n was made with
-        the sound of frame n + 3.
+        """Return the correlation of clip i with sound j, which is shifted by `shift` frames. As in the official code,
+        the first frames of a clip are dropped, so frame n was made with the sound of frame n + 3.
         """
         level = levels[j][DROPPED_FRAMES + shift :]
         n = min(len(level), len(pulses[i]))
@@ -106,7 +111,9 @@ def score(results):
 
 
 def plot(before, after, file):
-    """Plot four held-out sounds: frames sampled after training, above the loudness and the measured pulse."""
+    """Plot four held-out sounds: frames of the clip sampled after training, and below them the loudness and the
+    measured pulse.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
