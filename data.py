@@ -1,9 +1,9 @@
 """Captioned images and clips: scanned, cached as latents and text embeddings, and drawn as the batches of each step.
 
-Captions are next to the media in NAME.txt, one per line; if there are several, one is drawn at random. Or a list names
-files and captions: a JSONL or a CSV with a header, given as --data or found in the folder as metadata.jsonl or .csv.
-Media are resized and centre-cropped to the bucket of the nearest aspect ratio; clips are resampled to the model's frame
-rate and cut to 4k+1 frames. What a step sees depends only on the seed and its number: resuming a run changes nothing.
+Captions are next to the media in NAME.txt, one per line; each time, one of them is drawn at random. Or a list names
+files and captions: a JSONL file, or a CSV file with a header, given as --data or found in the folder as metadata.jsonl
+or metadata.csv. Media are resized and centre-cropped to the bucket of the nearest aspect ratio; clips are resampled to
+the model's frame rate and cut to 4k+1 frames. The samples of a step follow from the seed and the step's number alone.
 """
 
 import math
@@ -21,15 +21,15 @@ from nanowan.formats.t5 import read_encoder, tokenizer_file
 from nanowan.training import report
 from nanowan.training.scan import Item, scan_source, sizes_of
 
-DRAWS = 2  # the version of what steps draw; version 1 drew noise and timesteps per batch, not per sample
-PRESERVED_SHARE = 0.5  # the share of samples that train_lora.py --preserve gives a preserved prompt
+DRAWS = 2  # version of a step's random draws; version 1 drew noise and timesteps per batch, not per sample
+PRESERVED_SHARE = 0.5  # fraction of the samples that get a prompt to preserve, with train_lora.py --preserve
 
 
-# ---- what a step sees --------------------------------------------------------------------------------------------
+# ---- the samples of a step ---------------------------------------------------------------------------------------
 class Batches:
-    """Which items each step sees: `size` of them, or fewer in an epoch's last step. An epoch sees each item once, or as
-    often as its `repeat` says, in an order that follows from the seed. The items of a step share a bucket (or a value
-    of `group`) as long as enough of them are left. `at(step)` needs no history, so resuming changes nothing.
+    """Chooses the items of each step: `size` items, or fewer in one step of each epoch. An epoch sees each item
+    item.repeat times, in an order that follows from the seed. The items of a step have the same group(item), by default
+    the bucket, as long as enough of them are left. `at(step)` needs no history, so a resumed run sees the same items.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):
@@ -41,7 +41,7 @@ class Batches:
         self.per_epoch = -(-total // self.size)
 
     def at(self, step):
-        """The indices of a step's items; steps count from 0."""
+        """Return the indices of the items of a step; steps count from 0."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             rng, steps, rest = random.Random(f"{self.seed} epoch {epoch}"), [], []
@@ -59,8 +59,8 @@ class Batches:
 @dataclass
 class Draw:
     """One sample of a step, and everything that is drawn for it: the item and its cache file, the caption to train
-    with, whether the caption is a preserved prompt, whether the first frame is given, what Samples.draw returned, the
-    timestep, and the generator of the noise.
+    with, whether this caption is a prompt to preserve, whether the first frame is given, the result of Samples.draw for
+    the variant, the timestep, and the random generator of the noise.
     """
 
     item: Item
@@ -74,13 +74,13 @@ class Draw:
 
 
 def collate(embeddings):
-    """Embeddings, a list of (S,D) -> (B,S,D), zero-padded, and their lengths (B,)."""
+    """Stack embeddings, a list of (S,D), padded with zeros -> (B,S,D), and their lengths (B,)."""
     return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), torch.tensor([len(e) for e in embeddings])
 
 
 def eval_batches(items, files, samples, shift, low, high):
-    """Yield (0..3, a Batch of one sample) for each sample at four fixed timesteps, with its first caption and a noise
-    that follows from its file. Half of the samples that can be continuation segments are.
+    """Yield (i, a Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3. The caption is the
+    sample's first; the noise follows from its digest. Half of the possible continuation segments are used as such.
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -92,7 +92,7 @@ def eval_batches(items, files, samples, shift, low, high):
 
 
 def frame_weights(samples, noise):
-    """The loss's weight (B,1,T',1,1) for each latent frame of noise (B,C,T',h,w), 1 on average; None if all are 1."""
+    """Return the loss weights (B,1,T',1,1), 1 on average, of the frames of noise (B,C,T',h,w); None if all are 1."""
     if not samples.loss_from:
         return None
     counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
@@ -102,8 +102,8 @@ def frame_weights(samples, noise):
 @dataclass(frozen=True)
 class DataSource:
     """A folder or list of media, and how samples are taken from it: in buckets with the area of `resolution` (width,
-    height) in px, with at most `frames` frames, by one of CLIP_MODES. An epoch sees each sample `repeats` times; its
-    loss is multiplied by `weight`.
+    height) in px, with at most `frames` frames, chosen by clip_mode, a key of CLIP_MODES. An epoch sees each sample
+    `repeats` times; the loss of each sample is multiplied by `weight`.
     """
 
     source: Path
@@ -116,7 +116,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a Dataset is made from: DataSources, a cache folder, and flags (named as in nanowan/training/flags.py)."""
+    """The arguments of a Dataset: DataSources, cache folder, and flags, named as in nanowan/training/flags.py."""
 
     sources: tuple
     cache: Path
@@ -133,11 +133,11 @@ class DataConfig:
 
 
 class Dataset:
-    """The samples of a run, and what each step sees of them. `items` are trained on, `val_items` are held out."""
+    """The samples of a run, and the batches of each step. `items` are trained on; `val_items` are held out."""
 
     def __init__(self, config, pipe, limit=None, prompts=()):
-        """Scan the sources and report what they contain; nothing is encoded yet. limit: use only so many samples, the
-        first by their digests. prompts: texts that are needed in addition to the captions.
+        """Scan the sources and report what they contain; nothing is encoded yet. limit: maximum number of samples;
+        those with the lowest digests are used. prompts: texts to embed in addition to the captions.
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
@@ -165,14 +165,14 @@ class Dataset:
 
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
-        """`sizes_of` all samples; "bucket" is the largest bucket among those that are trained on."""
+        """Return scan.sizes_of's dict for all samples, but as "bucket" the largest bucket among `items`."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
         row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
         sizes = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
         return sizes | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
 
     def summary(self, sizes):
-        """What the record of a run says about its data."""
+        """Return the entry about the data in the record of a run. sizes: the result of `sizes`."""
         latents, texts = sizes["cache"]
         return {"samples": len(self.items), "held_out": len(self.val_items), "latents": latents, "texts": texts}
 
@@ -180,21 +180,21 @@ class Dataset:
         return cache.latent_files(items, self.config.cache, self.pipe.files("vae")[0], self.samples)
 
     def text_files(self):
-        """{text: the cache file of its embedding}, whether or not the file exists yet."""
+        """Return {text: the cache file of its embedding}, whether or not the file exists yet."""
         encoder, tokenizer = self.pipe.encoder_source().digests(self.digest), tokenizer_file(self.pipe.dir)
         encoder += [self.digest(tokenizer)] if tokenizer else []
         return cache.text_files(self.texts, self.config.cache, encoder, self.pipe.runtime.dtype)
 
     def digest(self, file):
-        """A hash of a file's bytes, remembered in the cache from run to run."""
+        """Return a hash of a file's bytes, which the cache folder remembers for later runs."""
         return cache.digest(file, self.config.cache)
 
     def is_cached(self):
-        """Whether the latents of all samples are cached."""
+        """Return whether the latents of all samples are cached."""
         return all(f.exists() for f in self.files + self.val_files)
 
     def cache_latents(self):
-        """Fill the cache of latents, each rank for its share of the files. The VAE leaves memory afterwards."""
+        """Cache the latents that are missing, each rank for its share of the files. Then the VAE leaves memory."""
         items, pipe, rank = self.items + self.val_items, self.pipe, self.world.rank
         files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank per file
         mine = [item for item in items if item.path in files]
@@ -209,7 +209,7 @@ class Dataset:
         self._drop_uncached()
 
     def _drop_uncached(self):
-        """Remove, on all ranks alike, the samples that could not be encoded."""
+        """Remove the samples that could not be encoded, the same ones on all ranks."""
         files = self.files + self.val_files
         cached = self.world.broadcast_from_rank0(lambda: {f for f in files if f.exists()})
         if len(cached) == len(set(files)):
@@ -221,7 +221,7 @@ class Dataset:
         self._choose_batches()
 
     def cache_texts(self):
-        """Fill the cache of text embeddings, each rank for its share of the texts. Returns {text: file}."""
+        """Cache the text embeddings that are missing, each rank for its share. Returns {text: cache file}."""
         files, pipe = self.text_files(), self.pipe
         mine = dict(list(files.items())[self.world.rank :: self.world.size])
         cache.cache_texts(mine, lambda: pipe.acquire("text"))
@@ -238,8 +238,8 @@ class Dataset:
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def draw(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """The Draws of a step, for all ranks. Each depends only on the seed, the step and its place in the step:
-        `--batch 4` trains as `--batch 2 --accumulate 2` does, or `--batch 1` on four ranks. Arguments: as in `step`.
+        """Return the Draws of a step, for all ranks. Each depends only on the seed, the step and its place in the step,
+        so `--batch 4` draws as `--batch 2 --accumulate 2` does, or `--batch 1` on four ranks. Arguments: as in `step`.
         """
         c, draws = self.config, []
         for k, i in enumerate(self.batches.at(step)):
@@ -258,11 +258,11 @@ class Dataset:
         return draws
 
     def step(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """Yield this rank's Batches of a step, each with the weight of its loss: its fraction of the step's samples.
-        Timesteps are in [low, high).
+        """Yield (Batch, weight) for this rank's part of a step. weight: the Batch's fraction of the step's samples.
+        Timesteps are drawn from [low, high).
 
-        show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions).
-        preserved_prompts: if any, PRESERVED_SHARE of the samples get one of them instead, with the loss weight
+        show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions, at random).
+        preserved_prompts: if any, PRESERVED_SHARE of the samples get one of them instead, and loss weight
         config.preserve.
         """
         groups = {}
@@ -277,15 +277,15 @@ class Dataset:
                 yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
-        """The Batch of Draws of one shape, read from the cache. preserves: whether the run preserves prompts; then
-        `preserved` is set even if no sample here is preserved, since ranks compute the base's predictions together.
+        """Return the Batch of Draws of latents of one shape, read from the cache. preserves: whether the run preserves
+        prompts; then Batch.preserved is always set, since all ranks compute the base model's predictions together.
         """
         samples = self.samples
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]
         noise = torch.stack([torch.randn(e["latents"].shape, generator=d.generator) for d, e in zip(draws, entries)])
         t, loss_mask = torch.stack([d.t for d in draws]), frame_weights(samples, noise)
         given = torch.tensor([d.first_frame_given for d in draws])
-        if given.any():  # the first latent frame is clean, and its error is not counted
+        if given.any():  # the first latent frame is clean, and has no loss
             t = t[:, None].repeat(1, noise.shape[2])
             t[given, 0] = 0
             loss_mask = ((t > 0) / (t > 0).float().mean(1, keepdim=True))[:, None, :, None, None]

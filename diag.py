@@ -33,31 +33,31 @@ from nanowan.variants.registry import VARIANTS
 
 
 def script_name(text):
-    """ "sample" or "sample.py" -> "sample"."""
+    """Remove ".py" from the name of a script: "sample.py" -> "sample"."""
     return text.removesuffix(".py")
 
 
 def add_model_flags(add):
     """Add the flags of a command that runs a checkpoint with changes to it."""
-    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the one in the repository)")
+    add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
     add("--lora", action="append", default=[], help="LoRA, FILE[:weight][:high|low|both]; may be repeated")
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several; "
-        "listen also takes several strengths, as in FILE:0,0.5,1 (default: the checkpoint's own)",
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat it to stack several; "
+        "`diag.py listen` also takes several strengths, as in FILE:0,0.5,1 (default: the checkpoint's own)",
     )
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: bf16 on cuda, fp32 on cpu)")
-    add("--json", help="also write the result to this file")
+    add("--json", help="also write the result to this JSON file")
 
 
 def add_data_flags(add):
     """Add the flags of a command that reads training data, as logits.open_dataset takes them."""
-    add("--data", help="dataset, given as in training (default: clips of the nano world)")
+    add("--data", help="data set, in the form of train_lora.py --data (default: clips of the nano world)")
     add("--cache", help="folder of the cache (default: cache/, next to the data)")
-    add("--resolution", help="WxH in px; buckets of other aspects have its area (default: the checkpoint's)")
-    add("--frames", type=int, help="frames per sample at most, 4k+1 (default: the checkpoint's)")
+    add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: the checkpoint's)")
 
 
 def arguments(argv=None):
@@ -70,41 +70,41 @@ def arguments(argv=None):
         return c.add_argument
 
     add = command("inspect", inspect, "what is in checkpoint folders, weight files, LoRA files and videos")
-    add("paths", nargs="+", metavar="PATH", help="folders and files, in any mixture")
-    add("--json", help="also write what was found to this file")
+    add("paths", nargs="+", metavar="PATH", help="folders and files")
+    add("--json", help="also write the result to this JSON file")
 
     add = command("plan", plan, "memory, disk and time of a run, before it starts")
-    add("--json", help="also write the plan, in bytes and seconds a step, to this file")
+    add("--json", help="also write the plan, in bytes and seconds per step, to this JSON file")
     add(
         "--gpus",
-        help="COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090: propose flags that fit these GPUs. GB are as cards "
-        f"are sold: a card of 24 has 25.8e9 bytes. CARD, for the times: one of {', '.join(flops.CARDS)} (default: the "
-        f"GPU of this machine, or {' and '.join(plan.CARDS)})",
+        help="GPUs for which to propose flags that fit, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090. GB as "
+        f"cards are sold: 24 means 25.8e9 bytes. CARD, for the times: one of {', '.join(flops.CARDS)} (default: this "
+        f"machine's GPU, or {' and '.join(plan.CARDS)})",
     )
-    add("--host", type=float, help="host memory of a machine in GB, for --gpus (default: not limited)")
+    add("--host", type=float, help="host memory per machine in GB, for --gpus (default: no limit)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="the script to run")
-    add("flags", nargs=argparse.REMAINDER, help="flags of that script; they come last")
+    add("flags", nargs=argparse.REMAINDER, help="flags of that script, after all other arguments")
 
     add = command(
         "advise", advise, "commands to train with on some clips, what their numbers rest on, and which of them to run"
     )
-    add("--data", required=True, help="dataset, given as in training")
+    add("--data", required=True, help="data set, in the form of train_lora.py --data")
     add(
         "--ckpt",
         default="nano",
-        help="checkpoint folder, or a released variant, such as ti2v-5B, without any of its files (default: nano, "
-        "the one in the repository)",
+        help="checkpoint folder, or the name of a released variant, such as ti2v-5B, whose files are not needed "
+        "(default: nano, the toy checkpoint in the repository)",
     )
-    add("--keywords", help="words to teach, a,b,c (default: none)")
-    add("--resolution", help="WxH in px; buckets of other aspects have its area (default: the checkpoint's)")
-    add("--frames", type=int, help="frames per sample at most, 4k+1 (default: the checkpoint's)")
+    add("--keywords", help="words a,b,c to teach (default: none)")
+    add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: the checkpoint's)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--json", help="also write the commands to this file")
+    add("--json", help="also write the commands to this JSON file")
 
     add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy")
-    add("--ckpt", default="ti2v-5B", help=f"a released variant: {', '.join(VARIANTS)} (default: %(default)s)")
+    add("--ckpt", default="ti2v-5B", help=f"released variant: {', '.join(VARIANTS)} (default: %(default)s)")
     add("--size", help="size of the clips, WxH in px (default: the variant's)")
-    add("--frames", type=int, help="frames per clip, 4k+1 (default: the variant's)")
+    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the variant's)")
     add("--tflops", type=float, default=400, help="TFLOP/s that a GPU sustains in training (default: %(default)s)")
     add("--inside", type=float, default=200, help="GB/s that a GPU sends within its machine (default: %(default)s)")
     add("--between", type=float, default=25, help="GB/s that a GPU sends to another machine (default: %(default)s)")
@@ -112,35 +112,39 @@ def arguments(argv=None):
     add("--gb", type=int, default=80, help="memory of a GPU in GB (default: %(default)s)")
 
     add = command("delta", delta, "how far a LoRA, another checkpoint or an encoder moves each weight")
-    add("changed", metavar="FILE", help="file or folder; FILE:high or FILE:low picks an expert of a LoRA for both")
-    add("--ckpt", default="nano", help="checkpoint folder or file that FILE changes (default: nano)")
-    add("--cap", type=float, help="largest ||dW||/||W|| in a copy of the LoRA, written to --out (default: no copy)")
-    add("--out", help="file to write that copy to")
-    add("--json", help="also write the result of every weight to this file")
+    add(
+        "changed",
+        metavar="FILE",
+        help="changed file or folder; FILE:high or FILE:low selects one half of a LoRA for two experts",
+    )
+    add("--ckpt", default="nano", help="checkpoint folder or file that FILE is a change of (default: nano)")
+    add("--cap", type=float, help="maximum ||dW||/||W|| in a copy of the LoRA, written to --out (default: no copy)")
+    add("--out", help="file to which to write the copy of the LoRA")
+    add("--json", help="also write the result for every weight to this JSON file")
 
     add = command("logits", logits, "attention logits per block and head, before and after a change")
     add_model_flags(add)
     add_data_flags(add)
     add("--n", type=int, default=4, help="number of samples, each at four timesteps (default: %(default)s)")
     add("--threshold", type=float, default=0.25, help="relative change that counts as drift (default: %(default)s)")
-    add("--ci", action="store_true", help="exit with status 1 if a head has drifted")
+    add("--ci", action="store_true", help="exit with status 1 if any head has drifted")
 
     add = command("blocks", blocks, "which of the DiT's blocks read a word, by hiding it from one at a time")
     add_model_flags(add)
     add_data_flags(add)
-    add("--keywords", required=True, help="words that captions of the data contain, a,b,c")
+    add("--keywords", required=True, help="words a,b,c that occur in captions of the data")
     add("--n", type=int, default=4, help="number of samples per word, each at four timesteps (default: %(default)s)")
 
     add = command("drift", drift, "how far a text encoder's embeddings moved")
-    add("old", metavar="OLD", help="checkpoint folder or file of the encoder before")
-    add("new", metavar="NEW", help="checkpoint folder or file of the encoder after")
+    add("old", metavar="OLD", help="checkpoint folder or file of the encoder before the change")
+    add("new", metavar="NEW", help="checkpoint folder or file of the encoder after the change")
     add(
         "--ckpt",
-        help="checkpoint whose tokenizer files use and whose encoder deltas change (default: OLD if it is a folder)",
+        help="checkpoint folder, for a file's tokenizer and the encoder of a delta (default: OLD if it is a folder)",
     )
     add("--prompts", help="text file, one prompt per line (default: twenty prompts of the nano world)")
-    add("--keywords", help="words to show the nearest neighbours of, a,b,c")
-    add("--json", help="also write the result to this file")
+    add("--keywords", help="words a,b,c whose nearest neighbours to show")
+    add("--json", help="also write the result to this JSON file")
 
     add = command("listen", listen, "whether a changed model follows its prompts better")
     add_model_flags(add)
@@ -149,8 +153,8 @@ def arguments(argv=None):
         "--words",
         nargs="+",
         default=[],
-        help="words to put in the prompts; on nano, your own words as WORD=MEANING, such as scarlet=red; with --clip "
-        "WORD=RIGHT,WRONG,...: what a word should look like and what not, such as crimson=red,blue,green (default: "
+        help="words to put in the prompts. On nano: your own words as WORD=MEANING, such as scarlet=red. With --clip: "
+        "WORD=RIGHT,WRONG,..., what the word should look like and what not, such as crimson=red,blue,green (default: "
         "nano's new words)",
     )
     add(
@@ -161,15 +165,23 @@ def arguments(argv=None):
     add(
         "--clip",
         metavar="DIR",
-        help="judge by CLIP, from an Animate checkpoint or a folder with its CLIP and tokenizer",
+        help="folder of an Animate checkpoint, or of its CLIP and tokenizer; this CLIP then judges the clips",
     )
-    add("--grader", metavar="CMD", help="judge by a command that takes an mp4 and its prompt and prints a number")
-    add("--n", type=int, help="prompts per word, and for all known words together (default: nano 40, others 8)")
+    add(
+        "--grader",
+        metavar="CMD",
+        help="command that takes an mp4 and its prompt and prints a score; it then judges the clips",
+    )
+    add("--n", type=int, help="number of prompts per new word, and for known words (default: nano 40, others 8)")
     add("--size", help="size of the clips, WxH in px (default: the checkpoint's)")
-    add("--frames", type=int, help="frames per clip, 4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="sampling steps (default: the checkpoint's)")
+    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the checkpoint's)")
+    add("--steps", type=int, help="number of sampling steps (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="random seed for prompts and noise (default: %(default)s)")
-    add("--out", default="out/listen.png", help="contact sheet; none with --clip or --grader (default: %(default)s)")
+    add(
+        "--out",
+        default="out/listen.png",
+        help="contact sheet, not drawn with --clip or --grader (default: %(default)s)",
+    )
 
     add = command("reuse", reuse, "what sample.py --reuse saves and costs, against exact clips from the same seeds")
     add_model_flags(add)
@@ -180,25 +192,38 @@ def arguments(argv=None):
         type=float,
         nargs="+",
         default=thresholds,
-        help="values for --reuse (default: 0.02 0.05 0.1 0.2)",
+        help="values of --reuse to try (default: 0.02 0.05 0.1 0.2)",
     )
 
     add = command("convert", convert, "a text encoder, a DiT or a LoRA in another layout, with the same bits")
     add("source", metavar="IN", help="file or folder of an encoder or DiT, a checkpoint folder, or a LoRA file")
-    add("out", metavar="OUT", help=".safetensors file; for a DiT, or an encoder for diffusers, a folder")
+    add(
+        "out",
+        metavar="OUT",
+        help=".safetensors file to write; a folder for a DiT, or for an encoder in diffusers' layout",
+    )
     layouts = list(dict.fromkeys([*LAYOUTS, *LORA_LAYOUTS]))
     add(
         "--to",
         required=True,
         choices=layouts,
-        help="DiT: official, diffusers; encoder: also comfyui; LoRA: comfyui, musubi",
+        help="layout. DiT: official, diffusers; encoder: these or comfyui; LoRA: comfyui, musubi",
     )
-    add("--part", choices=["dit", "text"], help="component (default: what IN is; for a checkpoint folder, text)")
-    add("--tokenizer", help="spiece.model to put inside, for comfyui (default: that of IN)")
+    add(
+        "--part",
+        choices=["dit", "text"],
+        help="component to convert (default: what IN is; for a checkpoint folder, text)",
+    )
+    add("--tokenizer", help="spiece.model to put into the file, for comfyui (default: that of IN)")
 
     add = command("report", report, "everything about a training run in one HTML file")
     add("folder", metavar="RUN", help="folder of the run, its --out")
-    add("--n", type=int, default=20, help="nano: prompts per new word to grade, 0 for none (default: %(default)s)")
+    add(
+        "--n",
+        type=int,
+        default=20,
+        help="nano: number of prompts per new word to grade, 0 for none (default: %(default)s)",
+    )
     add(
         "--words",
         nargs="+",

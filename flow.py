@@ -11,21 +11,21 @@ import torch.nn.functional as F
 
 # ---- training ----------------------------------------------------------------------------------------------------
 def shift_t(t, shift):
-    """Move t towards noise (shift > 1): shift t / (1 + (shift-1) t)."""
+    """Move timesteps t in 0..1 towards noise (for shift > 1): shift t / (1 + (shift-1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def unshift_t(t, shift):
-    """The inverse of shift_t."""
+    """Invert shift_t: return the timesteps that shift_t moves to t."""
     return t / (shift - (shift - 1) * t)
 
 
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
-    """Draw n shifted training timesteps (n,) fp32 in [low, high), such as an expert's side of its boundary.
+    """Draw n shifted training timesteps (n,) fp32 in [low, high), such as the range of one expert of an A14B.
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Only the part of
-    the base distribution that the shift moves into the range is drawn from: no draw is rejected, and the density inside
-    the range is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Draws come from
+    the part of this distribution that the shift moves into the range, so none is rejected, and within the range the
+    shape of the density is unchanged.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -40,22 +40,22 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """n fixed timesteps (n,) fp32 in [low, high): the middles of n equal parts of the uniform distribution, shifted."""
+    """Return n fixed timesteps (n,) fp32 in [low, high): the middles of n parts, equal before the shift, shifted."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 
 
 def add_noise(x0, eps, t):
-    """Return x_t and its target velocity. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
+    """Return x_t and the velocity eps - x0, the target. x0, eps (B,C,T',h,w); t (B,) or, per latent frame, (B,T')."""
     t = t.view(len(x0), 1, -1, 1, 1)
     return (1 - t) * x0 + t * eps, eps - x0
 
 
 class Batch(NamedTuple):
     """B noised samples. x (B,C,T',h,w): the latents, followed by any conditioning channels; t (B,) or (B,T') in 0..1;
-    target (B,C',T',h,w); loss_mask (B,1,T',1,1) or (B,1,1,1,1): weights of the loss, 0 for a frame that is given, or
-    None if all are 1; captions; inputs: further keyword arguments of the model's forward; preserved (B,) bool: the
-    samples whose target is to become the base model's own prediction, or None if the run preserves no prompts.
+    target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): weights of the loss, 0 for a given frame,
+    or None if all are 1; captions: list of B str; inputs: further keyword arguments of the model's forward; preserved
+    (B,) bool: which targets are to become the base model's own predictions, or None if the run preserves no prompts.
     """
 
     x: torch.Tensor
@@ -67,13 +67,13 @@ class Batch(NamedTuple):
     preserved: torch.Tensor | None = None
 
     def velocity(self, model, context, lens):
-        """The model's prediction (B,C',T',h,w). context (B,S,D), lens (B,): the embedded captions."""
+        """Return the model's prediction (B,C',T',h,w). context (B,S,D), lens (B,): the embedded captions."""
         device = context.device
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
 
     def loss(self, model, context, lens):
-        """The mean squared error of the velocity, () fp32. context (B,S,D), lens (B,): the embedded captions."""
+        """Return the mean squared error () fp32 of the velocity, weighted by loss_mask. Arguments: as in `velocity`."""
         v = self.velocity(model, context, lens)
         target = self.target.to(v.device)
         if self.loss_mask is None:
@@ -84,8 +84,8 @@ class Batch(NamedTuple):
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
     """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t (B,). An entry is {"latents": (C,T',h,w),
-    "y": (c,T',h,w) if the model has conditioning channels, further inputs of its forward}. If any sample has its first
-    latent frame given, t is (B,T'), with 0 for such a frame.
+    "y": (c,T',h,w) if the model has conditioning channels, and the further inputs of its forward}. If the first latent
+    frame of any sample is given, t is (B,T'), and 0 for each given frame.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
@@ -96,11 +96,11 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """Steps a latent from noise to clean. `timesteps` are what the DiT gets, one for each time that it runs (integers,
-    truncated, as in the official code); the arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
-    `step(v, x)` once per timestep, in order, with x and the velocity v at x and that timestep; it returns the x at
-    which to compute the next velocity. Before the call, `sigma` is the noise level of x, so x - sigma v estimates the
-    clean latent.
+    """An ODE solver that takes latents from noise to clean. `timesteps`: the DiT's input at each of its runs, truncated
+    to integers as in the official code; the arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
+    `step(v, x)` once per timestep, in order, with x and the DiT's velocity v at x and that timestep; it returns the x
+    at which to compute the next velocity. Before the call, `sigma` is the noise level of x, so x - sigma v estimates
+    the clean latents.
     """
 
     start = 1.0
@@ -150,7 +150,7 @@ class Heun(Solver):
 
 
 class DPMpp(Solver):
-    """DPM-Solver++(2M), midpoint; its first and last steps are of first order (Lu et al., 2022)."""
+    """DPM-Solver++(2M), midpoint (Lu et al., 2022). Its first and last steps are of first order."""
 
     def step(self, v, x):
         i, (lambda0, lambda1) = self.i, self.lambdas[self.i : self.i + 2]
@@ -166,12 +166,12 @@ class DPMpp(Solver):
 
 
 class UniPC(Solver):
-    """UniPC of order 2, B(h) = e^h - 1, predicting x0; of lower order at both ends of the grid (Zhao et al., 2023)."""
+    """UniPC of order 2, B(h) = e^h - 1, predicting x0 (Zhao et al., 2023). Its first and last steps are of order 1."""
 
-    start = torch.tensor(0.999).item()  # the official grid starts from the fp32 number
+    start = torch.tensor(0.999).item()  # the official grid starts at 0.999 in fp32
 
     def _update(self, i, x, x0, order, final=None):
-        """Step from sigma i to i+1: the corrector if `final`, the x0 predicted at i+1, is given, else the predictor."""
+        """Step x from sigma i to i+1. final: the x0 predicted at i+1, for the corrector; None for the predictor."""
         h = self.lambdas[i] - self.lambdas[i + 1]  # the paper's -h
         phi = torch.expm1(h)
         difference, r = [], []
@@ -209,7 +209,7 @@ SOLVERS = {"unipc": UniPC, "dpm++": DPMpp, "euler": Euler, "heun": Heun}
 
 
 def solver(name, steps, shift):
-    """A fresh Solver: "unipc", "dpm++", "euler" or "heun". Raises ValueError for another name or less than one step."""
+    """Return a Solver; name: "unipc", "dpm++", "euler" or "heun". Raises ValueError for another name or steps < 1."""
     if name not in SOLVERS:
         raise ValueError(f"solver {name!r}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)

@@ -18,7 +18,7 @@ TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear `base`, plus scale * B A. A (rank,in) and B (out,rank) are fp32, whatever the base's dtype."""
+    """A frozen linear `base`, plus scale * B A, scale = alpha / rank. A (rank,in) and B (out,rank) are always fp32."""
 
     takes_gelu = False
 
@@ -33,14 +33,14 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x, rows=None):
-        """x (...,in) -> (...,out). rows: x in 8 bits, from round_input, for an 8-bit base (kernels/fp8.py)."""
+        """x (...,in) -> (...,out). rows: the result of round_input(x), if known, for an 8-bit base (kernels/fp8.py)."""
         y = self.base(x) if rows is None else self.base(x, rows=rows)
         if not self.enabled:
             return y
         low, b = F.linear(self.dropout(x), self.lora_A.to(x.dtype)), (self.scale * self.lora_B).to(x.dtype)
         if torch.is_grad_enabled():
             return y + F.linear(low, b)
-        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), b.t())  # saves two more passes over y
+        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), b.t())  # in place, which saves two passes over y
         return y
 
     def with_gelu(self, x, gelu):
@@ -51,17 +51,17 @@ class LoRALinear(nn.Module):
 
 
 def base_name(name):
-    """The name of a parameter in a model without adapters, which is its name in files."""
+    """Return the name that a parameter of a model with adapters has without them, and in files."""
     return name.replace(".base.", ".")
 
 
 def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, dropout=0.0, blocks=None, device=None):
     """Add a LoRA to every target in the given blocks (default: all) and freeze everything else, in place.
 
-    targets: names in TARGETS, or those that a variant adds (Wan.linear_name). rank: 1 or more. blocks: block numbers.
-    device: where the adapters go (default: to the weights, which may be on the meta device). Returns the trainable
-    parameters: A and B of each target, fp32. B starts at zero, so the model's output does not change. Raises ValueError
-    for a target that the model does not have.
+    targets: names in TARGETS, or further names that the variant's linear_name knows. rank: 1 or more. blocks: block
+    numbers. device: of A and B (default: the weights' device, which may be meta). Returns the trainable parameters: A
+    and B of each target, fp32. B starts at zero, so the model's output does not change. Raises ValueError for a rank
+    below 1, or a target that the model does not have.
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: at least 1")
@@ -80,18 +80,18 @@ def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, d
 
 
 def lora_layers(model):
-    """{module name: LoRALinear} of a model with adapters."""
+    """Return {module name: LoRALinear} of a model with adapters."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def adapter(model):
-    """{module name: (A, B)}: the trainable parameters of a model with adapters."""
+    """Return {module name: (A, B)}, the trainable parameters of a model with adapters."""
     return {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
 
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """Within this context, a model with adapters computes what its frozen base computes."""
+    """Within this context, a model with adapters computes what its frozen base model computes."""
     layers = lora_layers(model).values()
     for m in layers:
         m.enabled = False
@@ -104,20 +104,20 @@ def adapter_off(model):
 
 @torch.no_grad()
 def weight_norms(model):
-    """{module name: Frobenius norm () of the frozen weight}, for each LoRALinear of a model."""
+    """Return {module name: Frobenius norm () of the frozen weight} for each LoRALinear of a model."""
     bases = {name: m.base for name, m in lora_layers(model).items()}
     return {name: b.norm if hasattr(b, "norm") else b.weight.float().norm() for name, b in bases.items()}
 
 
 def change_norm(a, b, scale):
-    """The Frobenius norm () of dW = scale * B A, from the r x r products B^T B and A A^T; dW is never formed."""
+    """Return the Frobenius norm () of dW = scale * B A, from B^T B and A A^T (rank,rank), without forming dW."""
     return scale * ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def clamp_weight_norm(pairs, scale, norms, cap):
-    """Scale down every dW = scale * B A whose Frobenius norm exceeds `cap` times that of its weight, norms[name] ().
-    pairs: {name: (A, B)}. Returns how many were scaled down.
+    """Scale down, in place, each dW = scale * B A whose Frobenius norm exceeds cap * norms[name]. pairs: {name: (A,
+    B)}; norms: {name: Frobenius norm () of the weight}. Returns the number of changes that were scaled down.
     """
     clamped = torch.zeros(())
     for name, (a, b) in pairs.items():
@@ -132,8 +132,8 @@ def clamp_weight_norm(pairs, scale, norms, cap):
 def merge(model, changes, weight=1.0):
     """Add weight times each change to its parameter, in place; each sum is rounded once, to the parameter's dtype.
 
-    changes: {parameter name: Change} (nanowan/formats/lora.py). A change added to an 8-bit weight would be rounded
-    away, so there it is kept next to the weight, as a LoRALinear. Raises ValueError, before anything is changed, if a
+    changes: {parameter name: Change} (nanowan/formats/lora.py). Rounding an 8-bit weight would lose most of its change,
+    so such a change is kept next to the weight, in a LoRALinear. Raises ValueError, before anything is changed, if a
     change of an 8-bit weight is not of low rank.
     """
     parameters = {base_name(name): p for name, p in model.named_parameters()}
@@ -151,10 +151,10 @@ def merge(model, changes, weight=1.0):
 
 
 def _add_beside(model, name, a, b, weight):
-    """Add weight * B A to the linear `name` as a LoRALinear; if it is one already, its rank grows."""
+    """Add weight * B A to the linear `name` in a LoRALinear; an existing LoRALinear grows in rank."""
     linear = model.get_submodule(name)
     device = linear.lora_A.device if isinstance(linear, LoRALinear) else linear.weight.device
-    if device.type != "meta":  # on meta the weight is still to come, from another rank
+    if device.type != "meta":  # weights on meta arrive later, from another rank
         a, b = a.to(device), b.to(device)
     b = weight * b
     if isinstance(linear, LoRALinear):

@@ -6,7 +6,7 @@ python sample.py --ckpt Wan2.2-T2V-A14B --prompts FILE --lora adapter_model_high
     --lora adapter_model_low.safetensors
 python sample.py --prompt "a red square moves left"        on nano, the toy checkpoint in the repository
 
-With --device cpu --dtype fp32 and a seed the latents equal the official pipelines' to fp32 rounding.
+With --device cpu, --dtype fp32 and the same seed, the latents equal the official pipelines' up to fp32 rounding.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -37,30 +37,30 @@ from nanowan.step_cache import EasyCache
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import open_image, write_grid, write_mp4
 
-EXPERT_GROUP = 8  # how many clips one expert of an A14B takes before the other expert takes them
+EXPERT_GROUP = 8  # number of clips that one expert of an A14B denoises before the other expert is loaded
 
 
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
-    add("--prompt", help="text prompt (default: the checkpoint's own, unless --prompts is given)")
+    add("--prompt", help="text prompt (default: the checkpoint's example, unless --prompts is given)")
     options = "as in kohya's scripts, --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
-    jsonl = "a JSONL with keys such as prompt, size, frames, seed, image"
+    jsonl = "a JSONL file with keys such as prompt, size, frames, seed, image"
     add("--prompts", help=f"text file with one prompt per line, followed by its options ({options}), or {jsonl}")
     add("--image", help="image to start the video from")
     add("--last_image", help="image to end the video with (TI2V-5B, I2V-A14B)")
-    add("--size", help="WIDTHxHEIGHT in px; with --image only its area counts (default: the checkpoint's)")
+    add("--size", help="WIDTHxHEIGHT in px; --image keeps its aspect ratio at this area (default: the checkpoint's)")
     add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="sampling steps; heun runs the model twice per step (default: the checkpoint's)")
-    add("--shift", type=float, help="shift of the sigma grid; above 1, towards noise (default: the checkpoint's)")
+    add("--steps", type=int, help="number of steps; heun runs the DiT twice in each (default: the checkpoint's)")
+    add("--shift", type=float, help="shift of the timesteps; above 1 towards noise (default: the checkpoint's)")
     add("--guidance", help="guidance scale, or LOW,HIGH for low and high noise; 1: off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
-    add("--seed", type=sampling.seed_list, default=[0], help="random seed, or several a,b,c; -1 draws one (default: 0)")
-    add("--num_videos", type=int, default=1, help="videos per prompt and seed; seeds count up (default: %(default)s)")
+    add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
+    add("--num_videos", type=int, default=1, help="number of videos per prompt and seed; seeds count up (default: 1)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
     add("--lora", action="append", default=[], help="LoRA of DiT or encoder, FILE[:weight][:high|low|both]; repeatable")
-    encoder = "text encoder, FILE[:strength]: full, delta or LoRA; repeatable (default: the checkpoint's own)"
+    encoder = "text encoder (full, delta or LoRA), FILE[:strength]; repeatable (default: the checkpoint's own)"
     add("--text_encoder", action="append", help=encoder)
     add("--dtype", choices=list(DTYPES), help="dtype of weights and matrix products (default: bf16 on cuda, else fp32)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -76,9 +76,9 @@ def arguments(argv=None):
 # ---- denoising ---------------------------------------------------------------------------------------------------
 @dataclass
 class Clip:
-    """B clips on their way from noise to latents. text, negative: (embeddings (B,S,D), lens (B,)); negative is None if
-    no step is guided. conditions: a Conditions. on_step(i, x0): called at each step i with an estimate x0 of the clean
-    latents.
+    """B clips that are being denoised. x: their latents. text, negative: (embeddings (B,S,D), lens (B,)) of the prompts
+    and of the negative prompt; negative is None if no step is guided. on_step(i, x0): called at each step i with an
+    estimate x0 of the clean latents.
     """
 
     x: torch.Tensor  # (B,C,T',h,w)
@@ -92,8 +92,8 @@ class Clip:
 
 
 class GuidedModel:
-    """One expert with classifier-free guidance (Ho and Salimans, 2022). The prompts' keys and values, and whatever else
-    is the same at every step, are computed once, by __init__.
+    """A DiT (in an A14B, one expert) with classifier-free guidance (Ho and Salimans, 2022). The keys and values of the
+    prompts, and everything else that is the same at every step, are computed once, in __init__.
     """
 
     def __init__(self, pipe, expert, clip):
@@ -103,7 +103,7 @@ class GuidedModel:
         need += batch * pipe.settings.parts.model.kept_bytes(config, part, pipe.runtime.dtype.itemsize)
         self.model = pipe.acquire(expert, need)
         self.mode, self.world, self.conditions = pipe.guidance_mode(tokens, batch), pipe.world, clip.conditions
-        self.copies_output = pipe.runtime.compile == "graphs"  # a graph's next replay overwrites its output
+        self.copies_output = pipe.runtime.compile == "graphs"  # the next replay of a CUDA graph overwrites its output
         inputs, differing = clip.conditions.inputs, clip.conditions.uncond_inputs
         self.cond, self.uncond, self.both = self._embed(clip.text, inputs), None, None
         if clip.negative is not None and self.mode == "batched":
@@ -123,7 +123,7 @@ class GuidedModel:
         return v.clone() if self.copies_output else v
 
     def velocity(self, x, t, scale):
-        """The velocity of latents x, both (B,C,T',h,w), at timestep t in 0..1000: uncond + scale (cond - uncond)."""
+        """Return the velocity, uncond + scale (cond - uncond), at latents x (B,C,T',h,w) and timestep t in 0..1000."""
         x, times = self.conditions.model_inputs(x, t)
         if scale == 1:
             return self._forward(x, times, self.cond)
@@ -139,7 +139,7 @@ class GuidedModel:
 
 @torch.no_grad()
 def denoise(pipe, settings, clip, expert):
-    """Run those of a Clip's remaining steps that `expert` serves. Raises BadInput if the latents are not finite."""
+    """Do the Clip's remaining steps that `expert` serves. Raises BadInput if the resulting latents are not finite."""
     timesteps, cache = clip.solver.timesteps.tolist(), clip.cache
     steps = [i for i in range(clip.solver.i, len(timesteps)) if settings.expert_at(timesteps[i])[0] == expert]
     if not steps:
@@ -164,7 +164,7 @@ def denoise(pipe, settings, clip, expert):
 
 
 def encode_text(pipe, settings, prompts, encoder=None):
-    """(embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt, or None if no step is guided."""
+    """Return (embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt, or None without guidance."""
     embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
@@ -172,13 +172,13 @@ def encode_text(pipe, settings, prompts, encoder=None):
 
 
 def new_clip(settings, x, text, conditions, cache=None, **more):
-    """A Clip before its first step. text: the result of encode_text."""
+    """Return a Clip before its first step. x: noise; text: from encode_text; more: further fields of Clip."""
     solver = flow.solver(settings.solver, settings.steps, settings.shift)
     return Clip(x, *text, conditions, solver, cache or EasyCache(), **more)
 
 
 def sample_clip(pipe, settings, text, noise, conditions, **more):
-    """Sample a Clip from noise (B,C,T',h,w) -> latents, fp32. text: from encode_text; more: fields of Clip."""
+    """Denoise noise (B,C,T',h,w) -> latents, fp32. text: from encode_text; more: further fields of Clip."""
     clip = new_clip(settings, noise, text, conditions, **more)
     for expert in settings.expert_names:
         denoise(pipe, settings, clip, expert)
@@ -186,7 +186,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: as in decode_tiled. A clip's ranks share the work."""
+    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: as in decode_tiled, or 0 for full frames."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -196,16 +196,16 @@ def decode(pipe, latents, tile=0):
 
 # ---- videos ------------------------------------------------------------------------------------------------------
 def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, **how):
-    """A Pipeline for `generate`, from a checkpoint folder or "nano". Weights are read when they are first needed.
+    """Return a Pipeline for `generate`, from a checkpoint folder or "nano". Weights are read when first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of these. how: fields of
-    nanowan.pipeline.Runtime, such as fp8 and stream_blocks. Raises BadInput if a folder or LoRA cannot be read.
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. how: other fields
+    of nanowan.pipeline.Runtime, such as fp8 and stream_blocks. Raises BadInput if a folder or LoRA cannot be read.
     """
     return Pipeline(ckpt_dir, Runtime(device, dtype, **how), lora, text_encoder)
 
 
 def open_video(pipe, settings, **inputs):
-    """Open a Video from images (files or PIL) and inputs, named like sample.py's flags. Raises BadInput."""
+    """Open a Video. inputs: images (files or PIL images) and others, named like sample.py's flags. Raises BadInput."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
@@ -215,8 +215,8 @@ def open_video(pipe, settings, **inputs):
 
 
 def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
-    """Sample B clips in one batch, each from its own seed -> latents (B,C,T',h,w) fp32. But for rounding, a clip does
-    not depend on the others. prompts: list of str, or what encode_text returned for them. settings: as in `generate`.
+    """Sample B clips in one batch, each from its own seed -> latents (B,C,T',h,w) fp32. Apart from rounding, a clip
+    does not depend on the others. prompts: list of str, or from encode_text. image, settings: as in `generate`.
     """
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
@@ -228,12 +228,12 @@ def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, 
 def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
     """Sample one video -> (video (3,T,H,W) in [-1,1], latents (C,T',h,w)), both fp32.
 
-    pipe: from `load`. image: file or PIL image to start from; then `size` gives the area, and the image the aspect
-    ratio. settings (default: what the checkpoint recommends): size (width, height) px, frames 4k+1, steps, shift of the
-    sigma grid, guidance (a scale, or scales for low and high noise; 1: off), solver from flow.SOLVERS, negative prompt;
-    and the inputs, named like sample.py's flags, of S2V (audio, pose_video, infer_frames, num_clip, start_from_ref,
-    sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video, prompt_ref). For these three,
-    latents is a list, with an entry per segment.
+    pipe: from `load`. image: file or PIL image to start from; its aspect ratio is kept, at the area of `size`.
+    settings (default: what the checkpoint recommends): size (width, height) px, frames 4k+1, steps, shift of the sigma
+    grid, guidance (a scale, or scales for low and high noise; 1: off), solver from flow.SOLVERS, negative prompt; and
+    the inputs, named like sample.py's flags, of S2V (audio, pose_video, infer_frames, num_clip, start_from_ref,
+    sync_sound), Animate (src_root_path, replace_flag, refert_num) or Animate-2 (video, prompt_ref). For these three
+    variants, latents is a list with one entry per segment.
     """
     overrides = {k: settings.pop(k) for k in list(settings) if k in pipe.settings.__dataclass_fields__}
     s = pipe.settings.with_overrides(**overrides)
@@ -246,8 +246,8 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
 
 
 def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **more):
-    """Sample the segments of a Video that are not done yet, and save them in `segments`: in memory on every rank, or in
-    files by one rank. reuse: as --reuse; more: further fields of the Clips.
+    """Sample the segments of a Video that are not done yet, and save them in `segments`: a SegmentsInMemory, filled by
+    every rank, or a SegmentFiles, written by one rank. reuse: the value of --reuse; more: further fields of the Clips.
     """
     done = segments.count()
     if done:
@@ -293,7 +293,8 @@ def run(args, prompts, world):
             return
     by_segments = pipe.settings.conditioning.by_segments
     mine = sampling.share_of(requests, world)
-    videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]  # in segments, only the first: they may be large
+    # of videos in segments, which may be large, only the first is opened here
+    videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
     print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False))
     print(ops.describe(world.device), f"{len(requests)} videos", sep="\n")
@@ -307,7 +308,7 @@ def run(args, prompts, world):
     def comment(r, video):
         return json.dumps(r.record(args, pipe, video) | {"key": keys[r.out]}, ensure_ascii=False)
 
-    # videos that are made in segments: one video after another
+    # videos made in segments are sampled one after another
     for i, (r, text) in enumerate(zip(mine, texts) if by_segments else ()):
         video = videos[0] if not i else open_video(pipe, r.settings, **r.inputs)
         segments = SegmentFiles.open(r.out, keys[r.out], args.resume, world)
@@ -319,7 +320,7 @@ def run(args, prompts, world):
             segments.write_video(video, comment(r, video), r.latents)
             print(r.out, flush=True)
 
-    # single clips; one expert of an A14B takes several before the other takes them; each is written once it is done
+    # single clips, each written once it is done; an expert of an A14B denoises several before the other expert does
     shown, group_size = [], EXPERT_GROUP if pipe.settings.is_moe else 1
     for first in range(0, 0 if by_segments else len(mine), group_size):
         group = []

@@ -22,8 +22,8 @@ FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-march=native", "-ffast-math", "-fno-
 
 
 def native_features():
-    """The features of this CPU, as /proc/cpuinfo spells them, that the compiler uses. Raises RuntimeError if the
-    compiler lacks OpenMP or C++20.
+    """Return the features of this CPU that the compiler uses with FLAGS, named as in /proc/cpuinfo. Raises RuntimeError
+    if the compiler lacks OpenMP or C++20.
     """
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     done = subprocess.run(
@@ -41,7 +41,9 @@ def native_features():
 
 
 def cuda_lack(torch_cuda, cuda_home):
-    """Why the CUDA part cannot be built, or "" if it can."""
+    """Return why the CUDA part cannot be built, or "". torch_cuda: torch.version.cuda; cuda_home: CUDA's folder or
+    None.
+    """
     if torch_cuda is None:
         return "this torch was built without CUDA"
     if cuda_home is None:
@@ -54,7 +56,7 @@ def cuda_lack(torch_cuda, cuda_home):
 
 
 def extension():
-    """([Extension], {"build_ext": command}); both are empty if NANOWAN_CSRC=0."""
+    """Return ext_modules and cmdclass for setup(): ([Extension], {"build_ext": command}), empty if NANOWAN_CSRC=0."""
     if os.environ.get("NANOWAN_CSRC") == "0":
         return [], {}
     import torch
@@ -62,7 +64,7 @@ def extension():
 
     class Build(BuildExtension):
         def run(self):
-            for old in HERE.glob("nanowan_csrc*.so"):  # else one from other sources would stay if the build fails
+            for old in HERE.glob("nanowan_csrc*.so"):  # else an outdated file would stay if the build fails
                 old.unlink()
             try:
                 made = [

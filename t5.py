@@ -18,11 +18,11 @@ PAD, EOS, UNK = 0, 1, 2
 
 
 class Tokenizer:
-    """The token ids that transformers' T5 tokenizer gives: sentencepiece ids, then the end token. Special tokens that a
-    prompt spells out (</s>, <extra_id_0>, ...) become their own ids. At most `length` ids, the end token included.
+    """Gives the token ids of transformers' T5 tokenizer: sentencepiece ids, then the end token; at most `length` ids in
+    all. Special tokens written in a prompt (</s>, <extra_id_0>, ...) become their own ids.
 
     model: the bytes of spiece.model; raises ValueError for other bytes. special: {token: id} in addition to <pad>, </s>
-    and <unk>. byte_fallback: encode characters without a piece as bytes; otherwise each run of them is one <unk>.
+    and <unk>. byte_fallback: encode characters without a piece as bytes; otherwise a run of them is one <unk>.
     """
 
     def __init__(self, model, special=None, byte_fallback=False, length=512):
@@ -37,7 +37,7 @@ class Tokenizer:
         self.add_words({})
 
     def add_words(self, ids_of):
-        """Encode whole words as {word: [id]} says, not by the pieces that would spell them."""
+        """From now on, encode these words, where they stand alone, by their given ids. ids_of: {word: [id]}."""
         self.special |= ids_of
         longest_first = sorted(self.special, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
@@ -53,7 +53,7 @@ class Tokenizer:
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
     def ids(self, text):
-        """The ids of one cleaned text, without the end token."""
+        """Return the ids of one cleaned text, without the end token."""
         ids = []
         for part in filter(None, self.split.split(text)):
             known = self.special.get(part)
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` signed distances: exact up to 7, logarithmic up to 128."""
+    """A learned logit per head for each of `buckets` ranges of signed distances: up to 7 exact, to 128 logarithmic."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -142,7 +142,7 @@ class Block(nn.Module):
         self.pos_embedding = RelativePosition(buckets, heads)
 
     def forward(self, x, mask):
-        """x (B,L,D) -> (B,L,D). mask (B,1,1,L): added to the logits."""
+        """x (B,L,D) -> (B,L,D). mask (B,1,1,L): added to the attention logits."""
         bias = self.pos_embedding(x.shape[1]) + mask
         x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
         self.tokenizer = None
 
     def forward(self, ids, lens):
-        """ids (B,L), lens (B,) -> embeddings (B,L,D), which are zero beyond each prompt's length."""
+        """Encode ids (B,L) with lengths lens (B,) -> embeddings (B,L,D), zero beyond each prompt's length."""
         real = torch.arange(ids.shape[1], device=ids.device) < lens[:, None].to(ids.device)
         x = self.token_embedding(ids)
         mask = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, torch.finfo(x.dtype).min)[:, None, None]
@@ -166,12 +166,12 @@ class TextEncoder(nn.Module):
         return self.norm(x) * real[..., None]
 
     def linear_name(self, block, target):
-        """The full name of the linear that a LoRA's `target` means in a block."""
+        """Return the full name of the linear in a block that `target` means in a LoRA."""
         return f"blocks.{block}.{target}"
 
     def encode(self, texts):
-        """Prompts (list of str) -> embeddings (B,L,D), L being the length of the longest, and lens (B,). Gradients flow
-        to the weights.
+        """Encode prompts (list of str) -> embeddings (B,L,D), L being the length of the longest, and their lengths lens
+        (B,). Gradients flow to the weights.
         """
         ids, lens = self.tokenizer(texts)
         device = self.norm.weight.device

@@ -1,11 +1,11 @@
-"""Train a LoRA "translator" on the DiT's cross-attention keys and values: to follow prompts and new encoders better.
+"""Train a translator, a LoRA on the DiT's cross-attention keys and values, so that the DiT follows prompts better.
 
 python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
-python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, two adapters
+python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, one adapter each
 python train_lora.py                                   on nano, with clips that the script draws itself
 
-The base model is frozen. Latents and text embeddings are computed once and cached. Blocks below the first adapted one
-need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (for an A14B
+The base model is frozen. Latents and text embeddings are computed once and cached. Blocks before the first adapted
+block need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (for an A14B
 adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers. Each save also leaves an adapter with its step
 in the name, OUT/adapter_model_000100.safetensors and so on, so that the best one can be chosen by eye.
 """
@@ -45,34 +45,35 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
-    linears = f"linears to adapt, as a,b,c: {', '.join(TARGETS)}; Animate and Animate-2 also have cross_attn.k_img and "
-    linears += "cross_attn.v_img, S2V audio_injector.q, .k, .v and .o (default: cross_attn.k,cross_attn.v, and for S2V "
+    linears = f"linears to adapt, a,b,c, of {', '.join(TARGETS)}; in Animate and Animate-2 also cross_attn.k_img and "
+    linears += "cross_attn.v_img, in S2V audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
     add("--targets", type=flags.comma_list, help=linears + "also audio_injector.k,audio_injector.v)")
-    add("--allow_self_attn", action="store_true", help="allow self_attn targets, which change the drawing style")
-    add("--blocks", help="blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
-    add("--rank", type=int, default=16, help="rank of every weight change B A (default: %(default)s)")
-    add("--alpha", type=float, help="alpha, which scales B A by alpha / rank (default: the rank)")
-    add("--dropout", type=float, default=0.0, help="dropout on the input of B A (default: %(default)s)")
+    add("--allow_self_attn", action="store_true", help="allow self_attn --targets, which change the drawing style")
+    add("--blocks", help="DiT blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
+    add("--rank", type=int, default=16, help="rank of each LoRA, dW = alpha / rank * B A (default: %(default)s)")
+    add("--alpha", type=float, help="alpha of each LoRA, dW = alpha / rank * B A (default: the rank)")
+    add("--dropout", type=float, default=0.0, help="dropout on the input of each LoRA (default: %(default)s)")
     add("--init_lora", action="append", default=[], help="LoRA to start from, FILE[:high|low|both]; may be repeated")
-    add("--delta_cap", type=float, help="limit on the change ||dW||/||W|| of each weight matrix (default: no limit)")
+    add("--delta_cap", type=float, help="maximum change ||dW||/||W|| of each weight matrix W (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
-    add("--keep", type=int, help="keep only the last N of the adapters with a step in their name (default: all)")
-    words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve preserves the captions without them"
+    add("--keep", type=int, help="number of adapters with a step in their name to keep, the latest (default: all)")
+    words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve applies to captions without them"
     add("--trigger", type=flags.comma_list, help=words)
     add = p.add_argument_group("prior preservation").add_argument
-    preserve = "weight of prior preservation: half of the samples get a prompt to preserve, and as target the base "
-    add("--preserve", type=float, default=0.0, help=preserve + "model's own prediction (default: 0, none)")
-    prompts = "text file of prompts to preserve, one per line; captions without any word of --trigger are preserved too"
+    preserve = "loss weight of prior preservation: half of the samples get a prompt to preserve, and the base model's "
+    add("--preserve", type=float, default=0.0, help=preserve + "prediction as the target (default: 0, off)")
+    prompts = "text file of prompts to preserve, one per line, in addition to the captions without a word of --trigger"
     add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    kept = "number of DiT blocks that are kept in host memory until they run (default: 0)"
+    add("--stream_blocks", type=int, default=0, help=kept)
     flags.add_flags(p, "train_lora", out="out/lora")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
-    """Fill in the flags for a checkpoint with Settings s and check them. Returns the numbers of the blocks to adapt."""
+    """Fill in and check the flags for Settings s and num_blocks blocks. Returns the numbers of the blocks to adapt."""
     flags.resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     flags.check_blocks(args, num_blocks)
@@ -106,7 +107,7 @@ def check(args, s, num_blocks):
 
 
 def predict(args, s, builders, blocks, **more):
-    """The memory_estimate.Plan of a run. more: further fields of TrainingSpec."""
+    """Return the memory_estimate.Plan of a run. blocks: the adapted ones; more: further fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
     spec = flags.training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject
@@ -202,7 +203,7 @@ def train(args, world):
         state.restore(saved)
 
     def evaluate(step):
-        """Compute the held-out loss and previews that are due after a step, with the weights that would be saved."""
+        """Compute the held-out loss and the previews, if due after this step, with the weights that would be saved."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):
@@ -254,7 +255,7 @@ def train(args, world):
         tokens = watch.tokens * world.dp_size / world.size
         loss, watch.tokens, taught, stop = world.all_reduce_grads(params_of[expert], loss, tokens, taught, run.stop)
 
-        # one update; a step in which all samples are preserved has far smaller gradients, so it is not typical
+        # one update; a step in which every sample has a prompt to preserve has far smaller gradients: it is not typical
         metrics, skipped = update(state, world, step, args, loss, typical=taught > 0)
         if not skipped and args.delta_cap:
             metrics["n_clamped"] = clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)

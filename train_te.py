@@ -4,8 +4,8 @@ python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson
 python train_te.py                                  on nano, with clips that the script draws itself
 
 The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. A penalty, the
-anchor, keeps the embeddings of prompts without keywords where they were. Text embeddings are never cached here, since a
-cached one would bypass the encoder. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
+anchor, keeps the embeddings of prompts without keywords where they were. Text embeddings are not cached, as cached
+embeddings would bypass the encoder. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -41,39 +41,41 @@ def arguments(argv=None):
     p = Parser(__doc__)
     recommended = flags.RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
-    add("--train_blocks", type=int, help="train only the last N blocks of the encoder (default: all; 0: none)")
-    add("--rank", type=int, help="train LoRAs of this rank in the blocks, not the blocks' own weights (default: none)")
+    add("--train_blocks", type=int, help="number of the encoder's last blocks to train (default: all; 0: none)")
+    add("--rank", type=int, help="rank of LoRAs to train instead of the blocks' own weights (default: no LoRAs)")
     names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD, NAME=placeholder:N"
-    names += " gives NAME N otherwise unused rows of the embedding table (default on nano's own data: its new words)"
+    names += " gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)
-    start = "initial embeddings of the keywords. own: the encoder's; search: for each keyword those of the word, from "
-    start += "other captions, that has the lowest loss in its place, if lower than its own (default: the checkpoint's, "
-    add("--keyword_init", choices=("own", "search"), help=f"{start}or {recommended['keyword_init']})")
-    add("--keyword_lr", type=float, help="learning rate of the keyword embeddings (default: the checkpoint's, or --lr)")
-    norm = "norm of the keyword embeddings. free: not limited; fixed: as at the start of training; clamp: at most the "
+    start = "initial embeddings of the keywords. own: the encoder's own; search: try words from captions without "
+    start += "keywords in each keyword's place, and start from the embedding of the word with the lowest loss, unless "
+    start += "the keyword itself has a lower one (default: the checkpoint's config.json, "
+    add("--keyword_init", choices=("own", "search"), help=f"{start}else {recommended['keyword_init']})")
+    add("--keyword_lr", type=float, help="learning rate of keyword embeddings (default: the checkpoint's, else --lr)")
+    norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
     norm += "99th percentile of the norms in the embedding table (default: %(default)s)"
     add("--keyword_norm", choices=("free", "fixed", "clamp"), default="free", help=norm)
     drift = "weight of the penalty for changing the embeddings of prompts without keywords (default: %(default)s)"
     add("--anchor", type=float, default=0.01, help=drift)
-    forms = "format of the result. full: all tensors, with official names; delta: only what was trained; comfyui: for "
+    forms = "format of the result. full: all tensors, official names; delta: only the trained weights; comfyui: for "
     forms += "ComfyUI's CLIPLoader, with transformers' names and the tokenizer inside; lora: for ComfyUI's LoraLoader, "
-    forms += "needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
+    forms += "which needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
-    chosen = "(default: adamw8bit, with compensated bf16 weights, for --dtype bf16 without --fsdp or --rank; else "
+    chosen = "(default: for bf16 with neither --fsdp nor --rank, adamw8bit with Kahan-compensated weights; else "
     add("--optimizer", choices=("adamw", "adamw8bit"), help=f"optimizer of the encoder {chosen}adamw)")
-    shown = "percentages of captions with a keyword to use as the keyword alone, shortened, and in full (default: "
-    add("--caption_mode_probs", help=f"{shown}the checkpoint's, or {recommended['caption_mode_probs']})")
-    trim = f"(default: the checkpoint's, or {recommended['trim_prob']})"
-    add("--trim_prob", type=float, help=f"probability that a caption in full loses some words, never a keyword {trim}")
+    shown = "percentages A,B,C of captions with a keyword to reduce to the keyword, shorten and use in full (default: "
+    add("--caption_mode_probs", help=f"{shown}the checkpoint's config.json, else {recommended['caption_mode_probs']})")
+    trim = f"(default: the checkpoint's config.json, else {recommended['trim_prob']})"
+    add("--trim_prob", type=float, help=f"probability that a full caption loses some words, never a keyword {trim}")
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    kept = "number of DiT blocks that are kept in host memory until they run (default: 0)"
+    add("--stream_blocks", type=int, default=0, help=kept)
     flags.add_flags(p, "train_te", out="out/te")
     return p.parse_args(argv)
 
 
 def check(args, s, num_blocks):
-    """Fill in the flags for a checkpoint with Settings s and check them. num_blocks: the DiT's number of blocks."""
+    """Fill in the flags for a checkpoint with Settings s and a DiT of num_blocks blocks, and check them."""
     if args.rank is not None:
         flags.check_ranges(args, rank=(1, math.inf))
         args.lr = args.lr or flags.encoder_lora_lr(s)
@@ -104,7 +106,7 @@ def check(args, s, num_blocks):
 
 
 def predict(args, s, builders, ids=(3,), **more):
-    """The memory_estimate.Plan of a run. ids: the trained rows of the embedding table; more: fields of TrainingSpec."""
+    """Return the memory_estimate.Plan of a run. ids: the trained token ids; more: further fields of TrainingSpec."""
 
     def make_trainable(dit, encoder):
         text_encoder.unfreeze(encoder, ids, args.train_blocks, args.rank)
@@ -170,7 +172,7 @@ def train(args, world):
     # the encoder is trained, the DiT is frozen
     pipe.trains_text = True
     encoder = pipe.acquire("text")
-    pipe.drop()  # from here on the encoder is this script's own: no other model may evict it
+    pipe.drop()  # from here on the Pipeline does not know the encoder, so that no other model evicts it
     if preview_prompts:
         previews.embed(encoder)
     encoder.tokenizer.add_words(placeholders)
@@ -219,7 +221,7 @@ def train(args, world):
         return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
 
     def evaluate(step):
-        """Compute the held-out loss and previews that are due after a step, with the weights that would be saved."""
+        """Compute the held-out loss and the previews, if due after this step, with the weights that would be saved."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):

@@ -2,7 +2,7 @@
 
 B batch size, C channels, T = 4k+1 frames, T' = k+1 latent frames, H W height and width in pixels, h w in latent pixels.
 Both stream through time: the encoder takes 1 frame, then 4 at a time; the decoder takes 1 latent frame at a time.
-What a layer must remember of the previous chunk is in `past`, a dictionary owned by the call, keyed by layer.
+`past` is a dictionary {layer: what this layer keeps of the previous chunk}, which one encode or decode call owns.
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
 
@@ -16,15 +16,15 @@ from kernels import ops
 
 
 class Geometry(NamedTuple):
-    """The shape of a VAE's latents: z_dim channels, and one latent pixel for each stride = (frames, rows, columns) of
-    the video. The video's first frame has a latent frame of its own.
+    """The shape of a VAE's latents: z_dim channels, and a latent pixel for stride = (frames, height, width) of the
+    video. The video's first frame has a latent frame of its own.
     """
 
     z_dim: int
     stride: tuple[int, int, int]
 
     def latent_shape(self, frames, height, width):
-        """The shape (z_dim,T',h,w) of a video's latents. What does not fill a latent pixel is cut off."""
+        """Return the shape (z_dim,T',h,w) of a video's latents; pixels beyond a multiple of the stride are cut off."""
         st, sh, sw = self.stride
         return self.z_dim, 1 + (frames - 1) // st, height // sh, width // sw
 
@@ -54,14 +54,14 @@ LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw l
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in time on the left only: with zeros at first, while streaming with the last two frames it saw."""
+    """Conv3d padded in front of the first frame only: with zeros, or with the last two frames of the previous chunk."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
 
     def forward(self, x, past, norm=None, before=None, residual=None, add_bias=True):
         """x (B,C,T,H,W) -> (B,N,T,H,W). norm: an RMSNorm to apply to x first, followed by SiLU; before: the convolution
-        that computed x without its bias, which is added here; residual: a tensor to add to the result.
+        that computed x and left out its bias, which is added here; residual: a tensor to add to the result.
         """
         gamma, input_bias = None if norm is None else norm.gamma, None if before is None else before.bias
         bias = self.bias if add_bias else None
@@ -116,7 +116,7 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve or, with `up`, double H and W; with `time` T as well."""
+    """Halve H and W, or double them if `up`; if `time`, halve or double T too."""
 
     def __init__(self, cin, cout, up, time):
         super().__init__()
@@ -156,13 +156,13 @@ class Resample(nn.Module):
 
 
 def fold_kernel(weight):
-    """Fold a 3x3 kernel (N,C,3,3) for a map of doubled pixels into four 2x2 kernels (4N,C,2,2) for the small map, one
-    for each output pixel of a small pixel. Taps that fall on the same pixel are added: exact but for the rounding of
-    their sum.
+    """Fold a kernel (N,C,3,3), made for a map upsampled 2x by nearest neighbours, into four kernels (4N,C,2,2) for the
+    map before upsampling, one for each output pixel of a pixel. Weights that meet the same pixel are added, which is
+    exact but for rounding.
     """
 
     def fold(w, axis):
-        """The kernels for the first and for the second pixel of a pair."""
+        """Return the kernels for the first and for the second pixel of a pair along `axis`."""
         a, b, c = w.unbind(axis)
         return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)
 
@@ -170,8 +170,8 @@ def fold_kernel(weight):
 
 
 def upsample_conv(x, weight, bias):
-    """Nearest-neighbour upsampling of x (B,C,H,W) by 2 and a 3x3 convolution, computed on the small map: 4/9 of the
-    multiplications. weight, bias: of the four kernels of `fold_kernel`. Returns (B,N,2H,2W).
+    """Upsample x (B,C,H,W) by 2 (nearest neighbour) and convolve it with a 3x3 kernel, computed before upsampling with
+    4/9 of the multiplications. weight: from fold_kernel; bias (4N,): the bias, four times. Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
     y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
@@ -183,8 +183,8 @@ def upsample_conv(x, weight, bias):
 
 
 def avg_down(x, cout, factors):
-    """VAE 2.2's shortcut around a downsampling stage: move space and time to channels, then average over groups of
-    channels. factors (ft, fs): how much time and space shrink; T is zero-padded in front to a multiple of ft.
+    """Return VAE 2.2's shortcut around a downsampling stage: move space and time of x to channels, then average groups
+    of channels. factors (ft, fs): by how much time and space shrink; T is zero-padded in front to a multiple of ft.
     """
     ft, fs = factors
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
@@ -195,7 +195,7 @@ def avg_down(x, cout, factors):
 
 def add_dup_up(y, x, factors, first):
     """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: repeat x's channels, then move them
-    to space and time. factors (ft, fs): how much these grow. The first chunk drops its first ft-1 frames.
+    to space and time. factors (ft, fs): growth of time and space. first: y is a first chunk, which lacks ft-1 frames.
     """
     ft, fs = factors
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` channels of x
@@ -232,7 +232,7 @@ class Stage(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder or the decoder. dims: the widths from the input of the first stage to the output of the last."""
+    """The encoder or, with `up`, the decoder. v22: of VAE 2.2; dims: widths, from the first stage's input on."""
 
     def __init__(self, v22, up, cin, cout, dims, blocks):
         super().__init__()
@@ -264,14 +264,14 @@ class Coder(nn.Module):
         return self.forward_head(x, past)
 
     def forward_mid(self, x, past):
-        """The first part of a decoder, at the resolution of the latents, whose attention sees a full frame."""
+        """Run the first part of a decoder, at the resolution of the latents, whose attention sees full frames."""
         x = self.conv1(x, past)
         for layer in self.middle:
             x = layer(x, past)
         return x
 
     def forward_up(self, x, past):
-        """The second part of a decoder, where a pixel depends only on what is within `receptive_radius` of it."""
+        """Run the second part of a decoder, where a pixel depends only on pixels within `receptive_radius` of it."""
         for layer in self.upsamples:
             x = layer(x, past)
         return self.forward_head(x, past)
@@ -298,7 +298,7 @@ class VAE(nn.Module):
         self.decoder = Coder(v22, True, z_dim, pixels, [dec_dim * m for m in (mult[-1], *mult[::-1])], 3)
 
     def decode_in(self, dtype):
-        """Make the decoder compute in another dtype than the encoder. Returns the model."""
+        """Make the decoder compute in `dtype`, while the encoder keeps its own. Returns the model."""
         self.conv2.to(dtype)
         self.decoder.to(dtype)
         return self
@@ -307,28 +307,28 @@ class VAE(nn.Module):
         return torch.tensor(LATENT_STATS[self.z_dim], device=like.device).view(2, 1, -1, 1, 1, 1)
 
     def moment_chunks(self, video):
-        """Encode (B,3,T,H,W) in [-1,1]; yields raw (B,2z,1,h,w), mean then log-variance, per latent frame."""
+        """Encode (B,3,T,H,W) in [-1,1]; yields each latent frame's raw mean and log-variance as (B,2z,1,h,w)."""
         past = {}
         for i in range(0, video.shape[2], 4):
             x = self.patchify(video[:, :, max(i - 3, 0) : i + 1])
             yield self.conv1(self.encoder(x, past), past)
 
     def patchify(self, x):
-        """Pixels (B,3,T,H,W) -> the encoder's input (B,3pp,T,H/p,W/p), with p the patch size."""
+        """Turn pixels (B,3,T,H,W) into the encoder's input (B,3pp,T,H/p,W/p), p being the patch size."""
         p = self.patch
         if p > 1:  # b c f (h q) (w r) -> b (c r q) f h w
             x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
         return x
 
     def unpatchify(self, x):
-        """The decoder's output (B,3pp,T,H/p,W/p) -> unclamped pixels (B,3,T,H,W)."""
+        """Turn the decoder's output (B,3pp,T,H/p,W/p) into unclamped pixels (B,3,T,H,W)."""
         p = self.patch
         if p > 1:  # b (c r q) f h w -> b c f (h q) (w r)
             x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
         return x
 
     def frame_chunks(self, z):
-        """Decode raw latents (B,z,T',h,w); yields unclamped pixels, (B,3,1,H,W) and then (B,3,4,H,W) at a time."""
+        """Decode raw latents (B,z,T',h,w); yields unclamped pixels: (B,3,1,H,W), then (B,3,4,H,W) repeatedly."""
         past = {}
         for i in range(z.shape[2]):
             yield self.unpatchify(self.decoder(self.conv2(z[:, :, i : i + 1], past), past))
@@ -351,14 +351,14 @@ class VAE(nn.Module):
         return z
 
     def raw_latents(self, z):
-        """Normalised latents (B,z,T',h,w) -> raw latents in the decoder's dtype, as it takes them."""
+        """Undo the normalisation of latents (B,z,T',h,w); returns raw latents in the decoder's dtype."""
         mean, std = self._stats(z)
         return (z.float() * std + mean).to(self.conv2.weight.dtype)
 
     @torch.no_grad()
     def decode(self, z):
-        """Normalised latents (B,z,T',h,w) -> video (B,3,4T'-3,H,W) fp32 in [-1,1]. Memory beyond the result does not
-        grow with T'. nanowan/memory/tiled_vae.py decodes in tiles.
+        """Normalised latents (B,z,T',h,w) -> video (B,3,4T'-3,H,W) fp32 in [-1,1]. The memory needed in addition to the
+        video does not grow with T'; nanowan/memory/tiled_vae.py decodes in tiles, with less memory.
         """
         B, _, T, h, w = z.shape
         st, sh, sw = self.stride

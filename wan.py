@@ -43,12 +43,12 @@ def embed_patches(x, conv):
 
 
 class Rope(NamedTuple):
-    """The rotation of the tokens that self-attention gets, and the number of tokens in the clip."""
+    """The rotation of self-attention's tokens, the number of tokens in the clip, and another attention to use."""
 
     table: torch.Tensor  # (P,d/2,2), for P positions: kernels/rope.py
     positions: torch.Tensor  # (L,3) of these tokens
-    length: int  # tokens in the clip; more than L where ranks share them
-    attention: object = None  # what Wan.attention_of returned
+    length: int  # number of tokens in the clip; above L where ranks share a clip
+    attention: object = None  # the result of Wan.attention_of
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, weights, eps, heads, rope):
-    """Self-attention of the projections q, k, v (B,L,D), q and k RMS-normed by `weights` and rotated -> (B,L,D)."""
+    """RMS-norm q and k (B,L,D) with `weights`, rotate them, and attend; v (B,L,D). Returns (B,L,D)."""
     if rope.attention is None:
         return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
     q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
@@ -81,12 +81,12 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     def keys_values(self, context):
-        """Embedded text (B,S,D) -> its keys and values, (B,S,N,d) each."""
+        """Return the keys and values, (B,S,N,d) each, of the embedded text (B,S,D)."""
         (k,) = ops.qk_norm_rope([self.k(context)], [self.norm_k.weight], self.eps, self.heads)
         return k, self.v(context).unflatten(2, (self.heads, -1))
 
     def forward(self, x, kv, bias):
-        """x (B,L,D) -> (B,L,D). kv: from keys_values; bias (B,1,1,S): added to the logits."""
+        """x (B,L,D) -> (B,L,D). kv: from keys_values; bias (B,1,1,S): added to the attention logits."""
         (q,) = ops.qk_norm_rope([self.q(x)], [self.norm_q.weight], self.eps, self.heads)
         return self.o(ops.attention(q, *kv, bias))
 
@@ -111,8 +111,8 @@ class Block(nn.Module):
 
     def forward(self, x, adaln, rope, context, bias, kv=None, row=None):
         """x (B,L,D) fp32 -> (B,L,D) fp32. adaln (B,F,6,D) fp32: rows of modulation; context (B,S,D), bias (B,1,1,S):
-        the text; kv: its keys and values if they are computed already; row (L,): the number of the row that modulates
-        each token (default: each row modulates L/F successive tokens).
+        the text and its logit bias; kv: the text's keys and values, if computed already; row (L,): the number of the
+        row that modulates each token (default: each row modulates L/F successive tokens).
         """
         # The code below fuses this: one call ends a branch and begins the next.
         #   x = x + gate1 * self_attn(norm(x) * (1 + scale1) + shift1)
@@ -142,7 +142,7 @@ class Head(nn.Module):
 
 @dataclass
 class WanConfig:
-    """The fields of the official config.json, and text_dim and patch_size, which it leaves out."""
+    """The fields of the official config.json, and text_dim and patch_size, which that file leaves out."""
 
     model_type: str
     dim: int
@@ -174,7 +174,7 @@ VARIANTS = {
 
 
 def config_of(row, config_class=WanConfig):
-    """The config_class of `row`, an entry of VARIANTS, at its released size."""
+    """Return the config_class of `row`, an entry of VARIANTS, which has the released sizes."""
     return config_class(**{f.name: row[f.name] for f in fields(config_class) if f.name in row})
 
 
@@ -185,7 +185,7 @@ def build(variant):
 
 class Text(NamedTuple):
     """Prompts prepared for the blocks: embedded tokens (B,S,D), their logit bias (B,1,1,S) or None, and for each block
-    their keys and values, or None if the block is to compute them.
+    the keys and values of the prompts, or None if the block is to compute them.
     """
 
     context: torch.Tensor
@@ -194,11 +194,11 @@ class Text(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens that the blocks compute; where ranks share a clip, only this rank's."""
+    """The tokens that pass through the blocks; where ranks share a clip, only the tokens of this rank."""
 
     positions: torch.Tensor  # (L,3) int32: time, height, width; a video token's time is its latent frame
-    num_video: int  # how many are video tokens, which come first; a clip has T'H'W' of them
-    length: int  # tokens in the clip, on all ranks together
+    num_video: int  # number of video tokens, which come first; T'H'W' in a clip
+    length: int  # number of tokens in the clip, on all ranks together
     extent: int  # the length that the rope_table needs: 1 + the largest |position|
     row: torch.Tensor | None = None  # (L,) int32: each token's row of modulation; None: L/F tokens per row, in order
 
@@ -211,13 +211,13 @@ class BlockInputs(NamedTuple):
     table: torch.Tensor  # (P,d/2,2), as in Rope
     tokens: Tokens
     text: Text
-    inputs: object = None  # what embed_inputs returned for a variant's further inputs
-    text_learns: bool = False  # whether the text needs gradients: then all blocks do, adapted or not
+    inputs: object = None  # the result of embed_inputs for a variant's further inputs
+    text_learns: bool = False  # whether the text needs gradients: then they pass through all blocks
 
 
 class Wan(nn.Module):
-    """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block.
-    What it adds then also works where ranks share tokens or blocks (nanowan/parallel/) and where blocks are streamed.
+    """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block. Its
+    additions then also work where ranks share tokens or blocks (nanowan/parallel/) and where blocks are streamed.
     """
 
     config_class = WanConfig
@@ -233,7 +233,7 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
         self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
-        # how many blocks use activation checkpointing, counted from the first that needs gradients; True: all of those
+        # number of blocks with activation checkpointing, from the first that needs gradients on; True: all from there
         self.checkpointing = 0
         self.cache_text_kv = True  # False where blocks have their weights only while they run (memory/, parallel/)
         self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
@@ -241,7 +241,7 @@ class Wan(nn.Module):
 
     # ---- what is computed ----------------------------------------------------------------------------------------
     def forward(self, x, t, context, context_lens=None, **inputs):
-        """The velocity (B,out_dim,T',h,w) fp32 of the flow at x.
+        """Return the velocity (B,out_dim,T',h,w) fp32 of the flow at x.
 
         x (B,C,T',h,w): noisy latents, for I2V followed by the conditioning channels; t (B,) or, per latent frame,
         (B,T') in 0..1000; context (B,S<=512,text_dim) with context_lens (B,), or the Text of embed_text; inputs: a
@@ -267,13 +267,13 @@ class Wan(nn.Module):
         return T // pt, h // ph, w // pw
 
     def embed_text(self, context, lens=None, cache=False):
-        """context (B,S,text_dim) with true lengths lens (B,) (default: all S) -> Text; with `cache`, it has the keys
-        and values for every block. Raises ValueError for a text longer than S or text_len.
+        """Embed context (B,S,text_dim) of true lengths lens (B,) (default: all S) -> Text. cache: compute the keys and
+        values for every block too. Raises ValueError for a text longer than S or text_len.
 
         The official model pads each prompt with zeros to text_len and masks nothing: all n = text_len - len padding
         tokens have the same key and value. Here two tokens replace them exactly, with log(n1) and log(n2) added to
-        their logits, n1 + n2 = n. One token would not do: bf16 attention rounds log(n), an error of up to 1.5 % in n.
-        So log(n1) is a bf16 number, and n2 is the small rest.
+        their logits, n1 + n2 = n. One token would not do: bf16 attention would round log(n), which changes n by up to
+        1.5 %. So n1 is chosen such that log(n1) is a bf16 number, and n2 is the small rest.
         """
         B, S, _ = context.shape
         longest = S if lens is None else int(lens.max())
@@ -286,7 +286,7 @@ class Wan(nn.Module):
         context = F.pad(context.to(self.text_embedding[0].weight.dtype).masked_fill(~real[..., None], 0), (0, 0, 0, 2))
         n = (self.config.text_len - lens).float()
         most = (n.log() - 0.04).bfloat16().float()  # bf16 numbers of this size are at most 0.032 apart
-        # for a prompt without padding the last two are -inf
+        # for a prompt without padding the last two biases are -inf
         bias = [torch.where(real, 0.0, -torch.inf), most[:, None], (n - most.exp()).log()[:, None]]
         context, kv = self.text_embedding(context), (None,) * len(self.blocks)
         if cache and self.cache_text_kv:
@@ -294,7 +294,7 @@ class Wan(nn.Module):
         return Text(context, torch.cat(bias, 1)[:, None, None], kv)
 
     def prepare_block_inputs(self, t, context, context_lens, grid, **inputs):
-        """The BlockInputs of a clip with the token grid (T',H',W'); the other arguments are those of forward."""
+        """Return the BlockInputs of a clip with the token grid (T',H',W'). Other arguments: as in forward."""
         inputs = self.embed_inputs(**inputs)
         text = context if isinstance(context, Text) else self.embed_text(context, context_lens)
         time = self.time_embedding(sinusoid(self.times(t), self.config.freq_dim))
@@ -305,7 +305,7 @@ class Wan(nn.Module):
         return BlockInputs(time, adaln, table, tokens, self.join_text(text, inputs), inputs, learns)
 
     def forward_blocks(self, x, c, numbers=None):
-        """Run all blocks, or those with these numbers: x (B,L,D) -> (B,L,D). c: the BlockInputs of x's tokens."""
+        """Run the blocks (default: all; else those in `numbers`): x (B,L,D) -> (B,L,D). c: x's BlockInputs."""
         recomputed = 0
         with self.around_blocks():
             for i in range(len(self.blocks)) if numbers is None else numbers:
@@ -324,7 +324,7 @@ class Wan(nn.Module):
         return self.after_block(i, x, c)
 
     def unpatchify(self, x, grid):
-        """The head's output (B,L,out_dim*4), whose first tokens are the video's -> (B,out_dim,T',h,w)."""
+        """Turn the head's output (B,L,out_dim*4), video tokens first, into a velocity (B,out_dim,T',h,w)."""
         c, (pt, ph, pw) = self.config, self.config.patch_size
         x = x[:, : math.prod(grid)].unflatten(1, grid).unflatten(4, (pt, ph, pw, c.out_dim))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,out_dim,T',pt,H',ph,W',pw)
@@ -335,59 +335,59 @@ class Wan(nn.Module):
         """Return BlockInputs.inputs, computed from forward's further keyword arguments alone, without t and x."""
 
     def prepare_inputs(self, **inputs):
-        """Compute once what is the same at every step of a clip. Takes the further inputs, as embed_inputs names them,
-        and returns those to give to forward instead. Inputs that are prepared already are returned as they are.
+        """Compute once what is the same at every step of a clip. Takes forward's further inputs, and returns the inputs
+        to give to forward in their place. Inputs that are prepared already are returned unchanged.
         """
         return inputs
 
     @staticmethod
     def kept_bytes(config, tokens, itemsize):
-        """The bytes that prepare_inputs keeps for a clip of `tokens` tokens; 0 where they are too few to matter."""
+        """Return the bytes that prepare_inputs keeps for `tokens` tokens; 0 where they are too few to matter."""
         return 0
 
     def join_text(self, text, inputs):
-        """Return the Text that the blocks get. A variant adds here what else cross-attention is to attend to."""
+        """Return the Text that the blocks get. A variant appends what else cross-attention is to attend to."""
         return text
 
     def times(self, t):
-        """t (B,) or (B,T') -> (B,F): the timestep of each row of modulation."""
+        """Return the timestep (B,F) of each row of modulation. t (B,) or (B,T'): as in forward."""
         return t.view(len(t), -1)
 
     def list_tokens(self, grid, device, inputs):
-        """The Tokens of a clip with the token grid (T',H',W')."""
+        """Return the Tokens of a clip with the token grid (T',H',W'). inputs: the result of embed_inputs."""
         n = math.prod(grid)
         return Tokens(grid_positions(grid, device), num_video=n, length=n, extent=max(grid))
 
     def patchify(self, x, c):
-        """x (B,C,T',h,w) -> all tokens (B,L,D) fp32, in the order of list_tokens, on every rank."""
+        """Embed x (B,C,T',h,w) as all tokens (B,L,D) fp32, in the order of list_tokens, on every rank."""
         return embed_patches(x, self.patch_embedding)
 
     def attention_of(self, i, c):
-        """The function that replaces full self-attention in block i, or None. It takes q, k, v (B,L,N,d) of all tokens
-        and any number of heads, q and k normed and rotated, and returns (B,L,N*d).
+        """Return the function that replaces full self-attention in block i, or None. It takes q, k, v (B,L,N,d) of all
+        tokens and any number of heads, q and k normed and rotated, and returns (B,L,N*d).
         """
 
     def after_block(self, i, x, c):
-        """Change x (B,L,D), the output of block i, whose first c.tokens.num_video tokens are video tokens."""
+        """Return x (B,L,D), the output of block i, with a variant's changes. Video tokens come first."""
         return x
 
     def linear_name(self, block, target):
-        """The full name of the linear that a LoRA's `target` means in a block, or None if the block has none."""
+        """Return the full name of the linear in a block that a LoRA's `target` means; None if there is none."""
         return f"blocks.{block}.{target}"
 
     def cross_attentions(self):
-        """[(block, kind, CrossAttention)] in the order in which they are computed."""
+        """Return [(block number, kind, CrossAttention)] in the order in which they are computed."""
         return [(i, "cross_attn", block.cross_attn) for i, block in enumerate(self.blocks)]
 
     # ---- what parallel/ and memory/offload.py set -----------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
-        """Let ranks share the tokens. scatter(x, c) -> this rank's x and BlockInputs; gather(y, c) -> the head's output
-        for all tokens, c being the unshared BlockInputs; attend: as `attend` above, from this rank's tokens to all.
+        """Let ranks share a clip's tokens. scatter(x, c) -> this rank's x and BlockInputs; gather(y, c) -> the head's
+        output for all tokens, c: the BlockInputs of all; attend: as `attend` above, from this rank's tokens to all.
         """
         self.scatter_tokens, self.gather_tokens = scatter, gather
         for block in self.blocks:
             block.self_attn.attend = attend
 
     def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
-        """Run the blocks within the context manager around(); recompute_contexts: the context_fn of checkpoint()."""
+        """Run the blocks within the context manager around(). recompute_contexts: context_fn of checkpoint()."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
