@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_interpreter(triton_version, numpy_version):
-    """Raise ImportError if Triton's interpreter cannot run the loops of these kernels: before 3.7 it converts a loop's
-    bounds by int(array of one element), which NumPy refuses from 2.4 on.
+    """Raise ImportError if Triton's interpreter cannot run the loops of these kernels. Below 3.7 it converts a loop's
+    bounds with int(array of one element), which NumPy 2.4 and later refuse. Both arguments: strings such as "3.6.0".
     """
     versions = [tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
@@ -42,8 +42,8 @@ if INTERPRETED and triton:
 
 
 def mismatch(file):
-    """Why a built nanowan_csrc must not be loaded, or "": it was built for another CPU, or from other sources, or with
-    another torch (csrc/built_for.cpp).
+    """Return why a built nanowan_csrc (`file`) must not be loaded: it was built for another CPU, from other sources, or
+    with another torch. Return "" if it may be loaded. It holds these facts as text (csrc/built_for.cpp).
     """
     pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
     found, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
@@ -60,8 +60,8 @@ def mismatch(file):
 
 
 def load_csrc():
-    """Load nanowan_csrc, which registers torch.ops.nanowan_csrc. Returns whether it is loaded; prints why a built one
-    is not.
+    """Load nanowan_csrc, which registers torch.ops.nanowan_csrc. Returns whether it is loaded. If it is built but
+    cannot be loaded, the reason is printed.
     """
     spec = importlib.util.find_spec("nanowan_csrc")
     if spec is None:
@@ -83,11 +83,13 @@ BUILT = load_csrc()
 
 
 def launchable(x):
-    """The context for a launch on x: Triton uses the current GPU, which need not be x's."""
+    """Return a context in which Triton launches kernels on x's GPU, not on the current GPU."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def register(op, triton_forward, cpp_name):
-    """Register a custom op's kernels: Triton's for GPUs; for CPUs csrc's `cpp_name`, or Triton's in its interpreter."""
+    """Register the kernels of a custom op: triton_forward for GPUs; for CPUs csrc's `cpp_name` or, in Triton's
+    interpreter or if csrc is not built, triton_forward.
+    """
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))

@@ -24,8 +24,8 @@ CHUNK = 1024  # blocks per chunk: the fp32 temporaries stay small, and in the ca
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def max_ratio(betas):
-    """The largest |m| / sqrt(v) that any sequence of gradients can lead to (Cauchy-Schwarz). betas: (b1, b2). Raises
-    ValueError if there is no bound.
+    """Return the largest |m| / sqrt(v) that any sequence of gradients can lead to (Cauchy-Schwarz). betas: (b1, b2).
+    Raises ValueError if there is no bound.
     """
     b1, b2 = betas
     if not b1 * b1 < b2 < 1:
@@ -34,14 +34,14 @@ def max_ratio(betas):
 
 
 def round_randomly(x):
-    """Round each element of x up or down to an integer, at random, so that its expectation is x: a moment that changes
-    by less than a level per step changes nevertheless.
+    """Round each element of x up or down to an integer, at random, so that the expectation is x. So a moment that
+    should change by less than one level per step still changes in the mean.
     """
     return (x + torch.rand_like(x)).floor()
 
 
 def pack(level, share):
-    """A level 0..ROOT_LEVELS and a share -RATIO_LEVELS..RATIO_LEVELS, in one 16-bit integer."""
+    """Pack a level 0..ROOT_LEVELS and a share -RATIO_LEVELS..RATIO_LEVELS (see encode_moments) into 16 bits."""
     return (level - 256) * 128 + share + 64
 
 
@@ -50,22 +50,22 @@ def unpack(codes):
 
 
 def round_to_bf16(x):
-    """Round fp32 to bf16, up or down at random, so that the expectation is x."""
+    """Round fp32 numbers to bf16, up or down at random, so that the expectation is x."""
     bits = x.view(torch.int32)
     return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def decode_root(level, scale):
-    """Levels 0..ROOT_LEVELS (n, BLOCK) and scales (n,1) -> sqrt(v) (n, BLOCK) fp32."""
+    """Turn levels 0..ROOT_LEVELS (n,BLOCK) and scales (n,1) into sqrt(v) (n,BLOCK) fp32."""
     return torch.where(level > 0, torch.exp2((level - ROOT_LEVELS) * (OCTAVES / (ROOT_LEVELS - 1))), 0) * scale
 
 
 def encode_moments(m, v, betas):
-    """Moments m, v (n, BLOCK) fp32 -> codes (n, BLOCK) int16 and scales (n,1) fp32.
+    """Encode the moments m, v (n,BLOCK) fp32 as codes (n,BLOCK) int16 and scales (n,1) fp32.
 
     sqrt(v) is coded logarithmically, relative to the largest in its block; m is coded linearly, as a share of its
-    largest possible value at this v. So an element whose gradients are a million times smaller than its neighbour's is
-    coded as precisely. After Dettmers et al., 2022.
+    largest possible value at this v. So two elements are coded with the same relative precision even if the gradients
+    of one are a million times smaller. After Dettmers et al., 2022.
     """
     root = v.sqrt()
     scale = root.amax(1, keepdim=True)
@@ -78,14 +78,16 @@ def encode_moments(m, v, betas):
 
 
 def decode_moments(codes, scale, betas):
-    """The inverse of encode_moments: m, v (n, BLOCK) fp32."""
+    """Invert encode_moments: return m and v (n,BLOCK) fp32."""
     level, share = unpack(codes)
     root = decode_root(level, scale)
     return share * (max_ratio(betas) / RATIO_LEVELS) * root, root.square()
 
 
 def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
-    """Do step number `step` (from 1), in place. It is done in chunks, whose temporaries stay in a CPU's cache."""
+    """Do step number `step` (from 1) on a tensor, in place (arguments: see the top of this file). The step is done in
+    chunks, whose temporaries fit into a CPU's cache.
+    """
     flat = [t.view(-1) for t in (weight, compensation, grad)]
     chunk = CHUNK * (16 if weight.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels per chunk
     for start in range(0, len(codes), chunk):
@@ -131,7 +133,7 @@ if triton:
         SHARES: tl.constexpr,
         OCTAVES: tl.constexpr,
     ):
-        """One block of elements per program. keep: 1 - lr * weight_decay."""
+        """Do the step for one block of elements per program. keep: 1 - lr * weight_decay."""
         i = tl.program_id(0).to(tl.int64)
         j = i * BLOCK + tl.arange(0, BLOCK)
         g = tl.load(grad + j, mask=j < n, other=0.0).to(tl.float32)
@@ -180,7 +182,7 @@ def _step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    seed = int(torch.randint(2**31, ()))  # from the CPU's generator, whose state is saved with a run
+    seed = int(torch.randint(2**31, ()))  # from the CPU's generator, whose state a run saves
     corrections = 1 - b1**step, 1 - b2**step
     with launchable(weight):
         step_kernel[(len(codes),)](
@@ -216,12 +218,12 @@ def _(weight, compensation, grad, codes, scale, step, lr, b1, b2, eps, weight_de
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def step(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
-    """As step_ref."""
+    """Compute the same as step_ref, with the Triton kernel."""
     _step(weight, compensation, grad, codes, scale, step, lr, *betas, eps, weight_decay)
 
 
 def new_state(p):
-    """The state of a parameter before its first step: (compensation, codes, scale)."""
+    """Return the state of a parameter p before its first step: (compensation, codes, scale)."""
     blocks = -(-p.numel() // BLOCK)
     codes = torch.full((blocks, BLOCK), pack(0, 0), dtype=torch.int16, device=p.device)
     return torch.zeros_like(p), codes, torch.zeros(blocks, 1, device=p.device)

@@ -18,7 +18,7 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def attention_ref(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
-    """Attention of q on k and v -> (B,L,N,d); arguments as above."""
+    """Return the attention (B,L,N,d) of q on k and v. Arguments: see the top of this file."""
     if weight is not None:
         (q,) = qk_norm_rope.qk_norm_rope_ref([q.flatten(2)], [weight], eps, q.shape[2], table, positions)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
@@ -43,8 +43,8 @@ if triton:
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Rows (n,DP) of one head, with zeros outside of the tensor. Offsets within a clip fit in 32 bits, which halves
-        the registers that they take; only `at` has 64.
+        """Load rows (n,DP) of one head, with zeros outside of the tensor. Offsets within a clip fit in 32 bits, which
+        halves the registers that they take; only `at` has 64 bits.
         """
         j = tl.arange(0, DP)
         return tl.load(
@@ -82,7 +82,7 @@ if triton:
         ROPE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """M queries of one head per program, over all keys in tiles of NK."""
+        """Attend with M queries of one head per program, to all keys, in tiles of NK keys."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q = tile(q, b * q_b, head, q_l, rows, L, d, DP)
@@ -132,7 +132,7 @@ if triton:
 
     @triton.jit
     def delta_kernel(out, dout, delta, d: tl.constexpr, DP: tl.constexpr):
-        """The row sums of out * dout, (B,L,N)."""
+        """Compute delta (B,L,N), the row sums of out * dout."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
         a = tl.load(out + i * d + j, mask=j < d, other=0.0).to(tl.float32) * tl.load(
             dout + i * d + j, mask=j < d, other=0.0
@@ -163,7 +163,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """The gradients of NK keys and values of one head, over all queries in tiles of M. q and dout are dense."""
+        """Compute the gradients of NK keys and values of one head, from all queries in tiles of M; q, dout: dense."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
         K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
@@ -215,7 +215,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """The gradients of M queries of one head, over all keys in tiles of NK."""
+        """Compute the gradients of M queries of one head, from all keys in tiles of NK; q, dout: dense."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q, dO = (
@@ -242,13 +242,13 @@ if triton:
 
 
 def dense(x):
-    """x (B,L,N,d) with its heads next to each other in memory, copied only if they are not."""
+    """Return x (B,L,N,d) with its heads next to each other in memory; x is copied only if they are not."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
 def tiles(d, dtype, kernel):
-    """Tile sizes and warps: for d = 128 in bf16, what the registers of Hopper and Ampere hold; smaller ones for fp32
-    and in the interpreter.
+    """Return tile sizes and launch options for `kernel` ("forward", "keys" or "queries"). For d = 128 in bf16 they fit
+    the registers of Hopper and Ampere; for fp32 and in the interpreter, tiles are smaller.
     """
     common = {
         "d": d,
@@ -268,7 +268,7 @@ def tiles(d, dtype, kernel):
 
 
 def statistic(q, eps):
-    """1 / rms (B,L) of each row of q (B,L,N,d)."""
+    """Return 1 / rms (B,L) of each row of q (B,L,N,d), taken over N*d."""
     B, L, N, d = q.shape
     rstd = torch.empty(B, L, device=q.device)
     block = triton.next_power_of_2(N * d)
@@ -283,7 +283,7 @@ def statistic(q, eps):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, eps: float, table: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B,L,N,d), and log2 of the softmax's sum (B,N,L)."""
+    """Return the attention (B,L,N,d), and log2 of the sum of exponentials in the softmax (B,N,L)."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, k, v = dense(q), dense(k), dense(v)
     out, lse = torch.empty(B, L, N, d, device=q.device, dtype=q.dtype), torch.empty(B, N, L, device=q.device)
@@ -319,7 +319,7 @@ def _forward(
 
 @torch.library.custom_op("nanowan::attention_backward", mutates_args=(), device_types=("cuda", "cpu"))
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; here q is normalised and rotated already."""
+    """Return the gradients of q, k and v. q must be normalised and rotated already."""
     (B, L, N, d), S = q.shape, k.shape[1]
     q, dout, k, v = q.contiguous(), dout.contiguous(), dense(k), dense(v)
     dq, (dk, dv) = torch.empty_like(q), (torch.empty(B, S, N, d, device=q.device, dtype=q.dtype) for _ in range(2))
@@ -368,5 +368,5 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def attention(q, k, v, weight=None, eps=1e-6, table=None, positions=None):
-    """As attention_ref."""
+    """Compute the same as attention_ref, with the Triton kernels."""
     return _forward(q, k, v, weight, eps, table, qk_norm_rope.packed(positions))[0]

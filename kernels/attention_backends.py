@@ -31,8 +31,9 @@ SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 
 # ---- the choice --------------------------------------------------------------------------------------------------
 def select(name, device, dtype=torch.bfloat16, gradients=False):
-    """Use one of CHOICES on a device from now on. dtype: of q, k and v; gradients: whether they will be needed. Raises
-    ValueError, with the reason, if the choice is not available: each is tried on a small clip.
+    """Make `name`, one of CHOICES, the attention used on a device from now on. dtype: of q, k and v; gradients: whether
+    they will be needed. Raises ValueError, with the reason, if it is not available; this is found out by running it on
+    a small clip.
     """
     global SELECTED, SAGE_ERROR
     device = torch.device(device)
@@ -53,8 +54,8 @@ def select(name, device, dtype=torch.bfloat16, gradients=False):
 
 @torch.no_grad()
 def sample_error(name, device, dtype, shape=(1, 2048, 4, 128)):
-    """The relative error of one of CHOICES, except "auto", for random normal q, k, v (B,L,N,d). Raises ValueError if it
-    does not run.
+    """Return the relative error of `name`, one of CHOICES except "auto", for random normal q, k, v of `shape`
+    (B,L,N,d). Raises ValueError if it does not run on the device.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in "qkv")
@@ -74,19 +75,19 @@ def sample_error(name, device, dtype, shape=(1, 2048, 4, 128)):
 
 @functools.cache
 def by_capability(device):
-    """What "auto" means on a GPU: "cudnn" or "flash"."""
+    """Return what "auto" means on a GPU: "cudnn" or "flash"."""
     if flash_attention_3(device):
         return "flash"
     return "cudnn" if backend.capable(device, least=(9, 0), below=(11, 0)) else "flash"
 
 
 def chosen(device):
-    """Which of CHOICES, except "auto", self-attention uses on a GPU."""
+    """Return which of CHOICES, except "auto", self-attention uses on a GPU."""
     return by_capability(device) if SELECTED == "auto" else SELECTED
 
 
 def describe(device):
-    """`chosen` in words, for the first lines of a run."""
+    """Describe the attention used on a GPU in words, for the first lines of a run."""
     name = chosen(device)
     if name == "sage":
         return f"SageAttention, off by {100 * SAGE_ERROR:.2f} % on random inputs"
@@ -96,8 +97,8 @@ def describe(device):
 
 @functools.cache
 def flash_attention_3(device):
-    """Try to make PyTorch's FlashAttention version 3, and return whether it is: PyTorch must know it (2.11), every GPU
-    be a Hopper, and the package flash_attn_interface be installed and run on `device`.
+    """Try to switch PyTorch's FlashAttention to version 3, and return whether this worked. It needs a PyTorch that
+    knows this version (2.11), only Hopper GPUs, and the package flash_attn_interface, which must run on `device`.
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
@@ -124,8 +125,8 @@ if torch.cuda.is_available():
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
-    """PyTorch's softmax attention of q (B,N,L,d) on k and v (B,N,S,d), with a mask added to the logits -> (B,N,L,d).
-    backends: on a GPU and without a mask, those to try, in order (default: the chosen one first).
+    """Return PyTorch's softmax attention (B,N,L,d) of q (B,N,L,d) on k and v (B,N,S,d), with `mask` added to the
+    logits. backends: PyTorch's backends to try, in order, on a GPU and without a mask (default: the chosen one first).
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -139,7 +140,7 @@ def sdpa(q, k, v, mask=None, scale=None, backends=None):
 
 
 def sage_attention(q, k, v):
-    """SageAttention of q (B,L,N,d) on k and v (B,S,N,d) -> (B,L,N*d)."""
+    """Return SageAttention's result (B,L,N*d) for q (B,L,N,d), k and v (B,S,N,d). Raises ValueError for gradients."""
     from sageattention import sageattn
 
     if torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
@@ -148,8 +149,8 @@ def sage_attention(q, k, v):
 
 
 def attention(q, k, v, bias=None, backends=None):
-    """Softmax attention of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the logits -> (B,L,N*d).
-    backends: as in sdpa.
+    """Return the softmax attention (B,L,N*d) of q (B,L,N,d) on k and v (B,S,N,d), with bias (B,1,1,S) added to the
+    logits. backends: as in sdpa.
     """
     if SELECTED == "sage" and q.is_cuda and bias is None and backends is None:
         return sage_attention(q, k, v)
@@ -160,8 +161,8 @@ def attention(q, k, v, bias=None, backends=None):
 
 
 class NormedAttention(torch.autograd.Function):
-    """PyTorch's attention on a CPU, of q and k normed and rotated. Only the bare q and k are kept; the backward pass
-    norms and rotates them again.
+    """PyTorch's attention on a CPU, with q and k normed and rotated first. For the backward pass, q and k are kept as
+    they came, and are normed and rotated again.
     """
 
     @staticmethod
@@ -191,7 +192,7 @@ class NormedAttention(torch.autograd.Function):
 
 
 def self_attention(q, k, v, weights, eps, heads, table, positions):
-    """Self-attention of the bare projections q, k, v (B,L,D), q and k normed by `weights` and rotated -> (B,L,D)."""
+    """Norm q and k by `weights` and rotate them, then return self-attention (B,L,D). q, k, v (B,L,D): projections."""
     # in Triton's interpreter, test this project's kernel; for a plan's fake tensors PyTorch's, which takes more memory
     ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
     if backend.has_triton(q) and ours:
@@ -202,14 +203,14 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
 
 
 def fused_attention(q, k, v, weights, eps, heads, table, positions):
-    """This project's kernel, which norms and rotates q as it loads it."""
+    """Compute self_attention with this project's Triton kernel, which norms and rotates q as it loads it."""
     (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
     q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
     return attention_kernel.attention(q, k, v, weights[0], eps, table, positions).flatten(2)
 
 
 def unfused_attention(q, k, v, weights, eps, heads, table, positions):
-    """The chosen attention, after q and k are normed and rotated."""
+    """Compute self_attention with the chosen attention, after norming and rotating q and k."""
     norm = norm_kernel.qk_norm_rope if backend.fast(q) else norm_kernel.qk_norm_rope_ref
     q, k = norm([q, k], weights, eps, heads, table, positions)
     return attention(q, k, v.unflatten(2, (heads, -1)))

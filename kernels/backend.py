@@ -31,13 +31,13 @@ if kernels.triton:
 
 
 def in_one_line(error):
-    """The type of an exception and the first line of its message."""
+    """Return the type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), '')[:200]}"
 
 
 @functools.cache
 def launch_error():
-    """Why Triton cannot launch a kernel on the current GPU, in one line, or None if it can."""
+    """Return why Triton cannot launch a kernel on the current GPU, in one line, or None if it can."""
     try:
         probe_kernel[(1,)]()
     except Exception as e:  # whatever a compiler, Triton or a driver says
@@ -45,7 +45,9 @@ def launch_error():
 
 
 def lacking(choice):
-    """Why one of CHOICES is not available, as far as can be told without taking memory on a GPU, or None if it is."""
+    """Return why `choice`, one of CHOICES, is not available, or None if nothing is known to be missing. Takes no memory
+    on a GPU, and so does not try to launch a kernel.
+    """
     gpu = torch.cuda.is_available()
     if choice == "cpp" and not kernels.BUILT:
         return f"the C++ extension is not built ({sys.executable} setup.py build_ext --inplace builds it)"
@@ -61,8 +63,8 @@ def lacking(choice):
 
 
 def resolve(choice, device_type):
-    """The implementation that one of CHOICES means on a type of device: "ref", "cpp", "triton" or "cuda". Raises
-    ImportError if an explicit choice is not available.
+    """Return the implementation that `choice`, one of CHOICES, means on a type of device ("cpu", "cuda"): "ref", "cpp",
+    "triton" or "cuda". Raises ImportError if an explicit choice is not available.
     """
     if choice not in CHOICES:
         raise ImportError(f"NANOWAN_OPS={choice}: choose from {', '.join(CHOICES)}")
@@ -82,33 +84,35 @@ def resolve(choice, device_type):
     return "triton" if choice == "triton" or lacking("cuda") else "cuda"
 
 
-CHOSEN = {"cpu": resolve(REQUESTED, "cpu")}  # by type of device; that of GPUs is added at their first use
+CHOSEN = {"cpu": resolve(REQUESTED, "cpu")}  # {type of device: implementation}; "cuda" is added at its first use
 
 
 def implementation(device_type):
-    """The implementation that operations on a type of device use: "ref", "cpp", "triton" or "cuda"."""
+    """Return the implementation in use on a type of device ("cpu", "cuda"): "ref", "cpp", "triton" or "cuda"."""
     if device_type not in CHOSEN:
         CHOSEN[device_type] = resolve(REQUESTED, device_type)
     return CHOSEN[device_type]
 
 
 def fast(x):
-    """Whether x's device has an implementation other than the reference."""
+    """Return whether x's device has an implementation other than the reference."""
     return implementation(x.device.type) != "ref"
 
 
 def has_triton(x):
-    """Whether Triton's kernels run on x's device, on a CPU in Triton's interpreter."""
+    """Return whether Triton kernels run on x's device: on a GPU, or on a CPU in Triton's interpreter."""
     return implementation(x.device.type) in ("triton", "cuda")
 
 
 def on_gpu(x):
-    """Whether x is on a GPU, or is a fake tensor that stands for one on a GPU in a plan (`using` with pretend)."""
+    """Return whether x is on a GPU, or is a fake tensor that stands for one there in a plan (`using` with pretend)."""
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
 def capable(device, least=(0, 0), below=(99, 0)):
-    """Whether least <= a GPU's compute capability (major, minor) < below. A plan made without a GPU is for a Hopper."""
+    """Return whether least <= the compute capability (major, minor) of a GPU < below. Without a GPU, a Hopper is
+    assumed (for plans).
+    """
     capability = 9, 0
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
@@ -122,8 +126,8 @@ if torch.cuda.is_available():  # only there, since importing what torch.compile 
 
 @contextlib.contextmanager
 def using(choice, pretend=False):
-    """Use another choice within this context, for tests and benchmarks. pretend: fake CPU tensors run what a GPU would
-    run.
+    """Use another of CHOICES within this context, for tests and benchmarks. pretend: fake CPU tensors run the
+    operations that a GPU would run.
     """
     global CHOSEN, REQUESTED
     before = CHOSEN, REQUESTED

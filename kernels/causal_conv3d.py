@@ -2,8 +2,8 @@
 
 x (B,C,T,H,W); past (B,C,2,H,W): the two frames before x, as the convolution saw them, or None for zeros; weight
 (N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...), RMS norm and SiLU are applied
-to x first, after adding input_bias (C), the bias that the convolution before left out. residual (B,N,T,H,W) or None is
-added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
+to x first, after adding input_bias (C), the bias that the previous convolution left out. residual (B,N,T,H,W) or None
+is added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
 
 On a GPU one kernel writes the past frames and the normed chunk into the buffer that cuDNN convolves, and their last two
 frames into the next `past`. PyTorch adds a bias in a pass of its own after cuDNN; input_bias and residual save that
@@ -24,12 +24,12 @@ LAST = torch.channels_last_3d
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def rms_norm(x, gamma):
-    """x / |x| over the channels, times sqrt(C) gamma."""
+    """Return x / |x| * sqrt(C) * gamma, the norm |x| being taken over the C channels (axis 1)."""
     return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * gamma)
 
 
 def causal_conv3d_ref(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
-    """-> (out, the next chunk's past); arguments as above."""
+    """Return (out, the `past` of the next chunk). Arguments: see the top of this file."""
     if gamma is not None:
         x = x if input_bias is None else x + input_bias.view(-1, 1, 1, 1)
         x = F.silu(rms_norm(x, gamma.view(-1, 1, 1, 1)))
@@ -60,8 +60,8 @@ if triton:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """ROWS rows, of C channels each, of a clip's buffer per program: `before` rows of past, then `pixels` rows of
-        x. The last `before` rows go to `last` too.
+        """Write ROWS rows, of C channels each, of a clip's buffer per program: first `before` rows of past, then
+        `pixels` rows of x. The last `before` rows are also written to `last`.
         """
         i, b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
         c = tl.arange(0, BLOCK)[None, :]
@@ -86,7 +86,7 @@ if triton:
     def add_kernel(
         out, residual, bias, rows, C: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """out += residual + bias, for ROWS of the rows of C channels per program."""
+        """Add residual and bias to out, in place, for ROWS rows of C channels per program."""
         i, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
         at, inside = i[:, None] * C + c, (i < rows)[:, None] & (c < C)
         v = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ if triton:
 
 
 def launch_config(C):
-    """The launch of a kernel for rows of C channels, with about 4,096 numbers per program."""
+    """Return the launch options of a kernel for rows of C channels, with about 4,096 numbers per program."""
     block = triton.next_power_of_2(C)
     return {"BLOCK": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
 
@@ -136,7 +136,9 @@ def _(out, residual, bias):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None, fill_buffer=None):
-    """causal_conv3d_ref on a GPU, without gradients. fill_buffer: csrc's operator, if not Triton's."""
+    """Compute the same as causal_conv3d_ref, on a GPU, without gradients. fill_buffer: csrc's operator to use instead
+    of Triton's.
+    """
     x, (kt, kh, kw) = x.contiguous(memory_format=LAST), weight.shape[2:]
     (B, C, T, H, W), before = x.shape, kt - 1
     buffer, last = x, None
@@ -153,7 +155,7 @@ def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, resid
 
 
 def causal_conv3d_on_cpu(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None):
-    """causal_conv3d_ref by csrc, without gradients."""
+    """Compute the same as causal_conv3d_ref, with csrc, without gradients."""
     gamma = None if gamma is None else gamma.flatten()
     out, past = torch.ops.nanowan_csrc.causal_conv3d(x, past, weight, bias, gamma, input_bias, residual)
     return out, past if weight.shape[2] > 1 else None

@@ -20,17 +20,17 @@ from kernels.backend import in_one_line
 from kernels.gelu import gelu_backward_
 from kernels.quantize import E4M3, quantize_rows_ref
 
-MIN_ROWS = 512  # x has at least so many rows for a product in 8 bits
+MIN_ROWS = 512  # minimum number of rows of x for a product in 8 bits
 
 
 def dense(weight, scale, dtype):
-    """The values of e4m3 weights (n,m) with scales (n,1): (n,m) in dtype."""
+    """Return e4m3 weights (n,m) times their scales (n,1), as (n,m) in dtype."""
     return (weight.float() * scale).to(dtype)
 
 
 def has_fp8_matmul(x, weight):
-    """Whether the rows of x (...,m) are multiplied with this weight (n,m) in 8 bits. Few rows are not: it would gain
-    nothing, and cuBLAS refuses some sizes (pytorch/ao#4582).
+    """Return whether x (...,m) is multiplied with this weight (n,m) in 8 bits. With few rows it is not: 8 bits would
+    gain nothing, and cuBLAS refuses some sizes (pytorch/ao#4582).
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
     fits = fits and x.numel() >= MIN_ROWS * x.shape[-1]
@@ -40,8 +40,8 @@ def has_fp8_matmul(x, weight):
 
 @functools.cache
 def multiplies(device):
-    """Whether a GPU really multiplies e4m3 matrices with a scale for each row and column, found out by trying: not
-    every PyTorch does on every card (pytorch/pytorch#192707).
+    """Return whether a GPU really multiplies e4m3 matrices with a scale for each row and column. This is tried out,
+    because not every PyTorch does so on every card (pytorch/pytorch#192707).
     """
     rows, weight = (torch.ones(n, 5120, device=device).to(E4M3) for n in (MIN_ROWS, 3072))
     scales = {"scale_a": torch.ones(MIN_ROWS, 1, device=device), "scale_b": torch.ones(1, 3072, device=device)}
@@ -61,9 +61,9 @@ if torch.cuda.is_available():
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x or its GELU in 8 bits, or None, and then the
-    weight is made dense. For the backward pass the 8-bit weight is kept, and x if its GELU is taken. The weight gets no
-    gradient.
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x or its GELU in 8 bits; if they are None, the
+    weight is made dense, and x must be activated already. The backward pass keeps the 8-bit weight, and x if
+    `activated`. The weight gets no gradient.
     """
 
     @staticmethod
@@ -83,14 +83,15 @@ class Fp8Matmul(torch.autograd.Function):
 
 
 def rows_in_fp8(x, activated=False):
-    """The rows of x (...,m), or of its GELU, in 8 bits: (n,m), and their scales (n,1)."""
+    """Return the rows of x (...,m), or of its GELU if `activated`, in 8 bits: (n,m), and their scales (n,1)."""
     return ops.quantize_rows(x.detach().flatten(0, -2), activated)
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32; it replaces `linear`, which has
-    no values yet. norm: the Frobenius norm of the original weight; error: that of the difference to it. A weight whose
-    file has it in 8 bits already has its own norm and no error, since the original is not known.
+    """A frozen linear whose weight (out,in) is in 8 bits, with `scales` (out,1) fp32. It replaces `linear`, whose
+    weight has no values yet. norm: the Frobenius norm of the original weight; error: the norm of the difference between
+    the 8-bit and the original weight. If the file has the weight in 8 bits, norm is that of the 8-bit weight, and there
+    is no error, since the original is not known.
     """
 
     takes_gelu = True  # since it rounds its input
@@ -109,12 +110,12 @@ class Fp8Linear(nn.Linear):
         return weight8
 
     def set_scales(self, weight8, scales):
-        """Take the scales (out,1) or (1,) of an 8-bit weight from its file."""
+        """Set the scales (out,1) or (1,) that a file has for its 8-bit weight, and the norm."""
         self.scales = scales.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 
     def forward(self, x, activated=False, rows=None):
-        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: round_input(x), if that is known."""
+        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: the result of round_input(x), if known."""
         weight = self.weight, self.scales, self.bias
         if has_fp8_matmul(x, self.weight):
             return Fp8Matmul.apply(x, *(rows or rows_in_fp8(x, activated)), *weight, activated)
@@ -124,13 +125,13 @@ class Fp8Linear(nn.Linear):
         return gelu(self(x))
 
     def round_input(self, x):
-        """x in 8 bits, computed once for all linears with the same input x; None if products are dense."""
+        """Return x in 8 bits, to be shared by all linears with this input, or None if products are dense."""
         return rows_in_fp8(x) if has_fp8_matmul(x, self.weight) else None
 
 
 def convert(model, dtypes=None):
-    """Replace the linears in an empty DiT's blocks by Fp8Linears: all of them, or those named in `dtypes` {name:
-    dtype}. Linears outside of blocks stay dense.
+    """Replace the linears in the blocks of an empty DiT by Fp8Linears: all of them, or those named in `dtypes` {name:
+    8-bit dtype}. Linears outside of blocks stay dense.
     """
     for name, linear in list(model.blocks.named_modules(prefix="blocks")):
         if isinstance(linear, nn.Linear) and (not dtypes or name in dtypes):
@@ -140,13 +141,13 @@ def convert(model, dtypes=None):
 
 # ---- what 8 bits cost --------------------------------------------------------------------------------------------
 def total_norm(norms):
-    """The norm of several tensors together, from the norm of each."""
+    """Return the norm of several tensors together, given the norm of each."""
     return math.hypot(*(n.item() for n in norms))
 
 
 def report(model):
-    """One line with the relative error of the 8-bit weights, per kind of linear: the norm of the differences over the
-    norm of the weights, all blocks together. None if no error is known.
+    """Return a line with the relative error of the 8-bit weights for each kind of linear, or None if no error is known.
+    The relative error is the norm of the differences over the norm of the weights, all blocks together.
     """
     kinds = {}
     for name, m in model.named_modules():

@@ -13,7 +13,7 @@ from kernels import BUILT
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def gelu_ref(x):
-    """The GELU of x by its tanh formula."""
+    """Return the GELU of x by its tanh formula."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -58,18 +58,18 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def gelu(x):
-    """gelu_ref by csrc."""
+    """Compute the same as gelu_ref, with csrc."""
     return _forward(x)
 
 
 def gelu_(x):
-    """gelu_ref by csrc, in place of x, which must be contiguous; without gradients."""
+    """Compute the same as gelu_ref, with csrc, in place of x, which must be contiguous; without gradients."""
     _forward_(x)
     return x
 
 
 def gelu_backward_(x, grad):
-    """grad times the derivative of GELU at x, in place of grad, which must be contiguous."""
+    """Multiply grad, in place, by the derivative of GELU at x, and return it. grad must be contiguous."""
     if BUILT and x.device.type == "cpu":
         torch.ops.nanowan_csrc.gelu_backward_(x, grad)
         return grad

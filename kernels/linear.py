@@ -18,7 +18,7 @@ from kernels.gelu import gelu, gelu_backward_, gelu_ref
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def linear_ref(x, weight, bias=None, activated=False):
-    """x W^T + b, or gelu(x) W^T + b if `activated`."""
+    """Return x W^T + b, or gelu(x) W^T + b if `activated`."""
     return F.linear(gelu_ref(x) if activated else x, weight, bias)
 
 
@@ -28,7 +28,7 @@ PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and CPUINFO.exists() and "
 
 
 def uses_onednn(x, weight):
-    """Whether oneDNN multiplies x (...,K) with this weight (N,K)."""
+    """Return whether oneDNN multiplies x (...,K) with this weight (N,K)."""
     return (
         PREFERS_ONEDNN
         and x.dtype == weight.dtype == torch.float32
@@ -40,14 +40,14 @@ def uses_onednn(x, weight):
 
 
 def product(x, weight, bias=None):
-    """x (...,K), weight (N,K) -> x W^T + b."""
+    """Return x W^T + b (...,N), with oneDNN where it is faster. x (...,K), weight (N,K)."""
     if uses_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def product_backward(grad, weight):
-    """The gradient of `product` with respect to x, grad W: (...,N) -> (...,K)."""
+    """Return grad W (...,K), the gradient of `product` with respect to x. grad (...,N), weight (N,K)."""
     if uses_onednn(grad, weight):
         return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
     return grad @ weight
@@ -78,5 +78,5 @@ class Linear(torch.autograd.Function):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def linear(x, weight, bias=None, activated=False):
-    """linear_ref, with the backward pass described above."""
+    """Compute the same as linear_ref, with the backward pass described at the top of this file."""
     return Linear.apply(x, weight, bias, activated)

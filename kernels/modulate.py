@@ -18,25 +18,25 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def per_token(rows, length, index):
-    """The row of each token: rows (B,F,D) -> (B,length,D), or (B,1,D) if one row serves all tokens."""
+    """Return the row of each token: rows (B,F,D) -> (B,length,D), or (B,1,D) if one row serves all tokens."""
     if index is not None:
         return rows[:, index]
     return rows if rows.shape[1] == 1 else rows.repeat_interleave(length // rows.shape[1], 1)
 
 
 def modulate_ref(x, weight, shift, eps, dtype, index=None):
-    """LayerNorm(x) * weight + shift in `dtype`."""
+    """Return LayerNorm(x) * weight + shift in `dtype`. Arguments: see the top of this file."""
     weight, shift = (per_token(rows, x.shape[1], index) for rows in (weight, shift))
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + shift).to(dtype)
 
 
 def gate_ref(x, y, gate=None, index=None):
-    """x + gate * y; without a gate, x + y."""
+    """Return x + gate * y or, without a gate, x + y."""
     return x + y if gate is None else x + y.to(x.dtype) * per_token(gate, x.shape[1], index)
 
 
 def gate_modulate_ref(x, y, gate, weight, shift, eps, dtype, index=None):
-    """(x + gate * y, and the modulate_ref of this sum)."""
+    """Return (x + gate * y, the result of modulate_ref for this sum)."""
     x = gate_ref(x, y, gate, index)
     return x, modulate_ref(x, weight, shift, eps, dtype, index)
 
@@ -70,7 +70,9 @@ if triton:
         NORM: tl.constexpr,
         INDEX: tl.constexpr,
     ):
-        """One token per program: the sum if ADD (with y times a gate if GATE), its norm and modulation if NORM."""
+        """Compute one token per program: the sum x + gate * y if ADD (x + y without GATE), then its LayerNorm and
+        modulation if NORM.
+        """
         i = tl.program_id(0).to(tl.int64)
         b = i // L
         f = tl.load(index + i % L) if INDEX else i % L // tokens
@@ -120,8 +122,8 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """One program takes `chunk` of the `tokens` that may be served by one row; with INDEX it skips those that are
-        not. With SUMS it also adds up the gradients of gate, weight and shift, into sums (B*F,chunks,3,D).
+        """Compute `chunk` of the `tokens` tokens that one row may serve per program; with INDEX, skip tokens of other
+        rows. With SUMS, also add up the gradients of gate, weight and shift, into sums (B*F,chunks,3,D).
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows
@@ -175,13 +177,13 @@ def strides(rows):
 
 
 def launch_config(D):
-    """The block size and warps for rows of width D."""
+    """Return the block size and the number of warps for rows of width D."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
 
 
 def count_rows(gate, weight):
-    """F, the number of rows of gate or weight; 1 if both are None."""
+    """Return F, the number of rows of gate or weight; 1 if both are None."""
     rows = gate if weight is None else weight
     return 1 if rows is None else rows.shape[1]
 
@@ -269,7 +271,7 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """[the gated sum, if y is given] + [its norm and modulation, if weight is given]."""
+    """Return [x + gate * y, if y is given] + [the LayerNorm and modulation of that sum or of x, if weight is given]."""
 
 
 @torch.library.custom_op("nanowan::modulate_backward", mutates_args=(), device_types=())
@@ -285,8 +287,8 @@ def _backward(
     branch: torch.dtype,
     need_rows: bool,
 ) -> list[Tensor]:
-    """Gradients [x] + [y, if dnew is given] + [gate, weight and shift (B,F,3,D), if need_rows]. new: the stream that
-    was normed; branch: y's dtype.
+    """Return the gradients of [x] + [y, if dnew is given] + [gate, weight and shift together (B,F,3,D), if need_rows].
+    new: the stream that was normed; branch: the dtype of y.
     """
 
 
@@ -332,15 +334,17 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def modulate(x, weight, shift, eps, dtype, index=None):
-    """modulate_ref, by kernels."""
+    """Compute the same as modulate_ref, with the fused kernels."""
     return _forward(x, None, None, weight, shift, index, eps, dtype)[0]
 
 
 def gate(x, y, gate=None, index=None):
-    """gate_ref, by kernels."""
+    """Compute the same as gate_ref, with the fused kernels."""
     return _forward(x, y, gate, None, None, index, 0.0, x.dtype)[0]
 
 
 def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
-    """gate_modulate_ref, by kernels. gate, weight and shift have the same number F of rows."""
+    """Compute the same as gate_modulate_ref, with the fused kernels. gate, weight and shift must have the same number
+    of rows.
+    """
     return tuple(_forward(x, y, gate, weight, shift, index, eps, dtype))

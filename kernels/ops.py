@@ -17,28 +17,30 @@ from kernels.backend import capable, fast, has_triton, implementation, on_gpu
 
 
 def modulate(x, weight, shift, eps, dtype, index=None):
-    """LayerNorm(x) * weight + shift in `dtype`. x (B,L,D) fp32; weight, shift: rows of modulation (B,F,D) fp32; index
-    (L,) int32: the row that serves each token (default: each row serves L/F tokens, in order).
+    """Return LayerNorm(x) * weight + shift in `dtype`. x (B,L,D) fp32; weight, shift (B,F,D) fp32: rows of modulation;
+    index (L,) int32: the number of the row that serves each token (default: each row serves L/F successive tokens).
     """
     return (modulate_kernel.modulate if fast(x) else modulate_kernel.modulate_ref)(x, weight, shift, eps, dtype, index)
 
 
 def gate(x, y, gate=None, index=None):
-    """x + gate * y, with the residual stream x (B,L,D) fp32, y (B,L,D), and rows gate (B,F,D) fp32; index as in
-    modulate.
+    """Return x + gate * y or, without a gate, x + y. x (B,L,D) fp32: the residual stream; y (B,L,D): a branch's output;
+    gate (B,F,D) fp32: rows of modulation; index: as in modulate.
     """
     return (modulate_kernel.gate if fast(x) else modulate_kernel.gate_ref)(x, y, gate, index)
 
 
 def gate_modulate(x, y, gate, weight, shift, eps, dtype, index=None):
-    """(x + gate * y, and `modulate` of this sum); gate, weight and shift have the same number F of rows."""
+    """Return (x + gate * y, the result of `modulate` for this sum). gate, weight and shift have the same number F of
+    rows; arguments as in `gate` and `modulate`.
+    """
     fused = modulate_kernel.gate_modulate if fast(x) else modulate_kernel.gate_modulate_ref
     return fused(x, y, gate, weight, shift, eps, dtype, index)
 
 
 def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
-    """RMSNorm each of xs (B,L,D), split it into heads and, if a rope_table and positions (L,3) are given, rotate it ->
-    [(B,L,N,d)].
+    """Apply RMSNorm to each of xs (B,L,D), split it into heads and, if a rope_table and positions (L,3) are given,
+    rotate it -> list of (B,L,N,d).
     """
     norm = norm_kernel.qk_norm_rope if fast(xs[0]) else norm_kernel.qk_norm_rope_ref
     return norm(xs, weights, eps, heads, table, positions)
@@ -49,17 +51,17 @@ class Linear(torch.nn.Linear):
 
     @property
     def takes_gelu(self):
-        """Whether `forward` should take the input of the GELU before it: then less is kept for the backward pass."""
+        """Whether `forward` should also apply the GELU before it, which keeps less for the backward pass."""
         return torch.is_grad_enabled()
 
     def forward(self, x, activated=False, rows=None):
-        """x W^T + b, or gelu(x) W^T + b if `activated`. rows: from round_input, for 8-bit weights only."""
+        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: for Fp8Linear only; ignored here."""
         ours = fast(x) and (activated or linear_kernel.uses_onednn(x, self.weight))
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):
-        """gelu(self(x)). Without gradients, data-centre GPUs from Hopper on compute the GELU in the matrix product, on
-        the sums before they are rounded to bf16. This saves 2 to 3 % of a video DiT's step on an H100
+        """Return gelu(self(x)). Without gradients, data-centre GPUs from Hopper on compute the GELU within the matrix
+        product, before the sums are rounded to bf16. This saves 2 to 3 % of a video DiT's step on an H100
         (sgl-project/sglang#33536). It was slower on an RTX 4090 (karpathy/llm.c#591) and on consumer Blackwells
         (sgl-project/sglang#34350).
         """
@@ -71,11 +73,13 @@ class Linear(torch.nn.Linear):
         return gelu(self(x))
 
     def round_input(self, x):
-        """What linears with the same input x share when they round it to 8 bits: nothing here."""
+        """Return None. (An Fp8Linear returns x in 8 bits, to be shared by all linears with this input.)"""
 
 
 class GELU(torch.nn.Module):
-    """GELU by its tanh formula; without gradients in place of x, which must be contiguous, as nn.ReLU(inplace=True)."""
+    """GELU by its tanh formula. Without gradients it works in place of x, as nn.ReLU(inplace=True) does; x must be
+    contiguous.
+    """
 
     def forward(self, x):
         ours = implementation(x.device.type) == "cpp"
@@ -85,7 +89,7 @@ class GELU(torch.nn.Module):
 
 
 def quantize_rows(x, activated=False):
-    """x (n,m), or its GELU, in e4m3, and the scale (n,1) fp32 of each row."""
+    """Return x (n,m), or its GELU if `activated`, in e4m3, and the scale (n,1) fp32 of each row."""
     from kernels import quantize
 
     return (quantize.quantize_rows if has_triton(x) else quantize.quantize_rows_ref)(x, activated)
@@ -101,7 +105,7 @@ def adamw8bit_step(weight, compensation, grad, codes, scale, step, lr, betas, ep
 
 @functools.cache
 def csrc_runs_on(device):
-    """Whether csrc's CUDA part was built for this GPU. It is not asked at import, which would take memory on the first
+    """Return whether csrc's CUDA part was built for this GPU. Do not call it at import, since it takes memory on the
     GPU.
     """
     with torch.cuda.device(device):
@@ -117,15 +121,15 @@ def csrc_runs_on(device):
 
 
 def uses_cuda_kernel(device):
-    """Whether csrc's CUDA kernel runs before the VAE's convolutions on a device."""
+    """Return whether csrc's CUDA kernel runs before the VAE's convolutions on a device."""
     return device.type == "cuda" and implementation("cuda") == "cuda" and csrc_runs_on(device)
 
 
 def causal_conv3d(x, past, weight, bias, gamma=None, input_bias=None, residual=None):
-    """Convolve x (B,C,T,H,W) after its two previous frames `past` (B,C,2,H,W), or None. With gamma, RMS norm and SiLU
-    are applied to x first, after adding input_bias (C). residual (B,N,T,H,W) is added to the result. Returns
-    (B,N,T,H,W) and the next `past`. The fused versions have no backward pass: if gradients are needed, the reference is
-    used.
+    """Convolve x (B,C,T,H,W), preceded by the two frames `past` (B,C,2,H,W) or, if it is None, by zeros. With gamma,
+    RMS norm and SiLU are applied to x first, after adding input_bias (C). residual (B,N,T,H,W) is added to the result.
+    Returns (B,N,T,H,W) and the next `past`. The fused versions have no backward pass: if gradients are needed, the
+    reference is used.
     """
     from kernels import causal_conv3d as conv
 
@@ -140,14 +144,14 @@ def causal_conv3d(x, past, weight, bias, gamma=None, input_bias=None, residual=N
 
 
 def rms_norm(x, gamma):
-    """x / |x| over the channels (axis 1), times sqrt(C) gamma."""
+    """Return x / |x| * sqrt(C) * gamma, the norm |x| being taken over the C channels (axis 1)."""
     from kernels import causal_conv3d as conv
 
     return conv.rms_norm(x, gamma)
 
 
 def describe(device):
-    """A device's operations in words, for the first lines of a run and its record."""
+    """Describe the operations used on a device in words, for the first lines of a run and its record."""
     device = torch.device(device)
     words = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's"}
     line = f"{words[implementation(device.type)]} operations on {device.type}"

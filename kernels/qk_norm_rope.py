@@ -18,7 +18,7 @@ if triton:
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def qk_norm_rope_ref(xs, weights, eps, heads, table=None, positions=None):
-    """-> [(B,L,N,d) of xs' dtype], normed only if table is None."""
+    """Return a list of (B,L,N,d), in the dtype of xs: each of xs (B,L,D) normed and, if a table is given, rotated."""
     results = []
     for x, weight in zip(xs, weights):
         y = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, weight, eps).unflatten(
@@ -33,8 +33,8 @@ if triton:
 
     @triton.jit
     def turn(a, b, table, position, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
-        """Rotate the pairs (a,b) of the token whose three integers `position` points at; with `back`, in the opposite
-        direction. a, b: (PAIRS,), the pairs of all heads, one head after another.
+        """Rotate the pairs (a,b) of one token; with `back`, in the opposite direction. position: a pointer to the
+        token's three integers. a, b: (PAIRS,), the pairs of all heads, one head after another.
         """
         p = tl.arange(0, PAIRS) % HALF
         third: tl.constexpr = HALF // 3
@@ -64,7 +64,7 @@ if triton:
         PAIRS: tl.constexpr,
         ROPE: tl.constexpr,
     ):
-        """One token of q (axis 1 = 0) or k per program."""
+        """Compute one token of q or k per program: of q if axis 1 of the program's number is 0."""
         i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
         x, w, out, row = x0, w0, out0, row0
         if which == 1:
@@ -104,8 +104,8 @@ if triton:
         ROPE: tl.constexpr,
         WEIGHTS: tl.constexpr,
     ):
-        """`chunk` tokens of q or k per program. With WEIGHTS their share of the weight's gradient goes to dw
-        (2,chunks,D).
+        """Compute `chunk` tokens of q or k per program. With WEIGHTS, also write these tokens' part of the weight's
+        gradient to dw (2,chunks,D).
         """
         c, which = tl.program_id(0), tl.program_id(1)
         x, w, dout, dx, row = x0, w0, dout0, dx0, row0
@@ -140,7 +140,7 @@ def launch_config(D):
 
 
 def rows_of(x):
-    """x (B,L,D) with evenly spaced rows, each dense, copied only if they are not."""
+    """Return x (B,L,D) with dense, evenly spaced rows; x is copied only if its rows are not so."""
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
@@ -209,7 +209,7 @@ def triton_backward(douts, xs, weights, eps, heads, table, positions, need_weigh
 def _forward(
     xs: list[Tensor], weights: list[Tensor], eps: float, heads: int, table: Tensor | None, positions: Tensor | None
 ) -> list[Tensor]:
-    """As qk_norm_rope_ref."""
+    """Compute the same as qk_norm_rope_ref."""
 
 
 @torch.library.custom_op("nanowan::qk_norm_rope_backward", mutates_args=(), device_types=())
@@ -223,7 +223,7 @@ def qk_norm_rope_backward(
     positions: Tensor | None,
     need_weights: bool,
 ) -> list[Tensor]:
-    """The gradients of xs, and with need_weights also of the weights (1 or 2,D)."""
+    """Return the gradients of xs and, with need_weights, the gradients of the weights as one tensor (1 or 2,D)."""
 
 
 register(_forward, triton_forward, "qk_norm_rope")
@@ -262,10 +262,10 @@ _forward.register_autograd(backward, setup_context=setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
-    """qk_norm_rope_ref, by kernels."""
+    """Compute the same as qk_norm_rope_ref, with the fused kernels."""
     return _forward(xs, weights, eps, heads, table, packed(positions))
 
 
 def packed(positions):
-    """Positions as the kernels read them: int32, the three of a token next to each other."""
+    """Return positions (L,3) as the kernels read them: int32 and contiguous."""
     return None if positions is None else positions.int().contiguous()

@@ -20,8 +20,8 @@ E4M3_MAX = torch.finfo(E4M3).max  # 448
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def quantize_rows_ref(x, activated=False):
-    """x (n,m) of any float dtype, or its GELU -> e4m3 (n,m) and the scale (n,1) fp32 of each row; their product is
-    about x.
+    """Round x (n,m) of any float dtype, or its GELU if `activated`, to e4m3 (n,m), with a scale (n,1) fp32 per row.
+    Returns both; their product approximates x.
     """
     x = gelu_ref(x.float()) if activated else x.float()
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # also for a row of zeros
@@ -33,7 +33,7 @@ if triton:
 
     @triton.jit
     def quantize_kernel(x, out, scales, stride, M, ACTIVATED: tl.constexpr, BLOCK: tl.constexpr):
-        """One row per program, held in registers."""
+        """Quantize one row per program, held in registers."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         v = tl.load(x + i * stride + j, mask=j < M, other=0.0).to(tl.float32)
         if ACTIVATED:  # tanh(u) = 2 sigmoid(2u) - 1
@@ -50,7 +50,7 @@ if triton:
 
 
 def launch_config(M):
-    """The launch of quantize_kernel for rows of M numbers, 32 of them per thread."""
+    """Return the launch options of quantize_kernel for rows of M numbers, 32 of them per thread."""
     block = triton.next_power_of_2(M)
     return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 32)}
 
@@ -76,5 +76,5 @@ def _(x, activated):
 
 # ---- public ------------------------------------------------------------------------------------------------------
 def quantize_rows(x, activated=False):
-    """quantize_rows_ref, by Triton."""
+    """Compute the same as quantize_rows_ref, with the Triton kernel."""
     return _forward(x, activated)

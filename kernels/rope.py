@@ -12,8 +12,8 @@ MAX_POSITIONS = 1024  # per axis, as in the official tables
 
 
 def rope_table(n, d, device):
-    """The table (n,d/2,2) fp32 of positions 0..n-1 for heads of width d, computed in fp64 with base 10000. Raises
-    ValueError if n is above 1024.
+    """Return the table (n,d/2,2) fp32 of positions 0..n-1 for heads of width d, computed in fp64 with base 10000.
+    Raises ValueError if n is above 1024.
     """
     if n > MAX_POSITIONS:
         raise ValueError(f"{n} token positions along one axis: Wan's end at {MAX_POSITIONS}")
@@ -25,21 +25,21 @@ def rope_table(n, d, device):
 
 
 def widths(d):
-    """How many of a head's d/2 pairs turn by time, by height and by width."""
+    """Return how many of a head's d/2 pairs are rotated by the time, by the height and by the width."""
     third = d // 2 // 3
     return d // 2 - 2 * third, third, third
 
 
 def grid_positions(grid, device):
-    """The positions (T'H'W',3) int32 of the tokens of a grid (T',H',W'), the width varying fastest."""
+    """Return the positions (T'H'W',3) int32 of the tokens of a grid (T',H',W'), the width varying fastest."""
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
 def angles(table, positions):
-    """The table (P,d/2,2) at the position of every token: (L,d/2,2). Raises IndexError for a position outside of the
-    table.
+    """Return the cosines and sines (L,d/2,2) of every token's rotation, from the table (P,d/2,2). positions (L,3).
+    Raises IndexError for a position outside of the table.
     """
     parts = []
     for axis, part in enumerate(table.split(widths(2 * table.shape[1]), 1)):
@@ -50,7 +50,7 @@ def angles(table, positions):
 
 
 def rotate(x, table, positions):
-    """Rotate the pairs (2j,2j+1) of x (B,L,N,d) by the tokens' positions."""
+    """Rotate the pairs (2j,2j+1) of x (B,L,N,d) by the tokens' positions (L,3). table: from rope_table."""
     cos, sin = angles(table, positions)[:, None].unbind(-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
