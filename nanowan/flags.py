@@ -1,7 +1,7 @@
 """Command lines of the scripts: an unknown flag gets a suggestion, and --config reads the flags of a run from a file.
 
 A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. Lists
-may be written as lists. A data set with settings of its own is a table `[[data]]` with DATA_KEYS.
+may be written as lists. A data set with its own settings is a table `[[data]]`, whose keys are among DATA_KEYS.
 """
 
 import argparse
@@ -45,11 +45,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", help="TOML or JSON file of flags; flags on the command line take precedence")
 
     def flags(self):
-        """{name of a flag: its action}."""
+        """Return {name of a flag: its argparse action}."""
         return {a.dest: a for a in self._actions if f"--{a.dest}" in a.option_strings}
 
     def nearest(self, name):
-        """Suggest in words which flag was meant by an unknown name."""
+        """Return a hint, in words, which flag was meant by an unknown name."""
         name = name.lstrip("-").split("=")[0].replace("-", "_")
         if name == "task":
             return "the task follows from the checkpoint"
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([*(self._words(before, argv) if before else []), *argv])
 
     def _words(self, file, argv):
-        """The flags of a config file as words of a command line. Repeatable flags that argv has too are left out."""
+        """Return the flags of a config file as words of a command line, without repeatable flags that argv has too."""
         words, given = [], {w.split("=")[0] for w in argv}
         for key, value in read_config(file).items():
             action = self.flags().get(key)
@@ -99,7 +99,7 @@ def _only_config(argv):
 
 
 def read_config(file):
-    """{flag: value} of a TOML or JSON file. Raises BadInput if it cannot be read."""
+    """Read {flag: value} from a TOML or JSON file. Raises BadInput if it cannot be read."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         config = json.loads(text) if str(file).endswith(".json") else tomllib.loads(text)
@@ -113,14 +113,14 @@ def read_config(file):
 
 
 def in_force(args, defaults):
-    """One line with the flags that differ from their defaults: those that were given, and the checkpoint's values."""
+    """Return a line with the flags that differ from their defaults: the given flags, and the checkpoint's values."""
     changed = {k: v for k, v in vars(args).items() if v != vars(defaults)[k]}
     plain = {k: v[0]["source"] if _is_tables(v) and len(v) == 1 and len(v[0]) == 1 else v for k, v in changed.items()}
     return "flags: " + ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items())
 
 
 def write_config(file, values):
-    """Write {flag: value} so that read_config returns it again. Values that are None are left out."""
+    """Write {flag: value} to a TOML file that read_config can read. Values that are None are left out."""
     plain = {k: v for k, v in values.items() if v is not None and k not in UNSAVED and not _is_tables(v)}
     lines = [f"{k} = {_toml(v)}" for k, v in plain.items()]
     for key, tables in ((k, v) for k, v in values.items() if _is_tables(v)):
@@ -146,8 +146,8 @@ def _toml(value):
 
 
 def parallel_layout(args, ranks, fp8=False):
-    """The ParallelLayout of a script's flags on this many ranks. fp8: whether weights are in 8 bits, by flag or by
-    file.
+    """Return the ParallelLayout of a script's flags on this number of ranks. fp8: whether weights are in 8 bits,
+    because of a flag or of the checkpoint's files.
     """
     fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
     return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)

@@ -1,7 +1,7 @@
 """A checkpoint in use: its text encoder, VAE and DiTs, loaded when first needed and offloaded when memory is short.
 
-The names of the models are "text", "vae" and "dit", in an A14B "high" and "low" (its two experts) instead of "dit"; S2V
-and Animate have further encoders. Where memory is short, models that are not in use are evicted: from a GPU to the
+The models are named "text", "vae" and "dit"; an A14B has two experts, "high" and "low", instead of "dit"; S2V and
+Animate have further encoders. When memory is short, models that are not in use are evicted: from a GPU they move to the
 host; on the device "cpu" they are dropped, and read again when needed. A text encoder that does not fit is streamed.
 """
 
@@ -34,11 +34,11 @@ from nanowan.settings import checkpoint_dir, read_settings
 
 @dataclass
 class Runtime:
-    """How a checkpoint's models run.
+    """How the models of a checkpoint run.
 
-    fp8: whether the DiT's blocks are in 8 bits (kernels/fp8.py). stream_blocks: how many of the DiT's blocks stay on
-    the host (memory/offload.py). compile: None, "blocks" or "graphs". world: the ranks that work together (default:
-    this process alone).
+    dtype: of the weights of the DiT and the text encoder. fp8: whether the linears of the DiT's blocks are in 8 bits
+    (kernels/fp8.py). stream_blocks: number of DiT blocks kept on the host until they run (memory/offload.py). compile:
+    None, "blocks" or "graphs". world: the ranks that work together (default: this process alone).
     """
 
     device: str = "cpu"
@@ -60,7 +60,7 @@ class Runtime:
 @dataclass(frozen=True)
 class Adapter:
     """The LoRA that training adds to the DiTs named in `experts`: the arguments of lora.inject, and a seed for its
-    values.
+    initial values.
     """
 
     experts: tuple
@@ -72,22 +72,22 @@ class Adapter:
     seed: int
 
     def inject(self, dit, device):
-        """Add the LoRA to a DiT, which may have no weights yet."""
+        """Add the LoRA to a DiT, whose weights need not be loaded yet. Returns the trainable parameters."""
         return inject(dit, self.targets, self.rank, self.alpha, self.dropout, self.blocks, device)
 
 
 class Pipeline:
-    """The models of one checkpoint, under the names at the top of this file.
+    """The models of one checkpoint, named as described at the top of this file.
 
-    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]", each merged into the DiTs or, if it
-    is a LoRA of the text encoder, into that. text_encoder: "FILE[:strength]", or a list of these, to use instead of the
-    folder's own encoder or on top of it (formats/t5.py, load_t5). Raises BadInput for files of an expert, or a LoRA,
-    that cannot be used: at the start, not after half of the steps.
+    ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]"; each is merged into the DiTs or, if
+    it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings,
+    to use instead of the folder's text encoder or on top of it (load_t5 in formats/t5.py). Raises BadInput for files of
+    an expert, or a LoRA, that cannot be used: at the start, not after half of the steps.
 
     For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is as in Wan.
     `adapters`, {expert: {module: (A, B)}}, keeps the parameters while a DiT leaves memory and returns. takes_turns:
     only one expert is on the device at a time, and each has a copy on the host from which it returns. trains_text: the
-    text encoder is on the device in full, never streamed.
+    full text encoder is on the device, never streamed.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -120,7 +120,7 @@ class Pipeline:
         return Copier(self.device)
 
     def _add_to_text(self, lora):
-        """Apply a LoRA of the text encoder after the other changes to the encoder."""
+        """Apply a LoRA of the text encoder after the encoder's other changes. Raises BadInput if it does not fit."""
         if lora.expert:
             raise BadInput(f"--lora {lora.file}:{lora.expert}: a LoRA of the text encoder, which has no experts")
         self.text_encoder.append(EncoderSpec(Path(lora.file), lora.weight))
@@ -128,7 +128,7 @@ class Pipeline:
         check_encoder_changes(source, read_encoder(source.base).entries)
 
     def _check_lora(self, lora):
-        """A LoraSpec -> (file, weight, names of the DiTs that it is for)."""
+        """Turn a LoraSpec into (file, weight, names of the DiTs to merge it into). Raises BadInput if it fits none."""
         experts, source = choose_experts(lora, self.settings.expert_names)
         for name in experts:
             shapes = {n: e.shape for n, e in self.headers[name].items()}
@@ -142,24 +142,24 @@ class Pipeline:
         return expert_folders(self.dir)[expert]
 
     def encoder_source(self):
-        """The files of the text encoder, and of the changes to it."""
+        """Return the source of the text encoder: its files, and the files of the changes to it."""
         return encoder_source(self.dir, self.text_encoder)
 
     def files(self, name):
-        """The weight files of a model, without changes to it."""
+        """Return the weight files of a model, without the files of changes to it."""
         if name == "text":
             return self.encoder_source().base
         return vae_files(self.dir) if name == "vae" else weight_files(self.folder(name))
 
     def config(self, expert=None):
-        """The WanConfig of a DiT (default: the first expert)."""
+        """Return the WanConfig of a DiT (default: the first expert)."""
         expert = expert or self.settings.expert_names[0]
         return read_config(self.folder(expert), self.headers[expert])
 
     # ---- where models are ----------------------------------------------------------------------------------------
     def acquire(self, name, activations=ROOM):
-        """A model on the device, with room for this many bytes of activations. It is loaded if necessary, and others
-        are evicted if they are in the way, so hold no reference to another model.
+        """Return a model, on the device, with room for this number of bytes of activations. The model is loaded if
+        necessary. Other models are evicted if they are in the way, so hold no reference to another model.
         """
         part, device = self.placements.get(name), self.device
         need = activations + (0 if part and part.is_on(device) else self._bytes(name))
@@ -173,7 +173,7 @@ class Pipeline:
         return part.model
 
     def acquire_vae(self, size):
-        """The VAE on the device, with room for frames of (width, height) px."""
+        """Return the VAE, on the device, with room for frames of size (width, height) px."""
         return self.acquire("vae", VAE_BYTES * math.prod(size))
 
     def evict(self, name):
@@ -189,7 +189,7 @@ class Pipeline:
             self.drop(name)
 
     def drop(self, *names):
-        """Free models (default: all), which are read again when they are next acquired."""
+        """Free the named models (default: all); they are read again when they are next acquired."""
         for name in names or list(self.placements):
             if self.placements.pop(name, None):
                 gc.collect()  # a streamed model and its Stream form a reference cycle
@@ -197,15 +197,15 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     def loaded(self):
-        """The models in memory."""
+        """Return the models in memory."""
         return [part.model for part in self.placements.values()]
 
     def streams(self):
-        """The offload.Streams of those DiTs in memory that have one."""
+        """Return the offload.Streams of the DiTs in memory, where a DiT has one."""
         return [self.placements[n].stream for n in self.headers if n in self.placements and self.placements[n].stream]
 
     def _bytes(self, name):
-        """The bytes that a model's weights take on the device."""
+        """Return the bytes that a model's weights take on the device."""
         encoders, run = self.settings.conditioning.encoders, self.runtime
         if name in encoders:
             return encoders[name].bytes(self.dir)
@@ -216,7 +216,7 @@ class Pipeline:
 
     # ---- loading -------------------------------------------------------------------------------------------------
     def _load(self, name, need):
-        """The Placement of a model. need: bytes that must be free on the device for the model not to be streamed."""
+        """Load a model and return its Placement. need: bytes on the device without which a text encoder is streamed."""
         run, encoders = self.runtime, self.settings.conditioning.encoders
         if name in self.headers:
             return self._load_dit(name)
@@ -233,8 +233,8 @@ class Pipeline:
         return Placement(model, self.copier).start()
 
     def _load_dit(self, name):
-        """The Placement of a DiT. While the model is still without weights, the adapter is added, ranks split it, and
-        what stays on the host gets its memory there; then the weights are loaded.
+        """Load a DiT and return its Placement. Before the weights are loaded, the adapter is added, ranks split the
+        DiT, and the weights that stay on the host get their memory there.
         """
         run = self.runtime
         dit = build_dit(self.headers[name], self.folder(name), run.dtype)
@@ -276,7 +276,7 @@ class Pipeline:
                 share.path_of(name).unlink()
         part.start()
 
-        if run.compile == "blocks":  # the blocks are alike: compiled once
+        if run.compile == "blocks":  # the blocks are alike, so they are compiled once
             for block in dit.blocks:
                 block.compile()
         elif run.compile == "graphs":
@@ -286,8 +286,8 @@ class Pipeline:
     # ---- inputs of the models ------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode_prompts(self, prompts, encoder=None):
-        """Prompts (list of str) -> (embeddings (B,S,D), lens (B,)). encoder: used instead of the pipeline's. Reports
-        the prompts that are too long to be read in full.
+        """Encode prompts (list of str) -> (embeddings (B,S,D), lens (B,)). encoder: used instead of the pipeline's text
+        encoder. Prints which prompts are too long to be read in full.
         """
         encoder = encoder or self.acquire("text")
         tokenizer = encoder.tokenizer
@@ -295,13 +295,13 @@ class Pipeline:
             count = len(tokenizer.ids(tokenizer.clean(prompt))) + 1  # plus the end token
             if count > tokenizer.length and self.world.is_main:
                 print(f"prompt {prompt[:40]!r}...: {count} tokens, of which the first {tokenizer.length - 1} are read")
-        # one prompt at a time, so that an embedding does not depend on a batch
+        # one prompt at a time, so that an embedding does not depend on the other prompts
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 
     def guidance_mode(self, tokens, batch=1):
-        """How guidance computes its two predictions for clips of this many tokens: "parallel", on two ranks; "batched",
-        in one forward pass; or "sequential", one after the other, if memory is too small for that or the model requires
-        it.
+        """Return how guidance computes its two predictions for clips of this number of tokens: "parallel", on two
+        ranks; "batched", in one forward pass; or "sequential", in two passes, if memory is too small for one or the
+        model requires it.
         """
         if self.world.cfg_size == 2:
             return "parallel"
@@ -309,17 +309,17 @@ class Pipeline:
             return "sequential"
         need = 2 * activation_bytes(self.config().dim, tokens // self.world.sp_size, batch)
         if not any(part.is_on(self.device) for name, part in self.placements.items() if name in self.headers):
-            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # plus what else is on the device
+            need += self._bytes(self.settings.expert_names[0]) + (1 << 28)  # plus the other memory in use on the device
         return "batched" if self.world.all_ranks(free_memory(self.device) > need, "sp") else "sequential"
 
 
 def has_host_room(part):
-    """Whether the host has room for the weights of a Placement, or holds them already."""
+    """Return whether the host has room for the weights of a Placement, or holds them already."""
     missing = part.nbytes(whole=True)
     return not missing or free_memory("cpu") > missing + ROOM
 
 
 def pad_embeddings(embeddings):
-    """Embeddings, a list of (S,D) -> (B,S,D), zero-padded, and their lengths (B,)."""
+    """Stack embeddings, a list of (S,D), padded with zeros -> (B,S,D), and their lengths (B,)."""
     lens = torch.tensor([len(e) for e in embeddings], device=embeddings[0].device)
     return torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lens

@@ -25,8 +25,8 @@ TEXT_KEYS = ("prompt", "text", "caption")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what its line says in addition to the text: settings, as Settings.with_overrides takes them, inputs
-    by sample.py's flags (image, audio, ...), and a seed.
+    """A prompt, and what its line gives in addition to the text: settings (arguments of Settings.with_overrides),
+    inputs {flag of sample.py, such as image or audio: value}, and a seed.
     """
 
     text: str
@@ -36,10 +36,10 @@ class Prompt:
 
 
 def read_prompts(file, flag="--prompts"):
-    """The Prompts of a text file or JSONL. Raises BadInput, which names the line."""
+    """Read the Prompts of a text file or JSONL file. flag: for the error. Raises BadInput, which names the line."""
     file = Path(file)
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at other line ends of Unicode
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # Unicode's other line ends do not count
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{flag} {file}: {getattr(e, 'strerror', None) or e}") from None
     parse = parse_row if file.suffix in (".jsonl", ".json") else parse_line
@@ -56,13 +56,13 @@ def read_prompts(file, flag="--prompts"):
 
 
 def read_texts(file, flag):
-    """The texts of read_prompts, without their options."""
+    """Read the prompts' texts from a file, as read_prompts does, without their options."""
     return [prompt.text for prompt in read_prompts(file, flag)]
 
 
 def parse_line(line, folder="."):
-    """A Prompt from "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"; long names work too. Raises
-    ValueError for an unknown option.
+    """Parse "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad" into a Prompt; the names of flags, such
+    as --frames, are allowed too. folder: where files are looked up. Raises ValueError for an unknown option.
     """
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     values = {}
@@ -73,7 +73,7 @@ def parse_line(line, folder="."):
 
 
 def parse_row(line, folder="."):
-    """A Prompt from a JSON object, whose text is under one of TEXT_KEYS; other keys are as in parse_line."""
+    """Parse a JSON object, with its text under one of TEXT_KEYS, into a Prompt. Raises ValueError."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -87,7 +87,7 @@ def parse_row(line, folder="."):
 
 
 def build_prompt(text, values, folder):
-    """A Prompt from {flag: value}; w and h make a size. Files are looked up next to the list too. Raises ValueError."""
+    """Build a Prompt from {flag: value}; w and h make a size. Files may be relative to `folder`. Raises ValueError."""
     if "w" in values or "h" in values:
         if not {"w", "h"} <= values.keys():
             raise ValueError("--w and --h: give both")

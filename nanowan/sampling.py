@@ -18,18 +18,18 @@ from nanowan.settings import Settings, parse_guidance, parse_size
 from nanowan.variants.registry import PARTS, parts_of
 from nanowan.video import latent_to_rgb, preview_writer, read_comment
 
-# flags that are left out of Request.key: where videos go, how they are computed, and what a Request itself has
+# flags left out of Request.key: where videos go, how they are computed, and what the fields of a Request hold
 RESUME_MAY_CHANGE = (
     "config out prompt prompts seed num_videos grid save_latents resume preview_every device attention compile "
     "cuda_graphs stream_blocks ulysses_size guidance_parallel"
 ).split()
-SMALL = 1 << 30  # bytes: smaller files are identified by their contents, larger ones by name, size and time
+SMALL = 1 << 30  # bytes: files up to this size are identified by their contents, larger files by name, size and time
 
 
 @dataclass(frozen=True)
 class Request:
-    """One requested video: its prompt and seed, the Settings in force, the variant's inputs by flag, the file to write
-    it to, and the file for its latents or None.
+    """One requested video: its prompt and seed, the Settings to use, the variant's inputs {flag: value}, the file to
+    write the video to, and the file for its latents or None.
     """
 
     prompt: str
@@ -40,7 +40,7 @@ class Request:
     latents: Path | None = None
 
     def record(self, args, pipe, video):
-        """What the mp4's comment says about the video."""
+        """Return {name: value} about the video, for the comment in the mp4. video: its Video."""
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
@@ -50,7 +50,7 @@ class Request:
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):
-        """A hash of everything that decides the video: settings, inputs, files, and all flags but RESUME_MAY_CHANGE."""
+        """Return a hash of all that decides the video: settings, inputs, files, and all flags but RESUME_MAY_CHANGE."""
         flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
         flags["exact attention"] = args.attention != "sage"
         files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
@@ -65,12 +65,14 @@ class Request:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
 
     def previewer(self, colors, every):
-        """A video.preview_writer with these colors, for a picture next to the video; None if colors is None."""
+        """Return a video.preview_writer that draws a picture next to the video every `every` steps; None if colors is
+        None. colors: the result of preview_colors.
+        """
         file = self.out.with_name(f"{self.out.stem}_preview.png")
         return None if colors is None else preview_writer(colors, file, every, self.prompt)
 
     def is_done(self, key):
-        """Whether the video file exists and was made by a Request with this key."""
+        """Return whether the video file exists and was made by a Request with this key."""
         try:
             return self.out.is_file() and json.loads(read_comment(self.out)).get("key") == key
         except (ValueError, AttributeError):
@@ -91,52 +93,63 @@ def _identity(path):
 
 
 def add_flags(p):
-    """Add those flags of sample.py that say how videos are computed and where they go, not what they show."""
+    """Add the flags of sample.py for how videos are computed and where they go, not for what they show. p: a Parser."""
     add = p.add_argument_group("speed and memory").add_argument
-    add("--base_dtype", choices=("fp8",), help="keep the linears of the DiT's blocks in 8 bits (default: --dtype)")
-    add("--stream_blocks", type=int, default=0, help="DiT blocks that wait in host memory until they run (default: 0)")
+    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    add(
+        "--stream_blocks",
+        type=int,
+        default=0,
+        help="number of DiT blocks that are kept in host memory until they run (default: 0)",
+    )
     add(
         "--attention",
         choices=CHOICES,
         default="auto",
-        help="implementation of self-attention on a GPU; sage, the package sageattention, computes in 8 bits, so it is "
-        "not exact (default: auto, the fastest exact one)",
+        help="self-attention kernel on a GPU; sage, from the package sageattention, computes in 8 bits, so it is not "
+        "exact (default: auto, the fastest exact kernel)",
     )
-    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
-    add("--cuda_graphs", action="store_true", help="torch.compile the whole DiT and replay it as CUDA graphs")
+    add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+    add("--cuda_graphs", action="store_true", help="compile the DiT with torch.compile and replay it as CUDA graphs")
     add(
         "--reuse",
         type=float,
         default=0.0,
-        help="skip the model in steps where the velocity is expected to change by less than this fraction of its norm, "
-        "such as 0.1; an approximation, see diag.py reuse (default: 0, no skipping)",
+        help="skip the DiT in steps where the velocity's estimated change since the DiT last ran is below this "
+        "fraction of the velocity's norm, such as 0.1; an approximation, see diag.py reuse (default: 0, no skipping)",
     )
     add(
         "--vae_tile",
         type=int,
         default=0,
-        help="decode in tiles of N x N latent px to save memory; exact from about N = 13 (default: 0, full frames)",
+        help="side N of the N x N latent px tiles in which the VAE decodes, to save memory; exact from about N = 13 on "
+        "(default: 0, full frames)",
     )
     add = p.add_argument_group(
         "several GPUs, under torchrun; each group of ranks that shares a clip takes some of the videos"
     ).add_argument
-    add("--ulysses_size", type=int, default=1, help="number of ranks that share the tokens of a clip (default: 1)")
-    add("--guidance_parallel", action="store_true", help="compute the two predictions of guidance on different ranks")
+    add("--ulysses_size", type=int, default=1, help="number of ranks over which a clip's tokens are split (default: 1)")
+    add("--guidance_parallel", action="store_true", help="compute guidance's two predictions on two ranks")
     add = p.add_argument_group("results").add_argument
     add("--out", default="out/sample.mp4", help="video file; several videos: NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
-    add("--resume", action="store_true", help="make only what an earlier call with the same flags left unfinished")
+    add(
+        "--resume",
+        action="store_true",
+        help="skip videos and segments that an earlier call with the same flags finished",
+    )
     add(
         "--preview_every",
         type=int,
         default=0,
-        help="write a rough picture of the clip to NAME_preview.png, next to --out, every N steps (default: 0, never)",
+        help="number of steps between previews, rough pictures of the clip in NAME_preview.png next to --out (default: "
+        "0, none)",
     )
 
 
 def seed_list(text):
-    """ "1,2,3" -> [1, 2, 3], for argparse."""
+    """Parse --seed: "1,2,3" -> [1, 2, 3]."""
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
@@ -144,7 +157,7 @@ def seed_list(text):
 
 
 def check_flags(args, device):
-    """Raise BadInput for flags that are out of range or exclude each other."""
+    """Raise BadInput for flags that are out of range or exclude each other. device: such as "cuda:0"."""
     if not all(-1 <= seed < 2**63 for seed in args.seed):
         raise BadInput(f"--seed {','.join(map(str, args.seed))}: from 0 to 2^63-1, or -1 for one at random")
     if not 0 <= args.reuse < 1:
@@ -164,7 +177,7 @@ def check_flags(args, device):
 
 
 def given_settings(args):
-    """The flags that override a checkpoint's settings, as arguments of Settings.with_overrides."""
+    """Return the flags that override a checkpoint's settings, as arguments of Settings.with_overrides."""
     return dict(
         size=None if args.size is None else parse_size(args.size),
         frames=args.frames,
@@ -177,19 +190,21 @@ def given_settings(args):
 
 
 def given_inputs(args):
-    """{flag: value} of those flags that are given, of images and of inputs that only some variants take."""
+    """Return {flag: value} of the image flags and the variants' input flags that are given."""
     names = ["image", "last_image", *(name for kind in PARTS for name in parts_of(kind).conditioning.flags)]
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def given_prompts(args):
-    """The Prompts of --prompt and --prompts; an empty list if neither is given."""
+    """Return the Prompts of --prompt and --prompts, which is an empty list if neither flag is given."""
     prompts = [Prompt(args.prompt)] if args.prompt is not None else []
     return prompts + (read_prompts(args.prompts) if args.prompts else [])
 
 
 def requests_of(args, prompts, settings, seeds):
-    """A Request for each prompt and seed, in order. A prompt's own settings, inputs and seed replace the flags'."""
+    """Return a Request for each prompt and seed, in order. A prompt's own settings, inputs and seed replace those of
+    the flags.
+    """
     flags, inputs = given_settings(args), given_inputs(args)
     pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]
     return [
@@ -206,8 +221,8 @@ def requests_of(args, prompts, settings, seeds):
 
 
 def plan_largest(args, pipe, requests, videos):
-    """The memory_estimate.Plan of the largest video, printed. videos: a Video for each Request. Raises BadInput if the
-    host has too little memory.
+    """Print and return the memory_estimate.Plan of the largest video. videos: a Video for each Request. Raises BadInput
+    if the host has too little memory.
     """
     video, s = max(zip(videos, (r.settings for r in requests)), key=lambda pair: math.prod(pair[0].shape))
     spec = memory_estimate.SamplingSpec(
@@ -227,7 +242,7 @@ def plan_largest(args, pipe, requests, videos):
 
 
 def share_of(requests, world):
-    """The Requests for this rank. Raises BadInput if there are fewer than groups of ranks."""
+    """Return this rank's share of the Requests. Raises BadInput if there are fewer Requests than groups of ranks."""
     if len(requests) < world.dp_size:
         raise BadInput(
             f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "
@@ -237,7 +252,7 @@ def share_of(requests, world):
 
 
 def preview_colors(pipe):
-    """The latent_to_rgb of a Pipeline's VAE, which then leaves the GPU."""
+    """Return latent_to_rgb of a Pipeline's VAE; the VAE then leaves the GPU."""
     colors = latent_to_rgb(pipe.acquire("vae"))
     if pipe.runtime.cuda:
         pipe.evict("vae")

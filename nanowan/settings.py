@@ -1,4 +1,4 @@
-"""What a checkpoint is and recommends, and the settings that flags replace it with, their sizes and frames checked."""
+"""The Settings of a checkpoint: what it is and recommends, overridden by flags, with sizes and frames checked."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from nanowan.formats.layouts import expert_folders, index_settings
 from nanowan.variants.registry import VARIANTS, parts_of
 from vae import GEOMETRY
 
-NANO = Path(__file__).parent.parent / "nano" / "checkpoint"  # the checkpoint in the repository
+NANO = Path(__file__).parent.parent / "nano" / "checkpoint"  # the toy checkpoint in the repository
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -23,12 +23,13 @@ NEGATIVE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint is, and what it recommends: its variant's row of VARIANTS, overridden by the "sample" entry of
-    its config.json.
+    """What a checkpoint is, and what it recommends: the entry of its variant in VARIANTS, overridden by the "sample"
+    entry of its config.json.
 
     size: (width, height) px. guidance: scales for (low noise, high noise). boundary: the high-noise expert serves
-    t/1000 >= boundary; None without experts. z_dim, stride: as in vae.GEOMETRY. train: what config.json recommends for
-    training; usual_loss: the held-out loss that config.json says to expect on data like the checkpoint's own.
+    timesteps t >= 1000 boundary; None without experts. z_dim, stride: as in vae.GEOMETRY. train: what config.json
+    recommends for training. usual_loss: the held-out loss, from config.json, to expect on clips like those the
+    checkpoint was trained on.
     """
 
     variant: str
@@ -55,7 +56,7 @@ class Settings:
 
     @property
     def parts(self):
-        """The classes that run the model (nanowan/variants/registry.py)."""
+        """The classes for this variant (nanowan/variants/registry.py)."""
         return parts_of(self.model_type)
 
     @property
@@ -65,7 +66,7 @@ class Settings:
 
     @property
     def size_multiple(self):
-        """What the sides of a video, in px, must be multiples of: a token is a patch of 2x2 latent pixels."""
+        """The number, in px, of which a video's sides must be multiples: a token is a patch of 2x2 latent pixels."""
         return max(2 * self.stride[1], self.parts.samples.side_multiple)
 
     @property
@@ -73,22 +74,22 @@ class Settings:
         return any(scale != 1 for scale in self.guidance)
 
     def expert_at(self, t):
-        """(name of the DiT that serves timestep t in 0..1000, its guidance scale)."""
+        """Return (the name of the DiT that serves timestep t in 0..1000, the guidance scale there)."""
         high = self.is_moe and t >= self.boundary * 1000
         return self.expert_names[0 if high else -1], self.guidance[1 if high else 0]
 
     def latent_shape(self, size, frames):
-        """(C,T',h,w) of the latents of a video."""
+        """Return the shape (C,T',h,w) of the latents of a video. size: (width, height) px."""
         _, sh, sw = self.stride
         return self.z_dim, self.conditioning.latent_frames(frames), size[1] // sh, size[0] // sw
 
     def token_grid(self, size, frames):
-        """(T',H',W') of the tokens of a video."""
+        """Return the grid (T',H',W') of the tokens of a video. size: (width, height) px."""
         _, t, h, w = self.latent_shape(size, frames)
         return t, h // 2, w // 2
 
     def with_overrides(self, **overrides):
-        """A copy of the settings with the overrides that are not None, checked. Raises BadInput."""
+        """Return a checked copy of the settings, with the overrides that are not None. Raises BadInput."""
         s = replace(self, **{k: v for k, v in overrides.items() if v is not None})
         s = replace(s, guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()), size=tuple(s.size))
         if not all(map(math.isfinite, s.guidance)) or not 0 < s.shift < math.inf:
@@ -103,12 +104,12 @@ class Settings:
 
 
 def checkpoint_dir(name):
-    """The folder of a checkpoint; `nano` means the one in the repository."""
+    """Return the folder of a checkpoint; `nano` means the checkpoint in the repository."""
     return NANO if str(name) == "nano" and not (Path(name) / "config.json").exists() else Path(name)
 
 
 def released(variant):
-    """The Settings of one of VARIANTS at its released size."""
+    """Return the Settings of `variant`, a key of VARIANTS, at its released size."""
     row = VARIANTS[variant]
     own = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
     z_dim, stride = GEOMETRY[row["vae"]]
@@ -116,7 +117,7 @@ def released(variant):
 
 
 def read_settings(ckpt_dir):
-    """The Settings of a checkpoint folder. Raises BadInput if it is not one."""
+    """Read the Settings of a checkpoint folder. Raises BadInput if the folder is not a Wan checkpoint."""
     folders = expert_folders(ckpt_dir)
     dit = next(iter(folders.values()))
     file = (dit.parent if dit.is_file() else dit) / "config.json"
@@ -124,7 +125,7 @@ def read_settings(ckpt_dir):
         raise BadInput(f"{ckpt_dir}: not a Wan checkpoint folder, {file} is missing")
     config = read_json(file) if file.exists() else {}
     kind = config.get("model_type")
-    if kind is None:  # Animate's and diffusers' configs do not say, Animate-2 has none: the tensors do
+    if kind is None:  # Animate's and diffusers' configs lack it, and Animate-2 has no config: the tensors tell
         kind = read_config(dit, read_dit(dit)).model_type
     variants = {row["model_type"]: name for name, row in VARIANTS.items()}
     if kind not in variants:
@@ -142,7 +143,7 @@ def read_settings(ckpt_dir):
 
 
 def parse_size(text, flag="--size"):
-    """ "832x480", or the official spelling "832*480", -> (832, 480)."""
+    """Parse "832x480", or the official spelling "832*480", into (832, 480). flag: for the error. Raises BadInput."""
     try:
         w, h = (int(v) for v in text.lower().replace("*", "x").split("x"))
         return w, h
@@ -151,7 +152,7 @@ def parse_size(text, flag="--size"):
 
 
 def parse_guidance(text):
-    """ "4" or "3,4" (low noise, high noise) -> a tuple of one or two numbers."""
+    """Parse "4", or "3,4" (low noise, high noise), into a tuple of one or two numbers. Raises BadInput."""
     try:
         values = tuple(float(v) for v in text.split(","))
     except ValueError:
@@ -166,8 +167,8 @@ def nearest_multiple(value, of):
 
 
 def check_size(size, frames, multiple, over=1):
-    """Raise BadInput unless the sides of `size` (width, height), in px, are multiples of `multiple`, and frames is 4k +
-    over. The error names the nearest values that fit.
+    """Raise BadInput unless both sides of `size` (width, height), in px, are multiples of `multiple`, and `frames` is
+    4k + over. The error names the nearest values that fit.
     """
     if size[0] % multiple or size[1] % multiple or min(size) < 1:
         near = "x".join(str(nearest_multiple(side, multiple)) for side in size)

@@ -25,7 +25,7 @@ from nanowan.training.sources import CLIP_MODES
 RECOMMENDED = {
     "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
     | {"save_every": 100},
-    # a save of the full encoder, state and result, writes 39 GB in about a minute, the time of a hundred steps
+    # saving the full encoder, state and result, writes 39 GB in about a minute, in which a hundred steps could be done
     "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
     | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
     | {"save_every": 500},
@@ -34,13 +34,13 @@ POSITIVE = 1e-9  # the lowest value of flags that must be above 0
 
 
 def comma_list(text):
-    """ "a, b" -> ["a", "b"]."""
+    """Split "a, b" into ["a", "b"]."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def clip_mode(text):
-    """Return --clip_mode's value; refuse `uniform`, the old name of `spaced`, which in musubi-tuner means something
-    else.
+    """Return the value of --clip_mode. Refuse `uniform`, the old name of `spaced`, which has another meaning in
+    musubi-tuner.
     """
     if text == "uniform":
         raise argparse.ArgumentTypeError("uniform: it is called spaced (one clip of frames far apart)")
@@ -48,8 +48,8 @@ def clip_mode(text):
 
 
 def data_set(text):
-    """Return --data's value as a dict: {"source": FILE}, or the JSON object into which Parser turns a config file's
-    table, with any of DATA_KEYS.
+    """Parse the value of --data into a dict: a path FILE into {"source": FILE}; a JSON object, which Parser makes from
+    a config file's table, into its keys and values, where only DATA_KEYS are allowed.
     """
     values = json.loads(text) if text.startswith("{") else {"source": text}
     if strange := [k for k in values if k not in DATA_KEYS]:
@@ -60,7 +60,9 @@ def data_set(text):
 
 
 def parse_checkpointing(text):
-    """Return --checkpointing's value: a number of blocks, True for all (`true` in config files) or None for auto."""
+    """Parse the value of --checkpointing into a number of blocks, True for all (`true` in config files) or None for
+    auto.
+    """
     words = {"auto": None, "all": True, "none": 0, "true": True, "false": 0}
     if text not in words and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text}: give a number of blocks, all, none or auto")
@@ -68,7 +70,7 @@ def parse_checkpointing(text):
 
 
 def add_flags(p, script, out):
-    """Add the flags of both trainers. script: a key of RECOMMENDED. out: the default of --out."""
+    """Add the flags of both trainers to the Parser p. script: a key of RECOMMENDED. out: the default of --out."""
     recommended = RECOMMENDED[script]
     add = p.add_argument_group("model and output").add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
@@ -81,12 +83,12 @@ def add_flags(p, script, out):
         "--steps_per_expert",
         type=int,
         default=50,
-        help="steps on one expert before the run switches to the other (default: %(default)s)",
+        help="number of steps on one expert before the run switches to the other (default: %(default)s)",
     )
     add(
         "--text_encoder",
         action="append",
-        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
+        help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat it to stack several "
         "(default: the checkpoint's own)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
@@ -95,20 +97,24 @@ def add_flags(p, script, out):
         "--data",
         type=data_set,
         action="append",
-        help="folder of images and clips with .txt captions, or a JSONL or CSV of paths and captions; may be repeated; "
-        "in a --config file each data set can have its own settings (default: clips of the nano toy world)",
+        help="folder of images and clips with .txt captions, or a JSONL or CSV file of paths and captions; repeatable; "
+        "in a --config file, each data set can have its own settings (default: clips of the nano world)",
     )
-    add("--cache", help="cache folder (default: cache/ in the first data folder, or next to the first list)")
-    add("--cache_only", action="store_true", help="fill the cache and exit")
+    add(
+        "--cache",
+        help="folder of the cache (default: cache/ in the first --data folder, or next to the first --data list)",
+    )
+    add("--cache_only", action="store_true", help="only fill the cache, then exit")
     add(
         "--resolution",
-        help="WIDTHxHEIGHT in px; buckets with other aspect ratios have the same area (default: the checkpoint's "
-        "config.json, else its variant's)",
+        help="WIDTHxHEIGHT of the samples in px; buckets with other aspect ratios have the same area (default: the "
+        "checkpoint's config.json, else its variant's)",
     )
     add(
         "--frames",
         type=int,
-        help="maximum frames per sample, 4k+1, for S2V 4k (default: the checkpoint's config.json, else its variant's)",
+        help="maximum number of frames per sample, 4k+1, for S2V 4k (default: the checkpoint's config.json, else its "
+        "variant's)",
     )
     modes = "; ".join(f"{k}: {v}" for k, v in CLIP_MODES.items())
     add(
@@ -122,41 +128,42 @@ def add_flags(p, script, out):
         "--caption_dropout",
         type=float,
         default=0.1,
-        help="share of samples trained without their caption, and without sound (S2V) or face (Animate), which "
-        "classifier-free guidance needs (default: %(default)s)",
+        help="fraction of the samples that are trained without caption, and without sound (S2V) or face (Animate), for "
+        "classifier-free guidance (default: %(default)s)",
     )
     add(
         "--i2v_prob",
         type=float,
         default=0.0,
-        help="TI2V: share of clips trained as image-to-video, with the first frame given (default: %(default)s)",
+        help="TI2V: fraction of the clips that are trained as image-to-video, with the first frame given (default: "
+        "%(default)s)",
     )
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: share of the samples with enough frames that are trained as the continuation of another "
-        "segment (default: 0.5)",
+        help="S2V, Animate: fraction of the samples with enough frames that are trained as the continuation of a "
+        "previous segment (default: 0.5)",
     )
     add(
         "--held_out",
         type=float,
         default=0.05,
-        help="share of files, at most 16 files, that are not trained on but kept for the held-out loss "
-        "(default: %(default)s)",
+        help="fraction of the files, at most 16 files, not trained on but kept for the held-out loss (default: "
+        "%(default)s)",
     )
     add = p.add_argument_group("training").add_argument
     add(
         "--steps",
         type=int,
-        help=f'optimizer steps (default: from "train" in the checkpoint\'s config.json, else {recommended["steps"]})',
+        help=f"number of optimizer steps (default: the checkpoint's config.json, else {recommended['steps']})",
     )
     add(
         "--batch",
         type=int,
-        help="samples per batch on each data-parallel rank (default: the checkpoint's config.json, else "
+        help="number of samples per batch on each data-parallel rank (default: the checkpoint's config.json, else "
         f"{recommended['batch']})",
     )
-    add("--accumulate", type=int, default=1, help="batches whose gradients make up one step (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="number of batches per optimizer step (default: %(default)s)")
     add(
         "--lr",
         type=float,
@@ -167,7 +174,7 @@ def add_flags(p, script, out):
         type=float,
         help=f"AdamW's weight decay (default: the checkpoint's config.json, else {recommended['weight_decay']:g})",
     )
-    add("--warmup", type=int, default=10, help="steps of learning-rate warmup (default: %(default)s)")
+    add("--warmup", type=int, default=10, help="number of learning-rate warmup steps (default: %(default)s)")
     add(
         "--schedule",
         choices=("constant", "cosine"),
@@ -178,30 +185,35 @@ def add_flags(p, script, out):
         "--grad_clip",
         type=float,
         default=1.0,
-        help="norm to which larger gradients are scaled down (default: %(default)s)",
+        help="maximum gradient norm; larger gradients are scaled down to it (default: %(default)s)",
     )
     add(
         "--grad_spike_factor",
         type=float,
         default=100.0,
-        help="skip a step whose gradient norm exceeds this many times the recent median (default: %(default)s)",
+        help="skip a step whose gradient norm is more than this factor times the median of the last 100 steps "
+        "(default: %(default)s)",
     )
     add(
-        "--max_skipped", type=int, default=10, help="stop after this many skipped steps in a row (default: %(default)s)"
+        "--max_skipped",
+        type=int,
+        default=10,
+        help="number of skipped steps in a row after which the run stops (default: %(default)s)",
     )
     add(
         "--ema",
         type=float,
         default=0.0,
-        help="decay of a moving average of the weights, which is saved in their place (default: 0, no average)",
+        help="decay per step of a moving average of the trained weights, which is saved instead of them (default: 0, "
+        "no average)",
     )
     add("--min_t", type=float, default=0.0, help="lowest training timestep, 0 (clean) to 1 (noise) (default: 0)")
-    add("--max_t", type=float, default=1.0, help="highest training timestep (default: 1)")
+    add("--max_t", type=float, default=1.0, help="highest training timestep, 0 (clean) to 1 (noise) (default: 1)")
     add(
         "--shift",
         type=float,
-        help="shift of the training timesteps towards noise (default: the checkpoint's config.json, else its "
-        "variant's)",
+        help="shift of the training timesteps towards noise (default: the checkpoint's config.json, else the default "
+        "of its model variant)",
     )
     add(
         "--t_distribution",
@@ -215,15 +227,15 @@ def add_flags(p, script, out):
         const=True,
         type=parse_checkpointing,
         metavar="N",
-        help="number of DiT blocks with activation checkpointing: a number, all (also without a value), none, or "
-        "auto, as few as memory allows (default: auto)",
+        help="number of DiT blocks with activation checkpointing: N, all (also without a value), none, or auto, the "
+        "fewest with which the run fits into memory (default: auto)",
     )
     add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
     add(
         "--seed",
         type=int,
         default=0,
-        help="random seed of data order, captions, timesteps, noise and dropout (default: %(default)s)",
+        help="random seed for data order, captions, timesteps, noise and dropout (default: %(default)s)",
     )
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add(
@@ -239,33 +251,50 @@ def add_flags(p, script, out):
     )
     add = p.add_argument_group("several GPUs, under torchrun; --batch is per data-parallel rank").add_argument
     add("--fsdp", action="store_true", help="shard the weights over the ranks (FSDP2)")
-    add("--ulysses_size", type=int, default=1, help="ranks that share the tokens of each clip (default: %(default)s)")
-    add("--pipeline_stages", type=int, default=1, help="ranks that share the DiT's blocks (default: %(default)s)")
+    add(
+        "--ulysses_size",
+        type=int,
+        default=1,
+        help="number of ranks over which each clip's tokens are split (default: %(default)s)",
+    )
+    add(
+        "--pipeline_stages",
+        type=int,
+        default=1,
+        help="number of ranks among which the DiT's blocks are divided (default: %(default)s)",
+    )
     add = p.add_argument_group("logs, previews and saves").add_argument
     add(
         "--save_every",
         type=int,
-        help=f"steps between saves (default: the checkpoint's config.json, else {recommended['save_every']})",
+        help=f"number of steps between saves (default: the checkpoint's config.json, else {recommended['save_every']})",
     )
-    add("--eval_every", type=int, default=100, help="steps between held-out losses (default: %(default)s)")
+    add("--eval_every", type=int, default=100, help="number of steps between held-out losses (default: %(default)s)")
     add(
         "--previews",
-        help="text file or JSONL of prompts to sample during training, in the format of sample.py --prompts; S2V and "
-        "Animate take the other inputs from held-out clips",
+        help="text or JSONL file of prompts to sample during training, in the format of sample.py --prompts; for S2V "
+        "and Animate, held-out clips give the other inputs",
     )
-    add("--preview_every", type=int, default=500, help="steps between previews (default: %(default)s)")
-    add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: --resolution)")
-    add("--preview_frames", type=int, help="frames of previews (default: --frames)")
-    add("--preview_steps", type=int, help="sampling steps of previews (default: the checkpoint's, at most 20)")
-    add("--log_every", type=int, default=10, help="steps between lines on the screen (default: %(default)s)")
+    add("--preview_every", type=int, default=500, help="number of steps between previews (default: %(default)s)")
+    add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: that of --resolution)")
+    add("--preview_frames", type=int, help="number of frames per preview (default: that of --frames)")
+    add(
+        "--preview_steps", type=int, help="number of sampling steps per preview (default: the checkpoint's, at most 20)"
+    )
+    add(
+        "--log_every",
+        type=int,
+        default=10,
+        help="number of steps between log lines on the screen (default: %(default)s)",
+    )
     add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project (needs the wandb package)")
-    add("--resume", action="store_true", help="continue from the last state in --out")
+    add("--resume", action="store_true", help="continue from the last saved state in --out")
 
 
 def recommended_flags(s, script):
-    """Return {flag: value} of a trainer for a checkpoint with Settings s: the "train" entry of its config.json over
-    RECOMMENDED. In that entry, {script: {flag: value}} holds the values of one trainer, and the others are for both.
-    Raises BadInput for unknown names.
+    """Return {flag: value} of a trainer for a checkpoint with Settings s: RECOMMENDED, overridden by the "train" entry
+    of the checkpoint's config.json. In that entry, {script: {flag: value}} holds the values of one trainer, and all
+    other values are for both trainers. Raises BadInput for unknown names.
     """
     general = {"resolution": "{}x{}".format(*s.size), "frames": s.frames, "shift": s.shift}
     known = {name: {*general, *flags} for name, flags in RECOMMENDED.items()}
@@ -278,17 +307,17 @@ def recommended_flags(s, script):
 
 
 def encoder_lora_lr(s):
-    """Return --lr of train_te.py --rank. A rate for whole blocks in the checkpoint's config.json serves LoRAs too: on
-    nano, ten times that rate lost known words (docs/experiments.md). Released models have no such rate; their LoRAs get
-    ten times RECOMMENDED's, as is usual for LoRAs.
+    """Return the default of --lr for train_te.py --rank. If the checkpoint's config.json has a rate for training
+    blocks, LoRAs use that rate too: on nano, ten times that rate lost known words (docs/experiments.md). Released
+    models have no such rate; their LoRAs use ten times the rate in RECOMMENDED, as is usual for LoRAs.
     """
     lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
     return lr or 10 * RECOMMENDED["train_te"]["lr"]
 
 
 def resolve(args, s, script):
-    """Fill in the flags that were not given, for a checkpoint with Settings s, and check the flags of add_flags. Raises
-    BadInput.
+    """Fill in the flags that were not given, for a checkpoint with Settings s, and check the flags from add_flags.
+    Raises BadInput.
     """
     for name, value in recommended_flags(s, script).items():
         if getattr(args, name) is None:
@@ -327,7 +356,7 @@ def resolve(args, s, script):
 
 
 def data_source(values, args, s):
-    """Return the DataSource of one --data value; what the value leaves out comes from the resolved flags. Raises
+    """Return the DataSource for one value of --data; the resolved flags give what the value leaves out. Raises
     BadInput.
     """
     name = f"--data {values['source']}"
@@ -357,7 +386,7 @@ def data_source(values, args, s):
 
 
 def data_config(args, s, default):
-    """Return the DataConfig of resolved flags. default() -> the data folder to use without --data."""
+    """Return the DataConfig for resolved flags. default() -> the data folder to use without --data."""
     sources = tuple(data_source(values, args, s) for values in args.data or [{"source": default()}])
     first = sources[0].source
     cache = Path(args.cache or (first if first.is_dir() else first.parent) / "cache")
@@ -371,7 +400,9 @@ def check_data(data, pipe):
 
 
 def check_ranges(args, **ranges):
-    """Raise BadInput for a flag that is out of range. ranges: {flag: (lowest, highest)}; infinity is always refused."""
+    """Raise BadInput for a flag that is out of its range. ranges: {flag: (lowest, highest)}; infinity is always
+    refused.
+    """
     for flag, (low, high) in ranges.items():
         value = getattr(args, flag)
         if not low <= value <= high or value == math.inf:
@@ -380,8 +411,9 @@ def check_ranges(args, **ranges):
 
 
 def check_blocks(args, num_blocks):
-    """Check --checkpointing and --stream_blocks for a DiT of num_blocks blocks. Streaming needs activation
-    checkpointing in all blocks, and turns it on, and needs whole blocks on each rank. Raises BadInput.
+    """Check --checkpointing and --stream_blocks for a DiT of num_blocks blocks. Streaming turns on activation
+    checkpointing in all blocks, and excludes --fsdp and --pipeline_stages, with which a rank has only a part of the
+    blocks. Raises BadInput.
     """
     check_ranges(args, stream_blocks=(0, num_blocks))
     if args.checkpointing not in (None, True):
@@ -402,7 +434,7 @@ def check_blocks(args, num_blocks):
 
 
 def parse_blocks(text, total):
-    """ "20-29" or "0,3,5-7" -> sorted block numbers; None or "" -> all. Raises BadInput."""
+    """Parse "20-29" or "0,3,5-7" into sorted block numbers; None or "" means all `total` blocks. Raises BadInput."""
     if not text:
         return list(range(total))
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
@@ -417,9 +449,9 @@ def parse_blocks(text, total):
 
 
 def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
-    """Return {name of a DiT to train through: its range [low, high) of timesteps in 0..1}, in the order in which the
-    DiTs alternate. expert, min_t, max_t: the flags. s: the Settings. Raises BadInput if the limits leave an expert no
-    timesteps.
+    """Return {name of a DiT: its range [low, high) of timesteps in 0..1} for the DiTs to train through, in the order in
+    which they alternate. expert, min_t, max_t: the flags. s: the Settings. Raises BadInput if min_t and max_t leave an
+    expert no timesteps.
     """
     ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)} if expert else {"dit": (0.0, 1.0)}
     ranges = ranges if expert in (None, "both") else {expert: ranges[expert]}
@@ -434,19 +466,21 @@ def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
 
 
 def pick(config_class, args, **more):
-    """Return a config_class whose fields take the flags of the same names, and the values in `more`."""
+    """Return a config_class whose fields have the values of the flags with the same names, and the values in `more`."""
     names = {f.name for f in fields(config_class)} & vars(args).keys()
     return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
 def bucket_of(args, s):
-    """Return the bucket (width, height, frames) of media with the aspect ratio of --resolution; args: resolved."""
+    """Return the bucket (width, height, frames) of media that have the aspect ratio of --resolution. args: resolved
+    flags.
+    """
     width, height = parse_size(args.resolution, "--resolution")
     return *nearest_bucket(width, height, width * height, s.size_multiple), args.frames
 
 
 def training_spec(args, s, **more):
-    """Return the memory_estimate.TrainingSpec of resolved flags. more: further fields, which take precedence over the
+    """Return the memory_estimate.TrainingSpec for resolved flags. more: further fields, which override those from the
     flags.
     """
     return memory_estimate.TrainingSpec(
@@ -467,8 +501,8 @@ def training_spec(args, s, **more):
 
 
 def fit(args, pipe, predict):
-    """Choose how many blocks use activation checkpointing, set that in args and in the Pipeline, print the run's Plan
-    and return it. predict(checkpointing) -> a Plan. Raises BadInput if the host's memory is too small.
+    """Choose the number of blocks with activation checkpointing and set it in args and in the Pipeline. Print the Plan
+    of the run, and return it. predict(checkpointing) -> a Plan. Raises BadInput if the host has too little memory.
     """
     args.checkpointing, need = choose_checkpointing(args.checkpointing, pipe.world, args.device, predict)
     pipe.checkpointing, pipe.takes_turns = args.checkpointing, need.takes_turns
@@ -478,9 +512,9 @@ def fit(args, pipe, predict):
 
 
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """Return (the number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value;
-    None: as few blocks as let the run fit into nine tenths of the memory. predict(checkpointing) -> a Plan. memory:
-    bytes of the device (default: its free memory; on a CPU, each rank's share of it).
+    """Return (number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value;
+    None: the fewest blocks with which the run fits into nine tenths of the memory. predict(checkpointing) -> a Plan.
+    memory: bytes of the device (default: its free memory; on a CPU, each rank's share of the free memory).
     """
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
     limit, plans = 0.9 * world.least(memory), {}
@@ -502,8 +536,8 @@ def choose_checkpointing(wanted, world, device, predict, memory=None):
 
 
 def fewest(excess, low, high, excess_of_low):
-    """Return the smallest n in (low, high] with excess(n) <= 0, or None if excess(high) > 0. excess falls linearly in
-    n, except perhaps in the last step. excess_of_low: excess(low), which is positive.
+    """Return the smallest n in (low, high] with excess(n) <= 0, or None if excess(high) > 0. excess(n) must fall
+    linearly in n, except perhaps in the last step. excess_of_low: excess(low), which must be positive.
     """
     (n0, e0), (n1, e1) = (low, excess_of_low), (high, excess(high))
     if e1 > 0:

@@ -12,9 +12,9 @@ from nanowan.video import CLIPS, IMAGES, OTHER_MEDIA, Skip, why
 
 CLIP_MODES = {
     "first": "its first frames",
-    "middle": "those around its middle",
+    "middle": "the frames around its middle",
     "spaced": "frames spread evenly over its whole length",
-    "several": "as many samples as it holds, one after the other",
+    "several": "as many samples as fit into it, one after the other",
 }  # which frames of a clip
 PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
 CAPTION_COLUMNS = ("caption", "prompt", "text")

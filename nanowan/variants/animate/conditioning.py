@@ -85,15 +85,17 @@ class Character(Conditioning):
     title = "Animate-14B: a character that moves like the person in a video"
     flags = {
         "src_root_path": dict(
-            help="folder written by nanowan.variants.animate.prepare or the official preprocessing (src_pose.mp4, "
-            "src_face.mp4, src_ref.png)"
+            help="folder with src_pose.mp4, src_face.mp4 and src_ref.png, written by nanowan.variants.animate.prepare "
+            "or by the official preprocessing"
         ),
         "replace_flag": dict(
             action="store_true",
             help="replace the person in the driving video with the character (needs src_bg.mp4 and src_mask.mp4)",
         ),
         "refert_num": dict(
-            type=int, choices=(1, 5), help="frames that a segment shares with the end of the previous one (default: 1)"
+            type=int,
+            choices=(1, 5),
+            help="number of frames that a segment shares with the end of the previous segment (default: 1)",
         ),
     }
     encoders = {

@@ -155,8 +155,10 @@ class Driven(Conditioning):
     takes_image = needs_image = by_segments = True
     title = "Animate-2-14B: a character that moves like the person in a video (--size is the area)"
     flags = {
-        "video": dict(help="driving video, whose motion the character of --image follows and whose sound is kept"),
-        "prompt_ref": dict(help=f"text that describes --video's motion, not the character (default: {DRIVING_PROMPT})"),
+        "video": dict(help="driving video; the character of --image follows its motion, and its sound is kept"),
+        "prompt_ref": dict(
+            help=f"prompt that describes the motion in --video, not the character (default: {DRIVING_PROMPT})"
+        ),
     }
     encoders = {"clip": Encoder("", "models_clip*", load_vision)}
 

@@ -152,14 +152,14 @@ class Speech(Conditioning):
     takes_image = needs_image = by_segments = True
     title = "S2V-14B: a picture that speaks (--size is the area)"
     flags = {
-        "audio": dict(help="file with the speech; any file that has a sound track"),
+        "audio": dict(help="sound or video file with the speech"),
         "pose_video": dict(help="video of drawn poses that the speaker follows"),
-        "infer_frames": dict(type=int, help="frames per segment, a multiple of 4 (default: 80)"),
-        "num_clip": dict(type=int, help="make only the first N segments (default: as many as the sound needs)"),
-        "start_from_ref": dict(action="store_true", help="start the video with the picture itself"),
+        "infer_frames": dict(type=int, help="number of frames per segment, a multiple of 4 (default: 80)"),
+        "num_clip": dict(type=int, help="maximum number of segments (default: as many as the sound needs)"),
+        "start_from_ref": dict(action="store_true", help="start the video with the picture of --image itself"),
         "sync_sound": dict(
             action="store_true",
-            help="leave out the first 3/16 s of the sound, so that it matches the lips, which otherwise lead by 3/16 s",
+            help="leave out the first 3/16 s of the sound, so that the lips match it; otherwise they lead by 3/16 s",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
