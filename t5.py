@@ -71,7 +71,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts):
-        """Prompts (list of str) -> ids (B,L) int64, padded to the longest, and lens (B,)."""
+        """Tokenize prompts (list of str) -> ids (B,L) int64, padded to the longest, and their lengths (B,)."""
         rows = [self.ids(self.clean(t))[: self.length - 1] + [EOS] for t in texts]
         lens = torch.tensor([len(r) for r in rows])
         ids = torch.full((len(rows), int(lens.max())), PAD)
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` ranges of signed distances: up to 7 exact, to 128 logarithmic."""
+    """A learned logit per head for each of `buckets` ranges of signed distances, exact to 7, logarithmic to 128."""
 
     def __init__(self, buckets, heads):
         super().__init__()

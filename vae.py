@@ -16,7 +16,7 @@ from kernels import ops
 
 
 class Geometry(NamedTuple):
-    """The shape of a VAE's latents: z_dim channels, and a latent pixel for stride = (frames, height, width) of the
+    """The shape of a VAE's latents: z_dim channels, and one latent pixel per stride = (frames, height, width) of the
     video. The video's first frame has a latent frame of its own.
     """
 
@@ -282,8 +282,8 @@ class Coder(nn.Module):
 
 
 class VAE(nn.Module):
-    """version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: widths of the encoder and decoder;
-    mult: the factor of the width in each stage. `z_dim` and `stride` are those of GEOMETRY.
+    """A VAE. version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: widths of the encoder and
+    decoder; mult: the factor of the width in each stage. `z_dim` and `stride` are those of GEOMETRY.
     """
 
     def __init__(self, version, dim, dec_dim, mult=(1, 2, 4, 4)):

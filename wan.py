@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, weights, eps, heads, rope):
-    """RMS-norm q and k (B,L,D) with `weights`, rotate them, and attend; v (B,L,D). Returns (B,L,D)."""
+    """RMS-norm q and k with `weights`, rotate them by `rope`, and attend to v. q, k, v (B,L,D) -> (B,L,D)."""
     if rope.attention is None:
         return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
     q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)

@@ -36,7 +36,7 @@ if triton:
 
     @triton.jit
     def dot(a, b, PRECISION: tl.constexpr):
-        """a @ b; with PRECISION "ieee" in fp32, as Triton's interpreter requires, which cannot multiply bf16."""
+        """Return a @ b, in fp32 if PRECISION is "ieee", because Triton's interpreter cannot multiply bf16."""
         if PRECISION == "ieee":
             return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
         return tl.dot(a, b, input_precision=PRECISION)

@@ -128,7 +128,7 @@ class Pipeline:
         check_encoder_changes(source, read_encoder(source.base).entries)
 
     def _check_lora(self, lora):
-        """Turn a LoraSpec into (file, weight, names of the DiTs to merge it into). Raises BadInput if it fits none."""
+        """Turn a LoraSpec into (file, weight, names of DiTs to merge it into). Raises BadInput if it does not fit."""
         experts, source = choose_experts(lora, self.settings.expert_names)
         for name in experts:
             shapes = {n: e.shape for n, e in self.headers[name].items()}
