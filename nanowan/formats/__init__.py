@@ -25,8 +25,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16):
 
 
 def read_lora(path, expert=None):
-    """Read {parameter name: change} from a LoRA file in any layout, for lora.merge. expert: "high" or "low", the half
-    to read of a file that holds both.
+    """Return {parameter name: Change} of a LoRA file in any layout, as lora.merge takes it. expert: "high" or "low",
+    the half to read if the file is for both experts.
     """
     from nanowan.formats.lora import read_lora
 

@@ -19,19 +19,24 @@ def read(entry, device="cpu"):
 
 
 def is_product(first, second):
-    """Whether two shapes fit for a product: (n,r) and (r,m), each of which may continue with a convolution's kernel."""
+    """Return whether the shapes of two factors fit for a matrix product: (n,r) and (r,m). Either may be followed by the
+    kernel size of a convolution.
+    """
     return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
 
 
 class Change:
-    """What a file adds to one parameter of this `shape`. Tensors stay in the file until the change is computed.
+    """The change that an adapter file makes to one parameter. Tensors stay in the file until the change is computed.
 
-    Subclasses define `form`, the name of their kind, and usually `matches(shapes)`, whether tensors with these shapes
-    {part: shape} make such a change, and `made_of(parts, alpha, peft)`, which makes it (arguments as in change_of).
+    Subclasses define `form`, the name of their kind, and `shape`, which `fits` compares with the parameter's. Most also
+    define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} make such a change, and
+    `made_of(parts, alpha, peft)`, which constructs the change (arguments as in change_of).
     """
 
     def of(self, weight):
-        """Return the change, fp32, of a parameter that now holds `weight`, in its shape and on its device."""
+        """Return the change, in fp32, for a parameter with the values `weight`. It has the shape and device of
+        `weight`.
+        """
         raise NotImplementedError  # each subclass says what its kind of file adds
 
     def add_to(self, parameter, strength=1.0):
@@ -39,18 +44,18 @@ class Change:
         parameter.copy_(self.of(parameter).mul_(strength).add_(parameter))
 
     def factors(self):
-        """Return A (r,in) and B (out,r), fp32, whose product B A is this change; None if it is not of low rank."""
+        """Return the factors A (r,in) and B (out,r), fp32, with change = B A; None if the change is not of low rank."""
 
     def fits(self, shape):
-        """Whether this can change a parameter of this shape. A convolution's change may be flattened, and dimensions of
-        size 1 are ignored.
+        """Return whether this change can be applied to a parameter of this shape. A convolution's change may be
+        flattened, and dimensions of size 1 are ignored.
         """
         ours, *theirs = ([n for n in s if n > 1] for s in (self.shape, shape, (shape[0], math.prod(shape[1:]))))
         return ours in theirs
 
     def saved(self, leaf, strength):
-        """Return [(end of a key, tensor)] that ComfyUI reads as strength times this change. leaf: the kind of
-        parameter, "weight", "bias" or "modulation". Raises ValueError if ComfyUI reads no such form.
+        """Return [(end of a key, tensor)], the tensors that ComfyUI reads as strength times this change. leaf: the kind
+        of parameter, "weight", "bias" or "modulation". Raises ValueError if ComfyUI has no form for this change.
         """
         raise ValueError(f"others read no {self.form} of this kind")
 
@@ -95,20 +100,24 @@ class LowRank(Change):
         return [("lora_A.weight", self.a.read()), ("lora_B.weight", scaled(self.b, scale))]
 
     def norm(self):
-        """Return the Frobenius norm. It is computed from r x r products, without forming the change."""
+        """Return the Frobenius norm of the change. The norm is computed from r x r products, without forming the
+        change.
+        """
         a, b = (t.double() for t in self.factors())
         return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
 
 
 def scaled(entry, scale):
-    """Return a tensor of a file times `scale`: in its own dtype if scale is 1, else in fp32."""
+    """Return the tensor of an Entry multiplied by `scale`. If scale is 1, the tensor keeps its dtype; else the result
+    is fp32.
+    """
     return entry.read() if scale == 1 else read(entry) * scale
 
 
 @dataclass(frozen=True)
 class Kron(Change):
-    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples: one Entry (n,m), or (n,m,...) for a convolution's w2; or two
-    Entries, (n,r) and (r,m), that are multiplied.
+    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples. Each contains one Entry (n,m), or for a convolution's w2
+    (n,m,...), or two Entries, (n,r) and (r,m), whose product is the factor.
     """
 
     w1: tuple
@@ -146,7 +155,9 @@ class Kron(Change):
         return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
 
     def factors(self):
-        """As in Change. A low-rank w2 with a small w1 gives a low rank: kron(w1, a b) = kron(w1, a) kron(1, b)."""
+        """Return A and B as Change.factors does. If w2 is a product a b of low rank and w1 is small, the change has a
+        low rank, because kron(w1, a b) = kron(w1, a) kron(1, b).
+        """
         if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
             return None
         w1, _ = self._read()
@@ -223,7 +234,9 @@ class Hadamard(Change):
 
 @dataclass(frozen=True)
 class GLora(Change):
-    """GLoRA: scale * (W a1 a2 + b1 b2). a1 (in,r), b1 (out,r), a2 and b2 (r,in)."""
+    """GLoRA: scale * (W a1 a2 + b1 b2), where W is the weight before the change. a1 (in,r), b1 (out,r), a2 and b2
+    (r,in).
+    """
 
     a1: Entry
     a2: Entry
@@ -260,7 +273,7 @@ class GLora(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, q = blocks - blocks^T, and optionally
+    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, where q = blocks - blocks^T, and optionally
     rescaled. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm that q may have; 0: no limit.
     """
 
@@ -313,9 +326,9 @@ class InputRotation(Change):
     """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew-symmetric
     matrices q.
 
-    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1; None for the exact
-    (1 - q)(1 + q)^-1, which rotates in the other direction. limit: the largest norm that a q may have (COFT), or None.
-    shared: one rotation serves all blocks of columns.
+    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If it is None, the
+    rotation is exactly (1 - q)(1 + q)^-1, in the other direction. limit: the largest norm that a q may have (COFT), or
+    None. shared: whether all blocks of columns share one rotation.
     """
 
     vectors: Entry
@@ -374,8 +387,8 @@ class InputRotation(Change):
 
 @dataclass(frozen=True)
 class Dora(Change):
-    """DoRA: the inner change is added to the weight, and the sum is rescaled to the given norms. axis: 0 for one norm
-    per row (output), 1 for one norm per column (input).
+    """DoRA: the change `inner` is added to the weight, and the rows or columns of the sum are rescaled to `norms`.
+    axis: 0 for one norm per row (output), 1 for one norm per column (input).
     """
 
     inner: Change
@@ -406,7 +419,7 @@ class Dora(Change):
 
 @dataclass(frozen=True)
 class Dense(Change):
-    """A plain difference, stored in full."""
+    """A change that the file stores in full, as the difference of two values of the parameter."""
 
     entry: Entry
     form = "difference"
@@ -435,7 +448,9 @@ class Dense(Change):
 
 @dataclass(frozen=True)
 class Rows(Change):
-    """A change of an embedding table: `values` (n,D) are added to its rows `ids` (n), or replace them."""
+    """A change of some rows of an embedding table. `values` (n,D) are added to the rows with indices `ids` (n), or
+    replace these rows if `replaces` is true.
+    """
 
     values: Entry
     ids: Entry
@@ -452,7 +467,7 @@ class Rows(Change):
         return cls(parts["A"], parts["ids"])
 
     def read(self, device="cpu"):
-        """Return (ids (n) int64, values (n,D) fp32)."""
+        """Return the tensors (ids (n) int64, values (n,D) fp32) on a device."""
         return self.ids.read().to(device, torch.int64), read(self.values, device)
 
     @property
@@ -480,12 +495,12 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class TableLowRank(LowRank):
-    """A LoRA of an embedding table, scale * B A. It is added only to the rows where B is not zero, so that the full
-    product is never formed.
+    """A LoRA of an embedding table, scale * B A. Only the table rows for which B has nonzero rows are computed, so that
+    the full product is never formed.
     """
 
     def rows(self):
-        """Return (ids (n) int64, values (n,D) fp32) of the rows that change."""
+        """Return the rows of the table that change, as (ids (n) int64, values to add (n,D) fp32)."""
         a, b = self.factors()
         ids = b.any(1).nonzero().flatten()
         return ids, b[ids] @ a
@@ -497,7 +512,9 @@ class TableLowRank(LowRank):
 
 @dataclass(frozen=True)
 class Value(Change):
-    """A parameter's value in another checkpoint. The change is the difference to that value."""
+    """A parameter's value in another checkpoint, used as a change: the difference between that value and the current
+    one.
+    """
 
     entry: Entry
     form = "value"
@@ -522,11 +539,11 @@ class Value(Change):
 
 SLICE = 64 << 20  # bytes (in fp32) that Value changes at once
 FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)
-NORMS = ("dora_scale", "lora_magnitude_vector")  # of a DoRA: LyCORIS', (out,1) or (1,in), and PEFT's, (out)
+NORMS = ("dora_scale", "lora_magnitude_vector")  # a DoRA's norms in LyCORIS, (out,1) or (1,in), and in PEFT, (out)
 
 
 def form_of(parts):
-    """Return the class of FORMS that these tensors {part: Entry} make, or None. A DoRA's norms are ignored."""
+    """Return the class in FORMS whose layout these tensors {part: Entry} match, or None. A DoRA's norms are ignored."""
     shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
     numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
     if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
@@ -535,8 +552,8 @@ def form_of(parts):
 
 
 def change_of(parts, alpha=None, peft=None):
-    """Return the Change that is made from the tensors {part: Entry}. alpha: a number, or None. peft: the contents of
-    adapter_config.json if PEFT wrote the file, else None or {}.
+    """Return the Change made from the tensors {part: Entry}. alpha: the alpha in the file, or None if the file has
+    none. peft: the contents of adapter_config.json if PEFT wrote the file, else None or {}.
     """
     inner = form_of(parts).made_of(parts, alpha, peft or {})
     if "lora_magnitude_vector" in parts:

@@ -35,20 +35,24 @@ OTHER_MODELS = {
 
 
 def is_signed(row, entries):
-    """Whether a DiT's headers {official name: Entry} have the signature of a row of VARIANTS, which is the name of a
-    tensor or a function.
+    """Return whether a DiT's headers {official name: Entry} have the signature in `row`, a row of VARIANTS. A signature
+    is the name of a tensor, or a function that takes the headers.
     """
     signature = row.get("signature")
     return signature(entries) if callable(signature) else signature in entries
 
 
 def signed_type(entries):
-    """Return the model_type of the row whose signature a DiT's headers have, or None."""
+    """Return the model_type of the row of VARIANTS whose signature a DiT's headers {official name: Entry} have, or
+    None.
+    """
     return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
 
 
 def known_by_files(path):
-    """Whether a DiT, a folder or one file, has a known signature, so that it needs no config.json to tell its type."""
+    """Return whether the tensors of a DiT, in a folder or one file, have a known signature. Such a DiT needs no
+    config.json to tell its type.
+    """
     try:
         return signed_type(read_dit(path)) is not None
     except BadInput:
@@ -56,14 +60,14 @@ def known_by_files(path):
 
 
 def keep_fp32(name):
-    """Whether a parameter stays fp32, whatever the model's dtype."""
+    """Return whether the parameter with this name stays fp32, whatever the model's dtype."""
     return "norm" in name or "modulation" in name or name.startswith(FP32_MODULES)
 
 
 def read_config(path, entries):
-    """Return the configuration of a DiT from its headers {official name: Entry} and, if there is one, the config.json
-    next to its files. path: the model folder or file. Raises BadInput if headers and config.json do not fit each other,
-    or if the tensors belong to another model.
+    """Return the configuration of a DiT from its headers {official name: Entry} and, if there is one, from the
+    config.json next to the weight files. path: the model folder or file. Raises BadInput if headers and config.json do
+    not fit each other, or if the tensors belong to another model.
     """
 
     def shape(name):
@@ -103,20 +107,20 @@ def read_config(path, entries):
 
 
 def full_config(variant):
-    """Return the configuration of one of VARIANTS at its released size."""
+    """Return the configuration of the released size of a variant, which is a key of VARIANTS."""
     row = VARIANTS[variant]
     return config_of(row, parts_of(row["model_type"]).model.config_class)
 
 
 def new_dit(config):
-    """Return a new DiT of this configuration on the current default device; no weights are loaded."""
+    """Return a new DiT with this configuration, on the current default device. No weights are loaded."""
     return parts_of(config.model_type).model(config)
 
 
 def build_dit(entries, path, dtype):
     """Return an empty, frozen DiT on the meta device that fits these headers {official name: Entry}. Its parameters
-    have their final dtypes; `convert` in kernels/fp8.py turns linear layers into 8-bit ones later. Raises BadInput,
-    naming `path`, if the headers are not those of one complete model.
+    have their final dtypes; the caller may turn its linear layers into 8-bit ones with `convert` in kernels/fp8.py.
+    Raises BadInput, naming `path`, if the headers are not those of one complete model.
     """
     config = read_config(path, entries)
     with torch.device("meta"):
@@ -128,8 +132,8 @@ def build_dit(entries, path, dtype):
 
 
 def read_dit(path):
-    """Return {official name: Entry} of a DiT. path: a model folder or one file. The blur kernels that Animate's files
-    store are constants, and are left out.
+    """Return {official name: Entry} of a DiT. path: a model folder or one file. The blur kernels in Animate's files are
+    constants, and are left out.
     """
     return {name: e for name, e in read_weights(weight_files(path)).items() if not name.endswith(".kernel")}
 
@@ -138,8 +142,9 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16, fp8=False):
     """Load one DiT, frozen and in eval mode: a Wan, WanS2V, WanAnimate or WanAnimate2.
 
     path: a model folder (config.json and weights; for an A14B the folder of one expert), a checkpoint folder with a
-    single DiT, or one .safetensors or .gguf file. fp8: round the linear layers of the blocks to 8 bits; those that the
-    file stores in fp8 with scales stay in 8 bits in any case. Raises BadInput naming what does not fit.
+    single DiT, or one .safetensors or .gguf file. fp8: round the weights of the blocks' linear layers to 8 bits;
+    weights that the file stores in fp8 with scales stay in 8 bits in any case. Raises BadInput, which names what does
+    not fit.
     """
     folders = expert_folders(path)
     if "dit" not in folders:

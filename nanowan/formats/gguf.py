@@ -16,7 +16,9 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # key of the original shape of a tens
 
 
 class Tensor(NamedTuple):
-    """One tensor in a file: its type ("F16", "Q4_K", ...) and shape, and the place of its data, in bytes."""
+    """One tensor in a file: its type ("F16", "Q4_K", ...), its shape, and where its data begins and how long it is, in
+    bytes.
+    """
 
     kind: str
     shape: tuple
@@ -34,7 +36,9 @@ def package():
 
 
 class Reader:
-    """A reader of one value after another from a file. Raises ValueError if the file ends too early."""
+    """A reader that takes one value after another from a file of `size` bytes. Raises ValueError if the file ends too
+    early.
+    """
 
     def __init__(self, file, size):
         self.file, self.size = file, size
@@ -53,7 +57,9 @@ class Reader:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
 
     def value(self, kind):
-        """Read one metadata value of this kind. Arrays of strings, which only tokenizers have, are skipped: None."""
+        """Read and return one metadata value of this kind. An array of strings, which only tokenizers have, is skipped,
+        and None is returned.
+        """
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind == STRING:
@@ -72,7 +78,7 @@ class Reader:
 
 
 def read(path):
-    """Read ({name: Tensor}, metadata) from a file's header. Raises ValueError, with the reason, if the file is
+    """Return ({name: Tensor}, metadata) from a file's header. Raises ValueError, with the reason, if the file is
     truncated or is not valid GGUF.
     """
     constants = package().constants
@@ -115,7 +121,9 @@ def read(path):
 
 
 def original_shape(name, dims, metadata):
-    """Return the shape of a tensor, slowest dimension first, as it was before ComfyUI-GGUF reshaped it."""
+    """Return the shape, slowest dimension first, that a tensor had before ComfyUI-GGUF reshaped it. dims: the
+    dimensions in the header, fastest first. Raises ValueError if the number of elements differs.
+    """
     shape = metadata.get(ORIGINAL_SHAPE + name, tuple(reversed(dims)))
     sizes = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
     if not sizes or math.prod(shape) != math.prod(dims):
@@ -125,7 +133,8 @@ def original_shape(name, dims, metadata):
 
 def decode(data, kind, out):
     """Decode the quantized weights in `data` (a numpy array of uint8 that holds complete blocks) into `out` (fp32, one
-    element for each weight). Only some blocks are decoded at a time, because that takes several times their memory.
+    element for each weight). Only some blocks are decoded at a time, because decoding takes several times the memory of
+    its result.
     """
     gguf = package()
     kind = gguf.GGMLQuantizationType[kind]

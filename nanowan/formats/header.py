@@ -44,8 +44,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: `nbytes` bytes from `offset` on hold a tensor of this `shape` and `dtype`, which is
-    contiguous unless `stride` is given.
+    """One tensor in a file: a tensor of this `shape` and `dtype` is stored in `nbytes` bytes, beginning at `offset`.
+    The tensor is contiguous unless `stride` is given.
     """
 
     file: Path
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def nbytes(self):
-        """The number of bytes from the first element to the last."""
+        """The number of bytes from the beginning of the first element to the end of the last one."""
         if self.stride is None or not self.numel:
             return self.numel * self.dtype.itemsize
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))) * self.dtype.itemsize
@@ -73,24 +73,26 @@ class Entry:
         return str(self.dtype).removeprefix("torch.")
 
     def read(self, scratch=None):
-        """Read only this tensor from its file. scratch: bytes (n,) uint8 to read it into, or None."""
+        """Read this tensor from its file and return it. scratch: a buffer (n,) uint8 to read into, with at least
+        `scratch_bytes` bytes, or None.
+        """
         flat = self.read_bytes(scratch)
         flat = flat.view(self.dtype)
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
 
     def read_to(self, device, scratch=None):
-        """Read this tensor to a device. On the meta device nothing is read."""
+        """Return this tensor on a device. On the meta device, an empty tensor is returned and nothing is read."""
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return self.read(scratch).to(device)
 
     def part(self, begin, end):
-        """Return the Entry of the rows [begin, end), along the first axis."""
+        """Return an Entry for the rows [begin, end) of this tensor, along its first axis."""
         row = self.nbytes // self.shape[0] if self.stride is None else self.stride[0] * self.dtype.itemsize
         return replace(self, shape=(end - begin, *self.shape[1:]), offset=self.offset + begin * row)
 
     def read_bytes(self, scratch=None):
-        """Read the tensor's bytes as the file stores them, (n,) uint8. scratch: as in `read`."""
+        """Return the tensor's bytes as the file stores them, (n,) uint8. scratch: as in `read`."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
         if self.nbytes:
             with open(self.file, "rb", buffering=0) as f:
@@ -108,7 +110,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufEntry(Entry):
-    """A quantized tensor in a GGUF file. kind: such as "Q4_K". stored: its bytes in the file. `read` returns fp32."""
+    """A quantized tensor in a GGUF file. kind: its quantization type, such as "Q4_K". stored: the number of bytes that
+    it takes in the file. `read` returns it dequantized, in fp32.
+    """
 
     kind: str = ""
     stored: int = 0
@@ -142,11 +146,11 @@ class GgufEntry(Entry):
 
 
 def read_header(path):
-    """Return ({name: Entry}, metadata) of a weight file without reading its tensors. Headers of unchanged files are
-    cached.
+    """Return ({name: Entry}, metadata) of a weight file without reading its tensors. Headers are cached until their
+    files change.
 
-    Raises BadInput, in one line, for a file that is truncated, does not begin like a weight file, or is a pickle that
-    holds anything but tensors.
+    Raises BadInput, with a message of one line, for a file that is truncated, does not begin like a weight file, or is
+    a pickle that holds anything but tensors.
     """
     path = Path(path)
     try:
@@ -260,23 +264,27 @@ def _gguf_header(path):
 
 
 def count_blocks(entries):
-    """Return the number of blocks: 1 + the highest N among the tensors named blocks.N."""
+    """Return the number of blocks of a model: 1 + the highest N among the tensors named blocks.N, or 0 if there are
+    none.
+    """
     return 1 + max((int(n.split(".")[1]) for n in entries if re.match(r"blocks\.\d+\.", n)), default=-1)
 
 
 def in_file_order(tensors):
-    """Return {name: tensor} in the order in which `save` writes them, in which every tensor is aligned."""
+    """Return {name: tensor} in the order in which `save` writes the tensors. In this order, every tensor is aligned."""
     return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))}
 
 
 def raw_bytes(tensor):
-    """Return the bytes (n,) uint8 of a tensor, or of an Entry's tensor."""
+    """Return the bytes (n,) uint8, in a numpy array, of a tensor or of the tensor that an Entry describes."""
     tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def hash_of(tensors):
-    """Return the SHA-256, in hex, of the data that `save` writes after the header. Metadata does not change it."""
+    """Return the SHA-256, in hex, of the tensors' data as `save` writes it after the header. Metadata does not change
+    this hash.
+    """
     digest = hashlib.sha256()
     for tensor in in_file_order(tensors).values():
         digest.update(raw_bytes(tensor))
@@ -284,9 +292,9 @@ def hash_of(tensors):
 
 
 def save(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors, atomically. A tensor of another file may be given as its Entry, which is
-    read when it is written. Metadata values become strings. Equal contents give equal bytes; safetensors' own writer
-    does not guarantee that, because it shuffles the metadata.
+    """Write {name: tensor} as safetensors, atomically. In place of a tensor, the Entry of a tensor in another file may
+    be given; that tensor is read only when it is written. Metadata values become strings. Equal tensors with equal
+    metadata give equal bytes, which safetensors' own writer does not guarantee, because it shuffles the metadata.
     """
     tensors = in_file_order(tensors)
     header, end = {}, 0
@@ -304,6 +312,6 @@ def save(path, tensors, metadata=None):
 
 
 def load(path):
-    """Read a small file with all its tensors: ({name: tensor}, metadata)."""
+    """Return ({name: tensor}, metadata) of a small file, with all tensors read."""
     entries, metadata = read_header(path)
     return {name: e.read() for name, e in entries.items()}, metadata

@@ -27,8 +27,9 @@ def _holds_dit(file):
 
 
 def weight_files(path, stem="diffusion_pytorch_model"):
-    """Return the files that hold one model: `path` itself if it is a file; in a folder, every shard that its index
-    names, or the unsharded safetensors file, or the only other file with a DiT. Raises BadInput naming what is missing.
+    """Return the files that hold one model: `path` itself if it is a file; in a folder, all shards that the index
+    lists, else the unsharded safetensors file, else the only other file with a DiT. stem: the name of the index and of
+    the unsharded file, without endings. Raises BadInput, which names what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -69,7 +70,8 @@ def weight_files(path, stem="diffusion_pytorch_model"):
 
 def find(path, pattern, what):
     """Return `path` if it is a file, else the only .pth, .safetensors or .gguf file in the folder whose name matches
-    `pattern`, ignoring case. what: the name of the missing file in the message. Raises BadInput.
+    `pattern`, ignoring case. Raises BadInput unless there is exactly one such file. what: how the message calls the
+    file.
     """
     path = Path(path)
     if path.is_file():
@@ -101,7 +103,9 @@ def clean_key(key):
 
 
 def read_headers(files):
-    """Return one {clean_key of a name: Entry} for all files of a model. Raises BadInput if a name appears twice."""
+    """Return {name: Entry} for all files of a model together, with each name cleaned by clean_key. Raises BadInput if a
+    name appears twice.
+    """
     entries = {}
     for file in files:
         header, metadata = read_header(file)
@@ -182,7 +186,9 @@ def diffusers_dit_name(name):
 
 
 def official_vae_name(name, v22):
-    """Return the official name of a VAE's tensor, given diffusers' name. v22: for VAE 2.2, whose stages are modules."""
+    """Return the official name of a VAE's tensor, given diffusers' name. v22: whether it is VAE 2.2, whose stages are
+    modules.
+    """
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv2." if name.startswith("post") else "conv1.") + name.split(".", 1)[1]
     for theirs, ours in VAE_PARTS.items():
@@ -206,8 +212,8 @@ IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # Animate-2's official names
 
 
 def is_animate2(entries):
-    """Whether a DiT's headers {name: Entry} are Animate-2's. Its tensors are those of Wan 2.1's I2V, so only the
-    official names, or the metadata of ComfyUI's file, tell it apart.
+    """Return whether a DiT's headers {name: Entry} are those of Animate-2. Animate-2 has the same tensors as Wan 2.1's
+    I2V, so only the tensor names in the official files, or the metadata in ComfyUI's file, distinguish the two.
     """
     if "img_emb.proj.1.weight" not in entries:
         return False
@@ -219,8 +225,8 @@ def is_animate2(entries):
 
 
 def official_names(entries):
-    """Return the {name: Entry} of a DiT or VAE under official names, if these are diffusers' names or Animate-2's with
-    its wrapped blocks. Other names stay unchanged.
+    """Return {name: Entry} of a DiT or VAE with diffusers' names, and the names of Animate-2's wrapped blocks,
+    translated into official names. Other names stay unchanged.
     """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
@@ -233,7 +239,7 @@ def official_names(entries):
 
 
 def read_weights(files):
-    """Return {official name: Entry} of a DiT or VAE in any layout, from the headers of its files."""
+    """Return {official name: Entry} of the DiT or VAE that these files hold, in any layout. Weights are not read."""
     entries = official_names(read_headers(files))
     apply_scales(entries)
     return entries
@@ -246,14 +252,16 @@ def is_diffusers(ckpt_dir):
 
 
 def parts_folder(ckpt_dir):
-    """Return the folder of a checkpoint's VAE and encoders: a subfolder in Animate-2's official folder, else itself."""
+    """Return the folder that holds a checkpoint's VAE and encoders: a subfolder in Animate-2's official layout, else
+    `ckpt_dir`.
+    """
     within = Path(ckpt_dir) / "videomodel" / "Wan-AI"
     return within if within.is_dir() else Path(ckpt_dir)
 
 
 def expert_folders(ckpt_dir):
-    """Return {"high": folder, "low": folder} for an A14B's two DiTs, or {"dit": folder or file} for a single DiT. If
-    Animate-2's official folder holds both of its DiTs, the base model is returned, not the distilled one.
+    """Return {"high": folder, "low": folder} for an A14B's two DiTs, or {"dit": folder or file} for a single DiT. Of
+    the two DiTs in Animate-2's official folder, the base model is returned, not the distilled one.
     """
     ckpt_dir = Path(ckpt_dir)
     if files := sorted((ckpt_dir / "wan_animate_2").glob("*.safetensors")):
@@ -274,8 +282,8 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """Return {field: value} of the Settings that a diffusers folder's model_index.json contains; {} for other folders.
-    Raises BadInput if model_index.json does not fit the folder.
+    """Return the values of Settings, {field: value}, that model_index.json gives in a folder of diffusers' layout; {}
+    for other folders. Raises BadInput if model_index.json does not fit the folder.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):
@@ -292,8 +300,8 @@ def index_settings(ckpt_dir, is_moe, model_type):
 
 
 def check_latent_stats(path, stats):
-    """Raise BadInput if a diffusers VAE's config.json has other means or deviations of the latents than `stats`,
-    {number of channels: (mean, std)}.
+    """Raise BadInput if the config.json of a VAE in diffusers' layout gives other means or standard deviations of the
+    latents than `stats`, {number of channels: (mean, std)}. path: the checkpoint folder.
     """
     file = Path(path) / "vae" / "config.json"
     if not file.is_file():
@@ -318,7 +326,9 @@ CONFIG_FIXED = {
 
 
 def official_config(config, file):
-    """Return a DiT's config.json under official names. Raises BadInput for other models of diffusers."""
+    """Return the settings {name: value} of a DiT under official names. config: the contents of `file`, a config.json.
+    Raises BadInput if diffusers wrote it for another model than Wan 2.2.
+    """
     name = config.get("_class_name")
     if name == "WanAnimate2Transformer3DModel":
         raise BadInput(f"{file}: a {name}; Animate-2 is read in the official layout, or from ComfyUI's file")
@@ -337,7 +347,7 @@ def official_config(config, file):
 
 
 def diffusers_config(config):
-    """Return the contents of diffusers' config.json for a WanConfig."""
+    """Return the contents of the config.json that diffusers needs for a model with this WanConfig."""
     fields = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
     fields |= {"attention_head_dim": config.dim // config.num_heads, "text_dim": config.text_dim}
     return {"_class_name": "WanTransformer3DModel", "patch_size": list(config.patch_size), **fields, **CONFIG_FIXED}

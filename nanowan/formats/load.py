@@ -13,9 +13,9 @@ from nanowan.memory.host import host_buffer
 
 
 def put(owner, leaf, tensor, dtype):
-    """Give the module `owner` a tensor as its parameter `leaf`. On the meta device the parameter is replaced by a
-    frozen one of this dtype. Otherwise the tensor is copied into its memory, and if nanowan/parallel has sharded the
-    parameter, only this rank's part is.
+    """Set the parameter `leaf` of the module `owner` to the values of a tensor. A parameter on the meta device is
+    replaced by a frozen parameter of this dtype. Any other parameter is filled in place; if nanowan/parallel has
+    sharded the parameter, only this rank's shard is filled.
     """
     old = getattr(owner, leaf)
     if hasattr(old, "placements"):
@@ -30,8 +30,8 @@ def put(owner, leaf, tensor, dtype):
 
 
 def check_keys(model, entries):
-    """Raise BadInput unless `entries` {name: Entry} match the model's parameters exactly. The message lists missing,
-    unexpected and mis-shaped keys.
+    """Raise BadInput unless the names and shapes of `entries` {name: Entry} match the model's parameters exactly. The
+    message lists missing, unexpected and mis-shaped keys.
     """
     want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = {
@@ -50,16 +50,18 @@ def check_keys(model, entries):
 
 
 def load_weights(model, entries, device, dtype, fp32=lambda name: False):
-    """Stream `entries` {name: Entry}, whose keys were checked, into a model, tensor by tensor in the order of the file,
-    so that memory holds the weights once. Return the model in eval mode.
+    """Read `entries` {name: Entry} into a model, one tensor at a time in the order of the file, so that memory never
+    holds the weights twice. Return the model in eval mode. Names and shapes must have been checked (check_keys).
 
-    Parameters on the meta device are created on `device`, frozen. Parameters that have memory already, such as
-    offloaded ones on the host, are filled in place; 8-bit ones are rounded on `device` first. Adapters keep their
-    values. Blocks that another rank holds are not read, and a sharded parameter gets this rank's part.
+    Parameters on the meta device are created on `device`, frozen. Parameters that already have memory, such as
+    offloaded ones on the host, are filled in place; the weights of 8-bit layers are rounded on `device` first. Adapters
+    keep their values. Blocks that another rank holds are not read, and of a sharded parameter only this rank's shard is
+    filled.
 
-    Every tensor becomes `dtype`, or float32 if `fp32(name)` is true. If `device` is the meta device, nothing is read.
+    Every tensor is converted to `dtype`, or to float32 if `fp32(name)` is true. If `device` is the meta device, nothing
+    is read.
     """
-    return_freed_blocks()  # the memory that decoding a tensor, or rounding it to 8 bits, takes for a moment
+    return_freed_blocks()  # decoding a tensor, or rounding it to 8 bits, needs memory only briefly
     names = {base_name(name): name for name, _ in model.named_parameters()}
     # Tensors that are converted pass through one buffer. Buffers freed between tensors that stay would leave holes in
     # the heap. For a GPU the buffer is pinned, if that is possible.
@@ -79,7 +81,9 @@ def load_weights(model, entries, device, dtype, fp32=lambda name: False):
 
 
 def _load_fp8(linear, entry, device, scratch):
-    """Give an Fp8Linear its weight and scales: those of the file, or the weight rounded to e4m3 with new scales."""
+    """Set the weight and scales of an Fp8Linear to those in the file if the file stores the weight in fp8 with scales.
+    Otherwise round the weight to e4m3 with new scales.
+    """
     place = linear.scales  # linear.scales is another tensor below
     if not isinstance(entry, ScaledEntry) or entry.stored.dtype not in FP8:
         weight8 = linear.quantize(entry.read_to(device, scratch))
@@ -92,7 +96,7 @@ def _load_fp8(linear, entry, device, scratch):
 
 
 def load_into(model, entries, device, dtype):
-    """Run check_keys, then load_weights."""
+    """Check that `entries` fit the model (check_keys), load them (load_weights), and return the model."""
     check_keys(model, entries)
     return load_weights(model, entries, device, dtype)
 
@@ -102,8 +106,8 @@ SLICE = 4 << 20  # bytes that are converted at once
 
 @dataclass(frozen=True)
 class CastEntry(Entry):
-    """A tensor in a file that is cast to another dtype while it is read, slice by slice, so that host memory holds no
-    second copy of it. source: the Entry as the file stores it.
+    """A tensor in a file that is cast to another dtype while it is read. The cast is done slice by slice, so that host
+    memory holds no second copy of the tensor. source: the Entry of the tensor in its stored dtype.
     """
 
     source: Entry | None = None
@@ -133,8 +137,9 @@ class CastEntry(Entry):
 
 
 def cast(entries, dtype=None):
-    """Return {name: Entry} whose tensors are read in this dtype. Without a dtype, tensors keep the dtype of their file,
-    and those that are decoded while they are read (8-bit and GGUF weights) become bf16.
+    """Return these entries, {name: Entry}, changed so that their tensors are read in this dtype. Without a dtype,
+    tensors keep the dtype of their file, and tensors that are decoded while they are read (8-bit and GGUF weights)
+    become bf16.
     """
     found = {}
     for name, entry in entries.items():

@@ -78,8 +78,8 @@ class Place(NamedTuple):
 
 
 def official_name(key):
-    """Return the Place of a key of a LoRA file, or None if the key changes none of these models. Keys for the text
-    encoder get the component "text" and keep transformers' names.
+    """Return the Place of a key of a LoRA file, or None if the key belongs to neither a DiT nor the text encoder. Keys
+    for the text encoder get the component "text" and keep transformers' names.
     """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
@@ -102,8 +102,8 @@ def official_name(key):
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}; a file for a
-    single DiT is under "high" too, unless its keys say "low". problem: why the file is not read, or None.
+    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}; changes of a
+    single DiT are under "high" too, unless the file's keys say "low". problem: why the file is not read, or None.
     """
 
     path: Path
@@ -119,7 +119,9 @@ class Listing:
         return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
-        """Return the name of this expert's half. A file for one model has a single half, which is always returned."""
+        """Return the key in `halves` of this expert's half. A file for one model has a single half, whose key is always
+        returned. Raises BadInput if the file holds both experts and `expert` is neither.
+        """
         if len(self.halves) == 2 and expert not in self.halves:
             raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low to choose one")
         return expert if len(self.halves) == 2 else next(iter(self.halves))
@@ -137,7 +139,9 @@ class Listing:
 
 
 def list_lora(path):
-    """Return the Listing of a file, from its header alone, or None if no key belongs to a LoRA or a related adapter."""
+    """Return the Listing of a file, from its header alone; None if none of its keys belongs to a LoRA or a related
+    adapter.
+    """
     entries, metadata = read_header(path)
     parts, unknown, twice, components = {}, [], [], set()
     for key, entry in entries.items():
@@ -187,8 +191,9 @@ def list_lora(path):
 
 
 def _peft_config(listing, beside):
-    """Return ({"high" | "low": PEFT's settings}, a problem or None). diffusers stores PEFT's settings in the file's
-    metadata, PEFT itself in adapter_config.json. beside: whether an adapter_config.json next to the file belongs to it.
+    """Return ({"high" | "low": PEFT's settings}, a problem or None). diffusers stores PEFT's settings in the metadata
+    of the LoRA file, PEFT itself in adapter_config.json. beside: whether the adapter_config.json next to the LoRA file
+    belongs to it.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
@@ -243,16 +248,18 @@ def read_listing(path, model="dit"):
 
 
 def kind_of_lora(path):
-    """Return the model that a LoRA file changes: "dit" or "text". Raises BadInput if it is not a LoRA that is read."""
+    """Return the model that a LoRA file changes: "dit" or "text". Raises BadInput if the file is no LoRA or cannot be
+    read.
+    """
     listing = list_lora(path)
     return listing.model if listing and not listing.problem else read_listing(path).model
 
 
 def read_lora(path, expert=None):
-    """Read ({parameter name: Change}, metadata) from a LoRA file in any of the known layouts.
+    """Return ({parameter name: Change}, metadata) of a LoRA file in any of the known layouts.
 
-    expert: "high" or "low", the half to read of a file that holds both. Raises BadInput for unknown keys and for kinds
-    that are not read: a file is never loaded in part. Tensors stay in the file until a change is used.
+    expert: "high" or "low", the half to read if the file is for both experts. Raises BadInput for unknown keys and for
+    kinds that are not read: a file is never loaded in part. Tensors stay in the file until a change is used.
     """
     listing = read_listing(path)
     return listing.changes(expert), listing.metadata
@@ -261,10 +268,10 @@ def read_lora(path, expert=None):
 def describe(path):
     """Return a description of a LoRA file, from its header alone, or None for a file that is not a LoRA:
 
-    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: count}, "ranks": {rank: count},
-    "targets": {module: count}, "blocks": their indices, "elsewhere": parameters outside the blocks, "image_keys":
-    number of tensors for Wan 2.1's image branch, "alpha_keys": count, "expert", "expert_from": the result of expert_of,
-    "problem": why the file is not read, or None, "metadata"}
+    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: count}, "ranks": {rank: count}, "targets":
+    {module: count}, "blocks": their indices, "elsewhere": parameters outside the blocks, "image_keys": number of
+    tensors for Wan 2.1's image branch, "alpha_keys": count, "expert" and "expert_from": the pair that expert_of
+    returns, "problem": why the file is not read, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
@@ -297,7 +304,7 @@ class LoraSpec(NamedTuple):
 
 
 def parse_lora_spec(text, flag="--lora"):
-    """Parse FILE[:weight][:high|low|both] into a LoraSpec."""
+    """Parse FILE[:weight][:high|low|both] into a LoraSpec. flag: the flag that error messages name."""
     fields, weight = text.split(":"), 1.0
     expert = fields.pop() if len(fields) > 1 and fields[-1] in ("high", "low", "both") else None
     if len(fields) > 1:
@@ -329,11 +336,11 @@ COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # th
 
 
 def expert_in_name(path):
-    """Return "high" or "low" if a file's name says one of them, or None if it says neither or both.
+    """Return the expert that a file's name mentions, "high" or "low", or None if it mentions neither or both.
 
-    "high", "low", H and L count next to "noise". Without "noise", high, low, HN, LN, H and L count only at the end or
-    before a number or version (x_HIGH, style-H-e8); the short ones also count directly after the model's name
-    (wan22_h_style). high_heels names no expert.
+    Next to "noise", the words high and low and the letters H and L count. Without "noise", the words high, low, HN, LN,
+    H and L count only at the end of the name or before a number or version (x_HIGH, style-H-e8); the short ones also
+    count directly after the model's name (wan22_h_style). high_heels mentions no expert.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
     words = "_" + re.sub(r"[\W_]+", "_", words).lower()
@@ -345,8 +352,9 @@ def expert_in_name(path):
 
 
 def expert_of(path, metadata, chosen=None):
-    """Return the expert of an A14B that a file is for, and what says so: ("high" | "low" | "both", its source), or
-    (None, None). chosen: such a pair that takes precedence over the file's metadata and name, or None.
+    """Return the expert of an A14B for which a file was made, and what says so: ("high" | "low" | "both", source), or
+    (None, None) if nothing does. chosen: a pair of the same kind that takes precedence over the file's metadata and
+    name, or None.
     """
     if chosen:
         return chosen
@@ -357,11 +365,11 @@ def expert_of(path, metadata, chosen=None):
 
 
 def choose_experts(spec, experts, flag="--lora"):
-    """Return the names of the DiTs that a LoRA file is for, and what in the file says so, or None.
+    """Return (names of the DiTs that a LoRA file is for, what in the file says so or None).
 
     spec: LoraSpec. experts: the names of the available DiTs: "high" and "low" of an A14B, or another name alone. A
-    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if a file's
-    expert of an A14B is unknown or not available.
+    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if it is
+    unknown for which expert of an A14B the file is, or if that expert is not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
@@ -386,9 +394,9 @@ def choose_experts(spec, experts, flag="--lora"):
 
 
 def left_out(changes, shapes):
-    """Return {parameter name: reason} of the changes that a model cannot use and that other programs skip as well:
-    changes of Wan 2.1's image branch if the model has none, and a change of the patch embedding for another number of
-    input channels.
+    """Return {parameter name: reason} of the changes that a model cannot use and that other programs skip as well.
+    These are changes of Wan 2.1's image branch if the model has none, and a change of the patch embedding for another
+    number of input channels.
     """
     skipped, patch = {}, "patch_embedding.weight"
     if not any(IMAGE_BRANCH.match(name) for name in shapes):
@@ -402,10 +410,10 @@ def left_out(changes, shapes):
 
 
 def check_fit(path, changes, shapes):
-    """Return the changes that a model takes: all except those of left_out.
+    """Return the changes that can be applied to a model: all except those that left_out names.
 
-    shapes: {parameter name: shape} of the model. Raises BadInput if a change fits no parameter, or if no change is
-    left.
+    changes: {parameter name: Change} of the file `path`. shapes: {parameter name: shape} of the model. Raises BadInput
+    if a change fits no parameter, or if no change can be applied.
     """
     skipped = left_out(changes, shapes)
     taken = {name: change for name, change in changes.items() if name not in skipped}
@@ -426,9 +434,9 @@ def check_fit(path, changes, shapes):
 
 
 def merge_file(model, path, weight=1.0, expert=None):
-    """Merge a LoRA file into a model, in place (lora.merge). expert: "high" or "low", the half to merge of a file that
-    holds both. Raises BadInput, before anything is changed, for files that read_lora or check_fit refuses, and for a
-    change of an 8-bit weight that is not of low rank.
+    """Merge a LoRA file into a model, in place, with lora.merge. expert: "high" or "low", the half to merge if the file
+    is for both experts. Raises BadInput, before anything is changed, for files that read_lora or check_fit refuses, and
+    for a change of an 8-bit weight that is not of low rank.
     """
     changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
     taken = check_fit(path, changes, shapes)
@@ -441,7 +449,7 @@ def merge_file(model, path, weight=1.0, expert=None):
 
 
 def changes_to_start_from(pairs, path, expert=None):
-    """Return {module name: Change} of a LoRA file that an adapter is to start from. pairs: the adapter {module name:
+    """Return {module name: Change} of the LoRA file from which an adapter is to start. pairs: the adapter {module name:
     (A, B)}, whose tensors may be on the meta device. Raises BadInput unless the file changes exactly the adapter's
     weights, with the same ranks.
     """
@@ -459,8 +467,8 @@ def changes_to_start_from(pairs, path, expert=None):
 
 @torch.no_grad()
 def start_from(pairs, path, scale, expert=None):
-    """Fill an adapter {module name: (A, B)}, dW = scale * B A, with a LoRA file's weights. Raises BadInput for the same
-    files as changes_to_start_from.
+    """Set the values of an adapter {module name: (A, B)}, with dW = scale * B A, to those in a LoRA file. Raises
+    BadInput for the same files as changes_to_start_from.
     """
     changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():
@@ -470,8 +478,8 @@ def start_from(pairs, path, scale, expert=None):
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
-# LoRA managers' names for a base model: SwarmUI's id, the same for all 14B models, and CivitAI's label, which does not
-# exist for S2V and Animate
+# Names of base models in LoRA managers: SwarmUI's id, which is the same for all 14B models, and CivitAI's label, which
+# does not exist for S2V and Animate
 MANAGERS_14B = "wan-2_1-text2video-14b"
 MANAGERS_NAMES = {
     "ti2v-5B": ("wan-2_2-ti2v-5b", "Wan Video 2.2 TI2V-5B"),
@@ -482,9 +490,9 @@ MANAGERS_NAMES = {
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's file tells LoRA managers about its training.
+    """Facts about an adapter's training that its file tells LoRA managers.
 
-    variant: the base model, one of VARIANTS. date: ISO 8601. trained_words: {word: number of files that have it in
+    variant: the base model, a key of VARIANTS. date: ISO 8601. trained_words: {word: number of files with the word in
     their captions}. resolution: (width, height) px. steps: planned number of steps. batch: samples per step and rank.
     total_batch: samples per optimizer step, over all ranks and --accumulate.
     """
@@ -499,7 +507,7 @@ class AdapterInfo:
     total_batch: int | None = None
 
     def metadata(self):
-        """Return the metadata entries under the names that kohya's scripts and the ModelSpec standard use."""
+        """Return the metadata {name: value} under the names that kohya's scripts and the ModelSpec standard use."""
         found = {
             "variant": self.variant,
             "modelspec.date": self.date,
@@ -520,8 +528,8 @@ class AdapterInfo:
 
 
 def save_adapter(path, tensors, metadata):
-    """Write an adapter's tensors with the metadata by which LoRA managers find it: title (the file's name) and hash
-    (AutoV3).
+    """Write an adapter's tensors with this metadata, and with the entries by which LoRA managers find the file: title
+    (the file's name) and hash (AutoV3).
     """
     digest = hash_of(tensors)
     hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
@@ -564,7 +572,7 @@ KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.we
 
 def write_changes(path, changes, metadata, factors=None, layout="comfyui"):
     """Write {parameter name: Change}, each multiplied by factors[name] (default 1), in one of LORA_LAYOUTS. Raises
-    BadInput for a change that the layout has no form for, and for an OFT or DoRA with a factor other than 1.
+    BadInput for a change that the layout cannot express, and for an OFT or DoRA with a factor other than 1.
     """
     tensors = {}
     for name, change in changes.items():

@@ -20,8 +20,8 @@ REFUSED = ("nvfp4", "mxfp8", "mxfp4")  # ComfyUI's names of formats that are not
 
 @dataclass(frozen=True)
 class ScaledEntry(Entry):
-    """A tensor that is the product of two tensors in a file: `stored`, in 8 bits, and `scale`, one number or one for
-    each row. `read` returns fp32.
+    """A weight that a file stores as two tensors: `stored`, in 8 bits, and `scale`, a single number or one number for
+    each row. `read` returns their product in fp32.
     """
 
     stored: Entry | None = None
@@ -51,8 +51,8 @@ class ScaledEntry(Entry):
 
 
 def check_quantization(file, text):
-    """Raise BadInput if ComfyUI's JSON description of quantized weights names a format that is not read. text: the JSON
-    of one layer or of all layers, str or bytes, or None.
+    """Raise BadInput if ComfyUI's JSON description of quantized weights names a format that is not read. text: the
+    description of one layer or of all layers, as str or bytes, or None if there is none. file: named in the message.
     """
     try:
         layers = [json.loads(text or "{}")]
@@ -71,7 +71,7 @@ def check_quantization(file, text):
 
 
 def apply_scales(entries):
-    """Turn every weight that has a scale into a ScaledEntry, and remove the scales and ComfyUI's other companion
+    """Replace every weight that has a scale with a ScaledEntry, and remove the scales and ComfyUI's other companion
     tensors. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for quantized formats that are
     not read.
     """
@@ -98,8 +98,8 @@ def apply_scales(entries):
 
 
 def linears_in_fp8(entries):
-    """Return {name: dtype} of the linear layers in a DiT's blocks that a file stores in fp8 with scales. These stay in
-    8 bits.
+    """Return {module name: fp8 dtype} of the linear layers in a DiT's blocks whose weights a file stores in fp8 with
+    scales. These layers stay in 8 bits when they are loaded.
     """
     return {
         name.removesuffix(".weight"): entry.stored.dtype

@@ -23,8 +23,9 @@ from t5 import EOS, PAD, TextEncoder, Tokenizer
 
 
 def sentencepiece_model(file):
-    """Return the bytes of a sentencepiece model: those of the file, or made from the vocabulary and the normalisation
-    table of a tokenizer.json. Raises BadInput for a tokenizer.json of another kind. Source: sentencepiece_model.proto.
+    """Return the bytes of a sentencepiece model. A tokenizer.json is converted: the model is made from its vocabulary
+    and its normalisation table. Any other file is returned unchanged. Raises BadInput for a tokenizer.json of another
+    kind. Source: sentencepiece_model.proto.
     """
     if file.suffix != ".json":
         return file.read_bytes()
@@ -48,7 +49,9 @@ def sentencepiece_model(file):
 
 
 def message(number, data):
-    """Return a bytes field in protobuf's encoding: its number, its length in groups of seven bits, and the bytes."""
+    """Return `data`, bytes, as a field in protobuf's encoding: the field's number, the length of the data in groups of
+    seven bits, and the data.
+    """
     length, n = b"", len(data)
     while n > 127:
         length, n = length + bytes([n & 127 | 128]), n >> 7
@@ -119,12 +122,16 @@ class EncoderFile(NamedTuple):
 
 
 def is_delta(file):
-    """Whether a file is a delta, which train_te.py --save delta writes: changes to a checkpoint's own encoder."""
+    """Return whether a file is a delta, as written by train_te.py --save delta. It changes a checkpoint's own encoder
+    and holds only what was trained.
+    """
     return read_header(file)[1].get("delta") == "True"
 
 
 def read_encoder(files):
-    """Return the EncoderFile of a complete encoder, in one file or several shards of any layout. Reads headers only."""
+    """Return the EncoderFile of a complete encoder, given one file or several shards in any layout. Only headers are
+    read.
+    """
     files = list(files)
     if is_delta(files[0]):
         raise BadInput(f"{files[0]}: a delta, not a whole encoder")
@@ -191,7 +198,9 @@ class EncoderSource(NamedTuple):
         return [*self.base, *(f for file, _ in self.changes for f in _files_of(file))]
 
     def digests(self, digest):
-        """Return [digest(file)] for every file of the encoder, with a strength other than 1 appended to its digest."""
+        """Return a list with digest(file) for every file of the encoder. A strength other than 1 is appended to the
+        file's digest.
+        """
         changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
         return [digest(f) for f in self.base] + [digest(f) + (f":{s}" if s != 1 else "") for f, s in changed]
 
@@ -206,7 +215,8 @@ def _is_whole(file):
 
 def encoder_source(ckpt_dir, weights=None):
     """Return the EncoderSource of a checkpoint folder. weights: as for encoder_specs. The base is the last complete
-    encoder with strength 1 among them, else the folder's own encoder; the weights after the base are its changes.
+    encoder with strength 1 among the weights, else the folder's own encoder. The weights after the base are the
+    changes.
     """
     specs = encoder_specs(weights)
     whole = [i for i, (file, strength) in enumerate(specs) if strength == 1 and _is_whole(file)]
@@ -215,8 +225,8 @@ def encoder_source(ckpt_dir, weights=None):
 
 
 def read_encoder_change(file):
-    """Return {official parameter name: Change} of a file that changes an encoder: a complete encoder, a delta of
-    train_te.py, or a LoRA with ComfyUI's names. Reads headers only.
+    """Return {official parameter name: Change} of a file that changes an encoder: a complete encoder, a delta written
+    by train_te.py, or a LoRA with ComfyUI's names. Only headers are read.
     """
     file = Path(file)
     if _is_whole(file):
@@ -233,8 +243,8 @@ def read_encoder_change(file):
 
 
 def check_encoder_changes(source, entries):
-    """Return [({name: Change}, strength)] of an EncoderSource. entries: the headers of its base. Raises BadInput if a
-    change does not fit the base.
+    """Return the changes in an EncoderSource, [({parameter name: Change}, strength)]. entries: the headers {official
+    name: Entry} of the source's base. Raises BadInput if a change does not fit the base.
     """
     found = []
     for file, strength in source.changes:
@@ -249,7 +259,7 @@ def check_encoder_changes(source, entries):
 
 
 def tokenizer_file(ckpt_dir):
-    """Return the sentencepiece model of a checkpoint folder, else its tokenizer.json, else None."""
+    """Return the file of a checkpoint folder's tokenizer: a sentencepiece model, else a tokenizer.json, else None."""
     folder = parts_folder(ckpt_dir)
     return next((f for name in TOKENIZERS if (f := folder / name).is_file()), None)
 
@@ -258,8 +268,8 @@ XXL = (256384, 4096, 4096, 10240, 64, 24)  # UMT5-XXL: vocabulary, width, inner 
 
 
 def build_t5(entries, path):
-    """Return an encoder that fits these headers {official name: Entry}; its sizes come from their shapes. Raises
-    BadInput, naming `path`, if the headers belong to another model.
+    """Return a new encoder whose sizes come from the shapes in these headers {official name: Entry}. Raises BadInput,
+    naming `path`, if the headers belong to another model.
     """
 
     def shape(name, dims=2):
@@ -277,10 +287,10 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
     """Load the encoder of a checkpoint folder, with its tokenizer.
 
     weights: FILE[:strength] as for --text_encoder, or a list of these, applied in order. A file is a complete encoder
-    in any layout, a delta of train_te.py, or a LoRA. For the first two, strength s gives W + s (W_file - W), where W is
-    the result of the files before it. The tokenizer is the folder's spiece.model, else the one inside the encoder's
-    file. It also knows the words to which train_te.py gave their own token embeddings (`placeholders` in a file's
-    metadata).
+    in any layout, a delta written by train_te.py, or a LoRA. For a complete encoder or a delta, strength s gives W + s
+    (W_file - W), where W is the result of the files before it. The tokenizer is the folder's spiece.model, else the one
+    inside the encoder's file. The tokenizer also knows the words to which train_te.py gave their own token embeddings
+    (`placeholders` in a file's metadata).
     """
     source = encoder_source(ckpt_dir, weights)
     entries, spiece = read_encoder(source.base)
@@ -298,13 +308,16 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
 
 
 def placeholder_words(file):
-    """Return {word: [id]} of an encoder's file: the words to which train_te.py gave their own token embeddings."""
+    """Return {word: [token id]} from an encoder's file, for the words to which train_te.py gave their own token
+    embeddings.
+    """
     return json.loads(read_header(file)[1].get("placeholders", "{}"))
 
 
 def load_tokenizer(ckpt_dir, spiece=None):
-    """Load the Tokenizer of a checkpoint folder, else the one inside an encoder's file. spiece: EncoderFile.spiece.
-    Raises BadInput if there is neither, or if the tokenizer cannot be read.
+    """Load the Tokenizer of a checkpoint folder, or, if the folder has none, the one stored inside an encoder's file.
+    spiece: the Entry of the stored tokenizer (EncoderFile.spiece), or None. Raises BadInput if there is no tokenizer,
+    or if it cannot be read.
     """
     file = tokenizer_file(ckpt_dir)
     if file is None and spiece is None:
@@ -328,8 +341,8 @@ LAYOUTS = ("official", "comfyui", "diffusers")
 
 
 def in_layout(tensors, layout, spiece=None):
-    """Return {key: tensor} in one of LAYOUTS, given {official name: tensor} of a complete encoder. spiece: the bytes
-    (n,) uint8 of the sentencepiece model, which ComfyUI's layout contains. Tensors may be Entries.
+    """Return {key: tensor} of a complete encoder in one of LAYOUTS. tensors: {official name: tensor or Entry}. spiece:
+    the bytes (n,) uint8 of the sentencepiece model, which ComfyUI's layout contains.
     """
     if layout == "official":
         return tensors
@@ -338,7 +351,9 @@ def in_layout(tensors, layout, spiece=None):
 
 
 def tokenizer_bytes(file):
-    """Return the bytes of a sentencepiece model, as Tokenizer takes them, as a tensor (n,) uint8."""
+    """Return the bytes (n,) uint8, in a tensor, of the sentencepiece model that `file` holds. Tokenizer takes these
+    bytes.
+    """
     return torch.frombuffer(bytearray(sentencepiece_model(Path(file))), dtype=torch.uint8)
 
 
@@ -366,13 +381,14 @@ def transformers_config(model):
 
 
 def convert_t5(source, out, layout, tokenizer=None):
-    """Rewrite an encoder in another layout with the same bits, one tensor at a time.
+    """Rewrite an encoder in another layout, one tensor at a time. Values are unchanged to the bit, except that 8-bit
+    weights with scales, and weights of GGUF files, become bf16.
 
     source: one file in any layout, or a list of shards. out: a .safetensors file; for "diffusers" it may be a folder,
-    which gets config.json and model.safetensors. layout: "official" (also read by Kijai's nodes, musubi-tuner and
-    diffusion-pipe), "comfyui", or "diffusers" (also read by transformers). tokenizer: the spiece.model that ComfyUI's
-    layout contains (default: the one inside the source). 8-bit weights with scales, and GGUF's, become bf16. Raises
-    BadInput if the source is not a complete encoder.
+    in which config.json and model.safetensors are written. layout: "official" (also read by Kijai's nodes, musubi-tuner
+    and diffusion-pipe), "comfyui", or "diffusers" (also read by transformers). tokenizer: the spiece.model that
+    ComfyUI's layout contains (default: the one inside the source). Raises BadInput if the source is not a complete
+    encoder.
     """
     files = [source] if isinstance(source, str | Path) else source
     encoder, out = read_encoder(files), Path(out)
@@ -397,11 +413,11 @@ LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
 def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
-    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads; prompts need no change.
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. The same prompts work there as here.
 
     blocks: {official module name: (A (r,in), B (out,r))} with dW = B A. rows (n,D): vectors that are added to the token
-    embeddings with these `ids` (n). They become a LoRA of the embedding table whose B (vocab,n) is one-hot. compact:
-    write the ids instead of that B, which saves 0.5 MB for each row; only nanoWan reads such a file.
+    embeddings with these `ids` (n). They are written as a LoRA of the embedding table whose B (vocab,n) is one-hot.
+    compact: write the ids instead of that B, which saves 0.5 MB for each id; only nanoWan reads such a file.
     """
     tensors = {}
     for name, (a, b) in blocks.items():
@@ -424,7 +440,9 @@ def one_hot(ids, vocab):
 
 
 def convert_encoder_lora(file, out):
-    """Rewrite a LoRA of the encoder in the form that ComfyUI reads: a compact one gets its one-hot B."""
+    """Rewrite a LoRA of the encoder in the form that ComfyUI reads. In a compact file, the ids are replaced by a
+    one-hot B.
+    """
     listing = read_listing(file, "text")
     tensors = {}
     for name, change in listing.changes("text").items():

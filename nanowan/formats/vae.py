@@ -11,8 +11,8 @@ FULL_WIDTHS = {"2.1": (96, 96), "2.2": (160, 256)}  # dim and dec_dim of the rel
 
 
 def build_vae(entries, path):
-    """Return a VAE that fits these headers {official name: Entry}; version and widths come from their shapes. Raises
-    BadInput, naming `path`, if the headers belong to another model.
+    """Return a new VAE whose version and widths come from the shapes in these headers {official name: Entry}. Raises
+    BadInput, naming `path`, if the headers do not belong to a Wan VAE.
     """
 
     def width(name, axis=0):
@@ -30,8 +30,8 @@ def build_vae(entries, path):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load Wan2.1_VAE or Wan2.2_VAE, channels-last, from a file or from the checkpoint folder that holds it. Raises
-    BadInput for files of another model.
+    """Load Wan2.1_VAE or Wan2.2_VAE, in channels-last memory format, from a file or from the checkpoint folder that
+    holds that file. Raises BadInput for files of another model.
     """
     check_latent_stats(path, LATENT_STATS)
     entries = read_weights(vae_files(path))

@@ -9,9 +9,9 @@ from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lo
 
 
 def initial_loras(specs, pipe, schedule, new_adapter):
-    """Return {expert: file} of --init_lora. A file that names no expert is for the only expert that is trained. specs:
-    the flag's values. schedule: from flags.expert_schedule. new_adapter: the pipeline.Adapter to train. Raises
-    BadInput, before anything is computed, for a file that this adapter cannot start from.
+    """Return {expert: file} for `specs`, the values of --init_lora. A file that names no expert is used for the only
+    expert that is trained. schedule: as returned by flags.expert_schedule. new_adapter: the pipeline.Adapter to train.
+    Raises BadInput, before anything is computed, for a file from which this adapter cannot start.
     """
     files = {}
     for spec in specs:
@@ -32,8 +32,9 @@ def initial_loras(specs, pipe, schedule, new_adapter):
 
 @torch.no_grad()
 def relative_change(pairs, scale, norms):
-    """Return ||dW|| / ||W|| of all adapted weights, taken as one matrix. pairs: {module name: (A, B)}. norms: {module
-    name: norm of its weight}, from lora.weight_norms.
+    """Return ||dW|| / ||W||, where W is all adapted weights, taken as one matrix, and dW is their change. pairs:
+    {module name: (A, B)} with dW = scale * B A. norms: {module name: norm of the module's weight}, as returned by
+    lora.weight_norms.
     """
     moved = sum(change_norm(a, b, scale) ** 2 for a, b in pairs.values())
     return (moved / sum(norms[name] ** 2 for name in pairs)).sqrt().item()

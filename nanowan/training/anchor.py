@@ -8,8 +8,8 @@ from data import collate
 
 
 class Anchor:
-    """A penalty on moving the embeddings of `prompts` away from what the encoder gives now. weight: of the penalty,
-    which is added to the loss. seed: decides which prompts each step draws.
+    """A penalty on moving the embeddings of `prompts` away from those that the encoder gives when this object is
+    created. The penalty times `weight` is added to the loss. seed: decides which prompts each step draws.
     """
 
     @torch.no_grad()
@@ -18,9 +18,9 @@ class Anchor:
         self.before = {p: encoder.encode([p])[0][0].cpu() for p in prompts}
 
     def back_propagate(self, step, count, batch, world):
-        """Back-propagate the penalty of one step: the squared distance that the embeddings of `count` prompts have
-        moved, relative to their squared norm. Each rank encodes `batch` prompts at a time. Returns this rank's part of
-        the sum, without the weight.
+        """Back-propagate the weighted penalty of one step. The penalty is the squared distance by which the embeddings
+        of `count` drawn prompts have moved, divided by the squared norm of the original embeddings. Each rank encodes
+        `batch` prompts at a time. Returns this rank's share of the penalty, before multiplication by the weight.
         """
         prompts = random.Random(f"{self.seed} anchors {step}").choices(self.prompts, k=count)
         size = sum(self.before[p].float().square().sum() for p in prompts) * (world.size // world.dp_size)

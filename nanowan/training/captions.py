@@ -7,9 +7,9 @@ from nanowan.errors import BadInput
 
 
 def spans(caption, keyword):
-    """Return [(begin, end)] of each occurrence of a keyword (a word or phrase) in a caption, in any case. An occurrence
-    within a longer word does not count, except in scripts that put no spaces between words or attach endings to them
-    (from Thai on in Unicode: Chinese, Japanese, Korean).
+    """Return [(begin, end)] for each occurrence of a keyword (a word or phrase) in a caption, ignoring case. An
+    occurrence within a longer word does not count, except in scripts that put no spaces between words or attach endings
+    to words (from Thai on in Unicode, such as Chinese, Japanese and Korean).
     """
     before, after = (
         "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
@@ -22,21 +22,23 @@ def has_keyword(caption, keywords):
 
 
 def is_cut_off(caption, keyword, tokenizer):
-    """Whether the keyword first occurs in a caption after the last token that the encoder reads."""
+    """Return whether the first occurrence of the keyword in a caption comes after the last token that the encoder
+    reads. The caption must contain the keyword.
+    """
     begin = spans(caption, keyword)[0][0]
     return len(tokenizer.ids(tokenizer.clean(caption[:begin]))) >= tokenizer.length - 1
 
 
 def count_files(items, keyword, tokenizer=None):
-    """Count the files of scan.Items that have a caption with the keyword; with a tokenizer, a caption in which the
-    encoder reads it.
+    """Return the number of files, among scan.Items, with a caption that contains the keyword. With a tokenizer, a
+    caption counts only if the encoder reads the keyword before it cuts the caption off.
     """
     holding = {(item.path, c) for item in items for c in item.captions if has_keyword(c, [keyword])}
     return len({path for path, c in holding if tokenizer is None or not is_cut_off(c, keyword, tokenizer)})
 
 
 def without_keywords(captions, keywords):
-    """The captions that contain none of the keywords."""
+    """Return the captions that contain none of the keywords."""
     return [c for c in captions if not has_keyword(c, keywords)]
 
 
@@ -55,9 +57,10 @@ UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 
 
 def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
-    """Return what a step sees of a caption. A caption with keywords becomes a keyword alone, a few words around a
-    keyword, or the whole caption, in the shares `mode_probs`. A whole caption loses up to a fifth of its words with
-    probability `trim_prob`, but never a keyword. rng: a random.Random.
+    """Return the text that replaces a caption in one training step. A caption with keywords becomes a keyword alone, a
+    few words around a keyword, or the full caption; `mode_probs` gives the three probabilities, up to a common factor.
+    A full caption loses up to a fifth of its words, but never a keyword, with probability `trim_prob`. rng: a
+    random.Random.
     """
     present = [k for k in keywords if has_keyword(caption, [k])]
     u = rng.random() * sum(mode_probs)
@@ -81,7 +84,9 @@ def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
 
 
 def join_units(caption, units):
-    """Join some units of a caption, with a space between two if the caption has whitespace anywhere between them."""
+    """Return the text of some units of a caption, joined. A space is put between two units if the caption has
+    whitespace anywhere between these units. units: matches of UNITS.
+    """
     text, end = "", 0
     for m in units:
         spaced = any(c.isspace() for c in caption[end : m.start()])
@@ -90,7 +95,9 @@ def join_units(caption, units):
 
 
 def parse_probs(text):
-    """Return --caption_mode_probs: shares of a keyword alone, a shortened caption and a whole one. Raises BadInput."""
+    """Parse --caption_mode_probs: the shares of captions that become a keyword alone, are shortened, and are kept in
+    full. Raises BadInput.
+    """
     try:
         probs = [float(v) for v in text.split(",")]
     except ValueError:

@@ -17,8 +17,8 @@ PUNCTUATION = ".,;:!?\"'()[]"
 
 
 class Keyword(NamedTuple):
-    """One value of --keywords: NAME; NAME=WORD, whose embeddings start as WORD's; or NAME=placeholder:N, which gets N
-    rows of the embedding table that no text uses.
+    """One value of --keywords. NAME is a keyword alone; the embeddings of NAME=WORD start as those of WORD;
+    NAME=placeholder:N gets N rows of the embedding table that no text uses.
     """
 
     name: str
@@ -36,10 +36,10 @@ def parse_keyword(text):
 
 
 def placeholder_tokens(tokenizer, rows, count, taken=()):
-    """Choose `count` token ids that no ordinary text uses and that are not `taken`, out of an embedding table of `rows`
-    rows. Returns [(id, the text that spells it, or None if only this project's tokenizer can produce it)].
-    Sentencepiece's <extra_id_N> come first, since other software can produce them too. Raises BadInput if fewer ids are
-    left.
+    """Return `count` token ids that no ordinary text uses and that are not in `taken`, from an embedding table of
+    `rows` rows, as [(id, text)]. text is what a prompt has to contain to get this id, or None if only this project's
+    tokenizer can produce the id. Sentencepiece's <extra_id_N> come first, since other software can produce them too.
+    Raises BadInput if fewer ids are left.
     """
     size, found = tokenizer.pieces.get_piece_size(), []
     for i in reversed(range(size)):
@@ -54,8 +54,8 @@ def placeholder_tokens(tokenizer, rows, count, taken=()):
 
 
 def add_placeholders(keywords, tokenizer, rows):
-    """Give each Keyword with placeholders its own token ids, add them to the tokenizer, and return {name: ids}. rows:
-    the number of rows of the embedding table. Prints how to prompt for these keywords in other software.
+    """Give each Keyword with placeholders its own token ids, add these keywords to the tokenizer, and return {name:
+    ids}. rows: the number of rows of the embedding table. Prints how to prompt for the keywords in other software.
     """
     taken, ids_of = set(), {}
     for keyword in keywords:
@@ -72,9 +72,9 @@ def add_placeholders(keywords, tokenizer, rows):
 
 
 def keyword_token_ids(keywords, captions, tokenizer):
-    """Return {keyword: ids of the tokens that spell it}, both as the keyword is given and as captions write it. Tokens
-    that occur in captions without a keyword are left out, unless a spelling has no other tokens. The unknown token, the
-    end token and a bare space never count.
+    """Return {keyword: ids of its tokens}, for the keyword as it is given and as captions write it. Tokens that occur
+    in captions without a keyword are left out, unless a way of writing the keyword has no other tokens. The unknown
+    token, the end token and a bare space never count.
     """
     shared = shared_token_ids(keywords, captions, tokenizer)
     ids = {}
@@ -86,27 +86,27 @@ def keyword_token_ids(keywords, captions, tokenizer):
 
 
 def own_pieces(word, tokenizer):
-    """The ids of a word's tokens that stand for letters."""
+    """Return the ids of a word's tokens, except those that is_own_piece excludes."""
     return [i for i in tokenizer.ids(word) if is_own_piece(i, tokenizer)]
 
 
 def is_own_piece(i, tokenizer):
-    """Whether a token stands for letters or is a placeholder: not padding, the unknown token, the end token or a bare
-    space.
+    """Return whether token i stands for letters or is a placeholder. Padding, the unknown token, the end token and a
+    bare space are neither.
     """
     beyond = i >= tokenizer.pieces.get_piece_size()  # a placeholder
     return beyond or i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
 
 
 def shared_token_ids(keywords, captions, tokenizer):
-    """The ids of all tokens in captions without a keyword."""
+    """Return the set of ids of all tokens in captions without a keyword."""
     return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 
 def initial_words(keywords, search, encoder, dataset, schedule):
-    """Return {keyword: the word whose embeddings it starts from}. A Keyword's own `initial` word is taken; for the
-    others, if `search`, search_initial_words finds one at the timesteps of the first expert of `schedule` {name: (low,
-    high)}. The result is the same on all ranks.
+    """Return {keyword: the word from whose embeddings the keyword's start}. For a Keyword with an `initial` word, it is
+    that word. For the others, if `search` is true, search_initial_words finds a word at the timesteps of the first
+    expert of `schedule` {name: (low, high)}. The result is the same on all ranks.
     """
     found = {k.name: k.initial for k in keywords if k.initial}
     if search:
@@ -121,13 +121,13 @@ def initial_words(keywords, search, encoder, dataset, schedule):
 
 @torch.no_grad()
 def search_initial_words(keywords, encoder, dataset, name, low, high):
-    """Return {keyword: the known word to start from}. The most common words of captions without keywords are put in the
-    keyword's place in its own captions, and the word with the lowest loss is taken. A keyword whose own loss is lower
-    is left out. In textual inversion (Gal et al., 2022) the user names this word, the initializer token. Prints the
-    best words with their losses.
+    """Return {keyword: the known word to start from}. The most common words of captions without keywords are put, one
+    after another, in the keyword's place in its captions, and the word with the lowest loss is chosen. A keyword is
+    left out if its captions have a still lower loss with the keyword itself. In Textual Inversion (Gal et al., 2022)
+    the user names this word, the initializer token. Prints the best words with their losses.
 
     A loss is the mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low, high) under
-    fixed noise, through the DiT `name`.
+    fixed noise, computed with the DiT `name`.
     """
     others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
@@ -161,9 +161,10 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
 
 @torch.no_grad()
 def initialize_rows(words, ids_of, shared, encoder):
-    """Set the trained embeddings of each keyword to the mean embedding of its word's tokens. Embeddings in `shared`,
-    which captions without keywords use too, are left as they are; an embedding of several keywords gets the mean of
-    their values. words: {keyword: word} from initial_words. ids_of: from keyword_token_ids.
+    """Set the trained embeddings of each keyword to the mean embedding of the tokens of its initial word. Embeddings
+    whose ids are in `shared`, which captions without keywords use too, stay unchanged. An embedding that several
+    keywords use gets the mean of their values. words: {keyword: word}, as returned by initial_words. ids_of: as
+    returned by keyword_token_ids.
     """
     embedding, starts = encoder.token_embedding, {}
     for keyword, word in words.items():
@@ -176,7 +177,7 @@ def initialize_rows(words, ids_of, shared, encoder):
 
 def check_keywords(keywords, captions, tokenizer, trains_blocks):
     """Print how many captions contain each keyword, and return {keyword: number of captions in which the encoder reads
-    it}. Raises BadInput for a keyword that no caption contains where it is read, and for a keyword without anything to
+    it}. Raises BadInput for a keyword that the encoder reads in no caption, and for a keyword without anything to
     train: it has no token, or, if no blocks are trained, all of its tokens occur in captions without keywords.
     """
     ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
@@ -202,8 +203,8 @@ def check_keywords(keywords, captions, tokenizer, trains_blocks):
 
 
 def keyword_norms(encoder, ids_of):
-    """Return the mean norm of each keyword's trained embeddings, relative to the median norm of the table, in the order
-    of ids_of.
+    """Return, for each keyword in the order of ids_of, the mean norm of its trained embeddings, divided by the median
+    norm of the embedding table's rows.
     """
     embedding = encoder.token_embedding
     norms = embedding.norms()

@@ -20,7 +20,7 @@ QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "m
 
 
 class AppendedFile:
-    """A file that every write is appended to at once, so that nothing waits in a buffer when the process dies."""
+    """A file to which every write is appended at once, so that no data is lost in a buffer when the process dies."""
 
     def __init__(self, path):
         self.path = path
@@ -47,7 +47,9 @@ def shown(value):
 
 
 def flat(values):
-    """Return {name: number} of {name: number, or list or dict of numbers}; other values are left out."""
+    """Return {name: number} without nesting: an entry of a list or dict becomes NAME/INDEX or NAME/KEY. Values that
+    contain no numbers are left out.
+    """
     found = {}
     for name, value in values.items():
         if isinstance(value, list | dict):
@@ -59,7 +61,7 @@ def flat(values):
 
 
 def duration(seconds):
-    """ "40 s", "12 min" or "3 h 20 min"."""
+    """Format a duration in seconds as "40 s", "12 min" or "3 h 20 min"."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -67,8 +69,9 @@ def duration(seconds):
 
 
 class Log:
-    """The logs of a run that continues after `step` of `total` steps. Entries of later steps are dropped, since these
-    steps run again. every: steps between lines on the screen. wandb: a project of Weights & Biases, or None.
+    """The logs of a run of `total` steps that begins or continues after `step`. Entries of later steps are dropped,
+    since these steps run again. every: number of steps between lines on the screen. wandb: the name of a Weights &
+    Biases project, or None.
     """
 
     def __init__(self, out, step, total, every=1, wandb=None, record=None):
@@ -103,8 +106,8 @@ class Log:
         return wandb.init(project=project, name=self.out.name, id=run_id, resume="allow", dir=self.out, config=config)
 
     def write(self, step, **values):
-        """Log a step's values, {name: number, text, or list or dict of numbers}, and show them on the screen if it is
-        their turn.
+        """Log a step's values, {name: number, text, or list or dict of numbers}, and show them on the screen if this
+        step is due for a line.
         """
         self.rows.append({"step": step, **values})
         self.lines.write((json.dumps(self.rows[-1]) + "\n").encode())
@@ -125,7 +128,7 @@ class Log:
             print(f"step {step}/{self.total}  " + "  ".join(f"{k} {shown(v)}" for k, v in extras.items()), flush=True)
 
     def line(self, step, values, extras):
-        """Format a step as one line."""
+        """Return the line that shows a step on the screen."""
         parts = [f"step {step}/{self.total}"]
         if "loss" in values:
             parts += [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
@@ -143,7 +146,7 @@ class Log:
             self.bar.write(f"step {step}  " + "  ".join(f"{k} {shown(v)}" for k, v in extras.items()))
 
     def image(self, step, name, file):
-        """Show a PNG in TensorBoard and Weights & Biases."""
+        """Show the image in a PNG file in TensorBoard and Weights & Biases."""
         picture = np.asarray(Image.open(file).convert("RGB"))
         with writing(self.out / "tensorboard"):
             self.board.add_image(name, picture, step, dataformats="HWC")
@@ -154,8 +157,8 @@ class Log:
             self.wandb.log({name: wandb.Image(picture)}, step=step)
 
     def is_best(self, values):
-        """Whether a step's held-out loss, the mean over experts, is lower than after every step so far; False if there
-        is no held-out loss. Call this before the values are written.
+        """Return whether a step's held-out loss (the mean over experts) is lower than that of every step before; False
+        if the step has no held-out loss. Call this before the values are written.
         """
         now, before = held_out(values), [held_out(row) for row in self.rows if row["step"]]
         return now is not None and all(v is None or now < v for v in before)
@@ -171,6 +174,6 @@ class Log:
 
 
 def held_out(values):
-    """The mean of a log row's held-out losses, over one or two experts; None if the row has none."""
+    """Return the mean of a log row's held-out losses, over one or two experts; None if the row has no held-out loss."""
     losses = [v for k, v in values.items() if k.startswith("val_loss") and "by_t" not in k]
     return sum(losses) / len(losses) if losses else None

@@ -16,7 +16,7 @@ from nanowan.errors import BadInput
 
 
 def adamw(params, lr, weight_decay=0.01):
-    """torch's AdamW (Loshchilov and Hutter, 2019) with betas (0.9, 0.99)."""
+    """Return torch's AdamW (Loshchilov and Hutter, 2019) for these parameters, with betas (0.9, 0.99)."""
     # not foreach, PyTorch's default on a GPU: during a step it takes as much extra memory as the weights
     return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
@@ -34,14 +34,14 @@ def lr_at(step, steps, lr, warmup, schedule):
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8 bits per moment and Kahan-compensated weights, which must be bf16 (kernels/adamw8bit.py)."""
+    """AdamW with 8 bits per moment, for bf16 weights with Kahan compensation (kernels/adamw8bit.py)."""
 
     def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01):
         max_ratio(betas)  # raises ValueError if 8 bits cannot hold the moments
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def new_state(self, p):
-        """The state of a parameter before its first step."""
+        """Return the optimizer state of a parameter before its first step."""
         return {"step": 0, **dict(zip(("compensation", "codes", "scale"), new_state(p)))}
 
     @torch.no_grad()
@@ -66,15 +66,17 @@ class AdamW8bit(torch.optim.Optimizer):
             }
 
     def exact(self, p):
-        """Return a parameter's exact weight in fp32; its compensation holds what bf16 rounds away."""
+        """Return a parameter's exact value in fp32: its bf16 weight plus the compensation, which holds the rounding
+        error.
+        """
         weight = p.detach().float()
         return weight.sub_(self.state[p]["compensation"]) if self.state.get(p) else weight
 
 
 class EMA:
-    """A moving average of parameters in fp32 (after Polyak and Juditsky, 1992). Its decay grows with the steps up to
-    `decay`. A parameter without a gradient, as in one expert's adapter while the other expert is trained, keeps its
-    average.
+    """A moving average of parameters in fp32 (after Polyak and Juditsky, 1992). Its decay grows with the number of
+    steps up to `decay`. The average of a parameter without a gradient stays unchanged; one expert's adapter has none
+    while the other expert is trained.
 
     optimizer: if it is an AdamW8bit, the compensated weights are averaged.
     """
@@ -96,7 +98,7 @@ class EMA:
 
     @contextlib.contextmanager
     def in_place(self):
-        """A context in which the parameters hold their averages."""
+        """Return a context manager; inside it, the parameters hold their averages."""
         kept = [p.data.clone() for p in self.params]
         for p, a in zip(self.params, self.average):
             p.data.copy_(a)
@@ -116,19 +118,20 @@ class EMA:
 
 
 class Guard:
-    """Decides which steps to skip: those whose loss or gradient is not finite, and those whose gradient norm is more
-    than `grad_spike_factor` times the median of the last 100 steps taken (once there are 20). The median leaves out
-    norms of zero, from steps in which no trained parameter took part, and the norms of steps that are not `typical`.
+    """A rule that decides which steps to skip: those whose loss or gradient is not finite, and those whose gradient
+    norm is more than `grad_spike_factor` times the median of the last 100 steps taken (once there are 20). The median
+    leaves out norms of zero, from steps in which no trained parameter took part, and the norms of steps that are not
+    `typical`.
 
-    skipped: how many steps have been skipped in a row until now.
+    skipped: number of steps that have been skipped in a row until now.
     """
 
     def __init__(self, grad_spike_factor):
         self.grad_spike_factor, self.norms, self.skipped = grad_spike_factor, [], 0
 
     def should_skip(self, loss, norm, typical=True):
-        """Return why the step with this loss and gradient norm must be skipped, or None. typical: the norm may enter
-        the median.
+        """Return the reason to skip a step with this loss and gradient norm, or None. typical: whether the norm may
+        enter the median.
         """
         reason = None
         median = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf
@@ -142,7 +145,9 @@ class Guard:
         return reason
 
     def raise_if_stuck(self, max_skipped, reason, lr, out):
-        """Raise BadInput after max_skipped skipped steps in a row. reason: of the last one, from should_skip."""
+        """Raise BadInput if max_skipped steps in a row have been skipped. reason: why the last of them was skipped, as
+        returned by should_skip. lr, out: the learning rate and the run's folder, for the message.
+        """
         if self.skipped >= max_skipped:
             raise BadInput(
                 f"{self.skipped} steps in a row skipped, the last because {reason}; the weights from before them are "

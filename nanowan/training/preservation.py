@@ -1,4 +1,4 @@
-"""Prior preservation: samples get prompts that must not change, and their targets are the base's own predictions."""
+"""Prior preservation: samples get prompts whose clips must not change, and the base's predictions as targets."""
 
 import torch
 
@@ -8,8 +8,9 @@ from nanowan.training.captions import has_keyword, without_keywords
 
 
 def prompts_to_preserve(args, captions, prompts):
-    """Return the prompts of --preserve_prompts (`prompts`) and the captions without any word of --trigger. Raises
-    BadInput if there are none, or if no caption contains a trigger word.
+    """Return the prompts whose clips the LoRA must leave unchanged: those of --preserve_prompts (`prompts`), and all
+    captions without a word of --trigger. Without --preserve, there are none. Raises BadInput if --preserve finds no
+    such prompt, or if no caption contains a trigger word.
     """
     if not args.preserve:
         return []
@@ -27,9 +28,10 @@ def prompts_to_preserve(args, captions, prompts):
 
 @torch.no_grad()
 def with_base_targets(batch, dit, context, lens):
-    """Return the Batch with the base's own predictions as the targets of its preserved samples. This is prior
-    preservation (after DreamBooth, Ruiz et al., 2022) of predictions instead of pictures. context (B,S,D), lens (B,). A
-    rank without a preserved sample computes a prediction all the same, since other ranks may wait for it.
+    """Return the Batch with the predictions of the base model (`dit` without its adapter) as the targets of the
+    preserved samples. This is prior preservation (after DreamBooth, Ruiz et al., 2022) of predictions instead of
+    pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without a preserved sample also computes a
+    prediction, since other ranks may wait for it.
     """
     if batch.preserved is None:
         return batch

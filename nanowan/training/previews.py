@@ -20,16 +20,16 @@ from nanowan.video import write_grid, write_mp4
 
 
 def preview_settings(args, s):
-    """Return the Settings of previews, from a trainer's resolved flags; size and frames are those of training by
-    default.
+    """Return the Settings for previews, from a trainer's resolved flags. Size and frames default to
+    those of training.
     """
     size = parse_size(args.preview_size or args.resolution, "--preview_size")
     return s.with_overrides(size=size, frames=args.preview_frames or args.frames, steps=args.preview_steps)
 
 
 def preview_requests(args, s, prompts):
-    """Return a Request for each Prompt. A prompt's own settings and seed take precedence over the flags. Raises
-    BadInput for a prompt with other inputs, if the model makes videos in segments.
+    """Return a Request for each Prompt in `prompts`. A prompt's own settings and seed take precedence over the flags.
+    Raises BadInput for a prompt with inputs other than text if the model makes videos in segments.
     """
     settings, out = preview_settings(args, s) if prompts else s, Path(args.out) / "previews"
     if s.conditioning.by_segments and (own := next((p for p in prompts if p.inputs), None)):
@@ -43,8 +43,8 @@ def preview_requests(args, s, prompts):
 
 
 class HeldOutVideo:
-    """The first segment of a Video (nanowan/variants/conditioning.py) under the conditions of a cached sample: the i-th
-    held-out one, or if none is held out, the i-th training sample.
+    """The first segment of a Video (nanowan/variants/conditioning.py), made under the conditions of a cached sample:
+    the i-th held-out sample, or the i-th training sample if none is held out.
     """
 
     def __init__(self, dataset, i):
@@ -76,25 +76,26 @@ class HeldOutVideo:
 
 
 class Previews:
-    """Samples a clip for each Request: OUT/previews/step_NNNNNN.png shows them all, and each clip is an mp4.
+    """The previews of a run: a clip for each Request. OUT/previews/step_NNNNNN.png shows all clips of a step, and each
+    clip is also written as an mp4.
 
-    sampler: sample.py, as a module.
+    sampler: the module sample.py.
     """
 
     def __init__(self, pipe, requests, sampler):
         self.pipe, self.requests, self.sampler, self.texts, self.videos = pipe, requests, sampler, [], []
 
     def shape(self):
-        """The shape (C,T',h,w) of the largest preview's latents; () without previews. A held-out sample's latents are
-        no larger.
+        """The shape (C,T',h,w) of the largest preview's latents, or () without previews. The latents of held-out
+        samples are no larger.
         """
         shapes = [r.settings.latent_shape(r.settings.size, r.settings.frames) for r in self.requests]
         return max(shapes, key=math.prod, default=())
 
     @torch.no_grad()
     def open(self, dataset):
-        """Encode the inputs other than prompts and keep them for the whole run. Call this once the dataset's latents
-        are cached.
+        """Encode the inputs other than prompts and keep the results for the whole run. Call this once the dataset's
+        latents are cached.
         """
         for i, r in enumerate(self.requests):
             if r.settings.conditioning.by_segments:
@@ -109,7 +110,9 @@ class Previews:
         self.texts = [self.sampler.encode_text(self.pipe, r.settings, [r.prompt], encoder) for r in self.requests]
 
     def write(self, step):
-        """Sample with the current weights. Returns the contact sheet's file on the main rank, None on the others."""
+        """Sample the previews with the current weights and write them. Return the contact sheet's file on the main
+        rank, None on the other ranks.
+        """
         clips, pipe = [], self.pipe
         for model in pipe.loaded():
             model.eval()

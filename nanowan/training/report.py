@@ -41,8 +41,8 @@ COLUMNS = 3
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 def describe(dataset):
-    """Return describe_items of a data.Dataset. Tokens are counted only if a caption may have more of them than are
-    read.
+    """Return the data report of a data.Dataset, as describe_items does. Tokens are counted only if a caption may have
+    more tokens than the encoder reads.
     """
     # each token takes at least one character, except a space before the text and the end token
     long = any(len(c) + 2 > MAX_TOKENS for c in dataset.captions)
@@ -51,8 +51,9 @@ def describe(dataset):
 
 
 def describe_items(items, skipped, tokenizer=None):
-    """Return the values that `text` prints. Numbers count files, except for "samples", "seen" (samples per epoch) and
-    "buckets" (samples in each). items, skipped: from scan.scan. tokenizer: if None, tokens are not counted.
+    """Return the data report as a dict, which `text` formats. Its numbers count files, except for "samples", "seen"
+    (samples per epoch) and "buckets" (samples in each). items, skipped: as returned by scan.scan. tokenizer: if None,
+    tokens are not counted.
     """
     files = list({item.path: item for item in items}.values())
     notes = Counter(note for i in files for note in {*i.notes, *i.changed.get("sound", [])})
@@ -75,32 +76,34 @@ def describe_items(items, skipped, tokenizer=None):
 
 
 def count_tokens(caption, tokenizer):
-    """Count the tokens of a caption before it is cut off, the end token included."""
+    """Return the number of tokens of the full caption, before the encoder cuts it off, the end token included."""
     return len(tokenizer.ids(tokenizer.clean(caption))) + 1
 
 
 def extremes(values):
-    """Return {"files": how many, "mean", "worst": the largest value, "of": its path} of pairs (value, path)."""
+    """Return {"files": number of pairs, "mean": mean value, "worst": largest value, "of": path of the largest value}
+    for pairs (value, path).
+    """
     values = [*values]
     worst, of = max(values, key=lambda pair: pair[0], default=(0, ""))
     return {"files": len(values), "mean": mean(v for v, _ in values) if values else 0, "worst": worst, "of": str(of)}
 
 
 def scale(item):
-    """The factor by which a file's picture is enlarged for its bucket."""
+    """Return the factor by which a file's picture is enlarged for its bucket."""
     width, height = item.source_size
     return max(item.width / width, item.height / height)
 
 
 def cropped(item):
-    """The share of a file's picture that is cropped away for its bucket."""
+    """Return the share of a file's picture that is cropped away for its bucket."""
     width, height = item.source_size
     return 1 - min(1, item.width * item.height / (width * height * scale(item) ** 2))
 
 
 def cut_off(items):
-    """Return {"files": how many files are longer than what is taken from them, "frames": the most frames of their
-    samples, "used": the share of their length that is taken}.
+    """Return {"files": number of files of which only a part is taken, "frames": number of frames of their longest
+    sample, "used": the share of these files' total length that is taken}.
     """
     used, length, frames = Counter(), {}, {}
     for item in items:
@@ -112,7 +115,7 @@ def cut_off(items):
 
 
 def text(found):
-    """Format the result of `describe` as lines."""
+    """Format a data report, as returned by `describe`, as lines."""
     lines = [
         f"data: {found['files']} files"
         + f" in {found['samples']} samples" * (found["samples"] > found["files"])
@@ -142,7 +145,7 @@ def text(found):
 
 
 def write_report(dataset):
-    """Write the result of `describe` to data_report.json in the cache folder of a data.Dataset."""
+    """Write the data report of a data.Dataset to data_report.json in its cache folder."""
     if dataset.world.is_main:
         with atomic(dataset.config.cache / "data_report.json") as tmp:
             tmp.write_text(json.dumps(describe(dataset), indent=1, ensure_ascii=False))
@@ -150,19 +153,21 @@ def write_report(dataset):
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 class DataSheet:
-    """A picture of at most SHOWN samples as the model sees them: first, middle and last frame, and a caption."""
+    """A picture of at most SHOWN samples as the model sees them. It shows the first, middle and last frame of each
+    sample, and a caption.
+    """
 
     def __init__(self, items):
         self.items = items[:: math.ceil(len(items) / SHOWN)] if items else []
         self.frames = {}
 
     def add(self, item, frames):
-        """Keep the frames of an item that the sheet shows, when the item is decoded anyway."""
+        """Keep the frames of an item that the sheet shows. Called when the item is decoded for another purpose."""
         if any(item is other for other in self.items):
             self.frames[id(item)] = [frames[k] for k in shown_frames(item)]
 
     def write(self, path):
-        """Write the sheet, unless the file shows the same data already."""
+        """Write the sheet to `path`, unless this file already shows the same data."""
         from PIL import Image, ImageDraw, PngImagePlugin
 
         data = [[i.digest, i.start, i.bucket, i.captions, i.changed] for i in self.items]
@@ -187,12 +192,14 @@ class DataSheet:
 
 
 def shown_frames(item):
-    """The indices of an item's frames that the sheet shows."""
+    """Return the indices of the frames of an item that the sheet shows."""
     return np.unique([0, item.frames // 2, item.frames - 1]).tolist()
 
 
 def read_shown(item):
-    """Read the frames (H,W,3) uint8 of an item that the sheet shows; none if the file cannot be read."""
+    """Return the frames (H,W,3) uint8 of an item that the sheet shows, read from its file; none if the file cannot be
+    read.
+    """
     times = [wanted_times(item)[k] for k in shown_frames(item)]
     try:
         shown = cached_probe(item.path, item.digest, None)
@@ -202,7 +209,7 @@ def read_shown(item):
 
 
 def key_of(path):
-    """Return what identifies the data of a sheet, or None if the file is no sheet."""
+    """Return the key, stored in a sheet's file, that identifies the data shown; None if the file is not a sheet."""
     from PIL import Image
 
     try:

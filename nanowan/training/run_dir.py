@@ -29,8 +29,8 @@ from nanowan.training.optim import lr_at
 
 
 def differences(before, now):
-    """Describe in a few words each what differs between two resume fingerprints {name: value or list}, for the names in
-    `now`.
+    """Return a list of short texts that say what differs between two resume fingerprints {name: value or list}. Only
+    the names in `now` are compared.
     """
     found = []
     for name, new in now.items():
@@ -47,13 +47,13 @@ def differences(before, now):
 
 
 def state_step(file):
-    """The step in the name of a file such as step_000100.pt."""
+    """Return the step in the name of a file such as step_000100.pt."""
     return int(file.stem.removeprefix("step_"))
 
 
 def state_damage(file):
-    """Return why a state cannot be read, or None. Checks its checksums, and that its shards are as long as their index
-    says.
+    """Return why a state cannot be read, or None if it can. The checksums of the file are checked, and whether its
+    shards are as long as their index says.
     """
     try:
         with zipfile.ZipFile(file) as z:
@@ -74,9 +74,10 @@ def state_damage(file):
 class Run:
     """One training run in the folder OUT; a context manager. Only the main rank writes.
 
-    Once it is open, Ctrl-C and SIGTERM end the run in order. Before `restore` the process exits at once, since what was
-    cached so far is on disk. After `restore`, `stop` becomes the signal's number; the training loop saves and calls
-    `leave`. Another signal, more than a second later, ends the process at once.
+    While it is open, Ctrl-C and SIGTERM end the run in order. Before `restore` is called, the process exits at once,
+    since what was cached so far is on disk. Afterwards, `stop` becomes the signal's number; the training loop then
+    saves a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
+
     Raises BadInput if another process runs in OUT; if OUT holds a run and `resume` is False, unless this same job wrote
     it before torchrun restarted its processes; and if the run has done more than flags["steps"] steps.
     """
@@ -137,7 +138,9 @@ class Run:
         self._remove_leftovers()
 
     def _lock(self):
-        """Refuse a second process in this folder. The system releases the lock however this process ends."""
+        """Lock this folder against a second process. The system releases the lock however this process ends. Raises
+        BadInput if another process holds the lock.
+        """
         path = self.out / ".lock"
         with writing(path):
             self.lock_file = open(path, "a+")
@@ -155,7 +158,9 @@ class Run:
             self.lock_file.flush()
 
     def _last_record(self):
-        """The flags.json of the process that wrote to this folder last; {} if there is none."""
+        """Return the contents of the flags.json that the last process in this folder wrote; {} if there is no such
+        file.
+        """
         try:
             return json.loads((self.out / "flags.json").read_text())
         except (OSError, ValueError):
@@ -188,7 +193,7 @@ class Run:
 
     # ---- states --------------------------------------------------------------------------------------------------
     def _saved(self):
-        """The files of all states, oldest first."""
+        """Return the files of all states, oldest first."""
         return sorted((f for f in self.states.glob("step_*.pt") if re.fullmatch(r"step_\d+", f.stem)), key=state_step)
 
     def _remove_leftovers(self):
@@ -232,9 +237,9 @@ class Run:
             )
 
     def check(self, fingerprint):
-        """Refuse to resume from a state whose run differed in what decides the result. fingerprint: {name: value} of
-        what must not have changed, or the part of it that is known so far. Raises BadInput, which lists the
-        differences. Reads no tensors.
+        """Raise BadInput, which lists the differences, if the newest state comes from a run that differed in anything
+        that decides the result. fingerprint: {name: value} of what must not have changed, or those entries that are
+        known so far. No tensors are read.
         """
         if self.state_file is None:
             return
@@ -251,8 +256,9 @@ class Run:
             )
 
     def restore(self, fingerprint):
-        """Return the newest state, after `check`, or None; training begins. state["shards"]: the folder of its shards,
-        or False. Log entries after the state are dropped, since these steps will be logged again.
+        """Check the newest state with `check` and return it, or None if there is no state; training begins.
+        state["shards"]: the folder of the state's shards, or False. Log entries after the state are dropped, since
+        these steps will be logged again.
         """
         self.check(fingerprint)
         self.fingerprint = json.loads(json.dumps(fingerprint))
@@ -266,8 +272,8 @@ class Run:
         return state
 
     def save(self, step, state, shards=None):
-        """Write a state. shards: {name: tensor that is sharded over all ranks}; they are written first, and the file
-        that makes the state valid last.
+        """Write a state. shards: {name: tensor that is sharded over all ranks}. The shards are written first. The file
+        that makes the state valid is written last.
         """
         file = self.states / f"step_{step:06d}.pt"
         folder = file.with_suffix(".shards")
@@ -287,7 +293,7 @@ class Run:
                 shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
 
     def leave(self):
-        """Exit with a signal's status: 130 for Ctrl-C, 143 for SIGTERM or if only another rank received a signal."""
+        """Exit with a signal's status: 130 for Ctrl-C; 143 for SIGTERM, or if only another rank received a signal."""
         if self.is_main:
             step = self.logs.rows[-1]["step"]
             print(f"stopped after step {step} of {self.flags['steps']}: the results in {self.out} are of this step")
@@ -295,7 +301,7 @@ class Run:
 
     # ---- log -----------------------------------------------------------------------------------------------------
     def _begin_log(self, step):
-        """Write config.toml and flags.json, and open the logs, of which the entries up to `step` are kept."""
+        """Write config.toml and flags.json, and open the logs. Log entries after `step` are dropped."""
         write_config(self.out / "config.toml", self.flags)
         with atomic(self.out / "flags.json") as tmp:
             tmp.write_text(json.dumps(self.metadata, indent=1) + "\n")
@@ -303,7 +309,7 @@ class Run:
         self.logs = Log(self.out, step, flags.get("steps", 0), flags.get("log_every", 1), flags.get("wandb"), record)
 
     def log(self, step, **values):
-        """Write a step's values to the logs, on the main rank: see Log.write."""
+        """Write a step's values to the logs with Log.write, on the main rank."""
         if self.is_main:
             self.logs.write(step, **values)
 
@@ -312,12 +318,12 @@ class Run:
             self.logs.image(step, name, file)
 
     def is_best(self, values):
-        """Log.is_best on the main rank; False on the others."""
+        """Return the result of Log.is_best on the main rank, and False on the other ranks."""
         return self.is_main and self.logs.is_best(values)
 
     def with_best(self, results, best):
-        """Return the lines about a finished run's `results` and, if there are held-out losses, about `best`, the files
-        of the step with the lowest.
+        """Return the lines to print after a run: `results`, and a line for each existing file in `best`, the files of
+        the step with the lowest held-out loss. Without held-out losses, only `results` are returned.
         """
         losses = {row["step"]: held_out(row) for row in self.logs.rows if row["step"]} if self.is_main else {}
         step = min((s for s, loss in losses.items() if loss is not None), key=losses.get, default=None)
@@ -325,15 +331,15 @@ class Run:
 
 
 def adapter_file(out, name, expert):
-    """The path of a run's adapter: OUT/NAME.safetensors, or for an A14B's experts NAME_high and NAME_low. name: the
-    value of --name for the newest adapter; with _000250 appended, the adapter of a step; with _best, the one with the
-    lowest held-out loss.
+    """Return the path of a run's adapter: OUT/NAME.safetensors, or for an A14B's experts NAME_high and NAME_low. name:
+    the value of --name for the newest adapter, with _000250 appended for the adapter of step 250, or with _best
+    appended for the adapter with the lowest held-out loss.
     """
     return Path(out) / f"{name}{'' if expert == 'dit' else '_' + expert}.safetensors"
 
 
 def remove_older_adapters(out, name, step, keep):
-    """Delete the adapters that were kept under their steps, except those of the last `keep` steps up to `step`."""
+    """Delete adapters whose file names contain a step, except those of the last `keep` steps up to `step`."""
     pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
     files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
     kept = sorted({s for s, _ in files if s <= step})[-keep:]

@@ -16,11 +16,12 @@ MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp,
 
 @dataclass
 class Item:
-    """One sample of a file: `frames` frames at `fps` from `start` seconds on (4k+1; for S2V 4k; 1 for an image), in the
-    width and height of its bucket in px. `frames_after` further frames are decoded too. An epoch sees the sample
-    `repeat` times, and its loss counts `weight` times. sidecars: {kind: (file, digest)} of the files that belong to it.
-    source_size: (width, height) in px at which the file is shown. seconds: the time of its last frame (0: a still
-    image). notes, changed: those of video.Shown; `changed` by kind of sidecar, with "" for the file itself.
+    """One sample of a media file: `frames` frames at `fps`, the first of them at `start` seconds, resized and cropped
+    to the width and height (px) of its bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. `frames_after` further
+    frames are decoded too. An epoch contains the sample `repeat` times, and its loss is multiplied by `weight`.
+    sidecars: {kind: (file, digest)} of the files that belong to the media file. source_size: (width, height) in px at
+    which the media file is shown. seconds: the time of its last frame (0 for an image). notes: as in video.Shown.
+    changed: {kind of sidecar, or "" for the media file: `changed` of its video.Shown}.
     """
 
     path: Path
@@ -65,8 +66,9 @@ def nearest_bucket(width, height, area, multiple):
 
 
 def clip_windows(times, max_frames, fps, mode, over=1):
-    """Return the windows [(start in seconds, frames, fps)] to take from a clip whose frames are shown at `times`. mode:
-    one of CLIP_MODES. frames: a multiple of 4, plus `over`. Raises Skip if the clip is too short or has a gap.
+    """Return the windows [(start in seconds, number of frames, fps)] to take from a clip whose frames are shown at
+    `times`. mode: one of CLIP_MODES. The number of frames is a multiple of 4, plus `over`. Raises Skip if the clip is
+    too short or has a gap.
     """
     ordered = sorted(times)
     if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:
@@ -83,17 +85,17 @@ def clip_windows(times, max_frames, fps, mode, over=1):
 
 
 def frames_from(start, times, fps):
-    """Count the frames at a model's rate that a clip holds from `start` seconds on. Matroska rounds times to
-    milliseconds.
+    """Return how many frames at rate `fps` a clip holds from `start` seconds on. times: when the clip's frames are
+    shown. A small tolerance is needed because Matroska rounds times to milliseconds.
     """
     return int((max(times) - start) * fps + 0.05) + 1
 
 
 def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
-    """Scan a folder, recursively, or a list: ([Item], [(path, reason)] of the skipped files).
+    """Scan a folder, recursively, or a list. Return ([Item], [(path, reason)] of the skipped files).
 
-    area: px of a frame. max_frames: of a sample, at fps. mode: one of sources.CLIP_MODES. samples: a Samples
-    (nanowan/variants/samples.py) or None. Raises BadInput, with the reasons, if no file is left.
+    area: px of a frame. max_frames: largest number of frames of a sample, at fps. mode: one of sources.CLIP_MODES.
+    samples: a Samples (nanowan/variants/samples.py) or None. Raises BadInput, with the reasons, if no file is left.
     """
     if cache_dir is not None:
         remove_leftovers(cache_dir)
@@ -128,15 +130,16 @@ def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, 
 
 
 def scan_source(source, s, samples, cache):
-    """Scan a DataSource for a checkpoint with Settings s; returns what `scan` does."""
+    """Scan a DataSource for a checkpoint with Settings s, and return the result of `scan`."""
     how = math.prod(source.resolution), s.size_multiple, source.frames, s.fps, source.clip_mode
     items, skipped = scan(source.source, *how, cache, samples)
     return [replace(i, repeat=i.repeat * source.repeats, weight=source.weight) for i in items], skipped
 
 
 def sizes_of(items, texts, samples, s, row_bytes):
-    """Return the sizes that the memory estimate needs: {"bucket": the largest (width, height, frames), "text": tokens
-    of the longest text, approximately, "cache": bytes of (latents, texts)}. row_bytes: of one token's embedding.
+    """Return the sizes that the memory estimate needs: {"bucket": the largest (width, height, frames), "text":
+    approximate number of tokens of the longest text, "cache": (bytes of the latents, bytes of the embedded texts)}.
+    row_bytes: bytes of one token's embedding.
     """
     latents = sum(samples.cached_bytes(i, s.latent_shape(i.bucket[:2], i.frames)) for i in items)
     tokens = [2 + len(text) // 3 for text in texts]

@@ -22,7 +22,7 @@ REPEAT_COLUMNS = ("repeat", "num_repeats")
 
 
 def read_captions(path):
-    """Return the lines of the text file next to a media file. Raises Skip."""
+    """Return the captions in the text file next to a media file, one from each line. Raises Skip."""
     file = path.with_suffix(".txt")
     try:
         raw = file.read_bytes()
@@ -41,7 +41,7 @@ def read_captions(path):
 
 
 def csv_rows(lines):
-    """Yield (line number, {column: value}) of a CSV with a header. Raises ValueError."""
+    """Yield (line number, {column: value}) for each row of a CSV with a header. Raises ValueError."""
     reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
@@ -53,7 +53,7 @@ def csv_rows(lines):
 
 
 def json_rows(lines):
-    """Yield (line number, {column: value}) of a JSONL. Raises ValueError."""
+    """Yield (line number, {column: value}) for each line of a JSONL. Raises ValueError."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -66,9 +66,9 @@ def json_rows(lines):
 
 
 def read_list(file):
-    """Return [(path, captions or the Skip that says why there are none, repeat)] of a JSONL or CSV. A row has the
-    file's path, relative to the list, in one of PATH_COLUMNS, and the caption, or a list of captions, in one of
-    CAPTION_COLUMNS. Raises BadInput.
+    """Return [(path, captions, repeat)] of a JSONL or CSV. captions: a list, or the Skip that says why there are none.
+    In each row, one of PATH_COLUMNS holds the file's path, relative to the JSONL or CSV, and one of CAPTION_COLUMNS
+    holds a caption or a list of captions. Raises BadInput.
     """
     is_csv = file.suffix.lower() == ".csv"
     try:
@@ -81,7 +81,9 @@ def read_list(file):
 
 
 def list_entry(file, number, row):
-    """Return the entry of `read_list` for the row on line `number`. Raises BadInput."""
+    """Return (path, captions, repeat) for the row on line `number` of a JSONL or CSV, as read_list does. Raises
+    BadInput.
+    """
     where = f"--data {file}, line {number}"
     path, captions, repeat = (
         next((row[c] for c in columns if row.get(c) not in (None, "")), None)
@@ -104,8 +106,9 @@ def list_entry(file, number, row):
 
 
 def walk(folder):
-    """Return the paths of everything in a folder, recursively, except hidden files and folders, and [(folder, reason)]
-    of the folders that cannot be opened. Links to folders are followed; no folder is entered twice.
+    """Return ([path], [(folder, reason)]). The first list contains every file and folder in a folder, recursively,
+    except hidden ones. The second contains the folders that cannot be opened. Links to folders are followed; no folder
+    is entered twice.
     """
     found, unreadable, seen = [], [], set()
     for where, folders, files in os.walk(
@@ -122,9 +125,9 @@ def walk(folder):
 
 
 def find_media(source):
-    """Return [(path, captions, repeat)] of every entry of a list, or of every file in a folder that is media or looks
-    like media. captions: a Skip if there can be none, or None if they are in the .txt file next to the file. Raises
-    BadInput.
+    """Return [(path, captions, repeat)] for every entry of a list, or for every file in a folder that is media or looks
+    like media. captions: a list; a Skip if there can be no captions; or None if they are in the .txt file next to the
+    media file. Raises BadInput.
     """
     if source.is_file():
         return read_list(source)
@@ -147,7 +150,9 @@ def find_media(source):
 
 
 def check_usable(path, captions):
-    """Return a file's captions. Raises Skip for whatever makes the file unusable and is known before it is decoded."""
+    """Return the captions of a media file, read from the text file next to it if `captions` is None. Raises Skip if the
+    media file is unusable for a reason that shows before it is decoded.
+    """
     if isinstance(captions, Skip):
         raise captions
     if not path.is_file():

@@ -29,7 +29,9 @@ class TrainState:
             group.setdefault("peak_lr", group["lr"])
 
     def averaged(self):
-        """A context in which the parameters hold their averages, if there are any, for saving and evaluating."""
+        """Return a context manager; inside it, the parameters hold their moving averages, if there are any, for saving
+        and evaluating.
+        """
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
     def state_dict(self):
@@ -42,7 +44,7 @@ class TrainState:
         }
 
     def param_slots(self, state):
-        """Return (container, key, parameter) for every entry of a state that has the shape of a parameter."""
+        """Return [(container, key, parameter)] for every entry of a state that has the shape of a parameter."""
         slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
         for i, moments in state["opt"]["state"].items():
             p = self.params[i]
@@ -51,8 +53,8 @@ class TrainState:
         return slots
 
     def save(self, run, step):
-        """Write a run's state; every rank calls this. Sharded tensors go into a folder next to the state, from all
-        ranks at once, and in the state their numbers take their places.
+        """Write a run's state; every rank calls this. All ranks write the sharded tensors at once, into a folder next
+        to the state. In the state itself, numbers stand in place of these tensors.
         """
         state, shards = self.state_dict(), {}
         for n, (values, key, _) in enumerate(self.param_slots(state)):
@@ -61,7 +63,9 @@ class TrainState:
         run.save(step, state, shards)
 
     def restore(self, state):
-        """Restore a saved state; it may have been saved with another number of ranks."""
+        """Restore the parameters, optimizer, guard and averages from a saved state. A run with another number of ranks
+        may have saved it.
+        """
         slots = [(values, key, p) for values, key, p in self.param_slots(state) if isinstance(values[key], str)]
         if slots:
             import torch.distributed.checkpoint as dcp
@@ -87,14 +91,14 @@ class TrainState:
 
 
 def lists_of(state):
-    """The lists of a state that hold one tensor for each parameter."""
+    """Return the lists in a state that hold one tensor for each parameter."""
     return [state["params"], *([state["ema"]["average"]] if state["ema"] else [])]
 
 
 def resume_fingerprint(args, pipe, dataset):
     """Return {name: value} of what must not change between a run and its continuation: all flags except
-    RESUME_MAY_CHANGE, the global batch, the base's weights and the samples. The samples are included only once all are
-    cached, since some may turn out to be unusable. args: resolved flags.
+    RESUME_MAY_CHANGE, the global batch, the base's weights, and the samples. The samples are included only once all of
+    them are cached, since until then some may turn out to be unusable. args: resolved flags.
     """
     flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
     files = [f for name in pipe.settings.expert_names for f in pipe.files(name)]

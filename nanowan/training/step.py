@@ -13,12 +13,14 @@ from nanowan.training.optim import lr_at
 
 
 def due(step, every, last):
-    """Whether a task is due after this step: it is due after every `every` steps and after the last step."""
+    """Return whether a task is due after this step. A task is due after every `every` steps and after step `last`."""
     return step % every == 0 or step == last
 
 
 def ahead(prepare, steps):
-    """Yield (step, prepare(step)) for each step. A thread prepares the next step while this one is trained on."""
+    """Yield (step, prepare(step)) for each step in `steps`. A thread prepares the next step while the caller uses this
+    one.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = pool.submit(prepare, steps[0]) if steps else None
         for step in steps:
@@ -30,8 +32,8 @@ def ahead(prepare, steps):
 @torch.no_grad()
 def held_out_loss(dataset, schedule, embed):
     """Return {name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and
-    `val_loss_by_t`, the mean loss at each of four timesteps. Runs on the same data can be compared, whatever their
-    seeds. embed(captions) -> context (B,S,D), lens (B,).
+    `val_loss_by_t`, the mean loss at each of four timesteps. The losses of runs on the same data can be compared,
+    whatever the runs' seeds. embed(captions) -> (context (B,S,D), lens (B,)).
     """
     metrics, pipe = {}, dataset.pipe
     for name, (low, high) in schedule.items():
@@ -59,14 +61,14 @@ def say_if_foreign(metrics, usual):
 
 
 class Stopwatch:
-    """The time and tokens of one step, for its log line."""
+    """A measurement of the time and tokens of one step, for its log line."""
 
     def __init__(self):
         self.began, self.tokens = time.monotonic(), 0
 
     def count(self, batch, weight):
-        """Count the tokens of a Batch that was back-propagated with this weight. A batch of weight 0 does not count: a
-        rank without samples of its own computes one because the others wait for it.
+        """Count the tokens of a Batch whose loss had this weight. A batch of weight 0 does not count: a rank without
+        samples of its own computes it because the other ranks wait.
         """
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
@@ -83,9 +85,9 @@ class Stopwatch:
 
 
 def update(state, world, step, args, loss, typical=True):
-    """Take one optimizer step, unless the guard skips it. Returns ({name: value} to log, why the step was skipped or
-    None). args: steps, warmup, schedule, grad_clip, seed. typical: whether the step's samples have gradients of the
-    usual size.
+    """Take one optimizer step, unless the guard skips it. Return ({name: value} to log, why the step was skipped or
+    None). args: the flags, of which steps, warmup, schedule, grad_clip and seed are used. typical: whether the
+    gradients of this step's samples have the usual size.
     """
     for group in state.opt.param_groups:
         group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)

@@ -20,9 +20,10 @@ NORM_QUANTILE = 0.99  # --keyword_norm clamp limits norms to this quantile of th
 
 
 class RowEmbedding(nn.Module):
-    """An embedding table that is frozen except for the rows `ids`: only these get gradients and optimizer states. norm:
-    "free", "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or "clamp" (at most the
-    NORM_QUANTILE quantile of the table's norms). dtype: of the trained rows (default: the table's).
+    """An embedding table that is frozen except for the rows with indices `ids`. Only these rows get gradients and
+    optimizer states. norm: "free", "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or
+    "clamp" (norms stay at or below the NORM_QUANTILE quantile of the table's norms). dtype: of the trained rows
+    (default: the table's).
     """
 
     def __init__(self, table, ids, norm="free", dtype=None):
@@ -43,11 +44,13 @@ class RowEmbedding(nn.Module):
 
     @torch.no_grad()
     def norms(self):
-        """Return the norms (n,) fp32 of the trained rows, relative to the median norm of the table's rows."""
+        """Return the norms (n,) fp32 of the trained rows, divided by the median norm of the table's rows."""
         return full_tensor(self.rows.detach()).float().norm(dim=1) / self._table_norms()[0]
 
     def _table_norms(self):
-        """The median and the NORM_QUANTILE quantile of the norms of the table's rows; rows of zeros do not count."""
+        """Return the median and the NORM_QUANTILE quantile of the norms of the table's rows; rows of zeros do not
+        count.
+        """
         if self.table_stats is None:
             table = full_tensor(self.table.weight.detach())
             norms = torch.cat([part.float().norm(dim=1) for part in table.split(1 << 16)])
@@ -57,7 +60,9 @@ class RowEmbedding(nn.Module):
 
     @torch.no_grad()
     def hold_norms(self):
-        """After a step, scale each row back to its fixed norm, or down to the limit."""
+        """Scale each trained row back to its fixed norm, or down to the largest norm allowed. Call this after each
+        step.
+        """
         if self.norm == "free":
             return
         rows = self.rows.to_local() if is_sharded(self.rows) else self.rows  # sharded by rows
@@ -72,9 +77,9 @@ class RowEmbedding(nn.Module):
 
 
 def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
-    """Make parts of a frozen encoder trainable, in place: its top `train_blocks` blocks (default: all) and the final
-    norm, or with `rank` LoRAs in these blocks instead; and the token embeddings `ids`. Raises BadInput if that is
-    nothing.
+    """Make some parameters of a frozen encoder trainable, in place: the top `train_blocks` blocks (default: all) and
+    the final norm, or, with `rank`, LoRAs in these blocks instead; and the token embeddings with indices `ids`. Raises
+    BadInput if nothing is left to train.
     """
     layers = len(encoder.blocks)
     top = layers if train_blocks is None else train_blocks
@@ -90,8 +95,9 @@ def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
 
 
 def shard_among(encoder, world, dtype, whole):
-    """Shard an encoder over the ranks; it computes in dtype. Trained parameters become fp32, since a shard of them is
-    small enough. With `whole` (LoRAs and token embeddings), the trained parameters stay unsharded on each rank.
+    """Shard an encoder's parameters over the ranks; the encoder then computes in `dtype`. Trained parameters become
+    fp32, since one rank's shard of them is small. If `whole` is true (for LoRAs and token embeddings), the trained
+    parameters stay unsharded on each rank.
     """
     trained = {p for p in encoder.parameters() if p.requires_grad}
     for p in trained:
@@ -101,7 +107,9 @@ def shard_among(encoder, world, dtype, whole):
 
 
 def trained_parameters(encoder):
-    """Return ({name: parameter} of what is trained, without token embeddings; the trained token embeddings or None)."""
+    """Return ({name: parameter} of everything that is trained except token embeddings, the trained token embeddings or
+    None).
+    """
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     return trained, trained.pop("token_embedding.rows", None)
 
@@ -114,10 +122,10 @@ def optimizer_groups(encoder, lr, keyword_lr):
 
 @torch.no_grad()
 def encoder_tensors(encoder, form, dtype, is_main):
-    """Return {name: tensor} to save of an encoder. form "delta": what was trained; any other form, such as "full": the
-    full encoder under official names, LoRAs merged. Every rank calls this. Only the main rank, which writes the file,
-    gets the tensors, unsharded and on the host, since a GPU may not have room for them during training; the others get
-    None.
+    """Return {name: tensor} to save of an encoder. form "delta": only what was trained; any other form, such as "full":
+    the full encoder under official names, with LoRAs merged. Every rank calls this. Only the main rank, which writes
+    the file, gets the tensors; the other ranks get None. The tensors are unsharded and on the host, since a GPU may not
+    have room for them during training.
     """
     if hasattr(encoder, "reshard"):  # after a forward pass without a backward pass FSDP leaves the root unsharded
         encoder.reshard()
@@ -147,9 +155,10 @@ def encoder_tensors(encoder, form, dtype, is_main):
 
 @torch.no_grad()
 def relative_changes(encoder, base_rows, entries, dtype, is_main):
-    """Return {"blocks": ||dW|| / ||W||, "embeddings": the same} of the trained matrices of each kind, taken as one
-    matrix, against the `entries` of a file; {} if not is_main. base_rows: the token embeddings (n,D) before training.
-    Every rank calls this.
+    """Return {"blocks": ||dW|| / ||W||, "embeddings": ||dW|| / ||W||}, or {} if not is_main. For each kind, W is the
+    values of all trained matrices before training, taken as one matrix, and dW is their change. entries: the headers of
+    the file that holds the blocks' values before training. base_rows: the token embeddings (n,D) before training. Every
+    rank calls this.
     """
     tensors = encoder_tensors(encoder, "delta", dtype, is_main)
     if not is_main:
@@ -168,15 +177,16 @@ def relative_changes(encoder, base_rows, entries, dtype, is_main):
 
 
 def merged_weight(layer: LoRALinear):
-    """The weight of a LoRALinear with its change added, fp32."""
+    """Return the weight of a LoRALinear with its change added, in fp32."""
     weight = full_tensor(layer.base.weight.detach()).float()
     return weight + layer.scale * (layer.lora_B @ layer.lora_A)
 
 
 @torch.no_grad()
 def encoder_changes(encoder, base_rows):
-    """Return what nanowan.formats.t5.write_encoder_lora writes of an encoder: ({module: (A, scale * B)}, changes of
-    token embeddings (n,D) or None, their ids or None). base_rows: the token embeddings (n,D) before training.
+    """Return the changes of an encoder that write_encoder_lora (nanowan/formats/t5.py) takes: ({module: (A, scale *
+    B)}, changes of token embeddings (n,D) or None, ids of these embeddings or None). base_rows: the token embeddings
+    (n,D) before training.
     """
     pairs = {
         n: (a.cpu(), m.scale * b.cpu())

@@ -1,7 +1,7 @@
-"""The inputs that a DiT gets in sampling in addition to noise, timestep and text; and a video's segments.
+"""The inputs that a DiT gets in sampling in addition to noise, timestep and text; and the segments of a video.
 
 Conditioning serves text-to-video, and is the base class of every variant's conditioning. sample.py uses only this
-interface. samples.py is its counterpart for training, and examples.py makes stand-ins for the memory estimate.
+interface. samples.py is the counterpart for training, and examples.py makes stand-ins for the memory estimate.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from nanowan.formats.layouts import parts_folder, read_headers
 class Conditions(NamedTuple):
     """The inputs of a DiT that are the same at every step of a clip.
 
-    known {latent frame: (1,C,1,h,w)}: latent frames, such as 0 or -1, that are given and stay clean, at t = 0.
+    known {latent frame: (1,C,1,h,w)}: latent frames, by index such as 0 or -1, that are given and stay clean, at t = 0.
     channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments of the model's
-    forward. uncond_inputs: the arguments that differ in guidance's unconditional half.
+    forward. uncond_inputs: those of these arguments that differ in guidance's unconditional half.
     """
 
     known: dict = {}
@@ -33,7 +33,9 @@ class Conditions(NamedTuple):
         return x
 
     def model_inputs(self, x, t):
-        """Return the DiT's x (B,C+c,T',h,w) and t (B,) or (B,T'), given latents (B,C,T',h,w) and a timestep 0..1000."""
+        """Return the x (B,C+c,T',h,w) and t (B,) or (B,T') that the DiT gets, given latents x (B,C,T',h,w) and a
+        timestep t in 0..1000.
+        """
         times = torch.full((len(x),), float(t), device=x.device)
         if self.known:
             times = times[:, None].repeat(1, x.shape[2])
@@ -44,8 +46,8 @@ class Conditions(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A further model in a checkpoint: its folder in the checkpoint, a glob pattern of its file names, and
-    load(folder, device). prefix: the prefix of its tensors' names if it is stored in the DiT's files.
+    """A further model in a checkpoint: its folder in the checkpoint, a glob pattern of its file names, and the function
+    load(folder, device). prefix: how the names of its tensors begin if it is stored in the DiT's files.
     """
 
     folder: str
@@ -67,7 +69,7 @@ class Encoder(NamedTuple):
 
 
 def draw_noise(shape, seed, device, r=0):
-    """Return the r-th normal noise (fp32) of this shape that a generator with this seed draws."""
+    """Return normal noise (fp32) of this shape: the draw with index r from a generator with this seed."""
     generator = torch.Generator(device).manual_seed(seed)
     for _ in range(r + 1):
         noise = torch.randn(shape, generator=generator, device=device)
@@ -75,8 +77,8 @@ def draw_noise(shape, seed, device, r=0):
 
 
 class Video:
-    """A video to be sampled segment by segment. This class makes a single clip, a video of one segment; the subclasses
-    for S2V and Animate continue each segment from the previous one.
+    """A video to be sampled segment by segment. This class makes a video of one segment, a single clip. In the
+    subclasses for S2V and Animate, each segment continues the previous one.
 
     count: number of segments. size: (width, height) px. shape: (C,T',h,w) of a segment's latents. fps: frames per
     second. sound: a file whose sound goes into the mp4, or None. sound_offset: when the sound begins in the mp4, in
@@ -84,7 +86,7 @@ class Video:
     """
 
     count = 1
-    images = ()  # PIL images: none, the first frame, or the first and the last
+    images = ()  # PIL images: none, only the first frame, or the first and the last
     sound = None
     sound_offset = 0.0
 
@@ -99,11 +101,11 @@ class Video:
         self.shape = settings.latent_shape(self.size, settings.frames)
 
     def noise(self, r, seed):
-        """Return the noise (C,T',h,w), fp32, that segment r starts from."""
+        """Return the noise (C,T',h,w), fp32, from which segment r is sampled."""
         return draw_noise(self.shape, seed, self.pipe.device)
 
     def conditions(self, r):
-        """Return the Conditions of segment r, encoding what they need."""
+        """Return the Conditions of segment r. The inputs that they need are encoded by this call."""
         vae = self.pipe.acquire_vae(self.size) if self.images else None
         conditions = self.conditioning.encode(vae, self.images, self.size, self.frames)
         if vae and self.pipe.runtime.cuda:  # the VAE is needed again later, but the DiT is next and needs the room
@@ -112,25 +114,25 @@ class Video:
         return conditions
 
     def decode(self, r, latents, decode):
-        """Return the new frames (3,n,H,W) in [-1,1] of segment r, given its latents (1,C,T',h,w), and keep what segment
-        r+1 needs of them. decode: a function from latents to a video (1,3,T,H,W).
+        """Return the new frames (3,n,H,W) in [-1,1] of segment r, given its latents (1,C,T',h,w). Keep the frames or
+        latents that segment r+1 needs. decode: a function from latents to a video (1,3,T,H,W).
         """
         return decode(latents)[0]
 
     def output(self, latents):
-        """Return what --save_latents writes for a segment with these latents (C,T',h,w)."""
+        """Return the tensor that --save_latents writes for a segment with these latents (C,T',h,w)."""
         return latents
 
     def state(self):
-        """Return {name: tensor}: what the next segment needs from the previous ones."""
+        """Return {name: tensor} with everything that the next segment needs from the previous ones."""
         return {}
 
     def restore(self, state):
-        """Continue from what `state` returned."""
+        """Continue from `state`, which the method of that name returned."""
 
 
 class Conditioning:
-    """The conditioning of text-to-video: the prompt alone."""
+    """The conditioning of text-to-video: no inputs except the prompt."""
 
     title, flags = "", {}  # sample.py's flags for a variant's own inputs {name: argparse's arguments}, and their title
     by_segments = False  # whether a video may have any number of segments
@@ -138,7 +140,7 @@ class Conditioning:
     takes_image = needs_image = False  # whether --image may, and must, be given
 
     def check(self, ckpt_dir, image=None, last_image=None, **inputs):
-        """Raise BadInput if an image or another input is missing, or if the model does not take one that is given.
+        """Raise BadInput if an image or another input is missing, or if the model does not take an input that is given.
         inputs: the values of `flags`. No file is opened.
         """
         if image is None and (self.needs_image or last_image is not None):
@@ -147,7 +149,9 @@ class Conditioning:
             raise BadInput(f"--image {image}: {ckpt_dir} is a text-to-video model and takes none")
 
     def video_size(self, size, image):
-        """Return (width, height) px of the video: `size`, or the area of `size` in the aspect ratio of a PIL image."""
+        """Return the (width, height) px of the video: `size`, or, with a PIL image, the area of `size` in the image's
+        aspect ratio.
+        """
         return size
 
     def latent_frames(self, frames):
@@ -155,11 +159,13 @@ class Conditioning:
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None, last_image=None):
-        """Return the Video for sample.py's inputs, which `check` accepted: opened images, and the values of `flags`."""
+        """Return the Video for inputs of sample.py that `check` has accepted: opened images, and the
+        values of `flags`.
+        """
         return Video(pipe, settings, image, last_image)
 
     def encode(self, vae, images, size, frames):
         """Return the Conditions of a clip with `frames` frames and `size` (width, height) px. images: PIL images; none,
-        the first frame, or the first and the last frame.
+        only the first frame, or the first and the last frame.
         """
         return Conditions()

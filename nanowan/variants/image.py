@@ -12,8 +12,8 @@ from nanowan.video import cover, to_tensor
 
 
 class FirstFrame(Conditioning):
-    """TI2V's conditioning: an image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
-    image becomes the last latent frame, encoded as four equal frames.
+    """TI2V's conditioning. An image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
+    image, if given, becomes the last latent frame; it is encoded as four equal frames.
     """
 
     takes_image = True
@@ -30,8 +30,8 @@ class FirstFrame(Conditioning):
 
 
 class ImageChannels(Conditioning):
-    """I2V-A14B's conditioning: after the noise come 20 channels, a mask (4) and the latents (16) of the image followed
-    by grey frames.
+    """I2V-A14B's conditioning. The noise is followed by 20 channels: a mask (4 channels) and the latents (16) of the
+    image followed by grey frames.
     """
 
     takes_image = needs_image = True
@@ -50,9 +50,10 @@ class ImageChannels(Conditioning):
 
 
 def image_channels(vae, image, frames, last_image=None):
-    """Return I2V-A14B's 20 channels (B,4+z,T',h,w) for a first frame (B,3,1,H,W): a mask that is 1 on latent frame 0,
-    and the encoding of the image followed by frames-1 grey frames. If there is a last image, it is the last frame. The
-    mask's four channels stand for the four frames of a latent frame, so the last of them is 1 on the last latent frame.
+    """Return the 20 channels (B,4+z,T',h,w) that I2V-A14B gets for a first frame (B,3,1,H,W): a mask, and the latents
+    of the image followed by frames-1 grey frames. `last_image`, if given, replaces the last grey frame. The mask is 1
+    on latent frame 0. Its four channels stand for the four frames of a latent frame, so with a last image, the mask's
+    last channel is 1 on the last latent frame.
     """
     video = F.pad(image, (0, 0, 0, 0, 0, frames - 1))
     if last_image is not None:
@@ -66,9 +67,9 @@ def image_channels(vae, image, frames, last_image=None):
 
 
 def encode_still(vae, video):
-    """Return vae.encode(video), faster if most frames of the video are equal. A layer is not run again if its input and
-    its state from the previous chunk equal those of the last run to the bit: its last output is reused. The result is
-    exact. The inputs and outputs that are kept take memory.
+    """Return vae.encode(video), computed faster if most frames of the video are equal. A layer is not run again if its
+    input and its state from the previous chunk are bit-identical to those of its last run: its last output is reused.
+    The result is exact. Memory is needed for the inputs and outputs that are kept.
     """
     encoder, known = vae.encoder, {}  # {layer: (input, output, whether the layer's state has stopped changing)}
     layers = [*encoder.downsamples, *encoder.middle]
@@ -92,7 +93,7 @@ def encode_still(vae, video):
         return vae.encode(video)
     finally:
         for layer in layers:
-            del layer.forward  # uncovers the method of the class
+            del layer.forward  # so that the class's method is used again
 
 
 def too_small(area, width, height, side):
@@ -100,8 +101,9 @@ def too_small(area, width, height, side):
 
 
 def best_size(width, height, area, step):
-    """Return the (width, height) px nearest to an image's aspect ratio whose sides are multiples of `step` and whose
-    area is at most `area` (official best_output_size). Raises BadInput if a side would be 0.
+    """Return the (width, height) px with sides that are multiples of `step`, an area of at most `area` px, and the
+    aspect ratio nearest to that of an image of width x height px (official best_output_size). Raises BadInput if a side
+    would be 0.
     """
     ratio = width / height
     ow = (area * ratio) ** 0.5

@@ -36,10 +36,10 @@ VARIANTS = TEXT_AND_IMAGE | {
 
 
 class Parts(NamedTuple):
-    """The code for one model_type: the DiT's class, its Conditioning (sampling), the class of its Samples (training)
+    """The code for one model_type: the DiT's class, the classes of its Conditioning (sampling) and Samples (training),
     and its Examples (memory estimate). read_config: a function that completes the configuration from the files, or
-    None. recommend: a function from a configuration to {field: value} of the Settings that differ from the row's, or
-    None.
+    None. recommend: a function that takes a configuration and returns {field: value} of the Settings that differ from
+    those in VARIANTS, or None.
     """
 
     model: type

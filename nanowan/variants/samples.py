@@ -1,4 +1,4 @@
-"""Training samples: the tensors that are cached for a clip, and the ones that a training step gets from the cache."""
+"""Training samples: which tensors are cached for a clip, and which of the cached tensors a training step gets."""
 
 import math
 
@@ -9,11 +9,11 @@ class Samples:
     """The samples of a text-to-video model, and the base class of every variant's samples. data.py uses only this
     interface.
 
-    frames_over: a sample has a multiple of 4 frames plus this many. frames_after: frames after the sample that are read
-    as well, if the clip has them. loss_from: the first latent frame that counts in the loss. side_multiple: the sides
-    of a sample, in px, are multiples of at least this. fixed_speed: clips must not be played faster or slower.
-    trains_first_frame: whether --i2v_prob applies. lora_targets: train_lora.py's default for --targets.
-    extra_lora_targets: linear layers that a variant adds to lora.TARGETS.
+    frames_over: the number of frames in a sample is a multiple of 4, plus this number. frames_after: number of frames
+    after the sample that are read as well, if the clip has them. loss_from: the first latent frame that counts in the
+    loss. side_multiple: the sides of a sample, in px, are multiples of at least this. fixed_speed: whether clips must
+    be read at their original speed. trains_first_frame: whether --i2v_prob applies. lora_targets: train_lora.py's
+    default for --targets. extra_lora_targets: linear layers that a variant adds to lora.TARGETS.
     """
 
     frames_over, frames_after, loss_from, side_multiple = 1, 0, 0, 16
@@ -25,71 +25,85 @@ class Samples:
         self.pipe = pipe
 
     def is_sidecar(self, path):
-        """Whether a file in the folder belongs to a clip instead of being a sample. Raises Skip if that clip does not
-        exist.
+        """Return whether a file in the folder belongs to a clip instead of being a sample itself. Raises Skip if that
+        clip does not exist.
         """
         return False
 
     def sidecars(self, path, shown, cache):
-        """Return {kind: (file, digest)} for the sidecar files of a clip. shown: what cache.cached_probe returned for
+        """Return {kind: (file, digest)} for the sidecar files of a clip. shown: the result of cache.cached_probe for
         the clip. Raises Skip if a sidecar is missing or does not fit the clip.
         """
         return {}
 
     def changed(self, path, shown, sidecars, cache):
-        """Return {kind: `changed` of its video.Shown} for a clip, whose kind is "", and for its sidecars."""
+        """Return {kind: `changed` of the file's video.Shown} for a clip, whose kind is "", and for the
+        clip's sidecars.
+        """
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
-        """Return {kind: (width, height) px}: the sizes at which `cached` gets the sidecar videos of a scan.Item."""
+        """Return {kind: (width, height) px}: the sizes at which `cached` gets the sidecar videos of `item`, a
+        scan.Item.
+        """
         return {}
 
     def group(self, item):
-        """Return a key. Items with equal keys can share a batch, whatever is drawn for them."""
+        """Return the key by which items are batched before anything is drawn for them. Items with equal keys can share
+        a batch, whatever is drawn.
+        """
         return item.bucket
 
     def cache_key(self, item):
-        """Return, as plain values, everything that the result of `cached` depends on. It becomes part of the name of a
-        scan.Item's cache file.
+        """Return, as plain values, everything that the result of `cached` for `item` depends on. These values become
+        part of the name of the item's cache file.
         """
         return ""
 
     def cached(self, vae, video, item, sidecars):
-        """Return {name: tensor}: what is cached in addition to an item's latents. video: (1,3,T,H,W) in [-1,1].
+        """Return {name: tensor} of what is cached in addition to the latents of `item`. video: (1,3,T,H,W) in [-1,1].
         sidecars: {kind: frames (H,W,3) uint8 at the same times}. May raise Skip.
         """
         return {}
 
     def cached_bytes(self, item, shape):
-        """Estimate the bytes that the tensors of `cached` and the latents take. shape: (C,T',h,w) of the latents."""
+        """Return an estimate of the bytes that the latents of `item` and the tensors that `cached` returns take. shape:
+        (C,T',h,w) of the latents.
+        """
         return 4 * math.prod(shape)
 
     def draw(self, item, share, rng):
-        """Draw how an item is used in a step. share: the probability that it continues a previous segment."""
+        """Draw how an item is used in a step, and return it. share: the probability that the item continues a previous
+        segment.
+        """
 
     def shape(self, item, drawn):
-        """Return a key. Samples with equal keys can share a batch."""
+        """Return the key by which samples are batched, given an item and what `draw` returned for it. Samples with
+        equal keys can share a batch.
+        """
         return self.group(item)
 
     def entry(self, tensors, drawn, has_caption):
-        """Select from a sample's cached tensors those that flow.make_noisy_batch gets. Without its caption, a sample
-        gets the inputs of guidance's unconditional half.
+        """Return those of a sample's cached tensors that flow.make_noisy_batch needs. drawn: as returned by `draw`. A
+        sample that is trained without its caption gets the inputs of guidance's unconditional half.
         """
         return tensors
 
     def to_decode(self, latents, entry):
-        """Return the latents that the VAE decodes, given those (1,C,T',h,w) sampled with the inputs of an entry."""
+        """Return the latents that the VAE decodes, given the latents (1,C,T',h,w) that were sampled with the inputs of
+        `entry`.
+        """
         return latents
 
 
 class FirstFrameSamples(Samples):
-    """TI2V's samples: trained both with and without a given first frame."""
+    """TI2V's samples, which are trained both with and without a given first frame."""
 
     trains_first_frame = True
 
 
 class ImageChannelsSamples(Samples):
-    """I2V-A14B's samples: the condition channels of a clip's own first frame are cached with it."""
+    """I2V-A14B's samples. The condition channels made from a clip's own first frame are cached with the clip."""
 
     channels = 20
 

@@ -10,7 +10,7 @@ MAX_STRETCH = 1.02  # between the aspect ratios of both: preprocessing rounds th
 
 
 class ClipSamples(Samples):
-    """Samples of clips that can be trained on only with their sidecars, mostly videos of the same frames.
+    """Samples of clips that need sidecars for training, mostly videos with the same number of frames.
 
     videos: the kinds of sidecar videos that a clip may have. squares: the kinds that are square, whatever the clip's
     aspect ratio.
@@ -46,7 +46,7 @@ class ClipSamples(Samples):
         return {kind: (item.width, item.height) for kind in item.sidecars if kind in self.videos}
 
     def find(self, path):
-        """Return {kind: file} for a clip's sidecars. Raises Skip if one is missing."""
+        """Return {kind: file} for the sidecars of the clip `path`. Raises Skip if a sidecar is missing."""
         files = {kind: video_beside(path, kind) for kind in self.videos}
         return {kind: file for kind, file in files.items() if file}
 
@@ -64,7 +64,7 @@ class ClipSamples(Samples):
             raise Skip(f"its {file.name} is {width}x{height} px, should have the shape of {shape}")
 
     def encoder_key(self, name):
-        """Return the digests of the files of an encoder, by its name in Conditioning.encoders, for the cache key."""
+        """Return the digests of the files of an encoder, for the cache key. name: a key of Conditioning.encoders."""
         encoder = self.pipe.settings.conditioning.encoders[name]
         files = encoder.files(self.pipe.dir)
         if encoder.folder:
@@ -73,11 +73,13 @@ class ClipSamples(Samples):
 
 
 def either_case(suffixes):
-    """Return the suffixes in lower and in upper case: people write .mp4, cameras .MP4."""
+    """Return these file suffixes in lower and in upper case, because cameras write .MP4."""
     return [*sorted(suffixes), *sorted(suffix.upper() for suffix in suffixes)]
 
 
 def video_beside(path, kind):
-    """Return the file NAME.kind.mp4, or the same with another video suffix, next to NAME.mp4; None if none exists."""
+    """Return the file NAME.kind.mp4 next to the clip NAME.mp4, or the same with another video suffix; None if there is
+    none.
+    """
     files = (path.with_suffix(f".{kind}{suffix}") for suffix in either_case(CLIPS))
     return next((f for f in files if f.is_file()), None)

@@ -3,8 +3,8 @@
 Images: B images, S side of the input image (224), P patch (14), L = 1 + (S/P)^2 tokens (257), D width (1280), d = D/16
 head width. Texts: L tokens, D width (1024). E width of the space that images and texts share (1024).
 
-Animate's DiT gets the image tokens as they are before the last block, so `VisionEncoder` leaves out that block,
-everything after it, and the textual tower. `CLIP` has both towers, for diag.py listen.
+Animate's DiT gets the image tokens as they enter the last block, so `VisionEncoder` leaves out that block, everything
+after it, and the textual tower. `CLIP` has both towers, for diag.py listen.
 Source: official wan/modules/animate/clip.py, xlm_roberta.py and tokenizers.py, whose tensor names are kept. The class
 token's norm and projection, which the official clip.py leaves out, follow CLIP (Radford et al., 2021).
 """
@@ -67,13 +67,15 @@ class VisionTransformer(nn.Module):
         self.side = patch * math.isqrt(tokens - 1)
 
     def forward(self, x):
-        """Return the tokens (B,L,D), the class token first, of normalised images (B,3,S,S)."""
+        """Return the tokens (B,L,D) of normalised images (B,3,S,S). The class token comes first."""
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # (B,L-1,D)
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], 1) + self.pos_embedding
         return self.transformer(self.pre_norm(x))
 
     def prepare(self, image, antialias):
-        """Normalise images (B,3,H,W) in [-1,1] of any size, resized to S x S without keeping the aspect ratio."""
+        """Return images (B,3,H,W) in [-1,1] of any size, resized to S x S without keeping the aspect ratio, and
+        normalised.
+        """
         size = self.side, self.side
         x = F.interpolate(image.float(), size, mode="bicubic", align_corners=False, antialias=antialias)
         mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
@@ -96,7 +98,7 @@ class VisionEncoder(nn.Module):
 
 
 class ImageTower(VisionTransformer):
-    """The complete tower: it maps images into the space that they share with texts."""
+    """CLIP's complete image tower, which maps images into the space that they share with texts."""
 
     def __init__(self, dim, ffn_dim, layers, patch, tokens, out_dim):
         super().__init__(dim, ffn_dim, layers, patch, tokens)
@@ -104,15 +106,15 @@ class ImageTower(VisionTransformer):
         self.head = nn.Parameter(torch.zeros(dim, out_dim))
 
     def forward(self, x):
-        """Return features (B,E) of normalised images (B,3,S,S), taken from the class token."""
+        """Return the features (B,E) of normalised images (B,3,S,S). The features are computed from the class token."""
         return self.post_norm(super().forward(x)[:, 0]) @ self.head
 
 
 # ---- texts -------------------------------------------------------------------------------------------------------
 class XlmRobertaTokenizer:
-    """From a text to the token ids of transformers' XLM-RoBERTa tokenizer: the start token, the pieces, the end token.
-    Texts are cut to `length` ids, and the end token is kept. Ids are fairseq's, one above sentencepiece's. Unlike in
-    transformers, a special token that is spelled out in a text counts as text.
+    """A tokenizer that gives the token ids of transformers' XLM-RoBERTa tokenizer: the start token, the pieces, the end
+    token. A text is cut off after `length` ids, but keeps its end token. Ids are fairseq's, one above sentencepiece's.
+    Unlike in transformers, the name of a special token in a text counts as text.
 
     model: the bytes of sentencepiece.bpe.model. Raises ValueError for other bytes.
     """
@@ -137,7 +139,7 @@ class TextAttention(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """A transformer block with its norms after each residual sum, as in BERT."""
+    """A transformer block that normalises the sum after each residual connection, as in BERT."""
 
     def __init__(self, dim, ffn_dim):
         super().__init__()
@@ -151,7 +153,7 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """XLM-RoBERTa, followed by the mean over its tokens and a projection of two layers."""
+    """XLM-RoBERTa, followed by the mean over the tokens and a projection of two layers."""
 
     def __init__(self, vocab, positions, dim, ffn_dim, layers, out_dim):
         super().__init__()
@@ -164,7 +166,7 @@ class TextTower(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, middle, bias=False), nn.GELU(), nn.Linear(middle, out_dim, bias=False))
 
     def forward(self, ids):
-        """Return features (B,E) of ids (B,L), which have no padding."""
+        """Return the features (B,E) of token ids (B,L) without padding."""
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + ids.shape[1], device=ids.device)
         x = self.token_embedding(ids) + self.type_embedding.weight[0] + self.pos_embedding(positions)
         x = self.norm(x)
@@ -174,7 +176,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """CLIP with both towers. load_clip sets `tokenizer`."""
+    """CLIP with its image and text towers. load_clip sets `tokenizer`."""
 
     def __init__(self, visual, textual):
         super().__init__()
@@ -190,13 +192,15 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts):
-        """Return features (B,E) of norm 1 for a list of texts. Each text is encoded alone, so that none is padded."""
+        """Return features (B,E) of norm 1 for a list of texts. Each text is encoded on its own, so that
+        none is padded.
+        """
         ids = [self.tokenizer(text)[None].to(self.log_scale.device) for text in texts]
         return F.normalize(torch.cat([self.textual(i) for i in ids]), dim=1)
 
     def probabilities(self, images, texts):
-        """Return (B,A): the probability that each text describes an image, if exactly one of them does. images, texts:
-        features (B,E) and (A,E).
+        """Return, for each image, the probability (B,A) that each text describes it, on the assumption that exactly one
+        text does. images, texts: their features (B,E) and (A,E).
         """
         return (self.log_scale.exp() * images @ texts.T).softmax(1)
 
@@ -209,7 +213,9 @@ def shape_of(entries, name, path):
 
 
 def vision_sizes(entries, path):
-    """Return the arguments of VisionTransformer, except `layers`, from the headers of its tensors {name: Entry}."""
+    """Return the keyword arguments of VisionTransformer, except `layers`, that fit the headers of its tensors {name:
+    Entry}.
+    """
     (dim, _, patch, _), (_, tokens, _), (ffn_dim, _) = (
         shape_of(entries, f"visual.{name}", path)
         for name in ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
@@ -223,13 +229,13 @@ def vision_sizes(entries, path):
 
 
 def last_block(entries):
-    """Return the highest N among the tensors named visual.transformer.N, or 0 if there are none."""
+    """Return the highest N among the tensors named visual.transformer.N, or 0 if no tensor has such a name."""
     return max((int(n.split(".")[2]) for n in entries if n.startswith("visual.transformer.")), default=0)
 
 
 def read_clip(path):
     """Return (file, {name: Entry}) of models_clip_open-clip-xlm-roberta-large-vit-huge-14 (.pth or .safetensors). path:
-    this file, or a checkpoint folder that holds it.
+    that file, or a checkpoint folder that holds it.
     """
     what = "CLIP (models_clip_open-clip-xlm-roberta-large-vit-huge-14, .pth or .safetensors)"
     file = find(path, "models_clip*", what)
@@ -237,8 +243,8 @@ def read_clip(path):
 
 
 def load_vision(path, device="cpu", dtype=torch.float32):
-    """Load the VisionEncoder of a file or folder, frozen and in eval mode. Raises BadInput listing what does not fit in
-    the visual tower.
+    """Load the VisionEncoder from a file or folder, frozen and in eval mode. Raises BadInput, which lists what does not
+    fit in the visual tower.
     """
     file, entries = read_clip(path)
     unused = ("textual.", "log_scale", "visual.post_norm.", "visual.head", f"visual.transformer.{last_block(entries)}.")
@@ -248,8 +254,8 @@ def load_vision(path, device="cpu", dtype=torch.float32):
 
 
 def load_clip(path, device="cpu", dtype=torch.float32):
-    """Load CLIP with both towers, frozen and in eval mode, and its tokenizer, which is sentencepiece.bpe.model in
-    xlm-roberta-large/ or next to the weights. On the meta device only headers and the tokenizer are read. Raises
+    """Load CLIP with both towers, frozen and in eval mode, and its tokenizer. The tokenizer is sentencepiece.bpe.model
+    in xlm-roberta-large/ or next to the weights. On the meta device, only headers and the tokenizer are read. Raises
     BadInput if something is missing or does not fit.
     """
     file, entries = read_clip(path)

@@ -16,8 +16,8 @@ from nanowan.video import has_sound, sound_delay
 
 
 class ReferencedVideo(Video):
-    """A video of segments whose first latent frame is a reference picture. known: the last frames (1,3,n,H,W) of the
-    previous segment, with which the next segment begins, or None before the first segment.
+    """A video of segments; the first latent frame of each segment is a reference picture. known: the last frames
+    (1,3,n,H,W) of the previous segment, with which the next segment begins, or None before the first segment.
     """
 
     known = None
@@ -36,8 +36,8 @@ class ReferencedVideo(Video):
 
 
 class CharacterVideo(ReferencedVideo):
-    """A character that moves like the person in a video, or replaces that person. The first `overlap` frames of each
-    segment are the last frames of the previous one.
+    """A video of a character that moves like the person in a driving video, or replaces that person. The first
+    `overlap` frames of each segment are the last frames of the previous one.
     """
 
     def __init__(self, pipe, settings, folder, replace, overlap):
@@ -70,7 +70,9 @@ class CharacterVideo(ReferencedVideo):
 
 
 def load_motion_encoder(path, device="cpu"):
-    """Load only the motion encoder of a model folder or file, frozen, in fp32 as in the full model."""
+    """Load only the motion encoder of a DiT, from a model folder or file. The motion encoder is frozen and in fp32, as
+    it is in the full model.
+    """
     entries = {n: e for n, e in read_headers(weight_files(path)).items() if not n.endswith(".kernel")}
     with torch.device("meta"):
         model = MotionEncoder(*motion_sizes(lambda name: entries[name].shape, entries).values())
@@ -79,7 +81,7 @@ def load_motion_encoder(path, device="cpu"):
 
 
 class Character(Conditioning):
-    """Animate-14B's conditioning: the folder that preprocessing writes; sampled in segments."""
+    """Animate-14B's conditioning: the folder that preprocessing writes. Its videos are sampled in segments."""
 
     by_segments = True
     title = "Animate-14B: a character that moves like the person in a video"

@@ -30,9 +30,9 @@ FACE_AREA = 1.3  # the area of a crop, divided by that of the box around the lan
 
 @dataclass
 class Source:
-    """The contents of a folder. pose (H,W,3), face (S,S,3), background (H,W,3) and mask (H,W): lists of n uint8 arrays;
-    the last two are None unless a person is replaced. reference: the character's picture, letterboxed (H,W,3). fps:
-    frames per second of the pose video.
+    """The contents of a folder written by preprocessing. pose (H,W,3), face (S,S,3), background (H,W,3) and mask (H,W):
+    lists of n uint8 arrays; background and mask are None unless a person is replaced. reference: the character's
+    picture, letterboxed (H,W,3). fps: frames per second of the pose video.
     """
 
     pose: list
@@ -44,8 +44,8 @@ class Source:
 
 
 class ClipInputs(NamedTuple):
-    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), concatenated after the noise; pose latents (1,z,T',h,w); face
-    crops (1,3,c,S,S) in [-1,1].
+    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), which is concatenated after the noise; pose latents
+    (1,z,T',h,w); face crops (1,3,c,S,S) in [-1,1].
     """
 
     y: torch.Tensor
@@ -55,9 +55,9 @@ class ClipInputs(NamedTuple):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_source(folder, replace, face_side):
-    """Read the Source in a folder. replace: read the background and the mask too. face_side: px of the crops that the
-    model takes (512). Raises BadInput if a file is missing or cannot be read, or if sizes or lengths do not fit each
-    other or the model.
+    """Return the Source that a folder holds. replace: whether to read the background and the mask too. face_side: px of
+    the crops that the model takes (512). Raises BadInput if a file is missing or cannot be read, or if sizes or lengths
+    do not fit each other or the model.
     """
     folder, names = Path(folder), ["pose", "face", *(["bg", "mask"] if replace else [])]
     files = {name: folder / f"src_{name}.mp4" for name in names} | {"ref": folder / "src_ref.png"}
@@ -89,7 +89,9 @@ def read_source(folder, replace, face_side):
 
 
 def read_video(file):
-    """Read a video: (all frames as uint8 arrays (H,W,3), frames per second). Raises BadInput if that fails."""
+    """Return (all frames as uint8 arrays (H,W,3), frames per second) of a video file. Raises BadInput if it cannot be
+    read.
+    """
     images, last = [], 0.0
     try:
         for frame in read_frames(Path(file)):
@@ -104,8 +106,8 @@ def read_video(file):
 
 # ---- the rules by which the folder is made ---------------------------------------------------------------------------
 def frame_indices(times, video_fps, fps):
-    """Return the indices of a video's frames that make up the same video at another rate, `fps`: the nearest in time.
-    times: when the video's frames are shown, in seconds. video_fps: their average number per second.
+    """Return the indices of those frames of a video that show it at another rate, `fps`. For each time, the nearest
+    frame is taken. times: when the video's frames are shown, in seconds. video_fps: their average number per second.
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
@@ -113,8 +115,8 @@ def frame_indices(times, video_fps, fps):
 
 
 def area_size(width, height, area):
-    """Return (width, height) px of this area, with the aspect ratio of width x height. Sides are rounded down to
-    multiples of 16. Raises BadInput if a side would be 0.
+    """Return the (width, height) px that has this area and the aspect ratio of width x height. Sides are rounded down
+    to multiples of 16. Raises BadInput if a side would be 0.
     """
     h = math.sqrt(area / (width / height))
     w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
@@ -124,9 +126,9 @@ def area_size(width, height, area):
 
 
 def resize(image, width, height, area=False):
-    """Resize an image (h,w,...), uint8 or float32, without antialiasing as OpenCV's INTER_LINEAR does. With `area`,
-    which can only shrink, each pixel becomes the mean of the area that it covers, as in INTER_AREA. uint8 values may
-    differ from OpenCV's by 1.
+    """Resize an image (h,w,...), uint8 or float32, to width x height px without antialiasing, as OpenCV's INTER_LINEAR
+    does. With `area`, which can only shrink, each new pixel is the mean of the area that it covers, as in INTER_AREA.
+    uint8 values may differ from OpenCV's by 1.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
     if area:
@@ -138,7 +140,9 @@ def resize(image, width, height, area=False):
 
 
 def shrink(x, pixels):
-    """Shrink x (...,n) to (...,pixels): each result is the mean of x between its edges, from the running sum there."""
+    """Shrink x (...,n) to (...,pixels). Each new pixel is the mean of x between the pixel's edges, computed from a
+    running sum.
+    """
     n = x.shape[-1]
     sums = F.pad(x.double().cumsum(-1), (1, 0))
     edges = torch.arange(pixels + 1).double() * n / pixels
@@ -148,8 +152,8 @@ def shrink(x, pixels):
 
 
 def letterbox_place(w, h, width, height):
-    """Return (left, top, width, height) px: where an image of w x h px lies when letterboxed into width x height px.
-    Raises BadInput if a side of it would be 0.
+    """Return the (left, top, width, height) px of an image of w x h px after it is letterboxed into width x height px.
+    Raises BadInput if a side of the resized image would be 0.
     """
     if h / w > height / width:
         new_w, new_h = int(height / h * w), height
@@ -161,8 +165,8 @@ def letterbox_place(w, h, width, height):
 
 
 def letterbox(image, width, height, area=False):
-    """Resize an image (h,w,...), uint8, to fit into width x height px, and fill the rest with black bars. area: as in
-    `resize`.
+    """Resize an image (h,w,...), uint8, to fit into width x height px, and fill the remaining area with black bars.
+    area: as in `resize`.
     """
     left, top, w, h = letterbox_place(image.shape[1], image.shape[0], width, height)
     framed = np.zeros((height, width, *image.shape[2:]), np.uint8)
@@ -171,16 +175,16 @@ def letterbox(image, width, height, area=False):
 
 
 def fit_frame(image, width, height):
-    """Letterbox a frame (h,w,...) to the size of the result, as is done when a person is replaced."""
+    """Letterbox a frame (h,w,...) to width x height px, the size of the result. Used when a person is replaced."""
     return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
 
 
 def face_crop(image, box):
-    """Crop an image (h,w,3) around a face, and resize the crop to FACE_SIDE x FACE_SIDE.
+    """Crop an image (h,w,3) around a face, and resize the crop to FACE_SIDE x FACE_SIDE px.
 
     box: (x1,y1,x2,y2) px, the bounding box of the face's landmarks, from the brows to the chin. The crop's sides are
-    sqrt(1.3) times those of the box. A quarter of the added height is below the box and the rest above. The crop ends
-    at the edges of the image. Raises BadInput if nothing is left of it.
+    sqrt(1.3) times those of the box. A quarter of the added height is below the box and the rest above it. The crop
+    ends at the edges of the image. Raises BadInput if the crop is empty.
     """
     x1, y1, x2, y2 = box
     dx, dy = ((math.sqrt(FACE_AREA) - 1) * side for side in (x2 - x1, y2 - y1))
@@ -192,9 +196,10 @@ def face_crop(image, box):
 
 
 def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
-    """Grow a mask (H,W) of 0 and 1 so that it hides more of a person. It is dilated `iterations` times with a kernel of
-    k x k px (k odd). Then its bounding box is divided into w_len x h_len cells, and every cell with any 1 is filled.
-    The last row and column of the box belong to no cell. With 0 iterations, the mask is returned unchanged.
+    """Return a mask (H,W) of 0 and 1, enlarged so that it hides more of a person. The mask is dilated `iterations`
+    times with a kernel of k x k px (k odd). Then its bounding box is divided into w_len x h_len cells, and every cell
+    that contains a 1 is filled. The last row and column of the box belong to no cell. With 0 iterations, the mask is
+    returned unchanged.
     """
     if not iterations or not mask.any():
         return mask
@@ -217,9 +222,9 @@ def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 def clip_ranges(n, length, overlap):
-    """Return [(start, end)] of the clips of `length` frames that cover n real frames. Each clip begins with the last
-    `overlap` frames of the previous one. The last clip may end after frame n: see `ping_pong`. Raises BadInput if these
-    numbers do not fit each other.
+    """Return [(start, end)] of the clips of `length` frames that together cover n real frames. Each clip begins with
+    the last `overlap` frames of the previous one. The last clip may end after frame n; `ping_pong` supplies its frames.
+    Raises BadInput if these numbers do not fit each other.
     """
     if overlap not in OVERLAPS:
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
@@ -234,8 +239,8 @@ def clip_ranges(n, length, overlap):
 
 
 def ping_pong(video, span):
-    """Return the frames start..end-1, span = (start, end), of a video that is played forwards and backwards in turns,
-    without showing its first or last frame twice in a row.
+    """Return frames start..end-1, span = (start, end), of a video that is played forwards and backwards, alternating.
+    Where the direction changes, no frame is shown twice.
     """
     last = len(video) - 1
     return [video[last - abs(last - i % (2 * last))] for i in range(*span)]
@@ -243,8 +248,8 @@ def ping_pong(video, span):
 
 # ---- conditions ------------------------------------------------------------------------------------------------------
 def fold_mask(mask):
-    """Fold a mask (c,h,w) of frames into one of latent frames, (4,T',h,w), whose channels are the four frames of each.
-    Latent frame 0 repeats frame 0 four times.
+    """Fold a mask of frames (c,h,w) into a mask of latent frames (4,T',h,w). The four channels hold the four frames of
+    each latent frame; those of latent frame 0 all hold frame 0.
     """
     mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
     return mask.unflatten(0, (-1, 4)).transpose(0, 1)
@@ -256,19 +261,24 @@ def pixels(images, device):
 
 
 def encode_reference(vae, clip, source, device):
-    """Return what all clips share: the reference's y (1,4+z,1,h,w), and CLIP's tokens (1,n,C) of the reference."""
+    """Return the two inputs that all clips share: the part of y (1,4+z,1,h,w) for the reference, and CLIP's tokens
+    (1,n,C) of the reference.
+    """
     image = pixels([source.reference], device)  # (1,3,1,H,W)
     return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
 
 
 def mark_given(z):
-    """Put a mask of ones, "all of this is given", before the channels of latents (1,z,T,h,w): (1,4+z,T,h,w)."""
+    """Return latents (1,z,T,h,w) with a mask of ones in front, (1,4+z,T,h,w). The mask says that all of these latents
+    are given.
+    """
     return torch.cat([torch.ones_like(z[:, :4]), z], 1)
 
 
 def encode_clip(vae, source, span, reference, known=None):
-    """Return the ClipInputs of one of clip_ranges. span: (start, end). reference: the y of encode_reference, on the
-    device to use. known (1,3,r,H,W): the last frames of the previous clip, as the VAE decoded them.
+    """Return the ClipInputs of one clip. span: its (start, end), from clip_ranges. reference: the part of y that
+    encode_reference returned, on the device to use. known (1,3,r,H,W): the last frames of the previous clip, as the VAE
+    decoded them.
     """
     pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
     scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]
@@ -279,8 +289,8 @@ def encode_scene(vae, shape, reference, scene=None, known=None):
     """Return the y of ClipInputs for a clip whose pixels have this `shape`, (1,3,c,H,W). scene: the clip's background
     and mask, two lists of arrays as in Source, or None if nobody is replaced. reference, known: as in encode_clip.
 
-    After the reference, y holds the latents of the known frames followed by the background, or by grey frames without
-    a scene. Its mask is 1 where these pixels have to stay.
+    After the reference, y holds the latents of the known frames, followed by those of the background, or of grey frames
+    if there is no scene. The mask in y is 1 where these pixels have to stay unchanged.
     """
     device, latent_size = reference.device, reference.shape[3:]
     if scene is None:

@@ -30,7 +30,7 @@ MOTION_PREFIX = "motion_encoder."
 
 # ---- motion encoder: one face crop -> one vector -------------------------------------------------------------
 class EqualConv2d(nn.Conv2d):
-    """A convolution that divides its weight by sqrt(fan-in) when it uses it."""
+    """A convolution whose stored weight is divided by sqrt(fan-in) in each forward pass."""
 
     def forward(self, x):
         weight = self.weight * self.weight[0].numel() ** -0.5
@@ -38,7 +38,7 @@ class EqualConv2d(nn.Conv2d):
 
 
 class EqualLinear(nn.Linear):
-    """A linear that divides its weight by sqrt(fan-in) when it uses it."""
+    """A linear layer whose stored weight is divided by sqrt(fan-in) in each forward pass."""
 
     def forward(self, x):
         return F.linear(x, self.weight * self.in_features**-0.5, self.bias)
@@ -54,8 +54,8 @@ class BiasedLeakyReLU(nn.Module):
 
 
 class Blur(nn.Module):
-    """Convolve each channel, zero-padded, with [1 3 3 1] x [1 3 3 1] / 64. Released files store this constant kernel as
-    a buffer, which is not read.
+    """A convolution of each channel, zero-padded, with [1 3 3 1] x [1 3 3 1] / 64. Released files store this constant
+    kernel as a buffer, which is not read.
     """
 
     def __init__(self, padding, stride=1):
@@ -89,17 +89,17 @@ class Direction(nn.Module):
         self.weight = nn.Parameter(torch.randn(dim, directions))
 
     def forward(self, alpha):
-        """Return motion vectors (B,W) for the weights alpha (B,20). The directions are orthonormalised by a QR with
-        Householder reflections, whose signs are part of the model: other methods flip some of them. The QR runs on the
-        CPU, so that its result is the same on every device.
+        """Return motion vectors (B,W) for the weights alpha (B,20). The directions are orthonormalised by a QR
+        decomposition with Householder reflections. The signs that this method gives are part of the model; other
+        methods flip some of them. The QR runs on the CPU, so that the result is the same on every device.
         """
         q = torch.linalg.qr(self.weight.float().cpu() + 1e-8).Q
         return alpha @ q.T.to(alpha)
 
 
 class MotionEncoder(nn.Module):
-    """From a face crop to a motion vector. channels: widths of the feature maps, the first at full size and each
-    further one at half the size. style: width of the vector that the convolutions end in.
+    """The network that turns a face crop into a motion vector. channels: widths of the feature maps, first at full
+    size, then each at half the size of the previous one. style: width of the vector that the convolutions produce.
     """
 
     def __init__(self, channels, style, linears, dim, directions):
@@ -129,24 +129,30 @@ class MotionEncoder(nn.Module):
 
 # ---- face encoder and adapters -------------------------------------------------------------------------------
 class CausalConv1d(nn.Module):
-    """A convolution over time of each frame and the two before it. Copies of the first frame stand before it."""
+    """A convolution over time whose output for a frame depends on that frame and the two before it. Copies of the first
+    frame are used in place of the missing frames before it.
+    """
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.conv = nn.Conv1d(cin, cout, 3, stride)
 
     def forward(self, x):
-        """Return (B,F/stride rounded up,C') for x (B,F,C)."""
+        """Return the convolution (B,F/stride rounded up,C') of x (B,F,C)."""
         return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
 
 
 def norm_silu(x):
-    """Return SiLU(LayerNorm(x)) in x's dtype, computed in fp32. The norm is over the last axis and has no weights."""
+    """Return SiLU(LayerNorm(x)), computed in fp32, in the dtype of x. The norm is over the last axis and has no
+    weights.
+    """
     return F.silu(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
 
 
 class FaceEncoder(nn.Module):
-    """From motion vectors to face tokens. motion: width W of a motion vector. hidden: width of each of the `heads`."""
+    """The network that turns motion vectors into face tokens. motion: width W of a motion vector. heads: number of
+    tokens per latent frame that are computed. hidden: width of each head.
+    """
 
     def __init__(self, motion, hidden, heads, dim):
         super().__init__()
@@ -157,7 +163,9 @@ class FaceEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, motion):
-        """Return face tokens (B,k+1,J,D) for motion vectors (B,F,W), F = 4k+1: one per head, and a learned one."""
+        """Return face tokens (B,k+1,J,D) for motion vectors (B,F,W), F = 4k+1. J counts one token per head and a
+        learned one.
+        """
         x = self.conv1_local(motion.to(self.out_proj.weight.dtype))  # (B,F,heads*hidden)
         x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # the heads in the batch: (B*heads,F,hidden)
         x = norm_silu(self.conv2(norm_silu(x)))
@@ -180,7 +188,9 @@ class FaceAdapter(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))  # over one head's width
 
     def split(self, x, norm):
-        """Split x (...,D) into heads (...,N,d) and norm each of them in fp32. The result has x's dtype."""
+        """Return x (...,D) split into heads (...,N,d), each of which is normalised in fp32. The result has the dtype of
+        x.
+        """
         x = x.unflatten(-1, (self.heads, -1))
         return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps).to(x.dtype)
 
@@ -191,7 +201,9 @@ class FaceAdapter(nn.Module):
         return self.split(k, self.k_norm), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x, keys_values, frame):
-        """Return what the caller adds to the tokens x (B,L,D), fp32. frame: (L,) latent frame of each token."""
+        """Return the output (B,L,D) of the attention, which the caller adds to the tokens x (B,L,D), fp32. frame: (L,)
+        latent frame of each token.
+        """
         k, v = keys_values
         q = self.linear1_q(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(v.dtype))
         other = frame[:, None] != torch.arange(k.shape[1], device=x.device).repeat_interleave(k.shape[2])  # (L,T'J)
@@ -200,7 +212,7 @@ class FaceAdapter(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """An MLP from CLIP's tokens (B,n,C) to the DiT's width (B,n,D)."""
+    """An MLP that maps CLIP's tokens (B,n,C) to the DiT's width (B,n,D)."""
 
     def __init__(self, clip, dim):
         super().__init__()
@@ -217,7 +229,7 @@ class ImageEmbedding(nn.Module):
 # ---- the DiT -------------------------------------------------------------------------------------------------
 @dataclass
 class AnimateConfig(WanConfig):
-    """A WanConfig with the sizes of Animate's further modules."""
+    """A WanConfig with the sizes of the modules that only Animate has."""
 
     clip_dim: int = 1280
     motion_channels: tuple = (32, 64, 128, 256, 512, 512, 512, 512)
@@ -246,21 +258,25 @@ class Context(NamedTuple):
 
 
 class Image(NamedTuple):
-    """A picture made ready for the blocks: embedded tokens (B,n,D), and for each block its k and v, or None."""
+    """An embedded picture, ready for the blocks: tokens (B,n,D), and for each block the keys and values of these
+    tokens, or None.
+    """
 
     tokens: torch.Tensor
     keys_values: tuple
 
 
 class Face(NamedTuple):
-    """A clip's faces made ready for the adapters: face tokens (B,T',J,D), and for each adapter its k and v, or None."""
+    """The embedded faces of a clip, ready for the adapters: face tokens (B,T',J,D), and for each adapter the keys and
+    values of these tokens, or None.
+    """
 
     tokens: torch.Tensor
     keys_values: tuple
 
 
 class Inputs(NamedTuple):
-    """WanAnimate's further inputs, embedded."""
+    """The inputs that WanAnimate has in addition to a Wan's, embedded."""
 
     pose: torch.Tensor
     face: Face
@@ -281,7 +297,9 @@ class ImageCrossAttention(CrossAttention):
         return k, self.v_img(image).unflatten(2, (self.heads, -1))
 
     def keys_values(self, context):
-        """Return k and v of an embedded text (B,S,D), or of a Context: the text's k and v, then the image's."""
+        """Return the keys and values of `context`: of an embedded text (B,S,D), or of a Context, whose keys and values
+        are the text's two, then the image's two.
+        """
         if isinstance(context, Context):
             return *super().keys_values(context.text), *self.image_keys_values(context.image)
         return super().keys_values(context)
@@ -297,7 +315,7 @@ class ImageBlock(Block):
 
 
 class ImageWan(Wan):
-    """A Wan whose cross-attention also attends to a picture, which is the `image` of what embed_inputs returns."""
+    """A Wan whose cross-attention also attends to a picture. embed_inputs returns the embedded picture as `image`."""
 
     block_class = ImageBlock
 
@@ -306,8 +324,8 @@ class ImageWan(Wan):
         self.img_emb = ImageEmbedding(config.clip_dim, config.dim)
 
     def embed_image(self, clip, cache=False):
-        """Return the Image of a picture. clip: CLIP's tokens (B,n,C) of the picture, or its Image, which is returned
-        unchanged. cache: also compute every block's keys and values.
+        """Return the Image of a picture. clip: CLIP's tokens (B,n,C) of the picture, or an Image, which is returned
+        unchanged. cache: whether to compute every block's keys and values too.
         """
         if isinstance(clip, Image):
             return clip
@@ -323,8 +341,9 @@ class ImageWan(Wan):
 
 
 class WanAnimate(ImageWan):
-    """The DiT. forward(x, t, context, context_lens=None, *, pose, face, clip): the further inputs are those of
-    embed_inputs. x (B,36,T',h,w) is the noise and then y. The returned velocity includes the reference's latent frame.
+    """The DiT of Wan2.2-Animate-14B. In forward(x, t, context, context_lens=None, *, pose, face, clip), pose, face and
+    clip are the arguments of embed_inputs. x (B,36,T',h,w) is the noise followed by y. The returned velocity includes
+    the reference's latent frame.
     """
 
     config_class = AnimateConfig
@@ -342,13 +361,13 @@ class WanAnimate(ImageWan):
 
     def encode_motion(self, face):
         """Return motion vectors (B,F,W). face: crops (B,3,F,S,S) in [-1,1], or motion vectors, which are returned
-        unchanged. Raises BadInput if the crops do not have the side that the motion encoder takes.
+        unchanged. Raises BadInput if the side of the crops is not the one that the motion encoder takes.
         """
         return face if face.dim() == 3 else self.motion_encoder.encode_clip(face)
 
     def embed_motion(self, motion, cache=False):
-        """Return the Face, T' = k+2 latent frames, of motion vectors (B,F,W), F = 4k+1. cache: also compute every
-        adapter's keys and values.
+        """Return the Face for motion vectors (B,F,W), F = 4k+1. It has T' = k+2 latent frames. cache: whether to
+        compute every adapter's keys and values too.
         """
         tokens = F.pad(
             self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
@@ -363,9 +382,9 @@ class WanAnimate(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):
-        """pose: latents (B,Cz,T'-1,h,w). face: crops (B,3,4T'-7,S,S) in [-1,1], their motion vectors, or a Face. clip:
-        CLIP's tokens (B,n,C) of the reference picture, or an Image. T' includes the reference, which is latent frame 0
-        of x.
+        """Return the embedded Inputs. pose: latents (B,Cz,T'-1,h,w). face: crops (B,3,4T'-7,S,S) in [-1,1], their
+        motion vectors, or a Face. clip: CLIP's tokens (B,n,C) of the reference picture, or an Image. T' includes the
+        reference, which is latent frame 0 of x.
         """
         face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
         image = self.embed_image(clip)
@@ -394,7 +413,7 @@ class WanAnimate(ImageWan):
 
 
 def motion_sizes(shape, entries):
-    """Return {field of AnimateConfig: value} for the motion encoder whose DiT has these headers {name: Entry}.
+    """Return {field of AnimateConfig: value} for the motion encoder in a DiT with these headers {name: Entry}.
     shape(name): returns a tensor's shape.
     """
     convs = "motion_encoder.enc.net_app.convs"
@@ -411,7 +430,9 @@ def motion_sizes(shape, entries):
 
 
 def read_config(config, shape, entries, settings, path):
-    """Return the AnimateConfig of a model folder. The arguments are those of s2v/model.py's read_config."""
+    """Return the AnimateConfig of a model folder. For the arguments, see read_config in
+    nanowan/variants/s2v/model.py.
+    """
     hidden = shape("face_encoder.conv2.conv.weight")[1]
     return AnimateConfig(
         **vars(config),

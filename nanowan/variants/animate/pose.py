@@ -1,7 +1,7 @@
 """A person's whole-body keypoints: draw them as the skeleton that Animate follows; find them in pictures.
 
-A set has COCO's 133 whole-body points, each with x y px and a score: 17 points of the body, 6 of the feet, 68 of the
-face, and 21 of each hand. The official networks find them.
+Keypoints are COCO's 133 whole-body points, each with x y px and a score: 17 points of the body, 6 of the feet, 68 of
+the face, and 21 of each hand. The official networks find them.
 Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
 """
 
@@ -36,9 +36,9 @@ MIN_SCORE = 0.5  # points with a lower score are not drawn
 
 
 def draw_pose(points, width, height):
-    """Draw whole-body keypoints (133,3), x y px and score, as the skeleton (height,width,3) uint8 that the model was
-    trained on: body and hands, without the face. Pixels equal OpenCV's, except at the edges of fingers in images whose
-    sides both have 1000 px or more.
+    """Return the skeleton (height,width,3) uint8, as the model was trained on, for whole-body keypoints (133,3), x y px
+    and score. It shows body and hands, without the face. Pixels equal OpenCV's, except at the edges of fingers in
+    images whose sides both have 1000 px or more.
     """
     from PIL import Image, ImageDraw
 
@@ -58,7 +58,9 @@ def draw_pose(points, width, height):
 
 
 def limb(a, b, radius):
-    """Return the corners [(x, y)] of a polygon that fills an ellipse from point a to b, 2 * radius px wide."""
+    """Return the corners [(x, y)] of a polygon that fills an ellipse from point a to point b. The ellipse is 2 * radius
+    px wide.
+    """
     x, y = (int(v) for v in (a[:2] + b[:2]) / 2)
     dx, dy = a[:2] - b[:2]
     angle = math.radians(int(math.degrees(math.atan2(dy, dx))))
@@ -72,7 +74,9 @@ def limb(a, b, radius):
 
 
 def fill_convex(pen, corners, color):
-    """Fill a convex polygon, its edges included, with OpenCV's rounding. PIL's own is a pixel narrower in places."""
+    """Fill a convex polygon, its edges included, with OpenCV's rounding. PIL's own polygon is a pixel narrower in
+    places.
+    """
     spans = {}
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
         pen.line(sorted(((x1, y1), (x2, y2)), reverse=True), fill=color)
@@ -110,7 +114,9 @@ HEATMAP_BLUR = 11, 2.0  # taps and sigma of the Gaussian that the heatmaps were 
 
 
 class Networks:
-    """The yolov10m and vitpose of a process_checkpoint folder, which find a person's keypoints in a picture."""
+    """The networks yolov10m and vitpose in a process_checkpoint folder. Together they find a person's keypoints in a
+    picture.
+    """
 
     def __init__(self, folder):
         try:
@@ -131,7 +137,9 @@ class Networks:
                 raise BadInput(f"{file}: cannot be read ({str(e).splitlines()[0]})") from None
 
     def run(self, index, x, shape):
-        """Return a session's first output for x (3,H,W). shape: the shape that it must have; None: any length."""
+        """Return the first output of network `index` for x (3,H,W). shape: the shape that the output must have; None
+        stands for any length.
+        """
         session = self.sessions[index]
         try:
             y = session.run(None, {session.get_inputs()[0].name: x[None].astype(np.float32)})[0][0]
@@ -170,8 +178,8 @@ def largest_person(rows, width, height):
 
 
 def suppress(boxes, scores, overlap=0.5):
-    """Return the indices, best score first, of the boxes (n,4) that are kept: those whose intersection with every
-    better kept box is at most `overlap` of their union.
+    """Return the indices, best score first, of the boxes (n,4) to keep. A box is kept if its intersection with each
+    kept box of a better score is at most `overlap` of their union.
     """
     kept = []
     for i in np.argsort(-scores, kind="stable"):
@@ -186,10 +194,10 @@ def suppress(boxes, scores, overlap=0.5):
 
 
 def pose_input(image, box):
-    """Return ((left, top, width, height) px, x (3,256,192)): the area that vitpose's heatmaps cover, and its input, for
-    an image (H,W,3) and a box (4,). The area is the box scaled by 1.25 and widened to 3:4; outside the image it is
-    black. As in the official code, channels are blue, green, red, normalised with the mean and deviation of red, green,
-    blue.
+    """Return ((left, top, width, height) px, x (3,256,192)) for an image (H,W,3) and a box (4,): the area that
+    vitpose's heatmaps cover, and the input of vitpose. The area is the box scaled by 1.25 and widened to 3:4; outside
+    the image it is black. As in the official code, channels are in the order blue, green, red, but are normalised with
+    the mean and deviation of red, green, blue.
     """
     w, h = POSE_SIZE
     center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
@@ -203,9 +211,9 @@ def pose_input(image, box):
 
 
 def heatmap_points(maps):
-    """Return (K,3) for heatmaps (K,h,w): the x and y of each maximum, as fractions of the map's width and height, and
-    its value. One Newton step on the logarithm of the blurred map, as for a Gaussian, finds the position between pixels
-    (Zhang et al. 2020, arXiv:1910.06278).
+    """Return (K,3) for heatmaps (K,h,w): for each maximum, its x and y as fractions of the map's width and height, and
+    its value. Positions between pixels are found by one Newton step on the logarithm of the blurred map, as for a
+    Gaussian (Zhang et al. 2020, arXiv:1910.06278).
     """
     K, h, w = maps.shape
     scores, at = maps.reshape(K, -1).max(1), maps.reshape(K, -1).argmax(1)

@@ -42,8 +42,8 @@ from nanowan.video import Frame, frame_rate, has_sound, open_image, probe, read_
 
 # ---- the inputs ------------------------------------------------------------------------------------------------------
 class Clip(NamedTuple):
-    """A video file, and the flag that names it. times: when its frames are shown, in seconds. width, height: px, with
-    square pixels. fps: frames per second.
+    """A video file, and the flag by which it was given. times: when its frames are shown, in seconds. width, height:
+    px, with square pixels. fps: frames per second.
     """
 
     file: str
@@ -58,8 +58,8 @@ class Clip(NamedTuple):
         return len(self.times)
 
     def frames(self, seconds, desc=None):
-        """Yield the frames (H,W,3) uint8 that are shown nearest to the given times, which ascend. desc: the title of a
-        progress bar, or None for no bar.
+        """Yield, for each of `seconds`, times in ascending order, the frame (H,W,3) uint8 that is shown nearest to it.
+        desc: the title of a progress bar, or None for no bar.
         """
         with (
             tqdm(total=len(seconds), desc=desc, unit="frame", disable=None if desc else True) as bar,
@@ -72,7 +72,9 @@ class Clip(NamedTuple):
 
 @contextlib.contextmanager
 def decoding(file, flag):
-    """A context for reading a video: turns Skip, raised for what cannot be read, into BadInput."""
+    """Return a context manager for reading a video. Inside it, Skip, which is raised for a video that cannot be read,
+    becomes BadInput.
+    """
     try:
         yield
     except Skip as e:
@@ -80,8 +82,8 @@ def decoding(file, flag):
 
 
 def open_video(file, flag, like=None):
-    """Open a video file as a Clip. like: a Clip whose size and length it must have, or None. Raises BadInput if the
-    file cannot be read or differs from `like`.
+    """Open a video file and return its Clip. like: a Clip whose size and length the video must have, or None. Raises
+    BadInput if the file cannot be read or differs from `like`.
     """
     with decoding(file, flag):
         shown = probe(Path(file))
@@ -103,7 +105,9 @@ def open_video(file, flag, like=None):
 
 
 def rate(shown, file):
-    """Return the frames per second of a video.Shown: those that its file states, or their mean if the rate varies."""
+    """Return the frames per second of a video.Shown: the rate that its file states, or the mean rate if the rate
+    varies.
+    """
     if "variable rate" not in shown.notes and (fps := frame_rate(file)):
         return fps
     if len(shown.times) < 2:
@@ -119,7 +123,7 @@ def read_json(file, flag):
 
 
 def to_array(value, file, flag):
-    """Convert nested lists to an array of finite numbers. Raises BadInput if that fails."""
+    """Convert nested lists to an array of finite numbers. Raises BadInput if this is impossible."""
     try:
         array = np.array(value, float)
     except (ValueError, TypeError):
@@ -130,8 +134,8 @@ def to_array(value, file, flag):
 
 
 def read_keypoints(file, video):
-    """Read whole-body keypoints (count,133,3), x y px and score, one set for each frame of a Clip. Raises BadInput if
-    the file holds something else.
+    """Return whole-body keypoints (count,133,3), x y px and score, read from a file with one set for each frame of a
+    Clip. Raises BadInput if the file holds something else.
     """
     points = to_array(read_json(file, "--keypoints"), file, "--keypoints")
     if points.shape != (video.count, KEYPOINTS, 3):
@@ -143,10 +147,10 @@ def read_keypoints(file, video):
 
 
 def read_faces(file, video):
-    """Read the boxes (count,4), x1 y1 x2 y2 px, around a face's landmarks, one for each frame of a Clip.
+    """Return the boxes (count,4), x1 y1 x2 y2 px, around a face's landmarks, one for each frame of a Clip.
 
-    The JSON file holds boxes or points: one set for all frames, one for each frame, or boxes by frame number, between
-    which the box is interpolated linearly. Raises BadInput if it holds something else.
+    The JSON file holds boxes or landmarks: one set for all frames, or one set for each frame; or it holds boxes by
+    frame number, and those of other frames are interpolated linearly. Raises BadInput if it holds something else.
     """
     value = read_json(file, "--faces")
     if isinstance(value, dict):
@@ -174,7 +178,9 @@ def read_faces(file, video):
 
 
 def between_frames(boxes, file, count):
-    """Interpolate {frame number: box} to boxes (count,4). Before the first and after the last box they are constant."""
+    """Return the boxes (count,4) of all frames, interpolated linearly from {frame number: box}. Before the first and
+    after the last given box, boxes are constant.
+    """
     wrong = [key for key in boxes if not (key.isdecimal() and int(key) < count)]
     if wrong or not boxes:
         raise BadInput(f"--faces {file}: frame {wrong[0] if wrong else 'none'}, should be 0 to {count - 1}")
@@ -200,8 +206,8 @@ def check_out(path):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A context with a new folder under a temporary name, which gets its real name if the block succeeds and is removed
-    otherwise. A temporary folder that a killed run left behind is removed first.
+    """Return a context manager that gives a new folder under a temporary name. The folder gets its real name if the
+    block succeeds, and is removed otherwise. A temporary folder that a killed run left behind is removed first.
     """
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -214,11 +220,11 @@ def new_folder(path):
 
 
 class Work(NamedTuple):
-    """Everything that the files of a folder are made from.
+    """Everything from which the files of a folder are made.
 
-    indices: which frames of `video` are used, in order of time. size: (width, height) px of the result. mask_video: a
-    Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3) and faces (n,4): those of
-    the n used frames, in px of `frame_size`, or None if they are not known.
+    indices: the frames of `video` that are used, in order of time. size: (width, height) px of the result. mask_video:
+    a Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3) and faces (n,4): those
+    in the n used frames, in px of `frame_size`, or None if they are not known.
     """
 
     video: Clip
@@ -232,18 +238,20 @@ class Work(NamedTuple):
 
     @property
     def seconds(self):
-        """When the used frames are shown. The frames of the other videos are those nearest to these times."""
+        """The times, in seconds, at which the used frames are shown. Of the other videos, the frames nearest to these
+        times are used.
+        """
         return [self.video.times[i] for i in self.indices]
 
     @property
     def frame_size(self):
-        """(width, height) px of the frames in which poses and faces are found: the result's size if a person is
-        replaced, else the video's.
+        """The (width, height) px of the frames in which poses and faces are found: the size of the result if a person
+        is replaced, else the size of `video`.
         """
         return self.size if self.mask_video else (self.video.width, self.video.height)
 
     def frames(self, desc):
-        """Yield the used frames at frame_size."""
+        """Yield the used frames (H,W,3), resized to frame_size."""
         for image in self.video.frames(self.seconds, desc):
             yield fit_frame(image, *self.size) if self.mask_video else image
 
@@ -353,7 +361,7 @@ def arguments(argv=None):
 
 
 def check_flags(args):
-    """Raise BadInput for flags that are missing, out of range, or exclude each other."""
+    """Raise BadInput for flags that are missing, out of range, or mutually exclusive."""
     for flag in ("video", "image", "out"):
         if not getattr(args, flag):
             raise BadInput(f"--{flag} is needed")

@@ -15,8 +15,8 @@ class CharacterSamples(ClipSamples):
     """Clips with the videos that preprocessing makes from them: NAME.pose.mp4 and NAME.face.mp4, and also NAME.bg.mp4
     and NAME.mask.mp4 if the clip is trained as a replacement.
 
-    The reference picture is one of the clip's own frames, chosen by the digest of its file. A continuation segment is a
-    sample whose first 1 or 5 frames are known.
+    The reference picture is one of the clip's own frames, chosen by the digest of the clip's file. A continuation
+    segment is a sample whose first 1 or 5 frames are known.
     """
 
     videos = ("pose", "face", "bg", "mask")
@@ -34,7 +34,9 @@ class CharacterSamples(ClipSamples):
 
     @functools.cached_property
     def _motion_key(self):
-        """A hash of the motion encoder's weights. The digest of their files would not do: those hold the full DiT."""
+        """Return a hash of the motion encoder's weights. The digest of their files is not used, because those hold the
+        full DiT.
+        """
         weights = hashlib.blake2b()
         for _, p in sorted(self.pipe.acquire("motion").named_parameters()):
             weights.update(p.cpu().numpy().tobytes())
@@ -86,5 +88,7 @@ class CharacterSamples(ClipSamples):
 
 
 def known_frames(item):
-    """Return the numbers of frames (1, 5) that a sample may know from the previous segment: at most half of its own."""
+    """Return the numbers of frames, out of (1, 5), that a continuation segment may take over from the previous segment.
+    A number is allowed if it is at most half of the item's frames.
+    """
     return [n for n in inputs.OVERLAPS if item.frames >= 2 * n]

@@ -27,8 +27,8 @@ DRIVING_PROMPT = "人物动作的参考视频"  # default prompt of the driving 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def frame_size(width, height, area):
-    """Return the video's (width, height) px for a picture: about `area` px in the picture's aspect ratio, with sides
-    rounded down to multiples of 16. Raises BadInput if a side would be 0.
+    """Return the (width, height) px of the video for a picture: an area of about `area` px in the picture's aspect
+    ratio, with sides rounded down to multiples of 16. Raises BadInput if a side would be 0.
     """
     aspect = height // SIZE_MULTIPLE / max(1, width // SIZE_MULTIPLE)
     sides = (math.sqrt(area / aspect), math.sqrt(area * aspect)) if aspect else (0, 0)
@@ -39,7 +39,9 @@ def frame_size(width, height, area):
 
 
 def letterbox_place(width, height, size):
-    """Return (left, top, width, height) px: where a picture of width x height px lies when letterboxed into `size`."""
+    """Return the (left, top, width, height) px of a picture of width x height px after it is letterboxed
+    into `size`.
+    """
     w, h = size
     new_w = w if w / h < width / height else width * h // height
     new_h = h if w / h >= width / height else height * w // width
@@ -47,8 +49,8 @@ def letterbox_place(width, height, size):
 
 
 def letterbox(image, size, resample):
-    """Return a PIL image as RGB of `size` (width, height), with black bars if its aspect ratio differs. resample: a
-    filter of PIL. Raises BadInput if a side of the image would be 0.
+    """Return a PIL image as RGB, resized to fit `size` (width, height), with black bars if its aspect ratio differs.
+    resample: a filter of PIL. Raises BadInput if a side of the resized image would be 0.
     """
     from PIL import Image
 
@@ -62,8 +64,8 @@ def letterbox(image, size, resample):
 
 # ---- the driving video -----------------------------------------------------------------------------------------------
 class DrivingVideo:
-    """A video's frames at another rate, the nearest in time. n: number of these frames. Raises BadInput if the file
-    cannot be read or has too few frames.
+    """The frames of a video at another rate; for each time, the nearest frame is taken. n: number of these frames.
+    Raises BadInput if the file cannot be read or has too few frames.
     """
 
     def __init__(self, file, fps):
@@ -85,9 +87,9 @@ class DrivingVideo:
             raise BadInput(f"--video {self.file}: {e}") from None
 
     def read(self, start, end, size):
-        """Read the frames start..end-1 as (1,3,end-start,H,W) in [-1,1], letterboxed into `size` (width, height). After
-        its last frame the video is played backwards, then forwards again, and so on. Every call reads the file from its
-        beginning.
+        """Return frames start..end-1 as (1,3,end-start,H,W) in [-1,1], letterboxed into `size` (width, height). After
+        its last frame, the video is played backwards, then forwards again, and so on. Every call reads the file from
+        its beginning.
         """
         from PIL import Image
 
@@ -103,12 +105,14 @@ class DrivingVideo:
 
 
 class DrivenVideo(ReferencedVideo):
-    """A character that moves like the person in a video. The first frame of each segment is the last frame of the
-    previous one.
+    """A video of a character that moves like the person in a driving video. The first frame of each segment is the last
+    frame of the previous one.
     """
 
     def __init__(self, pipe, settings, picture, file, text):
-        """picture: the character, a PIL image. file: the driving video. text: embedded tokens (1,S,D) of its prompt."""
+        """picture: the character, a PIL image. file: the driving video. text: embedded tokens (1,S,D) of the driving
+        video's prompt.
+        """
         from PIL import Image
 
         self.pipe, self.device, self.fps, self.frames = pipe, pipe.device, settings.fps, settings.frames
@@ -150,7 +154,7 @@ class DrivenVideo(ReferencedVideo):
 
 # ---- the interface to sample.py --------------------------------------------------------------------------------------
 class Driven(Conditioning):
-    """Animate-2-14B's conditioning: a picture and a driving video; sampled in segments."""
+    """Animate-2-14B's conditioning: a picture and a driving video. Its videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
     title = "Animate-2-14B: a character that moves like the person in a video (--size is the area)"
@@ -175,7 +179,9 @@ class Driven(Conditioning):
         return 2 + (frames - 1) // 4  # the first is the reference's
 
     def embed(self, pipe, prompt=DRIVING_PROMPT):
-        """Return the embedded tokens (1,S,D) of a driving video's prompt, computed once per pipeline and prompt."""
+        """Return the embedded tokens (1,S,D) of a driving video's prompt. They are computed once per pipeline and
+        prompt.
+        """
         known = self._embedded.setdefault(pipe, {})
         if prompt not in known:
             known[prompt] = pipe.encode_prompts([prompt])[0]

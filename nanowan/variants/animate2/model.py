@@ -30,8 +30,8 @@ PUBLISHED = dict(refer_offset_t=1, refer_offset_h=0, refer_offset_w=-1, refer_st
 
 @dataclass
 class Animate2Config(WanConfig):
-    """A WanConfig with Animate-2's further settings. log_scale: added to the logits of the keys of latent frame 1, the
-    first one after the reference.
+    """A WanConfig with the settings that only Animate-2 has. log_scale: a number added to the attention logits of the
+    keys of latent frame 1, the first one after the reference.
     """
 
     clip_dim: int = 1280
@@ -39,8 +39,8 @@ class Animate2Config(WanConfig):
 
 
 class DrivenAttention(NamedTuple):
-    """Attention to all tokens of the clip and to the driving video's tokens of the same latent frame. The reference,
-    latent frame 0, has no such tokens. keys, values: (B,(T'-1)n,N,d) of the driving video.
+    """Attention to all tokens of the clip and to the driving video's tokens of the same latent frame. Latent frame 0,
+    the reference, has no driving tokens. keys, values: (B,(T'-1)n,N,d) of the driving video.
     """
 
     keys: torch.Tensor
@@ -48,7 +48,7 @@ class DrivenAttention(NamedTuple):
     log_scale: float
 
     def __call__(self, q, k, v):
-        """Return (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). k is rotated (RoPE), as `keys` are."""
+        """Return the output (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). k has been rotated (RoPE), like `keys`."""
         n = q.shape[1] - self.keys.shape[1]
         first, *later = q.split(n, 1)
         frames = [self.attend(first, k, v)]
@@ -61,8 +61,8 @@ class DrivenAttention(NamedTuple):
         return torch.cat(frames, 1)
 
     def as_dense(self, k):
-        """Return, for diag.py logits, all keys (B,S,N,d), the clip's k (B,T'n,N,d) first, and the bias (1,1,T'n,S) with
-        which dense attention gives the same result.
+        """Return (all keys (B,S,N,d), bias (1,1,T'n,S)), with which dense attention gives the same result. The clip's k
+        (B,T'n,N,d) come first among the keys. Used by diag.py logits.
         """
         length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
         frame = torch.arange(length, device=k.device) // n
@@ -81,14 +81,14 @@ class DrivenAttention(NamedTuple):
 
 
 class Driving(NamedTuple):
-    """A driving video made ready for the blocks: for each block its keys and values (B,(T'-1)n,N,d), and its grid."""
+    """A driving video made ready for the blocks: each block's keys and values (B,(T'-1)n,N,d) of it, and its grid."""
 
     keys_values: tuple
     grid: tuple
 
 
 class Recorder:
-    """The stand-in for a Driving while the driving video itself passes through the blocks: it records the keys and
+    """The stand-in for a Driving while the driving video itself passes through the blocks. It records the keys and
     values of each block.
     """
 
@@ -96,7 +96,7 @@ class Recorder:
         self.keys_values = {}
 
     def recording(self, i):
-        """Return the self-attention function of block i for that pass."""
+        """Return the self-attention function that block i uses in this pass."""
 
         def attend(q, k, v):
             self.keys_values.setdefault(i, (k, v))  # keeps the first when activation checkpointing runs the block again
@@ -106,7 +106,7 @@ class Recorder:
 
 
 class Inputs(NamedTuple):
-    """WanAnimate2's further inputs, embedded."""
+    """The inputs that WanAnimate2 has in addition to a Wan's, embedded."""
 
     driving: Driving | Recorder
     image: Image
@@ -114,17 +114,17 @@ class Inputs(NamedTuple):
 
 
 class WanAnimate2(ImageWan):
-    """The DiT. forward(x, t, context, context_lens=None, *, driving, clip, driving_clip, driving_text,
-    unconditional=None): the further inputs are those of embed_inputs. x (B,36,T',h,w) is the noise and then y. The
-    returned velocity includes the reference's latent frame.
+    """The DiT of Wan2.2-Animate-2-14B. In forward(x, t, context, context_lens=None, *, driving, clip, driving_clip,
+    driving_text, unconditional=None), the arguments after * are those of embed_inputs. x (B,36,T',h,w) is the noise
+    followed by y. The returned velocity includes the reference's latent frame.
     """
 
     config_class = Animate2Config
     batches_guidance = False  # a batch would hold the driving video's keys and values twice, and its halves differ
 
     def read_driving(self, driving, clip, text):
-        """Return the Driving of a driving video. driving: its latents (B,Cz,F,h,w). clip: CLIP's tokens (B,S,C) of its
-        first frame. text: the embedded tokens (B,L,text_dim) of its prompt.
+        """Return the Driving of a driving video. driving: latents (B,Cz,F,h,w) of the video. clip: CLIP's tokens
+        (B,S,C) of its first frame. text: the embedded tokens (B,L,text_dim) of its prompt.
         """
         x = torch.cat([driving, torch.ones_like(driving[:, :4]), driving], 1)  # mask 1: all frames are given
         t, recorder = torch.ones(len(x), device=x.device), Recorder()
@@ -146,9 +146,10 @@ class WanAnimate2(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
-        """driving, driving_clip, driving_text: the arguments of read_driving; or, as driving alone, the Driving that it
-        returns. clip: CLIP's tokens (B,S,C) of the reference picture, or an Image. unconditional: (B,), 1 for samples
-        that leave out a block as guidance's unconditional half does; or one bool for all samples.
+        """Return the embedded Inputs. driving, driving_clip, driving_text: the three arguments of read_driving; or
+        `driving` alone, a Driving that read_driving returned. clip: CLIP's tokens (B,S,C) of the reference picture, or
+        an Image. unconditional: (B,), 1 for samples that leave out block SKIPPED as guidance's unconditional half does;
+        or one bool for all samples.
         """
         if not isinstance(driving, Driving | Recorder):
             driving = self.read_driving(driving, driving_clip, driving_text)
@@ -185,7 +186,7 @@ class WanAnimate2(ImageWan):
 
 
 def read_config(config, shape, entries, settings, path):
-    """Return the Animate2Config of a model folder. Arguments are those of read_config in nanowan/variants/s2v/model.py.
+    """Return the Animate2Config of a model folder. For the arguments, see read_config in nanowan/variants/s2v/model.py.
     The distilled weights are recognised by their file name, or by log_scale in config.json.
     """
     wrong = [f"{k} is {settings[k]!r}, should be {v!r}" for k, v in PUBLISHED.items() if settings.get(k, v) != v]
@@ -197,5 +198,7 @@ def read_config(config, shape, entries, settings, path):
 
 
 def recommend(config):
-    """Return the Settings that the distilled weights need: few steps, no guidance. {} for the base model."""
+    """Return {field: value} of the Settings that the distilled weights need (few steps, no guidance); {} for the base
+    model.
+    """
     return {"steps": 10, "guidance": (1.0, 1.0)} if config.log_scale else {}

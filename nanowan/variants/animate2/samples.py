@@ -18,11 +18,12 @@ SAME = 0.02  # mean difference of pixels in [-1,1]; with a smaller one, a drivin
 class DrivenSamples(ClipSamples):
     """Clips with NAME.driving.mp4, in which somebody else moves in the same way.
 
-    The model gets the driving video unchanged. If that were the clip itself, the model would reach zero loss by copying
-    it and learn nothing from the picture. Such a pair is skipped, whether the two files or only their pixels are equal.
+    The model gets the driving video unchanged. If the driving video showed the clip itself, the model would reach zero
+    loss by copying it and learn nothing from the picture. Such a pair is skipped, whether the two files are equal or
+    only their pixels.
 
-    The reference picture is one of the clip's own frames, chosen by the digest of its file. A continuation segment is a
-    sample whose first frame is known.
+    The reference picture is one of the clip's own frames, chosen by the digest of the clip's file. A continuation
+    segment is a sample whose first frame is known.
     """
 
     videos = ("driving",)

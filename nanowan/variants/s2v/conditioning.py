@@ -20,7 +20,7 @@ MIN_POSE_FRAMES = 3
 
 @dataclass(frozen=True)
 class SpeechInputs:
-    """sample.py's flags for S2V."""
+    """The inputs of S2V that sample.py takes as flags."""
 
     audio: str | None = None
     pose_video: str | None = None
@@ -37,10 +37,11 @@ class SpeechInputs:
 
 
 class SpeechVideo(Video):
-    """A picture that speaks: segments of `frames` frames at 16 per second, each conditioned on the previous 73 frames.
+    """A video in which the person in a picture speaks. Its segments have `frames` frames at 16 per second, and each is
+    conditioned on the previous 73 frames.
 
-    As in the official code, the first three frames are dropped unless start_from_ref is set, while the sound begins at
-    its start. Frame n of the file was then made with the sound of frame n + 3, so the lips lead by 3/16 s. With
+    As in the official code, the first three frames are dropped unless start_from_ref is set, but the sound begins at
+    its start. Frame n of the file was thus made with the sound of frame n + 3, so the lips lead by 3/16 s. With
     sync_sound, the first 3/16 s of the sound are left out too.
     """
 
@@ -82,7 +83,7 @@ class SpeechVideo(Video):
 
     def _pose_times(self):
         """Return the times, in seconds, of the pose video's frames for all segments. As in the official code, these are
-        the times of every pose_step-th frame. A video of variable rate is read at regular times instead.
+        the times of every n-th frame, n = pose_step(fps). A video of variable rate is read at regular times instead.
         """
         with self._reading_pose():
             shown = probe(Path(self.pose))
@@ -147,7 +148,7 @@ class SpeechVideo(Video):
 
 
 class Speech(Conditioning):
-    """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video; sampled in segments."""
+    """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video. Its videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
     title = "S2V-14B: a picture that speaks (--size is the area)"

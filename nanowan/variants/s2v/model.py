@@ -50,14 +50,16 @@ PUBLISHED = dict(
 
 # ---- sound -> audio tokens -------------------------------------------------------------------------------------
 class CausalConv1d(nn.Module):
-    """A convolution over time of each vector and the two before it. Copies of the first vector stand before it."""
+    """A convolution over time whose output at a position depends on the vector there and the two before it. Copies of
+    the first vector are used in place of the missing vectors before it.
+    """
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.conv = nn.Conv1d(cin, cout, 3, stride)
 
     def forward(self, x):
-        """Return (B,T/stride rounded up,C') for x (B,T,C)."""
+        """Return the convolution (B,T/stride rounded up,C') of x (B,T,C)."""
         return self.conv(F.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
 
 
@@ -66,7 +68,9 @@ def norm_silu(x):
 
 
 class AudioTokenizer(nn.Module):
-    """Audio tokens from speech features. tokens: how many are computed per latent frame; one learned token is added."""
+    """The network that turns speech features into audio tokens. tokens: number of tokens per latent frame that are
+    computed; one learned token is added.
+    """
 
     def __init__(self, audio_dim, dim, tokens):
         super().__init__()
@@ -78,11 +82,15 @@ class AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def downsample(self, x):
-        """Return (B,T/4 rounded up,D) for x (B,T,D/4). Both paths share these convolutions."""
+        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). Both paths of the tokenizer share these
+        convolutions.
+        """
         return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
 
     def forward(self, x):
-        """Return, for x (B,T,A), one vector per latent frame, (B,T',D), and K tokens per latent frame, (B,T',K,D)."""
+        """Return (one vector per latent frame (B,T',D), K tokens per latent frame (B,T',K,D)) for speech features x
+        (B,T,A).
+        """
         local = self.conv1_local(x).unflatten(2, (self.tokens, -1)).transpose(1, 2)  # (B,K-1,T,D/4)
         local = self.downsample(local.flatten(0, 1)).unflatten(0, (-1, self.tokens)).transpose(1, 2)  # (B,T',K-1,D)
         padding = self.padding_tokens.expand(*local.shape[:2], 1, -1)
@@ -90,7 +98,9 @@ class AudioTokenizer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """A weighted mean over the hidden states, then an AudioTokenizer; both in fp32, whatever the model's dtype."""
+    """A weighted mean over the speech encoder's hidden states, then an AudioTokenizer. Both are in fp32, whatever the
+    model's dtype.
+    """
 
     def __init__(self, audio_dim, dim, tokens):
         super().__init__()
@@ -98,14 +108,16 @@ class AudioEncoder(nn.Module):
         self.encoder = AudioTokenizer(audio_dim, dim, tokens)
 
     def forward(self, features):
-        """Return (B,T',D) and (B,T',K,D), T' = T/4 rounded up, for speech features (B,S,A,T), one per video frame."""
+        """Return (vectors (B,T',D), tokens (B,T',K,D)), T' = T/4 rounded up, for speech features (B,S,A,T), one per
+        video frame.
+        """
         weights = F.silu(self.weights)
         x = (features.float() * weights).sum(1) / weights.sum(1)  # (B,A,T)
         return self.encoder(x.transpose(1, 2))
 
     def encode_clip(self, features):
-        """Return the vector and the tokens of each of a clip's F/4 latent frames, given its F features. Copies of the
-        first feature stand in for the past, in every clip, even where the past is known.
+        """Return (vectors, tokens), as forward does, for the F/4 latent frames of a clip with F speech features. In
+        every clip, even a later one, copies of the clip's first feature take the place of the features before it.
         """
         first = features[..., :1].expand(-1, -1, -1, MOTION_FRAMES)
         return [x[:, MOTION_LATENTS:] for x in self(torch.cat([first, features], -1))]
@@ -118,7 +130,7 @@ class AdaLayerNorm(nn.Module):
 
 
 class Injection(NamedTuple):
-    """A clip's sound made ready for one injector."""
+    """The keys, values and modulation that one injector computes from a clip's sound."""
 
     keys_values: tuple  # two (B,T'K,N,d)
     weight: torch.Tensor  # (B,T',D) fp32: multiplies the injector's normed input, frame by frame
@@ -126,7 +138,7 @@ class Injection(NamedTuple):
 
 
 class AudioInjector(nn.Module):
-    """All injectors: cross-attention to the sound after some blocks. count: the number of these blocks."""
+    """All audio injectors. Each is a cross-attention to the sound after one block. count: number of injectors."""
 
     def __init__(self, count, dim, heads, eps):
         super().__init__()
@@ -134,7 +146,7 @@ class AudioInjector(nn.Module):
         self.injector_adain_layers = nn.ModuleList(AdaLayerNorm(dim) for _ in range(count))
 
     def embed(self, vectors, tokens):
-        """Return one Injection per injector, given AudioEncoder's vectors (B,T',D) and tokens (B,T',K,D)."""
+        """Return one Injection per injector, given vectors (B,T',D) and tokens (B,T',K,D) from the AudioEncoder."""
         injections = []
         for attention, norm in zip(self.injector, self.injector_adain_layers):
             dtype = norm.linear.weight.dtype
@@ -144,9 +156,10 @@ class AudioInjector(nn.Module):
         return tuple(injections)
 
     def forward(self, i, x, injection, frame):
-        """Add to each noise token of x (B,L,D), fp32, the output of its attention to the sound of its latent frame.
-        frame: (L,) latent frame of each token. This is one attention over the audio tokens of all frames, in which
-        those of other frames are masked: the mask costs next to nothing, and x may be any part of a clip.
+        """Add to each noise token of x (B,L,D), fp32, the output of that token's attention to the sound of its latent
+        frame. i: index of the injector. frame: (L,) latent frame of each token. The attention runs over the audio
+        tokens of all frames, with those of other frames masked. The mask costs almost no time, and x may be any part of
+        a clip.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -158,7 +171,9 @@ class AudioInjector(nn.Module):
 
 # ---- reference and motion tokens -------------------------------------------------------------------------------
 def positions_of(times, rows, columns, device):
-    """Return the positions (L,3) of a grid's tokens, given the coordinates on its axes; columns vary fastest."""
+    """Return the positions (L,3) of the tokens of a grid, given the coordinates on its three axes. Columns vary
+    fastest.
+    """
     axes = [torch.tensor([*axis], dtype=torch.int32, device=device) for axis in (times, rows, columns)]
     return torch.cartesian_prod(*axes).view(-1, 3)
 
@@ -171,8 +186,8 @@ def spread(n, size):
 
 
 class FramePacker(nn.Module):
-    """Tokens of the previous clip: its last latent frame in patches of 1x2x2, the two before that in patches of 2x4x4,
-    and the 16 before those in patches of 4x8x8.
+    """The tokens of the previous clip: its last latent frame in patches of 1x2x2, the two latent frames before that one
+    in patches of 2x4x4, and the 16 before those in patches of 4x8x8.
     """
 
     def __init__(self, channels, dim):
@@ -182,7 +197,7 @@ class FramePacker(nn.Module):
         self.proj_4x = nn.Conv3d(channels, dim, (4, 8, 8), (4, 8, 8))
 
     def forward(self, motion):
-        """Return tokens and their positions (L,3), given the latents before the clip, (B,C,f,h,w). The last 19 latent
+        """Return (tokens, their positions (L,3)) for the latents before the clip, (B,C,f,h,w). The last 19 latent
         frames are used; if there are fewer, zeros are put before them.
         """
         (h, w), device = motion.shape[3:], motion.device
@@ -202,10 +217,10 @@ class FramePacker(nn.Module):
 
 # ---- pictures and clips: the inputs in pixels --------------------------------------------------------------------
 def fit_size(width, height, area):
-    """Return the video's (width, height) px for a reference picture: sides that are multiples of 64, about the
-    picture's aspect ratio, at most `area` px, and not larger than the picture except by rounding up to 64. Raises
-    BadInput if a side would be under 64; the official code's fallback, from the aspect ratio alone, then returns a side
-    of 0.
+    """Return the (width, height) px of the video for a reference picture of width x height px. Sides are multiples of
+    64, the aspect ratio is about the picture's, and the area is at most `area` px. The video is no larger than the
+    picture, except that sides are rounded up to multiples of 64. Raises BadInput if a side would be under 64; the
+    official code's fallback, from the aspect ratio alone, then returns a side of 0.
     """
     pixels, longest = width * height, 1.0
     shortest = 0.1
@@ -222,19 +237,21 @@ def fit_size(width, height, area):
 
 
 def scale_to_shorter(width, height, size):
-    """Return the (width, height) of a picture, scaled so that its shorter side equals that of `size`."""
+    """Return the (width, height) px of a picture of width x height px, scaled so that its shorter side equals that of
+    `size`.
+    """
     short = min(size)
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
 def crop_start(n, size):
-    """Return the start of the middle `size` px along a side of n px. It is negative if the side is too short."""
+    """Return where the middle `size` px of a side of n px begin. The result is negative if n is less than `size`."""
     return round((n - size) / 2) if n >= size else -((size - n) // 2)
 
 
 def fit_picture(image, size):
-    """Return a PIL image at `size` (width, height): scaled (bilinear) until the shorter sides are equal, then cropped
-    to the middle, with black bars where it is too short.
+    """Return a PIL image at `size` (width, height). The image is scaled (bilinear) until its shorter side equals that
+    of `size`, then cropped to the middle. Black bars are added where the image is too short.
     """
     from PIL import Image
 
@@ -245,7 +262,7 @@ def fit_picture(image, size):
 
 
 def fit_pose(frames, size):
-    """Return frames (T,3,H,W) in [-1,1] at `size` (width, height), as fit_picture does, but with grey bars."""
+    """Return frames (T,3,H,W) in [-1,1], fitted to `size` (width, height) as in fit_picture, but with grey bars."""
     w, h = scale_to_shorter(frames.shape[3], frames.shape[2], size)
     if frames.shape[2:] != (h, w):
         frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False, antialias=True)
@@ -254,21 +271,23 @@ def fit_pose(frames, size):
 
 
 def pose_step(fps):
-    """Return n if every n-th frame of a pose video is used. The speed is kept only if fps is a multiple of 16."""
+    """Return the stride n at which frames of a pose video at `fps` are sampled for the 16 fps output. The motion keeps
+    its speed only if fps is a multiple of 16.
+    """
     return max(1, round(fps / VIDEO_RATE))
 
 
 def pose_clip(frames, infer_frames):
-    """Return the poses that are encoded for a clip, (1,3,1+F,H,W): a copy of the first frame, the frames (T,3,H,W),
-    T <= F, and black frames after their end. The caller drops the first latent frame. infer_frames: F.
+    """Return the poses (1,3,1+F,H,W) that are encoded for a clip: a copy of the first frame, then `frames` (T,3,H,W), T
+    <= F, then black frames. The caller drops the first latent frame. infer_frames: F.
     """
     frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, infer_frames - len(frames)), value=-1.0)
     return torch.cat([frames[:1], frames]).transpose(0, 1)[None]
 
 
 def first_motion(picture, start_from_picture=False):
-    """Return the 73 frames (1,3,73,H,W) before the first clip, which are grey. If the clip is to start from the
-    reference picture (1,3,1,H,W), the last 6 of them are the picture.
+    """Return the 73 frames (1,3,73,H,W) that stand before the first clip. They are grey, but if the clip is to start
+    from the reference picture (1,3,1,H,W), the last 6 are that picture.
     """
     motion = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)
     if start_from_picture:
@@ -277,15 +296,17 @@ def first_motion(picture, start_from_picture=False):
 
 
 def next_motion(last, video):
-    """Return the last 73 frames of `last` (1,3,73,H,W) followed by the new frames `video` (1,3,T,H,W)."""
+    """Return the last 73 frames (1,3,73,H,W) of a video that consists of `last` (1,3,73,H,W) and the new frames `video`
+    (1,3,T,H,W).
+    """
     return torch.cat([last, video], 2)[:, :, -MOTION_FRAMES:].clone()  # a view would keep all frames in memory
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
 @dataclass
 class S2VConfig(WanConfig):
-    """A WanConfig with S2V's further sizes. audio_inject_layers: ascending indices of the blocks that an audio injector
-    follows.
+    """A WanConfig with the sizes of the modules that only S2V has. audio_inject_layers: indices, in ascending order, of
+    the blocks that are followed by an audio injector.
     """
 
     audio_dim: int = 1024
@@ -295,7 +316,7 @@ class S2VConfig(WanConfig):
 
 
 class Audio(NamedTuple):
-    """A clip's sound made ready for the blocks: one Injection per injector."""
+    """The sound of a clip, ready for the blocks: one Injection per injector."""
 
     injections: tuple
 
@@ -317,8 +338,8 @@ class Inputs(NamedTuple):
 
 
 class WanS2V(Wan):
-    """The DiT. forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None): the further inputs are
-    those of embed_inputs; t (B,).
+    """The DiT of Wan2.2-S2V-14B. In forward(x, t, context, context_lens=None, *, ref, audio, motion=None, pose=None),
+    the arguments after * are those of embed_inputs. t: (B,).
     """
 
     config_class = S2VConfig
@@ -333,7 +354,9 @@ class WanS2V(Wan):
         self.audio_injector = AudioInjector(len(c.audio_inject_layers), c.dim, c.num_heads, c.eps)
 
     def embed_audio(self, audio):
-        """Return the Audio of a clip's speech features (B,S,A,F), F a multiple of 4. Unconditional features are 0."""
+        """Return the Audio of a clip's speech features (B,S,A,F), F a multiple of 4. In guidance's unconditional half,
+        the features are 0.
+        """
         if audio.shape[1:3] != (STATES, self.config.audio_dim) or audio.shape[3] % 4 or not audio.shape[3]:
             raise BadInput(
                 f"speech features {tuple(audio.shape)}: should be (B,{STATES},{self.config.audio_dim},F), F frames of "
@@ -342,8 +365,8 @@ class WanS2V(Wan):
         return Audio(self.audio_injector.embed(*self.casual_audio_encoder.encode_clip(audio)))
 
     def embed_reference(self, ref, motion=None):
-        """Return the Reference. ref: the reference picture's latents (B,C,1,h,w). motion: the latents before the clip,
-        (B,C,<=19,h,w), or None for a first clip.
+        """Return the Reference of a clip. ref: the reference picture's latents (B,C,1,h,w). motion: the latents before
+        the clip, (B,C,<=19,h,w), or None for a first clip.
         """
         H, W = ref.shape[3] // 2, ref.shape[4] // 2
         tokens = [embed_patches(ref, self.patch_embedding) + self.mask(REFERENCE)]
@@ -366,9 +389,9 @@ class WanS2V(Wan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, ref, audio, motion=None, pose=None):
-        """ref: the reference picture's latents (B,C,1,h,w), or the Reference that embed_reference made of ref and
-        motion. motion: the latents before the clip (B,C,<=19,h,w), or None. audio: speech features (B,S,A,4T'), or the
-        Audio that embed_audio made of them. pose: latents (B,C,T',h,w), or None.
+        """Return the embedded inputs. ref: the reference picture's latents (B,C,1,h,w), or the Reference that
+        embed_reference made of ref and motion. motion: the latents before the clip (B,C,<=19,h,w), or None. audio:
+        speech features (B,S,A,4T'), or the Audio that embed_audio made of them. pose: latents (B,C,T',h,w), or None.
         """
         ref = ref if isinstance(ref, Reference) else self.embed_reference(ref, motion)
         return Inputs(ref, audio if isinstance(audio, Audio) else self.embed_audio(audio), pose)
@@ -428,9 +451,9 @@ class WanS2V(Wan):
 def read_config(config, shape, entries, settings, path):
     """Return the S2VConfig of a model folder.
 
-    config: the WanConfig from its files. shape(name): returns a tensor's shape, or raises BadInput. entries: {name:
-    Entry} of all tensors. settings: the contents of config.json, {} if there is none. Raises BadInput, naming `path`,
-    if the injectors do not fit the weights, or for settings that no released weights have.
+    config: the WanConfig read from its files. shape(name): returns a tensor's shape, or raises BadInput. entries:
+    {name: Entry} of all tensors. settings: the contents of config.json, or {} if there is no such file. Raises
+    BadInput, naming `path`, if the injectors do not fit the weights, or for settings that no released weights have.
     """
     dim = shape("patch_embedding.weight")[0]
     local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")

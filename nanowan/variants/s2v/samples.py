@@ -14,8 +14,9 @@ class SpeechSamples(ClipSamples):
     """Clips with their own sound or that of NAME.wav, and with the poses of NAME.pose.mp4 if that file exists.
 
     A sample of F frames is cached as a first segment whose reference picture is its own first frame. If the clip has 73
-    more frames after it, it is cached a second time as a continuation segment, under names that begin with "next.":
-    frames 73 to 72+F, conditioned on the motion of frames 0 to 72, with the same reference picture.
+    more frames after the sample, the sample is cached a second time as a continuation segment, under names that begin
+    with "next.". That segment consists of frames 73 to 72+F, conditioned on the motion of frames 0 to 72, with the same
+    reference picture.
     """
 
     videos = ("pose",)
@@ -36,13 +37,17 @@ class SpeechSamples(ClipSamples):
         return files
 
     def changed(self, path, shown, sidecars, cache):
-        """Also report a sound with gaps, which an older version read as if it had none."""
+        """Return what Samples.changed returns, and also report a sound with gaps, because an older version read it as
+        if it had none.
+        """
         sound = sidecars.get("sound", (path, digest(path)))
         gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}
         return super().changed(path, shown, sidecars, cache) | gaps
 
     def group(self, item):
-        """Samples with and without motion frames, and with and without poses, cannot share a batch."""
+        """Return the key by which samples are batched. Samples with and without motion frames, and with and without
+        poses, cannot share a batch.
+        """
         return *item.bucket, item.frames_after, "pose" in item.sidecars
 
     def cache_key(self, item):
@@ -71,7 +76,9 @@ class SpeechSamples(ClipSamples):
         return tensors
 
     def _audio(self, item):
-        """Return speech features (S,A,n): one vector for each frame of an item and for each of its frames_after."""
+        """Return speech features (S,A,n), one vector for each frame of an item and for each of the
+        item's frames_after.
+        """
         file, name = item.sidecars.get("sound", (item.path, item.digest))
         delay = 0.0 if "sound" in item.sidecars else sound_delay(file)
         if self._heard[0] != (file, name, delay):

@@ -1,4 +1,4 @@
-"""wav2vec2-large, S2V-14B's speech encoder: from a waveform to features that are resampled to the video's frame rate.
+"""wav2vec2-large, S2V-14B's speech encoder: it turns a waveform into features, resampled to the video's frame rate.
 
 N samples at 16 kHz     T_a encoder frames, about 50 per second     A frames at 30 per second
 D width (1024)          S = layers + 1 (25) hidden states           F video frames per clip at 16 per second
@@ -29,11 +29,11 @@ MIN_SAMPLES = 720  # two encoder frames, the fewest from which one frame at 30 p
 
 
 def read_audio(path):
-    """Read the full sound of a file that FFmpeg reads (wav, mp3, mp4, ...) as mono at 16 kHz: (N,) float32, about
+    """Return the full sound of a file that FFmpeg reads (wav, mp3, mp4, ...) as mono at 16 kHz: (N,) float32, about
     [-1,1].
 
     Channels are averaged, as librosa does; gaps between the file's timestamps become silence. Raises BadInput if the
-    file has less than 0.045 s of sound, or none.
+    file has no sound, or less than 0.045 s of it.
     """
     try:
         samples = torch.from_numpy(read_sound(path, SAMPLE_RATE)[1][0])
@@ -46,7 +46,7 @@ def read_audio(path):
 
 
 class ConvLayer(nn.Module):
-    """Convolution without padding, LayerNorm over the channels, GELU."""
+    """A convolution without padding, followed by a LayerNorm over the channels and a GELU."""
 
     def __init__(self, cin, cout, kernel, stride):
         super().__init__()
@@ -68,8 +68,8 @@ class FeatureExtractor(nn.Module):
             self.stride *= s
 
     def forward(self, samples, chunk=1000):
-        """Return frames (1,T_a,C) of samples (N,). `chunk` frames are computed at a time to save memory: the first
-        layer alone takes 6.5 MB per second of sound, and a frame depends on only `reach` samples.
+        """Return frames (1,T_a,C) of samples (N,). To save memory, only `chunk` frames are computed at a time: the
+        output of the first layer alone takes 6.5 MB per second of sound, and a frame depends on only `reach` samples.
         """
         frames = (len(samples) - self.reach) // self.stride + 1
         parts = []
@@ -93,7 +93,7 @@ class FeatureProjection(nn.Module):
 
 
 class WeightNormConv(nn.Module):
-    """Grouped convolution along time whose weight is g v / |v|, with one norm for each tap of the kernel."""
+    """A grouped convolution along time whose weight is g v / |v|, with one norm for each tap of the kernel."""
 
     def __init__(self, dim, groups, kernel):
         super().__init__()
@@ -157,7 +157,9 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        """Return S hidden states (1,T_a,D), given (1,T_a,D): the input of the first layer and each layer's output."""
+        """Return S hidden states (1,T_a,D) for x (1,T_a,D): the input of the first layer, and the output
+        of each layer.
+        """
         x = x + self.pos_conv_embed(x)
         states = [x]
         for layer in self.layers:
@@ -167,8 +169,8 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Wav2Vec2Sizes:
-    """The sizes of a Wav2Vec2. kernels, strides: of the convolutions; pos_groups, pos_kernel: of the positional
-    convolution.
+    """The sizes of a Wav2Vec2. kernels, strides: those of the convolutions. pos_groups, pos_kernel: those of the
+    positional convolution.
     """
 
     conv_dim: int
@@ -192,7 +194,9 @@ class Wav2Vec2(nn.Module):
 
     @torch.no_grad()
     def features(self, samples):
-        """Return hidden states (S,T_a,D), in the weights' dtype, of a full sound (N,) at 16 kHz and of any loudness."""
+        """Return the hidden states (S,T_a,D), in the weights' dtype, of a full sound (N,) at 16 kHz. Any loudness is
+        accepted.
+        """
         samples = samples.to(self.encoder.layer_norm.weight.device, torch.float32)
         samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
         x = self.feature_extractor(samples.to(self.encoder.layer_norm.weight.dtype))
@@ -200,21 +204,23 @@ class Wav2Vec2(nn.Module):
 
 
 def to_feature_rate(states):
-    """Resample hidden states (S,T_a,D) from nominally 50 per second to 30: (S,A,D), A = int(T_a / 50 * 30)."""
+    """Return hidden states (S,T_a,D), nominally at 50 per second, resampled to 30 per second: (S,A,D), A = int(T_a / 50
+    * 30).
+    """
     size = int(states.shape[1] / ENCODER_RATE * FEATURE_RATE)
     return F.interpolate(states.transpose(1, 2), size=size, mode="linear", align_corners=True).transpose(1, 2)
 
 
 def count_clips(frames, infer_frames=80):
-    """Return how many clips of `infer_frames` video frames cover `frames` features at 30 per second. If they fit
-    exactly, one more clip is counted, which is silent; the official pipeline does the same.
+    """Return the number of clips of `infer_frames` video frames that cover `frames` features at 30 per second. If the
+    clips cover them exactly, one more clip is counted, which is silent; the official pipeline does the same.
     """
     return int(frames / (infer_frames * FEATURE_RATE / VIDEO_RATE)) + 1
 
 
 def to_video_rate(features, n):
-    """Return (S,D,n): for each of n video frames at 16 per second, the nearest (halves to even) of the features (S,A,D)
-    at 30 per second, and zeros after their end.
+    """Return (S,D,n): for each of n video frames at 16 per second, the nearest of the features (S,A,D) at 30 per
+    second, where halves are rounded to even. After the last feature, the result is zero.
     """
     at = torch.arange(n, dtype=torch.float64).mul(FEATURE_RATE / VIDEO_RATE).round().long().to(features.device)
     inside = at < features.shape[1]
@@ -226,15 +232,17 @@ UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "maske
 
 
 def rename(key):
-    """Return this model's name for a tensor of transformers' file, which spells weight norm in two ways."""
+    """Return this model's name of a tensor in transformers' file. That file may name weight norm's tensors in either of
+    two ways.
+    """
     key = key.removeprefix("wav2vec2.")
     key = key.replace("parametrizations.weight.original0", "weight_g")
     return key.replace("parametrizations.weight.original1", "weight_v")
 
 
 def read_config(path):
-    """Read (strides, number of heads or None), which the shapes do not tell, from the config.json in or next to
-    `path`.
+    """Return (strides, number of heads or None) from the config.json in or next to `path`. The tensors' shapes do not
+    tell these.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
@@ -252,8 +260,8 @@ def read_config(path):
 
 
 def build_wav2vec2(entries, path):
-    """Return an encoder without weights that fits the headers {name: Entry} of its tensors: widths, kernels and the
-    number of layers come from their shapes.
+    """Return an encoder without weights that fits the headers {name: Entry} of its tensors. Widths, kernels and the
+    number of layers come from the tensors' shapes.
     """
 
     def shape(name):
@@ -281,7 +289,8 @@ def build_wav2vec2(entries, path):
 
 def load_wav2vec2(folder, device="cpu", dtype=torch.float32):
     """Load wav2vec2-large-xlsr-53-english, frozen and in eval mode, from its folder (config.json, model.safetensors) or
-    from one .safetensors file. The official pipeline runs this model in fp32. Raises BadInput naming what does not fit.
+    from one .safetensors file. The official pipeline runs this model in fp32. Raises BadInput, which names what does
+    not fit.
     """
     entries = read_headers(weight_files(folder, "model"))
     entries = {rename(name): entry for name, entry in entries.items() if name not in UNUSED}
