@@ -25,7 +25,7 @@ DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples wh
 # ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
     """Return answer(), kept in the cache under the values of `question`, so that a file is inspected once and not at
-    every start. cache None: nothing is kept. Raises BadInput if the cache cannot be written.
+    every start. If cache is None, nothing is kept. Raises BadInput if the cache cannot be written.
     """
     if cache is None:
         return answer()
@@ -43,7 +43,7 @@ def remembered(cache, answer, **question):
 
 
 def cached_probe(path, digest, cache):
-    """Return video.probe(path), kept in the cache under the file's digest."""
+    """Return video.probe(path). The result is kept in the cache under the file's digest."""
     return Shown(*remembered(cache, lambda: list(probe(path)), shown=digest, kind=path.suffix.lower(), version=3))
 
 
@@ -53,18 +53,20 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the seconds at which the frames of an item are taken, including the frames after the sample."""
+    """Return the times, in seconds, at which the frames of an item are taken, including the frames after the sample."""
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
 
 def covering(width, height):
-    """Return a function from a video.Frame to its picture (height,width,3) uint8, resized and cropped."""
+    """Return a function that takes a video.Frame and returns its picture (height,width,3) uint8, resized
+    and cropped.
+    """
     return lambda frame: np.array(cover(frame.image, width, height, frame.size))
 
 
 def read_items(items, sizes=None, cache=None):
-    """Yield {kind: frames (H,W,3) uint8} for each item; `items` belong to one file and are sorted by their start. Kind
-    "" is the file itself, the other kinds are its sidecars, read at the same times. sizes: {kind: (width, height)} of
+    """Yield {kind: frames (H,W,3) uint8} for each item. `items` belong to one file and are sorted by their start. Kind
+    "" is the file itself; the other kinds are its sidecars, read at the same times. sizes: {kind: (width, height)} of
     the sidecars. Each file is decoded once, and about one sample of each file is in memory. Raises Skip if a file
     cannot be read.
     """
@@ -78,8 +80,8 @@ def read_items(items, sizes=None, cache=None):
 
 
 def read_file(path, name, windows, size, cache, called):
-    """Yield from video.read_windows for a file with the digest `name`, its frames resized and cropped to `size` (width,
-    height). The message of a Skip begins with `called`.
+    """Yield a list of frames, resized and cropped to `size` (width, height), for each of `windows`, as
+    video.read_windows does. name: the digest of the file. called: how the message of a Skip begins.
     """
     try:
         yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
@@ -88,7 +90,7 @@ def read_file(path, name, windows, size, cache, called):
 
 
 def check_unchanged(item):
-    """Raise Skip if a file of an item has changed, or has been removed, since it was scanned."""
+    """Raise Skip if a file of an item was changed or removed after it was scanned."""
     for path, name in ((item.path, item.digest), *item.sidecars.values()):
         own = "" if path == item.path else f"its {path.name} "
         if not path.exists():
@@ -104,8 +106,8 @@ def pixels(item):
 
 def in_threads(jobs, run):
     """Run the generators run(job) of all jobs in DECODERS threads, and yield their results in the order in which they
-    arrive. At most DECODERS results wait, and each thread holds one more. An exception in a thread is raised here;
-    closing the generator ends the threads.
+    arrive. At most DECODERS results wait, and each thread holds one more. An exception in a thread is raised here.
+    Closing this generator ends the threads.
     """
     results, stopped, lock, todo = queue.Queue(DECODERS), threading.Event(), threading.Lock(), iter(jobs)
 
@@ -149,8 +151,8 @@ def in_threads(jobs, run):
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path, cache=None):
-    """Return a hash of a file's bytes. It is computed once for each state of the file (its inode, time and size): once
-    per process or, with a cache folder, once for all processes, so that a start need not read a whole checkpoint.
+    """Return a hash of a file's bytes. It is computed once for each state of the file (inode, time and size): once per
+    process, or, with a cache folder, once for all processes. A start thus need not read a complete checkpoint.
     """
     path, stat = Path(path).absolute(), Path(path).stat()
     return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -170,7 +172,7 @@ def _digest(path, cache, *state):
 
 
 def cache_file(cache, suffix=".safetensors", **parts):
-    """Return the path of the cache file whose contents `parts` decide."""
+    """Return the path of a cache file. parts: all values that decide the contents of the file."""
     name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
     return Path(cache) / (name + suffix)
 
@@ -196,12 +198,12 @@ def latent_files(items, cache, vae_file, samples=None):
 
 def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     """Cache the latents of every item that has none in the cache. `load_vae()` is called only if some are missing.
-    Returns [(path, reason)] of the media files that could not be encoded, such as files deleted since `scan`; their
-    cache files do not exist afterwards. seen(item, frames (H,W,3) uint8) is called for each item that is decoded.
+    Returns [(path, reason)] of the media files that could not be encoded, such as files deleted since `scan`; the cache
+    files of these do not exist afterwards. seen(item, frames (H,W,3) uint8) is called for each item that is decoded.
 
-    A cache file holds `latents` (C,T',h,w) fp32, and what `samples` (variants/samples.py) adds to them. Several
+    A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` (variants/samples.py) adds. Several
     processes may do this at once: a cache file appears complete or not at all, and a process leaves out the items that
-    another one has encoded meanwhile.
+    another process has encoded meanwhile.
 
     Media files are decoded in threads, each file once for all of its items, while the calling thread encodes and
     another thread saves. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
@@ -212,7 +214,7 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
         by_file.setdefault((item.path, item.width, item.height), {})[file] = item
 
     def read(group):
-        """Yield (item, cache file, its frames by kind, or a Skip that says why there are none)."""
+        """Yield (item, cache file, the item's frames by kind or the Skip that says why there are none)."""
         left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
             for item, _ in left[:1]:
@@ -261,15 +263,16 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
 
 
 def text_files(captions, cache, encoder, dtype):
-    """Return {caption: path of the cache file for its embedding}, whether the file exists or not. encoder: the digests
-    of the text encoder's weights and tokenizer. dtype: the encoder's.
+    """Return {caption: path of the cache file for the caption's embedding}, whether the file exists or not. encoder:
+    the digests of the text encoder's weights and tokenizer. dtype: the encoder's.
     """
     return {c: cache_file(cache, text=c, encoder=encoder, dtype=str(dtype)) for c in dict.fromkeys(captions)}
 
 
 def cache_texts(files, load_encoder):
-    """Cache the embedding of every text in `files`, the {text: cache file} from text_files, that is not cached yet.
-    `load_encoder()` is called only if one is missing. A cache file holds `embedding` (S,D) in the encoder's dtype.
+    """Cache the embedding of every text that is not cached yet. files: {text: cache file}, as returned by text_files.
+    `load_encoder()` is called only if an embedding is missing. A cache file holds `embedding` (S,D) in the encoder's
+    dtype.
     """
     missing = [text for text, file in files.items() if not file.exists()]
     encoder = load_encoder() if missing else None

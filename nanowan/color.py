@@ -47,44 +47,50 @@ def is_hdr(frame):
 
 
 def gamut(frame):
-    """Return the code of a frame's primaries if WIDE contains it, else None: the primaries are BT.709's or close to
-    them. An HDR frame that names no primaries has BT.2020's.
+    """Return the code of a frame's primaries if WIDE contains that code. Otherwise return None, because the primaries
+    are BT.709's or close to them. An HDR frame that names no primaries counts as BT.2020.
     """
     code = 9 if is_hdr(frame) and frame.color_primaries == UNSPECIFIED else frame.color_primaries
     return code if code in WIDE else None
 
 
 def is_wide(frame):
-    """Whether an SDR frame has primaries that BT.709 does not cover."""
+    """Return whether an SDR frame has primaries that go beyond those of BT.709."""
     return gamut(frame) is not None and not is_hdr(frame)
 
 
 def is_untagged(frame):
-    """Whether a YUV frame does not name the matrix that its colours were made with."""
+    """Return whether a YUV frame does not name the matrix with which its colours were made."""
     return is_yuv(frame) and frame.colorspace == UNSPECIFIED
 
 
 def tags(context):
-    """Return {name: code} of a codec context's colour tags. In a file that was just opened they are the container's."""
+    """Return the colour tags of a codec context, {name: code}. In a file that was just opened, they are the container's
+    tags.
+    """
     codes = {name: getattr(context, name) for name in UNTOLD}
     return {name: code for name, code in codes.items() if code != UNTOLD[name]}
 
 
 def complete(frame, tags):
-    """Set those of the container's `tags` that a frame lacks, as a frame of ProRes does whose header names none."""
+    """Set those of the container's `tags` that a frame lacks. A ProRes frame whose header names none
+    lacks all of them.
+    """
     for name, code in tags.items():
         if getattr(frame, name) == UNTOLD[name]:
             setattr(frame, name, code)
 
 
 def is_completed(frame, context):
-    """Whether a frame got its matrix from `complete` and not from its decoder."""
+    """Return whether a frame got its matrix from `complete` and not from its decoder."""
     return context.colorspace == UNSPECIFIED != frame.colorspace
 
 
 @functools.cache
 def name_side_data():
-    """Make PyAV accept kinds of side data that are newer than PyAV; else it would refuse all side data of a frame."""
+    """Make PyAV accept kinds of side data that are newer than PyAV. Otherwise PyAV would refuse all side data of such a
+    frame.
+    """
     from av.sidedata.sidedata import Type
 
     def unnamed(cls, value):
@@ -96,7 +102,7 @@ def name_side_data():
 
 
 def side_data(frame, name):
-    """Return the side data of a frame that has this name in FFmpeg, or None."""
+    """Return the side data of a frame to which FFmpeg gives this name, or None."""
     name_side_data()
     return frame.side_data.get(name)
 
@@ -112,9 +118,9 @@ def check_colors(frame):
 
 
 def matrix(frame):
-    """Return the keyword argument for PyAV's reformat that names the matrix of an untagged frame: BT.2020's for a frame
-    with BT.2020's primaries, else BT.709's from HD_LINES lines on. {} for fewer lines, where FFmpeg uses BT.601, and
-    for tagged frames.
+    """Return the keyword argument, as a dict, with which PyAV's reformat uses the right matrix for an untagged frame.
+    The matrix is BT.2020's for a frame with BT.2020's primaries, else BT.709's from HD_LINES lines on. For frames with
+    fewer lines, for which FFmpeg uses BT.601, and for tagged frames, the dict is empty.
     """
     from av.video.reformatter import Colorspace
 
@@ -126,7 +132,9 @@ def matrix(frame):
 
 
 def to_rgb(frame):
-    """Convert a frame of PyAV to (H,W,3) uint8, transparency laid over white. Raises Skip as check_colors does."""
+    """Convert a frame of PyAV to (H,W,3) uint8, with transparent pictures laid over white. Raises Skip as check_colors
+    does.
+    """
     check_colors(frame)
     converted = is_hdr(frame) or is_wide(frame)
     if converted:
@@ -154,7 +162,7 @@ def to_yuv(frame):
 
 
 def tag(encoder, matrix):
-    """Tag an encoder's output as BT.709. matrix: tag the YUV matrix and the limited range too."""
+    """Tag an encoder's output as BT.709. matrix: whether to tag the YUV matrix and the limited range too."""
     encoder.color_primaries = encoder.color_trc = 1
     if matrix:
         encoder.colorspace, encoder.color_range = 1, 1
@@ -169,8 +177,9 @@ def to_xyz(primaries):
 
 @functools.cache
 def primaries_to_bt709(code):
-    """Return the matrix (3,3) from linear RGB with the primaries WIDE[code] to linear RGB with BT.709's. White stays
-    white (Bradford's adaptation). code None: BT.709 itself, the identity.
+    """Return the matrix (3,3) from linear RGB with the primaries WIDE[code] to linear RGB with BT.709's primaries.
+    White stays white (Bradford's adaptation). If code is None, the primaries are BT.709's, and the matrix is the
+    identity.
     """
     if code is None:
         return np.eye(3, dtype=np.float32)
@@ -180,8 +189,8 @@ def primaries_to_bt709(code):
 
 
 def linear_light(transfer, signal):
-    """Return the linear light that a display makes of a `signal` in [0,1]; 1 is the white of SDR. HLG's system gamma is
-    applied to each channel, which is zscale's default, while ITU-R BT.2100 applies it to the luminance.
+    """Return the linear light that a display produces for a `signal` in [0,1]. The white of SDR is 1. HLG's system
+    gamma is applied to each channel, which is zscale's default, while ITU-R BT.2100 applies it to the luminance.
     """
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -203,8 +212,8 @@ def linear_table(transfer):
 
 @functools.cache
 def display_table(transfer):
-    """Return the 8-bit signals (4096,) of linear light in [0,1], indexed by 4095 times the square root of the light.
-    The curve is sRGB's for SRGB, else that of an SDR display.
+    """Return a table of 8-bit signals (4096,), indexed by 4095 times the square root of linear light in [0,1]. The
+    curve is sRGB's if transfer is SRGB, else that of an SDR display.
     """
     light = (np.arange(4096) / 4095) ** 2
     srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -233,7 +242,7 @@ PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {an ICC profile'
 
 
 def matrix_profile(primaries, gamma):
-    """Return an ICC profile (bytes) for these primaries, in the form that WIDE has, and the curve signal =
+    """Return an ICC profile (bytes) with these primaries, in the form that WIDE has, and with the curve signal =
     light**gamma. Raises ValueError for numbers that no profile can describe.
     """
 
@@ -273,7 +282,7 @@ def profile_of(image):
 
 
 def has_codes(path):
-    """Whether a file is a PNG with a cICP chunk: codes of H.273, which override all other colour chunks."""
+    """Return whether a file is a PNG with a cICP chunk: codes of H.273, which override all other colour chunks."""
     with open(path, "rb") as file:
         is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         while is_png and len(head := file.read(8)) == 8 and head[4:] not in (b"cICP", b"IDAT"):
@@ -283,8 +292,8 @@ def has_codes(path):
 
 @functools.lru_cache(8)
 def profile_transform(profile):
-    """Return (PIL's mode, transform to sRGB) of an ICC profile (bytes). The transform is None where it would change no
-    colour visibly, as for sRGB's own profile. Raises ValueError for a profile that cannot be used.
+    """Return (PIL's mode, transform to sRGB) for an ICC profile (bytes). The transform is None if it would change no
+    colour visibly, as with sRGB's own profile. Raises ValueError for a profile that cannot be used.
     """
     from PIL import Image, ImageCms
 
@@ -317,8 +326,8 @@ def transform_for(image, profile):
 
 
 def to_srgb(image, source):
-    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. `source`, the image that it was made from, has the
-    profile. A profile that does not fit is ignored, as in browsers.
+    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. source: the image from which it was made, which has
+    the profile. A profile that does not fit is ignored, as in browsers.
     """
     from PIL import ImageCms
 
@@ -332,7 +341,7 @@ def to_srgb(image, source):
 
 
 def profile_notes(image):
-    """Return the notes of video.Shown on a PIL image's profile."""
+    """Return the notes, for video.Shown, on a PIL image's profile."""
     try:
         return ["colour profile"] if transform_for(image, profile_of(image))[1] else []
     except ValueError:

@@ -18,8 +18,9 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def pick_device(name=None):
-    """Return the device that a flag names, by default cuda if there is a GPU. Raises BadInput if the device does not
-    exist or is a GPU older than Ampere, on which neither bf16 nor Triton's matrix products work.
+    """Return the device that a flag names, or, without a name, cuda if there is a GPU, else the CPU. Raises BadInput if
+    the device does not exist, or if it is a GPU older than Ampere, on which neither bf16 nor Triton's matrix products
+    work.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
@@ -44,13 +45,15 @@ def check_gpu(device):
 
 
 def pick_dtype(name, device):
-    """Return the name of the dtype that a flag gives, or the device's default: bf16 on cuda, fp32 on cpu."""
+    """Return the name of the dtype that a flag gives, or, without a name, the device's default: bf16 on cuda, fp32 on
+    cpu.
+    """
     return name or ("bf16" if torch.device(device).type == "cuda" else "fp32")
 
 
 def select_attention(name, device, dtype, gradients=False):
-    """Select the attention that a flag names, as kernels.attention_backends.select does. Raises BadInput if it cannot
-    be used.
+    """Select the attention that a flag names, with kernels.attention_backends.select. Raises BadInput if it cannot be
+    used.
     """
     try:
         attention_backends.select(name, device, dtype, gradients)
@@ -59,7 +62,9 @@ def select_attention(name, device, dtype, gradients=False):
 
 
 def free_memory(device):
-    """Return the bytes that can still be allocated on a device, or on the host ("cpu"); infinite if unknown."""
+    """Return the bytes that can still be allocated on a device, or on the host ("cpu"). The result is infinite if
+    unknown.
+    """
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
             return math.inf
@@ -77,8 +82,9 @@ def free_memory(device):
 
 
 def cgroup_memory():
-    """Return the bytes that the control groups of this process (a container's, a batch job's) still allow it; infinite
-    without a limit. The page cache does not count as used, since the system frees it when memory is short.
+    """Return the bytes that this process may still use under its control groups (such as those of a container or a
+    batch job), or infinity without a limit. The page cache does not count as used, since the system frees it when
+    memory is short.
     """
     free = math.inf
     for line in _read(PROC / "self" / "cgroup").splitlines():
@@ -107,5 +113,5 @@ def _read(file):
 
 
 def activation_bytes(dim, tokens, batch=1):
-    """Estimate the bytes of activations in a forward pass of a DiT of width `dim`, without gradients."""
+    """Return an estimate of the bytes of activations in a forward pass of a DiT of width `dim`, without gradients."""
     return DIT_BYTES * batch * tokens * dim

@@ -9,26 +9,29 @@ import time
 
 
 class BadInput(ValueError):
-    """A file or flag from the user cannot be used. The message is one line: the file or flag, its value, and what would
-    be right.
+    """An error about a file or flag from the user that cannot be used. The message is one line: the file or flag, its
+    value, and what would be right.
     """
 
 
 class Skip(Exception):
-    """A media file cannot be used, for the reason in the message; the run continues with the other files."""
+    """An error about a media file that cannot be used, with the reason as its message. The run continues with the other
+    files.
+    """
 
 
 def return_freed_blocks():
-    """Have glibc return freed blocks above 1 MB to the system at once. By default it keeps blocks of up to 32 MB, which
-    leaves holes: the activations of a training step on a 1 GB model took 0.9 GB instead of 0.37.
+    """Make glibc return freed blocks above 1 MB to the system at once. By default, glibc keeps blocks of up to 32 MB,
+    which leaves holes: with the default, the activations of a training step on a 1 GB model took 0.9 GB instead of
+    0.37.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def cli(main):
-    """Run a script's `main`. A BadInput, or a file that cannot be read or written, becomes one line on stderr and exit
-    code 1. Ctrl-C, or closing the pipe that reads the output, ends the script without a traceback.
+    """Run a script's `main`. A BadInput, or a file that cannot be read or written, ends the script with one line on
+    stderr and exit code 1. Ctrl-C, or closing the pipe that reads the output, ends the script without a traceback.
     """
     return_freed_blocks()
     rank = int(os.environ.get("RANK", 0))
@@ -57,7 +60,9 @@ def cli(main):
 
 
 def check_at_least(least, **flags):
-    """Raise BadInput if a flag's number is below `least`. None means that the flag was not given."""
+    """Raise BadInput if the number of a flag is below `least`. flags: {flag: number, or None if the flag was not
+    given}.
+    """
     for flag, value in flags.items():
         if value is not None and not value >= least:
             raise BadInput(f"--{flag} {value}: at least {least}")

@@ -18,8 +18,8 @@ TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
 
 def _write_error(error, path):
     """Return the errno of the failed write to `path`, or to its temporary file, that caused an exception; None if no
-    such write did. Libraries wrap the system's error. torch's writer of zip files, on another rank, leaves only its own
-    name in the message.
+    such write did. The system's error is often wrapped in a library's. When torch's writer of zip files fails on
+    another rank, only the writer's name in the message is left.
     """
     text = str(error)
     while error is not None:
@@ -33,8 +33,8 @@ def _write_error(error, path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn a failed write to `path` in the `with` block, in whatever form a library raises it, into an OSError that
-    names the file and, if the disk may be the reason, the disk.
+    """Return a context manager for code that writes to `path`. If a write fails, in whatever form a library raises
+    that, the exception becomes an OSError that names the file and, if the disk may be the reason, the disk.
     """
     try:
         yield
@@ -65,7 +65,9 @@ def _open_temporary(path):
 
 
 def remove_leftovers(folder):
-    """Remove the unfinished files that killed processes left in a folder; live processes have theirs locked."""
+    """Remove the unfinished files that killed processes left in a folder. Files of live processes are
+    locked and stay.
+    """
     for file in Path(folder).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError), open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +75,7 @@ def remove_leftovers(folder):
 
 
 def _sync(path):
-    """Wait until the disk holds what was written to a file, or what was renamed in a folder."""
+    """Wait until the changes of a file's contents, or of the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -83,9 +85,9 @@ def _sync(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give the `with` block a temporary file in the folder of `path`. If the block succeeds, what it wrote is on the
-    disk as `path`; if it fails, an earlier file at `path` is untouched. A failed write raises an OSError that names
-    `path`.
+    """Return a context manager that gives a temporary file in the folder of `path`. If the block succeeds, this file is
+    on the disk and gets the name `path`. If the block fails, an earlier file at `path` is untouched. A failed write
+    raises an OSError that names `path`.
     """
     path = Path(path)
     with writing(path):
@@ -104,14 +106,14 @@ def atomic(path):
 
 
 def save_pickle(path, values):
-    """Save `values` by torch.save, atomically."""
+    """Save `values` with torch.save, atomically."""
     # an open file, since torch.save hides the system's reason for a failed write if it gets a name
     with atomic(path) as tmp, open(tmp, "wb") as f:
         torch.save(values, f)
 
 
 def read_json(file):
-    """Return the dictionary in a configuration's JSON file. Raises BadInput if the file holds no dictionary."""
+    """Return the dictionary that a JSON configuration file holds. Raises BadInput if the file holds no dictionary."""
     try:
         found = json.loads(file.read_text())
     except ValueError as e:
@@ -122,7 +124,9 @@ def read_json(file):
 
 
 def check_output(flag, path, suffix):
-    """Raise BadInput if a path cannot be written or has another suffix, before anything is computed for it."""
+    """Raise BadInput if the output file `path` of a flag cannot be written or does not end in `suffix`. Called before
+    anything is computed for the file.
+    """
     parent = next((d for d in path.absolute().parents if d.exists()), Path("/"))
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BadInput(f"{flag} {path}: cannot be written as a file: it is a folder, or its folder is not writable")
@@ -131,6 +135,8 @@ def check_output(flag, path, suffix):
 
 
 def numbered(path, i, count):
-    """Return the path of result `i`: PATH itself if `count` is 1, else PATH_000, PATH_001 and so on."""
+    """Return the path of result `i`: `path` itself if `count` is 1, else `path` with _000, _001 and so on before its
+    suffix.
+    """
     path = Path(path)
     return path if count == 1 else path.with_stem(f"{path.stem}_{i:03d}")

@@ -27,7 +27,7 @@ FORMULAS = flop_registry | {
 
 
 class Flops(NamedTuple):
-    """FLOPs by kind; GPUs compute each kind at a different rate."""
+    """Numbers of FLOPs by kind. A GPU computes each kind at a different rate."""
 
     linear: int = 0  # of matrix products and convolutions in forward passes
     attention: int = 0  # of attention in forward passes
@@ -39,14 +39,14 @@ class Flops(NamedTuple):
         return sum(self)
 
     def plus(self, other, times=1):
-        """Return the sum of these Flops and `times` the Flops `other`."""
+        """Return the sum of these Flops and of `other` multiplied by `times`."""
         return Flops(*(a + times * b for a, b in zip(self, other)))
 
 
 class Card(NamedTuple):
-    """Rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: copies from host memory, from
-    the GPU's PCIe generation. The other rates are assumptions, from what others have measured at large sizes; nobody
-    has measured them with this project.
+    """The rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: copies from host memory,
+    from the GPU's PCIe generation. The other rates are assumptions, from what others have measured at large sizes;
+    nobody has measured them with this project.
     """
 
     peak: float
@@ -68,14 +68,14 @@ CARDS = {  # {a part of torch.cuda.get_device_name: Card}
 
 
 def card_of(device_name):
-    """Return the Card for a GPU's name, or None if its rates are not known."""
+    """Return the Card for the GPU with this name, or None if the rates of that GPU are not known."""
     return next((card for name, card in CARDS.items() if name in device_name), None)
 
 
 def predict_seconds(flops, device_name, fp8=False, nbytes=0):
-    """Return the predicted, not measured, seconds for these Flops and `nbytes` of other memory traffic at the rates
-    assumed for a GPU of this name. fp8: whether matrix products of forward passes are computed in 8 bits. None if the
-    rates are not known.
+    """Return the seconds that a GPU with this name needs for these Flops and `nbytes` of other memory traffic; None if
+    its rates are not known. The time is predicted from assumed rates, not measured. fp8: whether matrix products of
+    forward passes are computed in 8 bits.
     """
     card = card_of(device_name)
     linear = card and (card.linear_fp8 if fp8 else card.linear)
@@ -86,24 +86,25 @@ def predict_seconds(flops, device_name, fp8=False, nbytes=0):
 
 
 def elementwise_bytes(config, latents):
-    """Estimate the bytes that a forward pass reads and writes outside of matrix products and attention, at 2 bytes per
-    value. In each block, norms, rotations and gates pass 21 times over a token's `dim` values, and the GELU passes
-    twice over its `ffn_dim` values. A backward pass takes about twice as many bytes. latents (T',h,w).
+    """Return an estimate of the bytes that a forward pass reads and writes outside of matrix products and attention, at
+    2 bytes per value. In each block, norms, rotations and gates pass 21 times over a token's `dim` values, and the GELU
+    passes twice over its `ffn_dim` values. A backward pass reads and writes about twice as many bytes. latents
+    (T',h,w): the size of the clip's latents.
     """
     tokens = math.prod(latents) // math.prod(config.patch_size)
     return 2 * tokens * config.num_layers * (21 * config.dim + 2 * config.ffn_dim)
 
 
 def encoder_step(blocks, trained, tokens):
-    """Return the Flops of a forward and a backward pass of a text encoder. blocks: the parameters in its blocks.
-    trained: how many of them are trained. tokens: those that it reads. Attention is left out, since it costs little
-    among so few tokens.
+    """Return the Flops of a forward and a backward pass of a text encoder. blocks: number of parameters in its blocks.
+    trained: number of those that are trained. tokens: number of tokens that it reads. Attention is left out, since it
+    costs little for so few tokens.
     """
     return Flops(linear=2 * blocks * tokens, linear_backward=2 * (blocks + trained) * tokens)
 
 
 class Counter(TorchDispatchMode):
-    """Counts the Flops of what runs in its `with` block."""
+    """A count of the Flops of all operations that run in its `with` block."""
 
     def __init__(self):
         super().__init__()
@@ -124,9 +125,10 @@ class Counter(TorchDispatchMode):
 
 
 def forward(config, latents, text=64, batch=1):
-    """Return the Flops of a forward pass in sampling. What is computed once for all steps is not counted.
+    """Return the Flops of a forward pass in sampling. Operations that run once for all steps are not counted.
 
-    config: of a DiT. latents (T',h,w). text: tokens of the prompt. batch: clips.
+    config: the configuration of a DiT. latents (T',h,w): the size of a clip's latents. text: number of tokens of the
+    prompt. batch: number of clips.
     """
 
     def count(config, _):
@@ -141,8 +143,8 @@ def forward(config, latents, text=64, batch=1):
 
 
 def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkpointing=False):
-    """Return the Flops of a forward and a backward pass. adapted: names of the linears with a LoRA of this rank, which
-    is trained; without names, gradients go to the text embedding, as in train_te. checkpointing: as in Wan. The other
+    """Return the Flops of a forward and a backward pass. adapted: names of the linear layers that have a trained LoRA
+    of this rank; without names, gradients go to the text embedding, as in train_te. checkpointing: as in Wan. The other
     arguments are those of `forward`.
     """
 
@@ -163,8 +165,8 @@ def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkp
 
 
 def _of_few_blocks(count, config, adapted):
-    """Return count(config, adapted), a Flops. If all blocks after the first do the same work, it is extrapolated from
-    the counts for two and for three blocks.
+    """Return the Flops that count(config, adapted) returns. If all blocks after the first do the same work, this number
+    is extrapolated from the counts for two and for three blocks.
     """
     inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
     if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):
@@ -180,9 +182,9 @@ COUNTED = {}  # what step_of has counted, since counting takes seconds: {key: (t
 
 
 def step_of(dit, latents, text, batch):
-    """Return the Flops of a training step on a DiT, without what activation checkpointing computes again. Arguments as
-    in `forward`. They are counted for one size, and scaled for others: linear layers by the number of tokens, attention
-    by the number of token pairs.
+    """Return the Flops of a training step on a DiT, without what activation checkpointing computes again. The arguments
+    are as in `forward`. FLOPs are counted for one size, and scaled for others: linear layers by the number of tokens,
+    attention by the number of token pairs.
     """
     layers, tokens = lora_layers(dit), math.prod(latents) // 4
     key = repr(dit.config), tuple(layers), text
@@ -197,7 +199,7 @@ def step_of(dit, latents, text, batch):
 
 
 def _example(config, latents, text, batch):
-    """Return (a DiT without weights, x, t, context, further inputs of its forward)."""
+    """Return (a DiT without weights, x, t, context, further keyword arguments of the DiT's forward)."""
     dit, inputs = (
         new_dit(config).requires_grad_(False),
         parts_of(config.model_type).examples.inputs(config, (config.out_dim, *latents)),

@@ -12,16 +12,16 @@ from nanowan.video import to_uint8, write_frames
 
 
 class SegmentFiles:
-    """The finished segments of one video, in files of a folder next to it. OUT.clips/clip_000.safetensors holds the
-    latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds the Video's state
-    after the last finished segment.
+    """The finished segments of one video, kept in files of a folder next to the video. OUT.clips/clip_000.safetensors
+    holds the latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds the
+    Video's state after the last finished segment.
     """
 
     on_every_rank = False  # one rank saves the segments, in files that all ranks read
 
     def __init__(self, out, key, resume):
-        """key: a hash of all that decides the video. resume: keep the segments that are there; else they are deleted.
-        Raises BadInput if they belong to another video.
+        """out: the video's file. key: a hash of everything that decides the video. resume: keep the segments that are
+        in the folder; otherwise they are deleted. Raises BadInput if these segments belong to another video.
         """
         self.out, self.folder, self.key = Path(out), Path(out).with_suffix(".clips"), key
         if not resume:
@@ -31,7 +31,7 @@ class SegmentFiles:
 
     @classmethod
     def open(cls, out, key, resume, world):
-        """Return the SegmentFiles on every rank of `world`; rank 0 clears the folder before the others look at it."""
+        """Return the SegmentFiles on every rank of `world`. Rank 0 clears the folder before the other ranks read it."""
         if world.is_main:
             segments = cls(out, key, resume)
         world.barrier()
@@ -60,7 +60,7 @@ class SegmentFiles:
 
     def write_video(self, video, comment, save_latents=None):
         """Write the mp4 of all segments, with the Video's sound, and delete the folder. save_latents: a file for the
-        segments' latents, as latents_0, latents_1, ...
+        segments' latents, which are named latents_0, latents_1, and so on.
         """
         frames = (load(self.file(r))[0]["frames"].numpy() for r in range(self.count()))
         write_frames(self.out, frames, video.fps, comment, sound=video.sound, sound_offset=video.sound_offset)
@@ -71,7 +71,9 @@ class SegmentFiles:
 
 
 class SegmentsInMemory:
-    """The finished segments of one video in memory: the latents (C,T',h,w) and frames (3,n,H,W) of each."""
+    """The finished segments of one video, kept in memory: the latents (C,T',h,w) and frames (3,n,H,W) of
+    each segment.
+    """
 
     on_every_rank = True
 
@@ -87,8 +89,8 @@ class SegmentsInMemory:
 
 
 def check_disk(out, video, done=0):
-    """Raise BadInput if the disk of `out` has no room for the mp4 and for the segments of a Video that are not done.
-    The segments stay on the disk until the last one is done. done: how many are finished.
+    """Raise BadInput if the disk of `out` has too little room for the mp4 and for the remaining segments of a Video.
+    Segments stay on the disk until the last one is finished. done: number of segments that are finished.
     """
     (_, frames, _, _), (width, height) = video.shape, video.size
     pixels = 3 * 4 * frames * width * height  # values in a segment's frames, one byte each

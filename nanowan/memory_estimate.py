@@ -41,14 +41,16 @@ CPU_LIBRARIES = 50 << 20  # bytes that MKL, oneDNN and the heap's holes take in 
 
 
 def used(device):
-    """Return the peak bytes so far: those allocated on a GPU or, on a CPU, this process's resident memory."""
+    """Return the peak memory in bytes so far: on a GPU, the memory that PyTorch allocated; on a CPU, this process's
+    resident memory.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident("VmHWM")
 
 
 def resident(field="VmRSS"):
-    """Return this process's resident memory in bytes: now ("VmRSS"), or at its peak ("VmHWM")."""
+    """Return this process's resident memory in bytes: the current value ("VmRSS") or the peak ("VmHWM")."""
     try:
         return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
     except (OSError, StopIteration):
@@ -56,7 +58,9 @@ def resident(field="VmRSS"):
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of all tensors made in its `with` block. now: of those that exist; peak: the most so far."""
+    """A count of the bytes of all tensors made in its `with` block. now: bytes of the tensors that still exist. peak:
+    the largest value of `now` so far.
+    """
 
     def __init__(self):
         super().__init__()
@@ -64,7 +68,7 @@ class Tracker(TorchDispatchMode):
         self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.update(storages((args, kwargs)))  # inputs made outside, such as weights: views of them take no memory
+        self.seen.update(storages((args, kwargs)))  # views of inputs made outside, such as weights, take no memory
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
             if storage not in self.seen:
@@ -85,7 +89,9 @@ def storages(tree):
 
 
 def scratch_bytes(func, args):
-    """Return the bytes of temporary memory that a traced operation takes while it runs."""
+    """Return the bytes of temporary memory that an operation takes while it runs. func, args: the
+    operation, as traced.
+    """
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
     x, _, weight, _, gamma, *_ = args  # the temporary is x after the frames before it, normed
@@ -107,9 +113,9 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT is divided. fp8: its blocks are in 8 bits. stream_blocks: how many of its blocks lie on the host.
-    fsdp_size, sp_size, pp_size: the number of ranks that share its weights, its tokens and its blocks. ranks: all
-    processes of the run.
+    """How a DiT is divided among ranks. fp8: whether the blocks are in 8 bits. stream_blocks: number of blocks that lie
+    on the host. fsdp_size: number of ranks that share the weights. sp_size: number of ranks that share the tokens.
+    pp_size: number of ranks that share the blocks. ranks: number of all processes of the run.
     """
 
     fp8: bool = False
@@ -131,11 +137,15 @@ class ParallelLayout:
 
     @property
     def caches_text_kv(self):
-        """Whether a DiT keeps a prompt's keys and values: only if all blocks have their weights at all times."""
+        """Whether a DiT keeps the keys and values of a prompt. It does so only if all blocks have their weights at all
+        times.
+        """
         return not self.stream_blocks and self.fsdp_size == self.pp_size == 1
 
     def weights(self, dit):
-        """Return a DiT's bytes (on a device, on the host). Weights outside of blocks are on every device."""
+        """Return the bytes of a DiT's weights, (on a device, on the host). Weights outside of blocks are on every
+        device.
+        """
         blocks = [nbytes(b) for b in dit.blocks]
         outside, mine = nbytes(dit) - sum(blocks), blocks[: math.ceil(len(blocks) / self.pp_size)]
         if self.stream_blocks:
@@ -146,7 +156,7 @@ class ParallelLayout:
         return outside + sum(mine), 0
 
     def share_tokens(self, dit):
-        """Let a DiT compute like the first of the ranks that share a clip."""
+        """Make a DiT compute as it does on the first of the ranks that share a clip."""
         if self.sp_size > 1:
             apply_ulysses(dit, self, FirstRank)
 
@@ -156,7 +166,9 @@ SINGLE_DEVICE = ParallelLayout()
 
 # ---- the models, as fake tensors ---------------------------------------------------------------------------------
 def builders(pipe):
-    """Return {model: function that builds it} for the Pipeline of a checkpoint, from the headers of its files."""
+    """Return {model: function that builds the model} for the checkpoint of a Pipeline, from the headers
+    of its files.
+    """
     text, vae = read_encoder(pipe.files("text")).entries, read_weights(pipe.files("vae"))
     found = {
         name: lambda name=name, entries=entries: new_dit(read_config(pipe.folder(name), entries))
@@ -166,15 +178,17 @@ def builders(pipe):
 
 
 def full_builders(s):
-    """Return {model: function that builds it} for a variant at its released size, without any file. s: its Settings."""
+    """Return {model: function that builds the model} for a variant at its released size. No files are read. s: the
+    variant's Settings.
+    """
     dits = {name: lambda: new_dit(full_config(s.variant)) for name in s.expert_names}
     version = VARIANTS[s.variant]["vae"]
     return dits | {"text": lambda: TextEncoder(*XXL), "vae": lambda: VAE(version, *FULL_WIDTHS[version])}
 
 
 def build(builders, part, dtype, cuda=False):
-    """Build the model `part`, a key of `builders`, in the dtypes that its loader would give it on a CPU or, if `cuda`,
-    on a GPU, where the VAE decodes in `dtype`.
+    """Build the model `part`, a key of `builders`, and return it. Its dtypes are those that its loader gives it on a
+    CPU or, if `cuda`, on a GPU, where the VAE decodes in `dtype`.
     """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -188,7 +202,9 @@ def build(builders, part, dtype, cuda=False):
 
 @contextlib.contextmanager
 def pretending(cuda):
-    """Let tensors in the `with` block have no memory. cuda: whether operations are those of a GPU or of a CPU."""
+    """Return a context manager in which tensors have no memory. cuda: whether operations are those of a GPU or of a
+    CPU.
+    """
     if cuda and torch.cuda.is_available():
         torch.cuda.init()  # operations may query the GPU, and activation checkpointing forbids to initialize CUDA then
     gpu_ops = backend.using("triton", pretend=True)
@@ -197,7 +213,7 @@ def pretending(cuda):
 
 
 def import_libraries():
-    """Import what a run imports sooner or later, so that this process's memory already includes it."""
+    """Import the libraries that a run imports sooner or later, so that this process's memory already includes them."""
     with contextlib.suppress(ImportError):
         import av  # noqa: F401
         import ftfy  # noqa: F401
@@ -207,12 +223,12 @@ def import_libraries():
 
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
-    """The memory and disk space of a run on `device`. phases: {name: {what: bytes}} on the device; the largest phase is
-    the peak. host: the same for the host memory that the ranks of a machine with GPUs use together. disk: {what:
-    bytes}. layout: the ParallelLayout.
+    """The memory and disk space that a run on `device` needs. phases: {name of a phase: {what needs memory: bytes}} on
+    the device; the largest phase is the peak. host: the same for the host memory that the ranks of a machine with GPUs
+    use together. disk: {what needs space: bytes}. layout: the ParallelLayout.
 
-    takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: how many of a rank's
-    blocks get gradients, so that activation checkpointing can save memory in them.
+    takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: number of a rank's blocks
+    that get gradients; activation checkpointing can save memory in these.
     """
 
     takes_turns, learning_blocks = False, 0
@@ -228,12 +244,12 @@ class Plan:
 
     @property
     def peak(self):
-        """The peak bytes on the device."""
+        """The peak memory on the device, in bytes."""
         return self.process + max(sum(p.values()) for p in self.phases.values())
 
     @property
     def host_peak(self):
-        """The peak bytes in the host memory of a machine."""
+        """The peak memory on the host of one machine, in bytes."""
         if not self.cuda:
             return self.layout.local_ranks * self.peak
         return self.host_process + max(sum(p.values()) for p in self.host.values())
@@ -249,8 +265,8 @@ class Plan:
         return itemized({"process": self.host_process} | max(self.host.values(), key=lambda p: sum(p.values())))
 
     def check_host(self, free=None):
-        """Raise BadInput if a machine has less host memory than the plan needs. free: its free bytes (default: those of
-        this machine).
+        """Raise BadInput if the free host memory is less than the plan needs. free: free bytes on the host (default:
+        those of this machine).
         """
         if free is None:
             free = free_memory("cpu") + self.layout.local_ranks * resident()
@@ -266,7 +282,9 @@ class Plan:
         raise BadInput(f"{flag}: {needs} ({self._host_parts()}), {gb(free)} are free; {less}")
 
     def compare(self, device):
-        """Return a line for the end of a run: the memory that it used, and the memory that was planned."""
+        """Return a line for the end of a run that states the memory that the run used and the memory
+        that was planned.
+        """
         planned = self.peak - self.process * self.cuda  # allocated bytes do not include a GPU's context
         text = "peak memory " + beside(used(device), planned)
         if self.cuda:
@@ -281,7 +299,7 @@ def beside(measured, planned):
 
 
 def free_beside_plan(spec, device):
-    """Return the bytes that a plan may use, (on the device, on the host); infinite where they are not known."""
+    """Return the bytes that a plan may use, (on the device, on the host). A value that is not known is infinite."""
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
     memory = free_memory(device) / share if spec.memory is None and here else spec.memory or math.inf
@@ -290,8 +308,8 @@ def free_beside_plan(spec, device):
 
 
 def encoder_at_work(encoder, memory, cuda):
-    """Return ({what: bytes} on the device, the same on the host) for a text encoder that is not trained. As in the
-    pipeline, an encoder that does not fit on a GPU is streamed.
+    """Return ({what needs memory: bytes} on the device, the same on the host) for a text encoder that is not trained.
+    As in the pipeline, an encoder that does not fit on a GPU is streamed.
     """
     whole, blocks = nbytes(encoder), [nbytes(b) for b in encoder.blocks]
     if cuda and whole + ROOM > memory:
@@ -309,9 +327,9 @@ def itemized(parts):
 
 
 def denoising_bytes(dit, s, shape, batch, text, mode, layout):
-    """Return the peak bytes, without weights, of a sampling step on `batch` clips with latents `shape` (C,T',h,w). s:
-    the Settings. text: tokens of a prompt. mode: how guidance is computed, "none", "batched", "sequential" or
-    "parallel" (Pipeline.guidance_mode).
+    """Return the peak bytes, without weights, of a sampling step on `batch` clips with latents of `shape` (C,T',h,w).
+    s: the Settings. text: number of tokens of a prompt. mode: how guidance is computed, "none", "batched", "sequential"
+    or "parallel" (Pipeline.guidance_mode).
     """
     dit.cache_text_kv = layout.caches_text_kv
     layout.share_tokens(dit)
@@ -344,8 +362,8 @@ def denoising_bytes(dit, s, shape, batch, text, mode, layout):
 
 
 def decoding_bytes(vae, shape, batch, tile):
-    """Return the peak bytes, without weights, of decoding `batch` latents of `shape` (C,T',h,w), the videos included.
-    tile: as --vae_tile, 0 for none.
+    """Return the peak bytes, without weights, of decoding `batch` latents of `shape` (C,T',h,w). The decoded videos are
+    included. tile: the value of --vae_tile, 0 for no tiles.
     """
     # latent frames after the third, and tiles after the third on each side, only add to the finished video
     (_, T, H, W), (_, sh, sw) = shape, vae.stride
@@ -358,7 +376,7 @@ def decoding_bytes(vae, shape, batch, tile):
 
 
 def encoding_bytes(vae, width, height, frames):
-    """Return the peak bytes, without weights, of encoding one clip, the clip included."""
+    """Return the peak bytes, without weights, of encoding one clip. The clip itself is included."""
     short = min(frames, 9)  # with more frames, only the clip and the frames that it was made from take more memory
     video = torch.empty(1, 3, short, height, width)
     return traced(lambda: vae.encode(video)) + 4 * 3 * height * width * (2 * frames - short)
@@ -366,10 +384,10 @@ def encoding_bytes(vae, width, height, frames):
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """What `sampling` plans for: clips with latents `shape` (C,T',h,w) and `size` (width, height) px, `batch` at once,
-    with prompts of `text` tokens. image: whether an image is given. mode: how guidance is computed, as in
-    denoising_bytes. tile: --vae_tile. preview: whether --preview_every is on. memory, host: free bytes on the device
-    and on the host (default: those of this machine).
+    """The work that `sampling` plans for: `batch` clips at once, with latents of `shape` (C,T',h,w) and `size` (width,
+    height) px, and with prompts of `text` tokens. image: whether an image is given. mode: how guidance is computed, as
+    in denoising_bytes. tile: the value of --vae_tile. preview: whether --preview_every is on. memory, host: free bytes
+    on the device and on the host (default: those of this machine).
     """
 
     settings: Settings
@@ -387,7 +405,7 @@ class SamplingSpec:
 
 
 def sampling(spec, builders, device, dtype):
-    """Return the Plan of a SamplingSpec. builders: from `builders` or `full_builders`."""
+    """Return the Plan of a SamplingSpec. builders: as returned by `builders` or `full_builders`."""
     cuda, s, layout = torch.device(device).type == "cuda", spec.settings, spec.layout
     free, _ = free_beside_plan(spec, device)
     with pretending(cuda):
@@ -441,15 +459,15 @@ def sampling(spec, builders, device, dtype):
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What `training` plans for, per rank.
+    """The work that `training` plans for, per rank.
 
     batch: samples per rank and micro-batch. bucket: the largest (width, height, frames). optimizer: "adamw" or
-    "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob are on. continuation: the flag's
-    value. num_experts: how many DiTs are trained, or trained through. text: tokens of a long caption. cache: bytes of
-    (latents, text embeddings). encode, encode_texts: whether some of them must be computed. previews: shape (C,T',h,w)
-    of the largest preview's latents, or (). num_results: how many copies of the trained weights stay on disk.
-    save_delta: whether only the changes to an encoder are saved. memory, host: free bytes on the device and on the host
-    (default: those of this machine).
+    "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob are on. continuation: the value of
+    --continuation. num_experts: number of DiTs that are trained, or trained through. text: number of tokens of a long
+    caption. cache: bytes of (latents, text embeddings). encode, encode_texts: whether any latents and any text
+    embeddings must be computed. previews: shape (C,T',h,w) of the largest preview's latents, or (). num_results: number
+    of copies of the trained weights that stay on disk. save_delta: whether only the changes of an encoder are saved.
+    memory, host: free bytes on the device and on the host (default: those of this machine).
     """
 
     settings: Settings
@@ -477,9 +495,9 @@ class TrainingSpec:
 
 
 def training(spec, builders, make_trainable):
-    """Return the Plan of a TrainingSpec. builders: from `builders` or `full_builders`. make_trainable(dit, encoder)
-    returns what is trained, as parameters or optimizer groups; if it makes the encoder trainable, the estimate runs the
-    encoder too.
+    """Return the Plan of a TrainingSpec. builders: as returned by `builders` or `full_builders`. make_trainable(dit,
+    encoder) returns the trained parameters, as a list or as optimizer groups. If it makes the encoder trainable, the
+    estimate runs the encoder too.
     """
     s, dtype, layout, phases, host = spec.settings, spec.dtype, spec.layout, {}, {}
     memory, free_on_host = free_beside_plan(spec, spec.device)
@@ -570,8 +588,8 @@ def training(spec, builders, make_trainable):
 
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
-    """Run training steps of one rank; return (their peak bytes without weights, bytes of optimizer states and EMA).
-    entry: a sample, as make_noisy_batch takes it.
+    """Run training steps of one rank and return (peak bytes without weights, bytes of optimizer states and EMA). entry:
+    a sample, as make_noisy_batch takes it.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
@@ -625,8 +643,8 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
 def mfu(dit, x, text, seconds, device):
     """Return the share of the GPU's peak FLOP/s that a training step of `seconds` reached, or None if the peak is not
-    known. What activation checkpointing computes again is not counted. x (B,C,T',h,w): the batch. text: its tokens per
-    caption.
+    known. What activation checkpointing computes again is not counted. x (B,C,T',h,w): the batch. text: number of
+    tokens per caption.
     """
     card = torch.device(device).type == "cuda" and flops.card_of(torch.cuda.get_device_name(device))
     return flops.step_of(dit, x.shape[2:], text, len(x)).total / seconds / card.peak if card else None

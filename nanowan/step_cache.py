@@ -2,10 +2,10 @@
 
 
 class EasyCache:
-    """Sampling steps without the model (Zhou et al., "Less is Enough", 2025). The difference between velocity and
-    latent changes slowly. The last computed difference is used again as long as the change expected since then,
-    relative to the velocity, stays below `threshold`. threshold 0: compute every step. computed: model evaluations so
-    far.
+    """A cache with which sampling skips the model in some steps (Zhou et al., "Less is Enough", 2025). The difference
+    between velocity and latent changes slowly. The last computed difference is reused until the estimated change of the
+    velocity since then, relative to the velocity and summed over the steps, reaches `threshold`. With threshold 0, the
+    model computes every step. computed: number of model evaluations so far.
     """
 
     def __init__(self, threshold=0.0):
@@ -13,7 +13,7 @@ class EasyCache:
         self.reset()
 
     def reset(self):
-        """Forget what was computed, before another expert takes over."""
+        """Forget all computed velocities. Called before another expert takes over."""
         self.v = self.rate = None
 
     def predict(self, x):

@@ -38,9 +38,9 @@ SHORTEST_DURATION = 0.011  # seconds; a picture of an animated image with less i
 
 class Shown(NamedTuple):
     """How a media file is shown. width, height: in px, upright and with square pixels. times: the seconds from the
-    first picture to each picture, ascending (None: a still).
+    first picture to each picture, ascending, or None for a still.
 
-    notes: remarks for the report on the data. changed: the notes on properties that earlier versions ignored. They are
+    notes: remarks for the data report. changed: the notes on properties that earlier versions ignored. These notes are
     part of the cache file's name, since the caches of those versions hold different pixels.
     """
 
@@ -57,17 +57,17 @@ class Frame:
     """
 
     def __init__(self, seconds, size, convert):
-        """convert() returns the PIL image; it is called when `image` is first read."""
+        """convert: a function that returns the PIL image. It is called when `image` is first read."""
         self.seconds, self.size, self._convert = seconds, size, convert
 
     @functools.cached_property
     def image(self):
-        """The upright PIL image in RGB, with as many pixels as are stored. Raises Skip if it cannot be decoded."""
+        """The upright PIL image in RGB, with as many pixels as the file stores. Raises Skip if it cannot be decoded."""
         with reading():
             return self._convert()
 
     def shown(self):
-        """Return the picture at `size`: (H,W,3) uint8."""
+        """Return the picture, resized to `size`, as (H,W,3) uint8."""
         from PIL import Image
 
         return np.array(self.image if self.image.size == self.size else self.image.resize(self.size, Image.LANCZOS))
@@ -78,13 +78,15 @@ def is_image(path):
 
 
 def why(error):
-    """Return the first line of a decoder's exception, or the exception's type if it has no message."""
+    """Return the first line of the message of a decoder's exception, or the exception's type if it has no message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager
 def reading(failure="cannot be decoded"):
-    """Turn any exception in the `with` block, which reads a file, into a Skip that begins with `failure`."""
+    """Return a context manager for code that reads a file. Any exception inside it becomes a Skip that begins with
+    `failure`.
+    """
     try:
         yield
     except Skip:
@@ -102,22 +104,22 @@ def probe(path):
 
 
 def read_frames(path, shown=None):
-    """Yield the Frames of a clip or an animated image in display order, or the single Frame of a still. shown: what
-    `probe` returned for the file, if the caller has it. Raises Skip if the file cannot be read.
+    """Yield the Frames of a clip or an animated image in display order, or the single Frame of a still. shown: the
+    result of `probe` for the file, if the caller has it. Raises Skip if the file cannot be read.
     """
     yield from image_frames(path) if is_image(path) else clip_frames(path, shown or probe(path))
 
 
 def read_windows(path, windows, draw, shown=None):
-    """For each list of times (seconds) in `windows`, yield [draw(frame)] of the Frames shown nearest to those times.
-    The times of a list ascend, and the lists are in the order of their first times. The file is decoded once, no
+    """For each list of times (seconds) in `windows`, yield a list with draw(frame) of the Frame shown nearest to each
+    time. The times in a list ascend, and the lists are ordered by their first times. The file is decoded once, no
     further than needed; a frame that is chosen several times is drawn once. shown: as in read_frames. Raises Skip if
     the file cannot be read.
     """
     chosen, done, before, drawn = [[] for _ in windows], 0, None, None
 
     def take(until):
-        """Draw the frame `before` for all times that it is nearest to; the frame after it is shown at `until`."""
+        """Draw the frame `before` for all times to which it is nearest. The frame after it is shown at `until`."""
         nonlocal drawn
         for wanted, taken in zip(windows[done:], chosen[done:]):
             while len(taken) < len(wanted):
@@ -147,8 +149,9 @@ def read_windows(path, windows, draw, shown=None):
 # ---- clips -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def open_clip(path):
-    """Open a clip: (container, video stream, a function from a packet to its frames). Each slice of a picture is
-    decoded in its own thread. With one thread per picture, FFmpeg would not report errors in the last pictures.
+    """Return a context manager that opens a clip and gives (container, video stream, a function from a packet to its
+    frames). Each slice of a picture is decoded in its own thread. With one thread per picture, FFmpeg would not report
+    errors in the last pictures.
     """
     import av
 
@@ -167,7 +170,7 @@ def open_clip(path):
 
 
 def decode_packet(decoder, tags, packet):
-    """Return the frames of a packet; a frame without colour tags gets the container's."""
+    """Return the frames of a packet. A frame without colour tags gets `tags`, those of the container."""
     frames = decoder.decode(packet)
     for frame in frames:
         color.complete(frame, tags)
@@ -175,8 +178,8 @@ def decode_packet(decoder, tags, packet):
 
 
 def main_track(streams, size):
-    """Return the stream that FFmpeg would choose: the largest, where being marked as the default adds DEFAULT_BONUS to
-    the size. Cover pictures are not considered. None if no stream is left.
+    """Return the stream that FFmpeg would choose, or None if there is none. It is the largest one by size(stream),
+    where DEFAULT_BONUS is added for a stream marked as the default. Cover pictures are not considered.
     """
     from av.stream import Disposition
 
@@ -189,14 +192,14 @@ def main_track(streams, size):
 
 
 def decode(container, stream, decode_packet):
-    """Yield the frames of a clip as PyAV's VideoFrames."""
+    """Yield the frames of a clip as VideoFrames of PyAV."""
     for packet in container.demux(stream):
         yield from decode_packet(packet)
 
 
 def probe_clip(path):
-    """Return the Shown of a clip. Only its first pictures are decoded, or all of them if the container does not say
-    when they are shown.
+    """Return the Shown of a clip. Only the clip's first pictures are decoded, or all of them if the container does not
+    say when they are shown.
     """
     stamps, looked_at, intact = [], [], True
     with open_clip(path) as (container, stream, decode_packet):
@@ -228,11 +231,12 @@ def probe_clip(path):
 
 
 def decoded_times(path, stamps):
-    """Decode all of a clip and return ([seconds of each picture], whether they differ from the frames' own times).
+    """Decode all of a clip and return ([seconds of each picture], whether these differ from the frames' own times).
 
-    If the frames' own times do not ascend, picture k gets the k-th smallest of them or, where those are incomplete or
-    repeat, of the packets' times `stamps`. It gets k / rate where those fail too, and where the times that were found
-    are near k / rate in a container that is not in TIMED_CONTAINERS. Raises Skip if there is no rate either.
+    If the frames' own times do not ascend, they are sorted, and picture k gets the k-th. If they are incomplete or
+    repeat, the packets' times, `stamps`, are used instead in the same way. If these fail too, picture k gets k / rate.
+    It also gets k / rate if the sorted times are near k / rate and the container is not in TIMED_CONTAINERS. Raises
+    Skip if no times are found and there is no rate.
     """
     with open_clip(path) as (container, stream, decode_packet):
         own = [frame.time for frame in decode(container, stream, decode_packet)]
@@ -252,7 +256,7 @@ def decoded_times(path, stamps):
 
 
 def varies(times):
-    """Whether the rate of frames with these `times` varies by more than Matroska's rounding to milliseconds."""
+    """Return whether the rate of frames with these `times` varies by more than Matroska's rounding to milliseconds."""
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
 
@@ -296,7 +300,7 @@ def orientation(frame):
 
 
 def orient(image, matrix):
-    """Turn or mirror an image (H,W,...) by the matrix that `orientation` returned."""
+    """Return an image (H,W,...) turned or mirrored by the matrix that `orientation` returned."""
     a, b, c, d = matrix
     if not a:
         image = image.swapaxes(0, 1)
@@ -317,14 +321,16 @@ def clip_frames(path, shown):
 
 
 def upright_image(frame):
-    """Convert a frame of PyAV to an upright PIL image in RGB."""
+    """Return a frame of PyAV as an upright PIL image in RGB."""
     from PIL import Image
 
     return Image.fromarray(orient(color.to_rgb(frame), orientation(frame)))
 
 
 def timed_frames(frames, shown):
-    """Yield (seconds since the first frame, frame). Raises Skip where times are missing or step back."""
+    """Yield (seconds since the first frame, frame) for each of `frames`. Raises Skip if times are
+    missing or step back.
+    """
     first, last = None, -math.inf
     for k, frame in enumerate(frames):
         if "reordered" in shown.changed:
@@ -341,7 +347,9 @@ def timed_frames(frames, shown):
 
 
 def deinterlaced(timed):
-    """Yield each (seconds, frame), the lines that an interlaced frame lacks filled in by FFmpeg's bwdif."""
+    """Yield each (seconds, frame) of `timed`, with interlaced frames deinterlaced by FFmpeg's bwdif. Other frames are
+    unchanged.
+    """
     graph, kind, waiting = None, None, collections.deque()
 
     def pull():
@@ -370,8 +378,8 @@ def deinterlaced(timed):
 
 
 def bwdif(frame):
-    """Return a filter graph for frames of this size and format: it deinterlaces those that are interlaced, and passes
-    the others on unchanged.
+    """Return a filter graph for frames with the size and format of `frame`. It deinterlaces interlaced frames and
+    passes other frames on unchanged.
     """
     import av
 
@@ -386,8 +394,8 @@ def bwdif(frame):
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 def open_animated(path):
-    """Return (PIL image, range of picture numbers): one number, or one for each picture of an animated WebP, PNG or
-    GIF. PIL's exceptions are left to the caller.
+    """Return (PIL image, range of picture numbers). The range holds one number for a still, or one for each picture of
+    an animated WebP, PNG or GIF. The caller handles PIL's exceptions.
     """
     from PIL import Image
 
@@ -398,7 +406,9 @@ def open_animated(path):
 
 
 def durations(image, numbers):
-    """Set an animated image to each of its pictures and yield the seconds for which that picture is shown."""
+    """Yield the seconds for which each picture of an animated image is shown. Before each, the image is set to that
+    picture. numbers: of the pictures.
+    """
     for k in numbers:
         image.seek(k)
         image.load()
@@ -407,7 +417,7 @@ def durations(image, numbers):
 
 
 def probe_image(path):
-    """Return the Shown of an image. For most stills the header is enough."""
+    """Return the Shown of an image. For most stills, only the header is read."""
     with reading("cannot be read"):
         image, numbers = open_animated(path)
         with image:
@@ -431,7 +441,7 @@ def probe_image(path):
 
 
 def image_frames(path):
-    """Yield the Frames of an image, a still or an animation."""
+    """Yield the Frames of an image: one for a still, several for an animation."""
     with reading("cannot be read"):
         image, numbers = open_animated(path)
         if len(numbers) < 2:
@@ -450,8 +460,9 @@ def image_frames(path):
 
 
 def open_photo(path):
-    """Open a photograph as an upright PIL image in sRGB: 16 bits are scaled to 8, colours converted, transparency laid
-    over white. An animated image gives its first picture. Raises Skip if it cannot be read.
+    """Open a photograph as an upright PIL image in sRGB: 16 bits are scaled to 8, colours are converted, and
+    transparent pictures are laid over white. Of an animated image, the first picture is returned. Raises Skip if the
+    file cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -464,8 +475,8 @@ def open_photo(path):
 
 
 def coded_picture(path, pictures=1):
-    """Return the frame of PyAV of a PNG that names its colours in a cICP chunk, which PIL does not read; None for other
-    files. pictures: how many the file holds. Raises Skip for an animation or colours that are not supported.
+    """Return PyAV's frame of a PNG that names its colours in a cICP chunk, which PIL does not read; None for other
+    files. pictures: how many pictures the file holds. Raises Skip for an animation or colours that are not supported.
     """
     import av
 
@@ -484,7 +495,9 @@ def has_alpha(image):
 
 
 def to_rgb(image):
-    """Convert a PIL image of any mode to RGB in sRGB, transparency laid over white. Raises Skip for floating point."""
+    """Convert a PIL image of any mode to RGB in sRGB, and lay transparent pictures over white. Raises Skip for floating
+    point.
+    """
     from PIL import Image
 
     source, hidden = image, image.info.get("transparency")
@@ -506,8 +519,8 @@ def to_rgb(image):
 
 
 def open_image(image, flag="--image"):
-    """Open a PIL image, or a file, as training data are opened: upright, RGB in sRGB, transparency laid over white.
-    Raises BadInput, which names the `flag`, if it cannot be read.
+    """Open a PIL image, or a file, in the same way as training data: upright, in RGB and sRGB, with transparent
+    pictures laid over white. Raises BadInput, which names the `flag`, if it cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -523,7 +536,7 @@ def to_tensor(image):
 
 
 def cover(image, width, height, size=None):
-    """Resize a PIL image by Lanczos until it covers width x height px, then centre-crop it to that size. size: the
+    """Resize a PIL image by Lanczos so that it covers width x height px, then centre-crop it to that size. size: the
     (width, height) at which the image is shown, if its pixels are not square.
     """
     from PIL import Image
@@ -544,18 +557,19 @@ def to_uint8(video):
 def write_mp4(path, video, fps, comment="", crf=10):
     """Write a video (3,T,H,W) in [-1,1] as H.264, yuv420p. The file has a temporary name until it is complete.
 
-    comment: stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; 10 looks the same as the source.
+    comment: text stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; the result with 10 looks the
+    same as the source.
     """
     write_frames(path, [to_uint8(video)], fps, comment, crf)
 
 
 def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
-    """Write frames (T,H,W,3) uint8 from several arrays, `chunks`, as write_mp4 does. The colours are those of BT.709,
-    and are tagged so.
+    """Write frames (T,H,W,3) uint8, in several arrays `chunks`, as an mp4 like write_mp4's. Colours are converted to
+    BT.709 and tagged as BT.709.
 
     sound: a file whose sound is added, as AAC at 192 kbit/s. It begins sound_offset seconds into the video, and is cut
-    to the video's length. lossless: use H.264 in RGB, from which `read_frames` restores every bit, but which browsers
-    and some players do not show.
+    off at the video's end. lossless: write H.264 in RGB, from which `read_frames` restores every bit; browsers and some
+    players do not show it.
     """
     import av
 
@@ -586,7 +600,7 @@ def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset
 
 
 def frame_rate(path):
-    """Return the frames per second that a video file states; 0 if it states none."""
+    """Return the frames per second that a video file states, or 0 if it states none."""
     with open_clip(path) as (_, stream, _):
         return float(stream.average_rate or 0)
 
@@ -609,8 +623,8 @@ def has_sound(path):
 
 
 def sound_pieces(path):
-    """Yield (AudioFrame, begin): the seconds on the file's clock at which the frame begins, or None where it directly
-    continues the frame before. Raises Skip if there is no sound that can be decoded.
+    """Yield (AudioFrame, begin) for each piece of a file's sound. begin: the seconds on the file's clock at which the
+    frame begins, or None if the frame directly continues the one before. Raises Skip if no sound can be decoded.
     """
     import av
 
@@ -631,15 +645,15 @@ def sound_pieces(path):
 
 
 def is_sound_broken(path):
-    """Whether a file's sound has gaps, pieces that overlap, or a change of format."""
+    """Return whether a file's sound has gaps, pieces that overlap, or a change of format."""
     return sum(begin is not None for _, begin in sound_pieces(path)) > 1
 
 
 def read_sound(path, rate, layout=None, until=math.inf):
-    """Return (the seconds on the file's clock at which the sound begins, its samples (C,N) float32 at `rate` Hz). Gaps
-    in the file's times become silence; where pieces overlap, the earlier piece is kept. layout: FFmpeg's name of the
-    channel layout; None: the mean of all channels. until: how many seconds of sound are needed; decoding stops after
-    them. Raises Skip if there is no sound that can be decoded.
+    """Return (the seconds on the file's clock at which the sound begins, samples (C,N) float32 at `rate` Hz). Gaps in
+    the file's times become silence; where pieces overlap, the earlier piece is kept. layout: FFmpeg's name of the
+    channel layout, or None for the mean of all channels. until: seconds of sound to read; decoding stops after them.
+    Raises Skip if no sound can be decoded.
     """
     import av
 
@@ -674,8 +688,8 @@ def read_sound(path, rate, layout=None, until=math.inf):
 
 
 def sound_delay(path):
-    """Return the seconds from a clip's first frame to the beginning of its sound; negative where the sound begins
-    first. Raises Skip if the video or the sound cannot be decoded.
+    """Return the seconds from a clip's first frame to the beginning of its sound. The value is negative if the sound
+    begins first. Raises Skip if the video or the sound cannot be decoded.
     """
     try:
         with open_clip(path) as clip:
@@ -687,8 +701,8 @@ def sound_delay(path):
 
 
 def write_sound(file, stream, source, offset, seconds):
-    """Encode the sound of the file `source` into an audio stream of an open video file. The sound begins at `offset`
-    seconds of the video; what falls before 0 or after `seconds` is left out.
+    """Encode the sound of the file `source` into `stream`, an audio stream of an open video file. The sound begins at
+    `offset` seconds of the video. Sound before 0 or after `seconds` is left out.
     """
     import av
 
@@ -703,9 +717,9 @@ def write_sound(file, stream, source, offset, seconds):
 
 # ---- sheets and previews ---------------------------------------------------------------------------------------------
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
-    """Write a contact sheet as PNG: each video (3,T,H,W) in [-1,1] is a strip of `shown` frames, from first to last,
-    under its label, with `columns` strips side by side. scale: the factor that enlarges the pixels (default: one that
-    makes strips about 384 px wide).
+    """Write a contact sheet as PNG. Each video (3,T,H,W) in [-1,1] becomes a strip of `shown` frames, from the first to
+    the last, under its label, with `columns` strips side by side. scale: the factor by which pixels are enlarged
+    (default: a factor with which strips are about 384 px wide).
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -733,9 +747,9 @@ def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
 
 @torch.no_grad()
 def latent_to_rgb(vae):
-    """Fit a linear map (z+1,3) from the z channels of a latent pixel, and a constant 1, to the mean colour of the
-    pixels that it stands for, by least squares on a still clip of smooth noise. With it, previews of latents need no
-    decoding.
+    """Return a linear map (z+1,3) from the z channels of a latent pixel, and a constant 1, to the mean colour of the
+    pixels that the latent pixel stands for. The map is fitted by least squares on a still clip of smooth noise. With
+    it, previews of latents need no decoding.
     """
     device = next(vae.parameters()).device
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -746,19 +760,19 @@ def latent_to_rgb(vae):
 
 
 def latent_preview(latents, colors):
-    """Convert latents (z,T',h,w) to a small video (3,T',8h,8w). colors: the map from latent_to_rgb."""
+    """Convert latents (z,T',h,w) to a small video (3,T',8h,8w). colors: the map that latent_to_rgb returned."""
     z = torch.cat([latents, torch.ones_like(latents[:1])])
     return F.interpolate(torch.einsum("cthw,cd->dthw", z, colors), scale_factor=8)
 
 
 def to_video(frames, device="cpu"):
-    """Stack a list of frames (H,W,3) uint8 into a video (3,T,H,W) in [-1,1] on a device."""
+    """Convert a list of frames (H,W,3) uint8 to a video (3,T,H,W) in [-1,1] on a device."""
     return torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def preview_writer(colors, path, every, label):
-    """Return a function of (step, clean latents (B,C,T',h,w)) that draws a contact sheet of the first clip to `path`
-    every `every` steps. colors: the map from latent_to_rgb.
+    """Return a function of (step, clean latents (B,C,T',h,w)) that, after every `every` steps, draws a contact sheet of
+    the first clip to `path`. colors: the map that latent_to_rgb returned.
     """
 
     def write(step, x0):
@@ -770,7 +784,9 @@ def preview_writer(colors, path, every, label):
 
 
 def read_comment(path):
-    """Return the comment that write_frames stored in an mp4's metadata; "" if there is none or it cannot be read."""
+    """Return the comment that write_frames stored in an mp4's metadata, or "" if there is no comment or it cannot be
+    read.
+    """
     import av
 
     try:

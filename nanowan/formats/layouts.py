@@ -19,7 +19,7 @@ from nanowan.formats.scaled import apply_scales, check_quantization
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def _holds_dit(file):
-    """Whether a file contains a DiT's first layer. Also True if the file cannot be read."""
+    """Return whether a file contains a DiT's first layer. The result is also True if the file cannot be read."""
     try:
         return "patch_embedding.weight" in map(clean_key, read_header(file)[0])
     except BadInput:
@@ -247,7 +247,7 @@ def read_weights(files):
 
 # ---- the folders of diffusers ------------------------------------------------------------------------------------
 def is_diffusers(ckpt_dir):
-    """Whether a checkpoint folder has the layout of diffusers' save_pretrained."""
+    """Return whether a checkpoint folder has the layout that diffusers' save_pretrained writes."""
     return any((Path(ckpt_dir) / name).exists() for name in ("model_index.json", "transformer"))
 
 

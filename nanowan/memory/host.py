@@ -27,19 +27,21 @@ def unpin(address):
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 class HostPages(mmap.mmap):
-    """Pages of host memory that can be pinned for a GPU, for as long as something refers to them. PyTorch's own pinned
-    memory is not used, since its sizes are powers of two.
+    """Pages of host memory that can be pinned for a GPU. They stay allocated as long as something refers to them.
+    PyTorch's own pinned memory is not used, because its sizes are rounded up to powers of two.
     """
 
     can_pin = True  # whether pinning has never failed in this process
     device = None  # the number of the GPU for which the pages are pinned
 
     def tensor(self):
-        """Return all of the memory as a uint8 tensor. It is freed once this tensor and all views of it are gone."""
+        """Return all of the memory as a uint8 tensor. The memory is freed once this tensor and all views of it are
+        gone.
+        """
         return torch.frombuffer(self, dtype=torch.uint8)
 
     def pin(self, device):
-        """Pin the pages for copies to `device`, if that is a GPU. Return False if that fails."""
+        """Pin the pages for copies to `device`, if that is a GPU. Return False if pinning fails."""
         if device.type != "cuda":
             return True
         self.address = self.tensor().data_ptr()
@@ -61,8 +63,8 @@ class HostPages(mmap.mmap):
 
 
 def new_pages(nbytes, file=-1, flags=mmap.MAP_PRIVATE):
-    """Return HostPages of `nbytes` bytes. file: the descriptor of an open file to map. Raises BadInput if there is no
-    room.
+    """Return HostPages of `nbytes` bytes. file: the descriptor of an open file to map. Raises BadInput if there is not
+    enough memory.
     """
     try:
         pages = HostPages(file, max(1, nbytes), flags=flags)
@@ -74,8 +76,8 @@ def new_pages(nbytes, file=-1, flags=mmap.MAP_PRIVATE):
 
 
 def pinned(pages, device, quiet=False):
-    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device unless pinning has failed. quiet: do
-    not report a failure, and try again next time.
+    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device unless pinning has failed in this
+    process. quiet: do not report a failure, and try again next time.
     """
     if HostPages.can_pin and not pages.pin(torch.device(device)) and not quiet:
         HostPages.can_pin = False
@@ -84,13 +86,13 @@ def pinned(pages, device, quiet=False):
 
 
 def host_buffer(nbytes, device, quiet=False):
-    """Allocate host memory (nbytes,) uint8 for copies to and from a device. quiet: as in `pinned`."""
+    """Return new host memory (nbytes,) uint8 for copies to and from a device. quiet: as in `pinned`."""
     return pinned(new_pages(nbytes), device, quiet)[:nbytes]
 
 
 def shared_buffer(file, nbytes, device, create):
-    """Return host memory (nbytes,) uint8 that the ranks of a machine share as a file. create: for the one rank that
-    creates the file, before the others map it. Raises BadInput if the machine has too little shared memory.
+    """Return host memory (nbytes,) uint8 that the ranks of a machine share through a file. create: true on the one rank
+    that creates the file before the other ranks map it. Raises BadInput if the machine has too little shared memory.
     """
     if create:
         file.unlink(missing_ok=True)  # a killed job may have left the file
@@ -110,7 +112,9 @@ def shared_buffer(file, nbytes, device, create):
 
 # ---- copies ------------------------------------------------------------------------------------------------------
 class Copier:
-    """Copies between host memory and a device, on a separate CUDA stream. On a CPU, each copy is made at once."""
+    """A queue of copies between host memory and a device, on a separate CUDA stream. On a CPU, each copy is made at
+    once.
+    """
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -118,8 +122,8 @@ class Copier:
         self.thread, self.ring, self.last = None, None, None  # for memory that is not pinned; last: the newest copy
 
     def copy(self, to, source):
-        """Start a copy, which runs after all work that was launched so far and in parallel with later work. Returns a
-        handle for `wait`; neither tensor may be changed before `wait`.
+        """Start a copy from `source` to `to`, and return a handle for `wait`. The copy runs after all work that was
+        launched before it, and in parallel with later work. Neither tensor may be changed before `wait` is called.
         """
         if self.stream is None:
             to.copy_(source)
@@ -137,8 +141,8 @@ class Copier:
 
     @torch.no_grad()
     def _copy_in_pieces(self, given, up, pair):
-        """Copy in the thread, from host to device if `up`, else back. given: the event after which to start. pair: the
-        list [to, source], which is emptied so that a finished copy keeps no memory.
+        """Copy in the thread, from host to device if `up` is true, else from device to host. given: the event after
+        which to start. pair: the list [to, source], which is emptied so that a finished copy keeps no memory.
         """
         source, to = (pair.pop().flatten().view(torch.uint8) for _ in range(2))
         if self.ring is None:
@@ -161,7 +165,7 @@ class Copier:
             return self.stream.record_event()
 
     def wait(self, copied):
-        """Let all work that is launched from now on run after this copy. copied: what `copy` returned."""
+        """Make all work that is launched from now on run after a copy. copied: the handle that `copy` returned."""
         if isinstance(copied, concurrent.futures.Future):
             copied = copied.result()
         if copied is not None:
@@ -176,8 +180,8 @@ class Copier:
 
 
 def pinned_slots(device):
-    """Return two buffers of RING_SLOT bytes, or of as many as can be pinned. If no size can be pinned, they are not
-    pinned, and the driver copies twice.
+    """Return two pinned buffers of RING_SLOT bytes, or of a smaller size if only that can be pinned. If no size can be
+    pinned, the two buffers are not pinned, and the driver makes each copy twice.
     """
     size = RING_SLOT
     while True:

@@ -23,15 +23,15 @@ ALIGNED = 256  # each tensor in a flat buffer begins at a multiple of so many by
 
 
 def spread(count, total):
-    """Return `count` of `total` block numbers, evenly spaced, so that the same amount of computing lies between any two
-    copies.
+    """Return `count` of `total` block numbers, evenly spaced, so that about the same number of blocks is computed
+    between any two copies.
     """
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
 
 def device_bytes(entries, dtype, fp8, streamed):
-    """Return the bytes of a DiT's weights on the device if `streamed` of its blocks are streamed. entries: those of its
-    files' headers. fp8: whether the matrices in blocks are in 8 bits.
+    """Return the bytes that a DiT's weights take on the device if `streamed` of its blocks are streamed. entries: the
+    headers {name: Entry} of its files. fp8: whether the matrices in its blocks are in 8 bits.
     """
     blocks, total = {n for n in entries if n.startswith("blocks.")}, count_blocks(entries)
     resident = 1 if not streamed else min(1, (total - streamed + 2) / total)  # two streamed blocks at a time
@@ -44,7 +44,7 @@ def device_bytes(entries, dtype, fp8, streamed):
 
 
 def frozen(module):
-    """Return [(dictionary, key)] of a module's frozen parameters and its buffers."""
+    """Return [(dictionary, key)], the places of a module's frozen parameters and of its buffers."""
     return [
         (values, k)
         for m in module.modules()
@@ -55,8 +55,8 @@ def frozen(module):
 
 
 class Flat:
-    """Tensors of a module that lie together in one buffer. That is `home`, on the host, once `settle` was called, or a
-    copy of it on the device. entries: the tensors as [(dictionary, key)].
+    """Tensors of a module that lie together in one buffer. After `settle` was called, that buffer is `home`, on the
+    host, or a copy of `home` on the device. entries: the places of the tensors, [(dictionary, key)].
     """
 
     home = None
@@ -79,7 +79,9 @@ class Flat:
         return [values[k] for values, k in self.entries]
 
     def settle(self, home):
-        """Move the tensors to the buffer `home`. Those of an empty model get their place there, but no values yet."""
+        """Move the tensors to the buffer `home`. The tensors of an empty model get their place in the buffer, but no
+        values yet.
+        """
         self.home = home
         for (values, k), view in zip(self.entries, self.views(home)):
             if not values[k].is_meta:
@@ -90,16 +92,16 @@ class Flat:
                 values[k] = view
 
     def use(self, flat):
-        """Let the module compute with the tensors in `flat`, which is `home` or a copy of it."""
+        """Make the module compute with the tensors in `flat`, which is `home` or a copy of `home`."""
         for t, view in zip(self.tensors(), self.views(flat)):
             t.data = view
 
 
 class InputsOnHost:
-    """Keeps on the host what activation checkpointing saves, as torch.autograd.graph.save_on_cpu does. Unlike there,
-    buffers are pinned once, at the size of their tensor, and used again, and a Copier copies while the device computes:
-    in the backward pass, fetching a tensor also starts the copy of the one that was saved before it. `hooks()` is the
-    context manager.
+    """A store on the host for the tensors that activation checkpointing saves, like torch.autograd.graph.save_on_cpu.
+    Unlike there, a buffer is pinned once, at the size of its first tensor, and then reused; and a Copier copies while
+    the device computes. In the backward pass, fetching a tensor also starts the copy of the tensor that was saved
+    before it. `hooks()` is the context manager.
     """
 
     def __init__(self, copier):
@@ -118,7 +120,7 @@ class InputsOnHost:
         return kept.unpack() if isinstance(kept, Kept) else kept
 
     def take(self, nbytes):
-        """Return a buffer of at least `nbytes` bytes: a free one, or a new one that replaces a smaller one."""
+        """Return a free buffer of at least `nbytes` bytes, or a new one, which replaces a smaller free one."""
         self.free.sort(key=len)
         for i, flat in enumerate(self.free):
             if len(flat) >= nbytes:
@@ -128,8 +130,9 @@ class InputsOnHost:
         return host_buffer(nbytes, self.device)
 
     def let_go(self):
-        """Release the tensor that was last copied to the host, so that the device can use its memory again after the
-        copy. record_stream would release it only once the host sees that the copy is done, many blocks later.
+        """Release the tensor that was last copied to the host, so that the device can reuse the tensor's memory after
+        the copy. With record_stream, the memory would be released only once the host sees that the copy is done, many
+        blocks later.
         """
         if self.leaving is not None:
             self.copier.wait(self.leaving[0])
@@ -137,7 +140,7 @@ class InputsOnHost:
 
 
 class Kept:
-    """A tensor on the host. Its buffer becomes free when nothing refers to this object any more."""
+    """A tensor that is kept on the host. Its buffer becomes free when nothing refers to this object any more."""
 
     def __init__(self, store, t):
         self.store, self.flat, self.back = store, None, None
@@ -171,8 +174,8 @@ class Kept:
 
 
 class Stream:
-    """Runs a model whose blocks `flats` {number: Flat} lie on the host. copies: block numbers in the order of their
-    copies. bytes: how many were copied. waited(): the seconds that computing waited for copies.
+    """The streaming of blocks from the host while a model runs. flats: {block number: Flat} of the blocks on the host.
+    copies: block numbers in the order in which they were copied. bytes: number of bytes copied.
     """
 
     def __init__(self, model, flats, copier):
@@ -188,8 +191,8 @@ class Stream:
 
     @contextlib.contextmanager
     def _in_phase(self, phase):
-        """Set the phase of the `with` block: a forward pass without gradients ("forward"), a forward pass whose blocks
-        will run again ("recorded"), or the second run of blocks, in the backward pass ("recompute").
+        """Return a context manager that sets the phase: a forward pass without gradients ("forward"), a forward pass
+        whose blocks will run again ("recorded"), or the second run of blocks, in the backward pass ("recompute").
         """
         before, self.phase = self.phase, phase
         try:
@@ -204,7 +207,9 @@ class Stream:
         self.ring = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def close(self):
-        """Free the memory for these blocks, after the copy that the last block started for a pass that never came."""
+        """Free the memory of the two blocks on the device. The last block may have started a copy for a pass that never
+        came; that copy is awaited first.
+        """
         self.copier.synchronize()
         for flat in self.flats.values():
             flat.use(flat.home)
@@ -219,7 +224,9 @@ class Stream:
         return sum(map(len, self.ring))
 
     def _fetch(self, i):
-        """Copy block i, if it is not on the device, over the one of the two blocks there that is not computing."""
+        """Copy block i to the device unless it is already there. The copy replaces the one of the two blocks on the
+        device that is not computing.
+        """
         if i in self.resident:
             return
         slot = next(s for s in (0, 1) if self.resident[s] is None or self.resident[s] != self.current)
@@ -237,7 +244,7 @@ class Stream:
         self.bytes += flat.nbytes
 
     def next_block(self, i, phase):
-        """Return the block to copy after block i, or None if the two blocks that the backward pass begins with are
+        """Return the block to copy after block i, or None if the two blocks with which the backward pass begins are
         already on the device.
         """
         at, first = self.numbers.index(i), self.numbers[0]
@@ -248,7 +255,7 @@ class Stream:
         return first if self.lowest is None else None
 
     def _before(self, i):
-        """Before block i runs, wait for its weights and start the copy of the next block."""
+        """Wait for the weights of block i, which is about to run, and start the copy of the next block."""
         if self.phase != "recompute" and i == self.numbers[0]:
             self.lowest = None
         if self.phase == "recorded" and self.lowest is None:
@@ -270,7 +277,7 @@ class Stream:
             self._fetch(following)
 
     def waited(self):
-        """Return the seconds so far that computing waited for copies."""
+        """Return the total time, in seconds, for which computing has waited for copies so far."""
         if self.cuda:
             torch.cuda.synchronize(self.copier.device)
             self.seconds += sum(a.elapsed_time(b) for a, b in self.waits) / 1000

@@ -8,9 +8,10 @@ from nanowan.memory.offload import Flat, Stream, frozen, spread
 
 
 class Placement:
-    """A model in memory: on the device while it runs, on the host while other models need the room. `count` of its
-    blocks always lie on the host and are streamed. Frozen weights do not change, so a copy of them on the host is kept,
-    and weights are only ever copied from the host to the device. Trained weights stay where their optimizer states are.
+    """A model's place in memory: on the device while the model runs, on the host while other models need the room.
+    `count` of its blocks always lie on the host and are streamed. Frozen weights do not change, so a copy of them stays
+    on the host, and they are only ever copied from the host to the device. Trained weights stay where their optimizer
+    states are.
 
     copier: a Copier. shared: whether all ranks of this machine share the copy on the host.
     """
@@ -28,7 +29,9 @@ class Placement:
         self._group()
 
     def _group(self):
-        """Put the frozen tensors that are in no Flat yet into one: those not streamed, and those added to the model."""
+        """Put all frozen tensors that are in no Flat yet into a new one: those of blocks that are not streamed, and
+        those that were added to the model later.
+        """
         if self.sharded:
             return
         known = {(id(values), k) for f in [*self.streamed.values(), *self.resident] for values, k in f.entries}
@@ -39,8 +42,8 @@ class Placement:
         return [*self.streamed.values(), *(self.resident if whole else [])]
 
     def settle(self, whole=False, buffer=None):
-        """Give the tensors of streamed blocks, or all frozen tensors if `whole`, a place on the host, in `buffer` or
-        in new memory. The tensors of an empty model get their values when they are loaded.
+        """Move the tensors of streamed blocks, or all frozen tensors if `whole`, to the host, into `buffer` or into new
+        memory. The tensors of an empty model get their values when they are loaded.
         """
         begin = 0
         for flat in self.flats(whole):
@@ -50,15 +53,15 @@ class Placement:
                 begin = end
 
     def nbytes(self, whole):
-        """Return the bytes on the host that `settle` would still need. If parallel/ has sharded the model: the bytes of
-        this rank's part.
+        """Return the bytes on the host that `settle` would still need. whole: as in `settle`. If nanowan/parallel has
+        sharded the model, the bytes of this rank's shards are returned.
         """
         if self.sharded:
             return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in self.model.parameters())
         return sum(f.nbytes for f in self.flats(whole) if f.home is None)
 
     def start(self):
-        """Make the model ready to run, after all its weights are loaded. Returns the Placement."""
+        """Make the model ready to run, after all its weights are loaded. Return this Placement."""
         self._group()
         if self.streamed:
             self.settle()
@@ -70,7 +73,7 @@ class Placement:
         return next(self.model.parameters()).device.type == device.type
 
     def to(self, device):
-        """Move the model to `device`: the one where it runs, or the host."""
+        """Move the model to `device`, which is either the device where the model runs or the host."""
         device = torch.device(device)
         if self.sharded:
             trained = [(p, p.data) for p in self.model.parameters() if p.requires_grad]

@@ -8,8 +8,8 @@ from vae import CausalConv3d, Resample
 
 
 def receptive_radius(decoder):
-    """Return how many latent pixels away the inputs of a decoder's second part (forward_up) can be. Each 3x3
-    convolution adds one pixel at its scale.
+    """Return the largest distance, in latent pixels, from which an input of a decoder's second part (forward_up) can
+    influence an output. Each 3x3 convolution adds one pixel at its scale.
     """
     radius, scale = 0.0, 1
     for m in decoder.upsamples.modules():
@@ -20,22 +20,27 @@ def receptive_radius(decoder):
 
 
 def tile_overlap(decoder, tile):
-    """Return (the latent pixels by which tiles overlap on each side, whether decoding in such tiles is exact)."""
+    """Return (the number of latent pixels by which tiles overlap on each side, whether decoding in such tiles is
+    exact).
+    """
     radius = receptive_radius(decoder)
     return (radius, True) if tile >= radius else (max(1, tile // 2), False)
 
 
 def tile_weights(start, end, overlap, exact, side, scale):
-    """Return the weights (n,) fp32 of a decoded tile's pixels along one axis. The tile covers the latent pixels
-    [start, end) and up to `overlap` more on both sides, in a frame of `side` latent pixels, each `scale` pixels wide.
+    """Return the weights (n,) fp32 of the pixels of a decoded tile along one axis. The tile covers the latent pixels
+    [start, end), and up to `overlap` more on both sides, of a frame with `side` latent pixels. Each latent pixel is
+    `scale` pixels wide.
 
-    exact: the weights are 1 within the tile and 0 in its overlaps. Otherwise neighbouring tiles are cross-faded
-    linearly across their common edge, over the width of the overlaps. The weights of all tiles add up to 1.
+    If `exact`, the weights are 1 within [start, end) and 0 in the overlaps. Otherwise neighbouring tiles are
+    cross-faded linearly across their common edge, over the width of the overlaps. The weights of all tiles add up to 1.
     """
     pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
 
     def ramp(edge):
-        """Rise from 0 before a tile's edge to 1 after it. There is no fading at the frame's edges."""
+        """Return weights that rise from 0 before a tile's edge to 1 after it. At the frame's edges there
+        is no fading.
+        """
         if edge in (0, side):
             return torch.full_like(pixel, edge == 0)
         return ((pixel - edge * scale) / (1 if exact else 2 * overlap * scale) + 0.5).clamp(0, 1)
@@ -45,9 +50,9 @@ def tile_weights(start, end, overlap, exact, side, scale):
 
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
-    """Decode latents z as VAE.decode does, in tiles of `tile` latent pixels a side, with the memory of one tile. Tiles
-    overlap by as many pixels as a pixel depends on, which is exact. If `tile` is smaller than that, they overlap by
-    half a tile and are cross-faded, which is not exact.
+    """Decode latents z as VAE.decode does, but in tiles of `tile` latent pixels a side, with the memory of one tile.
+    Tiles overlap by the distance from which a pixel can be influenced, so that the result is exact. If `tile` is
+    smaller than that distance, tiles overlap by half a tile and are cross-faded, and the result is not exact.
 
     ranks: (this rank's number, the number of ranks, a function that sums a tensor over them) if several ranks hold z
     and each decodes some of the tiles.
@@ -78,7 +83,7 @@ def decode_tiled(vae, z, tile, ranks=None):
 
 def smallest_tile(size, least, ranks):
     """Return the smallest side, at least `least`, of square tiles that cover latents of `size` (h,w) with at most one
-    tile for each rank.
+    tile for each of `ranks` ranks.
     """
     h, w = size
     side = least
@@ -88,8 +93,8 @@ def smallest_tile(size, least, ranks):
 
 
 def tile_report(decoder, tile, frames, decode_first):
-    """Return a line that says whether decoding in tiles is exact or, if not, by how much the first frame differs from
-    one decoded without tiles. frames (3,T,H,W): decoded in tiles. decode_first() -> the first frame (B,3,1,H,W),
+    """Return a line that says that decoding in tiles is exact or, if it is not, how much the first frame differs from
+    one decoded without tiles. frames (3,T,H,W): frames decoded in tiles. decode_first() -> the first frame (B,3,1,H,W),
     decoded without tiles.
     """
     overlap, exact = tile_overlap(decoder, tile)

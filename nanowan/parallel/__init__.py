@@ -41,8 +41,8 @@ __all__ = [
 
 
 def parallelize(model, world):
-    """Split a DiT, with or without weights, over the ranks as the flags ask. Its adapters, already injected, are not
-    split.
+    """Split a DiT, with or without weights, over the ranks as the flags demand. Its adapters, which must already be
+    injected, are not split.
     """
     if world.sp_size > 1:
         apply_ulysses(model, world)
@@ -55,8 +55,8 @@ def parallelize(model, world):
 
 
 def backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate a Batch's loss times `loss_weight`. Returns the part of this loss that this rank adds to the sum
-    over ranks. context (B,S,text_dim) and lens (B,) as Wan.forward takes them.
+    """Back-propagate the loss of a Batch, multiplied by `loss_weight`. Return this rank's summand: the summands of all
+    ranks add up to that loss. context (B,S,text_dim) and lens (B,): as for Wan.forward.
     """
     if world.pp_size > 1:
         from nanowan.parallel.pipeline_parallel import pipeline_backward
@@ -68,8 +68,8 @@ def backward(world, model, batch, context, lens, loss_weight):
 
 
 def gather_state(world, tensors):
-    """Return {name: tensor}, unsharded and on the CPU, the same on every rank: the tensors of rank 0 or, in a pipeline,
-    of all stages.
+    """Return {name: tensor}, unsharded and on the CPU, the same on every rank. It contains the tensors of rank 0, or,
+    in a pipeline, the tensors of all stages.
     """
     tensors = {k: full_tensor(v).to("cpu") for k, v in tensors.items()}
     if world.pp_size == 1:

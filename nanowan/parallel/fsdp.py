@@ -5,7 +5,9 @@ import torch.nn as nn
 
 
 def apply_fsdp(model, world):
-    """Shard the frozen weights of a DiT's blocks. Adapters, already injected, and weights outside of blocks are not."""
+    """Shard the frozen weights of a DiT's blocks. Adapters, which must already be injected, and weights outside of
+    blocks are not sharded.
+    """
     for block in model.blocks:
         shard(block, world, {p for p in block.parameters() if p.requires_grad})
     # This shards nothing more, but makes the DiT the root: under one root, blocks are gathered ahead of their use.
@@ -15,8 +17,8 @@ def apply_fsdp(model, world):
 
 def shard(module, world, whole=(), dtype=None):
     """Shard a module's parameters, except those in `whole`, over the ranks that together see all samples and tokens.
-    Gradients are summed over these ranks. dtype: what the module computes in, while gradients are summed in fp32; None:
-    the weights' own dtype for both.
+    Gradients are summed over these ranks. dtype: the dtype in which the module computes, while its gradients are summed
+    in fp32; None: the weights' own dtype for both.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -33,7 +35,9 @@ def is_sharded(p):
 
 
 def shard_like(t, like):
-    """Return an unsharded tensor t sharded as the parameter `like`; t itself if `like` is unsharded or t is sharded."""
+    """Return an unsharded tensor t, sharded like the parameter `like`. If `like` is unsharded or t is already sharded,
+    t itself is returned.
+    """
     if not is_sharded(like) or is_sharded(t):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -42,10 +46,10 @@ def shard_like(t, like):
 
 
 def full_tensor(t):
-    """Return a tensor unsharded. Every rank must call this."""
+    """Return the full tensor of a sharded one; an unsharded tensor is returned unchanged. Every rank must call this."""
     return t.full_tensor() if is_sharded(t) else t
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale the gradients so that their common norm is at most `max_norm`. Returns the norm before scaling."""
+    """Scale the gradients so that their common norm is at most `max_norm`. Return the norm before scaling."""
     return full_tensor(nn.utils.clip_grad_norm_(params, max_norm)).item()

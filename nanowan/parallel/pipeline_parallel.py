@@ -14,8 +14,9 @@ PIPELINES = weakref.WeakKeyDictionary()  # {model: its Pipeline}
 
 
 def apply_pipeline(model, world):
-    """Let each rank of a pipeline keep only a range of consecutive blocks. Outside of training steps, tokens are
-    broadcast from stage to stage, so that Wan.forward works on every rank. A training step is `pipeline_backward`.
+    """Make each rank of a pipeline keep only a range of consecutive blocks. A training step is run by
+    `pipeline_backward`. At other times, tokens are broadcast from stage to stage, so that Wan.forward works on every
+    rank.
     """
     if world.pp_size > len(model.blocks):
         raise BadInput(f"--pipeline_stages {world.pp_size}: this model has {len(model.blocks)} blocks")
@@ -24,14 +25,16 @@ def apply_pipeline(model, world):
 
 
 def pipeline_backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate a Batch's loss times `loss_weight` through the model's Pipeline. Returns the part of this loss
-    that this rank adds to the sum over ranks.
+    """Back-propagate the loss of a Batch, multiplied by `loss_weight`, through the model's Pipeline. Return this rank's
+    summand: the summands of all ranks add up to that loss.
     """
     return PIPELINES[model].backward(world, model, batch, context, lens, loss_weight)
 
 
 class Pipeline:
-    """One rank's part of a DiT: the blocks of its own stage. IdentityBlocks replace the blocks of other stages."""
+    """The part of a DiT on one rank: the blocks of the rank's own stage. IdentityBlocks replace the blocks of other
+    stages.
+    """
 
     def __init__(self, model, world):
         total, stages, group = len(model.blocks), world.pp_size, world.group("pp")
@@ -75,7 +78,9 @@ class Pipeline:
         return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """Return (Schedule1F1B, its Stage) for batches x of this shape in `count` microbatches. It is built once."""
+        """Return (Schedule1F1B, its Stage) for a batch x of this shape in `count` microbatches. They are built once and
+        then reused.
+        """
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         key = (tuple(shape), count)
@@ -91,8 +96,8 @@ class Pipeline:
 
 
 def first_messages(stage):
-    """Return the messages with which a PipelineStage opens its connections, cast to fp32: torch 2.9 sends them in one
-    dtype and expects another (pytorch/pytorch#165539).
+    """Return the messages with which a PipelineStage opens its connections, cast to fp32. Without the cast, torch 2.9
+    sends them in one dtype and expects another (pytorch/pytorch#165539).
     """
     messages = type(stage)._get_init_p2p_neighbors_ops(stage)
     for message in messages:
@@ -101,8 +106,8 @@ def first_messages(stage):
 
 
 class Microbatches:
-    """A Batch cut into single samples. order: the index in the Batch of each microbatch's sample. A pipeline needs at
-    least as many microbatches as stages; surplus ones repeat the first sample with weight 0.
+    """A Batch cut into single samples. order: for each microbatch, the index of its sample in the Batch. A pipeline
+    needs at least as many microbatches as stages; surplus microbatches repeat the first sample with weight 0.
     """
 
     def __init__(self, batch, loss_weight, stages, device):
@@ -113,8 +118,8 @@ class Microbatches:
         self.weights = [loss_weight / count] * count + [0.0] * surplus
 
     def loss(self, v, index):
-        """Return what microbatch `index` (a tensor of one number) adds to the batch's loss. v (1,C,T',h,w): its
-        predicted velocity.
+        """Return the summand of the batch's loss for microbatch `index` (a tensor of one number). v (1,C,T',h,w): the
+        velocity predicted for it.
         """
         i = self.order[index]
         error = (v - self.batch.target[i : i + 1].to(self.device)).square()
@@ -143,14 +148,14 @@ class Stage(nn.Module):
 
 
 class IdentityBlock(nn.Module):
-    """The stand-in for a block that another rank has."""
+    """The stand-in for a block that another rank holds. It returns its input."""
 
     def forward(self, x, *conditions):
         return x
 
 
 def broadcast_activations(x, source, group, world):
-    """Return the tokens x of rank `source` on all ranks of the group."""
+    """Return, on all ranks of the group, the tokens x of the rank `source`."""
     x = x.clone()
     if world.rank == source:
         world.count("tokens", x.nbytes * (world.pp_size - 1))

@@ -9,9 +9,9 @@ from nanowan.errors import BadInput
 
 
 def apply_ulysses(model, world, kind=None):
-    """Let each rank of a clip compute a slice of all tokens, a variant's extra tokens included, and in self-attention
-    some heads of all tokens. Slices have the same length: the last ones are padded with zeros, which attention never
-    sees. kind: Ulysses (default), or FirstRank for a memory plan.
+    """Make each of the ranks that share a clip compute a slice of all tokens, a variant's extra tokens included, and,
+    in self-attention, some heads of all tokens. Slices have the same length: the last ones are padded with zeros, which
+    attention leaves out. kind: Ulysses (default), or FirstRank for a memory plan.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
@@ -20,13 +20,17 @@ def apply_ulysses(model, world, kind=None):
 
 
 class Ulysses:
-    """The functions for Wan.share_tokens. U: ranks; L: tokens of the clip; L' = ceil(L / U): tokens of a rank."""
+    """The functions that Wan.share_tokens needs to split a clip. U: number of ranks; L: number of tokens of the clip;
+    L' = ceil(L / U): number of tokens of a rank.
+    """
 
     def __init__(self, world):
         self.world, self.rank, self.size, self.group = world, world.sp_rank, world.sp_size, world.group("sp")
 
     def scatter(self, x, c):
-        """Cut all tokens x (B,L,D) and their BlockInputs to this rank's slice: (B,L',D) and BlockInputs for it."""
+        """Return this rank's slice (B,L',D) of all tokens x (B,L,D), and BlockInputs for that slice, cut from the
+        BlockInputs c of all tokens.
+        """
         tokens, rows = c.tokens, c.adaln.shape[1]
         row = tokens.row
         if row is None and rows > 1:
@@ -40,7 +44,9 @@ class Ulysses:
         return self.own_slice(x, 1), c._replace(tokens=local)
 
     def own_slice(self, t, dim):
-        """Return a copy of this rank's slice of a dimension of L tokens: L' long, padded with zeros."""
+        """Return a copy of this rank's slice of t along `dim`, a dimension of L tokens. The slice has L' tokens and is
+        padded with zeros.
+        """
         length = t.shape[dim]
         part = -(-length // self.size)
         begin, end = (min(part * r, length) for r in (self.rank, self.rank + 1))
@@ -48,14 +54,16 @@ class Ulysses:
         return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, part - t.shape[dim]))
 
     def gather(self, y, c):
-        """Gather the slices y (B,L',D) of the ranks into all tokens (B,L,D), on every rank. c: the BlockInputs of all
-        tokens.
+        """Return all tokens (B,L,D), on every rank, gathered from the ranks' slices y (B,L',D). c: the BlockInputs of
+        all tokens.
         """
         self.world.count("tokens", y.nbytes * (self.size - 1))
         return torch.cat(Gather.apply(y, self.rank, self.size, self.group), 1)[:, : c.tokens.length]
 
     def attend(self, q, k, v, weights, eps, heads, rope):
-        """Compute wan.attend between this rank's tokens and all tokens."""
+        """Compute the same as wan.attend, with this rank's tokens as queries and all tokens of the clip as keys and
+        values.
+        """
         q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
         q = self.seq_to_heads(q, rope.length)  # one after the other, since q, k and v are a rank's largest tensors
         k = self.seq_to_heads(k, rope.length)
@@ -63,12 +71,16 @@ class Ulysses:
         return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Exchange all heads of this rank's tokens (B,L',N,d) for this rank's heads of all tokens (B,L,N/U,d)."""
+        """Exchange x, all heads of this rank's tokens (B,L',N,d), for this rank's heads of all tokens (B,L,N/U,d), and
+        return these. length: L.
+        """
         x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
         return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
-        """Exchange this rank's heads of all tokens (B,L,D/U) for all heads of this rank's tokens (B,L',D)."""
+        """Exchange y, this rank's heads of all tokens (B,L,D/U), for all heads of this rank's tokens (B,L',D), and
+        return these.
+        """
         part = -(-y.shape[1] // self.size)
         if missing := part * self.size - y.shape[1]:
             y = F.pad(y, (0, 0, 0, missing))
@@ -76,7 +88,7 @@ class Ulysses:
         return y.permute(1, 2, 0, 3).flatten(2)
 
     def exchange(self, x):
-        """Send slice i of x (U,...) to rank i; slice i of the result comes from rank i."""
+        """Send slice i of x (U,...) to rank i, for all i. Return a tensor whose slice i comes from rank i."""
         from torch.distributed._functional_collectives import all_to_all_single_autograd
 
         nbytes = x.nbytes * (self.size - 1) // self.size
@@ -88,8 +100,8 @@ class Ulysses:
 
 
 class Gather(torch.autograd.Function):
-    """Gather every rank's x into a tuple. In the backward pass a rank takes only the gradient of its own x, since all
-    ranks compute the same after this.
+    """An operation that gathers every rank's x into a tuple. In the backward pass, a rank takes only the gradient of
+    its own x, since all ranks compute the same after this operation.
     """
 
     @staticmethod
@@ -105,8 +117,8 @@ class Gather(torch.autograd.Function):
 
 
 class FirstRank(Ulysses):
-    """The first of world.sp_size ranks, for memory plans: it uses as much memory as it would among the other ranks, but
-    communicates with none.
+    """The first of world.sp_size ranks, for memory plans. It uses as much memory as it would together with the other
+    ranks, but does not communicate.
     """
 
     def __init__(self, world):

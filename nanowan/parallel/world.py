@@ -21,8 +21,8 @@ DIMS = ("dp", "cfg", "pp", "sp")  # of the mesh, slowest first, so that ranks wi
 
 
 class HostShare(NamedTuple):
-    """How a machine's ranks share one host copy of a model's weights: the first rank fills a file, and the others map
-    it. path_of(model): the file.
+    """The file through which the ranks of a machine share one host copy of a model's weights. The first rank fills the
+    file, and the other ranks map it. path_of(model): the path of the file.
     """
 
     is_first: bool
@@ -110,7 +110,9 @@ class World:
             dist.all_reduce(torch.zeros(1))
 
     def host_share(self):
-        """Return the HostShare of this machine's ranks; None for one rank, or if ranks hold different weights."""
+        """Return the HostShare of this machine's ranks, or None if there is only one rank or if ranks hold different
+        weights.
+        """
         if not self.distributed or self.fsdp or self.pp_size > 1 or int(os.environ["LOCAL_WORLD_SIZE"]) == 1:
             return None
         folder = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
@@ -118,21 +120,21 @@ class World:
         return HostShare(os.environ["LOCAL_RANK"] == "0", self.barrier, lambda part: folder / f"{prefix}-{part}")
 
     def count(self, kind, nbytes):
-        """Add to `sent` that this rank sent `nbytes` to others."""
+        """Add `nbytes` to `sent`[kind], after this rank has sent that many bytes to other ranks."""
         self.sent[kind] = self.sent.get(kind, 0) + int(nbytes)
 
     def seed(self, *what, same=False):
-        """Seed torch's generator from these values and, unless `same`, from this rank's dp_rank."""
+        """Seed torch's generator from the values in `what` and, unless `same`, from this rank's dp_rank."""
         torch.manual_seed(random.Random(" ".join(map(str, [*what, 0 if same else self.dp_rank]))).getrandbits(62))
 
     def all_ranks(self, yes, dim=None):
-        """Whether `yes` is true on all ranks, or on all ranks along one dimension of the mesh. Ranks may differ in what
-        they measure, such as their free memory.
+        """Return whether `yes` is true on all ranks, or on all ranks along the dimension `dim` of the mesh. Ranks may
+        disagree, because they measure different things, such as their free memory.
         """
         return bool(self.least(yes, dim))
 
     def least(self, value, dim=None):
-        """Return the smallest `value` of all ranks, or of the ranks along one dimension of the mesh."""
+        """Return the smallest `value` on any rank, or on any rank along the dimension `dim` of the mesh."""
         if not self.distributed:
             return value
         smallest = torch.tensor(float(value), dtype=torch.float64, device=self.device)
@@ -140,14 +142,16 @@ class World:
         return smallest.item()
 
     def broadcast_from_rank0(self, f):
-        """Return f() of rank 0 on every rank, so that files are read once and all ranks see the same."""
+        """Return, on every rank, the result of f() on rank 0. Files are thus read once, and all ranks get the same
+        values.
+        """
         value = [f() if self.is_main else None]
         if self.distributed:
             dist.broadcast_object_list(value, 0)
         return value[0]
 
     def gather_lists(self, values):
-        """Return the lists of all ranks, concatenated, on every rank."""
+        """Return, on every rank, the concatenated `values`, lists, of all ranks."""
         if not self.distributed:
             return values
         lists = [None] * self.size
@@ -156,15 +160,16 @@ class World:
 
     # ---- data and gradients --------------------------------------------------------------------------------------
     def local_indices(self, n):
-        """Return (the indices of this rank's samples in a global batch of n samples, what fraction of the n they are).
-        A rank without samples gets sample 0 and the fraction 0, since the other ranks wait for it in every layer.
+        """Return (the indices of this rank's samples in a global batch of n samples, their number divided by n). A rank
+        without samples gets sample 0 and the fraction 0, since the other ranks wait for it in every layer.
         """
         indices = list(range(self.dp_rank, n, self.dp_size))
         return indices or [0], len(indices) / n
 
     def all_reduce_grads(self, params, *numbers):
-        """Sum the gradients of replicated parameters, and `numbers`, over all ranks. Returns the summed numbers. Every
-        rank gets the same bits. Sharded parameters are left alone: fully_shard has summed their gradients.
+        """Sum the gradients of replicated parameters, and `numbers`, over all ranks. Return the summed numbers. All
+        ranks get bit-identical results. Sharded parameters are left unchanged, because fully_shard has summed their
+        gradients.
         """
         if not self.distributed:
             return numbers
@@ -183,7 +188,9 @@ class World:
 
     # ---- sampling ------------------------------------------------------------------------------------------------
     def exchange_cfg(self, v):
-        """Exchange this rank's half of guidance, v, with the other rank. Returns [conditional, unconditional]."""
+        """Exchange v, this rank's half of guidance, with the rank that computes the other half. Return [conditional,
+        unconditional].
+        """
         halves = [torch.empty_like(v) for _ in range(2)]
         dist.all_gather(halves, v.contiguous(), self.group("cfg"))
         self.count("halves", v.nbytes)
@@ -196,8 +203,8 @@ class World:
 
 
 def buckets(params):
-    """Yield lists of parameters with about BUCKET numbers each: the gradients of a whole text encoder take 23 GB in
-    fp32.
+    """Yield lists of parameters with about BUCKET numbers each. Their gradients are summed one list at a time, because
+    the gradients of a full text encoder take 23 GB in fp32.
     """
     bucket, numbers = [], 0
     for p in params:
