@@ -37,7 +37,7 @@ def remembered(cache, answer, **question):
     try:
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(found))
-    except OSError as e:  # the cache's fault: no reason to skip the clip
+    except OSError as e:  # the cache failed, which is no reason to skip the clip
         raise BadInput(f"--cache {cache}: {e.filename} {e.strerror}") from None
     return found
 

@@ -18,9 +18,9 @@ UNTOLD = {"color_primaries": UNSPECIFIED, "color_trc": UNSPECIFIED, "colorspace"
 MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 SRGB, PQ, HLG = 13, 16, 18
 NOT_DISPLAYED = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE ST 428"}  # no player converts these
-HD_LINES = 720  # untagged pictures with at least so many lines count as BT.709, smaller ones as BT.601
-WHITE = 203  # the luminance in HDR, in cd/m2, that becomes the white of SDR (ITU-R BT.2408)
-GAMMA = 2.4  # of an SDR display (ITU-R BT.1886)
+HD_LINES = 720  # untagged pictures with at least this many lines count as BT.709, smaller ones as BT.601
+WHITE = 203  # the HDR luminance, in cd/m2, that becomes the white of SDR (ITU-R BT.2408)
+GAMMA = 2.4  # the exponent of an SDR display (ITU-R BT.1886)
 # primaries: the chromaticities (x, y) of red, green, blue and white
 D65 = (0.3127, 0.3290)
 BT709 = (0.640, 0.330), (0.300, 0.600), (0.150, 0.060), D65
@@ -147,7 +147,7 @@ def to_rgb(frame):
 
 
 def on_white(image, alpha):
-    """Lay an image (H,W,3) uint8 with alpha (H,W,1) uint8 over white."""
+    """Return an image (H,W,3) uint8, with alpha (H,W,1) uint8, laid over white."""
     if alpha.min() == 255:
         return np.ascontiguousarray(image)
     image, alpha = image.astype(np.uint32), alpha.astype(np.uint32)
@@ -267,9 +267,9 @@ def matrix_profile(primaries, gamma):
 
 
 def profile_of(image):
-    """Return the ICC profile (bytes) of a PIL image, or None if it counts as sRGB. A PNG without a profile gets one
-    made from its gAMA and cHRM, unless they describe sRGB within libpng's tolerances. Raises ValueError for a gAMA and
-    cHRM that no profile can describe.
+    """Return the ICC profile (bytes) of a PIL image, or None if the image counts as sRGB. For a PNG without a profile,
+    one is made from the PNG's gAMA and cHRM, unless they describe sRGB within libpng's tolerances. Raises ValueError if
+    no profile can describe them.
     """
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if image.info.get("icc_profile") or gamma is None or "srgb" in image.info:
@@ -313,8 +313,8 @@ def profile_transform(profile):
 
 
 def transform_for(image, profile):
-    """Return (mode, transform) for a PIL image and its profile (bytes or None). Raises ValueError if the profile is not
-    for images of that mode.
+    """Return (mode, transform to sRGB) for a PIL image and its profile (bytes or None). Raises ValueError if the
+    profile is not for images of that mode.
     """
     if not profile:
         return "RGB", None

@@ -33,7 +33,7 @@ def pick_device(name=None):
 
 
 def check_gpu(device):
-    """Raise BadInput for a GPU that is too old; print a warning on ROCm, which nobody has tried."""
+    """Raise BadInput for a GPU that is too old. Print a warning on ROCm, on which nobody has tried this project."""
     card, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if torch.version.hip:
         print(f"{card}: this has never been tried on ROCm", file=sys.stderr, flush=True)

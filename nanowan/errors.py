@@ -42,7 +42,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except (BadInput, OSError) as e:
-        if rank:  # an error of all ranks is printed by rank 0, and torchrun ends the other ranks meanwhile
+        if rank:  # rank 0 prints an error that all ranks have, and torchrun ends the other ranks meanwhile
             time.sleep(3)
         sys.exit(
             f"error: {f'rank {rank}: ' * (rank > 0)}"

@@ -13,7 +13,7 @@ import torch
 
 from nanowan.errors import BadInput
 
-TEMPORARY = ".tmp-"  # what the names of unfinished files begin with
+TEMPORARY = ".tmp-"  # the names of unfinished files begin with this
 
 
 def _write_error(error, path):
@@ -54,7 +54,9 @@ def writing(path):
 
 
 def _open_temporary(path):
-    """Return (descriptor, name) of a new file in the folder of `path`, locked while this process writes it."""
+    """Return (descriptor, name) of a new file in the folder of `path`. The file is locked while this
+    process writes it.
+    """
     while True:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
         with contextlib.suppress(OSError):  # the file system has no locks
@@ -107,7 +109,7 @@ def atomic(path):
 
 def save_pickle(path, values):
     """Save `values` with torch.save, atomically."""
-    # an open file, since torch.save hides the system's reason for a failed write if it gets a name
+    # torch.save gets an open file, because with a name it hides the system's reason for a failed write
     with atomic(path) as tmp, open(tmp, "wb") as f:
         torch.save(values, f)
 

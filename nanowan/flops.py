@@ -18,7 +18,7 @@ from lora import LoRALinear, lora_layers
 from nanowan.formats.dit import new_dit
 from nanowan.variants.registry import parts_of
 
-ALIKE = ("t2v", "i2v", "ti2v")  # types of models whose blocks all do the same
+ALIKE = ("t2v", "i2v", "ti2v")  # model types in which all blocks do the same work
 aten = torch.ops.aten
 FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
@@ -29,8 +29,8 @@ FORMULAS = flop_registry | {
 class Flops(NamedTuple):
     """Numbers of FLOPs by kind. A GPU computes each kind at a different rate."""
 
-    linear: int = 0  # of matrix products and convolutions in forward passes
-    attention: int = 0  # of attention in forward passes
+    linear: int = 0  # FLOPs of matrix products and convolutions in forward passes
+    attention: int = 0  # FLOPs of attention in forward passes
     attention_backward: int = 0
     linear_backward: int = 0
 
@@ -178,7 +178,7 @@ def _of_few_blocks(count, config, adapted):
     return two.plus(three.plus(two, -1), config.num_layers - 2)
 
 
-COUNTED = {}  # what step_of has counted, since counting takes seconds: {key: (tokens, Flops of one sample)}
+COUNTED = {}  # results of step_of, since counting takes seconds: {key: (tokens, Flops of one sample)}
 
 
 def step_of(dit, latents, text, batch):

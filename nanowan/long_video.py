@@ -50,7 +50,7 @@ class SegmentFiles:
         return r
 
     def save(self, r, latents, frames, state):
-        save(self.state_file(r), state)  # before the segment's file, whose existence marks the segment as done
+        save(self.state_file(r), state)  # saved before the segment's file, which marks the segment as done
         save(self.file(r), {"latents": latents, "frames": torch.from_numpy(to_uint8(frames))}, {"key": self.key})
         if r:
             self.state_file(r - 1).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def check_disk(out, video, done=0):
     """
     (_, frames, _, _), (width, height) = video.shape, video.size
     pixels = 3 * 4 * frames * width * height  # values in a segment's frames, one byte each
-    waiting, mp4 = pixels + 4 * math.prod(video.shape), pixels // 20  # the mp4's is an approximate upper limit
+    waiting, mp4 = pixels + 4 * math.prod(video.shape), pixels // 20  # the mp4's bytes are a rough upper limit
     states = 2 * sum(t.nbytes for t in video.state().values() if t is not None)
     need = (video.count - done) * waiting + video.count * mp4 + states
     parent = next(d for d in Path(out).absolute().parents if d.exists())

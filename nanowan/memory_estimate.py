@@ -35,8 +35,8 @@ from nanowan.variants.registry import VARIANTS
 from t5 import TextEncoder
 from vae import VAE, channels_last
 
-CUDA_CONTEXT = 600 << 20  # bytes, about, that a process takes on a GPU before its first tensor
-CUDA_LIBRARIES = 500 << 20  # bytes, about, that the CUDA libraries of the same process take on the host
+CUDA_CONTEXT = 600 << 20  # approximate bytes that a process takes on a GPU before its first tensor
+CUDA_LIBRARIES = 500 << 20  # approximate bytes that the CUDA libraries of the same process take on the host
 CPU_LIBRARIES = 50 << 20  # bytes that MKL, oneDNN and the heap's holes take in a run, as measured on small runs
 
 
@@ -84,24 +84,22 @@ class Tracker(TorchDispatchMode):
 
 
 def storages(tree):
-    """Return the storages of all tensors in a tree."""
+    """Return the storages of all tensors in `tree`, a nesting of lists, tuples and dicts."""
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def scratch_bytes(func, args):
-    """Return the bytes of temporary memory that an operation takes while it runs. func, args: the
-    operation, as traced.
-    """
+    """Return the bytes of temporary memory that the operation `func` takes while it runs with the arguments `args`."""
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
-    x, _, weight, _, gamma, *_ = args  # the temporary is x after the frames before it, normed
+    x, _, weight, _, gamma, *_ = args  # the temporary holds the previous frames, then x, all normed
     B, C, T, H, W = x.shape
     before = weight.shape[2] - 1
     return B * C * (before + T) * H * W * x.itemsize if before or gamma is not None else 0
 
 
 def traced(f):
-    """Return the peak bytes of all tensors that f() makes, its result included."""
+    """Return the peak bytes of all tensors that f() makes. The result of f() is included."""
     with Tracker() as tracker:
         f()
     return tracker.peak
@@ -127,7 +125,7 @@ class ParallelLayout:
 
     @property
     def local_ranks(self):
-        """The number of processes on one machine, which share its memory."""
+        """The number of this run's processes on one machine. They share the machine's memory."""
         return min(self.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks)))
 
     @property
@@ -206,7 +204,7 @@ def pretending(cuda):
     CPU.
     """
     if cuda and torch.cuda.is_available():
-        torch.cuda.init()  # operations may query the GPU, and activation checkpointing forbids to initialize CUDA then
+        torch.cuda.init()  # operations may query the GPU, but activation checkpointing cannot initialize CUDA
     gpu_ops = backend.using("triton", pretend=True)
     with FakeTensorMode(), gpu_ops if cuda else contextlib.nullcontext():
         yield
@@ -529,7 +527,7 @@ def training(spec, builders, make_trainable):
         result = nbytes(encoder) if trains_encoder and not spec.save_delta else None
 
         learns = [trains_encoder or any(p.requires_grad for p in b.parameters()) for b in dit.blocks]
-        learning = min(len(learns) - learns.index(True), math.ceil(len(learns) / layout.pp_size))  # a rank's blocks
+        learning = min(len(learns) - learns.index(True), math.ceil(len(learns) / layout.pp_size))  # blocks of one rank
         shape, inputs = s.latent_shape((width, height), frames), 0
         entry = {"latents": torch.empty(shape)} | s.parts.examples.entry(dit.config, shape, spec.continuation)
         peak, states = traced_training(spec, dit, encoder, groups, entry, trains_encoder)
@@ -541,7 +539,7 @@ def training(spec, builders, make_trainable):
             sharded = {k: n * 4 // dtype.itemsize // layout.fsdp_size for k, n in (("p", trained), ("s", states))}
             activations += sum(sharded.values()) - trained - states
             trained, states = sharded["p"], sharded["s"]
-        if layout.stream_blocks:  # blocks' inputs lie on the host; those of two blocks also on the device
+        if layout.stream_blocks:  # the blocks' inputs lie on the host; the inputs of two blocks are also on the device
             tokens = math.prod(shape[1:]) // 4 // layout.sp_size
             inputs = 4 * spec.batch * tokens * dit.config.dim * learning
             activations -= inputs * max(0, learning - 2) // learning * cuda
@@ -613,11 +611,11 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
         eight_bit = spec.optimizer == "adamw8bit"
         opt = (AdamW8bit if eight_bit else adamw)(groups, 1e-4)
         ema = EMA(params, 0.9, opt) if spec.ema else None
-        # buffers for what other stages send exist from the start
+        # buffers for the tensors from other stages exist from the start
         buffers = [torch.empty(math.prod(shape[1:]) // 4, dit.config.dim) for _ in range(num_buffers)]
 
         def update():
-            if eight_bit:  # it works in pieces so small that only its states count
+            if eight_bit:  # this optimizer works in pieces so small that only its states count
                 opt.state.update({p: opt.new_state(p) for p in params if p not in opt.state})
             else:
                 opt.step()

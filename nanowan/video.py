@@ -22,18 +22,18 @@ from nanowan.files import atomic
 
 IMAGES = {".jpg", ".jpeg", ".png", ".apng", ".webp", ".gif", ".bmp"}
 CLIPS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-# media that cannot be read; the scan of a folder names such files, so that nobody believes that they were read
+# media files that cannot be read; the scan of a folder reports them, so that nobody believes that they were read
 OTHER_MEDIA = set(
     ".3gp .arw .avif .cr2 .cr3 .dng .exr .flv .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
     ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
 )
-TIMED_CONTAINERS = "mov,mp4", "matroska"  # their packets say when a picture is shown; others only when it is decoded
+TIMED_CONTAINERS = "mov,mp4", "matroska"  # their packets say when a picture is shown; others say when it is decoded
 DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth in FFmpeg's choice of a track
 INTERLACED_ORDERS = range(2, 6)  # the values of a codec context's field_order that mean interlaced
 LOOKED_AT = 8  # pictures of a clip tagged interlaced that are checked: with some encoders the first is progressive
-MAX_SHIFT = 2.5  # frames by which unordered times may differ from a constant rate: AVI's are those of decoding
+MAX_SHIFT = 2.5  # frames by which unordered times may differ from a constant rate, since AVI's are times of decoding
 GAP = 4  # px between the frames of a contact sheet
-SHORTEST_DURATION = 0.011  # seconds; a picture of an animated image with less is shown for 0.1, as in browsers
+SHORTEST_DURATION = 0.011  # seconds; an animation's picture with a shorter time is shown for 0.1 s, as in browsers
 
 
 class Shown(NamedTuple):
@@ -52,8 +52,8 @@ class Shown(NamedTuple):
 
 
 class Frame:
-    """A picture of a file. seconds: its time since the first picture. size: the (width, height) in px at which a player
-    shows it, upright and with square pixels.
+    """A picture of a media file. seconds: the time since the file's first picture. size: the (width, height) in px at
+    which a player shows the picture, upright and with square pixels.
     """
 
     def __init__(self, seconds, size, convert):
@@ -129,7 +129,7 @@ def read_windows(path, windows, draw, shown=None):
                 drawn = draw(before) if drawn is None else drawn
                 taken.append(drawn)
             if not taken:
-                break  # the later windows take nothing either
+                break  # later windows need no frame so far either
 
     for frame in read_frames(path, shown):
         if before is not None:
@@ -207,7 +207,7 @@ def probe_clip(path):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 stamps.append(packet.pts)
-                intact = intact and not packet.is_corrupt  # as the last packet of a truncated file
+                intact = intact and not packet.is_corrupt  # the last packet of a truncated file is corrupt
             if len(looked_at) < (LOOKED_AT if context.field_order in INTERLACED_ORDERS else 1):
                 looked_at += decode_packet(packet)
         if not looked_at:
@@ -262,8 +262,8 @@ def varies(times):
 
 
 def describe(frames, stream):
-    """Return a clip's ((width, height), notes, changed), as in Shown, from its first frames. Raises Skip if its colours
-    or its orientation are not supported.
+    """Return ((width, height), notes, changed) of a clip, as in Shown, from the clip's first frames. Raises Skip if the
+    clip's colours or its orientation are not supported.
     """
     frame = frames[0]
     color.check_colors(frame)
@@ -314,7 +314,7 @@ def shown_size(frame, stream):
 
 
 def clip_frames(path, shown):
-    """Yield the Frames of a clip."""
+    """Yield the Frames of a clip. shown: the result of `probe` for it."""
     with open_clip(path) as (container, stream, decode_packet):
         for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decode_packet), shown)):
             yield Frame(seconds, shown_size(frame, stream), functools.partial(upright_image, frame))
@@ -401,13 +401,13 @@ def open_animated(path):
 
     image = Image.open(path)
     count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "GIF") else 1
-    first = int(count > 1 and bool(image.info.get("default_image")))  # a picture for viewers without animation
+    first = int(count > 1 and bool(image.info.get("default_image")))  # 1 if picture 0 is for viewers without animation
     return image, range(first, count)
 
 
 def durations(image, numbers):
-    """Yield the seconds for which each picture of an animated image is shown. Before each, the image is set to that
-    picture. numbers: of the pictures.
+    """Yield the seconds for which each picture of an animated image is shown. Before each one, the image is set to that
+    picture. numbers: the numbers of the pictures.
     """
     for k in numbers:
         image.seek(k)
@@ -426,7 +426,7 @@ def probe_image(path):
                 size = (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)
                 return Shown(*size, None, ["alpha"] * color.has_alpha(frame) + changed, changed)
             width, height = image.size
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation: lying on its side
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation says that it lies on its side
                 width, height = height, width
             if image.mode == "F":
                 raise Skip("holds floating-point pixels, whose range is unknown")

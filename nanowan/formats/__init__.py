@@ -11,7 +11,7 @@ def load_wan(path, device="cpu", dtype=torch.bfloat16):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the VAE of a checkpoint folder, or of a file (nanowan/formats/vae.py)."""
+    """Load a VAE from a checkpoint folder or from its own file (nanowan/formats/vae.py)."""
     from nanowan.formats.vae import load_vae
 
     return load_vae(path, device, dtype)

@@ -62,7 +62,7 @@ class Change:
 
 @dataclass(frozen=True)
 class LowRank(Change):
-    """LoRA: scale * B A."""
+    """LoRA: scale * B A, where A and B are the tensors `a` and `b`."""
 
     a: Entry  # (r,in), or (r,in,...) for a convolution
     b: Entry  # (out,r) or (out,r,1,...)
@@ -180,8 +180,8 @@ class Kron(Change):
 @dataclass(frozen=True)
 class Hadamard(Change):
     """LoHa: scale * (a1 b1) * (a2 b2), where the outer * is elementwise. pairs: ((a1, b1), (a2, b2)) with shapes (n,r)
-    and (r,m). For a convolution, each pair may have three tensors, a (r,n), b (r,m) and t (r,r,...), and t is
-    contracted with a and b.
+    and (r,m). For a convolution, each pair may instead hold three tensors, a (r,n), b (r,m) and t (r,r,...); the factor
+    is then t contracted with a and b.
     """
 
     pairs: tuple

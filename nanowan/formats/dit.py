@@ -16,11 +16,11 @@ from nanowan.formats.scaled import linears_in_fp8
 from nanowan.variants.registry import VARIANTS, parts_of
 from wan import WanConfig, config_of
 
-# Modules that stay fp32, whatever the model's dtype. Those of S2V and Animate run once per clip or are norms (img_emb).
+# Modules that stay fp32, whatever the model's dtype. S2V's and Animate's run once per clip or are norms (img_emb).
 FP32_MODULES = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
-# Models of the Wan family that are not supported, recognised by a tensor that only they have.
+# Models of the Wan family that are not supported {a tensor that only this model has: its name}
 OTHER_MODELS = {
     "vace_patch_embedding.weight": "a VACE",
     "control_adapter.conv.weight": "a camera-control model",

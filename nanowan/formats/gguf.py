@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-LONGEST = 1 << 24  # bytes or elements of one value of the metadata
+LONGEST = 1 << 24  # limit on the bytes or elements of one metadata value
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # key of the original shape of a tensor that ComfyUI-GGUF has reshaped
 
 
@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
 
 
 def package():
-    """Return the `gguf` package. Raises ValueError, saying what to install, if it is missing."""
+    """Return the `gguf` package. If it is missing, raise ValueError, which says what to install."""
     try:
         import gguf
     except ImportError:
@@ -72,7 +72,7 @@ class Reader:
             return struct.unpack(f"<{count}{SCALARS[kind]}", self.take(width * min(count, self.size)))
         if kind != STRING:
             raise ValueError(f"metadata with an array of the type {kind}")
-        for _ in range(count):  # a wrong count raises at the end of the file
+        for _ in range(count):  # with a wrong count, take raises at the end of the file
             self.take(self.scalar("Q"))
         return None
 

@@ -69,7 +69,9 @@ class Entry:
 
     @property
     def format(self):
-        """The name of the type that the file stores: a dtype such as "bfloat16", or a kind such as "Q4_K"."""
+        """The name of the type in which the file stores the tensor: a dtype such as "bfloat16", or a kind such as
+        "Q4_K".
+        """
         return str(self.dtype).removeprefix("torch.")
 
     def read(self, scratch=None):

@@ -49,7 +49,7 @@ def weight_files(path, stem="diffusion_pytorch_model"):
     single = path / f"{stem}.safetensors"
     if single.is_file():
         return [single]
-    # for example a file of ComfyUI's, put in place of the official shards
+    # for example a ComfyUI file that replaces the official shards
     others = sorted(
         f
         for f in path.iterdir()
@@ -95,7 +95,9 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def clean_key(key):
-    """Return a tensor's name without the prefixes of ComfyUI's files and without torch.compile's `_orig_mod.`"""
+    """Return a tensor's name without the prefixes in ComfyUI's files and without the `_orig_mod.` that torch.compile
+    adds.
+    """
     key = key.replace("_orig_mod.", "")
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
@@ -165,8 +167,8 @@ RESIDUAL_PARTS = {
 
 
 def rename_dit(name, table):
-    """Return the name of a DiT's tensor in another layout. table: DIFFUSERS_NAMES or its inverse. Names that are not in
-    the table stay unchanged.
+    """Return the name of a DiT's tensor in another layout. table: DIFFUSERS_NAMES or its inverse. A name that is not in
+    the table is returned unchanged.
     """
     block = re.match(r"blocks\.(\d+)\.", name)
     general = name.replace(block.group(), "blocks.N.", 1) if block else name
@@ -208,7 +210,7 @@ def official_vae_name(name, v22):
     return name
 
 
-IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # Animate-2's official names: a module wraps each block
+IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # in Animate-2's official names, a module wraps each block
 
 
 def is_animate2(entries):
@@ -275,7 +277,7 @@ def expert_folders(ckpt_dir):
 
 
 def vae_files(path):
-    """Return the files of a VAE. path: the VAE's file, or a checkpoint folder."""
+    """Return the files of a VAE. path: the VAE's file, or a checkpoint folder that holds it."""
     if (Path(path) / "vae").is_dir() and is_diffusers(path):
         return weight_files(Path(path) / "vae")
     return [find(parts_folder(path), "*VAE*", "a VAE (Wan2.1_VAE or Wan2.2_VAE, .pth or .safetensors)")]

@@ -41,7 +41,7 @@ PREFIXES = re.compile(
 ENDINGS = re.compile(
     r"(.+)\.(lora_A|lora_B|lora[_.]down|lora[_.]up|alpha|diff|diff_b|diff_m|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|"
     r"hada_t[12]|[ab][12]|oft_blocks|rescale|oft_R|dora_scale|lora_magnitude_vector|ids)"
-    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # in between, there may be PEFT's name for the adapter
+    r"(?:\.default|\.\w+(?=\.weight))?(?:\.weight)?"  # PEFT may put its name for the adapter in between
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 PARTS |= {"diff_b": "diff", "diff_m": "diff"}
@@ -60,7 +60,7 @@ REFUSED = {
     r"\.oft_r": "an OFT of PEFT before 0.16",
     r"lora_embedding_": "a LoRA of an embedding",
 }
-# Settings of PEFT's LoRA with which a file means something else than B A
+# Settings of PEFT's LoRA with which the change is not B A
 PEFT_OPTIONS = ("alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora")
 PEFT_OPTIONS += ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 # PEFT's initialisations that also change the base model
@@ -110,7 +110,7 @@ class Listing:
     metadata: dict
     halves: dict
     peft: dict  # {"high" | "low": PEFT's settings}
-    expert: str | None  # what the keys say: "high", "low", "both"; None if they do not say
+    expert: str | None  # the expert that the keys name: "high", "low" or "both"; None if they name none
     problem: str | None
 
     @property
@@ -127,7 +127,7 @@ class Listing:
         return expert if len(self.halves) == 2 else next(iter(self.halves))
 
     def changes(self, expert):
-        """Return {parameter name: Change} for this expert."""
+        """Return {parameter name: Change} of the half that is for this expert."""
         half = self.half(expert)
         return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
 

@@ -100,7 +100,9 @@ def transformers_name(name):
 
 
 def official_name(name):
-    """Return the official name of a tensor, given the name in transformers or llama.cpp. Other names stay unchanged."""
+    """Return the official name of a tensor, given its name in transformers or llama.cpp. Other names are returned
+    unchanged.
+    """
     block, module, leaf = re.fullmatch(r"(enc\.blk\.\d+\.)?(.*?)([^.]*)", name).groups()
     if module in LLAMA_NAMES:
         name = (block or "").replace("enc.blk", "encoder.block") + LLAMA_NAMES[module] + leaf
@@ -118,7 +120,7 @@ TABLE = "token_embedding.weight"
 
 class EncoderFile(NamedTuple):
     entries: dict  # {official name: Entry}
-    spiece: Entry | None  # the tokenizer inside, as bytes
+    spiece: Entry | None  # the tokenizer stored in the file, as bytes
 
 
 def is_delta(file):
@@ -137,7 +139,7 @@ def read_encoder(files):
         raise BadInput(f"{files[0]}: a delta, not a whole encoder")
     entries = read_headers(files)
     spiece = entries.pop("spiece_model", None)
-    entries.pop("logit_scale", None)  # ComfyUI's CLIPSave adds it to any encoder
+    entries.pop("logit_scale", None)  # ComfyUI's CLIPSave adds this tensor to any encoder
     if spiece is not None and (spiece.dtype != torch.uint8 or len(spiece.shape) != 1):
         raise BadInput(f"{files[0]}: spiece_model is {spiece.dtype} {spiece.shape}; expected the tokenizer's bytes")
     apply_scales(entries)
@@ -146,7 +148,7 @@ def read_encoder(files):
 
 def own_encoder(ckpt_dir):
     """Return the files of a checkpoint's own encoder. ckpt_dir: a checkpoint folder in diffusers' layout, its
-    text_encoder folder, or an official folder, in which the file is found by name.
+    text_encoder folder, or an official folder, in which the encoder's file is recognised by its name.
     """
     folder = parts_folder(ckpt_dir)
     if (folder / "text_encoder").is_dir():
@@ -160,7 +162,7 @@ def own_encoder(ckpt_dir):
 
 # ---- an encoder and changes to it --------------------------------------------------------------------------------
 class EncoderSpec(NamedTuple):
-    file: Path  # or a folder
+    file: Path  # a file or a folder
     strength: float = 1.0
 
 
@@ -188,7 +190,7 @@ def _parse_encoder_spec(text):
 
 class EncoderSource(NamedTuple):
     """The files that make up an encoder. base: the files of a complete encoder. changes: EncoderSpecs of the files that
-    change it, in the order in which they are applied.
+    change this encoder, in the order in which they are applied.
     """
 
     base: list
@@ -326,7 +328,7 @@ def load_tokenizer(ckpt_dir, spiece=None):
     try:
         model = spiece.read().numpy().tobytes() if file is None else sentencepiece_model(file)
         special, byte_fallback = {}, False
-        if file is not None and (config := file.parent / "tokenizer.json").exists():  # what the official pipelines read
+        if file is not None and (config := file.parent / "tokenizer.json").exists():  # the official pipelines read it
             config = json.loads(config.read_text(encoding="utf-8"))
             special = {t["content"]: t["id"] for t in config.get("added_tokens", [])}
             byte_fallback = bool(config.get("model", {}).get("byte_fallback"))
@@ -433,7 +435,7 @@ def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, voca
 
 
 def one_hot(ids, vocab):
-    """Return a matrix (vocab,n), fp16, with a single 1 in each column j, at row ids[j]."""
+    """Return a matrix (vocab,n), fp16, that holds a 1 at row ids[j] of each column j, and zeros elsewhere."""
     found = torch.zeros(vocab, len(ids), dtype=torch.float16)
     found[ids.cpu(), torch.arange(len(ids))] = 1
     return found

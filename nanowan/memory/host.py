@@ -98,9 +98,7 @@ def shared_buffer(file, nbytes, device, create):
         file.unlink(missing_ok=True)  # a killed job may have left the file
         try:
             with open(file, "wb") as f:
-                os.posix_fallocate(
-                    f.fileno(), 0, nbytes
-                )  # without this check of the room, writing could kill the process
+                os.posix_fallocate(f.fileno(), 0, nbytes)  # without this check for room, writing could kill the process
         except OSError as e:
             raise BadInput(
                 f"{file}: {nbytes / 1e9:.1f} GB of shared memory are needed ({e.strerror}); in a container, raise its "
@@ -119,7 +117,7 @@ class Copier:
     def __init__(self, device):
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.thread, self.ring, self.last = None, None, None  # for memory that is not pinned; last: the newest copy
+        self.thread, self.ring, self.last = None, None, None  # used if memory is not pinned; last: the newest copy
 
     def copy(self, to, source):
         """Start a copy from `source` to `to`, and return a handle for `wait`. The copy runs after all work that was

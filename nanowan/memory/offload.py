@@ -19,7 +19,7 @@ from nanowan.formats.dit import keep_fp32
 from nanowan.formats.header import count_blocks
 from nanowan.memory.host import host_buffer
 
-ALIGNED = 256  # each tensor in a flat buffer begins at a multiple of so many bytes: kernels are chosen by alignment
+ALIGNED = 256  # tensors in a flat buffer begin at multiples of this many bytes: alignment decides which kernels run
 
 
 def spread(count, total):
@@ -69,7 +69,7 @@ class Flat:
             self.nbytes += -(-t.nbytes // ALIGNED) * ALIGNED
 
     def views(self, flat):
-        """Return the tensors as views of a buffer (nbytes,) uint8."""
+        """Return the tensors as views of `flat`, a buffer (nbytes,) uint8."""
         return [
             flat[begin : begin + n].view(dtype).as_strided(shape, stride)
             for begin, n, dtype, shape, stride in self.slots
@@ -157,7 +157,7 @@ class Kept:
             self.store.free.append(self.flat)
 
     def fetch(self):
-        """Start to copy the tensor back to the device."""
+        """Start to copy the tensor back to the device, unless this has begun already."""
         if self.back is None:
             t = torch.empty_like(self.host, device=self.store.device)
             self.back = t, self.store.copier.copy(t, self.host)
@@ -180,12 +180,12 @@ class Stream:
 
     def __init__(self, model, flats, copier):
         self.flats, self.numbers, self.copier, self.cuda = flats, sorted(flats), copier, copier.stream is not None
-        self.phase, self.lowest = "forward", None  # what the blocks run for; the lowest block that will run again
+        self.phase, self.lowest = "forward", None  # the blocks' current pass; the lowest block that will run again
         self.copies, self.bytes, self.seconds, self.waits = [], 0, 0.0, []
         self.inputs, self.ring = InputsOnHost(copier), None
         for i in self.numbers:
             model.blocks[i].register_forward_pre_hook(lambda block, args, i=i: self._before(i))
-        if hasattr(model, "surround_blocks"):  # a DiT, which gradients may pass through
+        if hasattr(model, "surround_blocks"):  # a DiT, through which gradients may pass
             model.checkpointing, model.cache_text_kv = True, False
             model.surround_blocks(self.inputs.hooks, lambda: (self._in_phase("recorded"), self._in_phase("recompute")))
 
@@ -220,7 +220,7 @@ class Stream:
         self.copier.synchronize()
 
     def ring_bytes(self):
-        """Return the bytes of the two buffers on the device."""
+        """Return the total size, in bytes, of the two buffers on the device."""
         return sum(map(len, self.ring))
 
     def _fetch(self, i):

@@ -25,7 +25,7 @@ class Placement:
         if count > len(blocks):
             raise BadInput(f"--stream_blocks {count}: this model has {len(blocks)} blocks")
         self.streamed = {i: Flat(frozen(blocks[i])) for i in spread(count, len(blocks))}
-        self.resident = []  # Flats of what is not streamed
+        self.resident = []  # Flats of the tensors that are not streamed
         self._group()
 
     def _group(self):

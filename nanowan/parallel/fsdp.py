@@ -10,7 +10,7 @@ def apply_fsdp(model, world):
     """
     for block in model.blocks:
         shard(block, world, {p for p in block.parameters() if p.requires_grad})
-    # This shards nothing more, but makes the DiT the root: under one root, blocks are gathered ahead of their use.
+    # This call shards nothing, but makes the DiT the root; with one root, FSDP gathers blocks ahead of their use.
     shard(model, world, {p for p in model.parameters() if not is_sharded(p)})
     model.cache_text_kv = False
 

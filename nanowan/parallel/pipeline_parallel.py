@@ -38,7 +38,7 @@ class Pipeline:
 
     def __init__(self, model, world):
         total, stages, group = len(model.blocks), world.pp_size, world.group("pp")
-        self.schedules, self.in_schedule = {}, False  # while a schedule runs, it sends the tokens
+        self.schedules, self.in_schedule = {}, False  # in_schedule: a schedule runs, which sends the tokens
         for stage in range(stages):
             blocks = range(total * stage // stages, total * (stage + 1) // stages)
             if stage == world.pp_rank:
@@ -59,7 +59,7 @@ class Pipeline:
         leaf = context.detach()[micro.order].requires_grad_(context.requires_grad)
         args, losses = [batch.x[micro.order].to(world.device)] if is_first else [], []
         kwargs = dict(t=batch.t[micro.order].to(world.device), context=leaf, lens=lens[micro.order])
-        if is_last:  # the "target" of a microbatch is its number, which its loss is given
+        if is_last:  # the "target" of a microbatch is its number, which is passed to the loss
             kwargs |= dict(target=torch.arange(len(micro.order)), losses=losses)
         schedule, stage = self.schedule(world, model, batch.x.shape, len(micro.order))
         stage.microbatches = micro
@@ -69,7 +69,7 @@ class Pipeline:
         finally:
             self.in_schedule = False
         tokens = 4 * len(micro.order) * math.prod(stage.grid) * model.config.dim
-        world.count("tokens", tokens * (not is_last) + tokens * (not is_first))  # tokens downwards, gradients upwards
+        world.count("tokens", tokens * (not is_last) + tokens * (not is_first))  # tokens forward, gradients back
         if context.requires_grad:
             gradient = torch.zeros_like(context)  # this stage's blocks may not have used the text
             if leaf.grad is not None:

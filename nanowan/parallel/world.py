@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from nanowan.errors import BadInput
 
-# Long, since ranks wait while others compute their share of the cache. If a rank dies, torchrun ends the job at once.
+# A long time, since ranks wait while others compute their share of the cache. If a rank dies, torchrun ends the job.
 TIMEOUT = datetime.timedelta(hours=4)
-BUCKET = 1 << 25  # about how many numbers are summed over ranks at once
-DIMS = ("dp", "cfg", "pp", "sp")  # of the mesh, slowest first, so that ranks with adjacent numbers exchange the most
+BUCKET = 1 << 25  # approximate count of numbers that are summed over ranks at once
+DIMS = ("dp", "cfg", "pp", "sp")  # dimensions of the mesh, slowest first, so that adjacent ranks exchange the most
 
 
 class HostShare(NamedTuple):
@@ -36,15 +36,16 @@ class World:
 
         with World(device, fsdp=args.fsdp, ulysses_size=args.ulysses_size) as world: ...
 
-    rank, size       among all processes; rank 0 `is_main`, and it alone prints
-    device           the device of this rank
-    dp_rank, dp_size    ranks that see different samples
-    cfg_rank, cfg_size  ranks that compute the two halves of guidance
-    pp_rank, pp_size    stages of a pipeline of blocks
-    sp_rank, sp_size    ranks that split a clip's tokens (Ulysses)
-    clip_group_size  ranks that work on the same clip while sampling, one of which `is_writer`
-    split_tiles      `ranks` of decode_tiled, (index, count, add_up), where several ranks share a clip, else None
-    sent             {kind: bytes} that this rank has sent in collectives and to neighbouring stages
+    rank, size          this process's number, and the number of all processes; only rank 0, which `is_main`, prints
+    device              the device of this rank
+    Of each pair below, the first is this rank's number in a group of ranks, the second is the size of the group:
+    dp_rank, dp_size    the ranks that see different samples
+    cfg_rank, cfg_size  the ranks that compute the two halves of guidance
+    pp_rank, pp_size    the stages of a pipeline of blocks
+    sp_rank, sp_size    the ranks that split a clip's tokens (Ulysses)
+    clip_group_size     the number of ranks that sample the same clip, one of which `is_writer`
+    split_tiles         the `ranks` argument of decode_tiled if several ranks share a clip, else None
+    sent                {kind: bytes} that this rank has sent in collectives and to neighbouring stages
 
     Raises BadInput if the number of processes does not fit the flags.
     """

@@ -49,8 +49,8 @@ def replace_keyword(caption, keyword, word):
     return caption
 
 
-# The units by which captions are shortened: words, and single characters, with the marks on them, of scripts that put
-# no spaces between words (Thai to Tibetan, Burmese, Khmer, Chinese, Japanese).
+# The units by which captions are shortened: words, or, in scripts without spaces between words (Thai to Tibetan,
+# Burmese, Khmer, Chinese, Japanese), single characters with the marks on them.
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 MARKS = "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
 UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")

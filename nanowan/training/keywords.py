@@ -113,7 +113,7 @@ def initial_words(keywords, search, encoder, dataset, schedule):
         first, (low, high) = next(iter(schedule.items()))
         searched = [k.name for k in keywords if k.name not in found]
         found |= search_initial_words(searched, encoder, dataset, first, low, high)
-    found = dataset.world.broadcast_from_rank0(lambda: found)  # ranks may round differently
+    found = dataset.world.broadcast_from_rank0(lambda: found)  # the ranks' results may differ by rounding
     for keyword, word in found.items():
         print(f"keyword {keyword!r}: starts as {word!r}")
     return found

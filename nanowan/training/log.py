@@ -16,7 +16,7 @@ from nanowan.errors import BadInput
 from nanowan.files import atomic, writing
 
 RECENT = 50  # the screen shows the mean loss of this many steps
-QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not at a line's end
+QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not repeated at a line's end
 
 
 class AppendedFile:
@@ -30,7 +30,7 @@ class AppendedFile:
     def write(self, data):
         view = memoryview(data)
         with writing(self.path):
-            while view:  # a nearly full disk may take only a part
+            while view:  # a nearly full disk may accept only a part
                 view = view[self.file.write(view) :]
 
     def close(self):

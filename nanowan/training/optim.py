@@ -17,13 +17,13 @@ from nanowan.errors import BadInput
 
 def adamw(params, lr, weight_decay=0.01):
     """Return torch's AdamW (Loshchilov and Hutter, 2019) for these parameters, with betas (0.9, 0.99)."""
-    # not foreach, PyTorch's default on a GPU: during a step it takes as much extra memory as the weights
+    # foreach, PyTorch's default on a GPU, is off: during a step it takes as much extra memory as the weights
     return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def lr_at(step, steps, lr, warmup, schedule):
-    """Return the learning rate of a step (0-based): linear warm-up, then "constant" at `lr`, or "cosine" down to a
-    tenth of it.
+    """Return the learning rate of a step (0-based). After a linear warm-up, the schedule "constant" stays at `lr`, and
+    "cosine" falls to a tenth of `lr`.
     """
     if step < warmup:
         return lr * (step + 1) / warmup

@@ -215,5 +215,5 @@ def key_of(path):
     try:
         with Image.open(path) as image:
             return image.info.get("data")
-    except Exception:  # PIL raises many kinds for a damaged file
+    except Exception:  # PIL raises many kinds of exceptions for a damaged file
         return None

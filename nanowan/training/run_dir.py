@@ -66,7 +66,7 @@ def state_damage(file):
             for part in FileSystemReader(folder).read_metadata().storage_data.values():
                 if (folder / part.relative_path).stat().st_size < part.offset + part.length:
                     return f"{folder.name}/{part.relative_path} is cut off"
-    except Exception as e:  # whatever reading a damaged file raises
+    except Exception as e:  # reading a damaged file may raise anything
         return str(e).splitlines()[0] if str(e) else type(e).__name__
     return None
 
@@ -110,7 +110,7 @@ class Run:
             "job": self.job,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.date = self.metadata["started"][:10]  # of the run's first start, even if it was resumed
+        self.date = self.metadata["started"][:10]  # the date of the run's first start, even if the run was resumed
 
     def __enter__(self):
         return self
@@ -177,11 +177,11 @@ class Run:
         return found.stdout.strip() or None
 
     def _on_signal(self, number, _):
-        # os.write, since the signal may have interrupted print in the middle of a line, and print is not reentrant
+        # os.write is used because the signal may have interrupted print within a line, and print is not reentrant
         now = time.monotonic()
         if (
             self.stop and now - self.asked_at > 1
-        ):  # an earlier one is torchrun's, which forwards what the terminal sent to all
+        ):  # an earlier second signal is torchrun's, which forwards what the terminal sent to all
             os._exit(128 + number)
         if self.stop:
             return
@@ -197,7 +197,7 @@ class Run:
         return sorted((f for f in self.states.glob("step_*.pt") if re.fullmatch(r"step_\d+", f.stem)), key=state_step)
 
     def _remove_leftovers(self):
-        """Remove what killed processes left: unfinished files, and shards whose state was never finished."""
+        """Remove the files that killed processes left: unfinished files, and shards whose state was never finished."""
         for folder in (self.out, self.states, self.out / "previews"):
             remove_leftovers(folder)
         for folder in self.states.glob("step_*.shards"):

@@ -9,9 +9,9 @@ from nanowan.errors import BadInput, Skip
 from nanowan.files import remove_leftovers
 from nanowan.training.sources import check_usable, find_media
 
-MAX_ASPECT = 4  # of buckets: from 1:4 to 4:1
-MAX_CROPPED_ASPECT = 6  # of media: with a longer or thinner one, cropping would remove more than a third
-MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp, and would repeat one frame for hours
+MAX_ASPECT = 4  # buckets have aspect ratios from 1:4 to 4:1
+MAX_CROPPED_ASPECT = 6  # limit for media: with a more extreme aspect ratio, cropping would remove more than a third
+MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp and would repeat one frame for hours
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Item:
 
 # ---- buckets and windows -----------------------------------------------------------------------------------------
 def buckets(area, multiple):
-    """Return every bucket (w, h) within MAX_ASPECT: for each width, the height that brings the area closest to `area`
-    px. Sides are multiples of `multiple`. Each bucket is also returned with width and height swapped.
+    """Return every bucket (w, h) in px within MAX_ASPECT. Each width is paired with the height that brings the area
+    closest to `area` px. Sides are multiples of `multiple`. Each bucket is also returned with width and height swapped.
     """
     found = set()
     for w in range(multiple, int((MAX_ASPECT * area) ** 0.5) + multiple, multiple):

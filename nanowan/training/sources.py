@@ -15,7 +15,7 @@ CLIP_MODES = {
     "middle": "the frames around its middle",
     "spaced": "frames spread evenly over its whole length",
     "several": "as many samples as fit into it, one after the other",
-}  # which frames of a clip
+}  # {mode: the frames of a clip that it takes}
 PATH_COLUMNS = ("path", "file", "file_name", "video_path", "image_path", "video", "image")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
 REPEAT_COLUMNS = ("repeat", "num_repeats")
@@ -33,7 +33,7 @@ def read_captions(path):
         raise Skip(f"its caption {file.name} is not UTF-8, nor UTF-16 with a byte-order mark") from None
     except OSError:
         raise Skip(f"has no caption: {file.name} is missing or unreadable") from None
-    # not at the other characters that Unicode counts as line ends
+    # lines do not end at the other characters that Unicode counts as line ends
     captions = [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
     if not captions:
         raise Skip(f"its caption {file.name} is empty")

@@ -17,12 +17,12 @@ RESUME_MAY_CHANGE = (
 
 
 class TrainState:
-    """Everything that a run needs to be resumed exactly: parameters, optimizer, guard and averages. Random numbers
-    follow from the step alone.
+    """Everything that a run needs to be resumed exactly: parameters, optimizer, guard and averages. Random numbers are
+    not part of it, because they depend only on the seed and the step.
     """
 
     def __init__(self, params, opt, grad_spike_factor, ema=0.0):
-        """ema: the decay of a moving average, 0 for none."""
+        """ema: the decay of a moving average, or 0 for no average."""
         self.params, self.opt, self.guard, self.step = params, opt, Guard(grad_spike_factor), 0
         self.ema = EMA(params, ema, opt) if ema else None
         for group in opt.param_groups:
@@ -80,7 +80,7 @@ class TrainState:
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
         for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
-            if "fused" in own:  # how a step is computed is not part of a state: older versions did it differently
+            if "fused" in own:  # how a step is computed is not part of a state: older versions did so differently
                 group["fused"] = own["fused"]
         self.opt.load_state_dict(state["opt"])
         self.guard.load_state_dict(state["guard"])
@@ -107,6 +107,6 @@ def resume_fingerprint(args, pipe, dataset):
     if dataset.is_cached():
         fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
         weights = [i.weight for i in dataset.items]
-        # None, as in states that were written before there were weights
+        # None, as in states of versions that had no weights
         fingerprint["weights"] = weights if {*weights} != {1.0} else None
     return fingerprint

@@ -42,14 +42,14 @@ def held_out_loss(dataset, schedule, embed):
         model, by_t, suffix = pipe.acquire(name).eval(), [0.0] * 4, "" if name == "dit" else f"_{name}"
         for i, batch in batches:
             by_t[i] += batch.loss(model, *embed(batch.captions)).item() / len(dataset.val_items)
-        model = None  # so that it can be evicted for the other expert
+        model = None  # so that this model can be evicted for the other expert
         metrics |= {f"val_loss{suffix}": sum(by_t) / 4, f"val_loss_by_t{suffix}": by_t}
     return metrics
 
 
 def say_if_foreign(metrics, usual):
-    """Print a line if the held-out loss before the first step is far above `usual`, the checkpoint's usual loss (None:
-    unknown).
+    """Print a line if the held-out loss before the first step is far above `usual`, the loss that is usual for the
+    checkpoint (None if it is unknown).
     """
     loss = held_out(metrics)
     if usual and loss is not None and loss > 3 * usual:

@@ -14,7 +14,7 @@ from lora import LoRALinear, adapter, inject, lora_layers
 from nanowan.errors import BadInput
 from nanowan.parallel import full_tensor, is_sharded, shard
 
-# the linears of a block of UMT5, which transformers calls q, k, v, o, wi_0, wi_1 and wo
+# the linear layers of a UMT5 block; transformers calls them q, k, v, o, wi_0, wi_1 and wo
 LORA_TARGETS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
 NORM_QUANTILE = 0.99  # --keyword_norm clamp limits norms to this quantile of the table's norms
 
@@ -38,7 +38,7 @@ class RowEmbedding(nn.Module):
 
     def forward(self, ids):
         slot = self.slot[ids]
-        # not rows[slot]: several threads add up the gradient of indexing, in no fixed order
+        # rows[slot] is not used, because several threads would add up its gradient, in no fixed order
         rows = F.embedding(slot.clamp(min=0), self.rows).to(self.table.weight.dtype)
         return torch.where((slot >= 0)[..., None], rows, self.table(ids))
 
@@ -65,7 +65,7 @@ class RowEmbedding(nn.Module):
         """
         if self.norm == "free":
             return
-        rows = self.rows.to_local() if is_sharded(self.rows) else self.rows  # sharded by rows
+        rows = self.rows.to_local() if is_sharded(self.rows) else self.rows  # each rank holds some of the rows
         norms = rows.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
         if self.limits is None and self.norm == "fixed":
             self.limits = norms

@@ -155,7 +155,7 @@ class Conditioning:
         return size
 
     def latent_frames(self, frames):
-        """Return T', the number of latent frames in the noise for a clip of `frames` frames."""
+        """Return T', the number of latent frames that are sampled for a clip of `frames` frames."""
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None, last_image=None):

@@ -86,5 +86,5 @@ PARTS = {
 
 @functools.cache
 def parts_of(model_type):
-    """Return the Parts of a model_type, as config.json names it."""
+    """Return the Parts for a model_type, which is the name that config.json gives."""
     return PARTS[model_type]()

@@ -6,7 +6,7 @@ from nanowan.variants.samples import Samples
 from nanowan.video import CLIPS, IMAGES
 
 MAX_DIFFERENCE = 0.1  # seconds that a sidecar may be longer or shorter than its clip
-MAX_STRETCH = 1.02  # between the aspect ratios of both: preprocessing rounds the sides to multiples of 16
+MAX_STRETCH = 1.02  # largest quotient of the two aspect ratios: preprocessing rounds the sides to multiples of 16
 
 
 class ClipSamples(Samples):

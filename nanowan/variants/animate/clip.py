@@ -26,7 +26,7 @@ from t5 import Tokenizer
 HEADS = 16  # in both towers; no tensor's shape tells this number
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images, RGB
 BOS, EOS, UNK = 0, 2, 3  # XLM-RoBERTa's token ids; 1 is padding
-FIRST_POSITION = 2  # of a text's tokens: fairseq starts to count after the padding's id
+FIRST_POSITION = 2  # position of a text's first token: fairseq counts from after the padding's id
 TOKENIZER = "xlm-roberta-large/sentencepiece.bpe.model"
 
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A ViT without its output head. layers: number of blocks; the released model has 32."""
+    """A vision transformer (ViT) without its output head. layers: number of blocks; the released model has 32."""
 
     def __init__(self, dim, ffn_dim, layers, patch, tokens):
         super().__init__()
@@ -158,7 +158,7 @@ class TextTower(nn.Module):
     def __init__(self, vocab, positions, dim, ffn_dim, layers, out_dim):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        self.type_embedding = nn.Embedding(1, dim)  # BERT's sentence types; XLM-RoBERTa has one
+        self.type_embedding = nn.Embedding(1, dim)  # BERT has several sentence types, XLM-RoBERTa one
         self.pos_embedding = nn.Embedding(positions, dim)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(TextBlock(dim, ffn_dim) for _ in range(layers))

@@ -23,7 +23,7 @@ class ReferencedVideo(Video):
     known = None
 
     def noise(self, r, seed):
-        return draw_noise(self.shape, seed, self.device, r)  # one generator for all segments
+        return draw_noise(self.shape, seed, self.device, r)  # segments share one generator
 
     def output(self, latents):
         return latents[:, 1:]
@@ -63,7 +63,7 @@ class CharacterVideo(ReferencedVideo):
         return Conditions(channels=y, inputs=model_inputs, uncond_inputs={"face": torch.full_like(face, -1.0)})
 
     def decode(self, r, latents, decode):
-        video = decode(latents[:, :, 1:])  # without the reference
+        video = decode(latents[:, :, 1:])  # the first latent frame is the reference
         begin = self.overlap if r else 0
         self.known = video[:, :, -self.overlap :].clone()  # a view would keep all frames in memory
         return video[0, :, begin : self.n - self.spans[r][0]]
@@ -112,7 +112,7 @@ class Character(Conditioning):
             raise BadInput(f"{ckpt_dir}: a character that moves as a video does, --src_root_path is needed")
 
     def latent_frames(self, frames):
-        return 2 + (frames - 1) // 4  # the first is the reference's
+        return 2 + (frames - 1) // 4  # the first latent frame is the reference
 
     def video(self, pipe, settings, image=None, src_root_path=None, replace_flag=False, refert_num=1):
         return CharacterVideo(pipe, settings, src_root_path, replace_flag, refert_num)

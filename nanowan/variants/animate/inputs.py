@@ -23,7 +23,7 @@ from nanowan.variants.image import encode_still
 from nanowan.video import open_image, read_frames
 
 OVERLAPS = 1, 5  # the numbers of frames that a clip can take over from the previous one
-SIZE_MULTIPLE = 16  # of H and W: a token is a patch of 2x2 latent pixels
+SIZE_MULTIPLE = 16  # H and W are multiples of this: a token is a patch of 2x2 latent pixels
 FACE_SIDE = 512  # px of the crops that the released model takes
 FACE_AREA = 1.3  # the area of a crop, divided by that of the box around the landmarks
 
@@ -111,7 +111,7 @@ def frame_indices(times, video_fps, fps):
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
-    return between.round(6).round().astype(int).tolist()  # halves to even
+    return between.round(6).round().astype(int).tolist()  # halves are rounded to even
 
 
 def area_size(width, height, area):
@@ -256,7 +256,7 @@ def fold_mask(mask):
 
 
 def pixels(images, device):
-    """Return uint8 arrays (H,W,3) as one tensor (1,3,len(images),H,W) in [-1,1]."""
+    """Return a list of uint8 arrays (H,W,3) as one tensor (1,3,len(images),H,W) in [-1,1]."""
     return torch.from_numpy(np.stack(images)).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 

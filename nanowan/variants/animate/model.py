@@ -114,11 +114,13 @@ class MotionEncoder(nn.Module):
         self.side = 4 * 2 ** len(halve)
 
     def encode_clip(self, face):
-        """Return motion vectors (B,F,W) for face crops (B,3,F,S,S) in [-1,1]. Raises BadInput if the side is not S."""
+        """Return motion vectors (B,F,W) for face crops (B,3,F,S,S) in [-1,1]. Raises BadInput if the crops' side is not
+        the one that the encoder takes.
+        """
         B, C, frames, *sides = face.shape
         if C != 3 or frames % 4 != 1 or sides != [self.side] * 2:
             raise BadInput(f"face crops {tuple(face.shape)}: this model takes (B,3,4k+1,S,S) with S = {self.side}")
-        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few at a time: their feature maps are large
+        crops = face.transpose(1, 2).flatten(0, 1).split(8)  # a few crops at a time, since their feature maps are large
         return torch.cat([self(part) for part in crops]).unflatten(0, (B, frames))
 
     def forward(self, face):
@@ -167,7 +169,7 @@ class FaceEncoder(nn.Module):
         learned one.
         """
         x = self.conv1_local(motion.to(self.out_proj.weight.dtype))  # (B,F,heads*hidden)
-        x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # the heads in the batch: (B*heads,F,hidden)
+        x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # heads in the batch: (B*heads,F,hidden)
         x = norm_silu(self.conv2(norm_silu(x)))
         x = self.out_proj(norm_silu(self.conv3(x)))  # (B*heads,k+1,D)
         x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)  # (B,k+1,heads,D)
@@ -175,7 +177,7 @@ class FaceEncoder(nn.Module):
 
 
 class FaceAdapter(nn.Module):
-    """Attention from the video tokens of each latent frame to the face tokens of the same frame."""
+    """An attention from the video tokens of each latent frame to the face tokens of the same latent frame."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -185,7 +187,7 @@ class FaceAdapter(nn.Module):
             ops.Linear(dim, dim),
             ops.Linear(dim, dim),
         )
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))  # over one head's width
+        self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))  # norms over one head's width
 
     def split(self, x, norm):
         """Return x (...,D) split into heads (...,N,d), each of which is normalised in fp32. The result has the dtype of
@@ -195,7 +197,7 @@ class FaceAdapter(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps).to(x.dtype)
 
     def keys_values(self, face):
-        """Return k and v (B,T',J,N,d) for face tokens (B,T',J,D)."""
+        """Return the keys and values (B,T',J,N,d) of face tokens (B,T',J,D)."""
         face = F.layer_norm(face.float(), face.shape[-1:], eps=1e-6).to(self.linear2.weight.dtype)
         k, v = self.linear1_kv(face).chunk(2, -1)
         return self.split(k, self.k_norm), v.unflatten(-1, (self.heads, -1))
@@ -247,7 +249,7 @@ class AnimateConfig(WanConfig):
 
 
 class Context(NamedTuple):
-    """The tokens that a block's cross-attention attends to: embedded text (B,S,D) and image tokens (B,n,D)."""
+    """The tokens to which a block's cross-attention attends: embedded text (B,S,D) and image tokens (B,n,D)."""
 
     text: torch.Tensor
     image: torch.Tensor
@@ -258,7 +260,7 @@ class Context(NamedTuple):
 
 
 class Image(NamedTuple):
-    """An embedded picture, ready for the blocks: tokens (B,n,D), and for each block the keys and values of these
+    """An embedded picture, ready for the blocks: its tokens (B,n,D), and for each block the keys and values of these
     tokens, or None.
     """
 
@@ -292,7 +294,7 @@ class ImageCrossAttention(CrossAttention):
         self.norm_k_img = nn.RMSNorm(dim)
 
     def image_keys_values(self, image):
-        """Return k and v (B,n,N,d) for embedded image tokens (B,n,D)."""
+        """Return the keys and values (B,n,N,d) of embedded image tokens (B,n,D)."""
         (k,) = ops.qk_norm_rope([self.k_img(image)], [self.norm_k_img.weight], self.eps, self.heads)
         return k, self.v_img(image).unflatten(2, (self.heads, -1))
 
@@ -371,7 +373,7 @@ class WanAnimate(ImageWan):
         """
         tokens = F.pad(
             self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
-        )  # zeros for the reference, which are attended to like other face tokens
+        )  # the reference's face tokens are zeros, which are attended to like others
         adapters = self.face_adapter.fuser_blocks
         kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
@@ -401,7 +403,7 @@ class WanAnimate(ImageWan):
         if (len(pose), *pose.shape[2:]) != want:
             raise BadInput(f"pose {tuple(pose.shape)}: should be {(len(x), pose.shape[1], *want[1:])} for this x")
         tokens, pose = super().patchify(x, c), embed_patches(pose, self.pose_patch_embedding)
-        tokens[:, -pose.shape[1] :] += pose  # to all tokens except the reference's
+        tokens[:, -pose.shape[1] :] += pose  # added to all tokens except the reference's
         return tokens
 
     def after_block(self, i, x, c):

@@ -94,10 +94,10 @@ def disk(point, radius):
 
 
 def draw_hand(pen, points, radius):
-    """Draw a hand. points (21,3): the wrist, then four points of each finger, thumb first."""
+    """Draw a hand with `pen`. points (21,3): the wrist, then four points of each finger, beginning with the thumb."""
     seen = (points[:, 2] >= MIN_SCORE) & (points[:, :2].astype(int) > 0).all(1)
     ends = [(int(x), int(y)) for x, y, _ in points]
-    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # OpenCV draws a thickness above 1 this wide
+    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # how wide OpenCV draws a line of a thickness above 1
     for i, (a, b) in enumerate(FINGERS):
         if seen[a] and seen[b]:
             color = tuple(round(255 * c) for c in hsv_to_rgb(i / len(FINGERS), 1, 1))
@@ -107,9 +107,9 @@ def draw_hand(pen, points, radius):
 
 
 # ---- the official networks -------------------------------------------------------------------------------------------
-PERSON_SIDE = 640  # px that yolov10m takes
+PERSON_SIDE = 640  # side in px of yolov10m's input
 PERSON_SCORE = 0.05  # detections with a lower score are ignored
-POSE_SIZE = 192, 256  # (width, height) px that vitpose takes
+POSE_SIZE = 192, 256  # (width, height) px of vitpose's input
 HEATMAP_BLUR = 11, 2.0  # taps and sigma of the Gaussian that the heatmaps were trained with
 
 
@@ -143,7 +143,7 @@ class Networks:
         session = self.sessions[index]
         try:
             y = session.run(None, {session.get_inputs()[0].name: x[None].astype(np.float32)})[0][0]
-        except Exception as e:  # as above
+        except Exception as e:  # onnxruntime, as in __init__
             raise BadInput(f"--process_checkpoint {self.folder}: {str(e).splitlines()[0]}") from None
         if len(y.shape) != len(shape) or any(want not in (None, n) for n, want in zip(y.shape, shape)):
             raise BadInput(f"--process_checkpoint {self.folder}: a network gave {y.shape}, should be {shape}")

@@ -259,7 +259,7 @@ class Work(NamedTuple):
         return np.stack([networks.keypoints(image) for image in self.frames("keypoints")])
 
     def face_images(self):
-        """Yield the face crop (1,S,S,3) of each frame."""
+        """Yield the face crop (1,S,S,3) of each used frame."""
         for i, (image, box) in enumerate(zip(self.frames("src_face"), self.faces)):
             try:
                 yield face_crop(image, box)[None]
@@ -269,7 +269,7 @@ class Work(NamedTuple):
                 ) from None
 
     def pose_images(self):
-        """Yield the skeleton (1,H,W,3) of each frame."""
+        """Yield the skeleton (1,H,W,3) of each used frame."""
         if self.pose_video:
             images = self.pose_video.frames(self.seconds, "src_pose")
         else:
@@ -281,17 +281,19 @@ class Work(NamedTuple):
             yield letterbox(image, *self.size)[None]
 
     def masks(self, desc=None, **growth):
-        """Yield the mask (H,W) of 0 and 1 of each frame. growth: the keyword arguments of grow_mask."""
+        """Yield the mask (H,W) of 0 and 1 of each used frame. growth: the keyword arguments of grow_mask. desc: the
+        title of a progress bar, or None for no bar.
+        """
         for image in self.mask_video.frames(self.seconds, desc):
             yield grow_mask((fit_frame(image[..., 0], *self.size) > 127).astype(np.uint8), **growth)
 
     def background_images(self, **growth):
-        """Yield each frame (1,H,W,3) with the masked person black."""
+        """Yield each used frame (1,H,W,3), with the masked person filled in black. growth: as in `masks`."""
         for image, mask in zip(self.frames("src_bg"), self.masks(**growth)):
             yield (image * (1 - mask)[..., None])[None]
 
     def mask_images(self, **growth):
-        """Yield the mask of each frame as an image (1,H,W,3) of 0 and 255."""
+        """Yield the mask of each used frame as an image (1,H,W,3) of 0 and 255. growth: as in `masks`."""
         for mask in self.masks("src_mask", **growth):
             yield np.repeat(mask[None, ..., None] * np.uint8(255), 3, -1)
 

@@ -22,7 +22,7 @@ class CharacterSamples(ClipSamples):
     videos = ("pose", "face", "bg", "mask")
     squares = ("face",)
     extra_lora_targets = ("cross_attn.k_img", "cross_attn.v_img")
-    loss_from = 1  # after the reference, whose predicted velocity is not used
+    loss_from = 1  # latent frame 0 is the reference, whose predicted velocity is not used
 
     def find(self, path):
         files = super().find(path)
@@ -58,7 +58,7 @@ class CharacterSamples(ClipSamples):
         with torch.no_grad():
             motion = self.pipe.acquire("motion").encode_clip
             tensors["face"], tensors["face.blank"] = motion(face)[0], motion(torch.full_like(face[:, :, :1], -1))[0, 0]
-        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the other encoders
+        vae = self.pipe.acquire("vae")  # the VAE may have been evicted to make room for other encoders
         z = vae.encode(picture)
         tensors["latents"] = torch.cat([z, vae.encode(video)], 2)[0]
         tensors["pose"] = vae.encode(to_video(sidecars["pose"], device)[None])[0]
@@ -84,7 +84,7 @@ class CharacterSamples(ClipSamples):
         return {k: tensors[k] for k in ("latents", "pose", "clip")} | {"y": tensors[f"y.{drawn}"], "face": face}
 
     def to_decode(self, latents, entry):
-        return latents[:, :, 1:]  # without the reference
+        return latents[:, :, 1:]  # the first latent frame is the reference
 
 
 def known_frames(item):

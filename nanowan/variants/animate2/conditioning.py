@@ -20,7 +20,7 @@ from nanowan.variants.examples import Examples
 from nanowan.video import has_sound, probe, read_windows, sound_delay, to_tensor
 
 OVERLAP = 1  # frames that a segment shares with the end of the previous one
-MIN_FRAMES = 5  # of a driving video: two latent frames
+MIN_FRAMES = 5  # fewest frames of a driving video: two latent frames
 SIZE_MULTIPLE = 16
 DRIVING_PROMPT = "人物动作的参考视频"  # default prompt of the driving video: "reference video of the person's motion"
 
@@ -144,7 +144,7 @@ class DrivenVideo(ReferencedVideo):
         return Conditions(channels=channels, inputs=inputs, uncond_inputs=uncond_inputs)
 
     def decode(self, r, latents, decode):
-        video = decode(latents[:, :, 1:])  # without the reference
+        video = decode(latents[:, :, 1:])  # the first latent frame is the reference
         self.known = video[:, :, -OVERLAP:].clone()  # a view would keep all frames in memory
         left, top, width, height = self.place
         end = self.driving.n - self.starts[r]
@@ -176,7 +176,7 @@ class Driven(Conditioning):
             raise BadInput(f"{ckpt_dir}: a character that moves as a video does, --image and --video are needed")
 
     def latent_frames(self, frames):
-        return 2 + (frames - 1) // 4  # the first is the reference's
+        return 2 + (frames - 1) // 4  # the first latent frame is the reference
 
     def embed(self, pipe, prompt=DRIVING_PROMPT):
         """Return the embedded tokens (1,S,D) of a driving video's prompt. They are computed once per pipeline and

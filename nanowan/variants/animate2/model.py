@@ -23,7 +23,7 @@ from nanowan.variants.animate.model import Image, ImageWan
 from wan import WanConfig
 
 SKIPPED = 9  # index of the block that guidance's unconditional half leaves out
-DISTILLED_SCALE = -1.3  # log_scale of the distilled model; its tensors do not tell it
+DISTILLED_SCALE = -1.3  # log_scale of the distilled model, which its tensors do not tell
 # Settings of config.json that decide the driving video's positions. No published weights have other values.
 PUBLISHED = dict(refer_offset_t=1, refer_offset_h=0, refer_offset_w=-1, refer_stride=1, use_img_emb=True)
 
@@ -81,7 +81,7 @@ class DrivenAttention(NamedTuple):
 
 
 class Driving(NamedTuple):
-    """A driving video made ready for the blocks: each block's keys and values (B,(T'-1)n,N,d) of it, and its grid."""
+    """A driving video, ready for the blocks: its keys and values (B,(T'-1)n,N,d) in each block, and its grid."""
 
     keys_values: tuple
     grid: tuple
@@ -99,7 +99,7 @@ class Recorder:
         """Return the self-attention function that block i uses in this pass."""
 
         def attend(q, k, v):
-            self.keys_values.setdefault(i, (k, v))  # keeps the first when activation checkpointing runs the block again
+            self.keys_values.setdefault(i, (k, v))  # the first stays when activation checkpointing runs a block again
             return ops.attention(q, k, v)
 
         return attend

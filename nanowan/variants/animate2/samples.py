@@ -12,7 +12,7 @@ from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import to_video
 
 COPYING = "the loss would fall to zero by copying; it should show somebody else move in the same way"
-SAME = 0.02  # mean difference of pixels in [-1,1]; with a smaller one, a driving video counts as the clip itself
+SAME = 0.02  # a driving video whose pixels, in [-1,1], differ by less on average counts as the clip itself
 
 
 class DrivenSamples(ClipSamples):
@@ -28,7 +28,7 @@ class DrivenSamples(ClipSamples):
 
     videos = ("driving",)
     extra_lora_targets = ("cross_attn.k_img", "cross_attn.v_img")
-    loss_from = 1  # after the reference, whose predicted velocity is not used
+    loss_from = 1  # latent frame 0 is the reference, whose predicted velocity is not used
 
     def find(self, path):
         files = super().find(path)
@@ -55,7 +55,7 @@ class DrivenSamples(ClipSamples):
         picture, clip = video[:, :, at : at + 1], self.pipe.acquire("clip")
         tensors = {"clip": clip.encode(picture[:, :, 0])[0], "driving_clip": clip.encode(driving[:, :, 0])[0]}
         clip, tensors["driving_text"] = None, self._text
-        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the other encoders
+        vae = self.pipe.acquire("vae")  # the VAE may have been evicted to make room for other encoders
         z = vae.encode(picture)
         tensors |= {"latents": torch.cat([z, vae.encode(video)], 2)[0], "driving": vae.encode(driving)[0]}
         for known in (0, OVERLAP):
@@ -76,4 +76,4 @@ class DrivenSamples(ClipSamples):
         return entry | {"unconditional": torch.tensor(float(not has_caption))}
 
     def to_decode(self, latents, entry):
-        return latents[:, :, 1:]  # without the reference
+        return latents[:, :, 1:]  # the first latent frame is the reference

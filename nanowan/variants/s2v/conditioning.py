@@ -14,7 +14,7 @@ from nanowan.variants.examples import Examples
 from nanowan.variants.s2v import model, wav2vec2
 from nanowan.video import probe, read_windows, to_tensor
 
-DROPPED_FRAMES = 3  # of a first segment: they are decoded right after the reference picture, and look like it
+DROPPED_FRAMES = 3  # first frames of a first segment, which look like the reference picture that is decoded before them
 MIN_POSE_FRAMES = 3
 
 
@@ -66,7 +66,9 @@ class SpeechVideo(Video):
         self.motion = pipe.acquire_vae(self.size).encode(self.last)
 
     def _write_audio(self, encoder, num_clip):
-        """Write the speech features of all segments to a temporary file, so that they take no memory."""
+        """Write the speech features of all segments to a temporary file, so that they take no memory. num_clip: the
+        largest number of segments to make, or None.
+        """
         features = wav2vec2.to_feature_rate(encoder.features(wav2vec2.read_audio(self.sound)))
         self.count = wav2vec2.count_clips(features.shape[1], self.frames)
         self.count = min(self.count, num_clip or self.count)
@@ -76,7 +78,7 @@ class SpeechVideo(Video):
             self.audio_file.write(segment.contiguous().numpy())
 
     def _read_audio(self, r):
-        """Read the speech features (1,S,A,frames) of segment r."""
+        """Return the speech features (1,S,A,frames) of segment r, read from the temporary file."""
         nbytes = 4 * math.prod(self.audio_shape)
         self.audio_file.seek(r * nbytes)
         return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
@@ -102,7 +104,7 @@ class SpeechVideo(Video):
             raise BadInput(f"--pose_video {self.pose}: {e}") from None
 
     def _read_pose(self, r):
-        """Read the poses (T,3,H,W) of segment r, T <= frames. Every call reads the file from its beginning."""
+        """Return the poses (T,3,H,W) of segment r, T <= frames. Every call reads the pose video from its beginning."""
         wanted, poses = self.pose_times[r * self.frames : (r + 1) * self.frames], []
         with self._reading_pose():
             for (pose,) in read_windows(Path(self.pose), [[t] for t in wanted], self._fit_pose) if wanted else ():

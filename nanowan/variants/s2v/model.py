@@ -28,12 +28,12 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import count_blocks
 from wan import CrossAttention, Tokens, Wan, WanConfig, embed_patches
 
-MOTION_FRAMES, MOTION_LATENTS = 73, 19  # before the clip: video frames, and latent frames
+MOTION_FRAMES, MOTION_LATENTS = 73, 19  # number of video frames, and of latent frames, before the clip
 VIDEO_RATE = 16
 REFERENCE_TIME = 30
 NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
-STATES = 25  # hidden states of the speech encoder
-INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released model; its tensors do not tell them
+STATES = 25  # number of hidden states of the speech encoder
+INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released model, whose tensors do not tell them
 # Settings of config.json that decide what the tensors mean. No published weights have other values.
 PUBLISHED = dict(
     enable_adain=True,
@@ -179,8 +179,8 @@ def positions_of(times, rows, columns, device):
 
 
 def spread(n, size):
-    """Return n evenly spaced coordinates from 0 to size-1. They are truncated to integers as in the official code,
-    where a coordinate of 58.99... becomes 58.
+    """Return n evenly spaced coordinates from 0 to size-1. As in the official code, they are truncated to integers: a
+    coordinate of 58.99... becomes 58.
     """
     return np.linspace(0, size - 1, n).astype(int).tolist()
 

@@ -56,7 +56,7 @@ class SpeechSamples(ClipSamples):
 
     def cached(self, vae, video, item, sidecars):
         audio = self._audio(item)
-        vae = self.pipe.acquire("vae")  # it may have been evicted to make room for the speech encoder
+        vae = self.pipe.acquire("vae")  # the VAE may have been evicted to make room for the speech encoder
         n, picture = item.frames, video[:, :, :1]
         tensors = {
             "latents": vae.encode(torch.cat([picture, video[:, :, :n]], 2))[0, :, 1:],
