@@ -132,8 +132,8 @@ def matrix(frame):
 
 
 def to_rgb(frame):
-    """Convert a frame of PyAV to (H,W,3) uint8, with transparent pictures laid over white. Raises Skip as check_colors
-    does.
+    """Convert a frame of PyAV to (H,W,3) uint8, with transparent pictures laid over white. Raises Skip for colours that
+    check_colors refuses.
     """
     check_colors(frame)
     converted = is_hdr(frame) or is_wide(frame)

@@ -34,7 +34,7 @@ class Change:
     """
 
     def of(self, weight):
-        """Return the change, in fp32, for a parameter with the values `weight`. It has the shape and device of
+        """Return the change, in fp32, for a parameter whose values are `weight`. The change has the shape and device of
         `weight`.
         """
         raise NotImplementedError  # each subclass says what its kind of file adds
@@ -116,8 +116,8 @@ def scaled(entry, scale):
 
 @dataclass(frozen=True)
 class Kron(Change):
-    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples. Each contains one Entry (n,m), or for a convolution's w2
-    (n,m,...), or two Entries, (n,r) and (r,m), whose product is the factor.
+    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples of one or two Entries. One Entry has the shape (n,m), or for a
+    convolution's w2 (n,m,...). Two Entries, (n,r) and (r,m), are multiplied.
     """
 
     w1: tuple
@@ -419,7 +419,7 @@ class Dora(Change):
 
 @dataclass(frozen=True)
 class Dense(Change):
-    """A change that the file stores in full, as the difference of two values of the parameter."""
+    """A change that the file stores in full, as one tensor that is added to the parameter."""
 
     entry: Entry
     form = "difference"
@@ -467,7 +467,7 @@ class Rows(Change):
         return cls(parts["A"], parts["ids"])
 
     def read(self, device="cpu"):
-        """Return the tensors (ids (n) int64, values (n,D) fp32) on a device."""
+        """Return (ids (n) int64, values (n,D) fp32), both on `device`."""
         return self.ids.read().to(device, torch.int64), read(self.values, device)
 
     @property

@@ -43,8 +43,8 @@ def is_signed(row, entries):
 
 
 def signed_type(entries):
-    """Return the model_type of the row of VARIANTS whose signature a DiT's headers {official name: Entry} have, or
-    None.
+    """Return the model_type in the row of VARIANTS whose signature is in these headers {official name: Entry} of a DiT,
+    or None if there is no such row.
     """
     return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
 

@@ -368,8 +368,8 @@ def choose_experts(spec, experts, flag="--lora"):
     """Return (names of the DiTs that a LoRA file is for, what in the file says so or None).
 
     spec: LoraSpec. experts: the names of the available DiTs: "high" and "low" of an A14B, or another name alone. A
-    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if it is
-    unknown for which expert of an A14B the file is, or if that expert is not available.
+    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if the
+    file's expert of an A14B is unknown or not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None

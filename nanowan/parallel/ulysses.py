@@ -71,15 +71,15 @@ class Ulysses:
         return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Exchange x, all heads of this rank's tokens (B,L',N,d), for this rank's heads of all tokens (B,L,N/U,d), and
-        return these. length: L.
+        """Return this rank's heads of all tokens (B,L,N/U,d), received from the other ranks in exchange for parts of x.
+        x: all heads of this rank's tokens (B,L',N,d). length: L.
         """
         x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
         return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
-        """Exchange y, this rank's heads of all tokens (B,L,D/U), for all heads of this rank's tokens (B,L',D), and
-        return these.
+        """Return all heads of this rank's tokens (B,L',D), received from the other ranks in exchange for parts of y. y:
+        this rank's heads of all tokens (B,L,D/U).
         """
         part = -(-y.shape[1] // self.size)
         if missing := part * self.size - y.shape[1]:

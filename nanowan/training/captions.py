@@ -96,7 +96,7 @@ def join_units(caption, units):
 
 def parse_probs(text):
     """Parse --caption_mode_probs: the shares of captions that become a keyword alone, are shortened, and are kept in
-    full. Raises BadInput.
+    full. Raises BadInput if the text is not three such shares.
     """
     try:
         probs = [float(v) for v in text.split(",")]

@@ -27,7 +27,7 @@ class Keyword(NamedTuple):
 
 
 def parse_keyword(text):
-    """Parse one value of --keywords into a Keyword. Raises BadInput."""
+    """Parse one value of --keywords into a Keyword. Raises BadInput if the value has another form."""
     name, _, value = text.partition("=")
     match = re.fullmatch(r"placeholder:([1-9]\d?)", value)
     if not name or (value.startswith("placeholder") and not match):

@@ -66,8 +66,8 @@ class AdamW8bit(torch.optim.Optimizer):
             }
 
     def exact(self, p):
-        """Return a parameter's exact value in fp32: its bf16 weight plus the compensation, which holds the rounding
-        error.
+        """Return a parameter's exact value in fp32: its bf16 weight, corrected by the compensation, which holds the
+        rounding error.
         """
         weight = p.detach().float()
         return weight.sub_(self.state[p]["compensation"]) if self.state.get(p) else weight

@@ -92,7 +92,7 @@ def frames_from(start, times, fps):
 
 
 def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
-    """Scan a folder, recursively, or a list. Return ([Item], [(path, reason)] of the skipped files).
+    """Scan `source`, a folder (with its subfolders) or a list. Return ([Item], [(path, reason)] of the skipped files).
 
     area: px of a frame. max_frames: largest number of frames of a sample, at fps. mode: one of sources.CLIP_MODES.
     samples: a Samples (nanowan/variants/samples.py) or None. Raises BadInput, with the reasons, if no file is left.

@@ -22,7 +22,9 @@ REPEAT_COLUMNS = ("repeat", "num_repeats")
 
 
 def read_captions(path):
-    """Return the captions in the text file next to a media file, one from each line. Raises Skip."""
+    """Return the captions in the text file next to a media file, one from each line. Raises Skip if there are none, or
+    if they cannot be read.
+    """
     file = path.with_suffix(".txt")
     try:
         raw = file.read_bytes()
@@ -41,7 +43,9 @@ def read_captions(path):
 
 
 def csv_rows(lines):
-    """Yield (line number, {column: value}) for each row of a CSV with a header. Raises ValueError."""
+    """Yield (line number, {column: value}) for each row of a CSV with a header. Raises ValueError for a
+    malformed CSV.
+    """
     reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
@@ -53,7 +57,7 @@ def csv_rows(lines):
 
 
 def json_rows(lines):
-    """Yield (line number, {column: value}) for each line of a JSONL. Raises ValueError."""
+    """Yield (line number, {column: value}) for each line of a JSONL. Raises ValueError for a malformed line."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

@@ -115,8 +115,8 @@ def frame_indices(times, video_fps, fps):
 
 
 def area_size(width, height, area):
-    """Return the (width, height) px that has this area and the aspect ratio of width x height. Sides are rounded down
-    to multiples of 16. Raises BadInput if a side would be 0.
+    """Return a (width, height) px with this area and the aspect ratio of width x height. Sides are rounded down to
+    multiples of 16. Raises BadInput if a side would be 0.
     """
     h = math.sqrt(area / (width / height))
     w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
@@ -175,7 +175,9 @@ def letterbox(image, width, height, area=False):
 
 
 def fit_frame(image, width, height):
-    """Letterbox a frame (h,w,...) to width x height px, the size of the result. Used when a person is replaced."""
+    """Return a frame (h,w,...) letterboxed into width x height px, the size of the result. Used when a person is
+    replaced.
+    """
     return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
 
 

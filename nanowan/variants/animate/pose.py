@@ -150,7 +150,9 @@ class Networks:
         return y
 
     def keypoints(self, image):
-        """Return the keypoints (133,3), x y px and score, of the largest person in an image (H,W,3) uint8."""
+        """Return the keypoints (133,3), x y px and score, of the person in an image (H,W,3) uint8 whom largest_person
+        chooses.
+        """
         height, width = image.shape[:2]
         x = resize(image, PERSON_SIDE, PERSON_SIDE).transpose(2, 0, 1) / 255
         box = largest_person(self.run(0, x, (None, 6)), width, height)
