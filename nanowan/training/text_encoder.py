@@ -54,7 +54,7 @@ class RowEmbedding(nn.Module):
         if self.table_stats is None:
             table = full_tensor(self.table.weight.detach())
             norms = torch.cat([part.float().norm(dim=1) for part in table.split(1 << 16)])
-            norms = norms[norms > 0].sort().values
+            norms = norms[norms > 0].sort().values if norms.any() else norms.new_ones(1)
             self.table_stats = norms[len(norms) // 2], norms[int(NORM_QUANTILE * (len(norms) - 1))]
         return self.table_stats
 
