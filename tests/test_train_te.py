@@ -436,3 +436,15 @@ def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypa
     assert moved <= ids["scarlet"] | ids["freezes"]
     again = scripts.run(ROOT / "train_te.py", *flags[:-1], 2, *rest, "--resume")
     assert "starts as" not in again.stdout  # its rows are in the state
+
+
+def test_norms_of_a_table_of_zeros_are_numbers():
+    """As the limits of "clamp" are: weights that are still to come are zeros."""
+    table = torch.nn.Embedding(9, 4)
+    torch.nn.init.zeros_(table.weight)
+    rows = RowEmbedding(table, {2, 5}, "clamp")
+    assert rows.norms().tolist() == [0, 0]
+    with torch.no_grad():
+        rows.rows[1] = 3.0
+    rows.hold_norms()
+    assert rows.norms().tolist() == [0, 1]
