@@ -173,7 +173,7 @@ def relative_changes(encoder, base_rows, entries, dtype, is_main):
     if rows is not None:
         old = base_rows.float().cpu()
         sums["embeddings"] = (rows.float() - old).square().sum().item(), old.square().sum().item()
-    return {part: math.sqrt(moved / base) for part, (moved, base) in sums.items()}
+    return {part: math.sqrt(moved / base) if base else math.nan for part, (moved, base) in sums.items()}
 
 
 def merged_weight(layer: LoRALinear):
