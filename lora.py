@@ -130,11 +130,11 @@ def clamp_weight_norm(pairs, scale, norms, cap):
 
 @torch.no_grad()
 def merge(model, changes, weight=1.0):
-    """Add weight times each change to its parameter, in place; each sum is rounded once, to the parameter's dtype.
+    """Add `weight` * change to each parameter that `changes` names, in place, rounded once to the parameter's dtype.
 
-    changes: {parameter name: Change} (nanowan/formats/lora.py). Rounding an 8-bit weight would lose most of its change,
-    so such a change is kept next to the weight, in a LoRALinear. Raises ValueError, before anything is changed, if a
-    change of an 8-bit weight is not of low rank.
+    changes: {parameter name: Change} (nanowan/formats/lora.py). Rounding to 8 bits would lose most of a change, so a
+    change of an 8-bit parameter is kept next to it, in a LoRALinear. Raises ValueError, before anything is changed, if
+    a change of an 8-bit parameter is not of low rank.
     """
     parameters = {base_name(name): p for name, p in model.named_parameters()}
     beside = {name: change.factors() for name, change in changes.items() if parameters[name].dtype.itemsize == 1}

@@ -89,8 +89,8 @@ def peak_memory(work, name):
 
 
 def add_reference(contenders):
-    """Return the contenders with "ref" as the second: the same as "ours", but with every op as its plain PyTorch
-    definition.
+    """Return the contenders with one more, "ref", in second place. "ref" runs "ours" with the plain PyTorch definition
+    of every op.
     """
 
     def ref():

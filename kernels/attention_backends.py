@@ -82,7 +82,7 @@ def by_capability(device):
 
 
 def chosen(device):
-    """Return which of CHOICES, except "auto", self-attention uses on a GPU."""
+    """Return the one of CHOICES that self-attention uses on `device`, never "auto", which is resolved here."""
     return by_capability(device) if SELECTED == "auto" else SELECTED
 
 

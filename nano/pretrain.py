@@ -205,9 +205,9 @@ def train_tokenizer(file):
 
 def with_letter_pairs(model, words):
     """Return a sentencepiece model (bytes) to which pieces have been added for any two letters at the beginning of a
-    word. Without these pieces, words that a user invents would differ only in the order of letters that all words
-    share; with them, the words differ in their pieces, as they do with UMT5's 256,384 pieces. A pair that would change
-    how `words` are split is left out.
+    word. Without these pieces, a word that a user invents would be tokenised into single letters, which all other
+    words use too. With the pairs, invented words get different pieces, as they do in UMT5's vocabulary of 256,384. A
+    pair that would change how `words` are split is left out.
     """
     before = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = {before.id_to_piece(i): before.get_score(i) for i in range(before.get_piece_size())}

@@ -113,7 +113,9 @@ def read_config(file):
 
 
 def in_force(args, defaults):
-    """Return a line with the flags that differ from their defaults: the given flags, and the checkpoint's values."""
+    """Return one line that lists the flags whose values differ from the defaults, whether the user gave the values or
+    the checkpoint did.
+    """
     changed = {k: v for k, v in vars(args).items() if v != vars(defaults)[k]}
     plain = {k: v[0]["source"] if _is_tables(v) and len(v) == 1 and len(v[0]) == 1 else v for k, v in changed.items()}
     return "flags: " + ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items())

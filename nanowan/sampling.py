@@ -115,8 +115,8 @@ def add_flags(p):
         "--reuse",
         type=float,
         default=0.0,
-        help="skip the DiT in steps where the velocity's estimated change since the DiT last ran is below this "
-        "fraction of the velocity's norm, such as 0.1; an approximation, see diag.py reuse (default: 0, no skipping)",
+        help="threshold, such as 0.1: skip the DiT in a step if the velocity is estimated to have changed by less than "
+        "this fraction of its norm since the DiT last ran; inexact, see diag.py reuse (default: 0, no skipping)",
     )
     add(
         "--vae_tile",

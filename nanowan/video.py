@@ -719,7 +719,7 @@ def write_sound(file, stream, source, offset, seconds):
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
     """Write a contact sheet as PNG. Each video (3,T,H,W) in [-1,1] becomes a strip of `shown` frames, from the first to
     the last, under its label, with `columns` strips side by side. scale: the factor by which pixels are enlarged
-    (default: a factor with which strips are about 384 px wide).
+    (default: chosen so that a strip is about 384 px wide).
     """
     from PIL import Image, ImageDraw, ImageFont
 

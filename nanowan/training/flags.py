@@ -141,8 +141,8 @@ def add_flags(p, script, out):
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: fraction of the samples with enough frames that are trained as the continuation of a "
-        "previous segment (default: 0.5)",
+        help="S2V, Animate: of the samples that can continue a previous segment (those with enough frames), the "
+        "fraction that is trained that way (default: 0.5)",
     )
     add(
         "--held_out",
