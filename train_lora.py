@@ -45,9 +45,7 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
-    linears = (
-        f"linear layers to adapt, out of {', '.join(TARGETS)}; in Animate and Animate-2 also cross_attn.k_img and "
-    )
+    linears = f"linear layers to adapt, out of {', '.join(TARGETS)}; in Animate, Animate-2 also cross_attn.k_img and "
     linears += "cross_attn.v_img, in S2V audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
     add("--targets", type=flags.comma_list, help=linears + "also audio_injector.k,audio_injector.v)")
     add("--allow_self_attn", action="store_true", help="allow self_attn --targets, which change the drawing style")
