@@ -216,7 +216,7 @@ def speech_clips():
 
     def clips(count):
         how = dict(audio=str(folder / "sound.wav"), infer_frames=16, num_clip=count)
-        video = open_video(pipe, s, folder / "picture.png", **how)
+        video = open_video(pipe, s, image=folder / "picture.png", **how)
         segments = SegmentFiles(folder / f"{count}.mp4", {}, resume=False)
         sample_segments(pipe, s, video, encode_text(pipe, s, ["a prompt"]), 0, segments, progress=False)
 

@@ -87,7 +87,7 @@ def encoder_flags(s, keywords, clips):
     else:
         found = [
             Flag("train_blocks", 0, "the words' embeddings alone: as good as blocks, and nothing else changes"),
-            Flag("save", "lora", "0.5 MB a word, for ComfyUI too; the full encoder would be 11.4 GB"),
+            Flag("save", "lora", "0.5 MB a word, for ComfyUI too; a full UMT5-XXL would be 11.4 GB"),
         ]
     if keywords:
         search = "with it, words of shared tokens needed a third of the steps; embeddings alone learned all six words"
