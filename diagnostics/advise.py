@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data import Batches
 from diagnostics.common import write_json
-from diagnostics.plan import Job, data_items
+from diagnostics.plan import CARDS, Job, data_items
 from nanowan.devices import pick_device
 from nanowan.errors import BadInput
 from nanowan.formats.t5 import load_tokenizer, read_encoder
@@ -195,7 +195,7 @@ def run(args):
         print(f"     needs {gb(need.peak)} on {device}, and on disk {gb(sum(need.disk.values()))}")
         if device == "cuda":
             print(f"   {planned.times(peak=need.peak)}")
-            if need.peak > 24 * 2**30:
+            if need.peak > CARDS["4090"] * 2**30:
                 print(
                     f"     a card of 24 GB: python diag.py plan --gpus 1x24 {script} and these flags proposes what fits"
                 )

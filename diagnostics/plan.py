@@ -13,7 +13,6 @@ import torch
 import sample
 import train_lora
 import train_te
-from data import scan_source, sizes_of
 from diagnostics.common import write_json
 from lora import inject, lora_layers
 from nanowan import flops, memory_estimate
@@ -29,6 +28,7 @@ from nanowan.settings import released
 from nanowan.training.flags import bucket_of, choose_checkpointing, data_config, fewest
 from nanowan.training.log import duration
 from nanowan.training.previews import preview_settings
+from nanowan.training.scan import scan_source, sizes_of
 from nanowan.variants.registry import VARIANTS
 from nanowan.video import open_image
 
@@ -117,6 +117,11 @@ class Job:
         *size, frames = self.sizes["bucket"]
         return self.settings.latent_shape(size, frames)
 
+    @property
+    def lacks_gpu(self):
+        """Whether the Job is for a GPU and none is here."""
+        return torch.device(self.args.device).type == "cuda" and not torch.cuda.is_available()
+
     # ---- memory --------------------------------------------------------------------------------------------------
     def plan(self, machine=Machine(), mode=None):  # noqa: B008
         """Return the memory_estimate.Plan of this run on a Machine. mode: how sample.py computes guidance, "batched" or
@@ -133,12 +138,14 @@ class Job:
             shown = preview_settings(args, s)
             how["previews"] = s.latent_shape(shown.size, shown.frames)
         more = (self.blocks,) if self.script == "train_lora" else ()
-        absent = torch.device(args.device).type == "cuda" and not torch.cuda.is_available()
 
         def predict(checkpointing):
             return SCRIPTS[self.script].predict(args, s, self.builders, *more, checkpointing=checkpointing, **how)
 
-        world, memory = World("cpu", distributed=False), machine.memory or (ASSUMED_GPU_BYTES if absent else None)
+        world, memory = (
+            World("cpu", distributed=False),
+            machine.memory or (ASSUMED_GPU_BYTES if self.lacks_gpu else None),
+        )
         chosen = choose_checkpointing(args.checkpointing, world, args.device, predict, memory)
         self.checkpointing, need = chosen
         return need
@@ -429,8 +436,7 @@ def run(args):
     else:
         job = Job(args.script, args.flags)
         need = job.plan()
-        absent = torch.device(job.args.device).type == "cuda" and not torch.cuda.is_available()
-        if absent and args.script != "sample":
+        if job.lacks_gpu and args.script != "sample":
             notes.append(
                 f"  a GPU of {ASSUMED_GPU_BYTES / 1e9:.0f} GB is assumed, as none is here; --gpus 1x24 names one"
             )

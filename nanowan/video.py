@@ -281,7 +281,11 @@ def describe(frames, stream):
         "interlaced": any(f.interlaced_frame for f in frames),
         "other track": stream is not stream.container.streams.video[0],
     }
-    return shown_size(frame, stream), notes, changed + [name for name, present in found.items() if present]
+    return (
+        shown_size(frame, stream.sample_aspect_ratio),
+        notes,
+        changed + [name for name, present in found.items() if present],
+    )
 
 
 def orientation(frame):
@@ -308,8 +312,8 @@ def orient(image, matrix):
     return np.ascontiguousarray(image[::-1] if b + d < 0 else image)
 
 
-def shown_size(frame, stream):
-    width = max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))
+def shown_size(frame, pixel_aspect=None):
+    width = max(1, round(frame.width * float(pixel_aspect or 1)))
     return (width, frame.height) if orientation(frame)[0] else (frame.height, width)
 
 
@@ -317,7 +321,8 @@ def clip_frames(path, shown):
     """Yield the Frames of a clip. shown: the result of `probe` for it."""
     with open_clip(path) as (container, stream, decode_packet):
         for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decode_packet), shown)):
-            yield Frame(seconds, shown_size(frame, stream), functools.partial(upright_image, frame))
+            size = shown_size(frame, stream.sample_aspect_ratio)
+            yield Frame(seconds, size, functools.partial(upright_image, frame))
 
 
 def upright_image(frame):
@@ -423,8 +428,7 @@ def probe_image(path):
         with image:
             if frame := coded_picture(path, len(numbers)):
                 changed = ["HDR"] * color.is_hdr(frame) + ["wide gamut"] * color.is_wide(frame)
-                size = (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)
-                return Shown(*size, None, ["alpha"] * color.has_alpha(frame) + changed, changed)
+                return Shown(*shown_size(frame), None, ["alpha"] * color.has_alpha(frame) + changed, changed)
             width, height = image.size
             if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF's orientation says that it lies on its side
                 width, height = height, width
