@@ -304,7 +304,7 @@ class VAE(nn.Module):
         return self
 
     def _stats(self, like):
-        return torch.tensor(LATENT_STATS[self.z_dim], device=like.device).view(2, 1, -1, 1, 1, 1)
+        return torch.tensor(LATENT_STATS[self.z_dim], dtype=torch.float32, device=like.device).view(2, 1, -1, 1, 1, 1)
 
     def moment_chunks(self, video):
         """Encode (B,3,T,H,W) in [-1,1]; yields each latent frame's raw mean and log-variance as (B,2z,1,h,w)."""

@@ -1,6 +1,7 @@
 """train_te.py: what it trains, what it shows, what it saves, and that a stopped run goes on exactly."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -29,7 +30,8 @@ from nanowan.training.keywords import (
     parse_keyword,
     shared_token_ids,
 )
-from nanowan.training.text_encoder import RowEmbedding, encoder_tensors, optimizer_groups, unfreeze
+from nanowan.training.text_encoder import RowEmbedding, encoder_tensors, optimizer_groups, relative_changes, unfreeze
+from t5 import TextEncoder
 from train_te import arguments, check
 
 ROOT = Path(__file__).parent.parent
@@ -448,3 +450,14 @@ def test_norms_of_a_table_of_zeros_are_numbers():
         rows.rows[1] = 3.0
     rows.hold_norms()
     assert rows.norms().tolist() == [0, 1]
+
+
+def test_a_change_of_embeddings_of_zeros_has_no_share():
+    encoder = TextEncoder(20, 8, 8, 16, 2, 1).requires_grad_(False)
+    unfreeze(encoder, {2, 5}, 0)
+    before = encoder.token_embedding.rows.detach().clone()
+    with torch.no_grad():
+        encoder.token_embedding.rows.mul_(1.25)
+    share = relative_changes(encoder, before, {}, torch.float32, True)
+    assert share == {"embeddings": pytest.approx(0.25)}
+    assert math.isnan(relative_changes(encoder, 0 * before, {}, torch.float32, True)["embeddings"])
