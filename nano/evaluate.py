@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from nano.grader import grade, proportion, wilson
-from nano.world import ATTRIBUTES, COLORS, FRAMES, MOTIONS, NEW_WORDS, SHAPES, SIZE, UNDRAWN, prompts
+from nano.world import ATTRIBUTES, FRAMES, NEW_WORDS, SIZE, known_values, prompts
 from nanowan.errors import BadInput
 from sample import decode, sample_latents
 
@@ -22,8 +22,7 @@ def read_graded_prompts(file):
     """Return the list of prompts in a JSONL file with lines {"prompt": ..., "color": ..., "shape": ..., "motion": ...}.
     A line may leave out attributes, which are then not graded. Raises BadInput for any other file.
     """
-    known = {"color": COLORS | UNDRAWN, "shape": SHAPES, "motion": MOTIONS}
-    rows = []
+    known, rows = known_values(), []
     try:
         for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
             if line.strip():

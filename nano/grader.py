@@ -44,16 +44,18 @@ def grade(clip):
         )
     if max(scores) < 0.5:  # what is drawn is not a solid shape
         return nothing
-    dx, dy = (center[-3:].mean(0) - center[:3].mean(0)).tolist()
+    first, last = center[:3].mean(0), center[-3:].mean(0)
+    dx, dy = (last - first).tolist()
     far = STEP * (len(area) - 3) / 2
     if max(abs(dx), abs(dy)) < far:
-        motion = "still"
+        left_of_ends = ((first + last) / 2 - center[3:-3].mean(0))[0]  # 9.3 px in a clip of "bounce" as it is drawn
+        motion = "bounce" if left_of_ends > far / 2 else "still"
     elif abs(dx) > abs(dy):
         motion = "left" if dx < 0 else "right"
     else:
         motion = "up" if dy < 0 else "down"
     return {
-        "color": nearest(rgb, COLORS | UNDRAWN),
+        "color": nearest(rgb, COLORS | UNDRAWN["color"]),
         "shape": SHAPES[scores.index(max(scores))],
         "motion": motion,
         "background": background,

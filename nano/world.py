@@ -22,9 +22,11 @@ COLORS = {
     "cyan": (50, 215, 225),
     "white": (248, 248, 248),
 }
-UNDRAWN = {"orange": (245, 135, 30)}  # known to the grader and to `clips`, never seen by the base DiT
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
+# What the base DiT has never seen, but `clips` draws and the grader knows. "bounce": left, then back to the right.
+# There is no new shape: nano's VAE turns a ring into a disc.
+UNDRAWN = {"color": {"orange": (245, 135, 30)}, "motion": ("bounce",)}
 BACKGROUNDS = {"dark": (20, 20, 24), "grey": (128, 128, 128)}
 ATTRIBUTES = ("color", "shape", "motion")
 VERBS = {
@@ -100,12 +102,11 @@ def paths_of(motion):
     """Return all paths of a motion, each a list of 9 centres (x, y). A path goes through the middle of the frame,
     shifted by -4, 0 or 4 px across the motion; a path of "still" is shifted in both directions.
     """
-    dx, dy = MOTIONS[motion]
+    middle = FRAMES // 2
+    steps = [abs(t - middle) - middle // 2 if motion == "bounce" else t - middle for t in range(FRAMES)]
+    dx, dy = MOTIONS["right" if motion == "bounce" else motion]
     return [
-        [
-            (SIZE / 2 + jx + dx * STEP * (t - FRAMES // 2), SIZE / 2 + jy + dy * STEP * (t - FRAMES // 2))
-            for t in range(FRAMES)
-        ]
+        [(SIZE / 2 + jx + dx * STEP * n, SIZE / 2 + jy + dy * STEP * n) for n in steps]
         for jx in ((0,) if dx else (-4, 0, 4))
         for jy in ((0,) if dy else (-4, 0, 4))
     ]
@@ -115,7 +116,7 @@ def paint(attributes, centers):
     """Return clips (B,3,9,64,64) in [-1,1], one for each of B `attributes` {"color", "shape", "motion", "background"}.
     centers (B,9,2): x, y of the shape in px.
     """
-    palette = COLORS | UNDRAWN
+    palette = COLORS | UNDRAWN["color"]
     return render(
         torch.tensor([SHAPES.index(a["shape"]) for a in attributes]),
         torch.tensor([palette[a["color"]] for a in attributes]),
@@ -139,7 +140,7 @@ def caption_of(a, rng, words=(), form=None):
     value = {
         "color": a["color"],
         "shape": a["shape"],
-        "verb": rng.choice(VERBS[a["motion"]]),
+        "verb": rng.choice(VERBS.get(a["motion"], (a["motion"],))),
         "background": a["background"],
     }
     for word in words:
@@ -197,14 +198,13 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
     return list(rows.values())
 
 
-def triples_of(word):
-    """Return the trained triples that a new word can describe. For a colour that was never drawn, return its triples
-    with every shape and motion.
+def triples_of(*words):
+    """Return the triples that new words, of different kinds, can describe together: those that the base was trained on
+    and, if a word means what was never drawn, its triples with every known value of the other attributes.
     """
-    kind, meaning = NEW_WORDS[word]
-    if meaning in UNDRAWN:
-        return [(meaning, shape, motion) for shape in SHAPES for motion in MOTIONS]
-    return [t for t in TRIPLES if t not in UNSEEN and t[ATTRIBUTES.index(kind)] == meaning]
+    values = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}
+    values |= {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
+    return [t for t in product(*values.values()) if t not in UNSEEN]
 
 
 def every_clip():
@@ -240,6 +240,12 @@ def parse_words(text):
     return words
 
 
+def known_values():
+    """Return {attribute: list of its values}. The values that the base has never drawn come last."""
+    known = zip(ATTRIBUTES, (COLORS, SHAPES, MOTIONS))
+    return {kind: [*values, *UNDRAWN.get(kind, ())] for kind, values in known}
+
+
 def base_words():
     """Return the set of all words that the base has read."""
     spoken = [verb for verbs in VERBS.values() for verb in verbs]
@@ -250,7 +256,7 @@ def meaning_of(word, meaning):
     """Return (attribute, value) for a new word and its meaning, such as ("color", "red") for the meaning "red". Raises
     BadInput if the word is not a new word or no attribute has the meaning as a value.
     """
-    values = dict(zip(ATTRIBUTES, (COLORS | UNDRAWN, SHAPES, MOTIONS)))
+    values = known_values()
     item, known = f"--words {word}={meaning}", ", ".join(v for of_kind in values.values() for v in of_kind)
     if not re.fullmatch(r"\w+", word):
         raise BadInput(f"{item}: a word is letters, digits and _")

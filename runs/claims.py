@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import random
 import sys
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -14,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from diagnostics.delta import delta, relative_norm  # noqa: E402
 from diagnostics.logits import logits  # noqa: E402
+from nano import world  # noqa: E402
 from nano.evaluate import sample_and_grade, word_attribute  # noqa: E402
 from nano.grader import shares  # noqa: E402
-from nano.world import NEW_WORDS, UNDRAWN, parse_words, prompts  # noqa: E402
 from nanowan.errors import cli  # noqa: E402
 from nanowan.files import atomic  # noqa: E402
 from nanowan.settings import checkpoint_dir  # noqa: E402
@@ -27,27 +29,45 @@ def share_of_words(models, words, n, seed):
     """Return {word: accuracy} over n prompts of each word."""
     scores = {}
     for word in words:
-        rows = prompts(n, seed, words=[word])
+        rows = world.prompts(n, seed, words=[word])
         asked = [word_attribute(row) for row in rows]
         scores[word] = next(iter(shares(sample_and_grade(models, rows, seed)[0], asked).values()))
     return scores
 
 
+def share_of_pairs(models, words, n, seed):
+    """Return the accuracy on n prompts that contain two new words of different kinds, such as a colour and a shape. A
+    clip is right if it shows what both words mean. No training clip has such a caption.
+    """
+    kind_of = {word: world.NEW_WORDS[word][0] for word in words}
+    pairs = [(a, b) for a, b in combinations(words, 2) if kind_of[a] != kind_of[b]]
+    rng, rows = random.Random(f"pairs {seed}"), []
+    for pair in (pairs * n)[:n]:
+        attributes = world.sample_attributes(rng, world.triples_of(*pair))
+        wanted = {kind_of[word]: attributes[kind_of[word]] for word in pair}
+        rows.append({"prompt": world.caption_of(attributes, rng, pair), **wanted})
+    grades, _ = sample_and_grade(models, rows, seed)
+    right = [all(grade.get(key, value) == value for key, value in row.items()) for grade, row in zip(grades, rows)]
+    return mean(right)
+
+
 def score(args):
     """Measure the base, or the encoder or translator in the folder DIR/NAME, and write DIR/NAME.json."""
-    run, words = args.folder / args.name, parse_words(args.words)
-    near = [w for w, (_, meaning) in NEW_WORDS.items() if w not in words and meaning not in UNDRAWN]  # neighbours
+    run, words = args.folder / args.name, world.parse_words(args.words)
+    neighbours = [w for w in world.NEW_WORDS if w not in words and w != "orange"]  # orange: never drawn
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
     adapters = [str(run / "adapter_model.safetensors")] if args.lora else []
     models = load(args.ckpt, "cpu", torch.float32, adapters, encoder)
-    rows = prompts(args.n * len(words), args.seed)
+    rows = world.prompts(args.n * len(words), args.seed)
     grades, clips = sample_and_grade(models, rows, args.seed)
     result = {
         "n": args.n,
         "new": share_of_words(models, words, args.n, args.seed),
-        "near": share_of_words(models, near, args.n, args.seed),
+        "near": share_of_words(models, neighbours, args.n, args.seed),
         "old": shares(grades, rows),
     }
+    if len({world.NEW_WORDS[word][0] for word in words}) > 1:
+        result["pairs"] = share_of_pairs(models, words, 3 * args.n, args.seed)
     if encoder or adapters:
         errors = (clips - unchanged_clips(args, rows)).square().flatten(1).mean(1)
         result["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
@@ -85,7 +105,7 @@ def cells(folder):
 
 
 def table(args):
-    columns = "run|accuracy on new words (each seed)|worst word|accuracy on neighbours"
+    columns = "run|accuracy on new words (each seed)|worst word|accuracy on two new words|accuracy on neighbours"
     columns += "|accuracy on known words: colour, shape, motion|PSNR, dB"
     columns = [*columns.split("|"), "dW/W", "logit drift", "held-out loss"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -101,6 +121,7 @@ def table(args):
             f"`{name}`",
             f"{mean(each):.3f} ({', '.join(f'{share:.2f}' for share in each)})",
             f"{worst} {words[worst]:.2f}",
+            average(results, "pairs", "{:.3f}"),
             f"{mean(mean(r['near'].values()) for r in results):.3f}",
             ", ".join(f"{mean(r['old'][kind] for r in results):.3f}" for kind in ("color", "shape", "motion")),
             average(results, "psnr", "{:.1f}"),
