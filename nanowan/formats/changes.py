@@ -1,9 +1,9 @@
-"""How an adapter file changes one parameter: LoRA, LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
+"""How an adapter file changes one parameter: LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
 
-A Change is made from a few tensors, {part: Entry}; formats/lora.py finds the parts in the file's keys. Some changes
-depend on the weight that they change: they rotate it (OFT), mix its columns (GLoRA) or set its norms (DoRA).
-Sources: Hu et al., 2021 (LoRA); Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024 (DoRA);
-formulas and scales as in the forward passes of lycoris-lora 4.1 and peft 0.21.
+A Change is made from a few tensors, {part: Entry}. formats/lora.py finds these parts in the file's keys, and has the
+Change of a LoRA, LowRank. Some changes depend on the weight that they change: they rotate it (OFT), mix its columns
+(GLoRA) or set its norms (DoRA). Sources: Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024
+(DoRA); formulas and scales as in the forward passes of lycoris-lora 4.1 and peft 0.21.
 """
 
 import math
@@ -58,53 +58,6 @@ class Change:
         of parameter, "weight", "bias" or "modulation". Raises ValueError if ComfyUI has no form for this change.
         """
         raise ValueError(f"others read no {self.form} of this kind")
-
-
-@dataclass(frozen=True)
-class LowRank(Change):
-    """LoRA: scale * B A, where A and B are the tensors `a` and `b`."""
-
-    a: Entry  # (r,in), or (r,in,...) for a convolution
-    b: Entry  # (out,r) or (out,r,1,...)
-    scale: float
-    form = "low rank"
-
-    @classmethod
-    def matches(cls, shapes):
-        a, b = (shapes.get(part, ()) for part in "AB")
-        return shapes.keys() == {"A", "B"} and is_product(b, a) and math.prod(b[2:]) == 1
-
-    @classmethod
-    def made_of(cls, parts, alpha, peft):
-        rank = parts["A"].shape[0]
-        alpha = peft.get("lora_alpha", rank) if alpha is None else alpha
-        return cls(parts["A"], parts["B"], alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank))
-
-    @property
-    def rank(self):
-        return self.a.shape[0]
-
-    @property
-    def shape(self):
-        return (self.b.shape[0], *self.a.shape[1:])
-
-    def factors(self):
-        return read(self.a).flatten(1), read(self.b).flatten(1) * self.scale
-
-    def of(self, weight):
-        a, b = (t.to(weight.device) for t in self.factors())
-        return (b @ a).view(weight.shape)
-
-    def saved(self, leaf, strength):
-        scale = self.scale * strength
-        return [("lora_A.weight", self.a.read()), ("lora_B.weight", scaled(self.b, scale))]
-
-    def norm(self):
-        """Return the Frobenius norm of the change. The norm is computed from r x r products, without forming the
-        change.
-        """
-        a, b = (t.double() for t in self.factors())
-        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0).sqrt().item()
 
 
 def scaled(entry, scale):
@@ -494,23 +447,6 @@ class Rows(Change):
 
 
 @dataclass(frozen=True)
-class TableLowRank(LowRank):
-    """A LoRA of an embedding table, scale * B A. Only the table rows for which B has nonzero rows are computed, so that
-    the full product is never formed.
-    """
-
-    def rows(self):
-        """Return the rows of the table that change, as (ids (n) int64, values to add (n,D) fp32)."""
-        a, b = self.factors()
-        ids = b.any(1).nonzero().flatten()
-        return ids, b[ids] @ a
-
-    def add_to(self, parameter, strength=1.0):
-        ids, values = (t.to(parameter.device) for t in self.rows())
-        parameter[ids] = (parameter[ids].float() + strength * values).to(parameter.dtype)
-
-
-@dataclass(frozen=True)
 class Value(Change):
     """A parameter's value in another checkpoint, used as a change: the difference between that value and the current
     one.
@@ -538,27 +474,4 @@ class Value(Change):
 
 
 SLICE = 64 << 20  # bytes (in fp32) that Value changes at once
-FORMS = (LowRank, Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)
-NORMS = ("dora_scale", "lora_magnitude_vector")  # a DoRA's norms in LyCORIS, (out,1) or (1,in), and in PEFT, (out)
-
-
-def form_of(parts):
-    """Return the class in FORMS whose layout these tensors {part: Entry} match, or None. A DoRA's norms are ignored."""
-    shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
-    numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
-    if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
-        return None
-    return next((form for form in FORMS if form.matches(shapes)), None)
-
-
-def change_of(parts, alpha=None, peft=None):
-    """Return the Change made from the tensors {part: Entry}. alpha: the alpha in the file, or None if the file has
-    none. peft: the contents of adapter_config.json if PEFT wrote the file, else None or {}.
-    """
-    inner = form_of(parts).made_of(parts, alpha, peft or {})
-    if "lora_magnitude_vector" in parts:
-        return Dora(inner, parts["lora_magnitude_vector"], 0)
-    if "dora_scale" in parts:
-        norms = parts["dora_scale"]
-        return Dora(inner, norms, 1 if norms.shape[0] == 1 else 0)
-    return inner
+OTHER_FORMS = (Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)  # all but LowRank

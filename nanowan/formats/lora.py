@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from lora import base_name, merge
+from lora import base_name, change_norm, merge
 from nanowan.errors import BadInput
-from nanowan.formats.changes import NORMS, change_of, form_of
-from nanowan.formats.header import hash_of, read_header, save
+from nanowan.formats.changes import OTHER_FORMS, Change, Dora, is_product, read, scaled
+from nanowan.formats.header import Entry, hash_of, read_header, save
 from nanowan.formats.layouts import DIFFUSERS_NAMES
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -97,6 +97,77 @@ def official_name(key):
         return None
     leaf = {"diff_b": ".bias", "diff_m": ".modulation"}.get(part, ".weight")
     return Place(prefix.group(1), name if name.endswith(".modulation") else name + leaf, PARTS.get(part, part))
+
+
+# ---- what a file's tensors are -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LowRank(Change):
+    """LoRA (Hu et al., 2021): scale * B A, where A and B are the tensors `a` and `b`."""
+
+    a: Entry  # (r,in), or (r,in,...) for a convolution
+    b: Entry  # (out,r) or (out,r,1,...)
+    scale: float
+    form = "low rank"
+
+    @classmethod
+    def matches(cls, shapes):
+        a, b = (shapes.get(part, ()) for part in "AB")
+        return shapes.keys() == {"A", "B"} and is_product(b, a) and math.prod(b[2:]) == 1
+
+    @classmethod
+    def made_of(cls, parts, alpha, peft):
+        rank = parts["A"].shape[0]
+        alpha = peft.get("lora_alpha", rank) if alpha is None else alpha
+        return cls(parts["A"], parts["B"], alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank))
+
+    @property
+    def rank(self):
+        return self.a.shape[0]
+
+    @property
+    def shape(self):
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    def factors(self):
+        return read(self.a).flatten(1), read(self.b).flatten(1) * self.scale
+
+    def of(self, weight):
+        a, b = (t.to(weight.device) for t in self.factors())
+        return (b @ a).view(weight.shape)
+
+    def saved(self, leaf, strength):
+        scale = self.scale * strength
+        return [("lora_A.weight", self.a.read()), ("lora_B.weight", scaled(self.b, scale))]
+
+    def norm(self):
+        """Return the Frobenius norm of the change, without forming the change."""
+        return change_norm(*(t.double() for t in self.factors()), 1.0).item()
+
+
+FORMS = (LowRank, *OTHER_FORMS)
+NORMS = ("dora_scale", "lora_magnitude_vector")  # a DoRA's norms in LyCORIS, (out,1) or (1,in), and in PEFT, (out)
+
+
+def form_of(parts):
+    """Return the class in FORMS whose layout these tensors {part: Entry} match, or None. A DoRA's norms are ignored."""
+    shapes = {part: e.shape for part, e in parts.items() if part not in ("alpha", *NORMS)}
+    numbers = all(e.dtype.is_floating_point != (part == "ids") for part, e in parts.items() if part != "alpha")
+    if not numbers or "alpha" in parts and parts["alpha"].numel != 1 or len(parts.keys() & {*NORMS}) > 1:
+        return None
+    return next((form for form in FORMS if form.matches(shapes)), None)
+
+
+def change_of(parts, alpha=None, peft=None):
+    """Return the Change made from the tensors {part: Entry}. alpha: the alpha in the file, or None if the file has
+    none. peft: the contents of adapter_config.json if PEFT wrote the file, else None or {}.
+    """
+    inner = form_of(parts).made_of(parts, alpha, peft or {})
+    if "lora_magnitude_vector" in parts:
+        return Dora(inner, parts["lora_magnitude_vector"], 0)
+    if "dora_scale" in parts:
+        norms = parts["dora_scale"]
+        return Dora(inner, norms, 1 if norms.shape[0] == 1 else 0)
+    return inner
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ import torch
 
 from nanowan.errors import BadInput
 from nanowan.files import atomic
-from nanowan.formats.changes import LowRank, Rows, TableLowRank, Value
+from nanowan.formats.changes import Rows, Value
 from nanowan.formats.header import Entry, count_blocks, read_header, save
 from nanowan.formats.layouts import find, parts_folder, read_headers, weight_files
 from nanowan.formats.load import cast, load_into
-from nanowan.formats.lora import list_lora, read_listing, save_adapter
+from nanowan.formats.lora import LowRank, list_lora, read_listing, save_adapter
 from nanowan.formats.scaled import apply_scales
 from t5 import EOS, PAD, TextEncoder, Tokenizer
 
@@ -224,6 +225,23 @@ def encoder_source(ckpt_dir, weights=None):
     whole = [i for i, (file, strength) in enumerate(specs) if strength == 1 and _is_whole(file)]
     base = _files_of(specs[whole[-1]].file) if whole else own_encoder(ckpt_dir)
     return EncoderSource(base, specs[whole[-1] + 1 :] if whole else specs)
+
+
+@dataclass(frozen=True)
+class TableLowRank(LowRank):
+    """A LoRA of an embedding table, scale * B A. Only the table rows for which B has nonzero rows are computed, so that
+    the full product is never formed.
+    """
+
+    def rows(self):
+        """Return the rows of the table that change, as (ids (n) int64, values to add (n,D) fp32)."""
+        a, b = self.factors()
+        ids = b.any(1).nonzero().flatten()
+        return ids, b[ids] @ a
+
+    def add_to(self, parameter, strength=1.0):
+        ids, values = (t.to(parameter.device) for t in self.rows())
+        parameter[ids] = (parameter[ids].float() + strength * values).to(parameter.dtype)
 
 
 def read_encoder_change(file):
