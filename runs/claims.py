@@ -24,6 +24,8 @@ from nanowan.files import atomic  # noqa: E402
 from nanowan.settings import checkpoint_dir  # noqa: E402
 from sample import load  # noqa: E402
 
+FAST = {"steps": 4, "guidance": (1.0,)}  # how runs/distill.py's LoRA is sampled with
+
 
 def share_of_words(models, words, n, seed):
     """Return {word: accuracy} over n prompts of each word."""
@@ -52,22 +54,23 @@ def share_of_pairs(models, words, n, seed):
 
 
 def score(args):
-    """Measure the base, or the encoder or translator in the folder DIR/NAME, and write DIR/NAME.json."""
+    """Measure the base, or the encoder or LoRA in the folder DIR/NAME, and write DIR/NAME.json (_fast.json)."""
     run, words = args.folder / args.name, world.parse_words(args.words)
     neighbours = [w for w in world.NEW_WORDS if w not in words and w != "orange"]  # orange: never drawn
-    encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora
-    adapters = [str(run / "adapter_model.safetensors")] if args.lora else []
-    models = load(args.ckpt, "cpu", torch.float32, adapters, encoder)
+    encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora or None
+    adapters = [str(run / "adapter_model.safetensors")] if args.lora is not None else []
+    models = load(args.ckpt, "cpu", torch.float32, [*adapters, *args.fast], encoder)
+    if args.fast:
+        models.settings = models.settings.with_overrides(**FAST)
     rows = world.prompts(args.n * len(words), args.seed)
     grades, clips = sample_and_grade(models, rows, args.seed)
     result = {
         "n": args.n,
         "new": share_of_words(models, words, args.n, args.seed),
         "near": share_of_words(models, neighbours, args.n, args.seed),
+        "pairs": share_of_pairs(models, words, 3 * args.n, args.seed),
         "old": shares(grades, rows),
     }
-    if len({world.NEW_WORDS[word][0] for word in words}) > 1:
-        result["pairs"] = share_of_pairs(models, words, 3 * args.n, args.seed)
     if encoder or adapters:
         errors = (clips - unchanged_clips(args, rows)).square().flatten(1).mean(1)
         result["psnr"] = mean(-10 * math.log10(max(e, 1e-9) / 4) for e in errors.tolist())
@@ -77,7 +80,7 @@ def score(args):
         result["val_loss"] = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
     if adapters:
         result["moved"] = relative_norm(delta(adapters[0], checkpoint_dir(args.ckpt)))
-    with atomic(args.folder / f"{args.name}.json") as tmp:
+    with atomic(args.folder / f"{args.name}{'_fast' * bool(args.fast)}.json") as tmp:
         tmp.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{args.folder.name} {args.name}: new words {mean(result['new'].values()):.3f}", flush=True)
 
@@ -87,9 +90,10 @@ def unchanged_clips(args, rows):
     is the base, and for a translator the base with the encoder.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
-    file = args.folder / f"clips_of_{name}_{args.n}_{args.seed}.pt"
+    file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
     if not file.exists():
-        clips = sample_and_grade(load(args.ckpt, text_encoder=args.lora), rows, args.seed)[1]
+        models = load(args.ckpt, lora=args.fast, text_encoder=args.lora or None)
+        clips = sample_and_grade(models, rows, args.seed, **FAST if args.fast else {})[1]
         with atomic(file) as tmp:
             torch.save(clips.half(), tmp)
     return torch.load(file).float()
@@ -163,7 +167,10 @@ def main():
     c.add_argument("--ckpt", default="nano", help="checkpoint of a nano world (default: nano, in the repository)")
     c.add_argument("--words", required=True, help="the new words that were taught, a,b=red")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
-    c.add_argument("--lora", metavar="ENCODER", help="NAME is a translator, trained on top of this encoder's file")
+    trained_with = "NAME is a LoRA, trained on the output of this encoder (without a file: of the checkpoint's own)"
+    c.add_argument("--lora", metavar="ENCODER", nargs="?", const="", help=trained_with)
+    fast = "step-distilled LoRA (runs/distill.py) to add, with which clips are sampled in 4 steps without guidance"
+    c.add_argument("--fast", metavar="FILE", action="append", default=[], help=fast)
     c.add_argument("--n", type=int, default=34, help="prompts per word (default: %(default)s)")
     c.add_argument("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     c.set_defaults(run=score)

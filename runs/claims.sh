@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
 WORDS=crimson,azure,wedge,plus,sinks,halts
+CROSS=cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o SELF=${CROSS//cross/self} FFN=ffn.0,ffn.2
 CKPT=nano
 if [ -n "$CELLS" ] && [ -z "${PARTS:-}" ]; then echo "CELLS=$CELLS: say in PARTS of which part" >&2 && exit 2; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two seeds in parallel are faster than two threads
@@ -21,11 +22,11 @@ clips() {  # clips NAME N: draw N clips, half of them with one of the words
     [ -d "$DIR/$1" ] || $PY -m nano clips --out "$DIR/$1" --n "$2" --seed "$((70 + SEED))" --words $WORDS > /dev/null
 }
 words() { sed 's/=[^,]*//g' <<< "$WORDS"; }  # the words without their meanings
-score() {  # score NAME FLAGS...: measure a result
-    [ -e "$DIR/$1.json" ] || \
-        $PY runs/claims.py score "$DIR" "$1" --ckpt "$CKPT" --words $WORDS --n "${N:-34}" \
-            --seed "$((1000 + SEED))" "${@:2}"
+measure() {  # measure NAME FLAGS...
+    $PY runs/claims.py score "$DIR" "$1" --ckpt "$CKPT" --words $WORDS --n "${N:-34}" \
+        --seed "$((1000 + SEED))" "${@:2}"
 }
+score() { [ -e "$DIR/$1.json" ] || measure "$@"; }
 
 te() {  # te NAME CLIPS FLAGS...: train and measure an encoder
     asked "$1" || return 0
@@ -52,7 +53,9 @@ rank() { for r in 1 4 16 64; do lora "rank_$r" --rank $r; done; }
 targets() {  # other targets, each with as many parameters as rank 16 on k and v
     lora targets_k --rank 32 --targets cross_attn.k
     lora targets_v --rank 32 --targets cross_attn.v
-    lora targets_qkvo --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
+    lora targets_qkvo --rank 8 --targets "$CROSS"
+    lora targets_ffn --rank 13 --targets "$FFN"
+    lora targets_all --rank 3 --targets "$SELF,$CROSS,$FFN" --allow_self_attn
 }
 blocks() {  # translators in some of nano's four blocks
     lora blocks_0-1 --blocks 0-1
@@ -105,12 +108,48 @@ norm() {  # the norm of the words' embeddings, if these alone are trained
         te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
     done
 }
-rates() {  # learning rates around the defaults, in half decades
-    for lr in 1e-3 4e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
+rates() {  # learning rates around the defaults (rank_16, own_rank_16 and own_rows), in half decades
+    for lr in 1e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
     own_words
-    for lr in 3e-3 1e-2 3e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
-    for lr in 3e-3 1e-2 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
+    for lr in 3e-4 3e-3 1e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
+    for lr in 3e-3 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
 }
+undrawn() {  # a colour and a motion that the base has never drawn: by encoder, by LoRA, and by both
+    WORDS=orange,bounces=bounce
+    clips undrawn_clips 240
+    ! asked undrawn_base || score undrawn_base
+    undrawn_rows
+    ! asked undrawn_rows || score undrawn_rows --text_encoder
+    te undrawn_te undrawn_clips
+    local all="--targets $SELF,$CROSS,$FFN --allow_self_attn"
+    for with in alone rows; do
+        undrawn_lora $with kv
+        undrawn_lora $with all_16 $all
+        undrawn_lora $with all_16_long $all --steps 1200
+    done
+    undrawn_lora rows kv_long --steps 1200  # the next three have as many parameters as rank 16 on k and v
+    undrawn_lora rows self --rank 8 --targets "$SELF" --allow_self_attn
+    undrawn_lora rows ffn --rank 13 --targets "$FFN"
+    undrawn_lora rows all_3 --rank 3 $all
+}
+undrawn_rows() {  # train the embeddings of the two words alone
+    train_once undrawn_rows train_te.py --ckpt "$CKPT" --data "$DIR/undrawn_clips" --keywords "$(words)" --train_blocks 0
+}
+undrawn_lora() {  # undrawn_lora alone|rows NAME FLAGS...: a LoRA alone, or one on the output of undrawn_rows
+    local name=undrawn_$1_$2 encoder=$DIR/undrawn_rows/text_encoder.safetensors
+    asked "$name" || return 0
+    if [ "$1" = rows ]; then undrawn_rows; else encoder=; fi
+    train_once "$name" train_lora.py --ckpt "$CKPT" --data "$DIR/undrawn_clips" --trigger "$(words)" \
+        ${encoder:+--text_encoder "$encoder"} "${@:3}"
+    score "$name" --lora ${encoder:+"$encoder"}
+}
+fast() {  # what is left of words and translators on a nano that was distilled to four steps
+    lora rank_16 --rank 16
+    score_fast base
+    score_fast te_rows --text_encoder
+    score_fast rank_16 --lora "$ENCODER"
+}
+score_fast() { [ -e "$DIR/$1_fast.json" ] || measure "$1" --fast "$OUT/fast.safetensors" "${@:2}"; }
 own() {  # an encoder with default flags, one with embeddings alone, and a translator without and with --preserve
     own_words
     te own own_clips
@@ -126,9 +165,10 @@ own_lora() {  # own_lora NAME FLAGS...: train and measure a translator on top of
     score "$1" --lora "$encoder"
 }
 
-for part in ${PARTS:-start preserve rank cap blocks targets mix count own parts norm rates thirds}; do
+for part in ${PARTS:-start preserve rank cap blocks targets mix count own parts norm rates undrawn fast thirds}; do
     folder=$OUT
     if [ "$part" = thirds ]; then folder=$OUT/thirds && deep_nano; fi
+    if [ "$part" = fast ] && [ ! -e "$OUT/fast.safetensors" ]; then $PY runs/distill.py "$OUT/fast.safetensors"; fi
     for seed in $SEEDS; do
         while [ "$(jobs -r | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
         (

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -126,8 +127,9 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     left out if its captions have a still lower loss with the keyword itself. In Textual Inversion (Gal et al., 2022)
     the user names this word, the initializer token. Prints the best words with their losses.
 
-    A loss is the mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low, high) under
-    fixed noise, computed with the DiT `name`.
+    A loss is the geometric mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low,
+    high) under fixed noise, computed with the DiT `name`. An arithmetic mean would let the few samples with a large
+    loss decide, in which what the noise hides outweighs what the word says.
     """
     others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
@@ -149,10 +151,10 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         captions = {caption for batch in batches for caption in batch.captions}
         for word in [keyword, *candidates]:
             texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
-            losses[word] = sum(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
+            losses[word] = geometric_mean(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         best = sorted(losses, key=losses.get)
         ranked = [*[word for word in best[:4] if word != keyword], keyword]
-        shown_losses = ", ".join(f"{word} {losses[word] / len(batches):.4f}" for word in ranked)
+        shown_losses = ", ".join(f"{word} {losses[word]:.4f}" for word in ranked)
         print(f"keyword {keyword!r}: mean loss with other words in its place, and with itself: {shown_losses}")
         if best[0] != keyword:
             chosen[keyword] = best[0]
