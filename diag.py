@@ -1,22 +1,22 @@
-"""The command that answers questions about checkpoints, LoRAs and runs. Each subcommand is a file in diagnostics/.
+"""Answer questions about checkpoints, LoRAs and runs. Each subcommand is a file in diagnostics/.
 
-python diag.py inspect PATH...             what is in checkpoints, weight files, LoRA files and videos, by their headers
-python diag.py plan SCRIPT FLAGS           memory, disk and time of train_lora, train_te or sample; --ckpt may also be
-                                           a released variant, such as ti2v-5B, without any of its files
-python diag.py plan --gpus 1x24:4090 SCRIPT FLAGS     the same, and flags that make it fit on one RTX 4090 of 24 GB
-python diag.py advise --data DIR --ckpt DIR --keywords a,b     commands to train with, and what their numbers rest on
-python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy
-python diag.py delta FILE --ckpt DIR       how far a LoRA, another checkpoint or an encoder moves each weight
-python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     the same, and a copy in which no weight moves further
-python diag.py logits --ckpt DIR --lora FILE     attention logits per head, before and after; --ci fails on drift
-python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word: a range for --blocks
-python diag.py drift OLD NEW --prompts FILE      how far a text encoder's embeddings moved, and its words' neighbours
-python diag.py listen --ckpt DIR --lora FILE     prompt adherence: on nano graded, on others as a contact sheet
+python diag.py inspect PATH...             contents of checkpoints, weight files, LoRAs and videos, from their headers
+python diag.py plan SCRIPT FLAGS           memory, disk space and time of train_lora, train_te or sample; --ckpt may
+                                           also name a released variant, such as ti2v-5B, whose files are not needed
+python diag.py plan --gpus 1x24:4090 SCRIPT FLAGS     also proposes flags with which the run fits one 24 GB RTX 4090
+python diag.py advise --data DIR --ckpt DIR --keywords a,b     training commands for your clips, and the reasons
+python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs, per strategy
+python diag.py delta FILE --ckpt DIR       how much a LoRA, another checkpoint or an encoder changes each weight
+python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     also writes a copy that changes no weight by over 2 %
+python diag.py logits --ckpt DIR --lora FILE     attention logits of each head, before and after; --ci fails on drift
+python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word; proposes a range for --blocks
+python diag.py drift OLD NEW --prompts FILE      how far an encoder's embeddings moved, and words nearest to keywords
+python diag.py listen --ckpt DIR --lora FILE     prompt adherence: graded on nano; as a contact sheet for other models
 python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     the same, judged by CLIP
 python diag.py listen --ckpt DIR --text_encoder FILE:0,0.5,1     the same, at several strengths of an encoder's change
-python diag.py reuse --ckpt DIR --prompts FILE   what sample.py --reuse saves and costs, at several thresholds
-python diag.py convert IN OUT --to comfyui a text encoder, DiT or LoRA in another layout
-python diag.py report RUN                  everything about a training run in one HTML file
+python diag.py reuse --ckpt DIR --prompts FILE   steps that sample.py --reuse skips, and how much clips change
+python diag.py convert IN OUT --to comfyui       writes a text encoder, DiT or LoRA in another layout
+python diag.py report RUN                  writes a report of a training run, in one HTML file
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -54,7 +54,7 @@ def add_model_flags(add):
 
 def add_data_flags(add):
     """Add the flags of a command that reads training data, as logits.open_dataset takes them."""
-    add("--data", help="data set, in the form of train_lora.py --data (default: clips of the nano world)")
+    add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
     add("--cache", help="folder of the cache (default: cache/, next to the data)")
     add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")
     add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: the checkpoint's)")
@@ -73,20 +73,20 @@ def arguments(argv=None):
     add("paths", nargs="+", metavar="PATH", help="folders and files")
     add("--json", help="also write the result to this JSON file")
 
-    add = command("plan", plan, "memory, disk and time of a run, before it starts")
+    add = command("plan", plan, "memory, disk space and time that a run will take")
     add("--json", help="also write the plan, in bytes and seconds per step, to this JSON file")
     add(
         "--gpus",
-        help="GPUs for which to propose flags that fit, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090. GB as "
-        f"cards are sold: 24 means 25.8e9 bytes. CARD, for the times: one of {', '.join(flops.CARDS)} (default: this "
-        f"machine's GPU, or {' and '.join(plan.CARDS)})",
+        help="GPUs on which the run should fit; flags for it are proposed. COUNTxGB or COUNTxGB:CARD, such as 8x80 or "
+        "1x24:4090. GB: the size as cards are sold; 24 means 25.8e9 bytes. CARD: whose speed to assume, one of "
+        f"{', '.join(flops.CARDS)} (default: this machine's GPU, or {' and '.join(plan.CARDS)})",
     )
     add("--host", type=float, help="host memory per machine in GB, for --gpus (default: no limit)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="the script to run")
     add("flags", nargs=argparse.REMAINDER, help="flags of that script, after all other arguments")
 
     add = command(
-        "advise", advise, "commands to train with on some clips, what their numbers rest on, and which of them to run"
+        "advise", advise, "training commands for your clips, the reason for each number, and which command to run"
     )
     add("--data", required=True, help="data set, in the form of train_lora.py --data")
     add(
@@ -101,7 +101,7 @@ def arguments(argv=None):
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--json", help="also write the commands to this JSON file")
 
-    add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, by strategy")
+    add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, for each strategy")
     add("--ckpt", default="ti2v-5B", help=f"released variant: {', '.join(VARIANTS)} (default: %(default)s)")
     add("--size", help="size of the clips, WxH in px (default: the variant's)")
     add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the variant's)")
@@ -111,39 +111,42 @@ def arguments(argv=None):
     add("--per_machine", type=int, default=8, help="number of GPUs in a machine (default: %(default)s)")
     add("--gb", type=int, default=80, help="memory of a GPU in GB (default: %(default)s)")
 
-    add = command("delta", delta, "how far a LoRA, another checkpoint or an encoder moves each weight")
+    add = command("delta", delta, "how much a LoRA, another checkpoint or an encoder changes each weight")
     add(
         "changed",
         metavar="FILE",
-        help="changed file or folder; FILE:high or FILE:low selects one half of a LoRA for two experts",
+        help="changed file or folder; FILE:high or FILE:low selects the half for one expert of a LoRA file for two",
     )
-    add("--ckpt", default="nano", help="checkpoint folder or file that FILE is a change of (default: nano)")
-    add("--cap", type=float, help="maximum ||dW||/||W|| in a copy of the LoRA, written to --out (default: no copy)")
+    add("--ckpt", default="nano", help="checkpoint folder or file with the original weights (default: nano)")
+    add("--cap", type=float, help="maximum ||dW||/||W|| of a copy of the LoRA that --out names (default: no copy)")
     add("--out", help="file to which to write the copy of the LoRA")
     add("--json", help="also write the result for every weight to this JSON file")
 
-    add = command("logits", logits, "attention logits per block and head, before and after a change")
+    add = command("logits", logits, "attention logits of each block and head, with and without a LoRA or new encoder")
     add_model_flags(add)
     add_data_flags(add)
     add("--n", type=int, default=4, help="number of samples, each at four timesteps (default: %(default)s)")
-    add("--threshold", type=float, default=0.25, help="relative change that counts as drift (default: %(default)s)")
+    add(
+        "--threshold", type=float, default=0.25, help="relative change above which a head drifts (default: %(default)s)"
+    )
     add("--ci", action="store_true", help="exit with status 1 if any head has drifted")
 
-    add = command("blocks", blocks, "which of the DiT's blocks read a word, by hiding it from one at a time")
+    add = command("blocks", blocks, "which of the DiT's blocks read a word: hides the word from one block at a time")
     add_model_flags(add)
     add_data_flags(add)
     add("--keywords", required=True, help="words a,b,c that occur in captions of the data")
     add("--n", type=int, default=4, help="number of samples per word, each at four timesteps (default: %(default)s)")
 
-    add = command("drift", drift, "how far a text encoder's embeddings moved")
+    add = command("drift", drift, "how far training moved a text encoder's embeddings")
     add("old", metavar="OLD", help="checkpoint folder or file of the encoder before the change")
     add("new", metavar="NEW", help="checkpoint folder or file of the encoder after the change")
     add(
         "--ckpt",
-        help="checkpoint folder, for a file's tokenizer and the encoder of a delta (default: OLD if it is a folder)",
+        help="checkpoint folder with the tokenizer, and with the encoder that a delta changes (default: OLD, if a "
+        "folder)",
     )
-    add("--prompts", help="text file, one prompt per line (default: twenty prompts of the nano world)")
-    add("--keywords", help="words a,b,c whose nearest neighbours to show")
+    add("--prompts", help="text file, one prompt per line (default: twenty prompts for nano)")
+    add("--keywords", help="words a,b,c; the words nearest to each are shown")
     add("--json", help="also write the result to this JSON file")
 
     add = command("listen", listen, "whether a changed model follows its prompts better")
@@ -154,13 +157,13 @@ def arguments(argv=None):
         nargs="+",
         default=[],
         help="words to put in the prompts. On nano: your own words as WORD=MEANING, such as scarlet=red. With --clip: "
-        "WORD=RIGHT,WRONG,..., what the word should look like and what not, such as crimson=red,blue,green (default: "
-        "nano's new words)",
+        "WORD=RIGHT,WRONG,...: what the word should look like, and what it should not, such as "
+        "crimson=red,blue,green (default: nano's new words)",
     )
     add(
         "--prompts",
-        help="text file of prompts for a contact sheet; with --clip or --grader, {} in a prompt is replaced by each "
-        "word, and prompts without a word show what else has changed (default: built-in prompts)",
+        help="text file of prompts for a contact sheet. With --clip or --grader, {} in a prompt is replaced by each "
+        "word; prompts without {} or a word show what else has changed (default: built-in prompts)",
     )
     add(
         "--clip",
@@ -170,7 +173,7 @@ def arguments(argv=None):
     add(
         "--grader",
         metavar="CMD",
-        help="command that takes an mp4 and its prompt and prints a score; it then judges the clips",
+        help="command that takes an mp4 and its prompt and prints a score; its scores are then the result",
     )
     add("--n", type=int, help="number of prompts per new word, and for known words (default: nano 40, others 8)")
     add("--size", help="size of the clips, WxH in px (default: the checkpoint's)")
@@ -180,12 +183,12 @@ def arguments(argv=None):
     add(
         "--out",
         default="out/listen.png",
-        help="contact sheet, not drawn with --clip or --grader (default: %(default)s)",
+        help="image file for the contact sheet, which --clip and --grader leave out (default: %(default)s)",
     )
 
-    add = command("reuse", reuse, "what sample.py --reuse saves and costs, against exact clips from the same seeds")
+    add = command("reuse", reuse, "how many steps sample.py --reuse skips, and how much this changes the clips")
     add_model_flags(add)
-    add("--prompts", help="text file, one prompt per line (default: four prompts of the nano world)")
+    add("--prompts", help="text file, one prompt per line (default: four prompts for nano)")
     thresholds = [0.02, 0.05, 0.1, 0.2]
     add(
         "--thresholds",
@@ -195,7 +198,7 @@ def arguments(argv=None):
         help="values of --reuse to try (default: 0.02 0.05 0.1 0.2)",
     )
 
-    add = command("convert", convert, "a text encoder, a DiT or a LoRA in another layout, with the same bits")
+    add = command("convert", convert, "write a text encoder, a DiT or a LoRA in another layout, with the same values")
     add("source", metavar="IN", help="file or folder of an encoder or DiT, a checkpoint folder, or a LoRA file")
     add(
         "out",
@@ -207,17 +210,17 @@ def arguments(argv=None):
         "--to",
         required=True,
         choices=layouts,
-        help="layout. DiT: official, diffusers; encoder: these or comfyui; LoRA: comfyui, musubi",
+        help="layout to write. DiT: official, diffusers; encoder: official, diffusers, comfyui; LoRA: comfyui, musubi",
     )
     add(
         "--part",
         choices=["dit", "text"],
         help="component to convert (default: what IN is; for a checkpoint folder, text)",
     )
-    add("--tokenizer", help="spiece.model to put into the file, for comfyui (default: that of IN)")
+    add("--tokenizer", help="spiece.model to store in the file, with --to comfyui (default: that of IN)")
 
-    add = command("report", report, "everything about a training run in one HTML file")
-    add("folder", metavar="RUN", help="folder of the run, its --out")
+    add = command("report", report, "write a report of a training run, in one HTML file")
+    add("folder", metavar="RUN", help="folder of the run: the --out of the trainer")
     add(
         "--n",
         type=int,
@@ -228,7 +231,8 @@ def arguments(argv=None):
         "--words",
         nargs="+",
         default=[],
-        help="nano: further words that the run taught, and their meanings: scarlet=red disc=circle (default: none)",
+        help="nano: more words that the run taught, with their meanings, such as "
+        "scarlet=red disc=circle (default: none)",
     )
     add("--out", help="HTML file to write (default: RUN/report.html)")
     return p.parse_args(argv)

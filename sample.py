@@ -1,4 +1,4 @@
-"""Sample videos from prompts, images, sound and driving videos: the denoising loop, with classifier-free guidance.
+"""Sample videos from prompts, images, sound and driving videos, by a denoising loop with classifier-free guidance.
 
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt "a fox in the snow" --device cuda
 python sample.py --ckpt Wan2.2-TI2V-5B --prompt TEXT --image FILE
@@ -47,7 +47,7 @@ def arguments(argv=None):
     add("--prompt", help="text prompt (default: the checkpoint's example, unless --prompts is given)")
     options = "as in kohya's scripts, --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
     jsonl = "a JSONL file with keys such as prompt, size, frames, seed, image"
-    add("--prompts", help=f"text file with one prompt per line, followed by its options ({options}), or {jsonl}")
+    add("--prompts", help=f"text file with one prompt per line, and options after it if needed ({options}), or {jsonl}")
     add("--image", help="image to start the video from")
     add("--last_image", help="image to end the video with (TI2V-5B, I2V-A14B)")
     add("--size", help="WIDTHxHEIGHT in px; --image keeps its aspect ratio at this area (default: the checkpoint's)")
@@ -57,7 +57,7 @@ def arguments(argv=None):
     add("--guidance", help="guidance scale, or LOW,HIGH for low and high noise; 1: off (default: the checkpoint's)")
     add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
     add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
-    add("--num_videos", type=int, default=1, help="number of videos per prompt and seed; seeds count up (default: 1)")
+    add("--num_videos", type=int, default=1, help="videos per prompt and seed, from consecutive seeds (default: 1)")
     add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
     add("--lora", action="append", default=[], help="LoRA of DiT or encoder, FILE[:weight][:high|low|both]; repeatable")
     encoder = "text encoder (full, delta or LoRA), FILE[:strength]; repeatable (default: the checkpoint's own)"

@@ -2,12 +2,12 @@
 
 python train_lora.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --device cuda
 python train_lora.py --ckpt Wan2.2-T2V-A14B --data DIR --out DIR --device cuda      both experts, one adapter each
-python train_lora.py                                   on nano, with clips that the script draws itself
+python train_lora.py                                   on nano, the toy model, with clips that the script draws itself
 
 The base model is frozen. Latents and text embeddings are computed once and cached. Blocks before the first adapted
-block need no gradient, so none of their activations are kept. The result, OUT/adapter_model.safetensors (for an A14B
-adapter_model_high and _low), is read by ComfyUI, lightx2v and diffusers. Each save also leaves an adapter with its step
-in the name, OUT/adapter_model_000100.safetensors and so on, so that the best one can be chosen by eye.
+block need no gradient, so none of their activations are kept. ComfyUI, lightx2v and diffusers read the result,
+OUT/adapter_model.safetensors (for an A14B, adapter_model_high and _low). Each save also writes a copy whose name
+contains the step, such as OUT/adapter_model_000100.safetensors, so that the best adapter can be chosen by eye.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -56,11 +56,11 @@ def arguments(argv=None):
     add("--init_lora", action="append", default=[], help="LoRA to start from, FILE[:high|low|both]; may be repeated")
     add("--delta_cap", type=float, help="maximum change ||dW||/||W|| of each weight matrix W (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
-    add("--keep", type=int, help="number of adapters with a step in their name to keep, the latest (default: all)")
+    add("--keep", type=int, help="number of latest saves whose step-numbered files are kept (default: all)")
     words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve applies to captions without them"
     add("--trigger", type=flags.comma_list, help=words)
     add = p.add_argument_group("prior preservation").add_argument
-    preserve = "loss weight of prior preservation: half of the samples get a prompt to preserve, and the base model's "
+    preserve = "loss weight of prior preservation: half of the samples get a prompt to preserve, with the base model's "
     add("--preserve", type=float, default=0.0, help=preserve + "prediction as the target (default: 0, off)")
     prompts = "text file of prompts to preserve, one per line, in addition to the captions without a word of --trigger"
     add("--preserve_prompts", help=prompts)

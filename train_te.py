@@ -1,11 +1,11 @@
-"""Train the text encoder through the frozen DiT: teach it words, so that the DiT understands them.
+"""Train the text encoder through the frozen DiT, to teach it words that the DiT then understands.
 
 python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson,box --device cuda
-python train_te.py                                  on nano, with clips that the script draws itself
+python train_te.py                                  on nano, the toy model, with clips that the script draws itself
 
-The loss is the DiT's own flow-matching loss; its gradient goes through cross-attention to the encoder. A penalty, the
-anchor, keeps the embeddings of prompts without keywords where they were. Text embeddings are not cached, as cached
-embeddings would bypass the encoder. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
+The loss is the DiT's flow-matching loss; its gradient flows through cross-attention into the encoder. A penalty, the
+anchor, holds the embeddings of prompts without keywords at their original values. Text embeddings are not cached,
+since the encoder must run at each step. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip
@@ -43,12 +43,12 @@ def arguments(argv=None):
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="number of the encoder's last blocks to train (default: all; 0: none)")
     add("--rank", type=int, help="rank of LoRAs to train instead of the blocks' own weights (default: no LoRAs)")
-    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD, NAME=placeholder:N"
-    names += " gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
+    names = "words a,b,c whose token embeddings are trained too; NAME=WORD: starts as a copy of WORD; NAME=placeholder:"
+    names += "N: gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)
     start = "initial embeddings of the keywords. own: the encoder's own; search: try words from captions without "
     start += "keywords in each keyword's place, and start from the embedding of the word with the lowest loss, unless "
-    start += "the keyword itself has a lower one (default: the checkpoint's config.json, "
+    start += "the keyword itself has a lower loss (default: the checkpoint's config.json, "
     add("--keyword_init", choices=("own", "search"), help=f"{start}else {recommended['keyword_init']})")
     add("--keyword_lr", type=float, help="learning rate of keyword embeddings (default: the checkpoint's, else --lr)")
     norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
@@ -62,10 +62,10 @@ def arguments(argv=None):
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
     chosen = "(default: for bf16 with neither --fsdp nor --rank, adamw8bit with Kahan-compensated weights; else "
     add("--optimizer", choices=("adamw", "adamw8bit"), help=f"optimizer of the encoder {chosen}adamw)")
-    shown = "percentages A,B,C of captions with a keyword to reduce to the keyword, shorten and use in full (default: "
+    shown = "percentages A,B,C of captions with a keyword; A: reduced to it, B: shortened, C: used in full (default: "
     add("--caption_mode_probs", help=f"{shown}the checkpoint's config.json, else {recommended['caption_mode_probs']})")
     trim = f"(default: the checkpoint's config.json, else {recommended['trim_prob']})"
-    add("--trim_prob", type=float, help=f"probability that a full caption loses some words, never a keyword {trim}")
+    add("--trim_prob", type=float, help=f"probability that a caption used in full loses words, but no keyword {trim}")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
     kept = "number of DiT blocks that are kept in host memory until they run (default: 0)"

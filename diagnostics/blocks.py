@@ -1,7 +1,7 @@
 """diag.py blocks: measure which of the DiT's blocks read a word, by hiding the word from one block at a time.
 
 The more a prediction changes when a block cannot see the word's tokens, the more that block reads the word. This is a
-measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755) uses such masks too, to choose
+measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755) also uses such masks to choose
 the blocks to train.
 """
 

@@ -1,4 +1,4 @@
-"""diag.py convert: write a text encoder, a DiT or a LoRA in another layout, with the same bits."""
+"""diag.py convert: write a text encoder, a DiT or a LoRA in another layout, with the same values."""
 
 import contextlib
 from dataclasses import asdict

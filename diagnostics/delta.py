@@ -1,4 +1,4 @@
-"""diag.py delta: how far a LoRA, or another checkpoint or text encoder, moves each weight of a base."""
+"""diag.py delta: measure how much a LoRA, another checkpoint or another text encoder changes each weight of a base."""
 
 import math
 import re

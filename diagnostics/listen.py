@@ -1,7 +1,7 @@
-"""diag.py listen: compare how well a model follows its prompts before and after training: by grades, by CLIP, by eye.
+"""diag.py listen: compare how well a model follows its prompts before and after training (nano's grader, CLIP or eye).
 
-A column of the result is a model: the base, the base with the encoder, or the base with the encoder and the translator.
-All columns are sampled from the same seeds.
+The result has one column for each model: the base, the base with the encoder, and the base with the encoder and the
+translator (a LoRA). All models sample from the same seeds.
 """
 
 import itertools

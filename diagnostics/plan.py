@@ -1,4 +1,4 @@
-"""diag.py plan: memory, disk space and time that a run would take, and flags with which a run fits on given GPUs."""
+"""diag.py plan: predict the memory, disk space and time of a run, and propose flags with which it fits given GPUs."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""diag.py report: write everything about a training run into one HTML file."""
+"""diag.py report: write a report of a training run (settings, curves, pictures, grades) into one HTML file."""
 
 import base64
 import functools

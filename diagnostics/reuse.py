@@ -1,4 +1,4 @@
-"""diag.py reuse: how many steps sample.py --reuse saves at several thresholds, and how much the clips change."""
+"""diag.py reuse: measure how many steps sample.py --reuse skips at several thresholds, and how far clips change."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""Command lines of the scripts: an unknown flag gets a suggestion, and --config reads the flags of a run from a file.
+"""Parser, the command-line parser of the scripts: it reads flags from --config files too, and hints at misspelt flags.
 
-A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. Lists
-may be written as lists. A data set with its own settings is a table `[[data]]`, whose keys are among DATA_KEYS.
+A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. A
+value a,b,c may be written as a list. A data set with its own settings is a table `[[data]]` with keys from DATA_KEYS.
 """
 
 import argparse

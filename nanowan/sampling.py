@@ -1,4 +1,4 @@
-"""The flags of sample.py, checked, and a Request for each video that these flags and the prompts ask for."""
+"""Checks of sample.py's flags, and the Requests: one for each video that the flags and the prompts ask for."""
 
 import argparse
 import hashlib
@@ -110,7 +110,7 @@ def add_flags(p):
         "exact (default: auto, the fastest exact kernel)",
     )
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
-    add("--cuda_graphs", action="store_true", help="compile the DiT with torch.compile and replay it as CUDA graphs")
+    add("--cuda_graphs", action="store_true", help="compile the DiT with torch.compile and run it as CUDA graphs")
     add(
         "--reuse",
         type=float,
@@ -122,11 +122,11 @@ def add_flags(p):
         "--vae_tile",
         type=int,
         default=0,
-        help="side N of the N x N latent px tiles in which the VAE decodes, to save memory; exact from about N = 13 on "
-        "(default: 0, full frames)",
+        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; exact from about "
+        "13 on (default: 0, full frames)",
     )
     add = p.add_argument_group(
-        "several GPUs, under torchrun; each group of ranks that shares a clip takes some of the videos"
+        "several GPUs, under torchrun; ranks that share a clip form a group, and the groups divide the videos"
     ).add_argument
     add("--ulysses_size", type=int, default=1, help="number of ranks over which a clip's tokens are split (default: 1)")
     add("--guidance_parallel", action="store_true", help="compute guidance's two predictions on two ranks")
@@ -143,8 +143,8 @@ def add_flags(p):
         "--preview_every",
         type=int,
         default=0,
-        help="number of steps between previews, rough pictures of the clip in NAME_preview.png next to --out (default: "
-        "0, none)",
+        help="number of steps between previews; each is a rough picture of the clip, NAME_preview.png next to --out "
+        "(default: 0, none)",
     )
 
 

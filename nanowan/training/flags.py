@@ -1,7 +1,7 @@
 """The flags that both trainers share: definitions, recommended values, checks.
 
-A flag's value is the first of these that exists: the flag itself; "train" in the checkpoint's config.json; RECOMMENDED
-below; the checkpoint's Settings (size, frames, shift). `resolve` applies this order, once.
+The value of a flag comes from the first of these places that has one: the command line or --config; "train" in the
+checkpoint's config.json; RECOMMENDED below; the checkpoint's Settings (size, frames, shift). `resolve` fills it in.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def add_flags(p, script, out):
         type=data_set,
         action="append",
         help="folder of images and clips with .txt captions, or a JSONL or CSV file of paths and captions; repeatable; "
-        "in a --config file, each data set can have its own settings (default: clips of the nano world)",
+        "in a --config file, each data set can have its own settings (default: generated clips of moving shapes, for "
+        "the toy model nano)",
     )
     add(
         "--cache",
@@ -113,8 +114,8 @@ def add_flags(p, script, out):
     add(
         "--frames",
         type=int,
-        help="maximum number of frames per sample, 4k+1, for S2V 4k (default: the checkpoint's config.json, else its "
-        "variant's)",
+        help="maximum number of frames per sample, 4k+1, or 4k for S2V (default: the checkpoint's config.json, else "
+        "its variant's)",
     )
     modes = "; ".join(f"{k}: {v}" for k, v in CLIP_MODES.items())
     add(
@@ -122,7 +123,7 @@ def add_flags(p, script, out):
         type=clip_mode,
         choices=list(CLIP_MODES),
         default="first",
-        help=f"which frames to take from a longer clip; {modes} (default: first)",
+        help=f"frames to take from a clip that is longer than --frames; {modes} (default: first)",
     )
     add(
         "--caption_dropout",
@@ -141,15 +142,15 @@ def add_flags(p, script, out):
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: of the samples that can continue a previous segment (those with enough frames), the "
-        "fraction that is trained that way (default: 0.5)",
+        help="S2V, Animate: fraction of the samples with enough frames that are trained as the continuation of a "
+        "previous segment (default: 0.5)",
     )
     add(
         "--held_out",
         type=float,
         default=0.05,
-        help="fraction of the files, at most 16 files, not trained on but kept for the held-out loss (default: "
-        "%(default)s)",
+        help="fraction of the files that are left out of training and give the held-out loss; at most 16 files "
+        "(default: %(default)s)",
     )
     add = p.add_argument_group("training").add_argument
     add(
@@ -204,8 +205,8 @@ def add_flags(p, script, out):
         "--ema",
         type=float,
         default=0.0,
-        help="decay per step of a moving average of the trained weights, which is saved instead of them (default: 0, "
-        "no average)",
+        help="decay per step of a moving average of the trained weights; the average is saved instead of the weights "
+        "(default: 0, no average)",
     )
     add("--min_t", type=float, default=0.0, help="lowest training timestep, 0 (clean) to 1 (noise) (default: 0)")
     add("--max_t", type=float, default=1.0, help="highest training timestep, 0 (clean) to 1 (noise) (default: 1)")
@@ -273,7 +274,7 @@ def add_flags(p, script, out):
     add(
         "--previews",
         help="text or JSONL file of prompts to sample during training, in the format of sample.py --prompts; for S2V "
-        "and Animate, held-out clips give the other inputs",
+        "and Animate, the other inputs come from held-out clips",
     )
     add("--preview_every", type=int, default=500, help="number of steps between previews (default: %(default)s)")
     add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: that of --resolution)")

@@ -1,4 +1,4 @@
-"""Animate-14B: a character, and the poses and faces of a driving video; sampled segment by segment."""
+"""The inputs of Animate-14B for each segment of a video: a character, and the poses and faces of a driving video."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Animate-2-14B's inputs, a character's picture and a driving video, segment by segment.
+"""The inputs of Animate-2-14B for each segment of a video, from a character's picture and a driving video.
 
 Source: diffusers' modular pipeline of Wan-Animate-2 (0.42.1); docs/variants.md says where the official code differs.
 """
@@ -157,7 +157,7 @@ class Driven(Conditioning):
     """Animate-2-14B's conditioning: a picture and a driving video. Its videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
-    title = "Animate-2-14B: a character that moves like the person in a video (--size is the area)"
+    title = "Animate-2-14B: a character that moves like the person in a video (--size sets the area only)"
     flags = {
         "video": dict(help="driving video; the character of --image follows its motion, and its sound is kept"),
         "prompt_ref": dict(

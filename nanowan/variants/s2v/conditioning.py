@@ -1,4 +1,4 @@
-"""S2V-14B's inputs, segment by segment, made from a picture, a sound and, optionally, a pose video."""
+"""The inputs of S2V-14B for each segment of a video, from a picture, a sound file and, optionally, a pose video."""
 
 import contextlib
 import math
@@ -153,7 +153,7 @@ class Speech(Conditioning):
     """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video. Its videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
-    title = "S2V-14B: a picture that speaks (--size is the area)"
+    title = "S2V-14B: the person in a picture speaks (--size sets the area, the picture the aspect ratio)"
     flags = {
         "audio": dict(help="sound or video file with the speech"),
         "pose_video": dict(help="video of drawn poses that the speaker follows"),
@@ -162,7 +162,7 @@ class Speech(Conditioning):
         "start_from_ref": dict(action="store_true", help="start the video with the picture of --image itself"),
         "sync_sound": dict(
             action="store_true",
-            help="leave out the first 3/16 s of the sound, so that the lips match it; otherwise they lead by 3/16 s",
+            help="leave out the first 3/16 s of the sound, so that it matches the lips, which otherwise lead by 3/16 s",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
