@@ -1,4 +1,4 @@
-"""Keep latents, text embeddings and facts about media between runs, in files named by a hash of what decides them."""
+"""Keep latents, text embeddings and facts about media between runs, in files named by a hash of their inputs."""
 
 import contextlib
 import functools
@@ -24,8 +24,9 @@ DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples wh
 
 # ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
-    """Return answer(), kept in the cache under the values of `question`, so that a file is inspected once and not at
-    every start. If cache is None, nothing is kept. Raises BadInput if the cache cannot be written.
+    """Return the result of answer(), which the cache keeps under the values of `question`: answer() is called only if
+    the cache has no result for them. So a file is inspected once, and not at the start of every run. If cache is None,
+    nothing is kept. Raises BadInput if the cache cannot be written.
     """
     if cache is None:
         return answer()
@@ -53,7 +54,9 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the times, in seconds, at which the frames of an item are taken, including the frames after the sample."""
+    """Return the times, in seconds, at which frames are read for an item. They include the `frames_after` further
+    frames after the sample.
+    """
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
 
@@ -66,9 +69,9 @@ def covering(width, height):
 
 def read_items(items, sizes=None, cache=None):
     """Yield {kind: frames (H,W,3) uint8} for each item. `items` belong to one file and are sorted by their start. Kind
-    "" is the file itself; the other kinds are its sidecars, read at the same times. sizes: {kind: (width, height)} of
-    the sidecars. Each file is decoded once, and about one sample of each file is in memory. Raises Skip if a file
-    cannot be read.
+    "" is the file itself. The other kinds are its sidecars, such as a pose video, read at the same times as the file.
+    sizes: {kind: (width, height)} of the sidecars. Each file is decoded once, and about one sample of each file is in
+    memory at a time. Raises Skip if a file cannot be read.
     """
     windows, readers = [wanted_times(item) for item in items], {}
     for item in items[:1]:
@@ -81,7 +84,7 @@ def read_items(items, sizes=None, cache=None):
 
 def read_file(path, name, windows, size, cache, called):
     """Yield a list of frames, resized and cropped to `size` (width, height), for each of `windows`, as
-    video.read_windows does. name: the digest of the file. called: how the message of a Skip begins.
+    video.read_windows does. name: the digest of the file. called: text that is put before the message of a Skip.
     """
     try:
         yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
@@ -106,8 +109,8 @@ def pixels(item):
 
 def in_threads(jobs, run):
     """Run the generators run(job) of all jobs in DECODERS threads, and yield their results in the order in which they
-    arrive. At most DECODERS results wait, and each thread holds one more. An exception in a thread is raised here.
-    Closing this generator ends the threads.
+    arrive. At most DECODERS results wait to be yielded, and each thread holds one more. An exception in a thread is
+    raised by this generator. Closing this generator ends the threads.
     """
     results, stopped, lock, todo = queue.Queue(DECODERS), threading.Event(), threading.Lock(), iter(jobs)
 
@@ -151,8 +154,9 @@ def in_threads(jobs, run):
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path, cache=None):
-    """Return a hash of a file's bytes. It is computed once for each state of the file (inode, time and size): once per
-    process, or, with a cache folder, once for all processes. A start thus need not read a complete checkpoint.
+    """Return a hash of a file's bytes. The hash is computed once for each state of the file (inode, time and size):
+    once per process, or, with a cache folder, once for all processes. So a run does not read a complete checkpoint only
+    for its hash, if an earlier run has done so.
     """
     path, stat = Path(path).absolute(), Path(path).stat()
     return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -198,15 +202,16 @@ def latent_files(items, cache, vae_file, samples=None):
 
 def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     """Cache the latents of every item that has none in the cache. `load_vae()` is called only if some are missing.
-    Returns [(path, reason)] of the media files that could not be encoded, such as files deleted since `scan`; the cache
-    files of these do not exist afterwards. seen(item, frames (H,W,3) uint8) is called for each item that is decoded.
+    Returns [(path, reason)] with an entry for each item that could not be encoded, for example because its file was
+    deleted after `scan`; such items have no cache file afterwards. seen(item, frames (H,W,3) uint8) is called for each
+    item that is decoded.
 
     A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` (variants/samples.py) adds. Several
-    processes may do this at once: a cache file appears complete or not at all, and a process leaves out the items that
+    processes may do this at once: a cache file appears complete or not at all, and a process skips the items that
     another process has encoded meanwhile.
 
-    Media files are decoded in threads, each file once for all of its items, while the calling thread encodes and
-    another thread saves. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
+    Media files are decoded in threads while the calling thread encodes and another thread saves. Each file is decoded
+    once for all of its items of one size. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
     """
     missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, samples)) if not f.exists()]
     by_file = {}

@@ -65,16 +65,16 @@ def is_untagged(frame):
 
 
 def tags(context):
-    """Return the colour tags of a codec context, {name: code}. In a file that was just opened, they are the container's
-    tags.
+    """Return the colour tags of a codec context, {name: code}. Before the first frame is decoded, these are the tags of
+    the container.
     """
     codes = {name: getattr(context, name) for name in UNTOLD}
     return {name: code for name, code in codes.items() if code != UNTOLD[name]}
 
 
 def complete(frame, tags):
-    """Set those of the container's `tags` that a frame lacks. A ProRes frame whose header names none
-    lacks all of them.
+    """Give a frame those of the container's `tags` that its decoder did not set. For example, a ProRes frame has no
+    tags of its own if its header names none.
     """
     for name, code in tags.items():
         if getattr(frame, name) == UNTOLD[name]:
@@ -88,8 +88,8 @@ def is_completed(frame, context):
 
 @functools.cache
 def name_side_data():
-    """Make PyAV accept kinds of side data that are newer than PyAV. Otherwise PyAV would refuse all side data of such a
-    frame.
+    """Make PyAV accept kinds of side data that are newer than PyAV. Otherwise PyAV would refuse all side data of a
+    frame that has data of such a kind.
     """
     from av.sidedata.sidedata import Type
 
@@ -119,8 +119,8 @@ def check_colors(frame):
 
 def matrix(frame):
     """Return the keyword argument, as a dict, with which PyAV's reformat uses the right matrix for an untagged frame.
-    The matrix is BT.2020's for a frame with BT.2020's primaries, else BT.709's from HD_LINES lines on. For frames with
-    fewer lines, for which FFmpeg uses BT.601, and for tagged frames, the dict is empty.
+    The matrix is BT.2020's for a frame with BT.2020's primaries. For other frames, it is BT.709's if they have at least
+    HD_LINES lines. The dict is empty for frames with fewer lines, for which FFmpeg uses BT.601, and for tagged frames.
     """
     from av.video.reformatter import Colorspace
 
@@ -189,8 +189,8 @@ def primaries_to_bt709(code):
 
 
 def linear_light(transfer, signal):
-    """Return the linear light that a display produces for a `signal` in [0,1]. The white of SDR is 1. HLG's system
-    gamma is applied to each channel, which is zscale's default, while ITU-R BT.2100 applies it to the luminance.
+    """Return the linear light that a display produces for a `signal` in [0,1], in units of the white of SDR. HLG's
+    system gamma is applied to each channel, as zscale does by default; ITU-R BT.2100 applies it to the luminance.
     """
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -242,8 +242,8 @@ PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {an ICC profile'
 
 
 def matrix_profile(primaries, gamma):
-    """Return an ICC profile (bytes) with these primaries, in the form that WIDE has, and with the curve signal =
-    light**gamma. Raises ValueError for numbers that no profile can describe.
+    """Return an ICC profile (bytes) with these primaries, given as in WIDE, and with the curve signal = light**gamma.
+    Raises ValueError for numbers that no profile can describe.
     """
 
     def fixed(*values):
@@ -268,8 +268,8 @@ def matrix_profile(primaries, gamma):
 
 def profile_of(image):
     """Return the ICC profile (bytes) of a PIL image, or None if the image counts as sRGB. For a PNG without a profile,
-    one is made from the PNG's gAMA and cHRM, unless they describe sRGB within libpng's tolerances. Raises ValueError if
-    no profile can describe them.
+    a profile is made from the PNG's gAMA and cHRM chunks, unless these describe sRGB within libpng's tolerances. Raises
+    ValueError if no profile can describe these chunks.
     """
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if image.info.get("icc_profile") or gamma is None or "srgb" in image.info:
@@ -282,7 +282,9 @@ def profile_of(image):
 
 
 def has_codes(path):
-    """Return whether a file is a PNG with a cICP chunk: codes of H.273, which override all other colour chunks."""
+    """Return whether a file is a PNG with a cICP chunk. This chunk names the colours by codes of H.273, and overrides
+    all other colour chunks.
+    """
     with open(path, "rb") as file:
         is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         while is_png and len(head := file.read(8)) == 8 and head[4:] not in (b"cICP", b"IDAT"):
@@ -326,8 +328,8 @@ def transform_for(image, profile):
 
 
 def to_srgb(image, source):
-    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. source: the image from which it was made, which has
-    the profile. A profile that does not fit is ignored, as in browsers.
+    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. source: the PIL image from which `image` was made, and
+    whose profile is used. A profile that does not fit is ignored, as in browsers.
     """
     from PIL import ImageCms
 

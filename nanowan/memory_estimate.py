@@ -1,8 +1,9 @@
 """Estimate what a run will need before it starts: peak memory on the device and on the host, and bytes on disk.
 
-The models are built from fake tensors, which have shapes but no memory, and are really run: a forward pass, a backward
-pass and an optimizer step, an encode, a decode. Every tensor made on the way counts from its creation until it is
-freed. Memory that PyTorch's operators use internally, and an allocator's waste, are not counted.
+The models are built from fake tensors, which have shapes but no memory. The models then really run on them: a forward
+pass, a backward pass and an optimizer step of a DiT, an encoding and a decoding of the VAE. Every tensor made on the
+way counts from its creation until it is freed. Memory that PyTorch's operators use internally, and memory that an
+allocator wastes, are not counted.
 """
 
 import contextlib
@@ -112,8 +113,9 @@ def nbytes(model):
 @dataclass(frozen=True)
 class ParallelLayout:
     """How a DiT is divided among ranks. fp8: whether the blocks are in 8 bits. stream_blocks: number of blocks that lie
-    on the host. fsdp_size: number of ranks that share the weights. sp_size: number of ranks that share the tokens.
-    pp_size: number of ranks that share the blocks. ranks: number of all processes of the run.
+    on the host. fsdp_size: number of ranks over which the weights are sharded. sp_size: number of ranks over which a
+    clip's tokens are split. pp_size: number of ranks among which the blocks are divided. ranks: number of all processes
+    of the run.
     """
 
     fp8: bool = False
@@ -135,8 +137,8 @@ class ParallelLayout:
 
     @property
     def caches_text_kv(self):
-        """Whether a DiT keeps the keys and values of a prompt. It does so only if all blocks have their weights at all
-        times.
+        """Whether a DiT keeps the cross-attention keys and values of a prompt from step to step. It does so only if the
+        weights of all blocks are on the device at all times.
         """
         return not self.stream_blocks and self.fsdp_size == self.pp_size == 1
 
@@ -154,7 +156,7 @@ class ParallelLayout:
         return outside + sum(mine), 0
 
     def share_tokens(self, dit):
-        """Make a DiT compute as it does on the first of the ranks that share a clip."""
+        """Make a DiT compute only what the first of the ranks that share a clip computes."""
         if self.sp_size > 1:
             apply_ulysses(dit, self, FirstRank)
 
@@ -185,8 +187,8 @@ def full_builders(s):
 
 
 def build(builders, part, dtype, cuda=False):
-    """Build the model `part`, a key of `builders`, and return it. Its dtypes are those that its loader gives it on a
-    CPU or, if `cuda`, on a GPU, where the VAE decodes in `dtype`.
+    """Build the model `part`, a key of `builders`, and return it. Its weights have the dtypes that they would have
+    after loading: on a GPU if `cuda`, else on a CPU. On a GPU, the VAE's decoder is in `dtype`.
     """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -200,8 +202,8 @@ def build(builders, part, dtype, cuda=False):
 
 @contextlib.contextmanager
 def pretending(cuda):
-    """Return a context manager in which tensors have no memory. cuda: whether operations are those of a GPU or of a
-    CPU.
+    """Return a context manager in which tensors have no memory. cuda: whether to run the operations that a GPU runs,
+    instead of those that a CPU runs.
     """
     if cuda and torch.cuda.is_available():
         torch.cuda.init()  # operations may query the GPU, but activation checkpointing cannot initialize CUDA
@@ -222,11 +224,11 @@ def import_libraries():
 # ---- plans -------------------------------------------------------------------------------------------------------
 class Plan:
     """The memory and disk space that a run on `device` needs. phases: {name of a phase: {what needs memory: bytes}} on
-    the device; the largest phase is the peak. host: the same for the host memory that the ranks of a machine with GPUs
-    use together. disk: {what needs space: bytes}. layout: the ParallelLayout.
+    the device; the largest phase is the peak. host: the same for host memory, if the device is a GPU; the bytes are
+    those of all ranks of one machine together. disk: {what needs space: bytes}. layout: the ParallelLayout.
 
     takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: number of a rank's blocks
-    that get gradients; activation checkpointing can save memory in these.
+    through which gradients pass; activation checkpointing saves memory only in these.
     """
 
     takes_turns, learning_blocks = False, 0
@@ -280,9 +282,7 @@ class Plan:
         raise BadInput(f"{flag}: {needs} ({self._host_parts()}), {gb(free)} are free; {less}")
 
     def compare(self, device):
-        """Return a line for the end of a run that states the memory that the run used and the memory
-        that was planned.
-        """
+        """Return a line for the end of a run: the memory that the run used, next to the memory that was planned."""
         planned = self.peak - self.process * self.cuda  # allocated bytes do not include a GPU's context
         text = "peak memory " + beside(used(device), planned)
         if self.cuda:
@@ -297,7 +297,9 @@ def beside(measured, planned):
 
 
 def free_beside_plan(spec, device):
-    """Return the bytes that a plan may use, (on the device, on the host). A value that is not known is infinite."""
+    """Return the bytes that the plan of a spec may use, (on the device, on the host). A value that is not known is
+    infinite. spec: a SamplingSpec or TrainingSpec.
+    """
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
     memory = free_memory(device) / share if spec.memory is None and here else spec.memory or math.inf
@@ -307,7 +309,7 @@ def free_beside_plan(spec, device):
 
 def encoder_at_work(encoder, memory, cuda):
     """Return ({what needs memory: bytes} on the device, the same on the host) for a text encoder that is not trained.
-    As in the pipeline, an encoder that does not fit on a GPU is streamed.
+    memory: free bytes on the device. As in the pipeline, an encoder that does not fit on a GPU is streamed.
     """
     whole, blocks = nbytes(encoder), [nbytes(b) for b in encoder.blocks]
     if cuda and whole + ROOM > memory:
@@ -461,11 +463,12 @@ class TrainingSpec:
 
     batch: samples per rank and micro-batch. bucket: the largest (width, height, frames). optimizer: "adamw" or
     "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob are on. continuation: the value of
-    --continuation. num_experts: number of DiTs that are trained, or trained through. text: number of tokens of a long
-    caption. cache: bytes of (latents, text embeddings). encode, encode_texts: whether any latents and any text
-    embeddings must be computed. previews: shape (C,T',h,w) of the largest preview's latents, or (). num_results: number
-    of copies of the trained weights that stay on disk. save_delta: whether only the changes of an encoder are saved.
-    memory, host: free bytes on the device and on the host (default: those of this machine).
+    --continuation. num_experts: number of DiTs that are trained, or through which the encoder's gradients pass. text:
+    number of tokens of a long caption. cache: bytes of (latents, text embeddings). encode, encode_texts: whether the
+    cache lacks any latents and any text embeddings, so that the run must compute them. previews: shape (C,T',h,w) of
+    the largest preview's latents, or () if there are no previews. num_results: number of copies of the trained weights
+    that stay on disk. save_delta: whether a trained encoder is saved as changes only, and not in full. memory, host:
+    free bytes on the device and on the host (default: those of this machine).
     """
 
     settings: Settings
@@ -494,8 +497,8 @@ class TrainingSpec:
 
 def training(spec, builders, make_trainable):
     """Return the Plan of a TrainingSpec. builders: as returned by `builders` or `full_builders`. make_trainable(dit,
-    encoder) returns the trained parameters, as a list or as optimizer groups. If it makes the encoder trainable, the
-    estimate runs the encoder too.
+    encoder) returns the trained parameters, as a list or as optimizer groups. If it makes parameters of the encoder
+    trainable, the estimate runs the encoder too.
     """
     s, dtype, layout, phases, host = spec.settings, spec.dtype, spec.layout, {}, {}
     memory, free_on_host = free_beside_plan(spec, spec.device)
@@ -641,7 +644,7 @@ def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
 
 def mfu(dit, x, text, seconds, device):
     """Return the share of the GPU's peak FLOP/s that a training step of `seconds` reached, or None if the peak is not
-    known. What activation checkpointing computes again is not counted. x (B,C,T',h,w): the batch. text: number of
+    known. FLOPs that activation checkpointing repeats are not counted. x (B,C,T',h,w): the batch. text: number of
     tokens per caption.
     """
     card = torch.device(device).type == "cuda" and flops.card_of(torch.cuda.get_device_name(device))

@@ -2,7 +2,8 @@
 
 The models are named "text", "vae" and "dit"; an A14B has two experts, "high" and "low", instead of "dit"; S2V and
 Animate have further encoders. When memory is short, models that are not in use are evicted: from a GPU they move to the
-host; on the device "cpu" they are dropped, and read again when needed. A text encoder that does not fit is streamed.
+host; on the device "cpu" they are dropped, and read again when needed. If a text encoder does not fit on a GPU, its
+blocks are streamed from the host.
 """
 
 import functools
@@ -34,11 +35,12 @@ from nanowan.settings import checkpoint_dir, read_settings
 
 @dataclass
 class Runtime:
-    """How the models of a checkpoint run.
+    """How the models of a checkpoint run: on which device, in which dtype, compiled or not, and on how many ranks.
 
     dtype: of the weights of the DiT and the text encoder. fp8: whether the linears of the DiT's blocks are in 8 bits
     (kernels/fp8.py). stream_blocks: number of DiT blocks kept on the host until they run (memory/offload.py). compile:
-    None, "blocks" or "graphs". world: the ranks that work together (default: this process alone).
+    None, "blocks" (torch.compile for each block) or "graphs" (the full DiT, with CUDA graphs). world: the ranks that
+    work together (default: this process alone).
     """
 
     device: str = "cpu"
@@ -81,13 +83,13 @@ class Pipeline:
 
     ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]"; each is merged into the DiTs or, if
     it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings,
-    to use instead of the folder's text encoder or on top of it (load_t5 in formats/t5.py). Raises BadInput for files of
-    an expert, or a LoRA, that cannot be used: at the start, not after half of the steps.
+    to use instead of the folder's text encoder or on top of it (load_t5 in formats/t5.py). Raises BadInput if an
+    expert's files or a LoRA cannot be used. It does so at once, and not only when a run switches to that expert.
 
     For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is as in Wan.
-    `adapters`, {expert: {module: (A, B)}}, keeps the parameters while a DiT leaves memory and returns. takes_turns:
-    only one expert is on the device at a time, and each has a copy on the host from which it returns. trains_text: the
-    full text encoder is on the device, never streamed.
+    `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT is not in memory. takes_turns:
+    whether only one expert is on the device at a time; the other one waits on the host if there is room. trains_text:
+    whether the text encoder is trained, and so is never streamed.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -158,8 +160,9 @@ class Pipeline:
 
     # ---- where models are ----------------------------------------------------------------------------------------
     def acquire(self, name, activations=ROOM):
-        """Return a model, on the device, with room for this number of bytes of activations. The model is loaded if
-        necessary. Other models are evicted if they are in the way, so hold no reference to another model.
+        """Return a model, on the device, with room for `activations` bytes of activations. The model is loaded if
+        necessary. Other models are evicted if their memory is needed, so the caller must hold no reference to another
+        model.
         """
         part, device = self.placements.get(name), self.device
         need = activations + (0 if part and part.is_on(device) else self._bytes(name))
@@ -201,7 +204,7 @@ class Pipeline:
         return [part.model for part in self.placements.values()]
 
     def streams(self):
-        """Return the offload.Streams of the DiTs in memory, where a DiT has one."""
+        """Return the offload.Stream of each DiT that is in memory and has streamed blocks."""
         return [self.placements[n].stream for n in self.headers if n in self.placements and self.placements[n].stream]
 
     def _bytes(self, name):
@@ -216,7 +219,9 @@ class Pipeline:
 
     # ---- loading -------------------------------------------------------------------------------------------------
     def _load(self, name, need):
-        """Load a model and return its Placement. need: bytes on the device without which a text encoder is streamed."""
+        """Load a model and return its Placement. A text encoder that is not trained is streamed if a GPU has less than
+        `need` bytes free.
+        """
         run, encoders = self.runtime, self.settings.conditioning.encoders
         if name in self.headers:
             return self._load_dit(name)
@@ -233,8 +238,8 @@ class Pipeline:
         return Placement(model, self.copier).start()
 
     def _load_dit(self, name):
-        """Load a DiT and return its Placement. Before the weights are loaded, the adapter is added, ranks split the
-        DiT, and the weights that stay on the host get their memory there.
+        """Load a DiT and return its Placement. Three things are done before the weights are loaded: the adapter is
+        added, the DiT is split over the ranks, and host memory is allocated for the weights that stay on the host.
         """
         run = self.runtime
         dit = build_dit(self.headers[name], self.folder(name), run.dtype)
@@ -246,7 +251,7 @@ class Pipeline:
                 torch.manual_seed(self.adapter.seed + (name == "low"))
                 self.adapter.inject(dit, run.device)
             kept = self.adapters.setdefault(name, adapter(dit))
-            for module, layer in lora_layers(dit).items():  # the adapter's own, if the DiT was loaded before
+            for module, layer in lora_layers(dit).items():  # those of the first load, if the DiT is loaded again
                 layer.lora_A, layer.lora_B = kept[module]
         parallelize(dit, self.world)
 
@@ -299,9 +304,9 @@ class Pipeline:
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 
     def guidance_mode(self, tokens, batch=1):
-        """Return how guidance computes its two predictions for clips of this number of tokens: "parallel", on two
-        ranks; "batched", in one forward pass; or "sequential", in two passes, if memory is too small for one or the
-        model requires it.
+        """Return how guidance computes its two predictions: "parallel", on two ranks; "batched", in one forward pass;
+        or "sequential", in two forward passes. It is sequential if memory is too small for a batch of both predictions,
+        or if the model does not support such a batch. tokens: number of tokens of a clip. batch: number of clips.
         """
         if self.world.cfg_size == 2:
             return "parallel"

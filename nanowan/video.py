@@ -40,8 +40,9 @@ class Shown(NamedTuple):
     """How a media file is shown. width, height: in px, upright and with square pixels. times: the seconds from the
     first picture to each picture, ascending, or None for a still.
 
-    notes: remarks for the data report. changed: the notes on properties that earlier versions ignored. These notes are
-    part of the cache file's name, since the caches of those versions hold different pixels.
+    notes: remarks for the data report. changed: those notes that name a property which earlier versions of nanoWan
+    ignored. These notes are part of the cache file's name, because earlier versions cached other pixels for such a
+    file.
     """
 
     width: int
@@ -111,15 +112,17 @@ def read_frames(path, shown=None):
 
 
 def read_windows(path, windows, draw, shown=None):
-    """For each list of times (seconds) in `windows`, yield a list with draw(frame) of the Frame shown nearest to each
-    time. The times in a list ascend, and the lists are ordered by their first times. The file is decoded once, no
-    further than needed; a frame that is chosen several times is drawn once. shown: as in read_frames. Raises Skip if
-    the file cannot be read.
+    """For each list of times (seconds) in `windows`, find the Frame shown nearest to each time, and yield the list of
+    draw(frame) of these Frames. The times in a list ascend, and the lists are ordered by their first times. The file is
+    decoded once, and only up to the last frame that is needed. A frame that is chosen for several times is drawn once.
+    shown: as in read_frames. Raises Skip if the file cannot be read.
     """
     chosen, done, before, drawn = [[] for _ in windows], 0, None, None
 
     def take(until):
-        """Draw the frame `before` for all times to which it is nearest. The frame after it is shown at `until`."""
+        """Put draw(before) into the lists for all times to which the frame `before` is nearest. until: the seconds at
+        which the next frame is shown.
+        """
         nonlocal drawn
         for wanted, taken in zip(windows[done:], chosen[done:]):
             while len(taken) < len(wanted):
@@ -129,7 +132,7 @@ def read_windows(path, windows, draw, shown=None):
                 drawn = draw(before) if drawn is None else drawn
                 taken.append(drawn)
             if not taken:
-                break  # later windows need no frame so far either
+                break  # later windows start later, so they need no frame so far either
 
     for frame in read_frames(path, shown):
         if before is not None:
@@ -178,8 +181,9 @@ def decode_packet(decoder, tags, packet):
 
 
 def main_track(streams, size):
-    """Return the stream that FFmpeg would choose, or None if there is none. It is the largest one by size(stream),
-    where DEFAULT_BONUS is added for a stream marked as the default. Cover pictures are not considered.
+    """Return the one of `streams` that FFmpeg would choose, or None if there is none. This is the stream with the
+    largest size(stream), after DEFAULT_BONUS is added for a stream marked as the default. Cover pictures are not
+    considered.
     """
     from av.stream import Disposition
 
@@ -198,8 +202,8 @@ def decode(container, stream, decode_packet):
 
 
 def probe_clip(path):
-    """Return the Shown of a clip. Only the clip's first pictures are decoded, or all of them if the container does not
-    say when they are shown.
+    """Return the Shown of a clip. Only the clip's first pictures are decoded. If the container does not reliably say
+    when each picture is shown, all pictures are decoded.
     """
     stamps, looked_at, intact = [], [], True
     with open_clip(path) as (container, stream, decode_packet):
@@ -231,12 +235,14 @@ def probe_clip(path):
 
 
 def decoded_times(path, stamps):
-    """Decode all of a clip and return ([seconds of each picture], whether these differ from the frames' own times).
+    """Decode all of a clip and return ([seconds of each picture], whether these differ from the decoded frames' own
+    times).
 
-    If the frames' own times do not ascend, they are sorted, and picture k gets the k-th. If they are incomplete or
-    repeat, the packets' times, `stamps`, are used instead in the same way. If these fail too, picture k gets k / rate.
-    It also gets k / rate if the sorted times are near k / rate and the container is not in TIMED_CONTAINERS. Raises
-    Skip if no times are found and there is no rate.
+    If the frames' own times ascend, they are returned. Otherwise they are sorted, and picture k gets the k-th of the
+    sorted times. If some of the frames' times are missing or equal, the sorted times of the packets, `stamps`, are used
+    instead. If some of these are missing or equal too, picture k gets k / rate, where rate is the clip's frame rate.
+    Picture k also gets k / rate if the sorted times are near k / rate and the container is not in TIMED_CONTAINERS.
+    Raises Skip if no times are found and the rate is unknown.
     """
     with open_clip(path) as (container, stream, decode_packet):
         own = [frame.time for frame in decode(container, stream, decode_packet)]
@@ -256,7 +262,9 @@ def decoded_times(path, stamps):
 
 
 def varies(times):
-    """Return whether the rate of frames with these `times` varies by more than Matroska's rounding to milliseconds."""
+    """Return whether the steps between these `times` (seconds) vary: whether one of them differs from the median step
+    by more than a tenth of it and by more than 2.5 ms, which is more than Matroska's rounding to milliseconds causes.
+    """
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
 
@@ -318,7 +326,7 @@ def shown_size(frame, pixel_aspect=None):
 
 
 def clip_frames(path, shown):
-    """Yield the Frames of a clip. shown: the result of `probe` for it."""
+    """Yield the Frames of a clip. shown: the result of `probe` for the clip."""
     with open_clip(path) as (container, stream, decode_packet):
         for seconds, frame in deinterlaced(timed_frames(decode(container, stream, decode_packet), shown)):
             size = shown_size(frame, stream.sample_aspect_ratio)
@@ -333,8 +341,9 @@ def upright_image(frame):
 
 
 def timed_frames(frames, shown):
-    """Yield (seconds since the first frame, frame) for each of `frames`. Raises Skip if times are
-    missing or step back.
+    """Yield (seconds since the first frame, frame) for each of a clip's decoded `frames`. The times are the frames'
+    own, or those in `shown` if `probe` had to sort them. Raises Skip if a frame has no time or is earlier than the
+    frame before.
     """
     first, last = None, -math.inf
     for k, frame in enumerate(frames):
@@ -411,8 +420,8 @@ def open_animated(path):
 
 
 def durations(image, numbers):
-    """Yield the seconds for which each picture of an animated image is shown. Before each one, the image is set to that
-    picture. numbers: the numbers of the pictures.
+    """Yield the seconds for which each picture of an animated PIL image is shown. numbers: the numbers of the pictures.
+    When a picture's seconds are yielded, `image` has been set to that picture.
     """
     for k in numbers:
         image.seek(k)
@@ -479,8 +488,9 @@ def open_photo(path):
 
 
 def coded_picture(path, pictures=1):
-    """Return PyAV's frame of a PNG that names its colours in a cICP chunk, which PIL does not read; None for other
-    files. pictures: how many pictures the file holds. Raises Skip for an animation or colours that are not supported.
+    """Return the picture of a PNG that names its colours in a cICP chunk, decoded by PyAV, because PIL does not read
+    this chunk. Return None for other files. pictures: how many pictures the file holds. Raises Skip for an animation or
+    colours that are not supported.
     """
     import av
 
@@ -499,8 +509,8 @@ def has_alpha(image):
 
 
 def to_rgb(image):
-    """Convert a PIL image of any mode to RGB in sRGB, and lay transparent pictures over white. Raises Skip for floating
-    point.
+    """Convert a PIL image of any mode to RGB in sRGB, and lay transparent pictures over white. Raises Skip for an image
+    with floating-point pixels.
     """
     from PIL import Image
 
@@ -523,8 +533,9 @@ def to_rgb(image):
 
 
 def open_image(image, flag="--image"):
-    """Open a PIL image, or a file, in the same way as training data: upright, in RGB and sRGB, with transparent
-    pictures laid over white. Raises BadInput, which names the `flag`, if it cannot be read.
+    """Convert a PIL image, or open an image file, in the same way as training data: upright, in RGB and sRGB, with
+    transparent pictures laid over white. flag: the flag that an error names. Raises BadInput if the image cannot be
+    read.
     """
     from PIL import Image, ImageOps
 
@@ -568,12 +579,12 @@ def write_mp4(path, video, fps, comment="", crf=10):
 
 
 def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
-    """Write frames (T,H,W,3) uint8, in several arrays `chunks`, as an mp4 like write_mp4's. Colours are converted to
-    BT.709 and tagged as BT.709.
+    """Write an mp4 as write_mp4 does, from `chunks`: several arrays of frames (T,H,W,3) uint8, one after another.
+    Colours are converted to BT.709 and tagged as BT.709.
 
-    sound: a file whose sound is added, as AAC at 192 kbit/s. It begins sound_offset seconds into the video, and is cut
-    off at the video's end. lossless: write H.264 in RGB, from which `read_frames` restores every bit; browsers and some
-    players do not show it.
+    sound: a file whose sound is added, as AAC at 192 kbit/s. The sound begins sound_offset seconds into the video, and
+    is cut off at the video's end. lossless: write H.264 in RGB, from which `read_frames` restores every bit; browsers
+    and some players do not show such a file.
     """
     import av
 
@@ -705,8 +716,9 @@ def sound_delay(path):
 
 
 def write_sound(file, stream, source, offset, seconds):
-    """Encode the sound of the file `source` into `stream`, an audio stream of an open video file. The sound begins at
-    `offset` seconds of the video. Sound before 0 or after `seconds` is left out.
+    """Encode the sound of the file `source` into `stream`, an audio stream of `file`, a video that is being written
+    with PyAV. The sound begins at `offset` seconds of the video. Sound before the video's start, or after `seconds`, is
+    left out.
     """
     import av
 
@@ -751,9 +763,9 @@ def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
 
 @torch.no_grad()
 def latent_to_rgb(vae):
-    """Return a linear map (z+1,3) from the z channels of a latent pixel, and a constant 1, to the mean colour of the
-    pixels that the latent pixel stands for. The map is fitted by least squares on a still clip of smooth noise. With
-    it, previews of latents need no decoding.
+    """Return a matrix (z+1,3) that maps the z channels of a latent pixel, followed by a 1, to the mean colour of the
+    image pixels that the latent pixel stands for. The matrix is fitted by least squares on a still clip of smooth
+    noise. With it, latents can be previewed without being decoded.
     """
     device = next(vae.parameters()).device
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -764,7 +776,7 @@ def latent_to_rgb(vae):
 
 
 def latent_preview(latents, colors):
-    """Convert latents (z,T',h,w) to a small video (3,T',8h,8w). colors: the map that latent_to_rgb returned."""
+    """Convert latents (z,T',h,w) to a small video (3,T',8h,8w). colors: the matrix that latent_to_rgb returned."""
     z = torch.cat([latents, torch.ones_like(latents[:1])])
     return F.interpolate(torch.einsum("cthw,cd->dthw", z, colors), scale_factor=8)
 
@@ -775,8 +787,9 @@ def to_video(frames, device="cpu"):
 
 
 def preview_writer(colors, path, every, label):
-    """Return a function of (step, clean latents (B,C,T',h,w)) that, after every `every` steps, draws a contact sheet of
-    the first clip to `path`. colors: the map that latent_to_rgb returned.
+    """Return a function that sampling calls after each step with (step, predicted clean latents (B,C,T',h,w)). Once
+    every `every` steps, the function writes a contact sheet of the first clip to `path`. colors: the matrix that
+    latent_to_rgb returned. label: text of the sheet.
     """
 
     def write(step, x0):
