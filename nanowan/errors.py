@@ -60,9 +60,7 @@ def cli(main):
 
 
 def check_at_least(least, **flags):
-    """Raise BadInput if the number of a flag is below `least`. flags: {flag: number, or None if the flag was not
-    given}.
-    """
+    """Raise BadInput if the value of a flag is below `least`. flags: {flag: number, or None if it was not given}."""
     for flag, value in flags.items():
         if value is not None and not value >= least:
             raise BadInput(f"--{flag} {value}: at least {least}")

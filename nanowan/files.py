@@ -17,9 +17,10 @@ TEMPORARY = ".tmp-"  # the names of unfinished files begin with this
 
 
 def _write_error(error, path):
-    """Return the errno of the failed write to `path`, or to its temporary file, that caused an exception; None if no
-    such write did. The system's error is often wrapped in a library's. When torch's writer of zip files fails on
-    another rank, only the writer's name in the message is left.
+    """Return the errno of the failed write to `path`, or to its temporary file, that caused the exception `error`; None
+    if a failed write did not cause it. Libraries often raise their own exception for the system's error, so its causes
+    are searched. If torch's writer of zip files fails on another rank, only a message with the writer's name arrives;
+    its errno is EIO.
     """
     text = str(error)
     while error is not None:
@@ -33,8 +34,8 @@ def _write_error(error, path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Return a context manager for code that writes to `path`. If a write fails, in whatever form a library raises
-    that, the exception becomes an OSError that names the file and, if the disk may be the reason, the disk.
+    """Return a context manager for code that writes to `path`. If a write fails, an OSError is raised in place of any
+    exception that a library raises for it. It names the file and, if the disk may be the reason, the disk.
     """
     try:
         yield

@@ -1,7 +1,8 @@
 """Parser, the command-line parser of the scripts: it reads flags from --config files too, and hints at misspelt flags.
 
-A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. A
-value a,b,c may be written as a list. A data set with its own settings is a table `[[data]]` with keys from DATA_KEYS.
+A config file is TOML or JSON. Its keys are the flags without dashes; flags on the command line take precedence. A flag
+that takes "a,b,c", or that can be repeated, may be given a list. A data set with its own settings is a table
+`[[data]]`, whose keys are among DATA_KEYS.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         return {a.dest: a for a in self._actions if f"--{a.dest}" in a.option_strings}
 
     def nearest(self, name):
-        """Return a hint, in words, which flag was meant by an unknown name."""
+        """Return a sentence that says which flag was probably meant by `name`, an unknown one."""
         name = name.lstrip("-").split("=")[0].replace("-", "_")
         if name == "task":
             return "the task follows from the checkpoint"
@@ -70,7 +71,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([*(self._words(before, argv) if before else []), *argv])
 
     def _words(self, file, argv):
-        """Return the flags of a config file as words of a command line, without repeatable flags that argv has too."""
+        """Return the flags of a config file as words of a command line. Repeatable flags that are also in `argv` are
+        left out.
+        """
         words, given = [], {w.split("=")[0] for w in argv}
         for key, value in read_config(file).items():
             action = self.flags().get(key)
@@ -143,7 +146,7 @@ def _toml(value):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    # JSON's strings and integers are valid in TOML too, but for one character
+    # JSON's strings and integers are valid in TOML too, except for one character
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,7 +1,8 @@
 """Count the FLOPs of a DiT's passes as they run on fake tensors, and predict from them how long a GPU takes.
 
 A multiply-add counts as two FLOPs. Only matrix products, convolutions and attention count. The formula of each
-operation is PyTorch's (torch.utils.flop_counter): attention takes 2.5 times the FLOPs in the backward pass.
+operation is PyTorch's (torch.utils.flop_counter). By these formulas, the backward pass of attention takes 2.5 times the
+FLOPs of its forward pass.
 """
 
 import math
@@ -44,9 +45,9 @@ class Flops(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: copies from host memory,
-    from the GPU's PCIe generation. The other rates are assumptions, from what others have measured at large sizes;
-    nobody has measured them with this project.
+    """The rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: the rate of copies from
+    host memory, which the GPU's PCIe generation gives. The other rates are assumptions, based on what others have
+    measured at large sizes; nobody has measured them with this project.
     """
 
     peak: float
@@ -73,9 +74,9 @@ def card_of(device_name):
 
 
 def predict_seconds(flops, device_name, fp8=False, nbytes=0):
-    """Return the seconds that a GPU with this name needs for these Flops and `nbytes` of other memory traffic; None if
-    its rates are not known. The time is predicted from assumed rates, not measured. fp8: whether matrix products of
-    forward passes are computed in 8 bits.
+    """Return the seconds that a GPU with this name needs for these Flops and for `nbytes` bytes of memory traffic of
+    other operations; None if the GPU's rates are not known. The time is predicted from assumed rates, not measured.
+    fp8: whether matrix products of forward passes are computed in 8 bits.
     """
     card = card_of(device_name)
     linear = card and (card.linear_fp8 if fp8 else card.linear)
@@ -96,9 +97,9 @@ def elementwise_bytes(config, latents):
 
 
 def encoder_step(blocks, trained, tokens):
-    """Return the Flops of a forward and a backward pass of a text encoder. blocks: number of parameters in its blocks.
-    trained: number of those that are trained. tokens: number of tokens that it reads. Attention is left out, since it
-    costs little for so few tokens.
+    """Return the Flops of a forward and a backward pass of a text encoder. blocks: number of parameters in the
+    encoder's blocks. trained: how many of these are trained. tokens: number of tokens that the encoder reads. Attention
+    is left out, since it costs little for so few tokens.
     """
     return Flops(linear=2 * blocks * tokens, linear_backward=2 * (blocks + trained) * tokens)
 
@@ -125,9 +126,10 @@ class Counter(TorchDispatchMode):
 
 
 def forward(config, latents, text=64, batch=1):
-    """Return the Flops of a forward pass in sampling. Operations that run once for all steps are not counted.
+    """Return the Flops of one forward pass of a DiT in sampling. Operations that run once for all steps are not
+    counted.
 
-    config: the configuration of a DiT. latents (T',h,w): the size of a clip's latents. text: number of tokens of the
+    config: the configuration of the DiT. latents (T',h,w): the size of a clip's latents. text: number of tokens of the
     prompt. batch: number of clips.
     """
 
@@ -143,9 +145,9 @@ def forward(config, latents, text=64, batch=1):
 
 
 def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkpointing=False):
-    """Return the Flops of a forward and a backward pass. adapted: names of the linear layers that have a trained LoRA
-    of this rank; without names, gradients go to the text embedding, as in train_te. checkpointing: as in Wan. The other
-    arguments are those of `forward`.
+    """Return the Flops of a forward and a backward pass of a DiT. adapted: names of the linear layers that have a
+    trained LoRA of this rank; if there are none, gradients go to the text embedding, as in train_te. checkpointing: as
+    in Wan. The other arguments are those of `forward`.
     """
 
     def count(config, adapted, checkpointing=checkpointing):
@@ -182,7 +184,7 @@ COUNTED = {}  # results of step_of, since counting takes seconds: {key: (tokens,
 
 
 def step_of(dit, latents, text, batch):
-    """Return the Flops of a training step on a DiT, without what activation checkpointing computes again. The arguments
+    """Return the Flops of a training step on a DiT, without those that activation checkpointing repeats. The arguments
     are as in `forward`. FLOPs are counted for one size, and scaled for others: linear layers by the number of tokens,
     attention by the number of token pairs.
     """

@@ -13,8 +13,8 @@ from nanowan.video import to_uint8, write_frames
 
 class SegmentFiles:
     """The finished segments of one video, kept in files of a folder next to the video. OUT.clips/clip_000.safetensors
-    holds the latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds the
-    Video's state after the last finished segment.
+    holds the latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds what the
+    next segment needs from the finished ones (Video.state in variants/conditioning.py).
     """
 
     on_every_rank = False  # one rank saves the segments, in files that all ranks read

@@ -56,7 +56,7 @@ def read_prompts(file, flag="--prompts"):
 
 
 def read_texts(file, flag):
-    """Read the prompts' texts from a file, as read_prompts does, without their options."""
+    """Return only the texts of the prompts in a file that read_prompts can read."""
     return [prompt.text for prompt in read_prompts(file, flag)]
 
 
@@ -73,7 +73,9 @@ def parse_line(line, folder="."):
 
 
 def parse_row(line, folder="."):
-    """Parse a JSON object, with its text under one of TEXT_KEYS, into a Prompt. Raises ValueError."""
+    """Parse a line of JSON, an object that has the prompt's text under one of TEXT_KEYS, into a Prompt. folder: where
+    files are looked up. Raises ValueError for another line or an unknown option.
+    """
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -87,7 +89,9 @@ def parse_row(line, folder="."):
 
 
 def build_prompt(text, values, folder):
-    """Build a Prompt from {flag: value}; w and h make a size. Files may be relative to `folder`. Raises ValueError."""
+    """Build a Prompt from its text and {flag: value}, where "w" and "h" together give the size. Files may be relative
+    to `folder`. Raises ValueError for an unknown flag or a wrong value.
+    """
     if "w" in values or "h" in values:
         if not {"w", "h"} <= values.keys():
             raise ValueError("--w and --h: give both")

@@ -40,7 +40,9 @@ class Request:
     latents: Path | None = None
 
     def record(self, args, pipe, video):
-        """Return {name: value} about the video, for the comment in the mp4. video: its Video."""
+        """Return what is known about the video, {name: value}, for the comment in the mp4. video: its Video
+        (variants/conditioning.py).
+        """
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
         used |= {"prompt": self.prompt, "size": video.size, "fps": video.fps, "seed": self.seed, "ckpt": str(pipe.dir)}
@@ -65,8 +67,8 @@ class Request:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
 
     def previewer(self, colors, every):
-        """Return a video.preview_writer that draws a picture next to the video every `every` steps; None if colors is
-        None. colors: the result of preview_colors.
+        """Return a video.preview_writer that writes a preview image into the video's folder every `every` steps; None
+        if colors is None. colors: the result of preview_colors.
         """
         file = self.out.with_name(f"{self.out.stem}_preview.png")
         return None if colors is None else preview_writer(colors, file, every, self.prompt)
@@ -93,7 +95,9 @@ def _identity(path):
 
 
 def add_flags(p):
-    """Add the flags of sample.py for how videos are computed and where they go, not for what they show. p: a Parser."""
+    """Add to the Parser p the flags of sample.py that say how videos are computed and where they are written. The flags
+    that say what the videos show are not among them.
+    """
     add = p.add_argument_group("speed and memory").add_argument
     add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
     add(
@@ -196,7 +200,7 @@ def given_inputs(args):
 
 
 def given_prompts(args):
-    """Return the Prompts of --prompt and --prompts, which is an empty list if neither flag is given."""
+    """Return the Prompts of --prompt and --prompts, as one list. The list is empty if neither flag is given."""
     prompts = [Prompt(args.prompt)] if args.prompt is not None else []
     return prompts + (read_prompts(args.prompts) if args.prompts else [])
 
@@ -252,7 +256,9 @@ def share_of(requests, world):
 
 
 def preview_colors(pipe):
-    """Return latent_to_rgb of a Pipeline's VAE; the VAE then leaves the GPU."""
+    """Return the result of video.latent_to_rgb for the VAE of a Pipeline. If the VAE is on a GPU, it is evicted
+    afterwards.
+    """
     colors = latent_to_rgb(pipe.acquire("vae"))
     if pipe.runtime.cuda:
         pipe.evict("vae")

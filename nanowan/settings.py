@@ -27,9 +27,9 @@ class Settings:
     entry of its config.json.
 
     size: (width, height) px. guidance: scales for (low noise, high noise). boundary: the high-noise expert serves
-    timesteps t >= 1000 boundary; None without experts. z_dim, stride: as in vae.GEOMETRY. train: what config.json
-    recommends for training. usual_loss: the held-out loss, from config.json, to expect on clips like those the
-    checkpoint was trained on.
+    timesteps t >= 1000 * boundary; None if the model has no experts. z_dim, stride: as in vae.GEOMETRY. train: what
+    config.json recommends for training. usual_loss: the held-out loss, from config.json, to expect on clips like those
+    the checkpoint was trained on.
     """
 
     variant: str
@@ -89,7 +89,9 @@ class Settings:
         return t, h // 2, w // 2
 
     def with_overrides(self, **overrides):
-        """Return a checked copy of the settings, with the overrides that are not None. Raises BadInput."""
+        """Return a copy of the settings with the overrides that are not None. Raises BadInput if a resulting value is
+        not allowed.
+        """
         s = replace(self, **{k: v for k, v in overrides.items() if v is not None})
         s = replace(s, guidance=tuple(np.broadcast_to(s.guidance, 2).tolist()), size=tuple(s.size))
         if not all(map(math.isfinite, s.guidance)) or not 0 < s.shift < math.inf:
@@ -143,7 +145,7 @@ def read_settings(ckpt_dir):
 
 
 def parse_size(text, flag="--size"):
-    """Parse "832x480", or the official spelling "832*480", into (832, 480). flag: for the error. Raises BadInput."""
+    """Parse "832x480", or the official spelling "832*480", into (832, 480). flag: the flag that a BadInput names."""
     try:
         w, h = (int(v) for v in text.lower().replace("*", "x").split("x"))
         return w, h
