@@ -1,7 +1,8 @@
 """Allocate host memory for copies from and to a GPU, and run these copies while the GPU computes.
 
-The memory is pinned. Where pinning fails (WSL allows about 1 GB in all), a thread moves each copy through a small
-pinned ring buffer: copies and computation keep their order, and no copy delays the launch of a block.
+The memory is pinned. Where pinning fails (WSL allows about 1 GB in all), a thread moves the data of each copy through a
+small pinned ring buffer. Copies and computation still run in the order in which they were launched, and the launch of a
+block does not wait for a copy.
 """
 
 import concurrent.futures
@@ -76,8 +77,8 @@ def new_pages(nbytes, file=-1, flags=mmap.MAP_PRIVATE):
 
 
 def pinned(pages, device, quiet=False):
-    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device unless pinning has failed in this
-    process. quiet: do not report a failure, and try again next time.
+    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device. The tensor is not pinned if pinning
+    fails, or has failed in this process before. quiet: do not report a failure, and try again next time.
     """
     if HostPages.can_pin and not pages.pin(torch.device(device)) and not quiet:
         HostPages.can_pin = False
@@ -139,8 +140,9 @@ class Copier:
 
     @torch.no_grad()
     def _copy_in_pieces(self, given, up, pair):
-        """Copy in the thread, from host to device if `up` is true, else from device to host. given: the event after
-        which to start. pair: the list [to, source], which is emptied so that a finished copy keeps no memory.
+        """Copy piece by piece through the ring buffer, from host to device if `up` is true, else from device to host.
+        This runs in the Copier's thread. given: the CUDA event after which the copy starts. pair: the list [to,
+        source]; it is emptied, so that a finished copy keeps no memory.
         """
         source, to = (pair.pop().flatten().view(torch.uint8) for _ in range(2))
         if self.ring is None:
@@ -179,7 +181,7 @@ class Copier:
 
 def pinned_slots(device):
     """Return two pinned buffers of RING_SLOT bytes, or of a smaller size if only that can be pinned. If no size can be
-    pinned, the two buffers are not pinned, and the driver makes each copy twice.
+    pinned, the buffers are not pinned, and the driver copies the data once more, through pinned memory of its own.
     """
     size = RING_SLOT
     while True:

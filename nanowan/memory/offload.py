@@ -1,12 +1,12 @@
-"""Block swap: frozen blocks stay on the host and are copied to the device to run, with room for two blocks there.
+"""Block swap: frozen blocks stay on the host and are copied to the device to run. The device has room for two of them.
 
-A block is one flat buffer, copied at once. Its copy begins while the block before it computes. Blocks are copied in
-ascending order in the forward pass, and in descending order in the backward pass, where activation checkpointing runs
-each block again before its gradient. The two blocks that are on the device when the order turns are used in both
-passes. Weights are never copied back, since streamed weights are not trained. The input of each block, which
-checkpointing keeps, lies on the host too: for a long clip the inputs take more memory than the weights. On a CPU the
-same code makes plain copies. --stream_blocks N uses this, and so does a text encoder that does not fit on a GPU. The
-idea is that of ZeRO-Infinity (Rajbhandari et al., 2021).
+The tensors of a block lie in one flat buffer, so one copy moves them all. A block is copied while the previous block
+computes. Blocks are copied in ascending order in the forward pass, and in descending order in the backward pass, where
+activation checkpointing runs each block again before its gradient. The two blocks that are on the device when the order
+turns are used in both passes. Weights are never copied back, since streamed weights are not trained. The input of each
+block, which activation checkpointing keeps, lies on the host too: for a long clip the inputs take more memory than the
+weights. On a CPU, the same code copies within host memory. --stream_blocks N uses this module, and so does a text
+encoder that does not fit on a GPU. The idea is that of ZeRO-Infinity (Rajbhandari et al., 2021).
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def device_bytes(entries, dtype, fp8, streamed):
 
 
 def frozen(module):
-    """Return [(dictionary, key)], the places of a module's frozen parameters and of its buffers."""
+    """Return [(dictionary, key)], where dictionary[key] is each of a module's frozen parameters and buffers."""
     return [
         (values, k)
         for m in module.modules()
@@ -56,7 +56,7 @@ def frozen(module):
 
 class Flat:
     """Tensors of a module that lie together in one buffer. After `settle` was called, that buffer is `home`, on the
-    host, or a copy of `home` on the device. entries: the places of the tensors, [(dictionary, key)].
+    host, or a copy of `home` on the device. entries: [(dictionary, key)] of the tensors, as `frozen` returns them.
     """
 
     home = None
@@ -99,9 +99,9 @@ class Flat:
 
 class InputsOnHost:
     """A store on the host for the tensors that activation checkpointing saves, like torch.autograd.graph.save_on_cpu.
-    Unlike there, a buffer is pinned once, at the size of its first tensor, and then reused; and a Copier copies while
-    the device computes. In the backward pass, fetching a tensor also starts the copy of the tensor that was saved
-    before it. `hooks()` is the context manager.
+    There are two differences. A buffer is pinned once, at the size of its first tensor, and then reused. A Copier makes
+    the copies while the device computes: in the backward pass, fetching a tensor also starts the copy of the tensor
+    that was saved before it. `hooks()` returns the context manager in which tensors are stored like this.
     """
 
     def __init__(self, copier):
@@ -130,9 +130,9 @@ class InputsOnHost:
         return host_buffer(nbytes, self.device)
 
     def let_go(self):
-        """Release the tensor that was last copied to the host, so that the device can reuse the tensor's memory after
-        the copy. With record_stream, the memory would be released only once the host sees that the copy is done, many
-        blocks later.
+        """Drop the reference to the device tensor that was last copied to the host, so that the tensor's memory can be
+        reused after the copy. With record_stream, the memory would become free only once the host sees that the copy
+        is done, many blocks later.
         """
         if self.leaving is not None:
             self.copier.wait(self.leaving[0])
@@ -174,8 +174,9 @@ class Kept:
 
 
 class Stream:
-    """The streaming of blocks from the host while a model runs. flats: {block number: Flat} of the blocks on the host.
-    copies: block numbers in the order in which they were copied. bytes: number of bytes copied.
+    """The blocks of a model that are copied from the host while the model runs, and a record of these copies. flats:
+    {block number: Flat} of the blocks on the host. copies: block numbers in the order in which they were copied. bytes:
+    number of bytes copied.
     """
 
     def __init__(self, model, flats, copier):
@@ -207,8 +208,8 @@ class Stream:
         self.ring = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def close(self):
-        """Free the memory of the two blocks on the device. The last block may have started a copy for a pass that never
-        came; that copy is awaited first.
+        """Free the memory of the two blocks on the device. A pass's last block may have started a copy for a next pass
+        that never came; `close` waits for this copy.
         """
         self.copier.synchronize()
         for flat in self.flats.values():

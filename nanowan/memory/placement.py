@@ -9,9 +9,9 @@ from nanowan.memory.offload import Flat, Stream, frozen, spread
 
 class Placement:
     """A model's place in memory: on the device while the model runs, on the host while other models need the room.
-    `count` of its blocks always lie on the host and are streamed. Frozen weights do not change, so a copy of them stays
-    on the host, and they are only ever copied from the host to the device. Trained weights stay where their optimizer
-    states are.
+    `count` of its blocks always lie on the host and are streamed. Frozen weights do not change, so a host copy of them
+    is kept once it exists, and is only ever copied to the device. Trained weights are not moved, since their optimizer
+    states are on the device too.
 
     copier: a Copier. shared: whether all ranks of this machine share the copy on the host.
     """
@@ -29,8 +29,8 @@ class Placement:
         self._group()
 
     def _group(self):
-        """Put all frozen tensors that are in no Flat yet into a new one: those of blocks that are not streamed, and
-        those that were added to the model later.
+        """Put all frozen tensors that are in no Flat yet into a new Flat: the tensors outside of streamed blocks, and
+        tensors that were added to the model later.
         """
         if self.sharded:
             return

@@ -38,8 +38,9 @@ def tile_weights(start, end, overlap, exact, side, scale):
     pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
 
     def ramp(edge):
-        """Return weights that rise from 0 before a tile's edge to 1 after it. At the frame's edges there
-        is no fading.
+        """Return weights that are 0 before a tile's edge and 1 after it. If tiles are cross-faded, the weights rise
+        linearly in between. At an edge of the frame, the weights are 1 or 0 everywhere, so that the tile does not fade
+        there.
         """
         if edge in (0, side):
             return torch.full_like(pixel, edge == 0)
@@ -50,9 +51,10 @@ def tile_weights(start, end, overlap, exact, side, scale):
 
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
-    """Decode latents z as VAE.decode does, but in tiles of `tile` latent pixels a side, with the memory of one tile.
-    Tiles overlap by the distance from which a pixel can be influenced, so that the result is exact. If `tile` is
-    smaller than that distance, tiles overlap by half a tile and are cross-faded, and the result is not exact.
+    """Decode latents z (B,C,T',h,w) as VAE.decode does, but in tiles of `tile` x `tile` latent pixels, one after
+    another. The activations of the decoder's largest layers then take the memory of one tile. Tiles overlap by the
+    largest distance at which a latent pixel can influence the result, so the result is exact. If `tile` is smaller than
+    that distance, tiles overlap by half a tile and are cross-faded, and the result is not exact.
 
     ranks: (this rank's number, the number of ranks, a function that sums a tensor over them) if several ranks hold z
     and each decodes some of the tiles.
@@ -94,8 +96,8 @@ def smallest_tile(size, least, ranks):
 
 def tile_report(decoder, tile, frames, decode_first):
     """Return a line that says that decoding in tiles is exact or, if it is not, how much the first frame differs from
-    one decoded without tiles. frames (3,T,H,W): frames decoded in tiles. decode_first() -> the first frame (B,3,1,H,W),
-    decoded without tiles.
+    one decoded without tiles. frames (3,T,H,W): frames decoded in tiles. decode_first() returns the first frame
+    (B,3,1,H,W), decoded without tiles.
     """
     overlap, exact = tile_overlap(decoder, tile)
     error = "exact"

@@ -8,11 +8,11 @@ The result equals that of one process with the same global batch.
     torchrun --nproc_per_node=8 train_lora.py --ulysses_size 4 ...      four ranks share each clip's tokens, two groups
                                                                         share the batch
     torchrun --nproc_per_node=8 train_lora.py --pipeline_stages 2 ...   each rank holds half of the blocks
-    torchrun --nproc_per_node=2 sample.py --guidance_parallel ...       the two halves of guidance
+    torchrun --nproc_per_node=2 sample.py --guidance_parallel ...       each rank computes one half of guidance
 
 One rule holds everywhere: every rank holds all adapters (they are small) and computes a part of the gradient, and the
-sum over all ranks is the gradient. So gradient clipping, the optimizer, EMA and files are those of one process. The
-engines are PyTorch's: fully_shard, DeviceMesh, all-to-all, pipelining. world.py describes the ranks. fsdp.py,
+sum over all ranks is the gradient. So gradient clipping, the optimizer, EMA and files work as in one process.
+PyTorch does the communication: fully_shard, DeviceMesh, all-to-all, pipelining. world.py describes the ranks. fsdp.py,
 ulysses.py and pipeline_parallel.py contain one strategy each: a function apply_*(model, world) that changes a built
 DiT from outside.
 """

@@ -5,8 +5,8 @@ import torch.nn as nn
 
 
 def apply_fsdp(model, world):
-    """Shard the frozen weights of a DiT's blocks. Adapters, which must already be injected, and weights outside of
-    blocks are not sharded.
+    """Shard the frozen weights of a DiT's blocks. Adapters, which must be injected before this call, are not sharded,
+    and neither are weights outside of blocks.
     """
     for block in model.blocks:
         shard(block, world, {p for p in block.parameters() if p.requires_grad})
@@ -17,8 +17,8 @@ def apply_fsdp(model, world):
 
 def shard(module, world, whole=(), dtype=None):
     """Shard a module's parameters, except those in `whole`, over the ranks that together see all samples and tokens.
-    Gradients are summed over these ranks. dtype: the dtype in which the module computes, while its gradients are summed
-    in fp32; None: the weights' own dtype for both.
+    Gradients are summed over these ranks. If dtype is given, the module computes in this dtype, and gradients are
+    summed in fp32. Otherwise both happen in the weights' own dtype.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

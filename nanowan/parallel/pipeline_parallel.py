@@ -78,8 +78,8 @@ class Pipeline:
         return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """Return (Schedule1F1B, its Stage) for a batch x of this shape in `count` microbatches. They are built once and
-        then reused.
+        """Return (Schedule1F1B, its Stage) for a batch x of this shape that is cut into `count` microbatches. Both are
+        built once and then reused.
         """
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 

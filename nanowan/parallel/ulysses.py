@@ -9,9 +9,10 @@ from nanowan.errors import BadInput
 
 
 def apply_ulysses(model, world, kind=None):
-    """Make each of the ranks that share a clip compute a slice of all tokens, a variant's extra tokens included, and,
-    in self-attention, some heads of all tokens. Slices have the same length: the last ones are padded with zeros, which
-    attention leaves out. kind: Ulysses (default), or FirstRank for a memory plan.
+    """Make each of the ranks that share a clip compute a slice of the clip's tokens and, in self-attention, some of the
+    heads for all tokens. A variant's extra tokens are split in the same way. All slices have the same length: the last
+    slices are padded with zeros, which attention leaves out. kind: the class that splits the clip, Ulysses (default),
+    or FirstRank for a memory plan.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
@@ -21,7 +22,7 @@ def apply_ulysses(model, world, kind=None):
 
 class Ulysses:
     """The functions that Wan.share_tokens needs to split a clip. U: number of ranks; L: number of tokens of the clip;
-    L' = ceil(L / U): number of tokens of a rank.
+    L' = ceil(L / U): number of tokens of a rank; N: number of heads; d: dimension of a head; D = N d.
     """
 
     def __init__(self, world):
@@ -61,8 +62,8 @@ class Ulysses:
         return torch.cat(Gather.apply(y, self.rank, self.size, self.group), 1)[:, : c.tokens.length]
 
     def attend(self, q, k, v, weights, eps, heads, rope):
-        """Compute the same as wan.attend, with this rank's tokens as queries and all tokens of the clip as keys and
-        values.
+        """Compute wan.attend for this rank's tokens: they attend to all tokens of the clip. q, k, v (B,L',D): the
+        queries, keys and values of this rank's tokens.
         """
         q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
         q = self.seq_to_heads(q, rope.length)  # one after the other, since q, k and v are a rank's largest tensors
@@ -71,15 +72,15 @@ class Ulysses:
         return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Return this rank's heads of all tokens (B,L,N/U,d), received from the other ranks in exchange for parts of x.
-        x: all heads of this rank's tokens (B,L',N,d). length: L.
+        """Return this rank's heads for all tokens (B,L,N/U,d). The other ranks send these heads of their tokens, and
+        get their own heads of this rank's tokens. x: all heads for this rank's tokens (B,L',N,d). length: L.
         """
         x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
         return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
-        """Return all heads of this rank's tokens (B,L',D), received from the other ranks in exchange for parts of y. y:
-        this rank's heads of all tokens (B,L,D/U).
+        """Return all heads for this rank's tokens (B,L',D). The other ranks send their heads of these tokens, and get
+        this rank's heads of their own tokens. y: this rank's heads for all tokens (B,L,D/U).
         """
         part = -(-y.shape[1] // self.size)
         if missing := part * self.size - y.shape[1]:

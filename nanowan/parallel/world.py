@@ -98,7 +98,7 @@ class World:
 
     def __exit__(self, kind, error, traceback):
         self._silence.close()
-        if self.distributed and error is None:  # after an error, others may wait in a collective
+        if self.distributed and error is None:  # after an error, other ranks may wait in a collective
             dist.destroy_process_group()
 
     def group(self, *dims):
@@ -152,7 +152,7 @@ class World:
         return value[0]
 
     def gather_lists(self, values):
-        """Return, on every rank, the concatenated `values`, lists, of all ranks."""
+        """Return, on every rank, one list that joins the lists `values` of all ranks."""
         if not self.distributed:
             return values
         lists = [None] * self.size
@@ -161,8 +161,9 @@ class World:
 
     # ---- data and gradients --------------------------------------------------------------------------------------
     def local_indices(self, n):
-        """Return (the indices of this rank's samples in a global batch of n samples, their number divided by n). A rank
-        without samples gets sample 0 and the fraction 0, since the other ranks wait for it in every layer.
+        """Return (the indices of this rank's samples in a global batch of n samples, the number of these samples
+        divided by n). A rank without samples gets sample 0 and the fraction 0. It must compute something, since the
+        other ranks wait for it in every layer.
         """
         indices = list(range(self.dp_rank, n, self.dp_size))
         return indices or [0], len(indices) / n
