@@ -1,9 +1,9 @@
 """How an adapter file changes one parameter: LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
 
-A Change is made from a few tensors, {part: Entry}. formats/lora.py finds these parts in the file's keys, and has the
-Change of a LoRA, LowRank. Some changes depend on the weight that they change: they rotate it (OFT), mix its columns
-(GLoRA) or set its norms (DoRA). Sources: Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024
-(DoRA); formulas and scales as in the forward passes of lycoris-lora 4.1 and peft 0.21.
+A Change is made from a few tensors, {part: Entry}. formats/lora.py recognises these parts by the keys in the file. It
+also defines LowRank, the Change for a plain LoRA. Some changes depend on the weight that they change: they rotate it
+(OFT), mix its columns (GLoRA) or set its norms (DoRA). Sources: Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023
+(OFT); Liu et al., 2024 (DoRA). Formulas and scales are those in the forward passes of lycoris-lora 4.1 and peft 0.21.
 """
 
 import math
@@ -19,8 +19,8 @@ def read(entry, device="cpu"):
 
 
 def is_product(first, second):
-    """Return whether the shapes of two factors fit for a matrix product: (n,r) and (r,m). Either may be followed by the
-    kernel size of a convolution.
+    """Return whether factors with these two shapes can be multiplied as matrices, (n,r) by (r,m). Either shape may
+    continue with the kernel size of a convolution.
     """
     return min(len(first), len(second)) >= 2 and 0 < first[1] == second[0]
 
@@ -28,16 +28,17 @@ def is_product(first, second):
 class Change:
     """The change that an adapter file makes to one parameter. Tensors stay in the file until the change is computed.
 
-    Subclasses define `form`, the name of their kind, and `shape`, which `fits` compares with the parameter's. Most also
-    define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} make such a change, and
-    `made_of(parts, alpha, peft)`, which constructs the change (arguments as in change_of).
+    Subclasses define `form`, the name of their kind, and `shape`, which `fits` compares with the parameter's shape.
+    Most also define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} make such a change,
+    and `made_of(parts, alpha, peft)`, which constructs the change. Its arguments are those of change_of in
+    formats/lora.py.
     """
 
     def of(self, weight):
         """Return the change, in fp32, for a parameter whose values are `weight`. The change has the shape and device of
         `weight`.
         """
-        raise NotImplementedError  # each subclass says what its kind of file adds
+        raise NotImplementedError  # each subclass computes the change of its kind
 
     def add_to(self, parameter, strength=1.0):
         """Add strength times this change to a parameter, in place. The sum is computed in fp32 and rounded once."""
@@ -47,15 +48,16 @@ class Change:
         """Return the factors A (r,in) and B (out,r), fp32, with change = B A; None if the change is not of low rank."""
 
     def fits(self, shape):
-        """Return whether this change can be applied to a parameter of this shape. A convolution's change may be
-        flattened, and dimensions of size 1 are ignored.
+        """Return whether this change can be applied to a parameter of this shape. Dimensions of size 1 are ignored, and
+        the change of a convolution may be stored as a matrix (out,in*kernel).
         """
         ours, *theirs = ([n for n in s if n > 1] for s in (self.shape, shape, (shape[0], math.prod(shape[1:]))))
         return ours in theirs
 
     def saved(self, leaf, strength):
-        """Return [(end of a key, tensor)], the tensors that ComfyUI reads as strength times this change. leaf: the kind
-        of parameter, "weight", "bias" or "modulation". Raises ValueError if ComfyUI has no form for this change.
+        """Return [(end of a tensor's key, tensor)]: the tensors with which ComfyUI applies `strength` times this
+        change. leaf: the kind of parameter, "weight", "bias" or "modulation". Raises ValueError if no layout that
+        ComfyUI reads can express this.
         """
         raise ValueError(f"others read no {self.form} of this kind")
 
@@ -69,8 +71,9 @@ def scaled(entry, scale):
 
 @dataclass(frozen=True)
 class Kron(Change):
-    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples of one or two Entries. One Entry has the shape (n,m), or for a
-    convolution's w2 (n,m,...). Two Entries, (n,r) and (r,m), are multiplied.
+    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples of one or two Entries. One Entry holds the full matrix (n,m), or
+    for a convolution's w2 the kernel (n,m,...). Two Entries, (n,r) and (r,m), are factors, and their product is the
+    matrix.
     """
 
     w1: tuple
@@ -108,8 +111,8 @@ class Kron(Change):
         return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
 
     def factors(self):
-        """Return A and B as Change.factors does. If w2 is a product a b of low rank and w1 is small, the change has a
-        low rank, because kron(w1, a b) = kron(w1, a) kron(1, b).
+        """Return A and B as Change.factors does. If w2 is a product a b and w1 is small, the change has a low rank,
+        because kron(w1, a b) = kron(w1, a) kron(1, b). Otherwise, return None.
         """
         if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
             return None
@@ -132,9 +135,9 @@ class Kron(Change):
 
 @dataclass(frozen=True)
 class Hadamard(Change):
-    """LoHa: scale * (a1 b1) * (a2 b2), where the outer * is elementwise. pairs: ((a1, b1), (a2, b2)) with shapes (n,r)
-    and (r,m). For a convolution, each pair may instead hold three tensors, a (r,n), b (r,m) and t (r,r,...); the factor
-    is then t contracted with a and b.
+    """LoHa: scale * (a1 b1) * (a2 b2), where the outer * is elementwise. pairs: the tuples (a1, b1) and (a2, b2), with
+    shapes (n,r) and (r,m). For a convolution, each tuple may instead hold three tensors: a (r,n), b (r,m) and t
+    (r,r,...). Each factor is then t contracted with a and b.
     """
 
     pairs: tuple
@@ -226,8 +229,9 @@ class GLora(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, where q = blocks - blocks^T, and optionally
-    rescaled. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm that q may have; 0: no limit.
+    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, where q = blocks - blocks^T. Then
+    `rescale`, if given, multiplies each row. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm
+    that q may have, over all blocks; 0: no limit.
     """
 
     blocks: Entry
@@ -277,11 +281,11 @@ class Rotation(Change):
 @dataclass(frozen=True)
 class InputRotation(Change):
     """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew-symmetric
-    matrices q.
+    matrices q, (s,s).
 
-    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If it is None, the
-    rotation is exactly (1 - q)(1 + q)^-1, in the other direction. limit: the largest norm that a q may have (COFT), or
-    None. shared: whether all blocks of columns share one rotation.
+    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If `terms` is None,
+    the rotation is exactly (1 - q)(1 + q)^-1, which is the inverse. limit: the largest norm that a q may have (COFT),
+    or None. shared: whether all blocks of columns share one rotation.
     """
 
     vectors: Entry
@@ -340,8 +344,8 @@ class InputRotation(Change):
 
 @dataclass(frozen=True)
 class Dora(Change):
-    """DoRA: the change `inner` is added to the weight, and the rows or columns of the sum are rescaled to `norms`.
-    axis: 0 for one norm per row (output), 1 for one norm per column (input).
+    """DoRA: the change `inner` is added to the weight, and then the rows or columns of the sum are rescaled to have the
+    given `norms`. axis: 0 for one norm per row (output), 1 for one norm per column (input).
     """
 
     inner: Change
@@ -448,9 +452,7 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class Value(Change):
-    """A parameter's value in another checkpoint, used as a change: the difference between that value and the current
-    one.
-    """
+    """A parameter's value in another checkpoint. The change is the difference between it and the current value."""
 
     entry: Entry
     form = "value"
@@ -473,5 +475,5 @@ class Value(Change):
             part.copy_(there if strength == 1 else here + strength * (there - here))
 
 
-SLICE = 64 << 20  # bytes (in fp32) that Value changes at once
-OTHER_FORMS = (Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)  # all but LowRank
+SLICE = 64 << 20  # size of the slices that Value changes one by one, in bytes of fp32 values
+OTHER_FORMS = (Kron, Hadamard, GLora, Rotation, InputRotation, Dense, Rows)  # all forms except lora.LowRank

@@ -1,4 +1,4 @@
-"""A DiT's files: its configuration from headers and config.json, the empty model, strict loading."""
+"""Load a DiT: read its configuration from headers and config.json, build the empty model, and fill in the weights."""
 
 import math
 from dataclasses import fields, replace
@@ -16,11 +16,11 @@ from nanowan.formats.scaled import linears_in_fp8
 from nanowan.variants.registry import VARIANTS, parts_of
 from wan import WanConfig, config_of
 
-# Modules that stay fp32, whatever the model's dtype. S2V's and Animate's run once per clip or are norms (img_emb).
+# Modules that stay fp32, whatever the model's dtype. Those of S2V and Animate run once per clip or are norms (img_emb).
 FP32_MODULES = ("time_", "head.", "casual_audio_encoder.", "motion_encoder.", "img_emb.proj.0.", "img_emb.proj.4.")
 
 
-# Models of the Wan family that are not supported {a tensor that only this model has: its name}
+# Models of the Wan family that are not supported: {name of a tensor by which the model is recognised: the model}
 OTHER_MODELS = {
     "vace_patch_embedding.weight": "a VACE",
     "control_adapter.conv.weight": "a camera-control model",
@@ -35,23 +35,24 @@ OTHER_MODELS = {
 
 
 def is_signed(row, entries):
-    """Return whether a DiT's headers {official name: Entry} have the signature in `row`, a row of VARIANTS. A signature
-    is the name of a tensor, or a function that takes the headers.
+    """Return whether a DiT with these headers {official name: Entry} has the signature of `row`, a row of VARIANTS. A
+    signature is the name of a tensor that only one variant has, or a function that recognises the variant by the
+    headers.
     """
     signature = row.get("signature")
     return signature(entries) if callable(signature) else signature in entries
 
 
 def signed_type(entries):
-    """Return the model_type in the row of VARIANTS whose signature is in these headers {official name: Entry} of a DiT,
-    or None if there is no such row.
+    """Return the model_type of the variant whose signature a DiT with these headers {official name: Entry} has. Return
+    None if the DiT has none of the signatures in VARIANTS.
     """
     return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
 
 
 def known_by_files(path):
-    """Return whether the tensors of a DiT, in a folder or one file, have a known signature. Such a DiT needs no
-    config.json to tell its type.
+    """Return whether signed_type recognises the DiT in a folder or file by its tensors, so that no config.json is
+    needed to tell its type. False if the file cannot be read.
     """
     try:
         return signed_type(read_dit(path)) is not None

@@ -16,8 +16,8 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # key of the original shape of a tens
 
 
 class Tensor(NamedTuple):
-    """One tensor in a file: its type ("F16", "Q4_K", ...), its shape, and where its data begins and how long it is, in
-    bytes.
+    """One tensor in a file. kind: its type ("F16", "Q4_K", ...). offset, nbytes: where its data begins in the file, and
+    the length of the data.
     """
 
     kind: str
@@ -57,8 +57,8 @@ class Reader:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
 
     def value(self, kind):
-        """Read and return one metadata value of this kind. An array of strings, which only tokenizers have, is skipped,
-        and None is returned.
+        """Read and return one metadata value of this kind. An array of strings, which only tokenizers have, is skipped;
+        the result is then None.
         """
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
@@ -72,7 +72,7 @@ class Reader:
             return struct.unpack(f"<{count}{SCALARS[kind]}", self.take(width * min(count, self.size)))
         if kind != STRING:
             raise ValueError(f"metadata with an array of the type {kind}")
-        for _ in range(count):  # with a wrong count, take raises at the end of the file
+        for _ in range(count):  # if count is too large, `take` raises at the end of the file
             self.take(self.scalar("Q"))
         return None
 

@@ -65,7 +65,7 @@ class Entry:
             return self.numel * self.dtype.itemsize
         return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))) * self.dtype.itemsize
 
-    scratch_bytes = nbytes  # the size of the `scratch` that `read` needs
+    scratch_bytes = nbytes  # the size in bytes of the buffer that `read` needs as `scratch`
 
     @property
     def format(self):
@@ -142,7 +142,7 @@ class GgufEntry(Entry):
 
         try:
             gguf.decode(data.numpy(), self.kind, out.numpy())
-        except NotImplementedError:  # from the gguf package, for a kind that it does not know
+        except NotImplementedError:  # raised by the gguf package for a type that it cannot decode
             raise BadInput(f"{self.file}: weights in {self.kind}, which the gguf package does not decode") from None
         return out.view(self.shape)
 
@@ -159,7 +159,8 @@ def read_header(path):
         state = path.stat()
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
-    # A file that was just written is not cached: it may be written again within one tick of its modification time.
+    # The header of a file that was just written is not cached: if the file is written again within one tick of its
+    # modification time, the change would go unnoticed.
     settled = time.time() - state.st_mtime > 2
     known = state.st_ino, state.st_size, state.st_mtime_ns
     entries, metadata = _read_settled_header(path, known) if settled else _read_header(path)
@@ -273,7 +274,9 @@ def count_blocks(entries):
 
 
 def in_file_order(tensors):
-    """Return {name: tensor} in the order in which `save` writes the tensors. In this order, every tensor is aligned."""
+    """Return {name: tensor} in the order in which `save` writes the tensors. In this order, the data of every tensor is
+    aligned to its dtype.
+    """
     return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))}
 
 

@@ -27,9 +27,10 @@ def _holds_dit(file):
 
 
 def weight_files(path, stem="diffusion_pytorch_model"):
-    """Return the files that hold one model: `path` itself if it is a file; in a folder, all shards that the index
-    lists, else the unsharded safetensors file, else the only other file with a DiT. stem: the name of the index and of
-    the unsharded file, without endings. Raises BadInput, which names what is missing.
+    """Return the files that hold one model. If `path` is a file, return it alone. In a folder, return all shards that
+    the index lists, else the unsharded safetensors file, else the only other weight file that is not named like a VAE
+    or a text encoder. If there are several such files, return the only one with a DiT. stem: the name of the index and
+    of the unsharded file, without endings. Raises BadInput, which names what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -70,8 +71,8 @@ def weight_files(path, stem="diffusion_pytorch_model"):
 
 def find(path, pattern, what):
     """Return `path` if it is a file, else the only .pth, .safetensors or .gguf file in the folder whose name matches
-    `pattern`, ignoring case. Raises BadInput unless there is exactly one such file. what: how the message calls the
-    file.
+    `pattern`, ignoring case. Raises BadInput unless there is exactly one such file. what: the description of the file
+    in the error message.
     """
     path = Path(path)
     if path.is_file():
@@ -120,7 +121,7 @@ def read_headers(files):
 
 
 # ---- the names of diffusers --------------------------------------------------------------------------------------
-# {official module name: diffusers' name}; N is a block's number. The modulations are parameters, not modules.
+# {official module name: diffusers' name}; N is a block's number. The names of modulations are parameters' names.
 DIFFUSERS_NAMES = {
     "blocks.N": "blocks.N",
     "blocks.N.modulation": "blocks.N.scale_shift_table",
@@ -188,8 +189,8 @@ def diffusers_dit_name(name):
 
 
 def official_vae_name(name, v22):
-    """Return the official name of a VAE's tensor, given diffusers' name. v22: whether it is VAE 2.2, whose stages are
-    modules.
+    """Return the official name of a VAE's tensor, given diffusers' name. v22: whether the VAE is version 2.2, in which
+    each stage is a module of its own.
     """
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv2." if name.startswith("post") else "conv1.") + name.split(".", 1)[1]
@@ -227,8 +228,8 @@ def is_animate2(entries):
 
 
 def official_names(entries):
-    """Return {name: Entry} of a DiT or VAE with diffusers' names, and the names of Animate-2's wrapped blocks,
-    translated into official names. Other names stay unchanged.
+    """Return {official name: Entry} of a DiT or VAE. Diffusers' names and the names of Animate-2's wrapped blocks are
+    translated; other names stay unchanged.
     """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
@@ -284,8 +285,8 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """Return the values of Settings, {field: value}, that model_index.json gives in a folder of diffusers' layout; {}
-    for other folders. Raises BadInput if model_index.json does not fit the folder.
+    """Return {field of Settings: value} as read from model_index.json in a folder with diffusers' layout; {} for other
+    folders. Raises BadInput if model_index.json does not fit the folder.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):

@@ -55,8 +55,8 @@ def load_weights(model, entries, device, dtype, fp32=lambda name: False):
 
     Parameters on the meta device are created on `device`, frozen. Parameters that already have memory, such as
     offloaded ones on the host, are filled in place; the weights of 8-bit layers are rounded on `device` first. Adapters
-    keep their values. Blocks that another rank holds are not read, and of a sharded parameter only this rank's shard is
-    filled.
+    keep their values. Entries of blocks that only other ranks hold are not read. Of a sharded parameter, only this
+    rank's shard is filled.
 
     Every tensor is converted to `dtype`, or to float32 if `fp32(name)` is true. If `device` is the meta device, nothing
     is read.
@@ -137,8 +137,8 @@ class CastEntry(Entry):
 
 
 def cast(entries, dtype=None):
-    """Return these entries, {name: Entry}, changed so that their tensors are read in this dtype. Without a dtype,
-    tensors keep the dtype of their file, and tensors that are decoded while they are read (8-bit and GGUF weights)
+    """Return {name: Entry} with entries that convert their tensors to this dtype when they are read. Without a dtype,
+    tensors keep the dtype of their file, except that 8-bit and GGUF weights, which are decoded while they are read,
     become bf16.
     """
     found = {}

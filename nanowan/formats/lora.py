@@ -25,7 +25,8 @@ INJECTORS = [f"audio_injector.injector.N.{p}" for p in ("q", "k", "v", "o", "nor
 # kohya and LyCORIS write dots as underscores, so all names are compared with underscores in place of dots
 OFFICIAL = {name.replace(".", "_"): name for name in (*DIFFUSERS_NAMES, *INJECTORS)}
 OFFICIAL |= {theirs.replace(".", "_"): ours for ours, theirs in DIFFUSERS_NAMES.items()}
-# Animate-2's names in diffusers: official attention modules with the projection names of diffusers' other models
+# In diffusers, Animate-2's attention modules have their official names, and the projections in them have the names
+# that they have in diffusers' other models
 OFFICIAL |= {
     re.sub(r"\w+_attn\.\w+$", f"{ours.split('.')[2]}.{theirs.split('.', 3)[3]}", ours).replace(".", "_"): ours
     for ours, theirs in DIFFUSERS_NAMES.items()
@@ -50,9 +51,10 @@ TEXT_PREFIX = re.compile(r"text_encoders\.(?:umt5xxl\.)?transformer\.")
 TEXT_TABLE = "shared.weight"  # the token embeddings
 LOW_NOISE = ("transformer_2", "dit2")  # names of the low-noise expert in files that hold both experts
 
-SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}  # endings that keys of other models have too
+# endings that also occur in files other than LoRAs
+SHARED_ENDINGS = {"alpha", "rescale", "a1", "a2", "b1", "b2", "ids"}
 
-# Kinds of files that are not read {pattern in a key: kind}
+# Kinds of LoRA files that are refused: {pattern in a key: kind}
 REFUSED = {
     r"lora_(B|up)(\.default)?\.bias": "a LoRA with biases of its own (lora_bias)",
     r"lora_mid|lokr_t[12]": "in a Tucker decomposition",
@@ -60,7 +62,7 @@ REFUSED = {
     r"\.oft_r": "an OFT of PEFT before 0.16",
     r"lora_embedding_": "a LoRA of an embedding",
 }
-# Settings of PEFT's LoRA with which the change is not B A
+# PEFT's settings that are refused: with them, the change is not scale * B A with one rank and scale for all modules
 PEFT_OPTIONS = ("alpha_pattern", "rank_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora")
 PEFT_OPTIONS += ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 # PEFT's initialisations that also change the base model
@@ -72,14 +74,14 @@ MODELS = {"dit": "a DiT", "text": "the text encoder"}
 
 
 class Place(NamedTuple):
-    component: str | None  # prefix of the module's name in files of several models, such as transformer_2
+    component: str | None  # prefix that names the model in a file for several models, such as transformer_2
     parameter: str
     part: str  # A, B, alpha, diff, lokr_w1, lokr_w1_a ...
 
 
 def official_name(key):
-    """Return the Place of a key of a LoRA file, or None if the key belongs to neither a DiT nor the text encoder. Keys
-    for the text encoder get the component "text" and keep transformers' names.
+    """Return the Place that a key of a LoRA file refers to, or None if the key belongs to neither a DiT nor the text
+    encoder. The Place of a key for the text encoder has the component "text" and transformers' name of the parameter.
     """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
@@ -145,7 +147,7 @@ class LowRank(Change):
 
 
 FORMS = (LowRank, *OTHER_FORMS)
-NORMS = ("dora_scale", "lora_magnitude_vector")  # a DoRA's norms in LyCORIS, (out,1) or (1,in), and in PEFT, (out)
+NORMS = ("dora_scale", "lora_magnitude_vector")  # parts with a DoRA's norms: LyCORIS' (out,1) or (1,in), PEFT's (out)
 
 
 def form_of(parts):
@@ -173,8 +175,9 @@ def change_of(parts, alpha=None, peft=None):
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}; changes of a
-    single DiT are under "high" too, unless the file's keys say "low". problem: why the file is not read, or None.
+    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}, with one
+    half for each model that the file changes. Changes of a single DiT are under "high", unless the file's keys name the
+    low-noise expert. problem: the reason why the file is refused, or None.
     """
 
     path: Path
@@ -190,15 +193,15 @@ class Listing:
         return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
-        """Return the key in `halves` of this expert's half. A file for one model has a single half, whose key is always
-        returned. Raises BadInput if the file holds both experts and `expert` is neither.
+        """Return the key in `halves` of this expert's half. If there is only one half, its key is returned for any
+        `expert`. Raises BadInput if the file holds both experts and `expert` names neither of them.
         """
         if len(self.halves) == 2 and expert not in self.halves:
             raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low to choose one")
         return expert if len(self.halves) == 2 else next(iter(self.halves))
 
     def changes(self, expert):
-        """Return {parameter name: Change} of the half that is for this expert."""
+        """Return {parameter name: Change} of this expert's half (see `half`)."""
         half = self.half(expert)
         return {name: self._change(name, parts, self.peft.get(half) or {}) for name, parts in self.halves[half].items()}
 
@@ -210,8 +213,8 @@ class Listing:
 
 
 def list_lora(path):
-    """Return the Listing of a file, from its header alone; None if none of its keys belongs to a LoRA or a related
-    adapter.
+    """Read a file's header and return its Listing, or None if none of its keys belongs to a LoRA or a related adapter.
+    No tensors are read.
     """
     entries, metadata = read_header(path)
     parts, unknown, twice, components = {}, [], [], set()
@@ -342,7 +345,7 @@ def describe(path):
     {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: count}, "ranks": {rank: count}, "targets":
     {module: count}, "blocks": their indices, "elsewhere": parameters outside the blocks, "image_keys": number of
     tensors for Wan 2.1's image branch, "alpha_keys": count, "expert" and "expert_from": the pair that expert_of
-    returns, "problem": why the file is not read, or None, "metadata"}
+    returns, "problem": the reason why the file is refused, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
@@ -389,7 +392,7 @@ def parse_lora_spec(text, flag="--lora"):
     return LoraSpec(":".join(fields), weight, expert)
 
 
-# Patterns that find the expert in a file's name, given in lower case with its words joined by "_"
+# Patterns that find the expert in a file's name, which is first put in lower case, with its words joined by "_"
 LEVELS = {"high": "high", "hn": "high", "h": "high", "高": "high", "low": "low", "ln": "low", "l": "low", "低": "low"}
 MODEL = r"(?:wan[\d_]*|w?2_?2|a?14b|ti2v|[tis]2v)"
 VERSION = r"(?:(?:v|e|ep|epochs?|s|steps?|fp|bf)?_?\d+(?:steps?|epochs?)?(?![a-z0-9])|e\dm\d)"
@@ -403,14 +406,14 @@ EXPERT_IN_NAME = (
     r"(高|低)噪",
 )
 BOTH_IN_NAME = r"_(high|hn|h)(_(and|n|plus|or))?_(low|ln|l)(?=_|$)|_(low|ln|l)(_(and|n|plus|or))?_(high|hn|h)(?=_|$)"
-COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # thigh_high names no expert
+COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # after these words, "high" names no expert
 
 
 def expert_in_name(path):
     """Return the expert that a file's name mentions, "high" or "low", or None if it mentions neither or both.
 
     Next to "noise", the words high and low and the letters H and L count. Without "noise", the words high, low, HN, LN,
-    H and L count only at the end of the name or before a number or version (x_HIGH, style-H-e8); the short ones also
+    H and L count only at the end of the name or before a number or version (x_HIGH, style-H-e8). HN, LN, H and L also
     count directly after the model's name (wan22_h_style). high_heels mentions no expert.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
@@ -423,9 +426,9 @@ def expert_in_name(path):
 
 
 def expert_of(path, metadata, chosen=None):
-    """Return the expert of an A14B for which a file was made, and what says so: ("high" | "low" | "both", source), or
-    (None, None) if nothing does. chosen: a pair of the same kind that takes precedence over the file's metadata and
-    name, or None.
+    """Return the expert of an A14B for which a file was made, and the source of this information: ("high" | "low" |
+    "both", source), or (None, None) if the expert is unknown. chosen: such a pair, which takes precedence over the
+    file's metadata and name, or None.
     """
     if chosen:
         return chosen
@@ -438,9 +441,10 @@ def expert_of(path, metadata, chosen=None):
 def choose_experts(spec, experts, flag="--lora"):
     """Return (names of the DiTs that a LoRA file is for, what in the file says so or None).
 
-    spec: LoraSpec. experts: the names of the available DiTs: "high" and "low" of an A14B, or another name alone. A
-    single model takes every file that neither flag, keys nor metadata assign to an expert. Raises BadInput if the
-    file's expert of an A14B is unknown or not available.
+    spec: LoraSpec. experts: the names of the available DiTs: "high", "low" or both for an A14B, or the one name of a
+    single model. If only one DiT is available, a file that nothing assigns to an expert is for this DiT. A single model
+    also takes a file that only its name assigns to an expert. Raises BadInput if the expert is unknown and two DiTs are
+    available, or if the file is for an expert that is not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
@@ -466,8 +470,8 @@ def choose_experts(spec, experts, flag="--lora"):
 
 def left_out(changes, shapes):
     """Return {parameter name: reason} of the changes that a model cannot use and that other programs skip as well.
-    These are changes of Wan 2.1's image branch if the model has none, and a change of the patch embedding for another
-    number of input channels.
+    These are changes of Wan 2.1's image branch, if the model has no image branch, and a change of the patch embedding
+    that is made for another number of input channels.
     """
     skipped, patch = {}, "patch_embedding.weight"
     if not any(IMAGE_BRANCH.match(name) for name in shapes):
@@ -538,8 +542,8 @@ def changes_to_start_from(pairs, path, expert=None):
 
 @torch.no_grad()
 def start_from(pairs, path, scale, expert=None):
-    """Set the values of an adapter {module name: (A, B)}, with dW = scale * B A, to those in a LoRA file. Raises
-    BadInput for the same files as changes_to_start_from.
+    """Copy the values of a LoRA file into an adapter {module name: (A, B)}, with dW = scale * B A. Raises BadInput for
+    the same files as changes_to_start_from.
     """
     changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():
@@ -599,8 +603,8 @@ class AdapterInfo:
 
 
 def save_adapter(path, tensors, metadata):
-    """Write an adapter's tensors with this metadata, and with the entries by which LoRA managers find the file: title
-    (the file's name) and hash (AutoV3).
+    """Write an adapter's tensors with this metadata, and with further metadata by which LoRA managers identify the
+    file: title (the file's name) and hash (AutoV3).
     """
     digest = hash_of(tensors)
     hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}

@@ -10,8 +10,8 @@ from nanowan.errors import BadInput
 from nanowan.formats.header import Entry
 
 FP8 = (E4M3, torch.float8_e5m2)
-# Name endings of the tensors that accompany an 8-bit weight: its scale, in ComfyUI's older and newer files (lightx2v
-# writes both too); tensors that are not needed here; and the second scale, which only 4-bit weights have.
+# Endings of the names of tensors that accompany an 8-bit weight. SCALES: its scale in ComfyUI's older and newer files
+# (lightx2v writes both names too). IGNORED: not needed here. NVFP4_SCALES: the second scale, only of 4-bit weights.
 SCALES, IGNORED = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 NVFP4_SCALES = (".weight_scale_2", ".weight_global_scale")
 READ = "only fp8 and plain int8, with one scale or one for each row, are read"
@@ -99,7 +99,7 @@ def apply_scales(entries):
 
 def linears_in_fp8(entries):
     """Return {module name: fp8 dtype} of the linear layers in a DiT's blocks whose weights a file stores in fp8 with
-    scales. These layers stay in 8 bits when they are loaded.
+    scales. The loaded model keeps these weights in 8 bits.
     """
     return {
         name.removesuffix(".weight"): entry.stored.dtype

@@ -24,9 +24,9 @@ from t5 import EOS, PAD, TextEncoder, Tokenizer
 
 
 def sentencepiece_model(file):
-    """Return the bytes of a sentencepiece model. A tokenizer.json is converted: the model is made from its vocabulary
-    and its normalisation table. Any other file is returned unchanged. Raises BadInput for a tokenizer.json of another
-    kind. Source: sentencepiece_model.proto.
+    """Return the bytes of a sentencepiece model. If `file` is a tokenizer.json, the model is built from its vocabulary
+    and its normalisation table. Otherwise, the bytes of the file are returned. Raises BadInput for a tokenizer.json
+    that is not of T5's kind. Source: sentencepiece_model.proto.
     """
     if file.suffix != ".json":
         return file.read_bytes()
@@ -59,8 +59,8 @@ def message(number, data):
     return bytes([number << 3 | 2]) + length + bytes([n]) + data
 
 
-FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # official; Kijai's, and city96's GGUF; ComfyUI's
-# the tokenizer in official folders (Animate-2's is the second), and in diffusers' folders
+FILE_NAMES = ("models_t5*", "umt5-xxl-enc*", "umt5_xxl_*")  # the official file; Kijai's and city96's (GGUF); ComfyUI's
+# places of the tokenizer: in official folders (the second is Animate-2's), and in diffusers' folders (the last two)
 TOKENIZERS = (
     "google/umt5-xxl/spiece.model",
     "umt5-xxl/spiece.model",
@@ -110,7 +110,8 @@ def official_name(name):
     if m := re.match(r"encoder\.block\.(\d+)\.(.+\.)", name):
         ours = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}.get(m.group(2))
         return name.replace(m.group(), f"blocks.{m.group(1)}.{ours}") if ours else name
-    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:  # its second name
+    # transformers stores the token embeddings under two names
+    for ours, theirs in [*OUTER_NAMES.items(), ("token_embedding.", "encoder.embed_tokens.")]:
         if name.startswith(theirs):
             return name.replace(theirs, ours)
     return name
@@ -125,8 +126,8 @@ class EncoderFile(NamedTuple):
 
 
 def is_delta(file):
-    """Return whether a file is a delta, as written by train_te.py --save delta. It changes a checkpoint's own encoder
-    and holds only what was trained.
+    """Return whether a file is a delta, as written by train_te.py --save delta. A delta changes a checkpoint's own
+    encoder and holds only the values that were trained.
     """
     return read_header(file)[1].get("delta") == "True"
 
@@ -229,8 +230,8 @@ def encoder_source(ckpt_dir, weights=None):
 
 @dataclass(frozen=True)
 class TableLowRank(LowRank):
-    """A LoRA of an embedding table, scale * B A. Only the table rows for which B has nonzero rows are computed, so that
-    the full product is never formed.
+    """A LoRA of an embedding table, scale * B A. B is zero for most rows of the table. Only the other rows are
+    computed, so that the full product is never formed.
     """
 
     def rows(self):
@@ -263,8 +264,8 @@ def read_encoder_change(file):
 
 
 def check_encoder_changes(source, entries):
-    """Return the changes in an EncoderSource, [({parameter name: Change}, strength)]. entries: the headers {official
-    name: Entry} of the source's base. Raises BadInput if a change does not fit the base.
+    """Return [({parameter name: Change}, strength)], one pair for each file in the changes of an EncoderSource.
+    entries: the headers {official name: Entry} of the source's base. Raises BadInput if a change does not fit the base.
     """
     found = []
     for file, strength in source.changes:
@@ -308,8 +309,8 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16, weights=None):
 
     weights: FILE[:strength] as for --text_encoder, or a list of these, applied in order. A file is a complete encoder
     in any layout, a delta written by train_te.py, or a LoRA. For a complete encoder or a delta, strength s gives W + s
-    (W_file - W), where W is the result of the files before it. The tokenizer is the folder's spiece.model, else the one
-    inside the encoder's file. The tokenizer also knows the words to which train_te.py gave their own token embeddings
+    (W_file - W), where W is the weight after the previous files. The tokenizer is the folder's, else the one inside the
+    encoder's file. The tokenizer also knows the words to which train_te.py gave their own token embeddings
     (`placeholders` in a file's metadata).
     """
     source = encoder_source(ckpt_dir, weights)
@@ -371,9 +372,7 @@ def in_layout(tensors, layout, spiece=None):
 
 
 def tokenizer_bytes(file):
-    """Return the bytes (n,) uint8, in a tensor, of the sentencepiece model that `file` holds. Tokenizer takes these
-    bytes.
-    """
+    """Return the sentencepiece model that `file` holds as a tensor of its bytes, (n,) uint8."""
     return torch.frombuffer(bytearray(sentencepiece_model(Path(file))), dtype=torch.uint8)
 
 
@@ -401,14 +400,14 @@ def transformers_config(model):
 
 
 def convert_t5(source, out, layout, tokenizer=None):
-    """Rewrite an encoder in another layout, one tensor at a time. Values are unchanged to the bit, except that 8-bit
-    weights with scales, and weights of GGUF files, become bf16.
+    """Rewrite an encoder in another layout, one tensor at a time. Values stay bit-identical, except that 8-bit weights
+    with scales, and weights of GGUF files, become bf16.
 
-    source: one file in any layout, or a list of shards. out: a .safetensors file; for "diffusers" it may be a folder,
-    in which config.json and model.safetensors are written. layout: "official" (also read by Kijai's nodes, musubi-tuner
-    and diffusion-pipe), "comfyui", or "diffusers" (also read by transformers). tokenizer: the spiece.model that
-    ComfyUI's layout contains (default: the one inside the source). Raises BadInput if the source is not a complete
-    encoder.
+    source: one file in any layout, or a list of shards. out: a .safetensors file; for "diffusers", `out` may be a
+    folder, in which config.json and model.safetensors are written. layout: "official" (also read by Kijai's nodes,
+    musubi-tuner and diffusion-pipe), "comfyui", or "diffusers" (also read by transformers). tokenizer: the spiece.model
+    to put into a file in ComfyUI's layout (default: the one inside the source). Raises BadInput if the source is not a
+    complete encoder.
     """
     files = [source] if isinstance(source, str | Path) else source
     encoder, out = read_encoder(files), Path(out)
@@ -433,7 +432,8 @@ LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
 def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
-    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. The same prompts work there as here.
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. ComfyUI and nanoWan use it with the same
+    prompts.
 
     blocks: {official module name: (A (r,in), B (out,r))} with dW = B A. rows (n,D): vectors that are added to the token
     embeddings with these `ids` (n). They are written as a LoRA of the embedding table whose B (vocab,n) is one-hot.
