@@ -16,9 +16,9 @@ from nanowan.formats.layouts import parts_folder, read_headers
 class Conditions(NamedTuple):
     """The inputs of a DiT that are the same at every step of a clip.
 
-    known {latent frame: (1,C,1,h,w)}: latent frames, by index such as 0 or -1, that are given and stay clean, at t = 0.
+    known {latent frame: (1,C,1,h,w)}: given latent frames, by index such as 0 or -1; they stay clean, at t = 0.
     channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments of the model's
-    forward. uncond_inputs: those of these arguments that differ in guidance's unconditional half.
+    forward. uncond_inputs: the values that some of these arguments have instead in guidance's unconditional half.
     """
 
     known: dict = {}
@@ -46,8 +46,9 @@ class Conditions(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A further model in a checkpoint: its folder in the checkpoint, a glob pattern of its file names, and the function
-    load(folder, device). prefix: how the names of its tensors begin if it is stored in the DiT's files.
+    """A further model in a checkpoint, such as CLIP. folder: its folder in the checkpoint. pattern: a glob pattern for
+    the names of its files. load(folder, device): the function that loads it. prefix: the prefix of its tensors' names
+    if the model is stored in the DiT's files.
     """
 
     folder: str
@@ -105,17 +106,17 @@ class Video:
         return draw_noise(self.shape, seed, self.pipe.device)
 
     def conditions(self, r):
-        """Return the Conditions of segment r. The inputs that they need are encoded by this call."""
+        """Encode the inputs of segment r, and return its Conditions."""
         vae = self.pipe.acquire_vae(self.size) if self.images else None
         conditions = self.conditioning.encode(vae, self.images, self.size, self.frames)
-        if vae and self.pipe.runtime.cuda:  # the VAE is needed again later, but the DiT is next and needs the room
+        if vae and self.pipe.runtime.cuda:  # the DiT runs next and needs the memory; the VAE is loaded again later
             vae = None
             self.pipe.evict("vae")
         return conditions
 
     def decode(self, r, latents, decode):
-        """Return the new frames (3,n,H,W) in [-1,1] of segment r, given its latents (1,C,T',h,w). Keep the frames or
-        latents that segment r+1 needs. decode: a function from latents to a video (1,3,T,H,W).
+        """Return the new frames (3,n,H,W) in [-1,1] of segment r, given its latents (1,C,T',h,w). Also keep, in this
+        object, the frames or latents that segment r+1 needs. decode: a function from latents to a video (1,3,T,H,W).
         """
         return decode(latents)[0]
 
@@ -128,16 +129,17 @@ class Video:
         return {}
 
     def restore(self, state):
-        """Continue from `state`, which the method of that name returned."""
+        """Continue the video from `state`, a result of the method `state`."""
 
 
 class Conditioning:
     """The conditioning of text-to-video: no inputs except the prompt."""
 
-    title, flags = "", {}  # sample.py's flags for a variant's own inputs {name: argparse's arguments}, and their title
+    # sample.py's flags for the inputs of this variant: their heading in --help, and {name: argparse's arguments}
+    title, flags = "", {}
     by_segments = False  # whether a video may have any number of segments
     encoders = {}  # further models of the checkpoint, {name: Encoder}
-    takes_image = needs_image = False  # whether --image may, and must, be given
+    takes_image = needs_image = False  # whether --image may be given, and whether it must be
 
     def check(self, ckpt_dir, image=None, last_image=None, **inputs):
         """Raise BadInput if an image or another input is missing, or if the model does not take an input that is given.
@@ -149,8 +151,8 @@ class Conditioning:
             raise BadInput(f"--image {image}: {ckpt_dir} is a text-to-video model and takes none")
 
     def video_size(self, size, image):
-        """Return the (width, height) px of the video: `size`, or, with a PIL image, the area of `size` in the image's
-        aspect ratio.
+        """Return the (width, height) px of the video. Without an image this is `size`. With a PIL image, the video has
+        about the area of `size`, and the image's aspect ratio.
         """
         return size
 
@@ -159,8 +161,8 @@ class Conditioning:
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None, last_image=None):
-        """Return the Video for inputs of sample.py that `check` has accepted: opened images, and the
-        values of `flags`.
+        """Return the Video for the inputs given to sample.py, which `check` has accepted: images, already opened, and
+        the values of `flags`.
         """
         return Video(pipe, settings, image, last_image)
 

@@ -4,10 +4,11 @@ import torch
 
 
 class Examples:
-    """Stand-ins for text-to-video, TI2V and I2V, and the base class of those for the other variants. `shape` is always
-    the shape of one clip's latents, (C,T',h,w).
+    """Stand-ins for T2V, TI2V and I2V. The other variants' classes of stand-ins are derived from this class. `shape` is
+    always the shape of one clip's latents, (C,T',h,w).
 
-    uncond_inputs: names of those `inputs` that take memory and differ in guidance's unconditional half.
+    uncond_inputs: names of the `inputs` that take memory twice, because guidance's unconditional half gets another
+    value.
     """
 
     uncond_inputs = ()
@@ -17,7 +18,7 @@ class Examples:
         return {}
 
     def entry(self, config, shape, continuation):
-        """Return stand-ins for the tensors that Samples.entry returns, without the latents. continuation: the value of
+        """Return stand-ins for the tensors that Samples.entry returns, except the latents. continuation: the value of
         --continuation, which is None or 0 if a run trains no continuation segments.
         """
         channels = config.in_dim - shape[0]

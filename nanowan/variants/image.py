@@ -13,7 +13,8 @@ from nanowan.video import cover, to_tensor
 
 class FirstFrame(Conditioning):
     """TI2V's conditioning. An image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
-    image, if given, becomes the last latent frame; it is encoded as four equal frames.
+    image, if given, becomes the last latent frame. For this, five copies of the image are encoded as a video of two
+    latent frames, and the second latent frame is used.
     """
 
     takes_image = True
@@ -67,9 +68,9 @@ def image_channels(vae, image, frames, last_image=None):
 
 
 def encode_still(vae, video):
-    """Return vae.encode(video), computed faster if most frames of the video are equal. A layer is not run again if its
-    input and its state from the previous chunk are bit-identical to those of its last run: its last output is reused.
-    The result is exact. Memory is needed for the inputs and outputs that are kept.
+    """Return vae.encode(video), computed faster if most frames of the video are equal. A layer's last output is reused
+    if the layer's input and its state from the previous chunk are bit-identical to those of its last run, so the result
+    is exact. The last input and output of each layer are kept in memory.
     """
     encoder, known = vae.encoder, {}  # {layer: (input, output, whether the layer's state has stopped changing)}
     layers = [*encoder.downsamples, *encoder.middle]

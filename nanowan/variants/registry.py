@@ -16,8 +16,8 @@ from wan import VARIANTS as TEXT_AND_IMAGE
 from wan import Wan
 
 # fmt: off
-# Further entries of a row: signature, the name of a tensor that only its files have, or a function that recognises its
-# files; negative and prompt, the defaults of these two prompts.
+# A row may also have: signature, the name of a tensor that only this model's files have, or a function that recognises
+# this model's files; negative and prompt, the default negative prompt and the default prompt.
 _14B = TEXT_AND_IMAGE["t2v-A14B"] | dict(boundary=None)
 VARIANTS = TEXT_AND_IMAGE | {
     "s2v-14B": dict(_14B, model_type="s2v", signature="casual_audio_encoder.encoder.final_linear.weight", frames=80,
@@ -36,10 +36,10 @@ VARIANTS = TEXT_AND_IMAGE | {
 
 
 class Parts(NamedTuple):
-    """The code for one model_type: the DiT's class, the classes of its Conditioning (sampling) and Samples (training),
-    and its Examples (memory estimate). read_config: a function that completes the configuration from the files, or
-    None. recommend: a function that takes a configuration and returns {field: value} of the Settings that differ from
-    those in VARIANTS, or None.
+    """The code for one model_type. model: the DiT's class. conditioning: the Conditioning, for sampling. samples: the
+    subclass of Samples, for training. examples: the Examples, for the memory estimate. read_config: a function that
+    completes the configuration from the files, or None. recommend: a function that takes a configuration and returns
+    {field: value} of the Settings that differ from those in VARIANTS, or None.
     """
 
     model: type

@@ -11,9 +11,10 @@ class Samples:
 
     frames_over: the number of frames in a sample is a multiple of 4, plus this number. frames_after: number of frames
     after the sample that are read as well, if the clip has them. loss_from: the first latent frame that counts in the
-    loss. side_multiple: the sides of a sample, in px, are multiples of at least this. fixed_speed: whether clips must
-    be read at their original speed. trains_first_frame: whether --i2v_prob applies. lora_targets: train_lora.py's
-    default for --targets. extra_lora_targets: linear layers that a variant adds to lora.TARGETS.
+    loss. side_multiple: the sides of a sample, in px, are multiples of this number, or of 2 latent pixels if that is
+    more. fixed_speed: whether clips must be read at their original speed. trains_first_frame: whether --i2v_prob
+    applies. lora_targets: train_lora.py's default for --targets. extra_lora_targets: linear layers that a variant adds
+    to lora.TARGETS.
     """
 
     frames_over, frames_after, loss_from, side_multiple = 1, 0, 0, 16
@@ -37,20 +38,20 @@ class Samples:
         return {}
 
     def changed(self, path, shown, sidecars, cache):
-        """Return {kind: `changed` of the file's video.Shown} for a clip, whose kind is "", and for the
-        clip's sidecars.
+        """Return {kind: list} with the notes `changed` in video.Shown: for a clip, under the kind "", and for its
+        sidecars.
         """
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
-        """Return {kind: (width, height) px}: the sizes at which `cached` gets the sidecar videos of `item`, a
-        scan.Item.
+        """Return {kind: (width, height) px}, the sizes to which the sidecar videos of `item`, a scan.Item, are resized
+        before `cached` gets them.
         """
         return {}
 
     def group(self, item):
-        """Return the key by which items are batched before anything is drawn for them. Items with equal keys can share
-        a batch, whatever is drawn.
+        """Return the key by which items are divided among steps. All items of a step have equal keys, as long as enough
+        such items are left.
         """
         return item.bucket
 
@@ -62,30 +63,30 @@ class Samples:
 
     def cached(self, vae, video, item, sidecars):
         """Return {name: tensor} of what is cached in addition to the latents of `item`. video: (1,3,T,H,W) in [-1,1].
-        sidecars: {kind: frames (H,W,3) uint8 at the same times}. May raise Skip.
+        sidecars: {kind: frames (H,W,3) uint8, shown at the same times as those of the video}. May raise Skip.
         """
         return {}
 
     def cached_bytes(self, item, shape):
-        """Return an estimate of the bytes that the latents of `item` and the tensors that `cached` returns take. shape:
-        (C,T',h,w) of the latents.
+        """Return an estimate of the bytes that `item` takes in the cache: its latents, and the tensors that `cached`
+        returns. shape: (C,T',h,w) of the latents.
         """
         return 4 * math.prod(shape)
 
     def draw(self, item, share, rng):
-        """Draw how an item is used in a step, and return it. share: the probability that the item continues a previous
-        segment.
+        """Choose at random how a step uses an item, for example as a continuation segment, and return this choice.
+        share: the probability that the item continues a previous segment.
         """
 
     def shape(self, item, drawn):
-        """Return the key by which samples are batched, given an item and what `draw` returned for it. Samples with
-        equal keys can share a batch.
+        """Return the key by which the samples of a step are batched, given an item and what `draw` returned for it.
+        Samples with equal keys can share a batch.
         """
         return self.group(item)
 
     def entry(self, tensors, drawn, has_caption):
-        """Return those of a sample's cached tensors that flow.make_noisy_batch needs. drawn: as returned by `draw`. A
-        sample that is trained without its caption gets the inputs of guidance's unconditional half.
+        """Return {name: tensor}, the cached tensors of a sample that flow.make_noisy_batch needs. drawn: as returned by
+        `draw`. A sample that is trained without its caption gets the inputs of guidance's unconditional half.
         """
         return tensors
 

@@ -6,11 +6,12 @@ from nanowan.variants.samples import Samples
 from nanowan.video import CLIPS, IMAGES
 
 MAX_DIFFERENCE = 0.1  # seconds that a sidecar may be longer or shorter than its clip
-MAX_STRETCH = 1.02  # largest quotient of the two aspect ratios: preprocessing rounds the sides to multiples of 16
+# largest quotient of the aspect ratios of clip and sidecar; preprocessing rounds the sides to multiples of 16
+MAX_STRETCH = 1.02
 
 
 class ClipSamples(Samples):
-    """Samples of clips that need sidecars for training, mostly videos with the same number of frames.
+    """Samples of clips that need sidecars for training, mostly videos as long as the clip.
 
     videos: the kinds of sidecar videos that a clip may have. squares: the kinds that are square, whatever the clip's
     aspect ratio.
@@ -78,8 +79,8 @@ def either_case(suffixes):
 
 
 def video_beside(path, kind):
-    """Return the file NAME.kind.mp4 next to the clip NAME.mp4, or the same with another video suffix; None if there is
-    none.
+    """Return the file NAME.kind.mp4 next to the clip NAME.mp4, or such a file with another video suffix; None if there
+    is none.
     """
     files = (path.with_suffix(f".{kind}{suffix}") for suffix in either_case(CLIPS))
     return next((f for f in files if f.is_file()), None)

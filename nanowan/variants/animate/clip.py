@@ -3,7 +3,7 @@
 Images: B images, S side of the input image (224), P patch (14), L = 1 + (S/P)^2 tokens (257), D width (1280), d = D/16
 head width. Texts: L tokens, D width (1024). E width of the space that images and texts share (1024).
 
-Animate's DiT gets the image tokens as they enter the last block, so `VisionEncoder` leaves out that block, everything
+Animate's DiT gets the image tokens that enter CLIP's last block, so `VisionEncoder` leaves out that block, everything
 after it, and the textual tower. `CLIP` has both towers, for diag.py listen.
 Source: official wan/modules/animate/clip.py, xlm_roberta.py and tokenizers.py, whose tensor names are kept. The class
 token's norm and projection, which the official clip.py leaves out, follow CLIP (Radford et al., 2021).
@@ -26,7 +26,7 @@ from t5 import Tokenizer
 HEADS = 16  # in both towers; no tensor's shape tells this number
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images, RGB
 BOS, EOS, UNK = 0, 2, 3  # XLM-RoBERTa's token ids; 1 is padding
-FIRST_POSITION = 2  # position of a text's first token: fairseq counts from after the padding's id
+FIRST_POSITION = 2  # position of a text's first token: fairseq's positions start after the padding's id
 TOKENIZER = "xlm-roberta-large/sentencepiece.bpe.model"
 
 
@@ -114,7 +114,7 @@ class ImageTower(VisionTransformer):
 class XlmRobertaTokenizer:
     """A tokenizer that gives the token ids of transformers' XLM-RoBERTa tokenizer: the start token, the pieces, the end
     token. A text is cut off after `length` ids, but keeps its end token. Ids are fairseq's, one above sentencepiece's.
-    Unlike in transformers, the name of a special token in a text counts as text.
+    Unlike in transformers, the name of a special token, such as </s>, is tokenized like other text.
 
     model: the bytes of sentencepiece.bpe.model. Raises ValueError for other bytes.
     """
@@ -199,8 +199,8 @@ class CLIP(nn.Module):
         return F.normalize(torch.cat([self.textual(i) for i in ids]), dim=1)
 
     def probabilities(self, images, texts):
-        """Return, for each image, the probability (B,A) that each text describes it, on the assumption that exactly one
-        text does. images, texts: their features (B,E) and (A,E).
+        """Return (B,A): for each image, the probabilities of the texts, if exactly one of the texts describes the
+        image. images, texts: their features (B,E) and (A,E).
         """
         return (self.log_scale.exp() * images @ texts.T).softmax(1)
 
@@ -243,8 +243,8 @@ def read_clip(path):
 
 
 def load_vision(path, device="cpu", dtype=torch.float32):
-    """Load the VisionEncoder from a file or folder, frozen and in eval mode. Raises BadInput, which lists what does not
-    fit in the visual tower.
+    """Load the VisionEncoder from a file or folder, frozen and in eval mode. Raises BadInput, which lists the tensors
+    of the visual tower that do not fit.
     """
     file, entries = read_clip(path)
     unused = ("textual.", "log_scale", "visual.post_norm.", "visual.head", f"visual.transformer.{last_block(entries)}.")

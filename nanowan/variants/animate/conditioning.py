@@ -23,7 +23,7 @@ class ReferencedVideo(Video):
     known = None
 
     def noise(self, r, seed):
-        return draw_noise(self.shape, seed, self.device, r)  # segments share one generator
+        return draw_noise(self.shape, seed, self.device, r)  # segment r gets draw r of one generator
 
     def output(self, latents):
         return latents[:, 1:]
@@ -36,8 +36,8 @@ class ReferencedVideo(Video):
 
 
 class CharacterVideo(ReferencedVideo):
-    """A video of a character that moves like the person in a driving video, or replaces that person. The first
-    `overlap` frames of each segment are the last frames of the previous one.
+    """A video of a character that moves like the person in a driving video, or that replaces this person. The first
+    `overlap` frames of each segment are the last frames of the previous segment.
     """
 
     def __init__(self, pipe, settings, folder, replace, overlap):
@@ -81,7 +81,9 @@ def load_motion_encoder(path, device="cpu"):
 
 
 class Character(Conditioning):
-    """Animate-14B's conditioning: the folder that preprocessing writes. Its videos are sampled in segments."""
+    """Animate-14B's conditioning, which is read from the folder that preprocessing writes. Videos are sampled in
+    segments.
+    """
 
     by_segments = True
     title = "Animate-14B: a character that moves like the person in a video"

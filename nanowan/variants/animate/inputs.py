@@ -1,11 +1,12 @@
 """The folder that Animate's preprocessing writes, and the inputs that the model gets from it, clip by clip.
 
-n real frames, H W px (the pose video's)    c frames of a clip (4k+1), r of them known from the previous clip (1 or 5)
-T' = 1 + (c-1)/4 latent frames, h w latent pixels    S side of the face crops
+n frames of the driving video, H W px (the pose video's)    c frames of a clip (4k+1)    S side of the face crops
+r frames of a clip that are known from the previous clip (1 or 5)
+T' = 1 + (c-1)/4 latent frames, h w latent pixels
 
 src_pose.mp4 and src_face.mp4 supply the motion; src_ref.png shows the character. To replace a person in the driving
 video, the folder also holds src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was.
-prepare.py makes such a folder, by the rules in the middle of this file.
+prepare.py makes such a folder, with the functions in the middle of this file.
 Source: official wan/animate.py and wan/modules/animate/preprocess.
 """
 
@@ -24,7 +25,7 @@ from nanowan.video import open_image, read_frames
 
 OVERLAPS = 1, 5  # the numbers of frames that a clip can take over from the previous one
 SIZE_MULTIPLE = 16  # H and W are multiples of this: a token is a patch of 2x2 latent pixels
-FACE_SIDE = 512  # px of the crops that the released model takes
+FACE_SIDE = 512  # side in px of the face crops that the released model takes
 FACE_AREA = 1.3  # the area of a crop, divided by that of the box around the landmarks
 
 
@@ -55,9 +56,9 @@ class ClipInputs(NamedTuple):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_source(folder, replace, face_side):
-    """Return the Source that a folder holds. replace: whether to read the background and the mask too. face_side: px of
-    the crops that the model takes (512). Raises BadInput if a file is missing or cannot be read, or if sizes or lengths
-    do not fit each other or the model.
+    """Return the Source that a folder holds. replace: whether to read the background and the mask too. face_side: the
+    side, in px, of the face crops that the model takes (512). Raises BadInput if a file is missing or cannot be read,
+    or if sizes or lengths do not fit each other or the model.
     """
     folder, names = Path(folder), ["pose", "face", *(["bg", "mask"] if replace else [])]
     files = {name: folder / f"src_{name}.mp4" for name in names} | {"ref": folder / "src_ref.png"}
@@ -106,8 +107,9 @@ def read_video(file):
 
 # ---- the rules by which the folder is made ---------------------------------------------------------------------------
 def frame_indices(times, video_fps, fps):
-    """Return the indices of those frames of a video that show it at another rate, `fps`. For each time, the nearest
-    frame is taken. times: when the video's frames are shown, in seconds. video_fps: their average number per second.
+    """Return the indices of the frames with which a video is shown at another rate, `fps`. For each multiple of 1/fps,
+    this is the frame nearest in time. times: when the video's frames are shown, in seconds. video_fps: their average
+    number per second.
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
@@ -127,8 +129,8 @@ def area_size(width, height, area):
 
 def resize(image, width, height, area=False):
     """Resize an image (h,w,...), uint8 or float32, to width x height px without antialiasing, as OpenCV's INTER_LINEAR
-    does. With `area`, which can only shrink, each new pixel is the mean of the area that it covers, as in INTER_AREA.
-    uint8 values may differ from OpenCV's by 1.
+    does. With `area`, each new pixel is the mean of the area that it covers, as with INTER_AREA; the image can then
+    only be made smaller. uint8 values may differ from OpenCV's by 1.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
     if area:
@@ -175,8 +177,8 @@ def letterbox(image, width, height, area=False):
 
 
 def fit_frame(image, width, height):
-    """Return a frame (h,w,...) letterboxed into width x height px, the size of the result. Used when a person is
-    replaced.
+    """Return a frame (h,w,...) letterboxed into width x height px, the size of the resulting video. Used when a person
+    is replaced.
     """
     return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
 
@@ -224,9 +226,9 @@ def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 def clip_ranges(n, length, overlap):
-    """Return [(start, end)] of the clips of `length` frames that together cover n real frames. Each clip begins with
-    the last `overlap` frames of the previous one. The last clip may end after frame n; `ping_pong` supplies its frames.
-    Raises BadInput if these numbers do not fit each other.
+    """Return [(start, end)] of the clips of `length` frames that together cover a driving video of n frames. Each clip
+    begins with the last `overlap` frames of the previous one. The last clip may end after frame n; `ping_pong` supplies
+    the frames after n. Raises BadInput if these numbers do not fit each other.
     """
     if overlap not in OVERLAPS:
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
@@ -241,8 +243,8 @@ def clip_ranges(n, length, overlap):
 
 
 def ping_pong(video, span):
-    """Return frames start..end-1, span = (start, end), of a video that is played forwards and backwards, alternating.
-    Where the direction changes, no frame is shown twice.
+    """Return frames start..end-1, span = (start, end), of a video that plays forwards, then backwards, and so on. Where
+    the direction changes, no frame is shown twice.
     """
     last = len(video) - 1
     return [video[last - abs(last - i % (2 * last))] for i in range(*span)]

@@ -3,11 +3,11 @@
 Letters are those of wan.py, and  F frames of the driving video (4k+1)   T' latent frames of the DiT (1 reference + k+1)
 S side of the face crops (512)   W width of a motion vector (512)   J face tokens per latent frame (5)   n image tokens
 
-The reference picture is latent frame 0. Pose latents are added to the tokens of the latent frames after it. In every
-cross-attention, a second softmax attends to CLIP's tokens of the picture. The face crops become one motion vector per
-frame, and the motion vectors become J tokens per latent frame. After blocks 0, 5, 10, ... an adapter lets each token
-attend to the face tokens of its own latent frame. None of these inputs depends on t, so encode_motion, embed_motion and
-embed_image compute them once per clip.
+The reference picture is latent frame 0. Pose latents are embedded and added to the tokens of the later latent frames.
+In every cross-attention, a second softmax attends to CLIP's tokens of the picture. The face crops become one motion
+vector per frame, and the motion vectors become J tokens per latent frame. After blocks 0, 5, 10, ... an adapter lets
+each token attend to the face tokens of its own latent frame. None of these inputs depends on t, so encode_motion,
+embed_motion and embed_image compute them once per clip.
 Source: official wan/modules/animate/{model_animate,face_blocks,motion_encoder}.py, whose tensor names are kept.
 """
 
@@ -145,15 +145,16 @@ class CausalConv1d(nn.Module):
 
 
 def norm_silu(x):
-    """Return SiLU(LayerNorm(x)), computed in fp32, in the dtype of x. The norm is over the last axis and has no
-    weights.
+    """Return SiLU(LayerNorm(x)), computed in fp32 and returned in the dtype of x. The norm is over the last axis and
+    has no weights.
     """
     return F.silu(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
 
 
 class FaceEncoder(nn.Module):
-    """The network that turns motion vectors into face tokens. motion: width W of a motion vector. heads: number of
-    tokens per latent frame that are computed. hidden: width of each head.
+    """The network that turns motion vectors into face tokens. motion: width W of a motion vector. heads: number of face
+    tokens per latent frame that are computed from motion vectors; one learned token is added. hidden: width of each
+    head.
     """
 
     def __init__(self, motion, hidden, heads, dim):
@@ -165,8 +166,8 @@ class FaceEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, motion):
-        """Return face tokens (B,k+1,J,D) for motion vectors (B,F,W), F = 4k+1. J counts one token per head and a
-        learned one.
+        """Return face tokens (B,k+1,J,D) for motion vectors (B,F,W), F = 4k+1. J = heads + 1, because a learned token
+        is added.
         """
         x = self.conv1_local(motion.to(self.out_proj.weight.dtype))  # (B,F,heads*hidden)
         x = x.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # heads in the batch: (B*heads,F,hidden)
@@ -278,7 +279,7 @@ class Face(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The inputs that WanAnimate has in addition to a Wan's, embedded."""
+    """WanAnimate's embedded inputs, apart from those of every Wan."""
 
     pose: torch.Tensor
     face: Face
@@ -299,8 +300,8 @@ class ImageCrossAttention(CrossAttention):
         return k, self.v_img(image).unflatten(2, (self.heads, -1))
 
     def keys_values(self, context):
-        """Return the keys and values of `context`: of an embedded text (B,S,D), or of a Context, whose keys and values
-        are the text's two, then the image's two.
+        """Return (k, v) of an embedded text (B,S,D), or (k, v, k_img, v_img) of a Context, that is, of its text and its
+        image.
         """
         if isinstance(context, Context):
             return *super().keys_values(context.text), *self.image_keys_values(context.image)
@@ -317,7 +318,9 @@ class ImageBlock(Block):
 
 
 class ImageWan(Wan):
-    """A Wan whose cross-attention also attends to a picture. embed_inputs returns the embedded picture as `image`."""
+    """A Wan whose cross-attention also attends to a picture. What a subclass's embed_inputs returns has the embedded
+    picture in its field `image`.
+    """
 
     block_class = ImageBlock
 
@@ -344,8 +347,8 @@ class ImageWan(Wan):
 
 class WanAnimate(ImageWan):
     """The DiT of Wan2.2-Animate-14B. In forward(x, t, context, context_lens=None, *, pose, face, clip), pose, face and
-    clip are the arguments of embed_inputs. x (B,36,T',h,w) is the noise followed by y. The returned velocity includes
-    the reference's latent frame.
+    clip are the arguments of embed_inputs. x (B,36,T',h,w) is the noise followed by the y of inputs.ClipInputs. The
+    returned velocity includes the reference's latent frame.
     """
 
     config_class = AnimateConfig
@@ -368,12 +371,11 @@ class WanAnimate(ImageWan):
         return face if face.dim() == 3 else self.motion_encoder.encode_clip(face)
 
     def embed_motion(self, motion, cache=False):
-        """Return the Face for motion vectors (B,F,W), F = 4k+1. It has T' = k+2 latent frames. cache: whether to
-        compute every adapter's keys and values too.
+        """Return the Face for motion vectors (B,F,W), F = 4k+1. It has T' = k+2 latent frames, the first one for the
+        reference. cache: whether to compute every adapter's keys and values too.
         """
-        tokens = F.pad(
-            self.face_encoder(motion), (0, 0, 0, 0, 1, 0)
-        )  # the reference's face tokens are zeros, which are attended to like others
+        # the reference gets face tokens of zeros, and attends to them
+        tokens = F.pad(self.face_encoder(motion), (0, 0, 0, 0, 1, 0))
         adapters = self.face_adapter.fuser_blocks
         kv = (a.keys_values(tokens) for a in adapters) if cache and self.cache_text_kv else (None,) * len(adapters)
         return Face(tokens, tuple(kv))
@@ -384,9 +386,9 @@ class WanAnimate(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, pose, face, clip):
-        """Return the embedded Inputs. pose: latents (B,Cz,T'-1,h,w). face: crops (B,3,4T'-7,S,S) in [-1,1], their
-        motion vectors, or a Face. clip: CLIP's tokens (B,n,C) of the reference picture, or an Image. T' includes the
-        reference, which is latent frame 0 of x.
+        """Return the embedded Inputs. pose: latents (B,Cz,T'-1,h,w). face: crops (B,3,4T'-7,S,S) in [-1,1], the motion
+        vectors of such crops, or a Face. clip: CLIP's tokens (B,n,C) of the reference picture, or an Image. T' includes
+        the reference, which is latent frame 0 of x.
         """
         face = face if isinstance(face, Face) else self.embed_motion(self.encode_motion(face))
         image = self.embed_image(clip)

@@ -36,9 +36,9 @@ MIN_SCORE = 0.5  # points with a lower score are not drawn
 
 
 def draw_pose(points, width, height):
-    """Return the skeleton (height,width,3) uint8, as the model was trained on, for whole-body keypoints (133,3), x y px
-    and score. It shows body and hands, without the face. Pixels equal OpenCV's, except at the edges of fingers in
-    images whose sides both have 1000 px or more.
+    """Return an image (height,width,3) uint8 of a skeleton, drawn as in the model's training data. points (133,3): x y
+    px and score of the whole-body keypoints. Body and hands are drawn, the face is not. Pixels equal those that OpenCV
+    draws, except at the edges of fingers in images whose sides both have 1000 px or more.
     """
     from PIL import Image, ImageDraw
 
@@ -58,8 +58,8 @@ def draw_pose(points, width, height):
 
 
 def limb(a, b, radius):
-    """Return the corners [(x, y)] of a polygon that fills an ellipse from point a to point b. The ellipse is 2 * radius
-    px wide.
+    """Return the corners [(x, y)] of a polygon that approximates an ellipse. The ellipse reaches from point a to point
+    b and is 2 * radius px wide.
     """
     x, y = (int(v) for v in (a[:2] + b[:2]) / 2)
     dx, dy = a[:2] - b[:2]
@@ -97,7 +97,7 @@ def draw_hand(pen, points, radius):
     """Draw a hand with `pen`. points (21,3): the wrist, then four points of each finger, beginning with the thumb."""
     seen = (points[:, 2] >= MIN_SCORE) & (points[:, :2].astype(int) > 0).all(1)
     ends = [(int(x), int(y)) for x, y, _ in points]
-    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # how wide OpenCV draws a line of a thickness above 1
+    width = radius if radius == 1 else (radius + 1) // 2 * 2 + 1  # OpenCV's width for lines thicker than 1
     for i, (a, b) in enumerate(FINGERS):
         if seen[a] and seen[b]:
             color = tuple(round(255 * c) for c in hsv_to_rgb(i / len(FINGERS), 1, 1))
@@ -162,8 +162,8 @@ class Networks:
 
 
 def largest_person(rows, width, height):
-    """Return the box (4,) of the person to follow in a picture of width x height px, or of the full picture if nobody
-    is found. rows: detections (n,6), x1 y1 x2 y2 score class, in px of a PERSON_SIDE square.
+    """Return the box (4,) of the person to follow in a picture of width x height px. If nobody is found, it is the box
+    of the full picture. rows: detections (n,6), x1 y1 x2 y2 score class, in px of a PERSON_SIDE square.
     """
     rows = rows[rows[:, 4] > PERSON_SCORE]
     x1, y1, x2, y2 = (rows[:, :4] * np.float32([width, height, width, height]) / PERSON_SIDE).T
@@ -213,8 +213,8 @@ def pose_input(image, box):
 
 
 def heatmap_points(maps):
-    """Return (K,3) for heatmaps (K,h,w): for each maximum, its x and y as fractions of the map's width and height, and
-    its value. Positions between pixels are found by one Newton step on the logarithm of the blurred map, as for a
+    """Return (K,3) for heatmaps (K,h,w): the x and y of each map's maximum, as fractions of the map's width and height,
+    and its value. Positions between pixels are found by one Newton step on the logarithm of the blurred map, as for a
     Gaussian (Zhang et al. 2020, arXiv:1910.06278).
     """
     K, h, w = maps.shape

@@ -1,4 +1,4 @@
-"""Make the folder that sample.py --src_root_path reads for Animate-14B from a driving video and a character's picture.
+"""Make Animate-14B's input folder (sample.py --src_root_path) from a driving video and a character's picture.
 
 python -m nanowan.variants.animate.prepare --video V.mp4 --image I.png --out DIR \\
     --process_checkpoint Wan2.2-Animate-14B/process_checkpoint
@@ -58,7 +58,7 @@ class Clip(NamedTuple):
         return len(self.times)
 
     def frames(self, seconds, desc=None):
-        """Yield, for each of `seconds`, times in ascending order, the frame (H,W,3) uint8 that is shown nearest to it.
+        """For each time in `seconds`, which ascend, yield the frame (H,W,3) uint8 that is shown nearest to this time.
         desc: the title of a progress bar, or None for no bar.
         """
         with (
@@ -72,8 +72,8 @@ class Clip(NamedTuple):
 
 @contextlib.contextmanager
 def decoding(file, flag):
-    """Return a context manager for reading a video. Inside it, Skip, which is raised for a video that cannot be read,
-    becomes BadInput.
+    """Return a context manager for reading a video. If the video cannot be read, a Skip is raised inside the block; the
+    context manager turns it into a BadInput.
     """
     try:
         yield
@@ -149,8 +149,9 @@ def read_keypoints(file, video):
 def read_faces(file, video):
     """Return the boxes (count,4), x1 y1 x2 y2 px, around a face's landmarks, one for each frame of a Clip.
 
-    The JSON file holds boxes or landmarks: one set for all frames, or one set for each frame; or it holds boxes by
-    frame number, and those of other frames are interpolated linearly. Raises BadInput if it holds something else.
+    The JSON file may hold one box, or one set of landmarks, for all frames; a list with one for each frame; or {frame
+    number: box}. In the last case, the boxes of other frames are interpolated linearly. Raises BadInput if the file
+    holds something else.
     """
     value = read_json(file, "--faces")
     if isinstance(value, dict):
@@ -220,11 +221,11 @@ def new_folder(path):
 
 
 class Work(NamedTuple):
-    """Everything from which the files of a folder are made.
+    """Everything that is needed to make the files of a folder.
 
     indices: the frames of `video` that are used, in order of time. size: (width, height) px of the result. mask_video:
-    a Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3) and faces (n,4): those
-    in the n used frames, in px of `frame_size`, or None if they are not known.
+    a Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3), faces (n,4): the
+    keypoints and the face boxes in the n used frames, in px of `frame_size`, or None if they are not known.
     """
 
     video: Clip
@@ -238,8 +239,8 @@ class Work(NamedTuple):
 
     @property
     def seconds(self):
-        """The times, in seconds, at which the used frames are shown. Of the other videos, the frames nearest to these
-        times are used.
+        """The times, in seconds, at which the used frames are shown. From the pose and mask videos, the frames nearest
+        to these times are taken.
         """
         return [self.video.times[i] for i in self.indices]
 

@@ -34,8 +34,8 @@ class CharacterSamples(ClipSamples):
 
     @functools.cached_property
     def _motion_key(self):
-        """Return a hash of the motion encoder's weights. The digest of their files is not used, because those hold the
-        full DiT.
+        """Return a hash of the motion encoder's weights. The digest of the files that store them would not do, because
+        these files hold the full DiT.
         """
         weights = hashlib.blake2b()
         for _, p in sorted(self.pipe.acquire("motion").named_parameters()):
@@ -88,7 +88,7 @@ class CharacterSamples(ClipSamples):
 
 
 def known_frames(item):
-    """Return the numbers of frames, out of (1, 5), that a continuation segment may take over from the previous segment.
-    A number is allowed if it is at most half of the item's frames.
+    """Return those of the numbers 1 and 5 that a continuation segment of this item may use as its number of known
+    frames. A number is allowed if it is at most half of the item's frames.
     """
     return [n for n in inputs.OVERLAPS if item.frames >= 2 * n]

@@ -1,4 +1,4 @@
-"""The inputs of Animate-2-14B for each segment of a video, from a character's picture and a driving video.
+"""Animate-2-14B's inputs in sampling, segment by segment: a character's picture and a driving video.
 
 Source: diffusers' modular pipeline of Wan-Animate-2 (0.42.1); docs/variants.md says where the official code differs.
 """
@@ -27,8 +27,8 @@ DRIVING_PROMPT = "人物动作的参考视频"  # default prompt of the driving 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def frame_size(width, height, area):
-    """Return the (width, height) px of the video for a picture: an area of about `area` px in the picture's aspect
-    ratio, with sides rounded down to multiples of 16. Raises BadInput if a side would be 0.
+    """Return the (width, height) px of the video for a picture of width x height px. The video has about `area` px and
+    the picture's aspect ratio; its sides are rounded down to multiples of 16. Raises BadInput if a side would be 0.
     """
     aspect = height // SIZE_MULTIPLE / max(1, width // SIZE_MULTIPLE)
     sides = (math.sqrt(area / aspect), math.sqrt(area * aspect)) if aspect else (0, 0)
@@ -64,8 +64,8 @@ def letterbox(image, size, resample):
 
 # ---- the driving video -----------------------------------------------------------------------------------------------
 class DrivingVideo:
-    """The frames of a video at another rate; for each time, the nearest frame is taken. n: number of these frames.
-    Raises BadInput if the file cannot be read or has too few frames.
+    """A driving video, shown at `fps` frames per second: for each multiple of 1/fps, the frame nearest in time is
+    taken. n: number of frames taken. Raises BadInput if the file cannot be read or has too few frames.
     """
 
     def __init__(self, file, fps):
@@ -106,7 +106,7 @@ class DrivingVideo:
 
 class DrivenVideo(ReferencedVideo):
     """A video of a character that moves like the person in a driving video. The first frame of each segment is the last
-    frame of the previous one.
+    frame of the previous segment.
     """
 
     def __init__(self, pipe, settings, picture, file, text):
@@ -154,7 +154,7 @@ class DrivenVideo(ReferencedVideo):
 
 # ---- the interface to sample.py --------------------------------------------------------------------------------------
 class Driven(Conditioning):
-    """Animate-2-14B's conditioning: a picture and a driving video. Its videos are sampled in segments."""
+    """Animate-2-14B's conditioning: a picture and a driving video. Videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
     title = "Animate-2-14B: a character that moves like the person in a video (--size sets the area only)"

@@ -3,10 +3,11 @@
 Letters are those of wan.py, and  T' latent frames: the reference picture, then those of the video   n tokens of a
 latent frame, H'W'   S image tokens of CLIP
 
-Before a clip is sampled, the driving video passes once through the same blocks, clean and at t = 1, with a prompt and
-CLIP's tokens of its own. Each block's keys and values of this pass are kept. In every step, a token attends to all
-tokens of the clip and to the driving video's tokens of its own latent frame. The driving video's positions are shifted
-by one latent frame, because the clip begins with the reference, and to the right by the width of the clip.
+Before a clip is sampled, the driving video passes once through the same blocks, clean and at t = 1. In this pass, it
+has its own prompt and its own CLIP tokens. Each block's keys and values of this pass are kept. In every step, a token
+of the clip attends to all tokens of the clip and to the driving video's tokens of the same latent frame. The positions
+of the driving video are shifted by one latent frame, because the clip begins with the reference. They are also shifted
+to the right by the width of the clip.
 Source: diffusers' WanAnimate2Transformer3DModel (0.42.1); the tensors are those of Wan 2.1's I2V-14B.
 """
 
@@ -61,8 +62,8 @@ class DrivenAttention(NamedTuple):
         return torch.cat(frames, 1)
 
     def as_dense(self, k):
-        """Return (all keys (B,S,N,d), bias (1,1,T'n,S)), with which dense attention gives the same result. The clip's k
-        (B,T'n,N,d) come first among the keys. Used by diag.py logits.
+        """Return (all keys (B,S,N,d), bias (1,1,T'n,S)), with which dense attention gives the same result. The keys are
+        the clip's k (B,T'n,N,d), then those of the driving video. Used by diag.py logits.
         """
         length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
         frame = torch.arange(length, device=k.device) // n
@@ -88,8 +89,8 @@ class Driving(NamedTuple):
 
 
 class Recorder:
-    """The stand-in for a Driving while the driving video itself passes through the blocks. It records the keys and
-    values of each block.
+    """A stand-in for a Driving. It is used while the driving video itself passes through the blocks, and records the
+    keys and values of each block.
     """
 
     def __init__(self):
@@ -99,14 +100,15 @@ class Recorder:
         """Return the self-attention function that block i uses in this pass."""
 
         def attend(q, k, v):
-            self.keys_values.setdefault(i, (k, v))  # the first stays when activation checkpointing runs a block again
+            # activation checkpointing may run a block again; the first pair is kept
+            self.keys_values.setdefault(i, (k, v))
             return ops.attention(q, k, v)
 
         return attend
 
 
 class Inputs(NamedTuple):
-    """The inputs that WanAnimate2 has in addition to a Wan's, embedded."""
+    """WanAnimate2's embedded inputs, apart from those of every Wan."""
 
     driving: Driving | Recorder
     image: Image
@@ -116,11 +118,11 @@ class Inputs(NamedTuple):
 class WanAnimate2(ImageWan):
     """The DiT of Wan2.2-Animate-2-14B. In forward(x, t, context, context_lens=None, *, driving, clip, driving_clip,
     driving_text, unconditional=None), the arguments after * are those of embed_inputs. x (B,36,T',h,w) is the noise
-    followed by y. The returned velocity includes the reference's latent frame.
+    followed by the result of encode_scene. The returned velocity includes the reference's latent frame.
     """
 
     config_class = Animate2Config
-    batches_guidance = False  # a batch would hold the driving video's keys and values twice, and its halves differ
+    batches_guidance = False  # a batch would hold the driving video's keys and values twice, and one half skips a block
 
     def read_driving(self, driving, clip, text):
         """Return the Driving of a driving video. driving: latents (B,Cz,F,h,w) of the video. clip: CLIP's tokens
@@ -146,10 +148,10 @@ class WanAnimate2(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
-        """Return the embedded Inputs. driving, driving_clip, driving_text: the three arguments of read_driving; or
-        `driving` alone, a Driving that read_driving returned. clip: CLIP's tokens (B,S,C) of the reference picture, or
-        an Image. unconditional: (B,), 1 for samples that leave out block SKIPPED as guidance's unconditional half does;
-        or one bool for all samples.
+        """Return the embedded Inputs. Give either the three arguments of read_driving, as driving, driving_clip and
+        driving_text, or the Driving that it returned, as `driving` alone. clip: CLIP's tokens (B,S,C) of the reference
+        picture, or an Image. unconditional: (B,), 1 for samples that leave out block SKIPPED as guidance's
+        unconditional half does; or one bool for all samples.
         """
         if not isinstance(driving, Driving | Recorder):
             driving = self.read_driving(driving, driving_clip, driving_text)
@@ -158,7 +160,7 @@ class WanAnimate2(ImageWan):
     def list_tokens(self, grid, device, inputs):
         tokens = super().list_tokens(grid, device, inputs)
         T, H, W = grid
-        extent = max(T, H, 2 * W)  # the driving video's positions reach the double width
+        extent = max(T, H, 2 * W)  # the driving video's positions reach twice the clip's width
         if isinstance(inputs.driving, Recorder):
             positions = grid_positions(grid, device) + torch.tensor([1, 0, W], dtype=torch.int32, device=device)
             return tokens._replace(positions=positions, extent=max(extent, T + 1))

@@ -12,15 +12,16 @@ from nanowan.variants.sidecars import ClipSamples
 from nanowan.video import to_video
 
 COPYING = "the loss would fall to zero by copying; it should show somebody else move in the same way"
-SAME = 0.02  # a driving video whose pixels, in [-1,1], differ by less on average counts as the clip itself
+# a driving video counts as the clip itself if their pixels, in [-1,1], differ by less than this on average
+SAME = 0.02
 
 
 class DrivenSamples(ClipSamples):
     """Clips with NAME.driving.mp4, in which somebody else moves in the same way.
 
     The model gets the driving video unchanged. If the driving video showed the clip itself, the model would reach zero
-    loss by copying it and learn nothing from the picture. Such a pair is skipped, whether the two files are equal or
-    only their pixels.
+    loss by copying it and learn nothing from the picture. Such a clip is skipped, whether the two files are identical
+    or only show the same pixels.
 
     The reference picture is one of the clip's own frames, chosen by the digest of the clip's file. A continuation
     segment is a sample whose first frame is known.

@@ -14,7 +14,8 @@ from nanowan.variants.examples import Examples
 from nanowan.variants.s2v import model, wav2vec2
 from nanowan.video import probe, read_windows, to_tensor
 
-DROPPED_FRAMES = 3  # first frames of a first segment, which look like the reference picture that is decoded before them
+# number of frames dropped at the start of the first segment: they look like the reference picture, decoded before them
+DROPPED_FRAMES = 3
 MIN_POSE_FRAMES = 3
 
 
@@ -40,9 +41,9 @@ class SpeechVideo(Video):
     """A video in which the person in a picture speaks. Its segments have `frames` frames at 16 per second, and each is
     conditioned on the previous 73 frames.
 
-    As in the official code, the first three frames are dropped unless start_from_ref is set, but the sound begins at
-    its start. Frame n of the file was thus made with the sound of frame n + 3, so the lips lead by 3/16 s. With
-    sync_sound, the first 3/16 s of the sound are left out too.
+    As in the official code, the first three frames are dropped unless start_from_ref is set, but the sound is not cut.
+    Frame n of the file was thus made for the sound at frame n + 3, so the lips move 3/16 s before the sound. With
+    sync_sound, the first 3/16 s of the sound are cut as well.
     """
 
     fps = model.VIDEO_RATE
@@ -84,8 +85,9 @@ class SpeechVideo(Video):
         return torch.frombuffer(bytearray(self.audio_file.read(nbytes)), dtype=torch.float32).view(self.audio_shape)
 
     def _pose_times(self):
-        """Return the times, in seconds, of the pose video's frames for all segments. As in the official code, these are
-        the times of every n-th frame, n = pose_step(fps). A video of variable rate is read at regular times instead.
+        """Return the times, in seconds, of the pose video's frames that are used, for all segments. As in the official
+        code, these are every n-th frame, n = pose_step(fps). In a video of variable rate, frames are taken at regular
+        times instead.
         """
         with self._reading_pose():
             shown = probe(Path(self.pose))
@@ -128,11 +130,11 @@ class SpeechVideo(Video):
         return Conditions(inputs=inputs, uncond_inputs={"audio": torch.zeros_like(audio)})
 
     def decode(self, r, latents, decode):
-        # The prefix is all that is known of the past, because the decoder looks far back: with only the last 14 of its
-        # 20 latent frames, the output of a random decoder is off by 0.6 %.
+        # The prefix holds all past latent frames that are known, because the decoder looks far back: with only the last
+        # 14 of 20 past latent frames, the output of a random decoder is off by 0.6 %.
         prefix = self.motion if self.has_motion else self.ref
         begin = -self.frames if self.has_motion else DROPPED_FRAMES - self.frames
-        video = decode(torch.cat([prefix, latents], 2))[:, :, begin:].clone()  # a view would keep the prefix's frames
+        video = decode(torch.cat([prefix, latents], 2))[:, :, begin:].clone()  # a view would keep the prefix in memory
         self.last = model.next_motion(self.last, video)
         if r + 1 < self.count:
             self._continue()
@@ -150,7 +152,7 @@ class SpeechVideo(Video):
 
 
 class Speech(Conditioning):
-    """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video. Its videos are sampled in segments."""
+    """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video. Videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
     title = "S2V-14B: the person in a picture speaks (--size sets the area, the picture the aspect ratio)"

@@ -9,7 +9,7 @@ motion tokens are clean and get the modulation of t = 0. On the time axis of RoP
 reference has 30, and motion has negative positions. After some blocks, the noise tokens of each latent frame attend to
 that frame's audio tokens. Only the noise and the timestep change from step to step, so embed_audio and embed_reference
 compute the rest once per clip.
-Source: official wan/modules/s2v/*, whose tensor names are kept, `casual` included.
+Source: official wan/modules/s2v/*, whose tensor names are kept, including `casual` for causal.
 """
 
 import math
@@ -33,7 +33,8 @@ VIDEO_RATE = 16
 REFERENCE_TIME = 30
 NOISE, REFERENCE, MOTION = 0, 1, 2  # rows of trainable_cond_mask
 STATES = 25  # number of hidden states of the speech encoder
-INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released model, whose tensors do not tell them
+# blocks of the released model that are followed by an audio injector; its tensors do not tell them
+INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 # Settings of config.json that decide what the tensors mean. No published weights have other values.
 PUBLISHED = dict(
     enable_adain=True,
@@ -68,8 +69,8 @@ def norm_silu(x):
 
 
 class AudioTokenizer(nn.Module):
-    """The network that turns speech features into audio tokens. tokens: number of tokens per latent frame that are
-    computed; one learned token is added.
+    """The network that turns speech features into audio tokens. tokens: number of audio tokens per latent frame that
+    are computed from the features; one learned token is added.
     """
 
     def __init__(self, audio_dim, dim, tokens):
@@ -82,8 +83,8 @@ class AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def downsample(self, x):
-        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). Both paths of the tokenizer share these
-        convolutions.
+        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). These convolutions serve both the vectors and the
+        tokens of `forward`.
         """
         return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
 
@@ -157,9 +158,8 @@ class AudioInjector(nn.Module):
 
     def forward(self, i, x, injection, frame):
         """Add to each noise token of x (B,L,D), fp32, the output of that token's attention to the sound of its latent
-        frame. i: index of the injector. frame: (L,) latent frame of each token. The attention runs over the audio
-        tokens of all frames, with those of other frames masked. The mask costs almost no time, and x may be any part of
-        a clip.
+        frame. i: index of the injector. frame: (L,) latent frame of each token. The audio tokens of all frames are
+        keys, and a mask hides those of other frames. The mask costs almost no time, and lets x be any part of a clip.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -186,8 +186,8 @@ def spread(n, size):
 
 
 class FramePacker(nn.Module):
-    """The tokens of the previous clip: its last latent frame in patches of 1x2x2, the two latent frames before that one
-    in patches of 2x4x4, and the 16 before those in patches of 4x8x8.
+    """The network that turns the end of the previous clip into tokens: its last latent frame in patches of 1x2x2, the
+    two latent frames before that one in patches of 2x4x4, and the 16 before those in patches of 4x8x8.
     """
 
     def __init__(self, channels, dim):
@@ -219,8 +219,8 @@ class FramePacker(nn.Module):
 def fit_size(width, height, area):
     """Return the (width, height) px of the video for a reference picture of width x height px. Sides are multiples of
     64, the aspect ratio is about the picture's, and the area is at most `area` px. The video is no larger than the
-    picture, except that sides are rounded up to multiples of 64. Raises BadInput if a side would be under 64; the
-    official code's fallback, from the aspect ratio alone, then returns a side of 0.
+    picture, except that sides are rounded up to multiples of 64. Raises BadInput if a side would be under 64. In this
+    case, the official code falls back to the aspect ratio alone and returns a side of 0.
     """
     pixels, longest = width * height, 1.0
     shortest = 0.1
@@ -251,7 +251,7 @@ def crop_start(n, size):
 
 def fit_picture(image, size):
     """Return a PIL image at `size` (width, height). The image is scaled (bilinear) until its shorter side equals that
-    of `size`, then cropped to the middle. Black bars are added where the image is too short.
+    of `size`, then its middle is cut out. Where the scaled image is smaller than `size`, black bars are added.
     """
     from PIL import Image
 
@@ -286,8 +286,8 @@ def pose_clip(frames, infer_frames):
 
 
 def first_motion(picture, start_from_picture=False):
-    """Return the 73 frames (1,3,73,H,W) that stand before the first clip. They are grey, but if the clip is to start
-    from the reference picture (1,3,1,H,W), the last 6 are that picture.
+    """Return the 73 frames (1,3,73,H,W) that stand in for a previous clip before the first clip. They are grey. If the
+    clip is to start from the reference picture (1,3,1,H,W), the last 6 of them are this picture.
     """
     motion = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)
     if start_from_picture:
@@ -405,7 +405,7 @@ class WanS2V(Wan):
         n, frames, clean = math.prod(grid), inputs.audio.injections[0].shift.shape[1], inputs.reference.positions
         if frames != grid[0]:
             raise BadInput(f"sound for {frames} latent frames, noise of {grid[0]}")
-        row = torch.arange(n + len(clean), device=device) >= n  # index into `times`: 0 is t, 1 is 0
+        row = torch.arange(n + len(clean), device=device) >= n  # index into the two `times`: 0 for t, 1 for t = 0
         positions = torch.cat([grid_positions(grid, device), clean])
         return Tokens(positions, num_video=n, length=len(row), extent=max(*grid, REFERENCE_TIME + 1), row=row.int())
 
@@ -418,7 +418,7 @@ class WanS2V(Wan):
                 f"x {tuple(x.shape)}, ref {ref.size[0]}x{ref.size[1]}, pose {shape}: ref should be as high and wide as "
                 f"x, and pose None or {want}"
             )
-        # no pose means latents of zeros, whose tokens are the bias
+        # without a pose, its latents are zeros, and each of their tokens equals the bias
         pose = self.cond_encoder.bias.float() if pose is None else embed_patches(pose, self.cond_encoder)
         return torch.cat([super().patchify(x, c) + self.mask(NOISE) + pose, ref.tokens], 1)
 

@@ -37,16 +37,16 @@ class SpeechSamples(ClipSamples):
         return files
 
     def changed(self, path, shown, sidecars, cache):
-        """Return what Samples.changed returns, and also report a sound with gaps, because an older version read it as
-        if it had none.
+        """Return what Samples.changed returns. Also report a sound with gaps, because an older version ignored the
+        gaps.
         """
         sound = sidecars.get("sound", (path, digest(path)))
         gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}
         return super().changed(path, shown, sidecars, cache) | gaps
 
     def group(self, item):
-        """Return the key by which samples are batched. Samples with and without motion frames, and with and without
-        poses, cannot share a batch.
+        """Return the key of Samples.group. Items with and without frames after the sample, and items with and without
+        poses, have different keys.
         """
         return *item.bucket, item.frames_after, "pose" in item.sidecars
 

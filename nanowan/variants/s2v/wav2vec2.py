@@ -4,8 +4,8 @@ N samples at 16 kHz     T_a encoder frames, about 50 per second     A frames at 
 D width (1024)          S = layers + 1 (25) hidden states           F video frames per clip at 16 per second
 
 Source: official wan/modules/s2v/audio_encoder.py over transformers 4.51's Wav2Vec2ForCTC, whose tensor names are kept.
-The last hidden state is the one after the final LayerNorm, as transformers up to 4.51 gives it; 5.x gives the one
-before it, which the released DiT has never seen.
+The last hidden state is taken after the final LayerNorm, as in transformers up to 4.51. transformers 5.x takes it
+before this LayerNorm, and the released DiT was never trained on that.
 """
 
 import json
@@ -157,8 +157,8 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        """Return S hidden states (1,T_a,D) for x (1,T_a,D): the input of the first layer, and the output
-        of each layer.
+        """Return S hidden states (1,T_a,D) for x (1,T_a,D): the input of the first layer, and the output of each layer.
+        The last output is normalised (LayerNorm).
         """
         x = x + self.pos_conv_embed(x)
         states = [x]
@@ -194,8 +194,8 @@ class Wav2Vec2(nn.Module):
 
     @torch.no_grad()
     def features(self, samples):
-        """Return the hidden states (S,T_a,D), in the weights' dtype, of a full sound (N,) at 16 kHz. Any loudness is
-        accepted.
+        """Return the hidden states (S,T_a,D), in the weights' dtype, of a full sound (N,) at 16 kHz. The sound is
+        normalised first, so it may have any loudness.
         """
         samples = samples.to(self.encoder.layer_norm.weight.device, torch.float32)
         samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
@@ -212,15 +212,16 @@ def to_feature_rate(states):
 
 
 def count_clips(frames, infer_frames=80):
-    """Return the number of clips of `infer_frames` video frames that cover `frames` features at 30 per second. If the
-    clips cover them exactly, one more clip is counted, which is silent; the official pipeline does the same.
+    """Return the number of clips of `infer_frames` video frames that are needed for `frames` features at 30 per second.
+    If the features fill these clips exactly, one silent clip is added, as in the official pipeline.
     """
     return int(frames / (infer_frames * FEATURE_RATE / VIDEO_RATE)) + 1
 
 
 def to_video_rate(features, n):
     """Return (S,D,n): for each of n video frames at 16 per second, the nearest of the features (S,A,D) at 30 per
-    second, where halves are rounded to even. After the last feature, the result is zero.
+    second. Positions halfway between two features are rounded to even. For frames after the last feature, the result is
+    zero.
     """
     at = torch.arange(n, dtype=torch.float64).mul(FEATURE_RATE / VIDEO_RATE).round().long().to(features.device)
     inside = at < features.shape[1]
@@ -228,12 +229,13 @@ def to_video_rate(features, n):
     return picked.transpose(1, 2)
 
 
-UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "masked_spec_embed"}  # for speech recognition
+# tensors that only speech recognition or training needs
+UNUSED = {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed", "masked_spec_embed"}
 
 
 def rename(key):
-    """Return this model's name of a tensor in transformers' file. That file may name weight norm's tensors in either of
-    two ways.
+    """Return this model's name of a tensor, given its name in transformers' file. That file may use either of
+    transformers' two ways of naming the tensors of weight norm.
     """
     key = key.removeprefix("wav2vec2.")
     key = key.replace("parametrizations.weight.original0", "weight_g")
