@@ -1,6 +1,6 @@
 """Captioned images and clips: scanned, cached as latents and text embeddings, and drawn as the batches of each step.
 
-Captions are next to the media in NAME.txt, one per line; each time, one of them is drawn at random. Or a list names
+Captions are next to the media in NAME.txt, one per line; each use draws one of them at random. Or a list names
 files and captions: a JSONL file, or a CSV file with a header, given as --data or found in the folder as metadata.jsonl
 or metadata.csv. Media are resized and centre-cropped to the bucket of the nearest aspect ratio; clips are resampled to
 the model's frame rate and cut to 4k+1 frames. The samples of a step follow from the seed and the step's number alone.
@@ -29,7 +29,7 @@ PRESERVED_SHARE = 0.5  # fraction of the samples that get a prompt to preserve, 
 class Batches:
     """Chooses the items of each step: `size` items, or fewer in one step of each epoch. An epoch sees each item
     item.repeat times, in an order that follows from the seed. The items of a step have the same group(item), by default
-    the bucket, as long as enough of them are left. `at(step)` needs no history, so a resumed run sees the same items.
+    the bucket; only steps of leftovers mix groups. `at(step)` needs no history, so a resumed run sees the same items.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):
@@ -58,9 +58,9 @@ class Batches:
 
 @dataclass
 class Draw:
-    """One sample of a step, and everything that is drawn for it: the item and its cache file, the caption to train
-    with, whether this caption is a prompt to preserve, whether the first frame is given, the result of Samples.draw for
-    the variant, the timestep, and the random generator of the noise.
+    """One sample of a step, and everything that is drawn for it: the item and its cache file; the caption to train
+    with, and whether this is a prompt to preserve; whether the clean first frame is given to the model; what
+    Samples.draw returned for the item; the timestep; the random generator for the noise.
     """
 
     item: Item
@@ -80,7 +80,7 @@ def collate(embeddings):
 
 def eval_batches(items, files, samples, shift, low, high):
     """Yield (i, a Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3. The caption is the
-    sample's first; the noise follows from its digest. Half of the possible continuation segments are used as such.
+    sample's first. Its digest decides the noise and, at odds of one half, whether it is a continuation segment.
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -92,7 +92,7 @@ def eval_batches(items, files, samples, shift, low, high):
 
 
 def frame_weights(samples, noise):
-    """Return the loss weights (B,1,T',1,1), 1 on average, of the frames of noise (B,C,T',h,w); None if all are 1."""
+    """Return the loss weights (B,1,T',1,1), 1 on average, of latent frames; None if all are 1. noise: (B,C,T',h,w)."""
     if not samples.loss_from:
         return None
     counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
@@ -101,9 +101,9 @@ def frame_weights(samples, noise):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A folder or list of media, and how samples are taken from it: in buckets with the area of `resolution` (width,
-    height) in px, with at most `frames` frames, chosen by clip_mode, a key of CLIP_MODES. An epoch sees each sample
-    `repeats` times; the loss of each sample is multiplied by `weight`.
+    """A folder or list of media, and how to take samples from it. The bucket of a sample has the area of `resolution`
+    (width, height) in px. clip_mode, a key of CLIP_MODES, chooses at most `frames` frames of a clip for each sample. An
+    epoch sees each sample `repeats` times; the loss of each sample is multiplied by `weight`.
     """
 
     source: Path
@@ -165,7 +165,7 @@ class Dataset:
 
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
-        """Return scan.sizes_of's dict for all samples, but as "bucket" the largest bucket among `items`."""
+        """Return the result of scan.sizes_of for all samples, except that "bucket" is the largest bucket of `items`."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
         row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
         sizes = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
@@ -194,7 +194,7 @@ class Dataset:
         return all(f.exists() for f in self.files + self.val_files)
 
     def cache_latents(self):
-        """Cache the latents that are missing, each rank for its share of the files. Then the VAE leaves memory."""
+        """Cache missing latents; each rank encodes its share of the files. Then drop the VAE from memory."""
         items, pipe, rank = self.items + self.val_items, self.pipe, self.world.rank
         files = {*[*dict.fromkeys(item.path for item in items)][rank :: self.world.size]}  # one rank per file
         mine = [item for item in items if item.path in files]
@@ -221,7 +221,7 @@ class Dataset:
         self._choose_batches()
 
     def cache_texts(self):
-        """Cache the text embeddings that are missing, each rank for its share. Returns {text: cache file}."""
+        """Cache missing text embeddings; each rank encodes its share. Returns {text: cache file}."""
         files, pipe = self.text_files(), self.pipe
         mine = dict(list(files.items())[self.world.rank :: self.world.size])
         cache.cache_texts(mine, lambda: pipe.acquire("text"))
@@ -238,8 +238,8 @@ class Dataset:
         self.files, self.val_files = self._latent_files(self.items), self._latent_files(self.val_items)
 
     def draw(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """Return the Draws of a step, for all ranks. Each depends only on the seed, the step and its place in the step,
-        so `--batch 4` draws as `--batch 2 --accumulate 2` does, or `--batch 1` on four ranks. Arguments: as in `step`.
+        """Return the Draws of a step, for all ranks. Each depends only on the seed, the step and its index in the step,
+        so `--batch 4` draws the same as `--batch 2 --accumulate 2` or `--batch 1` on four ranks. Arguments: see `step`.
         """
         c, draws = self.config, []
         for k, i in enumerate(self.batches.at(step)):
@@ -262,8 +262,8 @@ class Dataset:
         Timesteps are drawn from [low, high).
 
         show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions, at random).
-        preserved_prompts: if any, PRESERVED_SHARE of the samples get one of them instead, and loss weight
-        config.preserve.
+        preserved_prompts: if there are any, PRESERVED_SHARE of the samples get one of these prompts instead of a
+        caption, and config.preserve as the weight of their loss.
         """
         groups = {}
         for draw in self.draw(step, low, high, show_caption, preserved_prompts):
@@ -277,8 +277,8 @@ class Dataset:
                 yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
-        """Return the Batch of Draws of latents of one shape, read from the cache. preserves: whether the run preserves
-        prompts; then Batch.preserved is always set, since all ranks compute the base model's predictions together.
+        """Return the Batch of `draws`, read from the cache. Their latents have one shape. preserves: whether the run
+        preserves prompts. If so, Batch.preserved is set, as all ranks compute the base model's predictions together.
         """
         samples = self.samples
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]

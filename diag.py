@@ -38,7 +38,7 @@ def script_name(text):
 
 
 def add_model_flags(add):
-    """Add the flags of a command that runs a checkpoint with changes to it."""
+    """Add the flags of a command that runs a checkpoint with LoRAs or with another text encoder."""
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
     add("--lora", action="append", default=[], help="LoRA, FILE[:weight][:high|low|both]; may be repeated")
     add(
@@ -53,7 +53,7 @@ def add_model_flags(add):
 
 
 def add_data_flags(add):
-    """Add the flags of a command that reads training data, as logits.open_dataset takes them."""
+    """Add the flags of a command that reads training data; they become arguments of logits.open_dataset."""
     add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
     add("--cache", help="folder of the cache (default: cache/, next to the data)")
     add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")

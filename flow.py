@@ -23,9 +23,9 @@ def unshift_t(t, shift):
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
     """Draw n shifted training timesteps (n,) fp32 in [low, high), such as the range of one expert of an A14B.
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Draws come from
-    the part of this distribution that the shift moves into the range, so none is rejected, and within the range the
-    shape of the density is unchanged.
+    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Before the shift,
+    the distribution is truncated to the interval that the shift maps to [low, high). So no draw is rejected, and the
+    density keeps its shape within the range.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -40,7 +40,7 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """Return n fixed timesteps (n,) fp32 in [low, high): the middles of n parts, equal before the shift, shifted."""
+    """Split [low, high), before the shift, into n equal parts. Return their midpoints (n,) fp32, after the shift."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     """B noised samples. x (B,C,T',h,w): the latents, followed by any conditioning channels; t (B,) or (B,T') in 0..1;
     target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): weights of the loss, 0 for a given frame,
     or None if all are 1; captions: list of B str; inputs: further keyword arguments of the model's forward; preserved
-    (B,) bool: which targets are to become the base model's own predictions, or None if the run preserves no prompts.
+    (B,) bool: samples whose target is to be the base model's own prediction, or None if the run preserves no prompts.
     """
 
     x: torch.Tensor
@@ -84,8 +84,8 @@ class Batch(NamedTuple):
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
     """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t (B,). An entry is {"latents": (C,T',h,w),
-    "y": (c,T',h,w) if the model has conditioning channels, and the further inputs of its forward}. If the first latent
-    frame of any sample is given, t is (B,T'), and 0 for each given frame.
+    "y": (c,T',h,w) if the model has conditioning channels, and the further inputs of its forward}. If any sample is
+    given its clean first latent frame, t is (B,T') instead, and 0 for each given frame.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
@@ -96,10 +96,10 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """An ODE solver that takes latents from noise to clean. `timesteps`: the DiT's input at each of its runs, truncated
-    to integers as in the official code; the arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
+    """An ODE solver that takes latents from noise to clean. `timesteps`: the timesteps that the DiT gets, truncated to
+    integers as in the official code. The arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
     `step(v, x)` once per timestep, in order, with x and the DiT's velocity v at x and that timestep; it returns the x
-    at which to compute the next velocity. Before the call, `sigma` is the noise level of x, so x - sigma v estimates
+    at which to compute the next velocity. Before each call, `sigma` is the noise level of x, so x - sigma v estimates
     the clean latents.
     """
 

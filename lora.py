@@ -18,7 +18,7 @@ TARGETS = tuple(f"{attn}.{p}" for attn in ("self_attn", "cross_attn") for p in "
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear `base`, plus scale * B A, scale = alpha / rank. A (rank,in) and B (out,rank) are always fp32."""
+    """The frozen linear `base` plus scale * B A; scale = alpha / rank. A (rank,in) and B (out,rank) are always fp32."""
 
     takes_gelu = False
 
@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
 
 
 def base_name(name):
-    """Return the name that a parameter of a model with adapters has without them, and in files."""
+    """Return a parameter's name without what adapters have added: its name in the base model and in files."""
     return name.replace(".base.", ".")
 
 
@@ -132,9 +132,9 @@ def clamp_weight_norm(pairs, scale, norms, cap):
 def merge(model, changes, weight=1.0):
     """Add `weight` * change to each parameter that `changes` names, in place, rounded once to the parameter's dtype.
 
-    changes: {parameter name: Change} (nanowan/formats/lora.py). Rounding to 8 bits would lose most of a change, so a
-    change of an 8-bit parameter is kept next to it, in a LoRALinear. Raises ValueError, before anything is changed, if
-    a change of an 8-bit parameter is not of low rank.
+    changes: {parameter name: Change} (nanowan/formats/lora.py). Rounding to 8 bits would lose most of a change. So an
+    8-bit parameter stays unchanged, and a LoRALinear around its linear adds the change. Raises ValueError, before
+    anything is changed, if the change of an 8-bit parameter is not of low rank.
     """
     parameters = {base_name(name): p for name, p in model.named_parameters()}
     beside = {name: change.factors() for name, change in changes.items() if parameters[name].dtype.itemsize == 1}
@@ -151,7 +151,7 @@ def merge(model, changes, weight=1.0):
 
 
 def _add_beside(model, name, a, b, weight):
-    """Add weight * B A to the linear `name` in a LoRALinear; an existing LoRALinear grows in rank."""
+    """Wrap the linear `name` in a LoRALinear that adds weight * B A; an existing LoRALinear grows in rank instead."""
     linear = model.get_submodule(name)
     device = linear.lora_A.device if isinstance(linear, LoRALinear) else linear.weight.device
     if device.type != "meta":  # weights on meta arrive later, from another rank

@@ -109,7 +109,7 @@ class GuidedModel:
         if clip.negative is not None and self.mode == "batched":
             pairs = [torch.cat([a, b]) for a, b in zip(clip.text, clip.negative)]
             self.both = self._embed(pairs, {k: torch.cat([v, differing.get(k, v)]) for k, v in inputs.items()})
-        elif clip.negative is not None:  # what both predictions share is prepared once
+        elif clip.negative is not None:  # inputs that both predictions share are prepared once
             self.uncond = self._embed(clip.negative, self.cond[1] | differing)
 
     def _embed(self, text, inputs):
@@ -164,7 +164,7 @@ def denoise(pipe, settings, clip, expert):
 
 
 def encode_text(pipe, settings, prompts, encoder=None):
-    """Return (embeddings (B,S,D), lens (B,)) of the prompts, and of the negative prompt, or None without guidance."""
+    """Return (embeddings (B,S,D), lens (B,)) of the prompts; and the same of the negative prompt, None if unguided."""
     embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
@@ -205,7 +205,7 @@ def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None
 
 
 def open_video(pipe, settings, **inputs):
-    """Open a Video. inputs: images (files or PIL images) and others, named like sample.py's flags. Raises BadInput."""
+    """Open a Video. inputs: named like sample.py's flags; images as files or PIL images. Raises BadInput for others."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")
@@ -216,7 +216,7 @@ def open_video(pipe, settings, **inputs):
 
 def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
     """Sample B clips in one batch, each from its own seed -> latents (B,C,T',h,w) fp32. Apart from rounding, a clip
-    does not depend on the others. prompts: list of str, or from encode_text. image, settings: as in `generate`.
+    does not depend on the others. prompts: list of str, or encode_text's result. image, settings: as in `generate`.
     """
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts
@@ -246,7 +246,7 @@ def generate(pipe, prompt, image=None, seed=0, progress=True, **settings):
 
 
 def sample_segments(pipe, settings, video, text, seed, segments, reuse=0.0, **more):
-    """Sample the segments of a Video that are not done yet, and save them in `segments`: a SegmentsInMemory, filled by
+    """Sample the segments of a Video that are not done yet, and save them in `segments`: a SegmentsInMemory, filled on
     every rank, or a SegmentFiles, written by one rank. reuse: the value of --reuse; more: further fields of the Clips.
     """
     done = segments.count()
@@ -293,7 +293,7 @@ def run(args, prompts, world):
             return
     by_segments = pipe.settings.conditioning.by_segments
     mine = sampling.share_of(requests, world)
-    # of videos in segments, which may be large, only the first is opened here
+    # videos made in segments may be large, so only the first of them is opened here
     videos = [open_video(pipe, mine[0].settings, **mine[0].inputs)]
     videos += [] if by_segments else [open_video(pipe, r.settings, **r.inputs) for r in mine[1:]]
     print(json.dumps(mine[0].record(args, pipe, videos[0]), ensure_ascii=False))
@@ -320,7 +320,7 @@ def run(args, prompts, world):
             segments.write_video(video, comment(r, video), r.latents)
             print(r.out, flush=True)
 
-    # single clips, each written once it is done; an expert of an A14B denoises several before the other expert does
+    # single clips, each written once it is done; an A14B's expert denoises several before the other expert is loaded
     shown, group_size = [], EXPERT_GROUP if pipe.settings.is_moe else 1
     for first in range(0, 0 if by_segments else len(mine), group_size):
         group = []

@@ -22,7 +22,7 @@ class Tokenizer:
     all. Special tokens written in a prompt (</s>, <extra_id_0>, ...) become their own ids.
 
     model: the bytes of spiece.model; raises ValueError for other bytes. special: {token: id} in addition to <pad>, </s>
-    and <unk>. byte_fallback: encode characters without a piece as bytes; otherwise a run of them is one <unk>.
+    and <unk>. byte_fallback: encode characters without a piece as bytes; else a run of such characters is one <unk>.
     """
 
     def __init__(self, model, special=None, byte_fallback=False, length=512):
@@ -37,7 +37,7 @@ class Tokenizer:
         self.add_words({})
 
     def add_words(self, ids_of):
-        """From now on, encode these words, where they stand alone, by their given ids. ids_of: {word: [id]}."""
+        """Encode words by given ids from now on, where they stand alone in a text. ids_of: {word: [id]}."""
         self.special |= ids_of
         longest_first = sorted(self.special, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` ranges of signed distances, exact to 7, logarithmic to 128."""
+    """A learned logit per head for each of `buckets` ranges of signed distances: exact to 7, logarithmic to 128."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -166,7 +166,7 @@ class TextEncoder(nn.Module):
         return self.norm(x) * real[..., None]
 
     def linear_name(self, block, target):
-        """Return the full name of the linear in a block that `target` means in a LoRA."""
+        """Return the full name of the linear that a LoRA's `target` means in block number `block`."""
         return f"blocks.{block}.{target}"
 
     def encode(self, texts):

@@ -255,7 +255,7 @@ def train(args, world):
         tokens = watch.tokens * world.dp_size / world.size
         loss, watch.tokens, taught, stop = world.all_reduce_grads(params_of[expert], loss, tokens, taught, run.stop)
 
-        # one update; a step in which every sample has a prompt to preserve has far smaller gradients: it is not typical
+        # one update; gradients are far smaller if all prompts are ones to preserve: the guard leaves such a norm out
         metrics, skipped = update(state, world, step, args, loss, typical=taught > 0)
         if not skipped and args.delta_cap:
             metrics["n_clamped"] = clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)
@@ -266,7 +266,7 @@ def train(args, world):
         metrics |= {"expert": expert} if len(schedule) > 1 else {}
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
         metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
-        dit = None  # the other expert may be next
+        dit = None  # the next step may need the other expert
         run.log(step + 1, loss=loss, **metrics, **evaluate(step + 1))
         too_many = state.guard.skipped >= args.max_skipped
         if due(step + 1, args.save_every, args.steps) or stop or too_many:

@@ -86,7 +86,7 @@ def check(args, s, num_blocks):
     args.keywords = args.keywords or []
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
-    # otherwise weights are fp32, as plain AdamW's small steps would be lost in the 8 bits of bf16's mantissa
+    # without compensation, trained weights are fp32: bf16's 8 bits of mantissa would lose AdamW's small steps
     compensated = args.dtype == "bf16" and not args.fsdp and not args.rank
     args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
     if (args.optimizer == "adamw8bit") != compensated:
@@ -172,7 +172,7 @@ def train(args, world):
     # the encoder is trained, the DiT is frozen
     pipe.trains_text = True
     encoder = pipe.acquire("text")
-    pipe.drop()  # from here on the Pipeline does not know the encoder, so that no other model evicts it
+    pipe.drop()  # the Pipeline forgets the encoder, which stays in memory: no other model can evict it
     if preview_prompts:
         previews.embed(encoder)
     encoder.tokenizer.add_words(placeholders)
@@ -229,11 +229,11 @@ def train(args, world):
                 if step and world.broadcast_from_rank0(lambda: run.is_best(metrics)):
                     write_encoder(step, best)
             if preview_prompts and due(step, args.preview_every, args.steps):
-                if step:  # at step 0 their embeddings are still the base's
+                if step:  # at step 0, previews use the embeddings of the untrained encoder
                     previews.embed(encoder)
                 run.log_image(step, "previews", previews.write(step))
         if world.fsdp:
-            encoder.reshard()  # without a backward pass, weights outside of the blocks stay unsharded
+            encoder.reshard()  # no backward pass has done this: weights outside of the blocks are still unsharded
         return metrics
 
     def write_encoder(step, file):
@@ -291,7 +291,7 @@ def train(args, world):
         metrics |= {"expert": expert} if len(schedule) > 1 else {}
         metrics |= watch.metrics(dit, batch, sizes["text"], args.accumulate, args.device)
         metrics["epoch"] = round((step + 1) / dataset.batches.per_epoch, 3)
-        dit = None  # the other expert may be next
+        dit = None  # the next step may need the other expert
         run.log(step + 1, loss=loss, **metrics, **evaluate(step + 1))
         too_many = state.guard.skipped >= args.max_skipped
         if due(step + 1, args.save_every, args.steps) or stop or too_many:

@@ -2,7 +2,7 @@
 
 B batch size, C channels, T = 4k+1 frames, T' = k+1 latent frames, H W height and width in pixels, h w in latent pixels.
 Both stream through time: the encoder takes 1 frame, then 4 at a time; the decoder takes 1 latent frame at a time.
-`past` is a dictionary {layer: what this layer keeps of the previous chunk}, which one encode or decode call owns.
+`past` is a dictionary {layer: what this layer keeps of the previous chunk}; each encode or decode call has its own.
 Source: official wan/modules/vae2_1.py and vae2_2.py, whose tensor names are kept.
 """
 
@@ -136,7 +136,7 @@ class Resample(nn.Module):
             if self in past:
                 x = self.time_conv(x, past).unflatten(1, (2, -1))  # (B,2,C,T,H,W): two halves to interleave
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-            past[self] = True  # the first latent frame stays one frame, which the second does not see
+            past[self] = True  # the first latent frame stays one frame; the second frame's time_conv does not see it
         B, T = x.shape[0], x.shape[2]
         x = x.transpose(1, 2).flatten(0, 1)
         if self.up:
@@ -156,13 +156,13 @@ class Resample(nn.Module):
 
 
 def fold_kernel(weight):
-    """Fold a kernel (N,C,3,3), made for a map upsampled 2x by nearest neighbours, into four kernels (4N,C,2,2) for the
-    map before upsampling, one for each output pixel of a pixel. Weights that meet the same pixel are added, which is
-    exact but for rounding.
+    """Fold a kernel (N,C,3,3), made for a map upsampled 2x by nearest neighbours, into kernels (4N,C,2,2) for the map
+    before upsampling: one for each of the four pixels that a pixel becomes. Weights that are applied to the same pixel
+    are added, which is exact but for rounding.
     """
 
     def fold(w, axis):
-        """Return the kernels for the first and for the second pixel of a pair along `axis`."""
+        """Return the kernels for the first and for the second of the two pixels that a pixel becomes along `axis`."""
         a, b, c = w.unbind(axis)
         return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)
 
@@ -170,8 +170,8 @@ def fold_kernel(weight):
 
 
 def upsample_conv(x, weight, bias):
-    """Upsample x (B,C,H,W) by 2 (nearest neighbour) and convolve it with a 3x3 kernel, computed before upsampling with
-    4/9 of the multiplications. weight: from fold_kernel; bias (4N,): the bias, four times. Returns (B,N,2H,2W).
+    """Upsample x (B,C,H,W) by 2 (nearest neighbour) and convolve it with a 3x3 kernel. Folding (fold_kernel) saves 5/9
+    of the multiplications. weight: from fold_kernel; bias (4N,): the bias, four times. Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
     y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
@@ -195,7 +195,7 @@ def avg_down(x, cout, factors):
 
 def add_dup_up(y, x, factors, first):
     """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: repeat x's channels, then move them
-    to space and time. factors (ft, fs): growth of time and space. first: y is a first chunk, which lacks ft-1 frames.
+    to space and time. factors (ft, fs): growth of time and space. first: whether y is a first chunk, ft-1 frames short.
     """
     ft, fs = factors
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` channels of x
@@ -232,7 +232,7 @@ class Stage(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder or, with `up`, the decoder. v22: of VAE 2.2; dims: widths, from the first stage's input on."""
+    """The encoder or, if `up`, the decoder. v22: whether of VAE 2.2; dims: widths, from the first stage's input on."""
 
     def __init__(self, v22, up, cin, cout, dims, blocks):
         super().__init__()
@@ -298,7 +298,7 @@ class VAE(nn.Module):
         self.decoder = Coder(v22, True, z_dim, pixels, [dec_dim * m for m in (mult[-1], *mult[::-1])], 3)
 
     def decode_in(self, dtype):
-        """Make the decoder compute in `dtype`, while the encoder keeps its own. Returns the model."""
+        """Make the decoder compute in `dtype`, while the encoder keeps its dtype. Returns the model."""
         self.conv2.to(dtype)
         self.decoder.to(dtype)
         return self
@@ -370,8 +370,8 @@ class VAE(nn.Module):
 
 
 def channels_last(model):
-    """Convert the weights of every convolution to channels-last, which its outputs then inherit: oneDNN, cuDNN and csrc
-    are fastest in that layout.
+    """Convert the weights of every convolution to channels-last. Outputs of a convolution inherit this layout, in which
+    oneDNN, cuDNN and csrc are fastest.
     """
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Conv3d)):

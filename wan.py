@@ -43,7 +43,7 @@ def embed_patches(x, conv):
 
 
 class Rope(NamedTuple):
-    """The rotation of self-attention's tokens, the number of tokens in the clip, and another attention to use."""
+    """How to rotate q and k, how many tokens the clip has, and what replaces full self-attention, if anything."""
 
     table: torch.Tensor  # (P,d/2,2), for P positions: kernels/rope.py
     positions: torch.Tensor  # (L,3) of these tokens
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, weights, eps, heads, rope):
-    """RMS-norm q and k with `weights`, rotate them by `rope`, and attend to v. q, k, v (B,L,D) -> (B,L,D)."""
+    """RMS-norm q and k with `weights`, rotate them by `rope`, and compute attention. q, k, v (B,L,D) -> (B,L,D)."""
     if rope.attention is None:
         return ops.self_attention(q, k, v, weights, eps, heads, rope.table, rope.positions)
     q, k = ops.qk_norm_rope([q, k], weights, eps, heads, rope.table, rope.positions)
@@ -111,10 +111,10 @@ class Block(nn.Module):
 
     def forward(self, x, adaln, rope, context, bias, kv=None, row=None):
         """x (B,L,D) fp32 -> (B,L,D) fp32. adaln (B,F,6,D) fp32: rows of modulation; context (B,S,D), bias (B,1,1,S):
-        the text and its logit bias; kv: the text's keys and values, if computed already; row (L,): the number of the
-        row that modulates each token (default: each row modulates L/F successive tokens).
+        the text and its logit bias; kv: the text's keys and values, if computed already; row (L,): for each token, the
+        index of its row of modulation (default: each row modulates L/F successive tokens).
         """
-        # The code below fuses this: one call ends a branch and begins the next.
+        # The code below computes these lines; each fused call ends one branch and begins the next.
         #   x = x + gate1 * self_attn(norm(x) * (1 + scale1) + shift1)
         #   x = x + cross_attn(norm3(x))
         #   x = x + gate2 * ffn(norm(x) * (1 + scale2) + shift2)
@@ -174,12 +174,12 @@ VARIANTS = {
 
 
 def config_of(row, config_class=WanConfig):
-    """Return the config_class of `row`, an entry of VARIANTS, which has the released sizes."""
+    """Return a config_class with the sizes in `row`, an entry of VARIANTS."""
     return config_class(**{f.name: row[f.name] for f in fields(config_class) if f.name in row})
 
 
 def build(variant):
-    """Build the DiT of a name in VARIANTS at its released size, on the default device. No weights are loaded."""
+    """Build the DiT of `variant`, a name in VARIANTS, at its released size, on the default device, without weights."""
     return Wan(config_of(VARIANTS[variant]))
 
 
@@ -212,12 +212,12 @@ class BlockInputs(NamedTuple):
     tokens: Tokens
     text: Text
     inputs: object = None  # the result of embed_inputs for a variant's further inputs
-    text_learns: bool = False  # whether the text needs gradients: then they pass through all blocks
+    text_learns: bool = False  # whether the text needs gradients; then gradients pass through all blocks
 
 
 class Wan(nn.Module):
-    """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block. Its
-    additions then also work where ranks share tokens or blocks (nanowan/parallel/) and where blocks are streamed.
+    """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block.
+    What it adds then also works where ranks share tokens or blocks (nanowan/parallel/) and where blocks are streamed.
     """
 
     config_class = WanConfig
@@ -233,7 +233,7 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, c.dim * 6))
         self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
         self.head = Head(c.dim, c.out_dim * math.prod(c.patch_size), c.eps)
-        # number of blocks with activation checkpointing, from the first that needs gradients on; True: all from there
+        # number of blocks with activation checkpointing, from the first that needs gradients on; True: all of these
         self.checkpointing = 0
         self.cache_text_kv = True  # False where blocks have their weights only while they run (memory/, parallel/)
         self.share_tokens(lambda x, c: (x, c), lambda y, c: y, attend)
@@ -267,13 +267,13 @@ class Wan(nn.Module):
         return T // pt, h // ph, w // pw
 
     def embed_text(self, context, lens=None, cache=False):
-        """Embed context (B,S,text_dim) of true lengths lens (B,) (default: all S) -> Text. cache: compute the keys and
-        values for every block too. Raises ValueError for a text longer than S or text_len.
+        """Embed context (B,S,text_dim) of true lengths lens (B,) (default: all S) -> Text. cache: also compute the keys
+        and values of every block. Raises ValueError for a text longer than S or text_len.
 
         The official model pads each prompt with zeros to text_len and masks nothing: all n = text_len - len padding
         tokens have the same key and value. Here two tokens replace them exactly, with log(n1) and log(n2) added to
-        their logits, n1 + n2 = n. One token would not do: bf16 attention would round log(n), which changes n by up to
-        1.5 %. So n1 is chosen such that log(n1) is a bf16 number, and n2 is the small rest.
+        their logits, n1 + n2 = n. One token would not be exact: bf16 attention would round log(n), which changes n by
+        up to 1.5 %. So n1 is chosen such that log(n1) is a bf16 number, and n2 is the small rest.
         """
         B, S, _ = context.shape
         longest = S if lens is None else int(lens.max())
@@ -342,11 +342,11 @@ class Wan(nn.Module):
 
     @staticmethod
     def kept_bytes(config, tokens, itemsize):
-        """Return the bytes that prepare_inputs keeps for `tokens` tokens; 0 where they are too few to matter."""
+        """Return the bytes of what prepare_inputs computes for `tokens` tokens; 0 if they are negligible."""
         return 0
 
     def join_text(self, text, inputs):
-        """Return the Text that the blocks get. A variant appends what else cross-attention is to attend to."""
+        """Return the Text that the blocks get. A variant may append further tokens for cross-attention."""
         return text
 
     def times(self, t):
@@ -359,7 +359,7 @@ class Wan(nn.Module):
         return Tokens(grid_positions(grid, device), num_video=n, length=n, extent=max(grid))
 
     def patchify(self, x, c):
-        """Embed x (B,C,T',h,w) as all tokens (B,L,D) fp32, in the order of list_tokens, on every rank."""
+        """Embed x (B,C,T',h,w) -> all tokens (B,L,D) fp32 of the clip, in the order of list_tokens, on every rank."""
         return embed_patches(x, self.patch_embedding)
 
     def attention_of(self, i, c):
@@ -368,11 +368,11 @@ class Wan(nn.Module):
         """
 
     def after_block(self, i, x, c):
-        """Return x (B,L,D), the output of block i, with a variant's changes. Video tokens come first."""
+        """Return x (B,L,D), the output of block i, changed as the variant needs. Video tokens come first."""
         return x
 
     def linear_name(self, block, target):
-        """Return the full name of the linear in a block that a LoRA's `target` means; None if there is none."""
+        """Return the full name of the linear that a LoRA's `target` means in block number `block`, or None."""
         return f"blocks.{block}.{target}"
 
     def cross_attentions(self):
@@ -382,12 +382,12 @@ class Wan(nn.Module):
     # ---- what parallel/ and memory/offload.py set -----------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
         """Let ranks share a clip's tokens. scatter(x, c) -> this rank's x and BlockInputs; gather(y, c) -> the head's
-        output for all tokens, c: the BlockInputs of all; attend: as `attend` above, from this rank's tokens to all.
+        output for all tokens. c: all tokens' BlockInputs. attend: like `attend` above, with all ranks' keys and values.
         """
         self.scatter_tokens, self.gather_tokens = scatter, gather
         for block in self.blocks:
             block.self_attn.attend = attend
 
     def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
-        """Run the blocks within the context manager around(). recompute_contexts: context_fn of checkpoint()."""
+        """Run the blocks within the context manager around(). recompute_contexts: context_fn of torch's checkpoint."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
