@@ -148,9 +148,9 @@ def folder_of(ckpt):
 
 
 def look_at_words(keywords, items, captions, pipe):
-    """Print which keywords occur in the captions of few files, and return the keywords of which every token also occurs
-    in a caption without keywords. pipe: a Pipeline with the tokenizer, or None, with which no keyword is returned.
-    Raises BadInput for a keyword that no caption contains.
+    """Print which keywords occur in the captions of few files. Return the keywords of which every token also occurs in
+    a caption without keywords. pipe: a Pipeline with the tokenizer; if it is None, no keyword is returned. Raises
+    BadInput for a keyword that no caption contains.
     """
     for keyword in keywords:
         files = count_files(items, keyword)
@@ -200,7 +200,7 @@ def run(args):
                     f"     a card of 24 GB: python diag.py plan --gpus 1x24 {script} and these flags proposes what fits"
                 )
     blocks = job.config.num_layers
-    if blocks >= 12:  # with fewer blocks, a third of them was too little
+    if blocks >= 12:  # in smaller models, training a third of the blocks gained too little
         upper = f"{blocks - blocks // 3}-{blocks - 1}"
         print(f"\nIf time or memory is short, run 2 with --blocks {upper}: 0.84 of the accuracy that all blocks add.")
     print(CHOICE)

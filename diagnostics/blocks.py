@@ -64,9 +64,9 @@ def hide_tokens(attention, hidden):
 
 
 def samples_with(dataset, keyword, n, tokenizer):
-    """Return at most n pairs (Item, mask), each from another file, for captions that contain the keyword. The Item has
-    that caption alone; the mask is keyword_tokens of the caption. Raises BadInput if the encoder reads the keyword in
-    no caption.
+    """Return at most n pairs (Item, mask) for captions that contain the keyword, each from another file. The Item has
+    only this caption; the mask is keyword_tokens of the caption. Raises BadInput if the encoder reads the keyword in no
+    caption.
     """
     found = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):
@@ -92,7 +92,7 @@ def sample_effects(model, batches, text, hidden):
     rows = []
     for batch in batches:
         inputs = {k: v.to(text[0].device) for k, v in batch.inputs.items()}
-        batch = batch._replace(inputs=model.prepare_inputs(**inputs))  # a driving video's own text is not hidden
+        batch = batch._replace(inputs=model.prepare_inputs(**inputs))  # the prompt of a driving video stays visible
         whole = batch.velocity(model, *text)
         for block in model.blocks:
             with hide_tokens(block.cross_attn, hidden):

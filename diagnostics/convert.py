@@ -54,9 +54,8 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
 
 
 def is_dit(source, part):
-    """Return whether to convert a DiT, rather than a text encoder. The value of --part (`part`) decides, if --part is
-    given. Otherwise a file is converted as what it contains; in a checkpoint folder, a text encoder is preferred to a
-    DiT.
+    """Return whether to convert a DiT, rather than a text encoder. part: the value of --part, which decides if it is
+    given. Otherwise, the contents of a file decide. In a checkpoint folder, a text encoder is preferred to a DiT.
     """
     if part or not source.is_dir():
         return (part or kind_of(source)) == "dit"
@@ -68,7 +67,7 @@ def is_dit(source, part):
 def convert_lora(text, out, layout):
     """Write a LoRA in another layout. text: FILE, or for a file that holds both experts FILE:high or FILE:low. layout:
     "comfyui", which diffusers reads too, or for a DiT's LoRA also "musubi", which musubi-tuner reads. The low-rank
-    factors keep their bits, unless alpha has to be multiplied in. Raises BadInput if the LoRA cannot be written so.
+    factors keep their bits, unless alpha has to be multiplied in. Raises BadInput if this layout cannot hold the LoRA.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")

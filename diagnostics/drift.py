@@ -18,9 +18,9 @@ def drift(old, new, prompts, keywords=(), nearest=5):
 
     The result is {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords":
     {keyword: [before, after]}}. cosine: the cosine between the embeddings before and after; for a prompt, the mean over
-    its tokens. norm: the norm after, divided by the norm before. before, after: [(word, cosine)] of the words in the
-    prompts that are nearest to the keyword, at most `nearest` words; every word is embedded alone, and the mean over
-    its tokens is compared. Raises BadInput if the widths of the two encoders differ.
+    its tokens. norm: the norm after, divided by the norm before. before, after: [(word, cosine)] of at most `nearest`
+    words from the prompts, those nearest to the keyword. For this comparison, every word is encoded alone, and its
+    embedding is the mean over its tokens. Raises BadInput if the widths of the two encoders differ.
     """
     if old.norm.weight.shape != new.norm.weight.shape:
         raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")

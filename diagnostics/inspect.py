@@ -32,8 +32,8 @@ EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # in the official layo
 
 
 def totals(entries):
-    """Return a dictionary with the numbers of parameters, tensors and bytes in {name: Entry}, and the parameters of
-    each dtype.
+    """Return a dictionary with the numbers of parameters, tensors and bytes in `entries` {name: Entry}, and the number
+    of parameters of each dtype.
     """
     dtypes = Counter()
     for entry in entries.values():
@@ -48,8 +48,8 @@ def totals(entries):
 
 
 def lora_budget(entries):
-    """Return the sizes of LoRAs on a DiT: a list with a dictionary for each set of targets and each rank. entries:
-    {name: Entry} of the DiT.
+    """Return the sizes that LoRAs on a DiT would have: a list with a dictionary for each set of targets and each rank.
+    entries: {name: Entry} of the DiT.
     """
     rows = []
     for label, targets in LORA_TARGETS.items():

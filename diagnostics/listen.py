@@ -32,13 +32,14 @@ from sample import decode, encode_text, sample_latents
 TEMPLATES = ["a video of {}", "a close-up of {}", "{} in bright daylight", "{} in front of a plain wall"]
 OTHER_PROMPTS = ["a red fox runs through fresh snow", "a paper boat drifts down a stream"]
 FRAMES = 8  # CLIP sees this many frames of a clip
-N_GRADED, N_JUDGED = 40, 8  # prompts per word: graded on nano, whose clips take little time; judged on other models
+N_GRADED, N_JUDGED = 40, 8  # prompts per word: on nano, whose clips take little time; on other models
 
 
 # ---- columns -----------------------------------------------------------------------------------------------------
 def parse_strengths(files):
-    """Return {strength: files} if the last of --text_encoder's files is given at several strengths, as in FILE:0,0.5,1;
-    each list of files then ends with FILE at that one strength. Otherwise return {None: files}.
+    """Return {strength: files} if the last of --text_encoder's files is given with several strengths, as in
+    FILE:0,0.5,1. Each list of files then ends with FILE at one of these strengths. With a single strength or none,
+    return {None: files}.
     """
     *before, last = files or [""]
     file, _, numbers = last.rpartition(":")
@@ -49,8 +50,9 @@ def parse_strengths(files):
 
 def open_columns(args, how):
     """Return {column name: Pipeline}: the base, the base with the encoder, and the base with the encoder and the
-    translator, as far as `args` names these. With --skip_before, return only the last column. If the encoder is given
-    at several strengths, return instead a column for each strength. how: a Runtime.
+    translator. Encoder and translator are left out if `args` does not name them. With --skip_before, return only the
+    last column. If the encoder is given at several strengths, return instead a column for each strength. how: a
+    Runtime.
     """
     encoders = parse_strengths(args.text_encoder)
     if None not in encoders:
@@ -166,8 +168,9 @@ def cell(score):
 
 
 def show_scores(scores):
-    """Print a table of scores {column: {suite: {what: a proportion or an average}}}, and then each score whose interval
-    in the last column lies below its interval in the column before. The last column must have every suite.
+    """Print a table of scores {column: {suite: {what: a proportion or an average}}}. Then print each score that has
+    fallen: its interval in the last column lies below its interval in the column before. The last column must have
+    every suite.
     """
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
@@ -223,10 +226,10 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
     """Sample the Rows in every column, and return their scores {column: {suite: {what: proportion or average}}}. A
     suite is a word, "all words" or "other prompts" (Rows that test no word).
 
-    For words, "clip" is the share of clips that CLIP takes for what the word should look like: of the Row's texts, the
-    first has the highest probability, averaged over frames. For other prompts, clips are compared with those of the
-    first column: "psnr" in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader"
-    is the mean of the numbers that the command `grader` prints.
+    For words, "clip" is the share of correct clips. A clip is correct if, of the Row's texts, CLIP gives the first the
+    highest probability, averaged over frames. For other prompts, clips are compared with those of the first column:
+    "psnr" in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader" is the mean of
+    the numbers that the command `grader` prints.
 
     columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
     command, or None.

@@ -19,9 +19,9 @@ from nanowan.training.flags import check_data, data_source, expert_schedule, rec
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
     """Return a tensor (N,3) with three numbers for each head: the standard deviation of the logits q k / sqrt(d), their
-    maximum, and the mean entropy of the attention in nats. Keys that are masked or stand for padding (their bias is not
-    0) count in the entropy alone. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32. chunk:
-    number of queries that are computed at once.
+    maximum, and the mean entropy of the attention in nats. Only the entropy includes keys whose bias is not 0: keys
+    that are masked or stand for padding. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32.
+    chunk: number of queries that are computed at once.
     """
     bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
     bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])
@@ -57,7 +57,7 @@ def record_attention(model):
             x, rope = args[:2]
             norms = module.norm_q, module.norm_k
             q, k = normed(module, [module.q(x), module.k(x)], norms, (rope.table, rope.positions))
-            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2 attends to a driving video too
+            as_dense = getattr(rope.attention, "as_dense", None)  # Animate-2 has further keys, those of a driving video
             k, bias = as_dense(k) if as_dense else (k, None)
             stats.setdefault((block, "self_attn"), []).append(attention_stats(q, k, bias))
 
@@ -101,8 +101,9 @@ def logit_rows(before, after):
 
 
 def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
-    """Return the Dataset that train_lora.py would make of `data`, but with no samples held out. An argument that is
-    None gets train_lora.py's default. limit: the largest number of samples, or None for all.
+    """Return the Dataset that train_lora.py would make of `data`, but with no samples held out, no caption dropout and
+    no given first frames. An argument that is None gets train_lora.py's default. limit: the largest number of samples,
+    or None for all.
     """
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}

@@ -216,8 +216,8 @@ class Job:
         return seconds and max(seconds, streamed / flops.card_of(card).host)
 
     def times(self, card=None, peak=0):
-        """Return a line of text with the predicted time on the GPU `card`. If card is None, return the times on all of
-        CARDS; for a GPU with less than `peak` bytes of memory, the line says instead that its memory is too little.
+        """Return a line of text with the predicted time on the GPU `card`. If card is None, the line has the times on
+        all of CARDS; for a GPU with less than `peak` bytes of memory, it says instead that the memory is too little.
         """
         lines = []
         for name in (card,) if card else CARDS:
@@ -233,8 +233,8 @@ class Job:
 
 
 def data_items(job):
-    """Scan the --data of a Job, and return ([Item], [(path, reason)]): the samples, and the files that are skipped, as
-    scan.scan returns them.
+    """Scan the --data of a Job. Return ([Item], [(path, reason)]), as scan.scan does: the samples and the skipped
+    files.
     """
     s, config = job.settings, data_config(job.args, job.settings, None)
     cache = config.cache if config.cache.is_dir() else None
@@ -346,7 +346,7 @@ def propose(script, argv, machine):
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """Return the Plan with these flags, with guidance computed in the way that takes the least memory. Keep the
+        """Return the Plan with these flags and the way to compute guidance that takes the least memory. Record the
         lowest peaks of all calls in `least` and least_on_host.
         """
         nonlocal least, least_on_host
@@ -358,8 +358,8 @@ def propose(script, argv, machine):
 
     def excess(flags):
         """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
-        The phase that counts is the one whose memory depends on the number of blocks; if another phase exceeds the
-        memory, that phase counts.
+        The number is that of the phase whose memory depends on the number of blocks ("denoise" or "training"). If
+        another phase exceeds the memory, the number is that of the other phase.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}
@@ -392,8 +392,8 @@ TILES = (32, 16, 8)  # side of a tile in latent pixels; the smallest is too smal
 
 def tile_that_fits(plan, memory):
     """Return the flags for sample.py with which decoding fits in `memory` bytes: [] if no tiles are needed, else
-    --vae_tile with the largest of TILES that fits, or with the smallest if none fits. plan: a function that returns the
-    Plan for such flags.
+    --vae_tile with the largest of TILES that fits, or with the smallest if none fits. plan(flags) -> the Plan of a run
+    with these flags.
     """
     for flags in ([], *(["--vae_tile", str(tile)] for tile in TILES)):
         need = plan(flags)

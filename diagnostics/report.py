@@ -199,7 +199,7 @@ def shown_range(curves):
 
 
 def run_section(run):
-    """Return a list of HTML with the run's command, its duration, and its flags that are not at their defaults."""
+    """Return HTML parts with the run's command, its duration, and its flags that are not at their defaults."""
     times = [row["ms"] for row in run.steps if "ms" in row]
     took = ""
     if times:
@@ -213,9 +213,9 @@ def run_section(run):
 
 
 def loss_section(run):
-    """Return a list of HTML with plots of the losses, the learning rate and the gradient norm. The loss of a single
-    step varies with its timesteps, and the loss of preserved samples is tiny, so the axis is scaled to the mean of 25
-    steps and to the held-out loss.
+    """Return HTML parts with plots of the losses, the learning rate and the gradient norm. The loss of a single step
+    varies with its timesteps, and the loss of preserved samples is tiny, so the axis is scaled to the mean of 25 steps
+    and to the held-out loss.
     """
     x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
@@ -306,7 +306,7 @@ def graded_words(run):
 
 
 def listening_section(run, n):
-    """Return a list of HTML with the accuracy of each column of run.columns(), all on the same prompts and seeds. n:
+    """Return HTML parts with the accuracy of each column of run.columns(), all on the same prompts and seeds. n:
     prompts per new word.
     """
     scores, words = {}, graded_words(run)
@@ -326,8 +326,8 @@ def listening_section(run, n):
 
 
 def words_section(run):
-    """Return a list of HTML with clips for at most six of the run's words that cannot be graded. Every column of
-    run.columns() samples a caption with each word, from the same seed.
+    """Return HTML parts with clips for at most six of the run's words that cannot be graded. For each word, every
+    column of run.columns() samples the same caption from the same seed.
     """
     words = [word for word in run.words if word not in NEW_WORDS][:6]
     asked = [next((c for c in run.captions if has_keyword(c, [word])), word) for word in words]

@@ -106,8 +106,9 @@ def run(args):
     step, cluster = lora_step(c, grid), Cluster(args.inside * 1e9, args.between * 1e9, args.per_machine)
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         times = step_times(c, grid, ranks, adapter, step.total / (args.tflops * 1e12), cluster)
-        fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}  # the rest is
-        fastest = min(times, key=lambda name: times[name][0])  # for activations
+        # 0.4 of the memory is left for activations
+        fits = {name: seconds for name, (seconds, size) in times.items() if size <= 0.6 * args.gb * 1e9}
+        fastest = min(times, key=lambda name: times[name][0])
         fastest_that_fits = min(fits, key=fits.get, default=None)
         note = ""
         if fastest_that_fits is None:

@@ -59,7 +59,7 @@ UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
     """Return the text that replaces a caption in one training step. A caption with keywords becomes a keyword alone, a
     few words around a keyword, or the full caption; `mode_probs` gives the three probabilities, up to a common factor.
-    A full caption loses up to a fifth of its words, but never a keyword, with probability `trim_prob`. rng: a
+    With probability `trim_prob`, a full caption loses up to a fifth of its words, but never a keyword. rng: a
     random.Random.
     """
     present = [k for k in keywords if has_keyword(caption, [k])]
@@ -95,8 +95,8 @@ def join_units(caption, units):
 
 
 def parse_probs(text):
-    """Parse --caption_mode_probs: the shares of captions that become a keyword alone, are shortened, and are kept in
-    full. Raises BadInput if the text is not three such shares.
+    """Parse --caption_mode_probs into three numbers: the shares of captions that are reduced to a keyword, are
+    shortened, and are kept in full. Raises BadInput for any other text.
     """
     try:
         probs = [float(v) for v in text.split(",")]

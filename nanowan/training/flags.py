@@ -25,7 +25,7 @@ from nanowan.training.sources import CLIP_MODES
 RECOMMENDED = {
     "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
     | {"save_every": 100},
-    # saving the full encoder, state and result, writes 39 GB in about a minute, in which a hundred steps could be done
+    # a save of the full encoder and its state writes 39 GB; it takes about a minute, as long as a hundred steps
     "train_te": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-5, "weight_decay": 0.0}
     | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
     | {"save_every": 500},
@@ -48,8 +48,8 @@ def clip_mode(text):
 
 
 def data_set(text):
-    """Parse the value of --data into a dict: a path FILE into {"source": FILE}; a JSON object, which Parser makes from
-    a config file's table, into its keys and values, where only DATA_KEYS are allowed.
+    """Parse the value of --data into a dict. A path FILE becomes {"source": FILE}. A JSON object, which Parser makes
+    from a table in a config file, becomes a dict with the same keys; only the keys in DATA_KEYS are allowed.
     """
     values = json.loads(text) if text.startswith("{") else {"source": text}
     if strange := [k for k in values if k not in DATA_KEYS]:
@@ -70,7 +70,7 @@ def parse_checkpointing(text):
 
 
 def add_flags(p, script, out):
-    """Add the flags of both trainers to the Parser p. script: a key of RECOMMENDED. out: the default of --out."""
+    """Add the flags that both trainers have to the Parser p. script: a key of RECOMMENDED. out: --out's default."""
     recommended = RECOMMENDED[script]
     add = p.add_argument_group("model and output").add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
@@ -308,9 +308,10 @@ def recommended_flags(s, script):
 
 
 def encoder_lora_lr(s):
-    """Return the default of --lr for train_te.py --rank. If the checkpoint's config.json has a rate for training
-    blocks, LoRAs use that rate too: on nano, ten times that rate lost known words (docs/experiments.md). Released
-    models have no such rate; their LoRAs use ten times the rate in RECOMMENDED, as is usual for LoRAs.
+    """Return the default of --lr for train_te.py --rank. If the checkpoint's config.json has a learning rate for
+    training full blocks, LoRAs use it too: on nano, ten times this rate lowered accuracy on known words
+    (docs/experiments.md). Released models have no such entry; their LoRAs use ten times the rate in RECOMMENDED, as is
+    usual for LoRAs.
     """
     lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
     return lr or 10 * RECOMMENDED["train_te"]["lr"]
@@ -395,7 +396,7 @@ def data_config(args, s, default):
 
 
 def check_data(data, pipe):
-    """Raise BadInput if --data is not given and the nano world has no clips for the Pipeline's checkpoint."""
+    """Raise BadInput if --data is not given and the nano world has no clips for this kind of model."""
     if not data and pipe.settings.conditioning.by_segments:
         raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {pipe.dir}")
 
@@ -450,9 +451,9 @@ def parse_blocks(text, total):
 
 
 def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
-    """Return {name of a DiT: its range [low, high) of timesteps in 0..1} for the DiTs to train through, in the order in
-    which they alternate. expert, min_t, max_t: the flags. s: the Settings. Raises BadInput if min_t and max_t leave an
-    expert no timesteps.
+    """Return {name of a DiT: its range [low, high) of timesteps in 0..1} for the DiTs that the run uses, in the order
+    in which they alternate. expert, min_t, max_t: the flags. s: the Settings. Raises BadInput if min_t and max_t leave
+    an expert no timesteps.
     """
     ranges = {"high": (s.boundary, 1.0), "low": (0.0, s.boundary)} if expert else {"dit": (0.0, 1.0)}
     ranges = ranges if expert in (None, "both") else {expert: ranges[expert]}
@@ -467,7 +468,7 @@ def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
 
 
 def pick(config_class, args, **more):
-    """Return a config_class whose fields have the values of the flags with the same names, and the values in `more`."""
+    """Return a config_class with the values in `more`, and for other fields the values of the flags of that name."""
     names = {f.name for f in fields(config_class)} & vars(args).keys()
     return config_class(**{name: getattr(args, name) for name in names} | more)
 
@@ -513,9 +514,9 @@ def fit(args, pipe, predict):
 
 
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """Return (number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value;
-    None: the fewest blocks with which the run fits into nine tenths of the memory. predict(checkpointing) -> a Plan.
-    memory: bytes of the device (default: its free memory; on a CPU, each rank's share of the free memory).
+    """Return (number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value. If
+    it is None, choose the fewest blocks with which the run fits into nine tenths of the memory. predict(checkpointing)
+    -> a Plan. memory: bytes of the device (default: its free memory; on a CPU, each rank's share of the free memory).
     """
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
     limit, plans = 0.9 * world.least(memory), {}

@@ -13,7 +13,7 @@ from nanowan.errors import BadInput
 from nanowan.training.captions import UNITS, has_keyword, is_cut_off, replace_keyword, spans, without_keywords
 from t5 import EOS, PAD, UNK
 
-INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # --keyword_init search: samples per keyword, and words that it tries
+INIT_SAMPLES, INIT_CANDIDATES = 8, 32  # of --keyword_init search: samples per keyword, and words to try
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
@@ -37,10 +37,10 @@ def parse_keyword(text):
 
 
 def placeholder_tokens(tokenizer, rows, count, taken=()):
-    """Return `count` token ids that no ordinary text uses and that are not in `taken`, from an embedding table of
-    `rows` rows, as [(id, text)]. text is what a prompt has to contain to get this id, or None if only this project's
-    tokenizer can produce the id. Sentencepiece's <extra_id_N> come first, since other software can produce them too.
-    Raises BadInput if fewer ids are left.
+    """Return [(id, text)] for `count` token ids that no ordinary text uses and that are not in `taken`. rows: the
+    number of rows of the embedding table. text: what a prompt has to contain to get this id, or None if only this
+    project's tokenizer can produce the id. Sentencepiece's <extra_id_N> come first, since other software can produce
+    them too. Raises BadInput if fewer ids are left.
     """
     size, found = tokenizer.pieces.get_piece_size(), []
     for i in reversed(range(size)):
@@ -73,9 +73,9 @@ def add_placeholders(keywords, tokenizer, rows):
 
 
 def keyword_token_ids(keywords, captions, tokenizer):
-    """Return {keyword: ids of its tokens}, for the keyword as it is given and as captions write it. Tokens that occur
-    in captions without a keyword are left out, unless a way of writing the keyword has no other tokens. The unknown
-    token, the end token and a bare space never count.
+    """Return {keyword: ids of its tokens}, for all spellings of the keyword: as it is given, and as captions write it.
+    Tokens that occur in captions without a keyword are left out, unless a spelling has no other tokens. The unknown
+    token, the end token and a bare space are always left out.
     """
     shared = shared_token_ids(keywords, captions, tokenizer)
     ids = {}
@@ -92,8 +92,8 @@ def own_pieces(word, tokenizer):
 
 
 def is_own_piece(i, tokenizer):
-    """Return whether token i stands for letters or is a placeholder. Padding, the unknown token, the end token and a
-    bare space are neither.
+    """Return whether token i stands for part of a text, or is a placeholder. Padding, the unknown token, the end token
+    and a bare space do neither.
     """
     beyond = i >= tokenizer.pieces.get_piece_size()  # a placeholder
     return beyond or i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
@@ -122,10 +122,10 @@ def initial_words(keywords, search, encoder, dataset, schedule):
 
 @torch.no_grad()
 def search_initial_words(keywords, encoder, dataset, name, low, high):
-    """Return {keyword: the known word to start from}. The most common words of captions without keywords are put, one
-    after another, in the keyword's place in its captions, and the word with the lowest loss is chosen. A keyword is
-    left out if its captions have a still lower loss with the keyword itself. In Textual Inversion (Gal et al., 2022)
-    the user names this word, the initializer token. Prints the best words with their losses.
+    """Return {keyword: the known word to start from}. The search takes the most common words of captions without
+    keywords, puts each of them in the keyword's place in the keyword's captions, and chooses the word with the lowest
+    loss. A keyword is left out if its captions have a still lower loss with the keyword itself. In Textual Inversion
+    (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their losses.
 
     A loss is the geometric mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low,
     high) under fixed noise, computed with the DiT `name`. An arithmetic mean would let the few samples with a large
@@ -165,8 +165,8 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
 def initialize_rows(words, ids_of, shared, encoder):
     """Set the trained embeddings of each keyword to the mean embedding of the tokens of its initial word. Embeddings
     whose ids are in `shared`, which captions without keywords use too, stay unchanged. An embedding that several
-    keywords use gets the mean of their values. words: {keyword: word}, as returned by initial_words. ids_of: as
-    returned by keyword_token_ids.
+    keywords share gets the mean of what each of them would set. words: {keyword: word}, as returned by initial_words.
+    ids_of: as returned by keyword_token_ids.
     """
     embedding, starts = encoder.token_embedding, {}
     for keyword, word in words.items():

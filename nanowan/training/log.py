@@ -16,7 +16,7 @@ from nanowan.errors import BadInput
 from nanowan.files import atomic, writing
 
 RECENT = 50  # the screen shows the mean loss of this many steps
-QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not repeated at a line's end
+QUIET = ("loss", "lr", "epoch", "grad_norm", "ms", "tokens_per_s", "peak_gb", "mfu")  # not appended to a line
 
 
 class AppendedFile:

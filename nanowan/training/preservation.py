@@ -29,9 +29,9 @@ def prompts_to_preserve(args, captions, prompts):
 @torch.no_grad()
 def with_base_targets(batch, dit, context, lens):
     """Return the Batch with the predictions of the base model (`dit` without its adapter) as the targets of the
-    preserved samples. This is prior preservation (after DreamBooth, Ruiz et al., 2022) of predictions instead of
-    pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without a preserved sample also computes a
-    prediction, since other ranks may wait for it.
+    preserved samples. This is prior preservation as in DreamBooth (Ruiz et al., 2022), but of predictions instead of
+    generated pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without a preserved sample also
+    computes a prediction, since other ranks may wait for it.
     """
     if batch.preserved is None:
         return batch

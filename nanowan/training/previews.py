@@ -1,7 +1,7 @@
 """Previews of a training run: fixed prompts from fixed seeds, sampled with the current weights.
 
-Inputs other than the prompt come from the prompt's line (--i FILE). For models that make videos in segments (S2V,
-Animate), they come from a held-out sample.
+Inputs other than the prompt come from the prompt's line in the --previews file (--i FILE). For models that make videos
+in segments (S2V, Animate), they come from a held-out sample.
 """
 
 import math
@@ -43,7 +43,7 @@ def preview_requests(args, s, prompts):
 
 
 class HeldOutVideo:
-    """The first segment of a Video (nanowan/variants/conditioning.py), made under the conditions of a cached sample:
+    """The first segment of a Video (nanowan/variants/conditioning.py), with the conditioning inputs of a cached sample:
     the i-th held-out sample, or the i-th training sample if none is held out.
     """
 

@@ -81,8 +81,8 @@ def count_tokens(caption, tokenizer):
 
 
 def extremes(values):
-    """Return {"files": number of pairs, "mean": mean value, "worst": largest value, "of": path of the largest value}
-    for pairs (value, path).
+    """Return {"files": number of pairs, "mean": mean value, "worst": largest value, "of": the path of the largest
+    value} for pairs (value, path).
     """
     values = [*values]
     worst, of = max(values, key=lambda pair: pair[0], default=(0, ""))

@@ -52,7 +52,7 @@ def state_step(file):
 
 
 def state_damage(file):
-    """Return why a state cannot be read, or None if it can. The checksums of the file are checked, and whether its
+    """Return why a state cannot be read, or None if it can. This checks the checksums of the file, and whether its
     shards are as long as their index says.
     """
     try:
@@ -74,12 +74,12 @@ def state_damage(file):
 class Run:
     """One training run in the folder OUT; a context manager. Only the main rank writes.
 
-    While it is open, Ctrl-C and SIGTERM end the run in order. Before `restore` is called, the process exits at once,
-    since what was cached so far is on disk. Afterwards, `stop` becomes the signal's number; the training loop then
-    saves a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
+    While the context is open, it handles Ctrl-C and SIGTERM. Before `restore` is called, the process exits at once,
+    since what is cached so far is on disk. Afterwards, `stop` becomes the signal's number; the training loop then saves
+    a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
 
-    Raises BadInput if another process runs in OUT; if OUT holds a run and `resume` is False, unless this same job wrote
-    it before torchrun restarted its processes; and if the run has done more than flags["steps"] steps.
+    Raises BadInput in three cases: another process runs in OUT; OUT holds a run and `resume` is False, unless this same
+    job wrote it before torchrun restarted its processes; or the run has done more than flags["steps"] steps.
     """
 
     def __init__(self, out, flags, resume, is_main=True, keep=2, defaults=None):
@@ -110,7 +110,7 @@ class Run:
             "job": self.job,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self.date = self.metadata["started"][:10]  # the date of the run's first start, even if the run was resumed
+        self.date = self.metadata["started"][:10]  # `restore` replaces this with the date when the run began
 
     def __enter__(self):
         return self
@@ -181,7 +181,7 @@ class Run:
         now = time.monotonic()
         if (
             self.stop and now - self.asked_at > 1
-        ):  # an earlier second signal is torchrun's, which forwards what the terminal sent to all
+        ):  # a second signal within a second is torchrun's copy of the first, which the terminal sent to all
             os._exit(128 + number)
         if self.stop:
             return
@@ -238,8 +238,8 @@ class Run:
 
     def check(self, fingerprint):
         """Raise BadInput, which lists the differences, if the newest state comes from a run that differed in anything
-        that decides the result. fingerprint: {name: value} of what must not have changed, or those entries that are
-        known so far. No tensors are read.
+        that decides the result. fingerprint: {name: value} of what must not have changed; entries that are not known
+        yet may be missing. No tensors are read.
         """
         if self.state_file is None:
             return
@@ -256,9 +256,9 @@ class Run:
             )
 
     def restore(self, fingerprint):
-        """Check the newest state with `check` and return it, or None if there is no state; training begins.
-        state["shards"]: the folder of the state's shards, or False. Log entries after the state are dropped, since
-        these steps will be logged again.
+        """Return the newest state, checked with `check`, or None if there is no state. state["shards"]: the folder of
+        the state's shards, or False. Log entries after the state are dropped, since these steps will be logged again.
+        From now on, a signal no longer ends the process at once.
         """
         self.check(fingerprint)
         self.fingerprint = json.loads(json.dumps(fingerprint))
@@ -339,7 +339,7 @@ def adapter_file(out, name, expert):
 
 
 def remove_older_adapters(out, name, step, keep):
-    """Delete adapters whose file names contain a step, except those of the last `keep` steps up to `step`."""
+    """Delete a run's step-numbered adapters that are older than the newest `keep` of those up to `step`."""
     pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
     files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
     kept = sorted({s for s, _ in files if s <= step})[-keep:]

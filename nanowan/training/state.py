@@ -29,8 +29,8 @@ class TrainState:
             group.setdefault("peak_lr", group["lr"])
 
     def averaged(self):
-        """Return a context manager; inside it, the parameters hold their moving averages, if there are any, for saving
-        and evaluating.
+        """Return a context manager for saving and evaluating; inside it, the parameters hold their moving averages, if
+        there are any.
         """
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
@@ -44,7 +44,9 @@ class TrainState:
         }
 
     def param_slots(self, state):
-        """Return [(container, key, parameter)] for every entry of a state that has the shape of a parameter."""
+        """Return [(container, key, parameter)] for every entry of a state that is a tensor with the shape of a
+        parameter, or the number that replaces such a tensor in the file.
+        """
         slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
         for i, moments in state["opt"]["state"].items():
             p = self.params[i]
@@ -54,7 +56,7 @@ class TrainState:
 
     def save(self, run, step):
         """Write a run's state; every rank calls this. All ranks write the sharded tensors at once, into a folder next
-        to the state. In the state itself, numbers stand in place of these tensors.
+        to the state's file. In the file, each of these tensors is replaced by its number.
         """
         state, shards = self.state_dict(), {}
         for n, (values, key, _) in enumerate(self.param_slots(state)):
@@ -80,7 +82,7 @@ class TrainState:
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
         for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
-            if "fused" in own:  # how a step is computed is not part of a state: older versions did so differently
+            if "fused" in own:  # keep the current way to compute a step; older versions saved another
                 group["fused"] = own["fused"]
         self.opt.load_state_dict(state["opt"])
         self.guard.load_state_dict(state["guard"])
@@ -107,6 +109,6 @@ def resume_fingerprint(args, pipe, dataset):
     if dataset.is_cached():
         fingerprint["samples"] = [f.name for f, i in zip(dataset.files, dataset.items) for _ in range(i.repeat)]
         weights = [i.weight for i in dataset.items]
-        # None, as in states of versions that had no weights
+        # None if no weight is set, for states of versions that had no weights
         fingerprint["weights"] = weights if {*weights} != {1.0} else None
     return fingerprint

@@ -32,8 +32,8 @@ def ahead(prepare, steps):
 @torch.no_grad()
 def held_out_loss(dataset, schedule, embed):
     """Return {name: value} to log for each expert: `val_loss`, the mean loss of the held-out samples, and
-    `val_loss_by_t`, the mean loss at each of four timesteps. The losses of runs on the same data can be compared,
-    whatever the runs' seeds. embed(captions) -> (context (B,S,D), lens (B,)).
+    `val_loss_by_t`, the mean loss at each of four timesteps. These losses do not depend on the run's seed, so runs on
+    the same data can be compared. embed(captions) -> (context (B,S,D), lens (B,)).
     """
     metrics, pipe = {}, dataset.pipe
     for name, (low, high) in schedule.items():
@@ -67,8 +67,8 @@ class Stopwatch:
         self.began, self.tokens = time.monotonic(), 0
 
     def count(self, batch, weight):
-        """Count the tokens of a Batch whose loss had this weight. A batch of weight 0 does not count: a rank without
-        samples of its own computes it because the other ranks wait.
+        """Count the tokens of a Batch whose loss had this weight. Batches of weight 0 are not counted: a rank without
+        samples of its own computes such a batch because the other ranks wait for it.
         """
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
@@ -85,9 +85,9 @@ class Stopwatch:
 
 
 def update(state, world, step, args, loss, typical=True):
-    """Take one optimizer step, unless the guard skips it. Return ({name: value} to log, why the step was skipped or
-    None). args: the flags, of which steps, warmup, schedule, grad_clip and seed are used. typical: whether the
-    gradients of this step's samples have the usual size.
+    """Take one optimizer step, unless the guard skips it. Return ({name: value} to log, the reason for skipping the
+    step, or None). args: the flags, of which steps, warmup, schedule, grad_clip and seed are used. typical: whether
+    this step's gradients have the usual size.
     """
     for group in state.opt.param_groups:
         group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)

@@ -77,9 +77,9 @@ class RowEmbedding(nn.Module):
 
 
 def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
-    """Make some parameters of a frozen encoder trainable, in place: the top `train_blocks` blocks (default: all) and
-    the final norm, or, with `rank`, LoRAs in these blocks instead; and the token embeddings with indices `ids`. Raises
-    BadInput if nothing is left to train.
+    """Make some parameters of a frozen encoder trainable, in place. Without `rank`: the top `train_blocks` blocks
+    (default: all) and the final norm. With `rank`: LoRAs in these blocks instead. In both cases also the token
+    embeddings with indices `ids`. Raises BadInput if nothing is left to train.
     """
     layers = len(encoder.blocks)
     top = layers if train_blocks is None else train_blocks
@@ -107,8 +107,8 @@ def shard_among(encoder, world, dtype, whole):
 
 
 def trained_parameters(encoder):
-    """Return ({name: parameter} of everything that is trained except token embeddings, the trained token embeddings or
-    None).
+    """Return ({name: parameter}, rows): everything that is trained except token embeddings, and the trained token
+    embeddings or None.
     """
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     return trained, trained.pop("token_embedding.rows", None)
@@ -122,10 +122,10 @@ def optimizer_groups(encoder, lr, keyword_lr):
 
 @torch.no_grad()
 def encoder_tensors(encoder, form, dtype, is_main):
-    """Return {name: tensor} to save of an encoder. form "delta": only what was trained; any other form, such as "full":
-    the full encoder under official names, with LoRAs merged. Every rank calls this. Only the main rank, which writes
-    the file, gets the tensors; the other ranks get None. The tensors are unsharded and on the host, since a GPU may not
-    have room for them during training.
+    """Return the tensors of an encoder that a file is to contain, {name: tensor}. form "delta": only what was trained;
+    any other form, such as "full": the full encoder under official names, with LoRAs merged. Every rank calls this.
+    Only the main rank, which writes the file, gets the tensors; on the other ranks, each is None. The tensors are
+    unsharded and on the host, since a GPU may not have room for them during training.
     """
     if hasattr(encoder, "reshard"):  # after a forward pass without a backward pass FSDP leaves the root unsharded
         encoder.reshard()
