@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-// e^x to 2 ulp (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). x is limited to -60..60, since beyond that GELU and
-// SiLU are x or 0 in fp32: so no order in which a compiler multiplies can overflow.
+// e^x to 2 ulp (Cephes' expf: 2^n e^r, |r| <= ln(2)/2). x is clamped to -60..60; beyond this range, GELU and
+// SiLU are x or nearly 0. So nothing overflows, in whichever order a compiler multiplies.
 inline float exponential(float x) {
     x = x < -60.0f ? -60.0f : x > 60.0f ? 60.0f : x;
     const float n = std::floor(x * 1.44269504f + 0.5f), r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));

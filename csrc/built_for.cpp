@@ -1,6 +1,6 @@
-// The CPU features that this extension was compiled for, csrc's files that it was compiled from, and its torch (set by
-// setup.py). Loading it on a CPU without these features can end in SIGILL before any check in here runs, so
-// kernels/__init__.py looks for this string in the file first.
+// A string with the CPU features that this extension was compiled for, the digest of csrc's files, and the version of
+// torch; setup.py sets all three. Loading the extension on a CPU without these features can end in SIGILL before any
+// check in here runs, so kernels/__init__.py first reads this string from the extension's file.
 #define QUOTE(x) #x
 #define QUOTED(x) QUOTE(x)
 

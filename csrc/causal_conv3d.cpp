@@ -1,6 +1,6 @@
-// nanowan_csrc::causal_conv3d: the VAE's causal convolution, stride 1, with the operations before and after it, on a
-// CPU (kernels/causal_conv3d.py defines it; fp32 or bf16, fast for channels-last). nanowan_csrc::fill_buffer: the
-// operations before it, on a GPU.
+// nanowan_csrc::causal_conv3d computes the VAE's causal convolution, with the operations before and after it, on a CPU.
+// kernels/causal_conv3d.py defines it. It takes fp32 or bf16, and is fast for channels-last tensors.
+// nanowan_csrc::fill_buffer computes the operations before the convolution on a GPU.
 //
 // The past frames and the normed chunk are written once into one buffer, which winograd.cpp or oneDNN convolves on a
 // CPU and cuDNN on a GPU.
@@ -68,7 +68,7 @@ __attribute__((noinline)) void norm_silu(const T* __restrict x, const T* __restr
     }
 }
 
-// As nanowan_fill_buffer in causal_conv3d.h, on a CPU.
+// The same as nanowan_fill_buffer in causal_conv3d.h, on a CPU.
 void fill_buffer(const Tensor& x, const Maybe& past, const Maybe& input_bias, const Maybe& gamma, const Tensor& buffer,
                  const Tensor& next, const Clips& s) {
     const Tensor bias = input_bias.has_value() ? input_bias->contiguous() : at::zeros({s.C}, x.options());
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> on_cpu(const Tensor& x_, const Maybe& past, const Ten
     const int64_t pad = w.size(3) / 2;
     const bool fp32 = x.scalar_type() == at::kFloat;
     Tensor out;
-    if (fp32 && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // for smaller ones it is no faster
+    if (fp32 && before && pad && std::min(C, w.size(0)) >= 96 && T * H * W >= 64)  // no faster for smaller sizes
         out = winograd(all, w, bias);
     else if (fp32 && at::globalContext().userEnabledMkldnn() && at::hasMKLDNN())
         // for small maps PyTorch would take a path that is several times slower than oneDNN

@@ -1,6 +1,6 @@
-// What comes before the VAE's causal convolution on a GPU: RMS norm and SiLU of a chunk, written to the buffer that the
-// convolution reads, after the past frames. One warp per row, 16 bytes per load. No torch headers, so `nvcc -c`
-// compiles this anywhere. kernels/causal_conv3d.py has the same in Triton.
+// The operations before the VAE's causal convolution on a GPU: write the past frames to the buffer that the convolution
+// reads, and after them the chunk with RMS norm and SiLU. One warp per row, 16 bytes per load. This file includes no
+// torch headers, so `nvcc -c` compiles it anywhere. kernels/causal_conv3d.py has the same kernel in Triton.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

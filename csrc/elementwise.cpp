@@ -1,6 +1,6 @@
 // The CPU kernels of kernels/modulate.py and kernels/qk_norm_rope.py, whose docstrings define the operations. Each
 // tensor is read or written once and the arithmetic is fp32, while PyTorch's operators make a pass for every arithmetic
-// step. Threads share the tokens.
+// step. The tokens are divided among threads.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -19,7 +19,7 @@ using Maybe = std::optional<Tensor>;
 
 namespace {
 
-// Rows (B,F,D) of any strides, the last one being 1; row f of clip b.
+// Rows (B,F,D) of any strides, but dense along D; at(clip, row) points to a row.
 struct Rows {
     const float* data = nullptr;
     int64_t b = 0, f = 0;
@@ -34,7 +34,7 @@ struct Rows {
     const float* at(int64_t clip, int64_t row) const { return data ? data + clip * b + row * f : nullptr; }
 };
 
-// Which of F rows serves each of L tokens: row index[l] or, without `index` (L,), each row L/F tokens in order.
+// Which of F rows serves token l of L: row index[l] or, without `index` (L,), row l / (L/F).
 struct Serving {
     const int32_t* index = nullptr;
     int64_t L, tokens;
@@ -117,8 +117,8 @@ std::vector<Tensor> modulate(const Tensor& x_, const Maybe& y_, const Maybe& gat
     return found;
 }
 
-// The backward pass of tokens [begin,end), all served by one row. Their gradients of gate, weight and shift are added
-// to sums (3,D), if that is not null.
+// The backward pass of tokens [begin,end), all served by one row. If `sums` (3,D) is not null, the gradients of gate,
+// weight and shift that come from these tokens are added to it.
 template <typename Y, typename O>
 __attribute__((noinline)) void modulate_backward_tokens(const float* dnew, const O* dout, const float* stream,
                                                         const Y* y, const float* gate, const float* w, float* dx, Y* dy,
@@ -173,7 +173,7 @@ std::vector<Tensor> modulate_backward(const Maybe& dnew_, const Maybe& dout_, co
     DISPATCH(branch, [&] {
         using Y = scalar_t;
         DISPATCH(dout.defined() ? dout.scalar_type() : at::kFloat, [&] {
-            // Splits tokens [begin,end) into runs that one row serves, for all rows or only for row `only`.
+            // Splits tokens [begin,end) into runs that one row serves, and does all runs, or only those of row `only`.
             auto work = [&](int64_t begin, int64_t end, int64_t only) {
                 for (int64_t i = begin, stop; i < end; i = stop) {
                     const int64_t b = i / L, f = serving.row(i % L);
@@ -187,7 +187,7 @@ std::vector<Tensor> modulate_backward(const Maybe& dnew_, const Maybe& dout_, co
                         need_rows ? sums.mutable_data_ptr<float>() + (b * F + f) * 3 * D : nullptr, D, eps, i, stop);
                 }
             };
-            if (need_rows) {  // one thread per row, so that its sums always have the same order
+            if (need_rows) {  // one thread per row, so that sums are always added in the same order
                 at::parallel_for(0, B * F, 1, [&](int64_t first, int64_t last) {
                     for (int64_t r = first; r < last; r++) work(r / F * L, (r / F + 1) * L, r % F);
                 });
@@ -202,7 +202,8 @@ std::vector<Tensor> modulate_backward(const Maybe& dnew_, const Maybe& dout_, co
     return found;
 }
 
-// cosine and sine of every pair of a head for one token: (d/2,2); a negative position turns in the opposite direction
+// load(l, to) writes the cosine and sine of each pair of a head (d/2,2) for token l. A negative position turns in the
+// opposite direction.
 struct Turn {
     const float* table = nullptr;
     const int32_t* positions = nullptr;
@@ -254,8 +255,8 @@ __attribute__((noinline)) void norm_row(const T* __restrict x, const float* __re
     for (int64_t d = 0; d < D; d++) v[d] = float(x[d]) * rstd * w[d];
 }
 
-// Turn the gradient g of a normed and weighted row into the gradient dx of the row; add its gradient of the weight to
-// total, if that is not null.
+// Compute the gradient dx of a row from the gradient g of the normed and weighted row. If `total` is not null, add the
+// row's gradient of the weight to it.
 template <typename T>
 __attribute__((noinline)) void norm_row_backward(const T* __restrict x, const float* __restrict w, float* __restrict g,
                                                  float* __restrict total, T* __restrict dx, int64_t D, float eps) {
@@ -322,7 +323,7 @@ std::vector<Tensor> qk_norm_rope_backward(at::TensorList douts, at::TensorList x
             scalar_t* dx = found.back().mutable_data_ptr<scalar_t>();
             const float* w = weight.const_data_ptr<float>();
             at::parallel_for(
-                0, parts, 1, [&](int64_t first, int64_t last) {  // fixed parts, so that sums keep their order
+                0, parts, 1, [&](int64_t first, int64_t last) {  // fixed parts, so that the order of sums is fixed
                     std::vector<float> g(D), t(2 * turn.half);
                     for (int64_t part = first; part < last; part++) {
                         float* total = need_weights ? sums.mutable_data_ptr<float>() + (n * parts + part) * D : nullptr;
@@ -355,7 +356,7 @@ __attribute__((noinline)) void gelu_backward_span(const T* __restrict x, T* __re
     for (int64_t i = 0; i < n; i++) grad[i] = T(float(grad[i]) * gelu_slope(float(x[i])));
 }
 
-// out may be x
+// out may be the same tensor as x
 void gelu_forward(const Tensor& x_, Tensor out) {
     const Tensor x = x_.contiguous();
     TORCH_CHECK(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type() && out.is_contiguous(), "out ",
@@ -367,7 +368,7 @@ void gelu_forward(const Tensor& x_, Tensor out) {
     });
 }
 
-// grad becomes grad times the derivative at x
+// multiplies grad, in place, by the derivative of GELU at x
 void gelu_backward(const Tensor& x_, Tensor grad) {
     const Tensor x = x_.contiguous();
     TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && grad.is_contiguous(),

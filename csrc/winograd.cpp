@@ -13,7 +13,7 @@
 
 using at::Tensor;
 constexpr int64_t POINTS = 16;
-constexpr int64_t ROWS = 512, COLUMNS = 128;  // about the size of a product, so that its operands stay in the caches
+constexpr int64_t ROWS = 512, COLUMNS = 128;  // about the size of a matrix product whose operands stay in the caches
 
 namespace {
 
@@ -56,8 +56,8 @@ void to_pixels(const V (&m)[4], V (&y)[2]) {
     y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
 }
 
-// Transform C channels of `size` x `size` pixels, a tile (4) or a kernel (3), the pixels being at from[y * size + x],
-// to 16 points, which are `stride` floats apart.
+// Transform C channels of a tile (size 4) or a kernel (size 3) to 16 points, which are `stride` floats apart. Pixel
+// (x, y) is at from[y * size + x].
 template <int size>
 void square_to_points(const float* const* from, float* to, int64_t stride, int64_t C) {
     over_channels(C, [&]<typename V>(int64_t c, V) {
@@ -76,7 +76,7 @@ void square_to_points(const float* const* from, float* to, int64_t stride, int64
     });
 }
 
-// Transform N channels at 16 points to 2x2 pixels, which go to to[y * 2 + x].
+// Transform N channels at 16 points to 2x2 pixels. Pixel (x, y) goes to to[y * 2 + x].
 void points_to_square(const float* from, int64_t stride, const float* bias, float* const* to, int64_t N) {
     over_channels(N, [&]<typename V>(int64_t n, V) {
         V rows[2][4];
@@ -101,7 +101,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     constexpr auto LAST = at::MemoryFormat::ChannelsLast3d;
     const int64_t B = x.size(0), C = x.size(1), F = x.size(2), H = x.size(3), W = x.size(4), N = weight.size(0);
     const int64_t T = F - 2, down = (H + 1) / 2, across = (W + 1) / 2;
-    const int64_t most = std::clamp<int64_t>(ROWS / (T * across), 1, down);  // how many rows of tiles at a time
+    const int64_t most = std::clamp<int64_t>(ROWS / (T * across), 1, down);  // number of rows of tiles per pass
     const Tensor w = weight.contiguous(LAST);
     const Tensor bias = bias_.has_value() ? bias_->contiguous() : at::zeros({N}, x.options());
     const Tensor out = at::empty({B, N, T, H, W}, x.options(), LAST);
@@ -116,7 +116,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 
     for (int64_t b = 0; b < B; b++)
         for (int64_t top = 0; top < down; top += most) {
-            const int64_t tiles = std::min(most, down - top) * across;  // tiles of each frame
+            const int64_t tiles = std::min(most, down - top) * across;  // number of tiles of each frame
             at::parallel_for(0, F * tiles, 16, [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) {
                     const int64_t frame = b * F + i / tiles, row = top + i % tiles / across, column = i % across;

@@ -26,8 +26,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_interpreter(triton_version, numpy_version):
-    """Raise ImportError if Triton's interpreter cannot run the loops of these kernels. Below 3.7 it converts a loop's
-    bounds with int(array of one element), which NumPy 2.4 and later refuse. Both arguments: strings such as "3.6.0".
+    """Raise ImportError if Triton's interpreter cannot run the loops of these kernels. In Triton below 3.7, the
+    interpreter converts a loop's bounds with int(array of one element), which NumPy 2.4 and later refuse. Both
+    arguments are strings such as "3.6.0".
     """
     versions = [tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
@@ -43,7 +44,8 @@ if INTERPRETED and triton:
 
 def mismatch(file):
     """Return why a built nanowan_csrc (`file`) must not be loaded: it was built for another CPU, from other sources, or
-    with another torch. Return "" if it may be loaded. It holds these facts as text (csrc/built_for.cpp).
+    with another torch. Return "" if it may be loaded. The file contains the CPU features, the sources' digest and the
+    version of torch as text (csrc/built_for.cpp).
     """
     pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
     found, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
@@ -88,8 +90,8 @@ def launchable(x):
 
 
 def register(op, triton_forward, cpp_name):
-    """Register the kernels of a custom op: triton_forward for GPUs; for CPUs csrc's `cpp_name` or, in Triton's
-    interpreter or if csrc is not built, triton_forward.
+    """Register the kernels of a custom op. On GPUs, triton_forward runs. On CPUs, csrc's operator `cpp_name` runs, or
+    triton_forward if Triton's interpreter is in use or csrc is not built.
     """
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))

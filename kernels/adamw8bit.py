@@ -1,9 +1,9 @@
 """A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU, one kernel per tensor.
 
 weight, compensation and grad: bf16, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
-element; scale (blocks,1) fp32: one per block. The exact weight is weight - compensation, with 16 bits of mantissa, the
-last of which is rounded at random; decay and update act on this difference, in fp32. Compensation: Kahan, 1965, and
-Zamirai et al., 2020. Lower bound on memory traffic: 8 bytes read and 6 written per element.
+element; scale (blocks,1) fp32: one per block. The exact weight is weight - compensation. It has 16 bits of mantissa,
+the last of which is rounded at random. Weight decay and update are applied to this difference, in fp32. Compensation:
+Kahan, 1965, and Zamirai et al., 2020. Lower bound on memory traffic: 8 bytes read and 6 written per element.
 """
 
 import math
@@ -18,7 +18,7 @@ if triton:
 
 BLOCK = 256  # elements that share a scale
 ROOT_LEVELS, RATIO_LEVELS = 511, 63  # levels of sqrt(v), in 9 bits, and of |m| / sqrt(v), in 7 bits with its sign
-OCTAVES = 24  # range of sqrt(v) below the block's largest; with clipped gradients (norm <= 1) it reaches AdamW's eps
+OCTAVES = 24  # range of sqrt(v) below the block's largest; if gradients are clipped to norm 1, it reaches AdamW's eps
 CHUNK = 1024  # blocks per chunk: the fp32 temporaries stay small, and in the cache
 
 
@@ -89,7 +89,7 @@ def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, wei
     chunks, whose temporaries fit into a CPU's cache.
     """
     flat = [t.view(-1) for t in (weight, compensation, grad)]
-    chunk = CHUNK * (16 if weight.is_cuda else 1)  # a GPU has no such cache, and starts some 80 kernels per chunk
+    chunk = CHUNK * (16 if weight.is_cuda else 1)  # on a GPU, a chunk launches some 80 kernels, and no cache matters
     for start in range(0, len(codes), chunk):
         blocks, part = slice(start, start + chunk), slice(start * BLOCK, (start + chunk) * BLOCK)
         w, c, g = (t[part] for t in flat)

@@ -3,7 +3,7 @@
 q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. With `weight` (N*d,), q is the bare
 projection: each row is RMS-normed over its full width N*d, weighted, rotated if `table` and `positions` are given (see
 rope.py), and then rounded once. A small kernel computes the norm's statistic (B,L) first, since no tile sees a full
-row. For the backward pass only the bare q is kept, and normalised and rotated again.
+row. Only the bare q is saved for the backward pass, which normalises and rotates q again.
 """
 
 import torch
@@ -36,7 +36,9 @@ if triton:
 
     @triton.jit
     def dot(a, b, PRECISION: tl.constexpr):
-        """Return a @ b, in fp32 if PRECISION is "ieee", because Triton's interpreter cannot multiply bf16."""
+        """Return a @ b. If PRECISION is "ieee", multiply in fp32; Triton's interpreter needs this, since it cannot
+        multiply bf16.
+        """
         if PRECISION == "ieee":
             return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
         return tl.dot(a, b, input_precision=PRECISION)
@@ -82,7 +84,7 @@ if triton:
         ROPE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Attend with M queries of one head per program, to all keys, in tiles of NK keys."""
+        """Compute the attention of M queries of one head per program, over all keys in tiles of NK keys."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q = tile(q, b * q_b, head, q_l, rows, L, d, DP)

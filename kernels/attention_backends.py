@@ -23,17 +23,17 @@ from kernels import qk_norm_rope as norm_kernel
 CHOICES = ("auto", "cudnn", "flash", "triton", "sage")
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
-# with a mask, not cuDNN's, which PyTorch would choose: cuDNN makes a plan for each length, and on Hopper its gradients
-# of q were NaN at some lengths (pytorch/pytorch#196678)
+# with a mask, cuDNN's attention is left out, which PyTorch would choose: cuDNN makes a plan for each length, and on
+# Hopper its gradients of q were NaN at some lengths (pytorch/pytorch#196678)
 MASKED_BACKENDS = CUDNN_FIRST[2:]
 SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------
 def select(name, device, dtype=torch.bfloat16, gradients=False):
-    """Make `name`, one of CHOICES, the attention used on a device from now on. dtype: of q, k and v; gradients: whether
-    they will be needed. Raises ValueError, with the reason, if it is not available; this is found out by running it on
-    a small clip.
+    """Choose the attention that is used on a device from now on: `name`, one of CHOICES. dtype: the dtype of q, k and
+    v. gradients: whether they will be needed. A choice other than "auto" is tried on a small random input. Raises
+    ValueError, with the reason, if the choice is not available.
     """
     global SELECTED, SAGE_ERROR
     device = torch.device(device)
@@ -82,7 +82,9 @@ def by_capability(device):
 
 
 def chosen(device):
-    """Return the one of CHOICES that self-attention uses on `device`, never "auto", which is resolved here."""
+    """Return which of CHOICES self-attention uses on `device`. The result is never "auto" but the choice that "auto"
+    stands for.
+    """
     return by_capability(device) if SELECTED == "auto" else SELECTED
 
 
@@ -97,8 +99,8 @@ def describe(device):
 
 @functools.cache
 def flash_attention_3(device):
-    """Try to switch PyTorch's FlashAttention to version 3, and return whether this worked. It needs a PyTorch that
-    knows this version (2.11), only Hopper GPUs, and the package flash_attn_interface, which must run on `device`.
+    """Try to switch PyTorch's FlashAttention to version 3, and return whether this worked. Version 3 needs PyTorch 2.11
+    or newer, only Hopper GPUs, and the package flash_attn_interface, which must run on `device`.
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
@@ -119,7 +121,7 @@ def flash_attention_3(device):
 
 
 if torch.cuda.is_available():
-    # torch.compile traces their results as constants
+    # torch.compile treats the results of these functions as constants
     by_capability, flash_attention_3 = map(torch.compiler.assume_constant_result, (by_capability, flash_attention_3))
 
 
@@ -140,7 +142,9 @@ def sdpa(q, k, v, mask=None, scale=None, backends=None):
 
 
 def sage_attention(q, k, v):
-    """Return SageAttention's result (B,L,N*d) for q (B,L,N,d), k and v (B,S,N,d). Raises ValueError for gradients."""
+    """Return SageAttention's result (B,L,N*d) for q (B,L,N,d), k and v (B,S,N,d). Raises ValueError if gradients are
+    needed.
+    """
     from sageattention import sageattn
 
     if torch.is_grad_enabled() and any(u.requires_grad for u in (q, k, v)):
@@ -161,8 +165,8 @@ def attention(q, k, v, bias=None, backends=None):
 
 
 class NormedAttention(torch.autograd.Function):
-    """PyTorch's attention on a CPU, with q and k normed and rotated first. For the backward pass, q and k are kept as
-    they came, and are normed and rotated again.
+    """PyTorch's attention on a CPU, with q and k normed and rotated first. The bare q and k are saved for the backward
+    pass, which norms and rotates them again.
     """
 
     @staticmethod
@@ -193,7 +197,7 @@ class NormedAttention(torch.autograd.Function):
 
 def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Norm q and k by `weights` and rotate them, then return self-attention (B,L,D). q, k, v (B,L,D): projections."""
-    # in Triton's interpreter, test this project's kernel; for a plan's fake tensors PyTorch's, which takes more memory
+    # in Triton's interpreter, test this project's kernel; for a plan's fake tensors, PyTorch's, which needs more memory
     ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
     if backend.has_triton(q) and ours:
         return fused_attention(q, k, v, weights, eps, heads, table, positions)

@@ -4,11 +4,11 @@ NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
            =cuda     Triton, and csrc's CUDA for what comes before the VAE's convolutions
            =cpp      csrc's C++, on a CPU
-           =auto     the fastest that is available: on a GPU Triton, and CUDA if it was built; on a CPU C++ if it was
-                     built; otherwise the reference
+           =auto     the fastest that is available: on a GPU Triton, with csrc's CUDA if that was built; on a CPU C++
+                     if that was built; otherwise the reference
 
-An explicit choice that is not available raises ImportError with the reason. Triton is available if it launches a
-kernel: for its first launch it compiles C, and many machines have Triton but no compiler.
+An explicit choice that is not available raises ImportError with the reason. Triton counts as available only if it can
+launch a kernel: its first launch compiles C, and many machines have Triton but no compiler.
 """
 
 import contextlib
@@ -105,13 +105,15 @@ def has_triton(x):
 
 
 def on_gpu(x):
-    """Return whether x is on a GPU, or is a fake tensor that stands for one there in a plan (`using` with pretend)."""
+    """Return whether x is on a GPU, or is a fake tensor that stands for a GPU tensor in a memory plan (see `using`,
+    pretend).
+    """
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
 
 def capable(device, least=(0, 0), below=(99, 0)):
-    """Return whether least <= the compute capability (major, minor) of a GPU < below. Without a GPU, a Hopper is
-    assumed (for plans).
+    """Return whether the compute capability (major, minor) of a GPU is at least `least` and lower than `below`. If
+    there is no GPU, a Hopper is assumed (for memory plans).
     """
     capability = 9, 0
     if torch.cuda.is_available():
@@ -120,7 +122,7 @@ def capable(device, least=(0, 0), below=(99, 0)):
 
 
 if torch.cuda.is_available():  # only there, since importing what torch.compile needs takes a second
-    # torch.compile traces their results as constants
+    # torch.compile treats the results of these functions as constants
     implementation, capable = map(torch.compiler.assume_constant_result, (implementation, capable))
 
 

@@ -1,13 +1,14 @@
 """The VAE's causal 3-D convolution, streaming through time, fused with the operations before and after it.
 
-x (B,C,T,H,W); past (B,C,2,H,W): the two frames before x, as the convolution saw them, or None for zeros; weight
-(N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...), RMS norm and SiLU are applied
-to x first, after adding input_bias (C), the bias that the previous convolution left out. residual (B,N,T,H,W) or None
-is added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
+x (B,C,T,H,W): a chunk of frames; past (B,C,2,H,W): the two frames before x, after norm and SiLU, or None for zeros;
+weight (N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...), RMS norm and SiLU are
+applied to x first, after adding input_bias (C), the bias that the previous convolution left out. residual (B,N,T,H,W)
+or None is added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
 
-On a GPU one kernel writes the past frames and the normed chunk into the buffer that cuDNN convolves, and their last two
-frames into the next `past`. PyTorch adds a bias in a pass of its own after cuDNN; input_bias and residual save that
-pass. On a CPU csrc/causal_conv3d.cpp does everything, with libraries that add a bias at no cost.
+On a GPU one kernel writes the past frames and the normed chunk into a buffer, which cuDNN convolves. The kernel also
+writes the last two frames of the buffer into the next `past`. PyTorch would add a bias in a separate pass after cuDNN.
+This pass is saved if the bias is added together with the residual, or later as the input_bias of the next convolution.
+On a CPU csrc/causal_conv3d.cpp does everything, with libraries that add a bias at no cost.
 """
 
 import torch
@@ -60,8 +61,8 @@ if triton:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Write ROWS rows, of C channels each, of a clip's buffer per program: first `before` rows of past, then
-        `pixels` rows of x. The last `before` rows are also written to `last`.
+        """Write ROWS rows of a clip's buffer per program, of C channels each. The buffer has first `before` rows of
+        past, then `pixels` rows of x. Its last `before` rows are also written to `last`.
         """
         i, b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
         c = tl.arange(0, BLOCK)[None, :]

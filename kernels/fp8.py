@@ -1,10 +1,10 @@
 """Frozen linears in 8 bits: e4m3 weights with a scale per output channel, in half of bf16's memory.
 
-They are made from bf16 or fp32 weights while these load (`convert` the empty model first), or read unchanged from files
-with scales, such as ComfyUI's fp8_scaled. Other 8-bit tensors of such a file, outside of blocks or in int8, become
-dense. On GPUs that multiply fp8 matrices (Ada, Hopper and newer), x is rounded to e4m3 too, with a scale per token;
-elsewhere the weight is made dense for each product. Adapters are added in their own precision.
-The format: Micikevicius et al., 2022.
+bf16 and fp32 weights are rounded to 8 bits while they load (call `convert` before loading). 8-bit weights with scales,
+such as those of ComfyUI's fp8_scaled files, are kept as they are. Other 8-bit tensors of such a file, outside of blocks
+or in int8, are dequantised. On GPUs that multiply fp8 matrices (Ada, Hopper and newer), x is rounded to e4m3 too, with
+a scale per token; elsewhere the weight is dequantised for each product. Adapters are added in their own precision. The
+format: Micikevicius et al., 2022.
 """
 
 import functools
@@ -24,7 +24,7 @@ MIN_ROWS = 512  # minimum number of rows of x for a product in 8 bits
 
 
 def dense(weight, scale, dtype):
-    """Return e4m3 weights (n,m) times their scales (n,1), as (n,m) in dtype."""
+    """Dequantise: return e4m3 weights (n,m) times their scales (n,1), as (n,m) in `dtype`."""
     return (weight.float() * scale).to(dtype)
 
 
@@ -34,7 +34,7 @@ def has_fp8_matmul(x, weight):
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
     fits = fits and x.numel() >= MIN_ROWS * x.shape[-1]
-    # a plan's fake tensors are on no GPU, which is not asked then
+    # for a memory plan's fake tensors, no GPU is asked
     return fits and ops.on_gpu(x) and ops.capable(x.device, least=(8, 9)) and (not x.is_cuda or multiplies(x.device))
 
 
@@ -49,7 +49,7 @@ def multiplies(device):
         torch._scaled_mm(rows, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
     except Exception as e:  # whatever PyTorch or cuBLAS says
         print(
-            f"fp8: no 8-bit products on {device} ({in_one_line(e)}); weights are made dense for the moment",
+            f"fp8: no 8-bit products on {device} ({in_one_line(e)}); weights are dequantised for each product",
             file=sys.stderr,
         )
         return False
@@ -61,9 +61,9 @@ if torch.cuda.is_available():
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x or its GELU in 8 bits; if they are None, the
-    weight is made dense, and x must be activated already. The backward pass keeps the 8-bit weight, and x if
-    `activated`. The weight gets no gradient.
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x, or its GELU, in 8 bits, or None. If they are
+    None, the weight is dequantised for the product, and the caller must have applied any GELU to x. The 8-bit weight is
+    saved for the backward pass, and so is x if `activated`. The weight gets no gradient.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class Fp8Linear(nn.Linear):
     is no error, since the original is not known.
     """
 
-    takes_gelu = True  # since it rounds its input
+    takes_gelu = True  # the GELU is computed in the kernel that rounds the input
 
     def __init__(self, linear, dtype=E4M3):
         nn.Module.__init__(self)
@@ -115,7 +115,9 @@ class Fp8Linear(nn.Linear):
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 
     def forward(self, x, activated=False, rows=None):
-        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: the result of round_input(x), if known."""
+        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: the result of round_input(x), or None to round x
+        here.
+        """
         weight = self.weight, self.scales, self.bias
         if has_fp8_matmul(x, self.weight):
             return Fp8Matmul.apply(x, *(rows or rows_in_fp8(x, activated)), *weight, activated)
@@ -125,13 +127,15 @@ class Fp8Linear(nn.Linear):
         return gelu(self(x))
 
     def round_input(self, x):
-        """Return x in 8 bits, to be shared by all linears with this input, or None if products are dense."""
+        """Return x in 8 bits, to be shared by all linears with this input, or None if the product is not computed in 8
+        bits.
+        """
         return rows_in_fp8(x) if has_fp8_matmul(x, self.weight) else None
 
 
 def convert(model, dtypes=None):
-    """Replace the linears in the blocks of an empty DiT by Fp8Linears: all of them, or those named in `dtypes` {name:
-    8-bit dtype}. Linears outside of blocks stay dense.
+    """Replace linears in the blocks of a DiT, before its weights are loaded, by Fp8Linears: all linears, or those named
+    in `dtypes` {name: 8-bit dtype}. Linears outside of blocks are not replaced.
     """
     for name, linear in list(model.blocks.named_modules(prefix="blocks")):
         if isinstance(linear, nn.Linear) and (not dtypes or name in dtypes):
@@ -147,7 +151,7 @@ def total_norm(norms):
 
 def report(model):
     """Return a line with the relative error of the 8-bit weights for each kind of linear, or None if no error is known.
-    The relative error is the norm of the differences over the norm of the weights, all blocks together.
+    The relative error is the norm of the differences over the norm of the weights, taken over all blocks together.
     """
     kinds = {}
     for name, m in model.named_modules():

@@ -1,4 +1,4 @@
-"""Linears, alone or after a GELU; for the two together, only the GELU's input is kept for the backward pass.
+"""Linears, alone or after a GELU. For a GELU and a linear, only the GELU's input is saved for the backward pass.
 
 x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place, which
 saves a third of the memory of a DiT's feed-forward.

@@ -2,8 +2,9 @@
 
 x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are F rows
 of modulation, (B,F,D) fp32 of any stride. Each row serves L/F tokens, in order; if `index` (L,) int32 is given, row
-index[l] serves token l. Lower bounds on memory traffic, in bytes per element, out and y being sizes of an element:
-modulate 4 + out, gate_modulate 8 + y + out, gate 8 + y, since each tensor is read or written once.
+index[l] serves token l. Each tensor is read or written once. So the lower bounds on memory traffic, in bytes per
+element, are 4 + out for modulate, 8 + y + out for gate_modulate, and 8 + y for gate, where out and y stand for the
+bytes of one element of that tensor.
 """
 
 import torch
@@ -122,8 +123,9 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """Compute `chunk` of the `tokens` tokens that one row may serve per program; with INDEX, skip tokens of other
-        rows. With SUMS, also add up the gradients of gate, weight and shift, into sums (B*F,chunks,3,D).
+        """Compute the gradients of `chunk` tokens per program, out of the `tokens` tokens that one row may serve. With
+        INDEX, skip the tokens that other rows serve. With SUMS, also add up the gradients of gate, weight and shift,
+        into sums (B*F,chunks,3,D).
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows
@@ -288,7 +290,7 @@ def _backward(
     need_rows: bool,
 ) -> list[Tensor]:
     """Return the gradients of [x] + [y, if dnew is given] + [gate, weight and shift together (B,F,3,D), if need_rows].
-    new: the stream that was normed; branch: the dtype of y.
+    new: the residual stream that the LayerNorm was applied to; branch: the dtype of y.
     """
 
 

@@ -1,4 +1,4 @@
-"""The operations that models call: each picks its implementation by backend.py. kernels/*.py has their definitions."""
+"""The operations that models call. Each function chooses its implementation in kernels/*.py with backend.py."""
 
 import functools
 import sys
@@ -47,11 +47,13 @@ def qk_norm_rope(xs, weights, eps, heads, table=None, positions=None):
 
 
 class Linear(torch.nn.Linear):
-    """A dense linear in a DiT's block. Fp8Linear and LoRALinear, which replace it, have the same methods."""
+    """A linear layer with unquantised weights in a DiT's block. Fp8Linear and LoRALinear, which can replace it, have
+    the same methods.
+    """
 
     @property
     def takes_gelu(self):
-        """Whether `forward` should also apply the GELU before it, which keeps less for the backward pass."""
+        """Whether `forward` should also apply the GELU before this linear. Then less is saved for the backward pass."""
         return torch.is_grad_enabled()
 
     def forward(self, x, activated=False, rows=None):
@@ -67,7 +69,7 @@ class Linear(torch.nn.Linear):
         """
         fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         if fuses and fast(x) and on_gpu(x) and capable(x.device, least=(9, 0), below=(11, 0)):
-            # on a GPU its GELU is the tanh formula, with any library
+            # on a GPU, the GELU of this call is the tanh formula, whichever library computes it
             y = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
             return y.unflatten(0, x.shape[:-1])
         return gelu(self(x))
@@ -77,7 +79,7 @@ class Linear(torch.nn.Linear):
 
 
 class GELU(torch.nn.Module):
-    """GELU by its tanh formula. Without gradients it works in place of x, as nn.ReLU(inplace=True) does; x must be
+    """GELU by its tanh formula. Without gradients, the result overwrites x, as with nn.ReLU(inplace=True). x must be
     contiguous.
     """
 

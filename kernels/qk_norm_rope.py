@@ -64,7 +64,7 @@ if triton:
         PAIRS: tl.constexpr,
         ROPE: tl.constexpr,
     ):
-        """Compute one token of q or k per program: of q if axis 1 of the program's number is 0."""
+        """Norm and rotate one token per program: of q if the program's index on axis 1 is 0, of k if it is 1."""
         i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
         x, w, out, row = x0, w0, out0, row0
         if which == 1:
@@ -104,8 +104,8 @@ if triton:
         ROPE: tl.constexpr,
         WEIGHTS: tl.constexpr,
     ):
-        """Compute `chunk` tokens of q or k per program. With WEIGHTS, also write these tokens' part of the weight's
-        gradient to dw (2,chunks,D).
+        """Compute the gradients of `chunk` tokens of q or k per program. With WEIGHTS, also write these tokens' part of
+        the weight's gradient to dw (2,chunks,D).
         """
         c, which = tl.program_id(0), tl.program_id(1)
         x, w, dout, dx, row = x0, w0, dout0, dx0, row0

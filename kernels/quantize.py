@@ -1,6 +1,6 @@
 """Activations in 8 bits (e4m3) with a scale per row, for the GPU's fp8 matrix products, in one read and one write.
 
-x (n,m) of any float dtype, or its GELU, which then needs no pass of its own -> e4m3 (n,m) and scales (n,1) fp32. The
+x (n,m) of any float dtype becomes e4m3 (n,m) and scales (n,1) fp32. A GELU can be applied to x in the same pass. The
 largest value in each row becomes 448. A row that is not finite becomes NaN. Lower bound on memory traffic: one read of
 x and one write of a byte per value.
 """
@@ -21,7 +21,7 @@ E4M3_MAX = torch.finfo(E4M3).max  # 448
 # ---- reference ---------------------------------------------------------------------------------------------------
 def quantize_rows_ref(x, activated=False):
     """Round x (n,m) of any float dtype, or its GELU if `activated`, to e4m3 (n,m), with a scale (n,1) fp32 per row.
-    Returns both; their product approximates x.
+    Returns (the e4m3 values, the scales). Values times scales approximate x, or its GELU.
     """
     x = gelu_ref(x.float()) if activated else x.float()
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # also for a row of zeros
@@ -42,7 +42,7 @@ if triton:
         scale = tl.maximum(tl.max(tl.abs(v), 0), 1e-12) / 448.0 + poison
         tl.store(scales + i, scale)
         v = v / scale
-        # rounded here, half to even, to 3 bits of mantissa or to 2^-9: casts in Triton's interpreter are less exact
+        # round half to even, to 3 bits of mantissa or to 2^-9, since casts in Triton's interpreter are less exact
         bits = v.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         v = tl.where(tl.abs(v) < 0.015625, (v + 24576.0) - 24576.0, normal)

@@ -1,9 +1,9 @@
 """Rotary position embedding (RoPE): a table of angles, and the positions of tokens in time, height and width.
 
 `table` (P,d/2,2) holds, for each of P positions, the cosine and sine for each of a head's d/2 complex pairs.
-`positions` (L,3) are signed integers, |position| < P <= 1024. A token's first d/2 - 2*(d/2//3) pairs turn by its time,
-the next d/2//3 by its height, and the last by its width. A negative position turns in the opposite direction. Source:
-official wan/modules/model.py, rope_params and rope_apply; S2V uses negative times.
+`positions` (L,3) are signed integers, |position| < P <= 1024. In each head of a token, the first d/2 - 2*(d/2//3) pairs
+turn by the token's time, the next d/2//3 by its height, and the last by its width. A negative position turns in the
+opposite direction. Source: official wan/modules/model.py, rope_params and rope_apply; S2V uses negative times.
 """
 
 import torch

@@ -392,7 +392,7 @@ def test_a_gpu_that_refuses_a_product_gets_dense_weights(works, monkeypatch, cap
     assert products == ([512, 512, 600] if works else [512])  # the first is the trial
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (not works)
-    assert works or "CUBLAS_STATUS_NOT_SUPPORTED); weights are made dense" in said[0]
+    assert works or "CUBLAS_STATUS_NOT_SUPPORTED); weights are dequantised" in said[0]
 
 
 @pytest.mark.parametrize("eight", [False, True])
