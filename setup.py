@@ -1,9 +1,9 @@
 """`python setup.py build_ext --inplace` builds csrc/ into the extension nanowan_csrc. pyproject.toml has the rest.
 
 If the extension cannot be built, because a compiler or something else is missing, one line says so and PyTorch's
-operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if there are nvcc and a CUDA build of torch.
-With NANOWAN_CUDA=1 it is an error if these are missing or the build fails; NANOWAN_CUDA=0 leaves the CUDA part out.
-TORCH_CUDA_ARCH_LIST is honoured.
+operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if nvcc and a CUDA build of torch are
+installed. With NANOWAN_CUDA=1, setup.py fails if one of the two is missing or the build fails. NANOWAN_CUDA=0 leaves
+the CUDA part out. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
 import os
@@ -41,8 +41,8 @@ def native_features():
 
 
 def cuda_lack(torch_cuda, cuda_home):
-    """Return why the CUDA part cannot be built, or "". torch_cuda: torch.version.cuda; cuda_home: CUDA's folder or
-    None.
+    """Return why the CUDA part cannot be built, or "" if it can. torch_cuda: torch.version.cuda. cuda_home: CUDA's
+    folder or None.
     """
     if torch_cuda is None:
         return "this torch was built without CUDA"

@@ -31,8 +31,8 @@ GRID = (3, 20, 32)  # latent frames, height, width in the DiT's benchmarks: 480 
 
 
 def dit_flops(c, tokens, text, batch=1):
-    """Return the FLOPs of a DiT's forward pass whose text keys and values are cached. c: the WanConfig. tokens: of a
-    clip. text: tokens of a prompt.
+    """Return the FLOPs of a DiT's forward pass whose text keys and values are cached. c: the WanConfig. tokens: number
+    of tokens in a clip. text: number of tokens in a prompt.
     """
     linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
@@ -56,8 +56,9 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Return (contenders {name: function}, None) for a LoRA step: forward and backward of a translator (k and v of
-    cross-attention, rank 16). blocks: the blocks that our translator is in; the peer's translator is in all blocks.
+    """Return (contenders {name: function}, None) for a LoRA step: forward and backward pass with a translator (a LoRA
+    of rank 16 on k and v of cross-attention). blocks: the blocks that our translator is in; the peer's translator is in
+    all blocks.
     """
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
@@ -82,8 +83,8 @@ def lora_step(blocks=range(6), checkpointing=False):
 
 
 def preserving_step():
-    """Return (contenders {name: function}, None) for a LoRA step on four samples: "ours" with two of them preserved,
-    and "plain" with none preserved.
+    """Return (contenders {name: function}, None) for a LoRA step on four samples. In "ours", the targets of two samples
+    are the base model's predictions, as with --preserve. "plain" has no such samples.
     """
     model, _, x, _, context, _ = dit.__wrapped__()
     lora.inject(model, rank=16)
@@ -143,7 +144,7 @@ def text_encoder():
 
 def sample_video():
     """Return (contenders {name: function}, None) for sampling with a small TI2V from prompt to pixels: ten guided UniPC
-    steps, 9 frames of 128x128. The weights are loaded before.
+    steps, 9 frames of 128x128. Loading the weights is not timed.
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import T5TokenizerFast
@@ -189,8 +190,9 @@ def sample_video():
 
 
 def speech_step():
-    """Return (contenders {name: function}, None) for an S2V step that continues another clip. "ours" computes the
-    inputs that are the same at every step only once, before the step; "recomputed" computes these inputs in the step.
+    """Return (contenders {name: function}, None) for a denoising step of an S2V clip that continues another clip. Some
+    inputs of the DiT are the same at every step: "ours" gets them computed already, "recomputed" computes them in the
+    step.
     """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
     model, given = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
@@ -205,8 +207,8 @@ def speech_step():
 
 
 def speech_clips():
-    """Return (contenders {name: function}, None) for an S2V video: ten clips, and two clips. The longer video takes
-    more time, but no more memory.
+    """Return (contenders {name: function}, None) for sampling an S2V video of ten clips ("ours") and one of two clips.
+    The longer video takes more time, but no more memory.
     """
     folder = Path(tempfile.mkdtemp())
     pipe = load(tiny_s2v.checkpoint(folder / "s2v"))
@@ -225,8 +227,8 @@ def speech_clips():
 
 @torch.no_grad()
 def animate_step():
-    """Return (contenders {name: function}, None) for a step of a small Animate of width 768 after the first step.
-    diffusers encodes the faces and the picture at every step, nanoWan only once.
+    """Return (contenders {name: function}, None) for a denoising step, other than the first, of a small Animate of
+    width 768. diffusers encodes the faces and the picture at every step, nanoWan only at the first.
     """
     model = tiny_animate.animate(layers=5, dim=768, heads=6)
     peer, frames, side = tiny_animate.diffusers_animate(model), 6, model.motion_encoder.side
@@ -258,7 +260,7 @@ def loading():
 
 def cache_clip():
     """Return (contenders {name: function}, None) for caching a clip: scan 120 frames of 1080p, and prepare 49 of them
-    at 832x480 for the VAE, which is left out. The peer is a plain loop with PyAV and PIL: every frame becomes a
+    at 832x480 for the VAE, which does not run. The peer is a plain loop with PyAV and PIL: every frame becomes a
     picture, and the chosen pictures are resized.
     """
     import av

@@ -112,8 +112,8 @@ def write_clips(folder, size=(832, 480)):
 
 
 def write_inputs(folder, size=(832, 480), face=512):
-    """Write the inputs of RUNS into a folder: clips, a picture, a sound, and the videos that drive a character. size:
-    (width, height) of clips and picture. face: side of the face video.
+    """Write the inputs of RUNS into a folder: clips, a picture, a sound, and a folder that drives a character. size:
+    (width, height) of clips and picture. face: width and height of the face video in px.
     """
     write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
@@ -150,8 +150,8 @@ def smaller_card(gigabytes):
 
 
 class Checkpoints:
-    """A mapping {variant: folder of a random checkpoint}. Each checkpoint is written when it is first read from the
-    mapping. Only one 14B checkpoint is kept at a time, to save disk space.
+    """A mapping {variant: folder of a random checkpoint}. Each checkpoint is written when its variant is first looked
+    up. Only one 14B checkpoint is kept at a time, to save disk space.
     """
 
     def __init__(self, folder, device="cuda"):

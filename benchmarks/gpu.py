@@ -171,9 +171,9 @@ def gpu_vae(rounds=1):
 
 
 def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
-    """Measure how fast two experts of `layers` blocks take each other's place on the GPU. The first swap copies one
-    expert to the host and the other to the GPU; later swaps only copy to the GPU. Returns the GB/s of both kinds of
-    swap, and the predicted seconds of a swap of all blocks.
+    """Measure how fast one expert of `layers` blocks replaces another on the GPU. The first swap copies one expert to
+    the host and the other to the GPU; later swaps only copy to the GPU. Returns the GB/s of both kinds of swap, and the
+    predicted seconds of a swap of experts with all blocks.
     """
     experts = []
     for _ in range(2):
@@ -215,7 +215,7 @@ JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
     """Run `jobs`, names in JOBS, and add their results to `about`, which is written to the JSON file `path`. Each job
-    has a process of its own, so that a crash costs no other result. A job that still runs after `seconds` is ended.
+    runs in its own process, so that a crash loses only its own result. A job that still runs after `seconds` is ended.
     """
     return keep_results(jobs, run_apart, about, path, seconds)
 

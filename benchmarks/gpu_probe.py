@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_probe FILE.json
 
-FILE is written after each question; if a question raises an error, the error is its answer.
+The code calls each measurement a question and its result the answer. FILE is written after each question. If a question
+raises an error, the error is written as its answer.
 """
 
 import math
@@ -72,7 +73,7 @@ def convolution(C, T, H, W, dtype, bias):
 
 
 def feed_forward(fused):
-    """Return the ms of the first product and the GELU in a feed-forward of 5B. fused: whether both are one call."""
+    """Return the ms of the first product and the GELU in 5B's feed-forward. fused: whether both are one operation."""
     x, w, b = random(27280, 3072), random(14336, 3072), random(14336)
     if fused:
         return milliseconds(lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True), 5)
@@ -129,8 +130,8 @@ def questions():
 
 
 def answer(ask, file):
-    """Answer the questions in `ask` {question: function}, and return {question: a number, numbers or an error}, which
-    is also written to `file` after each question.
+    """Call the functions in `ask` {question: function}, and return {question: a number, numbers or an error}. The
+    answers are also written to `file` after each question.
     """
     answers = {}
     for name, question in ask.items():

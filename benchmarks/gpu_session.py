@@ -35,8 +35,8 @@ class Job:
     command: str
     limit: int
     expected: int
-    beside: bool = False  # later jobs do not wait for this one ...
-    after: str = ""  # ... unless they name it here
+    beside: bool = False  # later jobs begin without waiting for this one ...
+    after: str = ""  # ... but the job that names it here waits
 
 
 def jobs(state=STATE):
@@ -170,7 +170,7 @@ def main():
     args = p.parse_args()
     if args.dry:
         for name, job in jobs().items():
-            print(f"{name}{' (beside what follows)' * job.beside}: at most {job.limit} s, about {job.expected} s")
+            print(f"{name}{' (next to later jobs)' * job.beside}: at most {job.limit} s, about {job.expected} s")
             print(f"    {job.command}")
         return
     if not torch.cuda.is_available():

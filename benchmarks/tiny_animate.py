@@ -61,8 +61,8 @@ def clip_state(seed=21, layers=3, sizes=CLIP_SIZES):
 
 
 def write_dit(folder, model):
-    """Write a DiT into a folder as tiny.write_dit does, but with only those keys in config.json that Animate's has. The
-    model type is not among these.
+    """Write a DiT into a folder as tiny.write_dit does, but with only the keys of Animate's released config.json, which
+    has no model type.
     """
     tiny.write_dit(folder, model)
     config = json.loads((folder / "config.json").read_text())
@@ -82,7 +82,7 @@ def checkpoint(folder):
     return folder
 
 
-# ---- what drives it --------------------------------------------------------------------------------------------------
+# ---- driving videos --------------------------------------------------------------------------------------------------
 def frames(n, h, w, kind):
     """Return n frames (h,w,3) that differ in every pixel from each other, and from the frames of another `kind`."""
     i, y, x, c = np.ogrid[:n, :h, :w, :3]
@@ -102,8 +102,9 @@ def write_video(path, images, rate=25):
 
 
 def source_folder(folder, n=20, height=32, width=48, face=SIDE):
-    """Write a folder such as Animate's preprocessing writes for its two modes, and return the folder. The reference
-    picture has the video's size, so nothing is resized. n: number of frames. face: side of the face video.
+    """Write a folder like those of Animate's preprocessing, with the files of both modes, and return the folder. The
+    reference picture has the video's size, so nothing is resized. n: number of frames. face: width and height of the
+    face video in px.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):

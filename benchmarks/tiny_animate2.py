@@ -33,7 +33,7 @@ def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
 
 
 def official_names(model):
-    """Return {name: tensor} of a WanAnimate2 under the names in the released file, where another module wraps each
+    """Return {name: tensor} of a WanAnimate2 with the names of the released file, in which another module wraps each
     block.
     """
     return {re.sub(r"^(blocks\.\d+)\.", r"\1.block.", k): v for k, v in model.state_dict().items()}

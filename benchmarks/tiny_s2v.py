@@ -1,7 +1,7 @@
 """A tiny random S2V checkpoint in the official layout, and its inputs: tensors, a picture, a sound, a pose video.
 
-Everything is made from seeds, and no part of it is zero. tests/data/s2v*.safetensors hold the official code's results
-for these, so nothing here can be changed without making those files again.
+Checkpoint and inputs are made from seeds, and none of their tensors is zero. tests/data/s2v*.safetensors hold what the
+official code computes from them. If anything here is changed, those files must be made again.
 """
 
 import json
@@ -37,7 +37,7 @@ CONFIG = S2VConfig(
 
 
 def fill(model, seed=7):
-    """Fill a model with random weights, in the order of their names, and return the model, frozen."""
+    """Fill a model with random weights, drawn in the order of the parameters' names, and return the model, frozen."""
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         r = torch.randn(p.shape, generator=g)
@@ -59,7 +59,7 @@ def dit():
 
 
 def wav2vec2():
-    """Return a small wav2vec2 with 24 layers, since S2V needs the 25 states of so many layers."""
+    """Return a small wav2vec2 with 24 layers, because S2V uses the 25 hidden states of such a wav2vec2."""
     sizes = Wav2Vec2Sizes(16, (10, 3, 3, 3, 3, 2, 2), STRIDES, AUDIO_DIM, 40, 2, 24, 4, 16)
     return fill(Wav2Vec2(sizes), 8)
 
@@ -88,7 +88,7 @@ def inputs(B=1, T=3, h=16, w=8, motion_frames=19, seed=0, audio_dim=AUDIO_DIM):
 
 
 def prompts():
-    """Return two tensors (L,text_dim) of random embeddings, which stand for those of a prompt and its negative."""
+    """Return two random tensors (L,text_dim), which stand for the embeddings of a prompt and of its negative prompt."""
     g = torch.Generator().manual_seed(3)
     return torch.randn(9, tiny.TEXT_DIM, generator=g), torch.randn(5, tiny.TEXT_DIM, generator=g)
 
@@ -155,7 +155,7 @@ def checkpoint(folder):
 
 
 def sound(seconds, rate=16000):
-    """Return a voice-like tone (N,) of so many seconds, whose loudness and pitch change. rate: samples per second."""
+    """Return a voice-like tone (N,), `seconds` long, whose loudness and pitch change. rate: samples per second."""
     t = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
     tone = torch.sin(2 * torch.pi * (150 + 40 * torch.sin(3 * t)) * t) + 0.3 * torch.sin(2 * torch.pi * 700 * t)
     return (0.4 * tone * (0.6 + 0.4 * torch.sin(11 * t))).float()
@@ -171,7 +171,7 @@ def write_wav(path, samples, rate=16000):
 
 
 def picture(width, height, shift=0):
-    """Return a smooth RGB picture as an array (H,W,3)."""
+    """Return a smooth RGB picture as an array (H,W,3). shift: changes the picture gradually."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     waves = [np.sin(7 * x + 3 * y + shift), np.cos(5 * y - 2 * x + 2 * shift), np.sin(4 * x * y + 1 + shift)]
     return (np.stack(waves, -1) * 100 + 128).round().astype(np.uint8)
@@ -182,9 +182,7 @@ def write_picture(path, width, height):
 
 
 def write_pose_video(path, frames, width, height, fps):
-    """Write a video of so many frames, each drawn by `picture`, that decodes to exactly these pictures (FFV1 in a
-    .mkv).
-    """
+    """Write a lossless video (FFV1 in a .mkv) of `frames` pictures that `picture` draws."""
     import av
 
     with av.open(str(path), "w") as file:
