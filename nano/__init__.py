@@ -1,1 +1,1 @@
-"""The nano world: its clips and captions, its grader, and the training of the checkpoint in nano/."""
+"""The nano world, clips of moving coloured shapes: drawing them, grading them, and training the checkpoint in nano/."""

@@ -46,7 +46,7 @@ CRF = 10  # x264's quality, at which an mp4 gets the grades that its pixels got 
 
 def write_clips(args):
     """Write the clips that `args` asks for into the folder --out: mp4 and txt files, and attributes.jsonl. If anything
-    fails, no clip is left there.
+    fails, the folder is not written.
     """
     words = parse_words(args.words)
     folder, rng, lines = Path(args.out), random.Random(f"clips {args.seed}"), []
@@ -78,7 +78,9 @@ def write_clips(args):
 
 
 def suites_of(args):
-    """Return {suite: its prompts with their attributes} for the suites that the flags in `args` ask for."""
+    """Return {name of a suite: its prompts with their attributes}. A suite is a list of prompts that are graded
+    together; the flags in `args` choose the suites.
+    """
     words = parse_words(args.words)
     if args.prompts and words:
         raise BadInput("--words with --prompts: give one of them")

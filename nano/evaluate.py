@@ -10,7 +10,7 @@ from nano.world import ATTRIBUTES, FRAMES, NEW_WORDS, SIZE, known_values, prompt
 from nanowan.errors import BadInput
 from sample import decode, sample_latents
 
-SUITE_NAMES = {"old words": "known words"}  # {key in JSON files: what is printed}
+SUITE_NAMES = {"old words": "known words"}  # {a suite's key in JSON files: its printed name}
 
 
 def gradable(settings):
@@ -45,8 +45,8 @@ def read_graded_prompts(file):
 
 
 def word_attribute(row):
-    """Return the one attribute that the new word of a prompt stands for, such as {"color": "red"}. row: a prompt with
-    its "word" and its attributes.
+    """Return the attribute that the new word of a prompt names, and its value, such as {"color": "red"}. row: a prompt
+    with its "word" and its attributes.
     """
     kind = NEW_WORDS[row["word"]][0]
     return {kind: row[kind]}
@@ -76,10 +76,10 @@ def word_suites(words, n, seed):
 
 
 def listen(models, words, n, seed=0, progress=False, **overrides):
-    """Return {suite: {attribute: what grader.proportion returns}}, the accuracy on the suites of word_suites. A new
-    word is graded for the attribute that it stands for, and known words ("old words") for every attribute; "new words"
-    has the accuracy on all new words, pooled. n: prompts per new word, 1 or more. overrides: keyword arguments of
-    sample.sample_latents.
+    """Return {suite: {attribute: what grader.proportion returns}}, the accuracy on the suites of word_suites. A prompt
+    with a new word is graded for the attribute that this word names, a prompt of known words ("old words") for every
+    attribute. "new words" has the accuracy on all new words, pooled. n: prompts per new word, 1 or more. overrides:
+    keyword arguments of sample.sample_latents.
     """
     found, pooled = {}, 0
     for suite, rows in word_suites(words, n, seed).items():

@@ -12,9 +12,9 @@ def nearest(rgb, palette):
 
 
 def grade(clip):
-    """Return {"color", "shape", "motion", "background", "iou"}, what a clip (3,T,64,64) in [-1,1] shows as its pixels
-    alone tell. iou: the overlap of what is drawn with the best-fitting shape template (0..1, soft, mean over frames).
-    If nothing is drawn, color, shape and motion are None and iou is 0.
+    """Return {"color", "shape", "motion", "background", "iou"} of what a clip (3,T,64,64) in [-1,1] shows, from its
+    pixels alone. iou: the overlap of the drawn shape with the best-fitting shape template (0..1, soft, mean over
+    frames). If nothing is drawn, color, shape and motion are None and iou is 0.
     """
     x = (clip.float().nan_to_num() + 1) * 127.5
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -79,9 +79,9 @@ def proportion(n_right, n):
 
 
 def shares(grades, rows):
-    """Return {attribute: accuracy}. The accuracy is the share of clips that show the value that their prompts ask for,
-    among the prompts that ask for the attribute. grades: what `grade` returned for each clip. rows: the attributes that
-    each prompt asks for.
+    """Return {attribute: accuracy}: among the prompts that ask for an attribute, the share whose clip shows the value
+    that the prompt asks for. grades: what `grade` returned for each clip. rows: the attributes that each prompt asks
+    for.
     """
     accuracy = {}
     for kind in ATTRIBUTES:

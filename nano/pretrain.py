@@ -1,4 +1,4 @@
-"""Train the checkpoint in nano/ from scratch, on every clip of the nano world's trained triples."""
+"""Train the checkpoint in nano/ from scratch, on all clips but those of 20 combinations of colour, shape and motion."""
 
 import nanowan.environment  # noqa: F401  # isort: skip
 
@@ -57,8 +57,8 @@ TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """Train `params` for one stage: AdamW, gradient norm clipped to 1, 100 steps of warm-up, and a linear decay of the
-    learning rate over the last part of the steps (the share `decay`). At the end, each parameter is replaced by its
+    """Train `params` for one stage, with AdamW, gradient norm clipped to 1 and 100 steps of warm-up. Over the last
+    steps (a share `decay` of all), the learning rate falls linearly. At the end, each parameter is replaced by its
     moving average, which keeps the share `ema` of itself in each step. loss_at: a function from a step to the loss,
     whose random numbers depend on the step alone. So a killed run that continues from its last state
     (out/state_NAME.pt) gives the same result as an unbroken run.
@@ -265,9 +265,9 @@ def train_dit(out, seed, vae, tokenizer, steps, config):
 
 @torch.no_grad()
 def introduce(encoder, spiece):
-    """Set the embedding of each new word to the mean of the embeddings of the known words of its kind, plus noise. As
-    in a text encoder pretrained on books, the embedding then tells that the word is a colour, a shape or a verb, but
-    not which one. Also add letter pairs to the tokenizer's file `spiece`, and random embeddings of these pairs to the
+    """Set the embedding of each new word to the mean of the embeddings of the known words of its kind, plus noise. So
+    the embedding tells, as in a text encoder pretrained on books, that the word is a colour, a shape or a verb, but not
+    which one. Also add letter pairs to the tokenizer's file `spiece`, and random embeddings of these pairs to the
     encoder.
     """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids

@@ -1,8 +1,8 @@
-"""The nano world with sound: shapes whose size follows the loudness of a voice-like sound, and a measure of that.
+"""The nano world with sound: shapes whose size follows the loudness of a sound, and a measure of how well it follows.
 
 A clip is 64x64 px, 32 frames at 16 per second: one shape of the nano world moves through the middle, and its radius
-grows with the loudness, from 6 px in silence to 15 px. The checkpoint to train on these clips, in S2V's layout, is made
-of nano's components and of a random, untrained wav2vec2.
+grows with the loudness of a voice-like sound, from 6 px in silence to 15 px. The checkpoint to train on these clips has
+S2V's layout. It is made of nano's components and a random, untrained wav2vec2.
 """
 
 import json
@@ -103,9 +103,9 @@ def write_clips(folder, seeds):
 
 # ---- measures ----------------------------------------------------------------------------------------------------
 def pulse(clip):
-    """Return (T,) in px: for each frame of a clip (3,T,H,W), the radius of a circle with the same area as what differs
-    from the background. The background is the colour of the border. Pixels that differ from the background by less than
-    a quarter of the shape's contrast are haze and do not count.
+    """Return (T,) in px, the size of the shape in each frame of a clip (3,T,H,W): the radius of a circle whose area is
+    that of the pixels unlike the background. The background is the colour of the border. Pixels that differ from it by
+    less than a quarter of the shape's contrast are haze and do not count.
     """
     x = clip.float()
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)

@@ -24,8 +24,9 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
-# What the base DiT has never seen, but `clips` draws and the grader knows. "bounce": left, then back to the right.
-# There is no new shape: nano's VAE turns a ring into a disc.
+# values that the base DiT has never seen; `python -m nano clips` draws them, and the grader knows them ("bounce": left,
+# then back to the right)
+# there is no new shape, because nano's VAE turns a ring into a disc
 UNDRAWN = {"color": {"orange": (245, 135, 30)}, "motion": ("bounce",)}
 BACKGROUNDS = {"dark": (20, 20, 24), "grey": (128, 128, 128)}
 ATTRIBUTES = ("color", "shape", "motion")
@@ -44,8 +45,8 @@ TEMPLATES = (
     "a {shape} that is {color} {verb}",
     "there is a {color} {shape} and it {verb}",
 )
-# Words that the base has never read, and what they mean. `clips --words` puts them in captions, `eval --words` grades
-# prompts with them.
+# Words that the base has never read, and what they mean. `python -m nano clips --words` puts new words in captions, and
+# `python -m nano eval --words` grades prompts with new words.
 NEW_WORDS = {
     "crimson": ("color", "red"),
     "azure": ("color", "blue"),
@@ -61,7 +62,7 @@ NEW_WORDS = {
     "plus": ("shape", "cross"),
 }
 TRIPLES = list(product(COLORS, SHAPES, MOTIONS))
-UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # never trained on; one suite grades composition on these triples
+UNSEEN = set(random.Random(0).sample(TRIPLES, 20))  # triples left out of training, to grade composition
 
 
 def template(shape, radius, center, size=SIZE):
@@ -134,8 +135,8 @@ def draw(attributes, seed):
 
 
 def caption_of(a, rng, words=(), form=None):
-    """Return a caption of the attributes `a`. words: new words, each used in the caption if it has the meaning of an
-    attribute. form: a template (default: a random one).
+    """Return a caption of the attributes `a`. words: new words; each is used in place of the known word if it means one
+    of the attributes. form: a template (default: a random one).
     """
     value = {
         "color": a["color"],
@@ -163,8 +164,8 @@ def sample_attributes(rng, triples=None):
 
 
 def training_caption(a, rng):
-    """Return a random caption of the attributes `a` to train the base with: for 80 % of clips a sentence that is not
-    held out, for 10 % one attribute alone, and for 10 % nothing (for guidance).
+    """Return a random caption of the attributes `a` to train the base with. It is a sentence that is not held out for
+    80 % of clips, one attribute alone for 10 %, and empty (for guidance) for 10 %.
     """
     u = rng.random()
     if u < 0.1:
@@ -180,9 +181,10 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
     """Return a list of n different prompts with their attributes, {"prompt", "color", ...}; the base was trained on
     none of them.
 
-    The prompts are held-out captions of trained triples. With `unseen`, they are any captions of the triples that were
-    never trained on. With `words`, each has one of these new words, the words alternate, and `clips` writes none of
-    these captions. If there are fewer than n prompts, raises BadInput, or with `at_most` returns fewer.
+    The prompts are held-out captions of the triples (colour, shape, motion) that the base was trained on. With
+    `unseen`, they are any captions of the triples that it was not trained on. With `words`, each prompt contains one of
+    these new words, and the words alternate; `python -m nano clips` never writes these captions. If fewer than n such
+    prompts are found, BadInput is raised or, with `at_most`, the shorter list is returned.
     """
     rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
     for _ in range(200 * n):
@@ -199,8 +201,8 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 
 def triples_of(*words):
-    """Return the triples that new words, of different kinds, can describe together: those that the base was trained on
-    and, if a word means what was never drawn, its triples with every known value of the other attributes.
+    """Return the triples (colour, shape, motion) that new words of different kinds can describe together. They have the
+    words' meanings and any known values of the other attributes, except the triples that were left out of training.
     """
     values = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}
     values |= {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
@@ -208,7 +210,7 @@ def triples_of(*words):
 
 
 def every_clip():
-    """Return ([attributes], clips (N,3,9,64,64)) with all clips of the trained triples."""
+    """Return ([attributes], clips (N,3,9,64,64)): all clips of the triples (colour, shape, motion) to train on."""
     attributes, centers = [], []
     for color, shape, motion in TRIPLES:
         if (color, shape, motion) not in UNSEEN:
@@ -247,7 +249,7 @@ def known_values():
 
 
 def base_words():
-    """Return the set of all words that the base has read."""
+    """Return the set of all words in the captions that the base was trained on."""
     spoken = [verb for verbs in VERBS.values() for verb in verbs]
     return set(re.findall(r"\w+", " ".join([*COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS, *spoken, *TEMPLATES, "an"])))
 

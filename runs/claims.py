@@ -54,7 +54,9 @@ def share_of_pairs(models, words, n, seed):
 
 
 def score(args):
-    """Measure the base, or the encoder or LoRA in the folder DIR/NAME, and write DIR/NAME.json (_fast.json)."""
+    """Measure the base, or the encoder or LoRA that was trained in the folder DIR/NAME, and write DIR/NAME.json, or with
+    --fast DIR/NAME_fast.json. args: the flags of `score`.
+    """
     run, words = args.folder / args.name, world.parse_words(args.words)
     neighbours = [w for w in world.NEW_WORDS if w not in words and w != "orange"]  # orange: never drawn
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora or None
@@ -86,8 +88,8 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled by the model before the change. For an encoder this
-    is the base, and for a translator the base with the encoder.
+    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without what is measured: by the base if an encoder
+    is measured, and by the base with the encoder if a translator is measured.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
@@ -101,7 +103,7 @@ def unchanged_clips(args, rows):
 
 def cells(folder):
     """Return {name of a cell: a list of its results, one for each seed}, in the order in which the cells were measured.
-    folder: the folder that contains a folder for each seed.
+    A cell is one training with its measurement. folder: the folder that contains a folder for each seed.
     """
     folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
@@ -137,8 +139,8 @@ def table(args):
 
 
 def plot(args):
-    """Plot, against dW/W, the accuracy on new words and the PSNR of clips of known words to the clips before the
-    change, with a dot for each seed.
+    """Plot two measurements of each translator against its dW/W, with a dot for each seed: the accuracy on new words,
+    and the PSNR of its clips of known words relative to those without it.
     """
     import matplotlib
 
@@ -161,11 +163,11 @@ def plot(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("score", help="measure one training's result, DIR/NAME")
+    c = commands.add_parser("score", help="measure the result of one training run, DIR/NAME")
     c.add_argument("folder", type=Path, metavar="DIR", help="the folder of a seed")
-    c.add_argument("name", metavar="NAME", help="the name of the cell")
-    c.add_argument("--ckpt", default="nano", help="checkpoint of a nano world (default: nano, in the repository)")
-    c.add_argument("--words", required=True, help="the new words that were taught, a,b=red")
+    c.add_argument("name", metavar="NAME", help="the name of the training run")
+    c.add_argument("--ckpt", default="nano", help="checkpoint of the nano world (default: nano, in the repository)")
+    c.add_argument("--words", required=True, help="new words that were taught, for example crimson,rouge=red")
     c.add_argument("--text_encoder", action="store_true", help="NAME is an encoder")
     trained_with = "NAME is a LoRA, trained on the output of this encoder (without a file: of the checkpoint's own)"
     c.add_argument("--lora", metavar="ENCODER", nargs="?", const="", help=trained_with)
@@ -174,7 +176,7 @@ def main():
     c.add_argument("--n", type=int, default=34, help="prompts per word (default: %(default)s)")
     c.add_argument("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     c.set_defaults(run=score)
-    c = commands.add_parser("table", help="print the table of all cells")
+    c = commands.add_parser("table", help="print the table of all measured runs")
     c.add_argument("folder", type=Path, metavar="DIR", help="the folder that contains a folder for each seed")
     c.set_defaults(run=table)
     c = commands.add_parser("plot", help="plot prompt adherence against budget")

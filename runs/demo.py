@@ -1,8 +1,8 @@
 """`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
 
-The demo shows what the encoder adds, and then the translator. The encoder teaches words for what the base can draw. The
-translator helps the model to draw an orange figure, which the base has never drawn. Words that were not trained are
-graded too.
+The demo shows what the encoder adds, and then what the translator adds. The encoder learns words for what the base can
+draw. With the translator, the model can also draw orange figures, which the base has never drawn. Words that were not
+trained are graded too.
 
 The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
 The results, mp4s, a contact sheet and a plot of the losses, are in out/demo.
@@ -84,7 +84,16 @@ def main():
     encoder, adapter = OUT / "te" / "text_encoder.safetensors", OUT / "lora" / "adapter_model.safetensors"
     run("-m", "nano", "clips", "--out", clips, "--n", 192, "--seed", 7, "--words", words)
     data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
-    flags = ["--keywords", words, "--train_blocks", 0, "--trim_prob", 0, "--steps", 150]  # embeddings need no trimming
+    flags = [
+        "--keywords",
+        words,
+        "--train_blocks",
+        0,
+        "--trim_prob",
+        0,
+        "--steps",
+        150,
+    ]  # embeddings need only full captions
     run(ROOT / "train_te.py", *data, "--out", OUT / "te", *flags)
     stages["+ encoder"] = listen("encoder", encoder=encoder)
     flags = ["--text_encoder", encoder, "--trigger", words, "--preserve", 2, "--steps", 300]

@@ -2,10 +2,10 @@
 
 python runs/sound.py                     three seeds       python runs/sound.py --seeds 0 --steps 800
 
-A tiny S2V checkpoint is made of nano's components. All of its DiT is trained on clips of shapes that grow with the
-loudness of their sound, through the Dataset and the batches of train_lora.py. Before and after training, clips are
-sampled for sounds that were never trained on, and in each clip the size of the shape is compared with the loudness of
-the sound, frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and
+A tiny S2V checkpoint is made of nano's components. All weights of its DiT are trained on clips of shapes that grow with
+the loudness of their sound, with the batches that train_lora.py makes. Before and after training, clips are sampled for
+sounds that were never trained on, and in each clip the size of the shape is compared with the loudness of the sound,
+frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and
 out/sound/sound.png.
 """
 
@@ -38,8 +38,8 @@ HELD_OUT = range(9000, 9008)  # seeds of the pictures to sample; their sounds ha
 
 
 def train(ckpt, clips, steps, seed):
-    """Train all of a checkpoint's DiT on the batches that train_lora.py makes of `clips`, and write the DiT back to the
-    checkpoint.
+    """Train all weights of a checkpoint's DiT on the batches that train_lora.py makes of `clips`, and write the DiT
+    back to the checkpoint.
     """
     flags = f"--ckpt {ckpt} --data {clips} --batch 16 --held_out 0 --continuation 0 --device cpu --seed {seed}"
     args, models = train_lora.arguments(flags.split()), Pipeline(ckpt)
@@ -60,8 +60,8 @@ def train(ckpt, clips, steps, seed):
 
 def sample(ckpt):
     """Return [(clip (3,29,64,64), loudness (32,))] for sounds that were never trained on. Each clip begins with a
-    picture that was drawn for another sound. In a picture drawn for the clip's own sound, the size of the shape would
-    tell how loud the first syllable is, and so the next.
+    picture that was drawn for another sound. If the picture were drawn for the clip's own sound, the size of its shape
+    would tell how loud the first syllable is, and therefore the next.
     """
     from PIL import Image
 
@@ -77,8 +77,8 @@ def sample(ckpt):
 
 @torch.no_grad()
 def reconstruct(ckpt):
-    """Return [(clip, loudness)] like `sample`, but each clip is a held-out clip as drawn, encoded and decoded by the
-    VAE. No sampled clip can follow its sound more closely.
+    """Return [(clip, loudness)] as `sample` does, but each clip is drawn for a held-out sound, then encoded and decoded
+    by the VAE. No sampled clip can follow its sound more closely.
     """
     vae, results = Pipeline(ckpt).acquire("vae"), []
     for seed in HELD_OUT:
