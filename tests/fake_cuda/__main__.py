@@ -1,9 +1,10 @@
-"""Runs the CUDA code where there is no GPU, with a CUDA build of PyTorch, on four devices that keep memory and compute
-nothing (driver.cpp, nccl.cpp). nvcc is needed, and cuDNN's and NCCL's headers, which come with that PyTorch.
+"""Run the CUDA code on a machine without a GPU, on four devices that allocate memory but compute nothing (driver.cpp,
+nccl.cpp). This needs nvcc and a CUDA build of PyTorch, which brings the headers of cuDNN and NCCL.
 
-    python tests/fake_cuda emulate -m pytest -m gpu tests/test_gpu.py    a command; results are computed on the CPU
-    python tests/fake_cuda plans OUT.json                                the scripts at released size on sparse files,
-                                                                        planned memory against PyTorch's allocator
+    python tests/fake_cuda emulate -m pytest -m gpu tests/test_gpu.py    run a command; the CPU computes the results
+    python tests/fake_cuda plans OUT.json                                run the scripts at released size on sparse
+                                                                         files; compare planned memory with PyTorch's
+                                                                         allocator
 """
 
 import json
@@ -18,7 +19,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 FITS = ("ti2v-5B: sample", "ti2v-5B: sample, fp8", "ti2v-5B: train_lora", "ti2v-5B: train_te, rows")
 FITS += ("ti2v-5B: sample, compiled", "ti2v-5B: sample, CUDA graphs", "ti2v-5B: train_lora, fp8 and streamed")
 FITS += ("t2v-A14B: sample, fp8",)
-# two ranks
+# runs on two ranks: {name: (the run in full_size.RUNS, flags added to it)}
 RANKS = {
     "ti2v-5B: train_lora, FSDP2 and Ulysses": ("ti2v-5B: train_lora", "--fsdp --ulysses_size 2"),
     "ti2v-5B: train_lora, FSDP2 and fp8": ("ti2v-5B: train_lora", "--fsdp --base_dtype fp8"),
@@ -29,12 +30,13 @@ RANKS = {
     "t2v-A14B: train_lora, FSDP2 and Ulysses": ("ti2v-5B: train_lora", "--fsdp --ulysses_size 2"),
 }
 TORCHRUN = "-m torch.distributed.run --nproc_per_node 2"
-# what full_size.py streams, which takes more host memory than device memory, here on a large card
+# full_size.py streams the blocks of these runs, which needs more host than device memory; here the card is large, and
+# no block is streamed
 WHOLE = {"s2v-14B: sample": "s2v-14B: sample, streamed", "animate-14B: sample": "animate-14B: sample, streamed"}
 
 
 def build(folder):
-    """driver.cpp and nccl.cpp as libcuda.so.1, in `folder`."""
+    """Compile driver.cpp and nccl.cpp to libcuda.so.1, in `folder`."""
     import torch
 
     headers = [f"-I{Path(torch.__file__).parent.parent}/nvidia/{name}/include" for name in ("cudnn", "nccl")]
@@ -50,7 +52,7 @@ def environment(folder, how, **more):
 
 
 def make_sparse():
-    """Let full_size.py write files of the right size with nothing in them."""
+    """Make full_size.py write sparse files, which have the right size but contain no weights, and return the module."""
     import safetensors.torch
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

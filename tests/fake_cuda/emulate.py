@@ -1,5 +1,5 @@
-"""Computes on the CPU what a null GPU's kernels leave out, in the same memory: PyTorch runs its CUDA operations, with
-all their checks, and each result is then replaced by that of the same operation on CPU tensors.
+"""Compute on the CPU what the kernels of a fake GPU leave out. PyTorch runs each CUDA operation, with all its checks.
+Then the result is overwritten, in the same memory, by the result of the same operation on CPU tensors.
 """
 
 import ctypes
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten, Generator = torch.ops.aten, torch.Generator
 EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "set_", "resize_", "record_stream")
 NO_RESULT = ("_local_scalar_dense", "is_pinned", "_pin_memory")
-# only the CPU's are run: where the shape of what is returned depends on data, as if a mask chooses; and exp2,
-# which PyTorch would compile at its first call, with a driver that is none
+# operations of which only the CPU's version runs: those whose results' shapes depend on data, such as a mask; and exp2,
+# which PyTorch would compile at its first call, with a real driver
 ON_HOST_ALONE = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave", "exp2")
-COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp carries data itself
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # nccl.cpp moves the data of these
 
 
 def host(t):
-    """A CPU tensor in the memory of a CUDA one."""
+    """Return a CPU tensor that shares the memory of a CUDA tensor."""
     storage = t.untyped_storage()
     if not storage.nbytes():
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
@@ -29,12 +29,12 @@ def host(t):
 
 
 def on_host(tree):
-    """The arguments of an operation, for the CPU."""
+    """Return the arguments of an operation with CPU tensors, generators and devices in place of CUDA's."""
 
     def one(x):
         if isinstance(x, torch.Tensor):
             return host(x) if x.is_cuda else x
-        if isinstance(x, Generator) and x.device.type == "cuda":  # as far on, the same numbers
+        if isinstance(x, Generator) and x.device.type == "cuda":  # equal states give equal numbers
             return torch.Generator().manual_seed(x.initial_seed() % 2**40 * 2**20 + x.get_offset())
         return torch.device("cpu") if isinstance(x, torch.device) else x
 
@@ -42,22 +42,22 @@ def on_host(tree):
 
 
 def put(out, *values):
-    """Copy values to where the results `out` are."""
+    """Copy `values` into the memory of the results `out`."""
     for r, v in zip(out, values):
         if r is not None and v is not None and r.numel():
             host(r).copy_(v)
 
 
-# ---- operations that the CPU does not have, or not so ------------------------------------------------------------
+# ---- operations that the CPU lacks or defines otherwise ----------------------------------------------------------
 def attend(q, k, v, bias=None, scale=None):
-    """(B,N,L,d) each -> attention's output, and log of the softmax's sum (B,N,L)."""
+    """Return the attention (B,N,L,d) and the log of the softmax's sum (B,N,L). q (B,N,L,d), k and v (B,N,S,d)."""
     logits = q.float() @ k.float().transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
     logits = logits if bias is None else logits + bias.float()
     return (logits.softmax(-1) @ v.float()).to(q.dtype), logits.logsumexp(-1)
 
 
 def attend_backward(grad, q, k, v, bias=None, scale=None):
-    """-> the gradients of q, k and v."""
+    """Return the gradients of q, k and v. grad: the gradient of the attention."""
     dtype, scale = q.dtype, scale or q.shape[-1] ** -0.5
     grad, q, k, v = (u.float() for u in (grad, q, k, v))
     logits = q @ k.transpose(-1, -2) * scale
@@ -88,11 +88,11 @@ SPECIAL = {
     aten._addmm_activation.default: addmm_gelu,
     aten._scaled_mm.default: scaled_mm,
 }
-# of PyTorch's attentions: where the bias stands among the arguments behind v, forward and backward
+# for each of PyTorch's attentions, the index of the bias among the arguments after v, in forward and in backward
 for _name, _at in {"cudnn": (0, 4), "efficient": (0, 0), "flash": (None, None)}.items():
 
     def _forward(out, q, k, v, *more, scale=None, at=_at[0], **_):
-        put(out[:1], attend(q, k, v, None if at is None else more[at], scale)[0])  # its backward here needs no more
+        put(out[:1], attend(q, k, v, None if at is None else more[at], scale)[0])  # _backward needs no other result
 
     def _backward(out, grad, q, k, v, *more, scale=None, at=_at[1], **_):
         put(out[:3], *attend_backward(grad, q, k, v, None if at is None else more[at], scale))
@@ -102,7 +102,7 @@ for _name, _at in {"cudnn": (0, 4), "efficient": (0, 0), "flash": (None, None)}.
 
 
 def add_ours():
-    """This project's operations, by their definitions."""
+    """Add this project's operations to SPECIAL, computed by their reference definitions."""
     import kernels
     from kernels import adamw8bit, attention, causal_conv3d, qk_norm_rope, quantize
 
@@ -140,14 +140,14 @@ def add_ours():
 
 
 class Emulation(TorchDispatchMode):
-    """While it lasts, what CUDA operations return is right."""
+    """A context in which CUDA operations return correct results."""
 
     ours = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__.split(".")[0]
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
-            return NotImplemented  # what a DTensor does to its shard comes here again
+            return NotImplemented  # the operation on a DTensor's shard comes here later
         if func.namespace in COLLECTIVES:
             return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
@@ -165,7 +165,7 @@ class Emulation(TorchDispatchMode):
             SPECIAL[func](out, *on_host(args), **on_host(kwargs))
             return out
         memory = {t.untyped_storage().data_ptr() for t in inputs}
-        may_be_view = func.namespace == "aten" and not func._schema.is_mutable  # FSDP2's write into what they return
+        may_be_view = func.namespace == "aten" and not func._schema.is_mutable  # FSDP2's ops write into their results
         if may_be_view and outputs and all(t.untyped_storage().data_ptr() in memory for t in outputs):
             return out  # views
         moved = ("pin_memory", "non_blocking", *(("device",) if name == "_to_copy" else ()))

@@ -1,4 +1,4 @@
-"""What every Python of `python tests/fake_cuda` begins with."""
+"""Python runs this file at the start of every process of `python tests/fake_cuda`."""
 
 import os
 
@@ -6,7 +6,7 @@ import emulate
 import torch
 import torch.distributed as dist
 
-torch.cuda.is_available = lambda: True  # PyTorch's own forbids forks to use the device
+torch.cuda.is_available = lambda: True  # PyTorch's function would keep forks from using the device
 
 
 def on_cpu(talk):
@@ -15,11 +15,13 @@ def on_cpu(talk):
 
 if os.environ["FAKE_CUDA"] == "emulate":
     emulate.Emulation().__enter__()
-else:  # nothing is computed: the few numbers on which a script's way depends are given
+else:  # nothing is computed, so the few numbers on which a script's course depends are given here
     largest, finite = torch.Tensor.max, torch.Tensor.isfinite
 
     def length(t, *args, **kwargs):
-        """The largest of some captions' lengths, or where a kernel should have written them, one that each has."""
+        """Replace Tensor.max: if t contains captions' lengths, return the largest, or 2, which every caption has, if a
+        kernel should have written them. For all other tensors, call PyTorch's function.
+        """
         if not t.is_cuda or t.dtype != torch.int64 or args or kwargs:
             return largest(t, *args, **kwargs)
         n = emulate.host(t).max()
@@ -27,5 +29,5 @@ else:  # nothing is computed: the few numbers on which a script's way depends ar
 
     torch.Tensor.max = length
     torch.Tensor.isfinite = lambda t: torch.ones(1, dtype=torch.bool) if t.is_cuda else finite(t)
-    # by which a pipeline's stages tell each other shapes, on the device if they are let
+    # pipeline stages exchange shapes by these functions, on the device unless told otherwise
     dist.send_object_list, dist.recv_object_list = map(on_cpu, (dist.send_object_list, dist.recv_object_list))

@@ -5,5 +5,5 @@ from nanowan.formats.lora import write_lora
 
 
 def save_lora(path, model, **metadata):
-    """Write the adapter of an injected model; metadata as in write_lora."""
+    """Write the LoRAs injected into a model to an adapter file. metadata: as in write_lora."""
     write_lora(path, adapter(model), next(iter(lora_layers(model).values())).scale, **metadata)

@@ -1,6 +1,8 @@
-"""Errors of the kernels against their references in fp64: largest relative errors over odd sizes, strides and options.
+"""Compare kernels with their references in fp64, over odd sizes, strides and options.
 
-They run on a CPU, in Triton's interpreter (in a process with TRITON_INTERPRET=1) and on a GPU.
+Unless its docstring says otherwise, a function NAME_error returns the largest relative error (see max_rel_error) of
+outputs and gradients. The functions run on a CPU, in Triton's interpreter (in a process with TRITON_INTERPRET=1) and on
+a GPU.
 """
 
 import math
@@ -13,7 +15,9 @@ from kernels.rope import MAX_POSITIONS, grid_positions, rope_table
 
 
 def seeded(device="cpu"):
-    """(A generator that begins the same each time, random(*shape): normal numbers from it on a device)."""
+    """Return (generator, random): a generator with a fixed seed, and a function random(*shape) that draws normal
+    numbers from it and puts them on `device`.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -23,8 +27,8 @@ def seeded(device="cpu"):
 
 
 def max_rel_error(got, want):
-    """Largest difference between two trees of tensors, as a share of the largest value in each tensor; infinite if
-    anything is not finite.
+    """Return the largest difference between two trees of tensors, each divided by the largest absolute value of its
+    tensor in `want`. Return infinity if any difference is not finite.
     """
     got, want = (torch.utils._pytree.tree_leaves(t) for t in (got, want))
     errors = [
@@ -35,7 +39,7 @@ def max_rel_error(got, want):
 
 
 def scattered_positions(count, generator):
-    """Positions (count,3) of no grid: in no order, some twice, some negative, some at the table's ends."""
+    """Return positions (count,3) of no grid: in no order, some twice, some negative, some at the table's ends."""
     positions = torch.randint(-9, 40, (count, 3), dtype=torch.int32, generator=generator)
     positions[count // 2] = positions[0]
     positions[-1] = torch.tensor([1 - MAX_POSITIONS, MAX_POSITIONS - 1, -1])
@@ -43,7 +47,9 @@ def scattered_positions(count, generator):
 
 
 def modulate_error(device, dtype, B=2, F=3, tokens=5, D=192):
-    """Values and gradients, with rows for equally many tokens and with rows in any order."""
+    """Return the error of modulate, gate and gate_modulate, with rows that each serve equally many tokens, and with an
+    `index` that gives each token its row.
+    """
     (generator, random), L = seeded(device), F * tokens
     x, y, rows = random(B, L, D), random(B, L, 2 * D).to(dtype)[..., :D], random(B, F, 3, D)
     index = torch.randint(F, (L,), generator=generator, dtype=torch.int32).to(device)
@@ -59,7 +65,7 @@ def modulate_error(device, dtype, B=2, F=3, tokens=5, D=192):
             h += [ops[0](a, weight, shift, 1e-6, low, i), ops[1](a, b, row, i)]
             h += ops[2](a, b, row, weight, shift, 1e-6, low, i)
         loss = sum((u.to(kind) * end.to(kind)).sum() for u, end in zip(h, ends))
-        # rows that need no gradient go another way
+        # if the rows need no gradient, another code path runs
         frozen = ops[2](a, b, row.detach(), weight.detach(), shift.detach(), 1e-6, low, index)[1]
         (loss + (frozen.to(kind) * ends[7].to(kind)).sum()).backward()
         results.append([*h, a.grad, b.grad, r.grad])
@@ -67,7 +73,7 @@ def modulate_error(device, dtype, B=2, F=3, tokens=5, D=192):
 
 
 def qk_norm_rope_error(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
-    """Values and gradients, without rotation, at a grid's positions and at scattered ones."""
+    """Return the error of qk_norm_rope, without rotation, with a grid's positions and with scattered positions."""
     (generator, random), L, D = seeded(device), math.prod(grid), heads * d
     x, w, table = random(B, L, 3 * D).to(dtype), 1 + 0.1 * random(2, D), rope_table(MAX_POSITIONS, d, device)
     ends, results = random(4, B, L, heads, d), []
@@ -83,7 +89,9 @@ def qk_norm_rope_error(device, dtype, B=2, grid=(3, 2, 5), heads=3, d=28):
 
 
 def attention_error(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
-    """Values and gradients: bare q and normalised q, which a grid's positions and scattered ones rotate."""
+    """Return the error of attention, with a bare q that is normed and rotated by a grid's or by scattered positions,
+    with a bare q that is only normed, and with a q that is used as given.
+    """
     (generator, random), L = seeded(device), math.prod(grid)
     qkv, text = random(B, L, 3, N, d).to(dtype), random(B, S, 2, N, d).to(dtype)
     weight, table = 1 + 0.1 * random(N * d), rope_table(MAX_POSITIONS, d, device)
@@ -100,7 +108,7 @@ def attention_error(device, dtype, B=2, grid=(3, 5, 3), N=2, d=32, S=37):
 
 
 def gelu_error(device, dtype):
-    """Value and gradient from -20 to 20, on a strided input."""
+    """Return the error of gelu and its gradient for inputs from -20 to 20, on a strided tensor."""
     x, results = torch.linspace(-20, 20, 3 * 1001, device=device).view(3, 1001).t().to(dtype), []
     for op, kind in ((gelu.gelu, dtype), (gelu.gelu_ref, torch.float64)):
         a = x.detach().to(kind).requires_grad_()
@@ -111,7 +119,9 @@ def gelu_error(device, dtype):
 
 
 def linear_error(device, dtype):
-    """Value and gradients, with and without GELU, of sizes that oneDNN takes on AMD's CPUs and that it does not."""
+    """Return the error of linear, with and without GELU, at one size for which oneDNN is used on AMD's CPUs and at one
+    for which it is not.
+    """
     (_, random), results = seeded(device), ([], [])
     for M, K, N in ((7, 24, 40), (100, 530, 520)):
         tensors = random(K, 2 * M).t()[::2], random(N, K) * K**-0.5, random(N), random(M, N)
@@ -132,8 +142,9 @@ CONVOLUTIONS += ((130, 100, (3, 3, 3)),)
 
 
 def causal_conv3d_error(op, device, dtype, sizes=CONVOLUTIONS):
-    """`op`, as causal_conv3d_ref, over kernels, odd sizes, layouts, with and without past, biases, norm and residual;
-    whole and streaming, a frame and two at a time.
+    """Return the error of `op`, which takes the arguments of causal_conv3d_ref: for several kernels, odd sizes and
+    layouts, with and without past, biases, norm and residual. A clip is passed at once, and in chunks of one and two
+    frames.
     """
     (_, random), results = seeded(), ([], [])
     for C, N, kernel in sizes:
@@ -157,8 +168,9 @@ def causal_conv3d_error(op, device, dtype, sizes=CONVOLUTIONS):
 
 
 def fill_buffer_error(fill, device, dtype, C):
-    """`fill`, as kernels/causal_conv3d.py's, on two clips of one and of three frames, with and without past, bias and
-    norm. Copied frames, and those that the next chunk will need, are right to the bit.
+    """Return the error of `fill`, which takes the arguments of kernels/causal_conv3d.py's _fill_buffer, on two clips of
+    one and of three frames, with and without past, bias and norm. Raises AssertionError unless copied frames, and the
+    frames that the next chunk needs, are bit-identical to the expected frames.
     """
     (_, random), error = seeded(), 0.0
     like = dict(dtype=dtype, device=device, memory_format=torch.channels_last_3d)
@@ -180,7 +192,9 @@ def fill_buffer_error(fill, device, dtype, C):
 
 
 def adamw8bit_error(device, n=5 * adamw8bit.BLOCK + 77, steps=10):
-    """Of some steps against torch\'s AdamW in fp32, norm over norm; within a block gradients differ a millionfold."""
+    """Return how far `steps` steps of adamw8bit move weights from where torch's AdamW moves them in fp32: the norm of
+    the difference over the norm of torch's change. The gradients in a block differ by factors of up to a million.
+    """
     g = torch.Generator().manual_seed(0)
     magnitude, direction = 10 ** (-6 * torch.rand(n, generator=g)), torch.randn(n, generator=g).sign()
     start = torch.randn(n, generator=g).bfloat16()
@@ -197,8 +211,9 @@ def adamw8bit_error(device, n=5 * adamw8bit.BLOCK + 77, steps=10):
 
 
 def quantize_error(device, dtype):
-    """The largest difference from the reference, as a share of the row's largest value; of odd sizes, a strided input,
-    rows of zeros, and values on every step of e4m3 and between two.
+    """Return the largest difference of values from the reference, as a share of the row's largest value, or the largest
+    relative difference of scales, whichever is larger. The inputs have odd sizes, strides, rows of zeros, and values on
+    every step of e4m3 and halfway between steps.
     """
     (_, random), error = seeded(device), 0.0
     steps = torch.arange(1, 127, dtype=torch.uint8).view(quantize.E4M3).float()
@@ -215,8 +230,8 @@ def quantize_error(device, dtype):
 
 
 def quantized_gelu_error(device, dtype):
-    """How far the GELU of x comes out from that in fp64, in halves of the step to which e4m3 rounds it; and the largest
-    relative difference of a row's scale.
+    """Return [error of the values, error of the scales] of quantize_rows with GELU, relative to a GELU in fp64. Errors
+    of values are in units of half the step to which e4m3 rounds the value. Errors of scales are relative.
     """
     (_, random), results = seeded(device), []
     for x in (4 * random(5, 300), random(3, 2100)[:, ::2], torch.linspace(-60, 60, 4097, device=device)[None]):

@@ -1,4 +1,4 @@
-"""Media files: made by hand, and read back with PyAV alone."""
+"""Write media files for tests, and read media files with PyAV alone."""
 
 import struct
 import zlib
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_sound(path):
-    """(the first sample's time in seconds, samples (N,) of a file's sound, mono at 48 kHz)."""
+    """Return (the time of the first sample in seconds, samples (N,)) of a file's sound, mono at 48 kHz."""
     resampler, pieces, start = av.AudioResampler("fltp", "mono", 48000), [], None
     with av.open(str(path)) as file:
         for frame in (*file.decode(audio=0), None):
@@ -19,8 +19,9 @@ def read_sound(path):
 
 
 def write_clip(path, frames, codec="libx264", rate=8, pixels="yuv420p", tags=None, **how):
-    """A clip of images (H,W,3 or 4) uint8 or of PyAV's frames. tags: its primaries, transfer function, matrix and range
-    in the numbers of H.273; how: matrix (display matrix), b_frames, and else the encoder's options.
+    """Write a clip of `frames`, images (H,W,3 or 4) uint8 or PyAV's frames, and return its path. rate: frames per
+    second. pixels: the pixel format. tags: the stream's (primaries, transfer function, matrix, range) in the numbers of
+    H.273. how: matrix (display matrix), b_frames, and options of the encoder.
     """
     matrix, b_frames = how.pop("matrix", None), how.pop("b_frames", 0)
     with av.open(str(path), "w") as file:
@@ -45,7 +46,9 @@ def write_clip(path, frames, codec="libx264", rate=8, pixels="yuv420p", tags=Non
 
 
 def write_timed(path, images, times, aspect=1):
-    """A lossless clip of images (H,W,3) uint8 that are shown at these times, in seconds. aspect: of its pixels."""
+    """Write a lossless clip of images (H,W,3) uint8 that are shown at these times, in seconds, and return its path.
+    aspect: aspect ratio of a pixel.
+    """
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264rgb", rate=30, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
@@ -60,19 +63,21 @@ def write_timed(path, images, times, aspect=1):
 
 
 def numbered(k, height=64, width=64):
-    """An image that says k, 0 to 255, in eight bars, the lowest bit on the left."""
+    """Return an image that encodes k, 0 to 255, in eight vertical bars, the lowest bit on the left."""
     bits = [255 * (k >> b & 1) for b in range(8)]
     return np.repeat(np.array(bits, np.uint8), width // 8)[None, :, None].repeat(height, 0).repeat(3, 2)
 
 
 def number(image):
-    """What an image of `numbered` says."""
+    """Return the number that an image of `numbered` encodes."""
     height, width = image.shape[:2]
     return sum((image[height // 2, int((b + 0.5) * width / 8)].mean() > 127) << b for b in range(8))
 
 
 def yuv(color, matrix, full=False, bits=8):
-    """An R'G'B' colour in 0..255 as integers Y Cb Cr of so many bits, by the luma weights (red, blue) of a matrix."""
+    """Return [Y, Cb, Cr], integers of so many bits, for an R'G'B' colour in 0..255. matrix: the luma weights of red and
+    blue. full: full range, else limited range.
+    """
     red, blue = matrix
     r, g, b = (v / 255 for v in color)
     y = red * r + (1 - red - blue) * g + blue * b
@@ -85,7 +90,7 @@ def yuv(color, matrix, full=False, bits=8):
 
 
 def yuv_frame(colors, matrix, height=64, full=False, bits=8):
-    """A PyAV frame in 4:4:4 with these colours side by side, 32 px each."""
+    """Return a PyAV frame in 4:4:4 with these colours side by side, each 32 px wide. Arguments: as in yuv."""
     planes = np.array([yuv(c, matrix, full, bits) for c in colors]).T  # (3,n)
     planes = planes.repeat(32, 1)[:, None].repeat(height, 1)
     pixels = "yuv444p" if bits == 8 else f"yuv444p{bits}le"
@@ -98,13 +103,15 @@ def yuv_frame(colors, matrix, height=64, full=False, bits=8):
 
 
 def patches(image, n):
-    """The n colours of an image, or of a frame of PyAV, that stand side by side."""
+    """Return the n colours that stand side by side in an image or in a frame of PyAV."""
     image = np.asarray(image)
     return [image[len(image) // 2, int((i + 0.5) * image.shape[1] / n)].tolist() for i in range(n)]
 
 
 def write_png(path, rows, chunks):
-    """rows: bytes with a filter's byte before each; chunks: {name: bytes} before them, IHDR first."""
+    """Write a PNG file. rows: the bytes of all rows, each row after its filter's byte. chunks: {name: bytes} to write
+    before the rows, IHDR first.
+    """
     raw = b"\x89PNG\r\n\x1a\n"
     for name, body in (*chunks.items(), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         raw += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -112,7 +119,7 @@ def write_png(path, rows, chunks):
 
 
 def profile(space, tags):
-    """An ICC profile for a display or a printer. tags: {signature: bytes}."""
+    """Return an ICC profile: for a printer if `space` is b"CMYK", else for a display. tags: {signature: bytes}."""
     table, body = struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(data))
@@ -125,7 +132,7 @@ def profile(space, tags):
 
 
 def matrix_profile(primaries, gamma):
-    """An RGB profile of primaries (x, y) of red, green, blue under D65, and one gamma."""
+    """Return an RGB profile with one gamma for all channels. primaries: (x, y) of red, green and blue. White is D65."""
     xyz = np.array([[x / y, 1, (1 - x - y) / y] for x, y in (*primaries, (0.3127, 0.329))]).T
     to_xyz = xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
     bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -141,7 +148,9 @@ def matrix_profile(primaries, gamma):
 
 
 def cmyk_profile(to_lab):
-    """A CMYK profile of a function of ink (4,) in 0..1 -> (L, a, b), given at the corners of the cube."""
+    """Return a CMYK profile that interpolates to_lab, a function of ink (4,) in 0..1 -> (L, a, b), between the corners
+    of the cube of inks.
+    """
     corners = [to_lab([i >> 3 & 1, i >> 2 & 1, i >> 1 & 1, i & 1]) for i in range(16)]
     lab = bytes(min(max(round(v), 0), 255) for L, a, b in corners for v in (L * 2.55, a + 128, b + 128))
     lut = struct.pack(">4sI4B", b"mft1", 0, 4, 3, 2, 0)

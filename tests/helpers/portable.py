@@ -1,5 +1,6 @@
-"""Runs test files under other CPUs' arithmetic, other numbers of threads and PyTorch's operations alone: `portable.py
-FILE...`, or make test-portable. Prints what became of each setting, and its largest error as a share of its tolerance.
+"""Run test files with the arithmetic of other CPUs, with other numbers of threads, and with PyTorch's operations alone:
+`portable.py FILE...`, or make test-portable. For each setting, print pytest's summary and the largest error as a share
+of its tolerance.
 """
 
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 
 SETTINGS = (
-    "ATEN_CPU_CAPABILITY=default",  # PyTorch's own kernels
+    "ATEN_CPU_CAPABILITY=default",  # the kernels of PyTorch itself
     "ATEN_CPU_CAPABILITY=avx2",
     "ATEN_CPU_CAPABILITY=avx512",
     "ONEDNN_MAX_CPU_ISA=AVX2",  # convolutions, and products in bf16

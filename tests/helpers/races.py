@@ -1,11 +1,12 @@
-"""Looks for memory that two CUDA streams, or a stream and the host, use without waiting for each other.
+"""Find memory that two CUDA streams, or a stream and the host, use without waiting for each other.
 
     python tests/helpers/races.py SCRIPT FLAGS
 
-runs a script; ends with status 9 where it has found some, and says what. After CUDA's order of events, as
-torch.cuda._sanitizer has it (of which the clocks are). That one compares only where tensors begin; here every byte of
-them counts, host memory that nanowan/memory/host.py has pinned, and memory that is given back, or taken, while
-another stream uses it. For one GPU, PyTorch's own operations, and without record_stream.
+runs a script, prints the conflicts that it finds, and exits with status 9 if there are any. Which operations come
+before which others is tracked by the clocks of torch.cuda._sanitizer. The sanitizer itself compares only the first
+addresses of tensors. This file compares all their bytes. It also checks host memory that nanowan/memory/host.py has
+pinned, and memory that is freed or allocated while another stream uses it. It covers one GPU and PyTorch's own
+operations, and does not know record_stream.
 """
 
 import functools
@@ -23,44 +24,44 @@ from torch.cuda._sanitizer import StreamSynchronizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# beginnings of operations' names that use no tensor's memory
+# how the names begin of operations that do not access the memory of a tensor
 UNREAD = ("record_stream", "is_pinned", "_pin_memory", "set_", "empty", "new_empty")
 
 
 class Access(NamedTuple):
-    begin: int  # addresses
-    end: int
+    begin: int  # address of the first byte
+    end: int  # address after the last byte
     writes: bool
     stream: int
-    number: int  # of all operations
+    number: int  # of the operation, counted over all streams
     what: str
 
 
 def extent(t):
-    """The addresses (begin, end) between which a tensor's elements lie."""
+    """Return (begin, end), the addresses between which a tensor's elements lie."""
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def where():
-    """The line of this project that is being run."""
+    """Return the line of this project that is running, as FILE:LINE."""
     other = str(Path(torch.__file__).parent), __file__
     ours = [f for f in traceback.extract_stack() if not f.filename.startswith(other)]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
 
 
 class Races(TorchDispatchMode):
-    """While it lasts, operations are recorded; `conflicts`: a line for each. One per process: PyTorch's trace has no
-    end.
+    """A context that records operations and collects `conflicts`, a line of text for each. A process can use it only
+    once, because PyTorch's trace cannot be switched off.
     """
 
     def __init__(self):
         super().__init__()
         self.clocks, self.number, self.conflicts = StreamSynchronizations(), 0, []
-        self.begins, self.blocks = [], {}  # of device memory in use: {address: (stream, accesses)}
-        self.host, self.pinned = [], {}  # accesses of streams to pinned host memory; {its first address: the last}
+        self.begins, self.blocks = [], {}  # device memory in use: addresses; {address: (stream, accesses)}
+        self.host, self.pinned = [], {}  # accesses of streams to pinned host memory; {its begin: its end}
         clocks = self.clocks
-        self.callback_error = None  # an exception of a callback, which PyTorch only logs
+        self.callback_error = None  # an exception in a callback; PyTorch would only log it
         torch._C._activate_gpu_trace()
         trace.register_callback_for_event_creation(clocks.create_event)
         trace.register_callback_for_event_deletion(clocks.delete_event)
@@ -83,17 +84,20 @@ class Races(TorchDispatchMode):
         self.conflicts.append(f"{where()}: {what}, while stream {access.stream} runs {access.what}")
 
     def done(self, access, stream):
-        """Whether what a stream (None: the host) does next comes after an access."""
+        """Return whether everything that `stream` (None: the host) does from now on comes after an access."""
         seen = self.clocks.host_sync_state if stream is None else self.clocks.current_sync_states.get(stream, {})
         return access.stream == stream or access.number <= seen.get(access.stream, -1)
 
     def compare(self, new, earlier, stream):
-        """Record an access beside the earlier ones in the same memory."""
+        """Record an access, and a conflict for each earlier access to the same memory that it does not wait for.
+        earlier: the earlier accesses, a list to which this one is added. stream: the stream of the access, or None for
+        the host, whose accesses are compared but not added.
+        """
         for old in earlier:
             same = old.begin < new.end and new.begin < old.end
             if same and (old.writes or new.writes) and not self.done(old, stream):
                 self.say(f"{'host' if stream is None else f'stream {stream}'} runs {new.what}", old)
-        # who comes after this one comes after what it covers
+        # what comes after the new access also comes after the accesses that it covers
         covered = [a for a in earlier if new.begin <= a.begin and a.end <= new.end]
         for a in covered:
             if new.writes or a.stream == stream and not a.writes:
@@ -102,7 +106,9 @@ class Races(TorchDispatchMode):
             earlier.append(new)
 
     def allocated(self, address):
-        """The stream that it belongs to may still use it as what it was before."""
+        """Record an allocation as a write by the current stream, whose earlier operations may still use this memory for
+        a freed tensor.
+        """
         insort(self.begins, address)
         stream = torch.cuda.current_stream().cuda_stream
         self.number += 1
@@ -111,16 +117,18 @@ class Races(TorchDispatchMode):
         self.blocks[address] = stream, [taken]
 
     def freed(self, address):
-        """The stream that allocated it may use it again at once."""
+        """Check that no other stream still uses the memory at `address`: the stream that allocated it may reuse it at
+        once.
+        """
         stream, accesses = self.blocks.pop(address, (None, []))
         if address in self.begins:
             self.begins.remove(address)
         for a in accesses:
             if not self.done(a, stream):
-                self.say("memory is given back", a)
+                self.say("memory is freed", a)
 
     def unlocked(self, begin):
-        """The host may use pinned memory otherwise."""
+        """Check that no stream still uses the pinned memory at `begin`: the host may reuse it once it is unpinned."""
         end = self.pinned.pop(begin)
         for a in self.host:
             if begin <= a.begin < end and not self.done(a, None):
@@ -132,7 +140,7 @@ class Races(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__
         self.number += 1
-        number = self.number  # what the host waits for in `func` includes it
+        number = self.number  # taken first, so that a wait of the host within `func` includes this operation
         if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves((args, kwargs))):
             self.clocks.update_seq_num(torch.cuda.current_stream().cuda_stream, number)
         out = func(*args, **kwargs)
@@ -162,7 +170,7 @@ class Races(TorchDispatchMode):
 
 
 def watch(run):
-    """Call `run`; print what was found, and return it."""
+    """Call `run`, print the conflicts that were found, and return them."""
     from nanowan.memory import host
 
     races, (pin, unpin) = Races(), (host.pin, host.unpin)

@@ -1,8 +1,10 @@
-"""Runs jobs one after another in ranks that work together, or in one process: `ranks.py JOBS.json`.
+"""Run jobs one after another, on ranks that work together or in one process: `ranks.py JOBS.json`.
 
-A job: {"script", "argv", "sgd": use plain SGD (Adam's first steps are the gradient's sign, which rounding decides where
-it is nearly zero), "broken": which part to break on purpose, "dump": where the full states go that were saved and
-restored}. Writes OUT/sent.json: bytes sent by rank 0.
+A job is {"script", "argv"} with the following optional keys. "ranks": arguments of World, if "script" names a function
+of this file. "sgd": whether to use plain SGD. (Adam's first steps are the sign of the gradient, which depends on
+rounding where the gradient is nearly zero.) "broken": a key of BREAK, to break a part of the code on purpose. "dump":
+beginning of the paths to which the unsharded training states are written when they are saved or restored. A training
+run's OUT/sent.json has the bytes that rank 0 sent.
 """
 
 import importlib
@@ -33,10 +35,12 @@ def whole(state):
 
 
 def library(out, **ranks):
-    """Two prompts at once, and a frame of 28x20 latent pixels decoded, through the library."""
+    """Sample two prompts at once and decode a frame of 28x20 latent pixels, through the library, and write both results
+    to the file `out`.
+    """
     world = World(scripts.DEVICE, **ranks)
     checkpoint = sample.load("nano", world=world)
-    pipeline.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # what ranks find by themselves differs
+    pipeline.free_memory = lambda device: (1 << 40) * (world.rank % 2)  # each rank would decide differently on its own
     latents = sample.sample_latents(
         checkpoint, ["a red circle moves left", "a square"], [0, 1], size=(96, 96), frames=9, steps=3, progress=False
     )
@@ -44,14 +48,15 @@ def library(out, **ranks):
     found = {"latents": latents, "video": sample.decode(checkpoint, z)}
     assert ("tokens" in world.sent) == (world.sp_size > 1) and ("pixels" in world.sent) == (
         world.clip_group_size > 1
-    )  # they did work together
+    )  # the ranks did share the work
     if world.is_main:
         save(out, found)
 
 
 def tokens(out, **ranks):
-    """A model whose tokens are no grid, and one with a time for each latent frame: outputs and gradients. The tokens
-    divide by no number of ranks, and slices begin within a frame.
+    """Write the outputs and gradients of two models to the file `out`: one whose tokens form no grid, and one with a
+    timestep for each latent frame. The numbers of tokens are odd, so two or four ranks cannot share them evenly, and
+    slices begin within a frame.
     """
     world, (x, t, context), extra = World("cpu", **ranks), *scattered.inputs()
     cases = {
@@ -71,7 +76,9 @@ def tokens(out, **ranks):
 
 
 def long_video(out, ckpt, inputs, **ranks):
-    """Two clips of S2V or Animate, through the library. inputs: what sample.generate is given."""
+    """Sample a long video of S2V or Animate through the library, and write the latents of its clips to the file `out`.
+    inputs: keyword arguments of sample.generate.
+    """
     world = World(scripts.DEVICE, **ranks)
     _, latents = sample.generate(sample.load(ckpt, world=world), "a prompt", progress=False, **inputs)
     assert ("tokens" in world.sent) == (world.sp_size > 1)
@@ -139,12 +146,12 @@ if __name__ == "__main__":
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if kwargs.get("distributed", True):  # else it is what Pipeline has before a script gives it one
+        if kwargs.get("distributed", True):  # else it is a Pipeline's World before a script sets another
             WORLDS.append(self)
 
     name = next(
         n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n)
-    )  # what fully_shard calls; the first is newer
+    )  # the function that fully_shard calls; newer versions of PyTorch have the first
     gather = getattr(dist, name)
 
     def gathered(output, input, *args, **kwargs):
@@ -154,10 +161,10 @@ if __name__ == "__main__":
     World.__init__ = remember
     setattr(dist, name, gathered)
     start, end = dist.init_process_group, dist.destroy_process_group
-    dist.destroy_process_group = lambda: None  # one group serves all jobs
+    dist.destroy_process_group = lambda: None  # all jobs use one process group
     dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
     if dist.is_initialized():
         dist.barrier()
-        end()  # left to the interpreter's end, gloo's threads may abort the process
+        end()  # if this were left to the interpreter's exit, gloo's threads could abort the process

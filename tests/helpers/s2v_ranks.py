@@ -1,7 +1,7 @@
-"""Outputs of S2V, and the gradients of its injectors alone, on several ranks or on one: `s2v_ranks.py OUT`.
+"""Compute outputs of S2V, and gradients of the audio injectors alone, on several ranks or on one: `s2v_ranks.py OUT`.
 
-The tokens (176, and 128 of a first clip) do not divide by three ranks, whose slices begin within a latent frame; the
-last has no noise.
+The clip has 176 tokens with the previous clip's frames, and 128 without. Three ranks cannot share them evenly, so
+slices begin within a latent frame. Of the 176 tokens, the last rank has no noise tokens.
 """
 
 import os

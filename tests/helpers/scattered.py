@@ -1,8 +1,8 @@
-"""A made-up variant of Wan that uses every hook for subclasses, for tests; and its forward written out in fp64.
+"""A made-up variant of Wan for tests, which uses every hook for subclasses, and its forward pass written out in fp64.
 
-Its tokens stand on no grid: the clip's own are shifted, some to negative heights; further ones stand anywhere, some
-twice and before the first frame, and are modulated as if t were 0. After every other block the clip's tokens get a
-vector of their latent frame.
+The positions of its tokens form no grid. The clip's tokens are shifted, some to negative heights. The other tokens have
+random positions, some of them equal or before the first frame, and are modulated as if t were 0. After every other
+block, a vector that depends on the latent frame is added to each of the clip's tokens.
 """
 
 import torch
@@ -15,7 +15,9 @@ SHIFT = torch.tensor([0, -1, 7], dtype=torch.int32)
 
 
 def positions(grid, extra):
-    """(own, further): times, heights and widths of a grid's tokens in order, and of as many others as asked for."""
+    """Return (own, further): the positions (time, height, width) of the clip's tokens, which are those of a grid,
+    shifted, and of `extra` other tokens.
+    """
     own = torch.tensor([(t, h, w) for t in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])])
     g = torch.Generator().manual_seed(4)
     further = torch.randint(-19, 31, (extra, 3), generator=g)
@@ -29,7 +31,7 @@ class Scattered(Wan):
         self.frame_vectors = torch.nn.Embedding(9, config.dim)
 
     def embed_inputs(self, *, extra):
-        """extra (B,M,D): further tokens."""
+        """Return the embeddings of the tokens that do not belong to the clip: extra (B,M,D), unchanged."""
         return extra
 
     def times(self, t):
@@ -52,20 +54,22 @@ class Scattered(Wan):
 
 
 def model():
-    """3 blocks of 4 heads of 12, in 16 channels; random weights from a seed."""
+    """Return a Scattered with 3 blocks, 4 heads of size 12, 16 channels, and random weights from a seed."""
     config = WanConfig("t2v", 48, 104, 4, 3, 16, 16, text_dim=tiny.TEXT_DIM)
     return tiny.randomize(Scattered(config), 0)
 
 
 def inputs(frames=3, h=6, w=10, extra=6, B=2):
-    """Positional and keyword arguments of Scattered.forward; the number of tokens divides by no number of ranks."""
+    """Return the positional and the keyword arguments of Scattered.forward. With the defaults there are 51 tokens,
+    which two or four ranks cannot share evenly.
+    """
     g = torch.Generator().manual_seed(1)
     x, context = torch.randn(B, 16, frames, h, w, generator=g), torch.randn(B, 9, tiny.TEXT_DIM, generator=g)
     return (x, torch.rand(B, generator=g) * 1000, context), {"extra": torch.randn(B, extra, 48, generator=g)}
 
 
 def plain(model, x, t, context, extra):
-    """What model(x, t, context, extra=extra) is, from its weights and the official formulas, in fp64."""
+    """Compute model(x, t, context, extra=extra) in fp64, from the model's weights and the official formulas."""
     p, c = {k: v.double() for k, v in model.state_dict().items()}, model.config
     x, context, extra = x.double(), context.double(), extra.double()
     N, d = c.num_heads, c.dim // c.num_heads
@@ -102,7 +106,7 @@ def plain(model, x, t, context, extra):
     zeros = torch.zeros(len(context), c.text_len - context.shape[1], context.shape[2], dtype=torch.float64)
     text = F.gelu(linear("text_embedding.0", torch.cat([context, zeros], 1)), approximate="tanh")
     text = linear("text_embedding.2", text)
-    t = torch.cat([t[:, None].expand(-1, n), torch.zeros(len(t), len(further))], 1).double()  # of each token
+    t = torch.cat([t[:, None].expand(-1, n), torch.zeros(len(t), len(further))], 1).double()  # for each token
     angle = t[..., None] * 10000 ** (-torch.arange(c.freq_dim // 2).double() / (c.freq_dim // 2))
     time = F.silu(linear("time_embedding.0", torch.cat([angle.cos(), angle.sin()], -1)))
     time = linear("time_embedding.2", time)

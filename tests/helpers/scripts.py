@@ -1,7 +1,7 @@
-"""Runs the project's scripts as `python SCRIPT FLAGS` does, in forks of one process that has imported what they need.
+"""Run the project's scripts as `python SCRIPT FLAGS` does, but in forks of one process that has imported their modules.
 
-Importing PyTorch takes longer than most of these runs. What depends on the environment, on memory or on signals starts
-a Python of its own instead.
+Importing PyTorch takes longer than most of these runs. Tests that depend on the environment, on memory or on signals
+start a Python process of their own instead.
 """
 
 import atexit
@@ -20,13 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
-# of test_clips.py's long videos, and of ranks, which on cuda need four GPUs
+# the device for test_long_video.py and for tests on several ranks, which need four GPUs on cuda
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 server = None
 
 
 class NoPlan:
-    """In the place of a memory_estimate.Plan, which takes longer than the small runs that it is made for."""
+    """Stands in for a memory_estimate.Plan, whose computation takes longer than the small runs that it is made for."""
 
     peak, takes_turns = 0, False
 
@@ -38,14 +38,15 @@ class NoPlan:
 
 
 def run(script, *flags, code=None, check=False, ranks=1, plan=False):
-    """subprocess.run of a script with these flags -> returncode, stdout, stderr (text). code: what runs instead, as
-    `python -c` has it, with the script and flags as its arguments. check: it must succeed. ranks: that many at once,
-    each on one thread with the environment that torchrun gives, one after the other in stdout and stderr; where one
-    fails the others are ended. plan: with the plan of its memory, which takes as long as the rest.
+    """Run a script with these flags, as subprocess.run does, and return its returncode, stdout and stderr (text). code:
+    Python source to run instead, as with `python -c`; the script and flags are its arguments. check: assert that the
+    run succeeds. ranks: number of processes to run together, each on one thread and with the environment that torchrun
+    gives; their outputs follow one another in stdout and stderr, and if one fails, the others are ended. plan: also
+    plan the memory, which takes as long as the rest.
     """
     global server
     if server is None:
-        env = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # else an import takes the GPU from its forks
+        env = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # else an import keeps forks from using the GPU
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,8 +61,9 @@ def run(script, *flags, code=None, check=False, ranks=1, plan=False):
 
 
 def serve():
-    """Fork for each line of stdin; the first exit status that is not 0, or 0, is a line of stdout. Returns in the
-    children, with their job and rank.
+    """Read a job from each line of stdin, and fork a child for each of its ranks. When the children have ended, print
+    the first of their exit statuses that is not 0, or else 0. The parent never returns; a child returns its job and its
+    rank.
     """
     numbers = itertools.count()
     for line in sys.stdin:
@@ -77,7 +79,7 @@ def serve():
                     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "TORCHELASTIC_RUN_ID": f"{number}"}
                     os.environ |= {"WORLD_SIZE": f"{job[-1]}", "LOCAL_WORLD_SIZE": f"{job[-1]}"}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-                signal.alarm(600)  # ends what hangs, as ranks do that wait for one that has died
+                signal.alarm(600)  # ends a child that hangs, such as a rank that waits for a dead rank
                 return *job, rank
             children.add(child)
         returncode = 0
@@ -94,10 +96,10 @@ def serve():
 
 if __name__ == "__main__":
     sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
-    import av.subtitles.stream  # noqa: F401  here and below also what runs import when they first need it
+    import av.subtitles.stream  # noqa: F401  some of these are imported by runs only when they need them
     import ftfy  # noqa: F401
     import torch
-    import torch._dynamo  # noqa: F401  optimizers and checkpointing import it
+    import torch._dynamo  # noqa: F401  imported by optimizers and checkpointing
     import torch.distributed.fsdp  # noqa: F401
     import torch.utils.serialization.config  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
@@ -116,11 +118,11 @@ if __name__ == "__main__":
     Image.preinit()
     for kind in registry.PARTS:
         registry.parts_of(kind)
-    for file in sorted((ROOT / "nano" / "checkpoint").rglob("*.pth")):  # in a fork the first of them takes 0.2 s
+    for file in sorted((ROOT / "nano" / "checkpoint").rglob("*.pth")):  # in each fork, the first read would take 0.2 s
         read_header(file)
-    os.fsync = lambda fd: None  # nothing here outlives a failure of power
+    os.fsync = lambda fd: None  # tests need not survive a power failure
     gc.collect()
-    gc.freeze()  # so that collecting garbage in a fork looks only at what is made there
+    gc.freeze()  # so that a fork's garbage collection visits only its own objects
     folder, argv, code, cwd, plan, _, rank = serve()
     os.chdir(cwd)
     if not plan:
@@ -148,7 +150,7 @@ if __name__ == "__main__":
     except Exception:
         sys.excepthook(*sys.exc_info())
         status = 1
-    # what Python does at the end, but for freeing a second's worth of memory, object by object
+    # do what Python does at exit, except to free memory object by object, which takes a second
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Small DiTs with streamed blocks, and the check that streaming changes no bit of what they compute and learn."""
+"""Small DiTs with streamed blocks, and a check that streaming changes no bit of outputs and gradients."""
 
 import torch
 
@@ -10,7 +10,7 @@ X, T, CONTEXT = torch.randn(2, 48, 3, 4, 6), torch.tensor([300.0, 700.0]), torch
 
 
 def streamed(copier, count, blocks=None):
-    """A DiT with a LoRA, `count` of its 6 blocks streamed; its trained parameters; its Placement."""
+    """Return (a DiT with a LoRA and `count` of its 6 blocks streamed, its trained parameters, its Placement)."""
     dit = tiny.dit("ti2v", layers=6)
     torch.manual_seed(0)
     params = lora.inject(dit, rank=4, blocks=blocks)
@@ -20,7 +20,7 @@ def streamed(copier, count, blocks=None):
 
 
 def check_same_bits(a, b, params_of_a, params_of_b):
-    """Outputs and gradients of two DiTs, twice with and twice without gradients."""
+    """Assert that two DiTs have bit-identical outputs and gradients, in two runs with gradients and two without."""
     for _ in range(2):
         ya, yb = a(X, T, CONTEXT), b(X, T, CONTEXT)
         assert torch.equal(ya, yb)
