@@ -54,7 +54,7 @@ def share_of_pairs(models, words, n, seed):
 
 
 def score(args):
-    """Measure the base, or the encoder or LoRA that was trained in the folder DIR/NAME, and write DIR/NAME.json, or with
+    """Measure the base, or the encoder or LoRA that was trained in DIR/NAME, and write DIR/NAME.json, or with
     --fast DIR/NAME_fast.json. args: the flags of `score`.
     """
     run, words = args.folder / args.name, world.parse_words(args.words)
