@@ -60,8 +60,8 @@ def arguments(argv=None):
     forms += "ComfyUI's CLIPLoader, with transformers' names and the tokenizer inside; lora: for ComfyUI's LoraLoader, "
     forms += "which needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
-    chosen = "(default: for bf16 with neither --fsdp nor --rank, adamw8bit with Kahan-compensated weights; else "
-    add("--optimizer", choices=("adamw", "adamw8bit"), help=f"optimizer of the encoder {chosen}adamw)")
+    chosen = "optimizer of the encoder; adamw8bit compensates bf16 weights for their rounding, after Kahan (default: "
+    add("--optimizer", choices=("adamw", "adamw8bit"), help=chosen + "adamw8bit for bf16 without --fsdp, else adamw)")
     shown = "percentages A,B,C of captions with a keyword; A: reduced to it, B: shortened, C: used in full (default: "
     add("--caption_mode_probs", help=f"{shown}the checkpoint's config.json, else {recommended['caption_mode_probs']})")
     trim = f"(default: the checkpoint's config.json, else {recommended['trim_prob']})"
@@ -86,14 +86,11 @@ def check(args, s, num_blocks):
     args.keywords = args.keywords or []
     args.keyword_lr = args.lr if args.keyword_lr is None else args.keyword_lr
     args.caption_mode_probs = parse_probs(args.caption_mode_probs)
-    # without compensation, trained weights are fp32: bf16's 8 bits of mantissa would lose AdamW's small steps
-    compensated = args.dtype == "bf16" and not args.fsdp and not args.rank
-    args.optimizer = args.optimizer or ("adamw8bit" if compensated else "adamw")
-    if (args.optimizer == "adamw8bit") != compensated:
-        raise BadInput(
-            f"--optimizer {args.optimizer} --dtype {args.dtype}{' --fsdp' * args.fsdp}{' --rank' * bool(args.rank)}: "
-            "unsharded bf16 weights need adamw8bit, which is for them only; fp32, --fsdp and --rank need adamw"
-        )
+    args.optimizer = args.optimizer or ("adamw8bit" if args.dtype == "bf16" and not args.fsdp else "adamw")
+    if args.optimizer == "adamw8bit" and args.fsdp:
+        raise BadInput("--optimizer adamw8bit --fsdp: sharded weights need adamw")
+    if args.optimizer == "adamw" and args.dtype == "bf16" and not args.fsdp and not args.rank:
+        raise BadInput("--optimizer adamw --dtype bf16: would lose its small steps to rounding; use adamw8bit or fp32")
     args.save = args.save or ("lora" if args.rank else "full")
     if args.save == "lora" and not args.rank and args.train_blocks != 0:
         raise BadInput("--save lora: full blocks are trained; give --rank N, or --train_blocks 0 for embeddings alone")

@@ -1,9 +1,10 @@
-"""A step of AdamW with 8 bits per moment and Kahan-compensated bf16 weights; on a GPU, one kernel per tensor.
+"""A step of AdamW with 8 bits per moment, for fp32 or Kahan-compensated bf16 weights; on a GPU, one kernel per tensor.
 
-weight, compensation and grad: bf16, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
-element; scale (blocks,1) fp32: one per block. The exact weight is weight - compensation. It has 16 bits of mantissa,
-the last of which is rounded at random. Weight decay and update are applied to this difference, in fp32. Compensation:
-Kahan, 1965, and Zamirai et al., 2020. Lower bound on memory traffic: 8 bytes read and 6 written per element.
+weight and grad: bf16 or fp32, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
+element; scale (blocks,1) fp32: one per block. compensation: empty for fp32 weights; for bf16 weights it has their shape
+and dtype, and the exact weight is weight - compensation. The exact weight then has 16 bits of mantissa, the last of
+which is rounded at random. Weight decay and update are applied to the exact weight, in fp32. Compensation: Kahan, 1965,
+and Zamirai et al., 2020. Lower bound on memory traffic in bf16: 8 bytes read and 6 written per element.
 """
 
 import math
@@ -92,16 +93,18 @@ def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, wei
     chunk = CHUNK * (16 if weight.is_cuda else 1)  # on a GPU, a chunk launches some 80 kernels, and no cache matters
     for start in range(0, len(codes), chunk):
         blocks, part = slice(start, start + chunk), slice(start * BLOCK, (start + chunk) * BLOCK)
-        w, c, g = (t[part] for t in flat)
+        w, c, g = (t[part] for t in flat)  # c is empty for fp32 weights
         g = torch.nn.functional.pad(g.float(), (0, codes[blocks].numel() - len(g))).view(-1, BLOCK)
         b1, b2 = betas
         m, v = decode_moments(codes[blocks], scale[blocks], betas)
         m, v = torch.lerp(g, m, b1), torch.lerp(g * g, v, b2)
         codes[blocks], scale[blocks] = encode_moments(m, v, betas)
         update = m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + eps)
-        exact = (w.float() - c.float()) * (1 - lr * weight_decay) - lr * update.view(-1)[: len(w)]
+        exact = w.float() - c.float() if len(c) else w
+        exact = exact * (1 - lr * weight_decay) - lr * update.view(-1)[: len(w)]
         w.copy_(exact)
-        c.copy_(round_to_bf16(w.float() - exact))
+        if len(c):
+            c.copy_(round_to_bf16(w.float() - exact))
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -132,6 +135,7 @@ if triton:
         LEVELS: tl.constexpr,
         SHARES: tl.constexpr,
         OCTAVES: tl.constexpr,
+        COMPENSATED: tl.constexpr,
     ):
         """Do the step for one block of elements per program. keep: 1 - lr * weight_decay."""
         i = tl.program_id(0).to(tl.int64)
@@ -158,11 +162,14 @@ if triton:
 
         update = m / correction1 / (tl.sqrt(v / correction2) + eps)
         exact = tl.load(weight + j, mask=j < n, other=0.0).to(tl.float32)
-        exact = (exact - tl.load(compensation + j, mask=j < n, other=0.0).to(tl.float32)) * keep - lr * update
-        rounded = exact.to(tl.bfloat16)
+        if COMPENSATED:
+            exact -= tl.load(compensation + j, mask=j < n, other=0.0).to(tl.float32)
+        exact = exact * keep - lr * update
+        rounded = exact.to(weight.dtype.element_ty)
         tl.store(weight + j, rounded, mask=j < n)
-        bits = (rounded.to(tl.float32) - exact).to(tl.int32, bitcast=True) + (random3 & 0xFFFF).to(tl.int32)
-        tl.store(compensation + j, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=j < n)
+        if COMPENSATED:
+            bits = (rounded.to(tl.float32) - exact).to(tl.int32, bitcast=True) + (random3 & 0xFFFF).to(tl.int32)
+            tl.store(compensation + j, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=j < n)
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------------
@@ -204,6 +211,7 @@ def _step(
             LEVELS=ROOT_LEVELS,
             SHARES=RATIO_LEVELS,
             OCTAVES=OCTAVES,
+            COMPENSATED=compensation.numel() > 0,
         )
 
 
@@ -226,4 +234,5 @@ def new_state(p):
     """Return the state of a parameter p before its first step: (compensation, codes, scale)."""
     blocks = -(-p.numel() // BLOCK)
     codes = torch.full((blocks, BLOCK), pack(0, 0), dtype=torch.int16, device=p.device)
-    return torch.zeros_like(p), codes, torch.zeros(blocks, 1, device=p.device)
+    compensation = torch.zeros_like(p) if p.dtype == torch.bfloat16 else p.new_empty(0)
+    return compensation, codes, torch.zeros(blocks, 1, device=p.device)

@@ -303,9 +303,10 @@ for width, kind in ((96, half), (160, full), (1024, half)):
 types = {"x": half, "out": "*fp8e4nv", "scales": full}
 for M, activated in ((3072, False), (5120, False), (13824, True), (14336, True)):  # before Ada there is no e4m3
     build(f"quantize_{M}", E.quantize_kernel, types=types, archs=(89, 120), ACTIVATED=activated, **E.launch_config(M))
-types = all_of("weight compensation grad", half) | {"codes": "*i16", "scales": full}
-how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES)
-build("adamw8bit", W.step_kernel, types=types, **how)
+for name, kind in {"": half, "_fp32": full}.items():
+    types = all_of("weight compensation grad", kind) | {"codes": "*i16", "scales": full}
+    how = dict(BLOCK=W.BLOCK, LEVELS=W.ROOT_LEVELS, SHARES=W.RATIO_LEVELS, OCTAVES=W.OCTAVES, COMPENSATED=not name)
+    build(f"adamw8bit{name}", W.step_kernel, types=types, **how)
 """
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # what a program may have of a card's shared memory
 # bytes of a thread that may be put aside: only where gradients of A14B's modulation are summed up, which nothing trains

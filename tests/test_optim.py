@@ -71,7 +71,8 @@ def gradient(magnitude, direction, step):
     return (magnitude * (direction + torch.randn(len(magnitude), generator=g))).bfloat16()
 
 
-def test_steps_and_walks_follow_torch_with_a_range_of_a_million_in_every_block(report):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_and_walks_follow_torch_with_a_range_of_a_million_in_every_block(dtype, report):
     """Steps 1, 2, 10 and 200, and the way up to them, per range of magnitudes. A step's error is that of its moments,
     which were rounded at random in each step before it: the first has none.
     """
@@ -80,13 +81,13 @@ def test_steps_and_walks_follow_torch_with_a_range_of_a_million_in_every_block(r
     magnitude, direction = 10 ** (-6 * torch.rand(n, generator=g)), torch.randn(n, generator=g).sign()
     magnitude[::BLOCK] = 1
     torch.manual_seed(1000)  # of the rounding: not one of the gradients' seeds
-    ours, theirs = torch.nn.Parameter(torch.zeros(n).bfloat16()), torch.nn.Parameter(torch.zeros(n))
+    ours, theirs = torch.nn.Parameter(torch.zeros(n, dtype=dtype)), torch.nn.Parameter(torch.zeros(n))
     opt = AdamW8bit([ours], lr=1e-3, betas=BETAS, eps=1e-8)
     peer = torch.optim.AdamW([theirs], lr=1e-3, betas=BETAS, eps=1e-8)
     for step in range(1, 201):
-        before = opt.exact(ours), theirs.detach().clone()
-        ours.grad = gradient(magnitude, direction, step)
-        theirs.grad = ours.grad.float()
+        before = opt.exact(ours).clone(), theirs.detach().clone()
+        theirs.grad = gradient(magnitude, direction, step).float()
+        ours.grad = theirs.grad.to(dtype)
         opt.step()
         peer.step()
         if step not in (1, 2, 10, 200):
@@ -132,18 +133,21 @@ k.step(weight, (state := k.new_state(weight))[0], grad, *state[1:], 1, 1e-3, (0.
 rest = weight.double() - exact  # bf16, up or down by less than a unit of its last place
 off = (state[0].double().abs() - rest.abs()) / 2 ** (rest.abs().log2().floor() - 7)
 assert off.abs().max() < 1.1 and off.std() > 0.3
-print(levels, bias, off.mean().abs().item(), adamw8bit_error("cpu", steps=1), adamw8bit_error("cpu"))
+walks = [adamw8bit_error("cpu", steps=n, dtype=t) for t in (torch.bfloat16, torch.float32) for n in (1, 10)]
+print(levels, bias, off.mean().abs().item(), *walks)
 """
 
 
 def test_the_kernel_of_a_gpu(report):
     """In Triton's interpreter: moments coded without a bias, and a walk as of AdamW in fp32."""
-    levels, bias, rounding, step, walk = map(float, python(KERNEL, TRITON_INTERPRET="1").split())
+    levels, bias, rounding, step, walk, step32, walk32 = map(float, python(KERNEL, TRITON_INTERPRET="1").split())
     report("sqrt(v), levels", levels, 1.01)
     report("the compensation's rounding, mean over its last place", rounding, 0.03)
     report("m, rms of the mean over sqrt(v)", bias, 0.04 / 100**0.5)
     report("the first step", step, 0.02)  # what 16 bits of a weight of 1 keep of an update of 1e-3
     report("ten steps", walk, 0.06)
+    report("the first step in fp32", step32, 2e-4)  # fp32 keeps 2^-24 of a weight of 1, and the step is 1e-3
+    report("ten steps in fp32", walk32, 0.06)
 
 
 def test_both_optimizers_have_the_same_settings_and_heed_their_groups():
@@ -161,13 +165,14 @@ def test_both_optimizers_have_the_same_settings_and_heed_their_groups():
     assert torch.equal(opt.exact(c), torch.ones(300))
 
 
-def test_bytes_per_parameter():
-    p = torch.nn.Parameter(torch.randn(1024, 1024).bfloat16())
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 8), (torch.float32, 10)])
+def test_bytes_per_parameter(dtype, limit):
+    p = torch.nn.Parameter(torch.randn(1024, 1024, dtype=dtype))
     p.grad = torch.randn_like(p)
     opt = AdamW8bit([p], lr=1e-3)
     opt.step()
     total = p.nbytes + p.grad.nbytes + sum(v.nbytes for v in opt.state[p].values() if torch.is_tensor(v))
-    assert total / p.numel() <= 8 + 4 / 256
+    assert total / p.numel() <= limit + 4 / 256
 
 
 def test_weight_decay_alone_shrinks_the_weights_as_the_formula_says(report):
@@ -211,10 +216,11 @@ def test_regression_ends_where_fp32_does_and_plain_bf16_does_not(d, report):
     )
 
 
-def test_it_resumes_bit_for_bit():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_resumes_bit_for_bit(dtype):
     def run(cut):
         torch.manual_seed(3)
-        p = torch.nn.Parameter(torch.randn(1000).bfloat16())
+        p = torch.nn.Parameter(torch.randn(1000, dtype=dtype))
         opt = AdamW8bit([p], lr=1e-2)
         for i in range(10):
             if cut and i == 5:
@@ -223,7 +229,7 @@ def test_it_resumes_bit_for_bit():
                 opt = AdamW8bit([p], lr=1e-2)
                 opt.load_state_dict(saved)
                 torch.set_rng_state(rng)
-            p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16()
+            p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).to(dtype)
             opt.step()
         return p.detach()
 

@@ -109,7 +109,9 @@ def test_the_anchor_holds_old_prompts(checkpoints, media, tmp_path):
     assert drift[30] < drift[0] / 2, drift
 
 
-def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
+@pytest.mark.parametrize("flags", ["", "--rank 4 --dtype bf16 --ema 0.9"])
+def test_a_killed_run_goes_on_bit_for_bit(flags, checkpoints, media, tmp_path):
+    flags = flags.split()
     code = (
         "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "import train_te\n"
@@ -118,11 +120,10 @@ def test_a_killed_run_goes_on_bit_for_bit(checkpoints, media, tmp_path):
         "    return real(*a)\n"
         "train_te.update = kill; train_te.main()"
     )
-    train(checkpoints["ti2v"], media, tmp_path / "whole")
-    assert (
-        train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, check=False, code=code).returncode == -9
-    )
-    train(checkpoints["ti2v"], media, tmp_path / "cut", "--save_every", 2, "--resume")
+    train(checkpoints["ti2v"], media, tmp_path / "whole", *flags)
+    flags += ["--save_every", 2]
+    assert train(checkpoints["ti2v"], media, tmp_path / "cut", *flags, check=False, code=code).returncode == -9
+    train(checkpoints["ti2v"], media, tmp_path / "cut", *flags, "--resume")
     a, b = (load(tmp_path / d / "text_encoder.safetensors")[0] for d in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     logs = [
@@ -296,6 +297,10 @@ def test_rates_and_anchors_in_a_run(checkpoints, media, tmp_path):
     [
         ([], "adamw8bit"),
         (["--dtype", "fp32"], "adamw"),
+        (["--dtype", "fp32", "--optimizer", "adamw8bit"], "adamw8bit"),
+        (["--rank", "4"], "adamw8bit"),
+        (["--rank", "4", "--optimizer", "adamw"], "adamw"),
+        (["--rank", "4", "--fsdp"], "adamw"),
         (["--fsdp"], "adamw"),
         (["--optimizer", "adamw"], None),
         (["--fsdp", "--optimizer", "adamw8bit"], None),
@@ -360,7 +365,7 @@ def test_resuming_with_another_encoder_or_other_captions_is_refused(checkpoints,
         (["--train_blocks", "9"], "from 0 to 2"),
         (["--lr", "-1"], "--lr"),
         (["--trim_prob", "2"], "--trim_prob"),
-        (["--optimizer", "adamw8bit"], "fp32, --fsdp and --rank need adamw"),
+        (["--optimizer", "adamw", "--dtype", "bf16"], "use adamw8bit or fp32"),
         (["--expert", "low"], "single model"),
     ],
 )

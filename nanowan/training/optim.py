@@ -1,7 +1,7 @@
 """Optimizers, the learning rate, moving averages, and the rule by which steps are skipped.
 
-AdamW8bit takes 8 bytes per parameter in all: bf16 weight 2, bf16 gradient 2, Kahan compensation 2, both moments 2 (and
-one fp32 scale per 256 parameters).
+AdamW8bit takes 8 bytes per bf16 parameter in all: weight 2, gradient 2, Kahan compensation 2, both moments 2 (and one
+fp32 scale per 256 parameters). It takes 10 bytes per fp32 parameter: weight 4, gradient 4, both moments 2.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def lr_at(step, steps, lr, warmup, schedule):
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8 bits per moment, for bf16 weights with Kahan compensation (kernels/adamw8bit.py)."""
+    """AdamW with 8 bits per moment, for fp32 or Kahan-compensated bf16 weights (kernels/adamw8bit.py)."""
 
     def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01):
         max_ratio(betas)  # raises ValueError if 8 bits cannot hold the moments
@@ -66,11 +66,12 @@ class AdamW8bit(torch.optim.Optimizer):
             }
 
     def exact(self, p):
-        """Return a parameter's exact value in fp32: its bf16 weight, corrected by the compensation, which holds the
-        rounding error.
+        """Return a parameter's exact value in fp32. The exact value of a bf16 weight is the weight, corrected by the
+        compensation, which holds the rounding error.
         """
         weight = p.detach().float()
-        return weight.sub_(self.state[p]["compensation"]) if self.state.get(p) else weight
+        compensated = weight.dtype != p.dtype and self.state.get(p)
+        return weight.sub_(self.state[p]["compensation"]) if compensated else weight
 
 
 class EMA:

@@ -191,22 +191,23 @@ def fill_buffer_error(fill, device, dtype, C):
     return error
 
 
-def adamw8bit_error(device, n=5 * adamw8bit.BLOCK + 77, steps=10):
+def adamw8bit_error(device, n=5 * adamw8bit.BLOCK + 77, steps=10, dtype=torch.bfloat16):
     """Return how far `steps` steps of adamw8bit move weights from where torch's AdamW moves them in fp32: the norm of
     the difference over the norm of torch's change. The gradients in a block differ by factors of up to a million.
     """
     g = torch.Generator().manual_seed(0)
     magnitude, direction = 10 ** (-6 * torch.rand(n, generator=g)), torch.randn(n, generator=g).sign()
-    start = torch.randn(n, generator=g).bfloat16()
-    ours, theirs = start.to(device).clone(), torch.nn.Parameter(start.float().to(device))
+    start = torch.randn(n, generator=g).to(dtype)
+    ours, theirs = start.to(device).clone(), torch.nn.Parameter(start.float().to(device).clone())
     state, settings = adamw8bit.new_state(ours), dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     peer = torch.optim.AdamW([theirs], **settings)
     for i in range(1, steps + 1):
-        grad = (magnitude * (direction + torch.randn(n, generator=g))).bfloat16().to(device)
+        grad = (magnitude * (direction + torch.randn(n, generator=g))).to(device, dtype)
         adamw8bit.step(ours, state[0], grad, *state[1:], i, **settings)
         theirs.grad = grad.float()
         peer.step()
-    a, b = (t - start.float().to(device) for t in (ours.float() - state[0].float(), theirs.detach()))
+    exact = ours.float() - state[0].float() if dtype == torch.bfloat16 else ours
+    a, b = (t - start.float().to(device) for t in (exact, theirs.detach()))
     return ((a - b).norm() / b.norm()).item()
 
 
