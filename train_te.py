@@ -48,7 +48,7 @@ def arguments(argv=None):
     add("--keywords", type=flags.comma_list, help=names)
     start = "initial embeddings of the keywords. own: the encoder's own; search: try words from captions without "
     start += "keywords in each keyword's place, and start from the embedding of the word with the lowest loss, unless "
-    start += "the keyword itself has a lower loss (default: the checkpoint's config.json, "
+    start += "the keyword itself has a lower loss (default: from the checkpoint's config.json, "
     add("--keyword_init", choices=("own", "search"), help=f"{start}else {recommended['keyword_init']})")
     add("--keyword_lr", type=float, help="learning rate of keyword embeddings (default: the checkpoint's, else --lr)")
     norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
@@ -64,7 +64,7 @@ def arguments(argv=None):
     add("--optimizer", choices=("adamw", "adamw8bit"), help=chosen + "adamw8bit for bf16 without --fsdp, else adamw)")
     shown = "percentages A,B,C of captions with a keyword; A: reduced to it, B: shortened, C: used in full (default: "
     add("--caption_mode_probs", help=f"{shown}the checkpoint's config.json, else {recommended['caption_mode_probs']})")
-    trim = f"(default: the checkpoint's config.json, else {recommended['trim_prob']})"
+    trim = f"(default: from the checkpoint's config.json, else {recommended['trim_prob']})"
     add("--trim_prob", type=float, help=f"probability that a caption used in full loses words, but no keyword {trim}")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")

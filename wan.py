@@ -110,9 +110,9 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, adaln, rope, context, bias, kv=None, row=None):
-        """x (B,L,D) fp32 -> (B,L,D) fp32. adaln (B,F,6,D) fp32: rows of modulation; context (B,S,D), bias (B,1,1,S):
-        the text and its logit bias; kv: the text's keys and values, if computed already; row (L,): for each token, the
-        index of its row of modulation (default: each row modulates L/F successive tokens).
+        """x (B,L,D) fp32 -> (B,L,D) fp32. adaln (B,F,6,D) fp32: F rows of modulation (see the top of this file);
+        context (B,S,D), bias (B,1,1,S): the text and its logit bias; kv: the text's keys and values, if computed
+        already; row (L,): for each token, which of the F rows applies (default: each row to L/F successive tokens).
         """
         # The code below computes these lines; each fused call ends one branch and begins the next.
         #   x = x + gate1 * self_attn(norm(x) * (1 + scale1) + shift1)

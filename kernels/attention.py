@@ -165,7 +165,9 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Compute the gradients of NK keys and values of one head, from all queries in tiles of M; q, dout: dense."""
+        """Compute the gradients of NK keys and values of one head, from all queries in tiles of M. q and dout must be
+        contiguous.
+        """
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         keys = tl.program_id(0) * NK + tl.arange(0, NK)
         K, V = tile(k, b * k_b, head, k_l, keys, S, d, DP), tile(v, b * v_b, head, v_l, keys, S, d, DP)
@@ -217,7 +219,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Compute the gradients of M queries of one head, from all keys in tiles of NK; q, dout: dense."""
+        """Compute the gradients of M queries of one head, from all keys in tiles of NK. q and dout must be contiguous."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q, dO = (

@@ -77,9 +77,9 @@ def word_suites(words, n, seed):
 
 def listen(models, words, n, seed=0, progress=False, **overrides):
     """Return {suite: {attribute: what grader.proportion returns}}, the accuracy on the suites of word_suites. A prompt
-    with a new word is graded for the attribute that this word names, a prompt of known words ("old words") for every
-    attribute. "new words" has the accuracy on all new words, pooled. n: prompts per new word, 1 or more. overrides:
-    keyword arguments of sample.sample_latents.
+    with a new word is graded for the attribute that this word names. The prompts of the suite "old words" contain only
+    known words, and are graded for every attribute. One more suite, "new words", holds the accuracy on all prompts with
+    new words together. n: prompts per new word, 1 or more. overrides: keyword arguments of sample.sample_latents.
     """
     found, pooled = {}, 0
     for suite, rows in word_suites(words, n, seed).items():

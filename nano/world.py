@@ -135,8 +135,8 @@ def draw(attributes, seed):
 
 
 def caption_of(a, rng, words=(), form=None):
-    """Return a caption of the attributes `a`. words: new words; each is used in place of the known word if it means one
-    of the attributes. form: a template (default: a random one).
+    """Return a caption of the attributes `a`. words: new words; a word that means the value of an attribute stands in
+    the caption in place of the known word for this value. form: a template (default: a random one).
     """
     value = {
         "color": a["color"],

@@ -108,14 +108,14 @@ def add_flags(p, script, out):
     add("--cache_only", action="store_true", help="only fill the cache, then exit")
     add(
         "--resolution",
-        help="WIDTHxHEIGHT of the samples in px; buckets with other aspect ratios have the same area (default: the "
-        "checkpoint's config.json, else its variant's)",
+        help="WIDTHxHEIGHT of the samples in px; buckets with other aspect ratios have the same area (default: from "
+        "the checkpoint's config.json, else the variant's default)",
     )
     add(
         "--frames",
         type=int,
-        help="maximum number of frames per sample, 4k+1, or 4k for S2V (default: the checkpoint's config.json, else "
-        "its variant's)",
+        help="maximum number of frames per sample, 4k+1, or 4k for S2V (default: from the checkpoint's config.json, "
+        "else the variant's default)",
     )
     modes = "; ".join(f"{k}: {v}" for k, v in CLIP_MODES.items())
     add(
@@ -156,24 +156,24 @@ def add_flags(p, script, out):
     add(
         "--steps",
         type=int,
-        help=f"number of optimizer steps (default: the checkpoint's config.json, else {recommended['steps']})",
+        help=f"number of optimizer steps (default: from the checkpoint's config.json, else {recommended['steps']})",
     )
     add(
         "--batch",
         type=int,
-        help="number of samples per batch on each data-parallel rank (default: the checkpoint's config.json, else "
+        help="number of samples per batch on each data-parallel rank (default: from the checkpoint's config.json, else "
         f"{recommended['batch']})",
     )
     add("--accumulate", type=int, default=1, help="number of batches per optimizer step (default: %(default)s)")
     add(
         "--lr",
         type=float,
-        help=f"peak learning rate (default: the checkpoint's config.json, else {recommended['lr']:g})",
+        help=f"peak learning rate (default: from the checkpoint's config.json, else {recommended['lr']:g})",
     )
     add(
         "--weight_decay",
         type=float,
-        help=f"AdamW's weight decay (default: the checkpoint's config.json, else {recommended['weight_decay']:g})",
+        help=f"AdamW's weight decay (default: from the checkpoint's config.json, else {recommended['weight_decay']:g})",
     )
     add("--warmup", type=int, default=10, help="number of learning-rate warmup steps (default: %(default)s)")
     add(
@@ -213,14 +213,14 @@ def add_flags(p, script, out):
     add(
         "--shift",
         type=float,
-        help="shift of the training timesteps towards noise (default: the checkpoint's config.json, else the default "
-        "of its model variant)",
+        help="shift of the training timesteps towards noise (default: from the checkpoint's config.json, else the "
+        "variant's default)",
     )
     add(
         "--t_distribution",
         choices=("logit-normal", "uniform"),
-        help="distribution of the training timesteps before the shift (default: the checkpoint's config.json, else "
-        "logit-normal)",
+        help="distribution of the training timesteps before the shift (default: from the checkpoint's config.json, "
+        "else logit-normal)",
     )
     add(
         "--checkpointing",
@@ -268,7 +268,8 @@ def add_flags(p, script, out):
     add(
         "--save_every",
         type=int,
-        help=f"number of steps between saves (default: the checkpoint's config.json, else {recommended['save_every']})",
+        help="number of steps between saves (default: from the checkpoint's config.json, else "
+        f"{recommended['save_every']})",
     )
     add("--eval_every", type=int, default=100, help="number of steps between held-out losses (default: %(default)s)")
     add(

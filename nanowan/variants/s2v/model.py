@@ -251,7 +251,8 @@ def crop_start(n, size):
 
 def fit_picture(image, size):
     """Return a PIL image at `size` (width, height). The image is scaled (bilinear) until its shorter side equals that
-    of `size`, then its middle is cut out. Where the scaled image is smaller than `size`, black bars are added.
+    of `size`, and then cropped to `size` around its centre. Where the scaled image is smaller than `size`, black bars
+    are added.
     """
     from PIL import Image
 
