@@ -219,7 +219,7 @@ if triton:
         NK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Compute the gradients of M queries of one head, from all keys in tiles of NK. q and dout must be contiguous."""
+        """Compute the gradients of M queries of one head, from all keys in tiles of NK; q, dout: contiguous."""
         b, head = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
         rows = tl.program_id(0) * M + tl.arange(0, M)
         Q, dO = (
