@@ -32,6 +32,7 @@ RUNS = {  # the most informative runs come first
     "ti2v-5B: sample": f"sample.py {CLIP_SIZE}",
     "ti2v-5B: train_lora": f"train_lora.py {DATA} --checkpointing",
     "ti2v-5B: train_te, rows": f"train_te.py {DATA} --checkpointing --train_blocks 0 --keywords wedge --save delta",
+    "ti2v-5B: train_te, LoRAs, fp8": f"train_te.py {DATA} --checkpointing --rank 16 --keywords wedge --base_dtype fp8",
     "t2v-A14B: sample, fp8": "sample.py --size 832x480 --frames 81 --steps 2 --base_dtype fp8",
     "t2v-A14B: sample, streamed": "sample.py --size 832x480 --frames 81 --steps 2 --stream_blocks 40",
     "ti2v-5B: sample, fp8": f"sample.py {CLIP_SIZE} --base_dtype fp8",

@@ -18,7 +18,8 @@ from pathlib import Path
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 FITS = ("ti2v-5B: sample", "ti2v-5B: sample, fp8", "ti2v-5B: train_lora", "ti2v-5B: train_te, rows")
 FITS += ("ti2v-5B: sample, compiled", "ti2v-5B: sample, CUDA graphs", "ti2v-5B: train_lora, fp8 and streamed")
-FITS += ("t2v-A14B: sample, fp8",)
+FITS += ("ti2v-5B: train_te, LoRAs, fp8", "t2v-A14B: sample, fp8")
+EXTRA = {"ti2v-5B: train_te, rows, fp8": ("ti2v-5B: train_te, rows", "--base_dtype fp8")}  # one more flag
 # runs on two ranks: {name: (the run in full_size.RUNS, flags added to it)}
 RANKS = {
     "ti2v-5B: train_lora, FSDP2 and Ulysses": ("ti2v-5B: train_lora", "--fsdp --ulysses_size 2"),
@@ -91,6 +92,7 @@ def plans(driver, out):
     full_size = make_sparse()
     runs = {name: full_size.RUNS[name] for name in FITS}
     runs |= {name: full_size.RUNS[of].replace(" --stream_blocks 40", "") for name, of in WHOLE.items()}
+    runs |= {name: f"{full_size.RUNS[of]} {flags}" for name, (of, flags) in EXTRA.items()}
     runs |= {name: f"{TORCHRUN} {full_size.RUNS[of]} {flags}" for name, (of, flags) in RANKS.items()}
     runs = {name: f"{line} --device cuda" for name, line in runs.items()}
     with tempfile.TemporaryDirectory() as work:
