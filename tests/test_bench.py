@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks import full_size, gpu, gpu_probe, gpu_session, kernels, tiny, tiny_animate, tiny_s2v
+from benchmarks.cpu import WORKS, on_cpu
 from benchmarks.gpu_session import Job, Session
 from t5 import Tokenizer
 
@@ -160,6 +161,15 @@ def test_what_a_probe_asks_runs(monkeypatch):
 def test_what_begins_too_late_is_named(tmp_path):
     results = gpu.on_gpu({}, tmp_path / "gpu.json", seconds=0, jobs=("ceilings",))
     assert results == {"ceilings": "left out: no time"} == json.loads((tmp_path / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", WORKS)
+def test_each_benchmark_runs_and_measures_ours_the_reference_and_a_peer(work, capsys):
+    measured = on_cpu([work], rounds=1)["works"][work]
+    peer = measured["peer"]
+    assert list(measured["seconds"]) == ["ours", "ref", peer] and min(map(min, measured["seconds"].values())) > 0
+    assert measured["memory"].keys() == {"ours", peer} and f"({peer})" in capsys.readouterr().out
 
 
 @pytest.mark.slow
