@@ -24,9 +24,9 @@ DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples wh
 
 # ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
-    """Return the result of answer(), which the cache keeps under the values of `question`: answer() is called only if
-    the cache has no result for them. So a file is inspected once, and not at the start of every run. If cache is None,
-    nothing is kept. Raises BadInput if the cache cannot be written.
+    """Return the result of answer(). The cache keeps it under the values of `question`, and answer() is called only if
+    the cache has no result for these values. So runs that share a cache inspect a media file only once. If cache is
+    None, nothing is kept. Raises BadInput if the cache cannot be written.
     """
     if cache is None:
         return answer()
@@ -54,15 +54,15 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the times, in seconds, at which frames are read for an item. They include the `frames_after` further
-    frames after the sample.
+    """Return the times, in seconds, at which frames are read for an item: those of the sample's frames, and then those
+    of the item's `frames_after` frames after the sample.
     """
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
 
 def covering(width, height):
-    """Return a function that takes a video.Frame and returns its picture (height,width,3) uint8, resized
-    and cropped.
+    """Return a function that takes a video.Frame and returns its picture as (height,width,3) uint8, resized and cropped
+    to width x height px.
     """
     return lambda frame: np.array(cover(frame.image, width, height, frame.size))
 
@@ -83,8 +83,8 @@ def read_items(items, sizes=None, cache=None):
 
 
 def read_file(path, name, windows, size, cache, called):
-    """Yield a list of frames, resized and cropped to `size` (width, height), for each of `windows`, as
-    video.read_windows does. name: the digest of the file. called: text that is put before the message of a Skip.
+    """Yield one list of frames for each list of times in `windows` (video.read_windows). Frames are resized and cropped
+    to `size` (width, height). name: the digest of the file. called: the text with which the message of a Skip begins.
     """
     try:
         yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
@@ -155,8 +155,8 @@ def in_threads(jobs, run):
 # ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path, cache=None):
     """Return a hash of a file's bytes. The hash is computed once for each state of the file (inode, time and size):
-    once per process, or, with a cache folder, once for all processes. So a run does not read a complete checkpoint only
-    for its hash, if an earlier run has done so.
+    once per process, or, with a cache folder, once for all processes. So only the first run with a cache reads a
+    complete checkpoint to compute its hash.
     """
     path, stat = Path(path).absolute(), Path(path).stat()
     return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -207,11 +207,11 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     item that is decoded.
 
     A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` (variants/samples.py) adds. Several
-    processes may do this at once: a cache file appears complete or not at all, and a process skips the items that
+    processes may fill a cache at once: a cache file appears complete or not at all, and a process skips the items that
     another process has encoded meanwhile.
 
-    Media files are decoded in threads while the calling thread encodes and another thread saves. Each file is decoded
-    once for all of its items of one size. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
+    Media files are decoded in threads while the calling thread encodes and another thread saves. A file is decoded once
+    per size (width, height) of its items. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
     """
     missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, samples)) if not f.exists()]
     by_file = {}
@@ -219,7 +219,7 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
         by_file.setdefault((item.path, item.width, item.height), {})[file] = item
 
     def read(group):
-        """Yield (item, cache file, the item's frames by kind or the Skip that says why there are none)."""
+        """Yield (item, cache file, {kind: frames} of the item, or a Skip if they cannot be read)."""
         left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
             for item, _ in left[:1]:
@@ -269,7 +269,7 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
 
 def text_files(captions, cache, encoder, dtype):
     """Return {caption: path of the cache file for the caption's embedding}, whether the file exists or not. encoder:
-    the digests of the text encoder's weights and tokenizer. dtype: the encoder's.
+    the digests of the text encoder's weights and tokenizer. dtype: the encoder's dtype.
     """
     return {c: cache_file(cache, text=c, encoder=encoder, dtype=str(dtype)) for c in dict.fromkeys(captions)}
 

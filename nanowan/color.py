@@ -102,7 +102,7 @@ def name_side_data():
 
 
 def side_data(frame, name):
-    """Return the side data of a frame to which FFmpeg gives this name, or None."""
+    """Return a frame's side data of the kind that FFmpeg calls `name`, or None."""
     name_side_data()
     return frame.side_data.get(name)
 
@@ -242,8 +242,8 @@ PROFILED_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {an ICC profile'
 
 
 def matrix_profile(primaries, gamma):
-    """Return an ICC profile (bytes) with these primaries, given as in WIDE, and with the curve signal = light**gamma.
-    Raises ValueError for numbers that no profile can describe.
+    """Return an ICC profile (bytes) with these primaries and with the curve signal = light**gamma. primaries: the
+    chromaticities (x, y) of red, green, blue and white. Raises ValueError for numbers that no profile can describe.
     """
 
     def fixed(*values):
@@ -343,7 +343,7 @@ def to_srgb(image, source):
 
 
 def profile_notes(image):
-    """Return the notes, for video.Shown, on a PIL image's profile."""
+    """Return a list of remarks on a PIL image's profile. The list becomes part of video.Shown.notes."""
     try:
         return ["colour profile"] if transform_for(image, profile_of(image))[1] else []
     except ValueError:

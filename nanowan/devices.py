@@ -83,7 +83,7 @@ def free_memory(device):
 
 def cgroup_memory():
     """Return the bytes that this process may still use under its control groups (such as those of a container or a
-    batch job), or infinity without a limit. The page cache does not count as used, since the system frees it when
+    batch job), or infinity if these set no limit. The page cache does not count as used, since the system frees it when
     memory is short.
     """
     free = math.inf

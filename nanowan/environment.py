@@ -10,9 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def grows_segments(argv, kernel):
     """Return whether PyTorch should allocate a GPU's memory in segments that can grow. Such segments avoid holes that
-    are too small for later tensors. The result is False in three cases: if the user has configured PyTorch's allocator;
-    under WSL, whose driver cannot allocate such a segment (pytorch/pytorch#192330); and if CUDA graphs are used, for
-    which PyTorch disabled such segments until 2026 (pytorch/pytorch#194767).
+    are too small for later tensors. The result is False in three cases: the user has configured PyTorch's allocator;
+    the system is WSL, whose driver cannot allocate such a segment (pytorch/pytorch#192330); or CUDA graphs are used,
+    for which PyTorch disabled such segments until 2026 (pytorch/pytorch#194767).
     """
     is_set = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     return not is_set and "microsoft" not in kernel.lower() and "--cuda_graphs" not in argv

@@ -17,10 +17,10 @@ TEMPORARY = ".tmp-"  # the names of unfinished files begin with this
 
 
 def _write_error(error, path):
-    """Return the errno of the failed write to `path`, or to its temporary file, that caused the exception `error`; None
-    if a failed write did not cause it. Libraries often raise their own exception for the system's error, so its causes
+    """If a failed write to `path` or to its temporary file caused the exception `error`, return the errno of this
+    write, else None. Libraries often raise their own exception in place of the system's error, so the causes of `error`
     are searched. If torch's writer of zip files fails on another rank, only a message with the writer's name arrives;
-    its errno is EIO.
+    then EIO is returned.
     """
     text = str(error)
     while error is not None:
@@ -34,8 +34,8 @@ def _write_error(error, path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Return a context manager for code that writes to `path`. If a write fails, an OSError is raised in place of any
-    exception that a library raises for it. It names the file and, if the disk may be the reason, the disk.
+    """Return a context manager for code that writes to `path`. If a write fails, the exception that the code raises is
+    replaced by an OSError. The OSError names the file and, if the disk may be the reason, the disk.
     """
     try:
         yield

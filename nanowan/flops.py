@@ -45,9 +45,9 @@ class Flops(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The rates of a GPU in FLOP/s and byte/s. peak: dense bf16, from the data sheet. host: the rate of copies from
-    host memory, which the GPU's PCIe generation gives. The other rates are assumptions, based on what others have
-    measured at large sizes; nobody has measured them with this project.
+    """The rates of a GPU in FLOP/s and byte/s. peak: the data sheet's rate for bf16 without sparsity. host: the rate of
+    copies from host memory, derived from the GPU's PCIe generation. The other rates are assumptions, based on what
+    others have measured at large sizes; nobody has measured them with this project.
     """
 
     peak: float
@@ -89,8 +89,8 @@ def predict_seconds(flops, device_name, fp8=False, nbytes=0):
 def elementwise_bytes(config, latents):
     """Return an estimate of the bytes that a forward pass reads and writes outside of matrix products and attention, at
     2 bytes per value. In each block, norms, rotations and gates pass 21 times over a token's `dim` values, and the GELU
-    passes twice over its `ffn_dim` values. A backward pass reads and writes about twice as many bytes. latents
-    (T',h,w): the size of the clip's latents.
+    passes twice over its `ffn_dim` values. A backward pass moves about twice as many bytes, which are not included.
+    latents (T',h,w): the size of the clip's latents.
     """
     tokens = math.prod(latents) // math.prod(config.patch_size)
     return 2 * tokens * config.num_layers * (21 * config.dim + 2 * config.ffn_dim)
@@ -146,8 +146,8 @@ def forward(config, latents, text=64, batch=1):
 
 def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkpointing=False):
     """Return the Flops of a forward and a backward pass of a DiT. adapted: names of the linear layers that have a
-    trained LoRA of this rank; if there are none, gradients go to the text embedding, as in train_te. checkpointing: as
-    in Wan. The other arguments are those of `forward`.
+    trained LoRA of this rank; if there are none, gradients go to the text embedding, as in train_te. checkpointing: the
+    value of Wan.checkpointing. The other arguments are those of `forward`.
     """
 
     def count(config, adapted, checkpointing=checkpointing):
@@ -167,8 +167,8 @@ def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkp
 
 
 def _of_few_blocks(count, config, adapted):
-    """Return the Flops that count(config, adapted) returns. If all blocks after the first do the same work, this number
-    is extrapolated from the counts for two and for three blocks.
+    """Return what count(config, adapted) would return. If all blocks after the first do the same work, only two and
+    three blocks are counted, and the Flops of all blocks are extrapolated from these two counts.
     """
     inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
     if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):

@@ -31,7 +31,7 @@ class SegmentFiles:
 
     @classmethod
     def open(cls, out, key, resume, world):
-        """Return the SegmentFiles on every rank of `world`. Rank 0 clears the folder before the other ranks read it."""
+        """Return the SegmentFiles on every rank. Without `resume`, rank 0 empties the folder before others read it."""
         if world.is_main:
             segments = cls(out, key, resume)
         world.barrier()

@@ -187,8 +187,9 @@ def full_builders(s):
 
 
 def build(builders, part, dtype, cuda=False):
-    """Build the model `part`, a key of `builders`, and return it. Its weights have the dtypes that they would have
-    after loading: on a GPU if `cuda`, else on a CPU. On a GPU, the VAE's decoder is in `dtype`.
+    """Build the model `part`, a key of `builders`, and return it. Its weights get the dtypes that loading gives them on
+    a GPU (if `cuda`) or on a CPU. dtype: of the text encoder, of most weights of the DiT, and on a GPU of the VAE's
+    decoder; all other weights are in fp32.
     """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -462,13 +463,14 @@ class TrainingSpec:
     """The work that `training` plans for, per rank.
 
     batch: samples per rank and micro-batch. bucket: the largest (width, height, frames). optimizer: "adamw" or
-    "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob are on. continuation: the value of
-    --continuation. num_experts: number of DiTs that are trained, or through which the encoder's gradients pass. text:
-    number of tokens of a long caption. cache: bytes of (latents, text embeddings). encode, encode_texts: whether the
-    cache lacks any latents and any text embeddings, so that the run must compute them. previews: shape (C,T',h,w) of
-    the largest preview's latents, or () if there are no previews. num_results: number of copies of the trained weights
-    that stay on disk. save_delta: whether a trained encoder is saved as changes only, and not in full. memory, host:
-    free bytes on the device and on the host (default: those of this machine).
+    "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob, respectively, are on. continuation:
+    the value of --continuation. num_experts: number of DiTs that are trained, or through which the encoder's gradients
+    pass. text: number of tokens per caption (default: as many as a long caption has). cache: bytes of (latents, text
+    embeddings). encode: whether the run must compute latents, because the cache lacks some. encode_texts: the same for
+    text embeddings. previews: shape (C,T',h,w) of the largest preview's latents, or () if there are no previews.
+    num_results: number of copies of the trained weights that stay on disk. save_delta: whether a trained encoder is
+    saved as changes only, and not in full. memory, host: free bytes on the device and on the host (default: those of
+    this machine).
     """
 
     settings: Settings
@@ -590,7 +592,7 @@ def training(spec, builders, make_trainable):
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
     """Run training steps of one rank and return (peak bytes without weights, bytes of optimizer states and EMA). entry:
-    a sample, as make_noisy_batch takes it.
+    a sample, in the form of the entries of flow.make_noisy_batch.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

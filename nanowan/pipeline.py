@@ -2,8 +2,8 @@
 
 The models are named "text", "vae" and "dit"; an A14B has two experts, "high" and "low", instead of "dit"; S2V and
 Animate have further encoders. When memory is short, models that are not in use are evicted: from a GPU they move to the
-host; on the device "cpu" they are dropped, and read again when needed. If a text encoder does not fit on a GPU, its
-blocks are streamed from the host.
+host if it has room; otherwise, and on the device "cpu", they are dropped, and read again when needed. If a text encoder
+that is not trained does not fit on a GPU, its blocks are streamed from the host.
 """
 
 import functools
@@ -82,14 +82,14 @@ class Pipeline:
     """The models of one checkpoint, named as described at the top of this file.
 
     ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]"; each is merged into the DiTs or, if
-    it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings,
-    to use instead of the folder's text encoder or on top of it (load_t5 in formats/t5.py). Raises BadInput if an
-    expert's files or a LoRA cannot be used. It does so at once, and not only when a run switches to that expert.
+    it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings:
+    files that replace or change the folder's text encoder (load_t5 in formats/t5.py). Raises BadInput if an expert's
+    files or a LoRA cannot be used. It does so at once, and not only when a run switches to that expert.
 
-    For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is as in Wan.
-    `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT is not in memory. takes_turns:
-    whether only one expert is on the device at a time; the other one waits on the host if there is room. trains_text:
-    whether the text encoder is trained, and so is never streamed.
+    For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is the value of
+    Wan.checkpointing that it gets. `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT
+    is not in memory. takes_turns: whether only one expert is on the device at a time; the other one waits on the host
+    if there is room. trains_text: whether the text encoder is trained, and so is never streamed.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):

@@ -36,7 +36,7 @@ class Prompt:
 
 
 def read_prompts(file, flag="--prompts"):
-    """Read the Prompts of a text file or JSONL file. flag: for the error. Raises BadInput, which names the line."""
+    """Read the Prompts of a text file or JSONL file. Raises BadInput, which names `flag`, if this fails."""
     file = Path(file)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # Unicode's other line ends do not count
@@ -56,7 +56,7 @@ def read_prompts(file, flag="--prompts"):
 
 
 def read_texts(file, flag):
-    """Return only the texts of the prompts in a file that read_prompts can read."""
+    """Return only the texts of the Prompts that read_prompts reads from a file. flag: the flag that gave the file."""
     return [prompt.text for prompt in read_prompts(file, flag)]
 
 
@@ -74,7 +74,7 @@ def parse_line(line, folder="."):
 
 def parse_row(line, folder="."):
     """Parse a line of JSON, an object that has the prompt's text under one of TEXT_KEYS, into a Prompt. folder: where
-    files are looked up. Raises ValueError for another line or an unknown option.
+    files are looked up. Raises ValueError for any other line or an unknown option.
     """
     row = json.loads(line)
     if not isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""Checks of sample.py's flags, and the Requests: one for each video that the flags and the prompts ask for."""
+"""Check sample.py's flags, and make a Request for each video that the flags and the prompts ask for."""
 
 import argparse
 import hashlib
@@ -40,8 +40,8 @@ class Request:
     latents: Path | None = None
 
     def record(self, args, pipe, video):
-        """Return what is known about the video, {name: value}, for the comment in the mp4. video: its Video
-        (variants/conditioning.py).
+        """Return what is known about the requested video, {name: value}, for the comment in the mp4. video: the Video
+        (variants/conditioning.py) made for this Request.
         """
         s = self.settings
         used = {k: getattr(s, k) for k in ("variant", "frames", "steps", "shift", "guidance", "solver", "negative")}
@@ -52,7 +52,7 @@ class Request:
         return used | {k: str(v) if isinstance(v, Path) else v for k, v in self.inputs.items()}
 
     def key(self, args, pipe):
-        """Return a hash of all that decides the video: settings, inputs, files, and all flags but RESUME_MAY_CHANGE."""
+        """Return a hash of all that decides the video: settings, inputs, files, and flags not in RESUME_MAY_CHANGE."""
         flags = {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
         flags["exact attention"] = args.attention != "sage"
         files = [f for name in ("vae", *pipe.settings.expert_names) for f in pipe.files(name)]
@@ -194,7 +194,7 @@ def given_settings(args):
 
 
 def given_inputs(args):
-    """Return {flag: value} of the image flags and the variants' input flags that are given."""
+    """Return {flag: value} of the inputs that the user gave: images, and the inputs of a variant, such as --audio."""
     names = ["image", "last_image", *(name for kind in PARTS for name in parts_of(kind).conditioning.flags)]
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 

@@ -1,4 +1,4 @@
-"""The Settings of a checkpoint: what it is and recommends, overridden by flags, with sizes and frames checked."""
+"""The Settings of a checkpoint: its properties, and what it recommends for sampling unless flags say otherwise."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def parts(self):
-        """The classes for this variant (nanowan/variants/registry.py)."""
+        """The Parts, the code for this variant's model_type (variants/registry.py)."""
         return parts_of(self.model_type)
 
     @property
@@ -154,7 +154,7 @@ def parse_size(text, flag="--size"):
 
 
 def parse_guidance(text):
-    """Parse "4", or "3,4" (low noise, high noise), into a tuple of one or two numbers. Raises BadInput."""
+    """Parse "4" or "3,4" (low noise, high noise) into a tuple of one or two numbers. Raises BadInput for other text."""
     try:
         values = tuple(float(v) for v in text.split(","))
     except ValueError:

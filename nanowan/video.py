@@ -488,9 +488,9 @@ def open_photo(path):
 
 
 def coded_picture(path, pictures=1):
-    """Return the picture of a PNG that names its colours in a cICP chunk, decoded by PyAV, because PIL does not read
-    this chunk. Return None for other files. pictures: how many pictures the file holds. Raises Skip for an animation or
-    colours that are not supported.
+    """If a file is a PNG that names its colours in a cICP chunk, return its picture as a frame of PyAV, since PIL does
+    not read this chunk. Return None for other files. pictures: how many pictures the file holds. Raises Skip for an
+    animation or colours that are not supported.
     """
     import av
 
@@ -667,8 +667,8 @@ def is_sound_broken(path):
 def read_sound(path, rate, layout=None, until=math.inf):
     """Return (the seconds on the file's clock at which the sound begins, samples (C,N) float32 at `rate` Hz). Gaps in
     the file's times become silence; where pieces overlap, the earlier piece is kept. layout: FFmpeg's name of the
-    channel layout, or None for the mean of all channels. until: seconds of sound to read; decoding stops after them.
-    Raises Skip if no sound can be decoded.
+    channel layout, or None for the mean of all channels. until: decoding stops this many seconds after the sound's
+    beginning. Raises Skip if no sound can be decoded.
     """
     import av
 
@@ -716,9 +716,9 @@ def sound_delay(path):
 
 
 def write_sound(file, stream, source, offset, seconds):
-    """Encode the sound of the file `source` into `stream`, an audio stream of `file`, a video that is being written
-    with PyAV. The sound begins at `offset` seconds of the video. Sound before the video's start, or after `seconds`, is
-    left out.
+    """Encode the sound of the file `source` into `stream`, an audio stream of the PyAV container `file`, which is open
+    for writing. The sound begins `offset` seconds into the video. Sound before the video's start, or after `seconds`
+    seconds of the video, is left out.
     """
     import av
 
