@@ -1,9 +1,10 @@
 """How an adapter file changes one parameter: LoKr, LoHa, GLoRA, OFT, DoRA, or a plain difference.
 
-A Change is made from a few tensors, {part: Entry}. formats/lora.py recognises these parts by the keys in the file. It
-also defines LowRank, the Change for a plain LoRA. Some changes depend on the weight that they change: they rotate it
-(OFT), mix its columns (GLoRA) or set its norms (DoRA). Sources: Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023
-(OFT); Liu et al., 2024 (DoRA). Formulas and scales are those in the forward passes of lycoris-lora 4.1 and peft 0.21.
+A Change is made from a few tensors, {part: Entry}. A part is a tensor's role, such as "A" or "oft_blocks", which
+formats/lora.py finds in the tensor's key. LowRank, the Change for a plain LoRA, is defined there too. Some changes
+depend on the weight that they change: they rotate it (OFT), mix its columns (GLoRA) or set the norms of its rows or
+columns (DoRA). Sources: Yeh et al., 2023 (LoKr, LoHa, GLoRA); Qiu et al., 2023 (OFT); Liu et al., 2024 (DoRA). Formulas
+and scales are those in the forward passes of lycoris-lora 4.1 and peft 0.21.
 """
 
 import math
@@ -29,9 +30,9 @@ class Change:
     """The change that an adapter file makes to one parameter. Tensors stay in the file until the change is computed.
 
     Subclasses define `form`, the name of their kind, and `shape`, which `fits` compares with the parameter's shape.
-    Most also define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} make such a change,
-    and `made_of(parts, alpha, peft)`, which constructs the change. Its arguments are those of change_of in
-    formats/lora.py.
+    Most also define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} describe a change of
+    this kind, and `made_of(parts, alpha, peft)`, which constructs the change from the arguments of change_of
+    (formats/lora.py).
     """
 
     def of(self, weight):
@@ -57,7 +58,7 @@ class Change:
     def saved(self, leaf, strength):
         """Return [(end of a tensor's key, tensor)]: the tensors with which ComfyUI applies `strength` times this
         change. leaf: the kind of parameter, "weight", "bias" or "modulation". Raises ValueError if no layout that
-        ComfyUI reads can express this.
+        ComfyUI reads can express this change with this strength.
         """
         raise ValueError(f"others read no {self.form} of this kind")
 
@@ -284,8 +285,8 @@ class InputRotation(Change):
     matrices q, (s,s).
 
     terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If `terms` is None,
-    the rotation is exactly (1 - q)(1 + q)^-1, which is the inverse. limit: the largest norm that a q may have (COFT),
-    or None. shared: whether all blocks of columns share one rotation.
+    the rotation is the inverse of that, (1 - q)(1 + q)^-1, without approximation. limit: the largest norm that a q may
+    have (COFT), or None. shared: whether all blocks of columns share one rotation.
     """
 
     vectors: Entry
@@ -452,7 +453,7 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class Value(Change):
-    """A parameter's value in another checkpoint. The change is the difference between it and the current value."""
+    """A parameter's value in another checkpoint. The change is that value minus the current one."""
 
     entry: Entry
     form = "value"

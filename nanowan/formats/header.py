@@ -281,7 +281,7 @@ def in_file_order(tensors):
 
 
 def raw_bytes(tensor):
-    """Return the bytes (n,) uint8, in a numpy array, of a tensor or of the tensor that an Entry describes."""
+    """Return the bytes of a tensor as a numpy array, (n,) uint8. For an Entry, the tensor is read first."""
     tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 

@@ -28,9 +28,9 @@ def _holds_dit(file):
 
 def weight_files(path, stem="diffusion_pytorch_model"):
     """Return the files that hold one model. If `path` is a file, return it alone. In a folder, return all shards that
-    the index lists, else the unsharded safetensors file, else the only other weight file that is not named like a VAE
-    or a text encoder. If there are several such files, return the only one with a DiT. stem: the name of the index and
-    of the unsharded file, without endings. Raises BadInput, which names what is missing.
+    the index lists, else the unsharded safetensors file, else another weight file that is not named like a VAE or a
+    text encoder; if several are left, exactly one of them must hold a DiT, and it is returned. stem: the name of the
+    index and of the unsharded file, without endings. Raises BadInput, which names what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -215,8 +215,8 @@ IN_CONTEXT = re.compile(r"(blocks\.\d+\.)block\.")  # in Animate-2's official na
 
 
 def is_animate2(entries):
-    """Return whether a DiT's headers {name: Entry} are those of Animate-2. Animate-2 has the same tensors as Wan 2.1's
-    I2V, so only the tensor names in the official files, or the metadata in ComfyUI's file, distinguish the two.
+    """Return whether a DiT's headers {name: Entry} are those of Animate-2. Its tensors have the same shapes as those of
+    Wan 2.1's I2V, so it is recognised by the tensor names in its official files or the metadata in ComfyUI's file.
     """
     if "img_emb.proj.1.weight" not in entries:
         return False

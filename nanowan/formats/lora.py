@@ -176,8 +176,8 @@ def change_of(parts, alpha=None, peft=None):
 @dataclass
 class Listing:
     """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}, with one
-    half for each model that the file changes. Changes of a single DiT are under "high", unless the file's keys name the
-    low-noise expert. problem: the reason why the file is refused, or None.
+    entry for each model that the file changes (for a file for both experts: two). Changes of a single DiT are under
+    "high", unless the file's keys name the low-noise expert. problem: the reason why the file is refused, or None.
     """
 
     path: Path
@@ -193,8 +193,8 @@ class Listing:
         return "text" if "text" in self.halves else "dit"
 
     def half(self, expert):
-        """Return the key in `halves` of this expert's half. If there is only one half, its key is returned for any
-        `expert`. Raises BadInput if the file holds both experts and `expert` names neither of them.
+        """Return the key under which `halves` holds the changes for `expert`. If there is only one key, it is returned
+        for any `expert`. Raises BadInput if the file is for both experts and `expert` names neither of them.
         """
         if len(self.halves) == 2 and expert not in self.halves:
             raise BadInput(f"{self.path}: holds both experts of an A14B; add :high or :low to choose one")
@@ -265,9 +265,9 @@ def list_lora(path):
 
 
 def _peft_config(listing, beside):
-    """Return ({"high" | "low": PEFT's settings}, a problem or None). diffusers stores PEFT's settings in the metadata
-    of the LoRA file, PEFT itself in adapter_config.json. beside: whether the adapter_config.json next to the LoRA file
-    belongs to it.
+    """Return ({"high" | "low": PEFT's settings}, a problem or None). These settings are in the metadata of a LoRA file
+    that diffusers wrote, and in the adapter_config.json next to one that PEFT itself wrote. beside: whether the
+    adapter_config.json next to the LoRA file belongs to it.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
@@ -439,11 +439,12 @@ def expert_of(path, metadata, chosen=None):
 
 
 def choose_experts(spec, experts, flag="--lora"):
-    """Return (names of the DiTs that a LoRA file is for, what in the file says so or None).
+    """Return (names of the DiTs that a LoRA file is for, source). source: which of "its keys", "its metadata" and "its
+    name" decided this, or None.
 
     spec: LoraSpec. experts: the names of the available DiTs: "high", "low" or both for an A14B, or the one name of a
-    single model. If only one DiT is available, a file that nothing assigns to an expert is for this DiT. A single model
-    also takes a file that only its name assigns to an expert. Raises BadInput if the expert is unknown and two DiTs are
+    single model. If only one DiT is available, a file whose expert is unknown is for this DiT. A file that is for
+    an expert by its name alone is also for a single model. Raises BadInput if the expert is unknown and two DiTs are
     available, or if the file is for an expert that is not available.
     """
     listing = read_listing(spec.file)
@@ -511,7 +512,7 @@ def check_fit(path, changes, shapes):
 def merge_file(model, path, weight=1.0, expert=None):
     """Merge a LoRA file into a model, in place, with lora.merge. expert: "high" or "low", the half to merge if the file
     is for both experts. Raises BadInput, before anything is changed, for files that read_lora or check_fit refuses, and
-    for a change of an 8-bit weight that is not of low rank.
+    for files in which the change of an 8-bit weight is not of low rank.
     """
     changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
     taken = check_fit(path, changes, shapes)
@@ -616,8 +617,8 @@ def save_adapter(path, tensors, metadata):
 def write_lora(path, pairs, scale=1.0, info=None, **metadata):
     """Write an adapter {module name: (A, B)} whose dW is scale * B A, under the names that ComfyUI and diffusers read.
 
-    info: AdapterInfo, or None. Further metadata is written unchanged, together with rank, targets and blocks. Equal
-    adapters with equal metadata give equal files.
+    info: AdapterInfo, or None. metadata: further entries for the file's metadata, to which the adapter's rank, targets
+    and blocks are added. Equal adapters with equal metadata give equal files.
     """
     tensors = {}
     for name, (a, b) in pairs.items():

@@ -98,7 +98,7 @@ def apply_scales(entries):
 
 
 def linears_in_fp8(entries):
-    """Return {module name: fp8 dtype} of the linear layers in a DiT's blocks whose weights a file stores in fp8 with
+    """Return {module name: fp8 dtype} of those linear layers in a DiT's blocks for which a file stores fp8 weights with
     scales. The loaded model keeps these weights in 8 bits.
     """
     return {

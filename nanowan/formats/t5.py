@@ -50,8 +50,8 @@ def sentencepiece_model(file):
 
 
 def message(number, data):
-    """Return `data`, bytes, as a field in protobuf's encoding: the field's number, the length of the data in groups of
-    seven bits, and the data.
+    """Return `data`, bytes, as a field in protobuf's encoding: the field's number, the length of the data (a varint,
+    seven bits in each byte), and the data.
     """
     length, n = b"", len(data)
     while n > 127:
@@ -372,7 +372,7 @@ def in_layout(tensors, layout, spiece=None):
 
 
 def tokenizer_bytes(file):
-    """Return the sentencepiece model that `file` holds as a tensor of its bytes, (n,) uint8."""
+    """Return the bytes of the sentencepiece model in a file (see sentencepiece_model) as a tensor, (n,) uint8."""
     return torch.frombuffer(bytearray(sentencepiece_model(Path(file))), dtype=torch.uint8)
 
 
@@ -432,8 +432,8 @@ LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
 def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
-    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. ComfyUI and nanoWan use it with the same
-    prompts.
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. Prompts are written the same way in
+    ComfyUI as in nanoWan.
 
     blocks: {official module name: (A (r,in), B (out,r))} with dW = B A. rows (n,D): vectors that are added to the token
     embeddings with these `ids` (n). They are written as a LoRA of the embedding table whose B (vocab,n) is one-hot.

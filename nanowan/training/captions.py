@@ -9,7 +9,7 @@ from nanowan.errors import BadInput
 def spans(caption, keyword):
     """Return [(begin, end)] for each occurrence of a keyword (a word or phrase) in a caption, ignoring case. An
     occurrence within a longer word does not count, except in scripts that put no spaces between words or attach endings
-    to words (from Thai on in Unicode, such as Chinese, Japanese and Korean).
+    to words, such as Thai, Chinese, Japanese and Korean (here: Thai, U+0E00, and all later in Unicode).
     """
     before, after = (
         "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))

@@ -39,8 +39,8 @@ def comma_list(text):
 
 
 def clip_mode(text):
-    """Return the value of --clip_mode. Refuse `uniform`, the old name of `spaced`, which has another meaning in
-    musubi-tuner.
+    """Return the value of --clip_mode. Refuse `uniform`, the old name of `spaced`, because `uniform` has
+    another meaning in musubi-tuner.
     """
     if text == "uniform":
         raise argparse.ArgumentTypeError("uniform: it is called spaced (one clip of frames far apart)")
@@ -469,7 +469,7 @@ def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
 
 
 def pick(config_class, args, **more):
-    """Return a config_class with the values in `more`, and for other fields the values of the flags of that name."""
+    """Return a config_class whose fields get their values from `more`, else from the flags of the same names."""
     names = {f.name for f in fields(config_class)} & vars(args).keys()
     return config_class(**{name: getattr(args, name) for name in names} | more)
 

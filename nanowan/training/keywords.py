@@ -93,7 +93,7 @@ def own_pieces(word, tokenizer):
 
 def is_own_piece(i, tokenizer):
     """Return whether token i stands for part of a text, or is a placeholder. Padding, the unknown token, the end token
-    and a bare space do neither.
+    and a bare space are neither.
     """
     beyond = i >= tokenizer.pieces.get_piece_size()  # a placeholder
     return beyond or i not in (PAD, EOS, UNK) and tokenizer.pieces.id_to_piece(i) != "\u2581"
@@ -105,9 +105,9 @@ def shared_token_ids(keywords, captions, tokenizer):
 
 
 def initial_words(keywords, search, encoder, dataset, schedule):
-    """Return {keyword: the word from whose embeddings the keyword's start}. For a Keyword with an `initial` word, it is
-    that word. For the others, if `search` is true, search_initial_words finds a word at the timesteps of the first
-    expert of `schedule` {name: (low, high)}. The result is the same on all ranks.
+    """Return {keyword: its initial word}, from which initialize_rows computes the keyword's embeddings. For a Keyword
+    with `initial`, it is that word. For the others, if `search` is true, search_initial_words finds a word at the
+    timesteps of the first expert of `schedule` {name: (low, high)}. The result is the same on all ranks.
     """
     found = {k.name: k.initial for k in keywords if k.initial}
     if search:
@@ -128,8 +128,8 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their losses.
 
     A loss is the geometric mean over at most INIT_SAMPLES training samples, one per file, at two timesteps in [low,
-    high) under fixed noise, computed with the DiT `name`. An arithmetic mean would let the few samples with a large
-    loss decide, in which what the noise hides outweighs what the word says.
+    high) under fixed noise, computed with the DiT `name`. An arithmetic mean would depend mostly on the few samples
+    with a large loss, and their loss says more about what the noise hides than about the word.
     """
     others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))

@@ -102,8 +102,8 @@ def cropped(item):
 
 
 def cut_off(items):
-    """Return {"files": number of files of which only a part is taken, "frames": number of frames of their longest
-    sample, "used": the share of these files' total length that is taken}.
+    """Return {"files": number of files that their samples do not cover completely, "frames": number of frames of the
+    longest sample from these files, "used": the share of these files' total length that the samples cover}.
     """
     used, length, frames = Counter(), {}, {}
     for item in items:
@@ -162,7 +162,9 @@ class DataSheet:
         self.frames = {}
 
     def add(self, item, frames):
-        """Keep the frames of an item that the sheet shows. Called when the item is decoded for another purpose."""
+        """If the sheet shows this item, keep those of its frames that the sheet needs, so that `write` need not decode
+        the file again. frames: all frames of the item.
+        """
         if any(item is other for other in self.items):
             self.frames[id(item)] = [frames[k] for k in shown_frames(item)]
 
@@ -192,13 +194,13 @@ class DataSheet:
 
 
 def shown_frames(item):
-    """Return the indices of the frames of an item that the sheet shows."""
+    """Return the indices, within an item, of the frames that the sheet shows."""
     return np.unique([0, item.frames // 2, item.frames - 1]).tolist()
 
 
 def read_shown(item):
-    """Return the frames (H,W,3) uint8 of an item that the sheet shows, read from its file; none if the file cannot be
-    read.
+    """Read from an item's file the frames that the sheet shows, and return them, (H,W,3) uint8 each. Return [] if the
+    file cannot be read.
     """
     times = [wanted_times(item)[k] for k in shown_frames(item)]
     try:

@@ -74,9 +74,9 @@ def state_damage(file):
 class Run:
     """One training run in the folder OUT; a context manager. Only the main rank writes.
 
-    While the context is open, it handles Ctrl-C and SIGTERM. Before `restore` is called, the process exits at once,
-    since what is cached so far is on disk. Afterwards, `stop` becomes the signal's number; the training loop then saves
-    a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
+    While the context is open, it handles Ctrl-C and SIGTERM. A signal before the call of `restore` ends the process
+    at once, since what is cached so far is on disk. A later signal sets `stop` to its number; the training loop then
+    saves a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
 
     Raises BadInput in three cases: another process runs in OUT; OUT holds a run and `resume` is False, unless this same
     job wrote it before torchrun restarted its processes; or the run has done more than flags["steps"] steps.
@@ -339,7 +339,7 @@ def adapter_file(out, name, expert):
 
 
 def remove_older_adapters(out, name, step, keep):
-    """Delete a run's step-numbered adapters that are older than the newest `keep` of those up to `step`."""
+    """Of a run's step-numbered adapters up to `step`, delete all but those of the newest `keep` steps."""
     pattern = re.compile(re.escape(name) + r"_(\d{6,})(?:_high|_low)?\.safetensors")
     files = [(int(m.group(1)), f) for f in Path(out).iterdir() if (m := pattern.fullmatch(f.name))]
     kept = sorted({s for s, _ in files if s <= step})[-keep:]
