@@ -1,9 +1,9 @@
-"""Flash attention (Dao et al., 2022 and 2023) that normalises and rotates q as it loads a tile, with a backward pass.
+"""Flash attention (Dao et al., 2022 and 2023) and its backward pass. Tiles of q are normed and rotated when loaded.
 
-q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. With `weight` (N*d,), q is the bare
-projection: each row is RMS-normed over its full width N*d, weighted, rotated if `table` and `positions` are given (see
-rope.py), and then rounded once. A small kernel computes the norm's statistic (B,L) first, since no tile sees a full
-row. Only the bare q is saved for the backward pass, which normalises and rotates q again.
+q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. If `weight` (N*d,) is given, q is not
+normed yet: each row is RMS-normed over its full width N*d, multiplied by `weight`, rotated if `table` and `positions`
+are given (see rope.py), and only then rounded to its dtype. A small kernel computes 1 / rms of each row (B,L) first,
+since a tile has only one head of a row. For backward, q is saved as given, to be normed and rotated again.
 """
 
 import torch
@@ -45,8 +45,8 @@ if triton:
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Load rows (n,DP) of one head, with zeros outside of the tensor. Offsets within a clip fit in 32 bits, which
-        halves the registers that they take; only `at` has 64 bits.
+        """Load the rows numbered `rows` (n,) of one head, as (n,DP) with zeros outside of the tensor. at: the clip's
+        offset, in 64 bits. Offsets within the clip fit in 32 bits, and so take half as many registers.
         """
         j = tl.arange(0, DP)
         return tl.load(

@@ -1,10 +1,10 @@
 """The choice of attention: PyTorch's, this project's Triton kernel or SageAttention, by default or by flag (`select`).
 
-On a GPU `auto` takes the fastest for its compute capability: cuDNN's from Hopper to data-centre Blackwell (9.x, 10.x),
-and FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: 0.82x the speed of
+On a GPU, `auto` chooses by compute capability: cuDNN's attention from Hopper to data-centre Blackwell (9.x, 10.x), and
+FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: 0.82x the speed of
 FlashAttention on an A100, 0.93x on an A10G, 0.88x on an RTX PRO 6000). If the package flash_attn_interface is installed
-and every GPU is a Hopper, PyTorch uses FlashAttention 3, which `auto` then takes. SageAttention (Zhang et al., 2024)
-multiplies in 8 bits: it is not exact, and has no gradients.
+and every GPU is a Hopper, PyTorch's FlashAttention is version 3, and `auto` chooses it. SageAttention (Zhang et al.,
+2024) multiplies in 8 bits: it is not exact, and has no gradients.
 """
 
 import functools

@@ -105,8 +105,8 @@ def has_triton(x):
 
 
 def on_gpu(x):
-    """Return whether x is on a GPU, or is a fake tensor that stands for a GPU tensor in a memory plan (see `using`,
-    pretend).
+    """Return whether x is on a GPU, or is a fake CPU tensor that stands for a GPU tensor (the argument `pretend` of
+    `using`).
     """
     return x.is_cuda or CHOSEN["cpu"] in ("triton", "cuda") and not kernels.INTERPRETED
 
@@ -128,8 +128,8 @@ if torch.cuda.is_available():  # only there, since importing what torch.compile 
 
 @contextlib.contextmanager
 def using(choice, pretend=False):
-    """Use another of CHOICES within this context, for tests and benchmarks. pretend: fake CPU tensors run the
-    operations that a GPU would run.
+    """Use another of CHOICES within this context, for tests, benchmarks and memory plans. pretend: fake CPU tensors run
+    the operations that a GPU would run.
     """
     global CHOSEN, REQUESTED
     before = CHOSEN, REQUESTED

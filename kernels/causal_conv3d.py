@@ -7,8 +7,8 @@ or None is added to the result. Returns out (B,N,T,H,W) and the `past` of the ne
 
 On a GPU one kernel writes the past frames and the normed chunk into a buffer, which cuDNN convolves. The kernel also
 writes the last two frames of the buffer into the next `past`. PyTorch would add a bias in a separate pass after cuDNN.
-This pass is saved if the bias is added together with the residual, or later as the input_bias of the next convolution.
-On a CPU csrc/causal_conv3d.cpp does everything, with libraries that add a bias at no cost.
+Adding the bias together with the residual, or later as the input_bias of the next convolution, avoids that pass. On a
+CPU csrc/causal_conv3d.cpp does all of this; the libraries that it calls add a bias at no cost.
 """
 
 import torch
@@ -61,8 +61,8 @@ if triton:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Write ROWS rows of a clip's buffer per program, of C channels each. The buffer has first `before` rows of
-        past, then `pixels` rows of x. Its last `before` rows are also written to `last`.
+        """Write ROWS rows of a clip's buffer per program. A row is one pixel's C channels. The buffer begins with the
+        `before` rows of past, and `pixels` rows of x follow. Its last `before` rows are also written to `last`.
         """
         i, b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
         c = tl.arange(0, BLOCK)[None, :]

@@ -1,10 +1,10 @@
 """Frozen linears in 8 bits: e4m3 weights with a scale per output channel, in half of bf16's memory.
 
-bf16 and fp32 weights are rounded to 8 bits while they load (call `convert` before loading). 8-bit weights with scales,
-such as those of ComfyUI's fp8_scaled files, are kept as they are. Other 8-bit tensors of such a file, outside of blocks
-or in int8, are dequantised. On GPUs that multiply fp8 matrices (Ada, Hopper and newer), x is rounded to e4m3 too, with
-a scale per token; elsewhere the weight is dequantised for each product. Adapters are added in their own precision. The
-format: Micikevicius et al., 2022.
+bf16 and fp32 weights are rounded to 8 bits while they load (call `convert` before loading). If a file stores fp8
+weights with scales, as ComfyUI's fp8_scaled files do, those of linears in blocks are kept as they are; other fp8
+weights, and int8 weights, are dequantised. On GPUs that multiply fp8 matrices (Ada, Hopper and newer), x is rounded to
+e4m3 too, with a scale per token; elsewhere the weight is dequantised for each product. Adapters are added in their own
+precision. The format: Micikevicius et al., 2022.
 """
 
 import functools
@@ -61,9 +61,9 @@ if torch.cuda.is_available():
 
 
 class Fp8Matmul(torch.autograd.Function):
-    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: x, or its GELU, in 8 bits, or None. If they are
-    None, the weight is dequantised for the product, and the caller must have applied any GELU to x. The 8-bit weight is
-    saved for the backward pass, and so is x if `activated`. The weight gets no gradient.
+    """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: what rows_in_fp8 returned for x, to multiply in 8
+    bits. If both are None, the weight is dequantised for the product, and the caller must have applied any GELU to x.
+    The 8-bit weight is saved for the backward pass, and so is x if `activated`. The weight gets no gradient.
     """
 
     @staticmethod
@@ -110,7 +110,7 @@ class Fp8Linear(nn.Linear):
         return weight8
 
     def set_scales(self, weight8, scales):
-        """Set the scales (out,1) or (1,) that a file has for its 8-bit weight, and the norm."""
+        """Set the scales to those of a file, (out,1) or (1,), and compute the norm of the file's 8-bit weight."""
         self.scales = scales.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 

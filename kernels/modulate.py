@@ -1,9 +1,9 @@
-"""LayerNorm with rows of scales and shifts, alone or fused with the gated residual before it.
+"""LayerNorm with modulation (a scale and a shift), alone or fused with the gated residual before it.
 
-x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift are F rows
-of modulation, (B,F,D) fp32 of any stride. Each row serves L/F tokens, in order; if `index` (L,) int32 is given, row
-index[l] serves token l. Each tensor is read or written once. So the lower bounds on memory traffic, in bytes per
-element, are 4 + out for modulate, 8 + y + out for gate_modulate, and 8 + y for gate, where out and y stand for the
+x (B,L,D) is the fp32 residual stream, y (B,L,D) a branch's output in any float dtype. gate, weight and shift (B,F,D)
+fp32, contiguous along D, have F rows for each clip. Each row serves L/F successive tokens; if `index` (L,) int32 is
+given, row index[l] serves token l. Each tensor is read or written once. So the lower bounds on memory traffic, in bytes
+per element, are 4 + out for modulate, 8 + y + out for gate_modulate, and 8 + y for gate, where out and y stand for the
 bytes of one element of that tensor.
 """
 
@@ -123,9 +123,9 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """Compute the gradients of `chunk` tokens per program, out of the `tokens` tokens that one row may serve. With
-        INDEX, skip the tokens that other rows serve. With SUMS, also add up the gradients of gate, weight and shift,
-        into sums (B*F,chunks,3,D).
+        """Each program computes the gradients of `chunk` tokens that one row serves. With INDEX, it goes through
+        `chunk` tokens of the clip and skips those that other rows serve. With SUMS, it also adds up its tokens'
+        gradients of gate, weight and shift, into sums (B*F,chunks,3,D). tokens: number of tokens to divide into chunks.
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows

@@ -53,7 +53,7 @@ class Linear(torch.nn.Linear):
 
     @property
     def takes_gelu(self):
-        """Whether `forward` should also apply the GELU before this linear. Then less is saved for the backward pass."""
+        """Whether `forward` should also apply the GELU before this linear: with gradients, since it then saves less."""
         return torch.is_grad_enabled()
 
     def forward(self, x, activated=False, rows=None):

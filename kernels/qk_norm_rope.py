@@ -1,8 +1,8 @@
 """RMSNorm over the full width, with a weight, then the 3-axis rotation of every head, for q and k in one launch.
 
-xs: one or two (B,L,D) of one dtype; weights: (D,) fp32 each. The arithmetic is fp32, and the result is rounded once.
-The rotation follows from `table` (P,d/2,2) and `positions` (L,3), which rope.py defines: the kernels read three
-integers per token, not a table (L,d/2) of angles. Lower bound on memory traffic: one read and one write of xs.
+xs: one or two tensors (B,L,D) of one dtype; weights: one (D,) fp32 for each. The arithmetic is fp32, and the result is
+rounded once. The rotation follows from `table` (P,d/2,2) and `positions` (L,3), which rope.py defines: the kernels read
+three integers per token, not a table (L,d/2) of angles. Lower bound on memory traffic: one read and one write of xs.
 """
 
 import torch
@@ -140,7 +140,7 @@ def launch_config(D):
 
 
 def rows_of(x):
-    """Return x (B,L,D) with dense, evenly spaced rows; x is copied only if its rows are not so."""
+    """Return x (B,L,D) if each row is contiguous and all B*L rows are evenly spaced, else a contiguous copy of x."""
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
