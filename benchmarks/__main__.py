@@ -8,9 +8,9 @@
     python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, and
                                              FILE.png, which shows cost against size
 
-The contenders of a benchmark get equal weights and inputs and run alternately. Medians are printed, and the ratio
-ours / peer. "ref" is nanoWan with every op as its plain PyTorch definition. Peak memory is what a fresh process takes
-in addition to what it held before the benchmark.
+Each benchmark compares contenders, which get equal weights and inputs and run alternately: nanoWan ("ours"), nanoWan
+with the plain PyTorch definition of every op ("ref"), and a peer. Median times and the ratio ours / peer of these times
+are printed. Peak memory is what a fresh process takes in addition to what it held before the benchmark.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip

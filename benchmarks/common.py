@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def interleaved(contenders, rounds, synchronize=lambda: None):
     """Run the contenders {name: function} alternately, and return {name: seconds of each round}. A first round is not
     counted. Every second round runs the contenders in reverse order. synchronize: a function that waits for the device,
-    called around each run.
+    called before and after each timed run.
     """
     for run in contenders.values():
         run()
@@ -40,9 +40,9 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 
 
 def keep_results(jobs, run, about, path, seconds):
-    """Call run(name, seconds left) for each name in `jobs`, store the result in about[name], and write `about` to the
-    JSON file `path` after each. Returns `about`. A job that would begin after `seconds` is not run, and its result says
-    so.
+    """Call run(name, left) for each name in `jobs`, store what it returns in about[name], and write `about` to the JSON
+    file `path` after each call. left: how many of the `seconds` for all jobs are left. Once none are left, the other
+    jobs are left out, and about[name] says so. Returns `about`.
     """
     began = time.monotonic()
     for name in jobs:
@@ -101,7 +101,7 @@ def add_reference(contenders):
 
 
 def add_peer_adapter(peer):
-    """Add a translator (k and v of cross-attention, rank 16) to diffusers' DiT with peft."""
+    """Use peft to add a translator to diffusers' DiT: a LoRA of rank 16 on k and v of cross-attention."""
     from peft import LoraConfig
 
     peer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["attn2.to_k", "attn2.to_v"]))

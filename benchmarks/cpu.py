@@ -31,8 +31,8 @@ GRID = (3, 20, 32)  # latent frames, height, width in the DiT's benchmarks: 480 
 
 
 def dit_flops(c, tokens, text, batch=1):
-    """Return the FLOPs of a DiT's forward pass whose text keys and values are cached. c: the WanConfig. tokens: number
-    of tokens in a clip. text: number of tokens in a prompt.
+    """Return the FLOPs of a DiT's forward pass, without those that compute the text's keys and values. c: the
+    WanConfig. tokens: number of tokens in a clip. text: number of tokens in a prompt.
     """
     linear = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     return 2 * batch * (c.num_layers * (linear + 2 * tokens * (tokens + text) * c.dim) + tokens * c.dim * 8 * c.in_dim)
@@ -191,8 +191,8 @@ def sample_video():
 
 def speech_step():
     """Return (contenders {name: function}, None) for a denoising step of an S2V clip that continues another clip. Some
-    inputs of the DiT are the same at every step: "ours" gets them computed already, "recomputed" computes them in the
-    step.
+    inputs of the DiT are the same at every step: "ours" embeds them once, before the timed step, and "recomputed"
+    embeds them within it.
     """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
     model, given = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
@@ -260,8 +260,8 @@ def loading():
 
 def cache_clip():
     """Return (contenders {name: function}, None) for caching a clip: scan 120 frames of 1080p, and prepare 49 of them
-    at 832x480 for the VAE, which does not run. The peer is a plain loop with PyAV and PIL: every frame becomes a
-    picture, and the chosen pictures are resized.
+    at 832x480 as input of the VAE. The VAE itself is replaced by a stub. The peer is a plain loop with PyAV and PIL:
+    every frame becomes a picture, and the chosen pictures are resized.
     """
     import av
     from PIL import Image

@@ -1,6 +1,7 @@
-"""`python -m benchmarks --gpu_run`: the scripts at released size on random weights, and their memory, planned and used.
+"""`python -m benchmarks --gpu_run`: the scripts at released size on random weights, and their peak memory.
 
-Only the shapes matter here: the weights are noise, and so are the results.
+The memory that each script uses is compared with the memory that it planned, that is, predicted. Only the shapes
+matter here: the weights are noise, and so are the results.
 """
 
 import contextlib
@@ -51,8 +52,8 @@ VISION = dict(dim=1280, ffn_dim=5120, layers=32, patch=14, tokens=257)
 
 
 def random_weights(build_model, device):
-    """Return the model that build_model() makes, in bf16, on the host, with random weights that keep the size of
-    activations. The weights are drawn on `device`, but none of them stays there.
+    """Return the model that build_model() makes, in bf16, on the host, with random weights that make activations
+    neither grow nor shrink much. The weights are drawn on `device`, but none of them stays there.
     """
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -113,8 +114,8 @@ def write_clips(folder, size=(832, 480)):
 
 
 def write_inputs(folder, size=(832, 480), face=512):
-    """Write the inputs of RUNS into a folder: clips, a picture, a sound, and a folder that drives a character. size:
-    (width, height) of clips and picture. face: width and height of the face video in px.
+    """Write the input files of the commands in RUNS into a folder: clips, a picture, a sound, and Animate's folder of
+    driving videos. size: (width, height) of clips and picture. face: width and height of the face video in px.
     """
     write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
@@ -123,8 +124,8 @@ def write_inputs(folder, size=(832, 480), face=512):
 
 
 def run_script(command, seconds):
-    """Run the command of a script for at most `seconds`. Returns {"seconds", "used_gb", "planned_gb"}, or a sentence
-    that says why the script failed.
+    """Run the command of a script for at most `seconds`. Returns a sentence that says why the script failed, or
+    {"seconds", "used_gb", "planned_gb"}: its duration, and its peak memory as measured and as in its memory plan.
     """
     began = time.monotonic()
     try:
@@ -172,9 +173,9 @@ class Checkpoints:
 
 
 def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
-    """Run each command of `runs` {name: command} (default: RUNS) on the checkpoint of the variant that begins its name.
-    Inputs and outputs are in the folder `work`. Results are added to `about`, which is written to the JSON file `path`.
-    A script that still runs after `seconds` is ended.
+    """Run each command of `runs` {"VARIANT: TASK": command} (default: RUNS) on the checkpoint of its variant. Inputs
+    and outputs are in the folder `work`. Results are added to `about`, which is written to the JSON file `path`.
+    seconds: time for all commands and for writing checkpoints; a script that still runs then is ended.
     """
     runs = runs or RUNS
 

@@ -1,10 +1,10 @@
-"""`make gpu SECONDS=570 OUT=DIR`: the most useful jobs for a quarter of an hour on one GPU, the most informative first.
+"""`make gpu SECONDS=570 OUT=DIR`: tests and benchmarks on one GPU, the most informative first, as many as time allows.
 
     python -m benchmarks.gpu_session SECONDS OUT [--dry]
 
-Each job has its own process, time limit and log. OUT/table.json and OUT/logs.tgz are updated after each job. Finished
-jobs are remembered in build/gpu, so that a second call continues; remove that folder to start over. The random
-checkpoint (24 GB) is in /dev/shm if there is room, else in build/gpu.
+Each job has its own process, time limit and log. OUT/table.json and OUT/logs.tgz are updated after each job. Jobs that
+have run, even without success, are recorded in build/gpu. A second call runs the others; remove that folder to start
+over. The random checkpoint (24 GB) is in /dev/shm if there is room, else in build/gpu.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time each kernel and its reference, and on a GPU also the memory traffic of the kernel alone.
+"""Time each kernel and its reference. On a GPU, compare memory-bound kernels with the time of the memory traffic alone.
 
 python -m benchmarks.kernels [NAME ...]     on a GPU if there is one, in bf16, else on the CPU, in fp32
 """
@@ -50,8 +50,8 @@ def milliseconds(run, repeats=20):
 
 @functools.cache
 def bandwidth(gigabytes=1):
-    """Return the bytes per second that the GPU's memory reads and writes, measured by a copy. gigabytes: size of the
-    copied tensor.
+    """Return the bandwidth of the GPU's memory, in bytes read plus bytes written per second, measured by a copy.
+    gigabytes: size of the copied tensor.
     """
     a = torch.empty(gigabytes << 28, device="cuda")
     b = torch.empty_like(a)
@@ -60,7 +60,7 @@ def bandwidth(gigabytes=1):
 
 def compare(name, run, reference, floor_bytes=None, flops=None, repeats=20):
     """Time two functions, print the times and return {name: {"ms", "ref_ms"}}. If floor_bytes is given and there is a
-    GPU, add "floor_ms", the time that this memory traffic alone takes. If flops is given, add "tflops" and
+    GPU, add "floor_ms", the time that reading and writing this many bytes takes. If flops is given, add "tflops" and
     "ref_tflops".
     """
     result = {"ms": milliseconds(run, repeats), "ref_ms": milliseconds(reference, repeats)}
@@ -104,7 +104,7 @@ def time_qk_norm_rope(grids=GRIDS):
 
 @torch.no_grad()
 def time_attention(grids=GRIDS):
-    """Time self-attention on a clip with heads of size 128, including norm and rotation of q; the reference uses
+    """Time self-attention with heads of size 128 on one clip, including norm and rotation of q; the reference uses
     PyTorch's attention. grids: pairs of a token grid and a number of heads.
     """
     results = {}

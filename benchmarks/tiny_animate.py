@@ -18,7 +18,9 @@ SIDE = 16
 
 
 def animate(seed=20, layers=10, dim=48, heads=2):
-    """Return a small WanAnimate with random weights. All of its sizes differ, and every part affects the result."""
+    """Return a small WanAnimate with random weights. Nearly all of its widths differ from each other, so that none can
+    be mistaken for another, and every part affects the result.
+    """
     config = AnimateConfig(
         model_type="animate",
         dim=dim,
@@ -102,9 +104,9 @@ def write_video(path, images, rate=25):
 
 
 def source_folder(folder, n=20, height=32, width=48, face=SIDE):
-    """Write a folder like those of Animate's preprocessing, with the files of both modes, and return the folder. The
-    reference picture has the video's size, so nothing is resized. n: number of frames. face: width and height of the
-    face video in px.
+    """Write a folder like those of Animate's preprocessing, and return it. It also has the files that are needed to
+    replace a person in a video. The reference picture has the video's size, so nothing is resized. n: number of frames.
+    face: width and height of the face video in px.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):

@@ -14,8 +14,8 @@ CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=112, tokens=5)  # pictures of 224 px
 
 
 def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
-    """Return a small WanAnimate2 with random weights. With 11 blocks, it has the block that the unconditional half of
-    guidance leaves out, and one block after that.
+    """Return a small WanAnimate2 with random weights. With 11 blocks, it has block 9, which is skipped
+    in the unconditional pass of guidance, and one block after that.
     """
     config = Animate2Config(
         model_type="animate2",

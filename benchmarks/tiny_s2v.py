@@ -95,7 +95,9 @@ def prompts():
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def write_dit(folder, model, **changes):
-    """Write a DiT into a folder: its weights, and a config.json like the released one, with `changes`."""
+    """Write a DiT into a folder: its weights, and a config.json like the released one. changes: keys to add or replace
+    in config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in asdict(model.config).items() if k not in ("text_dim", "patch_size")}
     config |= dict(
@@ -171,7 +173,7 @@ def write_wav(path, samples, rate=16000):
 
 
 def picture(width, height, shift=0):
-    """Return a smooth RGB picture as an array (H,W,3). shift: changes the picture gradually."""
+    """Return a smooth RGB picture as an array (H,W,3). If shift changes a little, so does the picture."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     waves = [np.sin(7 * x + 3 * y + shift), np.cos(5 * y - 2 * x + 2 * shift), np.sin(4 * x * y + 1 + shift)]
     return (np.stack(waves, -1) * 100 + 128).round().astype(np.uint8)

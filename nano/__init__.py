@@ -1,1 +1,1 @@
-"""The nano world, clips of moving coloured shapes: drawing them, grading them, and training the checkpoint in nano/."""
+"""The nano world, which is clips of moving coloured shapes: draw clips, grade them, train the checkpoint in nano/."""

@@ -101,7 +101,7 @@ def render(shape, color, background, center, size=SIZE):
 
 def paths_of(motion):
     """Return all paths of a motion, each a list of 9 centres (x, y). A path goes through the middle of the frame,
-    shifted by -4, 0 or 4 px across the motion; a path of "still" is shifted in both directions.
+    shifted by -4, 0 or 4 px at right angles to the motion. Paths of "still" are shifted in x and in y.
     """
     middle = FRAMES // 2
     steps = [abs(t - middle) - middle // 2 if motion == "bounce" else t - middle for t in range(FRAMES)]
@@ -135,8 +135,8 @@ def draw(attributes, seed):
 
 
 def caption_of(a, rng, words=(), form=None):
-    """Return a caption of the attributes `a`. words: new words; a word that means the value of an attribute stands in
-    the caption in place of the known word for this value. form: a template (default: a random one).
+    """Return a caption of the attributes `a`. words: new words; each replaces the known word for the value that it
+    means, if `a` has this value. form: a template (default: a random one).
     """
     value = {
         "color": a["color"],
@@ -152,8 +152,8 @@ def caption_of(a, rng, words=(), form=None):
 
 
 def held_out(caption, word=None):
-    """Return whether a caption is kept out of training, which its checksum decides: one caption in ten is kept out, or
-    one in two if the caption contains a new word. word: the new word, or None.
+    """Return whether a caption is kept out of training. Its checksum decides: one caption in ten is kept out, or one in
+    two if the caption contains a new word. word: the new word, or None.
     """
     return zlib.crc32(caption.encode()) % (2 if word else 10) == 0
 
@@ -164,8 +164,8 @@ def sample_attributes(rng, triples=None):
 
 
 def training_caption(a, rng):
-    """Return a random caption of the attributes `a` to train the base with. It is a sentence that is not held out for
-    80 % of clips, one attribute alone for 10 %, and empty (for guidance) for 10 %.
+    """Return a random caption of the attributes `a` to train the base with: with probability 0.1 it is empty (for
+    guidance), with 0.1 it names one attribute only, and else it is a sentence that is not held out.
     """
     u = rng.random()
     if u < 0.1:
@@ -182,9 +182,9 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
     none of them.
 
     The prompts are held-out captions of the triples (colour, shape, motion) that the base was trained on. With
-    `unseen`, they are any captions of the triples that it was not trained on. With `words`, each prompt contains one of
-    these new words, and the words alternate; `python -m nano clips` never writes these captions. If fewer than n such
-    prompts are found, BadInput is raised or, with `at_most`, the shorter list is returned.
+    `unseen`, they are any captions of the triples that it was not trained on. With `words`, each is a held-out caption
+    with one of these new words, and the words take turns; `python -m nano clips` never writes a held-out caption. If
+    fewer than n prompts are found, BadInput is raised or, with `at_most`, the shorter list is returned.
     """
     rng, rows = random.Random(f"prompts {seed} {unseen}"), {}
     for _ in range(200 * n):
@@ -201,8 +201,9 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 
 def triples_of(*words):
-    """Return the triples (colour, shape, motion) that new words of different kinds can describe together. They have the
-    words' meanings and any known values of the other attributes, except the triples that were left out of training.
+    """Return the triples (colour, shape, motion) that contain the meanings of all `words`, which are new words of
+    different kinds. The other attributes have any known values. Triples that were left out of training are not among
+    them.
     """
     values = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}
     values |= {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}

@@ -88,8 +88,8 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without what is measured: by the base if an encoder
-    is measured, and by the base with the encoder if a translator is measured.
+    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without the encoder or LoRA that is measured: by the
+    base, or by the base with the encoder `args.lora` that the LoRA was trained with.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
@@ -139,8 +139,8 @@ def table(args):
 
 
 def plot(args):
-    """Plot two measurements of each translator against its dW/W, with a dot for each seed: the accuracy on new words,
-    and the PSNR of its clips of known words relative to those without it.
+    """Plot two measurements of each translator against its dW/W, the relative change of the weights, with a dot for
+    each seed: the accuracy on new words, and the PSNR between clips of known words with and without the translator.
     """
     import matplotlib
 

@@ -1,11 +1,11 @@
 """`make demo`: the main job on nano, from captioned clips to an updated encoder and a small LoRA translator.
 
 The demo shows what the encoder adds, and then what the translator adds. The encoder learns words for what the base can
-draw. With the translator, the model can also draw orange figures, which the base has never drawn. Words that were not
-trained are graded too.
+draw. With the translator, the model can also draw orange figures, which the base has never drawn. The captions of the
+training clips use words that the base has never read. New words that no caption uses are graded too.
 
-The clips' captions use words that the base has never read. Everything runs through the same scripts as at full size.
-The results, mp4s, a contact sheet and a plot of the losses, are in out/demo.
+Everything runs through the same scripts as at full size. The results, mp4s, a contact sheet and a plot of the losses,
+are in out/demo.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Distil nano to four steps without guidance, as a LoRA: what the step-distilled LoRAs for Wan 2.2 are at full size.
+"""Train a LoRA with which nano samples in four steps without guidance, like the step-distilled LoRAs for Wan 2.2.
 
     python runs/distill.py out/claims/fast.safetensors
 
 The teacher is nano as it samples by default, 12 Euler steps with guidance 4. One step of the student covers three steps
-of the teacher (progressive distillation, Salimans and Ho, 2022; with guidance, Meng et al., 2023). It takes 20 minutes
-on one core. Sample with: --lora FILE --steps 4 --guidance 1.
+of the teacher (progressive distillation, Salimans and Ho, 2022; with guidance, Meng et al., 2023). Training takes 20
+minutes on one core. Sample with: --lora FILE --steps 4 --guidance 1.
 """
 
 import random
@@ -30,7 +30,7 @@ STUDENT_STEPS, TEACHER_STEPS = 4, 12
 
 
 def training_pairs(captions, rng):
-    """Return BATCH indices of clips, and a caption of each that is not held out of training."""
+    """Return BATCH random indices of clips, and for each clip a caption that is not held out."""
     chosen, texts = [rng.randrange(len(captions)) for _ in range(BATCH)], []
     for i in chosen:
         while held_out(text := caption_of(captions[i], rng)):
@@ -41,8 +41,8 @@ def training_pairs(captions, rng):
 
 @torch.no_grad()
 def guided_steps(dit, x, sigmas, text, lens, guidance):
-    """Take latents x (B,C,T',h,w) along sigmas (B,K+1) by K Euler steps with guidance. text, lens: embeddings of the B
-    captions, and after them B times of the negative prompt.
+    """Denoise latents x (B,C,T',h,w) by K guided Euler steps, from each of sigmas (B,K+1) to the next. text: embeddings
+    of the B captions, then B copies of the negative prompt's. lens: their lengths.
     """
     for now, then in zip(sigmas.T[:-1], sigmas.T[1:]):
         cond, uncond = dit(torch.cat([x, x]), 1000 * now.repeat(2), text, lens).chunk(2)
