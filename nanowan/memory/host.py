@@ -111,8 +111,8 @@ def shared_buffer(file, nbytes, device, create):
 
 # ---- copies ------------------------------------------------------------------------------------------------------
 class Copier:
-    """A queue of copies between host memory and a device, on a separate CUDA stream. On a CPU, each copy is made at
-    once.
+    """A queue of copies between host memory and a device, on a separate CUDA stream. On a CPU there is no queue: `copy`
+    returns when the copy is done.
     """
 
     def __init__(self, device):

@@ -24,7 +24,7 @@ ALIGNED = 256  # tensors in a flat buffer begin at multiples of this many bytes:
 
 def spread(count, total):
     """Return `count` of `total` block numbers, evenly spaced, so that about the same number of blocks is computed
-    between any two copies.
+    between one copy and the next.
     """
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
@@ -44,7 +44,7 @@ def device_bytes(entries, dtype, fp8, streamed):
 
 
 def frozen(module):
-    """Return [(dictionary, key)], where dictionary[key] is each of a module's frozen parameters and buffers."""
+    """Return [(dictionary, key)] for a module's frozen parameters and buffers, each of which is dictionary[key]."""
     return [
         (values, k)
         for m in module.modules()
@@ -55,8 +55,9 @@ def frozen(module):
 
 
 class Flat:
-    """Tensors of a module that lie together in one buffer. After `settle` was called, that buffer is `home`, on the
-    host, or a copy of `home` on the device. entries: [(dictionary, key)] of the tensors, as `frozen` returns them.
+    """Tensors of a module that lie together in one buffer. After `settle` was called, they lie either in `home`, a
+    buffer on the host, or in a copy of `home` on the device. entries: [(dictionary, key)] of the tensors, as `frozen`
+    returns them.
     """
 
     home = None

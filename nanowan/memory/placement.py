@@ -9,9 +9,9 @@ from nanowan.memory.offload import Flat, Stream, frozen, spread
 
 class Placement:
     """A model's place in memory: on the device while the model runs, on the host while other models need the room.
-    `count` of its blocks always lie on the host and are streamed. Frozen weights do not change, so a host copy of them
-    is kept once it exists, and is only ever copied to the device. Trained weights are not moved, since their optimizer
-    states are on the device too.
+    `count` of its blocks always lie on the host and are streamed. Frozen weights do not change, so their copy on the
+    host, once it exists, is kept, and nothing is copied back to it. Trained weights are not moved, since their
+    optimizer states are on the device too.
 
     copier: a Copier. shared: whether all ranks of this machine share the copy on the host.
     """

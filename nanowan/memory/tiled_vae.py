@@ -28,9 +28,9 @@ def tile_overlap(decoder, tile):
 
 
 def tile_weights(start, end, overlap, exact, side, scale):
-    """Return the weights (n,) fp32 of the pixels of a decoded tile along one axis. The tile covers the latent pixels
-    [start, end), and up to `overlap` more on both sides, of a frame with `side` latent pixels. Each latent pixel is
-    `scale` pixels wide.
+    """Return the weights (n,) fp32 of the pixels of a decoded tile along one axis. Along it, the frame has `side`
+    latent pixels, each `scale` pixels wide. The tile covers the latent pixels [start, end), and on both sides up to
+    `overlap` more, as far as the frame extends.
 
     If `exact`, the weights are 1 within [start, end) and 0 in the overlaps. Otherwise neighbouring tiles are
     cross-faded linearly across their common edge, over the width of the overlaps. The weights of all tiles add up to 1.
@@ -38,9 +38,9 @@ def tile_weights(start, end, overlap, exact, side, scale):
     pixel = torch.arange(max(0, start - overlap) * scale, min(side, end + overlap) * scale) + 0.5
 
     def ramp(edge):
-        """Return weights that are 0 before a tile's edge and 1 after it. If tiles are cross-faded, the weights rise
-        linearly in between. At an edge of the frame, the weights are 1 or 0 everywhere, so that the tile does not fade
-        there.
+        """Return weights that rise from 0 before a tile's edge to 1 after it: in one step if `exact`, else linearly
+        over the width of the overlaps. Tiles do not fade at the edges of the frame: there the weights are constant, 1
+        for edge 0 and 0 for edge `side`.
         """
         if edge in (0, side):
             return torch.full_like(pixel, edge == 0)

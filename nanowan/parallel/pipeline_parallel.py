@@ -32,8 +32,8 @@ def pipeline_backward(world, model, batch, context, lens, loss_weight):
 
 
 class Pipeline:
-    """The part of a DiT on one rank: the blocks of the rank's own stage. IdentityBlocks replace the blocks of other
-    stages.
+    """A DiT on one rank of a pipeline, and its schedules for training. The rank has the blocks of its own stage;
+    IdentityBlocks replace those of other stages.
     """
 
     def __init__(self, model, world):
@@ -96,8 +96,8 @@ class Pipeline:
 
 
 def first_messages(stage):
-    """Return the messages with which a PipelineStage opens its connections, cast to fp32. Without the cast, torch 2.9
-    sends them in one dtype and expects another (pytorch/pytorch#165539).
+    """Return the messages with which a PipelineStage opens its connections. Their tensors are cast to fp32. Without the
+    cast, torch 2.9 sends them in one dtype and expects another (pytorch/pytorch#165539).
     """
     messages = type(stage)._get_init_p2p_neighbors_ops(stage)
     for message in messages:
@@ -129,7 +129,7 @@ class Microbatches:
 
 
 class Stage(nn.Module):
-    """The part of a DiT that one rank of a pipeline computes."""
+    """The module that a Schedule1F1B runs on one rank: the rank's stage of a DiT."""
 
     def __init__(self, model, blocks, grid, is_first, is_last):
         super().__init__()

@@ -12,7 +12,7 @@ def apply_ulysses(model, world, kind=None):
     """Make each of the ranks that share a clip compute a slice of the clip's tokens and, in self-attention, some of the
     heads for all tokens. A variant's extra tokens are split in the same way. All slices have the same length: the last
     slices are padded with zeros, which attention leaves out. kind: the class that splits the clip, Ulysses (default),
-    or FirstRank for a memory plan.
+    or FirstRank for memory_estimate.py.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")
@@ -55,8 +55,8 @@ class Ulysses:
         return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, part - t.shape[dim]))
 
     def gather(self, y, c):
-        """Return all tokens (B,L,D), on every rank, gathered from the ranks' slices y (B,L',D). c: the BlockInputs of
-        all tokens.
+        """Return the head's output for all tokens (B,L,out_dim*4), on every rank, gathered from the ranks' outputs y
+        (B,L',out_dim*4) for their slices. c: the BlockInputs of all tokens.
         """
         self.world.count("tokens", y.nbytes * (self.size - 1))
         return torch.cat(Gather.apply(y, self.rank, self.size, self.group), 1)[:, : c.tokens.length]
@@ -72,15 +72,15 @@ class Ulysses:
         return self.heads_to_seq((rope.attention or ops.attention)(q, k, v))
 
     def seq_to_heads(self, x, length):
-        """Return this rank's heads for all tokens (B,L,N/U,d). The other ranks send these heads of their tokens, and
-        get their own heads of this rank's tokens. x: all heads for this rank's tokens (B,L',N,d). length: L.
+        """Return this rank's heads for all tokens (B,L,N/U,d), given all heads for this rank's tokens, x (B,L',N,d).
+        Every rank sends each of the others the heads that the receiver computes. length: L.
         """
         x = self.exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0))  # (U,B,L',N/U,d)
         return x.movedim(0, 1).flatten(1, 2)[:, :length]
 
     def heads_to_seq(self, y):
-        """Return all heads for this rank's tokens (B,L',D). The other ranks send their heads of these tokens, and get
-        this rank's heads of their own tokens. y: this rank's heads for all tokens (B,L,D/U).
+        """Return all heads for this rank's tokens (B,L',D), given this rank's heads for all tokens, y (B,L,D/U). Every
+        rank sends each of the others the receiver's tokens.
         """
         part = -(-y.shape[1] // self.size)
         if missing := part * self.size - y.shape[1]:
@@ -118,7 +118,7 @@ class Gather(torch.autograd.Function):
 
 
 class FirstRank(Ulysses):
-    """The first of world.sp_size ranks, for memory plans. It uses as much memory as it would together with the other
+    """The first of world.sp_size ranks, alone, for memory_estimate.py. It uses as much memory as in a run with all
     ranks, but does not communicate.
     """
 

@@ -1,7 +1,8 @@
 """The inputs that a DiT gets in sampling in addition to noise, timestep and text; and the segments of a video.
 
-Conditioning serves text-to-video, and is the base class of every variant's conditioning. sample.py uses only this
-interface. samples.py is the counterpart for training, and examples.py makes stand-ins for the memory estimate.
+Conditioning serves text-to-video, and is the base class of every variant's conditioning. sample.py handles all
+variants alike, through the classes of this file. The inputs in training are in samples.py, and stand-ins for the memory
+estimate are in examples.py.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from nanowan.formats.layouts import parts_folder, read_headers
 class Conditions(NamedTuple):
     """The inputs of a DiT that are the same at every step of a clip.
 
-    known {latent frame: (1,C,1,h,w)}: given latent frames, by index such as 0 or -1; they stay clean, at t = 0.
-    channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments of the model's
-    forward. uncond_inputs: the values that some of these arguments have instead in guidance's unconditional half.
+    known {latent frame: (1,C,1,h,w)}: the latent frames that are given, by index (0 the first, -1 the last); they have
+    no noise and t = 0. channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments
+    of the model's forward. uncond_inputs: those of them that have another value in guidance's unconditional half, with
+    that value.
     """
 
     known: dict = {}
@@ -143,7 +145,7 @@ class Conditioning:
 
     def check(self, ckpt_dir, image=None, last_image=None, **inputs):
         """Raise BadInput if an image or another input is missing, or if the model does not take an input that is given.
-        inputs: the values of `flags`. No file is opened.
+        inputs: the values of this class's `flags`, by name. No file is opened.
         """
         if image is None and (self.needs_image or last_image is not None):
             raise BadInput(f"{ckpt_dir}: --image is needed" + ", with --last_image too" * (not self.needs_image))
@@ -161,13 +163,13 @@ class Conditioning:
         return 1 + (frames - 1) // 4
 
     def video(self, pipe, settings, image=None, last_image=None):
-        """Return the Video for the inputs given to sample.py, which `check` has accepted: images, already opened, and
-        the values of `flags`.
+        """Return the Video for the inputs given to sample.py, after `check` has accepted them. image, last_image: PIL
+        images or None, already opened. Subclasses also take the values of their `flags`, by name.
         """
         return Video(pipe, settings, image, last_image)
 
     def encode(self, vae, images, size, frames):
-        """Return the Conditions of a clip with `frames` frames and `size` (width, height) px. images: PIL images; none,
-        only the first frame, or the first and the last frame.
+        """Return the Conditions of a clip with `frames` frames and `size` (width, height) px. images: a tuple of PIL
+        images: empty, the first frame, or the first and the last frame.
         """
         return Conditions()

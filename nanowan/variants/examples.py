@@ -1,4 +1,4 @@
-"""Stand-ins for the inputs of each variant's DiT, with which memory_estimate.py runs the DiT on fake tensors."""
+"""Stand-ins for the inputs of each variant's DiT. memory_estimate.py runs the DiT on them, as fake tensors."""
 
 import torch
 

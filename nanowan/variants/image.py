@@ -31,8 +31,8 @@ class FirstFrame(Conditioning):
 
 
 class ImageChannels(Conditioning):
-    """I2V-A14B's conditioning. The noise is followed by 20 channels: a mask (4 channels) and the latents (16) of the
-    image followed by grey frames.
+    """I2V-A14B's conditioning. The noise is followed by 20 channels: a mask (4 channels), and the latents (16) of a
+    video that consists of the image and grey frames.
     """
 
     takes_image = needs_image = True
@@ -52,9 +52,9 @@ class ImageChannels(Conditioning):
 
 def image_channels(vae, image, frames, last_image=None):
     """Return the 20 channels (B,4+z,T',h,w) that I2V-A14B gets for a first frame (B,3,1,H,W): a mask, and the latents
-    of the image followed by frames-1 grey frames. `last_image`, if given, replaces the last grey frame. The mask is 1
-    on latent frame 0. Its four channels stand for the four frames of a latent frame, so with a last image, the mask's
-    last channel is 1 on the last latent frame.
+    of a video that consists of the first frame and frames-1 grey frames. `last_image`, if given, replaces the last grey
+    frame. The mask's four channels stand for the four frames of a latent frame. All of them are 1 on latent frame 0;
+    with a last image, the last channel is also 1 on the last latent frame.
     """
     video = F.pad(image, (0, 0, 0, 0, 0, frames - 1))
     if last_image is not None:
@@ -68,9 +68,10 @@ def image_channels(vae, image, frames, last_image=None):
 
 
 def encode_still(vae, video):
-    """Return vae.encode(video), computed faster if most frames of the video are equal. A layer's last output is reused
-    if the layer's input and its state from the previous chunk are bit-identical to those of its last run, so the result
-    is exact. The last input and output of each layer are kept in memory.
+    """Return vae.encode(video), computed faster if most frames of the video are equal. The VAE encodes the video in
+    chunks, and its layers carry a state from chunk to chunk. If a layer's input and state are bit-identical to those of
+    its previous run, the previous output is used again, so the result is exact. The last input and output of each layer
+    are kept in memory.
     """
     encoder, known = vae.encoder, {}  # {layer: (input, output, whether the layer's state has stopped changing)}
     layers = [*encoder.downsamples, *encoder.middle]

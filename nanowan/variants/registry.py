@@ -1,4 +1,4 @@
-"""The six Wan 2.2 models: their settings, one row each in VARIANTS, and their classes, imported when first needed.
+"""The six Wan 2.2 models. VARIANTS has a row of settings for each, and PARTS a function that returns its classes.
 
 To add a model, add a folder here, a row in VARIANTS and a function in PARTS.
 """
@@ -38,8 +38,8 @@ VARIANTS = TEXT_AND_IMAGE | {
 class Parts(NamedTuple):
     """The code for one model_type. model: the DiT's class. conditioning: the Conditioning, for sampling. samples: the
     subclass of Samples, for training. examples: the Examples, for the memory estimate. read_config: a function that
-    completes the configuration from the files, or None. recommend: a function that takes a configuration and returns
-    {field: value} of the Settings that differ from those in VARIANTS, or None.
+    completes the configuration from the files, or None. recommend: None, or a function that takes a configuration and
+    returns {field: value}, the Settings that replace those in VARIANTS.
     """
 
     model: type

@@ -6,8 +6,8 @@ from nanowan.variants.image import image_channels
 
 
 class Samples:
-    """The samples of a text-to-video model, and the base class of every variant's samples. data.py uses only this
-    interface.
+    """The samples of a text-to-video model, and the base class of every variant's samples. The training code handles
+    all variants alike, through the attributes and methods of this class.
 
     frames_over: the number of frames in a sample is a multiple of 4, plus this number. frames_after: number of frames
     after the sample that are read as well, if the clip has them. loss_from: the first latent frame that counts in the
@@ -38,9 +38,7 @@ class Samples:
         return {}
 
     def changed(self, path, shown, sidecars, cache):
-        """Return {kind: list} with the notes `changed` in video.Shown: for a clip, under the kind "", and for its
-        sidecars.
-        """
+        """Return {kind: list}: the `changed` of video.Shown for a clip (kind "") and for each of its sidecars."""
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
@@ -50,8 +48,8 @@ class Samples:
         return {}
 
     def group(self, item):
-        """Return the key by which items are divided among steps. All items of a step have equal keys, as long as enough
-        such items are left.
+        """Return the key by which items are divided among steps. A step has items with different keys only if too few
+        items with one key are left to fill it.
         """
         return item.bucket
 

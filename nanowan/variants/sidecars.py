@@ -11,7 +11,7 @@ MAX_STRETCH = 1.02
 
 
 class ClipSamples(Samples):
-    """Samples of clips that need sidecars for training, mostly videos as long as the clip.
+    """Samples of clips that need sidecars for training. Most sidecars are videos as long as the clip.
 
     videos: the kinds of sidecar videos that a clip may have. squares: the kinds that are square, whatever the clip's
     aspect ratio.

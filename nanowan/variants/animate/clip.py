@@ -199,8 +199,8 @@ class CLIP(nn.Module):
         return F.normalize(torch.cat([self.textual(i) for i in ids]), dim=1)
 
     def probabilities(self, images, texts):
-        """Return (B,A): for each image, the probabilities of the texts, if exactly one of the texts describes the
-        image. images, texts: their features (B,E) and (A,E).
+        """Return (B,A): for each image, the probability of each text, assuming that exactly one of the texts describes
+        the image. images, texts: their features (B,E) and (A,E).
         """
         return (self.log_scale.exp() * images @ texts.T).softmax(1)
 

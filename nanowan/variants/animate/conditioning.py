@@ -16,8 +16,8 @@ from nanowan.video import has_sound, sound_delay
 
 
 class ReferencedVideo(Video):
-    """A video of segments; the first latent frame of each segment is a reference picture. known: the last frames
-    (1,3,n,H,W) of the previous segment, with which the next segment begins, or None before the first segment.
+    """A video in segments, each of which has a reference picture as its first latent frame. known: the last frames
+    (1,3,n,H,W) of the previous segment, repeated at the start of the next one; None before the first segment.
     """
 
     known = None

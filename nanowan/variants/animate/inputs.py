@@ -107,9 +107,9 @@ def read_video(file):
 
 # ---- the rules by which the folder is made ---------------------------------------------------------------------------
 def frame_indices(times, video_fps, fps):
-    """Return the indices of the frames with which a video is shown at another rate, `fps`. For each multiple of 1/fps,
-    this is the frame nearest in time. times: when the video's frames are shown, in seconds. video_fps: their average
-    number per second.
+    """Return the indices of the frames that are used when a video is resampled to `fps` frames per second: for each
+    multiple of 1/fps, the frame nearest in time. times: when the video shows each frame, in seconds. video_fps: the
+    video's own mean number of frames per second.
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
@@ -294,7 +294,8 @@ def encode_scene(vae, shape, reference, scene=None, known=None):
     and mask, two lists of arrays as in Source, or None if nobody is replaced. reference, known: as in encode_clip.
 
     After the reference, y holds the latents of the known frames, followed by those of the background, or of grey frames
-    if there is no scene. The mask in y is 1 where these pixels have to stay unchanged.
+    if there is no scene. The mask in y is 1 for the reference and the known frames and, if there is a scene, outside of
+    the person.
     """
     device, latent_size = reference.device, reference.shape[3:]
     if scene is None:

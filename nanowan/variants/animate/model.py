@@ -279,7 +279,7 @@ class Face(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """WanAnimate's embedded inputs, apart from those of every Wan."""
+    """The embedded inputs that WanAnimate takes in addition to those of Wan."""
 
     pose: torch.Tensor
     face: Face
@@ -318,8 +318,8 @@ class ImageBlock(Block):
 
 
 class ImageWan(Wan):
-    """A Wan whose cross-attention also attends to a picture. What a subclass's embed_inputs returns has the embedded
-    picture in its field `image`.
+    """A Wan whose cross-attention also attends to a picture. The method embed_inputs of a subclass returns an object
+    with the embedded picture in its field `image`.
     """
 
     block_class = ImageBlock

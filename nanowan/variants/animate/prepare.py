@@ -43,7 +43,7 @@ from nanowan.video import Frame, frame_rate, has_sound, open_image, probe, read_
 # ---- the inputs ------------------------------------------------------------------------------------------------------
 class Clip(NamedTuple):
     """A video file, and the flag by which it was given. times: when its frames are shown, in seconds. width, height:
-    px, with square pixels. fps: frames per second.
+    its size in px when it is shown with square pixels. fps: frames per second.
     """
 
     file: str
@@ -134,8 +134,8 @@ def to_array(value, file, flag):
 
 
 def read_keypoints(file, video):
-    """Return whole-body keypoints (count,133,3), x y px and score, read from a file with one set for each frame of a
-    Clip. Raises BadInput if the file holds something else.
+    """Return the whole-body keypoints (count,133,3), x y px and score, of the `count` frames of a Clip, read from a
+    file. Raises BadInput if the file holds something else.
     """
     points = to_array(read_json(file, "--keypoints"), file, "--keypoints")
     if points.shape != (video.count, KEYPOINTS, 3):
@@ -149,9 +149,9 @@ def read_keypoints(file, video):
 def read_faces(file, video):
     """Return the boxes (count,4), x1 y1 x2 y2 px, around a face's landmarks, one for each frame of a Clip.
 
-    The JSON file may hold one box, or one set of landmarks, for all frames; a list with one for each frame; or {frame
-    number: box}. In the last case, the boxes of other frames are interpolated linearly. Raises BadInput if the file
-    holds something else.
+    The JSON file may hold one box, or one set of landmarks, for all frames; a list of boxes or of sets of landmarks,
+    one for each frame; or {frame number: box}. In the last case, the boxes of other frames are interpolated linearly.
+    Raises BadInput if the file holds something else.
     """
     value = read_json(file, "--faces")
     if isinstance(value, dict):

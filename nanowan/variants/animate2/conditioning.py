@@ -64,8 +64,8 @@ def letterbox(image, size, resample):
 
 # ---- the driving video -----------------------------------------------------------------------------------------------
 class DrivingVideo:
-    """A driving video, shown at `fps` frames per second: for each multiple of 1/fps, the frame nearest in time is
-    taken. n: number of frames taken. Raises BadInput if the file cannot be read or has too few frames.
+    """A driving video, read at `fps` frames per second: for each multiple of 1/fps, the frame nearest in time is used.
+    n: number of frames used. Raises BadInput if the file cannot be read or has too few frames.
     """
 
     def __init__(self, file, fps):

@@ -62,8 +62,9 @@ class DrivenAttention(NamedTuple):
         return torch.cat(frames, 1)
 
     def as_dense(self, k):
-        """Return (all keys (B,S,N,d), bias (1,1,T'n,S)), with which dense attention gives the same result. The keys are
-        the clip's k (B,T'n,N,d), then those of the driving video. Used by diag.py logits.
+        """Return the (keys (B,S,N,d), bias (1,1,T'n,S)) with which ordinary dense attention computes this attention.
+        The keys are the clip's k (B,T'n,N,d), then those of the driving video. The bias adds log_scale, and hides the
+        driving tokens of other latent frames. Used by diag.py logits.
         """
         length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
         frame = torch.arange(length, device=k.device) // n
@@ -97,7 +98,7 @@ class Recorder:
         self.keys_values = {}
 
     def recording(self, i):
-        """Return the self-attention function that block i uses in this pass."""
+        """Return the self-attention function that block i uses while the driving video passes through it."""
 
         def attend(q, k, v):
             # activation checkpointing may run a block again; the first pair is kept
@@ -108,7 +109,7 @@ class Recorder:
 
 
 class Inputs(NamedTuple):
-    """WanAnimate2's embedded inputs, apart from those of every Wan."""
+    """The embedded inputs that WanAnimate2 takes in addition to those of Wan."""
 
     driving: Driving | Recorder
     image: Image

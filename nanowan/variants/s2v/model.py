@@ -83,8 +83,8 @@ class AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def downsample(self, x):
-        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). These convolutions serve both the vectors and the
-        tokens of `forward`.
+        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). `forward` uses the same convolutions for the vectors
+        and for the tokens that it returns.
         """
         return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
 
@@ -109,8 +109,8 @@ class AudioEncoder(nn.Module):
         self.encoder = AudioTokenizer(audio_dim, dim, tokens)
 
     def forward(self, features):
-        """Return (vectors (B,T',D), tokens (B,T',K,D)), T' = T/4 rounded up, for speech features (B,S,A,T), one per
-        video frame.
+        """Return (vectors (B,T',D), tokens (B,T',K,D)), T' = T/4 rounded up, for the speech features (B,S,A,T) of T
+        video frames.
         """
         weights = F.silu(self.weights)
         x = (features.float() * weights).sum(1) / weights.sum(1)  # (B,A,T)
@@ -158,8 +158,9 @@ class AudioInjector(nn.Module):
 
     def forward(self, i, x, injection, frame):
         """Add to each noise token of x (B,L,D), fp32, the output of that token's attention to the sound of its latent
-        frame. i: index of the injector. frame: (L,) latent frame of each token. The audio tokens of all frames are
-        keys, and a mask hides those of other frames. The mask costs almost no time, and lets x be any part of a clip.
+        frame. i: index of the injector. frame: (L,) latent frame of each token. The keys are the audio tokens of the
+        full clip; a mask hides from each noise token those of other latent frames. The mask costs almost no time.
+        Because of it, x may be any subset of the clip's tokens.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -237,8 +238,8 @@ def fit_size(width, height, area):
 
 
 def scale_to_shorter(width, height, size):
-    """Return the (width, height) px of a picture of width x height px, scaled so that its shorter side equals that of
-    `size`.
+    """Return the (width, height) px of a picture of width x height px after it is scaled so that its shorter side
+    equals the shorter side of `size`.
     """
     short = min(size)
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
@@ -250,9 +251,9 @@ def crop_start(n, size):
 
 
 def fit_picture(image, size):
-    """Return a PIL image at `size` (width, height). The image is scaled (bilinear) until its shorter side equals that
-    of `size`, and then cropped to `size` around its centre. Where the scaled image is smaller than `size`, black bars
-    are added.
+    """Return a PIL image at `size` (width, height). The image is scaled (bilinear) so that its shorter side equals the
+    shorter side of `size`, and then cropped to `size` around its centre. Where the scaled image is smaller than `size`,
+    black bars are added.
     """
     from PIL import Image
 
@@ -454,7 +455,8 @@ def read_config(config, shape, entries, settings, path):
 
     config: the WanConfig read from its files. shape(name): returns a tensor's shape, or raises BadInput. entries:
     {name: Entry} of all tensors. settings: the contents of config.json, or {} if there is no such file. Raises
-    BadInput, naming `path`, if the injectors do not fit the weights, or for settings that no released weights have.
+    BadInput, naming `path`, if the injectors do not fit the weights, or if a setting differs from that of the released
+    weights.
     """
     dim = shape("patch_embedding.weight")[0]
     local, audio_dim, _ = shape("casual_audio_encoder.encoder.conv1_local.conv.weight")

@@ -13,10 +13,10 @@ from nanowan.video import has_sound, sound_delay, to_video
 class SpeechSamples(ClipSamples):
     """Clips with their own sound or that of NAME.wav, and with the poses of NAME.pose.mp4 if that file exists.
 
-    A sample of F frames is cached as a first segment whose reference picture is its own first frame. If the clip has 73
-    more frames after the sample, the sample is cached a second time as a continuation segment, under names that begin
-    with "next.". That segment consists of frames 73 to 72+F, conditioned on the motion of frames 0 to 72, with the same
-    reference picture.
+    A sample of F frames is cached as a first segment; the sample's first frame is the reference picture. If the clip
+    has 73 more frames after the sample, the sample is cached a second time as a continuation segment, under names that
+    begin with "next.". That segment consists of frames 73 to 72+F, conditioned on the motion of frames 0 to 72, with
+    the same reference picture.
     """
 
     videos = ("pose",)
@@ -37,8 +37,8 @@ class SpeechSamples(ClipSamples):
         return files
 
     def changed(self, path, shown, sidecars, cache):
-        """Return what Samples.changed returns. Also report a sound with gaps, because an older version ignored the
-        gaps.
+        """Return what Samples.changed returns, and {"sound": ["gaps"]} if the sound has gaps, because earlier versions
+        of nanoWan ignored the gaps.
         """
         sound = sidecars.get("sound", (path, digest(path)))
         gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}
@@ -76,8 +76,8 @@ class SpeechSamples(ClipSamples):
         return tensors
 
     def _audio(self, item):
-        """Return speech features (S,A,n), one vector for each frame of an item and for each of the
-        item's frames_after.
+        """Return the speech features (S,A,n) of an item, including the frames after it: n = item.frames +
+        item.frames_after.
         """
         file, name = item.sidecars.get("sound", (item.path, item.digest))
         delay = 0.0 if "sound" in item.sidecars else sound_delay(file)
