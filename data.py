@@ -29,7 +29,7 @@ PRESERVED_SHARE = 0.5  # fraction of the samples that get a prompt to preserve, 
 class Batches:
     """Chooses the items of each step: `size` items, or fewer in one step of each epoch. An epoch sees each item
     item.repeat times, in an order that follows from the seed. The items of a step have the same group(item), by default
-    the bucket; only steps of leftovers mix groups. `at(step)` needs no history, so a resumed run sees the same items.
+    the bucket; only leftovers of groups are mixed. `at(step)` needs no history, so a resumed run sees the same items.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):
@@ -79,8 +79,8 @@ def collate(embeddings):
 
 
 def eval_batches(items, files, samples, shift, low, high):
-    """Yield (i, a Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3. The caption is the
-    sample's first. Its digest decides the noise and, at odds of one half, whether it is a continuation segment.
+    """Yield (i, Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3, with its first caption.
+    The file's digest decides the noise and whether, with probability 0.5, the sample is a continuation segment.
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -277,7 +277,7 @@ class Dataset:
                 yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
-        """Return the Batch of `draws`, read from the cache. Their latents have one shape. preserves: whether the run
+        """Return the Batch of `draws`, whose latents have equal shapes, read from the cache. preserves: whether the run
         preserves prompts. If so, Batch.preserved is set, as all ranks compute the base model's predictions together.
         """
         samples = self.samples

@@ -40,7 +40,7 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """Split [low, high), before the shift, into n equal parts. Return their midpoints (n,) fp32, after the shift."""
+    """Return the shifted midpoints (n,) fp32 of n equal parts of the interval that the shift maps to [low, high)."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 
@@ -53,9 +53,9 @@ def add_noise(x0, eps, t):
 
 class Batch(NamedTuple):
     """B noised samples. x (B,C,T',h,w): the latents, followed by any conditioning channels; t (B,) or (B,T') in 0..1;
-    target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): weights of the loss, 0 for a given frame,
+    target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): loss weights, 0 for frames given clean,
     or None if all are 1; captions: list of B str; inputs: further keyword arguments of the model's forward; preserved
-    (B,) bool: samples whose target is to be the base model's own prediction, or None if the run preserves no prompts.
+    (B,) bool: samples whose target is to be the base model's own prediction, or None if no prompts are preserved.
     """
 
     x: torch.Tensor

@@ -205,7 +205,7 @@ def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None
 
 
 def open_video(pipe, settings, **inputs):
-    """Open a Video. inputs: named like sample.py's flags; images as files or PIL images. Raises BadInput for others."""
+    """Open a Video. inputs: named like the flags; images: files or PIL images. Raises BadInput for wrong inputs."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")

@@ -107,7 +107,7 @@ def check(args, s, num_blocks):
 
 
 def predict(args, s, builders, blocks, **more):
-    """Return the memory_estimate.Plan of a run. blocks: the adapted ones; more: further fields of TrainingSpec."""
+    """Return the memory_estimate.Plan of a run. blocks: the adapted blocks; more: further fields of TrainingSpec."""
     saves = math.ceil(args.steps / args.save_every)
     spec = flags.training_spec(args, s, num_results=1 + min(saves, args.keep or saves) + (args.held_out > 0), **more)
     make_trainable = Adapter((), args.targets, args.rank, args.alpha, args.dropout, blocks, args.seed).inject

@@ -194,8 +194,8 @@ def avg_down(x, cout, factors):
 
 
 def add_dup_up(y, x, factors, first):
-    """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: repeat x's channels, then move them
-    to space and time. factors (ft, fs): growth of time and space. first: whether y is a first chunk, ft-1 frames short.
+    """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: x's channels, repeated and moved to
+    space and time. factors (ft, fs): growth in time, space. first: whether y is the first chunk, ft-1 frames short.
     """
     ft, fs = factors
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` channels of x
@@ -232,7 +232,7 @@ class Stage(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder or, if `up`, the decoder. v22: whether of VAE 2.2; dims: widths, from the first stage's input on."""
+    """The encoder or, if `up`, the decoder. v22: VAE 2.2, else 2.1; dims: widths, from the first stage's input on."""
 
     def __init__(self, v22, up, cin, cout, dims, blocks):
         super().__init__()

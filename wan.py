@@ -257,7 +257,7 @@ class Wan(nn.Module):
         return self.unpatchify(x, grid)  # (B,out_dim,T',h,w)
 
     def check(self, x, t):
-        """Return the token grid (T',H',W') of x. Raises ValueError if the model takes no x or t of such a shape."""
+        """Return the token grid (T',H',W') of x. Raises ValueError if the model cannot take the shape of x or t."""
         c, (B, C, T, h, w), (pt, ph, pw) = self.config, x.shape, self.config.patch_size
         if C != c.in_dim or h % ph or w % pw or t.shape not in ((B,), (B, T)):
             raise ValueError(

@@ -29,7 +29,7 @@ SHARE = 0.8  # the proposed blocks hold at least this share of the summed effect
 
 def keyword_tokens(caption, keyword, tokenizer):
     """Return a mask (L,) bool over the tokens of a caption: True for each token that contains at least one character of
-    the keyword. The mask is False everywhere if the keyword is not among the tokens that the encoder reads.
+    the keyword. The encoder cuts off long captions; for a keyword in the part cut off, the mask is False everywhere.
     """
     found = []
     for part in filter(None, tokenizer.split.split(tokenizer.clean(caption))):
@@ -64,9 +64,9 @@ def hide_tokens(attention, hidden):
 
 
 def samples_with(dataset, keyword, n, tokenizer):
-    """Return at most n pairs (Item, mask) for captions that contain the keyword, each from another file. The Item has
-    only this caption; the mask is keyword_tokens of the caption. Raises BadInput if the encoder reads the keyword in no
-    caption.
+    """Return at most n pairs (Item, mask) for captions that contain the keyword, each from a different file. The Item
+    has only this caption; the mask is keyword_tokens of the caption. Raises BadInput if no caption has the keyword in
+    the part that the encoder reads.
     """
     found = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):

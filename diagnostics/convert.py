@@ -22,13 +22,13 @@ FILE_BYTES = 5_000_000_000  # the largest size of one of these files
 
 
 def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
-    """Write a DiT into the folder `out` in another layout, with the same bits. The folder gets a config.json and one
-    safetensors file; if that file would be larger than file_bytes, the folder gets several safetensors files and an
-    index instead.
+    """Write a DiT into the folder `out` in another layout. Tensors keep their dtypes and bits, except that 8-bit
+    weights with scales, and GGUF's weights, become bf16. The folder gets a config.json and one safetensors file; if
+    that file would be larger than file_bytes, the folder gets several safetensors files and an index instead.
 
     source: a weight file, a folder with the DiT's files, or a checkpoint folder with one DiT. layout: "official" or
-    "diffusers". 8-bit weights with scales, and GGUF's weights, become bf16. Host memory holds one tensor at a time.
-    Raises BadInput for an incomplete DiT, and for a DiT that diffusers' WanTransformer3DModel cannot represent.
+    "diffusers". Host memory holds one tensor at a time. Raises BadInput for an incomplete DiT, and for a DiT that
+    diffusers' WanTransformer3DModel cannot represent.
     """
     model = load_wan(source, "meta")  # raises BadInput unless all tensors have their shapes
     if type(model) is not Wan:
@@ -54,8 +54,8 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
 
 
 def is_dit(source, part):
-    """Return whether to convert a DiT, rather than a text encoder. part: the value of --part, which decides if it is
-    given. Otherwise, the contents of a file decide. In a checkpoint folder, a text encoder is preferred to a DiT.
+    """Return whether to convert a DiT, rather than a text encoder. part: the value of --part, which is decisive, or
+    None. With None, the contents of `source` decide; in a checkpoint folder with both, the text encoder is chosen.
     """
     if part or not source.is_dir():
         return (part or kind_of(source)) == "dit"

@@ -118,7 +118,7 @@ def weight_moves(path, base):
 
 def delta(path, base, expert=None):
     """Return how far the LoRA, checkpoint or encoder at `path` moves each weight of a base. base: a DiT's folder or
-    file; or if an encoder changes, the file of the encoder before the change, or a checkpoint folder with that encoder.
+    file; or, if `path` changes a text encoder, the unchanged encoder's file or a checkpoint folder with it.
 
     The result is a list of {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral",
     "rank"}, one for each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no
@@ -231,8 +231,8 @@ def show_delta(rows):
 
 def cap_lora(file, rows, cap, out, expert=None):
     """Write a copy of a LoRA file to `out`, in which every change with ||dW||/||W|| above `cap` is scaled down to
-    `cap`. Returns the number of changes that were scaled down. rows: what `delta` returns for the file. expert: which
-    half to write of a file that holds both experts, "high" or "low". Raises BadInput for changes that are not finite.
+    `cap`. Returns the number of changes that were scaled down. rows: what `delta` returns for the file. expert: "high"
+    or "low", the expert to write if the file holds both. Raises BadInput for changes that are not finite.
     """
     if broken := [r["name"] for r in rows if math.isnan(r["ratio"])]:
         raise BadInput(f"{file}: {broken[0]} and {len(broken) - 1} more are not finite; nothing is written")

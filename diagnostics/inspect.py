@@ -317,8 +317,8 @@ def inspect_experts(path):
 
 
 def holds_dit(path):
-    """Return whether the files of a DiT lie directly in a checkpoint folder, under the official name or as one file of
-    any name.
+    """Return whether a DiT's files lie in the checkpoint folder itself, rather than in a subfolder. They may have the
+    official names, or be a single file with any name.
     """
     if any(path.glob("diffusion_pytorch_model*")):
         return True

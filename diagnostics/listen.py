@@ -1,4 +1,4 @@
-"""diag.py listen: compare how well a model follows its prompts before and after training (nano's grader, CLIP or eye).
+"""diag.py listen: compare how models follow prompts before and after training, by nano's grader, by CLIP or by eye.
 
 The result has one column for each model: the base, the base with the encoder, and the base with the encoder and the
 translator (a LoRA). All models sample from the same seeds.
@@ -103,8 +103,8 @@ def draw_sheet(columns, prompts, seed, out, **settings):
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
 class Row(NamedTuple):
-    """A prompt to sample. word: the word that the prompt tests, or None. texts: copies of the prompt, each with another
-    alternative in place of the word; the first alternative is what the word should look like.
+    """A prompt to sample. word: the word that the prompt tests, or None. texts: copies of the prompt, each with one of
+    the word's alternatives (see parse_alternatives) in place of the word, the correct alternative first.
     """
 
     prompt: str
@@ -113,8 +113,9 @@ class Row(NamedTuple):
 
 
 def parse_alternatives(items):
-    """Return the --words of a test with CLIP as a dictionary: ["crimson=red,blue"] -> {"crimson": ["red", "blue"]}.
-    Raises BadInput for an item that does not name a word and at least two different looks.
+    """Return the --words of a test with CLIP as a dictionary: ["crimson=red,blue"] -> {"crimson": ["red", "blue"]}. The
+    first alternative is what the word should look like; the others are wrong. Raises BadInput for an item that does not
+    name a word and at least two alternatives, all different.
     """
     words = {}
     for item in items:
@@ -132,9 +133,9 @@ def rows_of(words, lines, n):
     """Return the Rows to sample: n for each word in `words` {word: alternatives}, and one for each prompt that tests no
     word.
 
-    lines: the user's prompts. A prompt with {} is a template for every word, a prompt that contains a word tests that
-    word, and any other prompt shows what else has changed. A word without prompts gets TEMPLATES. If there are no other
-    prompts, OTHER_PROMPTS are used.
+    lines: the user's prompts. A prompt with {} is a template for every word; a prompt that contains a word tests that
+    word; any other prompt tests no word, but shows whether training has changed anything else. A word without prompts
+    gets TEMPLATES. If every prompt is a template or tests a word, OTHER_PROMPTS are added.
     """
     rows = []
     for word, alternatives in words.items():
@@ -226,10 +227,10 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
     """Sample the Rows in every column, and return their scores {column: {suite: {what: proportion or average}}}. A
     suite is a word, "all words" or "other prompts" (Rows that test no word).
 
-    For words, "clip" is the share of correct clips. A clip is correct if, of the Row's texts, CLIP gives the first the
-    highest probability, averaged over frames. For other prompts, clips are compared with those of the first column:
-    "psnr" in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader" is the mean of
-    the numbers that the command `grader` prints.
+    For words, "clip" is the share of correct clips. A clip is correct if CLIP finds the first of the Row's texts the
+    most probable, by the mean over frames. For other prompts, clips are compared with those of the first column: "psnr"
+    in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader" is the mean of the
+    numbers that the command `grader` prints.
 
     columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
     command, or None.
@@ -264,8 +265,8 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
 
 
 def judge_words(args, columns, lines, how, settings):
-    """Return the scores that `judge` computes for the words and with the judges that the flags in `args` name. Raises
-    BadInput for wrong flags, before any clip is sampled.
+    """Return what `judge` returns for the --words and for the prompts `lines`. The judges are CLIP (--clip), a command
+    (--grader) or both. args: the flags. Raises BadInput for wrong flags, before any clip is sampled.
     """
     if args.grader and not shutil.which(shlex.split(args.grader)[0]):
         raise BadInput(f"--grader {args.grader}: no such command")

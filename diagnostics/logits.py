@@ -101,9 +101,9 @@ def logit_rows(before, after):
 
 
 def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
-    """Return the Dataset that train_lora.py would make of `data`, but with no samples held out, no caption dropout and
-    no given first frames. An argument that is None gets train_lora.py's default. limit: the largest number of samples,
-    or None for all.
+    """Return the Dataset that train_lora.py would make of `data`, except that no samples are held out, no captions
+    dropped, and no clean first frames given to the model. An argument that is None gets train_lora.py's default. limit:
+    the largest number of samples, or None for all.
     """
     s = pipe.settings
     given = {"resolution": resolution, "frames": frames}

@@ -40,8 +40,8 @@ CARDS = {"4090": 24, "H100": 80}  # {GPU: its GB}; times are printed for these i
 
 class Machine(NamedTuple):
     """A machine to plan a run for. ranks: number of GPUs, one per rank. memory: bytes of each GPU. host: bytes of host
-    memory. If memory or host is None, the value of this machine is used. card: a name in flops.CARDS, or None if the
-    GPU is not known.
+    memory. Where memory or host is None, the plan uses that of the machine on which diag.py runs. card: a name in
+    flops.CARDS, or None if the GPU is not known.
     """
 
     ranks: int = 1
@@ -119,7 +119,7 @@ class Job:
 
     @property
     def lacks_gpu(self):
-        """Whether the Job is for a GPU and none is here."""
+        """Whether the Job is for a GPU, but the machine on which diag.py runs has none."""
         return torch.device(self.args.device).type == "cuda" and not torch.cuda.is_available()
 
     # ---- memory --------------------------------------------------------------------------------------------------
@@ -274,9 +274,9 @@ def shape_of(ckpt):
 
 # ---- flags that fit ----------------------------------------------------------------------------------------------
 class Candidates(NamedTuple):
-    """Flags with which a run may fit, and the range of a number of blocks that can be added to them, from `fewest` to
-    `most`. counted: which blocks the number counts: "checkpointing", the blocks with activation checkpointing;
-    "streamed", the blocks in host memory; None: no number is added.
+    """Flags with which a run may fit. If `counted` is not None, with_number adds flags for a number of blocks, from
+    `fewest` to `most`. counted: what these blocks do: "checkpointing", they use activation checkpointing; "streamed",
+    they are in host memory.
     """
 
     flags: list
@@ -285,7 +285,7 @@ class Candidates(NamedTuple):
     most: int = 0
 
     def with_number(self, script, n):
-        """Return the flags, with n as the number of blocks."""
+        """Return the flags, with those for n blocks."""
         if self.counted is None:
             return self.flags
         if self.counted == "streamed":
@@ -346,8 +346,9 @@ def propose(script, argv, machine):
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """Return the Plan with these flags and the way to compute guidance that takes the least memory. Record the
-        lowest peaks of all calls in `least` and least_on_host.
+        """Return the Plan of a run with these flags that computes guidance in the way that takes the least memory. Keep
+        in `least` the lowest peak of all Plans so far and its flags, and in least_on_host the lowest host_peak of those
+        Plans that fit the GPU.
         """
         nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
@@ -358,8 +359,8 @@ def propose(script, argv, machine):
 
     def excess(flags):
         """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
-        The number is that of the phase whose memory depends on the number of blocks ("denoise" or "training"). If
-        another phase exceeds the memory, the number is that of the other phase.
+        This is the excess of the one phase that the number of blocks changes ("denoise" or "training"), unless other
+        phases exceed the memory: then it is the largest excess of these.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}
@@ -404,7 +405,7 @@ def tile_that_fits(plan, memory):
 
 def parse_machine(gpus, host):
     """Return the Machine that --gpus COUNTxGB[:CARD] and --host GB describe. A GB is 2^30 bytes, for a GPU as for the
-    host; the share USABLE of both can be used. Raises BadInput for wrong values.
+    host. The Machine has only USABLE times the memory that the flags give. Raises BadInput for wrong values.
     """
     match = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)(?::(\w+))?", gpus)
     if not match or not float(match[2]):

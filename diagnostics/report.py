@@ -71,7 +71,7 @@ def line_plot(x, y, label, **axes_settings):
 
 def heat_map(rows, key, label, scale=1):
     """Return an <img> element with a heat map of scale * row[key], with a column for each block and a row for each
-    kind. If several of `rows` have the same block and kind, their largest value is shown. Rows outside of blocks are
+    kind. If several of `rows` have the same block and kind, their largest value is shown. Those whose block is None are
     left out. label: text at the colour bar.
     """
     rows = [r for r in rows if r["block"] is not None]
@@ -214,8 +214,8 @@ def run_section(run):
 
 def loss_section(run):
     """Return HTML parts with plots of the losses, the learning rate and the gradient norm. The loss of a single step
-    varies with its timesteps, and the loss of preserved samples is tiny, so the axis is scaled to the mean of 25 steps
-    and to the held-out loss.
+    varies with its timesteps, and the loss on prompts to preserve is tiny, so the axis is scaled to the mean of 25
+    steps and to the held-out loss.
     """
     x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
@@ -346,8 +346,8 @@ def report(folder, n=20):
     """Return one self-contained HTML page about a training run: its command, losses and learning rate; how far weights,
     attention logits and embeddings moved; previews from its start and end; on nano, accuracy and clips of words that
     cannot be graded; its flags and versions. folder: the run's --out. n: number of graded prompts for each word in
-    graded_words; known words get as many prompts as all of these together; 0: no grading. Raises BadInput if the folder
-    holds no run.
+    graded_words; the known words together get as many prompts as all of these words. With n = 0, the page has neither
+    accuracy nor clips of words. Raises BadInput if the folder holds no run.
     """
     run = TrainingRun(folder)
     graded = n and gradable(Pipeline(run.ckpt).settings)

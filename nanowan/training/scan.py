@@ -16,12 +16,12 @@ MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp 
 
 @dataclass
 class Item:
-    """One sample of a media file: `frames` frames at `fps`, the first of them at `start` seconds, resized and cropped
-    to the width and height (px) of its bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. `frames_after` further
+    """One sample of a media file: `frames` frames at `fps`, which begin at `start` seconds and are resized and cropped
+    to the width and height (px) of the bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. `frames_after` further
     frames are decoded too. An epoch contains the sample `repeat` times, and its loss is multiplied by `weight`.
-    sidecars: {kind: (file, digest)} of the files that belong to the media file. source_size: (width, height) in px at
-    which the media file is shown. seconds: the time of its last frame (0 for an image). notes: as in video.Shown.
-    changed: {kind of sidecar, or "" for the media file: `changed` of its video.Shown}.
+    source_size: (width, height) in px at which the media file is shown. sidecars: {kind: (file, digest)} from
+    Samples.sidecars, such as the pose video of a clip. seconds: the time of the media file's last frame (0 for an
+    image). notes: as in video.Shown. changed: what Samples.changed returns, without the empty lists.
     """
 
     path: Path
@@ -67,8 +67,8 @@ def nearest_bucket(width, height, area, multiple):
 
 def clip_windows(times, max_frames, fps, mode, over=1):
     """Return the windows [(start in seconds, number of frames, fps)] to take from a clip whose frames are shown at
-    `times`. mode: one of CLIP_MODES. The number of frames is a multiple of 4, plus `over`. Raises Skip if the clip is
-    too short or has a gap.
+    `times`. Each number of frames is 4k + `over`. mode: one of CLIP_MODES. Raises Skip if the clip is too short, or if
+    more than MAX_GAP seconds lie between two frames.
     """
     ordered = sorted(times)
     if (gap := max((b - a for a, b in zip(ordered, ordered[1:])), default=0)) > MAX_GAP:

@@ -155,7 +155,7 @@ def find_media(source):
 
 def check_usable(path, captions):
     """Return the captions of a media file, read from the text file next to it if `captions` is None. Raises Skip if the
-    media file is unusable for a reason that shows before it is decoded.
+    media file can be seen to be unusable without decoding it.
     """
     if isinstance(captions, Skip):
         raise captions

@@ -17,8 +17,8 @@ RESUME_MAY_CHANGE = (
 
 
 class TrainState:
-    """Everything that a run needs to be resumed exactly: parameters, optimizer, guard and averages. Random numbers are
-    not part of it, because they depend only on the seed and the step.
+    """Everything that a run needs to be resumed exactly: parameters, optimizer, averages, and the Guard that skips bad
+    steps. Random numbers are not part of it, because they depend only on the seed and the step.
     """
 
     def __init__(self, params, opt, grad_spike_factor, ema=0.0):
@@ -45,7 +45,7 @@ class TrainState:
 
     def param_slots(self, state):
         """Return [(container, key, parameter)] for every entry of a state that is a tensor with the shape of a
-        parameter, or the number that replaces such a tensor in the file.
+        parameter, or the string by which `save` replaces such a tensor.
         """
         slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
         for i, moments in state["opt"]["state"].items():
@@ -55,8 +55,9 @@ class TrainState:
         return slots
 
     def save(self, run, step):
-        """Write a run's state; every rank calls this. All ranks write the sharded tensors at once, into a folder next
-        to the state's file. In the file, each of these tensors is replaced by its number.
+        """Write a run's state; every rank calls this. The ranks together write the sharded tensors into a folder next
+        to the state's file. In the file, each of these tensors is replaced by its index in param_slots, as a string,
+        which is its name in the folder.
         """
         state, shards = self.state_dict(), {}
         for n, (values, key, _) in enumerate(self.param_slots(state)):
@@ -65,8 +66,8 @@ class TrainState:
         run.save(step, state, shards)
 
     def restore(self, state):
-        """Restore the parameters, optimizer, guard and averages from a saved state. A run with another number of ranks
-        may have saved it.
+        """Restore the parameters, optimizer, guard and averages from a state, which may come from a run with another
+        number of ranks.
         """
         slots = [(values, key, p) for values, key, p in self.param_slots(state) if isinstance(values[key], str)]
         if slots:

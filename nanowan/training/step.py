@@ -67,8 +67,8 @@ class Stopwatch:
         self.began, self.tokens = time.monotonic(), 0
 
     def count(self, batch, weight):
-        """Count the tokens of a Batch whose loss had this weight. Batches of weight 0 are not counted: a rank without
-        samples of its own computes such a batch because the other ranks wait for it.
+        """Count the tokens of a Batch, unless its `weight` in the loss is 0: a rank without samples of its own computes
+        such a batch because the other ranks wait for it.
         """
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
@@ -86,8 +86,8 @@ class Stopwatch:
 
 def update(state, world, step, args, loss, typical=True):
     """Take one optimizer step, unless the guard skips it. Return ({name: value} to log, the reason for skipping the
-    step, or None). args: the flags, of which steps, warmup, schedule, grad_clip and seed are used. typical: whether
-    this step's gradients have the usual size.
+    step or None). args: the run's flags; steps, warmup, schedule, grad_clip and seed are used. typical: whether the
+    guard may count this step's gradient norm among the usual ones.
     """
     for group in state.opt.param_groups:
         group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)

@@ -22,8 +22,8 @@ NORM_QUANTILE = 0.99  # --keyword_norm clamp limits norms to this quantile of th
 class RowEmbedding(nn.Module):
     """An embedding table that is frozen except for the rows with indices `ids`. Only these rows get gradients and
     optimizer states. norm: "free", "fixed" (each row keeps the norm that it has when `hold_norms` is first called) or
-    "clamp" (norms stay at or below the NORM_QUANTILE quantile of the table's norms). dtype: of the trained rows
-    (default: the table's).
+    "clamp" (norms stay at or below the NORM_QUANTILE quantile of the table's norms). dtype: the dtype of the trained
+    rows (default: that of the table).
     """
 
     def __init__(self, table, ids, norm="free", dtype=None):
@@ -96,8 +96,8 @@ def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
 
 def shard_among(encoder, world, dtype, whole):
     """Shard an encoder's parameters over the ranks; the encoder then computes in `dtype`. Trained parameters become
-    fp32, since one rank's shard of them is small. If `whole` is true (for LoRAs and token embeddings), the trained
-    parameters stay unsharded on each rank.
+    fp32; this takes little memory, as each rank has only a shard of them. If `whole` is true, they stay unsharded,
+    which suits LoRAs and token embeddings, as these are small.
     """
     trained = {p for p in encoder.parameters() if p.requires_grad}
     for p in trained:
