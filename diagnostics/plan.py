@@ -133,7 +133,8 @@ class Job:
         if self.script == "sample":
             return self._plan_sampling(mode, how)
         args, s = self.args, self.settings
-        how |= self.sizes
+        memory = machine.memory or (ASSUMED_GPU_BYTES if self.lacks_gpu else None)
+        how |= self.sizes | {"memory": memory}
         if args.previews:
             shown = preview_settings(args, s)
             how["previews"] = s.latent_shape(shown.size, shown.frames)
@@ -142,10 +143,7 @@ class Job:
         def predict(checkpointing):
             return SCRIPTS[self.script].predict(args, s, self.builders, *more, checkpointing=checkpointing, **how)
 
-        world, memory = (
-            World("cpu", distributed=False),
-            machine.memory or (ASSUMED_GPU_BYTES if self.lacks_gpu else None),
-        )
+        world = World("cpu", distributed=False)
         chosen = choose_checkpointing(args.checkpointing, world, args.device, predict, memory)
         self.checkpointing, need = chosen
         return need
