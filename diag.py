@@ -56,8 +56,8 @@ def add_data_flags(add):
     """Add the flags of a command that reads training data; they become arguments of logits.open_dataset."""
     add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
     add("--cache", help="folder of the cache (default: cache/, next to the data)")
-    add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")
-    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: the checkpoint's)")
+    add("--resolution", help="WxH in px; other aspect ratios get the same area (default: as in train_lora.py)")
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: as in train_lora.py)")
 
 
 def arguments(argv=None):
@@ -77,16 +77,17 @@ def arguments(argv=None):
     add("--json", help="also write the plan, in bytes and seconds per step, to this JSON file")
     add(
         "--gpus",
-        help="GPUs on which the run should fit; flags for it are proposed. COUNTxGB or COUNTxGB:CARD, such as 8x80 or "
-        "1x24:4090. GB: the size as cards are sold; 24 means 25.8e9 bytes. CARD: whose speed to assume, one of "
-        f"{', '.join(flops.CARDS)} (default: this machine's GPU, or {' and '.join(plan.CARDS)})",
+        help="GPUs on which the run should fit, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090; flags with which "
+        "it fits are proposed. GB: the memory that the card is sold with; 24 means 25.8e9 bytes. CARD: the GPU whose "
+        f"speed is assumed, one of {', '.join(flops.CARDS)} (default: this machine's GPU; if it has none, "
+        f"{' and '.join(plan.CARDS)})",
     )
     add("--host", type=float, help="host memory per machine in GB, for --gpus (default: no limit)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="the script to run")
     add("flags", nargs=argparse.REMAINDER, help="flags of that script, after all other arguments")
 
     add = command(
-        "advise", advise, "training commands for your clips, the reason for each number, and which command to run"
+        "advise", advise, "training commands for your clips, the reason for each number, and advice on which to run"
     )
     add("--data", required=True, help="data set, in the form of train_lora.py --data")
     add(
@@ -96,15 +97,15 @@ def arguments(argv=None):
         "(default: nano, the toy checkpoint in the repository)",
     )
     add("--keywords", help="words a,b,c to teach (default: none)")
-    add("--resolution", help="WxH of samples in px; other aspect ratios get the same area (default: the checkpoint's)")
-    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: the checkpoint's)")
+    add("--resolution", help="WxH in px; other aspect ratios get the same area (default: as in train_lora.py)")
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: as in train_lora.py)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--json", help="also write the commands to this JSON file")
 
     add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, for each strategy")
     add("--ckpt", default="ti2v-5B", help=f"released variant: {', '.join(VARIANTS)} (default: %(default)s)")
-    add("--size", help="size of the clips, WxH in px (default: the variant's)")
-    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the variant's)")
+    add("--size", help="size of the clips, WxH in px (default: the variant's default size)")
+    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the variant's default number)")
     add("--tflops", type=float, default=400, help="TFLOP/s that a GPU sustains in training (default: %(default)s)")
     add("--inside", type=float, default=200, help="GB/s that a GPU sends within its machine (default: %(default)s)")
     add("--between", type=float, default=25, help="GB/s that a GPU sends to another machine (default: %(default)s)")
@@ -115,11 +116,11 @@ def arguments(argv=None):
     add(
         "changed",
         metavar="FILE",
-        help="changed file or folder; FILE:high or FILE:low selects the half for one expert of a LoRA file for two",
+        help="changed file or folder; if a LoRA file is for both experts, FILE:high or FILE:low selects one expert",
     )
     add("--ckpt", default="nano", help="checkpoint folder or file with the original weights (default: nano)")
-    add("--cap", type=float, help="maximum ||dW||/||W|| of a copy of the LoRA that --out names (default: no copy)")
-    add("--out", help="file to which to write the copy of the LoRA")
+    add("--cap", type=float, help="maximum ||dW||/||W|| of each weight in the copy for --out (default: no copy)")
+    add("--out", help="file for a copy of the LoRA with changes limited by --cap (default: no copy)")
     add("--json", help="also write the result for every weight to this JSON file")
 
     add = command("logits", logits, "attention logits of each block and head, with and without a LoRA or new encoder")
@@ -127,7 +128,10 @@ def arguments(argv=None):
     add_data_flags(add)
     add("--n", type=int, default=4, help="number of samples, each at four timesteps (default: %(default)s)")
     add(
-        "--threshold", type=float, default=0.25, help="relative change above which a head drifts (default: %(default)s)"
+        "--threshold",
+        type=float,
+        default=0.25,
+        help="relative change of a head's logits above which the head counts as drifted (default: %(default)s)",
     )
     add("--ci", action="store_true", help="exit with status 1 if any head has drifted")
 
@@ -142,16 +146,16 @@ def arguments(argv=None):
     add("new", metavar="NEW", help="checkpoint folder or file of the encoder after the change")
     add(
         "--ckpt",
-        help="checkpoint folder with the tokenizer, and with the encoder that a delta changes (default: OLD, if a "
-        "folder)",
+        help="checkpoint folder with the tokenizer, and with the encoder that a delta changes (default: OLD, if it "
+        "is a folder)",
     )
     add("--prompts", help="text file, one prompt per line (default: twenty prompts for nano)")
-    add("--keywords", help="words a,b,c; the words nearest to each are shown")
+    add("--keywords", help="words a,b,c; the words nearest to each, before and after, are printed (default: none)")
     add("--json", help="also write the result to this JSON file")
 
     add = command("listen", listen, "whether a changed model follows its prompts better")
     add_model_flags(add)
-    add("--skip_before", action="store_true", help="sample only the last column, the model with all changes")
+    add("--skip_before", action="store_true", help="sample only the model with all changes, which is the last column")
     add(
         "--words",
         nargs="+",
@@ -163,7 +167,7 @@ def arguments(argv=None):
     add(
         "--prompts",
         help="text file of prompts for a contact sheet. With --clip or --grader, {} in a prompt is replaced by each "
-        "word; prompts without {} or a word show what else has changed (default: built-in prompts)",
+        "word; prompts with neither {} nor one of the words show what else has changed (default: built-in prompts)",
     )
     add(
         "--clip",
@@ -175,10 +179,15 @@ def arguments(argv=None):
         metavar="CMD",
         help="command that takes an mp4 and its prompt and prints a score; its scores are then the result",
     )
-    add("--n", type=int, help="number of prompts per new word, and for known words (default: nano 40, others 8)")
-    add("--size", help="size of the clips, WxH in px (default: the checkpoint's)")
-    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="number of sampling steps (default: the checkpoint's)")
+    add(
+        "--n",
+        type=int,
+        help="number of prompts per word; on nano, known words get as many as all new words together (default: nano "
+        "40, other models 8)",
+    )
+    add("--size", help="size of the clips, WxH in px (default: as the checkpoint recommends)")
+    add("--frames", type=int, help="number of frames per clip, 4k+1 (default: as the checkpoint recommends)")
+    add("--steps", type=int, help="number of sampling steps (default: as the checkpoint recommends)")
     add("--seed", type=int, default=0, help="random seed for prompts and noise (default: %(default)s)")
     add(
         "--out",
@@ -215,7 +224,7 @@ def arguments(argv=None):
     add(
         "--part",
         choices=["dit", "text"],
-        help="component to convert (default: what IN is; for a checkpoint folder, text)",
+        help="component to convert (default: the one that IN contains; if it contains both, text)",
     )
     add("--tokenizer", help="spiece.model to store in the file, with --to comfyui (default: that of IN)")
 

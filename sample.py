@@ -44,23 +44,23 @@ def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
-    add("--prompt", help="text prompt (default: the checkpoint's example, unless --prompts is given)")
-    options = "as in kohya's scripts, --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad"
-    jsonl = "a JSONL file with keys such as prompt, size, frames, seed, image"
-    add("--prompts", help=f"text file with one prompt per line, and options after it if needed ({options}), or {jsonl}")
+    add("--prompt", help="text prompt (default: the checkpoint's example prompt, unless --prompts is given)")
+    lines = "text file with a prompt per line, optionally with kohya's options (--w 832 --h 480 --f 81 --d 1 --s 20 "
+    add("--prompts", help=lines + "--l 5 --i a.png --n bad), or JSONL with keys such as prompt, size, seed, image")
     add("--image", help="image to start the video from")
     add("--last_image", help="image to end the video with (TI2V-5B, I2V-A14B)")
-    add("--size", help="WIDTHxHEIGHT in px; --image keeps its aspect ratio at this area (default: the checkpoint's)")
-    add("--frames", type=int, help="number of frames, 4k+1 (default: the checkpoint's)")
-    add("--steps", type=int, help="number of steps; heun runs the DiT twice in each (default: the checkpoint's)")
-    add("--shift", type=float, help="shift of the timesteps; above 1 towards noise (default: the checkpoint's)")
-    add("--guidance", help="guidance scale, or LOW,HIGH for low and high noise; 1: off (default: the checkpoint's)")
-    add("--solver", choices=list(flow.SOLVERS), help="ODE solver (default: the checkpoint's)")
+    own = "(default: as the checkpoint recommends)"
+    add("--size", help=f"WIDTHxHEIGHT in px; with --image, the image sets the aspect ratio, --size the area {own}")
+    add("--frames", type=int, help=f"number of frames, 4k+1; for Animate, the number per segment {own}")
+    add("--steps", type=int, help=f"number of sampling steps; heun runs the DiT twice in each {own}")
+    add("--shift", type=float, help=f"shift of the timesteps, towards noise if above 1 {own}")
+    add("--guidance", help=f"guidance scale, or LOW,HIGH for an A14B's low- and high-noise experts; 1: off {own}")
+    add("--solver", choices=list(flow.SOLVERS), help=f"ODE solver {own}")
     add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
     add("--num_videos", type=int, default=1, help="videos per prompt and seed, from consecutive seeds (default: 1)")
-    add("--negative", help='negative prompt; "" for an empty one (default: the checkpoint\'s)')
+    add("--negative", help=f'negative prompt; "" for an empty one {own}')
     add("--lora", action="append", default=[], help="LoRA of DiT or encoder, FILE[:weight][:high|low|both]; repeatable")
-    encoder = "text encoder (full, delta or LoRA), FILE[:strength]; repeatable (default: the checkpoint's own)"
+    encoder = "text encoder, FILE[:strength]: a full one, a delta or a LoRA; repeatable (default: the checkpoint's own)"
     add("--text_encoder", action="append", help=encoder)
     add("--dtype", choices=list(DTYPES), help="dtype of weights and matrix products (default: bf16 on cuda, else fp32)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")

@@ -58,14 +58,14 @@ def arguments(argv=None):
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
     add("--keep", type=int, help="number of latest saves whose step-numbered files are kept (default: all)")
     words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve applies to captions without them"
-    add("--trigger", type=flags.comma_list, help=words)
+    add("--trigger", type=flags.comma_list, help=words + " (default: none; without --data, nano's new words)")
     add = p.add_argument_group("prior preservation").add_argument
     preserve = "loss weight of prior preservation: half of the samples get a prompt to preserve, with the base model's "
     add("--preserve", type=float, default=0.0, help=preserve + "prediction as the target (default: 0, off)")
     prompts = "text file of prompts to preserve, one per line, in addition to the captions without a word of --trigger"
     add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    add("--base_dtype", choices=("fp8",), help="dtype of linear layers in the DiT's blocks (default: that of --dtype)")
     kept = "number of DiT blocks that are kept in host memory until they run (default: 0)"
     add("--stream_blocks", type=int, default=0, help=kept)
     flags.add_flags(p, "train_lora", out="out/lora")

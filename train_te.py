@@ -43,14 +43,14 @@ def arguments(argv=None):
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="number of the encoder's last blocks to train (default: all; 0: none)")
     add("--rank", type=int, help="rank of LoRAs to train instead of the blocks' own weights (default: no LoRAs)")
-    names = "words a,b,c whose token embeddings are trained too; NAME=WORD: starts as a copy of WORD; NAME=placeholder:"
-    names += "N: gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
+    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD; NAME=placeholder"
+    names += ":N takes N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)
-    start = "initial embeddings of the keywords. own: the encoder's own; search: try words from captions without "
-    start += "keywords in each keyword's place, and start from the embedding of the word with the lowest loss, unless "
-    start += "the keyword itself has a lower loss (default: from the checkpoint's config.json, "
-    add("--keyword_init", choices=("own", "search"), help=f"{start}else {recommended['keyword_init']})")
-    add("--keyword_lr", type=float, help="learning rate of keyword embeddings (default: the checkpoint's, else --lr)")
+    config = "(default: from the checkpoint's config.json, else"
+    start = "initial embeddings of the keywords. own: the encoder's own; search: try common words of other captions "
+    start += "in place of a keyword, and start from the word with the lowest loss, unless the keyword's is lower "
+    add("--keyword_init", choices=("own", "search"), help=f"{start}{config} {recommended['keyword_init']})")
+    add("--keyword_lr", type=float, help=f"learning rate of keyword embeddings {config} --lr)")
     norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
     norm += "99th percentile of the norms in the embedding table (default: %(default)s)"
     add("--keyword_norm", choices=("free", "fixed", "clamp"), default="free", help=norm)
@@ -58,16 +58,16 @@ def arguments(argv=None):
     add("--anchor", type=float, default=0.01, help=drift)
     forms = "format of the result. full: all tensors, official names; delta: only the trained weights; comfyui: for "
     forms += "ComfyUI's CLIPLoader, with transformers' names and the tokenizer inside; lora: for ComfyUI's LoraLoader, "
-    forms += "which needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
+    forms += "with --rank or --train_blocks 0 only (default: lora with --rank, else full)"
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
-    chosen = "optimizer of the encoder; adamw8bit compensates bf16 weights for their rounding, after Kahan (default: "
+    chosen = "optimizer of the encoder; adamw8bit corrects the rounding of bf16 weights by Kahan summation (default: "
     add("--optimizer", choices=("adamw", "adamw8bit"), help=chosen + "adamw8bit for bf16 without --fsdp, else adamw)")
-    shown = "percentages A,B,C of captions with a keyword; A: reduced to it, B: shortened, C: used in full (default: "
-    add("--caption_mode_probs", help=f"{shown}the checkpoint's config.json, else {recommended['caption_mode_probs']})")
-    trim = f"(default: from the checkpoint's config.json, else {recommended['trim_prob']})"
-    add("--trim_prob", type=float, help=f"probability that a caption used in full loses words, but no keyword {trim}")
+    shown = "percentages A,B,C of captions with a keyword; A: reduced to the keyword, B: shortened, C: used in full "
+    add("--caption_mode_probs", help=f"{shown}{config} {recommended['caption_mode_probs']})")
+    trim = "probability that a caption used in full loses some words, but no keyword "
+    add("--trim_prob", type=float, help=f"{trim}{config} {recommended['trim_prob']})")
     add = p.add_argument_group("base model").add_argument
-    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    add("--base_dtype", choices=("fp8",), help="dtype of linear layers in the DiT's blocks (default: that of --dtype)")
     kept = "number of DiT blocks that are kept in host memory until they run (default: 0)"
     add("--stream_blocks", type=int, default=0, help=kept)
     flags.add_flags(p, "train_te", out="out/te")

@@ -36,14 +36,27 @@ def main():
         "works",
         nargs="*",
         metavar="NAME",
-        help=f"benchmarks to run: {', '.join(WORKS)}, or with --gpu_run variants (default: all)",
+        help=f"benchmarks to run: {', '.join(WORKS)}, or, with --gpu_run, variants (default: all)",
     )
     p.add_argument(
-        "--rounds", type=int, default=7, help="runs of each contender; medians are printed (default: %(default)s)"
+        "--rounds",
+        type=int,
+        default=7,
+        help="number of runs of each contender; medians are printed (default: %(default)s)",
     )
-    p.add_argument("--gpu", action="store_true", help="full-size blocks and kernels on a GPU instead")
-    p.add_argument("--gpu_run", action="store_true", help="the scripts on random full-size checkpoints instead")
-    p.add_argument("--json", help="also write everything that was measured to this file, and FILE.png next to it")
+    p.add_argument(
+        "--gpu",
+        action="store_true",
+        help="measure full-size blocks and kernels on a GPU instead of the benchmarks on the CPU",
+    )
+    p.add_argument(
+        "--gpu_run",
+        action="store_true",
+        help="measure the scripts on random full-size checkpoints, instead of the benchmarks on the CPU",
+    )
+    p.add_argument(
+        "--json", help="also write everything that was measured to this file; on a CPU, also write a plot, FILE.png"
+    )
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     p.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one job of --gpu, in its own process
     args = p.parse_args()

@@ -125,15 +125,15 @@ def main():
     add = c.add_argument
     add("--out", default="out/nano", help="folder to write; continues an unfinished run in it (default: %(default)s)")
     add("--seed", type=int, default=0, help="random seed of weights, clips and noise (default: %(default)s)")
-    add("--steps", type=int, default=14000, help="training steps of the DiT (default: %(default)s)")
-    add("--layers", type=int, default=pretrain.DIT.num_layers, help="blocks of the DiT (default: %(default)s)")
+    add("--steps", type=int, default=14000, help="number of training steps of the DiT (default: %(default)s)")
+    add("--layers", type=int, default=pretrain.DIT.num_layers, help="number of DiT blocks (default: %(default)s)")
     add("--vae", metavar="CKPT", help="use this checkpoint's VAE (default: train one)")
     c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
     c = commands.add_parser("clips", help="write captioned clips")
     add = c.add_argument
     add("--out", default="out/clips", help="folder to write, which is new or empty (default: %(default)s)")
     add("--n", type=int, default=100, help="number of clips (default: %(default)s)")
-    add("--seed", type=int, default=0, help="random seed of what the clips show (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed of the clips' contents (default: %(default)s)")
     add(
         "--words",
         help=f"new words, one for every second caption: any of {','.join(NEW_WORDS)}, or WORD=MEANING such as "
@@ -150,11 +150,16 @@ def main():
         help="text encoder to use, FILE[:strength]: a full encoder, a delta or a LoRA; repeat to stack several "
         "(default: the checkpoint's own)",
     )
-    add("--prompts", help="a JSONL of prompts and attributes (default: built-in held-out prompts)")
-    add("--words", help="grade prompts with these new words instead")
-    add("--n", type=int, help="prompts per suite (default: 200; 40 per new word of --words; all of --prompts)")
+    add("--prompts", help="JSONL file of prompts and their attributes (default: built-in held-out prompts)")
+    add("--words", help="new words, as in `clips`; only prompts with these are then graded (default: none)")
+    add(
+        "--n",
+        type=int,
+        help="number of prompts in each list that is graded (default: 200 in each of the two built-in lists, 40 per "
+        "word of --words, all of --prompts)",
+    )
     add("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
-    add("--guidance", type=float, help="scale of classifier-free guidance (default: the checkpoint's)")
+    add("--guidance", type=float, help="scale of classifier-free guidance (default: as the checkpoint recommends)")
     add("--json", help="also write the scores to this file")
     add("--grid", help="also write a contact sheet of the first 24 clips to this .png file")
     c.set_defaults(run=evaluate)

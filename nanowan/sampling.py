@@ -99,7 +99,7 @@ def add_flags(p):
     that say what the videos show are not among them.
     """
     add = p.add_argument_group("speed and memory").add_argument
-    add("--base_dtype", choices=("fp8",), help="dtype of the linears in the DiT's blocks (default: that of --dtype)")
+    add("--base_dtype", choices=("fp8",), help="dtype of linear layers in the DiT's blocks (default: that of --dtype)")
     add(
         "--stream_blocks",
         type=int,
@@ -126,11 +126,11 @@ def add_flags(p):
         "--vae_tile",
         type=int,
         default=0,
-        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; exact from about "
-        "13 on (default: 0, full frames)",
+        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; exact if they "
+        "are at least about 13 (default: 0, full frames)",
     )
     add = p.add_argument_group(
-        "several GPUs, under torchrun; ranks that share a clip form a group, and the groups divide the videos"
+        "several GPUs, under torchrun; ranks that share a clip form a group, and groups divide the videos among them"
     ).add_argument
     add("--ulysses_size", type=int, default=1, help="number of ranks over which a clip's tokens are split (default: 1)")
     add("--guidance_parallel", action="store_true", help="compute guidance's two predictions on two ranks")

@@ -103,7 +103,7 @@ def add_flags(p, script, out):
     )
     add(
         "--cache",
-        help="folder of the cache (default: cache/ in the first --data folder, or next to the first --data list)",
+        help="folder of the cache (default: cache/ in the first --data folder, or next to it if it is a file)",
     )
     add("--cache_only", action="store_true", help="only fill the cache, then exit")
     add(
@@ -165,10 +165,12 @@ def add_flags(p, script, out):
         f"{recommended['batch']})",
     )
     add("--accumulate", type=int, default=1, help="number of batches per optimizer step (default: %(default)s)")
+    encoder_lora = f", or {10 * recommended['lr']:g} with --rank" if script == "train_te" else ""
     add(
         "--lr",
         type=float,
-        help=f"peak learning rate (default: from the checkpoint's config.json, else {recommended['lr']:g})",
+        help=f"peak learning rate (default: from the checkpoint's config.json, else {recommended['lr']:g}"
+        f"{encoder_lora})",
     )
     add(
         "--weight_decay",
@@ -242,7 +244,8 @@ def add_flags(p, script, out):
     add(
         "--dtype",
         choices=list(DTYPES),
-        help="dtype of frozen weights and matrix products (default: bf16 on cuda, fp32 on cpu)",
+        help="dtype of weights and matrix products; LoRAs, and with --fsdp all trained weights, are fp32 (default: "
+        "bf16 on cuda, fp32 on cpu)",
     )
     add(
         "--attention",
@@ -281,7 +284,9 @@ def add_flags(p, script, out):
     add("--preview_size", help="WIDTHxHEIGHT of previews in px (default: that of --resolution)")
     add("--preview_frames", type=int, help="number of frames per preview (default: that of --frames)")
     add(
-        "--preview_steps", type=int, help="number of sampling steps per preview (default: the checkpoint's, at most 20)"
+        "--preview_steps",
+        type=int,
+        help="number of sampling steps per preview (default: the checkpoint's recommended number, at most 20)",
     )
     add(
         "--log_every",

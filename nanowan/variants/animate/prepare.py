@@ -345,21 +345,36 @@ def arguments(argv=None):
     add(
         "--size",
         default="1280x720",
-        help="WxH in px; only the area counts, and the aspect ratio is that of the picture, or with --mask_video that "
-        "of the video (default: %(default)s)",
+        help="WxH in px, of which only the area counts; the aspect ratio is that of the picture or, with --mask_video, "
+        "that of the video (default: %(default)s)",
     )
     add("--fps", type=float, default=30, help="frames per second; -1 keeps the video's own rate (default: 30)")
     add = p.add_argument_group("poses and faces").add_argument
     add("--process_checkpoint", help="the official folder of that name; its yolov10m and vitpose find poses and faces")
     add("--keypoints", help="a JSON file with 133 whole-body keypoints per frame, from which poses and faces are made")
     add("--pose_video", help="a video of poses drawn already, with the size and length of --video")
-    add("--faces", help="a JSON file with boxes or points of the face")
+    add("--faces", help="a JSON file with a box around the face, or points of the face, for each frame or for all")
     add = p.add_argument_group("replacing a person").add_argument
     add("--mask_video", help="a video that is white where the person is, with the size and length of --video")
-    add("--iterations", type=int, default=3, help="how often the mask is dilated; 0 keeps it unchanged (default: 3)")
-    add("--k", type=int, default=7, help="width in px, odd, of the dilation kernel; a pass adds k//2 px (default: 7)")
-    add("--w_len", type=int, default=1, help="number of columns of cells in the mask's bounding box (default: 1)")
-    add("--h_len", type=int, default=1, help="number of rows of cells in the mask's bounding box (default: 1)")
+    add(
+        "--iterations",
+        type=int,
+        default=3,
+        help="number of passes that dilate the mask; 0 leaves it unchanged (default: 3)",
+    )
+    add(
+        "--k",
+        type=int,
+        default=7,
+        help="odd width in px of the dilation kernel; a pass adds k//2 px on each side (default: 7)",
+    )
+    add(
+        "--w_len",
+        type=int,
+        default=1,
+        help="number of columns of cells in the mask's bounding box; cells that touch the mask are filled (default: 1)",
+    )
+    add("--h_len", type=int, default=1, help="number of rows of cells (default: 1)")
     return p.parse_args(argv)
 
 
