@@ -48,7 +48,7 @@ def arguments(argv=None):
     linears = f"linear layers to adapt, out of {', '.join(TARGETS)}; in Animate, Animate-2 also cross_attn.k_img and "
     linears += "cross_attn.v_img, in S2V audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
     add("--targets", type=flags.comma_list, help=linears + "also audio_injector.k,audio_injector.v)")
-    add("--allow_self_attn", action="store_true", help="allow self_attn --targets, which change the drawing style")
+    add("--allow_self_attn", action="store_true", help="allow self_attn in --targets, which changes the drawing style")
     add("--blocks", help="DiT blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
     add("--rank", type=int, default=16, help="rank of each LoRA, dW = alpha / rank * B A (default: %(default)s)")
     add("--alpha", type=float, help="alpha of each LoRA, dW = alpha / rank * B A (default: the rank)")

@@ -42,7 +42,7 @@ def arguments(argv=None):
     recommended = flags.RECOMMENDED["train_te"]
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="number of the encoder's last blocks to train (default: all; 0: none)")
-    add("--rank", type=int, help="rank of LoRAs to train instead of the blocks' own weights (default: no LoRAs)")
+    add("--rank", type=int, help="rank of LoRAs to train instead of the encoder blocks' weights (default: none)")
     names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD; NAME=placeholder"
     names += ":N takes N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)

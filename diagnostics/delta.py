@@ -118,12 +118,13 @@ def weight_moves(path, base):
 
 def delta(path, base, expert=None):
     """Return how far the LoRA, checkpoint or encoder at `path` moves each weight of a base. base: a DiT's folder or
-    file; or, if `path` changes a text encoder, the unchanged encoder's file or a checkpoint folder with it.
+    file; or, if `path` changes a text encoder, the unchanged encoder's file or a checkpoint folder with it. expert: the
+    expert whose LoRA is measured, "high" or "low", if the LoRA file holds both.
 
     The result is a list of {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral",
     "rank"}, one for each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no
-    low-rank factors. expert: "high" or "low", for a LoRA file that holds both experts. One matrix of the base is in
-    memory at a time. Raises BadInput if `path` does not fit the base, and if nothing can be compared.
+    low-rank factors. One matrix of the base is in memory at a time. Raises BadInput if `path` does not fit the base,
+    and if nothing can be compared.
     """
     kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")

@@ -57,11 +57,11 @@ TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """Train `params` for one stage, with AdamW, gradient norm clipped to 1 and 100 steps of warm-up. Over the last
-    decay * steps steps, the learning rate falls linearly. At the end, each parameter is replaced by its moving
-    average, in which each step gives the old average the weight `ema`, or less in the first steps. loss_at: a function
-    that takes a step's number and returns the loss; its random numbers depend on this number alone. So a killed run
-    that continues from its last state (out/state_NAME.pt) gives the same result as an unbroken run.
+    """Train `params` for one stage, with AdamW, gradient norm clipped to 1 and 100 steps of warm-up. The learning rate
+    falls linearly at the end, in a share `decay` of the steps. After the last step, each parameter is replaced by its
+    moving average, in which each step gives the old average the weight `ema`, or less in the first steps. loss_at: a
+    function that takes a step's number and returns the loss; its random numbers depend on this number alone. So a
+    killed run that continues from its last state (out/state_NAME.pt) gives the same result as an unbroken run.
     """
     params = list(params)
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""Lists of prompts: text files with kohya's options at the end of each line, or JSONL with the same names as keys."""
+"""Lists of prompts: text files with kohya's options at the end of each line, or JSONL whose keys are these options."""
 
 import json
 import re

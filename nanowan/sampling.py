@@ -126,8 +126,8 @@ def add_flags(p):
         "--vae_tile",
         type=int,
         default=0,
-        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; exact if they "
-        "are at least about 13 (default: 0, full frames)",
+        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; from "
+        "about 13 up, the result is that of full frames (default: 0, full frames)",
     )
     add = p.add_argument_group(
         "several GPUs, under torchrun; ranks that share a clip form a group, and groups divide the videos among them"

@@ -199,8 +199,8 @@ def shown_frames(item):
 
 
 def read_shown(item):
-    """Read from an item's file the frames that the sheet shows, and return them, (H,W,3) uint8 each. Return [] if the
-    file cannot be read.
+    """Read from an item's file the frames that the contact sheet data.png shows of it, and return them, (H,W,3) uint8
+    each. Return [] if the file cannot be read.
     """
     times = [wanted_times(item)[k] for k in shown_frames(item)]
     try:

@@ -56,8 +56,8 @@ class TrainState:
 
     def save(self, run, step):
         """Write a run's state; every rank calls this. The ranks together write the sharded tensors into a folder next
-        to the state's file. In the file, each of these tensors is replaced by its index in param_slots, as a string,
-        which is its name in the folder.
+        to the state's file. Each of these tensors has a name in the folder: its index in param_slots, as a string. In
+        the state's file, this name stands in place of the tensor.
         """
         state, shards = self.state_dict(), {}
         for n, (values, key, _) in enumerate(self.param_slots(state)):

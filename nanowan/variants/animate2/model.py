@@ -49,7 +49,7 @@ class DrivenAttention(NamedTuple):
     log_scale: float
 
     def __call__(self, q, k, v):
-        """Return the output (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). k has been rotated (RoPE), like `keys`."""
+        """Return the output (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). RoPE is in q, k and `keys` already."""
         n = q.shape[1] - self.keys.shape[1]
         first, *later = q.split(n, 1)
         frames = [self.attend(first, k, v)]
