@@ -18,8 +18,9 @@ from nano import __main__ as nano
 from nano import world
 from nanowan.errors import BadInput
 from nanowan.formats.header import load
-from nanowan.formats.t5 import load_t5
+from nanowan.formats.t5 import load_t5, load_tokenizer
 from nanowan.settings import NANO, read_settings, released
+from nanowan.training import keywords
 from nanowan.training.captions import augment_caption, has_keyword, replace_keyword
 from nanowan.training.keywords import (
     add_placeholders,
@@ -30,6 +31,7 @@ from nanowan.training.keywords import (
     parse_keyword,
     shared_token_ids,
 )
+from nanowan.training.scan import Item
 from nanowan.training.text_encoder import RowEmbedding, encoder_tensors, optimizer_groups, relative_changes, unfreeze
 from t5 import TextEncoder
 from train_te import arguments, check
@@ -443,6 +445,28 @@ def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypa
     assert moved <= ids["scarlet"] | ids["freezes"]
     again = scripts.run(ROOT / "train_te.py", *flags[:-1], 2, *rest, "--resume")
     assert "starts as" not in again.stdout  # its rows are in the state
+
+
+def test_a_keywords_initial_word_is_not_chosen_by_the_one_sample_with_a_large_loss(monkeypatch, capsys):
+    """ "circle" has the lowest loss in most samples, "up" in the noisiest one, and the lowest sum of losses."""
+    losses = {"a disc": (0.05, 0.05, 0.4), "a circle": (0.02, 0.02, 0.3), "a up": (0.03, 0.03, 0.25), "a a": (1, 1, 1)}
+
+    class Sample:
+        captions = ["a disc"]
+
+        def __init__(self, k):
+            self.k = k
+
+        def loss(self, model, text, lens):
+            return torch.tensor(float(losses[text][self.k]))
+
+    pipe = SimpleNamespace(acquire=lambda name: torch.nn.Identity(), settings=SimpleNamespace(shift=1.0))
+    items = [Item(Path("clip.mp4"), ["a disc"], 64, 64, 9, 8)]
+    dataset = SimpleNamespace(captions=["a disc", "a circle up"], items=items, files=["x"], samples=None, pipe=pipe)
+    encoder = SimpleNamespace(tokenizer=load_tokenizer(NANO), encode=lambda texts: (texts[0], None))
+    monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(1, Sample(k)) for k in range(3)])
+    assert keywords.search_initial_words(["disc"], encoder, dataset, "dit", 0.0, 1.0) == {"disc": "circle"}
+    assert "circle 0.0493, up 0.0608, a 1.0000, disc 0.1000" in capsys.readouterr().out  # cube roots of the products
 
 
 def test_norms_of_a_table_of_zeros_are_numbers():
