@@ -464,7 +464,7 @@ def test_a_keywords_initial_word_is_not_chosen_by_the_one_sample_with_a_large_lo
     items = [Item(Path("clip.mp4"), ["a disc"], 64, 64, 9, 8)]
     dataset = SimpleNamespace(captions=["a disc", "a circle up"], items=items, files=["x"], samples=None, pipe=pipe)
     encoder = SimpleNamespace(tokenizer=load_tokenizer(NANO), encode=lambda texts: (texts[0], None))
-    monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(1, Sample(k)) for k in range(3)])
+    monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(k, Sample(k - 1)) for k in (1, 2, 3)])
     assert keywords.search_initial_words(["disc"], encoder, dataset, "dit", 0.0, 1.0) == {"disc": "circle"}
     assert "circle 0.0493, up 0.0608, a 1.0000, disc 0.1000" in capsys.readouterr().out  # cube roots of the products
 
