@@ -1,8 +1,8 @@
 """Allocate host memory for copies from and to a GPU, and run these copies while the GPU computes.
 
 The memory is pinned. Where pinning fails (WSL allows about 1 GB in all), a thread moves the data of each copy through a
-small pinned ring buffer. Copies and computation still run in the order in which they were launched, and the launch of a
-block does not wait for a copy.
+small pinned ring buffer. Copies and computation still run in the order in which they were launched. Copier.copy returns
+at once; Copier.wait blocks until the thread is done with the copy.
 """
 
 import concurrent.futures

@@ -80,7 +80,7 @@ class Flat:
         return [values[k] for values, k in self.entries]
 
     def settle(self, home):
-        """Move the tensors to the buffer `home`. The tensors of an empty model get their place in the buffer, but no
+        """Move the tensors to the buffer `home`. Tensors on the meta device get their place in the buffer, but no
         values yet.
         """
         self.home = home
@@ -226,8 +226,8 @@ class Stream:
         return sum(map(len, self.ring))
 
     def _fetch(self, i):
-        """Copy block i to the device unless it is already there. The copy replaces the one of the two blocks on the
-        device that is not computing.
+        """Copy block i to the device unless it is already there. Of the two blocks on the device, the one that is not
+        computing is overwritten.
         """
         if i in self.resident:
             return

@@ -43,7 +43,7 @@ class Placement:
 
     def settle(self, whole=False, buffer=None):
         """Move the tensors of streamed blocks, or all frozen tensors if `whole`, to the host, into `buffer` or into new
-        memory. The tensors of an empty model get their values when they are loaded.
+        memory. Tensors on the meta device get a place there, but no values until the weights are loaded.
         """
         begin = 0
         for flat in self.flats(whole):

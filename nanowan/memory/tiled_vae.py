@@ -8,8 +8,8 @@ from vae import CausalConv3d, Resample
 
 
 def receptive_radius(decoder):
-    """Return the largest distance, in latent pixels, from which an input of a decoder's second part (forward_up) can
-    influence an output. Each 3x3 convolution adds one pixel at its scale.
+    """Return the largest distance, in latent pixels, over which a pixel of the input of a decoder's second part
+    (forward_up) can influence the output. Each 3x3 convolution adds one pixel of the resolution at which it runs.
     """
     radius, scale = 0.0, 1
     for m in decoder.upsamples.modules():
@@ -39,8 +39,8 @@ def tile_weights(start, end, overlap, exact, side, scale):
 
     def ramp(edge):
         """Return weights that rise from 0 before a tile's edge to 1 after it: in one step if `exact`, else linearly
-        over the width of the overlaps. Tiles do not fade at the edges of the frame: there the weights are constant, 1
-        for edge 0 and 0 for edge `side`.
+        over the width of the overlaps. A tile's weights are ramp(start) - ramp(end). Tiles do not fade at the edges of
+        the frame: ramp(0) is 1 for all pixels, and ramp(side) is 0.
         """
         if edge in (0, side):
             return torch.full_like(pixel, edge == 0)
@@ -52,7 +52,7 @@ def tile_weights(start, end, overlap, exact, side, scale):
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
     """Decode latents z (B,C,T',h,w) as VAE.decode does, but in tiles of `tile` x `tile` latent pixels, one after
-    another. The activations of the decoder's largest layers then take the memory of one tile. Tiles overlap by the
+    another. The decoder's largest layers then need memory for the activations of only one tile. Tiles overlap by the
     largest distance at which a latent pixel can influence the result, so the result is exact. If `tile` is smaller than
     that distance, tiles overlap by half a tile and are cross-faded, and the result is not exact.
 

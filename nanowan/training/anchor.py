@@ -9,7 +9,7 @@ from data import collate
 
 class Anchor:
     """A penalty on moving the embeddings of `prompts` away from those that the encoder gives when this object is
-    created. The penalty times `weight` is added to the loss. seed: decides which prompts each step draws.
+    created. The penalty times `weight` is added to the loss. Which prompts a step draws depends on `seed` and the step.
     """
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from nanowan.errors import BadInput
 def spans(caption, keyword):
     """Return [(begin, end)] for each occurrence of a keyword (a word or phrase) in a caption, ignoring case. An
     occurrence within a longer word does not count, except in scripts that put no spaces between words or attach endings
-    to words, such as Thai, Chinese, Japanese and Korean (here: Thai, U+0E00, and all later in Unicode).
+    to words, such as Thai, Chinese, Japanese and Korean. All characters from U+0E00 on are taken to be in such scripts.
     """
     before, after = (
         "" if edge >= "\u0e00" else bound for edge, bound in ((keyword[0], r"(?<!\w)"), (keyword[-1], r"(?!\w)"))
@@ -30,8 +30,8 @@ def is_cut_off(caption, keyword, tokenizer):
 
 
 def count_files(items, keyword, tokenizer=None):
-    """Return the number of files, among scan.Items, with a caption that contains the keyword. With a tokenizer, a
-    caption counts only if the encoder reads the keyword before it cuts the caption off.
+    """Return the number of media files with a caption that contains the keyword. items: the scan.Items of the files.
+    With a tokenizer, a caption counts only if the keyword begins among the tokens that the encoder reads.
     """
     holding = {(item.path, c) for item in items for c in item.captions if has_keyword(c, [keyword])}
     return len({path for path, c in holding if tokenizer is None or not is_cut_off(c, keyword, tokenizer)})
@@ -85,7 +85,7 @@ def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
 
 def join_units(caption, units):
     """Return the text of some units of a caption, joined. A space is put between two units if the caption has
-    whitespace anywhere between these units. units: matches of UNITS.
+    whitespace anywhere between these units. units: matches of UNITS, each a word or a single character.
     """
     text, end = "", 0
     for m in units:

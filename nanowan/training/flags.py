@@ -1,7 +1,7 @@
 """The flags that both trainers share: definitions, recommended values, checks.
 
 The value of a flag comes from the first of these places that has one: the command line or --config; "train" in the
-checkpoint's config.json; RECOMMENDED below; the checkpoint's Settings (size, frames, shift). `resolve` fills it in.
+checkpoint's config.json; RECOMMENDED below; the checkpoint's Settings (size, frames, shift). `resolve` sets this value.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def data_set(text):
 
 
 def parse_checkpointing(text):
-    """Parse the value of --checkpointing into a number of blocks, True for all (`true` in config files) or None for
-    auto.
+    """Parse the value of --checkpointing. Return a number of blocks, True if the value is "all" (in a config file, true
+    means the same), or None if it is "auto".
     """
     words = {"auto": None, "all": True, "none": 0, "true": True, "false": 0}
     if text not in words and not text.isdigit():
@@ -420,8 +420,8 @@ def check_ranges(args, **ranges):
 
 def check_blocks(args, num_blocks):
     """Check --checkpointing and --stream_blocks for a DiT of num_blocks blocks. Streaming turns on activation
-    checkpointing in all blocks, and excludes --fsdp and --pipeline_stages, with which a rank has only a part of the
-    blocks. Raises BadInput.
+    checkpointing in all blocks. It excludes --fsdp, which leaves a rank only a shard of each block, and
+    --pipeline_stages, which leaves a rank only some of the blocks. Raises BadInput.
     """
     check_ranges(args, stream_blocks=(0, num_blocks))
     if args.checkpointing not in (None, True):
@@ -474,7 +474,9 @@ def expert_schedule(expert, s, min_t=0.0, max_t=1.0):
 
 
 def pick(config_class, args, **more):
-    """Return a config_class whose fields get their values from `more`, else from the flags of the same names."""
+    """Return an instance of config_class. A field gets its value from `more`, else from the flag of the same name, else
+    its default.
+    """
     names = {f.name for f in fields(config_class)} & vars(args).keys()
     return config_class(**{name: getattr(args, name) for name in names} | more)
 
@@ -520,9 +522,10 @@ def fit(args, pipe, predict):
 
 
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """Return (number of blocks with activation checkpointing or True for all, the Plan). wanted: the flag's value. If
-    it is None, choose the fewest blocks with which the run fits into nine tenths of the memory. predict(checkpointing)
-    -> a Plan. memory: bytes of the device (default: its free memory; on a CPU, each rank's share of the free memory).
+    """Return (blocks, the Plan). blocks: the number of blocks with activation checkpointing, or True for all. wanted:
+    the flag's value. If it is None, choose the fewest blocks with which the run fits into nine tenths of the memory.
+    predict(checkpointing) -> a Plan. memory: bytes of the device (default: its free memory; on a CPU, each rank's share
+    of the free memory).
     """
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
     limit, plans = 0.9 * world.least(memory), {}
@@ -545,7 +548,7 @@ def choose_checkpointing(wanted, world, device, predict, memory=None):
 
 def fewest(excess, low, high, excess_of_low):
     """Return the smallest n in (low, high] with excess(n) <= 0, or None if excess(high) > 0. excess(n) must fall
-    linearly in n, except perhaps in the last step. excess_of_low: excess(low), which must be positive.
+    linearly in n, except perhaps from high - 1 to high. excess_of_low: excess(low), which must be positive.
     """
     (n0, e0), (n1, e1) = (low, excess_of_low), (high, excess(high))
     if e1 > 0:

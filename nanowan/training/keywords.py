@@ -20,8 +20,8 @@ PUNCTUATION = ".,;:!?\"'()[]"
 
 
 class Keyword(NamedTuple):
-    """One value of --keywords. NAME is a keyword alone; the embeddings of NAME=WORD start as those of WORD;
-    NAME=placeholder:N gets N rows of the embedding table that no text uses.
+    """One value of --keywords: NAME, NAME=WORD or NAME=placeholder:N. NAME is the keyword. With WORD, the keyword's
+    embeddings start as those of WORD. With placeholder:N, it gets N rows of the embedding table that no text uses.
     """
 
     name: str
@@ -187,8 +187,8 @@ def initialize_rows(words, ids_of, shared, encoder):
 
 def check_keywords(keywords, captions, tokenizer, trains_blocks):
     """Print how many captions contain each keyword, and return {keyword: number of captions in which the encoder reads
-    it}. Raises BadInput for a keyword that the encoder reads in no caption, and for a keyword without anything to
-    train: it has no token, or, if no blocks are trained, all of its tokens occur in captions without keywords.
+    it}. Raises BadInput for a keyword that has no token or that the encoder reads in no caption. If no blocks are
+    trained, it also raises BadInput for a keyword whose tokens all occur in captions without keywords.
     """
     ids, shared = (keyword_token_ids(keywords, captions, tokenizer), shared_token_ids(keywords, captions, tokenizer))
     counts = {}

@@ -76,8 +76,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
 class EMA:
     """A moving average of parameters in fp32 (after Polyak and Juditsky, 1992). Its decay grows with the number of
-    steps up to `decay`. The average of a parameter without a gradient stays unchanged; this holds for one
-    expert's adapter while the other expert is trained.
+    steps, but not beyond `decay`. A parameter's average stays unchanged in steps in which the parameter has no
+    gradient. So one expert's averages do not change while the other expert is trained.
 
     optimizer: if it is an AdamW8bit, the compensated weights are averaged.
     """
@@ -120,9 +120,9 @@ class EMA:
 
 class Guard:
     """A rule that decides which steps to skip: those whose loss or gradient is not finite, and those whose gradient
-    norm is more than `grad_spike_factor` times the median of the last 100 norms (once there are 20). This median leaves
-    out the norms of skipped steps, norms of zero, from steps in which no trained parameter took part, and the norms of
-    steps that are not `typical`.
+    norm is more than `grad_spike_factor` times the median of the last 100 norms (once there are 20). A norm does not
+    enter this median if its step was skipped or is not `typical`, or if it is zero because no trained parameter took
+    part in the step.
 
     skipped: number of steps that have been skipped in a row until now.
     """

@@ -1,4 +1,4 @@
-"""Prior preservation: samples get prompts whose clips must not change, and the base's predictions as targets."""
+"""Prior preservation: some samples get a prompt whose clip must not change; their target is the base's prediction."""
 
 import torch
 
@@ -28,10 +28,10 @@ def prompts_to_preserve(args, captions, prompts):
 
 @torch.no_grad()
 def with_base_targets(batch, dit, context, lens):
-    """Return the Batch with the predictions of the base model (`dit` without its adapter) as the targets of the
-    preserved samples. This is prior preservation as in DreamBooth (Ruiz et al., 2022), but of predictions instead of
-    generated pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without a preserved sample also
-    computes a prediction, since other ranks may wait for it.
+    """Return the Batch with the predictions of the base model (`dit` without its adapter) as the targets of the samples
+    that Batch.preserved marks. This is prior preservation as in DreamBooth (Ruiz et al., 2022), but of predictions
+    instead of generated pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without such a sample also
+    computes a prediction, since other ranks may wait for this rank.
     """
     if batch.preserved is None:
         return batch

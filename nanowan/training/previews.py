@@ -1,7 +1,7 @@
 """Previews of a training run: fixed prompts from fixed seeds, sampled with the current weights.
 
-Inputs other than the prompt come from the prompt's line in the --previews file (--i FILE). For models that make videos
-in segments (S2V, Animate), they come from a held-out sample.
+Inputs other than the prompt come from the prompt's line in the --previews file, from options such as --i FILE. For
+models that make videos in segments (S2V, Animate), they come from a held-out sample.
 """
 
 import math
@@ -86,8 +86,8 @@ class Previews:
         self.pipe, self.requests, self.sampler, self.texts, self.videos = pipe, requests, sampler, [], []
 
     def shape(self):
-        """The shape (C,T',h,w) of the largest preview's latents, or () without previews. The latents of held-out
-        samples are no larger.
+        """The shape (C,T',h,w) of the largest preview's latents, by the size and frames of the Requests, or () without
+        previews. Previews made from held-out samples have the shapes of those samples, which are not looked at here.
         """
         shapes = [r.settings.latent_shape(r.settings.size, r.settings.frames) for r in self.requests]
         return max(shapes, key=math.prod, default=())

@@ -331,9 +331,9 @@ class Run:
 
 
 def adapter_file(out, name, expert):
-    """Return the path of a run's adapter: OUT/NAME.safetensors, or for an A14B's experts NAME_high and NAME_low. name:
-    the value of --name for the newest adapter, with _000250 appended for the adapter of step 250, or with _best
-    appended for the adapter with the lowest held-out loss.
+    """Return the path of a run's adapter: OUT/NAME.safetensors, or for an expert of an A14B OUT/NAME_high.safetensors
+    or OUT/NAME_low.safetensors. name: the value of --name, with nothing appended for the newest adapter, with _000250
+    for the adapter of step 250, and with _best for the adapter with the lowest held-out loss.
     """
     return Path(out) / f"{name}{'' if expert == 'dit' else '_' + expert}.safetensors"
 

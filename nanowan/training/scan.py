@@ -19,9 +19,10 @@ class Item:
     """One sample of a media file: `frames` frames at `fps`, which begin at `start` seconds and are resized and cropped
     to the width and height (px) of the bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. `frames_after` further
     frames are decoded too. An epoch contains the sample `repeat` times, and its loss is multiplied by `weight`.
-    source_size: (width, height) in px at which the media file is shown. sidecars: {kind: (file, digest)} from
-    Samples.sidecars, such as the pose video of a clip. seconds: the time of the media file's last frame (0 for an
-    image). notes: as in video.Shown. changed: what Samples.changed returns, without the empty lists.
+    source_size: (width, height) in px of the media file, upright and with square pixels. sidecars: {kind: (file,
+    digest)} from Samples.sidecars, such as the pose video of a clip. seconds: the time of the media file's last frame
+    (0 for an image). notes: remarks for the data report, from video.Shown. changed: what Samples.changed returns,
+    without the empty lists.
     """
 
     path: Path
@@ -86,7 +87,7 @@ def clip_windows(times, max_frames, fps, mode, over=1):
 
 def frames_from(start, times, fps):
     """Return how many frames at rate `fps` a clip holds from `start` seconds on. times: when the clip's frames are
-    shown. A small tolerance is needed because Matroska rounds times to milliseconds.
+    shown. The count includes a tolerance of a twentieth of a frame, because Matroska rounds times to milliseconds.
     """
     return int((max(times) - start) * fps + 0.05) + 1
 

@@ -129,9 +129,9 @@ def walk(folder):
 
 
 def find_media(source):
-    """Return [(path, captions, repeat)] for every entry of a list, or for every file in a folder that is media or looks
-    like media. captions: a list; a Skip if there can be no captions; or None if they are in the .txt file next to the
-    media file. Raises BadInput.
+    """Return [(path, captions, repeat)] for every entry of a list or, if `source` is a folder, for every file in it
+    that has the suffix of a media format (readable or not) and every subfolder that cannot be opened. captions: a list;
+    a Skip that says why there are none; or None if they are in the .txt file next to the media file. Raises BadInput.
     """
     if source.is_file():
         return read_list(source)
@@ -154,8 +154,8 @@ def find_media(source):
 
 
 def check_usable(path, captions):
-    """Return the captions of a media file, read from the text file next to it if `captions` is None. Raises Skip if the
-    media file can be seen to be unusable without decoding it.
+    """Return the captions of a media file, read from the text file next to it if `captions` is None. Raises Skip if it
+    is clear, without decoding the media file, that the file cannot be used.
     """
     if isinstance(captions, Skip):
         raise captions
