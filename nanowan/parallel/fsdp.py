@@ -16,9 +16,9 @@ def apply_fsdp(model, world):
 
 
 def shard(module, world, whole=(), dtype=None):
-    """Shard a module's parameters, except those in `whole`, over the ranks that together see all samples and tokens.
-    Gradients are summed over these ranks. If dtype is given, the module computes in this dtype, and gradients are
-    summed in fp32. Otherwise both happen in the weights' own dtype.
+    """Shard a module's parameters, except those in `whole`, over the mesh's dimensions dp and sp, that is, over ranks
+    that compute different samples or different tokens. Gradients are summed over these ranks. If dtype is given, the
+    module computes in this dtype, and gradients are summed in fp32. Otherwise both happen in the weights' own dtype.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

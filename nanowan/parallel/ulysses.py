@@ -55,8 +55,8 @@ class Ulysses:
         return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, part - t.shape[dim]))
 
     def gather(self, y, c):
-        """Return the head's output for all tokens (B,L,out_dim*4), on every rank, gathered from the ranks' outputs y
-        (B,L',out_dim*4) for their slices. c: the BlockInputs of all tokens.
+        """Return, on every rank, the output of the DiT's last layer (wan.Head) for all tokens (B,L,out_dim*4), gathered
+        from the ranks' outputs y (B,L',out_dim*4) for their slices. c: the BlockInputs of all tokens.
         """
         self.world.count("tokens", y.nbytes * (self.size - 1))
         return torch.cat(Gather.apply(y, self.rank, self.size, self.group), 1)[:, : c.tokens.length]
@@ -118,8 +118,8 @@ class Gather(torch.autograd.Function):
 
 
 class FirstRank(Ulysses):
-    """The first of world.sp_size ranks, alone, for memory_estimate.py. It uses as much memory as in a run with all
-    ranks, but does not communicate.
+    """A Ulysses for memory_estimate.py, in which one process stands for the first of world.sp_size ranks. The process
+    uses as much memory as that rank uses in a run with all ranks, but does not communicate.
     """
 
     def __init__(self, world):

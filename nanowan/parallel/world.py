@@ -43,7 +43,7 @@ class World:
     cfg_rank, cfg_size  the ranks that compute the two halves of guidance
     pp_rank, pp_size    the stages of a pipeline of blocks
     sp_rank, sp_size    the ranks that split a clip's tokens (Ulysses)
-    clip_group_size     the number of ranks that sample the same clip, one of which `is_writer`
+    clip_group_size     the number of ranks that sample the same clip; the one that writes its files has `is_writer` set
     split_tiles         the `ranks` argument of decode_tiled if several ranks share a clip, else None
     sent                {kind: bytes} that this rank has sent in collectives and to neighbouring stages
 
@@ -205,8 +205,8 @@ class World:
 
 
 def buckets(params):
-    """Yield lists of parameters with about BUCKET numbers each. Their gradients are summed one list at a time, because
-    the gradients of a full text encoder take 23 GB in fp32.
+    """Yield lists of parameters; the tensors of each list have about BUCKET elements in total. Gradients are summed one
+    list at a time, because the gradients of a full text encoder take 23 GB in fp32.
     """
     bucket, numbers = [], 0
     for p in params:

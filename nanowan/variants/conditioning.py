@@ -19,8 +19,8 @@ class Conditions(NamedTuple):
 
     known {latent frame: (1,C,1,h,w)}: the latent frames that are given, by index (0 the first, -1 the last); they have
     no noise and t = 0. channels (1,c,T',h,w): concatenated after the channels of the noise. inputs: keyword arguments
-    of the model's forward. uncond_inputs: those of them that have another value in guidance's unconditional half, with
-    that value.
+    of the model's forward. uncond_inputs: keyword arguments that replace some of `inputs`, or are added to them, in
+    guidance's unconditional half.
     """
 
     known: dict = {}
@@ -72,7 +72,7 @@ class Encoder(NamedTuple):
 
 
 def draw_noise(shape, seed, device, r=0):
-    """Return normal noise (fp32) of this shape: the draw with index r from a generator with this seed."""
+    """Return normal noise (fp32) of this shape: the last of r + 1 tensors drawn from a generator with this seed."""
     generator = torch.Generator(device).manual_seed(seed)
     for _ in range(r + 1):
         noise = torch.randn(shape, generator=generator, device=device)

@@ -7,8 +7,8 @@ class Examples:
     """Stand-ins for T2V, TI2V and I2V. The other variants' classes of stand-ins are derived from this class. `shape` is
     always the shape of one clip's latents, (C,T',h,w).
 
-    uncond_inputs: names of the `inputs` that take memory twice, because guidance's unconditional half gets another
-    value.
+    uncond_inputs: names of the `inputs` that have different values in the two halves of guidance, so that memory
+    holds two values of each.
     """
 
     uncond_inputs = ()

@@ -13,8 +13,8 @@ from nanowan.video import cover, to_tensor
 
 class FirstFrame(Conditioning):
     """TI2V's conditioning. An image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
-    image, if given, becomes the last latent frame. For this, five copies of the image are encoded as a video of two
-    latent frames, and the second latent frame is used.
+    image, if given, becomes the last latent frame, which stays clean too: five copies of the last image are encoded as
+    a video of two latent frames, and the second of these is used.
     """
 
     takes_image = True

@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     """The code for one model_type. model: the DiT's class. conditioning: the Conditioning, for sampling. samples: the
     subclass of Samples, for training. examples: the Examples, for the memory estimate. read_config: a function that
     completes the configuration from the files, or None. recommend: None, or a function that takes a configuration and
-    returns {field: value}, the Settings that replace those in VARIANTS.
+    returns {field of Settings: value}; these values replace those in VARIANTS.
     """
 
     model: type

@@ -11,8 +11,8 @@ class Samples:
 
     frames_over: the number of frames in a sample is a multiple of 4, plus this number. frames_after: number of frames
     after the sample that are read as well, if the clip has them. loss_from: the first latent frame that counts in the
-    loss. side_multiple: the sides of a sample, in px, are multiples of this number, or of 2 latent pixels if that is
-    more. fixed_speed: whether clips must be read at their original speed. trains_first_frame: whether --i2v_prob
+    loss. side_multiple: the sides of a sample are multiples of this many px, or of 2 latent pixels if these are
+    larger. fixed_speed: whether clips must be read at their original speed. trains_first_frame: whether --i2v_prob
     applies. lora_targets: train_lora.py's default for --targets. extra_lora_targets: linear layers that a variant adds
     to lora.TARGETS.
     """
@@ -38,7 +38,9 @@ class Samples:
         return {}
 
     def changed(self, path, shown, sidecars, cache):
-        """Return {kind: list}: the `changed` of video.Shown for a clip (kind "") and for each of its sidecars."""
+        """Return {kind: notes} for a clip (kind "") and each of its sidecars. The notes are the field `changed` of
+        video.Shown: they name properties of the file that earlier versions of nanoWan ignored.
+        """
         return {"": shown.changed}
 
     def sidecar_sizes(self, item):
@@ -48,8 +50,8 @@ class Samples:
         return {}
 
     def group(self, item):
-        """Return the key by which items are divided among steps. A step has items with different keys only if too few
-        items with one key are left to fill it.
+        """Return the key by which items are divided into groups. The items of a step are from one group, except that
+        the items that are left over from all groups are mixed.
         """
         return item.bucket
 

@@ -213,8 +213,8 @@ def shape_of(entries, name, path):
 
 
 def vision_sizes(entries, path):
-    """Return the keyword arguments of VisionTransformer, except `layers`, that fit the headers of its tensors {name:
-    Entry}.
+    """Return the keyword arguments of VisionTransformer, except `layers`. entries: the headers {name: Entry} of the
+    tensors in CLIP's file `path`.
     """
     (dim, _, patch, _), (_, tokens, _), (ffn_dim, _) = (
         shape_of(entries, f"visual.{name}", path)
@@ -243,8 +243,8 @@ def read_clip(path):
 
 
 def load_vision(path, device="cpu", dtype=torch.float32):
-    """Load the VisionEncoder from a file or folder, frozen and in eval mode. Raises BadInput, which lists the tensors
-    of the visual tower that do not fit.
+    """Load the VisionEncoder from a file or folder, frozen and in eval mode. Raises BadInput if the tensors of
+    the visual tower do not fit; the message says which.
     """
     file, entries = read_clip(path)
     unused = ("textual.", "log_scale", "visual.post_norm.", "visual.head", f"visual.transformer.{last_block(entries)}.")

@@ -17,7 +17,7 @@ from nanowan.video import has_sound, sound_delay
 
 class ReferencedVideo(Video):
     """A video in segments, each of which has a reference picture as its first latent frame. known: the last frames
-    (1,3,n,H,W) of the previous segment, repeated at the start of the next one; None before the first segment.
+    (1,3,n,H,W) of the segment decoded last, with which the next segment begins; None until a segment is decoded.
     """
 
     known = None

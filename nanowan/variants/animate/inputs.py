@@ -2,7 +2,7 @@
 
 n frames of the driving video, H W px (the pose video's)    c frames of a clip (4k+1)    S side of the face crops
 r frames of a clip that are known from the previous clip (1 or 5)
-T' = 1 + (c-1)/4 latent frames, h w latent pixels
+T' = 1 + (c-1)/4 latent frames, z channels of latents (16), h w latent pixels
 
 src_pose.mp4 and src_face.mp4 supply the motion; src_ref.png shows the character. To replace a person in the driving
 video, the folder also holds src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was.
@@ -45,8 +45,8 @@ class Source:
 
 
 class ClipInputs(NamedTuple):
-    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), which is concatenated after the noise; pose latents
-    (1,z,T',h,w); face crops (1,3,c,S,S) in [-1,1].
+    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), a mask of 4 channels and latents of z channels, which are
+    concatenated after the noise; pose latents (1,z,T',h,w); face crops (1,3,c,S,S) in [-1,1].
     """
 
     y: torch.Tensor
@@ -117,8 +117,8 @@ def frame_indices(times, video_fps, fps):
 
 
 def area_size(width, height, area):
-    """Return a (width, height) px with this area and the aspect ratio of width x height. Sides are rounded down to
-    multiples of 16. Raises BadInput if a side would be 0.
+    """Return a (width, height) px with about this area and the aspect ratio of width x height. Sides are rounded down
+    to multiples of 16. Raises BadInput if a side would be 0.
     """
     h = math.sqrt(area / (width / height))
     w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
@@ -244,7 +244,7 @@ def clip_ranges(n, length, overlap):
 
 def ping_pong(video, span):
     """Return frames start..end-1, span = (start, end), of a video that plays forwards, then backwards, and so on. Where
-    the direction changes, no frame is shown twice.
+    the direction changes, the first or last frame of the video is shown only once.
     """
     last = len(video) - 1
     return [video[last - abs(last - i % (2 * last))] for i in range(*span)]
@@ -265,24 +265,24 @@ def pixels(images, device):
 
 
 def encode_reference(vae, clip, source, device):
-    """Return the two inputs that all clips share: the part of y (1,4+z,1,h,w) for the reference, and CLIP's tokens
-    (1,n,C) of the reference.
+    """Return the two inputs that all clips share, made from the reference picture: latent frame 0 of ClipInputs.y,
+    (1,4+z,1,h,w), and CLIP's tokens (1,n,C).
     """
     image = pixels([source.reference], device)  # (1,3,1,H,W)
     return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
 
 
 def mark_given(z):
-    """Return latents (1,z,T,h,w) with a mask of ones in front, (1,4+z,T,h,w). The mask says that all of these latents
-    are given.
+    """Return latents (1,z,T,h,w) with a mask of ones in front, (1,4+z,T,h,w). The ones tell the DiT that these
+    latents are known, not to be generated.
     """
     return torch.cat([torch.ones_like(z[:, :4]), z], 1)
 
 
 def encode_clip(vae, source, span, reference, known=None):
-    """Return the ClipInputs of one clip. span: its (start, end), from clip_ranges. reference: the part of y that
-    encode_reference returned, on the device to use. known (1,3,r,H,W): the last frames of the previous clip, as the VAE
-    decoded them.
+    """Return the ClipInputs of one clip. span: its (start, end), from clip_ranges. reference: latent frame 0 of y, as
+    encode_reference returned it, on the device to use. known (1,3,r,H,W): the last frames of the previous clip, as the
+    VAE decoded them.
     """
     pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
     scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]

@@ -152,8 +152,8 @@ def norm_silu(x):
 
 
 class FaceEncoder(nn.Module):
-    """The network that turns motion vectors into face tokens. motion: width W of a motion vector. heads: number of face
-    tokens per latent frame that are computed from motion vectors; one learned token is added. hidden: width of each
+    """The network that turns motion vectors into face tokens. motion: width W of a motion vector. heads: number of
+    heads. Each head gives one face token per latent frame; one learned token is added to these. hidden: width of each
     head.
     """
 

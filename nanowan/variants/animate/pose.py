@@ -137,8 +137,8 @@ class Networks:
                 raise BadInput(f"{file}: cannot be read ({str(e).splitlines()[0]})") from None
 
     def run(self, index, x, shape):
-        """Return the first output of network `index` for x (3,H,W). shape: the shape that the output must have; None
-        stands for any length.
+        """Return the first output of network `index` for x (3,H,W). shape: the shape that the output must have; a
+        length given as None may have any value.
         """
         session = self.sessions[index]
         try:
@@ -162,8 +162,9 @@ class Networks:
 
 
 def largest_person(rows, width, height):
-    """Return the box (4,) of the person to follow in a picture of width x height px. If nobody is found, it is the box
-    of the full picture. rows: detections (n,6), x1 y1 x2 y2 score class, in px of a PERSON_SIDE square.
+    """Return the box (4,) of the person to follow in a picture of width x height px, or the box of the full picture if
+    nobody is found or a side of the person's box is under 10 px. rows: detections (n,6), x1 y1 x2 y2 score class. Their
+    boxes are in px of the picture resized to a square of side PERSON_SIDE.
     """
     rows = rows[rows[:, 4] > PERSON_SCORE]
     x1, y1, x2, y2 = (rows[:, :4] * np.float32([width, height, width, height]) / PERSON_SIDE).T
@@ -180,8 +181,8 @@ def largest_person(rows, width, height):
 
 
 def suppress(boxes, scores, overlap=0.5):
-    """Return the indices, best score first, of the boxes (n,4) to keep. A box is kept if its intersection with each
-    kept box of a better score is at most `overlap` of their union.
+    """Return the indices, best score first, of the boxes (n,4) to keep. A box is dropped if the area that it shares
+    with a kept box of a better score is more than `overlap` times the area of the two boxes' union.
     """
     kept = []
     for i in np.argsort(-scores, kind="stable"):
@@ -197,9 +198,9 @@ def suppress(boxes, scores, overlap=0.5):
 
 def pose_input(image, box):
     """Return ((left, top, width, height) px, x (3,256,192)) for an image (H,W,3) and a box (4,): the area that
-    vitpose's heatmaps cover, and the input of vitpose. The area is the box scaled by 1.25 and widened to 3:4; outside
-    the image it is black. As in the official code, channels are in the order blue, green, red, but are normalised with
-    the mean and deviation of red, green, blue.
+    vitpose's heatmaps cover, and the input of vitpose. The area is the box scaled by 1.25, then made wider or
+    higher so that width to height is 3:4; outside the image it is black. As in the official code, channels are in the
+    order blue, green, red, but are normalised with the mean and deviation of red, green, blue.
     """
     w, h = POSE_SIZE
     center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
@@ -213,9 +214,9 @@ def pose_input(image, box):
 
 
 def heatmap_points(maps):
-    """Return (K,3) for heatmaps (K,h,w): the x and y of each map's maximum, as fractions of the map's width and height,
-    and its value. Positions between pixels are found by one Newton step on the logarithm of the blurred map, as for a
-    Gaussian (Zhang et al. 2020, arXiv:1910.06278).
+    """Return (K,3) for heatmaps (K,h,w): where each map has its maximum, x and y as fractions of the map's width and
+    height, and the value of this maximum. Positions between pixels are found by one Newton step on the logarithm of the
+    blurred map, as for a Gaussian (Zhang et al. 2020, arXiv:1910.06278).
     """
     K, h, w = maps.shape
     scores, at = maps.reshape(K, -1).max(1), maps.reshape(K, -1).argmax(1)

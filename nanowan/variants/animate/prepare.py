@@ -72,8 +72,8 @@ class Clip(NamedTuple):
 
 @contextlib.contextmanager
 def decoding(file, flag):
-    """Return a context manager for reading a video. If the video cannot be read, a Skip is raised inside the block; the
-    context manager turns it into a BadInput.
+    """Return a context manager for code that reads a video. If this code raises a Skip, because the video cannot be
+    read, the context manager turns the Skip into a BadInput.
     """
     try:
         yield
@@ -225,7 +225,7 @@ class Work(NamedTuple):
 
     indices: the frames of `video` that are used, in order of time. size: (width, height) px of the result. mask_video:
     a Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3), faces (n,4): the
-    keypoints and the face boxes in the n used frames, in px of `frame_size`, or None if they are not known.
+    keypoints and the face boxes in the n used frames, in px of frames resized to `frame_size`; None if not known.
     """
 
     video: Clip

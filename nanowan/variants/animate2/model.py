@@ -4,10 +4,10 @@ Letters are those of wan.py, and  T' latent frames: the reference picture, then 
 latent frame, H'W'   S image tokens of CLIP
 
 Before a clip is sampled, the driving video passes once through the same blocks, clean and at t = 1. In this pass, it
-has its own prompt and its own CLIP tokens. Each block's keys and values of this pass are kept. In every step, a token
-of the clip attends to all tokens of the clip and to the driving video's tokens of the same latent frame. The positions
-of the driving video are shifted by one latent frame, because the clip begins with the reference. They are also shifted
-to the right by the width of the clip.
+has its own prompt and its own CLIP tokens. The keys and values that the blocks compute in this pass are stored. In
+every step, a token of the clip attends to all tokens of the clip and to the driving video's tokens of the same latent
+frame. The positions of the driving video are shifted by one latent frame, because the clip begins with the reference.
+They are also shifted to the right by the width of the clip.
 Source: diffusers' WanAnimate2Transformer3DModel (0.42.1); the tensors are those of Wan 2.1's I2V-14B.
 """
 
@@ -62,9 +62,9 @@ class DrivenAttention(NamedTuple):
         return torch.cat(frames, 1)
 
     def as_dense(self, k):
-        """Return the (keys (B,S,N,d), bias (1,1,T'n,S)) with which ordinary dense attention computes this attention.
-        The keys are the clip's k (B,T'n,N,d), then those of the driving video. The bias adds log_scale, and hides the
-        driving tokens of other latent frames. Used by diag.py logits.
+        """Return (keys (B,M,N,d), bias (1,1,T'n,M)), M = T'n + (T'-1)n. Attention to all M keys with this bias equals
+        the attention of this class. The keys are the clip's k (B,T'n,N,d), then those of the driving video. The bias
+        adds log_scale, and hides the driving tokens of other latent frames. Used by diag.py logits.
         """
         length, n = k.shape[1], k.shape[1] - self.keys.shape[1]
         frame = torch.arange(length, device=k.device) // n
@@ -83,7 +83,9 @@ class DrivenAttention(NamedTuple):
 
 
 class Driving(NamedTuple):
-    """A driving video, ready for the blocks: its keys and values (B,(T'-1)n,N,d) in each block, and its grid."""
+    """A driving video, ready for the blocks: for each block its keys and values (B,(T'-1)n,N,d); and its numbers of
+    tokens (T'-1,H',W') in time, height and width.
+    """
 
     keys_values: tuple
     grid: tuple
@@ -149,10 +151,10 @@ class WanAnimate2(ImageWan):
 
     # ---- wan.py's hooks ------------------------------------------------------------------------------------------
     def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
-        """Return the embedded Inputs. Give either the three arguments of read_driving, as driving, driving_clip and
-        driving_text, or the Driving that it returned, as `driving` alone. clip: CLIP's tokens (B,S,C) of the reference
-        picture, or an Image. unconditional: (B,), 1 for samples that leave out block SKIPPED as guidance's
-        unconditional half does; or one bool for all samples.
+        """Return the embedded Inputs. driving, driving_clip, driving_text: the three arguments of read_driving; or, as
+        `driving` alone, the Driving that read_driving returned. clip: CLIP's tokens (B,S,C) of the reference picture,
+        or an Image. unconditional: (B,), 1 for each sample in guidance's unconditional half, for which block SKIPPED is
+        left out, 0 for the others; or one bool for all samples.
         """
         if not isinstance(driving, Driving | Recorder):
             driving = self.read_driving(driving, driving_clip, driving_text)

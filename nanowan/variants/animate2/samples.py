@@ -17,11 +17,11 @@ SAME = 0.02
 
 
 class DrivenSamples(ClipSamples):
-    """Clips with NAME.driving.mp4, in which somebody else moves in the same way.
+    """Clips, each with a driving video NAME.driving.mp4 that shows somebody else move in the same way.
 
-    The model gets the driving video unchanged. If the driving video showed the clip itself, the model would reach zero
-    loss by copying it and learn nothing from the picture. Such a clip is skipped, whether the two files are identical
-    or only show the same pixels.
+    The model gets the driving video unchanged. If this video showed the clip itself, the model would reach zero loss by
+    copying the video, and learn nothing from the picture. So a clip is skipped if the driving video's file is identical
+    to the clip's or shows about the same pixels.
 
     The reference picture is one of the clip's own frames, chosen by the digest of the clip's file. A continuation
     segment is a sample whose first frame is known.

@@ -139,7 +139,7 @@ class Injection(NamedTuple):
 
 
 class AudioInjector(nn.Module):
-    """All audio injectors. Each is a cross-attention to the sound after one block. count: number of injectors."""
+    """All audio injectors. Each follows one block and lets noise tokens attend to the sound. count: their number."""
 
     def __init__(self, count, dim, heads, eps):
         super().__init__()
@@ -159,8 +159,8 @@ class AudioInjector(nn.Module):
     def forward(self, i, x, injection, frame):
         """Add to each noise token of x (B,L,D), fp32, the output of that token's attention to the sound of its latent
         frame. i: index of the injector. frame: (L,) latent frame of each token. The keys are the audio tokens of the
-        full clip; a mask hides from each noise token those of other latent frames. The mask costs almost no time.
-        Because of it, x may be any subset of the clip's tokens.
+        full clip; for each noise token, a mask hides the audio tokens of other latent frames. The mask costs almost no
+        time, and allows x to be any subset of the clip's noise tokens.
         """
         (k, v), frames = injection.keys_values, injection.shift.shape[1]
         frame_of_key = torch.arange(frames, device=x.device).repeat_interleave(k.shape[1] // frames)
@@ -221,7 +221,7 @@ def fit_size(width, height, area):
     """Return the (width, height) px of the video for a reference picture of width x height px. Sides are multiples of
     64, the aspect ratio is about the picture's, and the area is at most `area` px. The video is no larger than the
     picture, except that sides are rounded up to multiples of 64. Raises BadInput if a side would be under 64. In this
-    case, the official code falls back to the aspect ratio alone and returns a side of 0.
+    case, the official code returns a side of 0.
     """
     pixels, longest = width * height, 1.0
     shortest = 0.1
@@ -325,7 +325,7 @@ class Audio(NamedTuple):
 
 class Reference(NamedTuple):
     """The clean tokens (B,M,D) of a reference picture and of the previous clip, their positions (M,3), and the height
-    and width of the latents.
+    and width of the picture's latents.
     """
 
     tokens: torch.Tensor
@@ -356,8 +356,8 @@ class WanS2V(Wan):
         self.audio_injector = AudioInjector(len(c.audio_inject_layers), c.dim, c.num_heads, c.eps)
 
     def embed_audio(self, audio):
-        """Return the Audio of a clip's speech features (B,S,A,F), F a multiple of 4. In guidance's unconditional half,
-        the features are 0.
+        """Return the Audio of a clip's speech features (B,S,A,F), F a multiple of 4. For guidance's unconditional half,
+        the caller passes features of 0.
         """
         if audio.shape[1:3] != (STATES, self.config.audio_dim) or audio.shape[3] % 4 or not audio.shape[3]:
             raise BadInput(

@@ -291,8 +291,8 @@ def build_wav2vec2(entries, path):
 
 def load_wav2vec2(folder, device="cpu", dtype=torch.float32):
     """Load wav2vec2-large-xlsr-53-english, frozen and in eval mode, from its folder (config.json, model.safetensors) or
-    from one .safetensors file. The official pipeline runs this model in fp32. Raises BadInput, which names what does
-    not fit.
+    from one .safetensors file. The official pipeline runs this model in fp32. Raises BadInput if the
+    tensors or config.json do not fit; the message says which.
     """
     entries = read_headers(weight_files(folder, "model"))
     entries = {rename(name): entry for name, entry in entries.items() if name not in UNUSED}
