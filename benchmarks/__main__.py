@@ -5,8 +5,8 @@
     python -m benchmarks --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
     python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size (60 GB of disk)
     python -m benchmarks s2v-14B --gpu_run --json FILE   only on this variant
-    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, and
-                                             FILE.png, which shows cost against size
+    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, to FILE
+                                             and a plot of time against numbers of tokens and frames to FILE.png
 
 Each benchmark compares contenders, which get equal weights and inputs and run alternately: nanoWan ("ours"), nanoWan
 with the plain PyTorch definition of every op ("ref"), and a peer. Median times and the ratio ours / peer of these times

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def interleaved(contenders, rounds, synchronize=lambda: None):
-    """Run the contenders {name: function} alternately, and return {name: seconds of each round}. A first round is not
-    counted. Every second round runs the contenders in reverse order. synchronize: a function that waits for the device,
-    called before and after each timed run.
+    """Run the contenders {name: function} alternately, and return {name: seconds of each round}. Before the rounds,
+    each contender runs once untimed. Every second round runs the contenders in reverse order. synchronize: a function
+    that waits for the device, called before and after each timed run.
     """
     for run in contenders.values():
         run()
@@ -41,8 +41,8 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 
 def keep_results(jobs, run, about, path, seconds):
     """Call run(name, left) for each name in `jobs`, store what it returns in about[name], and write `about` to the JSON
-    file `path` after each call. left: how many of the `seconds` for all jobs are left. Once none are left, the other
-    jobs are left out, and about[name] says so. Returns `about`.
+    file `path` after each call. All jobs together get `seconds`; left: the seconds that remain. Once none remain, the
+    other jobs are not run, and about[name] says so. Returns `about`.
     """
     began = time.monotonic()
     for name in jobs:
@@ -60,8 +60,8 @@ def seconds_of(run, rounds):
 
 
 def print_memory(make, name):
-    """Run a contender, and print how many bytes its peak memory is above the memory that this process held before. The
-    process must be a fresh one, which peak_memory starts. make: a function that returns (contenders, FLOPs). name: the
+    """Run a contender, and print how many bytes its peak memory is above the memory that this process held before.
+    peak_memory starts a fresh process for this function. make: a function that returns (contenders, FLOPs). name: the
     contender's name.
     """
     contenders, _ = make()
@@ -74,8 +74,9 @@ def print_memory(make, name):
 
 
 def peak_memory(work, name):
-    """Return the bytes of peak memory that the contender `name` of the benchmark `work` takes, in addition to what its
-    process held before. The contender runs in a process of its own, in which glibc keeps no freed memory.
+    """Return the bytes of peak memory that a contender takes, in addition to what its process held before. work: the
+    benchmark's name in cpu.WORKS; name: the contender's name. The contender runs in a process of its own, in which
+    glibc keeps no freed memory.
     """
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks", work, "--memory_of", name],

@@ -259,9 +259,9 @@ def loading():
 
 
 def cache_clip():
-    """Return (contenders {name: function}, None) for caching a clip: scan 120 frames of 1080p, and prepare 49 of them
-    at 832x480 as input of the VAE. The VAE itself is replaced by a stub. The peer is a plain loop with PyAV and PIL:
-    every frame becomes a picture, and the chosen pictures are resized.
+    """Return (contenders {name: function}, None) for caching a clip: find the times of the 120 frames of a 1080p clip,
+    and prepare 49 of the frames at 832x480 as input of the VAE. The VAE itself is replaced by a stub. The peer is a
+    plain loop with PyAV and PIL: every frame becomes a picture, and the first 49 pictures are resized.
     """
     import av
     from PIL import Image
@@ -319,7 +319,7 @@ def matmul_peak():
 
 def on_cpu(names, rounds):
     """Measure the benchmarks `names` of WORKS, print a table row for each as soon as it is measured, and return all
-    measurements. rounds: runs of each contender.
+    measurements. rounds: number of timed runs of each contender.
     """
     results, peak = {}, matmul_peak()
     columns = ("benchmark", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")

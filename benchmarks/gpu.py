@@ -215,7 +215,8 @@ JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
     """Run `jobs`, names in JOBS, and add their results to `about`, which is written to the JSON file `path`. Each job
-    runs in its own process, so that a crash loses only its own result. A job that still runs after `seconds` is ended.
+    runs in its own process, so that a crash loses only its own result. seconds: time for all jobs together; a job
+    that still runs then is ended.
     """
     return keep_results(jobs, run_apart, about, path, seconds)
 

@@ -73,7 +73,9 @@ def convolution(C, T, H, W, dtype, bias):
 
 
 def feed_forward(fused):
-    """Return the ms of the first product and the GELU in 5B's feed-forward. fused: whether both are one operation."""
+    """Return the ms of the first matrix product of TI2V-5B's feed-forward and the GELU after it. fused: whether both
+    are one operation.
+    """
     x, w, b = random(27280, 3072), random(14336, 3072), random(14336)
     if fused:
         return milliseconds(lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True), 5)

@@ -146,7 +146,7 @@ def time_adamw8bit():
 @torch.no_grad()
 def time_causal_conv3d(sizes=CONV_SIZES):
     """Time a causal 3x3x3 convolution with norm and SiLU before it, and with as many channels out as in. sizes:
-    (C,T,H,W).
+    a (C,T,H,W) for each input.
     """
     results, like = {}, dict(device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     for C, *size in sizes:
@@ -161,8 +161,8 @@ def time_causal_conv3d(sizes=CONV_SIZES):
 
 @torch.no_grad()
 def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=14336 if GPU else 3072):
-    """Time the first product of a feed-forward and the GELU after it, as the DiT computes both; the reference computes
-    one after the other.
+    """Time the first matrix product of a feed-forward and the GELU after it. Linear.with_gelu computes both, as in the
+    DiT; the reference computes the GELU after the product, with gelu_ref.
     """
     with torch.device(DEVICE):
         up, x = ops.Linear(dim, ffn_dim), torch.randn(1, rows, dim)
@@ -173,8 +173,8 @@ def time_gelu(rows=27280 if GPU else 480, dim=3072 if GPU else 768, ffn_dim=1433
 
 @torch.no_grad()
 def time_linear(sizes=((480, 768, 768), (480, 768, 3072), (480, 3072, 768), (4096, 768, 768))):
-    """Time large fp32 matrix products as this project computes them on this CPU; the reference is PyTorch's own choice.
-    sizes: (rows, in, out).
+    """Time large fp32 matrix products as this project computes them on this CPU; the reference is PyTorch's F.linear.
+    sizes: (rows of x, input features, output features) for each product.
     """
     results = {}
     for M, K, N in sizes:

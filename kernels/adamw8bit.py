@@ -2,9 +2,10 @@
 
 weight and grad: bf16 or fp32, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
 element; scale (blocks,1) fp32: one per block. compensation: empty for fp32 weights; for bf16 weights it has their shape
-and dtype, and the exact weight is weight - compensation. Together they store the exact weight with 16 bits of mantissa,
-and the last bit is rounded at random. Weight decay and update are applied to the exact weight, in fp32. Compensation:
-Kahan, 1965, and Zamirai et al., 2020. Lower bound on memory traffic in bf16: 8 bytes read and 6 written per element.
+and dtype, and the exact weight is weight - compensation. These two tensors store the exact weight with 16 bits of
+mantissa, the last bit rounded at random. Weight decay and update are applied to the exact weight, in fp32.
+Compensation: Kahan, 1965, and Zamirai et al., 2020. Lower bound on memory traffic in bf16: 8 bytes read and 6 written
+per element.
 """
 
 import math

@@ -1,10 +1,11 @@
-"""The choice of attention: PyTorch's, this project's Triton kernel or SageAttention, by default or by flag (`select`).
+"""Choose which attention runs: PyTorch's, this project's Triton kernel or SageAttention.
 
-On a GPU, `auto` chooses by compute capability: cuDNN's attention from Hopper to data-centre Blackwell (9.x, 10.x), and
-FlashAttention elsewhere, where cuDNN's was measured slower (huggingface/transformers#48163: 0.82x the speed of
-FlashAttention on an A100, 0.93x on an A10G, 0.88x on an RTX PRO 6000). If the package flash_attn_interface is installed
-and every GPU is a Hopper, PyTorch's FlashAttention is version 3, and `auto` chooses it. SageAttention (Zhang et al.,
-2024) multiplies in 8 bits: it is not exact, and has no gradients.
+`select` sets the choice; the default is `auto`. On a GPU, `auto` chooses by compute capability: cuDNN's attention from
+Hopper to data-centre Blackwell (9.x, 10.x), and FlashAttention elsewhere, where cuDNN's was measured slower
+(huggingface/transformers#48163: 0.82x the speed of FlashAttention on an A100, 0.93x on an A10G, 0.88x on an RTX PRO
+6000). If the package flash_attn_interface is installed and every GPU is a Hopper, PyTorch's FlashAttention is version
+3, and `auto` chooses it. SageAttention (Zhang et al., 2024) multiplies in 8 bits: it is not exact, and has no
+gradients.
 """
 
 import functools
@@ -54,8 +55,8 @@ def select(name, device, dtype=torch.bfloat16, gradients=False):
 
 @torch.no_grad()
 def sample_error(name, device, dtype, shape=(1, 2048, 4, 128)):
-    """Return the relative error of `name`, one of CHOICES except "auto", for random normal q, k, v of `shape`
-    (B,L,N,d). Raises ValueError if it does not run on the device.
+    """Return the relative error of the attention `name`, one of CHOICES except "auto", against PyTorch's in fp32, for
+    random normal q, k, v of `shape` (B,L,N,d). Raises ValueError if this attention does not run on the device.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in "qkv")
@@ -82,14 +83,12 @@ def by_capability(device):
 
 
 def chosen(device):
-    """Return which of CHOICES self-attention uses on `device`. The result is never "auto" but the choice that "auto"
-    stands for.
-    """
+    """Return which of CHOICES self-attention uses on `device`. If "auto" is selected, return what it stands for."""
     return by_capability(device) if SELECTED == "auto" else SELECTED
 
 
 def describe(device):
-    """Describe the attention used on a GPU in words, for the first lines of a run."""
+    """Return a few words that say which attention is used on a GPU. A run prints them when it starts."""
     name = chosen(device)
     if name == "sage":
         return f"SageAttention, off by {100 * SAGE_ERROR:.2f} % on random inputs"
@@ -128,7 +127,8 @@ if torch.cuda.is_available():
 # ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
     """Return PyTorch's softmax attention (B,N,L,d) of q (B,N,L,d) on k and v (B,N,S,d), with `mask` added to the
-    logits. backends: PyTorch's backends to try, in order, on a GPU and without a mask (default: the chosen one first).
+    logits. backends: PyTorch's backends to try, in this order (default: all, the chosen one first); ignored on a CPU
+    or with a mask.
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -165,7 +165,7 @@ def attention(q, k, v, bias=None, backends=None):
 
 
 class NormedAttention(torch.autograd.Function):
-    """PyTorch's attention on a CPU, with q and k normed and rotated first. The bare q and k are saved for the backward
+    """PyTorch's attention on a CPU, with q and k normed and rotated first. q and k are saved as given for the backward
     pass, which norms and rotates them again.
     """
 
@@ -207,7 +207,7 @@ def self_attention(q, k, v, weights, eps, heads, table, positions):
 
 
 def fused_attention(q, k, v, weights, eps, heads, table, positions):
-    """Compute self_attention with this project's Triton kernel, which norms and rotates q as it loads it."""
+    """Compute self_attention: norm and rotate k, then run this project's Triton kernel, which does the same to q."""
     (k,) = norm_kernel.qk_norm_rope([k], weights[1:], eps, heads, table, positions)
     q, v = (u.unflatten(2, (heads, -1)) for u in (q, v))
     return attention_kernel.attention(q, k, v, weights[0], eps, table, positions).flatten(2)

@@ -45,8 +45,8 @@ def launch_error():
 
 
 def lacking(choice):
-    """Return why `choice`, one of CHOICES, is not available, or None if nothing is known to be missing. Takes no memory
-    on a GPU, and so does not try to launch a kernel.
+    """Return why `choice`, one of CHOICES, is not available, or None if nothing is known to be missing. To take no
+    memory on a GPU, this function does not try to launch a kernel.
     """
     gpu = torch.cuda.is_available()
     if choice == "cpp" and not kernels.BUILT:

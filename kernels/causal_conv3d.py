@@ -138,7 +138,7 @@ def _(out, residual, bias):
 # ---- public ------------------------------------------------------------------------------------------------------
 def causal_conv3d(x, past, weight, bias=None, gamma=None, input_bias=None, residual=None, fill_buffer=None):
     """Compute the same as causal_conv3d_ref, on a GPU, without gradients. fill_buffer: csrc's operator to use instead
-    of Triton's.
+    of the Triton kernel fill_kernel.
     """
     x, (kt, kh, kw) = x.contiguous(memory_format=LAST), weight.shape[2:]
     (B, C, T, H, W), before = x.shape, kt - 1

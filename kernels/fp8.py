@@ -29,8 +29,8 @@ def dense(weight, scale, dtype):
 
 
 def has_fp8_matmul(x, weight):
-    """Return whether x (...,m) is multiplied with this weight (n,m) in 8 bits. With few rows it is not: 8 bits would
-    gain nothing, and cuBLAS refuses some sizes (pytorch/ao#4582).
+    """Return whether x (...,m) is multiplied with this weight (n,m) in 8 bits. If x has few rows, it is not: 8 bits
+    would gain nothing, and cuBLAS refuses some sizes (pytorch/ao#4582).
     """
     fits = x.dtype == torch.bfloat16 and weight.dtype == E4M3 and not any(n % 16 for n in weight.shape)
     fits = fits and x.numel() >= MIN_ROWS * x.shape[-1]

@@ -63,7 +63,7 @@ def gelu(x):
 
 
 def gelu_(x):
-    """Compute the same as gelu_ref, with csrc, in place of x, which must be contiguous; without gradients."""
+    """Overwrite x with its GELU, computed by csrc without gradients, and return x. x must be contiguous."""
     _forward_(x)
     return x
 

@@ -273,7 +273,9 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return [x + gate * y, if y is given] + [the LayerNorm and modulation of that sum or of x, if weight is given]."""
+    """Return a list: if y is given, the sum x + gate * y (x + y without a gate); then, if weight is given, the result
+    of modulate_ref for the sum or, without y, for x.
+    """
 
 
 @torch.library.custom_op("nanowan::modulate_backward", mutates_args=(), device_types=())
@@ -289,8 +291,8 @@ def _backward(
     branch: torch.dtype,
     need_rows: bool,
 ) -> list[Tensor]:
-    """Return the gradients of [x] + [y, if dnew is given] + [gate, weight and shift together (B,F,3,D), if need_rows].
-    new: the residual stream that the LayerNorm was applied to; branch: the dtype of y.
+    """Return a list of gradients: of x; if dnew is given, of y; if need_rows, of gate, weight and shift in one tensor
+    (B,F,3,D). new: the residual stream that the LayerNorm was applied to; branch: the dtype of y.
     """
 
 

@@ -53,7 +53,7 @@ class Linear(torch.nn.Linear):
 
     @property
     def takes_gelu(self):
-        """Whether `forward` should also apply the GELU before this linear: with gradients, since it then saves less."""
+        """Whether `forward` should also apply the GELU before this linear. With gradients it should, to save memory."""
         return torch.is_grad_enabled()
 
     def forward(self, x, activated=False, rows=None):
@@ -62,10 +62,10 @@ class Linear(torch.nn.Linear):
         return (linear_kernel.linear if ours else linear_kernel.linear_ref)(x, self.weight, self.bias, activated)
 
     def with_gelu(self, x, gelu):
-        """Return gelu(self(x)). Without gradients, data-centre GPUs from Hopper on compute the GELU within the matrix
-        product, before the sums are rounded to bf16. This saves 2 to 3 % of a video DiT's step on an H100
-        (sgl-project/sglang#33536). It was slower on an RTX 4090 (karpathy/llm.c#591) and on consumer Blackwells
-        (sgl-project/sglang#34350).
+        """Return gelu(self(x)). On Hopper and data-centre Blackwell GPUs, without gradients, the matrix product also
+        computes the GELU, before the sums are rounded to bf16. This saves 2 to 3 % of a video DiT's step on an H100
+        (sgl-project/sglang#33536). A GELU within the product was slower on an RTX 4090 (karpathy/llm.c#591) and on
+        consumer Blackwells (sgl-project/sglang#34350).
         """
         fuses = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         if fuses and fast(x) and on_gpu(x) and capable(x.device, least=(9, 0), below=(11, 0)):
@@ -153,7 +153,7 @@ def rms_norm(x, gamma):
 
 
 def describe(device):
-    """Describe the operations used on a device in words, for the first lines of a run and its record."""
+    """Return a line that says which operations are used on a device. A run prints this line and records it."""
     device = torch.device(device)
     words = {"ref": "PyTorch's", "cpp": "C++", "triton": "Triton's", "cuda": "Triton's"}
     line = f"{words[implementation(device.type)]} operations on {device.type}"

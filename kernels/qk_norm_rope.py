@@ -64,7 +64,7 @@ if triton:
         PAIRS: tl.constexpr,
         ROPE: tl.constexpr,
     ):
-        """Norm and rotate one token per program: of q if the program's index on axis 1 is 0, of k if it is 1."""
+        """Each program norms and rotates one token: of q if the program's index on axis 1 is 0, of k if it is 1."""
         i, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
         x, w, out, row = x0, w0, out0, row0
         if which == 1:

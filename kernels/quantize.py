@@ -33,7 +33,7 @@ if triton:
 
     @triton.jit
     def quantize_kernel(x, out, scales, stride, M, ACTIVATED: tl.constexpr, BLOCK: tl.constexpr):
-        """Quantize one row per program, held in registers."""
+        """Each program quantizes one row, which it keeps in registers."""
         i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         v = tl.load(x + i * stride + j, mask=j < M, other=0.0).to(tl.float32)
         if ACTIVATED:  # tanh(u) = 2 sigmoid(2u) - 1

@@ -5,8 +5,8 @@ python runs/sound.py                     three seeds       python runs/sound.py 
 A tiny S2V checkpoint is made of nano's components. All weights of its DiT are trained on clips of shapes that grow with
 the loudness of their sound, with the batches that train_lora.py makes. Before and after training, clips are sampled for
 sounds that were never trained on, and in each clip the size of the shape is compared with the loudness of the sound,
-frame by frame. Writes out/sound/SEED, a checkpoint for sample.py, out/sound/scores.json and
-out/sound/sound.png.
+frame by frame. The folder out/sound/SEED then holds a checkpoint for sample.py; the results are in
+out/sound/scores.json and out/sound/sound.png.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def reconstruct(ckpt):
 def score(results):
     """Return {"own", "worst", "other", "shift"} for `results` [(clip, loudness)]. own: the mean correlation of the
     pulse measured in a clip with the loudness of the clip's own sound. worst: the lowest correlation of a clip with its
-    own sound. other: the mean correlation with the sounds of other clips. shift: the shift of the sound in frames at
-    which the mean correlation with the own sound is highest.
+    own sound. other: the mean correlation with the sounds of other clips. shift: by how many frames to shift the sounds
+    so that the mean correlation of clips with their own sounds is highest.
     """
     pulses, levels = [world.pulse(clip) for clip, _ in results], [level for _, level in results]
 
