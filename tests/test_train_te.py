@@ -447,9 +447,10 @@ def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypa
     assert "starts as" not in again.stdout  # its rows are in the state
 
 
-def test_a_keywords_initial_word_is_not_chosen_by_the_one_sample_with_a_large_loss(monkeypatch, capsys):
-    """ "circle" has the lowest loss in most samples, "up" in the noisiest one, and the lowest sum of losses."""
-    losses = {"a disc": (0.05, 0.05, 0.4), "a circle": (0.02, 0.02, 0.3), "a up": (0.03, 0.03, 0.25), "a a": (1, 1, 1)}
+def test_a_keywords_initial_word_is_searched_at_three_timesteps(monkeypatch, capsys):
+    """Of the four timesteps of each sample, the lowest is left out; "up" is best there, and at the highest one."""
+    losses = {"a disc": (0.3, 0.05, 0.05, 0.4), "a circle": (0.3, 0.02, 0.02, 0.3), "a up": (0.1, 0.04, 0.04, 0.28)}
+    losses["a a"] = (1, 1, 1, 1)
 
     class Sample:
         captions = ["a disc"]
@@ -464,9 +465,9 @@ def test_a_keywords_initial_word_is_not_chosen_by_the_one_sample_with_a_large_lo
     items = [Item(Path("clip.mp4"), ["a disc"], 64, 64, 9, 8)]
     dataset = SimpleNamespace(captions=["a disc", "a circle up"], items=items, files=["x"], samples=None, pipe=pipe)
     encoder = SimpleNamespace(tokenizer=load_tokenizer(NANO), encode=lambda texts: (texts[0], None))
-    monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(k, Sample(k - 1)) for k in (1, 2, 3)])
+    monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(k, Sample(k)) for k in range(4)])
     assert keywords.search_initial_words(["disc"], encoder, dataset, "dit", 0.0, 1.0) == {"disc": "circle"}
-    assert "circle 0.0493, up 0.0608, a 1.0000, disc 0.1000" in capsys.readouterr().out  # cube roots of the products
+    assert "circle 0.1133, up 0.1200, a 1.0000, disc 0.1667" in capsys.readouterr().out
 
 
 def test_norms_of_a_table_of_zeros_are_numbers():

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
-from statistics import geometric_mean
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,7 @@ from nanowan.errors import BadInput
 from nanowan.training.captions import UNITS, has_keyword, is_cut_off, replace_keyword, spans, without_keywords
 from t5 import EOS, PAD, UNK
 
-# --keyword_init search: samples per keyword, words that are tried at one timestep, and how many of the best of these
-# words are tried at three timesteps
-SAMPLES, CANDIDATES, FINALISTS = 8, 64, 8
+INIT_SAMPLES, INIT_CANDIDATES = 8, 40  # of --keyword_init search: samples per keyword, and words to try
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
@@ -126,14 +124,16 @@ def initial_words(keywords, search, encoder, dataset, schedule):
 def search_initial_words(keywords, encoder, dataset, name, low, high):
     """Return {keyword: the known word to start from}. The search takes the most common words of captions without
     keywords, puts each of them in the keyword's place in the keyword's captions, and chooses the word with the lowest
-    loss_with_word. A keyword is left out if its captions have a still lower loss with the keyword itself. In Textual
-    Inversion (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their
-    losses, which the DiT `name` computes on training samples, one per file, at timesteps in [low, high).
+    loss. A keyword is left out if its captions have a still lower loss with the keyword itself. In Textual Inversion
+    (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their losses.
+
+    A loss is the mean over at most INIT_SAMPLES training samples, one per file, at three timesteps in [low, high) under
+    fixed noise, computed with the DiT `name`.
     """
     others = without_keywords(dataset.captions, keywords)
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
     readable = [w for w, _ in counts.most_common() if own_pieces(w, encoder.tokenizer)]
-    candidates = readable[:CANDIDATES]
+    candidates = readable[:INIT_CANDIDATES]
     if not candidates:
         return {}
     model, chosen = dataset.pipe.acquire(name).eval(), {}
@@ -144,12 +144,13 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
                 shown.setdefault(item.path, (replace(item, captions=captions[:1]), file))
         if not shown:
             continue
-        shown = list(shown.values())[:SAMPLES]
-        held = list(eval_batches(*zip(*shown), dataset.samples, dataset.pipe.settings.shift, low, high))
-        at_one, at_three = ([batch for i, batch in held if i in steps] for steps in ((2,), (1, 2, 3)))
-        first = {word: loss_with_word(word, keyword, at_one, model, encoder) for word in candidates}
-        finalists = [keyword, *sorted(first, key=first.get)[:FINALISTS]]
-        losses = {word: loss_with_word(word, keyword, at_three, model, encoder) for word in finalists}
+        shown = list(shown.values())[:INIT_SAMPLES]
+        held = eval_batches(*zip(*shown), dataset.samples, dataset.pipe.settings.shift, low, high)
+        batches, losses = [batch for i, batch in held if i], {}  # the lowest timestep says least about the word
+        captions = {caption for batch in batches for caption in batch.captions}
+        for word in [keyword, *candidates]:
+            texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
+            losses[word] = fmean(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         best = sorted(losses, key=losses.get)
         ranked = [*[word for word in best[:4] if word != keyword], keyword]
         shown_losses = ", ".join(f"{word} {losses[word]:.4f}" for word in ranked)
@@ -157,16 +158,6 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         if best[0] != keyword:
             chosen[keyword] = best[0]
     return chosen
-
-
-def loss_with_word(word, keyword, batches, model, encoder):
-    """Return the geometric mean of the losses of batches of one sample, with `word` in their captions in place of the
-    keyword. An arithmetic mean would depend mostly on the few samples with a large loss, and their loss says more about
-    what the noise hides than about the word.
-    """
-    captions = {batch.captions[0] for batch in batches}
-    texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
-    return geometric_mean(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
 
 
 @torch.no_grad()
