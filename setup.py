@@ -1,9 +1,10 @@
-"""`python setup.py build_ext --inplace` builds csrc/ into the extension nanowan_csrc. pyproject.toml has the rest.
+"""`python setup.py build_ext --inplace` builds csrc/ into the extension nanowan_csrc.
 
 If the extension cannot be built, because a compiler or something else is missing, one line says so and PyTorch's
-operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if nvcc and a CUDA build of torch are
-installed. With NANOWAN_CUDA=1, setup.py fails if one of the two is missing or the build fails. NANOWAN_CUDA=0 leaves
-the CUDA part out. TORCH_CUDA_ARCH_LIST is honoured.
+operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if nvcc and a CUDA build of torch, both of
+the same major version of CUDA, are installed. With NANOWAN_CUDA=1, setup.py fails if the extension or its CUDA part
+cannot be built. NANOWAN_CUDA=0 leaves the CUDA part out. TORCH_CUDA_ARCH_LIST is honoured. Other settings are in
+pyproject.toml.
 """
 
 import os
@@ -56,7 +57,9 @@ def cuda_lack(torch_cuda, cuda_home):
 
 
 def extension():
-    """Return ext_modules and cmdclass for setup(): ([Extension], {"build_ext": command}), empty if NANOWAN_CSRC=0."""
+    """Return ext_modules and cmdclass for setup(), [Extension] and {"build_ext": command}; with NANOWAN_CSRC=0, both
+    are empty.
+    """
     if os.environ.get("NANOWAN_CSRC") == "0":
         return [], {}
     import torch

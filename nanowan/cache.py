@@ -24,9 +24,9 @@ DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples wh
 
 # ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
-    """Return the result of answer(). The cache keeps it under the values of `question`, and answer() is called only if
-    the cache has no result for these values. So runs that share a cache inspect a media file only once. If cache is
-    None, nothing is kept. Raises BadInput if the cache cannot be written.
+    """Return the result of answer(). The cache keeps this result under the keyword arguments `question`; answer() is
+    called only if the cache has no result for the same arguments. So runs that share a cache inspect a media file only
+    once. If cache is None, nothing is kept. Raises BadInput if the cache cannot be written.
     """
     if cache is None:
         return answer()
@@ -54,8 +54,8 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the times, in seconds, at which frames are read for an item: those of the sample's frames, and then those
-    of the item's `frames_after` frames after the sample.
+    """Return the times, in seconds, of the frames that are read for an item: the frames of its sample, and then
+    `frames_after` frames that follow the sample.
     """
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
@@ -84,7 +84,7 @@ def read_items(items, sizes=None, cache=None):
 
 def read_file(path, name, windows, size, cache, called):
     """Yield one list of frames for each list of times in `windows` (video.read_windows). Frames are resized and cropped
-    to `size` (width, height). name: the digest of the file. called: the text with which the message of a Skip begins.
+    to `size` (width, height). name: the file's digest, for cached_probe. called: the beginning of a Skip's message.
     """
     try:
         yield from read_windows(path, windows, covering(*size), cached_probe(path, name, cache))
@@ -93,7 +93,7 @@ def read_file(path, name, windows, size, cache, called):
 
 
 def check_unchanged(item):
-    """Raise Skip if a file of an item was changed or removed after it was scanned."""
+    """Raise Skip if an item's media file or one of its sidecars was changed or removed after `scan`."""
     for path, name in ((item.path, item.digest), *item.sidecars.values()):
         own = "" if path == item.path else f"its {path.name} "
         if not path.exists():
@@ -182,7 +182,9 @@ def cache_file(cache, suffix=".safetensors", **parts):
 
 
 def latent_files(items, cache, vae_file, samples=None):
-    """Return the paths of the cache files for the latents of `items`, whether the files exist or not."""
+    """Return the path of the cache file for each item's latents, whether the file exists or not. samples: as in
+    cache_latents.
+    """
     weights = digest(vae_file, cache)
     return [
         cache_file(
@@ -219,7 +221,9 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
         by_file.setdefault((item.path, item.width, item.height), {})[file] = item
 
     def read(group):
-        """Yield (item, cache file, {kind: frames} of the item, or a Skip if they cannot be read)."""
+        """Yield (item, cache file, {kind: frames}) for each item of a group, {cache file: item}, that has no cache file
+        yet. For an item that cannot be read, a Skip takes the place of {kind: frames}.
+        """
         left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
             for item, _ in left[:1]:

@@ -1,7 +1,7 @@
 """Convert the colours of decoded pictures to what a player shows, and tag the colours of files that are written.
 
 Decoded pictures become 8-bit RGB with BT.709's primaries, whatever matrix, range, primaries, transfer function or ICC
-profile their file names.
+profile is given in their file.
 """
 
 import functools
@@ -73,8 +73,8 @@ def tags(context):
 
 
 def complete(frame, tags):
-    """Give a frame those of the container's `tags` that its decoder did not set. For example, a ProRes frame has no
-    tags of its own if its header names none.
+    """Set those tags of a frame that the decoder left unset, from the container's `tags`. For example, a ProRes frame
+    has no tags of its own if the frame's header names none.
     """
     for name, code in tags.items():
         if getattr(frame, name) == UNTOLD[name]:

@@ -9,8 +9,8 @@ import time
 
 
 class BadInput(ValueError):
-    """An error about a file or flag from the user that cannot be used. The message is one line: the file or flag, its
-    value, and what would be right.
+    """An error about a file or flag that the user gave and that cannot be used. The message is one line: the file or
+    flag, its value, and what would be right.
     """
 
 

@@ -1,4 +1,7 @@
-"""Write files that appear complete or not at all: under a temporary name, synced, renamed. Errors name the disk."""
+"""Write files that appear complete or not at all: they are written under a temporary name, synced and then renamed.
+
+If a write fails, the error names the file and, if the disk may be the reason, the disk.
+"""
 
 import contextlib
 import errno

@@ -116,8 +116,8 @@ def read_config(file):
 
 
 def in_force(args, defaults):
-    """Return one line that lists the flags whose values differ from the defaults, whether the user gave the values or
-    the checkpoint did.
+    """Return one line that lists the flags whose values differ from the defaults. It does not matter whether these
+    values come from the user or from the checkpoint.
     """
     changed = {k: v for k, v in vars(args).items() if v != vars(defaults)[k]}
     plain = {k: v[0]["source"] if _is_tables(v) and len(v) == 1 and len(v[0]) == 1 else v for k, v in changed.items()}

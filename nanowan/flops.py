@@ -167,8 +167,8 @@ def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkp
 
 
 def _of_few_blocks(count, config, adapted):
-    """Return what count(config, adapted) would return. If all blocks after the first do the same work, only two and
-    three blocks are counted, and the Flops of all blocks are extrapolated from these two counts.
+    """Return what count(config, adapted) would return. If all blocks after the first do the same work, count is called
+    for a DiT of two blocks and for one of three, and the Flops for all blocks are extrapolated from the two results.
     """
     inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
     if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):
@@ -185,8 +185,8 @@ COUNTED = {}  # results of step_of, since counting takes seconds: {key: (tokens,
 
 def step_of(dit, latents, text, batch):
     """Return the Flops of a training step on a DiT, without those that activation checkpointing repeats. The arguments
-    are as in `forward`. FLOPs are counted for one size, and scaled for others: linear layers by the number of tokens,
-    attention by the number of token pairs.
+    are as in `forward`. For each DiT, FLOPs are counted for one size of latents. For other sizes, the FLOPs of linear
+    layers are scaled with the number of tokens, and those of attention with the number of token pairs.
     """
     layers, tokens = lora_layers(dit), math.prod(latents) // 4
     key = repr(dit.config), tuple(layers), text

@@ -20,8 +20,8 @@ class SegmentFiles:
     on_every_rank = False  # one rank saves the segments, in files that all ranks read
 
     def __init__(self, out, key, resume):
-        """out: the video's file. key: a hash of everything that decides the video. resume: keep the segments that are
-        in the folder; otherwise they are deleted. Raises BadInput if these segments belong to another video.
+        """out: the video's file. key: a hash of everything that decides the video. resume: whether the segments in the
+        folder are kept, and not deleted. Raises BadInput if kept segments belong to another video.
         """
         self.out, self.folder, self.key = Path(out), Path(out).with_suffix(".clips"), key
         if not resume:
@@ -59,8 +59,8 @@ class SegmentFiles:
         return load(self.state_file(r))[0]
 
     def write_video(self, video, comment, save_latents=None):
-        """Write the mp4 of all segments, with the Video's sound, and delete the folder. save_latents: a file for the
-        segments' latents, which are named latents_0, latents_1, and so on.
+        """Write the mp4 of all segments, with the Video's sound, and then delete the segments' folder. save_latents: a
+        file for the segments' latents, which are named latents_0, latents_1, and so on.
         """
         frames = (load(self.file(r))[0]["frames"].numpy() for r in range(self.count()))
         write_frames(self.out, frames, video.fps, comment, sound=video.sound, sound_offset=video.sound_offset)

@@ -1,9 +1,9 @@
 """Estimate what a run will need before it starts: peak memory on the device and on the host, and bytes on disk.
 
-The models are built from fake tensors, which have shapes but no memory. The models then really run on them: a forward
-pass, a backward pass and an optimizer step of a DiT, an encoding and a decoding of the VAE. Every tensor made on the
-way counts from its creation until it is freed. Memory that PyTorch's operators use internally, and memory that an
-allocator wastes, are not counted.
+The models are built from fake tensors, which have shapes but no memory. With these tensors, a DiT runs a forward pass,
+a backward pass and an optimizer step, and the VAE encodes and decodes a clip. Every tensor made on the way counts from
+its creation until it is freed. Memory that PyTorch's operators use internally, and memory that an allocator wastes, are
+not counted.
 """
 
 import contextlib
@@ -156,7 +156,7 @@ class ParallelLayout:
         return outside + sum(mine), 0
 
     def share_tokens(self, dit):
-        """Make a DiT compute only what the first of the ranks that share a clip computes."""
+        """If a clip's tokens are split over ranks, make a DiT compute only the first rank's share of them."""
         if self.sp_size > 1:
             apply_ulysses(dit, self, FirstRank)
 
@@ -188,8 +188,8 @@ def full_builders(s):
 
 def build(builders, part, dtype, cuda=False):
     """Build the model `part`, a key of `builders`, and return it. Its weights get the dtypes that loading gives them on
-    a GPU (if `cuda`) or on a CPU. dtype: of the text encoder, of most weights of the DiT, and on a GPU of the VAE's
-    decoder; all other weights are in fp32.
+    a GPU (if `cuda`) or on a CPU. dtype: the dtype of the text encoder, of most weights of the DiT and, if `cuda`, of
+    the VAE's decoder; all other weights are in fp32.
     """
     model = builders[part]().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -228,8 +228,8 @@ class Plan:
     the device; the largest phase is the peak. host: the same for host memory, if the device is a GPU; the bytes are
     those of all ranks of one machine together. disk: {what needs space: bytes}. layout: the ParallelLayout.
 
-    takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: number of a rank's blocks
-    through which gradients pass; activation checkpointing saves memory only in these.
+    takes_turns: whether the two experts alternate on the device (Pipeline). learning_blocks: number of blocks on
+    one rank through which gradients pass; activation checkpointing saves memory only in these blocks.
     """
 
     takes_turns, learning_blocks = False, 0
@@ -298,8 +298,8 @@ def beside(measured, planned):
 
 
 def free_beside_plan(spec, device):
-    """Return the bytes that the plan of a spec may use, (on the device, on the host). A value that is not known is
-    infinite. spec: a SamplingSpec or TrainingSpec.
+    """Return (bytes on the device, bytes on the host) that the run described by a spec may use. A number that is not
+    known is returned as infinity. spec: a SamplingSpec or TrainingSpec.
     """
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
@@ -310,7 +310,7 @@ def free_beside_plan(spec, device):
 
 def encoder_at_work(encoder, memory, cuda):
     """Return ({what needs memory: bytes} on the device, the same on the host) for a text encoder that is not trained.
-    memory: free bytes on the device. As in the pipeline, an encoder that does not fit on a GPU is streamed.
+    memory: free bytes on the device. If the encoder does not fit on a GPU, it is counted as streamed, as Pipeline does.
     """
     whole, blocks = nbytes(encoder), [nbytes(b) for b in encoder.blocks]
     if cuda and whole + ROOM > memory:
@@ -592,7 +592,7 @@ def training(spec, builders, make_trainable):
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
     """Run training steps of one rank and return (peak bytes without weights, bytes of optimizer states and EMA). entry:
-    a sample, in the form of the entries of flow.make_noisy_batch.
+    a sample, in the form in which flow.make_noisy_batch takes samples.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

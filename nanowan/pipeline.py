@@ -83,13 +83,13 @@ class Pipeline:
 
     ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]"; each is merged into the DiTs or, if
     it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings:
-    files that replace or change the folder's text encoder (load_t5 in formats/t5.py). Raises BadInput if an expert's
-    files or a LoRA cannot be used. It does so at once, and not only when a run switches to that expert.
+    files that replace or change the folder's text encoder (load_t5 in formats/t5.py). All experts' files
+    and all LoRAs are checked at once, and not only when a run needs them. Raises BadInput if one cannot be used.
 
-    For training: `adapter` is the Adapter that each DiT gets when it is loaded; `checkpointing` is the value of
-    Wan.checkpointing that it gets. `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT
-    is not in memory. takes_turns: whether only one expert is on the device at a time; the other one waits on the host
-    if there is room. trains_text: whether the text encoder is trained, and so is never streamed.
+    For training: `adapter` and `checkpointing` are the Adapter and the value of Wan.checkpointing that each DiT gets
+    when it is loaded. `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT is not in
+    memory. takes_turns: whether only one expert is on the device at a time; the other one waits on the host if there is
+    room. trains_text: whether the text encoder is trained, and so is never streamed.
     """
 
     def __init__(self, ckpt_dir, runtime=None, loras=(), text_encoder=None):
@@ -122,7 +122,7 @@ class Pipeline:
         return Copier(self.device)
 
     def _add_to_text(self, lora):
-        """Apply a LoRA of the text encoder after the encoder's other changes. Raises BadInput if it does not fit."""
+        """Append a LoRA of the text encoder to the encoder's changes. Raises BadInput if the LoRA does not fit."""
         if lora.expert:
             raise BadInput(f"--lora {lora.file}:{lora.expert}: a LoRA of the text encoder, which has no experts")
         self.text_encoder.append(EncoderSpec(Path(lora.file), lora.weight))

@@ -206,8 +206,8 @@ def given_prompts(args):
 
 
 def requests_of(args, prompts, settings, seeds):
-    """Return a Request for each prompt and seed, in order. A prompt's own settings, inputs and seed replace those of
-    the flags.
+    """Return a Request for each pair of a prompt and a seed, ordered by prompt and then by seed. A prompt's own
+    settings, inputs and seed replace those of the flags.
     """
     flags, inputs = given_settings(args), given_inputs(args)
     pairs = [(p, seed) for p in prompts for seed in ([p.seed] if p.seed is not None else seeds)]

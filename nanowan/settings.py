@@ -170,7 +170,7 @@ def nearest_multiple(value, of):
 
 def check_size(size, frames, multiple, over=1):
     """Raise BadInput unless both sides of `size` (width, height), in px, are multiples of `multiple`, and `frames` is
-    4k + over. The error names the nearest values that fit.
+    4k + `over`, where `over` is 0 or 1. The error names the nearest values that fit.
     """
     if size[0] % multiple or size[1] % multiple or min(size) < 1:
         near = "x".join(str(nearest_multiple(side, multiple)) for side in size)

@@ -120,8 +120,8 @@ def read_windows(path, windows, draw, shown=None):
     chosen, done, before, drawn = [[] for _ in windows], 0, None, None
 
     def take(until):
-        """Put draw(before) into the lists for all times to which the frame `before` is nearest. until: the seconds at
-        which the next frame is shown.
+        """For each wanted time to which the frame `before` is nearest, append draw(before) to its window's list in
+        `chosen`. until: the seconds at which the next frame is shown.
         """
         nonlocal drawn
         for wanted, taken in zip(windows[done:], chosen[done:]):
@@ -173,7 +173,7 @@ def open_clip(path):
 
 
 def decode_packet(decoder, tags, packet):
-    """Return the frames of a packet. A frame without colour tags gets `tags`, those of the container."""
+    """Return the frames of a packet. Colour tags that a frame lacks are taken from `tags`, those of the container."""
     frames = decoder.decode(packet)
     for frame in frames:
         color.complete(frame, tags)
@@ -263,7 +263,7 @@ def decoded_times(path, stamps):
 
 def varies(times):
     """Return whether the steps between these `times` (seconds) vary: whether one of them differs from the median step
-    by more than a tenth of it and by more than 2.5 ms, which is more than Matroska's rounding to milliseconds causes.
+    by more than a tenth of the median and by more than 2.5 ms. Matroska's rounding to milliseconds causes less.
     """
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
@@ -733,9 +733,9 @@ def write_sound(file, stream, source, offset, seconds):
 
 # ---- sheets and previews ---------------------------------------------------------------------------------------------
 def write_grid(path, videos, labels, columns=1, shown=3, scale=None):
-    """Write a contact sheet as PNG. Each video (3,T,H,W) in [-1,1] becomes a strip of `shown` frames, from the first to
-    the last, under its label, with `columns` strips side by side. scale: the factor by which pixels are enlarged
-    (default: chosen so that a strip is about 384 px wide).
+    """Write a contact sheet as PNG. Each video (3,T,H,W) in [-1,1] becomes a strip of `shown` evenly spaced frames,
+    the first and last included, with its label above. `columns` strips lie side by side. scale: the factor by which
+    pixels are enlarged (default: chosen so that a strip is about 384 px wide).
     """
     from PIL import Image, ImageDraw, ImageFont
 

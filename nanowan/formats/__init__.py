@@ -25,7 +25,7 @@ def load_t5(ckpt_dir, device="cpu", dtype=torch.bfloat16):
 
 
 def read_lora(path, expert=None):
-    """Return {parameter name: Change} of a LoRA file in any layout, the form that lora.merge takes. If the file holds
+    """Return {parameter name: Change}, the argument of lora.merge, for a LoRA file in any layout. If the file holds
     changes for both experts, `expert`, "high" or "low", says for which one to read them.
     """
     from nanowan.formats.lora import read_lora

@@ -136,9 +136,9 @@ class Kron(Change):
 
 @dataclass(frozen=True)
 class Hadamard(Change):
-    """LoHa: scale * (a1 b1) * (a2 b2), where the outer * is elementwise. pairs: the tuples (a1, b1) and (a2, b2), with
-    shapes (n,r) and (r,m). For a convolution, each tuple may instead hold three tensors: a (r,n), b (r,m) and t
-    (r,r,...). Each factor is then t contracted with a and b.
+    """LoHa: scale * (a1 b1) * (a2 b2), where a1 b1 and a2 b2 are matrix products, and each * is elementwise. pairs: the
+    tuples (a1, b1) and (a2, b2), with shapes (n,r) and (r,m). For a convolution, each tuple may instead hold three
+    tensors: a (r,n), b (r,m) and t (r,r,...). In place of each product a b stands t contracted with a and b.
     """
 
     pairs: tuple
@@ -232,7 +232,7 @@ class GLora(Change):
 class Rotation(Change):
     """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, where q = blocks - blocks^T. Then
     `rescale`, if given, multiplies each row. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm
-    that q may have, over all blocks; 0: no limit.
+    that q may have, as one tensor of all blocks; 0: no limit.
     """
 
     blocks: Entry
@@ -285,8 +285,8 @@ class InputRotation(Change):
     matrices q, (s,s).
 
     terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If `terms` is None,
-    the rotation is the inverse of that, (1 - q)(1 + q)^-1, without approximation. limit: the largest norm that a q may
-    have (COFT), or None. shared: whether all blocks of columns share one rotation.
+    the rotation is the inverse of this matrix, (1 - q)(1 + q)^-1, without approximation. limit: the largest norm that
+    each q may have (COFT), or None. shared: whether all blocks of columns share one rotation.
     """
 
     vectors: Entry

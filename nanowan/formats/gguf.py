@@ -122,7 +122,7 @@ def read(path):
 
 def original_shape(name, dims, metadata):
     """Return the shape, slowest dimension first, that a tensor had before ComfyUI-GGUF reshaped it. dims: the
-    dimensions in the header, fastest first. Raises ValueError if the two have different numbers of elements.
+    dimensions in the header, fastest first. Raises ValueError if the shape and `dims` differ in number of elements.
     """
     shape = metadata.get(ORIGINAL_SHAPE + name, tuple(reversed(dims)))
     sizes = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)

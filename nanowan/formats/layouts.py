@@ -28,9 +28,9 @@ def _holds_dit(file):
 
 def weight_files(path, stem="diffusion_pytorch_model"):
     """Return the files that hold one model. If `path` is a file, return it alone. In a folder, return all shards that
-    the index lists, else the unsharded safetensors file, else another weight file that is not named like a VAE or a
-    text encoder; if several are left, exactly one of them must hold a DiT, and it is returned. stem: the name of the
-    index and of the unsharded file, without endings. Raises BadInput, which names what is missing.
+    the index lists, else the unsharded safetensors file, else the only .safetensors or .gguf file that is not named
+    like a VAE or a text encoder. If several are not, exactly one of these must hold a DiT, and it is returned. stem:
+    the name of the index and of the unsharded file, without endings. Raises BadInput, which names what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -263,8 +263,8 @@ def parts_folder(ckpt_dir):
 
 
 def expert_folders(ckpt_dir):
-    """Return {"high": folder, "low": folder} for an A14B's two DiTs, or {"dit": folder or file} for a single DiT. Of
-    the two DiTs in Animate-2's official folder, the base model is returned, not the distilled one.
+    """Return {"high": folder, "low": folder} for an A14B's two DiTs, or {"dit": folder or file} for a single DiT.
+    Animate-2's official folder holds two DiTs; the file of the base model is returned, not that of the distilled one.
     """
     ckpt_dir = Path(ckpt_dir)
     if files := sorted((ckpt_dir / "wan_animate_2").glob("*.safetensors")):

@@ -80,8 +80,9 @@ class Place(NamedTuple):
 
 
 def official_name(key):
-    """Return the Place that a key of a LoRA file refers to, or None if the key belongs to neither a DiT nor the text
-    encoder. The Place of a key for the text encoder has the component "text" and transformers' name of the parameter.
+    """Return the Place (component, parameter, part) that a key of a LoRA file names, or None if the key belongs to
+    neither a DiT nor the text encoder. For a key of the text encoder, the component is "text", and the parameter has
+    transformers' name.
     """
     m = ENDINGS.fullmatch(key.replace("_orig_mod.", ""))
     if not m:
@@ -175,9 +176,10 @@ def change_of(parts, alpha=None, peft=None):
 # ---- reading -----------------------------------------------------------------------------------------------------
 @dataclass
 class Listing:
-    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}, with one
-    entry for each model that the file changes (for a file for both experts: two). Changes of a single DiT are under
-    "high", unless the file's keys name the low-noise expert. problem: the reason why the file is refused, or None.
+    """The contents of a LoRA file's header. halves: {"high" | "low" | "text": {parameter: {part: Entry}}}. If
+    the file is for both experts, `halves` has the keys "high" and "low"; if it is for the text encoder, "text"; if it
+    is for a single DiT, "high", unless the file's keys name the low-noise expert. problem: the reason why the file is
+    refused, or None.
     """
 
     path: Path
@@ -265,9 +267,9 @@ def list_lora(path):
 
 
 def _peft_config(listing, beside):
-    """Return ({"high" | "low": PEFT's settings}, a problem or None). These settings are in the metadata of a LoRA file
-    that diffusers wrote, and in the adapter_config.json next to one that PEFT itself wrote. beside: whether the
-    adapter_config.json next to the LoRA file belongs to it.
+    """Return ({"high" | "low": PEFT's settings}, a problem or None). If diffusers wrote the LoRA file, these settings
+    are in its metadata; if PEFT itself wrote it, they are in the adapter_config.json in the same folder. beside:
+    whether an adapter_config.json in that folder belongs to this LoRA file.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
@@ -332,8 +334,9 @@ def kind_of_lora(path):
 def read_lora(path, expert=None):
     """Return ({parameter name: Change}, metadata) of a LoRA file in any of the known layouts.
 
-    expert: "high" or "low", the half to read if the file is for both experts. Raises BadInput for unknown keys and for
-    kinds that are not read: a file is never loaded in part. Tensors stay in the file until a change is used.
+    expert: "high" or "low": whose changes to read if the file is for both experts. Raises BadInput if any key is
+    unknown or any change is of an unsupported kind, so that a file is never loaded in part. Tensors stay in the file
+    until a change is used.
     """
     listing = read_listing(path)
     return listing.changes(expert), listing.metadata
@@ -342,10 +345,11 @@ def read_lora(path, expert=None):
 def describe(path):
     """Return a description of a LoRA file, from its header alone, or None for a file that is not a LoRA:
 
-    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: count}, "ranks": {rank: count}, "targets":
-    {module: count}, "blocks": their indices, "elsewhere": parameters outside the blocks, "image_keys": number of
-    tensors for Wan 2.1's image branch, "alpha_keys": count, "expert" and "expert_from": the pair that expert_of
-    returns, "problem": the reason why the file is refused, or None, "metadata"}
+    {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: number of changes}, "ranks": {rank: number
+    of changes}, "targets": {module in a block: number of changes}, "blocks": indices of the changed blocks,
+    "elsewhere": changed parameters outside the blocks, "image_keys": number of tensors for Wan 2.1's image branch,
+    "alpha_keys": number of alphas, "expert" and "expert_from": the pair that expert_of returns, "problem": the reason
+    why the file is refused, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
@@ -412,9 +416,9 @@ COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # af
 def expert_in_name(path):
     """Return the expert that a file's name mentions, "high" or "low", or None if it mentions neither or both.
 
-    Next to "noise", the words high and low and the letters H and L count. Without "noise", the words high, low, HN, LN,
-    H and L count only at the end of the name or before a number or version (x_HIGH, style-H-e8). HN, LN, H and L also
-    count directly after the model's name (wan22_h_style). high_heels mentions no expert.
+    Beside the word "noise", high, low, H and L mention an expert. Without "noise", high, low, HN, LN, H and L do so
+    only at the end of the name or before a number or version (x_HIGH, style-H-e8). HN, LN, H and L also do so directly
+    after the model's name (wan22_h_style). high_heels mentions no expert.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
     words = "_" + re.sub(r"[\W_]+", "_", words).lower()
@@ -443,9 +447,9 @@ def choose_experts(spec, experts, flag="--lora"):
     name" decided this, or None.
 
     spec: LoraSpec. experts: the names of the available DiTs: "high", "low" or both for an A14B, or the one name of a
-    single model. If only one DiT is available, a file whose expert is unknown is for this DiT. A file that is for
-    an expert by its name alone is also for a single model. Raises BadInput if the expert is unknown and two DiTs are
-    available, or if the file is for an expert that is not available.
+    single model. If only one DiT is available, a file whose expert is unknown is for this DiT. If only a file's
+    name says which expert it is for, it may be used for a single model too. Raises BadInput if the expert is unknown
+    and two DiTs are available, or if the file is for an expert that is not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
@@ -510,9 +514,9 @@ def check_fit(path, changes, shapes):
 
 
 def merge_file(model, path, weight=1.0, expert=None):
-    """Merge a LoRA file into a model, in place, with lora.merge. expert: "high" or "low", the half to merge if the file
-    is for both experts. Raises BadInput, before anything is changed, for files that read_lora or check_fit refuses, and
-    for files in which the change of an 8-bit weight is not of low rank.
+    """Merge a LoRA file into a model, in place, with lora.merge. expert: "high" or "low": whose changes to merge if
+    the file is for both experts. Raises BadInput, before anything is changed, for files that read_lora or check_fit
+    refuses, and for files that change an 8-bit weight of the model by more than a low rank.
     """
     changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
     taken = check_fit(path, changes, shapes)
@@ -569,8 +573,8 @@ class AdapterInfo:
     """Facts about an adapter's training that its file tells LoRA managers.
 
     variant: the base model, a key of VARIANTS. date: ISO 8601. trained_words: {word: number of files with the word in
-    their captions}. resolution: (width, height) px. steps: planned number of steps. batch: samples per step and rank.
-    total_batch: samples per optimizer step, over all ranks and --accumulate.
+    their captions}. resolution: (width, height) px. steps: planned number of steps. batch: samples per rank and
+    micro-batch. total_batch: samples per optimizer step, over all ranks and the micro-batches of --accumulate.
     """
 
     variant: str | None = None

@@ -51,7 +51,7 @@ class ScaledEntry(Entry):
 
 
 def check_quantization(file, text):
-    """Raise BadInput if ComfyUI's JSON description of quantized weights names a format that is not read. text: the
+    """Raise BadInput if ComfyUI's JSON description of quantized weights names an unsupported format. text: the
     description of one layer or of all layers, as str or bytes, or None if there is none. file: named in the message.
     """
     try:
@@ -72,8 +72,8 @@ def check_quantization(file, text):
 
 def apply_scales(entries):
     """Replace every weight that has a scale with a ScaledEntry, and remove the scales and ComfyUI's other companion
-    tensors. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for quantized formats that are
-    not read.
+    tensors. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for unsupported quantized
+    formats.
     """
     scales = {}
     for name in [n for n in entries if n.endswith(SCALES + IGNORED + NVFP4_SCALES)]:

@@ -219,8 +219,8 @@ def _is_whole(file):
 
 def encoder_source(ckpt_dir, weights=None):
     """Return the EncoderSource of a checkpoint folder. weights: as for encoder_specs. The base is the last complete
-    encoder with strength 1 among the weights, else the folder's own encoder. The weights after the base are the
-    changes.
+    encoder with strength 1 among the files of `weights`, else the folder's own encoder. The files after the base are
+    the changes.
     """
     specs = encoder_specs(weights)
     whole = [i for i, (file, strength) in enumerate(specs) if strength == 1 and _is_whole(file)]
