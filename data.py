@@ -80,7 +80,7 @@ def collate(embeddings):
 
 def eval_batches(items, files, samples, shift, low, high):
     """Yield (i, Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3, with its first caption.
-    The file's digest decides the noise and whether, with probability 0.5, the sample is a continuation segment.
+    The file's digest decides the noise and whether the sample, if it can, continues a previous segment (chance 0.5).
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -277,8 +277,8 @@ class Dataset:
                 yield batch, fraction * count / self.batches.size
 
     def _batch(self, draws, preserves):
-        """Return the Batch of `draws`, whose latents have equal shapes, read from the cache. preserves: whether the run
-        preserves prompts. If so, Batch.preserved is set, as all ranks compute the base model's predictions together.
+        """Return the Batch of `draws`, read from the cache. Their latents must have equal shapes. preserves: whether
+        the run preserves prompts; if so, Batch.preserved is always set, since all ranks run the base model together.
         """
         samples = self.samples
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]

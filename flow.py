@@ -83,9 +83,9 @@ class Batch(NamedTuple):
 
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
-    """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t (B,). An entry is {"latents": (C,T',h,w),
-    "y": (c,T',h,w) if the model has conditioning channels, and the further inputs of its forward}. If any sample is
-    given its clean first latent frame, t is (B,T') instead, and 0 for each given frame.
+    """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t: (B,), or (B,T') if any sample is given its
+    clean first latent frame; t is then 0 for that frame. An entry is {"latents": (C,T',h,w), "y": (c,T',h,w) if the
+    model has conditioning channels, and the further inputs of its forward}.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:

@@ -164,7 +164,7 @@ def denoise(pipe, settings, clip, expert):
 
 
 def encode_text(pipe, settings, prompts, encoder=None):
-    """Return (embeddings (B,S,D), lens (B,)) of the prompts; and the same of the negative prompt, None if unguided."""
+    """Return the prompts' (embeddings (B,S,D), lens (B,)), and the negative prompt's, or None if no step is guided."""
     embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
@@ -186,7 +186,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: as in decode_tiled, or 0 for full frames."""
+    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: side in latent px; 0: one tile per rank."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -205,7 +205,7 @@ def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None
 
 
 def open_video(pipe, settings, **inputs):
-    """Open a Video. inputs: named like the flags; images: files or PIL images. Raises BadInput for wrong inputs."""
+    """Return the Video to sample. inputs: named like the flags, images as files or PIL images; BadInput if wrong."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")

@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` ranges of signed distances: exact to 7, logarithmic to 128."""
+    """A learned logit per head for each of `buckets` ranges of signed distance: single values to 7, wider to 128."""
 
     def __init__(self, buckets, heads):
         super().__init__()

@@ -16,8 +16,8 @@ from kernels import ops
 
 
 class Geometry(NamedTuple):
-    """The shape of a VAE's latents: z_dim channels, and one latent pixel per stride = (frames, height, width) of the
-    video. The video's first frame has a latent frame of its own.
+    """The shape of a VAE's latents: z_dim channels; each latent pixel stands for `stride` = (frames, height, width) of
+    the video, except that the video's first frame has a latent frame of its own.
     """
 
     z_dim: int
@@ -264,7 +264,7 @@ class Coder(nn.Module):
         return self.forward_head(x, past)
 
     def forward_mid(self, x, past):
-        """Run the first part of a decoder, at the resolution of the latents, whose attention sees full frames."""
+        """Run the first part of a decoder. It works at the latents' resolution; its attention sees full frames."""
         x = self.conv1(x, past)
         for layer in self.middle:
             x = layer(x, past)

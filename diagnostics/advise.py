@@ -41,8 +41,8 @@ class Flag(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """The clips in --data. items: their scan.Items. captions: all of their captions. shared: the keywords of which
-    every token also occurs in a caption without keywords.
+    """The clips in --data. items: their scan.Items. captions: all of their captions. shared: the keywords all of whose
+    tokens also occur in captions without keywords.
     """
 
     items: list
@@ -148,8 +148,8 @@ def folder_of(ckpt):
 
 
 def look_at_words(keywords, items, captions, pipe):
-    """Print which keywords occur in the captions of few files. Return the keywords of which every token also occurs in
-    a caption without keywords. pipe: a Pipeline with the tokenizer; if it is None, no keyword is returned. Raises
+    """Print which keywords occur in the captions of few files. Return a tuple of the keywords all of whose tokens also
+    occur in captions without keywords. pipe: a Pipeline with the tokenizer; if it is None, the tuple is empty. Raises
     BadInput for a keyword that no caption contains.
     """
     for keyword in keywords:

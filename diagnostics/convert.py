@@ -65,9 +65,10 @@ def is_dit(source, part):
 
 
 def convert_lora(text, out, layout):
-    """Write a LoRA in another layout. text: FILE, or for a file that holds both experts FILE:high or FILE:low. layout:
-    "comfyui", which diffusers reads too, or for a DiT's LoRA also "musubi", which musubi-tuner reads. The low-rank
-    factors keep their bits, unless alpha has to be multiplied in. Raises BadInput if this layout cannot hold the LoRA.
+    """Write a LoRA in another layout. text: FILE; if FILE holds both experts, FILE:high or FILE:low. layout: "comfyui"
+    (diffusers reads it too) or "musubi" (for musubi-tuner, and only for a LoRA on a DiT). The low-rank factors keep
+    their bits, except that B is multiplied by the LoRA's scale, such as alpha / rank, where this is not 1. Raises
+    BadInput if the layout cannot hold the LoRA.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")

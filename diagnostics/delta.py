@@ -69,7 +69,7 @@ def dense_norms(difference):
 
 def relative_norm(rows):
     """Return ||dW|| / ||W|| of several matrices together: the Frobenius norm of all their changes, divided by the
-    Frobenius norm of all their base weights. rows: from `delta`.
+    Frobenius norm of all their base weights. rows: the list that `delta` returns.
     """
     moved, base = math.hypot(*(r["norm"] for r in rows)), math.hypot(*(r["base"] for r in rows))
     return moved / base if base else math.inf
@@ -173,7 +173,7 @@ def experts_of(path):
 
 def pair_up(text, ckpt):
     """Return the Pairs that the command `diag.py delta TEXT --ckpt CKPT` compares. text: a file or folder, or FILE:high
-    or FILE:low of a LoRA. Raises BadInput if the two cannot be compared.
+    or FILE:low of a LoRA. Raises BadInput if what `text` names cannot be compared with the checkpoint.
     """
     base = checkpoint_dir(ckpt)
     bases = experts_of(base)

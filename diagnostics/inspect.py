@@ -202,8 +202,9 @@ def files_of(path):
 
 
 class Contents(NamedTuple):
-    """What the weight files of one model contain. entries: {name: Entry}, under official names except for an encoder.
-    lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else None.
+    """What the weight files of one model contain. entries: {name: Entry}, with official names for a DiT or a VAE, else
+    with the files' names without prefixes. lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else
+    None.
     """
 
     kind: str  # "lora", "text_encoder_lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"

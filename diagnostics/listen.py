@@ -1,7 +1,7 @@
 """diag.py listen: compare how models follow prompts before and after training, by nano's grader, by CLIP or by eye.
 
-The result has one column for each model: the base, the base with the encoder, and the base with the encoder and the
-translator (a LoRA). All models sample from the same seeds.
+The result has one column for each model: the base, the base with a trained text encoder, and the base with this encoder
+and a translator (a LoRA). All models sample from the same seeds.
 """
 
 import itertools
@@ -49,10 +49,10 @@ def parse_strengths(files):
 
 
 def open_columns(args, how):
-    """Return {column name: Pipeline}: the base, the base with the encoder, and the base with the encoder and the
-    translator. Encoder and translator are left out if `args` does not name them. With --skip_before, return only the
-    last column. If the encoder is given at several strengths, return instead a column for each strength. how: a
-    Runtime.
+    """Return {column name: Pipeline}: the base, the base with the encoder of --text_encoder, and the base with this
+    encoder and the translator of --lora. Without one of these flags, what it names is left out. With --skip_before,
+    return only the last column. If --text_encoder gives several strengths, return instead a column for each strength.
+    how: a Runtime.
     """
     encoders = parse_strengths(args.text_encoder)
     if None not in encoders:
@@ -169,9 +169,9 @@ def cell(score):
 
 
 def show_scores(scores):
-    """Print a table of scores {column: {suite: {what: a proportion or an average}}}. Then print each score that has
-    fallen: its interval in the last column lies below its interval in the column before. The last column must have
-    every suite.
+    """Print a table of scores {column: {suite: {kind of score: what proportion or average returned}}}. Then print each
+    score that has fallen: its interval in the last column lies below its interval in the column before. The last column
+    must have every suite.
     """
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
@@ -224,13 +224,13 @@ def psnr(a, b):
 
 
 def judge(columns, rows, seed, load=None, grader=None, **settings):
-    """Sample the Rows in every column, and return their scores {column: {suite: {what: proportion or average}}}. A
-    suite is a word, "all words" or "other prompts" (Rows that test no word).
+    """Sample the Rows in every column. Return {column: {suite: {kind of score: what proportion or average returned}}}.
+    A suite is a word, "all words" or "other prompts" (Rows that test no word). The kinds of score:
 
-    For words, "clip" is the share of correct clips. A clip is correct if CLIP finds the first of the Row's texts the
-    most probable, by the mean over frames. For other prompts, clips are compared with those of the first column: "psnr"
-    in dB, and "clip_i", the cosine between CLIP's features of the frames. For all Rows, "grader" is the mean of the
-    numbers that the command `grader` prints.
+    "clip", for Rows that test a word: the share of correct clips. A clip is correct if CLIP finds the first of the
+    Row's texts the most probable, by the mean over frames. "psnr" in dB and "clip_i", for the other Rows, compare their
+    clips with those of the first column; "clip_i" is the cosine between CLIP's features of the frames. "grader", for
+    all Rows: the mean of the numbers that the command `grader` prints.
 
     columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
     command, or None.

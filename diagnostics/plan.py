@@ -40,7 +40,7 @@ CARDS = {"4090": 24, "H100": 80}  # {GPU: its GB}; times are printed for these i
 
 class Machine(NamedTuple):
     """A machine to plan a run for. ranks: number of GPUs, one per rank. memory: bytes of each GPU. host: bytes of host
-    memory. Where memory or host is None, the plan uses that of the machine on which diag.py runs. card: a name in
+    memory. If memory or host is None, the plan uses the memory of the machine on which diag.py runs. card: a name in
     flops.CARDS, or None if the GPU is not known.
     """
 
@@ -52,8 +52,8 @@ class Machine(NamedTuple):
 
 class Job:
     """A run of a script with given flags, to be planned. script: a name in SCRIPTS. argv: the flags. If --ckpt names a
-    released variant, no checkpoint file is needed. If --data exists, the data are scanned for the sizes of their
-    buckets and of the cache. Raises BadInput for wrong flags.
+    released variant, no checkpoint file is needed. If --data exists, it is scanned for its largest bucket and longest
+    caption, and for the size of its cache. Raises BadInput for wrong flags.
     """
 
     def __init__(self, script, argv):
@@ -242,9 +242,9 @@ def data_items(job):
 
 @functools.cache
 def scanned(source, variant, multiple, fps, cache):
-    """Return the result of scan_source for a source of data. The result is cached, so that all candidates of a search
-    share one scan. variant: a name in VARIANTS. multiple, fps: the size_multiple and the fps of the Settings. cache:
-    the cache folder, or None.
+    """Return the result of scan_source for a source of data. The result is cached, so that `propose` scans the data
+    once for all the flags it tries. variant: a name in VARIANTS. multiple, fps: the size_multiple and the fps of the
+    Settings. cache: the cache folder, or None.
     """
     samples = released(variant).parts.samples(SimpleNamespace(config=lambda: full_config(variant)))
     return scan_source(source, SimpleNamespace(size_multiple=multiple, fps=fps), samples, cache)
@@ -272,9 +272,9 @@ def shape_of(ckpt):
 
 # ---- flags that fit ----------------------------------------------------------------------------------------------
 class Candidates(NamedTuple):
-    """Flags with which a run may fit. If `counted` is not None, with_number adds flags for a number of blocks, from
-    `fewest` to `most`. counted: what these blocks do: "checkpointing", they use activation checkpointing; "streamed",
-    they are in host memory.
+    """Flags with which a run may fit. counted: what with_number adds to `flags` for n blocks, from `fewest` to `most`:
+    "checkpointing", flags for activation checkpointing in n blocks; "streamed", flags that keep n blocks in host
+    memory; None, nothing.
     """
 
     flags: list
@@ -283,7 +283,7 @@ class Candidates(NamedTuple):
     most: int = 0
 
     def with_number(self, script, n):
-        """Return the flags, with those for n blocks."""
+        """Return `flags`, followed by the flags that checkpoint or stream n blocks, as `counted` says."""
         if self.counted is None:
             return self.flags
         if self.counted == "streamed":
@@ -299,8 +299,8 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
     """
 
     def counted(flags):
-        """Return Candidates that add activation checkpointing in as few blocks as possible. If the script is sample.py,
-        or the user's flags decide about checkpointing, no checkpointing is added.
+        """Return Candidates with `flags`. Their with_number adds activation checkpointing, unless the script is
+        sample.py or the user has set a flag that decides about checkpointing.
         """
         if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
             return Candidates(flags, None)
@@ -326,8 +326,8 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
 
 
 def propose(script, argv, machine):
-    """Return (flags, Plan): `argv` with the flags of the first of `candidates` with which the run fits on a Machine.
-    Raises BadInput if the run fits with none of them.
+    """Find flags with which a run fits on a Machine. Return (flags, Plan of the run). flags: `argv`, then --vae_tile if
+    decoding needs tiles, then the flags of the first of `candidates` that fits. Raises BadInput if none fits.
     """
     args, given = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
     guided = script == "sample" and is_guided(args)
@@ -344,9 +344,9 @@ def propose(script, argv, machine):
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """Return the Plan of a run with these flags that computes guidance in the way that takes the least memory. Keep
-        in `least` the lowest peak of all Plans so far and its flags, and in least_on_host the lowest host_peak of those
-        Plans that fit the GPU.
+        """Return the Plan of a run with these flags that computes guidance in the way that takes the least memory. Also
+        update, over all Plans so far, `least`: the lowest peak, with the flags that give it; and least_on_host: the
+        same for host_peak, over the Plans whose peak fits the GPU.
         """
         nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
@@ -357,8 +357,8 @@ def propose(script, argv, machine):
 
     def excess(flags):
         """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
-        This is the excess of the one phase that the number of blocks changes ("denoise" or "training"), unless other
-        phases exceed the memory: then it is the largest excess of these.
+        Only one phase, "denoise" or "training", depends on how many blocks are checkpointed or streamed. If other
+        phases exceed the memory, return the largest of their excesses, else the excess of this one phase.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}

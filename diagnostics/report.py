@@ -71,7 +71,7 @@ def line_plot(x, y, label, **axes_settings):
 
 def heat_map(rows, key, label, scale=1):
     """Return an <img> element with a heat map of scale * row[key], with a column for each block and a row for each
-    kind. If several of `rows` have the same block and kind, their largest value is shown. Those whose block is None are
+    kind. If several of `rows` have the same block and kind, their largest value is shown. Rows whose block is None are
     left out. label: text at the colour bar.
     """
     rows = [r for r in rows if r["block"] is not None]
@@ -344,10 +344,11 @@ def words_section(run):
 
 def report(folder, n=20):
     """Return one self-contained HTML page about a training run: its command, losses and learning rate; how far weights,
-    attention logits and embeddings moved; previews from its start and end; on nano, accuracy and clips of words that
-    cannot be graded; its flags and versions. folder: the run's --out. n: number of graded prompts for each word in
-    graded_words; the known words together get as many prompts as all of these words. With n = 0, the page has neither
-    accuracy nor clips of words. Raises BadInput if the folder holds no run.
+    attention logits and embeddings moved; previews from its start and end; its flags and versions. On nano, unless n is
+    0, the page also has the accuracy on graded prompts, and clips of the run's words that cannot be graded.
+
+    folder: the run's --out. n: number of prompts for each word in graded_words; the known words share as many prompts
+    as all of these words together get. Raises BadInput if the folder holds no run.
     """
     run = TrainingRun(folder)
     graded = n and gradable(Pipeline(run.ckpt).settings)

@@ -16,9 +16,9 @@ def reuse(models, prompts, threshold, exact):
     those sampled without reuse. models: a Pipeline. exact: [(latents, video)] of each prompt without reuse; prompt i
     has seed i.
 
-    Returns {"threshold", "computed", "steps", "latent_error", "psnr"}. computed: how many of the "steps" computed a
-    velocity, a mean over the prompts. latent_error: ||z' - z|| / ||z|| of the latents, a mean over the prompts. psnr:
-    in dB, from the mean squared error of all videos.
+    Returns {"threshold", "computed", "steps", "latent_error", "psnr"}. computed: how many of a clip's `steps` steps
+    computed a velocity. latent_error: ||z' - z|| / ||z|| of the latents. Both are means over the prompts. psnr: in dB,
+    from the mean squared error of all videos.
     """
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):

@@ -53,9 +53,9 @@ def word_attribute(row):
 
 
 def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
-    """Sample a clip for the prompt of each row (row i from seed + i), and grade the clips. Returns (grades, clips
-    (N,3,9,64,64) on the host). batch: number of clips that are sampled at once. overrides: keyword arguments of
-    sample.sample_latents.
+    """Sample a clip for each prompt (prompt i from seed + i), and grade the clips. Returns (grades, clips (N,3,9,64,64)
+    on the host). rows: the prompts, each a dictionary with "prompt". batch: number of clips that are sampled at once.
+    overrides: keyword arguments of sample.sample_latents.
     """
     clips = []
     for i in range(0, len(rows), batch):
@@ -67,7 +67,7 @@ def sample_and_grade(models, rows, seed=0, batch=50, **overrides):
 
 
 def word_suites(words, n, seed):
-    """Return {suite: rows of world.prompts}. The suite of each new word has n prompts. The suite of the known words,
+    """Return {suite: prompts with attributes}. The suite of a new word has n prompts. The suite of the known words,
     "old words", has as many prompts as all new words together, or fewer if no more exist. Raises BadInput if a new word
     has fewer than n prompts.
     """

@@ -73,7 +73,7 @@ def wilson(right, n):
 
 
 def proportion(n_right, n):
-    """Return {"right", "n", "low", "high"}: the accuracy n_right / n, n, and the 95 % interval of the accuracy."""
+    """Return {"right", "n", "low", "high"}. right: the accuracy n_right / n; low, high: its 95 % interval."""
     low, high = wilson(n_right, n)
     return {"right": n_right / n, "n": n, "low": low, "high": high}
 

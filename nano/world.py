@@ -201,9 +201,8 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 
 def triples_of(*words):
-    """Return the triples (colour, shape, motion) that contain the meanings of all `words`, which are new words of
-    different kinds. The other attributes have any known values. Triples that were left out of training are not among
-    them.
+    """Return the triples (colour, shape, motion) that contain the meanings of all `words` (new words of different
+    kinds), with every known value of the other attributes. Triples that were left out of training are not included.
     """
     values = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}
     values |= {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
