@@ -56,8 +56,12 @@ def add_data_flags(add):
     """Add the flags of a command that reads training data; they become arguments of logits.open_dataset."""
     add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
     add("--cache", help="folder of the cache (default: cache/, next to the data)")
-    add("--resolution", help="WxH in px; other aspect ratios get the same area (default: as in train_lora.py)")
-    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: as in train_lora.py)")
+    add(
+        "--resolution",
+        help="WxH of the samples in px; buckets with other aspect ratios have the same area (default: that of "
+        "train_lora.py)",
+    )
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: that of train_lora.py)")
 
 
 def arguments(argv=None):
@@ -79,15 +83,17 @@ def arguments(argv=None):
         "--gpus",
         help="GPUs on which the run should fit, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090; flags with which "
         "it fits are proposed. GB: the memory that the card is sold with; 24 means 25.8e9 bytes. CARD: the GPU whose "
-        f"speed is assumed, one of {', '.join(flops.CARDS)} (default: this machine's GPU; if it has none, "
-        f"{' and '.join(plan.CARDS)})",
+        f"speed is assumed, one of {', '.join(flops.CARDS)} (default: no proposal; CARD: this machine's GPU, or if "
+        f"there is none, {' and '.join(plan.CARDS)})",
     )
     add("--host", type=float, help="host memory per machine in GB, for --gpus (default: no limit)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="the script to run")
     add("flags", nargs=argparse.REMAINDER, help="flags of that script, after all other arguments")
 
     add = command(
-        "advise", advise, "training commands for your clips, the reason for each number, and advice on which to run"
+        "advise",
+        advise,
+        "training commands for your clips, the reason for each number, and advice on which command to run",
     )
     add("--data", required=True, help="data set, in the form of train_lora.py --data")
     add(
@@ -97,12 +103,18 @@ def arguments(argv=None):
         "(default: nano, the toy checkpoint in the repository)",
     )
     add("--keywords", help="words a,b,c to teach (default: none)")
-    add("--resolution", help="WxH in px; other aspect ratios get the same area (default: as in train_lora.py)")
-    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: as in train_lora.py)")
+    add(
+        "--resolution",
+        help="WxH of the samples in px; buckets with other aspect ratios have the same area (default: that of "
+        "train_lora.py)",
+    )
+    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: that of train_lora.py)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--json", help="also write the commands to this JSON file")
 
-    add = command("scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, for each strategy")
+    add = command(
+        "scale", scaling, "predicted seconds per sample of a LoRA step on 1 to 64 GPUs, for each way to divide the work"
+    )
     add("--ckpt", default="ti2v-5B", help=f"released variant: {', '.join(VARIANTS)} (default: %(default)s)")
     add("--size", help="size of the clips, WxH in px (default: the variant's default size)")
     add("--frames", type=int, help="number of frames per clip, 4k+1 (default: the variant's default number)")
@@ -135,7 +147,7 @@ def arguments(argv=None):
     )
     add("--ci", action="store_true", help="exit with status 1 if any head has drifted")
 
-    add = command("blocks", blocks, "which of the DiT's blocks read a word: hides the word from one block at a time")
+    add = command("blocks", blocks, "which DiT blocks read a word, found by hiding the word from one block at a time")
     add_model_flags(add)
     add_data_flags(add)
     add("--keywords", required=True, help="words a,b,c that occur in captions of the data")
@@ -146,16 +158,20 @@ def arguments(argv=None):
     add("new", metavar="NEW", help="checkpoint folder or file of the encoder after the change")
     add(
         "--ckpt",
-        help="checkpoint folder with the tokenizer, and with the encoder that a delta changes (default: OLD, if it "
-        "is a folder)",
+        help="checkpoint folder with the tokenizer; if OLD or NEW is a delta or a LoRA, it is applied to the encoder "
+        "in this folder (default: OLD, if that is a folder)",
     )
     add("--prompts", help="text file, one prompt per line (default: twenty prompts for nano)")
-    add("--keywords", help="words a,b,c; the words nearest to each, before and after, are printed (default: none)")
+    add("--keywords", help="words a,b,c whose nearest words, before and after, are printed (default: none)")
     add("--json", help="also write the result to this JSON file")
 
     add = command("listen", listen, "whether a changed model follows its prompts better")
     add_model_flags(add)
-    add("--skip_before", action="store_true", help="sample only the model with all changes, which is the last column")
+    add(
+        "--skip_before",
+        action="store_true",
+        help="sample only the model with all changes, without the base model and partly changed models",
+    )
     add(
         "--words",
         nargs="+",
@@ -166,8 +182,9 @@ def arguments(argv=None):
     )
     add(
         "--prompts",
-        help="text file of prompts for a contact sheet. With --clip or --grader, {} in a prompt is replaced by each "
-        "word; prompts with neither {} nor one of the words show what else has changed (default: built-in prompts)",
+        help="text file of prompts for a contact sheet. With --clip or --grader, each word of --words replaces {} in a "
+        "prompt; prompts without {} and without any of these words show what else has changed (default: built-in "
+        "prompts)",
     )
     add(
         "--clip",
@@ -182,8 +199,8 @@ def arguments(argv=None):
     add(
         "--n",
         type=int,
-        help="number of prompts per word; on nano, known words get as many as all new words together (default: nano "
-        "40, other models 8)",
+        help="number of prompts per word of --words; on nano, the known words together get as many as these words "
+        "together (default: 40 on nano, 8 on other models)",
     )
     add("--size", help="size of the clips, WxH in px (default: as the checkpoint recommends)")
     add("--frames", type=int, help="number of frames per clip, 4k+1 (default: as the checkpoint recommends)")
@@ -192,7 +209,7 @@ def arguments(argv=None):
     add(
         "--out",
         default="out/listen.png",
-        help="image file for the contact sheet, which --clip and --grader leave out (default: %(default)s)",
+        help="image file for the contact sheet; not written with --clip or --grader (default: %(default)s)",
     )
 
     add = command("reuse", reuse, "how many steps sample.py --reuse skips, and how much this changes the clips")
@@ -212,7 +229,7 @@ def arguments(argv=None):
     add(
         "out",
         metavar="OUT",
-        help=".safetensors file to write; a folder for a DiT, or for an encoder in diffusers' layout",
+        help=".safetensors file to write; for a DiT, and for an encoder in diffusers' layout, a folder",
     )
     layouts = list(dict.fromkeys([*LAYOUTS, *LORA_LAYOUTS]))
     add(

@@ -44,11 +44,11 @@ def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
-    add("--prompt", help="text prompt (default: the checkpoint's example prompt, unless --prompts is given)")
-    lines = "text file with a prompt per line, optionally with kohya's options (--w 832 --h 480 --f 81 --d 1 --s 20 "
+    add("--prompt", help="text prompt (default, without --prompts: an example that suits the checkpoint)")
+    lines = "text file, one prompt per line; kohya's options may follow it (--w 832 --h 480 --f 81 --d 1 --s 20 "
     add("--prompts", help=lines + "--l 5 --i a.png --n bad), or JSONL with keys such as prompt, size, seed, image")
-    add("--image", help="image to start the video from")
-    add("--last_image", help="image to end the video with (TI2V-5B, I2V-A14B)")
+    add("--image", help="picture that the video starts from; for S2V, of the speaker; for Animate-2, of the character")
+    add("--last_image", help="picture to end the video with (TI2V-5B, I2V-A14B)")
     own = "(default: as the checkpoint recommends)"
     add("--size", help=f"WIDTHxHEIGHT in px; with --image, the image sets the aspect ratio, --size the area {own}")
     add("--frames", type=int, help=f"number of frames, 4k+1; for Animate, the number per segment {own}")
@@ -59,7 +59,7 @@ def arguments(argv=None):
     add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
     add("--num_videos", type=int, default=1, help="videos per prompt and seed, from consecutive seeds (default: 1)")
     add("--negative", help=f'negative prompt; "" for an empty one {own}')
-    add("--lora", action="append", default=[], help="LoRA of DiT or encoder, FILE[:weight][:high|low|both]; repeatable")
+    add("--lora", action="append", default=[], help="DiT or encoder LoRA, FILE[:weight][:high|low|both]; repeatable")
     encoder = "text encoder, FILE[:strength]: a full one, a delta or a LoRA; repeatable (default: the checkpoint's own)"
     add("--text_encoder", action="append", help=encoder)
     add("--dtype", choices=list(DTYPES), help="dtype of weights and matrix products (default: bf16 on cuda, else fp32)")

@@ -43,12 +43,12 @@ def arguments(argv=None):
     add = p.add_argument_group("encoder").add_argument
     add("--train_blocks", type=int, help="number of the encoder's last blocks to train (default: all; 0: none)")
     add("--rank", type=int, help="rank of LoRAs to train instead of the encoder blocks' weights (default: none)")
-    names = "words a,b,c whose token embeddings are trained too; NAME=WORD starts as a copy of WORD; NAME=placeholder"
-    names += ":N takes N unused rows of the embedding table (default: none; without --data, nano's new words)"
+    names = "words a,b,c whose token embeddings are trained; NAME=WORD initializes NAME from WORD; NAME=placeholder"
+    names += ":N gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)
     config = "(default: from the checkpoint's config.json, else"
     start = "initial embeddings of the keywords. own: the encoder's own; search: try common words of other captions "
-    start += "in place of a keyword, and start from the word with the lowest loss, unless the keyword's is lower "
+    start += "in a keyword's place, and start from the word with the lowest loss, if that is below the keyword's loss "
     add("--keyword_init", choices=("own", "search"), help=f"{start}{config} {recommended['keyword_init']})")
     add("--keyword_lr", type=float, help=f"learning rate of keyword embeddings {config} --lr)")
     norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
@@ -58,13 +58,13 @@ def arguments(argv=None):
     add("--anchor", type=float, default=0.01, help=drift)
     forms = "format of the result. full: all tensors, official names; delta: only the trained weights; comfyui: for "
     forms += "ComfyUI's CLIPLoader, with transformers' names and the tokenizer inside; lora: for ComfyUI's LoraLoader, "
-    forms += "with --rank or --train_blocks 0 only (default: lora with --rank, else full)"
+    forms += "needs --rank or --train_blocks 0 (default: lora with --rank, else full)"
     add("--save", choices=("full", "delta", "comfyui", "lora"), help=forms)
     chosen = "optimizer of the encoder; adamw8bit corrects the rounding of bf16 weights by Kahan summation (default: "
     add("--optimizer", choices=("adamw", "adamw8bit"), help=chosen + "adamw8bit for bf16 without --fsdp, else adamw)")
-    shown = "percentages A,B,C of captions with a keyword; A: reduced to the keyword, B: shortened, C: used in full "
+    shown = "percentages A,B,C for captions with a keyword. A: keyword only; B: a few words around it; C: full caption "
     add("--caption_mode_probs", help=f"{shown}{config} {recommended['caption_mode_probs']})")
-    trim = "probability that a caption used in full loses some words, but no keyword "
+    trim = "probability of dropping up to a fifth of the words, but no keyword, from a caption not shortened otherwise "
     add("--trim_prob", type=float, help=f"{trim}{config} {recommended['trim_prob']})")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="dtype of linear layers in the DiT's blocks (default: that of --dtype)")

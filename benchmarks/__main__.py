@@ -36,7 +36,7 @@ def main():
         "works",
         nargs="*",
         metavar="NAME",
-        help=f"benchmarks to run: {', '.join(WORKS)}, or, with --gpu_run, variants (default: all)",
+        help=f"benchmarks to run: {', '.join(WORKS)}; with --gpu_run: variants such as s2v-14B (default: all)",
     )
     p.add_argument(
         "--rounds",

@@ -123,21 +123,23 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("train", help="train the checkpoint in nano/ from scratch (1.5 hours on two cores)")
     add = c.add_argument
-    add("--out", default="out/nano", help="folder to write; continues an unfinished run in it (default: %(default)s)")
+    add(
+        "--out", default="out/nano", help="folder to write; an unfinished run in it is continued (default: %(default)s)"
+    )
     add("--seed", type=int, default=0, help="random seed of weights, clips and noise (default: %(default)s)")
     add("--steps", type=int, default=14000, help="number of training steps of the DiT (default: %(default)s)")
     add("--layers", type=int, default=pretrain.DIT.num_layers, help="number of DiT blocks (default: %(default)s)")
-    add("--vae", metavar="CKPT", help="use this checkpoint's VAE (default: train one)")
+    add("--vae", metavar="CKPT", help="checkpoint whose VAE is used (default: train a new VAE)")
     c.set_defaults(run=lambda args: pretrain.train(args.out, args.seed, args.steps, args.layers, args.vae))
     c = commands.add_parser("clips", help="write captioned clips")
     add = c.add_argument
-    add("--out", default="out/clips", help="folder to write, which is new or empty (default: %(default)s)")
+    add("--out", default="out/clips", help="folder to write, which must be new or empty (default: %(default)s)")
     add("--n", type=int, default=100, help="number of clips (default: %(default)s)")
     add("--seed", type=int, default=0, help="random seed of the clips' contents (default: %(default)s)")
     add(
         "--words",
-        help=f"new words, one for every second caption: any of {','.join(NEW_WORDS)}, or WORD=MEANING such as "
-        "scarlet=red (default: none)",
+        help=f"new words, which take turns in every second caption: any of {','.join(NEW_WORDS)}, or WORD=MEANING such "
+        "as scarlet=red (default: none)",
     )
     c.set_defaults(run=write_clips)
     c = commands.add_parser("eval", help="grade how well a checkpoint follows its prompts")
@@ -151,12 +153,16 @@ def main():
         "(default: the checkpoint's own)",
     )
     add("--prompts", help="JSONL file of prompts and their attributes (default: built-in held-out prompts)")
-    add("--words", help="new words, as in `clips`; only prompts with these are then graded (default: none)")
+    add(
+        "--words",
+        help="new words, in the form of `clips --words`; prompts with these words are graded instead of the built-in "
+        "lists (default: none)",
+    )
     add(
         "--n",
         type=int,
-        help="number of prompts in each list that is graded (default: 200 in each of the two built-in lists, 40 per "
-        "word of --words, all of --prompts)",
+        help="number of prompts to grade (default: 200 in each of the two built-in lists; 40 per word of --words; all "
+        "of --prompts)",
     )
     add("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     add("--guidance", type=float, help="scale of classifier-free guidance (default: as the checkpoint recommends)")

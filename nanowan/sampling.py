@@ -119,23 +119,28 @@ def add_flags(p):
         "--reuse",
         type=float,
         default=0.0,
-        help="threshold, such as 0.1: skip the DiT in a step if the velocity is estimated to have changed by less than "
-        "this fraction of its norm since the DiT last ran; inexact, see diag.py reuse (default: 0, no skipping)",
+        help="threshold, such as 0.1: a step skips the DiT if the velocity is estimated to have changed by less than "
+        "this fraction of its norm since the DiT last ran; this changes the video, see diag.py reuse (default: 0, no "
+        "skipping)",
     )
     add(
         "--vae_tile",
         type=int,
         default=0,
-        help="side, in latent pixels, of the square tiles in which the VAE decodes, to save memory; from "
-        "about 13 up, the result is that of full frames (default: 0, full frames)",
+        help="side, in latent pixels, of the square tiles in which the VAE decodes; small tiles save memory, and sides "
+        "of about 13 or more give the same result as full frames (default: 0, full frames)",
     )
     add = p.add_argument_group(
-        "several GPUs, under torchrun; ranks that share a clip form a group, and groups divide the videos among them"
+        "several GPUs, under torchrun; ranks that share a clip form a group, and the groups divide the videos"
     ).add_argument
     add("--ulysses_size", type=int, default=1, help="number of ranks over which a clip's tokens are split (default: 1)")
-    add("--guidance_parallel", action="store_true", help="compute guidance's two predictions on two ranks")
+    add(
+        "--guidance_parallel",
+        action="store_true",
+        help="compute the predictions for the prompt and for the negative prompt on two ranks, one on each",
+    )
     add = p.add_argument_group("results").add_argument
-    add("--out", default="out/sample.mp4", help="video file; several videos: NAME_000.mp4 ... (default: %(default)s)")
+    add("--out", default="out/sample.mp4", help="video file; for several, NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
     add(
@@ -147,8 +152,8 @@ def add_flags(p):
         "--preview_every",
         type=int,
         default=0,
-        help="number of steps between previews; each is a rough picture of the clip, NAME_preview.png next to --out "
-        "(default: 0, none)",
+        help="number of steps between previews; each is a contact sheet of the unfinished video, NAME_preview.png next "
+        "to --out (default: 0, none)",
     )
 
 

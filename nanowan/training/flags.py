@@ -103,7 +103,7 @@ def add_flags(p, script, out):
     )
     add(
         "--cache",
-        help="folder of the cache (default: cache/ in the first --data folder, or next to it if it is a file)",
+        help="folder of the cache (default: cache/ in the first --data, or beside the first --data if that is a file)",
     )
     add("--cache_only", action="store_true", help="only fill the cache, then exit")
     add(
@@ -129,27 +129,27 @@ def add_flags(p, script, out):
         "--caption_dropout",
         type=float,
         default=0.1,
-        help="fraction of the samples that are trained without caption, and without sound (S2V) or face (Animate), for "
-        "classifier-free guidance (default: %(default)s)",
+        help="probability that a sample is trained without its caption, and without its sound (S2V) or face (Animate), "
+        "for classifier-free guidance (default: %(default)s)",
     )
     add(
         "--i2v_prob",
         type=float,
         default=0.0,
-        help="TI2V: fraction of the clips that are trained as image-to-video, with the first frame given (default: "
+        help="TI2V: probability that a clip is trained as image-to-video, with its first frame given (default: "
         "%(default)s)",
     )
     add(
         "--continuation",
         type=float,
-        help="S2V, Animate: fraction of the samples with enough frames that are trained as the continuation of a "
-        "previous segment (default: 0.5)",
+        help="S2V, Animate: probability that a sample with enough frames is trained as the continuation of a previous "
+        "segment (default: 0.5)",
     )
     add(
         "--held_out",
         type=float,
         default=0.05,
-        help="fraction of the files that are left out of training and give the held-out loss; at most 16 files "
+        help="fraction of the files, at most 16 files, to leave out of training; their loss is the held-out loss "
         "(default: %(default)s)",
     )
     add = p.add_argument_group("training").add_argument
@@ -194,14 +194,15 @@ def add_flags(p, script, out):
         "--grad_spike_factor",
         type=float,
         default=100.0,
-        help="skip a step whose gradient norm is more than this factor times the median of the last 100 steps "
+        help="skip a step whose gradient norm is more than this factor times the median norm of the last 100 steps "
         "(default: %(default)s)",
     )
     add(
         "--max_skipped",
         type=int,
         default=10,
-        help="number of skipped steps in a row after which the run stops (default: %(default)s)",
+        help="number of consecutive steps skipped, by --grad_spike_factor or for a non-finite loss or gradient, after "
+        "which the run stops (default: %(default)s)",
     )
     add(
         "--ema",
@@ -230,8 +231,8 @@ def add_flags(p, script, out):
         const=True,
         type=parse_checkpointing,
         metavar="N",
-        help="number of DiT blocks with activation checkpointing: N, all (also without a value), none, or auto, the "
-        "fewest with which the run fits into memory (default: auto)",
+        help="number of DiT blocks with activation checkpointing, or all, none or auto (the fewest with which the run "
+        "fits into memory); the flag without a value means all (default: auto)",
     )
     add("--no-checkpointing", dest="checkpointing", action="store_const", const=0, help="the same as --checkpointing 0")
     add(
@@ -274,7 +275,12 @@ def add_flags(p, script, out):
         help="number of steps between saves (default: from the checkpoint's config.json, else "
         f"{recommended['save_every']})",
     )
-    add("--eval_every", type=int, default=100, help="number of steps between held-out losses (default: %(default)s)")
+    add(
+        "--eval_every",
+        type=int,
+        default=100,
+        help="number of steps between computations of the held-out loss (default: %(default)s)",
+    )
     add(
         "--previews",
         help="text or JSONL file of prompts to sample during training, in the format of sample.py --prompts; for S2V "

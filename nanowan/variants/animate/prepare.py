@@ -345,12 +345,15 @@ def arguments(argv=None):
     add(
         "--size",
         default="1280x720",
-        help="WxH in px, of which only the area counts; the aspect ratio is that of the picture or, with --mask_video, "
-        "that of the video (default: %(default)s)",
+        help="WxH in px, which sets only the area; the picture sets the aspect ratio or, with --mask_video, the video "
+        "does (default: %(default)s)",
     )
     add("--fps", type=float, default=30, help="frames per second; -1 keeps the video's own rate (default: 30)")
     add = p.add_argument_group("poses and faces").add_argument
-    add("--process_checkpoint", help="the official folder of that name; its yolov10m and vitpose find poses and faces")
+    add(
+        "--process_checkpoint",
+        help="the folder process_checkpoint of the official checkpoint; its yolov10m and vitpose find poses and faces",
+    )
     add("--keypoints", help="a JSON file with 133 whole-body keypoints per frame, from which poses and faces are made")
     add("--pose_video", help="a video of poses drawn already, with the size and length of --video")
     add("--faces", help="a JSON file with a box around the face, or points of the face, for each frame or for all")
@@ -372,9 +375,9 @@ def arguments(argv=None):
         "--w_len",
         type=int,
         default=1,
-        help="number of columns of cells in the mask's bounding box; cells that touch the mask are filled (default: 1)",
+        help="number of columns in a grid over the mask's box; cells that touch the mask are filled (default: 1)",
     )
-    add("--h_len", type=int, default=1, help="number of rows of cells (default: 1)")
+    add("--h_len", type=int, default=1, help="number of rows in the grid over the mask's box (default: 1)")
     return p.parse_args(argv)
 
 

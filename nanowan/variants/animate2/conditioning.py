@@ -157,9 +157,12 @@ class Driven(Conditioning):
     """Animate-2-14B's conditioning: a picture and a driving video. Videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
-    title = "Animate-2-14B: a character that moves like the person in a video (--size sets the area only)"
+    title = (
+        "Animate-2-14B: a character that moves like the person in a video (--size sets the area, the picture the "
+        "aspect ratio)"
+    )
     flags = {
-        "video": dict(help="driving video; the character of --image follows its motion, and its sound is kept"),
+        "video": dict(help="driving video: its motion moves the character of --image, its sound goes into the result"),
         "prompt_ref": dict(
             help=f"prompt that describes the motion in --video, not the character (default: {DRIVING_PROMPT})"
         ),

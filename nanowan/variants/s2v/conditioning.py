@@ -161,10 +161,10 @@ class Speech(Conditioning):
         "pose_video": dict(help="video of drawn poses that the speaker follows"),
         "infer_frames": dict(type=int, help="number of frames per segment, a multiple of 4 (default: 80)"),
         "num_clip": dict(type=int, help="maximum number of segments (default: as many as the sound needs)"),
-        "start_from_ref": dict(action="store_true", help="start the video with the picture of --image itself"),
+        "start_from_ref": dict(action="store_true", help="let the video continue from the picture of --image"),
         "sync_sound": dict(
             action="store_true",
-            help="leave out the first 3/16 s of the sound, so that it matches the lips, which otherwise lead by 3/16 s",
+            help="cut the first 3/16 s of the video's sound; otherwise, the lips move 3/16 s before the sound",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
