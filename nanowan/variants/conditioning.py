@@ -94,7 +94,7 @@ class Video:
     sound_offset = 0.0
 
     def __init__(self, pipe, settings, image=None, last_image=None):
-        """image, last_image: PIL images or None, already opened."""
+        """image, last_image: PIL images (not paths), or None."""
         self.pipe, self.frames, self.fps = pipe, settings.frames, settings.fps
         self.images = tuple(i for i in (image, last_image) if i is not None)
         if last_image is not None and self.frames < 5:
@@ -164,7 +164,7 @@ class Conditioning:
 
     def video(self, pipe, settings, image=None, last_image=None):
         """Return the Video for the inputs given to sample.py, after `check` has accepted them. image, last_image: PIL
-        images or None, already opened. Subclasses also take the values of their `flags`, by name.
+        images (not paths), or None. Subclasses also take the values of their `flags`, by name.
         """
         return Video(pipe, settings, image, last_image)
 

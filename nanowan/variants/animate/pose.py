@@ -1,6 +1,6 @@
 """A person's whole-body keypoints: draw them as the skeleton that Animate follows; find them in pictures.
 
-Keypoints are COCO's 133 whole-body points, each with x y px and a score: 17 points of the body, 6 of the feet, 68 of
+Keypoints are COCO's 133 whole-body points, each with x, y in px and a score: 17 points of the body, 6 of the feet, 68 of
 the face, and 21 of each hand. The official networks find them.
 Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
 """
@@ -150,8 +150,8 @@ class Networks:
         return y
 
     def keypoints(self, image):
-        """Return the keypoints (133,3), x y px and score, of the person in an image (H,W,3) uint8 whom largest_person
-        chooses.
+        """Return the keypoints (133,3), x and y in px and a score, of the person in an image (H,W,3) uint8 whom
+        largest_person chooses.
         """
         height, width = image.shape[:2]
         x = resize(image, PERSON_SIDE, PERSON_SIDE).transpose(2, 0, 1) / 255

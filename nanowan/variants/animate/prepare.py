@@ -134,8 +134,8 @@ def to_array(value, file, flag):
 
 
 def read_keypoints(file, video):
-    """Return the whole-body keypoints (count,133,3), x y px and score, of the `count` frames of a Clip, read from a
-    file. Raises BadInput if the file holds something else.
+    """Return the whole-body keypoints (count,133,3), x and y in px and a score, of the `count` frames of a Clip, read
+    from a file. Raises BadInput if the file holds something else.
     """
     points = to_array(read_json(file, "--keypoints"), file, "--keypoints")
     if points.shape != (video.count, KEYPOINTS, 3):
