@@ -1,6 +1,6 @@
 """A person's whole-body keypoints: draw them as the skeleton that Animate follows; find them in pictures.
 
-Keypoints are COCO's 133 whole-body points, each with x, y in px and a score: 17 points of the body, 6 of the feet, 68 of
+Keypoints are COCO's 133 whole-body points, each with x, y (px) and a score: 17 points of the body, 6 of the feet, 68 of
 the face, and 21 of each hand. The official networks find them.
 Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
 """
