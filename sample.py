@@ -57,7 +57,7 @@ def arguments(argv=None):
     add("--guidance", help=f"guidance scale, or LOW,HIGH for an A14B's low- and high-noise experts; 1: off {own}")
     add("--solver", choices=list(flow.SOLVERS), help=f"ODE solver {own}")
     add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
-    add("--num_videos", type=int, default=1, help="videos per prompt and seed, from consecutive seeds (default: 1)")
+    add("--num_videos", type=int, default=1, help="videos per prompt and --seed, with seeds that count up (default: 1)")
     add("--negative", help=f'negative prompt; "" for an empty one {own}')
     add("--lora", action="append", default=[], help="DiT or encoder LoRA, FILE[:weight][:high|low|both]; repeatable")
     encoder = "text encoder, FILE[:strength]: a full one, a delta or a LoRA; repeatable (default: the checkpoint's own)"

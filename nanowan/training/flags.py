@@ -70,7 +70,7 @@ def parse_checkpointing(text):
 
 
 def add_flags(p, script, out):
-    """Add the flags that both trainers have to the Parser p. script: a key of RECOMMENDED. out: --out's default."""
+    """Add to the Parser p the flags that both trainers share. script: a key of RECOMMENDED. out: --out's default."""
     recommended = RECOMMENDED[script]
     add = p.add_argument_group("model and output").add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
