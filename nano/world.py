@@ -29,7 +29,8 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "sti
 # there is no new shape, because nano's VAE turns a ring into a disc
 UNDRAWN = {"color": {"orange": (245, 135, 30)}, "motion": ("bounce",)}
 BACKGROUNDS = {"dark": (20, 20, 24), "grey": (128, 128, 128)}
-ATTRIBUTES = ("color", "shape", "motion")
+VALUES = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}  # what the base DiT has seen, by attribute
+ATTRIBUTES = tuple(VALUES)
 VERBS = {
     "left": ("moves left", "slides left", "drifts to the left"),
     "right": ("moves right", "slides right", "drifts to the right"),
@@ -204,8 +205,7 @@ def triples_of(*words):
     """Return the triples (colour, shape, motion) that contain the meanings of all `words` (new words of different
     kinds), with every known value of the other attributes. Triples that were left out of training are not included.
     """
-    values = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS}
-    values |= {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
+    values = VALUES | {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
     return [t for t in product(*values.values()) if t not in UNSEEN]
 
 
@@ -244,8 +244,7 @@ def parse_words(text):
 
 def known_values():
     """Return {attribute: list of its values}. The values that the base has never drawn come last."""
-    known = zip(ATTRIBUTES, (COLORS, SHAPES, MOTIONS))
-    return {kind: [*values, *UNDRAWN.get(kind, ())] for kind, values in known}
+    return {kind: [*values, *UNDRAWN.get(kind, ())] for kind, values in VALUES.items()}
 
 
 def base_words():

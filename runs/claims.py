@@ -53,6 +53,16 @@ def share_of_pairs(models, words, n, seed):
     return mean(right)
 
 
+def load_model(args, loras, encoder):
+    """Return the Pipeline of --ckpt with these LoRA files and this encoder's file or None, and with the LoRA of --fast,
+    whose settings are then the defaults.
+    """
+    pipe = load(args.ckpt, lora=[*loras, *filter(None, [args.fast])], text_encoder=encoder)
+    if args.fast:
+        pipe.settings = pipe.settings.with_overrides(**FAST)
+    return pipe
+
+
 def score(args):
     """Measure the base, or the encoder or LoRA that was trained in DIR/NAME, and write DIR/NAME.json, or with
     --fast DIR/NAME_fast.json. args: the flags of `score`.
@@ -61,9 +71,7 @@ def score(args):
     neighbours = [w for w in world.NEW_WORDS if w not in words and w != "orange"]  # orange: never drawn
     encoder = run / "text_encoder.safetensors" if args.text_encoder else args.lora or None
     adapters = [str(run / "adapter_model.safetensors")] if args.lora is not None else []
-    models = load(args.ckpt, "cpu", torch.float32, [*adapters, *args.fast], encoder)
-    if args.fast:
-        models.settings = models.settings.with_overrides(**FAST)
+    models = load_model(args, adapters, encoder)
     rows = world.prompts(args.n * len(words), args.seed)
     grades, clips = sample_and_grade(models, rows, args.seed)
     result = {
@@ -94,8 +102,7 @@ def unchanged_clips(args, rows):
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
     if not file.exists():
-        models = load(args.ckpt, lora=args.fast, text_encoder=args.lora or None)
-        clips = sample_and_grade(models, rows, args.seed, **FAST if args.fast else {})[1]
+        clips = sample_and_grade(load_model(args, [], args.lora or None), rows, args.seed)[1]
         with atomic(file) as tmp:
             torch.save(clips.half(), tmp)
     return torch.load(file).float()
@@ -172,7 +179,7 @@ def main():
     trained_with = "NAME is a LoRA, trained on the output of this encoder (without a file: of the checkpoint's own)"
     c.add_argument("--lora", metavar="ENCODER", nargs="?", const="", help=trained_with)
     fast = "step-distilled LoRA (runs/distill.py) to add, with which clips are sampled in 4 steps without guidance"
-    c.add_argument("--fast", metavar="FILE", action="append", default=[], help=fast)
+    c.add_argument("--fast", metavar="FILE", help=fast)
     c.add_argument("--n", type=int, default=34, help="prompts per word (default: %(default)s)")
     c.add_argument("--seed", type=int, default=0, help="random seed of prompts and noise (default: %(default)s)")
     c.set_defaults(run=score)

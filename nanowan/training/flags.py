@@ -30,6 +30,7 @@ RECOMMENDED = {
     | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
     | {"save_every": 500},
 }
+ENCODER_LORA_LR = 10 * RECOMMENDED["train_te"]["lr"]  # of released models, with train_te.py --rank
 POSITIVE = 1e-9  # the lowest value of flags that must be above 0
 
 
@@ -165,7 +166,7 @@ def add_flags(p, script, out):
         f"{recommended['batch']})",
     )
     add("--accumulate", type=int, default=1, help="number of batches per optimizer step (default: %(default)s)")
-    encoder_lora = f", or {10 * recommended['lr']:g} with --rank" if script == "train_te" else ""
+    encoder_lora = f", or {ENCODER_LORA_LR:g} with --rank" if script == "train_te" else ""
     add(
         "--lr",
         type=float,
@@ -322,11 +323,11 @@ def recommended_flags(s, script):
 def encoder_lora_lr(s):
     """Return the default of --lr for train_te.py --rank. If the checkpoint's config.json has a learning rate for
     training full blocks, LoRAs use it too: on nano, ten times this rate lowered accuracy on known words
-    (docs/experiments.md). Released models have no such entry; their LoRAs use ten times the rate in RECOMMENDED, as is
-    usual for LoRAs.
+    (docs/experiments.md). Released models have no such entry; their LoRAs use ENCODER_LORA_LR, ten times the rate of
+    full blocks, as is usual for LoRAs.
     """
     lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
-    return lr or 10 * RECOMMENDED["train_te"]["lr"]
+    return lr or ENCODER_LORA_LR
 
 
 def resolve(args, s, script):
