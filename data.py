@@ -141,10 +141,10 @@ class Dataset:
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
-        found = self.world.broadcast_from_rank0(
+        scans = self.world.broadcast_from_rank0(
             lambda: [scan_source(source, s, self.samples, config.cache) for source in config.sources]
         )
-        items, skipped = (sum(lists, []) for lists in zip(*found))
+        items, skipped = (sum(lists, []) for lists in zip(*scans))
         items = items if limit is None else sorted(items, key=lambda i: i.digest)[:limit]
         digests = sorted({i.digest for i in items})
         held_out = set(digests[: min(16, int(config.held_out * len(digests)))])
@@ -251,10 +251,10 @@ class Dataset:
                     caption = rng.choice(preserved_prompts)
                 else:
                     caption = show_caption(item.captions, rng) if show_caption else rng.choice(item.captions)
-            given = rng.random() < c.i2v_prob and item.frames > 1
+            first_frame_given = rng.random() < c.i2v_prob and item.frames > 1
             variant = self.samples.draw(item, c.continuation, rng)
             t = sample_timesteps(1, c.shift, c.t_distribution, low, high, generator)[0]
-            draws.append(Draw(item, self.files[i], caption, preserved, given, variant, t, generator))
+            draws.append(Draw(item, self.files[i], caption, preserved, first_frame_given, variant, t, generator))
         return draws
 
     def step(self, step, low, high, show_caption=None, preserved_prompts=()):
@@ -284,10 +284,10 @@ class Dataset:
         entries = [samples.entry(load(d.file)[0], d.variant, d.caption != "") for d in draws]
         noise = torch.stack([torch.randn(e["latents"].shape, generator=d.generator) for d, e in zip(draws, entries)])
         t, loss_mask = torch.stack([d.t for d in draws]), frame_weights(samples, noise)
-        given = torch.tensor([d.first_frame_given for d in draws])
-        if given.any():  # the first latent frame is clean, and has no loss
+        first_given = torch.tensor([d.first_frame_given for d in draws])
+        if first_given.any():  # the first latent frame is clean, and has no loss
             t = t[:, None].repeat(1, noise.shape[2])
-            t[given, 0] = 0
+            t[first_given, 0] = 0
             loss_mask = ((t > 0) / (t > 0).float().mean(1, keepdim=True))[:, None, :, None, None]
         preserved = torch.tensor([d.preserved for d in draws])
         weight = torch.tensor([d.item.weight * (self.config.preserve if d.preserved else 1.0) for d in draws])

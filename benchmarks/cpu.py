@@ -195,14 +195,14 @@ def speech_step():
     embeds them within it.
     """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
-    model, given = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
-    x, t, context = given.pop("x"), given.pop("t"), given.pop("context")
-    del given["context_lens"]
+    model, inputs = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
+    x, t, context = inputs.pop("x"), inputs.pop("t"), inputs.pop("context")
+    del inputs["context_lens"]
     with torch.no_grad():
-        text, prepared = model.embed_text(context, cache=True), model.prepare_inputs(**given)
+        text, prepared = model.embed_text(context, cache=True), model.prepare_inputs(**inputs)
     return {
         "ours": torch.no_grad()(lambda: model(x, t, text, **prepared)),
-        "recomputed": torch.no_grad()(lambda: model(x, t, context, **given)),
+        "recomputed": torch.no_grad()(lambda: model(x, t, context, **inputs)),
     }, None
 
 
@@ -236,10 +236,10 @@ def animate_step():
     pose, face = torch.randn(1, 16, frames - 1, 16, 32), torch.rand(1, 3, 4 * frames - 7, side, side) * 2 - 1
     clip, padded = torch.randn(1, 5, tiny_animate.CLIP_SIZES["dim"]), F.pad(context, (0, 0, 0, 472))
     text, prepared = model.embed_text(context, cache=True), model.prepare_inputs(pose=pose, face=face, clip=clip)
-    given = dict(encoder_hidden_states_image=clip, pose_hidden_states=pose, face_pixel_values=face)
+    pictures = dict(encoder_hidden_states_image=clip, pose_hidden_states=pose, face_pixel_values=face)
     return {
         "ours": torch.no_grad()(lambda: model(x, t, text, **prepared)),
-        "diffusers": torch.no_grad()(lambda: peer(x, t, padded, **given, return_dict=False)[0]),
+        "diffusers": torch.no_grad()(lambda: peer(x, t, padded, **pictures, return_dict=False)[0]),
     }, None
 
 

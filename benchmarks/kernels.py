@@ -83,8 +83,8 @@ def time_modulate(grids=GRIDS):
         x, y = torch.randn(1, L, D, device=DEVICE), torch.randn(1, L, D, device=DEVICE, dtype=torch.bfloat16)
         row, *rest = torch.randn(3, 1, 1, D, device=DEVICE)
         rest += [1e-6, torch.bfloat16]
-        given = {"modulate": ((x, *rest), 6), "gate_modulate": ((x, y, row, *rest), 12)}
-        for name, (inputs, nbytes) in given.items():
+        cases = {"modulate": ((x, *rest), 6), "gate_modulate": ((x, y, row, *rest), 12)}
+        for name, (inputs, nbytes) in cases.items():
             runs = (functools.partial(getattr(modulate, name + end), *inputs) for end in ("", "_ref"))
             results |= compare(f"{name} {L}x{D}", *runs, floor_bytes=nbytes * L * D)
     return results

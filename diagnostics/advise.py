@@ -79,25 +79,25 @@ def encoder_flags(s, keywords, clips):
     """
     flags = recommended_flags(s, "train_te")
     if not keywords or clips.shared:
-        alone = "without keywords there are no embeddings to train"
+        why = "without keywords there are no embeddings to train"
         if keywords:
-            alone = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks must be trained"
+            why = f"every token of {', '.join(clips.shared)} is in captions without it too, so blocks must be trained"
         lr = Flag("lr", f"{encoder_lora_lr(s):g}", "train_te.py's rate for LoRAs")
-        found = [Flag("rank", 16, f"LoRAs in the encoder's blocks, whose file (--save lora) is small; {alone}"), lr]
+        advised = [Flag("rank", 16, f"LoRAs in the encoder's blocks, whose file (--save lora) is small; {why}"), lr]
     else:
-        found = [
+        advised = [
             Flag("train_blocks", 0, "the words' embeddings alone: as good as blocks, and nothing else changes"),
             Flag("save", "lora", "0.5 MB a word, for ComfyUI too; a full UMT5-XXL would be 11.4 GB"),
         ]
     if keywords:
         search = "with it, words of shared tokens needed a third of the steps; embeddings alone learned all six words"
         rate = Flag("keyword_lr", f"{flags['keyword_lr']:g}", CONFIG) if flags["keyword_lr"] else None
-        found += [
+        advised += [
             Flag("keyword_init", "search", search),
             rate
             or Flag("keyword_lr", "0.001", "not measured; at the default, the blocks' rate, embeddings hardly move"),
         ]
-    return found + schedule(s, "train_te", clips)
+    return advised + schedule(s, "train_te", clips)
 
 
 def translator_flags(s, keywords, clips):
@@ -107,7 +107,7 @@ def translator_flags(s, keywords, clips):
     flags, targets = recommended_flags(s, "train_lora"), ",".join(s.parts.samples.lora_targets)
     rate = CONFIG if "lr" in s.train.get("train_lora", {}) else "that of DiffSynth-Studio's script for Wan 2.2"
     only = "k and v score as high as q, k, v and o (0.94 each), with which clips of known words lost 2 dB"
-    found = [
+    advised = [
         Flag(
             "text_encoder", "out/te/text_encoder.safetensors", "the encoder first: a LoRA alone reached 0.42, both 0.99"
         ),
@@ -115,11 +115,11 @@ def translator_flags(s, keywords, clips):
         Flag("targets", targets, only if targets.count(",") == 1 else None),
     ]
     if keywords:
-        found.append(Flag("trigger", ",".join(keywords), "for LoRA managers; captions without them are preserved"))
+        advised.append(Flag("trigger", ",".join(keywords), "for LoRA managers; captions without them are preserved"))
     if keywords and without_keywords(clips.captions, keywords):
         why = "with a trained encoder it cost no words (0.99), and clips of known words changed by 10 dB less"
-        found.append(Flag("preserve", 2, why))
-    return [*found, Flag("lr", f"{flags['lr']:g}", rate), *schedule(s, "train_lora", clips)]
+        advised.append(Flag("preserve", 2, why))
+    return [*advised, Flag("lr", f"{flags['lr']:g}", rate), *schedule(s, "train_lora", clips)]
 
 
 def advice(s, where, keywords, clips):
@@ -170,8 +170,8 @@ def look_at_words(keywords, items, captions, pipe):
 
 def run(args):
     keywords = [k.strip() for k in (args.keywords or "").split(",") if k.strip()]
-    given = [Flag(k, getattr(args, k)) for k in ("resolution", "frames") if getattr(args, k) is not None]
-    where = [Flag("ckpt", args.ckpt), Flag("data", args.data), *given]
+    size = [Flag(k, getattr(args, k)) for k in ("resolution", "frames") if getattr(args, k) is not None]
+    where = [Flag("ckpt", args.ckpt), Flag("data", args.data), *size]
     device = args.device or ("cuda" if args.ckpt in VARIANTS else pick_device(None))
     if not Path(args.data).exists():
         raise BadInput(f"--data {args.data}: no such folder or list")

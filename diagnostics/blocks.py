@@ -31,18 +31,18 @@ def keyword_tokens(caption, keyword, tokenizer):
     """Return a mask (L,) bool over the tokens of a caption: True for each token that contains at least one character of
     the keyword. The encoder cuts off long captions; for a keyword in the part cut off, the mask is False everywhere.
     """
-    found = []
+    mask = []
     for part in filter(None, tokenizer.split.split(tokenizer.clean(caption))):
         ids = tokenizer.ids(part)
         if part in tokenizer.special:
-            found += [bool(spans(part, keyword))] * len(ids)
+            mask += [bool(spans(part, keyword))] * len(ids)
             continue
         pieces = [tokenizer.pieces.id_to_piece(i).replace("\u2581", " ") for i in ids]
         at = spans("".join(pieces), keyword)
-        found += [
+        mask += [
             any(end > a and end - len(p) < b for a, b in at) for p, end in zip(pieces, accumulate(map(len, pieces)))
         ]
-    return torch.tensor([*found[: tokenizer.length - 1], False])  # the last is the end token
+    return torch.tensor([*mask[: tokenizer.length - 1], False])  # the last is the end token
 
 
 @contextlib.contextmanager
@@ -68,14 +68,14 @@ def samples_with(dataset, keyword, n, tokenizer):
     has only this caption; the mask is keyword_tokens of the caption. Raises BadInput if no caption has the keyword in
     the part that the encoder reads.
     """
-    found = {}
+    samples = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):
         for caption in item.captions:
             if has_keyword(caption, [keyword]) and (tokens := keyword_tokens(caption, keyword, tokenizer)).any():
-                found.setdefault(item.path, (replace(item, captions=[caption]), tokens))
-    if not found:
+                samples.setdefault(item.path, (replace(item, captions=[caption]), tokens))
+    if not samples:
         raise BadInput(f"--keywords {keyword}: no caption of --data holds it where it is read")
-    return list(found.values())[:n]
+    return list(samples.values())[:n]
 
 
 def loss_of(batch, velocity, text):
@@ -125,13 +125,13 @@ def block_effects(pipe, keywords, n=4, **where):
     for expert, (low, high) in expert_schedule("both" if s.is_moe else None, s).items():
         effects[expert], model = [], pipe.acquire(expert)
         for keyword, samples in shown.items():
-            found = []
+            changes = []
             for item, hidden in tqdm(samples, desc=f"{expert} {keyword}", unit="sample"):
                 files = cache.latent_files([item], *kept, dataset.samples)
                 batches = [batch for _, batch in eval_batches([item], files, dataset.samples, s.shift, low, high)]
-                found.append(sample_effects(model, batches, texts[item.captions[0]], hidden))
-            for block, (change, loss) in enumerate(torch.stack(found).permute(1, 2, 0).tolist()):
-                row = {"keyword": keyword, "block": block, "n": len(found)}
+                changes.append(sample_effects(model, batches, texts[item.captions[0]], hidden))
+            for block, (change, loss) in enumerate(torch.stack(changes).permute(1, 2, 0).tolist()):
+                row = {"keyword": keyword, "block": block, "n": len(changes)}
                 for what, values in (("change", change), ("loss", loss)):
                     sd = statistics.stdev(values) if len(values) > 1 else None
                     row |= {what: statistics.fmean(values), f"{what}_sd": sd}
@@ -186,10 +186,10 @@ def run(args):
     where = {key: getattr(args, key) for key in ("data", "cache", "resolution", "frames")}
     effects = block_effects(Pipeline(args.ckpt, runtime(args), args.lora, args.text_encoder), keywords, args.n, **where)
     show_effects(effects)
-    found = shortest_run(mean_change(effects))
-    if found:
-        first, last, held = found
+    shortest = shortest_run(mean_change(effects))
+    if shortest:
+        first, last, held = shortest
         print(f"--blocks {first}-{last}: the shortest range that holds {SHARE:.0%} of the change; it holds {held:.0%}")
     else:
         print("no prediction depends on these words")
-    write_json(args.json, {"effects": effects, "blocks": found and [*found[:2]]})
+    write_json(args.json, {"effects": effects, "blocks": shortest and [*shortest[:2]]})

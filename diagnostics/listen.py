@@ -139,9 +139,9 @@ def rows_of(words, lines, n):
     """
     rows = []
     for word, alternatives in words.items():
-        own = [line for line in lines if "{}" in line or has_keyword(line, [word])] or TEMPLATES
+        with_word = [line for line in lines if "{}" in line or has_keyword(line, [word])] or TEMPLATES
         for i in range(n):
-            prompt = own[i % len(own)].replace("{}", word)
+            prompt = with_word[i % len(with_word)].replace("{}", word)
             rows.append(Row(prompt, word, tuple(replace_keyword(prompt, word, a) for a in alternatives)))
     others = [line for line in lines if "{}" not in line and not has_keyword(line, words)]
     return rows + [Row(line) for line in others or OTHER_PROMPTS]
@@ -245,15 +245,15 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
     for name in columns:
         values = {}
         for i, row in enumerate(rows):
-            found = {"grader": numbers[name][i]} if grader else {}
+            measured = {"grader": numbers[name][i]} if grader else {}
             if row.word and clip:
-                found["clip"] = clip.probabilities(features[name][i], texts[i]).mean(0).argmax().item() == 0
+                measured["clip"] = clip.probabilities(features[name][i], texts[i]).mean(0).argmax().item() == 0
             if not row.word and name != first:
-                found["psnr"] = psnr(frames[name][i], frames[first][i])
+                measured["psnr"] = psnr(frames[name][i], frames[first][i])
                 if clip:
-                    found["clip_i"] = (features[name][i] * features[first][i]).sum(1).mean().item()
+                    measured["clip_i"] = (features[name][i] * features[first][i]).sum(1).mean().item()
             for suite in (row.word, "all words") if row.word else ("other prompts",):
-                for what, value in found.items():
+                for what, value in measured.items():
                     values.setdefault(suite, {}).setdefault(what, []).append(value)
         order = [*dict.fromkeys(row.word for row in rows if row.word), "all words", "other prompts"]
         scores[name] = {

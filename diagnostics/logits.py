@@ -106,13 +106,13 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     the largest number of samples, or None for all.
     """
     s = pipe.settings
-    given = {"resolution": resolution, "frames": frames}
-    values = recommended_flags(s, "train_lora") | {k: v for k, v in given.items() if v is not None}
+    given_size = {"resolution": resolution, "frames": frames}
+    values = recommended_flags(s, "train_lora") | {k: v for k, v in given_size.items() if v is not None}
     check_data(data, pipe)
     sets = [{"source": data}] if isinstance(data, str | Path) else data or [{"source": default_clips()}]
     source, flags = Path(sets[0]["source"]), SimpleNamespace(clip_mode="first", **values)
     config = DataConfig(
-        sources=tuple(data_source(given, flags, s) for given in sets),
+        sources=tuple(data_source(row, flags, s) for row in sets),
         cache=Path(cache or (source if source.is_dir() else source.parent) / "cache"),
         held_out=0.0,
         batch=1,

@@ -236,8 +236,8 @@ def data_items(job):
     """
     s, config = job.settings, data_config(job.args, job.settings, None)
     cache = config.cache if config.cache.is_dir() else None
-    found = [scanned(source, s.variant, s.size_multiple, s.fps, cache) for source in config.sources]
-    return tuple(sum(lists, []) for lists in zip(*found))
+    scans = [scanned(source, s.variant, s.size_multiple, s.fps, cache) for source in config.sources]
+    return tuple(sum(lists, []) for lists in zip(*scans))
 
 
 @functools.cache
@@ -319,10 +319,10 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
         return [c for dtype in dtypes for c in (counted(share + dtype), *streamed(share + dtype))]
     shards = [["--fsdp"]] if ranks > 1 else []
     shards += [["--fsdp", "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
-    found = [c for dtype in dtypes for c in (*(counted(dtype + shard) for shard in ([], *shards)), *streamed(dtype))]
+    plans = [c for dtype in dtypes for c in (*(counted(dtype + shard) for shard in ([], *shards)), *streamed(dtype))]
     if script == "train_te" and not {"--train_blocks", "--rank"} & given:  # only the keywords' embeddings are trained
-        found += [c._replace(flags=["--train_blocks", "0", "--save", "delta", *c.flags]) for c in found]
-    return found
+        plans += [c._replace(flags=["--train_blocks", "0", "--save", "delta", *c.flags]) for c in plans]
+    return plans
 
 
 def propose(script, argv, machine):
@@ -451,5 +451,5 @@ def run(args):
     timed = torch.device(job.args.device).type == "cuda" or bool(args.gpus)
     print(need, *[job.times(card, need.peak)] * timed, *notes, sep="\n")
     seconds = {name: job.step_seconds(name) for name in ((card,) if card else CARDS)} if timed else {}
-    found = {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host", "host_peak")}
-    write_json(args.json, found | {"seconds": seconds})
+    result = {key: getattr(need, key) for key in ("peak", "process", "phases", "disk", "host", "host_peak")}
+    write_json(args.json, result | {"seconds": seconds})

@@ -315,7 +315,7 @@ def listening_section(run, n):
         scores[name] = listen(Pipeline(run.flags["ckpt"], **changes), words, n, progress=True)
     first = next(iter(scores.values()))
     rows = [
-        (SUITE_NAMES.get(suite, suite), kind, *(cell(found[suite][kind]) for found in scores.values()))
+        (SUITE_NAMES.get(suite, suite), kind, *(cell(stage[suite][kind]) for stage in scores.values()))
         for suite, kinds in first.items()
         for kind in kinds
     ]

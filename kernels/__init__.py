@@ -48,8 +48,8 @@ def mismatch(file):
     version of torch as text (csrc/built_for.cpp).
     """
     pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
-    found, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
-    features, sources, version = (g.decode() if g else "" for g in (found.groups() if found else ("", "", "")))
+    match, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"
+    features, sources, version = (g.decode() if g else "" for g in (match.groups() if match else ("", "", "")))
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set(features.split("."))
     lacking = [f for f in features.split(".") if f and f not in flags]
     if lacking:

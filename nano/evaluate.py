@@ -81,7 +81,7 @@ def listen(models, words, n, seed=0, progress=False, **overrides):
     known words, and are graded for every attribute. One more suite, "new words", holds the accuracy on all prompts with
     new words together. n: prompts per new word, 1 or more. overrides: keyword arguments of sample.sample_latents.
     """
-    found, pooled = {}, 0
+    scores, pooled = {}, 0
     for suite, rows in word_suites(words, n, seed).items():
         if progress:
             print(f"  {SUITE_NAMES.get(suite, suite)}: {len(rows)} prompts", flush=True)
@@ -91,9 +91,9 @@ def listen(models, words, n, seed=0, progress=False, **overrides):
         if suite in words:
             pooled += right[kinds[0]]
         elif words:
-            found["new words"] = {"pooled": proportion(pooled, n * len(words))}
-        found[suite] = {kind: proportion(right[kind], len(rows)) for kind in kinds}
-    return found
+            scores["new words"] = {"pooled": proportion(pooled, n * len(words))}
+        scores[suite] = {kind: proportion(right[kind], len(rows)) for kind in kinds}
+    return scores
 
 
 def print_scores(name, rows, accuracy, grades):

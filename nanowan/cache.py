@@ -34,13 +34,13 @@ def remembered(cache, answer, **question):
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):  # the file is missing or damaged
-        found = answer()
+        value = answer()
     try:
         with atomic(file) as tmp:
-            tmp.write_text(json.dumps(found))
+            tmp.write_text(json.dumps(value))
     except OSError as e:  # the cache failed, which is no reason to skip the clip
         raise BadInput(f"--cache {cache}: {e.filename} {e.strerror}") from None
-    return found
+    return value
 
 
 def cached_probe(path, digest, cache):
@@ -95,11 +95,11 @@ def read_file(path, name, windows, size, cache, called):
 def check_unchanged(item):
     """Raise Skip if an item's media file or one of its sidecars was changed or removed after `scan`."""
     for path, name in ((item.path, item.digest), *item.sidecars.values()):
-        own = "" if path == item.path else f"its {path.name} "
+        subject = "" if path == item.path else f"its {path.name} "
         if not path.exists():
-            raise Skip(f"{own}does not exist any more")
+            raise Skip(f"{subject}does not exist any more")
         if digest(path) != name:
-            raise Skip(f"{own}has changed since it was looked at")
+            raise Skip(f"{subject}has changed since it was looked at")
 
 
 def pixels(item):
@@ -168,11 +168,11 @@ def _digest(path, cache, *state):
     if kept and kept.exists():
         return kept.read_text()
     with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "blake2b").hexdigest()
+        digest = hashlib.file_digest(f, "blake2b").hexdigest()
     if kept:
         with atomic(kept) as tmp:
-            tmp.write_text(found)
-    return found
+            tmp.write_text(digest)
+    return digest
 
 
 def cache_file(cache, suffix=".safetensors", **parts):

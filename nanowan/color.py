@@ -183,8 +183,8 @@ def primaries_to_bt709(code):
     """
     if code is None:
         return np.eye(3, dtype=np.float32)
-    white, own = (BRADFORD @ to_xyz(p).sum(1) for p in (BT709, WIDE[code]))
-    adapted = np.linalg.solve(BRADFORD, np.diag(white / own) @ BRADFORD)
+    white, source_white = (BRADFORD @ to_xyz(p).sum(1) for p in (BT709, WIDE[code]))
+    adapted = np.linalg.solve(BRADFORD, np.diag(white / source_white) @ BRADFORD)
     return (np.linalg.inv(to_xyz(BT709)) @ adapted @ to_xyz(WIDE[code])).astype(np.float32)
 
 
@@ -321,8 +321,8 @@ def transform_for(image, profile):
     if not profile:
         return "RGB", None
     mode, transform = profile_transform(profile)
-    given = image.mode if image.mode in ("L", "CMYK") else "RGB"
-    if mode not in (given, "RGB") or (given, mode) == ("CMYK", "RGB"):
+    source = image.mode if image.mode in ("L", "CMYK") else "RGB"
+    if mode not in (source, "RGB") or (source, mode) == ("CMYK", "RGB"):
         raise ValueError("has a colour profile for pictures of another kind")
     return mode, transform
 

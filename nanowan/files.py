@@ -29,8 +29,8 @@ def _write_error(error, path):
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             file = Path(os.fsdecode(error.filename or path))
-            own = file == path or file in path.parents or path in file.parents or file.name.startswith(TEMPORARY)
-            return error.errno if own else None
+            about_this = file == path or file in path.parents or path in file.parents or file.name.startswith(TEMPORARY)
+            return error.errno if about_this else None
         error = error.__cause__ or error.__context__
     return errno.EIO if "inline_container" in text else None
 
@@ -121,12 +121,12 @@ def save_pickle(path, values):
 def read_json(file):
     """Return the dictionary that a JSON configuration file holds. Raises BadInput if the file holds no dictionary."""
     try:
-        found = json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except ValueError as e:
         raise BadInput(f"{file}: not a model configuration ({e})") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{file}: not a model configuration, but a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: not a model configuration, but a {type(value).__name__}")
+    return value
 
 
 def check_output(flag, path, suffix):

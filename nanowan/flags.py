@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         """Return the flags of a config file as words of a command line. Repeatable flags that are also in `argv` are
         left out.
         """
-        words, given = [], {w.split("=")[0] for w in argv}
+        words, on_command_line = [], {w.split("=")[0] for w in argv}
         for key, value in read_config(file).items():
             action = self.flags().get(key)
             if action is None or key in UNSAVED:
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
                 words += [f"--{key}"] if value else negated
             elif isinstance(action, argparse._AppendAction):
                 entries = value if isinstance(value, list) else [value]
-                if f"--{key}" not in given:
+                if f"--{key}" not in on_command_line:
                     words += [f"--{key}={json.dumps(v) if isinstance(v, dict) else v}" for v in entries]
             else:
                 value = ",".join(map(str, value)) if isinstance(value, list) else value

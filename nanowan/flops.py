@@ -136,9 +136,9 @@ def forward(config, latents, text=64, batch=1):
     def count(config, _):
         with FakeTensorMode(), backend.using("ref"), torch.no_grad():
             dit, x, t, context, inputs = _example(config, latents, text, batch)
-            given = dit.embed_text(context, cache=True), dit.prepare_inputs(**inputs)
+            prepared = dit.embed_text(context, cache=True), dit.prepare_inputs(**inputs)
             with Counter() as counter:
-                dit(x, t, given[0], **given[1])
+                dit(x, t, prepared[0], **prepared[1])
         return counter.flops
 
     return _of_few_blocks(count, config, ())

@@ -170,11 +170,11 @@ def builders(pipe):
     of its files.
     """
     text, vae = read_encoder(pipe.files("text")).entries, read_weights(pipe.files("vae"))
-    found = {
+    dits = {
         name: lambda name=name, entries=entries: new_dit(read_config(pipe.folder(name), entries))
         for name, entries in pipe.headers.items()
     }
-    return found | {"text": lambda: build_t5(text, pipe.dir), "vae": lambda: build_vae(vae, pipe.dir)}
+    return dits | {"text": lambda: build_t5(text, pipe.dir), "vae": lambda: build_vae(vae, pipe.dir)}
 
 
 def full_builders(s):

@@ -113,9 +113,9 @@ def checkpoint_dir(name):
 def released(variant):
     """Return the Settings of `variant`, a key of VARIANTS, at its released size."""
     row = VARIANTS[variant]
-    own = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
+    fields = {k: v for k, v in row.items() if k in Settings.__dataclass_fields__}
     z_dim, stride = GEOMETRY[row["vae"]]
-    return Settings(variant=variant, z_dim=z_dim, stride=stride, is_moe=row["boundary"] is not None, **own)
+    return Settings(variant=variant, z_dim=z_dim, stride=stride, is_moe=row["boundary"] is not None, **fields)
 
 
 def read_settings(ckpt_dir):
@@ -135,9 +135,9 @@ def read_settings(ckpt_dir):
     try:
         is_moe = "dit" not in folders
         recommend = parts_of(kind).recommend
-        own = recommend(read_config(dit, read_dit(dit))) if recommend else {}
-        own |= config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
-        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **own)
+        overrides = recommend(read_config(dit, read_dit(dit))) if recommend else {}
+        overrides |= config.get("sample", {}) | index_settings(ckpt_dir, is_moe, kind)
+        s = replace(released(variants[kind]), is_moe=is_moe, train=config.get("train", {}), **overrides)
         s = replace(s, usual_loss=config.get("usual_loss"))
     except TypeError as e:
         raise BadInput(f'{file}: its "sample" should hold settings of sampling ({e})') from None

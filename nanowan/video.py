@@ -245,15 +245,15 @@ def decoded_times(path, stamps):
     Raises Skip if no times are found and the rate is unknown.
     """
     with open_clip(path) as (container, stream, decode_packet):
-        own = [frame.time for frame in decode(container, stream, decode_packet)]
+        frame_times = [frame.time for frame in decode(container, stream, decode_packet)]
         rate, timed = float(stream.average_rate or 0), container.format.name.startswith(TIMED_CONTAINERS)
         packets = [None if t is None else float(t * stream.time_base) for t in stamps]
-    if None not in own and all(a < b for a, b in zip(own, own[1:])):
-        return [t - own[0] for t in own], False
-    even = [k / rate for k in range(len(own))] if rate else None
-    for times in (own, packets):
-        if None not in times and len(set(times)) == len(times) >= len(own):
-            times = [t - min(times) for t in sorted(times)[: len(own)]]
+    if None not in frame_times and all(a < b for a, b in zip(frame_times, frame_times[1:])):
+        return [t - frame_times[0] for t in frame_times], False
+    even = [k / rate for k in range(len(frame_times))] if rate else None
+    for times in (frame_times, packets):
+        if None not in times and len(set(times)) == len(times) >= len(frame_times):
+            times = [t - min(times) for t in sorted(times)[: len(frame_times)]]
             near = even and max(abs(a - b) for a, b in zip(times, even)) < MAX_SHIFT / rate
             return even if near and not timed else times, True
     if not even:
@@ -281,7 +281,7 @@ def describe(frames, stream):
         (changed if color.matrix(frame) else notes).append("untagged")
     if (a, b, c, d) != (1, 0, 0, 1):
         (changed if a * d < b * c else notes).append("mirrored" if a * d < b * c else "rotated")
-    found = {
+    flags = {
         "tagged outside": color.is_completed(frame, stream.codec_context),
         "HDR": color.is_hdr(frame),
         "wide gamut": color.is_wide(frame),
@@ -292,7 +292,7 @@ def describe(frames, stream):
     return (
         shown_size(frame, stream.sample_aspect_ratio),
         notes,
-        changed + [name for name, present in found.items() if present],
+        changed + [name for name, present in flags.items() if present],
     )
 
 

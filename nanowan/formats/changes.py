@@ -148,17 +148,17 @@ class Hadamard(Change):
     @classmethod
     def matches(cls, shapes):
         names = [tuple(f"hada_{part.format(i)}" for part in ("w{}_a", "w{}_b", "t{}")) for i in (1, 2)]
-        found = [[shapes[name] for name in pair if name in shapes] for pair in names]
-        if len(shapes) != sum(map(len, found)) or len(found[0]) != len(found[1]) or len(found[0]) < 2:
+        pairs = [[shapes[name] for name in pair if name in shapes] for pair in names]
+        if len(shapes) != sum(map(len, pairs)) or len(pairs[0]) != len(pairs[1]) or len(pairs[0]) < 2:
             return False
-        if len(found[0]) == 3:
+        if len(pairs[0]) == 3:
             return (
-                found[0] == found[1]
-                and all(len(s) >= 2 for s in found[0])
-                and 1 == len({found[0][0][0], found[0][1][0], *found[0][2][:2]})
+                pairs[0] == pairs[1]
+                and all(len(s) >= 2 for s in pairs[0])
+                and 1 == len({pairs[0][0][0], pairs[0][1][0], *pairs[0][2][:2]})
             )
-        return all(is_product(a, b) and len(a) == len(b) == 2 for a, b in found) and 1 == len(
-            {(a[0], b[1]) for a, b in found}
+        return all(is_product(a, b) and len(a) == len(b) == 2 for a, b in pairs) and 1 == len(
+            {(a[0], b[1]) for a, b in pairs}
         )
 
     @classmethod

@@ -92,20 +92,20 @@ def read(path):
         for _ in range(n_metadata):
             key = r.string()
             metadata[key] = r.value(r.scalar("I"))
-        found = {}
+        infos = {}
         for _ in range(count):
             name, n_dims = r.string(), r.scalar("I")
-            if n_dims > 8 or name in found:
+            if n_dims > 8 or name in infos:
                 raise ValueError(f"{name} has {n_dims} dimensions, or appears twice")
             dims = [r.scalar("Q") for _ in range(n_dims)]
-            found[name] = dims, r.scalar("I"), r.scalar("Q")
+            infos[name] = dims, r.scalar("I"), r.scalar("Q")
         begin = f.tell()
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
         raise ValueError(f"general.alignment is {alignment!r}")
     begin += -begin % alignment
     tensors = {}
-    for name, (dims, code, offset) in found.items():
+    for name, (dims, code, offset) in infos.items():
         try:
             kind = constants.GGMLQuantizationType(code)
         except ValueError:

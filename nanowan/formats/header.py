@@ -226,9 +226,9 @@ def _pickle_header(path):
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
-        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(e))
+        match = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(e))
         raise BadInput(
-            f"{path}: this pickle holds code or objects ({found.group(1) if found else 'not plain tensors'}), "
+            f"{path}: this pickle holds code or objects ({match.group(1) if match else 'not plain tensors'}), "
             "only tensors are accepted"
         ) from None
     except (RuntimeError, OSError, EOFError) as e:

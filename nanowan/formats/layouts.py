@@ -79,17 +79,17 @@ def find(path, pattern, what):
         return path
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder")
-    found = sorted(
+    files = sorted(
         f
         for f in path.iterdir()
         if fnmatch.fnmatchcase(f.name.lower(), f"{pattern.lower()}.*") and f.suffix in (".pth", ".safetensors", ".gguf")
     )
-    if len(found) != 1:
+    if len(files) != 1:
         raise BadInput(
             f"{path}: should hold {what}, "
-            + (f"found {len(found)}: {', '.join(f.name for f in found)}" if found else "found none")
+            + (f"found {len(files)}: {', '.join(f.name for f in files)}" if files else "found none")
         )
-    return found[0]
+    return files[0]
 
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -174,8 +174,8 @@ def rename_dit(name, table):
     block = re.match(r"blocks\.(\d+)\.", name)
     general = name.replace(block.group(), "blocks.N.", 1) if block else name
     module, _, leaf = general.rpartition(".")
-    found = table.get(general) or (f"{table[module]}.{leaf}" if module in table else general)
-    return found.replace("blocks.N.", block.group(), 1) if block else found
+    renamed = table.get(general) or (f"{table[module]}.{leaf}" if module in table else general)
+    return renamed.replace("blocks.N.", block.group(), 1) if block else renamed
 
 
 def official_dit_name(name):

@@ -141,9 +141,11 @@ def cast(entries, dtype=None):
     tensors keep the dtype of their file, except that 8-bit and GGUF weights, which are decoded while they are read,
     become bf16.
     """
-    found = {}
+    converted = {}
     for name, entry in entries.items():
         goal = dtype or (entry.dtype if type(entry) is Entry else torch.bfloat16)
         plain = type(entry) is Entry and entry.dtype == goal
-        found[name] = entry if plain else CastEntry(entry.file, goal, entry.shape, entry.offset, entry.stride, entry)
-    return found
+        converted[name] = (
+            entry if plain else CastEntry(entry.file, goal, entry.shape, entry.offset, entry.stride, entry)
+        )
+    return converted

@@ -424,8 +424,8 @@ def expert_in_name(path):
     words = "_" + re.sub(r"[\W_]+", "_", words).lower()
     if re.search(BOTH_IN_NAME, words):
         return None
-    found = [m for pattern in EXPERT_IN_NAME for m in re.finditer(pattern, words)]
-    said = {LEVELS[m[1]] for m in found if words[: m.start()].rpartition("_")[2] not in COMPOUNDS}
+    matches = [m for pattern in EXPERT_IN_NAME for m in re.finditer(pattern, words)]
+    said = {LEVELS[m[1]] for m in matches if words[: m.start()].rpartition("_")[2] not in COMPOUNDS}
     return said.pop() if len(said) == 1 else None
 
 
@@ -455,18 +455,18 @@ def choose_experts(spec, experts, flag="--lora"):
     keys = (listing.expert, "its keys") if listing.expert else None
     chosen = (spec.expert, "the flag") if spec.expert else keys
     expert, source = expert_of(spec.file, listing.metadata, chosen)
-    alone = not {"high", "low"} & set(experts)
-    if expert is None and len(experts) == 1 or alone and source in (None, "its name"):
+    single = not {"high", "low"} & set(experts)
+    if expert is None and len(experts) == 1 or single and source in (None, "its name"):
         return set(experts), None
     if expert is None:
         raise BadInput(
             f"{flag} {spec.file}: for which expert? Neither its metadata nor its name says; add :high, :low or :both"
         )
     wanted = {"high", "low"} if expert == "both" else {expert}
-    if source == "its keys" and not alone and expert == "both":  # each half goes to its expert, if that is available
+    if source == "its keys" and not single and expert == "both":  # each half goes to its expert, if that is available
         wanted &= set(experts)
     if not wanted <= set(experts):
-        here = "a single model" if alone else f"only {', '.join(experts)}"
+        here = "a single model" if single else f"only {', '.join(experts)}"
         what = f"the {' and '.join(sorted(wanted))}-noise expert of an A14B"
         says = "say" if source == "its keys" else "says"
         raise BadInput(f"{flag} {spec.file}: made for {what}, as {source} {says}, and here is {here}")
@@ -482,9 +482,9 @@ def left_out(changes, shapes):
     if not any(IMAGE_BRANCH.match(name) for name in shapes):
         skipped = {n: "of an image branch, which this model does not have" for n in changes if IMAGE_BRANCH.match(n)}
     if patch in changes and patch in shapes and not changes[patch].fits(shapes[patch]):
-        (width, channels, *kernel), given = shapes[patch], changes[patch].shape
-        theirs, rest = divmod(math.prod(given[1:]), math.prod(kernel))
-        if given[0] == width and not rest:
+        (width, channels, *kernel), shape = shapes[patch], changes[patch].shape
+        theirs, rest = divmod(math.prod(shape[1:]), math.prod(kernel))
+        if shape[0] == width and not rest:
             skipped[patch] = f"of a patch embedding for {theirs} channels, where this model has {channels}"
     return skipped
 
@@ -588,7 +588,7 @@ class AdapterInfo:
 
     def metadata(self):
         """Return the metadata {name: value} under the names that kohya's scripts and the ModelSpec standard use."""
-        found = {
+        values = {
             "variant": self.variant,
             "modelspec.date": self.date,
             "modelspec.resolution": self.resolution and "{}x{}".format(*self.resolution),
@@ -599,12 +599,12 @@ class AdapterInfo:
         }
         if self.variant:
             names = MANAGERS_NAMES.get(self.variant, (MANAGERS_14B, f"wan2.2-{self.variant}"))
-            architecture, found["ss_base_model_version"] = names
-            found["modelspec.architecture"] = f"{architecture}/lora"
+            architecture, values["ss_base_model_version"] = names
+            values["modelspec.architecture"] = f"{architecture}/lora"
         if self.trained_words:
-            found["trained_words"] = found["modelspec.trigger_phrase"] = ", ".join(self.trained_words)
-            found["ss_tag_frequency"] = json.dumps({"captions": self.trained_words}, ensure_ascii=False)
-        return {k: v for k, v in found.items() if v is not None}
+            values["trained_words"] = values["modelspec.trigger_phrase"] = ", ".join(self.trained_words)
+            values["ss_tag_frequency"] = json.dumps({"captions": self.trained_words}, ensure_ascii=False)
+        return {k: v for k, v in values.items() if v is not None}
 
 
 def save_adapter(path, tensors, metadata):

@@ -267,7 +267,7 @@ def check_encoder_changes(source, entries):
     """Return [({parameter name: Change}, strength)], one pair for each file in the changes of an EncoderSource.
     entries: the headers {official name: Entry} of the source's base. Raises BadInput if a change does not fit the base.
     """
-    found = []
+    pairs = []
     for file, strength in source.changes:
         changes = read_encoder_change(file)
         strays = [n for n, change in changes.items() if not (n in entries and change.fits(entries[n].shape))]
@@ -275,8 +275,8 @@ def check_encoder_changes(source, entries):
             there = f"is {entries[strays[0]].shape} there" if strays[0] in entries else "is not there"
             what = "a delta" if file.is_file() and is_delta(file) else "a change"
             raise BadInput(f"{file}: not {what} of {source.base[0]}: {strays[0]} {there}")
-        found.append((changes, strength))
-    return found
+        pairs.append((changes, strength))
+    return pairs
 
 
 def tokenizer_file(ckpt_dir):
@@ -454,9 +454,9 @@ def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, voca
 
 def one_hot(ids, vocab):
     """Return a matrix (vocab,n), fp16, that holds a 1 at row ids[j] of each column j, and zeros elsewhere."""
-    found = torch.zeros(vocab, len(ids), dtype=torch.float16)
-    found[ids.cpu(), torch.arange(len(ids))] = 1
-    return found
+    matrix = torch.zeros(vocab, len(ids), dtype=torch.float16)
+    matrix[ids.cpu(), torch.arange(len(ids))] = 1
+    return matrix
 
 
 def convert_encoder_lora(file, out):

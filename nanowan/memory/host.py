@@ -127,19 +127,19 @@ class Copier:
         if self.stream is None:
             to.copy_(source)
             return None
-        given = torch.cuda.current_stream(self.device).record_event()
+        ready = torch.cuda.current_stream(self.device).record_event()
         up = source.device.type == "cpu"
         if (source if up else to).is_pinned():
             with torch.cuda.stream(self.stream):
-                self.stream.wait_event(given)
+                self.stream.wait_event(ready)
                 to.copy_(source, non_blocking=True)
                 return self.stream.record_event()
         self.thread = self.thread or concurrent.futures.ThreadPoolExecutor(1, "copies")
-        self.last = self.thread.submit(self._copy_in_pieces, given, up, [to, source.contiguous()])
+        self.last = self.thread.submit(self._copy_in_pieces, ready, up, [to, source.contiguous()])
         return self.last
 
     @torch.no_grad()
-    def _copy_in_pieces(self, given, up, pair):
+    def _copy_in_pieces(self, ready, up, pair):
         """Copy piece by piece through the ring buffer, from host to device if `up` is true, else from device to host.
         This runs in the Copier's thread. given: the CUDA event after which the copy starts. pair: the list [to,
         source]; it is emptied, so that a finished copy keeps no memory.
@@ -148,7 +148,7 @@ class Copier:
         if self.ring is None:
             self.ring = [(slot, torch.cuda.Event()) for slot in pinned_slots(self.device)]
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(given)
+            self.stream.wait_event(ready)
             size = len(self.ring[0][0])
             for i, (there, here) in enumerate(zip(to.split(size), source.split(size))):
                 slot, copied = self.ring[i % 2][0][: len(here)], self.ring[i % 2][1]

@@ -377,7 +377,7 @@ def data_source(values, args, s):
     name = f"--data {values['source']}"
     size = values.get("resolution", args.resolution)
     size = tuple(size) if isinstance(size, list) else parse_size(size, "--resolution")
-    found = DataSource(
+    source = DataSource(
         Path(values["source"]),
         size,
         values.get("frames", args.frames),
@@ -388,16 +388,16 @@ def data_source(values, args, s):
     samples = s.parts.samples
     if min(size) < s.size_multiple:
         raise BadInput(f"{name}, --resolution {size[0]}x{size[1]}: each side at least {s.size_multiple}")
-    check_frames(found.frames, samples.frames_over)
-    if found.clip_mode not in CLIP_MODES:
-        raise BadInput(f"{name}, --clip_mode {found.clip_mode}: one of {', '.join(CLIP_MODES)}")
-    if samples.fixed_speed and found.clip_mode == "spaced":
+    check_frames(source.frames, samples.frames_over)
+    if source.clip_mode not in CLIP_MODES:
+        raise BadInput(f"{name}, --clip_mode {source.clip_mode}: one of {', '.join(CLIP_MODES)}")
+    if samples.fixed_speed and source.clip_mode == "spaced":
         raise BadInput(f"{name}, --clip_mode spaced: would play clips faster than their sound; use another mode")
-    if not isinstance(found.repeats, int) or found.repeats < 1 or not 0 < found.weight < math.inf:
+    if not isinstance(source.repeats, int) or source.repeats < 1 or not 0 < source.weight < math.inf:
         raise BadInput(
-            f"{name}: repeats {found.repeats}, weight {found.weight}: a whole number from 1 on, and a positive one"
+            f"{name}: repeats {source.repeats}, weight {source.weight}: a whole number from 1 on, and a positive one"
         )
-    return found
+    return source
 
 
 def data_config(args, s, default):

@@ -42,16 +42,16 @@ def placeholder_tokens(tokenizer, rows, count, taken=()):
     project's tokenizer can produce the id. Sentencepiece's <extra_id_N> come first, since other software can produce
     them too. Raises BadInput if fewer ids are left.
     """
-    size, found = tokenizer.pieces.get_piece_size(), []
+    size, unused = tokenizer.pieces.get_piece_size(), []
     for i in reversed(range(size)):
         if match := re.fullmatch("\u2581?(<extra_id_\\d+>)", tokenizer.pieces.id_to_piece(i)):
-            found.append((i, match[1] if tokenizer.pieces.encode(match[1])[-1:] == [i] else None))
+            unused.append((i, match[1] if tokenizer.pieces.encode(match[1])[-1:] == [i] else None))
     known = {i for i in tokenizer.special.values() if isinstance(i, int)}
-    found += [(i, None) for i in range(size, rows) if i not in known]
-    found = sorted((f for f in found if f[0] not in taken), key=lambda f: f[1] is None)
-    if len(found) < count:
-        raise BadInput(f"--keywords: {count} placeholders are asked for, and the table has {len(found)} unused rows")
-    return found[:count]
+    unused += [(i, None) for i in range(size, rows) if i not in known]
+    unused = sorted((f for f in unused if f[0] not in taken), key=lambda f: f[1] is None)
+    if len(unused) < count:
+        raise BadInput(f"--keywords: {count} placeholders are asked for, and the table has {len(unused)} unused rows")
+    return unused[:count]
 
 
 def add_placeholders(keywords, tokenizer, rows):
@@ -82,7 +82,7 @@ def keyword_token_ids(keywords, captions, tokenizer):
     for keyword in keywords:
         spellings = {keyword, *(c[begin:end] for c in captions for begin, end in spans(c, keyword))}
         pieces = [{i for i in tokenizer.ids(spelling) if is_own_piece(i, tokenizer)} for spelling in spellings]
-        ids[keyword] = {i for found in pieces for i in (found - shared or found)}
+        ids[keyword] = {i for ids_of_piece in pieces for i in (ids_of_piece - shared or ids_of_piece)}
     return ids
 
 
@@ -109,15 +109,15 @@ def initial_words(keywords, search, encoder, dataset, schedule):
     with `initial`, it is that word. For the others, if `search` is true, search_initial_words finds a word at the
     timesteps of the first expert of `schedule` {name: (low, high)}. The result is the same on all ranks.
     """
-    found = {k.name: k.initial for k in keywords if k.initial}
+    initial = {k.name: k.initial for k in keywords if k.initial}
     if search:
         first, (low, high) = next(iter(schedule.items()))
-        searched = [k.name for k in keywords if k.name not in found]
-        found |= search_initial_words(searched, encoder, dataset, first, low, high)
-    found = dataset.world.broadcast_from_rank0(lambda: found)  # the ranks' results may differ by rounding
-    for keyword, word in found.items():
+        searched = [k.name for k in keywords if k.name not in initial]
+        initial |= search_initial_words(searched, encoder, dataset, first, low, high)
+    initial = dataset.world.broadcast_from_rank0(lambda: initial)  # the ranks' results may differ by rounding
+    for keyword, word in initial.items():
         print(f"keyword {keyword!r}: starts as {word!r}")
-    return found
+    return initial
 
 
 @torch.no_grad()

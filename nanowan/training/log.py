@@ -50,14 +50,14 @@ def flat(values):
     """Return {name: number} without nesting: an entry of a list or dict becomes NAME/INDEX or NAME/KEY. Values that
     contain no numbers are left out.
     """
-    found = {}
+    numbers = {}
     for name, value in values.items():
         if isinstance(value, list | dict):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            found |= flat({f"{name}/{k}": v for k, v in pairs})
+            numbers |= flat({f"{name}/{k}": v for k, v in pairs})
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
 def duration(seconds):

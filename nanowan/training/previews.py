@@ -32,9 +32,9 @@ def preview_requests(args, s, prompts):
     Raises BadInput for a prompt with inputs other than text if the model makes videos in segments.
     """
     settings, out = preview_settings(args, s) if prompts else s, Path(args.out) / "previews"
-    if s.conditioning.by_segments and (own := next((p for p in prompts if p.inputs), None)):
+    if s.conditioning.by_segments and (with_inputs := next((p for p in prompts if p.inputs), None)):
         raise BadInput(
-            f"--previews: --{next(iter(own.inputs))} is not taken; previews of {s.variant} are of held-out data"
+            f"--previews: --{next(iter(with_inputs.inputs))} is not taken; previews of {s.variant} are of held-out data"
         )
     return [
         Request(p.text, args.seed if p.seed is None else p.seed, settings.with_overrides(**p.settings), p.inputs, out)

@@ -57,7 +57,7 @@ def describe_items(items, skipped, tokenizer=None):
     """
     files = list({item.path: item for item in items}.values())
     notes = Counter(note for i in files for note in {*i.notes, *i.changed.get("sound", [])})
-    found = {
+    facts = {
         "files": len(files),
         "samples": len(items),
         "seen": sum(item.repeat for item in items),
@@ -71,8 +71,8 @@ def describe_items(items, skipped, tokenizer=None):
     }
     if tokenizer:
         lengths = [(max(count_tokens(c, tokenizer) for c in i.captions), i.path) for i in files]
-        found["long captions"] = extremes(pair for pair in lengths if pair[0] > MAX_TOKENS)
-    return found
+        facts["long captions"] = extremes(pair for pair in lengths if pair[0] > MAX_TOKENS)
+    return facts
 
 
 def count_tokens(caption, tokenizer):
@@ -114,34 +114,34 @@ def cut_off(items):
     return {"files": len(cut), "frames": max((frames[path] for path in cut), default=0), "used": share}
 
 
-def text(found):
+def text(facts):
     """Format a data report, as returned by `describe`, as lines."""
     lines = [
-        f"data: {found['files']} files"
-        + f" in {found['samples']} samples" * (found["samples"] > found["files"])
-        + f", seen {found['seen']} times an epoch" * (found["seen"] > found["samples"])
-        + f", {len(found['skipped'])} skipped"
+        f"data: {facts['files']} files"
+        + f" in {facts['samples']} samples" * (facts["samples"] > facts["files"])
+        + f", seen {facts['seen']} times an epoch" * (facts["seen"] > facts["samples"])
+        + f", {len(facts['skipped'])} skipped"
     ]
-    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for w, h, f, n in found["buckets"]]
-    lines += [f"  {NOTES[note]}: {n}" for note, n in found["notes"].items()]
-    if n := found["several captions"]:
+    lines += [f"  {w}x{h}, {f} frame{'s' * (f > 1)}: {n}" for w, h, f, n in facts["buckets"]]
+    lines += [f"  {NOTES[note]}: {n}" for note, n in facts["notes"].items()]
+    if n := facts["several captions"]:
         lines.append(f"  with several lines of caption, of which one is drawn each time: {n}")
-    if (long := found.get("long captions", {"files": 0}))["files"]:
+    if (long := facts.get("long captions", {"files": 0}))["files"]:
         lines.append(
             f"  with a caption over {MAX_TOKENS} tokens, the rest of which is not read: {long['files']} "
             f"({long['worst']} tokens: {Path(long['of']).name})"
         )
-    if (cut := found["cut off"])["files"]:
+    if (cut := facts["cut off"])["files"]:
         lines.append(f"  cut off after at most {cut['frames']} frames: {cut['files']}, {cut['used']:.0%} of them used")
-    if (crop := found["cropped"])["worst"] >= 0.005:
+    if (crop := facts["cropped"])["worst"] >= 0.005:
         name = Path(crop["of"]).name
         lines.append(f"  cropped by {crop['mean']:.0%} of the picture on average, {crop['worst']:.0%} at most ({name})")
-    if (large := found["enlarged"])["files"]:
+    if (large := facts["enlarged"])["files"]:
         name = Path(large["of"]).name
         lines.append(
             f"  enlarged: {large['files']}, {large['mean']:.1f} times on average, {large['worst']:.1f} at most ({name})"
         )
-    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in found["skipped"]])
+    return "\n".join(lines + [f"  skipped {path}: {reason}" for path, reason in facts["skipped"]])
 
 
 def write_report(dataset):

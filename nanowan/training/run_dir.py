@@ -32,7 +32,7 @@ def differences(before, now):
     """Return a list of short texts that say what differs between two resume fingerprints {name: value or list}. Only
     the names in `now` are compared.
     """
-    found = []
+    lines = []
     for name, new in now.items():
         old = before.get(name)
         if old == new:
@@ -40,10 +40,10 @@ def differences(before, now):
         if isinstance(old, list) and isinstance(new, list) and len(str(old)) + len(str(new)) > 100:
             seen = set(map(str, old))
             fresh = sum(str(v) not in seen for v in new)
-            found.append(f"{name} was {len(old)} entries, is {len(new)}, {fresh} of them others")
+            lines.append(f"{name} was {len(old)} entries, is {len(new)}, {fresh} of them others")
         else:
-            found.append(f"{name} was {str(old)[:60]}, is {str(new)[:60]}")
-    return found[:12] + [f"{len(found) - 12} more"] * (len(found) > 12)
+            lines.append(f"{name} was {str(old)[:60]}, is {str(new)[:60]}")
+    return lines[:12] + [f"{len(lines) - 12} more"] * (len(lines) > 12)
 
 
 def state_step(file):
@@ -169,12 +169,12 @@ class Run:
     @staticmethod
     def _commit():
         try:
-            found = subprocess.run(
+            git = subprocess.run(
                 ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True
             )
         except OSError:  # git is not installed
             return None
-        return found.stdout.strip() or None
+        return git.stdout.strip() or None
 
     def _on_signal(self, number, _):
         # os.write is used because the signal may have interrupted print within a line, and print is not reentrant

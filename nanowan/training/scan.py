@@ -52,12 +52,12 @@ def buckets(area, multiple):
     """Return every bucket (w, h) in px within MAX_ASPECT. Each width is paired with the height that brings the area
     closest to `area` px. Sides are multiples of `multiple`. Each bucket is also returned with width and height swapped.
     """
-    found = set()
+    sizes = set()
     for w in range(multiple, int((MAX_ASPECT * area) ** 0.5) + multiple, multiple):
         h = max(multiple, round(area / w / multiple) * multiple)
         if w * h <= area * 1.1 and 1 / MAX_ASPECT <= w / h <= MAX_ASPECT:
-            found |= {(w, h), (h, w)}
-    return sorted(found) or [(multiple, multiple)]
+            sizes |= {(w, h), (h, w)}
+    return sorted(sizes) or [(multiple, multiple)]
 
 
 def nearest_bucket(width, height, area, multiple):

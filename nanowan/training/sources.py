@@ -114,7 +114,7 @@ def walk(folder):
     except hidden ones. The second contains the folders that cannot be opened. Links to folders are followed; no folder
     is entered twice.
     """
-    found, unreadable, seen = [], [], set()
+    paths, unreadable, seen = [], [], set()
     for where, folders, files in os.walk(
         folder, followlinks=True, onerror=lambda e: unreadable.append((Path(e.filename), e.strerror))
     ):
@@ -124,8 +124,8 @@ def walk(folder):
             continue
         seen.add((state.st_dev, state.st_ino))
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(where, name) for name in (*folders, *files) if not name.startswith(".")]
-    return sorted(found), unreadable
+        paths += [Path(where, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(paths), unreadable
 
 
 def find_media(source):

@@ -82,9 +82,9 @@ class TrainState:
             values[key] = shard_like(values[key], p)
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
-        for group, own in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
-            if "fused" in own:  # keep the current way to compute a step; older versions saved another
-                group["fused"] = own["fused"]
+        for group, current in zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True):
+            if "fused" in current:  # keep the current way to compute a step; older versions saved another
+                group["fused"] = current["fused"]
         self.opt.load_state_dict(state["opt"])
         self.guard.load_state_dict(state["guard"])
         if self.ema:

@@ -77,11 +77,11 @@ class Stopwatch:
         tokens.
         """
         seconds = time.monotonic() - self.began
-        found = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
-        found["peak_gb"] = round(memory_estimate.used(device) / 1e9, 2)
+        values = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
+        values["peak_gb"] = round(memory_estimate.used(device) / 1e9, 2)
         if mfu := memory_estimate.mfu(model, batch.x, text, seconds / accumulate, device):
-            found["mfu"] = round(mfu, 3)
-        return found
+            values["mfu"] = round(mfu, 3)
+        return values
 
 
 def update(state, world, step, args, loss, typical=True):

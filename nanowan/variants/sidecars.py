@@ -34,13 +34,15 @@ class ClipSamples(Samples):
         if shown[2] is None:
             raise Skip(f"is an image; {self.pipe.settings.variant} is trained on clips")
         files = self.find(path)
-        found = {kind: (file, digest(file)) for kind, file in files.items()}
-        for kind in found.keys() & {*self.videos}:
-            self._check(kind, *found[kind], shown, cache)
-        return found
+        digests = {kind: (file, digest(file)) for kind, file in files.items()}
+        for kind in digests.keys() & {*self.videos}:
+            self._check(kind, *digests[kind], shown, cache)
+        return digests
 
     def changed(self, path, shown, sidecars, cache):
-        videos = {kind: cached_probe(*found, cache).changed for kind, found in sidecars.items() if kind in self.videos}
+        videos = {
+            kind: cached_probe(*digest, cache).changed for kind, digest in sidecars.items() if kind in self.videos
+        }
         return super().changed(path, shown, sidecars, cache) | videos
 
     def sidecar_sizes(self, item):
@@ -59,8 +61,8 @@ class ClipSamples(Samples):
         end, own_end = max(shown[2]), max(times)
         if abs(end - own_end) > MAX_DIFFERENCE:
             raise Skip(f"its {file.name} ends at {own_end:.2f} s, the clip at {end:.2f} s")
-        aspect, own = (1 if kind in self.squares else shown[0] / shown[1]), width / height
-        if max(aspect / own, own / aspect) > MAX_STRETCH:
+        aspect, own_aspect = (1 if kind in self.squares else shown[0] / shown[1]), width / height
+        if max(aspect / own_aspect, own_aspect / aspect) > MAX_STRETCH:
             shape = "a square" if kind in self.squares else f"the clip's {shown[0]}x{shown[1]}"
             raise Skip(f"its {file.name} is {width}x{height} px, should have the shape of {shape}")
 

@@ -330,8 +330,8 @@ def gather(args, reference):
         faces = faces[indices] * [*scale, *scale] + [*shift, *shift]
     work = Work(video, indices, fps, size, pose_video, mask_video, keypoints, faces)
     if args.process_checkpoint:
-        found = work.find_keypoints(Networks(args.process_checkpoint))
-        work = work._replace(keypoints=found, faces=landmark_boxes(found[:, FACE]) if faces is None else faces)
+        keypoints = work.find_keypoints(Networks(args.process_checkpoint))
+        work = work._replace(keypoints=keypoints, faces=landmark_boxes(keypoints[:, FACE]) if faces is None else faces)
     return work
 
 

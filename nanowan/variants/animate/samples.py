@@ -66,8 +66,8 @@ class CharacterSamples(ClipSamples):
         if "bg" in sidecars:
             scene = sidecars["bg"], [frame[..., 0] for frame in sidecars["mask"]]
         for known in (0, *known_frames(item)):
-            given = video[:, :, :known] if known else None
-            y = inputs.encode_scene(vae, video.shape, inputs.mark_given(z), scene, given)
+            known_latents = video[:, :, :known] if known else None
+            y = inputs.encode_scene(vae, video.shape, inputs.mark_given(z), scene, known_latents)
             tensors[f"y.{known}"] = y[0]
         return tensors
 

@@ -100,8 +100,8 @@ class DrivingVideo:
         times = [self.times[min(i, 2 * self.n - 1 - i)] for i in places]
         wanted = sorted({*times})
         with self._reading():
-            found = dict(zip(wanted, next(read_windows(self.file, [wanted], draw, self.shown))))
-        return torch.stack([found[t] for t in times], 1)[None]
+            frames = dict(zip(wanted, next(read_windows(self.file, [wanted], draw, self.shown))))
+        return torch.stack([frames[t] for t in times], 1)[None]
 
 
 class DrivenVideo(ReferencedVideo):

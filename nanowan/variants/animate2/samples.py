@@ -60,8 +60,8 @@ class DrivenSamples(ClipSamples):
         z = vae.encode(picture)
         tensors |= {"latents": torch.cat([z, vae.encode(video)], 2)[0], "driving": vae.encode(driving)[0]}
         for known in (0, OVERLAP):
-            given = video[:, :, :known] if known else None
-            tensors[f"y.{known}"] = encode_scene(vae, video.shape, mark_given(z), known=given)[0]
+            known_latents = video[:, :, :known] if known else None
+            tensors[f"y.{known}"] = encode_scene(vae, video.shape, mark_given(z), known=known_latents)[0]
         return tensors
 
     def cached_bytes(self, item, shape):
