@@ -27,7 +27,7 @@ def is_product(first, second):
 
 
 class Change:
-    """The change that an adapter file makes to one parameter. Tensors stay in the file until the change is computed.
+    """The change that an adapter file makes to one parameter. Its tensors stay in the file until it is computed.
 
     Subclasses define `form`, the name of their kind, and `shape`, which `fits` compares with the parameter's shape.
     Most also define `matches(shapes)`, which tells whether tensors with these shapes {part: shape} describe a change of
@@ -72,9 +72,8 @@ def scaled(entry, scale):
 
 @dataclass(frozen=True)
 class Kron(Change):
-    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples of one or two Entries. One Entry holds the full matrix (n,m), or
-    for a convolution's w2 the kernel (n,m,...). Two Entries, (n,r) and (r,m), are factors, and their product is the
-    matrix.
+    """LoKr: scale * kron(w1, w2). w1 and w2 are tuples. A tuple of two Entries holds the factors (n,r) and (r,m) of a
+    matrix. A tuple of one Entry holds a matrix (n,m) or, only in w2, the kernel (n,m,...) of a convolution.
     """
 
     w1: tuple
@@ -112,8 +111,8 @@ class Kron(Change):
         return (w[0] if len(w) == 1 else w[0] @ w[1] for w in parts)
 
     def factors(self):
-        """Return A and B as Change.factors does. If w2 is a product a b and w1 is small, the change has a low rank,
-        because kron(w1, a b) = kron(w1, a) kron(1, b). Otherwise, return None.
+        """Return A and B as Change.factors does. If w2 is a product a b, then kron(w1, a b) = kron(w1, a) kron(1, b).
+        Return None if w2 is not a product, or if the rank of these factors is above half of the change's smaller side.
         """
         if len(self.w2) == 1 or 2 * self.w1[-1].shape[1] * self.w2[1].shape[0] > min(self.shape):
             return None
@@ -137,8 +136,8 @@ class Kron(Change):
 @dataclass(frozen=True)
 class Hadamard(Change):
     """LoHa: scale * (a1 b1) * (a2 b2), where a1 b1 and a2 b2 are matrix products, and each * is elementwise. pairs: the
-    tuples (a1, b1) and (a2, b2), with shapes (n,r) and (r,m). For a convolution, each tuple may instead hold three
-    tensors: a (r,n), b (r,m) and t (r,r,...). In place of each product a b stands t contracted with a and b.
+    tuples (a1, b1) and (a2, b2), with shapes (n,r) and (r,m). For a convolution, each tuple may instead be (a, b, t),
+    with shapes (r,n), (r,m) and (r,r,...). Then einsum("ij...,in,jm->nm...", t, a, b) replaces the matrix product.
     """
 
     pairs: tuple
@@ -230,9 +229,10 @@ class GLora(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """LyCORIS' OFT: blocks of output rows are rotated by (1 + q)(1 - q)^-1, where q = blocks - blocks^T. Then
-    `rescale`, if given, multiplies each row. blocks: (k,s,s). rescale: (out,1), or None. constraint: the largest norm
-    that q may have, as one tensor of all blocks; 0: no limit.
+    """LyCORIS' OFT: the weight's rows are cut into k groups of s, and each group is multiplied from the left by
+    (1 - q)(1 + q)^-1, where q = m - m^T for the group's matrix m in `blocks` (k,s,s). Then each row is multiplied by
+    its number in `rescale` (out,1), unless that is None. constraint: the largest norm that the k matrices q, taken as
+    one tensor, may have; 0: no limit.
     """
 
     blocks: Entry
@@ -281,12 +281,13 @@ class Rotation(Change):
 
 @dataclass(frozen=True)
 class InputRotation(Change):
-    """PEFT's OFT: blocks of input columns are rotated. vectors (k, s(s-1)/2): the upper triangles of k skew-symmetric
-    matrices q, (s,s).
+    """PEFT's OFT: the weight's columns are cut into groups of s, and each group is multiplied from the right by R^T,
+    where R (s,s) is a rotation that is made from a skew-symmetric matrix q. vectors (k, s(s-1)/2): the upper triangles
+    of the k matrices q.
 
-    terms: the number of terms of the Neumann series with which PEFT approximates (1 + q)(1 - q)^-1. If `terms` is None,
-    the rotation is the inverse of this matrix, (1 - q)(1 + q)^-1, without approximation. limit: the largest norm that
-    each q may have (COFT), or None. shared: whether all blocks of columns share one rotation.
+    terms: the number of terms of the Neumann series with which PEFT approximates R = (1 + q)(1 - q)^-1. If `terms` is
+    None, R is the inverse of this matrix, (1 - q)(1 + q)^-1, without approximation. limit: the largest norm that
+    each q may have (COFT), or None. shared: whether all groups use the same R (k = 1).
     """
 
     vectors: Entry

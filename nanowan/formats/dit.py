@@ -44,8 +44,8 @@ def is_signed(row, entries):
 
 
 def signed_type(entries):
-    """Return the model_type of the variant whose signature a DiT with these headers {official name: Entry} has. Return
-    None if the DiT has none of the signatures in VARIANTS.
+    """Return the model_type of the row of VARIANTS for which is_signed(row, entries) is true, or None if there is no
+    such row. entries: a DiT's headers {official name: Entry}.
     """
     return next((row["model_type"] for row in VARIANTS.values() if is_signed(row, entries)), None)
 
@@ -120,8 +120,8 @@ def new_dit(config):
 
 def build_dit(entries, path, dtype):
     """Return an empty, frozen DiT on the meta device that fits these headers {official name: Entry}. Its parameters
-    have their final dtypes; the caller may turn its linear layers into 8-bit ones with `convert` in kernels/fp8.py.
-    Raises BadInput, naming `path`, if the headers are not those of one complete model.
+    have this dtype, except those that keep_fp32 names. The caller may turn its linear layers into 8-bit ones with
+    `convert` in kernels/fp8.py. Raises BadInput, naming `path`, if the headers are not those of one complete model.
     """
     config = read_config(path, entries)
     with torch.device("meta"):

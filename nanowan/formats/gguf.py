@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-LONGEST = 1 << 24  # limit on the bytes or elements of one metadata value
+LONGEST = 1 << 24  # largest number of elements, of up to 8 bytes each, of one metadata value
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # key of the original shape of a tensor that ComfyUI-GGUF has reshaped
 
 
@@ -37,7 +37,7 @@ def package():
 
 class Reader:
     """A reader that takes one value after another from a file of `size` bytes. Raises ValueError if the file ends too
-    early.
+    early, or if a value is too long.
     """
 
     def __init__(self, file, size):
@@ -57,8 +57,8 @@ class Reader:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
 
     def value(self, kind):
-        """Read and return one metadata value of this kind. An array of strings, which only tokenizers have, is skipped;
-        the result is then None.
+        """Read and return one metadata value. kind: the number of its type in GGUF. An array of strings, which only
+        tokenizers have, is skipped; the result is then None.
         """
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
@@ -79,7 +79,7 @@ class Reader:
 
 def read(path):
     """Return ({name: Tensor}, metadata) from a file's header. Raises ValueError, with the reason, if the file is
-    truncated or is not valid GGUF.
+    truncated, is not valid GGUF, or has an unsupported version or type.
     """
     constants = package().constants
     size = path.stat().st_size
@@ -122,7 +122,7 @@ def read(path):
 
 def original_shape(name, dims, metadata):
     """Return the shape, slowest dimension first, that a tensor had before ComfyUI-GGUF reshaped it. dims: the
-    dimensions in the header, fastest first. Raises ValueError if the shape and `dims` differ in number of elements.
+    dimensions in the header, fastest first. Raises ValueError if this shape does not fit `dims`.
     """
     shape = metadata.get(ORIGINAL_SHAPE + name, tuple(reversed(dims)))
     sizes = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)

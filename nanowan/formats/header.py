@@ -274,8 +274,8 @@ def count_blocks(entries):
 
 
 def in_file_order(tensors):
-    """Return {name: tensor} in the order in which `save` writes the tensors. In this order, the data of every tensor is
-    aligned to its dtype.
+    """Return {name: tensor} in the order in which `save` writes the tensors. In this order, every tensor begins at a
+    multiple of the size of its elements.
     """
     return {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))}
 

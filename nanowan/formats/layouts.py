@@ -3,7 +3,7 @@
 The layouts are the official folders, diffusers' folders, and ComfyUI's one-file DiTs. Whatever the layout,
 `read_weights` returns a DiT or VAE as {official name: Entry}; 8-bit weights with scales are scaled.ScaledEntry, and
 quantized weights of a GGUF file are header.GgufEntry. The text encoder's names are in t5.py, those of LoRAs in lora.py.
-Source of diffusers' names: its convert_wan_to_diffusers script, and the models themselves.
+Source of diffusers' names: its convert_wan_to_diffusers script, and its model classes.
 """
 
 import fnmatch
@@ -28,9 +28,9 @@ def _holds_dit(file):
 
 def weight_files(path, stem="diffusion_pytorch_model"):
     """Return the files that hold one model. If `path` is a file, return it alone. In a folder, return all shards that
-    the index lists, else the unsharded safetensors file, else the only .safetensors or .gguf file that is not named
-    like a VAE or a text encoder. If several are not, exactly one of these must hold a DiT, and it is returned. stem:
-    the name of the index and of the unsharded file, without endings. Raises BadInput, which names what is missing.
+    the index lists, else the unsharded safetensors file, else the only other .safetensors or .gguf file. Files named
+    like a VAE or a text encoder are ignored; if several others remain, those without a DiT are ignored too. stem: the
+    name of the index and of the unsharded file, without endings. Raises BadInput, which names what is missing.
     """
     path = Path(path)
     if path.is_file():
@@ -189,9 +189,7 @@ def diffusers_dit_name(name):
 
 
 def official_vae_name(name, v22):
-    """Return the official name of a VAE's tensor, given diffusers' name. v22: whether the VAE is version 2.2, in which
-    each stage is a module of its own.
-    """
+    """Return the official name of a VAE's tensor, given diffusers' name. v22: whether the VAE is version 2.2."""
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv2." if name.startswith("post") else "conv1.") + name.split(".", 1)[1]
     for theirs, ours in VAE_PARTS.items():
@@ -228,8 +226,8 @@ def is_animate2(entries):
 
 
 def official_names(entries):
-    """Return {official name: Entry} of a DiT or VAE. Diffusers' names and the names of Animate-2's wrapped blocks are
-    translated; other names stay unchanged.
+    """Return {official name: Entry} of a DiT or VAE. Diffusers' names are translated. From the names in Animate-2's
+    official files, the module that wraps each block is left out. Other names stay unchanged.
     """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
@@ -285,8 +283,9 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """Return {field of Settings: value} as read from model_index.json in a folder with diffusers' layout; {} for other
-    folders. Raises BadInput if model_index.json does not fit the folder.
+    """Return {"boundary": value or None} from the model_index.json of a folder in diffusers' layout, or {} for other
+    folders. is_moe: whether the folder holds two DiTs. model_type: the type of its DiTs. Raises BadInput if
+    model_index.json contradicts them.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):

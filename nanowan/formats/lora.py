@@ -267,9 +267,9 @@ def list_lora(path):
 
 
 def _peft_config(listing, beside):
-    """Return ({"high" | "low": PEFT's settings}, a problem or None). If diffusers wrote the LoRA file, these settings
-    are in its metadata; if PEFT itself wrote it, they are in the adapter_config.json in the same folder. beside:
-    whether an adapter_config.json in that folder belongs to this LoRA file.
+    """Return ({"high" | "low": PEFT's settings}, problem). problem: the reason why the file is refused, or None. If
+    diffusers wrote the LoRA file, these settings are in its metadata; if PEFT itself wrote it, they are in the
+    adapter_config.json in the same folder. beside: whether an adapter_config.json there belongs to this LoRA file.
     """
     path, source = listing.path, listing.path
     changes, config = [parts for half in listing.halves.values() for parts in half.values()], {}
@@ -416,9 +416,9 @@ COMPOUNDS = ("thigh", "knee", "ankle", "waist", "sky", "junior", "senior")  # af
 def expert_in_name(path):
     """Return the expert that a file's name mentions, "high" or "low", or None if it mentions neither or both.
 
-    Beside the word "noise", high, low, H and L mention an expert. Without "noise", high, low, HN, LN, H and L do so
-    only at the end of the name or before a number or version (x_HIGH, style-H-e8). HN, LN, H and L also do so directly
-    after the model's name (wan22_h_style). high_heels mentions no expert.
+    Next to the word "noise", the words high, low, H and L mention an expert. Elsewhere, the words high, low, HN, LN, H
+    and L do so only at the end of the name or before a number or version (x_HIGH, style-H-e8). HN, LN, H and L also do
+    so directly after the model's name (wan22_h_style). high_heels mentions no expert.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", Path(path).stem)
     words = "_" + re.sub(r"[\W_]+", "_", words).lower()
@@ -446,10 +446,10 @@ def choose_experts(spec, experts, flag="--lora"):
     """Return (names of the DiTs that a LoRA file is for, source). source: which of "its keys", "its metadata" and "its
     name" decided this, or None.
 
-    spec: LoraSpec. experts: the names of the available DiTs: "high", "low" or both for an A14B, or the one name of a
-    single model. If only one DiT is available, a file whose expert is unknown is for this DiT. If only a file's
-    name says which expert it is for, it may be used for a single model too. Raises BadInput if the expert is unknown
-    and two DiTs are available, or if the file is for an expert that is not available.
+    spec: LoraSpec. experts: the names of the available DiTs: "high", "low" or both for an A14B, or one other name for
+    a model with a single DiT. For such a model, an expert in the file's name is ignored. If only one DiT is available,
+    a file whose expert is unknown is for this DiT. Raises BadInput if the expert is unknown and two DiTs are available,
+    or if the file is for an expert that is not available.
     """
     listing = read_listing(spec.file)
     keys = (listing.expert, "its keys") if listing.expert else None
@@ -516,7 +516,7 @@ def check_fit(path, changes, shapes):
 def merge_file(model, path, weight=1.0, expert=None):
     """Merge a LoRA file into a model, in place, with lora.merge. expert: "high" or "low": whose changes to merge if
     the file is for both experts. Raises BadInput, before anything is changed, for files that read_lora or check_fit
-    refuses, and for files that change an 8-bit weight of the model by more than a low rank.
+    refuses, and for files with a change that is not of low rank for a weight that the model holds in 8 bits.
     """
     changes, shapes = read_lora(path, expert)[0], {base_name(n): p.shape for n, p in model.named_parameters()}
     taken = check_fit(path, changes, shapes)
@@ -530,8 +530,8 @@ def merge_file(model, path, weight=1.0, expert=None):
 
 def changes_to_start_from(pairs, path, expert=None):
     """Return {module name: Change} of the LoRA file from which an adapter is to start. pairs: the adapter {module name:
-    (A, B)}, whose tensors may be on the meta device. Raises BadInput unless the file changes exactly the adapter's
-    weights, with the same ranks.
+    (A, B)}, whose tensors may be on the meta device. Raises BadInput unless the file changes exactly the modules that
+    the adapter changes, with the same ranks.
     """
     changes = {name.removesuffix(".weight"): change for name, change in read_lora(path, expert)[0].items()}
     want = {name: (tuple(b.shape[:1] + a.shape[1:]), len(a)) for name, (a, b) in pairs.items()}
@@ -609,7 +609,7 @@ class AdapterInfo:
 
 def save_adapter(path, tensors, metadata):
     """Write an adapter's tensors with this metadata, and with further metadata by which LoRA managers identify the
-    file: title (the file's name) and hash (AutoV3).
+    file: a title, which is the file's name, and hash_of(tensors), whose first 12 digits are the AutoV3 hash.
     """
     digest = hash_of(tensors)
     hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}

@@ -1,4 +1,4 @@
-"""8-bit weights with separate scales, as in ComfyUI's fp8_scaled files and others."""
+"""8-bit weights with separate scales, as in fp8_scaled files of ComfyUI and other programs."""
 
 import json
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from nanowan.formats.header import Entry
 
 FP8 = (E4M3, torch.float8_e5m2)
 # Endings of the names of tensors that accompany an 8-bit weight. SCALES: its scale in ComfyUI's older and newer files
-# (lightx2v writes both names too). IGNORED: not needed here. NVFP4_SCALES: the second scale, only of 4-bit weights.
+# (lightx2v writes both names too). IGNORED: not needed here. NVFP4_SCALES: the second scale of 4-bit weights.
 SCALES, IGNORED = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 NVFP4_SCALES = (".weight_scale_2", ".weight_global_scale")
 READ = "only fp8 and plain int8, with one scale or one for each row, are read"
@@ -71,9 +71,9 @@ def check_quantization(file, text):
 
 
 def apply_scales(entries):
-    """Replace every weight that has a scale with a ScaledEntry, and remove the scales and ComfyUI's other companion
-    tensors. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for unsupported quantized
-    formats.
+    """Replace every weight that has a scale with a ScaledEntry, and remove the tensors whose names end in one of
+    SCALES or IGNORED. entries: a model's headers {name: Entry}, changed in place. Raises BadInput for unsupported
+    quantized formats.
     """
     scales = {}
     for name in [n for n in entries if n.endswith(SCALES + IGNORED + NVFP4_SCALES)]:

@@ -26,7 +26,7 @@ from t5 import EOS, PAD, TextEncoder, Tokenizer
 def sentencepiece_model(file):
     """Return the bytes of a sentencepiece model. If `file` is a tokenizer.json, the model is built from its vocabulary
     and its normalisation table. Otherwise, the bytes of the file are returned. Raises BadInput for a tokenizer.json
-    that is not of T5's kind. Source: sentencepiece_model.proto.
+    without a Unigram model. Source: sentencepiece_model.proto.
     """
     if file.suffix != ".json":
         return file.read_bytes()
@@ -202,8 +202,8 @@ class EncoderSource(NamedTuple):
         return [*self.base, *(f for file, _ in self.changes for f in _files_of(file))]
 
     def digests(self, digest):
-        """Return a list with digest(file) for every file of the encoder. A strength other than 1 is appended to the
-        file's digest.
+        """Return a list with the string digest(file) for every file of the encoder. A strength other than 1 is appended
+        to this string. digest: a function.
         """
         changed = [(f, strength) for file, strength in self.changes for f in _files_of(file)]
         return [digest(f) for f in self.base] + [digest(f) + (f":{s}" if s != 1 else "") for f, s in changed]
@@ -230,8 +230,8 @@ def encoder_source(ckpt_dir, weights=None):
 
 @dataclass(frozen=True)
 class TableLowRank(LowRank):
-    """A LoRA of an embedding table, scale * B A. B is zero for most rows of the table. Only the other rows are
-    computed, so that the full product is never formed.
+    """A LoRA of an embedding table, scale * B A. Most rows of B are zero. The product is formed only for the other rows
+    of B.
     """
 
     def rows(self):

@@ -1,1 +1,1 @@
-"""Keep weights on the device, on the host or streamed between them, and decode videos in less memory."""
+"""Keep weights on the device or on the host, stream them from the host, and decode videos in less memory."""

@@ -1,8 +1,8 @@
 """Allocate host memory for copies from and to a GPU, and run these copies while the GPU computes.
 
 The memory is pinned. Where pinning fails (WSL allows about 1 GB in all), a thread moves the data of each copy through a
-small pinned ring buffer. Copies and computation still run in the order in which they were launched. Copier.copy returns
-at once; Copier.wait blocks until the thread is done with the copy.
+small pinned ring buffer. Copies and computation still run in the order in which they were launched, and Copier.copy
+still returns at once, but Copier.wait blocks until the thread is done with the copy.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ class HostPages(mmap.mmap):
     PyTorch's own pinned memory is not used, because its sizes are rounded up to powers of two.
     """
 
-    can_pin = True  # whether pinning has never failed in this process
+    can_pin = True  # false after a call of `pinned` has reported a failure
     device = None  # the number of the GPU for which the pages are pinned
 
     def tensor(self):
@@ -77,8 +77,9 @@ def new_pages(nbytes, file=-1, flags=mmap.MAP_PRIVATE):
 
 
 def pinned(pages, device, quiet=False):
-    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device. The tensor is not pinned if pinning
-    fails, or has failed in this process before. quiet: do not report a failure, and try again next time.
+    """Return these HostPages as a tensor (n,) uint8, pinned for copies to a device. If pinning fails, the tensor is not
+    pinned, a line is printed, and later calls do not try to pin. quiet: if pinning fails, print nothing, and let later
+    calls try again.
     """
     if HostPages.can_pin and not pages.pin(torch.device(device)) and not quiet:
         HostPages.can_pin = False

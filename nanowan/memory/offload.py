@@ -100,9 +100,9 @@ class Flat:
 
 class InputsOnHost:
     """A store on the host for the tensors that activation checkpointing saves, like torch.autograd.graph.save_on_cpu.
-    There are two differences. A buffer is pinned once, at the size of its first tensor, and then reused. A Copier makes
-    the copies while the device computes: in the backward pass, fetching a tensor also starts the copy of the tensor
-    that was saved before it. `hooks()` returns the context manager in which tensors are stored like this.
+    There are two differences. A buffer is pinned once, at the size of the first tensor that it holds, and then reused.
+    A Copier makes the copies while the device computes: in the backward pass, fetching a tensor also starts the copy of
+    the tensor that was saved before it. `hooks()` returns the context manager in which tensors are stored like this.
     """
 
     def __init__(self, copier):
@@ -246,8 +246,8 @@ class Stream:
         self.bytes += flat.nbytes
 
     def next_block(self, i, phase):
-        """Return the block to copy after block i, or None if the two blocks with which the backward pass begins are
-        already on the device.
+        """Return the block to copy while block i runs in this phase (see _in_phase), or None if the two blocks with
+        which the backward pass begins are already on the device.
         """
         at, first = self.numbers.index(i), self.numbers[0]
         if phase == "recompute":

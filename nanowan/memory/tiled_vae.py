@@ -8,8 +8,8 @@ from vae import CausalConv3d, Resample
 
 
 def receptive_radius(decoder):
-    """Return the largest distance, in latent pixels, over which a pixel of the input of a decoder's second part
-    (forward_up) can influence the output. Each 3x3 convolution adds one pixel of the resolution at which it runs.
+    """Return the largest distance, in latent pixels, at which an input pixel of decoder.forward_up can influence an
+    output pixel. Each 3x3 convolution adds one pixel of the resolution at which it runs.
     """
     radius, scale = 0.0, 1
     for m in decoder.upsamples.modules():
@@ -20,8 +20,8 @@ def receptive_radius(decoder):
 
 
 def tile_overlap(decoder, tile):
-    """Return (the number of latent pixels by which tiles overlap on each side, whether decoding in such tiles is
-    exact).
+    """Return (the number of latent pixels by which tiles overlap on each side, whether decoding in tiles is exact).
+    tile: the side of a tile, in latent pixels.
     """
     radius = receptive_radius(decoder)
     return (radius, True) if tile >= radius else (max(1, tile // 2), False)

@@ -1,20 +1,20 @@
-"""Training and sampling on several GPUs under torchrun: data parallel, FSDP2, Ulysses, pipeline, guidance halves.
+"""Train and sample on several GPUs under torchrun: data parallelism, FSDP2, Ulysses, pipelines, split guidance.
 
 The result equals that of one process with the same global batch.
 
     torchrun --nproc_per_node=8 train_lora.py ...                       data parallel
     torchrun --nproc_per_node=8 train_lora.py --fsdp ...                the frozen weights sharded (train_te.py: the
                                                                         trained ones and the optimizer's states too)
-    torchrun --nproc_per_node=8 train_lora.py --ulysses_size 4 ...      four ranks share each clip's tokens, two groups
-                                                                        share the batch
+    torchrun --nproc_per_node=8 train_lora.py --ulysses_size 4 ...      four ranks split each clip's tokens; two groups
+                                                                        of four ranks split the batch
     torchrun --nproc_per_node=8 train_lora.py --pipeline_stages 2 ...   each rank holds half of the blocks
     torchrun --nproc_per_node=2 sample.py --guidance_parallel ...       each rank computes one half of guidance
 
 One rule holds everywhere: every rank holds all adapters (they are small) and computes a part of the gradient, and the
 sum over all ranks is the gradient. So gradient clipping, the optimizer, EMA and files work as in one process.
 PyTorch does the communication: fully_shard, DeviceMesh, all-to-all, pipelining. world.py describes the ranks. fsdp.py,
-ulysses.py and pipeline_parallel.py contain one strategy each: a function apply_*(model, world) that changes a built
-DiT from outside.
+ulysses.py and pipeline_parallel.py contain one strategy each, in a function apply_*(model, world) that changes a DiT
+in place.
 """
 
 import torch.distributed as dist
@@ -55,8 +55,8 @@ def parallelize(model, world):
 
 
 def backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate the loss of a Batch, multiplied by `loss_weight`. Return this rank's summand: the summands of all
-    ranks add up to that loss. context (B,S,text_dim) and lens (B,): as for Wan.forward.
+    """Back-propagate loss_weight times the loss of a Batch. Return this rank's summand of this product: the summands of
+    all ranks that share the Batch add up to it. context (B,S,text_dim) and lens (B,): as for Wan.forward.
     """
     if world.pp_size > 1:
         from nanowan.parallel.pipeline_parallel import pipeline_backward

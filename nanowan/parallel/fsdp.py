@@ -51,5 +51,5 @@ def full_tensor(t):
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale the gradients so that their common norm is at most `max_norm`. Return the norm before scaling."""
+    """Scale the gradients so that their norm, over all `params`, is at most `max_norm`. Return the norm before that."""
     return full_tensor(nn.utils.clip_grad_norm_(params, max_norm)).item()

@@ -25,8 +25,8 @@ def apply_pipeline(model, world):
 
 
 def pipeline_backward(world, model, batch, context, lens, loss_weight):
-    """Back-propagate the loss of a Batch, multiplied by `loss_weight`, through the model's Pipeline. Return this rank's
-    summand: the summands of all ranks add up to that loss.
+    """Back-propagate loss_weight times the loss of a Batch through the model's Pipeline. Return this product on the
+    last rank of the pipeline, and 0 on the others.
     """
     return PIPELINES[model].backward(world, model, batch, context, lens, loss_weight)
 
@@ -78,8 +78,8 @@ class Pipeline:
         return sum(loss.item() for loss in losses)
 
     def schedule(self, world, model, shape, count):
-        """Return (Schedule1F1B, its Stage) for a batch x of this shape that is cut into `count` microbatches. Both are
-        built once and then reused.
+        """Return (Schedule1F1B, its Stage) for a Batch whose x has this shape and which is cut into `count`
+        microbatches. Both are built once for each shape and count, and then reused.
         """
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -107,7 +107,8 @@ def first_messages(stage):
 
 class Microbatches:
     """A Batch cut into single samples. order: for each microbatch, the index of its sample in the Batch. A pipeline
-    needs at least as many microbatches as stages; surplus microbatches repeat the first sample with weight 0.
+    needs at least as many microbatches as stages. If the Batch has fewer samples than that, the remaining microbatches
+    repeat the first sample with weight 0.
     """
 
     def __init__(self, batch, loss_weight, stages, device):

@@ -10,9 +10,9 @@ from nanowan.errors import BadInput
 
 def apply_ulysses(model, world, kind=None):
     """Make each of the ranks that share a clip compute a slice of the clip's tokens and, in self-attention, some of the
-    heads for all tokens. A variant's extra tokens are split in the same way. All slices have the same length: the last
-    slices are padded with zeros, which attention leaves out. kind: the class that splits the clip, Ulysses (default),
-    or FirstRank for memory_estimate.py.
+    heads for all tokens. Tokens that a variant adds to the video's are split in the same way. All slices have the
+    same length: the last slices are padded with zeros, which attention leaves out. kind: the class that splits the
+    clip, Ulysses (default), or FirstRank for memory_estimate.py.
     """
     if model.config.num_heads % world.sp_size:
         raise BadInput(f"--ulysses_size {world.sp_size}: does not divide this model's {model.config.num_heads} heads")

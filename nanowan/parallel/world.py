@@ -38,7 +38,7 @@ class World:
 
     rank, size          this process's number, and the number of all processes; only rank 0, which `is_main`, prints
     device              the device of this rank
-    Of each pair below, the first is this rank's number in a group of ranks, the second is the size of the group:
+    Of each of the next four pairs, the first is this rank's number in a group of ranks, the second the group's size:
     dp_rank, dp_size    the ranks that see different samples
     cfg_rank, cfg_size  the ranks that compute the two halves of guidance
     pp_rank, pp_size    the stages of a pipeline of blocks
