@@ -591,6 +591,15 @@ def test_what_peft_saves_is_what_it_computes(tmp_path, form):
     check_changes(changes_of(path, weight=0.5), {name: 0.5 * d for name, d in want.items()})
 
 
+def test_a_shared_oft_has_one_rotation(tmp_path):
+    config = {"block_share": True, "peft_type": "OFT"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = tmp_path / "adapter_model.safetensors"
+    file_of(path, {f"base_model.model.{PLACES[0]}.oft_R.weight": torch.zeros(2, 66)}, None)
+    with pytest.raises(BadInput, match=r"does not fit this model: .*24 for 48x48"):
+        changes_of(path)
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 @pytest.mark.parametrize("where", ["metadata", "beside"])
 def test_a_lora_of_a_changed_base_is_refused(tmp_path, start, where):

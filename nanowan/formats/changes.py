@@ -316,7 +316,8 @@ class InputRotation(Change):
         return (self.vectors.shape[0] * self._side(self.vectors.shape),)
 
     def fits(self, shape):
-        return len(shape) == 2 and (shape[1] % self.shape[0] == 0 if self.shared else shape[1] == self.shape[0])
+        k, width = self.vectors.shape[0], self.shape[0]
+        return len(shape) == 2 and (k == 1 and shape[1] % width == 0 if self.shared else shape[1] == width)
 
     def of(self, weight):
         vectors, base, s = read(self.vectors, weight.device), weight.float(), self._side(self.vectors.shape)
