@@ -1,9 +1,9 @@
 """Captioned images and clips: scanned, cached as latents and text embeddings, and drawn as the batches of each step.
 
-Captions are next to the media in NAME.txt, one per line; each use draws one of them at random. Or a list names
+Captions are next to the media in NAME.txt, one per line; each step that uses a file draws one of them. Or a list names
 files and captions: a JSONL file, or a CSV file with a header, given as --data or found in the folder as metadata.jsonl
 or metadata.csv. Media are resized and centre-cropped to the bucket of the nearest aspect ratio; clips are resampled to
-the model's frame rate and cut to 4k+1 frames. The samples of a step follow from the seed and the step's number alone.
+the model's frame rate and cut to 4k+1 frames (S2V: 4k). The samples of a step follow from seed and step number.
 """
 
 import math
@@ -27,9 +27,9 @@ PRESERVED_SHARE = 0.5  # fraction of the samples that get a prompt to preserve, 
 
 # ---- the samples of a step ---------------------------------------------------------------------------------------
 class Batches:
-    """Chooses the items of each step: `size` items, or fewer in one step of each epoch. An epoch sees each item
-    item.repeat times, in an order that follows from the seed. The items of a step have the same group(item), by default
-    the bucket; only leftovers of groups are mixed. `at(step)` needs no history, so a resumed run sees the same items.
+    """Chooses the items of each step: `size` of them, or fewer in at most one step of an epoch. An epoch sees each item
+    item.repeat times, in an order that follows from the seed. All items of a step have the same group(item), by default
+    the bucket, except that items left over at the ends of groups share steps. A resumed run sees the same items.
     """
 
     def __init__(self, items, size, seed, group=lambda item: item.bucket):
@@ -59,8 +59,8 @@ class Batches:
 @dataclass
 class Draw:
     """One sample of a step, and everything that is drawn for it: the item and its cache file; the caption to train
-    with, and whether this is a prompt to preserve; whether the clean first frame is given to the model; what
-    Samples.draw returned for the item; the timestep; the random generator for the noise.
+    with, and whether the sample serves prior preservation; whether the model gets the clean first frame; the result of
+    Samples.draw; the timestep; the random generator for the noise.
     """
 
     item: Item
@@ -79,8 +79,8 @@ def collate(embeddings):
 
 
 def eval_batches(items, files, samples, shift, low, high):
-    """Yield (i, Batch of one sample) for each sample at each of four fixed timesteps, i = 0..3, with its first caption.
-    The file's digest decides the noise and whether the sample, if it can, continues a previous segment (chance 0.5).
+    """Yield (i, Batch of one item with its first caption) for each item and each of four fixed timesteps, i = 0..3. The
+    item's digest seeds the noise and Samples.draw, which may make the item a continuation segment (probability 0.5).
     """
     for item, file in zip(items, files):
         g = torch.Generator().manual_seed(int(item.digest[:15], 16))
@@ -92,7 +92,7 @@ def eval_batches(items, files, samples, shift, low, high):
 
 
 def frame_weights(samples, noise):
-    """Return the loss weights (B,1,T',1,1), 1 on average, of latent frames; None if all are 1. noise: (B,C,T',h,w)."""
+    """Return the latent frames' loss weights (B,1,T',1,1), 1 on average, or None if all are 1. noise sets B and T'."""
     if not samples.loss_from:
         return None
     counts = (torch.arange(noise.shape[2]) >= samples.loss_from).float()
@@ -136,8 +136,8 @@ class Dataset:
     """The samples of a run, and the batches of each step. `items` are trained on; `val_items` are held out."""
 
     def __init__(self, config, pipe, limit=None, prompts=()):
-        """Scan the sources and report what they contain; nothing is encoded yet. limit: maximum number of samples;
-        those with the lowest digests are used. prompts: texts to embed in addition to the captions.
+        """Scan the sources and report what they contain; nothing is encoded yet. limit: maximum number of samples,
+        chosen by their files' digests (default: all). prompts: texts to embed in addition to the captions.
         """
         self.config, self.pipe, self.world, s = config, pipe, pipe.world, pipe.settings
         self.samples = s.parts.samples(pipe)
@@ -165,14 +165,14 @@ class Dataset:
 
     # ---- the cache -----------------------------------------------------------------------------------------------
     def sizes(self):
-        """Return the result of scan.sizes_of for all samples, except that "bucket" is the largest bucket of `items`."""
+        """Return the sizes that the memory estimate needs (scan.sizes_of); "bucket" is the largest among `items`."""
         width = read_encoder(self.pipe.files("text")).entries["token_embedding.weight"].shape[1]
         row_bytes, s = width * self.pipe.runtime.dtype.itemsize, self.pipe.settings
         sizes = sizes_of(self.items + self.val_items, self.texts, self.samples, s, row_bytes)
         return sizes | {"bucket": max((i.bucket for i in self.items), key=math.prod)}
 
     def summary(self, sizes):
-        """Return the entry about the data in the record of a run. sizes: the result of `sizes`."""
+        """Return what a run records of its data: numbers of samples, bytes of the cache. sizes: from self.sizes()."""
         latents, texts = sizes["cache"]
         return {"samples": len(self.items), "held_out": len(self.val_items), "latents": latents, "texts": texts}
 
@@ -262,8 +262,8 @@ class Dataset:
         Timesteps are drawn from [low, high).
 
         show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions, at random).
-        preserved_prompts: if there are any, PRESERVED_SHARE of the samples get one of these prompts instead of a
-        caption, and config.preserve as the weight of their loss.
+        preserved_prompts: if there are any, half of the samples, chosen at random, get one of these prompts instead of
+        a caption, and their loss is multiplied by config.preserve.
         """
         groups = {}
         for draw in self.draw(step, low, high, show_caption, preserved_prompts):

@@ -5,16 +5,16 @@ python diag.py plan SCRIPT FLAGS           memory, disk space and time of train_
                                            also name a released variant, such as ti2v-5B, whose files are not needed
 python diag.py plan --gpus 1x24:4090 SCRIPT FLAGS     also proposes flags with which the run fits one 24 GB RTX 4090
 python diag.py advise --data DIR --ckpt DIR --keywords a,b     training commands for your clips, and the reasons
-python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs, per strategy
+python diag.py scale --ckpt t2v-A14B       predicted seconds per sample of a LoRA step on 1 to 64 GPUs
 python diag.py delta FILE --ckpt DIR       how much a LoRA, another checkpoint or an encoder changes each weight
 python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     also writes a copy that changes no weight by over 2 %
-python diag.py logits --ckpt DIR --lora FILE     attention logits of each head, before and after; --ci fails on drift
+python diag.py logits --ckpt DIR --lora FILE     attention logits with and without a LoRA; --ci exits with 1 on drift
 python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word; proposes a range for --blocks
 python diag.py drift OLD NEW --prompts FILE      how far an encoder's embeddings moved, and words nearest to keywords
-python diag.py listen --ckpt DIR --lora FILE     prompt adherence: graded on nano; as a contact sheet for other models
-python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     the same, judged by CLIP
-python diag.py listen --ckpt DIR --text_encoder FILE:0,0.5,1     the same, at several strengths of an encoder's change
-python diag.py reuse --ckpt DIR --prompts FILE   steps that sample.py --reuse skips, and how much clips change
+python diag.py listen --ckpt DIR --lora FILE     prompt adherence: accuracies on nano, a contact sheet for other models
+python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     accuracies, judged by CLIP
+python diag.py listen --ckpt DIR --text_encoder FILE:0,0.5,1     prompt adherence, with the encoder at several strengths
+python diag.py reuse --ckpt DIR --prompts FILE   how many steps sample.py --reuse skips, and how much clips change
 python diag.py convert IN OUT --to comfyui       writes a text encoder, DiT or LoRA in another layout
 python diag.py report RUN                  writes a report of a training run, in one HTML file
 """

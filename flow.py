@@ -1,6 +1,6 @@
 """Flow matching: timesteps, noised batches and their loss, for training; sigma grids and ODE solvers, for sampling.
 
-x_t = (1-t) x0 + t eps and v = eps - x0, with t in (0,1), where 1 is pure noise. The DiT gets 1000 t.
+x_t = (1-t) x0 + t eps and v = eps - x0, for clean latents x0 and noise eps; t = 1 is pure noise. The DiT gets 1000 t.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,10 @@ def unshift_t(t, shift):
 
 
 def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, generator=None):
-    """Draw n shifted training timesteps (n,) fp32 in [low, high), such as the range of one expert of an A14B.
+    """Draw n training timesteps (n,) fp32, moved by shift_t, in [low, high). For an A14B, this is an expert's range.
 
-    distribution: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name. Before the shift,
-    the distribution is truncated to the interval that the shift maps to [low, high). So no draw is rejected, and the
-    density keeps its shape within the range.
+    distribution, before the shift: "uniform", or "logit-normal" = sigmoid(N(0,1)); raises ValueError for another name.
+    The distribution is truncated to the timesteps that shift_t moves into [low, high), so no draw is rejected.
     """
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     edges = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
@@ -40,7 +39,7 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """Return the shifted midpoints (n,) fp32 of n equal parts of the interval that the shift maps to [low, high)."""
+    """Return n timesteps (n,) fp32 in [low, high). Before the shift, they are the midpoints of n equal intervals."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 
@@ -52,10 +51,10 @@ def add_noise(x0, eps, t):
 
 
 class Batch(NamedTuple):
-    """B noised samples. x (B,C,T',h,w): the latents, followed by any conditioning channels; t (B,) or (B,T') in 0..1;
-    target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): loss weights, 0 for frames given clean,
-    or None if all are 1; captions: list of B str; inputs: further keyword arguments of the model's forward; preserved
-    (B,) bool: samples whose target is to be the base model's own prediction, or None if no prompts are preserved.
+    """B noised samples. x (B,C,T',h,w): C' channels of latents, then any conditioning channels; t (B,) or (B,T') in
+    0..1; target (B,C',T',h,w): the velocity; loss_mask (B,1,T',1,1) or (B,1,1,1,1): loss weights, or None if all are 1;
+    captions: list of B str; inputs: further keyword arguments of the model's forward; preserved (B,) bool: True for
+    samples whose target is to be the base model's own prediction, or None if no prompts are preserved.
     """
 
     x: torch.Tensor
@@ -67,7 +66,7 @@ class Batch(NamedTuple):
     preserved: torch.Tensor | None = None
 
     def velocity(self, model, context, lens):
-        """Return the model's prediction (B,C',T',h,w). context (B,S,D), lens (B,): the embedded captions."""
+        """Return the model's prediction (B,C',T',h,w). context (B,S,D): embedded captions of lens (B,) tokens."""
         device = context.device
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.inputs.items()}
         return model(self.x.to(device), 1000 * self.t.to(device), context, lens, **inputs)
@@ -83,9 +82,9 @@ class Batch(NamedTuple):
 
 
 def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None):
-    """Make a Batch from cached samples, noise (B,C,T',h,w) and timesteps t: (B,), or (B,T') if any sample is given its
-    clean first latent frame; t is then 0 for that frame. An entry is {"latents": (C,T',h,w), "y": (c,T',h,w) if the
-    model has conditioning channels, and the further inputs of its forward}.
+    """Make a Batch from cached samples and noise (B,C,T',h,w). t: timesteps (B,), or (B,T') with 0 for latent frames
+    that the model is to get clean. entries: one dictionary per sample, with "latents" (C,T',h,w), any conditioning
+    channels as "y" (c,T',h,w), and any further inputs of the model's forward.
     """
     x, target = add_noise(torch.stack([e["latents"] for e in entries]), noise, t)
     if "y" in entries[0]:
@@ -96,11 +95,11 @@ def make_noisy_batch(entries, captions, t, noise, loss_mask=None, preserved=None
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 class Solver:
-    """An ODE solver that takes latents from noise to clean. `timesteps`: the timesteps that the DiT gets, truncated to
-    integers as in the official code. The arithmetic uses the unrounded fp32 `sigmas`, the last of which is 0. Call
-    `step(v, x)` once per timestep, in order, with x and the DiT's velocity v at x and that timestep; it returns the x
-    at which to compute the next velocity. Before each call, `sigma` is the noise level of x, so x - sigma v estimates
-    the clean latents.
+    """An ODE solver that takes latents x from noise to clean. `timesteps`: what the DiT gets, truncated to integers as
+    in the official code. The solver itself uses the fp32 noise levels `sigmas`, the last of which is 0. Call `step(v,
+    x)` once per timestep, in order, with the DiT's velocity v at x and that timestep; it returns the x at which to
+    compute the next velocity. Before each call, `sigma` is the noise level of x, so x - sigma v estimates the clean
+    latents.
     """
 
     start = 1.0
@@ -171,7 +170,7 @@ class UniPC(Solver):
     start = torch.tensor(0.999).item()  # the official grid starts at 0.999 in fp32
 
     def _update(self, i, x, x0, order, final=None):
-        """Step x from sigma i to i+1. final: the x0 predicted at i+1, for the corrector; None for the predictor."""
+        """Step x to sigmas[i + 1]: by the predictor or, given the x0 predicted there (`final`), by the corrector."""
         h = self.lambdas[i] - self.lambdas[i + 1]  # the paper's -h
         phi = torch.expm1(h)
         difference, r = [], []

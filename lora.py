@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
 
 
 def base_name(name):
-    """Return a parameter's name without what adapters have added: its name in the base model and in files."""
+    """Return the name that a parameter of a model with adapters has in the base model and in files."""
     return name.replace(".base.", ".")
 
 
@@ -61,7 +61,7 @@ def inject(model, targets=("cross_attn.k", "cross_attn.v"), rank=16, alpha=16, d
     targets: names in TARGETS, or further names that the variant's linear_name knows. rank: 1 or more. blocks: block
     numbers. device: of A and B (default: the weights' device, which may be meta). Returns the trainable parameters: A
     and B of each target, fp32. B starts at zero, so the model's output does not change. Raises ValueError for a rank
-    below 1, or a target that the model does not have.
+    below 1, for a target that the model does not have, or if there is nothing to adapt.
     """
     if rank < 1:
         raise ValueError(f"rank {rank}: at least 1")
@@ -117,7 +117,7 @@ def change_norm(a, b, scale):
 @torch.no_grad()
 def clamp_weight_norm(pairs, scale, norms, cap):
     """Scale down, in place, each dW = scale * B A whose Frobenius norm exceeds cap * norms[name]. pairs: {name: (A,
-    B)}; norms: {name: Frobenius norm () of the weight}. Returns the number of changes that were scaled down.
+    B)}; norms: {name: Frobenius norm () of the weight}. Returns how many dW were scaled down.
     """
     clamped = torch.zeros(())
     for name, (a, b) in pairs.items():

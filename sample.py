@@ -139,7 +139,7 @@ class GuidedModel:
 
 @torch.no_grad()
 def denoise(pipe, settings, clip, expert):
-    """Do the Clip's remaining steps that `expert` serves. Raises BadInput if the resulting latents are not finite."""
+    """Do the Clip's remaining steps whose timesteps belong to `expert`. Raises BadInput if the result is not finite."""
     timesteps, cache = clip.solver.timesteps.tolist(), clip.cache
     steps = [i for i in range(clip.solver.i, len(timesteps)) if settings.expert_at(timesteps[i])[0] == expert]
     if not steps:
@@ -154,7 +154,7 @@ def denoise(pipe, settings, clip, expert):
             cache.update(x, v)
         if clip.on_step:
             clip.on_step(i, clip.conditions.put_known(x - float(clip.solver.sigma) * v))
-        # one step towards the clip
+        # one step of the solver
         x = clip.conditions.put_known(clip.solver.step(v, x))
     if not x.isfinite().all():
         raise BadInput(
@@ -164,7 +164,7 @@ def denoise(pipe, settings, clip, expert):
 
 
 def encode_text(pipe, settings, prompts, encoder=None):
-    """Return the prompts' (embeddings (B,S,D), lens (B,)), and the negative prompt's, or None if no step is guided."""
+    """Return (text, negative), as in Clip, for a list of prompts and the negative prompt of `settings`."""
     embeddings, lens = pipe.encode_prompts([*prompts, *([settings.negative] if settings.guided else [])], encoder)
     B = len(prompts)
     negative = (embeddings[B:].expand(B, -1, -1), lens[B:].expand(B)) if settings.guided else None
@@ -186,7 +186,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: side in latent px; 0: one tile per rank."""
+    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: tile side in latent px; 0: a tile per rank."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -198,14 +198,14 @@ def decode(pipe, latents, tile=0):
 def load(ckpt_dir, device="cpu", dtype=torch.float32, lora=(), text_encoder=None, **how):
     """Return a Pipeline for `generate`, from a checkpoint folder or "nano". Weights are read when first needed.
 
-    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]", or a list of such. how: other fields
+    lora: list of "FILE[:weight][:high|low|both]". text_encoder: "FILE[:strength]" or a list of these. how: other fields
     of nanowan.pipeline.Runtime, such as fp8 and stream_blocks. Raises BadInput if a folder or LoRA cannot be read.
     """
     return Pipeline(ckpt_dir, Runtime(device, dtype, **how), lora, text_encoder)
 
 
 def open_video(pipe, settings, **inputs):
-    """Return the Video to sample. inputs: named like the flags, images as files or PIL images; BadInput if wrong."""
+    """Return the Video to sample. inputs: named like the flags; images may be PIL images. Bad ones raise BadInput."""
     known = {"image", "last_image", *settings.conditioning.flags}
     if strange := sorted(inputs.keys() - known):
         raise BadInput(f"--{strange[0]} {inputs[strange[0]]}: {pipe.dir} takes no such input")

@@ -37,7 +37,7 @@ class Tokenizer:
         self.add_words({})
 
     def add_words(self, ids_of):
-        """Encode words by given ids from now on, where they stand alone in a text. ids_of: {word: [id]}."""
+        """From now on, encode the words in ids_of, {word: [id]}, with these ids, where a text has them as words."""
         self.special |= ids_of
         longest_first = sorted(self.special, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
@@ -53,7 +53,7 @@ class Tokenizer:
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
     def ids(self, text):
-        """Return the ids of one cleaned text, without the end token."""
+        """Return the ids of one text, a result of `clean`, without the end token."""
         ids = []
         for part in filter(None, self.split.split(text)):
             known = self.special.get(part)
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` ranges of signed distance: single values to 7, wider to 128."""
+    """A learned logit per head for each of `buckets` ranges of signed token distance; near 0, each is one distance."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -166,7 +166,7 @@ class TextEncoder(nn.Module):
         return self.norm(x) * real[..., None]
 
     def linear_name(self, block, target):
-        """Return the full name of the linear that a LoRA's `target` means in block number `block`."""
+        """Return the full name of the linear `target`, such as "attn.k", of block number `block`."""
         return f"blocks.{block}.{target}"
 
     def encode(self, texts):

@@ -73,7 +73,7 @@ def arguments(argv=None):
 
 
 def check(args, s, num_blocks):
-    """Fill in and check the flags for Settings s and num_blocks blocks. Returns the numbers of the blocks to adapt."""
+    """Fill in and check the flags for a checkpoint with Settings s. Returns the numbers of the DiT blocks to adapt."""
     flags.resolve(args, s, "train_lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     flags.check_blocks(args, num_blocks)
@@ -203,7 +203,7 @@ def train(args, world):
         state.restore(saved)
 
     def evaluate(step):
-        """Compute the held-out loss and the previews, if due after this step, with the weights that would be saved."""
+        """Return the held-out loss and write previews, if due after this step; with --ema, for averaged weights."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):
@@ -255,7 +255,7 @@ def train(args, world):
         tokens = watch.tokens * world.dp_size / world.size
         loss, watch.tokens, taught, stop = world.all_reduce_grads(params_of[expert], loss, tokens, taught, run.stop)
 
-        # one update; gradients are far smaller if all prompts are ones to preserve: the guard leaves such a norm out
+        # one update; steps of nothing but prompts to preserve have far smaller gradients: the guard leaves these out
         metrics, skipped = update(state, world, step, args, loss, typical=taught > 0)
         if not skipped and args.delta_cap:
             metrics["n_clamped"] = clamp_weight_norm(adapters[expert], scale, norms[expert], args.delta_cap)

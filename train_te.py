@@ -75,7 +75,7 @@ def arguments(argv=None):
 
 
 def check(args, s, num_blocks):
-    """Fill in the flags for a checkpoint with Settings s and a DiT of num_blocks blocks, and check them."""
+    """Fill in and check the flags for a checkpoint with Settings s and a DiT of num_blocks blocks."""
     if args.rank is not None:
         flags.check_ranges(args, rank=(1, math.inf))
         args.lr = args.lr or flags.encoder_lora_lr(s)
@@ -218,7 +218,7 @@ def train(args, world):
         return list(dataset.step(step, *schedule[expert_of(step)], show_caption))
 
     def evaluate(step):
-        """Compute the held-out loss and the previews, if due after this step, with the weights that would be saved."""
+        """Return the held-out loss and write previews, if due after this step; with --ema, for averaged weights."""
         metrics = {}
         with state.averaged():
             if dataset.val_items and due(step, args.eval_every, args.steps):

@@ -54,7 +54,7 @@ LATENT_STATS = {  # number of channels: (mean, std) of each channel of the raw l
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d padded in front of the first frame only: with zeros, or with the last two frames of the previous chunk."""
+    """Conv3d whose padding in time is all in front: zeros, or the last two frames of the previous chunk."""
 
     def __init__(self, cin, cout, kernel, pad=0):
         super().__init__(cin, cout, kernel, padding=(0, pad, pad))
@@ -156,13 +156,13 @@ class Resample(nn.Module):
 
 
 def fold_kernel(weight):
-    """Fold a kernel (N,C,3,3), made for a map upsampled 2x by nearest neighbours, into kernels (4N,C,2,2) for the map
-    before upsampling: one for each of the four pixels that a pixel becomes. Weights that are applied to the same pixel
-    are added, which is exact but for rounding.
+    """Fold a kernel (N,C,3,3) for a map upsampled 2x (nearest neighbour) into kernels (4N,C,2,2) for the map itself: N
+    for each of the 2x2 output pixels of an input pixel. Weights for the same input pixel are added. The result of the
+    convolution stays the same, but for rounding.
     """
 
     def fold(w, axis):
-        """Return the kernels for the first and for the second of the two pixels that a pixel becomes along `axis`."""
+        """Return the kernels, two weights long along `axis`, for the even and for the odd output pixels."""
         a, b, c = w.unbind(axis)
         return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)
 
@@ -171,7 +171,7 @@ def fold_kernel(weight):
 
 def upsample_conv(x, weight, bias):
     """Upsample x (B,C,H,W) by 2 (nearest neighbour) and convolve it with a 3x3 kernel. Folding (fold_kernel) saves 5/9
-    of the multiplications. weight: from fold_kernel; bias (4N,): the bias, four times. Returns (B,N,2H,2W).
+    of the multiplications. weight: from fold_kernel; bias (4N,): the kernel's bias, four times. Returns (B,N,2H,2W).
     """
     B, _, H, W = x.shape
     y = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # (B,2,2,N,H+1,W+1)
@@ -195,7 +195,7 @@ def avg_down(x, cout, factors):
 
 def add_dup_up(y, x, factors, first):
     """Add VAE 2.2's shortcut around an upsampling stage to y (B,N,T,H,W), in place: x's channels, repeated and moved to
-    space and time. factors (ft, fs): growth in time, space. first: whether y is the first chunk, ft-1 frames short.
+    space and time. factors (ft, fs): growth in time, space. first: whether y is the first chunk, which has one frame.
     """
     ft, fs = factors
     n, per = ft * fs * fs, x.shape[1] // y.shape[1]  # each channel of y takes from `per` channels of x
@@ -232,7 +232,7 @@ class Stage(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder or, if `up`, the decoder. v22: VAE 2.2, else 2.1; dims: widths, from the first stage's input on."""
+    """The encoder or, if `up`, the decoder. v22: VAE 2.2, else 2.1; dims: width before the stages, then after each."""
 
     def __init__(self, v22, up, cin, cout, dims, blocks):
         super().__init__()
@@ -282,8 +282,8 @@ class Coder(nn.Module):
 
 
 class VAE(nn.Module):
-    """A VAE. version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: widths of the encoder and
-    decoder; mult: the factor of the width in each stage. `z_dim` and `stride` are those of GEOMETRY.
+    """A VAE. version: "2.1", or "2.2" (2x2 patches, stages with shortcuts); dim, dec_dim: base widths of encoder and
+    decoder; mult: each stage's width, in base widths. `z_dim` and `stride` are those of GEOMETRY.
     """
 
     def __init__(self, version, dim, dec_dim, mult=(1, 2, 4, 4)):

@@ -5,12 +5,12 @@ L tokens           D model width       N attention heads, each of width d = D/N
 S text tokens      F rows of modulation: 1 for the whole clip, or T', one per latent frame
 
 A row of modulation holds the scales, shifts and gates (adaptive LayerNorm) that follow from one timestep. Each token is
-modulated by one of the F rows, and rotated in self-attention by its position (time, height, width). The tokens of a
-clip are its T' H' W' patches; variants (subclasses of Wan, in nanowan/variants/) may append others.
+modulated by one of the F rows. Self-attention rotates a token's q and k by its position (time, height, width). The
+tokens of a clip are its T' H' W' patches; variants (subclasses of Wan, in nanowan/variants/) may append others.
 
-Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; the big linears and attention run
-in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention. The time MLP
-runs once per row of modulation, not once per token. Source: official wan/modules/model.py.
+Precision: time embedding, modulation, LayerNorms, residual stream and head are fp32; attention and all other linears
+run in the weights' dtype. RMSNorm and RoPE of q and k are computed in fp32 and rounded once, before attention. The time
+MLP runs once per row of modulation, not once per token. Source: official wan/modules/model.py.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def sinusoid(t, dim):
 
 
 def embed_patches(x, conv):
-    """Embed x (B,C,T,h,w) -> tokens (B,L,D) fp32, one per full patch; conv: a Conv3d whose stride is its kernel."""
+    """Embed x (B,C,T',h,w) -> tokens (B,L,D) fp32, one per complete patch. conv: a Conv3d with stride = kernel size."""
     (t, h, w), (T, H, W) = conv.kernel_size, (n // k for n, k in zip(x.shape[2:], conv.kernel_size))
     x = x[:, :, : T * t, : H * h, : W * w].unflatten(4, (W, w)).unflatten(3, (H, h)).unflatten(2, (T, t))
     x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B,THW,C*t*h*w)
@@ -46,7 +46,7 @@ class Rope(NamedTuple):
     """How to rotate q and k, how many tokens the clip has, and what replaces full self-attention, if anything."""
 
     table: torch.Tensor  # (P,d/2,2), for P positions: kernels/rope.py
-    positions: torch.Tensor  # (L,3) of these tokens
+    positions: torch.Tensor  # (L,3): the position of each token of q and k
     length: int  # number of tokens in the clip; above L where ranks share a clip
     attention: object = None  # the result of Wan.attention_of
 
@@ -179,7 +179,7 @@ def config_of(row, config_class=WanConfig):
 
 
 def build(variant):
-    """Build the DiT of `variant`, a name in VARIANTS, at its released size, on the default device, without weights."""
+    """Build the DiT of `variant`, a name in VARIANTS, at its released size, on PyTorch's default device, untrained."""
     return Wan(config_of(VARIANTS[variant]))
 
 
@@ -217,7 +217,7 @@ class BlockInputs(NamedTuple):
 
 class Wan(nn.Module):
     """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block.
-    What it adds then also works where ranks share tokens or blocks (nanowan/parallel/) and where blocks are streamed.
+    These methods also work where ranks share tokens or blocks (nanowan/parallel/), and where blocks are offloaded.
     """
 
     config_class = WanConfig
@@ -241,11 +241,11 @@ class Wan(nn.Module):
 
     # ---- what is computed ----------------------------------------------------------------------------------------
     def forward(self, x, t, context, context_lens=None, **inputs):
-        """Return the velocity (B,out_dim,T',h,w) fp32 of the flow at x.
+        """Return the velocity (B,out_dim,T',h,w) fp32 at x.
 
         x (B,C,T',h,w): noisy latents, for I2V followed by the conditioning channels; t (B,) or, per latent frame,
-        (B,T') in 0..1000; context (B,S<=512,text_dim) with context_lens (B,), or the Text of embed_text; inputs: a
-        variant's further inputs. Raises ValueError if x or t has another shape.
+        (B,T') in 0..1000; context (B,S,text_dim) and context_lens (B,) as in embed_text, or as context the Text
+        that embed_text returned; inputs: a variant's further inputs. Raises ValueError for wrong shapes.
         """
         grid = self.check(x, t)
         c = self.prepare_block_inputs(t, context, context_lens, grid, **inputs)
@@ -267,13 +267,13 @@ class Wan(nn.Module):
         return T // pt, h // ph, w // pw
 
     def embed_text(self, context, lens=None, cache=False):
-        """Embed context (B,S,text_dim) of true lengths lens (B,) (default: all S) -> Text. cache: also compute the keys
-        and values of every block. Raises ValueError for a text longer than S or text_len.
+        """Embed context (B,S,text_dim), prompts of lens (B,) tokens (default: all S) -> Text. cache: also compute the
+        keys and values of every block. Raises ValueError if S exceeds config.text_len, or a length exceeds S.
 
         The official model pads each prompt with zeros to text_len and masks nothing: all n = text_len - len padding
-        tokens have the same key and value. Here two tokens replace them exactly, with log(n1) and log(n2) added to
-        their logits, n1 + n2 = n. One token would not be exact: bf16 attention would round log(n), which changes n by
-        up to 1.5 %. So n1 is chosen such that log(n1) is a bf16 number, and n2 is the small rest.
+        tokens have the same key and value. Here two tokens stand for n1 and n2 of them, with log(n1) and log(n2) added
+        to their logits. A single token would need log(n), which bf16 attention would round, changing n by up to 1.6 %.
+        So n1 is chosen such that log(n1) is a bf16 number, and n2 = n - n1 is small.
         """
         B, S, _ = context.shape
         longest = S if lens is None else int(lens.max())
@@ -324,7 +324,7 @@ class Wan(nn.Module):
         return self.after_block(i, x, c)
 
     def unpatchify(self, x, grid):
-        """Turn the head's output (B,L,out_dim*4), video tokens first, into a velocity (B,out_dim,T',h,w)."""
+        """Turn the head's output (B,L,out_dim*4) for the first T'H'W' tokens into a velocity (B,out_dim,T',h,w)."""
         c, (pt, ph, pw) = self.config, self.config.patch_size
         x = x[:, : math.prod(grid)].unflatten(1, grid).unflatten(4, (pt, ph, pw, c.out_dim))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,out_dim,T',pt,H',ph,W',pw)
@@ -342,7 +342,7 @@ class Wan(nn.Module):
 
     @staticmethod
     def kept_bytes(config, tokens, itemsize):
-        """Return the bytes of what prepare_inputs computes for `tokens` tokens; 0 if they are negligible."""
+        """Return how many bytes the result of prepare_inputs takes for a clip of `tokens` tokens; 0 if negligible."""
         return 0
 
     def join_text(self, text, inputs):
@@ -363,8 +363,8 @@ class Wan(nn.Module):
         return embed_patches(x, self.patch_embedding)
 
     def attention_of(self, i, c):
-        """Return the function that replaces full self-attention in block i, or None. It takes q, k, v (B,L,N,d) of all
-        tokens and any number of heads, q and k normed and rotated, and returns (B,L,N*d).
+        """Return the function that replaces full self-attention in block i, or None. The function takes q and k, after
+        norm and RoPE, and v, each (B,L,N,d): all tokens of some or all heads. It returns (B,L,N*d).
         """
 
     def after_block(self, i, x, c):
@@ -372,22 +372,22 @@ class Wan(nn.Module):
         return x
 
     def linear_name(self, block, target):
-        """Return the full name of the linear that a LoRA's `target` means in block number `block`, or None."""
+        """Return the full name of a block's linear `target`, such as "cross_attn.k", or None to skip this block."""
         return f"blocks.{block}.{target}"
 
     def cross_attentions(self):
-        """Return [(block number, kind, CrossAttention)] in the order in which they are computed."""
+        """Return [(block number, "cross_attn" (S2V: also "audio_attn"), CrossAttention)] in order of computation."""
         return [(i, "cross_attn", block.cross_attn) for i, block in enumerate(self.blocks)]
 
     # ---- what parallel/ and memory/offload.py set -----------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
-        """Let ranks share a clip's tokens. scatter(x, c) -> this rank's x and BlockInputs; gather(y, c) -> the head's
-        output for all tokens. c: all tokens' BlockInputs. attend: like `attend` above, with all ranks' keys and values.
+        """Let ranks share a clip's tokens. scatter(x, c) -> x and BlockInputs of this rank's tokens; gather(y, c) ->
+        the head's output for all tokens, from y for this rank's. c: all tokens' BlockInputs. attend: replaces `attend`.
         """
         self.scatter_tokens, self.gather_tokens = scatter, gather
         for block in self.blocks:
             block.self_attn.attend = attend
 
     def surround_blocks(self, around=contextlib.nullcontext, recompute_contexts=noop_context_fn):
-        """Run the blocks within the context manager around(). recompute_contexts: context_fn of torch's checkpoint."""
+        """Make forward_blocks run within around(), a context manager. recompute_contexts: checkpoint()'s context_fn."""
         self.around_blocks, self.recompute_contexts = around, recompute_contexts
