@@ -1,10 +1,9 @@
 """`python setup.py build_ext --inplace` builds csrc/ into the extension nanowan_csrc.
 
-If the extension cannot be built, because a compiler or something else is missing, one line says so and PyTorch's
-operations are used; NANOWAN_CSRC=0 skips the build. The CUDA part is built if nvcc and a CUDA build of torch, both of
+If the extension cannot be built, because a compiler or something else is missing, one line says so, and nanoWan uses
+PyTorch's operations. NANOWAN_CSRC=0 skips the build. The CUDA part is built if nvcc and a CUDA build of torch, both of
 the same major version of CUDA, are installed. With NANOWAN_CUDA=1, setup.py fails if the extension or its CUDA part
-cannot be built. NANOWAN_CUDA=0 leaves the CUDA part out. TORCH_CUDA_ARCH_LIST is honoured. Other settings are in
-pyproject.toml.
+cannot be built. NANOWAN_CUDA=0 leaves the CUDA part out. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
 import os

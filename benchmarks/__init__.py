@@ -1,1 +1,1 @@
-"""The benchmarks of `python -m benchmarks`: cpu.py and gpu.py define them, common.py measures their time and memory."""
+"""Benchmarks: `python -m benchmarks` runs those of cpu.py, gpu.py and full_size.py; common.py has what they share."""

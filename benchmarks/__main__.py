@@ -4,13 +4,14 @@
     python -m benchmarks dit vae_decode      only these benchmarks
     python -m benchmarks --gpu --json FILE   full-size blocks and kernels on a GPU, random weights
     python -m benchmarks --gpu_run --json FILE   the scripts on random checkpoints of released size (60 GB of disk)
-    python -m benchmarks s2v-14B --gpu_run --json FILE   only on this variant
-    python -m benchmarks --json FILE         also write everything that was measured, with machine and versions, to FILE
-                                             and a plot of time against numbers of tokens and frames to FILE.png
+    python -m benchmarks s2v-14B --gpu_run --json FILE   only the scripts of this variant
+    python -m benchmarks --json FILE         also write FILE, with all measurements, the machine and the libraries'
+                                             versions, and FILE.png, which shows how time grows with tokens and frames
 
 Each benchmark compares contenders, which get equal weights and inputs and run alternately: nanoWan ("ours"), nanoWan
-with the plain PyTorch definition of every op ("ref"), and a peer. Median times and the ratio ours / peer of these times
-are printed. Peak memory is what a fresh process takes in addition to what it held before the benchmark.
+with the plain PyTorch definition of every op ("ref"), and a second implementation, the peer. Median times and the ratio
+ours / peer of these times are printed. On a CPU, peak memory is measured by running a contender twice in a process of
+its own; it is the peak of the second run, less what the process held before this run.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip

@@ -40,9 +40,9 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 
 
 def keep_results(jobs, run, about, path, seconds):
-    """Call run(name, left) for each name in `jobs`, store what it returns in about[name], and write `about` to the JSON
-    file `path` after each call. All jobs together get `seconds`; left: the seconds that remain. Once none remain, the
-    other jobs are not run, and about[name] says so. Returns `about`.
+    """Call run(name, left) for each name in `jobs`, add what it returns to the dict `about` {name: result}, and write
+    `about` to the JSON file `path` after each call. All jobs together get `seconds`; left: the seconds that remain.
+    Once none remain, the other jobs are not run, and `about` says so. Returns `about`.
     """
     began = time.monotonic()
     for name in jobs:
@@ -60,9 +60,8 @@ def seconds_of(run, rounds):
 
 
 def print_memory(make, name):
-    """Run a contender, and print how many bytes its peak memory is above the memory that this process held before.
-    peak_memory starts a fresh process for this function. make: a function that returns (contenders, FLOPs). name: the
-    contender's name.
+    """Run a contender twice. Print the bytes of peak memory in the second run, less those that the process held before
+    this run. make: a function that returns (contenders, FLOPs), as those in cpu.py do. name: the contender's name.
     """
     contenders, _ = make()
     contenders[name]()  # the first run imports and sets things up
@@ -74,9 +73,9 @@ def print_memory(make, name):
 
 
 def peak_memory(work, name):
-    """Return the bytes of peak memory that a contender takes, in addition to what its process held before. work: the
-    benchmark's name in cpu.WORKS; name: the contender's name. The contender runs in a process of its own, in which
-    glibc keeps no freed memory.
+    """Return the bytes of peak memory that print_memory measures for a contender, in a process of its own. In this
+    process, glibc returns the memory of freed tensors to the system. work: the benchmark's name in cpu.WORKS; name: the
+    contender's name.
     """
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks", work, "--memory_of", name],

@@ -1,4 +1,8 @@
-"""`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, sampling end to end, loading."""
+"""`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, sampling end to end, loading.
+
+The function of a benchmark returns (contenders {name: function}, the FLOPs of one call or None). The contenders are
+"ours" and a second one, the peer. The FLOPs are None where they are not counted.
+"""
 
 import functools
 import itertools
@@ -56,9 +60,8 @@ def dit_forward():
 
 
 def lora_step(blocks=range(6), checkpointing=False):
-    """Return (contenders {name: function}, None) for a LoRA step: forward and backward pass with a translator (a LoRA
-    of rank 16 on k and v of cross-attention). blocks: the blocks that our translator is in; the peer's translator is in
-    all blocks.
+    """Make the contenders for a LoRA step: forward and backward pass with a translator (a LoRA of rank 16 on k and v of
+    cross-attention). blocks: the blocks that our translator is in; the peer's translator is in all blocks.
     """
     model, peer, x, t, context, padded = dit.__wrapped__()
     lora.inject(model, rank=16, blocks=list(blocks))
@@ -83,8 +86,8 @@ def lora_step(blocks=range(6), checkpointing=False):
 
 
 def preserving_step():
-    """Return (contenders {name: function}, None) for a LoRA step on four samples. In "ours", the targets of two samples
-    are the base model's predictions, as with --preserve. "plain" has no such samples.
+    """Make the contenders for a LoRA step on four samples. In "ours", the targets of two samples are the base model's
+    predictions, as with --preserve. "plain" has no such samples.
     """
     model, _, x, _, context, _ = dit.__wrapped__()
     lora.inject(model, rank=16)
@@ -129,8 +132,8 @@ def vae_encode():
 
 
 def text_encoder():
-    """Return (contenders {name: function}, None) for encoding four prompts of 20 tokens, which diffusers' pipelines pad
-    to 512 tokens.
+    """Make the contenders for encoding four prompts of 20 tokens. The peer pads them to 512 tokens, as diffusers'
+    pipelines do.
     """
     model = tiny.randomize(TextEncoder(1000, 512, 512, 1280, 8, 6), 2)
     peer, ids = tiny.transformers_t5(model), torch.randint(3, 1000, (4, 20))
@@ -143,8 +146,8 @@ def text_encoder():
 
 
 def sample_video():
-    """Return (contenders {name: function}, None) for sampling with a small TI2V from prompt to pixels: ten guided UniPC
-    steps, 9 frames of 128x128. Loading the weights is not timed.
+    """Make the contenders for sampling with a small TI2V from prompt to pixels: ten guided UniPC steps, 9 frames of
+    128x128. Loading the weights is not timed.
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import T5TokenizerFast
@@ -190,9 +193,8 @@ def sample_video():
 
 
 def speech_step():
-    """Return (contenders {name: function}, None) for a denoising step of an S2V clip that continues another clip. Some
-    inputs of the DiT are the same at every step: "ours" embeds them once, before the timed step, and "recomputed"
-    embeds them within it.
+    """Make the contenders for a denoising step of an S2V clip that continues another clip. Some inputs of the DiT are
+    the same at every step: "ours" embeds them once, before the timed step, and "recomputed" embeds them within it.
     """
     config = replace(tiny_s2v.CONFIG, dim=768, ffn_dim=3072, num_heads=6, num_layers=6, audio_dim=1024)
     model, inputs = tiny_s2v.fill(WanS2V(config)), tiny_s2v.inputs(T=5, h=32, w=32, audio_dim=1024)
@@ -207,8 +209,8 @@ def speech_step():
 
 
 def speech_clips():
-    """Return (contenders {name: function}, None) for sampling an S2V video of ten clips ("ours") and one of two clips.
-    The longer video takes more time, but no more memory.
+    """Make the contenders for sampling S2V videos: one of ten clips ("ours") and one of two clips. The longer video
+    takes more time, but no more memory.
     """
     folder = Path(tempfile.mkdtemp())
     pipe = load(tiny_s2v.checkpoint(folder / "s2v"))
@@ -227,8 +229,8 @@ def speech_clips():
 
 @torch.no_grad()
 def animate_step():
-    """Return (contenders {name: function}, None) for a denoising step, other than the first, of a small Animate of
-    width 768. diffusers encodes the faces and the picture at every step, nanoWan only at the first.
+    """Make the contenders for a denoising step, other than the first, of a small Animate of width 768. diffusers
+    encodes the driving video's faces and the character's picture at every step, nanoWan only at the first.
     """
     model = tiny_animate.animate(layers=5, dim=768, heads=6)
     peer, frames, side = tiny_animate.diffusers_animate(model), 6, model.motion_encoder.side
@@ -244,7 +246,7 @@ def animate_step():
 
 
 def loading():
-    """Return (contenders {name: function}, None) for loading a DiT of 1 GB into memory, in fp32."""
+    """Make the contenders for loading a DiT of 1 GB into memory, in fp32."""
     from diffusers import WanTransformer3DModel
 
     ours, theirs = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -259,9 +261,9 @@ def loading():
 
 
 def cache_clip():
-    """Return (contenders {name: function}, None) for caching a clip: find the times of the 120 frames of a 1080p clip,
-    and prepare 49 of the frames at 832x480 as input of the VAE. The VAE itself is replaced by a stub. The peer is a
-    plain loop with PyAV and PIL: every frame becomes a picture, and the first 49 pictures are resized.
+    """Make the contenders for caching a 1080p clip of 120 frames, with a stub instead of the VAE. "ours" finds the
+    times of all frames, and prepares 49 frames at 832x480 as the VAE's input. "plain" is a loop with PyAV and PIL:
+    every frame becomes a picture, and the first 49 pictures are resized.
     """
     import av
     from PIL import Image
@@ -318,8 +320,8 @@ def matmul_peak():
 
 
 def on_cpu(names, rounds):
-    """Measure the benchmarks `names` of WORKS, print a table row for each as soon as it is measured, and return all
-    measurements. rounds: number of timed runs of each contender.
+    """Measure the benchmarks with these names, which are keys of WORKS. Print a table row for each as soon as it is
+    measured, and return all measurements. rounds: number of timed runs of each contender.
     """
     results, peak = {}, matmul_peak()
     columns = ("benchmark", "ours, ms", "ref, ms", "peer, ms", "ours / peer", "spread", "memory, ours / peer")

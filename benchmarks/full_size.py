@@ -74,9 +74,9 @@ def build_dit(variant):
 
 
 def write_checkpoint(folder, variant, device, encoder=None):
-    """Write a random checkpoint of released size in the official layout, with nano's tokenizer: 24 GB for TI2V-5B, 34
-    GB for A14B, whose two experts are one folder under two names. encoder: the file of an existing text encoder to link
-    to; None: write a new text encoder.
+    """Write a random checkpoint of released size in the official layout, with nano's tokenizer. The two experts of an
+    A14B checkpoint are one folder under two names. encoder: the file of an existing text encoder to link to; None:
+    write a new text encoder.
     """
     dit, version = random_weights(lambda: build_dit(variant), device), VARIANTS[variant]["vae"]
     if VARIANTS[variant]["boundary"]:
@@ -114,8 +114,9 @@ def write_clips(folder, size=(832, 480)):
 
 
 def write_inputs(folder, size=(832, 480), face=512):
-    """Write the input files of the commands in RUNS into a folder: clips, a picture, a sound, and Animate's folder of
-    driving videos. size: (width, height) of clips and picture. face: width and height of the face video in px.
+    """Write the input files of the commands in RUNS into a folder: clips, a picture, a sound, and a folder like those
+    of Animate's preprocessing. size: (width, height) of clips, pictures and videos. face: width and height of the face
+    video in px.
     """
     write_clips(folder / "clips", size)
     tiny_s2v.write_picture(folder / "picture.png", *size)
@@ -124,8 +125,9 @@ def write_inputs(folder, size=(832, 480), face=512):
 
 
 def run_script(command, seconds):
-    """Run the command of a script for at most `seconds`. Returns a sentence that says why the script failed, or
-    {"seconds", "used_gb", "planned_gb"}: its duration, and its peak memory as measured and as in its memory plan.
+    """Run a script for at most `seconds`. Returns {"seconds", "used_gb", "planned_gb"}: its duration, its measured
+    peak memory and its planned peak memory. If the script fails, returns a sentence that says why. command: the script
+    and its flags.
     """
     began = time.monotonic()
     try:
@@ -175,7 +177,7 @@ class Checkpoints:
 def run_scripts(checkpoints, work, about, path, seconds=450, runs=None):
     """Run each command of `runs` {"VARIANT: TASK": command} (default: RUNS) on the checkpoint of its variant. Inputs
     and outputs are in the folder `work`. Results are added to `about`, which is written to the JSON file `path`.
-    seconds: time for all commands and for writing checkpoints; a script that still runs then is ended.
+    seconds: time for all commands and for writing checkpoints; a script that runs longer than this allows is ended.
     """
     runs = runs or RUNS
 

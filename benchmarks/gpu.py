@@ -103,7 +103,9 @@ def gpu_guided_step(variant="ti2v-5B", grid=GPU_SIZES[0][1], rounds=2):
 
 
 def gpu_dit(variant, grid, label, layers=4, rounds=3):
-    """Measure a forward pass and a LoRA step of `layers` blocks; the LoRA step with and without checkpointing."""
+    """Measure a forward pass of `layers` blocks, and a LoRA step with and without checkpointing. grid: the shape
+    (T',h,w) of the latents. label: the size of the clip, in words.
+    """
     total = full_config(variant).num_layers
     model, peer = random_dit(variant, layers)
     (x, t, context), theirs = random_inputs(model, grid, 1)
@@ -172,8 +174,9 @@ def gpu_vae(rounds=1):
 
 def gpu_expert_swap(variant="t2v-A14B", layers=10, rounds=3):
     """Measure how fast one expert of `layers` blocks replaces another on the GPU. The first swap copies one expert to
-    the host and the other to the GPU; later swaps only copy to the GPU. Returns the GB/s of both kinds of swap, and the
-    predicted seconds of a swap of experts with all blocks.
+    the host and the other to the GPU; later swaps only copy to the GPU. Returns an expert's GB divided by the seconds
+    of the first swap, its GB divided by the seconds of a later one, and the predicted seconds of a later swap if the
+    experts have all their blocks.
     """
     experts = []
     for _ in range(2):
@@ -214,9 +217,9 @@ JOBS |= {"vae": gpu_vae, "expert swap": gpu_expert_swap}
 
 
 def on_gpu(about, path, seconds=450, jobs=tuple(JOBS)):
-    """Run `jobs`, names in JOBS, and add their results to `about`, which is written to the JSON file `path`. Each job
-    runs in its own process, so that a crash loses only its own result. seconds: time for all jobs together; a job
-    that still runs then is ended.
+    """Run `jobs`, which are keys of JOBS, and add their results to the dict `about`, which is written to the JSON file
+    `path`. Each job runs in its own process, so that a crash loses only its own result. seconds: time for all jobs
+    together; a job that runs longer than this allows is ended.
     """
     return keep_results(jobs, run_apart, about, path, seconds)
 

@@ -18,7 +18,7 @@ from benchmarks.kernels import milliseconds
 from diagnostics.common import write_json
 
 DEVICE = "cuda"
-TEXT_AND_CLIP_ROWS = (46, 88, 128, 256, 257, 65520)  # tokens in the prompts of one or two samples, and in A14B's clips
+TEXT_AND_CLIP_ROWS = (46, 88, 128, 256, 257, 65520)  # tokens in the prompts of one or two samples and in two A14B clips
 WEIGHTS = ((3072, 3072), (5120, 5120), (13824, 5120), (14336, 3072))  # (in, out) of linears in 5B and 14B
 
 
@@ -132,8 +132,8 @@ def questions():
 
 
 def answer(ask, file):
-    """Call the functions in `ask` {question: function}, and return {question: a number, numbers or an error}. The
-    answers are also written to `file` after each question.
+    """Call the functions in `ask` {question: function}, and return {question: answer}. An answer is a number, a dict of
+    numbers or the text of an error. The answers are also written to `file` after each question.
     """
     answers = {}
     for name, question in ask.items():

@@ -30,7 +30,7 @@ SAID = ("peak memory", " passed", " failed", "Error", "error:", "TFLOP", "GB/s",
 
 @dataclass(frozen=True)
 class Job:
-    """A shell command. limit: seconds after which the command is ended. expected: seconds that it takes on an H100."""
+    """A shell command. limit: seconds after which the command is ended. expected: predicted seconds on an H100."""
 
     command: str
     limit: int

@@ -1,4 +1,6 @@
-"""Time each kernel and its reference. On a GPU, compare memory-bound kernels with the time of the memory traffic alone.
+"""Time each kernel and the PyTorch code that it replaces, the reference.
+
+On a GPU, memory-bound kernels are also compared with the time that their memory traffic alone would take.
 
 python -m benchmarks.kernels [NAME ...]     on a GPU if there is one, in bf16, else on the CPU, in fp32
 """
@@ -51,7 +53,7 @@ def milliseconds(run, repeats=20):
 @functools.cache
 def bandwidth(gigabytes=1):
     """Return the bandwidth of the GPU's memory, in bytes read plus bytes written per second, measured by a copy.
-    gigabytes: size of the copied tensor.
+    gigabytes: size of the copied tensor in GiB.
     """
     a = torch.empty(gigabytes << 28, device="cuda")
     b = torch.empty_like(a)
@@ -104,8 +106,8 @@ def time_qk_norm_rope(grids=GRIDS):
 
 @torch.no_grad()
 def time_attention(grids=GRIDS):
-    """Time self-attention with heads of size 128 on one clip, including norm and rotation of q; the reference uses
-    PyTorch's attention. grids: pairs of a token grid and a number of heads.
+    """Time self-attention with heads of size 128 on one clip. The kernel also norms and rotates q; the reference does
+    this with another kernel, before PyTorch's attention. grids: pairs of a token grid and a number of heads.
     """
     results = {}
     for grid, N in grids:
@@ -145,8 +147,8 @@ def time_adamw8bit():
 
 @torch.no_grad()
 def time_causal_conv3d(sizes=CONV_SIZES):
-    """Time a causal 3x3x3 convolution with norm and SiLU before it, and with as many channels out as in. sizes:
-    a (C,T,H,W) for each input.
+    """Time a causal 3x3x3 convolution with norm and SiLU before it, and with as many channels out as in. sizes: the
+    shapes (C,T,H,W) of the inputs.
     """
     results, like = {}, dict(device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     for C, *size in sizes:

@@ -19,7 +19,7 @@ IN_OUT = {"ti2v": (48, 48), "t2v": (16, 16), "i2v": (36, 16)}
 
 def randomize(model, seed, gain=1.0):
     """Fill a model with random weights and return it, frozen. Every part of the model affects the result: no output
-    layer or bias is zero, and no norm's weight is one. gain: factor on the weights of matrices.
+    layer or bias is zero, and no norm's weight is one. gain: a factor that multiplies linear and convolution weights.
     """
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):

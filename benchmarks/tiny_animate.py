@@ -104,9 +104,9 @@ def write_video(path, images, rate=25):
 
 
 def source_folder(folder, n=20, height=32, width=48, face=SIDE):
-    """Write a folder like those of Animate's preprocessing, and return it. It also has the files that are needed to
-    replace a person in a video. The reference picture has the video's size, so nothing is resized. n: number of frames.
-    face: width and height of the face video in px.
+    """Write a folder like those of Animate's preprocessing, and return it. It also has the background and mask videos,
+    which are needed to replace a person. The reference picture has the videos' size, so nothing is resized. n: number
+    of frames. face: width and height of the face video in px.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (name, h, w) in enumerate((("pose", height, width), ("face", face, face), ("bg", height, width))):

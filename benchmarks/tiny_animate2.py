@@ -14,8 +14,8 @@ CLIP_SIZES = dict(dim=32, ffn_dim=52, patch=112, tokens=5)  # pictures of 224 px
 
 
 def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
-    """Return a small WanAnimate2 with random weights. With 11 blocks, it has block 9, which is skipped
-    in the unconditional pass of guidance, and one block after that.
+    """Return a small WanAnimate2 with random weights. Its 11 blocks include block 9, which the unconditional pass of
+    guidance skips, and one block after it. log_scale: as in Animate2Config.
     """
     config = Animate2Config(
         model_type="animate2",
@@ -33,15 +33,16 @@ def animate2(seed=40, layers=11, dim=48, heads=2, log_scale=0.0):
 
 
 def official_names(model):
-    """Return {name: tensor} of a WanAnimate2 with the names of the released file, in which another module wraps each
-    block.
+    """Return the weights {name: tensor} of a WanAnimate2 under the names of the released file, which have ".block"
+    after the number of a block.
     """
     return {re.sub(r"^(blocks\.\d+)\.", r"\1.block.", k): v for k, v in model.state_dict().items()}
 
 
 def checkpoint(folder, name="wan_animate_2_bf16", model=None):
-    """Write a complete tiny checkpoint in the layout of Wan2.2-Animate-2-14B, and return the folder. The checkpoint
-    also has a config.json with the number of heads, which for the released models follows from their width.
+    """Write a complete tiny checkpoint in the layout of Wan2.2-Animate-2-14B, and return the folder. A config.json
+    gives the number of heads; for the released models, this number follows from their width. name: the DiT's file name
+    without its ending. model: the DiT (default: that of animate2()).
     """
     model = model or animate2()
     dit, parts = folder / "wan_animate_2", folder / "videomodel" / "Wan-AI"

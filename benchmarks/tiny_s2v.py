@@ -173,7 +173,7 @@ def write_wav(path, samples, rate=16000):
 
 
 def picture(width, height, shift=0):
-    """Return a smooth RGB picture as an array (H,W,3). If shift changes a little, so does the picture."""
+    """Return a smooth RGB picture of waves as an array (H,W,3). shift: phase of the waves, in radians."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     waves = [np.sin(7 * x + 3 * y + shift), np.cos(5 * y - 2 * x + 2 * shift), np.sin(4 * x * y + 1 + shift)]
     return (np.stack(waves, -1) * 100 + 128).round().astype(np.uint8)

@@ -1,7 +1,7 @@
 """One fused operation per file: the reference, which defines it, then the kernel in C++ or Triton, then autograd.
 
-On a GPU the kernels are in Triton; on a CPU they are the C++ of csrc/ if that is built. With TRITON_INTERPRET=1 the
-Triton kernels run on the CPU, slowly: the tests check them in this way.
+On a GPU the kernels are in Triton, and one is also in the CUDA code of csrc/. On a CPU the kernels are the C++ code of
+csrc/ if that is built. With TRITON_INTERPRET=1 the Triton kernels run slowly on the CPU; the tests check them this way.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ if INTERPRETED and triton:
 
 
 def mismatch(file):
-    """Return why a built nanowan_csrc (`file`) must not be loaded: it was built for another CPU, from other sources, or
-    with another torch. Return "" if it may be loaded. The file contains the CPU features, the sources' digest and the
-    version of torch as text (csrc/built_for.cpp).
+    """Return why the built extension `file` must not be loaded: it was built for another CPU, from other sources, or
+    with another torch. Return "" if it may be loaded. The file contains, as text, the CPU features, the sources' digest
+    and the version of torch that it was built with (csrc/built_for.cpp).
     """
     pattern = rb"nanowan_csrc is built for: ([\w.]*)(?: from: (\w+) with torch: ([\w.+]+))?"
     match, cpuinfo, csrc = re.search(pattern, file.read_bytes()), Path("/proc/cpuinfo"), ROOT / "csrc"

@@ -2,8 +2,8 @@
 
 weight and grad: bf16 or fp32, of the same shape with n elements; codes (blocks,BLOCK) int16: both moments of each
 element; scale (blocks,1) fp32: one per block. compensation: empty for fp32 weights; for bf16 weights it has their shape
-and dtype, and the exact weight is weight - compensation. These two tensors store the exact weight with 16 bits of
-mantissa, the last bit rounded at random. Weight decay and update are applied to the exact weight, in fp32.
+and dtype, and the exact weight is weight - compensation. Weight and compensation together store 16 bits of mantissa,
+the last bit rounded at random. Weight decay and update are applied to the exact weight, in fp32.
 Compensation: Kahan, 1965, and Zamirai et al., 2020. Lower bound on memory traffic in bf16: 8 bytes read and 6 written
 per element.
 """
@@ -20,7 +20,7 @@ if triton:
 
 BLOCK = 256  # elements that share a scale
 ROOT_LEVELS, RATIO_LEVELS = 511, 63  # levels of sqrt(v), in 9 bits, and of |m| / sqrt(v), in 7 bits with its sign
-OCTAVES = 24  # range of sqrt(v) below the block's largest; if gradients are clipped to norm 1, it reaches AdamW's eps
+OCTAVES = 24  # range of sqrt(v) below the block's largest; with gradients clipped to norm 1, it extends to AdamW's eps
 CHUNK = 1024  # blocks per chunk: the fp32 temporaries stay small, and in the cache
 
 
@@ -88,7 +88,7 @@ def decode_moments(codes, scale, betas):
 
 def step_ref(weight, compensation, grad, codes, scale, step, lr, betas, eps, weight_decay):
     """Do step number `step` (from 1) on a tensor, in place (arguments: see the top of this file). The step is done in
-    chunks, whose temporaries fit into a CPU's cache.
+    chunks. On a CPU, the temporaries of a chunk fit into the cache.
     """
     flat = [t.view(-1) for t in (weight, compensation, grad)]
     chunk = CHUNK * (16 if weight.is_cuda else 1)  # on a GPU, a chunk launches some 80 kernels, and no cache matters

@@ -1,9 +1,9 @@
 """Flash attention (Dao et al., 2022 and 2023) and its backward pass. Tiles of q are normed and rotated when loaded.
 
-q (B,L,N,d), k and v (B,S,N,d) of one dtype and any row strides; softmax in fp32. If `weight` (N*d,) is given, q is not
-normed yet: each row is RMS-normed over its full width N*d, multiplied by `weight`, rotated if `table` and `positions`
-are given (see rope.py), and only then rounded to its dtype. A small kernel computes 1 / rms of each row (B,L) first,
-since a tile has only one head of a row. For backward, q is saved as given, to be normed and rotated again.
+q (B,L,N,d), k and v (B,S,N,d) of one dtype, with any strides between tokens; softmax in fp32. If `weight` (N*d,) is
+given, q is not normed yet: each token's N*d numbers are RMS-normed together, multiplied by `weight`, rotated if `table`
+and `positions` are given (see rope.py), and only then rounded to the dtype of q. A small kernel first computes 1 / rms
+of each token (B,L), since a tile has only one head. q is saved as given; the backward pass norms and rotates it again.
 """
 
 import torch
@@ -45,8 +45,9 @@ if triton:
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Load the rows numbered `rows` (n,) of one head, as (n,DP) with zeros outside of the tensor. at: the clip's
-        offset, in 64 bits. Offsets within the clip fit in 32 bits, and so take half as many registers.
+        """Load rows of one head as (n,DP). rows (n,): their numbers; from number `total` on, rows are zeros. Columns
+        from `d` on are zeros too. at: the offset of the clip in x, in 64 bits. Offsets within the clip fit in 32 bits,
+        which take half as many registers.
         """
         j = tl.arange(0, DP)
         return tl.load(
@@ -251,8 +252,8 @@ def dense(x):
 
 
 def tiles(d, dtype, kernel):
-    """Return tile sizes and launch options for `kernel` ("forward", "keys" or "queries"). For d = 128 in bf16 they fit
-    the registers of Hopper and Ampere; for fp32 and in the interpreter, tiles are smaller.
+    """Return tile sizes and launch options for `kernel` ("forward", "keys" or "queries"). Tiles of bf16 with d = 128
+    fit the registers of Hopper and Ampere GPUs. For fp32 and in the interpreter, tiles are smaller.
     """
     common = {
         "d": d,
@@ -272,7 +273,7 @@ def tiles(d, dtype, kernel):
 
 
 def statistic(q, eps):
-    """Return 1 / rms (B,L) of each row of q (B,L,N,d), taken over N*d."""
+    """Return 1 / rms (B,L) of each token's N*d numbers in q (B,L,N,d)."""
     B, L, N, d = q.shape
     rstd = torch.empty(B, L, device=q.device)
     block = triton.next_power_of_2(N * d)

@@ -1,11 +1,11 @@
 """Choose which attention runs: PyTorch's, this project's Triton kernel or SageAttention.
 
-`select` sets the choice; the default is `auto`. On a GPU, `auto` chooses by compute capability: cuDNN's attention from
-Hopper to data-centre Blackwell (9.x, 10.x), and FlashAttention elsewhere, where cuDNN's was measured slower
-(huggingface/transformers#48163: 0.82x the speed of FlashAttention on an A100, 0.93x on an A10G, 0.88x on an RTX PRO
-6000). If the package flash_attn_interface is installed and every GPU is a Hopper, PyTorch's FlashAttention is version
-3, and `auto` chooses it. SageAttention (Zhang et al., 2024) multiplies in 8 bits: it is not exact, and has no
-gradients.
+`select` sets the choice; the default is `auto`. On a GPU, `auto` chooses by compute capability: cuDNN's attention on
+Hopper and data-centre Blackwell (9.x, 10.x), and FlashAttention elsewhere. There, cuDNN's attention was measured at
+0.82x the speed of FlashAttention on an A100, 0.93x on an A10G and 0.88x on an RTX PRO 6000
+(huggingface/transformers#48163). If the package flash_attn_interface is installed and works, and every GPU is a Hopper,
+PyTorch's FlashAttention is version 3, and `auto` chooses it. SageAttention (Zhang et al., 2024) multiplies in 8 bits:
+it is not exact, and has no gradients.
 """
 
 import functools
@@ -24,8 +24,8 @@ from kernels import qk_norm_rope as norm_kernel
 CHOICES = ("auto", "cudnn", "flash", "triton", "sage")
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_FIRST = [CUDNN_FIRST[1], CUDNN_FIRST[0], *CUDNN_FIRST[2:]]
-# with a mask, cuDNN's attention is left out, which PyTorch would choose: cuDNN makes a plan for each length, and on
-# Hopper its gradients of q were NaN at some lengths (pytorch/pytorch#196678)
+# with a mask, PyTorch would choose cuDNN's attention; it is left out, since it makes a plan for each length, and since
+# its gradients of q were NaN at some lengths on Hopper (pytorch/pytorch#196678)
 MASKED_BACKENDS = CUDNN_FIRST[2:]
 SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 
@@ -33,7 +33,7 @@ SELECTED, SAGE_ERROR = "auto", None  # set by `select`
 # ---- the choice --------------------------------------------------------------------------------------------------
 def select(name, device, dtype=torch.bfloat16, gradients=False):
     """Choose the attention that is used on a device from now on: `name`, one of CHOICES. dtype: the dtype of q, k and
-    v. gradients: whether they will be needed. A choice other than "auto" is tried on a small random input. Raises
+    v. gradients: whether gradients will be needed. A choice other than "auto" is tried on a small random input. Raises
     ValueError, with the reason, if the choice is not available.
     """
     global SELECTED, SAGE_ERROR
@@ -127,8 +127,8 @@ if torch.cuda.is_available():
 # ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
     """Return PyTorch's softmax attention (B,N,L,d) of q (B,N,L,d) on k and v (B,N,S,d), with `mask` added to the
-    logits. backends: PyTorch's backends to try, in this order (default: all, the chosen one first); ignored on a CPU
-    or with a mask.
+    logits. backends: PyTorch's backends to try, in this order; ignored on a CPU or with a mask. Default: all, first
+    the selected one, "cudnn" or "flash"; if another choice is selected, first the one that "auto" means.
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -197,7 +197,8 @@ class NormedAttention(torch.autograd.Function):
 
 def self_attention(q, k, v, weights, eps, heads, table, positions):
     """Norm q and k by `weights` and rotate them, then return self-attention (B,L,D). q, k, v (B,L,D): projections."""
-    # in Triton's interpreter, test this project's kernel; for a plan's fake tensors, PyTorch's, which needs more memory
+    # in Triton's interpreter, this project's kernel runs, to test it; a plan's fake tensors take PyTorch's attention,
+    # which needs more memory
     ours = kernels.INTERPRETED if not q.is_cuda else chosen(q.device) == "triton"
     if backend.has_triton(q) and ours:
         return fused_attention(q, k, v, weights, eps, heads, table, positions)

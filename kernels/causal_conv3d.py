@@ -1,9 +1,10 @@
 """The VAE's causal 3-D convolution, streaming through time, fused with the operations before and after it.
 
 x (B,C,T,H,W): a chunk of frames; past (B,C,2,H,W): the two frames before x, after norm and SiLU, or None for zeros;
-weight (N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. With gamma (C,...), RMS norm and SiLU are
-applied to x first, after adding input_bias (C), the bias that the previous convolution left out. residual (B,N,T,H,W)
-or None is added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with kt = 1).
+weight (N,C,kt,k,k), with kernels of 3x3x3, 3x1x1 or 1x1x1; bias (N) or None. If gamma (of C elements) is given, RMS
+norm and SiLU are applied to x first, after adding input_bias (C), the bias that the previous convolution left out.
+residual (B,N,T,H,W) or None is added to the result. Returns out (B,N,T,H,W) and the `past` of the next chunk (None with
+kt = 1).
 
 On a GPU one kernel writes the past frames and the normed chunk into a buffer, which cuDNN convolves. The kernel also
 writes the last two frames of the buffer into the next `past`. PyTorch would add a bias in a separate pass after cuDNN.

@@ -40,8 +40,8 @@ def has_fp8_matmul(x, weight):
 
 @functools.cache
 def multiplies(device):
-    """Return whether a GPU really multiplies e4m3 matrices with a scale for each row and column. This is tried out,
-    because not every PyTorch does so on every card (pytorch/pytorch#192707).
+    """Return whether a GPU can multiply e4m3 matrices with a scale for each row and column. One product is tried,
+    because not every version of PyTorch can do this on every card (pytorch/pytorch#192707).
     """
     rows, weight = (torch.ones(n, 5120, device=device).to(E4M3) for n in (MIN_ROWS, 3072))
     scales = {"scale_a": torch.ones(MIN_ROWS, 1, device=device), "scale_b": torch.ones(1, 3072, device=device)}
@@ -62,8 +62,8 @@ if torch.cuda.is_available():
 
 class Fp8Matmul(torch.autograd.Function):
     """x W^T + b, or gelu(x) W^T + b if `activated`. rows, x_scale: what rows_in_fp8 returned for x, to multiply in 8
-    bits. If both are None, the weight is dequantised for the product, and the caller must have applied any GELU to x.
-    The 8-bit weight is saved for the backward pass, and so is x if `activated`. The weight gets no gradient.
+    bits. If both are None, the weight is dequantised for the product, and `activated` must be False. The 8-bit weight
+    is saved for the backward pass, and so is x if `activated`. The weight gets no gradient.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class Fp8Matmul(torch.autograd.Function):
 
 
 def rows_in_fp8(x, activated=False):
-    """Return the rows of x (...,m), or of its GELU if `activated`, in 8 bits: (n,m), and their scales (n,1)."""
+    """Return the rows of x (...,m), or of its GELU if `activated`, in 8 bits, as (n,m), and their scales (n,1)."""
     return ops.quantize_rows(x.detach().flatten(0, -2), activated)
 
 
@@ -110,7 +110,7 @@ class Fp8Linear(nn.Linear):
         return weight8
 
     def set_scales(self, weight8, scales):
-        """Set the scales to those of a file, (out,1) or (1,), and compute the norm of the file's 8-bit weight."""
+        """Set the scales to those of a file: (out,1), or (1,) for all rows. Compute the norm of the file's weight."""
         self.scales = scales.float().reshape(-1, 1).expand(self.out_features, 1).contiguous()
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 

@@ -1,10 +1,10 @@
 """Linears, alone or after a GELU. For a GELU and a linear, only the GELU's input is saved for the backward pass.
 
-x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass works in place, which
-saves a third of the memory of a DiT's feed-forward.
+x (...,K), weight (N,K), bias (N) -> x W^T + b (...,N), or gelu(x) W^T + b. The backward pass writes the gradient of x
+over that of gelu(x), so it needs two tensors of the size of x, not three.
 
 On AMD's CPUs PyTorch multiplies large fp32 matrices with MKL, which is slow there. oneDNN, which PyTorch ships too, is
-used instead. The choice depends only on the CPU and the shapes, so a run can be repeated bit by bit.
+used instead. The choice depends only on the CPU and the tensors, so repeated runs make the same choice.
 """
 
 from pathlib import Path

@@ -123,9 +123,10 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """Each program computes the gradients of `chunk` tokens that one row serves. With INDEX, it goes through
-        `chunk` tokens of the clip and skips those that other rows serve. With SUMS, it also adds up its tokens'
-        gradients of gate, weight and shift, into sums (B*F,chunks,3,D). tokens: number of tokens to divide into chunks.
+        """Each program goes through `chunk` successive tokens and computes the gradients of those that its row serves:
+        of all or, with INDEX, of some. With SUMS, it also adds up their gradients of gate, weight and shift, into sums
+        (B*F,chunks,3,D). tokens: number of tokens that are divided into chunks for a row: L/F or, with INDEX, L. rows:
+        the number F of rows.
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows
@@ -292,7 +293,8 @@ def _backward(
     need_rows: bool,
 ) -> list[Tensor]:
     """Return a list of gradients: of x; if dnew is given, of y; if need_rows, of gate, weight and shift in one tensor
-    (B,F,3,D). new: the residual stream that the LayerNorm was applied to; branch: the dtype of y.
+    (B,F,3,D). dnew, dout: the gradients of what `_forward` returned, the sum and the modulated result; new: the
+    residual stream that the LayerNorm was applied to; branch: the dtype of y.
     """
 
 

@@ -75,7 +75,7 @@ class Linear(torch.nn.Linear):
         return gelu(self(x))
 
     def round_input(self, x):
-        """Return None. (An Fp8Linear returns x in 8 bits, to be shared by all linears with this input.)"""
+        """Return None. Only an Fp8Linear rounds its input."""
 
 
 class GELU(torch.nn.Module):

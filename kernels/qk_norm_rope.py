@@ -34,7 +34,8 @@ if triton:
     @triton.jit
     def turn(a, b, table, position, HALF: tl.constexpr, PAIRS: tl.constexpr, inside, back: tl.constexpr):
         """Rotate the pairs (a,b) of one token; with `back`, in the opposite direction. position: a pointer to the
-        token's three integers. a, b: (PAIRS,), the pairs of all heads, one head after another.
+        token's three integers. a, b (PAIRS,): the pairs of all heads, one head after another, padded at the end.
+        inside (PAIRS,): which pairs are not padding.
         """
         p = tl.arange(0, PAIRS) % HALF
         third: tl.constexpr = HALF // 3

@@ -1,8 +1,8 @@
 """Activations in 8 bits (e4m3) with a scale per row, for the GPU's fp8 matrix products, in one read and one write.
 
 x (n,m) of any float dtype becomes e4m3 (n,m) and scales (n,1) fp32. A GELU can be applied to x in the same pass. The
-largest absolute value in each row becomes 448. A row with an infinity or a NaN becomes NaN. Lower bound on memory
-traffic: one read of x and one write of a byte per value.
+largest absolute value in each row becomes 448, the largest number in e4m3. A row with an infinity or a NaN becomes NaN.
+Lower bound on memory traffic: one read of x and one write of a byte per value.
 """
 
 import torch
