@@ -1,4 +1,4 @@
-"""diag.py advise: print the training commands for given clips and a checkpoint, with the reason for each number."""
+"""diag.py advise: print the training commands for given clips and a checkpoint, with reasons for the flags."""
 
 import shlex
 from pathlib import Path
@@ -41,8 +41,9 @@ class Flag(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """The clips in --data. items: their scan.Items. captions: all of their captions. shared: the keywords all of whose
-    tokens also occur in captions without keywords.
+    """The clips in --data. items: their scan.Items. captions: the empty caption, then all captions of the clips.
+    shared: the keywords that have no token of their own, since all of their tokens also occur in captions without
+    keywords.
     """
 
     items: list
@@ -50,7 +51,7 @@ class Clips(NamedTuple):
     shared: tuple = ()
 
     def trained(self):
-        """Return the Items that a trainer would not hold out."""
+        """Return the Items that a trainer would train on."""
         digests = sorted({item.digest for item in self.items})
         held = {*digests[: min(16, int(HELD_OUT * len(digests)))]}
         return [item for item in self.items if item.digest not in held]
@@ -148,9 +149,10 @@ def folder_of(ckpt):
 
 
 def look_at_words(keywords, items, captions, pipe):
-    """Print which keywords occur in the captions of few files. Return a tuple of the keywords all of whose tokens also
-    occur in captions without keywords. pipe: a Pipeline with the tokenizer; if it is None, the tuple is empty. Raises
-    BadInput for a keyword that no caption contains.
+    """Print the keywords that occur in the captions of fewer than FEW files, and whether every caption has a keyword.
+    Return a tuple of the keywords that have no token of their own (see Clips). items, captions: those of --data. pipe:
+    a Pipeline with the tokenizer; if it is None, the tuple is empty. Raises BadInput for a keyword that no caption
+    contains.
     """
     for keyword in keywords:
         files = count_files(items, keyword)

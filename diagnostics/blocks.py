@@ -1,8 +1,8 @@
 """diag.py blocks: measure which of the DiT's blocks read a word, by hiding the word from one block at a time.
 
 The more a prediction changes when a block cannot see the word's tokens, the more that block reads the word. This is a
-measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755) also uses such masks to choose
-the blocks to train.
+measured basis for choosing --blocks. DiT-BlockSkip (Das et al., 2026, arXiv 2603.20755) also masks cross-attention to
+choose the blocks to train.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def hide_tokens(attention, hidden):
 
     def hook(module, args):
         x, kv, bias = args
-        mask = F.pad(hidden, (0, bias.shape[3] - len(hidden))).to(bias.device)  # the last keys stand for padding
+        mask = F.pad(hidden, (0, bias.shape[3] - len(hidden))).to(bias.device)  # the last keys replace padding tokens
         return x, kv, bias.masked_fill(mask, -math.inf)
 
     handle = attention.register_forward_pre_hook(hook)
@@ -64,9 +64,9 @@ def hide_tokens(attention, hidden):
 
 
 def samples_with(dataset, keyword, n, tokenizer):
-    """Return at most n pairs (Item, mask) for captions that contain the keyword, each from a different file. The Item
-    has only this caption; the mask is keyword_tokens of the caption. Raises BadInput if no caption has the keyword in
-    the part that the encoder reads.
+    """Return at most n pairs (Item, mask), each from a different file. The Item's only caption contains the keyword;
+    the mask is keyword_tokens of this caption. Raises BadInput if no caption has the keyword in the part that the
+    encoder reads.
     """
     samples = {}
     for item in sorted(dataset.items, key=lambda item: item.digest):

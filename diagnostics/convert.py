@@ -54,8 +54,9 @@ def convert_dit(source, out, layout, file_bytes=FILE_BYTES):
 
 
 def is_dit(source, part):
-    """Return whether to convert a DiT, rather than a text encoder. part: the value of --part, which is decisive, or
-    None. With None, the contents of `source` decide; in a checkpoint folder with both, the text encoder is chosen.
+    """Return whether to convert a DiT, rather than a text encoder. part: the value of --part, which decides if it is
+    given, or None. With None, the contents of `source` decide; in a checkpoint folder with a DiT and a text encoder,
+    the text encoder is chosen.
     """
     if part or not source.is_dir():
         return (part or kind_of(source)) == "dit"
@@ -66,9 +67,9 @@ def is_dit(source, part):
 
 def convert_lora(text, out, layout):
     """Write a LoRA in another layout. text: FILE; if FILE holds both experts, FILE:high or FILE:low. layout: "comfyui"
-    (diffusers reads it too) or "musubi" (for musubi-tuner, and only for a LoRA on a DiT). The low-rank factors keep
-    their bits, except that B is multiplied by the LoRA's scale, such as alpha / rank, where this is not 1. Raises
-    BadInput if the layout cannot hold the LoRA.
+    (diffusers reads it too) or, for a LoRA on a DiT, "musubi" (for musubi-tuner). The low-rank factors keep their bits,
+    except that B is multiplied by the LoRA's scale, such as alpha / rank, if the scale is not 1. Raises BadInput if the
+    layout cannot hold the LoRA.
     """
     if out.suffix != ".safetensors":
         raise BadInput(f"{out}: should end in .safetensors")

@@ -93,9 +93,9 @@ def lora_moves(path, base, expert, kind):
 
 
 def weight_moves(path, base):
-    """Yield (parameter name, base weight, Norms of the change) for each matrix and convolution of another checkpoint or
-    encoder, or of a file from train_te.py --save delta, which holds trained tensors and embedding rows. path: the file
-    or folder. base: the Weights of the base. Raises BadInput if a tensor does not fit the base.
+    """Yield (parameter name, base weight, Norms of the change) for each matrix and convolution in `path`. `path` is the
+    file or folder of another checkpoint or encoder, or a file from train_te.py --save delta, with trained tensors and
+    embedding rows. base: the Weights of the base. Raises BadInput if a tensor does not fit the base.
     """
     new = Weights(weight_files(path), kind_of(path) == "text_encoder")
     ids, rows = (new.entries.pop(f"token_embedding.{key}", None) for key in ("ids", "rows"))
@@ -117,14 +117,14 @@ def weight_moves(path, base):
 
 
 def delta(path, base, expert=None):
-    """Return how far the LoRA, checkpoint or encoder at `path` moves each weight of a base. base: a DiT's folder or
-    file; or, if `path` changes a text encoder, the unchanged encoder's file or a checkpoint folder with it. expert: the
-    expert whose LoRA is measured, "high" or "low", if the LoRA file holds both.
+    """Return how far the LoRA or the model at `path` moves each weight of a base. base: the DiT, VAE or text encoder to
+    compare with, as a file or, for a DiT, a folder; for a text encoder also a checkpoint folder that contains it.
+    expert: the expert whose LoRA is measured, "high" or "low", if the LoRA file holds both.
 
     The result is a list of {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral",
     "rank"}, one for each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no
-    low-rank factors. One matrix of the base is in memory at a time. Raises BadInput if `path` does not fit the base,
-    and if nothing can be compared.
+    low-rank factors. One matrix of the base is in memory at a time. Raises BadInput if `path` does not fit the base, or
+    if nothing can be compared.
     """
     kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")

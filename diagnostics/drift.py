@@ -18,9 +18,9 @@ def drift(old, new, prompts, keywords=(), nearest=5):
 
     The result is {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords":
     {keyword: [before, after]}}. cosine: the cosine between the embeddings before and after; for a prompt, the mean over
-    its tokens. norm: the norm after, divided by the norm before. before, after: [(word, cosine)] of at most `nearest`
-    words from the prompts, those nearest to the keyword. For this comparison, every word is encoded alone, and its
-    embedding is the mean over its tokens. Raises BadInput if the widths of the two encoders differ.
+    its tokens. norm: the norm after, divided by the norm before. before, after: what nearest_words returns for the old
+    and for the new encoder: at most `nearest` words of the prompts, none of them a keyword. Raises BadInput if the
+    widths of the two encoders differ.
     """
     if old.norm.weight.shape != new.norm.weight.shape:
         raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")
@@ -45,7 +45,9 @@ def compare_prompt(old, new, prompt):
 
 
 def nearest_words(encoder, keyword, words, count):
-    """Return [(word, cosine)] of the `count` words whose embeddings are nearest to the embedding of the keyword."""
+    """Return [(word, cosine)] of those `words` whose embeddings are nearest to the embedding of the keyword, at most
+    `count` of them. Every word is encoded alone; its embedding is the mean over its tokens.
+    """
     if not words:
         return []
     embeds = torch.stack([encoder.encode([w])[0][0].float().mean(0) for w in [keyword, *words]])

@@ -202,8 +202,8 @@ def files_of(path):
 
 
 class Contents(NamedTuple):
-    """What the weight files of one model contain. entries: {name: Entry}, with official names for a DiT or a VAE, else
-    with the files' names without prefixes. lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else
+    """What the weight files of one model contain. entries: {name: Entry}; the names are official for a DiT or a VAE,
+    else those in the files, without prefixes. lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else
     None.
     """
 
@@ -236,8 +236,8 @@ def contents(path):
 
 
 def kind_of(path):
-    """Return the kind of a weight file, or of a folder with the files of one model, such as "dit" (see Contents).
-    Raises BadInput for unreadable files.
+    """Return the Contents.kind of a weight file, or of a folder with the files of one model. Raises BadInput for
+    unreadable files.
     """
     return contents(path).kind
 

@@ -49,10 +49,10 @@ def parse_strengths(files):
 
 
 def open_columns(args, how):
-    """Return {column name: Pipeline}: the base, the base with the encoder of --text_encoder, and the base with this
-    encoder and the translator of --lora. Without one of these flags, what it names is left out. With --skip_before,
-    return only the last column. If --text_encoder gives several strengths, return instead a column for each strength.
-    how: a Runtime.
+    """Return {column name: Pipeline}: the base; with --text_encoder, the base with this encoder; with --lora, the base
+    with this encoder, if any, and the translator. With --skip_before, return only the last of these columns. If
+    --text_encoder gives several strengths, return instead a column for each strength, with the translator, if any. how:
+    a Runtime.
     """
     encoders = parse_strengths(args.text_encoder)
     if None not in encoders:
@@ -91,8 +91,8 @@ def some_frames(video, n):
 
 def draw_sheet(columns, prompts, seed, out, **settings):
     """Write a contact sheet to the file `out`: a row for each prompt, with the clip of each column in `columns` {name:
-    Pipeline}. The clips are those that sample.py makes with this --seed. Returns {"prompts", "seed", "sheet": the
-    file}. settings: values that override the Settings.
+    Pipeline}. The clips are those that sample.py makes with this seed. Returns {"prompts", "seed", "sheet": the file}.
+    settings: values that override the Settings.
     """
     seeds = [seed] * len(prompts)
     clips = [[some_frames(clip, 3) for clip in sample_clips(p, prompts, seeds, **settings)] for p in columns.values()]
@@ -170,8 +170,8 @@ def cell(score):
 
 def show_scores(scores):
     """Print a table of scores {column: {suite: {kind of score: what proportion or average returned}}}. Then print each
-    score that has fallen: its interval in the last column lies below its interval in the column before. The last column
-    must have every suite.
+    score whose interval in the last column lies below its interval in the column before. The last column must have
+    every suite.
     """
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
@@ -227,10 +227,10 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
     """Sample the Rows in every column. Return {column: {suite: {kind of score: what proportion or average returned}}}.
     A suite is a word, "all words" or "other prompts" (Rows that test no word). The kinds of score:
 
-    "clip", for Rows that test a word: the share of correct clips. A clip is correct if CLIP finds the first of the
-    Row's texts the most probable, by the mean over frames. "psnr" in dB and "clip_i", for the other Rows, compare their
-    clips with those of the first column; "clip_i" is the cosine between CLIP's features of the frames. "grader", for
-    all Rows: the mean of the numbers that the command `grader` prints.
+    "clip", for Rows that test a word: the share of clips for which CLIP gives the first of the Row's texts (the correct
+    one) the highest probability, averaged over frames. "psnr", for the other Rows: the mean PSNR in dB between a clip
+    and the first column's clip of the same Row. "clip_i", for the other Rows: the mean cosine between CLIP's features
+    of the frames of these two clips. "grader", for all Rows: the mean of the numbers that the command `grader` prints.
 
     columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
     command, or None.

@@ -19,9 +19,9 @@ from nanowan.training.flags import check_data, data_source, expert_schedule, rec
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
     """Return a tensor (N,3) with three numbers for each head: the standard deviation of the logits q k / sqrt(d), their
-    maximum, and the mean entropy of the attention in nats. Only the entropy includes keys whose bias is not 0: keys
-    that are masked or stand for padding. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S). The arithmetic is fp32.
-    chunk: number of queries that are computed at once.
+    maximum, and the mean entropy of the attention in nats. Keys whose bias is not 0 are masked or replace padding
+    tokens; they count in the entropy alone. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S): added to the logits.
+    The arithmetic is fp32. chunk: number of queries that are computed at once.
     """
     bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
     bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])
@@ -101,9 +101,8 @@ def logit_rows(before, after):
 
 
 def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frames=None):
-    """Return the Dataset that train_lora.py would make of `data`, except that no samples are held out, no captions
-    dropped, and no clean first frames given to the model. An argument that is None gets train_lora.py's default. limit:
-    the largest number of samples, or None for all.
+    """Return the Dataset that train_lora.py would make of `data` with --batch 1, --held_out 0 and --caption_dropout 0.
+    An argument that is None gets train_lora.py's default. limit: the largest number of samples, or None for all.
     """
     s = pipe.settings
     given_size = {"resolution": resolution, "frames": frames}

@@ -52,8 +52,8 @@ class Machine(NamedTuple):
 
 class Job:
     """A run of a script with given flags, to be planned. script: a name in SCRIPTS. argv: the flags. If --ckpt names a
-    released variant, no checkpoint file is needed. If --data exists, it is scanned for its largest bucket and longest
-    caption, and for the size of its cache. Raises BadInput for wrong flags.
+    released variant, no checkpoint file is needed. If --data exists, it is scanned to find the largest bucket, the
+    longest caption and the size of the cache. Raises BadInput for wrong flags.
     """
 
     def __init__(self, script, argv):
@@ -272,9 +272,9 @@ def shape_of(ckpt):
 
 # ---- flags that fit ----------------------------------------------------------------------------------------------
 class Candidates(NamedTuple):
-    """Flags with which a run may fit. counted: what with_number adds to `flags` for n blocks, from `fewest` to `most`:
-    "checkpointing", flags for activation checkpointing in n blocks; "streamed", flags that keep n blocks in host
-    memory; None, nothing.
+    """Flags with which a run may fit: `flags`, and flags that set a number n of blocks, from `fewest` to `most`.
+    counted: what n counts: "checkpointing", blocks with activation checkpointing; "streamed", blocks in host memory (in
+    training, all blocks then use activation checkpointing); None, nothing: `flags` are all there is.
     """
 
     flags: list
@@ -283,7 +283,7 @@ class Candidates(NamedTuple):
     most: int = 0
 
     def with_number(self, script, n):
-        """Return `flags`, followed by the flags that checkpoint or stream n blocks, as `counted` says."""
+        """Return `flags`, followed by the flags that set the number of blocks to n."""
         if self.counted is None:
             return self.flags
         if self.counted == "streamed":
@@ -293,14 +293,14 @@ class Candidates(NamedTuple):
 
 
 def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
-    """Return a list of Candidates in the order in which to try them: flags that leave results exact before 8-bit
-    weights, flags that cost no time before flags that cost time. given: names of the flags that the user has set, which
-    no candidate changes. guided: whether sample.py computes guidance.
+    """Return a list of Candidates in the order in which to try them: exact flags before 8-bit weights, flags that cost
+    no time before flags that cost time. given: names of the flags that the user has set, which limit what candidates
+    contain. guided: whether sample.py computes guidance.
     """
 
     def counted(flags):
         """Return Candidates with `flags`. Their with_number adds activation checkpointing, unless the script is
-        sample.py or the user has set a flag that decides about checkpointing.
+        sample.py or the user has set --checkpointing, --no-checkpointing or --stream_blocks.
         """
         if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
             return Candidates(flags, None)
@@ -344,9 +344,9 @@ def propose(script, argv, machine):
         return ("batched", "sequential") if guided and "--guidance_parallel" not in {*argv, *flags} else (None,)
 
     def smallest(flags):
-        """Return the Plan of a run with these flags that computes guidance in the way that takes the least memory. Also
-        update, over all Plans so far, `least`: the lowest peak, with the flags that give it; and least_on_host: the
-        same for host_peak, over the Plans whose peak fits the GPU.
+        """Return the Plan of a run with these flags that computes guidance in the way that takes the least memory. For
+        the error message, `least` keeps the lowest peak of all Plans so far, with its flags; least_on_host keeps the
+        lowest host_peak of those Plans whose peak fits the GPU.
         """
         nonlocal least, least_on_host
         need = plan(tuple(flags), modes(flags)[-1])
@@ -357,8 +357,8 @@ def propose(script, argv, machine):
 
     def excess(flags):
         """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
-        Only one phase, "denoise" or "training", depends on how many blocks are checkpointed or streamed. If other
-        phases exceed the memory, return the largest of their excesses, else the excess of this one phase.
+        The number of checkpointed or streamed blocks affects only the phase "denoise" (sampling) or "training". If
+        another phase exceeds the memory, return the largest excess of the others, else the excess of this phase.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}

@@ -142,8 +142,8 @@ class TrainingRun:
         return open_dataset(Pipeline(self.ckpt), **self.data).captions
 
     def columns(self):
-        """Return {column name: keyword arguments of a Pipeline} for the models to compare: the base, the base with the
-        text encoder that the run started from or trained, and the base with everything that the run trained.
+        """Return {column name: keyword arguments of a Pipeline} for the models to compare: the base; the base with the
+        text encoder that the run was given or, if none was given, trained; and the model after the run.
         """
         columns = {"base": {}}
         if self.before or self.encoder:
@@ -155,13 +155,15 @@ class TrainingRun:
         return columns
 
     def changed_flags(self):
-        """Return {flag: value} of the run's flags that differ from the defaults for its checkpoint."""
+        """Return {flag: value} of the run's flags that differ from the defaults for its checkpoint, without --ckpt,
+        --device, --dtype, --resume and --config.
+        """
         defaults = vars(Job(self.script, ["--ckpt", str(self.ckpt), "--device", "cpu"]).args)
         passed_over = {"ckpt", "device", "dtype", "resume", "config"}
         return {k: v for k, v in self.flags.items() if k not in passed_over and v not in ([], defaults.get(k))}
 
     def command(self):
-        """Return a command line that repeats this run."""
+        """Return a command line that repeats this run with the default device and dtype."""
         words = ["python", f"{self.script}.py", "--ckpt", self.flags["ckpt"]]
         for name, value in self.changed_flags().items():
             words += words_of_flag(name, value)
@@ -169,7 +171,7 @@ class TrainingRun:
 
 
 def words_of_flag(name, value):
-    """Return the words of a command line that set the flag `name` to `value`, or [] if the flag is to be left out."""
+    """Return the words of a command line that set the flag `name` to `value`, or [] if the value is None or False."""
     if value is None or value is False:
         return []
     if value is True:
@@ -213,9 +215,8 @@ def run_section(run):
 
 
 def loss_section(run):
-    """Return HTML parts with plots of the losses, the learning rate and the gradient norm. The loss of a single step
-    varies with its timesteps, and the loss on prompts to preserve is tiny, so the axis is scaled to the mean of 25
-    steps and to the held-out loss.
+    """Return HTML parts with plots of the losses, the learning rate and the gradient norm. The loss varies much from
+    step to step, so its axis shows the range of its mean over 25 steps and of the held-out loss.
     """
     x, y = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     mean = [sum(y[max(0, i - 24) : i + 1]) / min(i + 1, 25) for i in range(len(y))]
@@ -347,8 +348,8 @@ def report(folder, n=20):
     attention logits and embeddings moved; previews from its start and end; its flags and versions. On nano, unless n is
     0, the page also has the accuracy on graded prompts, and clips of the run's words that cannot be graded.
 
-    folder: the run's --out. n: number of prompts for each word in graded_words; the known words share as many prompts
-    as all of these words together get. Raises BadInput if the folder holds no run.
+    folder: the run's --out. n: number of prompts for each word in graded_words; the known words together get as many
+    prompts as these words together. Raises BadInput if the folder holds no run.
     """
     run = TrainingRun(folder)
     graded = n and gradable(Pipeline(run.ckpt).settings)

@@ -17,8 +17,8 @@ def reuse(models, prompts, threshold, exact):
     has seed i.
 
     Returns {"threshold", "computed", "steps", "latent_error", "psnr"}. computed: how many of a clip's `steps` steps
-    computed a velocity. latent_error: ||z' - z|| / ||z|| of the latents. Both are means over the prompts. psnr: in dB,
-    from the mean squared error of all videos.
+    computed a velocity, as a mean over the prompts. latent_error: ||z' - z|| / ||z|| of the latents, as a mean over the
+    prompts. psnr: in dB, from the mean squared error of all videos.
     """
     computed, error, square = 0, 0.0, 0.0
     for seed, (prompt, (z, video)) in enumerate(zip(prompts, exact)):

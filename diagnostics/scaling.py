@@ -12,13 +12,12 @@ from nanowan.variants.registry import VARIANTS
 
 
 def bytes_sent(c, layout, grid, batch, adapter, itemsize=2, checkpointing=False):
-    """Return {kind: bytes} that one rank sends in a training step of a k/v translator on every block, as parallel.World
-    counts them.
+    """Return a prediction of {kind: bytes}, what one rank sends in a training step of a k/v translator on every block.
 
     c: the WanConfig. layout: memory_estimate.ParallelLayout. grid: tokens (T',H',W') of a clip. batch: samples per
     rank. adapter: bytes of the adapters' gradients. itemsize: bytes per weight. Kinds: "gradients"; "tokens", the
-    activations; "weights", the shards of blocks, gathered in the forward pass and again in the backward pass. The first
-    block's self-attention needs no gradient, so it sends no tokens in the backward pass.
+    activations; "weights", the shards of blocks, which are gathered in the forward pass and again in the backward pass.
+    The first block's self-attention needs no gradient, so it sends no tokens in the backward pass.
     """
     sent, local = {"gradients": adapter}, math.ceil(math.prod(grid) / layout.sp_size)  # tokens of a rank
     if layout.sp_size > 1:
@@ -61,7 +60,7 @@ def step_times(c, grid, ranks, adapter, compute, cluster):
     """
 
     def link(n):
-        """Return the bandwidth of a GPU in bytes/s, if n ranks exchange data."""
+        """Return the bandwidth of a GPU in bytes/s when n ranks exchange data."""
         return cluster.inside if n <= cluster.per_machine else cluster.between
 
     tokens = math.prod(grid)

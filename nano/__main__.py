@@ -41,7 +41,7 @@ from nanowan.files import atomic, writing
 from nanowan.video import write_grid, write_mp4
 from sample import load
 
-CRF = 10  # x264's quality, at which an mp4 gets the grades that its pixels got before
+CRF = 10  # x264's quality, at which encoding does not change a clip's grades
 
 
 def write_clips(args):

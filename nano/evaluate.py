@@ -97,8 +97,9 @@ def listen(models, words, n, seed=0, progress=False, **overrides):
 
 
 def print_scores(name, rows, accuracy, grades):
-    """Print the accuracy on a suite for each attribute, with its 95 % interval. name: the suite's name. rows: the
-    suite's prompts. accuracy: what grader.shares returns.
+    """Print the mean iou of a suite and, for each attribute, the accuracy with its 95 % interval. name: the suite's
+    name. rows: the suite's prompts. accuracy: what grader.shares returns. grades: what grader.grade returned for each
+    clip.
     """
     iou = sum(g["iou"] for g in grades) / len(grades)
     print(f"{name} (n = {len(rows)}, iou {iou:.3f})")

@@ -57,11 +57,11 @@ TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)
 
 
 def run_stage(out, name, steps, params, lr, loss_at, decay=0.4, ema=0.0):
-    """Train `params` for one stage, with AdamW, gradient norm clipped to 1 and 100 steps of warm-up. The learning rate
-    falls linearly at the end, in a share `decay` of the steps. After the last step, each parameter is replaced by its
-    moving average, in which each step gives the old average the weight `ema`, or less in the first steps. loss_at: a
-    function that takes a step's number and returns the loss; its random numbers depend on this number alone. So a
-    killed run that continues from its last state (out/state_NAME.pt) gives the same result as an unbroken run.
+    """Train `params` for one stage, with AdamW, gradient norm clipped to 1 and 100 steps of warm-up. Over the last
+    fraction `decay` of the steps, the learning rate falls linearly towards zero. After the last step, each parameter is
+    replaced by its exponential moving average with coefficient `ema`; in early steps, the coefficient is lower.
+    loss_at: a function that takes a step's number and returns the loss; its random numbers depend on this number alone.
+    So a killed run that continues from its last state (out/state_NAME.pt) gives the same result as an unbroken run.
     """
     params = list(params)
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -266,9 +266,8 @@ def train_dit(out, seed, vae, tokenizer, steps, config):
 @torch.no_grad()
 def introduce(encoder, spiece):
     """Set the embedding of each new word to the mean of the embeddings of the known words of its kind, plus noise. So
-    the embedding tells, as in a text encoder pretrained on books, that the word is a colour, a shape or a verb, but not
-    which one. Also add letter pairs to the tokenizer's file `spiece`, and random embeddings of these pairs to the
-    encoder.
+    the embedding tells whether the word is a colour, a shape or a verb, but not which one. Also add letter pairs to the
+    tokenizer's file `spiece`, and random embeddings of these pairs to the encoder.
     """
     rows, ids = encoder.token_embedding.weight, encoder.tokenizer.ids
     kin = {"color": COLORS, "shape": SHAPES, "motion": [v for forms in VERBS.values() for v in forms if " " not in v]}

@@ -103,9 +103,9 @@ def write_clips(folder, seeds):
 
 # ---- measures ----------------------------------------------------------------------------------------------------
 def pulse(clip):
-    """Return (T,) in px, the size of the shape in each frame of a clip (3,T,H,W): the radius of a circle whose area is
-    that of the pixels unlike the background. The background is the colour of the border. Pixels that differ from it by
-    less than a quarter of the shape's contrast are haze and do not count.
+    """Return (T,) in px, the size of the shape in each frame of a clip (3,T,H,W): the radius of a circle with the area
+    of the pixels that differ from the background. A difference below a quarter of the shape's contrast does not count.
+    The background is the colour of the border.
     """
     x = clip.float()
     border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).flatten(1)
@@ -124,9 +124,9 @@ def correlation(a, b):
 @torch.no_grad()
 def write_checkpoint(folder, seed):
     """Write a checkpoint in S2V's layout to a folder. The VAE, the text encoder and the DiT's blocks are nano's, so the
-    latents are those of VAE 2.2, with 48 channels. The DiT's modules for sound are new, and add nothing to the noise
-    tokens until they are trained. The wav2vec2 is random, with the structure and the 24 layers of the released
-    wav2vec2. seed: random seed of the new modules.
+    latents are those of VAE 2.2, with 48 channels. The DiT's modules for sound are new, and add nothing to the tokens
+    of the noisy latents until they are trained. The wav2vec2 is random, with the structure and the 24 layers of the
+    released wav2vec2. seed: random seed of the new modules.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -136,8 +136,8 @@ def draw(attributes, seed):
 
 
 def caption_of(a, rng, words=(), form=None):
-    """Return a caption of the attributes `a`. words: new words; each replaces the known word for the value that it
-    means, if `a` has this value. form: a template (default: a random one).
+    """Return a caption of the attributes `a`. words: new words. If a word means a value that `a` has, it replaces the
+    known word for this value. form: a template (default: a random one).
     """
     value = {
         "color": a["color"],
@@ -203,7 +203,7 @@ def prompts(n, seed, unseen=False, words=(), at_most=False):
 
 def triples_of(*words):
     """Return the triples (colour, shape, motion) that contain the meanings of all `words` (new words of different
-    kinds), with every known value of the other attributes. Triples that were left out of training are not included.
+    kinds). The other attributes take all values in VALUES. Triples that were left out of training are not included.
     """
     values = VALUES | {kind: [meaning] for kind, meaning in map(NEW_WORDS.get, words)}
     return [t for t in product(*values.values()) if t not in UNSEEN]

@@ -54,8 +54,8 @@ def share_of_pairs(models, words, n, seed):
 
 
 def load_model(args, loras, encoder):
-    """Return the Pipeline of --ckpt with these LoRA files and this encoder's file or None, and with the LoRA of --fast,
-    whose settings are then the defaults.
+    """Return the Pipeline of --ckpt with these LoRA files and, unless it is None, with the text encoder in the file
+    `encoder`. With --fast, add the LoRA of --fast and use the settings FAST.
     """
     pipe = load(args.ckpt, lora=[*loras, *filter(None, [args.fast])], text_encoder=encoder)
     if args.fast:
@@ -64,8 +64,8 @@ def load_model(args, loras, encoder):
 
 
 def score(args):
-    """Measure the base, or the encoder or LoRA that was trained in DIR/NAME, and write DIR/NAME.json, or with
-    --fast DIR/NAME_fast.json. args: the flags of `score`.
+    """Measure the base, or the encoder or LoRA that was trained in DIR/NAME. Write the results to DIR/NAME.json or,
+    with --fast, to DIR/NAME_fast.json. args: the flags of `score`.
     """
     run, words = args.folder / args.name, world.parse_words(args.words)
     neighbours = [w for w in world.NEW_WORDS if w not in words and w != "orange"]  # orange: never drawn
@@ -96,8 +96,8 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without the encoder or LoRA that is measured: by the
-    base, or by the base with the encoder `args.lora` that the LoRA was trained with.
+    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without the encoder or LoRA that is measured. For a
+    LoRA, they are sampled with `args.lora`, the encoder that it was trained with.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
@@ -146,8 +146,9 @@ def table(args):
 
 
 def plot(args):
-    """Plot two measurements of each translator against its dW/W, the relative change of the weights, with a dot for
-    each seed: the accuracy on new words, and the PSNR between clips of known words with and without the translator.
+    """Make two plots against dW/W, the relative change of the weights, with a dot for each translator and seed in the
+    parts rank, cap and preserve: the accuracy on new words, and the PSNR between clips of known words with and without
+    the translator.
     """
     import matplotlib
 

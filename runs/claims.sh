@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Measure how small a translator can be, which blocks and linears it needs, and what else it changes, on nano with three
-# seeds (docs/experiments.md). A cell is one training, measured. A cell takes some minutes, and everything takes a night
-# on two cores, of which the base of `thirds` takes half an hour. A stopped run continues where it was.
+# seeds (docs/experiments.md). A cell is one training with its measurement. A cell takes some minutes. Everything takes
+# a night on two cores, including half an hour for the base of `thirds`. A stopped run continues where it was.
 #   bash runs/claims.sh                                  everything
 #   PARTS=rank SEEDS=0 bash runs/claims.sh               one part, one seed
 #   PARTS=rank CELLS=rank_4 SEEDS=0 bash runs/claims.sh  one cell
-# Writes out/claims/SEED/NAME.json, the table out/claims/table.md, and the plot of prompt adherence against budget,
-# out/claims/budget.png. The part `thirds`, which has its own base, writes its results and table to out/claims/thirds.
+# Writes out/claims/SEED/NAME.json, the table out/claims/table.md, and out/claims/budget.png, a plot of
+# accuracy against dW/W. The part `thirds`, which has its own base, writes its results and table to out/claims/thirds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/claims} SEEDS=${SEEDS:-"0 1 2"} CELLS=${CELLS:-}
@@ -33,7 +33,7 @@ te() {  # te NAME CLIPS FLAGS...: train and measure an encoder
     train_once "$1" train_te.py --ckpt "$CKPT" --data "$DIR/$2" --keywords "$(words)" "${@:3}"
     score "$1" --text_encoder
 }
-lora() {  # lora NAME FLAGS...: train and measure a translator on top of te_rows, with which accuracy can still rise
+lora() {  # lora NAME FLAGS...: train and measure a translator on top of te_rows, whose accuracy it can still raise
     asked "$1" || return 0
     base_encoder
     train_once "$1" train_lora.py --ckpt "$CKPT" --data "$DIR/clips" --text_encoder "$ENCODER" --trigger $WORDS "${@:2}"
@@ -76,7 +76,7 @@ thirds() {  # translators in each third of twelve blocks
     lora upper --blocks 8-11
 }
 cap() { for c in 0.02 0.05 0.1 0.2 0.5; do lora "cap_$c" --delta_cap $c; done; }
-preserve() {  # with twice the steps, since half of the samples are preserved and teach no new word
+preserve() {  # with twice the steps, since half of the samples get a prompt to preserve and teach no new word
     for w in 1 2 4; do lora "preserve_$w" --preserve $w --steps 800; done
 }
 mix() {
@@ -108,7 +108,7 @@ norm() {  # the norm of the words' embeddings, if these alone are trained
         te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
     done
 }
-rates() {  # learning rates around the defaults (rank_16, own_rank_16 and own_rows), in half decades
+rates() {  # learning rates, about half a decade apart; rank_16, own_rank_16 and own_rows have the defaults
     for lr in 1e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
     own_words
     for lr in 3e-4 3e-3 1e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done

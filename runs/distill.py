@@ -40,8 +40,8 @@ def training_pairs(attributes, rng):
 
 @torch.no_grad()
 def guided_steps(dit, x, sigmas, text, lens, guidance):
-    """Denoise latents x (B,C,T',h,w) by K guided Euler steps, from each of sigmas (B,K+1) to the next. text: embeddings
-    of the B captions, then B copies of the negative prompt's. lens: their lengths.
+    """Denoise latents x (B,C,T',h,w) by K guided Euler steps, from each of sigmas (B,K+1) to the next. text: the
+    embeddings of the B captions, followed by B copies of the negative prompt's embeddings. lens: their lengths.
     """
     for now, then in zip(sigmas.T[:-1], sigmas.T[1:]):
         cond, uncond = dit(torch.cat([x, x]), 1000 * now.repeat(2), text, lens).chunk(2)

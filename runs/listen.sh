@@ -47,7 +47,7 @@ claims() {
     lora te_short_lora $(encoder te_short)
     score te_short_lora $(encoder te_short) $(adapter te_short_lora); delta te_short_lora
     lora lora;                                      score lora $(adapter lora); delta lora
-    # equal parameters: rank 16 on k and v, 8 on q, k, v and o
+    # rank 8 on q, k, v and o has as many parameters as rank 16 on k and v
     lora lora_cross --rank 8 --targets cross_attn.q,cross_attn.k,cross_attn.v,cross_attn.o
     score lora_cross $(adapter lora_cross); delta lora_cross
     lora lora_self --rank 8 --targets self_attn.q,self_attn.k,self_attn.v,self_attn.o --allow_self_attn

@@ -34,7 +34,7 @@ from nanowan.video import to_uint8  # noqa: E402
 from sample import generate  # noqa: E402
 
 OUT = ROOT / "out" / "sound"
-HELD_OUT = range(9000, 9008)  # seeds of the pictures to sample; their sounds have the next eight seeds
+HELD_OUT = range(9000, 9008)  # seeds of the first pictures; the sounds to sample for have the next eight seeds
 
 
 def train(ckpt, clips, steps, seed):
@@ -60,8 +60,8 @@ def train(ckpt, clips, steps, seed):
 
 def sample(ckpt):
     """Return [(clip (3,29,64,64), loudness (32,))] for sounds that were never trained on. Each clip begins with a
-    picture that was drawn for another sound. If the picture were drawn for the clip's own sound, the size of its shape
-    would tell how loud the first syllable is, and therefore the next.
+    picture that was drawn for another sound. In a picture drawn for the clip's own sound, the size of the shape would
+    tell how loud the sound begins.
     """
     from PIL import Image
 
@@ -77,8 +77,8 @@ def sample(ckpt):
 
 @torch.no_grad()
 def reconstruct(ckpt):
-    """Return [(clip, loudness)] as `sample` does, but each clip is drawn for a held-out sound, then encoded and decoded
-    by the VAE. No sampled clip can follow its sound more closely.
+    """Return [(clip, loudness)] of clips that are drawn for held-out sounds, then encoded and decoded by the VAE. No
+    sampled clip can follow its sound more closely.
     """
     vae, results = Pipeline(ckpt).acquire("vae"), []
     for seed in HELD_OUT:
@@ -89,8 +89,8 @@ def reconstruct(ckpt):
 
 
 def score(results):
-    """Return {"own", "worst", "other", "shift"} for `results` [(clip, loudness)]. own: the mean correlation of the
-    pulse measured in a clip with the loudness of the clip's own sound. worst: the lowest correlation of a clip with its
+    """Return {"own", "worst", "other", "shift"} for `results` [(clip, loudness)]. own: the mean correlation of a clip's
+    pulse (the size of its shape) with the loudness of its own sound. worst: the lowest correlation of a clip with its
     own sound. other: the mean correlation with the sounds of other clips. shift: by how many frames to shift the sounds
     so that the mean correlation of clips with their own sounds is highest.
     """
@@ -111,8 +111,8 @@ def score(results):
 
 
 def plot(before, after, file):
-    """Plot four held-out sounds: frames of the clip sampled after training, and below them the loudness and the
-    measured pulse.
+    """Plot four held-out sounds: frames of the clip sampled after training, and below them the loudness and the size of
+    the shape, before and after training.
     """
     import matplotlib
 
