@@ -115,9 +115,11 @@ def translator_flags(s, keywords, clips):
         Flag("rank", 16, "rank 4 reached 0.88, 16 and 64 reached 0.92"),
         Flag("targets", targets, only if targets.count(",") == 1 else None),
     ]
+    preserved = without_keywords(filter(None, clips.captions), keywords) if keywords else []
     if keywords:
-        advised.append(Flag("trigger", ",".join(keywords), "for LoRA managers; captions without them are preserved"))
-    if keywords and without_keywords(clips.captions, keywords):
+        why = "for LoRA managers" + "; captions without them are preserved" * bool(preserved)
+        advised.append(Flag("trigger", ",".join(keywords), why))
+    if preserved:
         why = "with a trained encoder it cost no words (0.99), and clips of known words changed by 10 dB less"
         advised.append(Flag("preserve", 2, why))
     return [*advised, Flag("lr", f"{flags['lr']:g}", rate), *schedule(s, "train_lora", clips)]

@@ -315,13 +315,17 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
     if script == "sample":
         halves = 2 if guided and ranks % 2 == 0 else 1
         ulysses = ["--ulysses_size", str(math.gcd(ranks // halves, num_heads))] if ranks > 1 else []
-        share = ["--guidance_parallel"] * (halves == 2) + ulysses
+        split_by_user = {"--ulysses_size", "--guidance_parallel"} & given
+        share = [] if split_by_user else ["--guidance_parallel"] * (halves == 2) + ulysses
         return [c for dtype in dtypes for c in (counted(share + dtype), *streamed(share + dtype))]
-    shards = [["--fsdp"]] if ranks > 1 else []
-    shards += [["--fsdp", "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
+    fsdp = ["--fsdp"] * ("--fsdp" not in given)
+    shards = [fsdp] if fsdp and ranks > 1 else []
+    if "--ulysses_size" not in given:
+        shards += [[*fsdp, "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
     plans = [c for dtype in dtypes for c in (*(counted(dtype + shard) for shard in ([], *shards)), *streamed(dtype))]
     if script == "train_te" and not {"--train_blocks", "--rank"} & given:  # only the keywords' embeddings are trained
-        plans += [c._replace(flags=["--train_blocks", "0", "--save", "delta", *c.flags]) for c in plans]
+        save = ["--save", "delta"] * ("--save" not in given)
+        plans += [c._replace(flags=["--train_blocks", "0", *save, *c.flags]) for c in plans]
     return plans
 
 

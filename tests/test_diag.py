@@ -842,6 +842,14 @@ def test_advice_for_a_released_variant_needs_no_weights(media, monkeypatch, tmp_
     assert "--lr 0.0001: that of DiffSynth-Studio's script" in said and "--trigger dog --preserve 2" in lora
 
 
+def test_preservation_is_advised_only_for_captions_without_keywords():
+    s, item = released_settings("ti2v-5B"), Item(Path("a.mp4"), ["a red dog"], 64, 64, 9, 24.0, digest="a")
+    for captions, advised in ((["", "a red dog"], False), (["", "a red dog", "a cat"], True)):
+        flags = advice(s, [], ["dog"], Clips([item], captions, ()))["train_lora"]
+        assert any(f.name == "preserve" for f in flags) == advised
+        assert any("are preserved" in (f.why or "") for f in flags) == advised
+
+
 def test_words_whose_tokens_are_all_shared_need_blocks():
     s, item = released_settings("ti2v-5B"), Item(Path("a.mp4"), ["a red dog"], 64, 64, 9, 24.0, digest="a")
     shared = advice(s, [], ["dog"], Clips([item], ["a red dog"], ("dog",)))["train_te"]

@@ -88,6 +88,18 @@ def test_train_te_ends_with_the_embeddings_of_words():
     assert "--train_blocks" not in found
 
 
+def test_proposals_leave_the_users_flags():
+    for script, given in (
+        ("sample", {"--ulysses_size"}),
+        ("sample", {"--guidance_parallel"}),
+        ("train_lora", {"--fsdp"}),
+        ("train_lora", {"--ulysses_size"}),
+        ("train_te", {"--save"}),
+    ):
+        proposed = candidates(script, given, 4, 30, 24)
+        assert proposed and not any(given & {*c.flags} for c in proposed), (script, given)
+
+
 def test_what_a_machine_is_called():
     """A card of "24 GB" has 24 * 2^30 bytes, of which a twentieth is not counted on."""
     one = parse_machine("1x24:4090", None)
