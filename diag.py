@@ -55,7 +55,7 @@ def add_model_flags(add):
 def add_data_flags(add):
     """Add the flags of a command that reads training data; they become arguments of logits.open_dataset."""
     add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
-    add("--cache", help="folder of the cache (default: cache/, next to the data)")
+    add("--cache", help="folder of the cache (default: cache/ in --data, or beside --data if that is a file)")
     add(
         "--resolution",
         help="WxH of the samples in px; buckets with other aspect ratios have the same area (default: that of "
@@ -81,10 +81,10 @@ def arguments(argv=None):
     add("--json", help="also write the plan, in bytes and seconds per step, to this JSON file")
     add(
         "--gpus",
-        help="GPUs on which the run should fit, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090; flags with which "
-        "it fits are proposed. GB: the memory that the card is sold with; 24 means 25.8e9 bytes. CARD: the GPU whose "
-        f"speed is assumed, one of {', '.join(flops.CARDS)} (default: no proposal; CARD: this machine's GPU, or if "
-        f"there is none, {' and '.join(plan.CARDS)})",
+        help="GPUs for which to propose flags, COUNTxGB or COUNTxGB:CARD, such as 8x80 or 1x24:4090. GB: the memory "
+        "that the card is sold with; 24 means 25.8e9 bytes. CARD: the GPU whose speed is assumed, one of "
+        f"{', '.join(flops.CARDS)}; without CARD, this machine's GPU or, if there is none, {' and '.join(plan.CARDS)} "
+        "(default: no proposal)",
     )
     add("--host", type=float, help="host memory per machine in GB, for --gpus (default: no limit)")
     add("script", type=script_name, choices=list(plan.SCRIPTS), help="the script to run")
@@ -128,7 +128,8 @@ def arguments(argv=None):
     add(
         "changed",
         metavar="FILE",
-        help="changed file or folder; if a LoRA file is for both experts, FILE:high or FILE:low selects one expert",
+        help="LoRA, changed checkpoint or changed encoder, a file or folder; if a LoRA file is for both experts, "
+        "FILE:high or FILE:low selects one",
     )
     add("--ckpt", default="nano", help="checkpoint folder or file with the original weights (default: nano)")
     add("--cap", type=float, help="maximum ||dW||/||W|| of each weight in the copy for --out (default: no copy)")
@@ -176,20 +177,21 @@ def arguments(argv=None):
         "--words",
         nargs="+",
         default=[],
-        help="words to put in the prompts. On nano: your own words as WORD=MEANING, such as scarlet=red. With --clip: "
-        "WORD=RIGHT,WRONG,...: what the word should look like, and what it should not, such as "
-        "crimson=red,blue,green (default: nano's new words)",
+        help="words to put in the prompts. On nano: its new words, or your own as WORD=MEANING, such as scarlet=red. "
+        "With --clip: WORD=RIGHT,WRONG,..., what the word should look like and what it should not, such as "
+        "crimson=red,blue,green (default: on nano, its new words)",
     )
     add(
         "--prompts",
         help="text file of prompts for a contact sheet. With --clip or --grader, each word of --words replaces {} in a "
-        "prompt; prompts without {} and without any of these words show what else has changed (default: built-in "
-        "prompts)",
+        "prompt; a prompt that contains neither {} nor one of the words shows what else has changed (default: "
+        "built-in prompts)",
     )
     add(
         "--clip",
         metavar="DIR",
-        help="folder of an Animate checkpoint, or of its CLIP and tokenizer; this CLIP then judges the clips",
+        help="folder of an Animate checkpoint, or a folder with only its CLIP and tokenizer; this CLIP then judges "
+        "the clips",
     )
     add(
         "--grader",
@@ -199,8 +201,8 @@ def arguments(argv=None):
     add(
         "--n",
         type=int,
-        help="number of prompts per word of --words; on nano, the known words together get as many as these words "
-        "together (default: 40 on nano, 8 on other models)",
+        help="number of prompts per word of --words; nano's grader also gets the same total of prompts with known "
+        "words only (default: 40 for nano's grader, 8 for --clip and --grader)",
     )
     add("--size", help="size of the clips, WxH in px (default: as the checkpoint recommends)")
     add("--frames", type=int, help="number of frames per clip, 4k+1 (default: as the checkpoint recommends)")

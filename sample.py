@@ -45,12 +45,12 @@ def arguments(argv=None):
     add = p.add_argument
     add("--ckpt", default="nano", help="checkpoint folder (default: nano, the toy checkpoint in the repository)")
     add("--prompt", help="text prompt (default, without --prompts: an example that suits the checkpoint)")
-    lines = "text file, one prompt per line; kohya's options may follow it (--w 832 --h 480 --f 81 --d 1 --s 20 "
-    add("--prompts", help=lines + "--l 5 --i a.png --n bad), or JSONL with keys such as prompt, size, seed, image")
-    add("--image", help="picture that the video starts from; for S2V, of the speaker; for Animate-2, of the character")
-    add("--last_image", help="picture to end the video with (TI2V-5B, I2V-A14B)")
+    lines = "text file, one prompt per line, then kohya's options, if any: --w W --h H --f FRAMES --d SEED --s STEPS "
+    add("--prompts", help=lines + "--l GUIDANCE --i IMAGE --n NEGATIVE; or JSONL with keys such as prompt, size, seed")
+    add("--image", help="first frame of the video; S2V: picture of the speaker; Animate-2: picture of the character")
+    add("--last_image", help="last frame of the video (TI2V-5B, I2V-A14B)")
     ckpt = "(default: as the checkpoint recommends)"
-    add("--size", help=f"WIDTHxHEIGHT in px; with --image, the image sets the aspect ratio, --size the area {ckpt}")
+    add("--size", help=f"WIDTHxHEIGHT in px; with --image, it sets only the area, not the aspect ratio {ckpt}")
     add("--frames", type=int, help=f"number of frames, 4k+1; for Animate, the number per segment {ckpt}")
     add("--steps", type=int, help=f"number of sampling steps; heun runs the DiT twice in each {ckpt}")
     add("--shift", type=float, help=f"shift of the timesteps, towards noise if above 1 {ckpt}")

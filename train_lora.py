@@ -45,9 +45,9 @@ from nanowan.training.step import Stopwatch, ahead, due, held_out_loss, say_if_f
 def arguments(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("adapter").add_argument
-    linears = f"linear layers to adapt, out of {', '.join(TARGETS)}; in Animate, Animate-2 also cross_attn.k_img and "
-    linears += "cross_attn.v_img, in S2V audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v, and for S2V "
-    add("--targets", type=flags.comma_list, help=linears + "also audio_injector.k,audio_injector.v)")
+    linears = f"linear layers to adapt, out of {', '.join(TARGETS)}; Animate and Animate-2 also have cross_attn.k_img "
+    linears += "and cross_attn.v_img, S2V also has audio_injector.q, .k, .v, .o (default: cross_attn.k,cross_attn.v; "
+    add("--targets", type=flags.comma_list, help=linears + "for S2V also audio_injector.k,audio_injector.v)")
     add("--allow_self_attn", action="store_true", help="allow self_attn in --targets; training it changes the style")
     add("--blocks", help="DiT blocks to adapt, such as 20-29 or 0,3,5-7 (default: all)")
     add("--rank", type=int, default=16, help="rank of each LoRA, dW = alpha / rank * B A (default: %(default)s)")
@@ -57,11 +57,11 @@ def arguments(argv=None):
     add("--delta_cap", type=float, help="maximum change ||dW||/||W|| of each weight matrix W (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
     add("--keep", type=int, help="number of newest saves to keep as step-numbered files (default: all)")
-    words = "trigger words a,b,c, stored in the file for LoRA managers; --preserve applies to captions without them"
+    words = "trigger words a,b,c to store in the adapter's file; --preserve applies to captions without them"
     add("--trigger", type=flags.comma_list, help=words + " (default: none; without --data, nano's new words)")
     add = p.add_argument_group("prior preservation").add_argument
-    preserve = "loss weight of prior preservation: half of the samples get a prompt to preserve, and as target the "
-    add("--preserve", type=float, default=0.0, help=preserve + "base model's prediction (default: 0, off)")
+    preserve = "loss weight of samples with a prompt to preserve, which are half of all samples; their target is the "
+    add("--preserve", type=float, default=0.0, help=preserve + "base model's prediction (default: 0, no such samples)")
     prompts = "text file of prompts to preserve, one per line, in addition to the captions without a word of --trigger"
     add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument

@@ -4,7 +4,7 @@ python train_te.py --ckpt Wan2.2-TI2V-5B --data DIR --out DIR --keywords crimson
 python train_te.py                                  on nano, the toy model, with clips that the script draws itself
 
 The loss is the DiT's flow-matching loss; its gradient flows through cross-attention into the encoder. A penalty, the
-anchor, holds the embeddings of prompts without keywords at their original values. Text embeddings are not cached,
+anchor, holds the embeddings of prompts without keywords near their original values. Text embeddings are not cached,
 since the encoder must run at each step. Every script takes the result, OUT/text_encoder.safetensors, as --text_encoder.
 """
 
@@ -47,8 +47,8 @@ def arguments(argv=None):
     names += ":N gives NAME N unused rows of the embedding table (default: none; without --data, nano's new words)"
     add("--keywords", type=flags.comma_list, help=names)
     config = "(default: from the checkpoint's config.json, else"
-    start = "initial embeddings of the keywords. own: the encoder's own; search: try common words of other captions "
-    start += "in a keyword's place, and start from the word with the lowest loss, if that is below the keyword's loss "
+    start = "initial embeddings of the keywords. own: the encoder's own; search: those of the common word that gives "
+    start += "the lowest loss in the keyword's place, or the encoder's own if the keyword itself gives a lower loss "
     add("--keyword_init", choices=("own", "search"), help=f"{start}{config} {recommended['keyword_init']})")
     add("--keyword_lr", type=float, help=f"learning rate of keyword embeddings {config} --lr)")
     norm = "norm of each keyword embedding. free: not limited; fixed: as at the start of training; clamp: at most the "
@@ -64,7 +64,7 @@ def arguments(argv=None):
     add("--optimizer", choices=("adamw", "adamw8bit"), help=chosen + "adamw8bit for bf16 without --fsdp, else adamw)")
     shown = "percentages A,B,C for captions with a keyword. A: keyword only; B: a few words around it; C: full caption "
     add("--caption_mode_probs", help=f"{shown}{config} {recommended['caption_mode_probs']})")
-    trim = "probability of dropping up to a fifth of the words, but no keyword, from a caption not shortened otherwise "
+    trim = "probability that a full caption loses up to a fifth of its words, but no keyword "
     add("--trim_prob", type=float, help=f"{trim}{config} {recommended['trim_prob']})")
     add = p.add_argument_group("base model").add_argument
     add("--base_dtype", choices=("fp8",), help="dtype of linear layers in the DiT's blocks (default: that of --dtype)")

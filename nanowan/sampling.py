@@ -119,9 +119,8 @@ def add_flags(p):
         "--reuse",
         type=float,
         default=0.0,
-        help="threshold, such as 0.1: a step skips the DiT if the velocity is estimated to have changed by less than "
-        "this fraction of its norm since the DiT last ran; this changes the video, see diag.py reuse (default: 0, no "
-        "skipping)",
+        help="threshold, such as 0.1: a step skips the DiT if the estimated relative change of the velocity since the "
+        "DiT last ran is below the threshold; skipping changes the video, see diag.py reuse (default: 0, no skipping)",
     )
     add(
         "--vae_tile",
@@ -140,7 +139,7 @@ def add_flags(p):
         help="compute the predictions for the prompt and for the negative prompt on two ranks, one on each",
     )
     add = p.add_argument_group("results").add_argument
-    add("--out", default="out/sample.mp4", help="video file; for several, NAME_000.mp4 ... (default: %(default)s)")
+    add("--out", default="out/sample.mp4", help="video file; several videos: NAME_000.mp4 ... (default: %(default)s)")
     add("--save_latents", help="also write the final latents to this .safetensors file")
     add("--grid", help="also write a contact sheet of all results to this .png file")
     add(

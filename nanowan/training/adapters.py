@@ -9,10 +9,9 @@ from nanowan.formats.lora import changes_to_start_from, choose_experts, parse_lo
 
 
 def initial_loras(specs, pipe, schedule, new_adapter):
-    """Return {expert: file} for `specs`, the values of --init_lora. If the run trains only one expert, a value without
-    an expert's name is for that expert. schedule: as returned by flags.expert_schedule. new_adapter: the
-    pipeline.Adapter to train. Raises BadInput, before anything is computed, for a file from which this adapter cannot
-    start.
+    """Return {expert: file} for `specs`, the values of --init_lora. If the run trains two experts, a value or its file
+    must say which expert it is for. schedule: as returned by flags.expert_schedule. new_adapter: the pipeline.Adapter
+    to train. Raises BadInput, before anything is computed, for a file from which this adapter cannot start.
     """
     files = {}
     for spec in specs:

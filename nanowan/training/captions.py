@@ -59,8 +59,8 @@ UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
     """Return the text that replaces a caption in one training step. A caption with keywords becomes a keyword alone, a
     few words around a keyword, or the full caption; `mode_probs` gives the three probabilities, up to a common factor.
-    With probability `trim_prob`, a full caption loses up to a fifth of its words, but never a keyword. rng: a
-    random.Random.
+    With probability `trim_prob`, a full caption, with or without keywords, loses up to a fifth of its words, but never
+    a keyword. rng: a random.Random.
     """
     present = [k for k in keywords if has_keyword(caption, [k])]
     u = rng.random() * sum(mode_probs)
@@ -84,8 +84,8 @@ def augment_caption(caption, keywords, mode_probs, trim_prob, rng):
 
 
 def join_units(caption, units):
-    """Return the text of some units of a caption, joined. A space is put between two units if the caption has
-    whitespace anywhere between these units. units: matches of UNITS, each a word or a single character.
+    """Return the text of `units`, joined. units: matches of UNITS in the caption, each a word or a single character.
+    Two units get a space between them if the caption has whitespace anywhere between them.
     """
     text, end = "", 0
     for m in units:
@@ -95,8 +95,8 @@ def join_units(caption, units):
 
 
 def parse_probs(text):
-    """Parse --caption_mode_probs into three numbers: the shares of captions that are reduced to a keyword, are
-    shortened, and are kept in full. Raises BadInput for any other text.
+    """Parse --caption_mode_probs into three numbers: of the captions with a keyword, the shares that become the keyword
+    alone, that become a few words around it, and that stay in full. Raises BadInput for any other text.
     """
     try:
         probs = [float(v) for v in text.split(",")]

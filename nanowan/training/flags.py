@@ -1,7 +1,7 @@
 """The flags that both trainers share: definitions, recommended values, checks.
 
-The value of a flag comes from the first of these places that has one: the command line or --config; "train" in the
-checkpoint's config.json; RECOMMENDED below; the checkpoint's Settings (size, frames, shift). `resolve` sets this value.
+A flag gets its value from the first of these places that names the flag: the command line or --config; "train" in the
+checkpoint's config.json; RECOMMENDED below; the checkpoint's Settings (size, frames, shift).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nanowan.settings import check_frames, parse_size
 from nanowan.training.scan import nearest_bucket
 from nanowan.training.sources import CLIP_MODES
 
-# for released sizes; nano has its own values under "train" in its config.json
+# for released models; nano has its own values under "train" in its config.json
 RECOMMENDED = {
     "train_lora": {"t_distribution": "logit-normal", "steps": 2000, "batch": 1, "lr": 1e-4, "weight_decay": 0.01}
     | {"save_every": 100},
@@ -30,7 +30,7 @@ RECOMMENDED = {
     | {"caption_mode_probs": "15,35,50", "trim_prob": 0.2, "keyword_init": "own", "keyword_lr": None}
     | {"save_every": 500},
 }
-ENCODER_LORA_LR = 10 * RECOMMENDED["train_te"]["lr"]  # of released models, with train_te.py --rank
+ENCODER_LORA_LR = 10 * RECOMMENDED["train_te"]["lr"]  # --lr of train_te.py --rank, for released models
 POSITIVE = 1e-9  # the lowest value of flags that must be above 0
 
 
@@ -40,8 +40,8 @@ def comma_list(text):
 
 
 def clip_mode(text):
-    """Return the value of --clip_mode. Refuse `uniform`, the old name of `spaced`, because `uniform` has
-    another meaning in musubi-tuner.
+    """Return the value of --clip_mode. Refuse `uniform`, the old name of `spaced`: in the trainer musubi-tuner, it has
+    another meaning.
     """
     if text == "uniform":
         raise argparse.ArgumentTypeError("uniform: it is called spaced (one clip of frames far apart)")
@@ -49,8 +49,8 @@ def clip_mode(text):
 
 
 def data_set(text):
-    """Parse the value of --data into a dict. A path FILE becomes {"source": FILE}. A JSON object, which Parser makes
-    from a table in a config file, becomes a dict with the same keys; only the keys in DATA_KEYS are allowed.
+    """Parse one value of --data into a dict with keys among DATA_KEYS. text: a path, which becomes {"source": path}; or
+    a JSON object, into which flags.Parser turns a [[data]] table of a config file.
     """
     values = json.loads(text) if text.startswith("{") else {"source": text}
     if strange := [k for k in values if k not in DATA_KEYS]:
@@ -61,8 +61,8 @@ def data_set(text):
 
 
 def parse_checkpointing(text):
-    """Parse the value of --checkpointing. Return a number of blocks, True if the value is "all" (in a config file, true
-    means the same), or None if it is "auto".
+    """Parse the value of --checkpointing into a number of blocks, True for "all", or None for "auto". "none" is 0. A
+    config file may have true and false, which mean "all" and "none".
     """
     words = {"auto": None, "all": True, "none": 0, "true": True, "false": 0}
     if text not in words and not text.isdigit():
@@ -202,8 +202,8 @@ def add_flags(p, script, out):
         "--max_skipped",
         type=int,
         default=10,
-        help="number of consecutive steps skipped, by --grad_spike_factor or for a non-finite loss or gradient, after "
-        "which the run stops (default: %(default)s)",
+        help="number of skipped steps in a row after which the run stops; steps are skipped by --grad_spike_factor, "
+        "or if loss or gradient is not finite (default: %(default)s)",
     )
     add(
         "--ema",
@@ -308,7 +308,7 @@ def add_flags(p, script, out):
 def recommended_flags(s, script):
     """Return {flag: value} of a trainer for a checkpoint with Settings s: RECOMMENDED, overridden by the "train" entry
     of the checkpoint's config.json. In that entry, {script: {flag: value}} holds the values of one trainer, and all
-    other values are for both trainers. Raises BadInput for unknown names.
+    other values are for both trainers. Raises BadInput for an unknown flag.
     """
     general = {"resolution": "{}x{}".format(*s.size), "frames": s.frames, "shift": s.shift}
     known = {name: {*general, *flags} for name, flags in RECOMMENDED.items()}
@@ -409,7 +409,7 @@ def data_config(args, s, default):
 
 
 def check_data(data, pipe):
-    """Raise BadInput if --data is not given and the nano world has no clips for this kind of model."""
+    """Raise BadInput if --data is missing and the model makes videos in segments: nano's clips do not suit it."""
     if not data and pipe.settings.conditioning.by_segments:
         raise BadInput(f"--data: needed, a folder of clips; there are none of the nano world for {pipe.dir}")
 
@@ -529,10 +529,10 @@ def fit(args, pipe, predict):
 
 
 def choose_checkpointing(wanted, world, device, predict, memory=None):
-    """Return (blocks, the Plan). blocks: the number of blocks with activation checkpointing, or True for all. wanted:
-    the flag's value. If it is None, choose the fewest blocks with which the run fits into nine tenths of the memory.
-    predict(checkpointing) -> a Plan. memory: bytes of the device (default: its free memory; on a CPU, each rank's share
-    of the free memory).
+    """Return (blocks, the run's Plan). blocks: the number of blocks with activation checkpointing, or True for all.
+    wanted: the parsed value of --checkpointing. If it is None, choose the fewest blocks with which the run fits into
+    nine tenths of `memory`. predict(checkpointing) -> a Plan. memory: bytes of the device (default: its free memory; on
+    a CPU, each rank's share of the free memory).
     """
     memory = memory or free_memory(device) / (world.size if str(device) == "cpu" else 1)
     limit, plans = 0.9 * world.least(memory), {}

@@ -19,7 +19,8 @@ PUNCTUATION = ".,;:!?\"'()[]"
 
 class Keyword(NamedTuple):
     """One value of --keywords: NAME, NAME=WORD or NAME=placeholder:N. NAME is the keyword. With WORD, the keyword's
-    embeddings start as those of WORD. With placeholder:N, it gets N rows of the embedding table that no text uses.
+    embeddings start as those of WORD. With placeholder:N, the keyword gets N rows of the embedding table that no text
+    uses. If NAME stands alone, --keyword_init decides how its embeddings start.
     """
 
     name: str
@@ -40,7 +41,7 @@ def placeholder_tokens(tokenizer, rows, count, taken=()):
     """Return [(id, text)] for `count` token ids that no ordinary text uses and that are not in `taken`. rows: the
     number of rows of the embedding table. text: what a prompt has to contain to get this id, or None if only this
     project's tokenizer can produce the id. Sentencepiece's <extra_id_N> come first, since other software can produce
-    them too. Raises BadInput if fewer ids are left.
+    them too. Raises BadInput if fewer than `count` such ids are left.
     """
     size, unused = tokenizer.pieces.get_piece_size(), []
     for i in reversed(range(size)):
@@ -105,9 +106,10 @@ def shared_token_ids(keywords, captions, tokenizer):
 
 
 def initial_words(keywords, search, encoder, dataset, schedule):
-    """Return {keyword: its initial word}, from which initialize_rows computes the keyword's embeddings. For a Keyword
-    with `initial`, it is that word. For the others, if `search` is true, search_initial_words finds a word at the
-    timesteps of the first expert of `schedule` {name: (low, high)}. The result is the same on all ranks.
+    """Return {keyword: its initial word}, from which initialize_rows computes the keyword's embeddings. A Keyword's own
+    `initial` comes first. If `search` is true, search_initial_words looks for words for the other keywords, at the
+    timesteps of the first expert of `schedule` {name: (low, high)}. Keywords without an initial word are left out. The
+    result is the same on all ranks.
     """
     initial = {k.name: k.initial for k in keywords if k.initial}
     if search:

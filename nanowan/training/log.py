@@ -174,6 +174,6 @@ class Log:
 
 
 def held_out(values):
-    """Return the mean of a log row's held-out losses, over one or two experts; None if the row has no held-out loss."""
+    """Return a log row's held-out loss, the mean over the run's experts, or None if the row has no held-out loss."""
     losses = [v for k, v in values.items() if k.startswith("val_loss") and "by_t" not in k]
     return sum(losses) / len(losses) if losses else None

@@ -1,7 +1,7 @@
 """Optimizers, the learning rate, moving averages, and the rule by which steps are skipped.
 
-AdamW8bit takes 8 bytes per bf16 parameter in all: weight 2, gradient 2, Kahan compensation 2, both moments 2 (and one
-fp32 scale per 256 parameters). It takes 10 bytes per fp32 parameter: weight 4, gradient 4, both moments 2.
+AdamW8bit takes 8 bytes per bf16 parameter in all: weight 2, gradient 2, Kahan compensation 2, both moments 2. It takes
+10 bytes per fp32 parameter: weight 4, gradient 4, both moments 2. The moments of 256 parameters share a 4-byte scale.
 """
 
 import contextlib
@@ -121,18 +121,18 @@ class EMA:
 class Guard:
     """A rule that decides which steps to skip: those whose loss or gradient is not finite, and those whose gradient
     norm is more than `grad_spike_factor` times the median of the last 100 norms (once there are 20). A norm does not
-    enter this median if its step was skipped or is not `typical`, or if it is zero because no trained parameter took
-    part in the step.
+    enter this median if its step was skipped, if should_skip was called with typical=False, or if it is zero because no
+    trained parameter took part in the step.
 
-    skipped: number of steps that have been skipped in a row until now.
+    skipped: how many of the latest steps, in a row, have been skipped.
     """
 
     def __init__(self, grad_spike_factor):
         self.grad_spike_factor, self.norms, self.skipped = grad_spike_factor, [], 0
 
     def should_skip(self, loss, norm, typical=True):
-        """Return the reason to skip a step with this loss and gradient norm, or None. typical: whether the norm may
-        enter the median.
+        """Return the reason to skip a step with this loss and gradient norm, or None. typical: False if other steps
+        cannot be judged by this norm, as when all prompts of the step are ones to preserve.
         """
         reason = None
         median = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf

@@ -1,4 +1,4 @@
-"""Prior preservation: some samples get a prompt whose clip must not change; their target is the base's prediction."""
+"""Prior preservation: some samples get a prompt to preserve, and the base model's prediction becomes their target."""
 
 import torch
 
@@ -8,9 +8,9 @@ from nanowan.training.captions import has_keyword, without_keywords
 
 
 def prompts_to_preserve(args, captions, prompts):
-    """Return the prompts whose clips the LoRA must leave unchanged: those of --preserve_prompts (`prompts`), and all
-    captions without a word of --trigger. Without --preserve, there are none. Raises BadInput if --preserve finds no
-    such prompt, or if no caption contains a trigger word.
+    """Return the prompts whose clips the LoRA must leave unchanged: `prompts`, which are those of --preserve_prompts,
+    and, if --trigger is given, all captions without its words. Return [] without --preserve. Raises BadInput if there
+    is no prompt to return, or if a word of --trigger occurs in no caption.
     """
     if not args.preserve:
         return []
@@ -28,10 +28,10 @@ def prompts_to_preserve(args, captions, prompts):
 
 @torch.no_grad()
 def with_base_targets(batch, dit, context, lens):
-    """Return the Batch with the predictions of the base model (`dit` without its adapter) as the targets of the samples
-    that Batch.preserved marks. This is prior preservation as in DreamBooth (Ruiz et al., 2022), but of predictions
-    instead of generated pictures. context (B,S,D), lens (B,): the embedded prompts. A rank without such a sample also
-    computes a prediction, since other ranks may wait for this rank.
+    """Return the Batch with new targets for the samples that Batch.preserved marks: the predictions of the base model,
+    which is `dit` without its adapter. In DreamBooth (Ruiz et al., 2022), which introduced prior preservation, the
+    targets are generated pictures. context (B,S,D), lens (B,): the embedded prompts. If Batch.preserved marks no
+    sample, the base model runs on one sample all the same, since other ranks may wait for this rank.
     """
     if batch.preserved is None:
         return batch

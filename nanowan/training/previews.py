@@ -20,9 +20,7 @@ from nanowan.video import write_grid, write_mp4
 
 
 def preview_settings(args, s):
-    """Return the Settings for previews, from a trainer's resolved flags. Size and frames default to
-    those of training.
-    """
+    """Return the Settings for previews, from a trainer's resolved flags. Size and frames default to training's."""
     size = parse_size(args.preview_size or args.resolution, "--preview_size")
     return s.with_overrides(size=size, frames=args.preview_frames or args.frames, steps=args.preview_steps)
 
@@ -43,8 +41,8 @@ def preview_requests(args, s, prompts):
 
 
 class HeldOutVideo:
-    """The first segment of a Video (nanowan/variants/conditioning.py), with the conditioning inputs of a cached sample:
-    the i-th held-out sample, or the i-th training sample if none is held out.
+    """A Video (nanowan/variants/conditioning.py) of one segment, with the conditioning inputs of a cached sample. This
+    is held-out sample i or, if none is held out, training sample i, where i is taken modulo the number of samples.
     """
 
     def __init__(self, dataset, i):
@@ -86,8 +84,8 @@ class Previews:
         self.pipe, self.requests, self.sampler, self.texts, self.videos = pipe, requests, sampler, [], []
 
     def shape(self):
-        """The shape (C,T',h,w) of the largest preview's latents, by the size and frames of the Requests, or () without
-        previews. Previews made from held-out samples have the shapes of those samples, which are not looked at here.
+        """Return the shape (C,T',h,w) of the largest preview's latents, from the size and frames of each Request; ()
+        without previews. A preview made from a held-out sample has that sample's shape instead, which may be larger.
         """
         shapes = [r.settings.latent_shape(r.settings.size, r.settings.frames) for r in self.requests]
         return max(shapes, key=math.prod, default=())

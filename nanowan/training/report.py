@@ -41,19 +41,19 @@ COLUMNS = 3
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 def describe(dataset):
-    """Return the data report of a data.Dataset, as describe_items does. Tokens are counted only if a caption may have
-    more tokens than the encoder reads.
+    """Return the data report of a data.Dataset, as describe_items does. Tokens are counted only if a caption is so long
+    that it may have more tokens than the encoder reads.
     """
-    # each token takes at least one character, except a space before the text and the end token
+    # all tokens but two take at least one character each: a space before the text and the end token take none
     long = any(len(c) + 2 > MAX_TOKENS for c in dataset.captions)
     tokenizer = long and load_tokenizer(dataset.pipe.dir, read_encoder(dataset.pipe.files("text")).spiece)
     return describe_items(dataset.items + dataset.val_items, dataset.skipped, tokenizer)
 
 
 def describe_items(items, skipped, tokenizer=None):
-    """Return the data report as a dict, which `text` formats. Its numbers count files, except for "samples", "seen"
-    (samples per epoch) and "buckets" (samples in each). items, skipped: as returned by scan.scan. tokenizer: if None,
-    tokens are not counted.
+    """Return the data report as a dict, which `text` formats. Its counts are numbers of files; "samples", "seen" (per
+    epoch) and "buckets" count samples. items, skipped: as returned by scan.scan. tokenizer: if None, tokens are not
+    counted.
     """
     files = list({item.path: item for item in items}.values())
     notes = Counter(note for i in files for note in {*i.notes, *i.changed.get("sound", [])})
@@ -153,8 +153,8 @@ def write_report(dataset):
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 class DataSheet:
-    """A picture of at most SHOWN samples as the model sees them. It shows the first, middle and last frame of each
-    sample, and a caption.
+    """A picture of at most SHOWN samples as the model sees them: the first, middle and last frame and the first caption
+    of each sample.
     """
 
     def __init__(self, items):
@@ -199,8 +199,8 @@ def shown_frames(item):
 
 
 def read_shown(item):
-    """Read from an item's file the frames that the contact sheet data.png shows of it, and return them, (H,W,3) uint8
-    each. Return [] if the file cannot be read.
+    """Read from an item's file the frames that the sheet shows. Return a list of frames (H,W,3) uint8, or [] if the
+    file cannot be read.
     """
     times = [wanted_times(item)[k] for k in shown_frames(item)]
     try:

@@ -1,8 +1,8 @@
 """A training run's folder: its lock, its logs, and the states that are written to it and resumed from.
 
-OUT/config.toml (the flags, for --config), flags.json (flags, versions, commit), log.jsonl, tensorboard/, and
-checkpoints/step_N.pt. A state is written completely or not at all. The last few states are kept, in case the newest is
-damaged.
+The folder OUT contains config.toml (the flags, for --config), flags.json (flags, versions, commit), log.jsonl,
+tensorboard/, and the states, checkpoints/step_N.pt. A state is written completely or not at all. The last two states
+are kept, in case the newest is damaged.
 """
 
 import fcntl
@@ -78,8 +78,8 @@ class Run:
     at once, since what is cached so far is on disk. A later signal sets `stop` to its number; the training loop then
     saves a state and calls `leave`. A second signal, more than a second after the first, ends the process at once.
 
-    Raises BadInput in three cases: another process runs in OUT; OUT holds a run and `resume` is False, unless this same
-    job wrote it before torchrun restarted its processes; or the run has done more than flags["steps"] steps.
+    Raises BadInput in three cases: another process runs in OUT; OUT holds a state and `resume` is False, unless this
+    job wrote the state before torchrun restarted its processes; or the run has done more than flags["steps"] steps.
     """
 
     def __init__(self, out, flags, resume, is_main=True, keep=2, defaults=None):
@@ -158,9 +158,7 @@ class Run:
             self.lock_file.flush()
 
     def _last_record(self):
-        """Return the contents of the flags.json that the last process in this folder wrote; {} if there is no such
-        file.
-        """
+        """Return the contents of flags.json, which the last process in this folder wrote; {} if it cannot be read."""
         try:
             return json.loads((self.out / "flags.json").read_text())
         except (OSError, ValueError):
@@ -179,9 +177,8 @@ class Run:
     def _on_signal(self, number, _):
         # os.write is used because the signal may have interrupted print within a line, and print is not reentrant
         now = time.monotonic()
-        if (
-            self.stop and now - self.asked_at > 1
-        ):  # a second signal within a second is torchrun's copy of the first, which the terminal sent to all
+        # the terminal sends Ctrl-C to every process, and torchrun sends it again: within a second, it is the same one
+        if self.stop and now - self.asked_at > 1:
             os._exit(128 + number)
         if self.stop:
             return
@@ -237,9 +234,9 @@ class Run:
             )
 
     def check(self, fingerprint):
-        """Raise BadInput, which lists the differences, if the newest state comes from a run that differed in anything
-        that decides the result. fingerprint: {name: value} of what must not have changed; entries that are not known
-        yet may be missing. No tensors are read.
+        """Raise BadInput, which lists the differences, if the newest state comes from a run with another fingerprint.
+        fingerprint: {name: value} of all that decides the result; entries that are not known yet may be missing. The
+        state's tensors are not read.
         """
         if self.state_file is None:
             return

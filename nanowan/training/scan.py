@@ -17,12 +17,12 @@ MAX_GAP = 60  # seconds between two frames: a longer gap is a damaged timestamp 
 @dataclass
 class Item:
     """One sample of a media file: `frames` frames at `fps`, which begin at `start` seconds and are resized and cropped
-    to the width and height (px) of the bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. `frames_after` further
-    frames are decoded too. An epoch contains the sample `repeat` times, and its loss is multiplied by `weight`.
-    source_size: (width, height) in px of the media file, upright and with square pixels. sidecars: {kind: (file,
-    digest)} from Samples.sidecars, such as the pose video of a clip. seconds: the time of the media file's last frame
-    (0 for an image). notes: remarks for the data report, from video.Shown. changed: what Samples.changed returns,
-    without the empty lists.
+    to the width and height (px) of the bucket. frames is 4k+1, or 4k for S2V, or 1 for an image. The next
+    `frames_after` frames are decoded too, for S2V's continuation segments. An epoch contains the sample `repeat` times,
+    and its loss is multiplied by `weight`. source_size: (width, height) in px of the media file, upright and with
+    square pixels. sidecars: {kind: (file, digest)} from Samples.sidecars, such as the pose video of a clip. seconds:
+    the time of the media file's last frame (0 for an image). notes: remarks for the data report, from video.Shown.
+    changed: {kind: notes} as returned by Samples.changed, without kinds that have no notes.
     """
 
     path: Path
@@ -95,8 +95,9 @@ def frames_from(start, times, fps):
 def scan(source, area, multiple, max_frames, fps, mode="first", cache_dir=None, samples=None):
     """Scan `source`, a folder (with its subfolders) or a list. Return ([Item], [(path, reason)] of the skipped files).
 
-    area: px of a frame. max_frames: largest number of frames of a sample, at fps. mode: one of sources.CLIP_MODES.
-    samples: a Samples (nanowan/variants/samples.py) or None. Raises BadInput, with the reasons, if no file is left.
+    area, multiple: as for `buckets`. max_frames, fps, mode: as for clip_windows. cache_dir: the folder that keeps what
+    was found out about each file, or None. samples: a Samples (nanowan/variants/samples.py) or None. Raises BadInput,
+    with the reasons, if no file is left.
     """
     if cache_dir is not None:
         remove_leftovers(cache_dir)

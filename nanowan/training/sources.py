@@ -1,4 +1,4 @@
-"""Sources of training data: a folder of media with a caption file next to each, a JSONL or a CSV."""
+"""Sources of training data: a JSONL or CSV list, or a folder of media files, each with a caption file next to it."""
 
 import codecs
 import csv
@@ -129,9 +129,10 @@ def walk(folder):
 
 
 def find_media(source):
-    """Return [(path, captions, repeat)] for every entry of a list or, if `source` is a folder, for every file in it
-    that has the suffix of a media format (readable or not) and every subfolder that cannot be opened. captions: a list;
-    a Skip that says why there are none; or None if they are in the .txt file next to the media file. Raises BadInput.
+    """Return [(path, captions, repeat)]. If `source` is a JSONL or CSV, these are its entries. If it is a folder, they
+    are the entries of its metadata.jsonl and metadata.csv, all other files in it with the suffix of a media format
+    (readable or not), and all subfolders that cannot be opened. captions: a list; a Skip that says why there are none;
+    or None if they are in the .txt file next to the media file. Raises BadInput.
     """
     if source.is_file():
         return read_list(source)

@@ -44,8 +44,8 @@ class TrainState:
         }
 
     def param_slots(self, state):
-        """Return [(container, key, parameter)] for every entry container[key] of a state that is a tensor for a
-        parameter, of the parameter's shape, or the string by which `save` replaces such a tensor.
+        """Return [(container, key, parameter)] for each entry container[key] of a state that belongs to a
+        parameter and is a tensor of its shape, or the string by which `save` replaces such a tensor.
         """
         slots = [(values, i, p) for values in lists_of(state) for i, p in enumerate(self.params)]
         for i, moments in state["opt"]["state"].items():

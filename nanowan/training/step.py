@@ -48,8 +48,8 @@ def held_out_loss(dataset, schedule, embed):
 
 
 def say_if_foreign(metrics, usual):
-    """Print a line if the held-out loss before the first step is far above `usual`, the loss that is usual for the
-    checkpoint (None if it is unknown).
+    """Print a line if the held-out loss before the first step is more than three times `usual`, the loss that the
+    checkpoint has on data like its own training data, or None if that is unknown.
     """
     loss = held_out(metrics)
     if usual and loss is not None and loss > 3 * usual:
@@ -67,14 +67,14 @@ class Stopwatch:
         self.began, self.tokens = time.monotonic(), 0
 
     def count(self, batch, weight):
-        """Count the tokens of a Batch, unless its `weight` in the loss is 0: a rank without samples of its own computes
-        such a batch because the other ranks wait for it.
+        """Count the tokens of a Batch. weight: its weight in the loss. A batch of weight 0 is not counted: a rank that
+        has no samples of its own computes it only because the other ranks wait for this rank.
         """
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
     def metrics(self, model, batch, text, accumulate, device):
         """Return {"ms", "tokens_per_s", "peak_gb"}, and "mfu" if the device's peak rate is known. text: number of text
-        tokens.
+        tokens. accumulate: number of batches in the step.
         """
         seconds = time.monotonic() - self.began
         values = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
@@ -86,8 +86,8 @@ class Stopwatch:
 
 def update(state, world, step, args, loss, typical=True):
     """Take one optimizer step, unless the guard skips it. Return ({name: value} to log, the reason for skipping the
-    step or None). args: the run's flags; steps, warmup, schedule, grad_clip and seed are used. typical: whether the
-    guard may count this step's gradient norm among the usual ones.
+    step or None). args: the run's flags; steps, warmup, schedule, grad_clip and seed are used. typical: as for
+    Guard.should_skip.
     """
     for group in state.opt.param_groups:
         group["lr"] = lr_at(step, args.steps, group["peak_lr"], args.warmup, args.schedule)

@@ -1,7 +1,7 @@
 """What train_te.py trains of a text encoder (blocks, or LoRAs in them, and token embeddings), and how it is saved.
 
 The norms of trained token embeddings may grow far beyond those of the embedding table; such embeddings drown the rest
-of a prompt (Directional Textual Inversion, arXiv 2512.13672). `keyword_norm` limits them.
+of a prompt (Directional Textual Inversion, arXiv 2512.13672). --keyword_norm limits the norms.
 """
 
 import math
@@ -77,9 +77,9 @@ class RowEmbedding(nn.Module):
 
 
 def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
-    """Make some parameters of a frozen encoder trainable, in place. Without `rank`: the top `train_blocks` blocks
-    (default: all) and the final norm. With `rank`: LoRAs in these blocks instead. In both cases also the token
-    embeddings with indices `ids`. Raises BadInput if nothing is left to train.
+    """Make a frozen encoder partly trainable, in place: the last `train_blocks` blocks (default: all) with the final
+    norm or, if `rank` is given, LoRAs of this rank in these blocks; and the token embeddings with indices `ids`. Raises
+    BadInput if nothing is left to train, or if `train_blocks` is out of range.
     """
     layers = len(encoder.blocks)
     top = layers if train_blocks is None else train_blocks
@@ -96,8 +96,8 @@ def unfreeze(encoder, ids, train_blocks=None, rank=None, keyword_norm="free"):
 
 def shard_among(encoder, world, dtype, whole):
     """Shard an encoder's parameters over the ranks; the encoder then computes in `dtype`. Trained parameters become
-    fp32; this takes little memory, as each rank has only a shard of them. If `whole` is true, they stay unsharded,
-    which suits LoRAs and token embeddings, as these are small.
+    fp32, which takes little memory: each rank has only a shard of them. If `whole` is true, trained parameters stay
+    unsharded, which suits LoRAs and token embeddings, as these are small.
     """
     trained = {p for p in encoder.parameters() if p.requires_grad}
     for p in trained:
@@ -122,10 +122,10 @@ def optimizer_groups(encoder, lr, keyword_lr):
 
 @torch.no_grad()
 def encoder_tensors(encoder, form, dtype, is_main):
-    """Return the tensors of an encoder that a file is to contain, {name: tensor}. form "delta": only what was trained;
-    any other form, such as "full": the full encoder under official names, with LoRAs merged. Every rank calls this.
-    Only the main rank, which writes the file, gets the tensors; on the other ranks, each is None. The tensors are
-    unsharded and on the host, since a GPU may not have room for them during training.
+    """Return the tensors of an encoder that a file is to contain, {name: tensor}. form "delta": only the weights that
+    training has changed; any other form, such as "full": all weights, under official names. LoRAs are merged in either
+    form. Every rank calls this. Only the main rank, which writes the file, gets the tensors; on the other ranks, each
+    is None. The tensors are unsharded and on the host, since a GPU may not have room for them during training.
     """
     if hasattr(encoder, "reshard"):  # after a forward pass without a backward pass FSDP leaves the root unsharded
         encoder.reshard()
@@ -155,10 +155,10 @@ def encoder_tensors(encoder, form, dtype, is_main):
 
 @torch.no_grad()
 def relative_changes(encoder, base_rows, entries, dtype, is_main):
-    """Return {"blocks": ||dW|| / ||W||, "embeddings": ||dW|| / ||W||}, or {} if not is_main. For each kind, W is the
-    values of all trained matrices before training, taken as one matrix, and dW is their change. entries: the headers of
-    the file that holds the blocks' values before training. base_rows: the token embeddings (n,D) before training. Every
-    rank calls this.
+    """Return {"blocks": ||dW|| / ||W||, "embeddings": ||dW|| / ||W||}, or {} if not is_main. W is the values before
+    training of all matrices of the blocks that are trained, or of all token embeddings that are trained, taken as one
+    matrix; dW is its change. A part of which nothing is trained is left out. base_rows: these embeddings (n,D) before
+    training. entries: {name: header entry} of the file with the blocks' values before training. Every rank calls this.
     """
     tensors = encoder_tensors(encoder, "delta", dtype, is_main)
     if not is_main:

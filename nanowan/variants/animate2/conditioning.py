@@ -158,11 +158,11 @@ class Driven(Conditioning):
 
     takes_image = needs_image = by_segments = True
     title = (
-        "Animate-2-14B: a character that moves like the person in a video (--size sets the area, the picture the "
+        "Animate-2-14B: a character that moves like the person in a video (--size sets the area, the picture sets the "
         "aspect ratio)"
     )
     flags = {
-        "video": dict(help="driving video: its motion moves the character of --image, its sound goes into the result"),
+        "video": dict(help="driving video; the character of --image gets its motion, and the result gets its sound"),
         "prompt_ref": dict(
             help=f"prompt that describes the motion in --video, not the character (default: {DRIVING_PROMPT})"
         ),

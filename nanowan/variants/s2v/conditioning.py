@@ -155,16 +155,20 @@ class Speech(Conditioning):
     """S2V-14B's conditioning: a picture, a sound and, optionally, a pose video. Videos are sampled in segments."""
 
     takes_image = needs_image = by_segments = True
-    title = "S2V-14B: the person in a picture speaks (--size sets the area, the picture the aspect ratio)"
+    title = "S2V-14B: the person in a picture speaks (--size sets the area, the picture sets the aspect ratio)"
     flags = {
         "audio": dict(help="sound or video file with the speech"),
         "pose_video": dict(help="video of drawn poses that the speaker follows"),
         "infer_frames": dict(type=int, help="number of frames per segment, a multiple of 4 (default: 80)"),
         "num_clip": dict(type=int, help="maximum number of segments (default: as many as the sound needs)"),
-        "start_from_ref": dict(action="store_true", help="let the video continue from the picture of --image"),
+        "start_from_ref": dict(
+            action="store_true",
+            help="start the video from the picture of --image; otherwise, this picture is only a reference",
+        ),
         "sync_sound": dict(
             action="store_true",
-            help="cut the first 3/16 s of the video's sound; otherwise, the lips move 3/16 s before the sound",
+            help="cut the first 3/16 s of the video's sound; otherwise, without --start_from_ref, the lips move 3/16 s "
+            "before the sound",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
