@@ -463,7 +463,7 @@ def test_a_keywords_initial_word_is_searched_at_three_timesteps(monkeypatch, cap
 
     pipe = SimpleNamespace(acquire=lambda name: torch.nn.Identity(), settings=SimpleNamespace(shift=1.0))
     items = [Item(Path("clip.mp4"), ["a disc"], 64, 64, 9, 8)]
-    dataset = SimpleNamespace(captions=["a disc", "a circle up"], items=items, files=["x"], samples=None, pipe=pipe)
+    dataset = SimpleNamespace(captions=["a disc circle", "a up"], items=items, files=["x"], samples=None, pipe=pipe)
     encoder = SimpleNamespace(tokenizer=load_tokenizer(NANO), encode=lambda texts: (texts[0], None))
     monkeypatch.setattr(keywords, "eval_batches", lambda *a: [(k, Sample(k)) for k in range(4)])
     assert keywords.search_initial_words(["disc"], encoder, dataset, "dit", 0.0, 1.0) == {"disc": "circle"}

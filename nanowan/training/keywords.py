@@ -124,18 +124,18 @@ def initial_words(keywords, search, encoder, dataset, schedule):
 
 @torch.no_grad()
 def search_initial_words(keywords, encoder, dataset, name, low, high):
-    """Return {keyword: the known word to start from}. The search takes the most common words of captions without
-    keywords, puts each of them in the keyword's place in the keyword's captions, and chooses the word with the lowest
-    loss. A keyword is left out if its captions have a still lower loss with the keyword itself. In Textual Inversion
-    (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their losses.
+    """Return {keyword: the known word to start from}. The search takes the most common words of all captions, except
+    the keywords, puts each of them in the keyword's place in the keyword's captions, and chooses the word with the
+    lowest loss. A keyword is left out if its captions have a still lower loss with the keyword itself. In Textual
+    Inversion (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their
+    losses.
 
     A loss is the mean over at most INIT_SAMPLES training samples, one per file, at three timesteps in [low, high) under
     fixed noise, computed with the DiT `name`.
     """
-    others = without_keywords(dataset.captions, keywords)
-    counts = Counter(m.group().strip(PUNCTUATION).lower() for c in others for m in UNITS.finditer(c))
-    readable = [w for w, _ in counts.most_common() if own_pieces(w, encoder.tokenizer)]
-    candidates = readable[:INIT_CANDIDATES]
+    counts = Counter(m.group().strip(PUNCTUATION).lower() for c in dataset.captions for m in UNITS.finditer(c))
+    words = without_keywords([word for word, _ in counts.most_common()], keywords)
+    candidates = [word for word in words if own_pieces(word, encoder.tokenizer)][:INIT_CANDIDATES]
     if not candidates:
         return {}
     model, chosen = dataset.pipe.acquire(name).eval(), {}
