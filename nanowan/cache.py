@@ -24,9 +24,9 @@ DECODERS = min(4, max(2, os.cpu_count() or 2))  # threads that decode samples wh
 
 # ---- facts about media files -----------------------------------------------------------------------------------------
 def remembered(cache, answer, **question):
-    """Return the result of answer(). The cache keeps this result under the keyword arguments `question`; answer() is
-    called only if the cache has no result for the same arguments. So runs that share a cache inspect a media file only
-    once. If cache is None, nothing is kept. Raises BadInput if the cache cannot be written.
+    """Return the result of answer(), a function that inspects a media file. The result is kept in the cache folder, in
+    a JSON file named by a hash of the keyword arguments `question`. answer() is called only if this JSON file is
+    missing or damaged. If cache is None, nothing is kept. Raises BadInput if the JSON file cannot be written.
     """
     if cache is None:
         return answer()
@@ -54,8 +54,8 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the times, in seconds, of the frames that are read for an item: the frames of its sample, and then
-    `frames_after` frames that follow the sample.
+    """Return the times, in seconds, of the frames of an Item (training/scan.py) and of the `frames_after` frames that
+    follow them.
     """
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
@@ -68,8 +68,8 @@ def covering(width, height):
 
 
 def read_items(items, sizes=None, cache=None):
-    """Yield {kind: frames (H,W,3) uint8} for each item. `items` belong to one file and are sorted by their start. Kind
-    "" is the file itself. The other kinds are its sidecars, such as a pose video, read at the same times as the file.
+    """Yield {kind: list of frames (H,W,3) uint8} for each of `items`: Items of one media file, sorted by their start.
+    Kind "" is the media file. The other kinds are its sidecars, such as a pose video, read at the same times.
     sizes: {kind: (width, height)} of the sidecars. Each file is decoded once, and about one sample of each file is in
     memory at a time. Raises Skip if a file cannot be read.
     """
@@ -109,8 +109,8 @@ def pixels(item):
 
 def in_threads(jobs, run):
     """Run the generators run(job) of all jobs in DECODERS threads, and yield their results in the order in which they
-    arrive. At most DECODERS results wait to be yielded, and each thread holds one more. An exception in a thread is
-    raised by this generator. Closing this generator ends the threads.
+    arrive. At most DECODERS results wait to be yielded; in addition, each thread holds one result. If a thread raises
+    an exception, this generator raises it too. Closing this generator ends the threads.
     """
     results, stopped, lock, todo = queue.Queue(DECODERS), threading.Event(), threading.Lock(), iter(jobs)
 
@@ -154,9 +154,8 @@ def in_threads(jobs, run):
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 def digest(path, cache=None):
-    """Return a hash of a file's bytes. The hash is computed once for each state of the file (inode, time and size):
-    once per process, or, with a cache folder, once for all processes. So only the first run with a cache reads a
-    complete checkpoint to compute its hash.
+    """Return a hash of a file's bytes. The hash is kept in memory and, if `cache` is a folder, there. It is computed
+    again only if the file's inode, time of modification or size has changed.
     """
     path, stat = Path(path).absolute(), Path(path).stat()
     return _digest(path, cache, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -182,8 +181,8 @@ def cache_file(cache, suffix=".safetensors", **parts):
 
 
 def latent_files(items, cache, vae_file, samples=None):
-    """Return the path of the cache file for each item's latents, whether the file exists or not. samples: as in
-    cache_latents.
+    """Return the path of the cache file for each item's latents, whether the file exists or not. vae_file: the weights
+    of the VAE. samples: the Samples of the variant (variants/samples.py), or None.
     """
     weights = digest(vae_file, cache)
     return [
@@ -203,17 +202,17 @@ def latent_files(items, cache, vae_file, samples=None):
 
 
 def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
-    """Cache the latents of every item that has none in the cache. `load_vae()` is called only if some are missing.
-    Returns [(path, reason)] with an entry for each item that could not be encoded, for example because its file was
-    deleted after `scan`; such items have no cache file afterwards. seen(item, frames (H,W,3) uint8) is called for each
-    item that is decoded.
+    """Cache the latents of every item that has none in the cache. load_vae() returns the VAE; it is called only if
+    latents are missing. Returns [(path, reason)] with an entry for each item that could not be encoded, for example
+    because its file was deleted after `scan`. Such items get no cache file. seen(item, list of frames (H,W,3) uint8) is
+    called for each item that is decoded. vae_file, samples: as in latent_files.
 
-    A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` (variants/samples.py) adds. Several
-    processes may fill a cache at once: a cache file appears complete or not at all, and a process skips the items that
-    another process has encoded meanwhile.
+    A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` adds. Several processes may fill a
+    cache at once: a cache file appears complete or not at all, and a process skips the items that another process has
+    encoded meanwhile.
 
     Media files are decoded in threads while the calling thread encodes and another thread saves. A file is decoded once
-    per size (width, height) of its items. At most 2 * DECODERS + 1 decoded samples are in memory, in 8 bits.
+    per size (width, height) of its items. At most 2 * DECODERS + 1 decoded samples are in memory, as uint8.
     """
     missing = [(i, f) for i, f in zip(items, latent_files(items, cache, vae_file, samples)) if not f.exists()]
     by_file = {}
@@ -221,8 +220,9 @@ def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
         by_file.setdefault((item.path, item.width, item.height), {})[file] = item
 
     def read(group):
-        """Yield (item, cache file, {kind: frames}) for each item of a group, {cache file: item}, that has no cache file
-        yet. For an item that cannot be read, a Skip takes the place of {kind: frames}.
+        """Yield (item, cache file, {kind: frames}) for each item whose cache file does not exist yet. group:
+        {cache file: item}, with items of one media file and one size. For an item that cannot be read, a Skip takes the
+        place of {kind: frames}.
         """
         left = [(item, file) for file, item in group.items() if not file.exists()]
         try:
@@ -280,8 +280,8 @@ def text_files(captions, cache, encoder, dtype):
 
 def cache_texts(files, load_encoder):
     """Cache the embedding of every text that is not cached yet. files: {text: cache file}, as returned by text_files.
-    `load_encoder()` is called only if an embedding is missing. A cache file holds `embedding` (S,D) in the encoder's
-    dtype.
+    load_encoder() returns the text encoder; it is called only if an embedding is missing. A cache file holds
+    `embedding` (S,D) in the encoder's dtype.
     """
     missing = [text for text, file in files.items() if not file.exists()]
     encoder = load_encoder() if missing else None

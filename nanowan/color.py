@@ -47,8 +47,8 @@ def is_hdr(frame):
 
 
 def gamut(frame):
-    """Return the code of a frame's primaries if WIDE contains that code. Otherwise return None, because the primaries
-    are BT.709's or close to them. An HDR frame that names no primaries counts as BT.2020.
+    """Return the code of a frame's primaries if they are wider than BT.709's, that is, if the code is in WIDE. Return
+    None for all other primaries. An HDR frame that names no primaries counts as BT.2020.
     """
     code = 9 if is_hdr(frame) and frame.color_primaries == UNSPECIFIED else frame.color_primaries
     return code if code in WIDE else None
@@ -73,8 +73,8 @@ def tags(context):
 
 
 def complete(frame, tags):
-    """Set those tags of a frame that the decoder left unset, from the container's `tags`. For example, a ProRes frame
-    has no tags of its own if the frame's header names none.
+    """Set the tags that the decoder left unset on a frame, from the container's `tags`. For example, a decoder leaves
+    the tags of a ProRes frame unset if the frame's header names none.
     """
     for name, code in tags.items():
         if getattr(frame, name) == UNTOLD[name]:
@@ -118,9 +118,9 @@ def check_colors(frame):
 
 
 def matrix(frame):
-    """Return the keyword argument, as a dict, with which PyAV's reformat uses the right matrix for an untagged frame.
-    The matrix is BT.2020's for a frame with BT.2020's primaries. For other frames, it is BT.709's if they have at least
-    HD_LINES lines. The dict is empty for frames with fewer lines, for which FFmpeg uses BT.601, and for tagged frames.
+    """Return {keyword argument: value} for PyAV's reformat. For an untagged frame, the argument is the matrix:
+    BT.2020's if the frame has BT.2020's primaries, else BT.709's if it has at least HD_LINES lines. In all other cases,
+    {} is returned, and FFmpeg uses the frame's own matrix, or BT.601's if the frame is untagged.
     """
     from av.video.reformatter import Colorspace
 
@@ -189,8 +189,9 @@ def primaries_to_bt709(code):
 
 
 def linear_light(transfer, signal):
-    """Return the linear light that a display produces for a `signal` in [0,1], in units of the white of SDR. HLG's
-    system gamma is applied to each channel, as zscale does by default; ITU-R BT.2100 applies it to the luminance.
+    """Return the linear light that a display produces for a `signal` in [0,1]. The white of SDR is 1. transfer: SRGB,
+    PQ or HLG; any other code means an SDR display. HLG's system gamma is applied to each channel, as FFmpeg's zscale
+    filter does by default; ITU-R BT.2100 applies it to the luminance.
     """
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
@@ -212,8 +213,8 @@ def linear_table(transfer):
 
 @functools.cache
 def display_table(transfer):
-    """Return a table of 8-bit signals (4096,), indexed by 4095 times the square root of linear light in [0,1]. The
-    curve is sRGB's if transfer is SRGB, else that of an SDR display.
+    """Return a table (4096,) of the 8-bit signals for linear light in [0,1]. The index is 4095 times the square root of
+    the light. The signals follow sRGB's curve if transfer is SRGB, else the curve of an SDR display.
     """
     light = (np.arange(4096) / 4095) ** 2
     srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -221,9 +222,9 @@ def display_table(transfer):
 
 
 def to_bt709(image, transfer, primaries):
-    """Convert an image (H,W,3) uint16 with this transfer function and these primaries (a code of WIDE, or None) to
-    uint8 for an SDR display with BT.709's primaries. An image with sRGB's curve keeps that curve. Colours too bright or
-    too saturated for the display are clipped.
+    """Convert an image (H,W,3) uint16 with this transfer function (as in linear_light) and these primaries (a code of
+    WIDE, or None for BT.709's) to uint8 for an SDR display with BT.709's primaries. An image with sRGB's curve keeps
+    that curve. Colours too bright or too saturated for the display are clipped.
     """
     to_linear, to_signal = linear_table(transfer), display_table(transfer)
     rotate = primaries_to_bt709(primaries).T
@@ -268,8 +269,8 @@ def matrix_profile(primaries, gamma):
 
 def profile_of(image):
     """Return the ICC profile (bytes) of a PIL image, or None if the image counts as sRGB. For a PNG without a profile,
-    a profile is made from the PNG's gAMA and cHRM chunks, unless these describe sRGB within libpng's tolerances. Raises
-    ValueError if no profile can describe these chunks.
+    a profile is made from the PNG's gAMA and cHRM chunks. If their values are those of sRGB within libpng's tolerances,
+    the PNG counts as sRGB. Raises ValueError if no profile can hold their values.
     """
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if image.info.get("icc_profile") or gamma is None or "srgb" in image.info:
@@ -328,8 +329,8 @@ def transform_for(image, profile):
 
 
 def to_srgb(image, source):
-    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. source: the PIL image from which `image` was made, and
-    whose profile is used. A profile that does not fit is ignored, as in browsers.
+    """Convert a PIL image in mode L, RGB or CMYK to RGB in sRGB. source: the PIL image from which `image` was made; its
+    profile is used. A profile that cannot be used, or is for another mode, is ignored, as in browsers.
     """
     from PIL import ImageCms
 

@@ -52,8 +52,8 @@ def pick_dtype(name, device):
 
 
 def select_attention(name, device, dtype, gradients=False):
-    """Select the attention that a flag names, with kernels.attention_backends.select. Raises BadInput if it cannot be
-    used.
+    """Select the attention that --attention names. The arguments are those of kernels.attention_backends.select. Raises
+    BadInput if this attention is not available.
     """
     try:
         attention_backends.select(name, device, dtype, gradients)
@@ -62,8 +62,8 @@ def select_attention(name, device, dtype, gradients=False):
 
 
 def free_memory(device):
-    """Return the bytes that can still be allocated on a device, or on the host ("cpu"). The result is infinite if
-    unknown.
+    """Return the bytes that can still be allocated on a device, or on the host ("cpu"). The result is infinity if the
+    number is not known.
     """
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():

@@ -20,10 +20,10 @@ TEMPORARY = ".tmp-"  # the names of unfinished files begin with this
 
 
 def _write_error(error, path):
-    """If a failed write to `path` or to its temporary file caused the exception `error`, return the errno of this
-    write, else None. Libraries often raise their own exception in place of the system's error, so the causes of `error`
-    are searched. If torch's writer of zip files fails on another rank, only a message with the writer's name arrives;
-    then EIO is returned.
+    """Return the errno of the failed write to `path`, or to a temporary file, that caused the exception `error`. Return
+    None if no such write caused it. Libraries often raise their own exception in place of the system's error, so the
+    causes of `error` are searched. If the write failed in torch's writer of zip files on another rank, `error` contains
+    the writer's name but no errno; then EIO is returned.
     """
     text = str(error)
     while error is not None:
@@ -58,8 +58,8 @@ def writing(path):
 
 
 def _open_temporary(path):
-    """Return (descriptor, name) of a new file in the folder of `path`. The file is locked while this
-    process writes it.
+    """Return (descriptor, name) of a new file in the folder of `path`. The file is locked until the descriptor is
+    closed.
     """
     while True:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
@@ -71,8 +71,8 @@ def _open_temporary(path):
 
 
 def remove_leftovers(folder):
-    """Remove the unfinished files that killed processes left in a folder. Files of live processes are
-    locked and stay.
+    """Remove the unfinished files that killed processes left in a folder. The unfinished files of live processes are
+    locked; they are not removed.
     """
     for file in Path(folder).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError), open(file, "rb") as f:
@@ -81,7 +81,7 @@ def remove_leftovers(folder):
 
 
 def _sync(path):
-    """Wait until the changes of a file's contents, or of the names in a folder, are on the disk."""
+    """Wait until `path`, a file or folder, is on the disk as it is now: a file's contents, or a folder's names."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -91,9 +91,9 @@ def _sync(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Return a context manager that gives a temporary file in the folder of `path`. If the block succeeds, this file is
-    on the disk and gets the name `path`. If the block fails, an earlier file at `path` is untouched. A failed write
-    raises an OSError that names `path`.
+    """Return a context manager that yields the Path of an empty temporary file, which lies in the folder of `path`. If
+    the `with` block succeeds, the temporary file is synced to the disk and renamed to `path`. If the block fails, an
+    earlier file at `path` is untouched. A failed write raises an OSError that names `path`.
     """
     path = Path(path)
     with writing(path):

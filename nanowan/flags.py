@@ -151,8 +151,8 @@ def _toml(value):
 
 
 def parallel_layout(args, ranks, fp8=False):
-    """Return the ParallelLayout that a script's flags give on this number of ranks. fp8: whether a flag or the
-    checkpoint's files put weights in 8 bits.
+    """Return the ParallelLayout of a run with these flags on this number of ranks. fp8: whether the DiT's blocks are in
+    8 bits, by a flag or because the checkpoint's files have them so.
     """
     fsdp_size, pp_size = ranks if getattr(args, "fsdp", False) else 1, getattr(args, "pipeline_stages", 1)
     return ParallelLayout(fp8, args.stream_blocks, fsdp_size, args.ulysses_size, pp_size, ranks)

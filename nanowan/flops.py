@@ -74,9 +74,10 @@ def card_of(device_name):
 
 
 def predict_seconds(flops, device_name, fp8=False, nbytes=0):
-    """Return the seconds that a GPU with this name needs for these Flops and for `nbytes` bytes of memory traffic of
-    other operations; None if the GPU's rates are not known. The time is predicted from assumed rates, not measured.
-    fp8: whether matrix products of forward passes are computed in 8 bits.
+    """Return the seconds that a GPU with this name needs to compute `flops`, a Flops, and to move `nbytes` bytes; None
+    if the GPU's rates are not known. The time is predicted from assumed rates, not measured. fp8: whether matrix
+    products of forward passes are computed in 8 bits. nbytes: the bytes that operations without counted FLOPs, such as
+    norms, read and write.
     """
     card = card_of(device_name)
     linear = card and (card.linear_fp8 if fp8 else card.linear)
@@ -167,8 +168,8 @@ def training_step(config, latents, text=64, batch=1, adapted=(), rank=16, checkp
 
 
 def _of_few_blocks(count, config, adapted):
-    """Return what count(config, adapted) would return. If all blocks after the first do the same work, count is called
-    for a DiT of two blocks and for one of three, and the Flops for all blocks are extrapolated from the two results.
+    """Return count(config, adapted). If the DiT has four or more blocks, all alike, count is called only for DiTs of
+    two and of three such blocks, and the Flops for all blocks are extrapolated from these two results.
     """
     inside = [{n.split(".", 2)[2] for n in adapted if n.startswith(f"blocks.{i}.")} for i in range(config.num_layers)]
     if config.model_type not in ALIKE or config.num_layers < 4 or any(names != inside[0] for names in inside):

@@ -12,16 +12,18 @@ from nanowan.video import to_uint8, write_frames
 
 
 class SegmentFiles:
-    """The finished segments of one video, kept in files of a folder next to the video. OUT.clips/clip_000.safetensors
-    holds the latents and frames (n,H,W,3) uint8 of the first segment, and so on. after_NNN.safetensors holds what the
-    next segment needs from the finished ones (Video.state in variants/conditioning.py).
+    """The finished segments of one video, kept in a folder next to the video: NAME.clips for NAME.mp4. In this folder,
+    clip_NNN.safetensors holds the latents and the frames (n,H,W,3) uint8 of segment NNN, counted from 000.
+    after_NNN.safetensors holds what the next segment needs from the finished ones (Video.state in
+    variants/conditioning.py); it is kept for the last finished segment only.
     """
 
     on_every_rank = False  # one rank saves the segments, in files that all ranks read
 
     def __init__(self, out, key, resume):
-        """out: the video's file. key: a hash of everything that decides the video. resume: whether the segments in the
-        folder are kept, and not deleted. Raises BadInput if kept segments belong to another video.
+        """out: the video's file. key: a hash of everything that decides the video. resume: whether to keep the segments
+        that are in the folder; otherwise they are deleted. Raises BadInput if the kept segments belong to another
+        video.
         """
         self.out, self.folder, self.key = Path(out), Path(out).with_suffix(".clips"), key
         if not resume:
@@ -31,7 +33,9 @@ class SegmentFiles:
 
     @classmethod
     def open(cls, out, key, resume, world):
-        """Return the SegmentFiles on every rank. Without `resume`, rank 0 empties the folder before others read it."""
+        """Return the SegmentFiles. Called on every rank. Without `resume`, rank 0 deletes the folder, and the other
+        ranks wait until it has done so. world: the run's World.
+        """
         if world.is_main:
             segments = cls(out, key, resume)
         world.barrier()
@@ -71,9 +75,7 @@ class SegmentFiles:
 
 
 class SegmentsInMemory:
-    """The finished segments of one video, kept in memory: the latents (C,T',h,w) and frames (3,n,H,W) of
-    each segment.
-    """
+    """The finished segments of one video, kept in memory: the latents (C,T',h,w) and frames (3,n,H,W) of each."""
 
     on_every_rank = True
 
@@ -89,8 +91,8 @@ class SegmentsInMemory:
 
 
 def check_disk(out, video, done=0):
-    """Raise BadInput if the disk of `out` has too little room for the mp4 and for the remaining segments of a Video.
-    Segments stay on the disk until the last one is finished. done: number of segments that are finished.
+    """Raise BadInput if the disk has too little room for the mp4 `out` of a Video and for the Video's remaining
+    segments, which stay on the disk until the mp4 is written. done: number of segments that are finished.
     """
     (_, frames, _, _), (width, height) = video.shape, video.size
     pixels = 3 * 4 * frames * width * height  # values in a segment's frames, one byte each

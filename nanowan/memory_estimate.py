@@ -166,8 +166,8 @@ SINGLE_DEVICE = ParallelLayout()
 
 # ---- the models, as fake tensors ---------------------------------------------------------------------------------
 def builders(pipe):
-    """Return {model: function that builds the model} for the checkpoint of a Pipeline, from the headers
-    of its files.
+    """Return {model: function that builds the model} for the checkpoint of a Pipeline. Only the headers of the
+    checkpoint's files are read.
     """
     text, vae = read_encoder(pipe.files("text")).entries, read_weights(pipe.files("vae"))
     dits = {
@@ -298,8 +298,9 @@ def beside(measured, planned):
 
 
 def free_beside_plan(spec, device):
-    """Return (bytes on the device, bytes on the host) that the run described by a spec may use. A number that is not
-    known is returned as infinity. spec: a SamplingSpec or TrainingSpec.
+    """Return (free bytes on the device, free bytes on the host) for a SamplingSpec or TrainingSpec: the numbers that
+    the spec gives, else those of this machine, or infinity where they are not known. If the device is a CPU, this
+    machine's number for the device is divided among its ranks.
     """
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
@@ -466,11 +467,11 @@ class TrainingSpec:
     "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob, respectively, are on. continuation:
     the value of --continuation. num_experts: number of DiTs that are trained, or through which the encoder's gradients
     pass. text: number of tokens per caption (default: as many as a long caption has). cache: bytes of (latents, text
-    embeddings). encode: whether the run must compute latents, because the cache lacks some. encode_texts: the same for
-    text embeddings. previews: shape (C,T',h,w) of the largest preview's latents, or () if there are no previews.
-    num_results: number of copies of the trained weights that stay on disk. save_delta: whether a trained encoder is
-    saved as changes only, and not in full. memory, host: free bytes on the device and on the host (default: those of
-    this machine).
+    embeddings). encode: whether the cache lacks latents, so that the run computes them. encode_texts: whether the cache
+    lacks text embeddings. previews: shape (C,T',h,w) of the largest preview's latents, or () if there are no previews.
+    num_results: number of copies of the trained weights that stay on disk. save_delta: whether only the changes of a
+    trained encoder are saved, and not the full encoder. memory, host: free bytes on the device and on the host
+    (default: those of this machine).
     """
 
     settings: Settings
@@ -591,8 +592,9 @@ def training(spec, builders, make_trainable):
 
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
-    """Run training steps of one rank and return (peak bytes without weights, bytes of optimizer states and EMA). entry:
-    a sample, in the form in which flow.make_noisy_batch takes samples.
+    """Run a training step of one rank and return (peak bytes without weights, bytes of optimizer states and EMA).
+    groups: what make_trainable returned. entry: a cached sample, as for flow.make_noisy_batch. trains_encoder: whether
+    the text encoder is trained; if so, the step runs it too.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

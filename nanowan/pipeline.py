@@ -83,8 +83,8 @@ class Pipeline:
 
     ckpt_dir: a folder, or "nano". loras: list of "FILE[:weight][:high|low|both]"; each is merged into the DiTs or, if
     it is a LoRA of the text encoder, into the text encoder. text_encoder: "FILE[:strength]", or a list of such strings:
-    files that replace or change the folder's text encoder (load_t5 in formats/t5.py). All experts' files
-    and all LoRAs are checked at once, and not only when a run needs them. Raises BadInput if one cannot be used.
+    files that replace or change the folder's text encoder (load_t5 in formats/t5.py). The constructor checks the files
+    of all experts and all LoRAs, and raises BadInput if one cannot be used.
 
     For training: `adapter` and `checkpointing` are the Adapter and the value of Wan.checkpointing that each DiT gets
     when it is loaded. `adapters`, {expert: {module: (A, B)}}, keeps the adapters' parameters while a DiT is not in
@@ -122,7 +122,9 @@ class Pipeline:
         return Copier(self.device)
 
     def _add_to_text(self, lora):
-        """Append a LoRA of the text encoder to the encoder's changes. Raises BadInput if the LoRA does not fit."""
+        """Add the LoRA of a LoraSpec to the changes of the text encoder. Raises BadInput if it does not fit, or if the
+        LoraSpec names an expert.
+        """
         if lora.expert:
             raise BadInput(f"--lora {lora.file}:{lora.expert}: a LoRA of the text encoder, which has no experts")
         self.text_encoder.append(EncoderSpec(Path(lora.file), lora.weight))
@@ -130,7 +132,7 @@ class Pipeline:
         check_encoder_changes(source, read_encoder(source.base).entries)
 
     def _check_lora(self, lora):
-        """Turn a LoraSpec into (file, weight, names of DiTs to merge it into). Raises BadInput if it does not fit."""
+        """Return (file, weight, names of DiTs to merge it into) for a LoraSpec. Raises BadInput if it does not fit."""
         experts, source = choose_experts(lora, self.settings.expert_names)
         for name in experts:
             shapes = {n: e.shape for n, e in self.headers[name].items()}
@@ -144,11 +146,11 @@ class Pipeline:
         return expert_folders(self.dir)[expert]
 
     def encoder_source(self):
-        """Return the source of the text encoder: its files, and the files of the changes to it."""
+        """Return the EncoderSource, which names the files of the text encoder and those that change it."""
         return encoder_source(self.dir, self.text_encoder)
 
     def files(self, name):
-        """Return the weight files of a model, without the files of changes to it."""
+        """Return the weight files of a model, without LoRAs and other files that change it."""
         if name == "text":
             return self.encoder_source().base
         return vae_files(self.dir) if name == "vae" else weight_files(self.folder(name))
@@ -160,9 +162,9 @@ class Pipeline:
 
     # ---- where models are ----------------------------------------------------------------------------------------
     def acquire(self, name, activations=ROOM):
-        """Return a model, on the device, with room for `activations` bytes of activations. The model is loaded if
-        necessary. Other models are evicted if their memory is needed, so the caller must hold no reference to another
-        model.
+        """Move a model to the device, after loading it if necessary, and return it. Other models are evicted if their
+        memory is needed for this model and for `activations` bytes of activations. So the caller must hold no reference
+        to another model.
         """
         part, device = self.placements.get(name), self.device
         need = activations + (0 if part and part.is_on(device) else self._bytes(name))
@@ -176,11 +178,13 @@ class Pipeline:
         return part.model
 
     def acquire_vae(self, size):
-        """Return the VAE, on the device, with room for frames of size (width, height) px."""
+        """Acquire the VAE, with room for the activations of frames of `size` (width, height) px."""
         return self.acquire("vae", VAE_BYTES * math.prod(size))
 
     def evict(self, name):
-        """Free a model's memory on the device: it moves to the host if there is room, and is dropped otherwise."""
+        """Free a model's memory on the device. From a GPU, the model moves to the host if there is room there;
+        otherwise it is dropped. On a CPU, it is dropped unless other ranks share it.
+        """
         part, cuda = self.placements[name], self.runtime.cuda
         if part.shared and not cuda:
             return  # other ranks use it too
@@ -219,8 +223,8 @@ class Pipeline:
 
     # ---- loading -------------------------------------------------------------------------------------------------
     def _load(self, name, need):
-        """Load a model and return its Placement. A text encoder that is not trained is streamed if a GPU has less than
-        `need` bytes free.
+        """Load a model and return its Placement. need: bytes that the model and its activations take on the device. If
+        a GPU has fewer bytes free, a text encoder that is not trained is streamed.
         """
         run, encoders = self.runtime, self.settings.conditioning.encoders
         if name in self.headers:
@@ -291,8 +295,8 @@ class Pipeline:
     # ---- inputs of the models ------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode_prompts(self, prompts, encoder=None):
-        """Encode prompts (list of str) -> (embeddings (B,S,D), lens (B,)). encoder: used instead of the pipeline's text
-        encoder. Prints which prompts are too long to be read in full.
+        """Encode prompts (list of str) -> (embeddings (B,S,D), lens (B,)). encoder: a text encoder (default: the
+        pipeline's). Prints which prompts are too long to be read in full.
         """
         encoder = encoder or self.acquire("text")
         tokenizer = encoder.tokenizer
@@ -304,9 +308,10 @@ class Pipeline:
         return pad_embeddings([encoder.encode([p])[0][0] for p in prompts])
 
     def guidance_mode(self, tokens, batch=1):
-        """Return how guidance computes its two predictions: "parallel", on two ranks; "batched", in one forward pass;
-        or "sequential", in two forward passes. It is sequential if memory is too small for a batch of both predictions,
-        or if the model does not support such a batch. tokens: number of tokens of a clip. batch: number of clips.
+        """Return how guidance computes its predictions for the prompt and for the negative prompt: "parallel", on two
+        ranks (--guidance_parallel); "batched", in one forward pass; or "sequential", in two forward passes. Without
+        --guidance_parallel, the result is "batched" if the model supports it and memory is large enough for it. tokens:
+        number of tokens of a clip. batch: number of clips.
         """
         if self.world.cfg_size == 2:
             return "parallel"

@@ -1,4 +1,4 @@
-"""Lists of prompts: text files with kohya's options at the end of each line, or JSONL whose keys are these options."""
+"""Read lists of prompts: text files, whose lines may end with options such as --w 832, or JSONL files."""
 
 import json
 import re
@@ -25,8 +25,8 @@ TEXT_KEYS = ("prompt", "text", "caption")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what its line gives in addition to the text: settings (arguments of Settings.with_overrides),
-    inputs {flag of sample.py, such as image or audio: value}, and a seed.
+    """A prompt's text, and what its line gives in addition: settings (arguments of Settings.with_overrides), inputs
+    {flag of sample.py, such as image or audio: value}, and a seed.
     """
 
     text: str
@@ -56,13 +56,14 @@ def read_prompts(file, flag="--prompts"):
 
 
 def read_texts(file, flag):
-    """Return only the texts of the Prompts that read_prompts reads from a file. flag: the flag that gave the file."""
+    """Return the texts of the Prompts that read_prompts reads with the same arguments."""
     return [prompt.text for prompt in read_prompts(file, flag)]
 
 
 def parse_line(line, folder="."):
-    """Parse "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad" into a Prompt; the names of flags, such
-    as --frames, are allowed too. folder: where files are looked up. Raises ValueError for an unknown option.
+    """Parse "text --w 832 --h 480 --f 81 --d 1 --s 20 --l 5 --i a.png --n bad" into a Prompt. --w and --h give the
+    size; LETTERS explains the other letters. Flags of sample.py, such as --frames, are allowed too. folder: the folder
+    in which files are looked up. Raises ValueError for an unknown option or a wrong value.
     """
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     values = {}
@@ -73,8 +74,9 @@ def parse_line(line, folder="."):
 
 
 def parse_row(line, folder="."):
-    """Parse a line of JSON, an object that has the prompt's text under one of TEXT_KEYS, into a Prompt. folder: where
-    files are looked up. Raises ValueError for any other line or an unknown option.
+    """Parse a line of JSON, an object that has the prompt's text under one of TEXT_KEYS, into a Prompt. The other keys
+    are the options of parse_line, without dashes. folder: as in parse_line. Raises ValueError for any other line, an
+    unknown option or a wrong value.
     """
     row = json.loads(line)
     if not isinstance(row, dict):

@@ -165,7 +165,7 @@ def seed_list(text):
 
 
 def check_flags(args, device):
-    """Raise BadInput for flags that are out of range or exclude each other. device: such as "cuda:0"."""
+    """Raise BadInput for flags that are out of range or exclude each other. device: a name, such as "cuda:0"."""
     if not all(-1 <= seed < 2**63 for seed in args.seed):
         raise BadInput(f"--seed {','.join(map(str, args.seed))}: from 0 to 2^63-1, or -1 for one at random")
     if not 0 <= args.reuse < 1:
@@ -250,7 +250,9 @@ def plan_largest(args, pipe, requests, videos):
 
 
 def share_of(requests, world):
-    """Return this rank's share of the Requests. Raises BadInput if there are fewer Requests than groups of ranks."""
+    """Return the Requests for this rank's group, that is, for the ranks that compute each video together. Raises
+    BadInput if there are fewer Requests than groups.
+    """
     if len(requests) < world.dp_size:
         raise BadInput(
             f"{len(requests)} videos for {world.dp_size} groups of ranks: start fewer processes, or let them share a "

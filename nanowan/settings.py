@@ -23,13 +23,14 @@ NEGATIVE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint is, and what it recommends: the entry of its variant in VARIANTS, overridden by the "sample"
-    entry of its config.json.
+    """What a checkpoint is, and what it recommends: the entry of its variant in VARIANTS, overridden by what the
+    checkpoint's files say, such as the "sample" entry of config.json.
 
     size: (width, height) px. guidance: scales for (low noise, high noise). boundary: the high-noise expert serves
-    timesteps t >= 1000 * boundary; None if the model has no experts. z_dim, stride: as in vae.GEOMETRY. train: what
-    config.json recommends for training. usual_loss: the held-out loss, from config.json, to expect on clips like those
-    the checkpoint was trained on.
+    timesteps t >= 1000 * boundary; None if the model has no experts. z_dim: number of channels of a latent. stride:
+    (frames, height, width) of the video that one latent pixel stands for. train: what config.json recommends for
+    training. usual_loss: the held-out loss, from config.json, to expect on clips like those on which the checkpoint was
+    trained.
     """
 
     variant: str
@@ -56,17 +57,19 @@ class Settings:
 
     @property
     def parts(self):
-        """The Parts, the code for this variant's model_type (variants/registry.py)."""
+        """The Parts of this model_type: the code that differs between model types (variants/registry.py)."""
         return parts_of(self.model_type)
 
     @property
     def conditioning(self):
-        """The Conditioning: what the model gets in addition to noise, timestep and text."""
+        """The Conditioning: the code for what the model gets in addition to noise, timestep and text."""
         return self.parts.conditioning
 
     @property
     def size_multiple(self):
-        """The number, in px, of which a video's sides must be multiples: a token is a patch of 2x2 latent pixels."""
+        """The number, in px, of which a video's sides must be multiples: the side of a token (2x2 latent pixels), or a
+        larger number if the variant demands one.
+        """
         return max(2 * self.stride[1], self.parts.samples.side_multiple)
 
     @property
@@ -74,7 +77,7 @@ class Settings:
         return any(scale != 1 for scale in self.guidance)
 
     def expert_at(self, t):
-        """Return (the name of the DiT that serves timestep t in 0..1000, the guidance scale there)."""
+        """Return (the name of the DiT that serves timestep t in 0..1000, the guidance scale at t)."""
         high = self.is_moe and t >= self.boundary * 1000
         return self.expert_names[0 if high else -1], self.guidance[1 if high else 0]
 

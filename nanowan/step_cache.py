@@ -1,11 +1,12 @@
-"""EasyCache: skip the model in some sampling steps, an approximation whose error `diag.py reuse` measures."""
+"""EasyCache: skip the model in some sampling steps. The result is approximate; `diag.py reuse` measures the error."""
 
 
 class EasyCache:
     """A cache with which sampling skips the model in some steps (Zhou et al., "Less is Enough", 2025). The difference
-    between velocity and latent changes slowly. The last computed difference is reused until the estimated change of the
-    velocity since then, relative to the velocity and summed over the steps, reaches `threshold`. With threshold 0, the
-    model computes every step. computed: number of model evaluations so far.
+    between velocity and latent changes slowly, so a skipped step reuses the difference that was computed last. For each
+    step, the change of the velocity is estimated, as a fraction of its norm. When the sum of these fractions since the
+    last computed step reaches `threshold`, the model computes the step. With threshold 0, the model computes every
+    step. computed: number of model evaluations so far.
     """
 
     def __init__(self, threshold=0.0):

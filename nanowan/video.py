@@ -1,7 +1,7 @@
 """Read pictures, clips and sound as a player shows them, turn them into tensors, write mp4 files and contact sheets.
 
-The file decides what a player shows: the time, orientation, pixel aspect ratio, colours (color.py), fields and
-transparency of each picture; which track, if there are several; and the time of each piece of sound.
+The file says how it is to be shown: the time, orientation, pixel aspect ratio, colours (color.py), interlacing and
+transparency of each picture; which track is shown, if there are several; and the time of each piece of sound.
 """
 
 import collections
@@ -27,11 +27,11 @@ OTHER_MEDIA = set(
     ".3gp .arw .avif .cr2 .cr3 .dng .exr .flv .hdr .heic .heif .jfif .jp2 .jxl .m2ts .mpeg .mpg .mts .mxf "
     ".nef .ogv .psd .raw .svg .tga .tif .tiff .ts .vob .wmv .y4m".split()
 )
-TIMED_CONTAINERS = "mov,mp4", "matroska"  # their packets say when a picture is shown; others say when it is decoded
+TIMED_CONTAINERS = "mov,mp4", "matroska"  # their packets say when a picture is shown; in others, when it is decoded
 DEFAULT_BONUS = 5_000_000  # px or channels that a track's default flag is worth in FFmpeg's choice of a track
 INTERLACED_ORDERS = range(2, 6)  # the values of a codec context's field_order that mean interlaced
-LOOKED_AT = 8  # pictures of a clip tagged interlaced that are checked: with some encoders the first is progressive
-MAX_SHIFT = 2.5  # frames by which unordered times may differ from a constant rate, since AVI's are times of decoding
+LOOKED_AT = 8  # pictures checked if a clip is tagged interlaced: some encoders make the first picture progressive
+MAX_SHIFT = 2.5  # frames; unordered times within this of a constant rate are evened: AVI gives times of decoding
 GAP = 4  # px between the frames of a contact sheet
 SHORTEST_DURATION = 0.011  # seconds; an animation's picture with a shorter time is shown for 0.1 s, as in browsers
 
@@ -40,9 +40,9 @@ class Shown(NamedTuple):
     """How a media file is shown. width, height: in px, upright and with square pixels. times: the seconds from the
     first picture to each picture, ascending, or None for a still.
 
-    notes: remarks for the data report. changed: those notes that name a property which earlier versions of nanoWan
-    ignored. These notes are part of the cache file's name, because earlier versions cached other pixels for such a
-    file.
+    notes: remarks for the data report. changed: the notes that name properties which earlier versions of nanoWan
+    ignored. These notes are part of the cache file's name, because earlier versions cached other pixels for files with
+    these properties.
     """
 
     width: int
@@ -120,8 +120,8 @@ def read_windows(path, windows, draw, shown=None):
     chosen, done, before, drawn = [[] for _ in windows], 0, None, None
 
     def take(until):
-        """For each wanted time to which the frame `before` is nearest, append draw(before) to its window's list in
-        `chosen`. until: the seconds at which the next frame is shown.
+        """Append draw(before) to a window's list in `chosen` for each of the window's remaining times that is nearer to
+        the frame `before` than to the next frame. until: the seconds at which the next frame is shown.
         """
         nonlocal drawn
         for wanted, taken in zip(windows[done:], chosen[done:]):
@@ -239,9 +239,9 @@ def decoded_times(path, stamps):
     times).
 
     If the frames' own times ascend, they are returned. Otherwise they are sorted, and picture k gets the k-th of the
-    sorted times. If some of the frames' times are missing or equal, the sorted times of the packets, `stamps`, are used
-    instead. If some of these are missing or equal too, picture k gets k / rate, where rate is the clip's frame rate.
-    Picture k also gets k / rate if the sorted times are near k / rate and the container is not in TIMED_CONTAINERS.
+    sorted times. If some are missing or equal, the times of the packets, `stamps`, are sorted and used instead. Picture
+    k gets k / rate, where rate is the clip's frame rate, in two cases: some of the packets' times are missing or equal
+    too; or the container is not in TIMED_CONTAINERS, and all sorted times are within MAX_SHIFT / rate of k / rate.
     Raises Skip if no times are found and the rate is unknown.
     """
     with open_clip(path) as (container, stream, decode_packet):
@@ -263,7 +263,7 @@ def decoded_times(path, stamps):
 
 def varies(times):
     """Return whether the steps between these `times` (seconds) vary: whether one of them differs from the median step
-    by more than a tenth of the median and by more than 2.5 ms. Matroska's rounding to milliseconds causes less.
+    by more than a tenth of the median and by more than 2.5 ms. Matroska's times, rounded to milliseconds, differ less.
     """
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
@@ -342,8 +342,8 @@ def upright_image(frame):
 
 def timed_frames(frames, shown):
     """Yield (seconds since the first frame, frame) for each of a clip's decoded `frames`. The times are the frames'
-    own, or those in `shown` if `probe` had to sort them. Raises Skip if a frame has no time or is earlier than the
-    frame before.
+    own, or those of `shown` if it has the note "reordered". Raises Skip if a frame has no time or is earlier than the
+    frame before it.
     """
     first, last = None, -math.inf
     for k, frame in enumerate(frames):
@@ -421,7 +421,7 @@ def open_animated(path):
 
 def durations(image, numbers):
     """Yield the seconds for which each picture of an animated PIL image is shown. numbers: the numbers of the pictures.
-    When a picture's seconds are yielded, `image` has been set to that picture.
+    Before each yield, `image` is moved to the picture whose seconds are yielded.
     """
     for k in numbers:
         image.seek(k)
@@ -473,9 +473,9 @@ def image_frames(path):
 
 
 def open_photo(path):
-    """Open a photograph as an upright PIL image in sRGB: 16 bits are scaled to 8, colours are converted, and
-    transparent pictures are laid over white. Of an animated image, the first picture is returned. Raises Skip if the
-    file cannot be read.
+    """Open an image file as an upright PIL image in RGB and sRGB: 16-bit values are scaled to 8 bits, colours are
+    converted, and transparent pictures are laid over white. Of an animated image, the first picture is returned. Raises
+    Skip if the file cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -489,8 +489,8 @@ def open_photo(path):
 
 def coded_picture(path, pictures=1):
     """If a file is a PNG that names its colours in a cICP chunk, return its picture as a frame of PyAV, since PIL does
-    not read this chunk. Return None for other files. pictures: how many pictures the file holds. Raises Skip for an
-    animation or colours that are not supported.
+    not read this chunk. Return None for other files. pictures: how many pictures the file holds. Raises Skip for a PNG
+    with this chunk that is animated or whose colours are not supported.
     """
     import av
 
@@ -572,8 +572,8 @@ def to_uint8(video):
 def write_mp4(path, video, fps, comment="", crf=10):
     """Write a video (3,T,H,W) in [-1,1] as H.264, yuv420p. The file has a temporary name until it is complete.
 
-    comment: text stored in the file's metadata. crf: x264's quality, 0 (lossless) to 51; the result with 10 looks the
-    same as the source.
+    comment: text stored in the file's metadata. crf: x264's constant rate factor, from 0 (the best quality) to 51; a
+    video written with 10 looks the same as the source.
     """
     write_frames(path, [to_uint8(video)], fps, comment, crf)
 
@@ -621,7 +621,7 @@ def frame_rate(path):
 
 
 # ---- sound -----------------------------------------------------------------------------------------------------------
-MAX_JITTER = 0.015  # seconds between the end of a piece of sound and the next piece that do not count as a gap
+MAX_JITTER = 0.015  # seconds: a shorter pause, or overlap, between two pieces of sound does not count as a gap
 MAX_SILENCE = 60  # seconds between two pieces of sound; more means damaged times
 
 
@@ -787,9 +787,9 @@ def to_video(frames, device="cpu"):
 
 
 def preview_writer(colors, path, every, label):
-    """Return a function that sampling calls after each step with (step, predicted clean latents (B,C,T',h,w)). Once
-    every `every` steps, the function writes a contact sheet of the first clip to `path`. colors: the matrix that
-    latent_to_rgb returned. label: text of the sheet.
+    """Return a function that sampling calls after each step with (step, the clean latents (B,C,T',h,w) that the model
+    predicts at this step). Every `every` steps, the function writes a contact sheet of the first clip to `path`.
+    colors: the matrix that latent_to_rgb returned. label: text written above the frames, after the step's number.
     """
 
     def write(step, x0):
