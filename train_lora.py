@@ -57,11 +57,11 @@ def arguments(argv=None):
     add("--delta_cap", type=float, help="maximum change ||dW||/||W|| of each weight matrix W (default: no limit)")
     add("--name", default="adapter_model", help="base name of the saved adapter files (default: %(default)s)")
     add("--keep", type=int, help="number of newest saves to keep as step-numbered files (default: all)")
-    words = "trigger words a,b,c to store in the adapter's file; --preserve applies to captions without them"
+    words = "trigger words a,b,c to store in the adapter's file; --preserve preserves the captions without these words"
     add("--trigger", type=flags.comma_list, help=words + " (default: none; without --data, nano's new words)")
     add = p.add_argument_group("prior preservation").add_argument
-    preserve = "loss weight of samples with a prompt to preserve, which are half of all samples; their target is the "
-    add("--preserve", type=float, default=0.0, help=preserve + "base model's prediction (default: 0, no such samples)")
+    half = "give half of the samples captions without a word of --trigger, and train them towards the base model's own "
+    add("--preserve", type=float, default=0.0, help=half + "prediction, with this loss weight (default: 0, no samples)")
     prompts = "text file of prompts to preserve, one per line, in addition to the captions without a word of --trigger"
     add("--preserve_prompts", help=prompts)
     add = p.add_argument_group("base model").add_argument

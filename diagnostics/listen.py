@@ -169,9 +169,8 @@ def cell(score):
 
 
 def show_scores(scores):
-    """Print a table of scores {column: {suite: {kind of score: what proportion or average returned}}}. Then print each
-    score whose interval in the last column lies below its interval in the column before. The last column must have
-    every suite.
+    """Print a table of `scores`, as returned by judge. Then print each score whose interval in the last column lies
+    below its interval in the column before. The last column must have every suite.
     """
     wide = max(24, *(len(name) + 2 for name in scores))
     print(" " * 23 + "".join(f"{name:{wide}}" for name in scores).rstrip())
@@ -224,8 +223,9 @@ def psnr(a, b):
 
 
 def judge(columns, rows, seed, load=None, grader=None, **settings):
-    """Sample the Rows in every column. Return {column: {suite: {kind of score: what proportion or average returned}}}.
-    A suite is a word, "all words" or "other prompts" (Rows that test no word). The kinds of score:
+    """Sample the Rows in every column. Return {column: {suite: {kind of score: statistics}}}. statistics: what
+    `proportion` returns for "clip", and what `average` returns for the other kinds. A suite is a word,
+    "all words" or "other prompts" (Rows that test no word). The kinds of score:
 
     "clip", for Rows that test a word: the share of clips for which CLIP gives the first of the Row's texts (the correct
     one) the highest probability, averaged over frames. "psnr", for the other Rows: the mean PSNR in dB between a clip

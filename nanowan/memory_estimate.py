@@ -592,9 +592,9 @@ def training(spec, builders, make_trainable):
 
 
 def traced_training(spec, dit, encoder, groups, entry, trains_encoder):
-    """Run a training step of one rank and return (peak bytes without weights, bytes of optimizer states and EMA).
-    groups: what make_trainable returned. entry: a cached sample, as for flow.make_noisy_batch. trains_encoder: whether
-    the text encoder is trained; if so, the step runs it too.
+    """Run a training step of one rank and return (peak bytes without the models' weights, bytes of optimizer states and
+    EMA); the peak includes the second number. groups: what make_trainable returned. entry: a cached sample, as for
+    flow.make_noisy_batch. trains_encoder: whether the text encoder is trained; if so, the step runs it too.
     """
     dit.checkpointing, batch, shape, layout = spec.checkpointing, spec.batch, entry["latents"].shape, spec.layout
     params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

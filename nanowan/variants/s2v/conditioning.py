@@ -167,8 +167,8 @@ class Speech(Conditioning):
         ),
         "sync_sound": dict(
             action="store_true",
-            help="cut the first 3/16 s of the video's sound; otherwise, without --start_from_ref, the lips move 3/16 s "
-            "before the sound",
+            help="cut the first 3/16 s of the video's sound, since it lags behind the lips by this time; no effect "
+            "with --start_from_ref, with which there is no lag",
         ),
     }
     encoders = {"audio": Encoder("wav2vec2-large-xlsr-53-english", "model*.safetensors", wav2vec2.load_wav2vec2)}
