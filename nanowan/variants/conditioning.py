@@ -72,7 +72,7 @@ class Encoder(NamedTuple):
 
 
 def draw_noise(shape, seed, device, r=0):
-    """Return normal noise (fp32) of this shape: the last of r + 1 tensors drawn from a generator with this seed."""
+    """Return normal noise (fp32) of this shape. It is draw r, counted from 0, from a generator with this seed."""
     generator = torch.Generator(device).manual_seed(seed)
     for _ in range(r + 1):
         noise = torch.randn(shape, generator=generator, device=device)
@@ -81,7 +81,7 @@ def draw_noise(shape, seed, device, r=0):
 
 class Video:
     """A video to be sampled segment by segment. This class makes a video of one segment, a single clip. In the
-    subclasses for S2V and Animate, each segment continues the previous one.
+    subclasses for S2V, Animate and Animate-2, each segment continues the previous one.
 
     count: number of segments. size: (width, height) px. shape: (C,T',h,w) of a segment's latents. fps: frames per
     second. sound: a file whose sound goes into the mp4, or None. sound_offset: when the sound begins in the mp4, in
@@ -170,6 +170,6 @@ class Conditioning:
 
     def encode(self, vae, images, size, frames):
         """Return the Conditions of a clip with `frames` frames and `size` (width, height) px. images: a tuple of PIL
-        images: empty, the first frame, or the first and the last frame.
+        images. It is empty, or holds the first frame, or the first and the last frame.
         """
         return Conditions()

@@ -4,11 +4,11 @@ import torch
 
 
 class Examples:
-    """Stand-ins for T2V, TI2V and I2V. The other variants' classes of stand-ins are derived from this class. `shape` is
-    always the shape of one clip's latents, (C,T',h,w).
+    """Stand-ins for T2V, TI2V and I2V, and the base class of the other variants' stand-ins. In the methods, `shape` is
+    the shape (C,T',h,w) of one clip's latents.
 
-    uncond_inputs: names of the `inputs` that have different values in the two halves of guidance, so that memory
-    holds two values of each.
+    uncond_inputs: names of the `inputs` that differ between guidance's conditional and unconditional halves, so that
+    memory holds two values of each.
     """
 
     uncond_inputs = ()
@@ -25,11 +25,13 @@ class Examples:
         return {"y": torch.empty(channels, *shape[1:])} if channels else {}
 
     def encoded_frames(self, frames, continuation):
-        """Return the number of frames that are encoded at once for a training sample of `frames` frames."""
+        """Return the number of frames of the longest video that the VAE encodes for a training sample of `frames`
+        frames.
+        """
         return frames
 
     def decoded_frames(self, latent_frames):
-        """Return the number of latent frames that are decoded at once for a segment of `latent_frames`
-        latent frames.
+        """Return the number of latent frames that the VAE decodes in one call, for a segment of `latent_frames` latent
+        frames.
         """
         return latent_frames

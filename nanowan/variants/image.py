@@ -12,9 +12,9 @@ from nanowan.video import cover, to_tensor
 
 
 class FirstFrame(Conditioning):
-    """TI2V's conditioning. An image, if given, becomes the first latent frame, which stays clean, at t = 0. A last
-    image, if given, becomes the last latent frame, which stays clean too: five copies of the last image are encoded as
-    a video of two latent frames, and the second of these is used.
+    """TI2V's conditioning. An image, if given, becomes the first latent frame. A last image, if given, becomes the last
+    latent frame: five copies of it are encoded as a video of two latent frames, and the second latent frame is used.
+    Both given latent frames stay clean, at t = 0.
     """
 
     takes_image = True
@@ -103,9 +103,8 @@ def too_small(area, width, height, side):
 
 
 def best_size(width, height, area, step):
-    """Return the (width, height) px with sides that are multiples of `step`, an area of at most `area` px, and the
-    aspect ratio nearest to that of an image of width x height px (official best_output_size). Raises BadInput if a side
-    would be 0.
+    """Return the (width, height) px of a video with at most `area` px and about the aspect ratio of an image of width x
+    height px. Sides are multiples of `step` (official best_output_size). Raises BadInput if a side would be 0.
     """
     ratio = width / height
     ow = (area * ratio) ** 0.5

@@ -37,9 +37,10 @@ VARIANTS = TEXT_AND_IMAGE | {
 
 class Parts(NamedTuple):
     """The code for one model_type. model: the DiT's class. conditioning: the Conditioning, for sampling. samples: the
-    subclass of Samples, for training. examples: the Examples, for the memory estimate. read_config: a function that
-    completes the configuration from the files, or None. recommend: None, or a function that takes a configuration and
-    returns {field of Settings: value}; these values replace those in VARIANTS.
+    subclass of Samples, for training. examples: the Examples, for the memory estimate. read_config: the function that
+    makes the variant's configuration from a WanConfig and the files (see read_config in s2v/model.py), or None if
+    WanConfig is enough. recommend: a function that takes a configuration and returns {field of Settings: value}, where
+    the values replace those in VARIANTS; or None.
     """
 
     model: type

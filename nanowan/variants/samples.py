@@ -26,8 +26,8 @@ class Samples:
         self.pipe = pipe
 
     def is_sidecar(self, path):
-        """Return whether a file in the folder belongs to a clip instead of being a sample itself. Raises Skip if that
-        clip does not exist.
+        """Return whether a file in the data folder is a sidecar, which belongs to a clip and is no sample itself.
+        Raises Skip for a sidecar that is not used, for example because its clip does not exist.
         """
         return False
 
@@ -50,8 +50,8 @@ class Samples:
         return {}
 
     def group(self, item):
-        """Return the key by which items are divided into groups. The items of a step are from one group, except that
-        the items that are left over from all groups are mixed.
+        """Return the key of an item's group. Each step is filled with items of one group. The items that then remain in
+        each group, too few for a step, share steps with those of other groups.
         """
         return item.bucket
 
@@ -92,7 +92,7 @@ class Samples:
 
     def to_decode(self, latents, entry):
         """Return the latents that the VAE decodes, given the latents (1,C,T',h,w) that were sampled with the inputs of
-        `entry`.
+        `entry`. Subclasses remove or add the latent frame of the reference picture.
         """
         return latents
 

@@ -11,7 +11,7 @@ MAX_STRETCH = 1.02
 
 
 class ClipSamples(Samples):
-    """Samples of clips that need sidecars for training. Most sidecars are videos as long as the clip.
+    """Samples of clips that may have sidecars. A sidecar is a video as long as its clip or, for S2V only, a sound.
 
     videos: the kinds of sidecar videos that a clip may have. squares: the kinds that are square, whatever the clip's
     aspect ratio.
@@ -49,7 +49,7 @@ class ClipSamples(Samples):
         return {kind: (item.width, item.height) for kind in item.sidecars if kind in self.videos}
 
     def find(self, path):
-        """Return {kind: file} for the sidecars of the clip `path`. Raises Skip if a sidecar is missing."""
+        """Return {kind: file} for the sidecars of the clip `path`. Subclasses raise Skip if a sidecar is missing."""
         files = {kind: video_beside(path, kind) for kind in self.videos}
         return {kind: file for kind, file in files.items() if file}
 

@@ -4,7 +4,7 @@ Images: B images, S side of the input image (224), P patch (14), L = 1 + (S/P)^2
 head width. Texts: L tokens, D width (1024). E width of the space that images and texts share (1024).
 
 Animate's DiT gets the image tokens that enter CLIP's last block, so `VisionEncoder` leaves out that block, everything
-after it, and the textual tower. `CLIP` has both towers, for diag.py listen.
+after it, and the textual tower. `CLIP` has both complete towers; diag.py listen uses it.
 Source: official wan/modules/animate/clip.py, xlm_roberta.py and tokenizers.py, whose tensor names are kept. The class
 token's norm and projection, which the official clip.py leaves out, follow CLIP (Radford et al., 2021).
 """
@@ -113,10 +113,11 @@ class ImageTower(VisionTransformer):
 # ---- texts -------------------------------------------------------------------------------------------------------
 class XlmRobertaTokenizer:
     """A tokenizer that gives the token ids of transformers' XLM-RoBERTa tokenizer: the start token, the pieces, the end
-    token. A text is cut off after `length` ids, but keeps its end token. Ids are fairseq's, one above sentencepiece's.
-    Unlike in transformers, the name of a special token, such as </s>, is tokenized like other text.
+    token. The id of a piece is one above its id in sentencepiece.bpe.model. A text is cut off after `length` ids, but
+    keeps its end token. Unlike in transformers, the name of a special token, such as </s>, is tokenized like other
+    text.
 
-    model: the bytes of sentencepiece.bpe.model. Raises ValueError for other bytes.
+    model: the bytes of sentencepiece.bpe.model. Raises ValueError if they are not a sentencepiece model.
     """
 
     def __init__(self, model, length=512):
@@ -176,7 +177,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """CLIP with its image and text towers. load_clip sets `tokenizer`."""
+    """CLIP with its image and text towers. `tokenizer`, which encode_texts needs, is None until load_clip sets it."""
 
     def __init__(self, visual, textual):
         super().__init__()
@@ -199,8 +200,8 @@ class CLIP(nn.Module):
         return F.normalize(torch.cat([self.textual(i) for i in ids]), dim=1)
 
     def probabilities(self, images, texts):
-        """Return (B,A): for each image, the probability of each text, assuming that exactly one of the texts describes
-        the image. images, texts: their features (B,E) and (A,E).
+        """Return (B,A): for each of B images, the probability of each of A texts, assuming that exactly one of the
+        texts describes the image. images, texts: their features (B,E) and (A,E).
         """
         return (self.log_scale.exp() * images @ texts.T).softmax(1)
 
@@ -234,8 +235,8 @@ def last_block(entries):
 
 
 def read_clip(path):
-    """Return (file, {name: Entry}) of models_clip_open-clip-xlm-roberta-large-vit-huge-14 (.pth or .safetensors). path:
-    that file, or a checkpoint folder that holds it.
+    """Return the path of CLIP's file, models_clip_open-clip-xlm-roberta-large-vit-huge-14 (.pth or .safetensors), and
+    the headers {name: Entry} of its tensors. path: this file, or a checkpoint folder that holds it.
     """
     what = "CLIP (models_clip_open-clip-xlm-roberta-large-vit-huge-14, .pth or .safetensors)"
     file = find(path, "models_clip*", what)
@@ -254,9 +255,9 @@ def load_vision(path, device="cpu", dtype=torch.float32):
 
 
 def load_clip(path, device="cpu", dtype=torch.float32):
-    """Load CLIP with both towers, frozen and in eval mode, and its tokenizer. The tokenizer is sentencepiece.bpe.model
-    in xlm-roberta-large/ or next to the weights. On the meta device, only headers and the tokenizer are read. Raises
-    BadInput if something is missing or does not fit.
+    """Load CLIP with both towers, frozen and in eval mode, and its tokenizer. The tokenizer's file,
+    sentencepiece.bpe.model, is next to the weights or in the folder xlm-roberta-large/ next to them. With device
+    "meta", the weights are not read. Raises BadInput if something is missing or does not fit.
     """
     file, entries = read_clip(path)
     candidates = [file.parent / TOKENIZER, file.parent / Path(TOKENIZER).name]

@@ -16,8 +16,8 @@ from nanowan.video import has_sound, sound_delay
 
 
 class ReferencedVideo(Video):
-    """A video in segments, each of which has a reference picture as its first latent frame. known: the last frames
-    (1,3,n,H,W) of the segment decoded last, with which the next segment begins; None until a segment is decoded.
+    """A video in segments, each of which has a reference picture as its first latent frame. known (1,3,n,H,W): the last
+    frames of the previous segment, with which the next segment begins; None until a segment is decoded.
     """
 
     known = None

@@ -1,12 +1,12 @@
 """The folder that Animate's preprocessing writes, and the inputs that the model gets from it, clip by clip.
 
-n frames of the driving video, H W px (the pose video's)    c frames of a clip (4k+1)    S side of the face crops
-r frames of a clip that are known from the previous clip (1 or 5)
+n frames of the driving video    H W height and width (px) of the pose video    c frames of a clip (4k+1)
+S side of the face crops (px)    r frames of a clip that are known from the previous clip (1 or 5)
 T' = 1 + (c-1)/4 latent frames, z channels of latents (16), h w latent pixels
 
 src_pose.mp4 and src_face.mp4 supply the motion; src_ref.png shows the character. To replace a person in the driving
 video, the folder also holds src_bg.mp4, the video without that person, and src_mask.mp4, white where the person was.
-prepare.py makes such a folder, with the functions in the middle of this file.
+prepare.py makes such a folder.
 Source: official wan/animate.py and wan/modules/animate/preprocess.
 """
 
@@ -45,8 +45,9 @@ class Source:
 
 
 class ClipInputs(NamedTuple):
-    """The DiT's inputs for one clip: y (1,4+z,1+T',h,w), a mask of 4 channels and latents of z channels, which are
-    concatenated after the noise; pose latents (1,z,T',h,w); face crops (1,3,c,S,S) in [-1,1].
+    """The DiT's inputs for one clip. y (1,4+z,1+T',h,w): a mask (4 channels), then latents (z channels); y is
+    concatenated after the channels of the noise. pose (1,z,T',h,w): latents of the pose video. face (1,3,c,S,S): face
+    crops in [-1,1].
     """
 
     y: torch.Tensor
@@ -109,7 +110,7 @@ def read_video(file):
 def frame_indices(times, video_fps, fps):
     """Return the indices of the frames that are used when a video is resampled to `fps` frames per second: for each
     multiple of 1/fps, the frame nearest in time. times: when the video shows each frame, in seconds. video_fps: the
-    video's own mean number of frames per second.
+    video's own number of frames per second.
     """
     wanted = np.arange(int(len(times) / video_fps * fps)) / fps
     between = np.interp(wanted, times, range(len(times)))
@@ -117,8 +118,8 @@ def frame_indices(times, video_fps, fps):
 
 
 def area_size(width, height, area):
-    """Return a (width, height) px with about this area and the aspect ratio of width x height. Sides are rounded down
-    to multiples of 16. Raises BadInput if a side would be 0.
+    """Return the (width, height) px of a video with about `area` px and about the aspect ratio of width x height. Sides
+    are rounded down to multiples of 16. Raises BadInput if a side would be 0.
     """
     h = math.sqrt(area / (width / height))
     w, h = (int(side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (area / h, h))
@@ -129,8 +130,8 @@ def area_size(width, height, area):
 
 def resize(image, width, height, area=False):
     """Resize an image (h,w,...), uint8 or float32, to width x height px without antialiasing, as OpenCV's INTER_LINEAR
-    does. With `area`, each new pixel is the mean of the area that it covers, as with INTER_AREA; the image can then
-    only be made smaller. uint8 values may differ from OpenCV's by 1.
+    does. With `area`, which works only for making an image smaller, each new pixel is the mean of the area that it
+    covers, as with INTER_AREA. uint8 values may differ from OpenCV's by 1.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1).float()
     if area:
@@ -177,8 +178,8 @@ def letterbox(image, width, height, area=False):
 
 
 def fit_frame(image, width, height):
-    """Return a frame (h,w,...) letterboxed into width x height px, the size of the resulting video. Used when a person
-    is replaced.
+    """Letterbox a frame (h,w,...) into the size of the resulting video, width x height px. prepare.py does this if a
+    person is replaced.
     """
     return letterbox(image, width, height, area=width * height < image.shape[0] * image.shape[1])
 
@@ -228,7 +229,8 @@ def grow_mask(mask, iterations=3, k=7, w_len=1, h_len=1):
 def clip_ranges(n, length, overlap):
     """Return [(start, end)] of the clips of `length` frames that together cover a driving video of n frames. Each clip
     begins with the last `overlap` frames of the previous one. The last clip may end after frame n; `ping_pong` supplies
-    the frames after n. Raises BadInput if these numbers do not fit each other.
+    the frames after n. Raises BadInput unless overlap is 1 or 5, length is 4k+1 and at least 2 * overlap, and n is
+    above overlap.
     """
     if overlap not in OVERLAPS:
         raise BadInput(f"--refert_num {overlap}: should be 1 or 5")
@@ -265,24 +267,24 @@ def pixels(images, device):
 
 
 def encode_reference(vae, clip, source, device):
-    """Return the two inputs that all clips share, made from the reference picture: latent frame 0 of ClipInputs.y,
-    (1,4+z,1,h,w), and CLIP's tokens (1,n,C).
+    """Return the two inputs that are made from the reference picture and that all clips share: latent frame 0 of
+    ClipInputs.y, (1,4+z,1,h,w), and the picture's CLIP tokens, as VisionEncoder.encode returns them.
     """
     image = pixels([source.reference], device)  # (1,3,1,H,W)
     return mark_given(vae.encode(image)), clip.encode(image[:, :, 0])
 
 
 def mark_given(z):
-    """Return latents (1,z,T,h,w) with a mask of ones in front, (1,4+z,T,h,w). The ones tell the DiT that these
-    latents are known, not to be generated.
+    """Return latents (1,z,T,h,w) with 4 channels of ones in front, (1,4+z,T,h,w). The ones tell the DiT that these
+    latents are given.
     """
     return torch.cat([torch.ones_like(z[:, :4]), z], 1)
 
 
 def encode_clip(vae, source, span, reference, known=None):
     """Return the ClipInputs of one clip. span: its (start, end), from clip_ranges. reference: latent frame 0 of y, as
-    encode_reference returned it, on the device to use. known (1,3,r,H,W): the last frames of the previous clip, as the
-    VAE decoded them.
+    encode_reference returned it. known (1,3,r,H,W): the last frames of the previous clip, as the VAE decoded them; None
+    for the first clip.
     """
     pose, face = (pixels(ping_pong(video, span), reference.device) for video in (source.pose, source.face))
     scene = None if source.background is None else [ping_pong(v, span) for v in (source.background, source.mask)]
@@ -290,12 +292,13 @@ def encode_clip(vae, source, span, reference, known=None):
 
 
 def encode_scene(vae, shape, reference, scene=None, known=None):
-    """Return the y of ClipInputs for a clip whose pixels have this `shape`, (1,3,c,H,W). scene: the clip's background
-    and mask, two lists of arrays as in Source, or None if nobody is replaced. reference, known: as in encode_clip.
+    """Return the y of ClipInputs for one clip. shape: (1,3,c,H,W), the shape of the clip in pixels. scene: the clip's
+    background and mask, two lists of arrays as in Source, or None if nobody is replaced. reference, known: as in
+    encode_clip.
 
-    After the reference, y holds the latents of the known frames, followed by those of the background, or of grey frames
-    if there is no scene. The mask in y is 1 for the reference and the known frames and, if there is a scene, outside of
-    the person.
+    After the reference, y holds the latents of a video that begins with the known frames and goes on with the
+    background or, if there is no scene, with grey frames. The mask in y is 1 where the DiT is to keep what it gets: in
+    the reference, in the known frames and, if there is a scene, where the scene's mask shows no person.
     """
     device, latent_size = reference.device, reference.shape[3:]
     if scene is None:

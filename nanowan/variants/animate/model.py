@@ -262,7 +262,7 @@ class Context(NamedTuple):
 
 class Image(NamedTuple):
     """An embedded picture, ready for the blocks: its tokens (B,n,D), and for each block the keys and values of these
-    tokens, or None.
+    tokens, or None if the block is to compute them.
     """
 
     tokens: torch.Tensor
@@ -271,7 +271,7 @@ class Image(NamedTuple):
 
 class Face(NamedTuple):
     """The embedded faces of a clip, ready for the adapters: face tokens (B,T',J,D), and for each adapter the keys and
-    values of these tokens, or None.
+    values of these tokens, or None if the adapter is to compute them.
     """
 
     tokens: torch.Tensor
@@ -417,8 +417,8 @@ class WanAnimate(ImageWan):
 
 
 def motion_sizes(shape, entries):
-    """Return {field of AnimateConfig: value} for the motion encoder in a DiT with these headers {name: Entry}.
-    shape(name): returns a tensor's shape.
+    """Return {field of AnimateConfig: value} for the motion encoder in a DiT. shape(name): returns the shape of a
+    tensor. entries: the headers {name: Entry} of the DiT's tensors.
     """
     convs = "motion_encoder.enc.net_app.convs"
     halvings = sum(name.startswith(convs) and name.endswith(".conv2.1.weight") for name in entries)

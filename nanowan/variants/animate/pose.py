@@ -1,7 +1,7 @@
-"""A person's whole-body keypoints: draw them as the skeleton that Animate follows; find them in pictures.
+"""Whole-body keypoints of a person: drawing them as the skeleton that Animate follows, and finding them in pictures.
 
 Keypoints are COCO's 133 whole-body points, each with x, y (px) and a score: 17 points of the body, 6 of the feet, 68 of
-the face, and 21 of each hand. The official networks find them.
+the face, and 21 of each hand. The official networks, yolov10m and vitpose, find them.
 Source: official wan/modules/animate/preprocess/{human_visualization,pose2d,pose2d_utils}.py.
 """
 
@@ -20,8 +20,8 @@ KEYPOINTS, FACE, HANDS = 133, slice(23, 91), (slice(91, 112), slice(112, 133))
 
 # ---- the skeleton ----------------------------------------------------------------------------------------------------
 # The skeleton's 20 joints are nose, neck; right and left shoulder, elbow, wrist; right and left hip, knee, ankle; eyes,
-# ears, toes. Joint i is the mean of points JOINTS[i] and JOINTS_TOO[i]. These are equal except for the neck, which lies
-# between the shoulders, and the toes, which lie between the big and the small toe.
+# ears, toes. Joint i is the mean of points JOINTS[i] and JOINTS_TOO[i]. The two points are equal except for the neck,
+# which lies between the shoulders, and the toes, which lie between the big and the small toe.
 JOINTS = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20]
 JOINTS_TOO = [0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 18, 21]
 LIMBS = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)]
@@ -38,7 +38,7 @@ MIN_SCORE = 0.5  # points with a lower score are not drawn
 def draw_pose(points, width, height):
     """Return an image (height,width,3) uint8 of a skeleton, drawn as in the model's training data. points (133,3): x y
     px and score of the whole-body keypoints. Body and hands are drawn, the face is not. Pixels equal those that OpenCV
-    draws, except at the edges of fingers in images whose sides both have 1000 px or more.
+    draws, except that the edges of fingers may differ if both sides of the image have 1000 px or more.
     """
     from PIL import Image, ImageDraw
 
@@ -74,8 +74,8 @@ def limb(a, b, radius):
 
 
 def fill_convex(pen, corners, color):
-    """Fill a convex polygon, its edges included, with OpenCV's rounding. PIL's own polygon is a pixel narrower in
-    places.
+    """Fill a convex polygon, including its edges, with the pixels that OpenCV would fill. ImageDraw.polygon leaves some
+    of these pixels out.
     """
     spans = {}
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
@@ -137,8 +137,8 @@ class Networks:
                 raise BadInput(f"{file}: cannot be read ({str(e).splitlines()[0]})") from None
 
     def run(self, index, x, shape):
-        """Return the first output of network `index` for x (3,H,W). shape: the shape that the output must have; a
-        length given as None may have any value.
+        """Return the first output of a network for one x (3,H,W), without the batch axis. index: 0 for yolov10m, 1 for
+        vitpose. shape: the shape that the output must have, with None for a length that may be any number.
         """
         session = self.sessions[index]
         try:
@@ -162,9 +162,9 @@ class Networks:
 
 
 def largest_person(rows, width, height):
-    """Return the box (4,) of the person to follow in a picture of width x height px, or the box of the full picture if
-    nobody is found or a side of the person's box is under 10 px. rows: detections (n,6), x1 y1 x2 y2 score class. Their
-    boxes are in px of the picture resized to a square of side PERSON_SIDE.
+    """Return the box (4,), x1 y1 x2 y2, of the person to follow in a picture of width x height px. If no person is
+    detected, or if a side of the box is under 10 px, return the box of the full picture. rows (n,6): detections, each
+    x1 y1 x2 y2 score class. Boxes in `rows` are in px of the picture resized to a square of side PERSON_SIDE.
     """
     rows = rows[rows[:, 4] > PERSON_SCORE]
     x1, y1, x2, y2 = (rows[:, :4] * np.float32([width, height, width, height]) / PERSON_SIDE).T
@@ -197,10 +197,11 @@ def suppress(boxes, scores, overlap=0.5):
 
 
 def pose_input(image, box):
-    """Return ((left, top, width, height) px, x (3,256,192)) for an image (H,W,3) and a box (4,): the area that
-    vitpose's heatmaps cover, and the input of vitpose. The area is the box scaled by 1.25, then made wider or
-    higher so that width to height is 3:4; outside the image it is black. As in the official code, channels are in the
-    order blue, green, red, but are normalised with the mean and deviation of red, green, blue.
+    """Return ((left, top, width, height), x (3,256,192)) for an image (H,W,3) and a person's box (4,). The first is an
+    area, in px of the image; x, vitpose's input, is this area, resized and normalised. The area is the box, scaled by
+    1.25 and made wider or higher, to an aspect ratio of 3:4. The part of the area outside the image is black. As in the
+    official code, channels are in the order blue, green, red, but are normalised with the mean and deviation of red,
+    green, blue.
     """
     w, h = POSE_SIZE
     center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
@@ -214,9 +215,9 @@ def pose_input(image, box):
 
 
 def heatmap_points(maps):
-    """Return (K,3) for heatmaps (K,h,w): where each map has its maximum, x and y as fractions of the map's width and
-    height, and the value of this maximum. Positions between pixels are found by one Newton step on the logarithm of the
-    blurred map, as for a Gaussian (Zhang et al. 2020, arXiv:1910.06278).
+    """Return (K,3) for heatmaps (K,h,w): for each map, the x and y of its maximum, as fractions of the map's width and
+    height, and the value of the maximum. One Newton step on the logarithm of the blurred map places x and y between
+    pixels (Zhang et al. 2020, arXiv:1910.06278).
     """
     K, h, w = maps.shape
     scores, at = maps.reshape(K, -1).max(1), maps.reshape(K, -1).argmax(1)

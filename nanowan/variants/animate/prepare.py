@@ -8,8 +8,9 @@ python -m nanowan.variants.animate.prepare ... --mask_video MASK.mp4    # the ch
 
 The files are lossless: src_pose.mp4 (with the sound of V), src_face.mp4, src_ref.png, and with --mask_video also
 src_bg.mp4 and src_mask.mp4. Poses come from a video, from keypoints, or from the official networks, which need
-onnxruntime. Not implemented: making masks with SAM2, fitting poses to the character's proportions (--retarget_flag),
-and FLUX. docs/variants.md describes the JSON files. Source: official wan/modules/animate/preprocess.
+onnxruntime. Unlike the official code, this script does not make masks with SAM2, and does not fit poses to the
+character's proportions (--retarget_flag, --use_flux). docs/variants.md describes the JSON files.
+Source: official wan/modules/animate/preprocess.
 """
 
 import argparse
@@ -58,8 +59,8 @@ class Clip(NamedTuple):
         return len(self.times)
 
     def frames(self, seconds, desc=None):
-        """For each time in `seconds`, which ascend, yield the frame (H,W,3) uint8 that is shown nearest to this time.
-        desc: the title of a progress bar, or None for no bar.
+        """Yield a frame (H,W,3) uint8 for each time in `seconds`: the frame that is shown nearest to this time.
+        seconds: in ascending order. desc: the title of a progress bar, or None for no bar.
         """
         with (
             tqdm(total=len(seconds), desc=desc, unit="frame", disable=None if desc else True) as bar,
@@ -72,9 +73,7 @@ class Clip(NamedTuple):
 
 @contextlib.contextmanager
 def decoding(file, flag):
-    """Return a context manager for code that reads a video. If this code raises a Skip, because the video cannot be
-    read, the context manager turns the Skip into a BadInput.
-    """
+    """Return a context manager in which a Skip, raised for a video that cannot be read, becomes a BadInput."""
     try:
         yield
     except Skip as e:
@@ -105,8 +104,8 @@ def open_video(file, flag, like=None):
 
 
 def rate(shown, file):
-    """Return the frames per second of a video.Shown: the rate that its file states, or the mean rate if the rate
-    varies.
+    """Return the frames per second of a video: the rate that the file states or, if it states none or the rate varies,
+    the mean rate. shown: the video's video.Shown. Raises Skip if the file states none and has only one frame.
     """
     if "variable rate" not in shown.notes and (fps := frame_rate(file)):
         return fps
@@ -221,11 +220,12 @@ def new_folder(path):
 
 
 class Work(NamedTuple):
-    """Everything that is needed to make the files of a folder.
+    """The inputs from which main makes the files of the folder.
 
     indices: the frames of `video` that are used, in order of time. size: (width, height) px of the result. mask_video:
     a Clip if a person is replaced, else None. pose_video: a Clip, or None. keypoints (n,133,3), faces (n,4): the
-    keypoints and the face boxes in the n used frames, in px of frames resized to `frame_size`; None if not known.
+    keypoints and the face boxes in the n used frames, in px of the frames that the method `frames` yields; None if
+    neither a file nor a network gave them.
     """
 
     video: Clip
@@ -252,7 +252,7 @@ class Work(NamedTuple):
         return self.size if self.mask_video else (self.video.width, self.video.height)
 
     def frames(self, desc):
-        """Yield the used frames (H,W,3), resized to frame_size."""
+        """Yield the used frames (H,W,3), letterboxed into `size` if a person is replaced."""
         for image in self.video.frames(self.seconds, desc):
             yield fit_frame(image, *self.size) if self.mask_video else image
 

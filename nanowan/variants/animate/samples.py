@@ -34,8 +34,8 @@ class CharacterSamples(ClipSamples):
 
     @functools.cached_property
     def _motion_key(self):
-        """Return a hash of the motion encoder's weights. The digest of the files that store them would not do, because
-        these files hold the full DiT.
+        """Return a hash of the motion encoder's weights alone. A hash of their files would not do this, because the
+        files also hold the rest of the DiT.
         """
         weights = hashlib.blake2b()
         for _, p in sorted(self.pipe.acquire("motion").named_parameters()):
@@ -88,7 +88,7 @@ class CharacterSamples(ClipSamples):
 
 
 def known_frames(item):
-    """Return those of the numbers 1 and 5 that a continuation segment of this item may use as its number of known
-    frames. A number is allowed if it is at most half of the item's frames.
+    """Return the numbers of known frames that a continuation segment of this item may have. Possible numbers are 1 and
+    5; each needs an item of at least twice as many frames.
     """
     return [n for n in inputs.OVERLAPS if item.frames >= 2 * n]

@@ -28,7 +28,8 @@ DRIVING_PROMPT = "人物动作的参考视频"  # default prompt of the driving 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def frame_size(width, height, area):
     """Return the (width, height) px of the video for a picture of width x height px. The video has about `area` px and
-    the picture's aspect ratio; its sides are rounded down to multiples of 16. Raises BadInput if a side would be 0.
+    about the picture's aspect ratio; its sides are rounded down to multiples of 16. Raises BadInput if a side would be
+    0.
     """
     aspect = height // SIZE_MULTIPLE / max(1, width // SIZE_MULTIPLE)
     sides = (math.sqrt(area / aspect), math.sqrt(area * aspect)) if aspect else (0, 0)

@@ -3,11 +3,11 @@
 Letters are those of wan.py, and  T' latent frames: the reference picture, then those of the video   n tokens of a
 latent frame, H'W'   S image tokens of CLIP
 
-Before a clip is sampled, the driving video passes once through the same blocks, clean and at t = 1. In this pass, it
-has its own prompt and its own CLIP tokens. The keys and values that the blocks compute in this pass are stored. In
-every step, a token of the clip attends to all tokens of the clip and to the driving video's tokens of the same latent
-frame. The positions of the driving video are shifted by one latent frame, because the clip begins with the reference.
-They are also shifted to the right by the width of the clip.
+Before a clip is sampled, the driving video passes once through the same blocks, without noise and with t = 1 (of 1000).
+In this pass, the blocks get the driving video's own prompt and the CLIP tokens of its first frame, and the keys and
+values that they compute are stored. In every step, a token of the clip attends to all tokens of the clip and to the
+driving video's tokens of the same latent frame. The positions of the driving video are shifted by one latent frame,
+because the clip begins with the reference. They are also shifted to the right by the width of the clip.
 Source: diffusers' WanAnimate2Transformer3DModel (0.42.1); the tensors are those of Wan 2.1's I2V-14B.
 """
 
@@ -49,7 +49,7 @@ class DrivenAttention(NamedTuple):
     log_scale: float
 
     def __call__(self, q, k, v):
-        """Return the output (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). RoPE is in q, k and `keys` already."""
+        """Return the output (B,T'n,N*d) for the clip's q, k, v (B,T'n,N,d). RoPE was applied to q, k and `keys`."""
         n = q.shape[1] - self.keys.shape[1]
         first, *later = q.split(n, 1)
         frames = [self.attend(first, k, v)]
@@ -153,8 +153,8 @@ class WanAnimate2(ImageWan):
     def embed_inputs(self, *, driving, clip, driving_clip=None, driving_text=None, unconditional=None):
         """Return the embedded Inputs. driving, driving_clip, driving_text: the three arguments of read_driving; or, as
         `driving` alone, the Driving that read_driving returned. clip: CLIP's tokens (B,S,C) of the reference picture,
-        or an Image. unconditional: (B,), 1 for each sample in guidance's unconditional half, for which block SKIPPED is
-        left out, 0 for the others; or one bool for all samples.
+        or an Image. unconditional: (B,), 1 for each sample in guidance's unconditional half and 0 for the others; or
+        one bool for all samples. The unconditional half skips block SKIPPED.
         """
         if not isinstance(driving, Driving | Recorder):
             driving = self.read_driving(driving, driving_clip, driving_text)

@@ -14,7 +14,7 @@ from nanowan.variants.examples import Examples
 from nanowan.variants.s2v import model, wav2vec2
 from nanowan.video import probe, read_windows, to_tensor
 
-# number of frames dropped at the start of the first segment: they look like the reference picture, decoded before them
+# number of frames dropped at the start of the first segment: they look like the reference picture, which precedes them
 DROPPED_FRAMES = 3
 MIN_POSE_FRAMES = 3
 

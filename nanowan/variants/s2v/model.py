@@ -51,8 +51,8 @@ PUBLISHED = dict(
 
 # ---- sound -> audio tokens -------------------------------------------------------------------------------------
 class CausalConv1d(nn.Module):
-    """A convolution over time whose output at a position depends on the vector there and the two before it. Copies of
-    the first vector are used in place of the missing vectors before it.
+    """A convolution over time. The output at a position depends on the input at this position and at the two before it.
+    Copies of the first input stand in for inputs before it.
     """
 
     def __init__(self, cin, cout, stride):
@@ -83,9 +83,7 @@ class AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def downsample(self, x):
-        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D). `forward` uses the same convolutions for the vectors
-        and for the tokens that it returns.
-        """
+        """Return x (B,T,D/4), downsampled to (B,T/4 rounded up,D)."""
         return norm_silu(self.conv3(norm_silu(self.conv2(norm_silu(x)))))
 
     def forward(self, x):
@@ -117,8 +115,9 @@ class AudioEncoder(nn.Module):
         return self.encoder(x.transpose(1, 2))
 
     def encode_clip(self, features):
-        """Return (vectors, tokens), as forward does, for the F/4 latent frames of a clip with F speech features. In
-        every clip, even a later one, copies of the clip's first feature take the place of the features before it.
+        """Return (vectors, tokens), as forward does, for the F/4 latent frames of a clip with F speech features. The
+        convolutions also look at features before the clip. Copies of the clip's first feature stand in for these, even
+        if there is a previous clip.
         """
         first = features[..., :1].expand(-1, -1, -1, MOTION_FRAMES)
         return [x[:, MOTION_LATENTS:] for x in self(torch.cat([first, features], -1))]
@@ -219,15 +218,15 @@ class FramePacker(nn.Module):
 # ---- pictures and clips: the inputs in pixels --------------------------------------------------------------------
 def fit_size(width, height, area):
     """Return the (width, height) px of the video for a reference picture of width x height px. Sides are multiples of
-    64, the aspect ratio is about the picture's, and the area is at most `area` px. The video is no larger than the
-    picture, except that sides are rounded up to multiples of 64. Raises BadInput if a side would be under 64. In this
-    case, the official code returns a side of 0.
+    64, the aspect ratio is about the picture's, and the area is at most `area` px. The picture is never enlarged,
+    except to round its sides up to multiples of 64. Raises BadInput if a side would be under 64; the official code then
+    returns a side of 0.
     """
     pixels, longest = width * height, 1.0
     shortest = 0.1
     if pixels > area:
         longest = math.sqrt(area / pixels)  # the scale if no side were rounded up
-        b, c = 63 * (height + width), 63**2 - area  # both rounded up by 63; the official formula has 2ac, not 4ac
+        b, c = 63 * (height + width), 63**2 - area  # both sides rounded up by 63; the official formula has 2ac, not 4ac
         shortest = (math.sqrt(b * b - 2 * pixels * c) - b) / (2 * pixels)
     for i in range(100):
         scale = longest - (longest - shortest) * i / 100

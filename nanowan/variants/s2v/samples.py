@@ -37,8 +37,8 @@ class SpeechSamples(ClipSamples):
         return files
 
     def changed(self, path, shown, sidecars, cache):
-        """Return what Samples.changed returns, and {"sound": ["gaps"]} if the sound has gaps, because earlier versions
-        of nanoWan ignored the gaps.
+        """Return what ClipSamples.changed returns and, if the sound is broken (video.is_sound_broken), also {"sound":
+        ["gaps"]}. Earlier versions of nanoWan ignored gaps in a sound.
         """
         sound = sidecars.get("sound", (path, digest(path)))
         gaps = {"sound": ["gaps"]} if cached_is_sound_broken(*sound, cache) else {}

@@ -29,11 +29,11 @@ MIN_SAMPLES = 720  # two encoder frames, the fewest from which one frame at 30 p
 
 
 def read_audio(path):
-    """Return the full sound of a file that FFmpeg reads (wav, mp3, mp4, ...) as mono at 16 kHz: (N,) float32, about
-    [-1,1].
+    """Return the full sound of a file that FFmpeg reads (wav, mp3, mp4, ...) as mono at 16 kHz: (N,) float32, where
+    full scale is 1.
 
-    Channels are averaged, as librosa does; gaps between the file's timestamps become silence. Raises BadInput if the
-    file has no sound, or less than 0.045 s of it.
+    Channels are averaged, as librosa does. Gaps in the sound become silence. Raises BadInput if the file has no sound,
+    or less than 0.045 s of it.
     """
     try:
         samples = torch.from_numpy(read_sound(path, SAMPLE_RATE)[1][0])
@@ -69,7 +69,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, samples, chunk=1000):
         """Return frames (1,T_a,C) of samples (N,). To save memory, only `chunk` frames are computed at a time: the
-        output of the first layer alone takes 6.5 MB per second of sound, and a frame depends on only `reach` samples.
+        output of the first layer alone takes 6.5 MB per second of sound.
         """
         frames = (len(samples) - self.reach) // self.stride + 1
         parts = []
@@ -243,8 +243,9 @@ def rename(key):
 
 
 def read_config(path):
-    """Return (strides, number of heads or None) from the config.json in or next to `path`. The tensors' shapes do not
-    tell these.
+    """Return (strides, number of heads), which the tensors' shapes do not show, from the config.json in or next to
+    `path`. Without this file, the strides are those of the released model. The number of heads is None if it is not
+    given.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
