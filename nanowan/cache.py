@@ -54,8 +54,8 @@ def cached_is_sound_broken(path, digest, cache):
 
 # ---- samples, decoded ------------------------------------------------------------------------------------------------
 def wanted_times(item):
-    """Return the times, in seconds, of the frames of an Item (training/scan.py) and of the `frames_after` frames that
-    follow them.
+    """Return the times, in seconds, of an Item's `frames` frames and of the `frames_after` frames that follow them
+    (training/scan.py).
     """
     return [item.start + k / item.fps for k in range(item.frames + item.frames_after)]
 
@@ -69,9 +69,9 @@ def covering(width, height):
 
 def read_items(items, sizes=None, cache=None):
     """Yield {kind: list of frames (H,W,3) uint8} for each of `items`: Items of one media file, sorted by their start.
-    Kind "" is the media file. The other kinds are its sidecars, such as a pose video, read at the same times.
-    sizes: {kind: (width, height)} of the sidecars. Each file is decoded once, and about one sample of each file is in
-    memory at a time. Raises Skip if a file cannot be read.
+    Kind "" is the media file, at the items' width and height. The other kinds are its sidecars, such as a pose video,
+    read at the same times. sizes: {kind: (width, height)} of the sidecars to read. Each file is decoded once, and about
+    one sample of each file is in memory at a time. Raises Skip if a file cannot be read.
     """
     windows, readers = [wanted_times(item) for item in items], {}
     for item in items[:1]:
@@ -203,9 +203,9 @@ def latent_files(items, cache, vae_file, samples=None):
 
 def cache_latents(items, cache, vae_file, load_vae, samples=None, seen=None):
     """Cache the latents of every item that has none in the cache. load_vae() returns the VAE; it is called only if
-    latents are missing. Returns [(path, reason)] with an entry for each item that could not be encoded, for example
-    because its file was deleted after `scan`. Such items get no cache file. seen(item, list of frames (H,W,3) uint8) is
-    called for each item that is decoded. vae_file, samples: as in latent_files.
+    latents are missing. Returns [(media file, reason)] with an entry for each item that could not be encoded, for
+    example because its media file was deleted after `scan`. Such items get no cache file. seen(item, list of frames
+    (H,W,3) uint8) is called for each item that is decoded. vae_file, samples: as in latent_files.
 
     A cache file holds `latents` (C,T',h,w) fp32, and the tensors that `samples` adds. Several processes may fill a
     cache at once: a cache file appears complete or not at all, and a process skips the items that another process has

@@ -55,12 +55,12 @@ def gamut(frame):
 
 
 def is_wide(frame):
-    """Return whether an SDR frame has primaries that go beyond those of BT.709."""
+    """Return whether a frame is SDR and has primaries that go beyond those of BT.709."""
     return gamut(frame) is not None and not is_hdr(frame)
 
 
 def is_untagged(frame):
-    """Return whether a YUV frame does not name the matrix with which its colours were made."""
+    """Return whether a frame is in YUV and does not name the matrix with which its colours were made."""
     return is_yuv(frame) and frame.colorspace == UNSPECIFIED
 
 
@@ -170,7 +170,9 @@ def tag(encoder, matrix):
 
 # ---- primaries and transfer functions --------------------------------------------------------------------------------
 def to_xyz(primaries):
-    """Return the matrix (3,3) from linear RGB with these primaries to CIE XYZ."""
+    """Return the matrix (3,3) from linear RGB to CIE XYZ. primaries: the chromaticities (x, y) of red, green, blue and
+    white.
+    """
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
 
@@ -295,8 +297,9 @@ def has_codes(path):
 
 @functools.lru_cache(8)
 def profile_transform(profile):
-    """Return (PIL's mode, transform to sRGB) for an ICC profile (bytes). The transform is None if it would change no
-    colour visibly, as with sRGB's own profile. Raises ValueError for a profile that cannot be used.
+    """Return (mode, transform) for an ICC profile (bytes): PIL's mode for the images that the profile describes, "L",
+    "RGB" or "CMYK", and the transform of such images to sRGB. The transform is None if it would change no colour
+    visibly, as with sRGB's own profile. Raises ValueError for a profile that cannot be used.
     """
     from PIL import Image, ImageCms
 
@@ -316,8 +319,8 @@ def profile_transform(profile):
 
 
 def transform_for(image, profile):
-    """Return (mode, transform to sRGB) for a PIL image and its profile (bytes or None). Raises ValueError if the
-    profile is not for images of that mode.
+    """Return profile_transform(profile) for a PIL image and its profile, or ("RGB", None) if it has no profile. Raises
+    ValueError if the profile cannot be used or does not fit the image's mode.
     """
     if not profile:
         return "RGB", None

@@ -20,10 +20,10 @@ TEMPORARY = ".tmp-"  # the names of unfinished files begin with this
 
 
 def _write_error(error, path):
-    """Return the errno of the failed write to `path`, or to a temporary file, that caused the exception `error`. Return
-    None if no such write caused it. Libraries often raise their own exception in place of the system's error, so the
-    causes of `error` are searched. If the write failed in torch's writer of zip files on another rank, `error` contains
-    the writer's name but no errno; then EIO is returned.
+    """Return the errno of the OSError that caused the exception `error`, if the OSError names `path`, a folder above
+    it, a file in it, any temporary file, or no file. Return None if there is no such OSError. Libraries often raise
+    their own exception in place of the system's error, so the causes of `error` are searched. If a write failed in
+    torch's writer of zip files on another rank, `error` contains the writer's name but no errno; then EIO is returned.
     """
     text = str(error)
     while error is not None:
@@ -81,7 +81,7 @@ def remove_leftovers(folder):
 
 
 def _sync(path):
-    """Wait until `path`, a file or folder, is on the disk as it is now: a file's contents, or a folder's names."""
+    """Wait until the contents of a file, or the list of the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -125,7 +125,9 @@ def in_force(args, defaults):
 
 
 def write_config(file, values):
-    """Write {flag: value} to a TOML file that read_config can read. Values that are None are left out."""
+    """Write {flag: value} to a TOML file that read_config can read. Values that are None, and the flags in UNSAVED, are
+    left out.
+    """
     plain = {k: v for k, v in values.items() if v is not None and k not in UNSAVED and not _is_tables(v)}
     lines = [f"{k} = {_toml(v)}" for k, v in plain.items()]
     for key, tables in ((k, v) for k, v in values.items() if _is_tables(v)):

@@ -2,8 +2,8 @@
 
 The models are built from fake tensors, which have shapes but no memory. With these tensors, a DiT runs a forward pass,
 a backward pass and an optimizer step, and the VAE encodes and decodes a clip. Every tensor made on the way counts from
-its creation until it is freed. Memory that PyTorch's operators use internally, and memory that an allocator wastes, are
-not counted.
+its creation until it is freed. Temporary memory of the compiled causal_conv3d (csrc/) counts too. Memory that
+PyTorch's operators use internally, and memory that an allocator wastes, are not counted.
 """
 
 import contextlib
@@ -90,7 +90,9 @@ def storages(tree):
 
 
 def scratch_bytes(func, args):
-    """Return the bytes of temporary memory that the operation `func` takes while it runs with the arguments `args`."""
+    """Return the bytes of temporary memory that the compiled causal_conv3d (csrc/) takes while it runs with the
+    arguments `args`. For any other operation `func`, return 0.
+    """
     if str(func) != "nanowan_csrc.causal_conv3d.default":
         return 0
     x, _, weight, _, gamma, *_ = args  # the temporary holds the previous frames, then x, all normed
@@ -112,10 +114,10 @@ def nbytes(model):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a DiT is divided among ranks. fp8: whether the blocks are in 8 bits. stream_blocks: number of blocks that lie
-    on the host. fsdp_size: number of ranks over which the weights are sharded. sp_size: number of ranks over which a
-    clip's tokens are split. pp_size: number of ranks among which the blocks are divided. ranks: number of all processes
-    of the run.
+    """How a DiT is divided among ranks. fp8: whether the blocks are in 8 bits. stream_blocks: how many of the DiT's
+    blocks lie on the host. fsdp_size: number of ranks over which the weights are sharded. sp_size: number of ranks over
+    which a clip's tokens are split. pp_size: number of ranks among which the blocks are divided. ranks: number of all
+    processes of the run.
     """
 
     fp8: bool = False
@@ -143,8 +145,8 @@ class ParallelLayout:
         return not self.stream_blocks and self.fsdp_size == self.pp_size == 1
 
     def weights(self, dit):
-        """Return the bytes of a DiT's weights, (on a device, on the host). Weights outside of blocks are on every
-        device.
+        """Return the bytes of a DiT's weights, (on one device, on the host of one machine). Only streamed blocks are
+        counted on the host. Weights outside of blocks are on every device.
         """
         blocks = [nbytes(b) for b in dit.blocks]
         outside, mine = nbytes(dit) - sum(blocks), blocks[: math.ceil(len(blocks) / self.pp_size)]
@@ -300,7 +302,7 @@ def beside(measured, planned):
 def free_beside_plan(spec, device):
     """Return (free bytes on the device, free bytes on the host) for a SamplingSpec or TrainingSpec: the numbers that
     the spec gives, else those of this machine, or infinity where they are not known. If the device is a CPU, this
-    machine's number for the device is divided among its ranks.
+    machine's number for the device is divided by the number of the run's processes on one machine.
     """
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     share = spec.layout.local_ranks if torch.device(device).type == "cpu" else 1
@@ -466,12 +468,12 @@ class TrainingSpec:
     batch: samples per rank and micro-batch. bucket: the largest (width, height, frames). optimizer: "adamw" or
     "adamw8bit". ema, anchor, first_frames: whether --ema, --anchor and --i2v_prob, respectively, are on. continuation:
     the value of --continuation. num_experts: number of DiTs that are trained, or through which the encoder's gradients
-    pass. text: number of tokens per caption (default: as many as a long caption has). cache: bytes of (latents, text
-    embeddings). encode: whether the cache lacks latents, so that the run computes them. encode_texts: whether the cache
-    lacks text embeddings. previews: shape (C,T',h,w) of the largest preview's latents, or () if there are no previews.
-    num_results: number of copies of the trained weights that stay on disk. save_delta: whether only the changes of a
-    trained encoder are saved, and not the full encoder. memory, host: free bytes on the device and on the host
-    (default: those of this machine).
+    pass. text: number of tokens per caption (default: as many as a long caption has). cache: bytes that (all latents,
+    all text embeddings) take in the cache. encode: whether the cache lacks latents, so that the run computes them.
+    encode_texts: whether the cache lacks text embeddings. previews: shape (C,T',h,w) of the largest preview's latents,
+    or () if there are no previews. num_results: number of copies of the trained weights that stay on disk. save_delta:
+    whether only the changes of a trained encoder are saved, and not the full encoder. memory, host: free bytes on the
+    device and on the host (default: those of this machine).
     """
 
     settings: Settings

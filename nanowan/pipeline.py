@@ -204,7 +204,7 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     def loaded(self):
-        """Return the models in memory."""
+        """Return a list of the models (modules) that are in memory, on the device or on the host."""
         return [part.model for part in self.placements.values()]
 
     def streams(self):

@@ -1,4 +1,4 @@
-"""The Settings of a checkpoint: its properties, and what it recommends for sampling unless flags say otherwise."""
+"""The Settings of a checkpoint: its properties, and the values that sampling uses for flags that are not given."""
 
 import math
 from dataclasses import dataclass, field, replace

@@ -236,13 +236,13 @@ def probe_clip(path):
 
 def decoded_times(path, stamps):
     """Decode all of a clip and return ([seconds of each picture], whether these differ from the decoded frames' own
-    times).
+    times). Seconds are counted from the first picture.
 
-    If the frames' own times ascend, they are returned. Otherwise they are sorted, and picture k gets the k-th of the
-    sorted times. If some are missing or equal, the times of the packets, `stamps`, are sorted and used instead. Picture
-    k gets k / rate, where rate is the clip's frame rate, in two cases: some of the packets' times are missing or equal
-    too; or the container is not in TIMED_CONTAINERS, and all sorted times are within MAX_SHIFT / rate of k / rate.
-    Raises Skip if no times are found and the rate is unknown.
+    If the frames' own times ascend, they are returned. If not, the frames' times are sorted or, if some of them are
+    missing or equal, the times of the packets, `stamps`; picture k gets the k-th of the sorted times. If some of the
+    packets' times are missing or equal too, picture k gets k / rate, where rate is the clip's frame rate. Sorted times
+    are also replaced by k / rate if each of them is within MAX_SHIFT / rate of it and the container is not in
+    TIMED_CONTAINERS. Raises Skip if no times are found and the rate is unknown.
     """
     with open_clip(path) as (container, stream, decode_packet):
         frame_times = [frame.time for frame in decode(container, stream, decode_packet)]
@@ -263,7 +263,8 @@ def decoded_times(path, stamps):
 
 def varies(times):
     """Return whether the steps between these `times` (seconds) vary: whether one of them differs from the median step
-    by more than a tenth of the median and by more than 2.5 ms. Matroska's times, rounded to milliseconds, differ less.
+    by more than a tenth of the median and by more than 2.5 ms. In Matroska, which rounds times to milliseconds, the
+    steps of a constant rate differ by about 1 ms.
     """
     steps = np.diff(times)
     return bool(len(steps)) and bool(abs(steps - np.median(steps)).max() > max(0.0025, 0.1 * np.median(steps)))
@@ -580,11 +581,11 @@ def write_mp4(path, video, fps, comment="", crf=10):
 
 def write_frames(path, chunks, fps, comment="", crf=10, sound=None, sound_offset=0.0, lossless=False):
     """Write an mp4 as write_mp4 does, from `chunks`: several arrays of frames (T,H,W,3) uint8, one after another.
-    Colours are converted to BT.709 and tagged as BT.709.
+    The frames are stored in YUV with BT.709's matrix, and tagged as BT.709.
 
     sound: a file whose sound is added, as AAC at 192 kbit/s. The sound begins sound_offset seconds into the video, and
-    is cut off at the video's end. lossless: write H.264 in RGB, from which `read_frames` restores every bit; browsers
-    and some players do not show such a file.
+    is cut off at the video's end. lossless: store the frames in RGB instead of YUV, without loss, so that
+    `read_frames` restores every bit; browsers and some players do not show such a file.
     """
     import av
 
