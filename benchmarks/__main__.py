@@ -9,9 +9,9 @@
                                              versions, and FILE.png, which shows how time grows with tokens and frames
 
 Each benchmark compares contenders, which get equal weights and inputs and run alternately: nanoWan ("ours"), nanoWan
-with the plain PyTorch definition of every op ("ref"), and a second implementation, the peer. Median times and the ratio
-ours / peer of these times are printed. On a CPU, peak memory is measured by running a contender twice in a process of
-its own; it is the peak of the second run, less what the process held before this run.
+with the plain PyTorch definition of every op ("ref"), and the peer, in most benchmarks another library. Median times
+and the ratio ours / peer of these times are printed. On a CPU, peak memory is measured by running a contender twice in
+a process of its own; it is the peak of the second run, less what the process held before this run.
 """
 
 import nanowan.environment  # noqa: F401  # isort: skip

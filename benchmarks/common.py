@@ -42,7 +42,7 @@ def interleaved(contenders, rounds, synchronize=lambda: None):
 def keep_results(jobs, run, about, path, seconds):
     """Call run(name, left) for each name in `jobs`, add what it returns to the dict `about` {name: result}, and write
     `about` to the JSON file `path` after each call. All jobs together get `seconds`; left: the seconds that remain.
-    Once none remain, the other jobs are not run, and `about` says so. Returns `about`.
+    Once none remain, the jobs not run yet are left out, and `about` says so. Returns `about`.
     """
     began = time.monotonic()
     for name in jobs:
@@ -73,9 +73,8 @@ def print_memory(make, name):
 
 
 def peak_memory(work, name):
-    """Return the bytes of peak memory that print_memory measures for a contender, in a process of its own. In this
-    process, glibc returns the memory of freed tensors to the system. work: the benchmark's name in cpu.WORKS; name: the
-    contender's name.
+    """Run print_memory for a contender in a new process, where glibc returns the memory of freed tensors to the
+    system. Return the bytes that it prints. work: the benchmark's name in cpu.WORKS; name: the contender's name.
     """
     out = subprocess.run(
         [sys.executable, "-m", "benchmarks", work, "--memory_of", name],

@@ -1,7 +1,8 @@
 """`python -m benchmarks` on this CPU, fp32: the DiT, training steps, the encoders, sampling end to end, loading.
 
 The function of a benchmark returns (contenders {name: function}, the FLOPs of one call or None). The contenders are
-"ours" and a second one, the peer. The FLOPs are None where they are not counted.
+"ours" and the peer that "ours" is compared with: "diffusers", "transformers" or what the function's docstring names.
+The FLOPs are None where they are not counted.
 """
 
 import functools
@@ -209,8 +210,8 @@ def speech_step():
 
 
 def speech_clips():
-    """Make the contenders for sampling S2V videos: one of ten clips ("ours") and one of two clips. The longer video
-    takes more time, but no more memory.
+    """Make the contenders for sampling S2V videos: one of ten clips ("ours") and one of two clips ("two clips"). The
+    longer video takes more time, but no more memory.
     """
     folder = Path(tempfile.mkdtemp())
     pipe = load(tiny_s2v.checkpoint(folder / "s2v"))

@@ -81,7 +81,8 @@ def random_inputs(model, grid, batch):
 
 def peers(peer, run):
     """Return the contenders {name: function} that run diffusers' model `peer`: with the defaults, and with cuDNN as
-    PyTorch's first choice for attention, as in nanoWan. If `peer` is None, return {}.
+    PyTorch's first choice for attention, as in nanoWan on Hopper and data-centre Blackwell GPUs.
+    If `peer` is None, return {}.
     """
 
     def by_cudnn():

@@ -34,7 +34,8 @@ def product(M, N, K):
 
 def product_in_8_bits(M, N, K):
     """Return {"tflops", "error"} of an fp8 matrix product (M,K) x (K,N), with a scale for each row of the first factor
-    and each column of the second. error: relative to the result in fp32.
+    and each column of the second. error: in the first 64 rows, the norm of the difference from the fp32 product over
+    the norm of the fp32 product.
     """
     a, b = (random(n, K).to(torch.float8_e4m3fn) for n in (M, N))
     scales = torch.rand(M, 1, device=DEVICE), torch.rand(1, N, device=DEVICE)

@@ -1,6 +1,7 @@
 """`make gpu SECONDS=570 OUT=DIR`: tests and benchmarks on one GPU, the most informative first, as many as time allows.
 
-    python -m benchmarks.gpu_session SECONDS OUT [--dry]
+    python -m benchmarks.gpu_session SECONDS OUT
+    python -m benchmarks.gpu_session SECONDS OUT --dry    only print the jobs
 
 Each job has its own process, time limit and log. OUT/table.json and OUT/logs.tgz are updated after each job. Jobs that
 have run, even without success, are recorded in build/gpu. A second call runs the others; remove that folder to start
@@ -40,7 +41,9 @@ class Job:
 
 
 def jobs(state=STATE):
-    """Return {name: Job} in the order in which the jobs begin. state: the folder for results."""
+    """Return {name: Job} in the order in which the jobs begin. state: the folder for what they measure, and for the
+    checkpoint if /dev/shm has too little room.
+    """
     python, shared = sys.executable, Path("/dev/shm")
     roomy = shared.exists() and shutil.disk_usage(shared).free > 40e9
     folder = shared / "nanowan" if roomy else state / "checkpoint"

@@ -90,8 +90,9 @@ def launchable(x):
 
 
 def register(op, triton_forward, cpp_name):
-    """Register the kernels of a custom op. On GPUs, triton_forward runs. On CPUs, csrc's operator `cpp_name` runs, or
-    triton_forward if Triton's interpreter is in use or csrc is not built.
+    """Register the kernels of a custom op. On GPUs, triton_forward runs. On CPUs, triton_forward runs if Triton's
+    interpreter is in use, else csrc's operator `cpp_name`. On a CPU without either, models
+    do not call the op.
     """
     op.register_kernel("cuda")(triton_forward)
     op.register_kernel("cpu")(triton_forward if INTERPRETED or not BUILT else getattr(torch.ops.nanowan_csrc, cpp_name))

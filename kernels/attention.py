@@ -45,9 +45,9 @@ if triton:
 
     @triton.jit
     def tile(x, at, head, stride, rows, total, d: tl.constexpr, DP: tl.constexpr):
-        """Load rows of one head as (n,DP). rows (n,): their numbers; from number `total` on, rows are zeros. Columns
-        from `d` on are zeros too. at: the offset of the clip in x, in 64 bits. Offsets within the clip fit in 32 bits,
-        which take half as many registers.
+        """Load rows of one head as (n,DP). rows (n,): the numbers of the rows. A row whose number is `total` or more
+        is loaded as zeros, and so are columns from `d` on. at: the offset of the clip in x, in 64 bits. The offsets
+        within the clip are in 32 bits, to use fewer registers.
         """
         j = tl.arange(0, DP)
         return tl.load(

@@ -98,8 +98,8 @@ def describe(device):
 
 @functools.cache
 def flash_attention_3(device):
-    """Try to switch PyTorch's FlashAttention to version 3, and return whether this worked. Version 3 needs PyTorch 2.11
-    or newer, only Hopper GPUs, and the package flash_attn_interface, which must run on `device`.
+    """Try to switch PyTorch's FlashAttention to version 3, and return whether this worked. Version 3 works if
+    PyTorch is 2.11 or newer, every GPU is a Hopper, and the package flash_attn_interface runs on `device`.
     """
     known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if "FA3" not in known or not importlib.util.find_spec("flash_attn_interface"):
@@ -127,8 +127,8 @@ if torch.cuda.is_available():
 # ---- attention ---------------------------------------------------------------------------------------------------
 def sdpa(q, k, v, mask=None, scale=None, backends=None):
     """Return PyTorch's softmax attention (B,N,L,d) of q (B,N,L,d) on k and v (B,N,S,d), with `mask` added to the
-    logits. backends: PyTorch's backends to try, in this order; ignored on a CPU or with a mask. Default: all, first
-    the selected one, "cudnn" or "flash"; if another choice is selected, first the one that "auto" means.
+    logits. backends: PyTorch's backends to try, in this order; ignored on a CPU or with a mask. Default: all,
+    beginning with the selected one if "cudnn" or "flash" is selected, else with the one that by_capability returns.
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -4,8 +4,8 @@ NANOWAN_OPS=ref      the plain PyTorch definitions, in kernels/*.py
            =triton   the Triton kernels (on a CPU only under TRITON_INTERPRET=1)
            =cuda     Triton, and csrc's CUDA for what comes before the VAE's convolutions
            =cpp      csrc's C++, on a CPU
-           =auto     the fastest that is available: on a GPU Triton, with csrc's CUDA if that was built; on a CPU C++
-                     if that was built; otherwise the reference
+           =auto     on a GPU: Triton, with csrc's CUDA if that was built, or ref if Triton is not available;
+                     on a CPU: C++, or ref if the C++ was not built
 
 An explicit choice that is not available raises ImportError with the reason. Triton counts as available only if it can
 launch a kernel: its first launch compiles C, and many machines have Triton but no compiler.

@@ -115,8 +115,8 @@ class Fp8Linear(nn.Linear):
         self.norm = dense(weight8, self.scales, torch.float32).norm()
 
     def forward(self, x, activated=False, rows=None):
-        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: the result of round_input(x), or None to round x
-        here.
+        """Return x W^T + b, or gelu(x) W^T + b if `activated`. rows: the result of round_input(x). If it is None and
+        the product is computed in 8 bits, the input of the product is rounded here.
         """
         weight = self.weight, self.scales, self.bias
         if has_fp8_matmul(x, self.weight):

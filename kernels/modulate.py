@@ -123,10 +123,10 @@ if triton:
         INDEX: tl.constexpr,
         SUMS: tl.constexpr,
     ):
-        """Each program goes through `chunk` successive tokens and computes the gradients of those that its row serves:
-        of all or, with INDEX, of some. With SUMS, it also adds up their gradients of gate, weight and shift, into sums
-        (B*F,chunks,3,D). tokens: number of tokens that are divided into chunks for a row: L/F or, with INDEX, L. rows:
-        the number F of rows.
+        """Each program has one row of modulation and goes through `chunk` successive tokens. It computes the gradients
+        of x and, with ADD, of y for the tokens that the row serves: all or, with INDEX, some. With SUMS, it also adds
+        up the gradients of gate, weight and shift over these tokens, into sums (B*F,chunks,3,D). tokens: number of
+        tokens in all chunks of a row: L/F or, with INDEX, L. rows: the number F of rows.
         """
         g, c = tl.program_id(0), tl.program_id(1)
         b, f = g // rows, g % rows
