@@ -258,8 +258,8 @@ class Dataset:
         return draws
 
     def step(self, step, low, high, show_caption=None, preserved_prompts=()):
-        """Yield (Batch, weight) for this rank's part of a step. weight: the Batch's fraction of the step's samples.
-        Timesteps are drawn from [low, high).
+        """Yield (Batch, weight) for this rank's part of a step. weight: the Batch's number of samples, divided by that
+        of a full step on all ranks; 0 if this rank has no sample. Timesteps are drawn from [low, high).
 
         show_caption(captions, rng) -> the caption to train a sample with (default: one of its captions, at random).
         preserved_prompts: if there are any, half of the samples, chosen at random, get one of these prompts instead of

@@ -11,7 +11,7 @@ python diag.py delta LORA --ckpt DIR --cap 0.02 --out FILE     also writes a cop
 python diag.py logits --ckpt DIR --lora FILE     attention logits with and without a LoRA; --ci exits with 1 on drift
 python diag.py blocks --ckpt DIR --keywords a,b --data DIR     which blocks read a word; proposes a range for --blocks
 python diag.py drift OLD NEW --prompts FILE      how far an encoder's embeddings moved, and words nearest to keywords
-python diag.py listen --ckpt DIR --lora FILE     prompt adherence: accuracies on nano, a contact sheet for other models
+python diag.py listen --ckpt DIR --lora FILE     prompt adherence: a contact sheet and, on nano, accuracies
 python diag.py listen --ckpt DIR --lora FILE --clip DIR --words crimson=red,blue,green     accuracies, judged by CLIP
 python diag.py listen --ckpt DIR --text_encoder FILE:0,0.5,1     prompt adherence, with the encoder at several strengths
 python diag.py reuse --ckpt DIR --prompts FILE   how many steps sample.py --reuse skips, and how much clips change
@@ -109,7 +109,7 @@ def arguments(argv=None):
         "train_lora.py)",
     )
     add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: that of train_lora.py)")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--device", help="device to plan for, cpu or cuda (default: cuda if --ckpt is a name or a GPU exists)")
     add("--json", help="also write the commands to this JSON file")
 
     add = command(
@@ -136,7 +136,7 @@ def arguments(argv=None):
     add("--out", help="file for a copy of the LoRA with changes limited by --cap (default: no copy)")
     add("--json", help="also write the result for every weight to this JSON file")
 
-    add = command("logits", logits, "attention logits of each block and head, with and without a LoRA or new encoder")
+    add = command("logits", logits, "attention logits (self, cross) per head, with and without a LoRA or new encoder")
     add_model_flags(add)
     add_data_flags(add)
     add("--n", type=int, default=4, help="number of samples, each at four timesteps (default: %(default)s)")
@@ -163,7 +163,7 @@ def arguments(argv=None):
         "in this folder (default: OLD, if that is a folder)",
     )
     add("--prompts", help="text file, one prompt per line (default: twenty prompts for nano)")
-    add("--keywords", help="words a,b,c whose nearest words, before and after, are printed (default: none)")
+    add("--keywords", help="words a,b,c; for each, the nearest words in OLD and in NEW are printed (default: none)")
     add("--json", help="also write the result to this JSON file")
 
     add = command("listen", listen, "whether a changed model follows its prompts better")
@@ -179,7 +179,7 @@ def arguments(argv=None):
         default=[],
         help="words to put in the prompts. On nano: its new words, or your own as WORD=MEANING, such as scarlet=red. "
         "With --clip: WORD=RIGHT,WRONG,..., what the word should look like and what it should not, such as "
-        "crimson=red,blue,green (default: on nano, its new words)",
+        "crimson=red,blue,green. With --grader alone: WORD (default: on nano, its new words)",
     )
     add(
         "--prompts",
@@ -201,8 +201,8 @@ def arguments(argv=None):
     add(
         "--n",
         type=int,
-        help="number of prompts per word of --words; nano's grader also gets the same total of prompts with known "
-        "words only (default: 40 for nano's grader, 8 for --clip and --grader)",
+        help="number of prompts per word of --words; besides all these, nano's grader gets equally many prompts with "
+        "known words only (default: 40 for nano's grader, 8 for --clip and --grader)",
     )
     add("--size", help="size of the clips, WxH in px (default: as the checkpoint recommends)")
     add("--frames", type=int, help="number of frames per clip, 4k+1 (default: as the checkpoint recommends)")

@@ -39,7 +39,7 @@ def sample_timesteps(n, shift, distribution="logit-normal", low=0.0, high=1.0, g
 
 
 def eval_timesteps(n, shift, low=0.0, high=1.0):
-    """Return n timesteps (n,) fp32 in [low, high). Before the shift, they are the midpoints of n equal intervals."""
+    """Split [low, high), unshifted, into n equal parts and return their midpoints, shifted: timesteps (n,) fp32."""
     a, b = unshift_t(torch.tensor([low, high], dtype=torch.float64), shift)
     return shift_t(a + (b - a) * (torch.arange(n, dtype=torch.float64) + 0.5) / n, shift).float()
 

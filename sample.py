@@ -57,7 +57,7 @@ def arguments(argv=None):
     add("--guidance", help=f"guidance scale, or LOW,HIGH for an A14B's low- and high-noise experts; 1: off {ckpt}")
     add("--solver", choices=list(flow.SOLVERS), help=f"ODE solver {ckpt}")
     add("--seed", type=sampling.seed_list, default=[0], help="seed, or several a,b,c; -1: a random one (default: 0)")
-    add("--num_videos", type=int, default=1, help="videos per prompt and --seed, with seeds that count up (default: 1)")
+    add("--num_videos", type=int, default=1, help="videos per prompt and --seed, with SEED, SEED+1, ... (default: 1)")
     add("--negative", help=f'negative prompt; "" for an empty one {ckpt}')
     add("--lora", action="append", default=[], help="DiT or encoder LoRA, FILE[:weight][:high|low|both]; repeatable")
     encoder = "text encoder, FILE[:strength]: a full one, a delta or a LoRA; repeatable (default: the checkpoint's own)"
@@ -172,7 +172,7 @@ def encode_text(pipe, settings, prompts, encoder=None):
 
 
 def new_clip(settings, x, text, conditions, cache=None, **more):
-    """Return a Clip before its first step. x: noise; text: from encode_text; more: further fields of Clip."""
+    """Return a Clip before its first step. x: noise; text: from encode_text; cache, more: further fields of Clip."""
     solver = flow.solver(settings.solver, settings.steps, settings.shift)
     return Clip(x, *text, conditions, solver, cache or EasyCache(), **more)
 
@@ -186,7 +186,7 @@ def sample_clip(pipe, settings, text, noise, conditions, **more):
 
 
 def decode(pipe, latents, tile=0):
-    """Decode latents (B,C,T',h,w) -> videos (B,3,T,H,W) in [-1,1]. tile: tile side in latent px; 0: a tile per rank."""
+    """Decode (B,C,T',h,w) to (B,3,T,H,W) in [-1,1]. tile: side in latent px; 0: full frame, or a tile per rank."""
     _, sh, sw = pipe.settings.stride
     vae, ranks = pipe.acquire_vae((latents.shape[4] * sw, latents.shape[3] * sh)), pipe.world.split_tiles
     if ranks and not tile:
@@ -216,7 +216,7 @@ def open_video(pipe, settings, **inputs):
 
 def sample_latents(pipe, prompts, seeds, image=None, progress=True, cache=None, on_step=None, **settings):
     """Sample B clips in one batch, each from its own seed -> latents (B,C,T',h,w) fp32. Apart from rounding, a clip
-    does not depend on the others. prompts: list of str, or encode_text's result. image, settings: as in `generate`.
+    does not depend on the others. prompts: list, or from encode_text. cache, on_step: as in Clip; rest: as in generate.
     """
     s = pipe.settings.with_overrides(**settings)
     text = encode_text(pipe, s, prompts) if isinstance(prompts, list) else prompts

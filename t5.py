@@ -37,7 +37,7 @@ class Tokenizer:
         self.add_words({})
 
     def add_words(self, ids_of):
-        """From now on, encode the words in ids_of, {word: [id]}, with these ids, where a text has them as words."""
+        """From now on, encode each whole word of a text that is a key in ids_of, {word: [id]}, with its ids."""
         self.special |= ids_of
         longest_first = sorted(self.special, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(self._pattern, longest_first)) + ")")
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned logit per head for each of `buckets` ranges of signed token distance; near 0, each is one distance."""
+    """A logit per head for each of `buckets` ranges of signed token distance. Near 0, each range is one distance."""
 
     def __init__(self, buckets, heads):
         super().__init__()

@@ -271,7 +271,7 @@ class Coder(nn.Module):
         return x
 
     def forward_up(self, x, past):
-        """Run the second part of a decoder, where a pixel depends only on pixels within `receptive_radius` of it."""
+        """Run the second part of a decoder. An output pixel depends only on x within receptive_radius latent pixels."""
         for layer in self.upsamples:
             x = layer(x, past)
         return self.forward_head(x, past)

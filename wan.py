@@ -216,8 +216,8 @@ class BlockInputs(NamedTuple):
 
 
 class Wan(nn.Module):
-    """The DiT. A variant with further inputs is a subclass that overrides methods from embed_inputs to after_block.
-    These methods also work where ranks share tokens or blocks (nanowan/parallel/), and where blocks are offloaded.
+    """The DiT. A variant with further inputs is a subclass that overrides some of the methods from embed_inputs to
+    after_block. They also work where ranks share tokens or blocks (nanowan/parallel/), and where blocks are offloaded.
     """
 
     config_class = WanConfig
@@ -372,7 +372,7 @@ class Wan(nn.Module):
         return x
 
     def linear_name(self, block, target):
-        """Return the full name of a block's linear `target`, such as "cross_attn.k", or None to skip this block."""
+        """Return the full name of a block's linear `target`, such as "cross_attn.k", or None if this block has none."""
         return f"blocks.{block}.{target}"
 
     def cross_attentions(self):
@@ -382,7 +382,7 @@ class Wan(nn.Module):
     # ---- what parallel/ and memory/offload.py set -----------------------------------------------------------------
     def share_tokens(self, scatter, gather, attend):
         """Let ranks share a clip's tokens. scatter(x, c) -> x and BlockInputs of this rank's tokens; gather(y, c) ->
-        the head's output for all tokens, from y for this rank's. c: all tokens' BlockInputs. attend: replaces `attend`.
+        the head's output for all tokens; y: that of this rank. c: all tokens' BlockInputs. attend: replaces wan.attend.
         """
         self.scatter_tokens, self.gather_tokens = scatter, gather
         for block in self.blocks:

@@ -212,8 +212,8 @@ def add_flags(p, script, out):
         help="decay per step of a moving average of the trained weights; the average is saved instead of the weights "
         "(default: 0, no average)",
     )
-    add("--min_t", type=float, default=0.0, help="lowest training timestep, 0 (clean) to 1 (noise) (default: 0)")
-    add("--max_t", type=float, default=1.0, help="highest training timestep, 0 (clean) to 1 (noise) (default: 1)")
+    add("--min_t", type=float, default=0.0, help="lowest timestep, after the shift; 0: clean, 1: noise (default: 0)")
+    add("--max_t", type=float, default=1.0, help="highest timestep, after the shift; 0: clean, 1: noise (default: 1)")
     add(
         "--shift",
         type=float,

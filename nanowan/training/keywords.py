@@ -75,8 +75,8 @@ def add_placeholders(keywords, tokenizer, rows):
 
 def keyword_token_ids(keywords, captions, tokenizer):
     """Return {keyword: ids of its tokens}, for all spellings of the keyword: as it is given, and as captions write it.
-    Tokens that occur in captions without a keyword are left out, unless a spelling has no other tokens. The unknown
-    token, the end token and a bare space are always left out.
+    Tokens that also occur in captions that contain none of the keywords are left out, unless a spelling has no other
+    tokens. The unknown token, the end token and a bare space are always left out.
     """
     shared = shared_token_ids(keywords, captions, tokenizer)
     ids = {}
@@ -101,7 +101,7 @@ def is_own_piece(i, tokenizer):
 
 
 def shared_token_ids(keywords, captions, tokenizer):
-    """Return the set of ids of all tokens in captions without a keyword."""
+    """Return the set of ids of all tokens in the captions that contain none of the keywords."""
     return {i for c in without_keywords(captions, keywords) for i in tokenizer.ids(tokenizer.clean(c))}
 
 

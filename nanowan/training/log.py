@@ -128,7 +128,7 @@ class Log:
             print(f"step {step}/{self.total}  " + "  ".join(f"{k} {shown(v)}" for k, v in extras.items()), flush=True)
 
     def line(self, step, values, extras):
-        """Return the line that shows a step on the screen."""
+        """Return the line that shows a step on the screen. extras: those of `values` to append as NAME VALUE."""
         parts = [f"step {step}/{self.total}"]
         if "loss" in values:
             parts += [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []

@@ -1,7 +1,7 @@
 """Optimizers, the learning rate, moving averages, and the rule by which steps are skipped.
 
 AdamW8bit takes 8 bytes per bf16 parameter in all: weight 2, gradient 2, Kahan compensation 2, both moments 2. It takes
-10 bytes per fp32 parameter: weight 4, gradient 4, both moments 2. The moments of 256 parameters share a 4-byte scale.
+10 bytes per fp32 parameter: weight 4, gradient 4, both moments 2. Each block of 256 parameters adds a 4-byte scale.
 """
 
 import contextlib

@@ -71,8 +71,9 @@ def json_rows(lines):
 
 def read_list(file):
     """Return [(path, captions, repeat)] of a JSONL or CSV. captions: a list, or the Skip that says why there are none.
-    In each row, one of PATH_COLUMNS holds the file's path, relative to the JSONL or CSV, and one of CAPTION_COLUMNS
-    holds a caption or a list of captions. Raises BadInput.
+    In each row, one of PATH_COLUMNS holds the media file's path, relative to the JSONL or CSV, and one of
+    CAPTION_COLUMNS holds a caption or a list of captions. One of REPEAT_COLUMNS may hold how often an epoch contains
+    the file (default: 1). Raises BadInput.
     """
     is_csv = file.suffix.lower() == ".csv"
     try:

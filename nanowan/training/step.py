@@ -73,8 +73,9 @@ class Stopwatch:
         self.tokens += batch.x[:, 0].numel() // 4 * (weight > 0)
 
     def metrics(self, model, batch, text, accumulate, device):
-        """Return {"ms", "tokens_per_s", "peak_gb"}, and "mfu" if the device's peak rate is known. text: number of text
-        tokens. accumulate: number of batches in the step.
+        """Return {"ms", "tokens_per_s", "peak_gb"}, and "mfu" if the device's peak rate is known. tokens_per_s: the
+        tokens counted by `count`, on this rank, per second. text: number of text tokens of a sample. accumulate: number
+        of batches in the step.
         """
         seconds = time.monotonic() - self.began
         values = {"ms": round(1000 * seconds), "tokens_per_s": round(self.tokens / seconds)}
