@@ -68,7 +68,7 @@ def keep_fp32(name):
 def read_config(path, entries):
     """Return the configuration of a DiT from its headers {official name: Entry} and, if there is one, from the
     config.json next to the weight files. path: the model folder or file. Raises BadInput if headers and config.json do
-    not fit each other, or if the tensors belong to another model.
+    not fit each other, or if the tensors are not those of a model in VARIANTS.
     """
 
     def shape(name):
@@ -108,7 +108,7 @@ def read_config(path, entries):
 
 
 def full_config(variant):
-    """Return the configuration of the released size of a variant, which is a key of VARIANTS."""
+    """Return the configuration of a variant, a key of VARIANTS, in the size in which it was released."""
     row = VARIANTS[variant]
     return config_of(row, parts_of(row["model_type"]).model.config_class)
 
@@ -120,8 +120,9 @@ def new_dit(config):
 
 def build_dit(entries, path, dtype):
     """Return an empty, frozen DiT on the meta device that fits these headers {official name: Entry}. Its parameters
-    have this dtype, except those that keep_fp32 names. The caller may turn its linear layers into 8-bit ones with
-    `convert` in kernels/fp8.py. Raises BadInput, naming `path`, if the headers are not those of one complete model.
+    have this dtype, except those for which keep_fp32 is true. The caller may turn its linear layers into 8-bit ones
+    with `convert` in kernels/fp8.py. Raises BadInput, naming `path`, if the headers are not those of one complete
+    model.
     """
     config = read_config(path, entries)
     with torch.device("meta"):

@@ -226,8 +226,8 @@ def is_animate2(entries):
 
 
 def official_names(entries):
-    """Return {official name: Entry} of a DiT or VAE. Diffusers' names are translated. From the names in Animate-2's
-    official files, the module that wraps each block is left out. Other names stay unchanged.
+    """Return {official name: Entry} of a DiT or VAE. Diffusers' names are translated. In the names of Animate-2's
+    official files, the "block." after each block's number is left out. Other names stay unchanged.
     """
     if "condition_embedder.time_proj.weight" in entries:
         return {official_dit_name(name): e for name, e in entries.items()}
@@ -283,9 +283,9 @@ def vae_files(path):
 
 
 def index_settings(ckpt_dir, is_moe, model_type):
-    """Return {"boundary": value or None} from the model_index.json of a folder in diffusers' layout, or {} for other
-    folders. is_moe: whether the folder holds two DiTs. model_type: the type of its DiTs. Raises BadInput if
-    model_index.json contradicts them.
+    """Return {"boundary": boundary_ratio} from the model_index.json of a folder in diffusers' layout, or {} for other
+    folders. For a single DiT, the boundary is None. is_moe: whether the folder holds two DiTs. model_type: the type of
+    its DiTs. Raises BadInput if model_index.json contradicts them.
     """
     file = Path(ckpt_dir) / "model_index.json"
     if not is_diffusers(ckpt_dir):
@@ -329,7 +329,8 @@ CONFIG_FIXED = {
 
 def official_config(config, file):
     """Return the settings {name: value} of a DiT under official names. config: the contents of `file`, a config.json.
-    Raises BadInput if diffusers wrote it for another model than Wan 2.2.
+    Raises BadInput for a model class of diffusers other than WanTransformer3DModel, and for settings that no Wan 2.2
+    model has.
     """
     name = config.get("_class_name")
     if name == "WanAnimate2Transformer3DModel":

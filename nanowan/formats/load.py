@@ -53,13 +53,13 @@ def load_weights(model, entries, device, dtype, fp32=lambda name: False):
     """Read `entries` {name: Entry} into a model, one tensor at a time in the order of the file, so that memory never
     holds the weights twice. Return the model in eval mode. Names and shapes must have been checked (check_keys).
 
-    Parameters on the meta device are created on `device`, frozen. Parameters that already have memory, such as
-    offloaded ones on the host, are filled in place; the weights of 8-bit layers are rounded on `device` first. Adapters
-    keep their values. Entries of blocks that only other ranks hold are not read. Of a sharded parameter, only this
-    rank's shard is filled.
+    Parameters on the meta device are created on `device`, frozen, in `dtype`, or in fp32 if `fp32(name)` is true.
+    Parameters that already have memory, such as offloaded ones on the host, are filled in place and keep their dtype.
+    The weights of 8-bit layers are rounded on `device`, unless the file stores them in fp8 with scales. Adapters keep
+    their values. Entries of blocks that only other ranks hold are not read. Of a sharded parameter, only this rank's
+    shard is filled.
 
-    Every tensor is converted to `dtype`, or to float32 if `fp32(name)` is true. If `device` is the meta device, nothing
-    is read.
+    If `device` is the meta device, nothing is read.
     """
     return_freed_blocks()  # decoding a tensor, or rounding it to 8 bits, needs memory only briefly
     names = {base_name(name): name for name, _ in model.named_parameters()}

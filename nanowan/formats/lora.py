@@ -347,9 +347,9 @@ def describe(path):
 
     {"model": "dit" or "text", "forms": {"low rank" | "kron" | "DoRA" | ...: number of changes}, "ranks": {rank: number
     of changes}, "targets": {module in a block: number of changes}, "blocks": indices of the changed blocks,
-    "elsewhere": changed parameters outside the blocks, "image_keys": number of tensors for Wan 2.1's image branch,
-    "alpha_keys": number of alphas, "expert" and "expert_from": the pair that expert_of returns, "problem": the reason
-    why the file is refused, or None, "metadata"}
+    "elsewhere": names of the changed parameters outside the blocks, "image_keys": number of tensors for Wan 2.1's
+    image branch, "alpha_keys": number of alphas, "expert" and "expert_from": the pair that expert_of returns,
+    "problem": the reason why the file is refused, or None, "metadata"}
     """
     listing = list_lora(path)
     if listing is None:
@@ -490,10 +490,10 @@ def left_out(changes, shapes):
 
 
 def check_fit(path, changes, shapes):
-    """Return the changes that can be applied to a model: all except those that left_out names.
+    """Return the changes to apply to a model: all except those that left_out returns. Raises BadInput if one of them
+    fits no parameter of the model, or if there are none.
 
-    changes: {parameter name: Change} of the file `path`. shapes: {parameter name: shape} of the model. Raises BadInput
-    if a change fits no parameter, or if no change can be applied.
+    changes: {parameter name: Change} of the file `path`. shapes: {parameter name: shape} of the model.
     """
     skipped = left_out(changes, shapes)
     taken = {name: change for name, change in changes.items() if name not in skipped}
@@ -547,8 +547,8 @@ def changes_to_start_from(pairs, path, expert=None):
 
 @torch.no_grad()
 def start_from(pairs, path, scale, expert=None):
-    """Copy the values of a LoRA file into an adapter {module name: (A, B)}, with dW = scale * B A. Raises BadInput for
-    the same files as changes_to_start_from.
+    """Set an adapter {module name: (A, B)}, whose dW is scale * B A, to the dW of a LoRA file. Raises BadInput for the
+    same files as changes_to_start_from.
     """
     changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():

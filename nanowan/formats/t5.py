@@ -432,8 +432,7 @@ LORA_PREFIX = "text_encoders.umt5xxl.transformer."
 
 
 def write_encoder_lora(path, blocks, rows=None, ids=None, metadata=None, *, vocab, compact=False):
-    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads. Prompts are written the same way in
-    ComfyUI as in nanoWan.
+    """Write changes of the encoder as a LoRA that ComfyUI's LoraLoader reads.
 
     blocks: {official module name: (A (r,in), B (out,r))} with dW = B A. rows (n,D): vectors that are added to the token
     embeddings with these `ids` (n). They are written as a LoRA of the embedding table whose B (vocab,n) is one-hot.

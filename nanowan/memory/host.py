@@ -36,13 +36,11 @@ class HostPages(mmap.mmap):
     device = None  # the number of the GPU for which the pages are pinned
 
     def tensor(self):
-        """Return all of the memory as a uint8 tensor. The memory is freed once this tensor and all views of it are
-        gone.
-        """
+        """Return all of the memory as a uint8 tensor. This tensor and its views keep the memory allocated."""
         return torch.frombuffer(self, dtype=torch.uint8)
 
     def pin(self, device):
-        """Pin the pages for copies to `device`, if that is a GPU. Return False if pinning fails."""
+        """Pin the pages for copies to a GPU. Return False if that fails. If `device` is a CPU, return True."""
         if device.type != "cuda":
             return True
         self.address = self.tensor().data_ptr()
@@ -142,7 +140,7 @@ class Copier:
     @torch.no_grad()
     def _copy_in_pieces(self, ready, up, pair):
         """Copy piece by piece through the ring buffer, from host to device if `up` is true, else from device to host.
-        This runs in the Copier's thread. given: the CUDA event after which the copy starts. pair: the list [to,
+        This runs in the Copier's thread. ready: the CUDA event after which the copy starts. pair: the list [to,
         source]; it is emptied, so that a finished copy keeps no memory.
         """
         source, to = (pair.pop().flatten().view(torch.uint8) for _ in range(2))

@@ -30,8 +30,9 @@ def spread(count, total):
 
 
 def device_bytes(entries, dtype, fp8, streamed):
-    """Return the bytes that a DiT's weights take on the device if `streamed` of its blocks are streamed. entries: the
-    headers {name: Entry} of its files. fp8: whether the matrices in its blocks are in 8 bits.
+    """Return the bytes that a DiT's weights take on the device if `streamed` of its blocks are streamed, including the
+    two streamed blocks that are there at a time. entries: the headers {name: Entry} of its files. fp8: whether the
+    matrices in its blocks are in 8 bits.
     """
     blocks, total = {n for n in entries if n.startswith("blocks.")}, count_blocks(entries)
     resident = 1 if not streamed else min(1, (total - streamed + 2) / total)  # two streamed blocks at a time

@@ -52,9 +52,10 @@ def tile_weights(start, end, overlap, exact, side, scale):
 @torch.no_grad()
 def decode_tiled(vae, z, tile, ranks=None):
     """Decode latents z (B,C,T',h,w) as VAE.decode does, but in tiles of `tile` x `tile` latent pixels, one after
-    another. The decoder's largest layers then need memory for the activations of only one tile. Tiles overlap by the
-    largest distance at which a latent pixel can influence the result, so the result is exact. If `tile` is smaller than
-    that distance, tiles overlap by half a tile and are cross-faded, and the result is not exact.
+    another. The decoder's largest layers then need memory for the activations of only one tile. Each tile is
+    extended on all sides by the largest distance at which a latent pixel can influence the result, so the result is
+    exact. If `tile` is smaller than that distance, each tile is extended on all sides by half of `tile`, neighbouring
+    tiles are cross-faded, and the result is not exact.
 
     ranks: (this rank's number, the number of ranks, a function that sums a tensor over them) if several ranks hold z
     and each decodes some of the tiles.

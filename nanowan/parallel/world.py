@@ -36,7 +36,8 @@ class World:
 
         with World(device, fsdp=args.fsdp, ulysses_size=args.ulysses_size) as world: ...
 
-    rank, size          this process's number, and the number of all processes; only rank 0, which `is_main`, prints
+    rank, size          this process's number, and the number of all processes
+    is_main             whether this is rank 0, the only rank that prints
     device              the device of this rank
     Of each of the next four pairs, the first is this rank's number in a group of ranks, the second the group's size:
     dp_rank, dp_size    the ranks that see different samples
