@@ -51,7 +51,7 @@ class Clips(NamedTuple):
     shared: tuple = ()
 
     def trained(self):
-        """Return the Items that a trainer would train on."""
+        """Return the Items that a trainer does not hold out, with its default --held_out."""
         digests = sorted({item.digest for item in self.items})
         held = {*digests[: min(16, int(HELD_OUT * len(digests)))]}
         return [item for item in self.items if item.digest not in held]

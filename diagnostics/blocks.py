@@ -108,8 +108,9 @@ def block_effects(pipe, keywords, n=4, **where):
 
     Returns {expert: [{"keyword", "block", "n", "change", "change_sd", "loss", "loss_sd"}]}, where "n" is the number of
     samples. change: ||v' - v|| / ||v||, with the velocity v' when the keyword is hidden and v when it is not. loss: the
-    rise of the loss. Both are means over the samples; their standard deviations are None for a single sample. where:
-    keyword arguments of open_dataset. Raises BadInput for a keyword that no caption contains.
+    rise of the loss. Both are means over the timesteps of each sample, and then over the samples. change_sd, loss_sd:
+    the standard deviations between samples, or None for a single sample. where: keyword arguments of open_dataset.
+    Raises BadInput for a keyword that no caption has in the part that the encoder reads.
     """
     dataset, tokenizer, s = open_dataset(pipe, **where), pipe.acquire("text").tokenizer, pipe.settings
     shown = {keyword: samples_with(dataset, keyword, n, tokenizer) for keyword in keywords}

@@ -122,9 +122,10 @@ def delta(path, base, expert=None):
     expert: the expert whose LoRA is measured, "high" or "low", if the LoRA file holds both.
 
     The result is a list of {"name", "kind", "block" (None outside the blocks), "norm", "base", "ratio", "spectral",
-    "rank"}, one for each matrix. ratio: ||dW||_F / ||W||_F. rank: the effective rank, or None if the change has no
-    low-rank factors. One matrix of the base is in memory at a time. Raises BadInput if `path` does not fit the base, or
-    if nothing can be compared.
+    "rank"}, one for each matrix. kind: the matrix's name within its block. norm: ||dW||_F. base: ||W||_F. ratio: norm /
+    base. spectral: the spectral norm of dW. rank: the effective rank of dW, or None if dW has no low-rank factors. One
+    matrix of the base is in memory at a time. Raises BadInput if `path` does not fit the base, or if nothing can be
+    compared.
     """
     kind = kind_of(path)
     is_encoder = kind.startswith("text_encoder")

@@ -18,9 +18,9 @@ def drift(old, new, prompts, keywords=(), nearest=5):
 
     The result is {"prompts": [{"prompt", "cosine", "norm", "tokens": [{"token", "cosine", "norm"}]}], "keywords":
     {keyword: [before, after]}}. cosine: the cosine between the embeddings before and after; for a prompt, the mean over
-    its tokens. norm: the norm after, divided by the norm before. before, after: what nearest_words returns for the old
-    and for the new encoder: at most `nearest` words of the prompts, none of them a keyword. Raises BadInput if the
-    widths of the two encoders differ.
+    its tokens. norm: the norm after, divided by the norm before; for a prompt, the norms of its whole matrix of
+    embeddings. before, after: what nearest_words returns for the old and for the new encoder: at most `nearest` words
+    of the prompts, none of them a keyword. Raises BadInput if the widths of the two encoders differ.
     """
     if old.norm.weight.shape != new.norm.weight.shape:
         raise BadInput(f"encoders of width {len(old.norm.weight)} and {len(new.norm.weight)} cannot be compared")

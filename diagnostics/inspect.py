@@ -48,8 +48,8 @@ def totals(entries):
 
 
 def lora_budget(entries):
-    """Return the sizes that LoRAs on a DiT would have: a list with a dictionary for each set of targets and each rank.
-    entries: {name: Entry} of the DiT.
+    """Return how many parameters, and how many MiB in bf16, LoRAs on a DiT would have: a list with a dictionary for
+    each of LORA_TARGETS and each rank. entries: {name: Entry} of the DiT.
     """
     rows = []
     for label, targets in LORA_TARGETS.items():
@@ -203,8 +203,8 @@ def files_of(path):
 
 class Contents(NamedTuple):
     """What the weight files of one model contain. entries: {name: Entry}; the names are official for a DiT or a VAE,
-    else those in the files, without prefixes. lora: for a LoRA, what describe in nanowan/formats/lora.py returns; else
-    None.
+    else those in the files, without the prefixes that ComfyUI and torch.compile add. lora: for a LoRA, what describe in
+    nanowan/formats/lora.py returns; else None.
     """
 
     kind: str  # "lora", "text_encoder_lora", "text_encoder_delta", "dit", "text_encoder", "vae" or "unknown"

@@ -71,8 +71,8 @@ def open_columns(args, how):
 
 
 def sample_clips(pipe, prompts, seeds, **settings):
-    """Yield the clip (3,T,H,W) of each prompt with its seed, on the host. The models leave memory after the last clip.
-    settings: values that override the Pipeline's Settings.
+    """Sample prompts[i] from seeds[i], and yield the clips (3,T,H,W) on the host. The models leave memory after the
+    last clip. settings: values that override the Pipeline's Settings.
     """
     s = pipe.settings.with_overrides(**settings)
     (embeddings, lens), negative = encode_text(pipe, s, prompts)
@@ -227,10 +227,11 @@ def judge(columns, rows, seed, load=None, grader=None, **settings):
     `proportion` returns for "clip", and what `average` returns for the other kinds. A suite is a word,
     "all words" or "other prompts" (Rows that test no word). The kinds of score:
 
-    "clip", for Rows that test a word: the share of clips for which CLIP gives the first of the Row's texts (the correct
-    one) the highest probability, averaged over frames. "psnr", for the other Rows: the mean PSNR in dB between a clip
-    and the first column's clip of the same Row. "clip_i", for the other Rows: the mean cosine between CLIP's features
-    of the frames of these two clips. "grader", for all Rows: the mean of the numbers that the command `grader` prints.
+    "clip", for Rows that test a word: the share of clips for which CLIP finds the first of the Row's texts (the correct
+    one) most probable. The probability of a text is its mean over the clip's frames. "psnr", for Rows that test no
+    word: the mean PSNR in dB between a clip and the first column's clip of the same Row. "clip_i", for Rows that test
+    no word: the mean cosine between CLIP's features of the frames of these two clips. The first column has neither
+    "psnr" nor "clip_i". "grader", for all Rows: the mean of the numbers that the command `grader` prints.
 
     columns: {name: Pipeline}. load: a function that loads CLIP, called once all clips are sampled, or None. grader: a
     command, or None.

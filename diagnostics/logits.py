@@ -19,9 +19,10 @@ from nanowan.training.flags import check_data, data_source, expert_schedule, rec
 @torch.no_grad()
 def attention_stats(q, k, bias=None, chunk=512):
     """Return a tensor (N,3) with three numbers for each head: the standard deviation of the logits q k / sqrt(d), their
-    maximum, and the mean entropy of the attention in nats. Keys whose bias is not 0 are masked or replace padding
-    tokens; they count in the entropy alone. q (B,L,N,d), k (B,S,N,d), bias (B or 1,1,L or 1,S): added to the logits.
-    The arithmetic is fp32. chunk: number of queries that are computed at once.
+    maximum, and the mean entropy of the attention in nats. The entropy is that of the attention with the bias; the
+    other two numbers leave out every key whose bias is not 0, such as a masked key. q (B,L,N,d), k (B,S,N,d), bias
+    (B or 1,1,L or 1,S): added to the logits. The arithmetic is fp32. chunk: number of queries that are computed at
+    once.
     """
     bias = torch.zeros(1, 1, 1, 1, device=q.device) if bias is None else bias.float()
     bias = bias.expand(len(q), 1, q.shape[1], k.shape[1])

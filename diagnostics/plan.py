@@ -214,8 +214,8 @@ class Job:
         return seconds and max(seconds, streamed / flops.card_of(card).host)
 
     def times(self, card=None, peak=0):
-        """Return a line of text with the predicted time on the GPU `card`. If card is None, the line has the times on
-        all of CARDS; for a GPU with less than `peak` bytes of memory, it says instead that the memory is too little.
+        """Return a line of text with the predicted time on the GPU `card`. If card is None, the line names all of
+        CARDS: those with less than `peak` bytes of memory as too small, the rest with the predicted time.
         """
         lines = []
         for name in (card,) if card else CARDS:
@@ -299,8 +299,8 @@ def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
     """
 
     def counted(flags):
-        """Return Candidates with `flags`. Their with_number adds activation checkpointing, unless the script is
-        sample.py or the user has set --checkpointing, --no-checkpointing or --stream_blocks.
+        """Return Candidates with `flags`, which count blocks with activation checkpointing. If the script is sample.py,
+        or if the user has set --checkpointing, --no-checkpointing or --stream_blocks, they count nothing.
         """
         if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
             return Candidates(flags, None)
@@ -361,8 +361,8 @@ def propose(script, argv, machine):
 
     def excess(flags):
         """Return the bytes by which a run with these flags exceeds the GPU's memory; a negative number is free memory.
-        The number of checkpointed or streamed blocks affects only the phase "denoise" (sampling) or "training". If
-        another phase exceeds the memory, return the largest excess of the others, else the excess of this phase.
+        The main phase, "denoise" or "training", is the only one that the number of checkpointed or streamed blocks
+        affects. If every other phase fits, return the main phase's excess, else the largest excess of another phase.
         """
         need, changed = smallest(flags), "denoise" if script == "sample" else "training"
         phases = {name: need.process + sum(parts.values()) - machine.memory for name, parts in need.phases.items()}

@@ -70,9 +70,10 @@ def line_plot(x, y, label, **axes_settings):
 
 
 def heat_map(rows, key, label, scale=1):
-    """Return an <img> element with a heat map of scale * row[key], with a column for each block and a row for each
-    kind. If several of `rows` have the same block and kind, their largest value is shown. Rows whose block is None are
-    left out. label: text at the colour bar.
+    """Return an <img> element with a heat map of scale * entry[key] for the entries of the list `rows`, which `delta`
+    or logit_rows returned. The map has a column for each block and a row for each kind. If several entries have the
+    same block and kind, their largest value is shown. Entries whose block is None are left out. label: text at the
+    colour bar.
     """
     rows = [r for r in rows if r["block"] is not None]
     kinds, blocks = sorted({r["kind"] for r in rows}), sorted({r["block"] for r in rows})
@@ -345,8 +346,9 @@ def words_section(run):
 
 def report(folder, n=20):
     """Return one self-contained HTML page about a training run: its command, losses and learning rate; how far weights,
-    attention logits and embeddings moved; previews from its start and end; its flags and versions. On nano, unless n is
-    0, the page also has the accuracy on graded prompts, and clips of the run's words that cannot be graded.
+    attention logits and embeddings moved; previews from its start and end; its flags and versions. If the checkpoint is
+    nano and n is not 0, the page has two more sections: the accuracy on graded prompts, and clips of the run's words
+    that cannot be graded.
 
     folder: the run's --out. n: number of prompts for each word in graded_words; the known words together get as many
     prompts as these words together. Raises BadInput if the folder holds no run.

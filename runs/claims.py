@@ -96,8 +96,9 @@ def score(args):
 
 
 def unchanged_clips(args, rows):
-    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without the encoder or LoRA that is measured. For a
-    LoRA, they are sampled with `args.lora`, the encoder that it was trained with.
+    """Return clips (N,3,9,64,64) of the prompts in `rows`, sampled without the encoder or LoRA that is measured. If a
+    LoRA is measured, they are sampled with the encoder that it was trained with: the file in `args.lora` or, if that is
+    empty, the checkpoint's own.
     """
     name = Path(args.lora).parent.name if args.lora else "base"
     file = args.folder / f"clips_of_{name}{'_fast' * bool(args.fast)}_{len(rows)}_{args.seed}.pt"
@@ -109,8 +110,8 @@ def unchanged_clips(args, rows):
 
 
 def cells(folder):
-    """Return {name of a cell: a list of its results, one for each seed}, in the order in which the cells were measured.
-    A cell is one training with its measurement. folder: the folder that contains a folder for each seed.
+    """Return {NAME: the results in all files SEED/NAME.json, a list with one for each seed}, in the order in which they
+    were measured. folder: the folder that contains a folder for each seed.
     """
     folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
@@ -146,9 +147,9 @@ def table(args):
 
 
 def plot(args):
-    """Make two plots against dW/W, the relative change of the weights, with a dot for each translator and seed in the
-    parts rank, cap and preserve: the accuracy on new words, and the PSNR between clips of known words with and without
-    the translator.
+    """Make two plots against dW/W, the relative change of the weights: the accuracy on new words, and the PSNR between
+    clips of known words with and without the translator. Both plots have a dot for each seed of each translator that
+    the parts rank, cap and preserve of runs/claims.sh train.
     """
     import matplotlib
 

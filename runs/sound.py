@@ -59,9 +59,9 @@ def train(ckpt, clips, steps, seed):
 
 
 def sample(ckpt):
-    """Return [(clip (3,29,64,64), loudness (32,))] for sounds that were never trained on. Each clip begins with a
-    picture that was drawn for another sound. In a picture drawn for the clip's own sound, the size of the shape would
-    tell how loud the sound begins.
+    """Return [(clip (3,29,64,64), loudness (32,))] for sounds that were never trained on. A clip lacks the first 3 of
+    the 32 frames, since S2V drops them. Each clip begins with a picture that was drawn for another sound. In a picture
+    drawn for the clip's own sound, the size of the shape would tell how loud the sound begins.
     """
     from PIL import Image
 
@@ -91,14 +91,14 @@ def reconstruct(ckpt):
 def score(results):
     """Return {"own", "worst", "other", "shift"} for `results` [(clip, loudness)]. own: the mean correlation of a clip's
     pulse (the size of its shape) with the loudness of its own sound. worst: the lowest correlation of a clip with its
-    own sound. other: the mean correlation with the sounds of other clips. shift: by how many frames to shift the sounds
-    so that the mean correlation of clips with their own sounds is highest.
+    own sound. other: the mean correlation with the sounds of other clips. shift: by how many frames to move the sounds
+    earlier (negative: later) so that the mean correlation of clips with their own sounds is highest.
     """
     pulses, levels = [world.pulse(clip) for clip, _ in results], [level for _, level in results]
 
     def at(i, j, shift=0):
-        """Return the correlation of clip i with sound j, which is shifted by `shift` frames. As in the official code,
-        the first frames of a clip are dropped, so frame n was made with the sound of frame n + 3.
+        """Return the correlation of clip i with sound j, which is first moved earlier by `shift` frames. As in the
+        official code, the first 3 frames of a clip are dropped, so frame n was made with the sound of frame n + 3.
         """
         level = levels[j][DROPPED_FRAMES + shift :]
         n = min(len(level), len(pulses[i]))
