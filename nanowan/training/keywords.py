@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
-from statistics import fmean
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from nanowan.errors import BadInput
 from nanowan.training.captions import UNITS, has_keyword, is_cut_off, replace_keyword, spans, without_keywords
 from t5 import EOS, PAD, UNK
 
-INIT_SAMPLES, INIT_CANDIDATES = 8, 40  # of --keyword_init search: samples per keyword, and words to try
+INIT_SAMPLES, INIT_CANDIDATES = 12, 40  # of --keyword_init search: samples per keyword, and words to try
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
@@ -130,8 +130,9 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
     Inversion (Gal et al., 2022) the user names this word, the initializer token. Prints the best words with their
     losses.
 
-    A loss is the mean over at most INIT_SAMPLES training samples, one per file, at three timesteps in [low, high) under
-    fixed noise, computed with the DiT `name`.
+    A loss is the geometric mean over at most INIT_SAMPLES training samples, one per file, at three timesteps in
+    [low, high) under fixed noise, computed with the DiT `name`. An arithmetic mean would follow the highest timestep,
+    whose losses are the largest and vary most between samples.
     """
     counts = Counter(m.group().strip(PUNCTUATION).lower() for c in dataset.captions for m in UNITS.finditer(c))
     words = without_keywords([word for word, _ in counts.most_common()], keywords)
@@ -152,11 +153,13 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         captions = {caption for batch in batches for caption in batch.captions}
         for word in [keyword, *candidates]:
             texts = {c: encoder.encode([replace_keyword(c, keyword, word)]) for c in captions}
-            losses[word] = fmean(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
+            losses[word] = geometric_mean(batch.loss(model, *texts[batch.captions[0]]).item() for batch in batches)
         best = sorted(losses, key=losses.get)
         ranked = [*[word for word in best[:4] if word != keyword], keyword]
         shown_losses = ", ".join(f"{word} {losses[word]:.4f}" for word in ranked)
-        print(f"keyword {keyword!r}: mean loss with other words in its place, and with itself: {shown_losses}")
+        print(
+            f"keyword {keyword!r}: geometric mean loss with other words in its place and with itself: {shown_losses}"
+        )
         if best[0] != keyword:
             chosen[keyword] = best[0]
     return chosen
