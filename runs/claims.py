@@ -110,8 +110,8 @@ def unchanged_clips(args, rows):
 
 
 def cells(folder):
-    """Return {NAME: the results in all files SEED/NAME.json, a list with one for each seed}, in the order in which they
-    were measured. folder: the folder that contains a folder for each seed.
+    """Return {NAME: a list of the results in the files SEED/NAME.json, one for each seed}, with the NAMEs in the order
+    in which they were first measured. folder: the folder that contains a folder for each seed.
     """
     folders = sorted(d for d in folder.iterdir() if d.name.isdigit())
     files = sorted((f for d in folders for f in d.glob("*.json")), key=lambda f: f.stat().st_mtime)
