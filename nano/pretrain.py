@@ -50,7 +50,7 @@ DIT = WanConfig("ti2v", dim=256, ffn_dim=384, num_heads=4, num_layers=4, in_dim=
 SAMPLE = dict(size=[SIZE, SIZE], frames=FRAMES, fps=FPS, steps=12, shift=2.0, guidance=4.0, solver="euler", negative="")
 # the values with which words were learned best on nano, as runs/listen.sh and runs/claims.sh measured
 TRAIN_LORA = dict(steps=400, batch=16, lr=4e-3, shift=8.0)
-TRAIN_TE = dict(steps=500, batch=32, lr=1e-3, keyword_lr=0.01, keyword_init="search", shift=3.0)
+TRAIN_TE = dict(steps=500, batch=32, lr=3e-4, keyword_lr=0.01, keyword_init="search", shift=3.0)
 TRAIN_TE |= dict(caption_mode_probs="0,0,100", trim_prob=0.3)
 TRAIN = dict(resolution=f"{SIZE}x{SIZE}", frames=FRAMES, t_distribution="uniform")
 TRAIN |= dict(train_lora=TRAIN_LORA, train_te=TRAIN_TE)

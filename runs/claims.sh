@@ -97,7 +97,7 @@ own_words() {  # a user's own words, with 20 clips each
 parts() {  # how much of the encoder is trained: all of it, LoRAs in its blocks, or the words' embeddings alone
     own_words
     te own own_clips
-    for r in 4 16 64; do te "own_rank_$r" own_clips --rank $r; done
+    for r in 4 16 64; do te "own_rank_$r" own_clips --rank $r --lr 1e-3; done
     te own_rows own_clips --train_blocks 0
 }
 norm() {  # the norm of the words' embeddings, if these alone are trained
@@ -108,11 +108,12 @@ norm() {  # the norm of the words' embeddings, if these alone are trained
         te "norm_${how}_20" own_clips --train_blocks 0 --keyword_norm $how
     done
 }
-rates() {  # learning rates, about half a decade apart; rank_16, own_rank_16 and own_rows have the defaults
+rates() {  # other learning rates, in half decades, for comparison with rank_16, own, own_rank_16 and own_rows
     for lr in 1e-3 1e-2; do lora "rate_lora_$lr" --lr $lr; done
     own_words
+    te rate_blocks_1e-3 own_clips --lr 1e-3
     for lr in 3e-4 3e-3 1e-2; do te "rate_rank_$lr" own_clips --rank 16 --lr $lr; done
-    for lr in 3e-3 3e-2 1e-1; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
+    for lr in 3e-3 3e-2; do te "rate_rows_$lr" own_clips --train_blocks 0 --keyword_lr $lr; done
 }
 undrawn() {  # a colour and a motion that the base has never drawn: by encoder, by LoRA, and by both
     WORDS=orange,bounces=bounce

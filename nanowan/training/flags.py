@@ -322,9 +322,9 @@ def recommended_flags(s, script):
 
 def encoder_lora_lr(s):
     """Return the default of --lr for train_te.py --rank. If the checkpoint's config.json has a learning rate for
-    training full blocks, LoRAs use it too: on nano, ten times this rate lowered accuracy on known words
-    (docs/experiments.md). Released models have no such entry; their LoRAs use ENCODER_LORA_LR, ten times the rate of
-    full blocks, as is usual for LoRAs.
+    training full blocks, LoRAs use it too: on nano, ten times this rate taught words no better, and changed clips of
+    known words more (docs/experiments.md). Released models have no such entry; their LoRAs use ENCODER_LORA_LR, ten
+    times the rate of full blocks, as is usual for LoRAs.
     """
     lr = {**s.train, **s.train.get("train_te", {})}.get("lr")
     return lr or ENCODER_LORA_LR
