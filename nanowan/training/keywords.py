@@ -157,9 +157,7 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
         best = sorted(losses, key=losses.get)
         ranked = [*[word for word in best[:4] if word != keyword], keyword]
         shown_losses = ", ".join(f"{word} {losses[word]:.4f}" for word in ranked)
-        print(
-            f"keyword {keyword!r}: geometric mean loss with other words in its place and with itself: {shown_losses}"
-        )
+        print(f"keyword {keyword!r}: geometric mean loss with other words in its place and with itself: {shown_losses}")
         if best[0] != keyword:
             chosen[keyword] = best[0]
     return chosen
