@@ -417,6 +417,20 @@ def test_rows_that_other_captions_use_keep_their_bits(checkpoints):
     assert set((before != after).any(1).nonzero().flatten().tolist()) == ids["cat"] - shared
 
 
+@pytest.mark.parametrize("initial", [("fox", "fox"), ("fox", "quick")])
+def test_embeddings_in_common_start_only_from_a_common_word(checkpoints, initial):
+    encoder = load_t5(checkpoints["ti2v"], dtype=torch.float32)
+    names = ["catnip", "catfish"]
+    ids = keyword_token_ids(names, [f"a {n} here" for n in names], encoder.tokenizer)
+    common, before = ids["catnip"] & ids["catfish"], encoder.token_embedding.weight.clone()
+    assert common and ids["catnip"] - common and ids["catfish"] - common
+    unfreeze(encoder, ids["catnip"] | ids["catfish"])
+    initialize_rows(dict(zip(names, initial)), ids, set(), encoder)
+    after = encoder.token_embedding(torch.arange(len(before)))
+    moved = set((before != after).any(1).nonzero().flatten().tolist())
+    assert moved == (ids["catnip"] | ids["catfish"]) - (common if len({*initial}) > 1 else set())
+
+
 def test_keywords_start_as_the_word_that_explains_their_clips(tmp_path, monkeypatch):
     """On nano, of words that it spells: a colour and a motion. Then their rows, and only theirs, are those words'."""
     monkeypatch.setitem(world.NEW_WORDS, "scarlet", ("color", "red"))

@@ -166,17 +166,18 @@ def search_initial_words(keywords, encoder, dataset, name, low, high):
 @torch.no_grad()
 def initialize_rows(words, ids_of, shared, encoder):
     """Set the trained embeddings of each keyword to the mean embedding of the tokens of its initial word. Embeddings
-    whose ids are in `shared`, which captions without keywords use too, stay unchanged. An embedding that several
-    keywords share gets the mean of what each of them would set. words: {keyword: word}, as returned by initial_words.
-    ids_of: as returned by keyword_token_ids.
+    whose ids are in `shared`, which captions without keywords use too, stay unchanged. So do embeddings that keywords
+    with different initial words have in common: no start would suit both keywords. words: {keyword: word}, as returned
+    by initial_words. ids_of: as returned by keyword_token_ids.
     """
     embedding, starts = encoder.token_embedding, {}
     for keyword, word in words.items():
-        start = embedding.table.weight[own_pieces(word, encoder.tokenizer)].float().mean(0)
         for i in ids_of[keyword] - shared:
-            starts.setdefault(i, []).append(start)
-    for i, rows in starts.items():
-        embedding.rows[embedding.slot[i]] = torch.stack(rows).mean(0).to(embedding.rows)
+            starts.setdefault(i, set()).add(word)
+    for i, initial in starts.items():
+        if len(initial) == 1:
+            start = embedding.table.weight[own_pieces(*initial, encoder.tokenizer)].float().mean(0)
+            embedding.rows[embedding.slot[i]] = start.to(embedding.rows)
 
 
 def check_keywords(keywords, captions, tokenizer, trains_blocks):
