@@ -86,7 +86,7 @@ def main():
     data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
     flags = [
         "--keywords",
-        words,
+        "crimson,wedge,orange=red",
         "--train_blocks",
         0,
         "--trim_prob",
