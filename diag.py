@@ -56,6 +56,11 @@ def add_data_flags(add):
     """Add the flags of a command that reads training data; they become arguments of logits.open_dataset."""
     add("--data", help="data set, in the form of train_lora.py --data (default: generated clips of moving shapes)")
     add("--cache", help="folder of the cache (default: cache/ in --data, or beside --data if that is a file)")
+    add_sample_flags(add)
+
+
+def add_sample_flags(add):
+    """Add the flags that set the size of samples."""
     add(
         "--resolution",
         help="WxH of the samples in px; buckets with other aspect ratios have the same area (default: that of "
@@ -103,12 +108,7 @@ def arguments(argv=None):
         "(default: nano, the toy checkpoint in the repository)",
     )
     add("--keywords", help="words a,b,c to teach (default: none)")
-    add(
-        "--resolution",
-        help="WxH of the samples in px; buckets with other aspect ratios have the same area (default: that of "
-        "train_lora.py)",
-    )
-    add("--frames", type=int, help="maximum number of frames per sample, 4k+1 (default: that of train_lora.py)")
+    add_sample_flags(add)
     add("--device", help="device to plan for, cpu or cuda (default: cuda if --ckpt is a name or a GPU exists)")
     add("--json", help="also write the commands to this JSON file")
 

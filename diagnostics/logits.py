@@ -106,8 +106,8 @@ def open_dataset(pipe, limit=None, data=None, cache=None, resolution=None, frame
     An argument that is None gets train_lora.py's default. limit: the largest number of samples, or None for all.
     """
     s = pipe.settings
-    given_size = {"resolution": resolution, "frames": frames}
-    values = recommended_flags(s, "train_lora") | {k: v for k, v in given_size.items() if v is not None}
+    sizes = {"resolution": resolution, "frames": frames}
+    values = recommended_flags(s, "train_lora") | {k: v for k, v in sizes.items() if v is not None}
     check_data(data, pipe)
     sets = [{"source": data}] if isinstance(data, str | Path) else data or [{"source": default_clips()}]
     source, flags = Path(sets[0]["source"]), SimpleNamespace(clip_mode="first", **values)

@@ -292,39 +292,40 @@ class Candidates(NamedTuple):
         return self.flags + spelled.get(n, ["--checkpointing", str(n)])
 
 
-def candidates(script, given, ranks, num_blocks, num_heads, guided=True):
+def candidates(script, user_flags, ranks, num_blocks, num_heads, guided=True):
     """Return a list of Candidates in the order in which to try them: exact flags before 8-bit weights, flags that cost
-    no time before flags that cost time. given: names of the flags that the user has set, which limit what candidates
-    contain. guided: whether sample.py computes guidance.
+    no time before flags that cost time. user_flags: names of the flags that the user has set, which limit what
+    candidates contain. guided: whether sample.py computes guidance.
     """
 
     def counted(flags):
         """Return Candidates with `flags`, which count blocks with activation checkpointing. If the script is sample.py,
         or if the user has set --checkpointing, --no-checkpointing or --stream_blocks, they count nothing.
         """
-        if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & given:
+        if script == "sample" or {"--checkpointing", "--no-checkpointing", "--stream_blocks"} & user_flags:
             return Candidates(flags, None)
         return Candidates(flags, "checkpointing", 0, num_blocks)
 
     def streamed(flags):
-        if {"--stream_blocks", "--no-checkpointing", "--fsdp", "--pipeline_stages"} & given:
+        if {"--stream_blocks", "--no-checkpointing", "--fsdp", "--pipeline_stages"} & user_flags:
             return []
         return [Candidates(flags, "streamed", 1, num_blocks)]
 
-    dtypes = [[], *([["--base_dtype", "fp8"]] if "--base_dtype" not in given else [])]
+    dtypes = [[], *([["--base_dtype", "fp8"]] if "--base_dtype" not in user_flags else [])]
     if script == "sample":
         halves = 2 if guided and ranks % 2 == 0 else 1
         ulysses = ["--ulysses_size", str(math.gcd(ranks // halves, num_heads))] if ranks > 1 else []
-        split_by_user = {"--ulysses_size", "--guidance_parallel"} & given
+        split_by_user = {"--ulysses_size", "--guidance_parallel"} & user_flags
         share = [] if split_by_user else ["--guidance_parallel"] * (halves == 2) + ulysses
         return [c for dtype in dtypes for c in (counted(share + dtype), *streamed(share + dtype))]
-    fsdp = ["--fsdp"] * ("--fsdp" not in given)
+    fsdp = ["--fsdp"] * ("--fsdp" not in user_flags)
     shards = [fsdp] if fsdp and ranks > 1 else []
-    if "--ulysses_size" not in given:
+    if "--ulysses_size" not in user_flags:
         shards += [[*fsdp, "--ulysses_size", str(n)] for n in (2, 4, 8) if ranks % n == 0 and num_heads % n == 0]
     plans = [c for dtype in dtypes for c in (*(counted(dtype + shard) for shard in ([], *shards)), *streamed(dtype))]
-    if script == "train_te" and not {"--train_blocks", "--rank"} & given:  # only the keywords' embeddings are trained
-        save = ["--save", "delta"] * ("--save" not in given)
+    if script == "train_te" and not {"--train_blocks", "--rank"} & user_flags:
+        # last of all, train only the keywords' embeddings
+        save = ["--save", "delta"] * ("--save" not in user_flags)
         plans += [c._replace(flags=["--train_blocks", "0", *save, *c.flags]) for c in plans]
     return plans
 
@@ -333,7 +334,7 @@ def propose(script, argv, machine):
     """Find flags with which a run fits on a Machine. Return (flags, Plan of the run). flags: `argv`, then --vae_tile if
     decoding needs tiles, then the flags of the first of `candidates` that fits. Raises BadInput if none fits.
     """
-    args, given = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
+    args, user_flags = SCRIPTS[script].arguments(argv), {text.split("=")[0] for text in argv}
     guided = script == "sample" and is_guided(args)
     least, least_on_host = (math.inf, []), (math.inf, [])
 
@@ -369,8 +370,8 @@ def propose(script, argv, machine):
         beside = max((n for name, n in phases.items() if name != changed), default=0)
         return beside if beside > 0 else phases[changed]
 
-    tile = tile_that_fits(smallest, machine.memory) if script == "sample" and "--vae_tile" not in given else []
-    for group in candidates(script, given, machine.ranks, *shape_of(args.ckpt), guided):
+    tile = tile_that_fits(smallest, machine.memory) if script == "sample" and "--vae_tile" not in user_flags else []
+    for group in candidates(script, user_flags, machine.ranks, *shape_of(args.ckpt), guided):
 
         def flags_of(n, group=group):
             return [*tile, *group.with_number(script, n)]

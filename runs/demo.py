@@ -86,7 +86,7 @@ def main():
     data, stages = ("--ckpt", "nano", "--data", clips), {"base": listen("base")}
     flags = [
         "--keywords",
-        "crimson,wedge,orange=red",
+        words.replace("orange", "orange=red"),  # --keyword_init search finds no word for what was never drawn
         "--train_blocks",
         0,
         "--trim_prob",

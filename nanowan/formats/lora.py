@@ -552,9 +552,9 @@ def start_from(pairs, path, scale, expert=None):
     """
     changes = changes_to_start_from(pairs, path, expert)
     for name, (a, b) in pairs.items():
-        given_a, given_b = changes[name].factors()
-        a.copy_(given_a)
-        b.copy_(given_b / scale)
+        start_a, start_b = changes[name].factors()
+        a.copy_(start_a)
+        b.copy_(start_b / scale)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
